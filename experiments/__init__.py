@@ -1,0 +1,1 @@
+"""Experiments that train and evaluate small models with `roe_jax`."""

@@ -1,0 +1,1 @@
+"""Generated tasks on which the small models are trained and evaluated."""

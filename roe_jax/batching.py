@@ -1,0 +1,71 @@
+"""Texts of different lengths as arrays of few different shapes."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from roe_jax.config import ModelConfig
+
+
+def bucket(size: int, minimum: int = 1) -> int:
+  """`size` rounded up to one of four sizes per octave, so that few shapes are
+  compiled and at most a fifth of an array is padding."""
+  size = max(size, minimum)
+  unit = max(1, 1 << max(0, (size - 1).bit_length() - 3))
+  return -(-size // unit) * unit
+
+
+def check_tokens(config: ModelConfig, texts: Sequence[Sequence[int]], *,
+                 room: int = 0, what: str = "prompt") -> None:
+  """Checks texts before any work starts.
+
+  Args:
+    config: the model they are for.
+    texts: token ids.
+    room: how many positions must be left in the context behind each.
+    what: what to call a text in errors.
+
+  Raises:
+    ValueError: a text is empty, too long, or holds a token id outside the
+      vocabulary.
+  """
+  for i, text in enumerate(texts):
+    if len(text) == 0:
+      raise ValueError(f"{what} {i} is empty: at least one token is needed (a BOS token will do)")
+    if len(text) + room > config.context_length:
+      raise ValueError(
+          f"{what} {i} has {len(text)} tokens, which does not fit the model's context of "
+          f"{config.context_length}" + (f" with {room} more to come" if room else "")
+          + ": shorten it")
+    ids = np.asarray(text)
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+      wrong = ids[(ids < 0) | (ids >= config.vocab_size)][0]
+      raise ValueError(
+          f"{what} {i} holds token id {wrong}, outside the model's vocabulary of "
+          f"{config.vocab_size}: was it encoded with another model's tokenizer?")
+
+
+def pad(texts: Sequence[Sequence[int]], num_rows: int, length: int) -> jax.Array:
+  """Texts as int32 `[num_rows, length]`, zeros to the right and below."""
+  array = np.zeros((num_rows, length), np.int32)
+  for row, text in zip(array, texts):
+    row[:len(text)] = text
+  return jnp.asarray(array)
+
+
+def request_ids(given: Sequence[int] | None, count: int) -> list[int]:
+  """The given ids, or 0, 1, ...
+
+  Raises:
+    ValueError: the wrong number of ids, or one outside [0, 2**32).
+  """
+  if given is None:
+    return list(range(count))
+  if len(given) != count:
+    raise ValueError(f"got {len(given)} request ids for {count} texts")
+  for i in given:
+    if not 0 <= i < 2**32:
+      raise ValueError(f"request ids must lie in [0, 2**32), got {i}")
+  return list(given)

@@ -1,0 +1,88 @@
+"""A roster without cache, batching tricks or dispatch: slow and plain.
+
+Everything is recomputed from the tokens: full attention matrices, every expert
+for every row, one member after the other. It shares with the fast path only
+what defines the method (the noise's addresses, the routing rule) and the
+elementary pieces of a block, and is what the caches are proved against.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from roe_jax import attention, noise as noise_lib, routing, transformer
+from roe_jax.config import ModelConfig
+from roe_jax.numerics import einsum, rms_norm
+from roe_jax.params import Params
+
+
+def member_states(params: Params, config: ModelConfig, roster, tokens_BxT: jax.Array,
+                  request_ids_B: jax.Array) -> jax.Array:
+  """Every member's hidden states after the last block at all positions.
+
+  With `roster.cache == "clean"` a member attends to the clean member's keys
+  and values at earlier positions and to its own at its position; with
+  "standard" to its own at all.
+
+  Args:
+    params: the model's parameters.
+    config: its architecture.
+    roster: a `roster.Roster`.
+    tokens_BxT: int32 whole texts from position 0 on, padded on the right.
+    request_ids_B: uint32.
+
+  Returns:
+    `[R, B, T, D]` for `roster.members`.
+  """
+  positions = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
+  stream = noise_lib.stream_key(roster.seed, noise_lib.ROUTING)
+  keys = noise_lib.position_keys(stream, request_ids_B, positions)
+
+  def run(member, history):
+    noise = noise_lib.RoutingNoise(keys, roster.temperatures, member)
+    x = transformer.embed(params, tokens_BxT)
+    own_history = []
+    for layer in range(config.num_layers):
+      x, own = _block(params, config, x, positions, layer,
+                      noise.draw(layer, config.num_experts), roster.gate_weights,
+                      history[layer] if history else None)
+      own_history.append(own)
+    return x, own_history
+
+  history = run(jnp.int32(0), None)[1] if roster.cache == "clean" else None
+  return jax.lax.map(lambda member: run(member, history)[0], jnp.asarray(roster.members))
+
+
+def _block(params, config, x, positions, layer, noise, gate_weights, history):
+  weights = jax.tree.map(lambda w: w[layer], params.layers)
+  cos, sin = attention.rotation(config, positions)
+  normed = rms_norm(x, weights.attention_norm, config.rms_norm_eps)
+  query, key, value = attention.project(config, weights.attention, normed, cos, sin)
+  heads = _attend(query, key, value, *(history or (key, value)))
+  x = x + attention.output(weights.attention, heads)
+  normed = rms_norm(x, weights.moe_norm, config.rms_norm_eps)
+  logits = einsum("btd,de->bte", normed, weights.router).astype(x.dtype).astype(jnp.float32)
+  chosen, gates = routing.route(config, logits, noise, gate_weights)
+  by_expert = jnp.sum(jax.nn.one_hot(chosen, config.num_experts) * gates[..., None], axis=-2)
+  projected = einsum("btd,edcf->btecf", normed, weights.experts.gate_up)
+  hidden = (jax.nn.silu(projected[..., 0, :]) * projected[..., 1, :]).astype(x.dtype)
+  outputs = einsum("btef,efd->bted", hidden, weights.experts.down)
+  y = jnp.einsum("bted,bte->btd", outputs, by_expert, precision=jax.lax.Precision.HIGHEST)
+  return x + y.astype(x.dtype), (key, value)
+
+
+def _attend(query, own_key, own_value, keys, values):
+  """Causal attention whose diagonal is the row's own key and value."""
+  b, t, h, c = query.shape
+  groups = h // own_key.shape[2]
+  own_key, own_value, keys, values = (
+      jnp.repeat(a, groups, axis=2) for a in (own_key, own_value, keys, values))
+  scores = einsum("bthc,bshc->bhts", query, keys)
+  own = jnp.einsum("bthc,bthc->bht", query, own_key, preferred_element_type=jnp.float32,
+                   precision=jax.lax.Precision.HIGHEST)
+  diagonal, earlier = jnp.eye(t, dtype=bool), jnp.tri(t, k=-1, dtype=bool)
+  scores = jnp.where(diagonal, own[..., None], scores) / jnp.sqrt(jnp.float32(c))
+  weights = jax.nn.softmax(jnp.where(diagonal | earlier, scores, -jnp.inf), axis=-1)
+  weights = weights.astype(query.dtype)
+  mixed = einsum("bhts,bshc->bthc", jnp.where(diagonal, 0, weights), values)
+  own_weight = jnp.einsum("bhtt->bth", weights)
+  return (mixed + own_weight[..., None] * own_value).astype(query.dtype)

@@ -1,0 +1,334 @@
+"""Roster of Experts: n noisy members of one MoE model (arXiv 2509.17238).
+
+A `Roster` holds the settings. `prefill` and `step` run its members over
+positions of a batch of texts and keep its cache, in one of three ways:
+
+* Clean Cache: one cache, written by the clean member; every member reads it,
+  beside its own key and value at its position.
+* Standard cache: every member is a sequence of its own, noisy at every
+  position, with its own cache.
+* No cache (`recompute=True`): either history is computed anew each time, by
+  `roe_jax.reference`. Slow; it is what the two caches are proved against.
+"""
+
+from collections.abc import Sequence
+import math
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from roe_jax import cache as kv_cache
+from roe_jax import noise as noise_lib
+from roe_jax import reference, routing, transformer
+from roe_jax.aggregation import AGGREGATIONS
+from roe_jax.cache import KVCache
+from roe_jax.config import ModelConfig
+from roe_jax.params import Params
+
+CACHES = ("clean", "standard")
+
+
+@struct.dataclass
+class Roster:
+  """What makes a model's forward pass a roster; made by `Roster.create`.
+
+  Temperatures and seed are traced: changing them compiles nothing.
+
+  Attributes:
+    temperatures: `[L]` float32, τ of each layer in units of router logits.
+    seed: uint32 scalar, of all randomness (routing noise and sampling).
+    num_members: n, how many distributions are averaged.
+    include_clean: whether member 0, which is noise-free, is one of the n.
+    cache: "clean" or "standard", whose history the members see.
+    recompute: whether to do without a cache, recomputing that history.
+    aggregation: a name in `aggregation.AGGREGATIONS`.
+    gate_weights: see `routing.route`.
+    noisy_layers: `(first, end)` outside which no layer has noise; layers
+      before it are computed once for all members.
+  """
+
+  temperatures: jax.Array
+  seed: jax.Array
+  num_members: int = struct.field(pytree_node=False)
+  include_clean: bool = struct.field(pytree_node=False)
+  cache: str = struct.field(pytree_node=False)
+  recompute: bool = struct.field(pytree_node=False)
+  aggregation: str = struct.field(pytree_node=False)
+  gate_weights: str = struct.field(pytree_node=False)
+  noisy_layers: tuple[int, int] = struct.field(pytree_node=False)
+
+  @classmethod
+  def create(
+      cls,
+      config: ModelConfig,
+      num_members: int = 1,
+      temperatures: float | Sequence[float] = 0.0,
+      *,
+      seed: int = 0,
+      include_clean: bool = True,
+      cache: str = "clean",
+      recompute: bool = False,
+      aggregation: str = "mean_probability",
+      gate_weights: str = routing.CLEAN,
+      noisy_layers: tuple[int, int] | None = None,
+  ) -> "Roster":
+    """A roster for models of `config`; by default the plain model.
+
+    Args:
+      config: the model's architecture.
+      num_members: n.
+      temperatures: one τ for all layers, or one for each.
+      seed: in [0, 2**32).
+      include_clean: see the class.
+      cache: see the class.
+      recompute: see the class.
+      aggregation: see the class.
+      gate_weights: see the class.
+      noisy_layers: by default the stretch from the first to the last layer
+        with τ > 0. Give it to vary τ within the stretch without compiling
+        again, or to pay for a roster at τ = 0.
+
+    Raises:
+      ValueError: a setting is out of its range, or unknown.
+    """
+    layers = config.num_layers
+    if isinstance(num_members, bool) or not isinstance(num_members, (int, np.integer)) or num_members < 1:
+      raise ValueError(f"num_members must be an integer of at least 1, got {num_members!r}")
+    values = np.asarray(temperatures, np.float32)
+    if values.ndim == 0:
+      values = np.full(layers, values)
+    if values.shape != (layers,):
+      raise ValueError(
+          f"temperatures must be one number or a list of {layers} (one for each "
+          f"layer of the model), got shape {list(values.shape)}")
+    if not np.all(np.isfinite(values)) or np.any(values < 0):
+      raise ValueError(
+          f"temperatures must be finite and not negative, got {values.tolist()}")
+    for name, value, known in (("cache", cache, CACHES),
+                               ("aggregation", aggregation, tuple(AGGREGATIONS)),
+                               ("gate_weights", gate_weights, routing.GATE_WEIGHTS)):
+      if value not in known:
+        raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
+    if not 0 <= seed <= noise_lib.MAX_SEED:
+      raise ValueError(f"seed must lie in [0, 2**32), got {seed}")
+    noisy = np.flatnonzero(values)
+    needed = (int(noisy[0]), int(noisy[-1]) + 1) if noisy.size else (layers, layers)
+    if noisy_layers is None:
+      noisy_layers = needed
+    first, end = noisy_layers
+    if not 0 <= first <= end <= layers:
+      raise ValueError(f"noisy_layers must be a stretch within (0, {layers}), got {noisy_layers}")
+    if noisy.size and not (first <= needed[0] and needed[1] <= end):
+      raise ValueError(
+          f"noisy_layers {noisy_layers} leaves out layers with a temperature above 0: "
+          f"these span {needed}")
+    if num_members == 1 and include_clean:
+      first, end = layers, layers  # the clean member alone
+    return cls(jnp.asarray(values), jnp.asarray(seed, jnp.uint32), int(num_members),
+               bool(include_clean), cache, bool(recompute), aggregation,
+               gate_weights, (first, end))
+
+  @property
+  def is_plain(self) -> bool:
+    """Whether this is the plain model: the clean member alone."""
+    return self.num_members == 1 and self.include_clean
+
+  @property
+  def members(self) -> tuple[int, ...]:
+    """Indices of the members that are computed.
+
+    Clean Cache needs member 0 for its keys and values even where it is not
+    averaged.
+    """
+    if self.include_clean:
+      return tuple(range(self.num_members))
+    noisy = tuple(range(1, self.num_members + 1))
+    return (0, *noisy) if self.cache == "clean" else noisy
+
+  def settings(self) -> dict[str, Any]:
+    """All settings as plain values, to go with every result."""
+    return {
+        "num_members": self.num_members,
+        "temperatures": [round(float(t), 6) for t in np.asarray(self.temperatures)],
+        "seed": int(self.seed),
+        "include_clean": self.include_clean,
+        "cache": self.cache,
+        "recompute": self.recompute,
+        "aggregation": self.aggregation,
+        "gate_weights": self.gate_weights,
+        "noisy_layers": list(self.noisy_layers),
+    }
+
+
+@struct.dataclass
+class RosterOutputs:
+  """What the members made of each position.
+
+  Attributes:
+    log_probs: `[B, T, V]` float32, aggregated.
+    clean_log_probs: `[B, T, V]` float32 of the clean member, or None where it
+      is not computed.
+  """
+
+  log_probs: jax.Array
+  clean_log_probs: jax.Array | None
+
+
+def empty_cache(config: ModelConfig, roster: Roster, batch_size: int,
+                capacity: int) -> KVCache | None:
+  """The cache of a roster: `[L, B, K, S, C]`, or `[R, L, B, K, S, C]` (standard)."""
+  if roster.recompute:
+    return None
+  cache = kv_cache.empty(config, batch_size, capacity)
+  if roster.cache == "standard":
+    cache = jax.tree.map(lambda c: jnp.zeros((len(roster.members), *c.shape), c.dtype), cache)
+  return cache
+
+
+def cache_bytes(config: ModelConfig, roster: Roster, batch_size: int, capacity: int) -> int:
+  """Memory of `empty_cache` in bytes."""
+  shapes = jax.eval_shape(lambda: empty_cache(config, roster, batch_size, capacity))
+  return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(shapes))
+
+
+def routing_noise(roster: Roster, request_ids_B: jax.Array, positions_BxT: jax.Array,
+                  member: jax.Array) -> noise_lib.RoutingNoise:
+  """The noise of member(s) `member` at rows of the given addresses."""
+  key = noise_lib.stream_key(roster.seed, noise_lib.ROUTING)
+  keys = noise_lib.position_keys(key, request_ids_B, positions_BxT)
+  return noise_lib.RoutingNoise(keys, roster.temperatures, member)
+
+
+def prefill(params: Params, config: ModelConfig, roster: Roster, cache: KVCache,
+            tokens_BxT: jax.Array, positions_BxT: jax.Array,
+            request_ids_B: jax.Array) -> tuple[KVCache, jax.Array]:
+  """Runs tokens of the history and puts their keys and values into the cache.
+
+  Under Clean Cache this is the clean member's pass; under the standard cache
+  it is every member's, with noise.
+
+  Returns:
+    The cache, and the hidden states after the last block, `[R, B, T, D]`
+    (R = 1 under Clean Cache).
+  """
+  x = transformer.embed(params, tokens_BxT)
+  if roster.cache == "clean":
+    x, cache, _ = transformer.run_layers(params, config, x, positions_BxT, cache, write=True)
+    return cache, x[None]
+
+  def of_member(member, cache):
+    noise = routing_noise(roster, request_ids_B, positions_BxT, member)
+    x_m, cache = x, cache
+    for layers, noise in _stretches(config, roster, noise):
+      x_m, cache, _ = transformer.run_layers(
+          params, config, x_m, positions_BxT, cache, layers=layers, noise=noise,
+          gate_weights=roster.gate_weights, write=True)
+    return cache, x_m
+
+  return jax.vmap(of_member)(jnp.asarray(roster.members), cache)
+
+
+def member_states(
+    params: Params, config: ModelConfig, roster: Roster, cache: KVCache,
+    tokens_BxT: jax.Array, positions_BxT: jax.Array, request_ids_B: jax.Array,
+    keep: tuple[str, ...] = (),
+) -> tuple[jax.Array, transformer.BlockOutputs]:
+  """All members at T positions against the Clean Cache, as one batch.
+
+  Args:
+    params: the model's parameters.
+    config: its architecture.
+    roster: the settings.
+    cache: holds the clean keys and values below each row's position.
+    tokens_BxT: int32 tokens at the rows' positions.
+    positions_BxT: int32.
+    request_ids_B: uint32.
+    keep: names of the `BlockOutputs` wanted.
+
+  Returns:
+    Hidden states after the last block, `[R, B, T, D]`, and outputs stacked
+    over layers: `keys` and `values` of the clean member `[L, B, T, K, C]`,
+    `experts` `[L, R, B, T, A]` and `router_logits` `[L, R, B, T, E]` of all.
+  """
+  members = jnp.asarray(roster.members)
+  count = len(roster.members)
+  per_member = {"experts", "router_logits"}
+
+  def lift(block):
+    def lifted(x_RxBxTxD, noise):
+      axes = None if noise is None else noise_lib.RoutingNoise(None, None, 0)
+      x, _, outputs = jax.vmap(block, in_axes=(0, axes))(x_RxBxTxD, noise)
+      clean = {name: jax.tree.map(lambda a: a[0], getattr(outputs, name))
+               for name in ("keys", "values")}
+      return x, None, outputs.replace(**clean)
+    return lifted
+
+  x = transformer.embed(params, tokens_BxT)
+  noise = routing_noise(roster, request_ids_B, positions_BxT, members)
+  first, _ = roster.noisy_layers
+  x, _, shared = transformer.run_layers(
+      params, config, x, positions_BxT, cache, layers=(0, first), keep=keep)
+  shared = shared.replace(**{
+      name: jax.tree.map(lambda a: jnp.repeat(a[:, None], count, axis=1), getattr(shared, name))
+      for name in per_member})
+  x = jnp.broadcast_to(x, (count, *x.shape))
+  parts = [shared] if first else []
+  for layers, noise in _stretches(config, roster, noise)[1:]:
+    if layers[0] < layers[1]:
+      x, _, outputs = transformer.run_layers(
+          params, config, x, positions_BxT, cache, layers=layers, noise=noise,
+          gate_weights=roster.gate_weights, keep=keep, lift=lift)
+      parts.append(outputs)
+  return x, jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+
+
+def _stretches(config, roster, noise):
+  """The layers before, within and after the noisy stretch, with their noise."""
+  first, end = roster.noisy_layers
+  return (((0, first), None), ((first, end), noise), ((end, config.num_layers), None))
+
+
+def step(params: Params, config: ModelConfig, roster: Roster, cache: KVCache | None,
+         tokens_B: jax.Array, positions_B: jax.Array, request_ids_B: jax.Array,
+         texts_BxS: jax.Array | None = None) -> tuple[RosterOutputs, KVCache | None]:
+  """One position of every text: the roster's next-token distribution.
+
+  Args:
+    params: the model's parameters.
+    config: its architecture.
+    roster: the settings.
+    cache: filled below `positions_B`; None if the roster recomputes.
+    tokens_B: int32 tokens at those positions.
+    positions_B: int32.
+    request_ids_B: uint32.
+    texts_BxS: all tokens up to those positions; needed to recompute.
+
+  Returns:
+    Outputs with T = 1, and the cache with this position written.
+  """
+  tokens, positions = tokens_B[:, None], positions_B[:, None]
+  if roster.recompute:
+    x = reference.member_states(params, config, roster, texts_BxS, request_ids_B)
+    x = jnp.take_along_axis(x, positions[None, ..., None], axis=2)
+  elif roster.cache == "clean":
+    x, own = member_states(params, config, roster, cache, tokens, positions,
+                           request_ids_B, keep=("keys", "values"))
+    cache = kv_cache.write(cache, own.keys, own.values, positions_B)
+  else:
+    cache, x = prefill(params, config, roster, cache, tokens, positions, request_ids_B)
+  return aggregate(params, config, roster, x), cache
+
+
+def aggregate(params: Params, config: ModelConfig, roster: Roster,
+              x_RxBxTxD: jax.Array) -> RosterOutputs:
+  """Distributions from the members' final hidden states, in float32."""
+  logits = transformer.unembed(params, config, x_RxBxTxD)
+  has_clean = roster.members[0] == 0
+  clean = jax.nn.log_softmax(logits[0], axis=-1) if has_clean else None
+  averaged = logits if roster.include_clean or not has_clean else logits[1:]
+  if roster.is_plain:
+    return RosterOutputs(clean, clean)
+  return RosterOutputs(AGGREGATIONS[roster.aggregation](averaged), clean)

@@ -1,0 +1,83 @@
+"""Choosing the next token from the aggregated distribution."""
+
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from roe_jax import noise as noise_lib
+
+
+@struct.dataclass
+class Sampler:
+  """Greedy choice, or sampling with temperature, top-k and top-p.
+
+  Made by `Sampler.greedy` or `Sampler.create`; the numbers are traced.
+
+  Attributes:
+    temperature: float32 divisor of the log-probabilities.
+    top_k: int32, how many of the most probable tokens are kept.
+    top_p: float32, the smallest set of most probable tokens with at least this
+      probability is kept, after top-k.
+    is_greedy: whether the most probable token is taken.
+  """
+
+  temperature: Any
+  top_k: Any
+  top_p: Any
+  is_greedy: bool = struct.field(pytree_node=False)
+
+  @classmethod
+  def greedy(cls) -> "Sampler":
+    return cls(jnp.float32(1), jnp.int32(0), jnp.float32(1), True)
+
+  @classmethod
+  def create(cls, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> "Sampler":
+    """A sampler; temperature 0 is greedy, top_k 0 and top_p 1 keep all tokens.
+
+    Raises:
+      ValueError: a setting is out of its range.
+    """
+    if not (np.isfinite(temperature) and temperature >= 0):
+      raise ValueError(f"the sampling temperature must be finite and not negative, got {temperature}")
+    if top_k < 0:
+      raise ValueError(f"top_k must be 0 (all tokens) or positive, got {top_k}")
+    if not 0 < top_p <= 1:
+      raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+    if temperature == 0:
+      return cls.greedy()
+    return cls(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), False)
+
+  def settings(self) -> dict[str, Any]:
+    """All settings as plain values, to go with every result."""
+    if self.is_greedy:
+      return {"temperature": 0.0}
+    return {"temperature": round(float(self.temperature), 6), "top_k": int(self.top_k),
+            "top_p": round(float(self.top_p), 6)}
+
+
+def choose(sampler: Sampler, seed: jax.Array, log_probs_BxV: jax.Array,
+           request_ids_B: jax.Array, positions_B: jax.Array) -> jax.Array:
+  """The next token of each row, int32 `[B]`.
+
+  Args:
+    sampler: how to choose.
+    seed: uint32; the draw is a function of it and of the row's address.
+    log_probs_BxV: float32 aggregated distributions.
+    request_ids_B: uint32.
+    positions_B: int32 positions that the distributions were computed at.
+  """
+  if sampler.is_greedy:
+    return jnp.argmax(log_probs_BxV, axis=-1).astype(jnp.int32)
+  key = noise_lib.stream_key(seed, noise_lib.SAMPLING)
+  keys = noise_lib.position_keys(key, request_ids_B, positions_B[:, None])[:, 0]
+  ranked, tokens = jax.lax.top_k(log_probs_BxV / sampler.temperature, log_probs_BxV.shape[-1])
+  rank = jnp.arange(ranked.shape[-1])
+  keep = (sampler.top_k == 0) | (rank < sampler.top_k)
+  probs = jax.nn.softmax(jnp.where(keep, ranked, -jnp.inf), axis=-1)
+  keep &= jnp.cumsum(probs, axis=-1) - probs < sampler.top_p
+  ranked = jnp.where(keep, ranked, -jnp.inf)
+  drawn = jax.vmap(jax.random.categorical)(keys, ranked)
+  return jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -1,0 +1,304 @@
+"""Teacher-forced scoring: log-probabilities of given texts, and perplexity."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from roe_jax import batching, decode, reference, roster as roster_lib
+from roe_jax.cache import KVCache
+from roe_jax.config import ModelConfig
+from roe_jax.params import Params
+from roe_jax.roster import Roster
+
+# Bytes that the members' logits of one chunk of positions may take.
+LOGITS_BUDGET = 256 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class TextScore:
+  """Scores of one text's tokens from its start on.
+
+  Attributes:
+    log_probs: `[X, G]` float32, of each scored token at each output
+      temperature.
+    greedy_tokens: `[X]` int32, the most probable token in each place.
+    clean_greedy_tokens: `[X]` int32, that of the clean member (-1 where it is
+      not computed).
+  """
+
+  log_probs: np.ndarray
+  greedy_tokens: np.ndarray
+  clean_greedy_tokens: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """Scores in the order of the texts, and the settings that made them."""
+
+  texts: list[TextScore]
+  settings: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+  """Perplexity of one long text.
+
+  Attributes:
+    perplexity: exp of the mean negative log-probability, `[G]`.
+    nll: `[X, G]` float32, negative log-probability of each scored token, nats.
+    num_windows: how many windows the text was cut into.
+    settings: of the roster, and window and stride.
+  """
+
+  perplexity: np.ndarray
+  nll: np.ndarray
+  num_windows: int
+  settings: dict[str, Any]
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def score_chunk(
+    params: Params, config: ModelConfig, roster: Roster, cache: KVCache | None,
+    tokens_BxT: jax.Array, targets_BxT: jax.Array, starts_B: jax.Array,
+    request_ids_B: jax.Array, output_temperatures_G: jax.Array,
+) -> tuple[KVCache | None, jax.Array, jax.Array, jax.Array]:
+  """Scores targets at T consecutive positions of each text.
+
+  Under Clean Cache with a roster the (donated) cache must hold all earlier
+  clean keys and values, which stay as they are. Otherwise the chunk is part of
+  a pass over the whole text, which writes the cache.
+
+  Returns:
+    The cache, log-probabilities `[B, T, G]`, and the most probable tokens of
+    the roster and of the clean member, `[B, T]`.
+  """
+  positions = starts_B[:, None] + jnp.arange(tokens_BxT.shape[1])
+  if roster.recompute:
+    x = reference.member_states(params, config, roster, tokens_BxT, request_ids_B)
+  elif _filled_first(roster):
+    x, _ = roster_lib.member_states(
+        params, config, roster, cache, tokens_BxT, positions, request_ids_B)
+  else:
+    cache, x = roster_lib.prefill(
+        params, config, roster, cache, tokens_BxT, positions, request_ids_B)
+  outputs = roster_lib.aggregate(params, config, roster, x)
+  log_probs = outputs.log_probs
+
+  def at_temperature(temperature):
+    scaled = log_probs / temperature
+    chosen = jnp.take_along_axis(scaled, targets_BxT[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(scaled, axis=-1)
+
+  scores = jax.lax.map(at_temperature, output_temperatures_G)
+  greedy = jnp.argmax(log_probs, axis=-1)
+  clean = (jnp.full_like(greedy, -1) if outputs.clean_log_probs is None
+           else jnp.argmax(outputs.clean_log_probs, axis=-1))
+  return cache, jnp.moveaxis(scores, 0, -1), greedy, clean
+
+
+def _filled_first(roster):
+  """Whether positions are scored in parallel against a cache filled before."""
+  return roster.cache == "clean" and not roster.is_plain
+
+
+def score(
+    params: Params,
+    config: ModelConfig,
+    texts: Sequence[Sequence[int]],
+    starts: Sequence[int] | None = None,
+    *,
+    roster: Roster | None = None,
+    request_ids: Sequence[int] | None = None,
+    output_temperatures: Sequence[float] = (1.0,),
+    batch_size: int = 16,
+    chunk_size: int | None = None,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> Scores:
+  """Log-probability of each token of each text from its start on.
+
+  The probability of a token is the one that `decode.generate` would choose it
+  from, with the same settings and request id, to rounding: neither batching
+  nor chunking matters.
+
+  Args:
+    params: the model's parameters.
+    config: its architecture.
+    texts: token ids.
+    starts: index of the first token scored in each text, at least 1 (the first
+      token has no predecessor to predict it); 1 by default.
+    roster: the settings; the plain model by default.
+    request_ids: see `decode.generate`.
+    output_temperatures: `[G]` divisors of the aggregated log-probabilities
+      (renormalised); the calibration of one temperature is read off a grid.
+    batch_size: texts scored together.
+    chunk_size: positions scored together; by default what `LOGITS_BUDGET`
+      holds.
+    on_batch: called with the number of texts in each finished batch.
+
+  Raises:
+    ValueError: a text is empty, too long or outside the vocabulary, or a
+      setting is out of its range.
+  """
+  roster = roster or Roster.create(config)
+  batching.check_tokens(config, texts, what="text")
+  starts = [1] * len(texts) if starts is None else list(starts)
+  if len(starts) != len(texts):
+    raise ValueError(f"got {len(starts)} starts for {len(texts)} texts")
+  for i, (text, start) in enumerate(zip(texts, starts)):
+    if not 1 <= start <= len(text):
+      raise ValueError(
+          f"the first scored token of text {i} must have an index in [1, {len(text)}], "
+          f"got {start}")
+  temperatures = np.asarray(output_temperatures, np.float32)
+  if temperatures.ndim != 1 or temperatures.size == 0 or not np.all(
+      np.isfinite(temperatures) & (temperatures > 0)):
+    raise ValueError(
+        f"output_temperatures must be a list of positive numbers, got {output_temperatures}")
+  if batch_size < 1 or (chunk_size is not None and chunk_size < 1):
+    raise ValueError("batch_size and chunk_size must be at least 1")
+  ids = batching.request_ids(request_ids, len(texts))
+  scored = []
+  for first in range(0, len(texts), batch_size):
+    batch = slice(first, first + batch_size)
+    scored += _score_batch(params, config, texts[batch], starts[batch], roster, ids[batch],
+                           jnp.asarray(temperatures), chunk_size)
+    on_batch(len(texts[batch]))
+  return Scores(scored, {
+      "roster": roster.settings(), "output_temperatures": [float(t) for t in output_temperatures],
+      "model": dataclasses.asdict(config)})
+
+
+def _score_batch(params, config, texts, starts, roster, request_ids, temperatures, chunk_size):
+  num_rows = batching.bucket(len(texts))
+  longest = max(map(len, texts))
+  capacity = batching.bucket(longest, 64)
+  tokens = batching.pad(texts, num_rows, capacity + 1)
+  ids = np.zeros(num_rows, np.uint32)
+  ids[:len(texts)] = request_ids
+  ids = jnp.asarray(ids)
+  cache = roster_lib.empty_cache(config, roster, num_rows, capacity)
+  # The token at index i is predicted at position i - 1.
+  offsets = np.zeros(num_rows, np.int32)
+  ends = np.zeros(num_rows, np.int32)
+  ends[:len(texts)] = [len(t) - 1 for t in texts]
+  begins = np.zeros(num_rows, np.int32)
+  begins[:len(texts)] = [s - 1 for s in starts]
+  if roster.recompute:
+    chunk_size = capacity
+  elif _filled_first(roster):
+    cache = decode.fill_cache(params, config, roster, cache, tokens[:, :capacity],
+                              longest - 1, ids)
+    offsets = begins
+  chunk = chunk_size or _chunk_size(config, roster, num_rows)
+  needed = int(np.max(ends - offsets))
+  chunk = min(chunk, batching.bucket(needed, 16)) if needed else chunk
+  found = [[] for _ in texts]
+  earliest = int(begins[:len(texts)].min())
+  for step in range(0, needed, chunk):
+    if not (roster.recompute or _filled_first(roster)) and step + chunk <= earliest:
+      cache = decode.prefill_chunk(params, config, roster, cache, tokens[:, step:step + chunk],
+                                   jnp.asarray(offsets + step), ids)
+      continue
+    columns = (offsets + step)[:, None] + np.arange(chunk)
+    inputs = jnp.take_along_axis(tokens, jnp.minimum(columns, capacity), axis=1)
+    targets = jnp.take_along_axis(tokens, jnp.minimum(columns + 1, capacity), axis=1)
+    cache, *results = score_chunk(params, config, roster, cache, inputs, targets,
+                                  jnp.asarray(offsets + step), ids, temperatures)
+    results = [np.asarray(r) for r in results]
+    for row in range(len(texts)):
+      low = max(0, begins[row] - offsets[row] - step)
+      high = min(chunk, ends[row] - offsets[row] - step)
+      if low < high:
+        found[row].append([r[row, low:high] for r in results])
+  return [_joined(pieces, len(temperatures)) for pieces in found]
+
+
+def _joined(pieces, num_temperatures):
+  if not pieces:
+    return TextScore(np.zeros((0, num_temperatures), np.float32), np.zeros(0, np.int32),
+                     np.zeros(0, np.int32))
+  return TextScore(*(np.concatenate(part) for part in zip(*pieces)))
+
+
+def _chunk_size(config, roster, num_rows):
+  """The largest power of two whose members' logits fit the budget, at most 256."""
+  per_position = len(roster.members) * num_rows * config.vocab_size * 4
+  fitting = max(1, LOGITS_BUDGET // per_position)
+  return min(decode.PREFILL_CHUNK, 1 << (fitting.bit_length() - 1))
+
+
+def perplexity(
+    params: Params,
+    config: ModelConfig,
+    text: Sequence[int],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    roster: Roster | None = None,
+    output_temperatures: Sequence[float] = (1.0,),
+    batch_size: int = 8,
+    chunk_size: int | None = None,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> Perplexity:
+  """Perplexity of a text of any length, by strided windows.
+
+  Windows of `window` tokens start every `stride` tokens; each scores the
+  tokens that no earlier window has scored, so that every token but the first
+  is scored once, with at least `window - stride` tokens of context (fewer only
+  at the text's beginning). A window is a text of its own: its positions count
+  from 0, and its request id is its index.
+
+  Args:
+    params: the model's parameters.
+    config: its architecture.
+    text: token ids, at least two.
+    window: tokens in a window, at most the model's context, which is the
+      default.
+    stride: tokens from one window's start to the next, in [1, window - 1]; half
+      a window by default.
+    roster: see `score`.
+    output_temperatures: see `score`.
+    batch_size: windows scored together.
+    chunk_size: see `score`.
+    on_batch: see `score`.
+
+  Raises:
+    ValueError: the text is too short, or a setting is out of its range.
+  """
+  window = config.context_length if window is None else window
+  if not 2 <= window <= config.context_length:
+    raise ValueError(
+        f"window must lie in [2, {config.context_length}] (the model's context), got {window}")
+  stride = max(1, window // 2) if stride is None else stride
+  if not 1 <= stride < window:
+    raise ValueError(f"stride must lie in [1, {window - 1}] (less than the window), got {stride}")
+  if len(text) < 2:
+    raise ValueError(f"a perplexity needs at least two tokens, got {len(text)}")
+  windows, starts, scored_to = [], [], 1
+  for begin in range(0, len(text), stride):
+    end = min(begin + window, len(text))
+    windows.append(list(text[begin:end]))
+    starts.append(scored_to - begin)
+    scored_to = end
+    if end == len(text):
+      break
+  scores = score(params, config, windows, starts, roster=roster,
+                 output_temperatures=output_temperatures, batch_size=batch_size,
+                 chunk_size=chunk_size, on_batch=on_batch)
+  nll = -np.concatenate([s.log_probs for s in scores.texts])
+  return Perplexity(np.exp(nll.mean(axis=0, dtype=np.float64)), nll, len(windows),
+                    scores.settings | {"window": window, "stride": stride})
+
+
+def mean_nll(scores: Scores) -> np.ndarray:
+  """Mean negative log-probability over all scored tokens, `[G]`, nats."""
+  nll = -np.concatenate([s.log_probs for s in scores.texts])
+  if not math.prod(nll.shape):
+    raise ValueError("no token was scored")
+  return nll.mean(axis=0, dtype=np.float64)
