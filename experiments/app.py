@@ -1,0 +1,138 @@
+"""What all programs here share: start-up, errors, model and roster flags."""
+
+from collections.abc import Callable, Sequence
+import json
+import os
+import pathlib
+import sys
+
+from absl import app, flags
+import jax
+
+from roe_jax import assets, checkpoint, routing, tokenizer as tokenizer_lib
+from roe_jax.aggregation import AGGREGATIONS
+from roe_jax.config import ModelConfig
+from roe_jax.params import Params
+from roe_jax.roster import CACHES, Roster
+from roe_jax.tokenizer import Tokenizer
+
+EMBEDDED = "embedded:"
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+  """Runs a program; an error in its input becomes one sentence and exit code 1."""
+  def guarded(argv):
+    if len(argv) > 1:
+      raise app.UsageError(f"unexpected argument {argv[1]!r}: settings are given as --name=value")
+    use_compilation_cache()
+    try:
+      main(argv)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+      sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+      sys.exit(130)
+  app.run(guarded)
+
+
+def use_compilation_cache() -> None:
+  """Keeps compiled programs between runs, in ROE_JAX_CACHE or ~/.cache/roe_jax."""
+  folder = os.environ.get("ROE_JAX_CACHE") or pathlib.Path.home() / ".cache" / "roe_jax"
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def define_model_flags(default: str | None = None) -> None:
+  flags.DEFINE_string(
+      "checkpoint", default, "Folder of a roe_jax checkpoint, or an embedded model: "
+      + ", ".join(EMBEDDED + name for name in assets.NAMES) + ".", required=default is None)
+  flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"],
+                    "Dtype to compute in; the checkpoint's own by default.")
+
+
+def define_roster_flags(num_members: int = 1) -> None:
+  flags.DEFINE_integer("num_members", num_members, "n, how many distributions are averaged.")
+  flags.DEFINE_string(
+      "temperature_profile", "0",
+      "Router temperature τ: one number for all layers, a comma-separated list with one for "
+      "each layer, or a JSON file with the list under \"temperatures\".")
+  flags.DEFINE_integer("seed", 0, "Of the routing noise and of sampling.")
+  flags.DEFINE_enum("cache", "clean", CACHES, "Whose history the members see.")
+  flags.DEFINE_bool("recompute", False, "Do without a cache: slow, for comparison.")
+  flags.DEFINE_enum("aggregation", "mean_probability", list(AGGREGATIONS),
+                    "How the members' distributions become one.")
+  flags.DEFINE_enum("gate_weights", routing.CLEAN, routing.GATE_WEIGHTS,
+                    "What the chosen experts are weighted with.")
+  flags.DEFINE_bool("include_clean", True, "Whether the noise-free member is averaged.")
+
+
+def parse_temperatures(text: str) -> float | list[float]:
+  """The value of --temperature_profile.
+
+  Raises:
+    ValueError: neither numbers nor a JSON file with "temperatures".
+  """
+  try:
+    values = [float(part) for part in text.split(",")]
+    return values[0] if len(values) == 1 else values
+  except ValueError:
+    pass
+  path = pathlib.Path(text)
+  if not path.is_file():
+    raise ValueError(
+        f"--temperature_profile={text!r} is neither a number, a comma-separated list of "
+        "numbers, nor an existing JSON file")
+  try:
+    return [float(t) for t in json.loads(path.read_text())["temperatures"]]
+  except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+        f"{path} is not a temperature profile: a JSON object with a list of numbers under "
+        "\"temperatures\" is expected") from error
+
+
+def roster_from_flags(config: ModelConfig) -> Roster:
+  """The roster that the flags of `define_roster_flags` ask for."""
+  f = flags.FLAGS
+  return Roster.create(
+      config, f.num_members, parse_temperatures(f.temperature_profile), seed=f.seed,
+      include_clean=f.include_clean, cache=f.cache, recompute=f.recompute,
+      aggregation=f.aggregation, gate_weights=f.gate_weights)
+
+
+def checkpoint_path(name: str) -> pathlib.Path:
+  """The folder that --checkpoint names.
+
+  Raises:
+    ValueError: an unknown embedded model.
+  """
+  if name.startswith(EMBEDDED):
+    return assets.path(name.removeprefix(EMBEDDED))
+  return pathlib.Path(name).expanduser()
+
+
+def load_config(name: str) -> ModelConfig:
+  """The config of the checkpoint that --checkpoint names."""
+  return checkpoint.load_config(checkpoint_path(name))
+
+
+def open_model(name: str, dtype: str | None = None) -> tuple[Params, ModelConfig, Tokenizer]:
+  """Parameters, config and tokenizer of a checkpoint.
+
+  Raises:
+    ValueError: it is not a complete checkpoint with a tokenizer that fits.
+  """
+  path = checkpoint_path(name)
+  config = checkpoint.load_config(path)
+  tokenizer = Tokenizer.load(path)
+  tokenizer_lib.check_vocabulary(tokenizer, config)
+  params, config = checkpoint.load(path, dtype)
+  return params, config, tokenizer
+
+
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+  """Replaces a file as a whole, so that no reader ever sees half of it."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(path.name + ".partial")
+  temporary.write_text(text)
+  temporary.replace(path)
