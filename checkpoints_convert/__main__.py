@@ -1,0 +1,23 @@
+"""Converts between Hugging Face folders and roe_jax checkpoints.
+
+    python -m checkpoints_convert --source=allenai/OLMoE-1B-7B-0924 --target=olmoe
+    python -m checkpoints_convert --source=olmoe --target=olmoe_hf --to_hugging_face
+"""
+
+import sys
+
+from absl import app
+from absl import flags
+
+from checkpoints_convert import cli
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+  sys.exit(cli.run(flags.FLAGS))
+
+
+if __name__ == "__main__":
+  cli.define_flags()
+  app.run(main)

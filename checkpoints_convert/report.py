@@ -1,0 +1,73 @@
+"""What a conversion would do, as a table."""
+
+import math
+import os
+import pathlib
+
+import jax
+
+from checkpoints_convert import from_hugging_face as source_lib
+from checkpoints_convert import rules
+from roe_jax import checkpoint
+from roe_jax import params as params_lib
+from roe_jax.config import ModelConfig, from_hugging_face
+
+
+def describe_source(source: str, dtype: str, revision: str | None) -> str:
+  """The report on a Hugging Face source; from the hub it reads the config alone.
+
+  Raises:
+    ConversionError, ValueError: the source cannot be converted.
+  """
+  folder = source_lib.find(source, revision, weights=False)
+  if pathlib.Path(source).expanduser().is_dir():
+    opened = source_lib.open_source(folder, dtype)
+    config, stored = opened.config, ", ".join(opened.stored_dtypes)
+  else:
+    config = from_hugging_face(
+        source_lib.read_config(folder), None if dtype == "source" else dtype)
+    rules.check_table(config)
+    stored = "known only after the download"
+  return f"source: {source} (dtypes in its files: {stored})\n" + describe(config)
+
+
+def describe(config: ModelConfig) -> str:
+  """Parameters, pieces, sizes, and the devices that are there."""
+  itemsize = _itemsize(config)
+  rows = [("parameter", "shape", "dtype", "bytes")]
+  leaves = checkpoint.named_leaves(params_lib.abstract(config))
+  for name, leaf in leaves.items():
+    size = math.prod(leaf.shape) * itemsize
+    rows.append((name, str(list(leaf.shape)), config.dtype, f"{size:,}"))
+  widths = [max(len(row[i]) for row in rows) for i in range(4)]
+  lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}".rstrip()
+           for a, b, c, d in rows]
+  pieces = checkpoint.plan_pieces(config)
+  largest = max(sum(math.prod(s.shape) * itemsize
+                    for s in checkpoint.piece_shapes(config, p).values()) for p in pieces)
+  total = params_lib.num_bytes(config)
+  lines += [
+      "",
+      f"model: {config.family}, {params_lib.count(config):,} parameters in {config.dtype}",
+      f"pieces: {len(pieces)}, the largest {_gib(largest)}",
+      f"on disk and in memory: {_gib(total)}; while loading at most {_gib(total + largest)}",
+      f"host memory: {_gib(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}",
+      "devices:",
+      *(f"  {_device(device)}" for device in jax.devices()),
+  ]
+  return "\n".join(lines)
+
+
+def _itemsize(config: ModelConfig) -> int:
+  return params_lib.num_bytes(config) // params_lib.count(config)
+
+
+def _gib(size: int) -> str:
+  return f"{size / 2**30:.2f} GiB"
+
+
+def _device(device: jax.Device) -> str:
+  statistics = device.memory_stats() or {}
+  limit = statistics.get("bytes_limit")
+  memory = f"{_gib(limit)} usable" if limit else "memory not known"
+  return f"{device.device_kind} {device.id}: {memory}"

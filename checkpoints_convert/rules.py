@@ -1,0 +1,168 @@
+"""Which hub tensor is which part of which parameter: one table for each family.
+
+A rule's pattern reads like `"(H C) D -> D H C"`: to the left the axes of the
+hub tensor, where parentheses merge axes; to the right where they go in one
+layer's parameter. There, `expert` is the index of the rule's expert, and a
+number is an index of its own: `"F D -> expert D 1 F"` is the second half of a
+fused projection. Letters are axis sizes (see `ModelConfig`). Every pattern is
+a reordering, so that it can be read backwards without loss.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Iterator
+
+import numpy as np
+
+from checkpoints_convert.common import ConversionError
+from roe_jax.checkpoint import Piece, piece_shapes
+from roe_jax.config import ModelConfig
+
+
+_BLOCK_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """One kind of hub tensor.
+
+  Attributes:
+    tensor: its name, with `{layer}` and `{expert}` where it has them.
+    parameter: the parameter's name in its piece (`checkpoint.piece_shapes`).
+    pattern: see the module.
+  """
+
+  tensor: str
+  parameter: str
+  pattern: str
+
+
+_COMMON = (
+    Rule("model.embed_tokens.weight", "embedding", "V D -> V D"),
+    Rule("model.norm.weight", "final_norm", "D -> D"),
+    Rule("lm_head.weight", "unembedding", "V D -> D V"),
+    Rule("model.layers.{layer}.input_layernorm.weight", "attention_norm", "D -> D"),
+    Rule("model.layers.{layer}.post_attention_layernorm.weight", "moe_norm", "D -> D"),
+    Rule("model.layers.{layer}.self_attn.q_proj.weight", "attention.query", "(H C) D -> D H C"),
+    Rule("model.layers.{layer}.self_attn.k_proj.weight", "attention.key", "(K C) D -> D K C"),
+    Rule("model.layers.{layer}.self_attn.v_proj.weight", "attention.value", "(K C) D -> D K C"),
+    Rule("model.layers.{layer}.self_attn.o_proj.weight", "attention.output", "D (H C) -> H C D"),
+)
+
+
+def _experts(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+  """A router and separate matrices for each expert, under a family's names."""
+  expert = block + ".experts.{expert}."
+  return (
+      Rule(block + ".gate.weight", "router", "E D -> D E"),
+      Rule(f"{expert}{gate}.weight", "experts.gate_up", "F D -> expert D 0 F"),
+      Rule(f"{expert}{up}.weight", "experts.gate_up", "F D -> expert D 1 F"),
+      Rule(f"{expert}{down}.weight", "experts.down", "D F -> expert F D"),
+  )
+
+
+FAMILIES: dict[str, tuple[Rule, ...]] = {
+    "olmoe": (
+        *_COMMON,
+        Rule("model.layers.{layer}.self_attn.q_norm.weight",
+             "attention.query_norm", "(H C) -> H C"),
+        Rule("model.layers.{layer}.self_attn.k_norm.weight",
+             "attention.key_norm", "(K C) -> K C"),
+        *_experts("model.layers.{layer}.mlp", "gate_proj", "up_proj", "down_proj"),
+    ),
+    "mixtral": (
+        *_COMMON,
+        *_experts("model.layers.{layer}.block_sparse_moe", "w1", "w3", "w2"),
+    ),
+}
+
+
+class Part:
+  """One hub tensor and the part of a piece's parameter that it is.
+
+  Attributes:
+    tensor: the full name in the hub file.
+    shape: the shape there.
+    parameter: the parameter's name in the piece.
+  """
+
+  def __init__(self, rule: Rule, sizes: dict[str, int], row: int | None,
+               layer: int | None, expert: int | None):
+    source, target = rule.pattern.split(" -> ")
+    groups = [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w+", source)]
+    axes = [axis for group in groups for axis in group]
+    self.tensor = rule.tensor.format(layer=layer, expert=expert)
+    self.parameter = rule.parameter
+    self.shape = tuple(math.prod(sizes[a] for a in group) for group in groups)
+    self._split = tuple(sizes[a] for a in axes)
+    order = [axes.index(token) for token in target.split() if token in axes]
+    self._inverse = tuple(order.index(i) for i in range(len(axes)))
+    self._index = () if row is None else (row,)
+    self._index += tuple(
+        expert if token == "expert" else slice(None) if token in axes else int(token)
+        for token in target.split())
+
+  def fill(self, parameter: np.ndarray, tensor: np.ndarray) -> None:
+    """Writes the hub tensor into its part of the parameter, casting to its dtype."""
+    self._copy(tensor.reshape(self._split), self._view(parameter))
+
+  def take(self, parameter: np.ndarray) -> np.ndarray:
+    """The hub tensor out of the parameter: the inverse of `fill`."""
+    tensor = np.empty(self.shape, parameter.dtype)
+    self._copy(self._view(parameter), tensor.reshape(self._split))
+    return tensor
+
+  def _view(self, parameter: np.ndarray) -> np.ndarray:
+    """The part of the parameter, with the axes in the hub tensor's order."""
+    return parameter[self._index].transpose(self._inverse)
+
+  def _copy(self, source: np.ndarray, target: np.ndarray) -> None:
+    # By blocks of rows: transposing a large matrix in one go misses the cache
+    # at every element and takes ten times as long.
+    rows = self.shape[0] // self._split[0]
+    step = max(1, _BLOCK_ROWS // rows)
+    for start in range(0, self._split[0], step):
+      target[start:start + step] = source[start:start + step]
+
+
+def parts(config: ModelConfig, piece: Piece) -> Iterator[Part]:
+  """All hub tensors of a piece."""
+  sizes = {
+      "V": config.vocab_size, "D": config.d_model, "H": config.num_heads,
+      "K": config.num_kv_heads, "C": config.head_dim, "E": config.num_experts,
+      "F": config.d_expert}
+  layers = range(piece.start, piece.stop) if piece.num_layers else (None,)
+  for layer in layers:
+    for rule in FAMILIES[config.family]:
+      if ("{layer}" in rule.tensor) == (layer is None):
+        continue
+      row = None if layer is None else layer - piece.start
+      experts = range(config.num_experts) if "{expert}" in rule.tensor else (None,)
+      for expert in experts:
+        yield Part(rule, sizes, row, layer, expert)
+
+
+def check_table(config: ModelConfig) -> None:
+  """Checks that the family's table fills every parameter of the model, once.
+
+  Raises:
+    ConversionError: the table and the model's parameters do not agree.
+  """
+  if config.family not in FAMILIES:
+    raise ConversionError(
+        f"there is no conversion table for the family {config.family!r}; there are "
+        f"tables for {', '.join(FAMILIES)}")
+  for piece in (Piece("top"), Piece("one layer", 0, 1)):
+    shapes = piece_shapes(config, piece)
+    filled = dict.fromkeys(shapes, 0)
+    for part in parts(config, piece):
+      if part.parameter not in filled:
+        raise ConversionError(
+            f"the table of {config.family} fills {part.parameter}, which a "
+            f"{config.family} model does not have")
+      filled[part.parameter] += math.prod(part.shape)
+    wrong = [name for name, size in filled.items() if size != math.prod(shapes[name].shape)]
+    if wrong:
+      raise ConversionError(
+          f"the table of {config.family} does not fill exactly: {', '.join(wrong)}")

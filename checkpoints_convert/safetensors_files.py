@@ -1,0 +1,207 @@
+"""Reading and writing folders of safetensors files, one tensor in memory at a time.
+
+Files are read with plain reads instead of memory maps, so that what was read
+does not stay in the process's memory; headers are checked before any tensor is.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Iterable, Iterator
+
+import ml_dtypes
+import numpy as np
+
+from checkpoints_convert.common import ConversionError, some
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_DTYPES = {
+    "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16)}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_HEADER_BYTES = 100 << 20
+_AGAIN = "download the model again"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+  """Where a tensor lies: `offset` bytes into `file`."""
+
+  name: str
+  file: pathlib.Path
+  offset: int
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+  @property
+  def num_bytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read(info: TensorInfo) -> np.ndarray:
+  """The tensor, in its own dtype.
+
+  Raises:
+    ConversionError: the file has become shorter since its header was read.
+  """
+  array = np.empty(info.shape, info.dtype)
+  with open(info.file, "rb", buffering=0) as file:
+    file.seek(info.offset)
+    target = memoryview(array.reshape(-1).view(np.uint8))
+    while target:
+      count = file.readinto(target)
+      if not count:
+        raise ConversionError(f"{info.file} ends in the middle of {info.name}: {_AGAIN}")
+      target = target[count:]
+  return array
+
+
+def read_headers(folder: pathlib.Path) -> dict[str, TensorInfo]:
+  """All tensors of a folder, after checking that its files are whole.
+
+  Raises:
+    ConversionError: no safetensors, a shard that is missing, truncated or
+      malformed, or an index that disagrees with the shards.
+  """
+  if (folder / INDEX_FILE).is_file():
+    return _read_shards(folder)
+  if (folder / SINGLE_FILE).is_file():
+    return _read_header(folder / SINGLE_FILE)
+  shards = sorted(p.name for p in folder.glob("*.safetensors"))
+  if shards:
+    raise ConversionError(
+        f"{folder} has safetensors files ({some(shards)}) but neither {INDEX_FILE} nor "
+        f"{SINGLE_FILE}: {_AGAIN}")
+  pickles = sorted(
+      p.name for suffix in ("bin", "pt", "pth", "ckpt") for p in folder.glob(f"*.{suffix}"))
+  if pickles:
+    raise ConversionError(
+        f"{folder} has its weights only as pickles ({some(pickles)}), and reading a pickle "
+        "can run any code that its author put there: get the model as safetensors")
+  raise ConversionError(f"{folder} has no safetensors files")
+
+
+def _read_shards(folder: pathlib.Path) -> dict[str, TensorInfo]:
+  path = folder / INDEX_FILE
+  try:
+    index = json.loads(path.read_text())["weight_map"]
+    shards = sorted(set(index.values()))
+    paths = [folder / name for name in shards]
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ConversionError(f"{path} is not a safetensors index: {_AGAIN}") from error
+  missing = [p.name for p in paths if not p.is_file()]
+  if missing:
+    raise ConversionError(
+        f"{folder} lacks {len(missing)} of the {len(shards)} shards that its index names "
+        f"({some(missing)}): {_AGAIN}")
+  tensors = {}
+  for path in paths:
+    found = _read_header(path)
+    promised = {name for name, shard in index.items() if shard == path.name}
+    if promised - set(found):
+      raise ConversionError(
+          f"the index of {folder} names tensors that {path.name} does not have: "
+          f"{some(promised - set(found))}")
+    if set(found) - promised:
+      raise ConversionError(
+          f"{path} has tensors that the index does not place there: "
+          f"{some(set(found) - promised)}")
+    tensors |= found
+  return tensors
+
+
+def _read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
+  size = path.stat().st_size
+  with open(path, "rb") as file:
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > _MAX_HEADER_BYTES:
+      raise ConversionError(f"{path} is not a safetensors file: {_AGAIN}")
+    text = file.read(length)
+  if len(text) < length:
+    raise ConversionError(
+        f"{path} is truncated: it has {size} bytes and its header alone {length}: {_AGAIN}")
+  start = 8 + length
+  tensors, expected = {}, start
+  try:
+    header = json.loads(text)
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+      begin, end = entry["data_offsets"]
+      if entry["dtype"] not in _DTYPES:
+        raise ConversionError(
+            f"{name} in {path} has dtype {entry['dtype']}; supported: {', '.join(_DTYPES)}")
+      info = TensorInfo(name, path, start + begin, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+      if begin < 0 or end - begin != info.num_bytes:
+        raise ConversionError(
+            f"{name} in {path} has {end - begin} bytes, its shape {list(info.shape)} needs "
+            f"{info.num_bytes}: {_AGAIN}")
+      tensors[name] = info
+      expected = max(expected, start + end)
+  except ConversionError:
+    raise
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ConversionError(f"{path} has a malformed safetensors header: {_AGAIN}") from error
+  if size != expected:
+    what = "truncated" if size < expected else "too long"
+    raise ConversionError(
+        f"{path} is {what}: it has {size} bytes, its header describes {expected}: {_AGAIN}")
+  return tensors
+
+
+def plan_shards(
+    tensors: Iterable[tuple[str, tuple[int, ...]]], dtype: np.dtype, max_shard_bytes: int,
+) -> list[tuple[str, dict[str, tuple[int, ...]]]]:
+  """File names with the tensors' shapes in each, in order.
+
+  A shard is at most `max_shard_bytes`, or has one tensor only.
+  """
+  shards: list[dict[str, tuple[int, ...]]] = []
+  filled = 0
+  for name, shape in tensors:
+    size = math.prod(shape) * dtype.itemsize
+    if not shards or filled + size > max_shard_bytes:
+      shards.append({})
+      filled = 0
+    shards[-1][name] = shape
+    filled += size
+  if len(shards) == 1:
+    return [(SINGLE_FILE, shards[0])]
+  return [(f"model-{i:05d}-of-{len(shards):05d}.safetensors", shard)
+          for i, shard in enumerate(shards, 1)]
+
+
+def write_shards(
+    folder: pathlib.Path, shards: list[tuple[str, dict[str, tuple[int, ...]]]],
+    dtype: np.dtype, arrays: Iterator[np.ndarray]) -> None:
+  """Writes planned shards, and their index if there are several.
+
+  Args:
+    folder: to write into.
+    shards: as `plan_shards` planned them.
+    dtype: of all tensors.
+    arrays: the tensors in the planned order; each is released once written.
+  """
+  total = 0
+  for file_name, shapes in shards:
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+      end = offset + math.prod(shape) * dtype.itemsize
+      header[name] = {
+          "dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+      offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(folder / file_name, "wb") as file:
+      file.write(len(text).to_bytes(8, "little") + text)
+      for shape in shapes.values():
+        array = next(arrays)
+        assert array.shape == shape and array.dtype == dtype, (array.shape, shape)
+        file.write(memoryview(array.reshape(-1).view(np.uint8)))
+        del array
+    total += offset
+  if len(shards) > 1:
+    index = {"metadata": {"total_size": total},
+             "weight_map": {name: file for file, shapes in shards for name in shapes}}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

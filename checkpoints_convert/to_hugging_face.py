@@ -1,0 +1,73 @@
+"""A roe_jax checkpoint back to a Hugging Face folder."""
+
+import json
+import pathlib
+import shutil
+from typing import Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from checkpoints_convert import rules
+from checkpoints_convert import safetensors_files
+from checkpoints_convert.common import check_space
+from roe_jax import checkpoint
+from roe_jax import params as params_lib
+from roe_jax.config import ModelConfig, to_hugging_face
+
+MAX_SHARD_BYTES = 5 * 10**9
+_MARKER = "unfinished_conversion.json"
+
+
+def convert_to_hugging_face(
+    source: str, target: str, *, dtype: str = "source", overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES) -> ModelConfig:
+  """Converts and returns the model's config.
+
+  Args:
+    source: a roe_jax checkpoint.
+    target: the folder to write, which `transformers` can load.
+    dtype: "float32", "bfloat16", or "source" for the checkpoint's own.
+    overwrite: whether an existing Hugging Face folder at `target` is replaced.
+    max_shard_bytes: how large a safetensors file may become.
+
+  Raises:
+    ConversionError, ValueError: the model has no Hugging Face form.
+    FileNotFoundError: the source is not a complete checkpoint.
+    FileExistsError: the target exists.
+  """
+  checkpoint.check_target(target, overwrite, "config.json")
+  config = checkpoint.load_config(source)
+  if dtype != "source":
+    config = config.replace(dtype=dtype)
+  rules.check_table(config)
+  hf_config = to_hugging_face(config)
+  array_dtype = np.dtype(config.dtype)
+  check_space(target, params_lib.num_bytes(config))
+  partial = checkpoint.start_partial(target, _MARKER, json.dumps({"source": str(source)}))
+
+  tensors = [(part.tensor, part.shape)
+             for piece in checkpoint.load_pieces(source) for part in rules.parts(config, piece)]
+  shards = safetensors_files.plan_shards(tensors, array_dtype, max_shard_bytes)
+  with tqdm(total=params_lib.num_bytes(config), unit="B", unit_scale=True,
+            desc="converting") as progress:
+    safetensors_files.write_shards(
+        partial, shards, array_dtype, _arrays(source, config, array_dtype, progress))
+  for name in checkpoint.COMPANION_FILES:
+    if (pathlib.Path(source) / name).is_file():
+      shutil.copyfile(pathlib.Path(source) / name, partial / name)
+  (partial / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+  checkpoint.publish(target)
+  (pathlib.Path(target) / _MARKER).unlink()
+  return config
+
+
+def _arrays(source: str, config: ModelConfig, dtype: np.dtype,
+            progress: tqdm) -> Iterator[np.ndarray]:
+  for piece, arrays in checkpoint.iterate_pieces(source):
+    for part in rules.parts(config, piece):
+      array = part.take(arrays[part.parameter]).astype(dtype, copy=False)
+      progress.update(array.nbytes)
+      yield array
+      del array
+    del arrays  # or they would stay while the next piece is read

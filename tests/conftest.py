@@ -1,0 +1,44 @@
+"""Settings and small models shared by all tests."""
+
+import os
+
+# Before JAX is imported: eight devices on the host, for the tests of sharding.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
+
+import jax
+import pytest
+
+import tiny
+
+# Set once for all tests: they are part of what a compiled function is cached by.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_debug_key_reuse", True)
+
+
+def pytest_configure(config):
+  """Compiled programs are kept between runs, beside pytest's own cache."""
+  if getattr(config, "cache", None) is not None:
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="session")
+def olmoe():
+  """Config and parameters: gates not normalised, norms on queries and keys."""
+  config = tiny.config("olmoe")
+  return config, tiny.params(config)
+
+
+@pytest.fixture(scope="session")
+def mixtral():
+  """Config and parameters: normalised gates, no norms on queries and keys."""
+  config = tiny.config("mixtral")
+  return config, tiny.params(config)
+
+
+@pytest.fixture(scope="session", params=["olmoe", "mixtral"])
+def model(request):
+  """Config and parameters of both families in turn."""
+  return request.getfixturevalue(request.param)

@@ -1,0 +1,148 @@
+import json
+import random
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from roe_jax.config import PRESETS
+from roe_jax.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
+
+TEXT = ("the quick brown fox jumps over the lazy dog\n" * 3 +
+        "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich. 12 + 34 = 46\n"
+        "любя, съешь щипцы — вздохнёт мэр 🙂🦊 👩‍👩‍👧 你好，世界\n")
+
+
+def byte_level():
+  tokenizer = tokenizers.Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(
+      vocab_size=330, special_tokens=["<eos>", "<pad>"], show_progress=False,
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+  return tokenizer
+
+
+def sentence_piece():
+  """Built as the tokenizers converted from SentencePiece models are."""
+  words = ["the", "fox", "qu", "ick", "ü", "é", "你", "1", "2", "o", "a", "b", "c", ",", "."]
+  tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)),
+            "▁", "▁▁", "▁▁▁", *words, *("▁" + w for w in words)]
+  tokenizer = tokenizers.Tokenizer(models.BPE(
+      {t: i for i, t in enumerate(tokens)}, [("▁", "a"), ("▁", "▁")],
+      unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+  tokenizer.normalizer = normalizers.Sequence(
+      [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+  tokenizer.decoder = decoders.Sequence([
+      decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+      decoders.Strip(" ", 1, 0)])
+  tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+  tokenizer.post_processor = processors.TemplateProcessing(
+      single="<s> $A", special_tokens=[("<s>", 1)])
+  return tokenizer
+
+
+KINDS = pytest.mark.parametrize("make", [byte_level, sentence_piece])
+
+
+def write(folder, tokenizer, **files):
+  tokenizer.save(str(folder / "tokenizer.json"))
+  for name, values in files.items():
+    (folder / f"{name}.json").write_text(json.dumps(values))
+  return folder
+
+
+@KINDS
+def test_text_survives_encoding_and_decoding(make, tmp_path):
+  tokenizer = Tokenizer.load(write(tmp_path, make()))
+  assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
+def test_special_tokens_are_added_and_skipped_on_request(tmp_path):
+  tokenizer = Tokenizer.load(write(tmp_path, sentence_piece()))
+  bare = tokenizer.encode("a b", add_special_tokens=False)
+  assert tokenizer.encode("a b") == [1, *bare]
+  assert tokenizer.decode([1, *bare, 2]) == "a b"
+  assert tokenizer.decode([1, *bare, 2], skip_special_tokens=False) == "<s> a b</s>"
+
+
+def test_truncation_stored_in_the_file_does_not_cut_texts(tmp_path):
+  raw = byte_level()
+  raw.enable_truncation(4)
+  raw.enable_padding(length=4)
+  tokenizer = Tokenizer.load(write(tmp_path, raw))
+  assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+  assert len(tokenizer.encode("a")) == 1
+
+
+@KINDS
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_stream_is_exactly_the_whole_decoded(make, skip, tmp_path):
+  tokenizer = Tokenizer.load(write(tmp_path, make()))
+  generator = random.Random(0)
+  streams = [tokenizer.encode(TEXT)]
+  # Mostly invalid UTF-8, with special tokens and ids that have no token between.
+  for size in range(120):
+    ids = range(tokenizer.vocab_size + 3)
+    streams.append(generator.choices(ids, k=size))
+    streams.append(generator.choices([*ids[:6], *tokenizer.encode("🙂 你  the\n")], k=size))
+  for ids in streams:
+    stream = StreamDecoder(tokenizer, skip_special_tokens=skip)
+    text = "".join([stream.push(i) for i in ids] + [stream.flush()])
+    assert text == tokenizer.decode(ids, skip_special_tokens=skip), ids
+
+
+@KINDS
+def test_a_stream_returns_whole_characters_as_soon_as_it_can(make, tmp_path):
+  tokenizer = Tokenizer.load(write(tmp_path, make()))
+  stream = StreamDecoder(tokenizer)
+  pushed = [stream.push(i) for i in tokenizer.encode("the 🙂 fox, the fo, a")]
+  assert not any("�" in text for text in pushed)
+  assert sum(bool(text) for text in pushed) >= 4
+  assert "".join(pushed) == "the 🙂 fox, the fo, a" and stream.flush() == ""
+
+
+def test_special_ids_come_from_the_first_file_that_names_them(tmp_path):
+  named = {"eos_token": "<pad>", "bos_token": {"content": "<eos>"}, "pad_token": "<pad>"}
+  write(tmp_path, byte_level(), tokenizer_config=named)
+  load = lambda: (lambda t: (t.bos_id, t.eos_ids, t.pad_id))(Tokenizer.load(tmp_path))
+  assert load() == (0, (1,), 1)
+  (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0, "bos_token_id": None}))
+  assert load() == (0, (0,), 1)
+  config = PRESETS["olmoe-1b-7b"].replace(eos_token_ids=(7, 8), pad_token_id=None)
+  (tmp_path / "model_config.json").write_text(config.to_json())
+  assert load() == (0, (7, 8), 1)
+  (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
+  assert load() == (0, (5, 6), 1)
+
+
+def test_a_tokenizer_without_special_ids_has_none(tmp_path):
+  tokenizer = Tokenizer.load(write(tmp_path, byte_level()))
+  assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (None, (), None)
+
+
+def test_the_model_must_know_every_token(tmp_path):
+  raw = byte_level()
+  raw.add_tokens(["<extra>"])
+  tokenizer = Tokenizer.load(write(tmp_path, raw))
+  assert tokenizer.vocab_size == 331 == raw.token_to_id("<extra>") + 1
+  config = PRESETS["olmoe-1b-7b"]
+  check_vocabulary(tokenizer, config)
+  check_vocabulary(tokenizer, config.replace(vocab_size=331))
+  with pytest.raises(ValueError, match="ids up to 330, .* has 330 tokens"):
+    check_vocabulary(tokenizer, config.replace(vocab_size=330))
+
+
+def test_bad_folders_get_a_sentence(tmp_path):
+  with pytest.raises(FileNotFoundError, match="has no tokenizer.json"):
+    Tokenizer.load(tmp_path)
+  (tmp_path / "tokenizer.model").write_bytes(b"x")
+  with pytest.raises(FileNotFoundError, match="only a SentencePiece tokenizer.model"):
+    Tokenizer.load(tmp_path)
+  (tmp_path / "tokenizer.json").write_text("{")
+  with pytest.raises(ValueError, match="is not a tokenizer.json"):
+    Tokenizer.load(tmp_path)
+  write(tmp_path, byte_level())
+  (tmp_path / "generation_config.json").write_text("{")
+  with pytest.raises(ValueError, match="generation_config.json is not valid JSON"):
+    Tokenizer.load(tmp_path)
