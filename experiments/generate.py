@@ -5,21 +5,20 @@
 
 With --prompt the tokens are printed as they come. Without it, prompts are read
 from --input (or standard input), one JSON object a line with "prompt" (text) or
-"tokens" (ids) and optionally "id" (any JSON value, handed through), and results
-are written to --output (or standard output), one JSON object a line in the same
-order; lines that --output already holds are not computed again.
+"prompt_tokens" (ids) and optionally "id" (any JSON value, handed through), and
+results are written to --output (or standard output), one JSON object a line in
+the same order; results that --output already holds are not computed again.
 """
 
 import dataclasses
 import json
-import pathlib
 import sys
 import time
 
 from absl import flags
 from tqdm import tqdm
 
-from experiments import app
+from experiments import app, jsonl
 from roe_jax import batching, decode
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
@@ -43,34 +42,6 @@ def define_flags() -> None:
   flags.DEFINE_integer("batch_size", 16, "Prompts decoded together.")
   flags.DEFINE_bool("special_tokens", True, "Whether the tokenizer's own special tokens (such as "
                     "BOS) are put around prompts.")
-
-
-def read_requests(lines, tokenizer, add_special_tokens: bool) -> list[dict]:
-  """Requests with "tokens" from JSON lines.
-
-  Raises:
-    ValueError: a line is not a JSON object with "prompt" or "tokens".
-  """
-  requests = []
-  for number, line in enumerate(lines, 1):
-    if not line.strip():
-      continue
-    try:
-      request = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise ValueError(f"input line {number} is not valid JSON: {error}") from error
-    if not isinstance(request, dict) or (
-        not isinstance(request.get("prompt"), str) and not isinstance(request.get("tokens"), list)):
-      raise ValueError(
-          f"input line {number} must be a JSON object with \"prompt\" (text) or \"tokens\" (ids)")
-    if "tokens" not in request:
-      request["tokens"] = tokenizer.encode(request["prompt"], add_special_tokens)
-    elif not all(isinstance(t, int) and not isinstance(t, bool) for t in request["tokens"]):
-      raise ValueError(f"input line {number}: \"tokens\" must be integers")
-    requests.append(request)
-  if not requests:
-    raise ValueError("the input holds no prompt")
-  return requests
 
 
 def stream_to_terminal(params, config, tokenizer, roster: Roster, sampler: Sampler) -> None:
@@ -107,70 +78,33 @@ def stream_to_terminal(params, config, tokenizer, roster: Roster, sampler: Sampl
 
 def complete_lines(params, config, tokenizer, roster: Roster, sampler: Sampler) -> None:
   """Continues the prompts of --input, writing results as batches finish."""
-  source = FLAGS.input if FLAGS.input not in (None, "-") else None
-  if source is not None and not pathlib.Path(source).is_file():
-    raise FileNotFoundError(f"--input={source} does not exist")
-  lines = pathlib.Path(source).read_text().splitlines() if source else sys.stdin
-  requests = read_requests(lines, tokenizer, FLAGS.special_tokens)
+  requests = jsonl.read(FLAGS.input)
+  prompts = [
+      jsonl.tokens_of(r, "prompt", lambda t: tokenizer.encode(t, FLAGS.special_tokens),
+                      f"input request {i}") for i, r in enumerate(requests)]
+  batching.check_tokens(config, prompts, room=1)
   settings = {"checkpoint": FLAGS.checkpoint, "dtype": config.dtype,
               "roster": roster.settings(), "sampler": sampler.settings(),
-              "max_new_tokens": FLAGS.max_new_tokens, "stop": FLAGS.stop}
-  batching.check_tokens(config, [r["tokens"] for r in requests], room=1)
-  finished = _finished(requests, settings) if FLAGS.output else 0
-  if finished:
-    print(f"[{FLAGS.output} already holds {finished} of {len(requests)} results]", file=sys.stderr)
-  out = open(FLAGS.output, "a") if FLAGS.output else sys.stdout
-  todo = requests[finished:]
-  begin = time.perf_counter()
-  tokens = 0
-  with tqdm(total=len(requests), initial=finished, unit="prompt", file=sys.stderr) as bar:
-    waiting = iter(todo)
+              "max_new_tokens": FLAGS.max_new_tokens, "stop": FLAGS.stop,
+              "special_tokens": FLAGS.special_tokens}
+  begin, tokens = time.perf_counter(), 0
+  with jsonl.Results(FLAGS.output, requests, settings) as results, tqdm(
+      total=len(requests), initial=results.finished, unit="prompt", file=sys.stderr) as bar:
 
     def write(completions):
       nonlocal tokens
-      for completion in completions:
-        request = next(waiting)
-        record = {k: v for k, v in request.items() if k in ("id", "prompt")}
-        record |= dataclasses.asdict(completion) | {"settings": settings}
-        out.write(json.dumps(record) + "\n")
-        tokens += len(completion.tokens)
-      out.flush()
+      results.write([dataclasses.asdict(c) for c in completions])
+      tokens += sum(len(c.tokens) for c in completions)
       bar.update(len(completions))
 
-    if todo:
+    first = results.finished
+    if first < len(prompts):
       decode.generate(
-          params, config, [r["tokens"] for r in todo], max_new_tokens=FLAGS.max_new_tokens,
-          roster=roster, sampler=sampler, stop_strings=FLAGS.stop, decode=tokenizer.decode,
-          request_ids=range(finished, len(requests)), batch_size=FLAGS.batch_size, on_batch=write)
-  seconds = time.perf_counter() - begin
-  print(f"[{len(todo)} prompts, {tokens} tokens in {seconds:.1f} s, compilation included]",
-        file=sys.stderr)
-  if FLAGS.output:
-    out.close()
-
-
-def _finished(requests, settings) -> int:
-  """How many results of an earlier run --output holds; a torn last line is cut off.
-
-  Raises:
-    ValueError: the file holds something else.
-  """
-  path = pathlib.Path(FLAGS.output)
-  if not path.exists():
-    return 0
-  whole, _, torn = path.read_text().rpartition("\n")
-  if torn:
-    app.write_atomically(path, whole + "\n" if whole else "")
-  results = [json.loads(line) for line in whole.splitlines()]
-  same = len(results) <= len(requests) and all(
-      result.get("settings") == settings and result.get("id") == request.get("id")
-      and result.get("prompt") == request.get("prompt")
-      for result, request in zip(results, requests))
-  if not same:
-    raise ValueError(
-        f"--output={path} holds results of other prompts or settings: name another file, or "
-        "remove it")
-  return len(results)
+          params, config, prompts[first:], max_new_tokens=FLAGS.max_new_tokens, roster=roster,
+          sampler=sampler, stop_strings=FLAGS.stop, decode=tokenizer.decode,
+          request_ids=range(first, len(prompts)), batch_size=FLAGS.batch_size, on_batch=write)
+  print(f"[{len(prompts) - first} prompts, {tokens} tokens in "
+        f"{time.perf_counter() - begin:.1f} s, compilation included]", file=sys.stderr)
 
 
 def main(argv) -> None:

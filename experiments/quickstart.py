@@ -36,7 +36,9 @@ MAX_NEW_TOKENS = 64
 
 
 def define_flags() -> None:
-  flags.DEFINE_list("models", ["wordmath_overtrained", "wordmath_control"], "Embedded models.")
+  flags.DEFINE_list(
+      "checkpoints", [app.EMBEDDED + "wordmath_overtrained", app.EMBEDDED + "wordmath_control"],
+      "Models to compare on, embedded ones or folders.")
   flags.DEFINE_multi_integer("num_members", [1, 2, 4, 8, 16], "Roster sizes; may be repeated.")
   flags.DEFINE_string("temperature_profile", "0.3", "Router temperature τ, as in generate.")
   flags.DEFINE_integer("num_problems", 200, "Test problems.")
@@ -286,8 +288,8 @@ def draw(results: dict[str, tuple[list[dict], np.ndarray]], path: pathlib.Path) 
 
 
 def run_model(name: str, bar: tqdm) -> tuple[list[dict], np.ndarray, str, dict]:
-  """All measurements on one embedded model."""
-  params, config, tokenizer = app.open_model(app.EMBEDDED + name, "float32")
+  """All measurements on one model."""
+  params, config, tokenizer = app.open_model(name, "float32")
   temperatures = app.parse_temperatures(FLAGS.temperature_profile)
   eos = config.eos_token_ids[0]
   validation, test = (
@@ -314,18 +316,21 @@ def main(argv) -> None:
     raise ValueError("--num_problems, --num_validation and --batch_size must be at least 1")
   if max(FLAGS.num_members) < 2:
     raise ValueError("--num_members needs a roster of at least 2 to compare with the plain model")
-  for name in FLAGS.models:  # refuse bad settings before any work
-    config = app.load_config(app.EMBEDDED + name)
+  for name in FLAGS.checkpoints:  # refuse bad settings before any work
+    config = app.load_config(name)
+    if not config.eos_token_ids:
+      raise ValueError(f"{name} has no end-of-text token, which ends a solution")
     for n in FLAGS.num_members:
       Roster.create(config, n, app.parse_temperatures(FLAGS.temperature_profile), seed=FLAGS.seed)
   output = pathlib.Path(FLAGS.output)
   begin = time.perf_counter()
   results, texts, records = {}, [], {}
-  total = len(FLAGS.models) * (1 + len(FLAGS.num_members)) * 2 * FLAGS.num_problems
+  total = len(FLAGS.checkpoints) * (1 + len(FLAGS.num_members)) * 2 * FLAGS.num_problems
   with tqdm(total=total, unit="problem") as bar:
-    for name in FLAGS.models:
+    for checkpoint in FLAGS.checkpoints:
+      name = pathlib.Path(checkpoint.removeprefix(app.EMBEDDED)).name
       bar.set_description(name)
-      rows, agreement, solution, settings = run_model(name, bar)
+      rows, agreement, solution, settings = run_model(checkpoint, bar)
       results[name] = rows, agreement
       texts.append(f"## {name}\n\n{table(rows)}\n\n{verdict(rows)}\n\n{solution}\n")
       records[name] = {

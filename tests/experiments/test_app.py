@@ -1,0 +1,34 @@
+import json
+
+import pytest
+
+from experiments import app
+
+
+def test_temperatures_are_read_from_numbers_lists_and_files(tmp_path):
+  assert app.parse_temperatures("0.3") == 0.3
+  assert app.parse_temperatures("0, 0.3,0.1") == [0.0, 0.3, 0.1]
+  path = tmp_path / "profile.json"
+  path.write_text(json.dumps({"temperatures": [0, 0.25]}))
+  assert app.parse_temperatures(str(path)) == [0.0, 0.25]
+
+
+@pytest.mark.parametrize("content", ["[0.1]", "{}", "not json", '{"temperatures": "x"}'])
+def test_a_file_that_is_no_profile_is_refused(tmp_path, content):
+  path = tmp_path / "profile.json"
+  path.write_text(content)
+  with pytest.raises(ValueError, match="not a temperature profile"):
+    app.parse_temperatures(str(path))
+
+
+def test_a_profile_that_does_not_exist_is_refused():
+  with pytest.raises(ValueError, match="nor an existing JSON file"):
+    app.parse_temperatures("no_such_profile.json")
+
+
+def test_atomic_writes_replace_the_file_and_leave_nothing_beside(tmp_path):
+  path = tmp_path / "new" / "file.txt"
+  app.write_atomically(path, "one")
+  app.write_atomically(path, "two")
+  assert path.read_text() == "two"
+  assert list(path.parent.iterdir()) == [path]
