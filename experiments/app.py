@@ -6,7 +6,7 @@ import os
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 import jax
 
 from roe_jax import assets, checkpoint, routing, tokenizer as tokenizer_lib
@@ -24,6 +24,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   def guarded(argv):
     if len(argv) > 1:
       raise app.UsageError(f"unexpected argument {argv[1]!r}: settings are given as --name=value")
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)  # Orbax tells every step at INFO
     use_compilation_cache()
     try:
       main(argv)

@@ -31,7 +31,7 @@ from roe_jax.roster import Roster
 from roe_jax.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
-OUTPUT_TEMPERATURES = np.geomspace(0.5, 4.0, 25)
+OUTPUT_TEMPERATURES = np.geomspace(0.25, 4.0, 25)
 MAX_NEW_TOKENS = 64
 
 
@@ -115,8 +115,8 @@ def solve_problems(params: Params, config: ModelConfig, tokenizer: Tokenizer,
                    measured: list[Measured], test: Encoded, bar: tqdm) -> None:
   """Solves test problems greedily with every setting in turn, batch by batch.
 
-  Settings take turns on each batch, so that whatever else the machine does
-  falls on all of them alike.
+  Settings take turns on each batch, in an order that changes: whatever else the
+  machine does, and what the call before left behind, falls on all of them alike.
   """
   size = FLAGS.batch_size
   for m in measured:  # compile outside of what is timed
@@ -127,7 +127,8 @@ def solve_problems(params: Params, config: ModelConfig, tokenizer: Tokenizer,
                         jnp.int32(1)).tokens.block_until_ready()
   for first in range(0, len(test.prompts), size):
     prompts = test.prompts[first:first + size]
-    for m in measured:
+    for i in np.random.default_rng(first).permutation(len(measured)):
+      m = measured[i]
       begin = time.perf_counter()
       completions = decode.generate(
           params, config, prompts, max_new_tokens=MAX_NEW_TOKENS, roster=m.roster,
@@ -265,7 +266,7 @@ def draw(results: dict[str, tuple[list[dict], np.ndarray]], path: pathlib.Path) 
       axis.errorbar(n, values, yerr=np.maximum(0, [low, high]), capsize=3, fillstyle=fill,
                     label=label, **style)
     axes[2].plot(np.arange(len(agreement)), 100 * agreement, label=name, **style)
-  for axis, what in ((axes[0], "perplexity of solutions, difference to plain (%)"),
+  for axis, what in ((axes[0], "perplexity, difference to plain (%)"),
                      (axes[1], "accuracy, difference to plain (points)")):
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set_xscale("log", base=2)
@@ -276,12 +277,12 @@ def draw(results: dict[str, tuple[list[dict], np.ndarray]], path: pathlib.Path) 
   axes[2].set_ylim(0, 100)
   axes[2].xaxis.get_major_locator().set_params(integer=True)
   axes[2].set_xlabel("layer")
-  axes[2].set_ylabel("members' experts that the clean member chose (%)")
+  axes[2].set_ylabel("experts shared with the clean member (%)")
   for axis in axes:
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
-  figure.suptitle(f"Router temperature {FLAGS.temperature_profile}, {FLAGS.num_problems} test "
-                  "problems, 95 % bootstrap intervals", fontsize=10)
+  axes[1].set_title(f"router temperature {FLAGS.temperature_profile}, {FLAGS.num_problems} test "
+                    "problems, 95 % intervals", fontsize=9)
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=150)
   plt.close(figure)

@@ -70,21 +70,16 @@ def fit_output_temperature(nll: np.ndarray, temperatures: np.ndarray) -> float:
   """The output temperature with the lowest total nll, from a grid.
 
   The minimum of a parabola through the best grid point and its neighbours in
-  log-temperature.
+  log-temperature; the grid's edge, if the best point lies there.
 
   Args:
     nll: `[X, G]` negative log-probabilities.
     temperatures: `[G]`, increasing.
-
-  Raises:
-    ValueError: the best temperature lies at the grid's edge.
   """
   total = nll.sum(axis=0, dtype=np.float64)
   best = int(np.argmin(total))
   if not 0 < best < len(temperatures) - 1:
-    raise ValueError(
-        f"the best output temperature, {temperatures[best]:g}, lies at the edge of the grid "
-        f"[{temperatures[0]:g}, {temperatures[-1]:g}]: widen it")
+    return float(temperatures[best])
   around = slice(best - 1, best + 2)
   curve = np.polynomial.Polynomial.fit(np.log(temperatures[around]), total[around], 2)
   return float(np.exp(curve.deriv().roots()[0].real))

@@ -30,8 +30,8 @@ def majority(logits: jax.Array) -> jax.Array:
   tokens with equally many votes and leaves no token without probability.
   """
   votes = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
-  spread = jnp.exp(mean_probability(logits))
-  return jnp.log(votes.sum(axis=0) + spread) - jnp.log(logits.shape[0] + 1.0)
+  total = jnp.logaddexp(jnp.log(votes.sum(axis=0)), mean_probability(logits))
+  return total - jnp.log(logits.shape[0] + 1.0)
 
 
 AGGREGATIONS = {

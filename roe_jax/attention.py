@@ -12,7 +12,7 @@ def rotation(config: ModelConfig, positions_BxT: jax.Array) -> tuple[jax.Array, 
   """Cosines and sines of the rotary embedding, `[B, T, 1, C/2]` in `config.dtype`."""
   exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
   frequencies = 1.0 / (config.rope_theta ** exponents)
-  angles = positions_BxT[..., None, None].astype(jnp.float32) * frequencies
+  angles = positions_BxT[..., None, None].astype(jnp.float32) * frequencies[None, None, None]
   return jnp.cos(angles).astype(config.dtype), jnp.sin(angles).astype(config.dtype)
 
 
@@ -56,7 +56,7 @@ def attend(query_BxTxHxC: jax.Array, own_key_BxTxKxC: jax.Array,
   query = query_BxTxHxC.reshape(b, t, k, h // k, c)
   scale = c ** -0.5
   slots = jnp.arange(keys_BxKxSxC.shape[2])
-  visible = (slots < positions_BxT[..., None])[:, None, None]  # [B, 1, 1, T, S]
+  visible = (slots[None, None] < positions_BxT[..., None])[:, None, None]  # [B, 1, 1, T, S]
   scores = einsum("btkgc,bksc->bkgts", query, keys_BxKxSxC) * scale
   scores = jnp.where(visible, scores, -jnp.inf)
   own = einsum("btkgc,btkc->bkgt", query, own_key_BxTxKxC)[..., None] * scale
@@ -65,7 +65,8 @@ def attend(query_BxTxHxC: jax.Array, own_key_BxTxKxC: jax.Array,
   weights, own_weight = jnp.exp(scores - peak), jnp.exp(own - peak)
   total = weights.sum(-1, keepdims=True) + own_weight
   weights, own_weight = (weights / total).astype(dtype), (own_weight / total).astype(dtype)
-  cached = einsum("bkgts,bksc->btkgc", weights, values_BxKxSxC)
+  # Transposed apart: with bfloat16 operands XLA's CPU backend has no such dot.
+  cached = einsum("bkgts,bksc->bkgtc", weights, values_BxKxSxC).transpose(0, 3, 1, 2, 4)
   own_part = einsum("bkgt,btkc->btkgc", own_weight[..., 0], own_value_BxTxKxC)
   return (cached + own_part).astype(dtype).reshape(b, t, h, c)
 

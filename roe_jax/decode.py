@@ -84,7 +84,7 @@ def prefill_chunk(params: Params, config: ModelConfig, roster: Roster, cache: KV
                   tokens_BxT: jax.Array, starts_B: jax.Array,
                   request_ids_B: jax.Array) -> KVCache:
   """Puts T tokens from `starts_B` on into the (donated) cache."""
-  positions = starts_B[:, None] + jnp.arange(tokens_BxT.shape[1])
+  positions = starts_B[:, None] + jnp.arange(tokens_BxT.shape[1])[None]
   return roster_lib.prefill(params, config, roster, cache, tokens_BxT, positions,
                             request_ids_B)[0]
 

@@ -75,7 +75,7 @@ def _folding(num_experts, strategy):
     chosen = strategy or choose_strategy(*indices.shape, num_experts)
     return _FUNCTIONS[chosen](num_experts, gate_up, down, layer, x, indices, gates)
 
-  if strategy == "padded":
+  if strategy in ("padded", "dense"):
     return compute
   folding = jax.custom_batching.custom_vmap(compute)
 

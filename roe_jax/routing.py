@@ -39,11 +39,14 @@ def route(config: ModelConfig, logits: jax.Array, noise: jax.Array | None = None
   _, experts = jax.lax.top_k(perturbed, config.experts_per_token)
   source = perturbed if gate_weights == NOISY else logits
   gates = _gates(config, source, experts)
-  if gate_weights == CLEAN_RESCALED and noise is not None:
+  if gate_weights == CLEAN_RESCALED and noise is not None and not config.normalize_gates:
     _, clean_experts = jax.lax.top_k(logits, config.experts_per_token)
-    clean_mass = _gates(config, logits, clean_experts).sum(-1, keepdims=True)
-    # Where the choice is the clean one the factor is exactly one.
-    gates = gates * (clean_mass / gates.sum(-1, keepdims=True))
+    # Summed in the order of the experts, so that the factor is exactly one
+    # where the choice is the clean one in another order.
+    clean_mass, mass = (
+        _gates(config, logits, jnp.sort(chosen, axis=-1)).sum(-1, keepdims=True)
+        for chosen in (clean_experts, experts))
+    gates = gates * (clean_mass / mass)
   if config.gates_in_model_dtype:
     gates = gates.astype(config.dtype).astype(jnp.float32)
   return experts, gates

@@ -74,7 +74,7 @@ def choose(sampler: Sampler, seed: jax.Array, log_probs_BxV: jax.Array,
   key = noise_lib.stream_key(seed, noise_lib.SAMPLING)
   keys = noise_lib.position_keys(key, request_ids_B, positions_B[:, None])[:, 0]
   ranked, tokens = jax.lax.top_k(log_probs_BxV / sampler.temperature, log_probs_BxV.shape[-1])
-  rank = jnp.arange(ranked.shape[-1])
+  rank = jnp.broadcast_to(jnp.arange(ranked.shape[-1]), ranked.shape)
   keep = (sampler.top_k == 0) | (rank < sampler.top_k)
   probs = jax.nn.softmax(jnp.where(keep, ranked, -jnp.inf), axis=-1)
   keep &= jnp.cumsum(probs, axis=-1) - probs < sampler.top_p

@@ -78,7 +78,7 @@ def score_chunk(
     The cache, log-probabilities `[B, T, G]`, and the most probable tokens of
     the roster and of the clean member, `[B, T]`.
   """
-  positions = starts_B[:, None] + jnp.arange(tokens_BxT.shape[1])
+  positions = starts_B[:, None] + jnp.arange(tokens_BxT.shape[1])[None]
   if roster.recompute:
     x = reference.member_states(params, config, roster, tokens_BxT, request_ids_B)
   elif _filled_first(roster):

@@ -56,6 +56,7 @@ def test_output_temperature_is_found_between_grid_points():
   assert statistics.fit_output_temperature(nll.T, grid) == pytest.approx(1.7, rel=0.06)
 
 
-def test_output_temperature_at_the_grid_edge_is_refused():
-  with pytest.raises(ValueError, match="edge of the grid"):
-    statistics.fit_output_temperature(np.array([[1.0, 2.0, 3.0]]), np.array([1.0, 2.0, 3.0]))
+def test_output_temperature_stays_within_the_grid():
+  grid = np.array([1.0, 2.0, 3.0])
+  assert statistics.fit_output_temperature(np.array([[1.0, 2.0, 3.0]]), grid) == 1.0
+  assert statistics.fit_output_temperature(np.array([[3.0, 2.0, 1.0]]), grid) == 3.0

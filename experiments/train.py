@@ -1,0 +1,294 @@
+"""Trains a small MoE on `wordmath`.
+
+    python -m experiments.train --config=wordmath_control --output=DIR
+
+Configs are the files of `experiments/configs`. DIR then holds
+
+* `config.json`, what is run;
+* `metrics.jsonl`, a line every few steps and for every evaluation;
+* `states/`, the last two training states: the same command goes on from there,
+  and ends with the same parameters as a run that was never stopped;
+* `model/`, in the end, the checkpoint: weights in bfloat16, tokenizer, and a
+  provenance with the scores of these weights.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+
+from absl import flags, logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+import tokenizers
+from tqdm import tqdm
+
+from experiments import app, batches, configs
+from experiments.tasks import wordmath, wordmath_tokenizer
+from roe_jax import checkpoint, decode, training, transformer
+
+FLAGS = flags.FLAGS
+
+MAX_NEW_TOKENS = 64  # The longest completion has less than 60.
+
+
+def define_flags() -> None:
+  # Some override flags of modules that are programs, too.
+  flags.DEFINE_string("config", None, "Name of a file in experiments/configs.")
+  flags.DEFINE_string("output", None, "Folder of the run.", allow_override=True)
+  flags.DEFINE_integer("steps", None, "Overrides the number of steps.")
+  flags.DEFINE_integer("seed", None, "Overrides the seed.", allow_override=True)
+  flags.DEFINE_integer("batch_size", None, "Overrides the problems in a step.")
+  flags.DEFINE_integer(
+      "problems", None, "Overrides the size of the set of problems; 0: all are fresh.")
+  flags.DEFINE_float("learning_rate", None, "Overrides the peak of the learning rate.")
+  flags.DEFINE_float("noise_temperature", None,
+                     "Overrides the temperature of routing noise in training.")
+  flags.mark_flags_as_required(["config", "output"])
+
+
+def apply_flags(config: configs.TrainingConfig) -> configs.TrainingConfig:
+  """The config with what the flags override.
+
+  Raises:
+    ValueError: a value is out of range.
+  """
+  def given(**values):
+    return {name: value for name, value in values.items() if value is not None}
+
+  settings = given(num_steps=FLAGS.steps, learning_rate=FLAGS.learning_rate,
+                   noise_temperature=FLAGS.noise_temperature)
+  changes = given(seed=FLAGS.seed, batch_size=FLAGS.batch_size)
+  if FLAGS.problems is not None:
+    changes["num_problems"] = FLAGS.problems or None
+  return config.replace(
+      settings=dataclasses.replace(config.settings, **settings), **changes)
+
+
+class Metrics:
+  """`metrics.jsonl`: one line for each record, each step once whatever was interrupted."""
+
+  def __init__(self, path: pathlib.Path, step: int):
+    """Goes on with the file at `path`, dropping what comes after `step`."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+      try:
+        records.append(json.loads(line))
+      except json.JSONDecodeError:  # Killed while it was written.
+        break
+    self.records = [r for r in records if r["step"] <= step]
+    app.write_atomically(path, "".join(json.dumps(r) + "\n" for r in self.records))
+    self._file = path.open("a")
+
+  def write(self, record: dict) -> None:
+    self.records.append(record)
+    self._file.write(json.dumps(record) + "\n")
+    self._file.flush()
+
+  def seconds(self) -> float:
+    """Time spent up to the last record."""
+    return max((r["seconds"] for r in self.records), default=0.0)
+
+
+def check_output(output: pathlib.Path, config: configs.TrainingConfig) -> None:
+  """Claims folder `output` for a run of `config`.
+
+  Raises:
+    ValueError: it holds a run of another config, or something else.
+  """
+  path = output / "config.json"
+  text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+  if path.exists():
+    there = _flat(json.loads(path.read_text()))
+    different = [k for k, v in _flat(json.loads(text)).items() if there.get(k) != v]
+    if different:
+      raise ValueError(
+          f"{output} holds a run of another config (it differs in "
+          f"{', '.join(different)}): give another --output, or the flags of that run")
+  elif output.exists() and any(output.iterdir()):
+    raise ValueError(f"{output} is not empty and holds no training run: give another --output")
+  else:
+    app.write_atomically(path, text)
+
+
+def _flat(values, prefix=""):
+  flat = {}
+  for name, value in values.items():
+    flat |= (_flat(value, f"{prefix}{name}.") if isinstance(value, dict)
+             else {prefix + name: value})
+  return flat
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _answer_loss(params, config, batch):
+  logits, _ = transformer.forward(params, config, batch.tokens, strategy="padded")
+  weights = batch.weights[:, 1:]
+  return jnp.sum(weights * training.cross_entropy(logits, batch.tokens)), weights.sum()
+
+
+def answer_perplexity(params, config, tokenizer, problems) -> float:
+  """Perplexity of the completions' tokens, end of text included."""
+  texts = sorted((batches.encode(tokenizer, p) for p in problems),
+                 key=lambda text: sum(map(len, text)))
+  total = count = 0.0
+  for start in range(0, len(texts), 40):
+    chunk = texts[start:start + 40]
+    batch = batches.pack(chunk, range(len(chunk)), 0.0, config.pad_token_id)
+    loss, weight = _answer_loss(params, config, batch)
+    total, count = total + float(loss), count + float(weight)
+  return float(np.exp(total / count))
+
+
+def exact_match(params, config, tokenizer, problems) -> float:
+  """Share of the problems solved by greedy decoding."""
+  prompts = [batches.encode(tokenizer, p)[0] for p in problems]
+  completions = decode.generate(params, config, prompts, max_new_tokens=MAX_NEW_TOKENS,
+                                batch_size=100).completions
+  return float(np.mean([
+      wordmath.is_correct(tokenizer.decode(list(c.tokens)), p)
+      for c, p in zip(completions, problems)]))
+
+
+def evaluate(params, config: configs.TrainingConfig, tokenizer) -> dict[str, float]:
+  """Scores on validation problems, and the perplexity of problems trained on."""
+  validation = wordmath.problems("validation", config.evaluation_problems)
+  seen = wordmath.problems(
+      "train", min(config.evaluation_problems, config.num_problems or sys.maxsize),
+      config.seed)
+  return {
+      "validation_perplexity": answer_perplexity(params, config.model, tokenizer, validation),
+      "train_perplexity": answer_perplexity(params, config.model, tokenizer, seen),
+      "validation_exact_match": exact_match(params, config.model, tokenizer, validation),
+  }
+
+
+def command() -> str:
+  """What is run, whatever the place where the results go."""
+  settings = ("config", "steps", "seed", "batch_size", "problems", "learning_rate",
+              "noise_temperature")
+  given = [f"--{name}={FLAGS[name].value}" for name in settings if FLAGS[name].present]
+  return " ".join(["python -m experiments.train", *given, "--output=DIR"])
+
+
+def machine() -> str:
+  """CPU model and cores at this process's disposal, and the accelerator if there is one."""
+  cpu = platform.processor() or platform.machine()
+  info = pathlib.Path("/proc/cpuinfo")
+  if info.exists():
+    models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+    cpu = models[0].split(":", 1)[1].strip() if models else cpu
+  has_affinity = hasattr(os, "sched_getaffinity")
+  cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+  device = jax.devices()[0]
+  accelerator = "" if device.platform == "cpu" else f", {device.device_kind}"
+  return f"{cpu}, {cores} core{'s' if cores > 1 else ''}{accelerator}"
+
+
+def train(config: configs.TrainingConfig, output: pathlib.Path,
+          tokenizer: tokenizers.Tokenizer) -> tuple[training.TrainState, dict]:
+  """Trains from the last saved state in `output`, or from the beginning.
+
+  Returns:
+    The final state and the last line of metrics about training.
+  """
+  def init():
+    return training.init_state(config.model, config.settings, jax.random.key(config.seed))
+
+  make_batch = batches.TrainingBatches(
+      tokenizer, config.batch_size, config.num_problems, config.question_weight, config.seed,
+      config.model.pad_token_id)
+  num_steps = config.settings.num_steps
+  keep = ocp.training.preservation_policies.LatestN(2)
+  with ocp.training.Checkpointer(
+      (output / "states").absolute(), preservation_policy=keep,
+      cleanup_tmp_directories=True) as saver:
+    state = jax.jit(init)()
+    if saver.latest is not None:
+      state = saver.load(saver.latest.step, state)
+    first = int(state.step)
+    metrics = Metrics(output / "metrics.jsonl", first)
+    last = next((r for r in reversed(metrics.records) if r["kind"] == "training"),
+                {"tokens": 0, "seconds": 0.0})
+    tokens, before, start = last["tokens"], metrics.seconds(), time.monotonic()
+
+    def seconds():
+      return round(before + time.monotonic() - start, 2)
+
+    progress = tqdm(total=num_steps, initial=first, unit="step", mininterval=2,
+                    dynamic_ncols=True)
+    mark = tokens, seconds()  # Where the rate is measured from: evaluations do not count.
+    for step in range(first + 1, num_steps + 1):
+      batch = make_batch(step - 1)
+      state, values = training.train_step(
+          state, batch, config=config.model, settings=config.settings)
+      tokens += int((batch.weights > 0).sum())
+      progress.update()
+      saves = step % config.save_every == 0 or step == num_steps
+      if saves or step % config.log_every == 0:
+        values = {k: float(f"{float(v):.6g}") for k, v in values.items()}
+        now = seconds()
+        rate = (tokens - mark[0]) / max(now - mark[1], 1e-3)
+        mark = tokens, now
+        last = {"step": step, "kind": "training", **values, "tokens": tokens,
+                "tokens_per_second": round(rate), "seconds": now}
+        metrics.write(last)
+        progress.set_postfix(loss=f"{values['loss']:.4f}")
+        if not np.isfinite(values["loss"]):
+          raise ValueError(f"the loss is {values['loss']} at step {step}: lower --learning_rate")
+      if step % config.evaluate_every == 0 or step == num_steps:
+        scores = evaluate(state.params, config, tokenizer)
+        metrics.write({"step": step, "kind": "evaluation", **scores, "seconds": seconds()})
+        progress.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+        mark = tokens, seconds()
+      if saves:
+        saver.save(step, state)
+    progress.close()
+  return state, last | {"seconds": metrics.seconds()}
+
+
+def finish(config: configs.TrainingConfig, output: pathlib.Path, tokenizer,
+           state: training.TrainState, last: dict, command: str) -> None:
+  """Writes the checkpoint `output/model`: bfloat16 weights and their own scores."""
+  stored = jax.tree.map(lambda w: w.astype(jnp.bfloat16), state.params)
+  scores = evaluate(
+      jax.tree.map(lambda w: w.astype(config.model.dtype), stored), config, tokenizer)
+  files = output / "tokenizer"
+  wordmath_tokenizer.save_tokenizer(tokenizer, str(files))
+  checkpoint.save(
+      output / "model", stored, config.model.replace(dtype="bfloat16"), files=files,
+      provenance={
+          "command": command,
+          "config": dataclasses.asdict(config),
+          "steps": int(state.step), "tokens": last["tokens"], "seconds": last["seconds"],
+          "machine": machine(), "jax": jax.__version__,
+          "scores": {"of": f"the stored weights run in {config.model.dtype}", **scores},
+      })
+  print(f"{output / 'model'}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+
+
+def main(argv) -> None:
+  del argv
+  logging.set_verbosity(logging.WARNING)
+  output = pathlib.Path(FLAGS.output)
+  config = apply_flags(configs.load(FLAGS.config))
+  check_output(output, config)
+  if (output / "model").exists():
+    print(f"{output / 'model'} is complete already")
+    return
+  tokenizer = wordmath_tokenizer.build_tokenizer()
+  if tokenizer.get_vocab_size() != config.model.vocab_size:
+    raise ValueError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, and the model of "
+                     f"{FLAGS.config} {config.model.vocab_size}")
+  state, last = train(config, output, tokenizer)
+  finish(config, output, tokenizer, state, last, command())
+
+
+if __name__ == "__main__":
+  define_flags()
+  app.run(main)

@@ -1,0 +1,35 @@
+"""Writes the logits of transformers for small models, as .npz files.
+
+Run with torch and transformers installed, from the repository's root:
+
+  PYTHONPATH=.:tests python tests/golden/make_golden.py
+
+Weights are not stored: `hf.random_state` makes them from the stored config.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+
+import hf
+
+CASES = {
+    "olmoe": hf.config_json("olmoe"),
+    "olmoe_normalised_clipped": hf.config_json("olmoe", norm_topk_prob=True, clip_qkv=0.8),
+    "mixtral": hf.config_json("mixtral"),
+    "mixtral_wide_heads": hf.config_json("mixtral", head_dim=12, rope_theta=1e6),
+}
+
+
+def main():
+  folder = pathlib.Path(__file__).parent
+  tokens = np.random.RandomState(1).randint(0, hf.SMALL["vocab_size"], (2, 16))
+  for name, config in CASES.items():
+    model = hf.to_model(config, hf.random_state(config))
+    np.savez_compressed(folder / f"{name}.npz", config=json.dumps(config), tokens=tokens,
+                        logits=hf.logits(model, tokens))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,103 @@
+"""A roster in numpy and float64: one member, one position, one layer at a time.
+
+Written from the method's definition (arXiv 2509.17238) and the models' order of
+operations, with none of the library's functions, for float32 models.
+"""
+
+import functools
+
+import jax
+import numpy as np
+
+
+def member_logits(params, config, roster, tokens, request):
+  """Logits `[R, T, V]` of `roster.members` at all positions of one text."""
+  p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
+  layers = range(config.num_layers)
+  temperatures = np.asarray(roster.temperatures, np.float64)
+  draws = _draws(roster.seed, np.uint32(request), np.array(roster.members),
+                 np.arange(config.num_layers), np.arange(len(tokens)), config.num_experts)
+  draws = np.asarray(draws, np.float64)
+
+  def norm(x, weight):
+    return x / np.sqrt(np.mean(x * x) + config.rms_norm_eps) * weight
+
+  def rope(x, position):
+    half = config.head_dim // 2
+    angles = position * config.rope_theta ** (-np.arange(half) / half)
+    turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angles)
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+  def gates(clean, noisy, chosen):
+    """The weights of the chosen experts by the setting's rule."""
+    source = noisy if roster.gate_weights == "noisy" else clean
+    probabilities = np.exp(source - source.max())
+    probabilities /= probabilities.sum()
+    weights = probabilities[chosen]
+    if config.normalize_gates:
+      return weights / weights.sum()
+    if roster.gate_weights == "clean_rescaled":
+      mass = np.sort(probabilities)[-len(chosen):].sum()
+      return weights * mass / weights.sum()
+    return weights
+
+  def block(x, layer, position, noise, history):
+    a = p.layers.attention
+    normed = norm(x, p.layers.attention_norm[layer])
+    query, key, value = (
+        np.einsum("d,dhc->hc", normed, w[layer]) for w in (a.query, a.key, a.value))
+    if config.qk_norm:
+      query, key = norm(query, a.query_norm[layer]), norm(key, a.key_norm[layer])
+    if config.clip_qkv is not None:
+      query, key, value = (np.clip(v, -config.clip_qkv, config.clip_qkv)
+                           for v in (query, key, value))
+    query, key = rope(query, position), rope(key, position)
+    seen = history + [(key, value)]
+    heads = []
+    for head in range(config.num_heads):
+      group = head // (config.num_heads // config.num_kv_heads)
+      scores = np.array([query[head] @ k[group] for k, _ in seen]) / np.sqrt(config.head_dim)
+      weights = np.exp(scores - scores.max())
+      heads.append(sum(w * v[group] for w, (_, v) in zip(weights / weights.sum(), seen)))
+    x = x + np.einsum("hc,hcd->d", np.array(heads), a.output[layer])
+
+    normed = norm(x, p.layers.moe_norm[layer])
+    clean = normed @ p.layers.router[layer]
+    noisy = clean + noise
+    chosen = np.argsort(-noisy)[:config.experts_per_token]
+    for expert, weight in zip(chosen, gates(clean, noisy, chosen)):
+      gate, up = np.einsum("d,dif->if", normed, p.layers.experts.gate_up[layer, expert])
+      hidden = gate / (1 + np.exp(-gate)) * up
+      x = x + weight * (hidden @ p.layers.experts.down[layer, expert])
+    return x, (key, value)
+
+  def run(index, shared_history):
+    """All positions of one member: logits, and its keys and values by layer."""
+    own_history, logits = [[] for _ in layers], []
+    for position, token in enumerate(tokens):
+      x = p.embedding[token]
+      for layer in layers:
+        noise = 0.0
+        if index is not None and roster.members[index] != 0:
+          noise = temperatures[layer] * draws[index, layer, position]
+        history = (shared_history or own_history)[layer][:position]
+        x, own = block(x, layer, position, noise, history)
+        own_history[layer].append(own)
+      logits.append(norm(x, p.final_norm) @ p.unembedding)
+    return np.array(logits), own_history
+
+  shared = run(None, None)[1] if roster.cache == "clean" else None
+  return np.array([run(index, shared)[0] for index in range(len(roster.members))])
+
+
+@functools.partial(jax.jit, static_argnames="num_experts")
+def _draws(seed, request, members, layers, positions, num_experts):
+  """The Gumbel vectors `[R, L, T, E]` of all addresses, before the temperature."""
+  def draw(member, layer, position):
+    key = jax.random.key(seed, impl="threefry2x32")
+    for number in (0, request, position, layer, member):  # 0: the routing stream
+      key = jax.random.fold_in(key, number)
+    return jax.random.gumbel(key, (num_experts,))
+  by_position = jax.vmap(draw, in_axes=(None, None, 0))
+  by_layer = jax.vmap(by_position, in_axes=(None, 0, None))
+  return jax.vmap(by_layer, in_axes=(0, None, None))(members, layers, positions)

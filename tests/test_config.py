@@ -1,0 +1,160 @@
+"""Reading, refusing and writing model configs."""
+
+import json
+
+import pytest
+
+import hf
+import tiny
+from roe_jax import config as config_lib
+from roe_jax.config import ModelConfig, PRESETS, from_hugging_face, to_hugging_face
+
+
+def test_olmoe_config_is_read():
+  config = from_hugging_face(hf.config_json("olmoe", clip_qkv=8.0, torch_dtype="bfloat16"))
+  assert config == ModelConfig(
+      family="olmoe", vocab_size=48, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2,
+      head_dim=8, num_experts=8, experts_per_token=3, d_expert=16, context_length=64,
+      normalize_gates=False, gates_in_model_dtype=True, qk_norm=True, clip_qkv=8.0,
+      rope_theta=10000.0, rms_norm_eps=1e-5, initializer_range=0.02, bos_token_id=1,
+      pad_token_id=0, eos_token_ids=(2,), dtype="bfloat16")
+
+
+def test_mixtral_config_is_read():
+  config = from_hugging_face(hf.config_json("mixtral", head_dim=12, eos_token_id=[2, 7]))
+  assert config == ModelConfig(
+      family="mixtral", vocab_size=48, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2,
+      head_dim=12, num_experts=8, experts_per_token=2, d_expert=16, context_length=64,
+      normalize_gates=True, gates_in_model_dtype=False, qk_norm=False, clip_qkv=None,
+      rope_theta=10000.0, rms_norm_eps=1e-5, initializer_range=0.02, bos_token_id=1,
+      pad_token_id=0, eos_token_ids=(2, 7), dtype="float32")
+
+
+@pytest.mark.parametrize("spelling", [
+    {"rope_theta": 5e5},
+    {"rope_theta": 5e5, "rope_scaling": None},
+    {"rope_theta": 5e5, "rope_scaling": {"type": "default"}},
+    {"rope_theta": None, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+])
+def test_both_spellings_of_rope_are_read(spelling):
+  assert from_hugging_face(hf.config_json("mixtral", **spelling)).rope_theta == 5e5
+
+
+@pytest.mark.parametrize("family", config_lib.FAMILIES)
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
+def test_both_names_of_the_expert_count_are_read(family, name):
+  hf_config = hf.config_json(family)
+  for old in ("num_experts", "num_local_experts"):
+    hf_config.pop(old, None)
+  assert from_hugging_face(hf_config | {name: 16}).num_experts == 16
+
+
+@pytest.mark.parametrize("key, field, value", [
+    ("rms_norm_eps", "rms_norm_eps", 1e-5),
+    ("rope_theta", "rope_theta", 1e4),
+    ("num_key_value_heads", "num_kv_heads", 4),
+    ("head_dim", "head_dim", 8),
+    ("norm_topk_prob", "normalize_gates", False),
+    ("clip_qkv", "clip_qkv", None),
+    ("eos_token_id", "eos_token_ids", ()),
+    ("bos_token_id", "bos_token_id", None),
+    ("initializer_range", "initializer_range", 0.02),
+])
+def test_missing_keys_take_the_defaults_of_transformers(key, field, value):
+  hf_config = hf.config_json("olmoe", norm_topk_prob=True, rms_norm_eps=1e-6, rope_theta=77.0,
+                             head_dim=16, initializer_range=1.0, clip_qkv=1.0)
+  del hf_config[key]
+  assert getattr(from_hugging_face(hf_config), field) == value
+
+
+@pytest.mark.parametrize("key", [
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts",
+    "num_experts_per_tok", "intermediate_size", "max_position_embeddings"])
+def test_a_missing_size_is_named(key):
+  hf_config = hf.config_json("olmoe")
+  del hf_config[key]
+  with pytest.raises(ValueError, match=key):
+    from_hugging_face(hf_config)
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("llama", {"model_type": "llama"}),
+    ("None", {"model_type": None}),
+    ("sliding_window", {"sliding_window": 32}),
+    ("yarn", {"rope_scaling": {"rope_type": "yarn", "factor": 32.0}}),
+    ("linear", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ("llama3", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3"}}),
+    ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
+    ("partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
+    ("attention_bias", {"attention_bias": True}),
+    ("tie_word_embeddings", {"tie_word_embeddings": True}),
+    ("quantization_config", {"quantization_config": {"quant_method": "mxfp4"}}),
+    ("hidden_act", {"hidden_act": "gelu"}),
+    ("float8", {"torch_dtype": "float8"}),
+])
+def test_unsupported_settings_are_refused_by_name(name, changes):
+  with pytest.raises(ValueError, match=f"unsupported .*{name}"):
+    from_hugging_face(hf.config_json("mixtral", **changes))
+
+
+def test_a_window_as_wide_as_the_context_changes_nothing():
+  plain = from_hugging_face(hf.config_json("mixtral"))
+  assert from_hugging_face(hf.config_json("mixtral", sliding_window=64)) == plain
+
+
+def test_dtype_is_what_the_file_names_unless_given():
+  def dtype(given=None, **changes):
+    return from_hugging_face(hf.config_json("olmoe", **changes), dtype=given).dtype
+  assert dtype() == "float32"
+  assert dtype(torch_dtype="bfloat16") == dtype(dtype="bfloat16") == "bfloat16"
+  assert dtype(torch_dtype="float16") == "float32"
+  assert dtype("bfloat16", torch_dtype="float32") == "bfloat16"
+
+
+@pytest.mark.parametrize("changes", [
+    {"clip_qkv": 2.5, "normalize_gates": True}, {"family": "mixtral", "head_dim": 12},
+    {"eos_token_ids": (3, 5), "bos_token_id": 1, "dtype": "bfloat16", "rope_theta": 123.0,
+     "rms_norm_eps": 1e-6, "initializer_range": 0.1}])
+def test_round_trip_through_hugging_face(changes):
+  config = tiny.config(**({"family": "olmoe"} | changes))
+  text = json.dumps(to_hugging_face(config))
+  assert from_hugging_face(json.loads(text)) == config
+
+
+@pytest.mark.parametrize("config, message", [
+    (tiny.config("olmoe", head_dim=12), "head_dim"),
+    (tiny.config("olmoe", qk_norm=False), "qk_norm"),
+    (tiny.config("mixtral", normalize_gates=False), "normalises"),
+    (tiny.config("mixtral", clip_qkv=1.0), "clip_qkv")])
+def test_what_a_family_cannot_express_is_not_written(config, message):
+  with pytest.raises(ValueError, match=message):
+    to_hugging_face(config)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_round_trip_through_both_forms(name):
+  config = PRESETS[name]
+  assert ModelConfig.from_json(config.to_json()) == config
+  assert from_hugging_face(to_hugging_face(config)) == config
+
+
+def test_json_with_unknown_or_missing_keys_is_refused():
+  values = json.loads(tiny.config("olmoe").to_json())
+  del values["d_model"]
+  values["colour"] = "blue"
+  with pytest.raises(ValueError, match=r"unknown keys \['colour'\] and lacks \['d_model'\]"):
+    ModelConfig.from_json(json.dumps(values))
+  with pytest.raises(ValueError, match="not valid JSON"):
+    ModelConfig.from_json("{")
+  with pytest.raises(ValueError, match="JSON object"):
+    ModelConfig.from_json("[]")
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"family": "llama"}, "llama"), ({"dtype": "float16"}, "float16"),
+    ({"num_layers": 0}, "num_layers"), ({"vocab_size": 2.0}, "vocab_size"),
+    ({"num_experts": True}, "num_experts"), ({"num_kv_heads": 3}, "num_kv_heads"),
+    ({"head_dim": 7}, "head_dim"), ({"experts_per_token": 9}, "experts_per_token")])
+def test_impossible_sizes_are_refused_by_name(changes, message):
+  with pytest.raises(ValueError, match=message):
+    tiny.config("olmoe").replace(**changes)

@@ -1,0 +1,184 @@
+"""Expert dispatch: every strategy against a loop in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from roe_jax import experts as experts_lib
+from roe_jax.params import ExpertParams
+
+L, E, D, F, A = 2, 8, 16, 12, 3
+# One unit in the last place at 1.
+EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7}
+
+
+def weights(dtype="float32", seed=0):
+  random = np.random.RandomState(seed)
+  return ExpertParams(
+      gate_up=jnp.asarray(0.5 * random.standard_normal((L, E, D, 2, F)), dtype),
+      down=jnp.asarray(0.5 * random.standard_normal((L, E, F, D)), dtype))
+
+
+def rows(n, dtype="float32", seed=1, lead=()):
+  """Inputs, distinct experts and gates of `n` rows."""
+  random = np.random.RandomState(seed)
+  shape = (*lead, n)
+  indices = np.argsort(random.uniform(size=(*shape, E)), axis=-1)[..., :A]
+  return (jnp.asarray(random.standard_normal((*shape, D)), dtype),
+          jnp.asarray(indices, jnp.int32),
+          jnp.asarray(random.uniform(0.1, 1, (*shape, A)), jnp.float32))
+
+
+def by_loop(params, layer, x, indices, gates):
+  """The sum over chosen experts in float64, and two magnitudes that rounding
+  errors are measured in: of the sum over hidden values, and of all sums."""
+  gate_up, down = (np.asarray(w, np.float64)[layer] for w in (params.gate_up, params.down))
+  x, gates = np.asarray(x, np.float64), np.asarray(gates, np.float64)
+  y, hidden_magnitude, magnitude = (np.zeros_like(x) for _ in range(3))
+  for row in range(len(x)):
+    for expert, weight in zip(np.asarray(indices)[row], gates[row]):
+      gate, up = x[row] @ gate_up[expert, :, 0], x[row] @ gate_up[expert, :, 1]
+      hidden = gate / (1 + np.exp(-gate)) * up
+      y[row] += weight * (hidden @ down[expert])
+      hidden_magnitude[row] += weight * (np.abs(hidden) @ np.abs(down[expert]))
+      gate, up = (np.abs(x[row]) @ np.abs(gate_up[expert, :, i]) for i in (0, 1))
+      magnitude[row] += weight * ((gate * up) @ np.abs(down[expert]))
+  return y, hidden_magnitude, magnitude
+
+
+def assert_agrees(actual, params, layer, x, indices, gates):
+  assert actual.dtype == x.dtype and actual.shape == x.shape
+  expected, hidden_magnitude, magnitude = by_loop(params, layer, x, indices, gates)
+  # The hidden values and the output are rounded to the dtype once each, by half
+  # a unit; sums of at most 16 float32 terms add a few units of float32.
+  bound = EPSILON[str(x.dtype)] * hidden_magnitude + 8 * EPSILON["float32"] * magnitude
+  error = np.abs(np.asarray(actual, np.float64) - expected)
+  assert np.all(error <= bound), (error / bound).max()
+  # The bound leaves no room for a missing expert.
+  assert np.median(np.abs(expected)) > 10 * np.median(bound)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(strategy, params, layer, *row_args):
+  return experts_lib.apply(params, layer, *row_args, strategy)
+
+
+STRATEGIES = experts_lib.STRATEGIES
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("n", [1, 7, 33])  # one; few; many, and no multiple of a block
+@pytest.mark.parametrize("strategy", [*STRATEGIES, None])
+def test_strategies_agree_with_a_loop(strategy, n, dtype):
+  params = weights(dtype)
+  args = rows(n, dtype)
+  for layer in range(L):
+    assert_agrees(apply(strategy, params, layer, *args), params, layer, *args)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_all_rows_on_the_same_experts_leaves_others_empty(strategy):
+  params = weights()
+  x, indices, gates = rows(33)
+  for chosen in ([7, 0, 3], [0, 1, 2], [7, 6, 5]):
+    indices = jnp.tile(jnp.asarray(chosen, jnp.int32), (33, 1))
+    assert_agrees(apply(strategy, params, 1, x, indices, gates), params, 1, x, indices, gates)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rows_do_not_influence_each_other(strategy):
+  params = weights()
+  x, indices, gates = rows(33)
+  whole = apply(strategy, params, 0, x, indices, gates)
+  x = x.at[:32].set(1e4)
+  indices = indices.at[:32].set(jnp.flip(indices[:32], axis=0))
+  np.testing.assert_allclose(apply(strategy, params, 0, x, indices, gates)[32], whole[32],
+                             rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, None])
+def test_a_roster_axis_is_folded_into_the_rows(strategy):
+  params = weights()
+  args = rows(5, lead=(4, 2))
+  nested = jax.jit(jax.vmap(jax.vmap(
+      lambda *a: experts_lib.apply(params, 1, *a, strategy))))(*args)
+  for i in range(4):
+    for j in range(2):
+      one = [a[i, j] for a in args]
+      assert_agrees(nested[i, j], params, 1, *one)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("in_axes", [(None, 0, 0), (0, None, 1), (None, None, 0)], ids=str)
+def test_only_some_of_the_row_arguments_are_mapped(strategy, in_axes):
+  params = weights()
+  args = rows(5, lead=(4,))
+  args = [a[0] if axis is None else jnp.moveaxis(a, 0, axis) for a, axis in zip(args, in_axes)]
+  mapped = jax.jit(jax.vmap(lambda *a: experts_lib.apply(params, 0, *a, strategy),
+                            in_axes=in_axes))(*args)
+  for i in range(4):
+    one = [a if axis is None else jnp.take(a, i, axis) for a, axis in zip(args, in_axes)]
+    assert_agrees(mapped[i], params, 0, *one)
+
+
+def test_members_share_one_reading_of_the_weights():
+  """The loop over blocks runs once for all members: no copy of the weights for
+  each member in the compiled program."""
+  params = weights()
+  args = rows(5, lead=(32,))
+  mapped = jax.vmap(lambda *a: experts_lib.apply(params, 0, *a, "blocks"))
+  temporaries = jax.jit(mapped).lower(*args).compile().memory_analysis().temp_size_in_bytes
+  rows_of_pairs = 2 * 32 * 5 * A * D * 4  # as many slots as pairs, and some empty
+  one_layer = params.gate_up[0].nbytes + params.down[0].nbytes
+  assert temporaries < 6 * rows_of_pairs + one_layer  # 32 copies would be 10 times this
+
+
+def test_gradients_of_padded_and_dense_agree():
+  params = weights()
+  x, indices, gates = rows(7)
+  target = jnp.asarray(np.random.RandomState(5).standard_normal((7, D)), jnp.float32)
+
+  def gradients(strategy):
+    loss = lambda params, x, gates: jnp.sum(
+        target * experts_lib.apply(params, 1, x, indices, gates, strategy))
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(params, x, gates)
+
+  padded, dense = map(jax.tree.leaves, map(gradients, ("padded", "dense")))
+  for one, other in zip(padded, dense):
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
+  # Against differences along a random direction of all arguments at once.
+  random = np.random.RandomState(6)
+  directions = [random.standard_normal(a.shape) for a in padded]
+  values = [np.asarray(a, np.float64) for a in (params.gate_up, params.down, x, gates)]
+
+  def loss(step):
+    gate_up, down, x_, gates_ = (v + step * d for v, d in zip(values, directions))
+    y, *_ = by_loop(ExpertParams(gate_up, down), 1, x_, indices, gates_)
+    return np.sum(np.asarray(target) * y)
+
+  difference = (loss(1e-5) - loss(-1e-5)) / 2e-5
+  slope = sum(np.sum(np.asarray(g, np.float64) * d) for g, d in zip(padded, directions))
+  np.testing.assert_allclose(slope, difference, rtol=1e-4)
+
+
+def test_choice_of_strategy():
+  def choice(*args):
+    return experts_lib.choose_strategy(*args)
+  assert choice(1, 8, 64, "cpu") == choice(4, 8, 64, "cpu") == "pairs"
+  assert choice(5, 8, 64, "cpu") == choice(1000, 8, 64, "cpu") == "blocks"
+  assert choice(1, 8, 64, "gpu") == choice(1000, 8, 64, "tpu") == "dense"
+
+
+def test_an_unknown_strategy_is_refused():
+  with pytest.raises(ValueError, match="'fast'.*pairs, blocks, padded, dense"):
+    experts_lib.apply(weights(), 0, *rows(1), "fast")
+
+
+@pytest.mark.parametrize("strategy", ["pairs", "blocks", None])
+def test_mapping_over_weights_is_refused(strategy):
+  params = jax.tree.map(lambda w: jnp.stack([w, w]), weights())
+  with pytest.raises(ValueError, match="not over weights"):
+    jax.vmap(lambda p: experts_lib.apply(p, 0, *rows(2), strategy))(params)

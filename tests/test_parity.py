@@ -1,0 +1,158 @@
+"""Logits against transformers, in eager mode, on random checkpoints."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hf
+from roe_jax import cache as kv_cache
+from roe_jax import config as config_lib
+from roe_jax import decode
+from roe_jax import roster as roster_lib
+from roe_jax import transformer
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+# Largest absolute error over largest absolute logit: about 30 float32 roundings.
+TOLERANCE = 1e-5
+
+CASES = {
+    "olmoe": hf.config_json("olmoe"),
+    "olmoe_normalised": hf.config_json("olmoe", norm_topk_prob=True),
+    "olmoe_clipped": hf.config_json("olmoe", clip_qkv=0.8),
+    "olmoe_one_head_a_key": hf.config_json("olmoe", num_key_value_heads=4, rms_norm_eps=1e-3),
+    "mixtral": hf.config_json("mixtral"),
+    "mixtral_wide_heads": hf.config_json("mixtral", head_dim=12, rope_theta=1e6,
+                                         num_key_value_heads=1),
+}
+FAMILIES = ("olmoe", "mixtral")
+
+
+@functools.cache
+def build(case, dtype="float32"):
+  """transformers' model, and this library's config and parameters."""
+  hf_config = CASES[case]
+  state = hf.random_state(hf_config, seed=3)
+  return (hf.to_model(hf_config, state, dtype),
+          config_lib.from_hugging_face(hf_config, dtype=dtype),
+          hf.to_params(hf_config, state, dtype))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def forward(params, config, x):
+  return transformer.forward(params, config, x)[0]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def prefill(params, config, x, start, cache):
+  positions = jnp.broadcast_to(start + jnp.arange(x.shape[1]), x.shape)
+  hidden, cache, _ = transformer.run_layers(
+      params, config, transformer.embed(params, x), positions, cache, write=True)
+  return transformer.unembed(params, config, hidden), cache
+
+
+def tokens(shape=(16, 20), seed=0):
+  return np.random.RandomState(seed).randint(0, hf.SMALL["vocab_size"], shape)
+
+
+def assert_close(actual, expected):
+  assert np.abs(np.asarray(actual) - expected).max() < TOLERANCE * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whole_texts(case):
+  model, config, params = build(case)
+  x = tokens()
+  assert_close(forward(params, config, x), hf.logits(model, x))
+
+
+def test_clipping_changes_the_logits():
+  # So that agreement above is not that of a bound out of reach.
+  x = tokens()
+  clipped, free = (hf.logits(build(case)[0], x) for case in ("olmoe_clipped", "olmoe"))
+  assert np.abs(clipped - free).max() > 0.01 * np.abs(free).max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_right_padded_batch(family):
+  model, config, params = build(family)
+  x, lengths = tokens(), np.array([20, 1, 7, 13] + list(range(5, 17)))
+  mask = np.arange(20) < lengths[:, None]
+  logits = forward(params, config, x)
+  expected = hf.logits(model, x, mask.astype(np.int64))
+  assert_close(np.asarray(logits)[mask], expected[mask])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("chunks", [(20,), (9, 2, 9)])
+def test_prefill_in_chunks(family, chunks):
+  model, config, params = build(family)
+  x = tokens((2, 20))
+  cache = kv_cache.empty(config, 2, 24)
+  start, pieces = 0, []
+  for size in chunks:
+    piece = jnp.asarray(x[:, start:start + size])
+    logits, cache = prefill(params, config, piece, start, cache)
+    pieces.append(logits)
+    start += size
+  assert_close(jnp.concatenate(pieces, axis=1), hf.logits(model, x))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_token_by_token(family):
+  model, config, params = build(family)
+  x, lengths = tokens((3, 20)), [5, 1, 12]
+  roster = roster_lib.Roster.create(config)
+  ids = jnp.arange(3, dtype=jnp.uint32)
+  # All rows are prefilled as far as the longest; a row's own tokens follow.
+  cache = decode.fill_cache(params, config, roster, kv_cache.empty(config, 3, 24),
+                            jnp.asarray(x), max(lengths) - 1, ids)
+  expected = np.asarray(jax.nn.log_softmax(hf.logits(model, x)))
+  step = jax.jit(roster_lib.step, static_argnames="config")
+  for offset in range(8):
+    positions = np.array(lengths) - 1 + offset
+    rows = np.arange(3)
+    outputs, cache = step(params, config, roster, cache, jnp.asarray(x[rows, positions]),
+                          jnp.asarray(positions), ids)
+    assert_close(outputs.log_probs[:, 0], expected[rows, positions])
+
+
+def test_greedy_generation():
+  model, config, params = build("olmoe")
+  prompts = [row[:length].tolist() for row, length in zip(tokens((3, 9), seed=5), (9, 4, 1))]
+  generated = decode.generate(params, config, prompts, max_new_tokens=6, stop_tokens=())
+  for prompt, completion in zip(prompts, generated.completions):
+    text = list(prompt)
+    for token, log_prob in zip(completion.tokens, completion.log_probs):
+      expected = np.asarray(jax.nn.log_softmax(hf.logits(model, [text])[0, -1]))
+      assert token == expected.argmax()
+      assert abs(log_prob - expected[token]) < TOLERANCE * np.abs(expected).max()
+      text.append(token)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_as_close_to_float32_as_transformers_is(family):
+  """Two bfloat16 models round at slightly different places and choose other
+  experts at near ties, so that single logits cannot agree. What can be asked
+  is that ours loses no more precision than theirs, beyond what the sample
+  allows."""
+  x = tokens()
+  model16, config16, params16 = build(family, "bfloat16")
+  # The exact answer is float32 arithmetic on the same (rounded) weights.
+  params = jax.tree.map(lambda w: w.astype(jnp.float32), params16)
+  exact = forward(params, config16.replace(dtype="float32"), x)
+  ours = forward(params16, config16, x)
+
+  def error(logits):
+    # Of each position; the median ignores positions with other experts.
+    return np.sqrt(np.mean(np.square(np.asarray(logits) - exact), axis=-1))
+
+  ours, theirs = error(ours), error(hf.logits(model16, x))
+  scale = np.sqrt(np.mean(np.square(exact)))
+  assert np.median(theirs) > 1e-3 * scale  # bfloat16 indeed
+  assert np.median(ours) < 1.15 * np.median(theirs)
+  assert np.mean(ours > 0.1 * scale) < 1.5 * np.mean(theirs > 0.1 * scale) + 0.02

@@ -1,0 +1,254 @@
+"""Rosters: members, caches, settings."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import numpy_roster
+import tiny
+from roe_jax import aggregation, decode, reference, score, transformer
+from roe_jax import roster as roster_lib
+from roe_jax.roster import Roster
+
+# Largest error over largest logit: float32 against float64, some ten layers of
+# operations deep. Cached and recomputed results differ in the order of sums.
+TOLERANCE = 1e-5
+LENGTH = 10
+TOKENS = jnp.asarray(tiny.texts([LENGTH, LENGTH], seed=4))
+REQUESTS = jnp.asarray([3, 2**32 - 2], jnp.uint32)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "keep"))
+def member_states(params, config, roster, keep=()):
+  """All members at all positions of `TOKENS`, through the roster's cache."""
+  positions = jnp.tile(jnp.arange(LENGTH), (2, 1))
+  cache = roster_lib.empty_cache(config, roster, 2, 16)
+  cache, x = roster_lib.prefill(params, config, roster, cache, TOKENS, positions, REQUESTS)
+  if roster.cache == "standard":
+    return x, None
+  return roster_lib.member_states(params, config, roster, cache, TOKENS, positions, REQUESTS,
+                                  keep)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def recomputed_states(params, config, roster):
+  return reference.member_states(params, config, roster, TOKENS, REQUESTS)
+
+
+def logits(model, roster):
+  config, params = model
+  return np.asarray(transformer.unembed(params, config, member_states(params, config, roster)[0]))
+
+
+def by_definition(model, roster):
+  config, params = model
+  return np.stack([
+      numpy_roster.member_logits(params, config, roster, np.asarray(tokens), int(request))
+      for tokens, request in zip(TOKENS, REQUESTS)], axis=1)
+
+
+def assert_close(actual, expected, tolerance=TOLERANCE):
+  actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+  assert np.abs(actual - expected).max() < tolerance * np.abs(expected).max()
+
+
+# Against numpy, and caches against recomputing
+
+
+@pytest.mark.parametrize("cache", roster_lib.CACHES)
+def test_members_are_those_of_the_definition(model, cache):
+  config, params = model
+  roster = Roster.create(config, 3, [0.0, 0.8, 0.4], seed=9, cache=cache)
+  expected = by_definition(model, roster)
+  # The members do differ, from each other and between the caches.
+  assert np.abs(expected[1] - expected[2]).max() > 0.05 * np.abs(expected).max()
+  assert_close(logits(model, roster), expected)
+  assert_close(transformer.unembed(params, config, recomputed_states(params, config, roster)),
+               expected)
+
+
+@pytest.mark.parametrize("gate_weights, cache", [
+    ("noisy", "clean"), ("clean_rescaled", "standard")])
+def test_gate_weights_reach_the_members(olmoe, gate_weights, cache):
+  roster = Roster.create(olmoe[0], 3, [0.0, 0.8, 0.4], gate_weights=gate_weights, cache=cache)
+  assert_close(logits(olmoe, roster), by_definition(olmoe, roster))
+
+
+def test_the_two_caches_differ_in_what_members_remember(olmoe):
+  clean, standard = (
+      logits(olmoe, Roster.create(olmoe[0], 3, [0.0, 0.8, 0.4], seed=9, cache=cache))
+      for cache in roster_lib.CACHES)
+  assert_close(clean[0], standard[0])  # member 0 has no noise in either
+  assert_close(clean[:, :, 0], standard[:, :, 0])  # no past at position 0
+  assert np.abs(clean[1:, :, 1:] - standard[1:, :, 1:]).max() > 0.01 * np.abs(clean).max()
+
+
+# The plain model
+
+
+@pytest.mark.parametrize("settings", [
+    dict(temperatures=0.7, seed=5), dict(temperatures=[0.5, 0.0, 2.0], gate_weights="noisy"),
+    dict(temperatures=0.3, aggregation="majority", noisy_layers=(0, 3))], ids=str)
+def test_one_member_is_bitwise_the_plain_model(model, settings):
+  config, params = model
+  roster = Roster.create(config, 1, **settings)
+  prompts = tiny.texts([5, 1, 9, 3])
+  plain, single = (decode.generate(params, config, prompts, max_new_tokens=6, roster=r)
+                   for r in (None, roster))
+  assert plain.completions == single.completions
+  texts = [p + c.tokens for p, c in zip(prompts, plain.completions)]
+  plain, single = (score.score(params, config, texts, roster=r) for r in (None, roster))
+  for one, other in zip(plain.texts, single.texts):
+    np.testing.assert_array_equal(one.log_probs, other.log_probs)
+
+
+def test_the_plain_model_is_the_forward_function(model):
+  config, params = model
+  texts = tiny.texts([12, 12, 12, 12])
+  scores = score.score(params, config, texts)
+  log_probs = jax.nn.log_softmax(jax.jit(
+      lambda x: transformer.forward(params, config, x)[0])(jnp.asarray(texts)))
+  for row, text in enumerate(texts):
+    expected = log_probs[row, jnp.arange(11), jnp.asarray(text[1:])]
+    assert_close(scores.texts[row].log_probs[:, 0], expected)
+
+
+@pytest.mark.parametrize("family, cache", [("olmoe", "clean"), ("mixtral", "standard")])
+def test_at_temperature_zero_all_members_are_the_plain_model(request, family, cache):
+  config, params = model = request.getfixturevalue(family)
+  roster = Roster.create(config, 4, 0.0, cache=cache, noisy_layers=(0, config.num_layers))
+  members = logits(model, roster)
+  for member in members[1:]:
+    np.testing.assert_array_equal(member, members[0])
+  assert_close(members[0], transformer.forward(params, config, TOKENS)[0])
+
+
+# The members
+
+
+def test_computing_shared_layers_once_changes_nothing(olmoe):
+  config, params = olmoe
+  temperatures = [0.0, 0.9, 0.0]
+  run = functools.partial(member_states, params, config, keep=("experts", "keys"))
+  late, kept_late = run(Roster.create(config, 4, temperatures))
+  full, kept_full = run(Roster.create(config, 4, temperatures, noisy_layers=(0, 3)))
+  assert_close(late, full)
+  np.testing.assert_array_equal(kept_late.experts, kept_full.experts)
+  assert kept_late.experts.shape == (3, 4, 2, LENGTH, 3)
+  assert_close(kept_late.keys, kept_full.keys)
+  # All members are one before the first noise, and differ after.
+  np.testing.assert_array_equal(kept_full.experts[0, 0], kept_full.experts[0, 3])
+  assert np.any(kept_full.experts[1, 0] != kept_full.experts[1, 3])
+
+
+@pytest.mark.parametrize("cache", roster_lib.CACHES)
+def test_more_members_do_not_change_the_earlier_ones(olmoe, cache):
+  few, many = (logits(olmoe, Roster.create(olmoe[0], n, 0.7, cache=cache)) for n in (2, 4))
+  assert_close(many[:2], few)
+  for i in range(1, 4):
+    assert np.abs(many[i] - many[i - 1]).max() > 0.05 * np.abs(many).max()
+
+
+def test_members_without_the_clean_one(olmoe):
+  config, params = olmoe
+  with_clean = Roster.create(config, 4, 0.7)
+  members = np.asarray(jax.nn.log_softmax(logits(olmoe, with_clean)), np.float64)
+  x, _ = member_states(params, config, with_clean)
+  for cache, expected in (("clean", (0, 1, 2, 3)), ("standard", (1, 2, 3))):
+    roster = Roster.create(config, 3, 0.7, include_clean=False, cache=cache)
+    assert roster.members == expected and not roster.is_plain
+  # The clean member keeps the cache, and has no part in the average.
+  roster = Roster.create(config, 3, 0.7, include_clean=False)
+  outputs = roster_lib.aggregate(params, config, roster, x)
+  assert_close(outputs.log_probs, np.log(np.exp(members[1:]).mean(0)))
+  assert_close(outputs.clean_log_probs, members[0])
+  standard = Roster.create(config, 3, 0.7, include_clean=False, cache="standard")
+  outputs = roster_lib.aggregate(params, config, standard, x[1:])
+  assert_close(outputs.log_probs, np.log(np.exp(members[1:]).mean(0)))
+  assert outputs.clean_log_probs is None
+
+
+def test_changing_temperatures_or_seed_compiles_nothing(olmoe):
+  config, params = olmoe
+  prompts = tiny.texts([5, 3])
+  def run(temperatures, seed):
+    roster = Roster.create(config, 3, temperatures, seed=seed, noisy_layers=(1, 3))
+    generated = decode.generate(params, config, prompts, max_new_tokens=4, roster=roster)
+    texts = [p + c.tokens for p, c in zip(prompts, generated.completions)]
+    score.score(params, config, texts, roster=roster)
+    return [c.log_probs for c in generated.completions]
+  first = run([0, 0.5, 0.9], 0)
+  functions = (decode.decode_steps, decode.prefill_chunk, score.score_chunk)
+  sizes = [f._cache_size() for f in functions]
+  assert all(sizes)
+  assert run([0, 0.0, 0.9], 0) != first
+  assert run([0, 0.5, 0.9], 1) != first
+  run([0, 0, 0], 2)
+  assert [f._cache_size() for f in functions] == sizes
+
+
+# Settings
+
+
+def test_a_new_aggregation_is_available_by_its_name(olmoe, monkeypatch):
+  config, params = olmoe
+  def last_member(member_logits):
+    return jax.nn.log_softmax(member_logits[-1])
+  monkeypatch.setitem(aggregation.AGGREGATIONS, "last_member", last_member)
+  roster = Roster.create(config, 4, 0.7, aggregation="last_member")
+  x, _ = member_states(params, config, Roster.create(config, 4, 0.7))
+  outputs = roster_lib.aggregate(params, config, roster, x)
+  np.testing.assert_array_equal(
+      outputs.log_probs, jax.nn.log_softmax(transformer.unembed(params, config, x[-1])))
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(num_members=0), "num_members.*at least 1.*0"),
+    (dict(num_members=2.0), "num_members"),
+    (dict(num_members=True), "num_members"),
+    (dict(temperatures=[0.1, 0.2]), r"list of 3 .*shape \[2\]"),
+    (dict(temperatures=[[0.1, 0.2, 0.3]]), r"shape \[1, 3\]"),
+    (dict(temperatures=-0.1), "negative"),
+    (dict(temperatures=[0, float("nan"), 0]), "finite"),
+    (dict(temperatures=float("inf")), "finite"),
+    (dict(seed=-1), "seed"), (dict(seed=2**32), "seed"),
+    (dict(cache="shared"), "cache 'shared'.*clean, standard"),
+    (dict(aggregation="median"), "aggregation 'median'.*mean_probability"),
+    (dict(gate_weights="soft"), "gate_weights 'soft'.*clean, noisy"),
+    (dict(noisy_layers=(0, 4)), r"noisy_layers.*\(0, 3\)"),
+    (dict(noisy_layers=(2, 1)), "noisy_layers"),
+    (dict(temperatures=[0, 0.1, 0.1], noisy_layers=(1, 2)), "leaves out"),
+], ids=str)
+def test_wrong_settings_are_refused(settings, message):
+  with pytest.raises(ValueError, match=message):
+    Roster.create(tiny.config("olmoe"), **settings)
+
+
+def test_the_noisy_stretch_is_where_temperatures_are():
+  def stretch(*args, **kwargs):
+    return Roster.create(tiny.config("olmoe"), *args, **kwargs).noisy_layers
+  assert stretch(2, [0, 0.5, 0]) == (1, 2)
+  assert stretch(2, [0.5, 0, 0.5]) == stretch(2, 0.5) == (0, 3)
+  assert stretch(2, 0.0) == stretch(1, 0.5) == (3, 3)
+  assert stretch(1, 0.5, include_clean=False) == (0, 3)
+  assert stretch(2, 0.0, noisy_layers=(1, 3)) == (1, 3)
+
+
+def test_settings_are_plain_values_that_make_the_same_roster():
+  config = tiny.config("olmoe")
+  roster = Roster.create(
+      config, np.int64(5), [0, 0.3, 0.25], seed=2**32 - 1, include_clean=False,
+      cache="standard", recompute=True, aggregation="majority", gate_weights="noisy",
+      noisy_layers=(0, 3))
+  settings = json.loads(json.dumps(roster.settings()))
+  assert settings == dict(
+      num_members=5, temperatures=[0, 0.3, 0.25], seed=2**32 - 1, include_clean=False,
+      cache="standard", recompute=True, aggregation="majority", gate_weights="noisy",
+      noisy_layers=[0, 3])
+  again = Roster.create(config, **settings)
+  assert again.settings() == settings
+  np.testing.assert_array_equal(again.temperatures, roster.temperatures)

@@ -1,0 +1,164 @@
+"""Gumbel-top-k routing: which experts are chosen, and their gates."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+import tiny
+from roe_jax import noise as noise_lib
+from roe_jax import routing
+
+LOGITS = np.array([1.2, 0.4, 0.0, -0.3, 0.9, -1.1])
+
+
+def set_probabilities(logits, temperature, count):
+  """Probability of each set of `count` experts drawn without replacement from
+  softmax(logits / temperature), summed over the orders of drawing."""
+  p = np.exp(logits / temperature)
+  p /= p.sum()
+  probabilities = {}
+  for order in itertools.permutations(range(len(p)), count):
+    left, probability = 1.0, 1.0
+    for expert in order:
+      probability *= p[expert] / left
+      left -= p[expert]
+    chosen = tuple(sorted(order))
+    probabilities[chosen] = probabilities.get(chosen, 0) + probability
+  assert abs(sum(probabilities.values()) - 1) < 1e-12
+  return probabilities
+
+
+def drawn_sets(config, temperature, num_draws=40_000):
+  key = noise_lib.stream_key(5, noise_lib.ROUTING)
+  keys = noise_lib.position_keys(
+      key, jnp.arange(4, dtype=jnp.uint32), jnp.tile(jnp.arange(num_draws // 4), (4, 1)))
+  noise = noise_lib.RoutingNoise(keys, jnp.full(2, temperature), jnp.int32(1))
+  logits = jnp.broadcast_to(jnp.asarray(LOGITS, jnp.float32), (4, num_draws // 4, 6))
+  experts, _ = routing.route(config, logits, noise.draw(jnp.int32(1), 6))
+  return np.sort(np.asarray(experts).reshape(num_draws, -1))
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+@pytest.mark.parametrize("count, temperature", [(2, 1.0), (2, 0.3), (3, 0.5)])
+def test_sets_are_drawn_without_replacement_from_the_softmax(family, count, temperature):
+  config = tiny.config(family, num_experts=6, experts_per_token=count)
+  sets = drawn_sets(config, temperature)
+
+  def p_value(temperature):
+    probabilities = set_probabilities(LOGITS, temperature, count)
+    observed = np.array([np.sum(np.all(sets == s, axis=-1)) for s in probabilities])
+    expected = len(sets) * np.array(list(probabilities.values()))
+    # Sets too rare for the chi-square distribution are taken together.
+    rare = expected < 10
+    observed = np.append(observed[~rare], observed[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    use = expected > 0
+    return scipy.stats.chisquare(observed[use], expected[use]).pvalue
+
+  assert p_value(temperature) > 0.01
+  # The same statistic tells temperatures 10 % apart.
+  assert p_value(1.1 * temperature) < 1e-6
+  assert p_value(temperature / 1.1) < 1e-6
+
+  probabilities = set_probabilities(LOGITS, temperature, count)
+  for expert in range(6):
+    expected = sum(p for s, p in probabilities.items() if expert in s)
+    deviation = np.sqrt(expected * (1 - expected) / len(sets))
+    assert abs(np.mean(np.any(sets == expert, axis=-1)) - expected) < 4 * deviation
+
+
+def gates_by_formula(logits, noise, experts, normalize, gate_weights):
+  """The three gate rules in float64; a loop over rows."""
+  gates = []
+  for r, g, chosen in zip(logits, noise, experts):
+    source = np.exp(r + g) if gate_weights == "noisy" else np.exp(r)
+    p = source / source.sum()
+    gate = p[chosen]
+    if normalize:
+      gate = gate / gate.sum()
+    elif gate_weights == "clean_rescaled":
+      clean_mass = np.sort(p)[-len(chosen):].sum()
+      gate = gate * clean_mass / gate.sum()
+    gates.append(gate)
+  return np.array(gates)
+
+
+def random_rows(num_rows=500, num_experts=8, temperature=0.7):
+  random = np.random.RandomState(0)
+  logits = random.standard_normal((num_rows, num_experts)).astype(np.float32)
+  return logits, (temperature * random.gumbel(size=logits.shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("gate_weights", routing.GATE_WEIGHTS)
+@pytest.mark.parametrize("family, normalize", [
+    ("olmoe", False), ("olmoe", True), ("mixtral", True)])
+def test_gates_follow_the_formulas(family, normalize, gate_weights):
+  config = tiny.config(family, normalize_gates=normalize)
+  logits, noise = random_rows()
+  experts, gates = routing.route(config, jnp.asarray(logits), jnp.asarray(noise), gate_weights)
+  perturbed = logits + noise  # float32, as the choice is made
+  np.testing.assert_array_equal(experts, np.argsort(-perturbed, axis=-1)[:, :3])
+  expected = gates_by_formula(logits.astype(np.float64), noise.astype(np.float64),
+                              np.asarray(experts), normalize, gate_weights)
+  np.testing.assert_allclose(gates, expected, rtol=2e-6)
+
+
+def test_the_gate_rules_differ_where_they_should():
+  logits, noise = map(jnp.asarray, random_rows())
+  def gates(config):
+    return [np.asarray(routing.route(config, logits, noise, w)[1]) for w in routing.GATE_WEIGHTS]
+  clean, noisy, rescaled = gates(tiny.config("olmoe"))
+  assert np.abs(noisy - clean).max() > 0.1 and np.abs(rescaled - clean).max() > 0.1
+  clean, noisy, rescaled = gates(tiny.config("mixtral"))
+  assert np.abs(noisy - clean).max() > 0.1
+  np.testing.assert_allclose(rescaled, clean, rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_rescaled_gates_have_the_mass_of_the_clean_choice(temperature):
+  config = tiny.config("olmoe")
+  logits, noise = map(jnp.asarray, random_rows(temperature=temperature))
+  _, clean = routing.route(config, logits)
+  _, rescaled = routing.route(config, logits, noise, "clean_rescaled")
+  np.testing.assert_allclose(rescaled.sum(-1), clean.sum(-1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("family, normalize", [
+    ("olmoe", False), ("olmoe", True), ("mixtral", True)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rescaled_gates_are_bitwise_the_clean_ones_where_the_clean_experts_are_chosen(
+    family, normalize, dtype):
+  config = tiny.config(family, normalize_gates=normalize, dtype=dtype)
+  logits, noise = map(jnp.asarray, random_rows(2000, temperature=0.1))
+  clean_experts, _ = routing.route(config, logits)
+  experts, clean = routing.route(config, logits, noise, "clean")
+  _, rescaled = routing.route(config, logits, noise, "clean_rescaled")
+  same = np.all(np.sort(experts) == np.sort(clean_experts), axis=-1)
+  reordered = same & np.any(experts != clean_experts, axis=-1)
+  assert reordered.sum() > 100 and (~same).sum() > 100
+  np.testing.assert_array_equal(np.asarray(rescaled)[same], np.asarray(clean)[same])
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+@pytest.mark.parametrize("gate_weights", routing.GATE_WEIGHTS)
+def test_zero_noise_is_bitwise_no_noise(family, gate_weights):
+  config = tiny.config(family)
+  logits = jnp.asarray(random_rows()[0])
+  plain = routing.route(config, logits)
+  for actual, expected in zip(
+      routing.route(config, logits, jnp.zeros_like(logits), gate_weights), plain):
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_only_olmoe_rounds_its_gates_to_the_models_dtype():
+  logits = jnp.asarray(random_rows()[0])
+  for family, rounds in (("olmoe", True), ("mixtral", False)):
+    _, gates = routing.route(tiny.config(family, dtype="bfloat16"), logits)
+    _, exact = routing.route(tiny.config(family), logits)
+    assert gates.dtype == jnp.float32
+    expected = exact.astype(jnp.bfloat16).astype(jnp.float32) if rounds else exact
+    np.testing.assert_array_equal(gates, expected)

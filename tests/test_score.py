@@ -1,0 +1,262 @@
+"""Scoring against generation, and perplexity against its definition."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiny
+from roe_jax import decode, score as score_lib, transformer
+from roe_jax.roster import Roster
+from roe_jax.sampling import Sampler
+
+PROMPTS = tiny.texts([5, 1, 9, 3])
+STARTS = [len(p) for p in PROMPTS]
+IDS = [4, 8, 2**32 - 1, 0]
+# Absolute, in nats: log-probabilities are of order 10, and float32 sums of
+# some ten layers of operations are taken in another order.
+TOLERANCE = 3e-5
+
+ROSTERS = {
+    "plain": {},
+    "clean": dict(num_members=3, temperatures=[0, 0.7, 0.4]),
+    "clean, without the clean member": dict(
+        num_members=2, temperatures=0.6, include_clean=False, gate_weights="noisy"),
+    "standard": dict(num_members=3, temperatures=[0, 0.7, 0.4], cache="standard"),
+    "standard, without the clean member": dict(
+        num_members=2, temperatures=0.6, include_clean=False, cache="standard",
+        aggregation="majority"),
+    "clean, recomputed": dict(
+        num_members=3, temperatures=[0, 0.7, 0.4], recompute=True),
+    "standard, recomputed": dict(
+        num_members=3, temperatures=[0, 0.7, 0.4], cache="standard", recompute=True),
+}
+
+
+@functools.cache
+def tiny_model(family):
+  config = tiny.config(family)
+  return config, tiny.params(config)
+
+
+@functools.cache
+def generated(family, name, sampled):
+  """The texts that a roster made, and the completions."""
+  config, params = tiny_model(family)
+  roster = Roster.create(config, seed=6, **ROSTERS[name])
+  sampler = Sampler.create(1.2, 0, 0.95) if sampled else Sampler.greedy()
+  completions = decode.generate(params, config, PROMPTS, max_new_tokens=8, roster=roster,
+                                sampler=sampler, request_ids=IDS, stop_tokens=()).completions
+  return [p + c.tokens for p, c in zip(PROMPTS, completions)], completions, roster
+
+
+def score(family, texts, **options):
+  config, params = tiny_model(family)
+  return score_lib.score(params, config, texts, **options).texts
+
+
+def assert_scored_as_generated(scores, completions):
+  for one, completion in zip(scores, completions):
+    assert len(one.log_probs) == len(completion.tokens)
+    np.testing.assert_allclose(one.log_probs[:, 0], completion.log_probs, atol=TOLERANCE, rtol=0)
+    np.testing.assert_array_equal(one.clean_greedy_tokens, completion.clean_tokens)
+
+
+@pytest.mark.parametrize("name", ROSTERS)
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+def test_scores_are_the_probabilities_that_generation_chose_from(family, name):
+  texts, completions, roster = generated(family, name, sampled=True)
+  whole = score(family, texts, starts=STARTS, roster=roster, request_ids=IDS)
+  assert_scored_as_generated(whole, completions)
+  if family == "mixtral" or roster.recompute:
+    return  # once is enough for what follows
+  # In another order, with other neighbours, paddings and chunks.
+  order = [2, 0, 3, 1]
+  again = score(family, [texts[i] for i in order], starts=[STARTS[i] for i in order],
+                roster=roster, request_ids=[IDS[i] for i in order], batch_size=2, chunk_size=3)
+  assert_scored_as_generated(again, [completions[i] for i in order])
+
+
+@pytest.mark.parametrize("name", ["plain", "clean", "standard", "clean, recomputed"])
+def test_greedy_generation_takes_the_most_probable_tokens(name):
+  texts, completions, roster = generated("olmoe", name, sampled=False)
+  scores = score("olmoe", texts, starts=STARTS, roster=roster, request_ids=IDS)
+  assert_scored_as_generated(scores, completions)
+  for one, completion in zip(scores, completions):
+    np.testing.assert_array_equal(one.greedy_tokens, completion.tokens)
+    if name != "plain":
+      assert np.any(one.log_probs[:, 0] != np.float32(0))
+
+
+@pytest.mark.parametrize("name", ["clean", "standard"])
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+def test_caches_generate_and_score_what_recomputing_does(family, name):
+  texts, completions, roster = generated(family, name, sampled=True)
+  recomputed_texts, recomputed, _ = generated(family, name + ", recomputed", sampled=True)
+  assert recomputed_texts == texts
+  for one, other in zip(completions, recomputed):
+    np.testing.assert_allclose(one.log_probs, other.log_probs, atol=TOLERANCE, rtol=0)
+    assert one.clean_tokens == other.clean_tokens
+
+
+def test_rosters_are_worth_testing():
+  """The members change the probabilities by far more than the tolerance, and
+  the settings differ from one another."""
+  texts, _, _ = generated("olmoe", "clean", sampled=True)
+  results = [
+      np.concatenate([s.log_probs for s in score(
+          "olmoe", texts, starts=STARTS, request_ids=IDS,
+          roster=Roster.create(tiny_model("olmoe")[0], seed=6, **ROSTERS[name]))])
+      for name in ROSTERS if "recomputed" not in name]
+  for i in range(len(results)):
+    for j in range(i):
+      assert np.median(np.abs(results[i] - results[j])) > 100 * TOLERANCE
+
+
+def test_request_ids_and_seed_matter():
+  texts, _, roster = generated("olmoe", "clean", sampled=True)
+  def log_probs(roster, ids):
+    return np.concatenate([s.log_probs for s in score(
+        "olmoe", texts, starts=STARTS, roster=roster, request_ids=ids)])
+  base = log_probs(roster, IDS)
+  for other in (log_probs(roster, [i ^ 1 for i in IDS]),
+                log_probs(roster.replace(seed=jnp.uint32(7)), IDS)):
+    assert np.median(np.abs(base - other)) > 100 * TOLERANCE
+
+
+def test_output_temperatures_rescale_the_aggregated_distribution(olmoe):
+  config, params = olmoe
+  texts = tiny.texts([12, 12, 12, 12], seed=1)
+  temperatures = (0.5, 1.0, 1.7)
+  scores = score_lib.score(params, config, texts, output_temperatures=temperatures)
+  logits = np.asarray(transformer.forward(params, config, jnp.asarray(texts))[0], np.float64)
+  for row, text in enumerate(texts):
+    for column, temperature in enumerate(temperatures):
+      p = np.exp(logits[row, :-1] / temperature)
+      expected = np.log(p[np.arange(11), text[1:]] / p.sum(-1))
+      np.testing.assert_allclose(scores.texts[row].log_probs[:, column], expected,
+                                 atol=TOLERANCE / temperature, rtol=0)
+
+
+def test_a_roster_is_rescaled_after_aggregation():
+  """One token's probability at a temperature follows from all tokens' at 1."""
+  texts, _, roster = generated("olmoe", "clean", sampled=True)
+  text, vocabulary = texts[0][:6], range(61)
+  def last(tokens, temperature):
+    return np.array([s.log_probs[-1, 0] for s in score(
+        "olmoe", [text + [t] for t in tokens], starts=[6] * len(tokens), roster=roster,
+        request_ids=[4] * len(tokens), output_temperatures=[temperature], batch_size=61)],
+                    np.float64)
+  at_one, at_two = last(vocabulary, 1.0), last(vocabulary, 2.0)
+  np.testing.assert_allclose(np.exp(at_one).sum(), 1, rtol=1e-5)
+  expected = at_one / 2 - np.log(np.exp(at_one / 2).sum())
+  np.testing.assert_allclose(at_two, expected, atol=TOLERANCE, rtol=0)
+
+
+# Perplexity
+
+
+@pytest.fixture(scope="module")
+def text():
+  return tiny.texts([83], seed=7)[0]
+
+
+@pytest.mark.parametrize("window, stride", [(16, 8), (16, 15), (16, 1), (48, None)])
+def test_every_token_but_the_first_is_scored_once_in_its_window(olmoe, text, window, stride):
+  config, params = olmoe
+  result = score_lib.perplexity(params, config, text, window=window, stride=stride, batch_size=4)
+  stride = stride or window // 2
+  assert result.nll.shape == (82, 1)
+  # Windows as their definition has them: the first that holds a token scores it.
+  expected, used = [], set()
+  for token in range(1, len(text)):
+    begin = next(b for b in range(0, len(text), stride) if token < b + window)
+    assert begin == 0 or token - begin >= window - stride  # the promised context
+    used.add(begin)
+    expected.append((begin, token))
+  assert result.num_windows == len(used)
+  forward = jax.jit(lambda x: jax.nn.log_softmax(transformer.forward(params, config, x)[0]))
+  padded = {b: text[b:b + window] + [0] * (window - len(text[b:b + window])) for b in used}
+  log_probs = dict(zip(padded, np.asarray(forward(jnp.asarray(list(padded.values()))))))
+  expected = np.array([-log_probs[b][t - b - 1, text[t]] for b, t in expected])
+  np.testing.assert_allclose(result.nll[:, 0], expected, atol=TOLERANCE, rtol=0)
+  np.testing.assert_allclose(result.perplexity, np.exp(expected.astype(np.float64).mean()),
+                             rtol=TOLERANCE)
+  assert result.settings["window"] == window and result.settings["stride"] == stride
+  json.dumps(result.settings)
+
+
+@pytest.mark.parametrize("length, window", [(12, 12), (12, 48), (2, 2)])
+def test_a_window_that_holds_the_text_is_a_direct_score(text, length, window):
+  config, params = tiny_model("olmoe")
+  _, _, roster = generated("olmoe", "clean", sampled=True)
+  result = score_lib.perplexity(params, config, text[:length], window=window, roster=roster,
+                                output_temperatures=(1.0, 1.3))
+  direct = score_lib.score(params, config, [text[:length]], roster=roster,
+                           output_temperatures=(1.0, 1.3))
+  np.testing.assert_array_equal(result.nll, -direct.texts[0].log_probs)
+  np.testing.assert_array_equal(np.log(result.perplexity).astype(np.float32),
+                                score_lib.mean_nll(direct).astype(np.float32))
+  assert result.num_windows == 1
+
+
+def test_windows_of_a_roster_have_noise_of_their_own():
+  """A window is a request: the same tokens in another window see other noise."""
+  config, params = tiny_model("olmoe")
+  _, _, roster = generated("olmoe", "clean", sampled=True)
+  repeated = tiny.texts([8], seed=3)[0] * 4
+  result = score_lib.perplexity(params, config, repeated, window=16, stride=8, roster=roster)
+  second, third = result.nll[15:23], result.nll[23:31]  # the same tokens and contexts
+  assert np.median(np.abs(second - third)) > 100 * TOLERANCE
+
+
+# Errors
+
+
+@pytest.mark.parametrize("texts, options, message", [
+    ([[]], {}, "text 0 is empty"),
+    ([[1] * 49], {}, "49 tokens.*context of 48"),
+    ([[1, 61]], {}, "token id 61"),
+    ([[1, 2]], dict(starts=[1, 1]), "2 starts for 1 texts"),
+    ([[1, 2]], dict(starts=[0]), r"\[1, 2\], got 0"),
+    ([[1, 2]], dict(starts=[3]), r"\[1, 2\], got 3"),
+    ([[1, 2]], dict(output_temperatures=[]), "output_temperatures"),
+    ([[1, 2]], dict(output_temperatures=[1.0, 0.0]), "output_temperatures"),
+    ([[1, 2]], dict(output_temperatures=1.0), "output_temperatures"),
+    ([[1, 2]], dict(batch_size=0), "batch_size"),
+    ([[1, 2]], dict(chunk_size=0), "chunk_size"),
+    ([[1, 2]], dict(request_ids=[1, 2]), "request ids"),
+], ids=str)
+def test_wrong_input_is_refused(texts, options, message):
+  with pytest.raises(ValueError, match=message):
+    score("olmoe", texts, **options)
+
+
+@pytest.mark.parametrize("length, options, message", [
+    (1, {}, "two tokens"), (9, dict(window=1), "window"), (9, dict(window=49), "window.*48"),
+    (9, dict(window=8, stride=8), "stride"), (9, dict(window=8, stride=0), "stride")], ids=str)
+def test_wrong_windows_are_refused(olmoe, length, options, message):
+  with pytest.raises(ValueError, match=message):
+    score_lib.perplexity(olmoe[1], olmoe[0], [1] * length, **options)
+
+
+def test_a_text_scored_from_its_end_has_no_scores():
+  one, other = score("olmoe", [[1, 2, 3], [4, 5]], starts=[3, 1])
+  assert one.log_probs.shape == (0, 1) and other.log_probs.shape == (1, 1)
+  with pytest.raises(ValueError, match="no token"):
+    config, params = tiny_model("olmoe")
+    score_lib.mean_nll(score_lib.score(params, config, [[1, 2, 3]], starts=[3]))
+
+
+def test_progress_and_settings():
+  config, params = tiny_model("olmoe")
+  counts = []
+  scores = score_lib.score(params, config, tiny.texts([3, 4, 5]), batch_size=2,
+                           on_batch=counts.append)
+  assert counts == [2, 1]
+  settings = json.loads(json.dumps(scores.settings))
+  assert settings["roster"] == Roster.create(config).settings()
+  assert settings["output_temperatures"] == [1.0]

@@ -1,0 +1,202 @@
+"""The loss against formulas written anew, and what a training step does."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiny
+from roe_jax import params as params_lib
+from roe_jax import training
+from roe_jax import transformer
+
+SETTINGS = training.TrainSettings(num_steps=40, warmup_steps=4, learning_rate=1e-2)
+OPTIONS = dict(keep=("experts", "router_logits"), strategy="padded")
+
+
+@pytest.fixture(scope="module")
+def config():
+  return tiny.config("olmoe", num_layers=2, experts_per_token=2)
+
+
+@pytest.fixture(scope="module")
+def params(config):
+  return tiny.params(config)
+
+
+@pytest.fixture(scope="module")
+def batch(config):
+  """Three texts of 9, 6 and 7 tokens, whose first three tokens weigh a quarter."""
+  random = np.random.RandomState(1)
+  tokens = random.randint(0, config.vocab_size, (3, 9)).astype(np.int32)
+  weights = np.zeros((3, 9), np.float32)
+  for row, length in enumerate((9, 6, 7)):
+    weights[row, :3], weights[row, 3:length] = 0.25, 1.0
+  return training.Batch(jnp.asarray(tokens), jnp.asarray(weights), jnp.arange(3, dtype=jnp.uint32))
+
+
+@pytest.fixture(scope="module")
+def loss(config):
+  """The compiled loss, with settings that may be changed."""
+  compiled = jax.jit(training.loss, static_argnums=(2, 3))
+  return lambda params, batch, **changes: compiled(
+      params, batch, config, dataclasses.replace(SETTINGS, **changes))
+
+
+def test_loss_parts_follow_their_formulas(config, params, batch, loss):
+  total, parts = loss(params, batch)
+  logits, outputs = jax.jit(
+      lambda p, t: transformer.forward(p, config, t, **OPTIONS))(params, batch.tokens)
+  logits, router = np.float64(logits), np.float64(outputs.router_logits)
+  chosen, tokens, weights = map(np.asarray, (outputs.experts, batch.tokens, batch.weights))
+
+  surprise = weight = 0.0
+  for b in range(3):
+    for t in range(1, 9):
+      log_sum = np.log(np.exp(logits[b, t - 1]).sum())
+      surprise += weights[b, t] * (log_sum - logits[b, t - 1, tokens[b, t]])
+      weight += weights[b, t]
+  assert parts["cross_entropy"] == pytest.approx(surprise / weight, rel=1e-5)
+
+  real = [(b, t) for b in range(3) for t in range(9) if weights[b, t] > 0]
+  balance, z, entropies = [], [], []
+  for l in range(config.num_layers):
+    count, mass, squared = np.zeros(config.num_experts), np.zeros(config.num_experts), 0.0
+    for b, t in real:
+      for e in chosen[l, b, t]:
+        count[e] += 1
+      odds = np.exp(router[l, b, t])
+      mass += odds / odds.sum()
+      squared += np.log(odds.sum()) ** 2
+    share = count / count.sum()
+    balance.append(config.num_experts * (share * mass / len(real)).sum())
+    z.append(squared / len(real))
+    entropies.append(-sum(f * np.log(f) for f in share if f) / np.log(config.num_experts))
+  assert parts["balance_loss"] == pytest.approx(np.mean(balance), rel=1e-5)
+  assert parts["z_loss"] == pytest.approx(np.mean(z), rel=1e-5)
+  assert parts["load_entropy"] == pytest.approx(np.mean(entropies), rel=1e-5)
+  assert total == pytest.approx(
+      surprise / weight + 0.01 * np.mean(balance) + 0.001 * np.mean(z), rel=1e-5)
+
+
+def test_balance_loss_is_one_when_balanced_and_e_when_collapsed():
+  mask = jnp.ones((1, 4))
+  loads = training.expert_loads(jnp.arange(4).reshape(1, 1, 4, 1), mask, 4)
+  assert training.balance_loss(jnp.zeros((1, 1, 4, 4)), loads, mask) == pytest.approx(1.0)
+  logits = jnp.zeros((1, 1, 4, 4)).at[..., 2].set(50.0)
+  loads = training.expert_loads(jnp.full((1, 1, 4, 1), 2), mask, 4)
+  assert training.balance_loss(logits, loads, mask) == pytest.approx(4.0)
+
+
+def test_padding_has_no_influence(params, batch, loss):
+  padding = batch.weights == 0
+  other = batch.replace(tokens=jnp.where(padding, (batch.tokens + 7) % 61, batch.tokens))
+  assert not np.array_equal(other.tokens, batch.tokens)
+  longer = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 4))) if a.ndim == 2 else a, batch)
+  expected, parts = loss(params, batch)
+  for same in (other, longer):
+    total, same_parts = loss(params, same)
+    assert total == pytest.approx(float(expected), rel=1e-6)
+    for name, value in parts.items():
+      assert same_parts[name] == pytest.approx(float(value), rel=1e-5), name
+
+
+@pytest.fixture(scope="module")
+def gradients(config, params, batch):
+  """The loss's gradients by expert strategy."""
+  compute = jax.jit(jax.grad(training.loss, has_aux=True), static_argnums=(2, 3))
+  return {strategy: compute(params, batch, config,
+                            dataclasses.replace(SETTINGS, strategy=strategy))[0]
+          for strategy in training.STRATEGIES}
+
+
+def test_gradients_reach_every_parameter(batch, gradients):
+  used = np.unique(np.asarray(batch.tokens)[np.asarray(batch.weights) > 0])
+  gradients = gradients["padded"]
+  gradients = gradients.replace(embedding=gradients.embedding[used])
+  for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+    assert np.all(np.isfinite(gradient)), path
+    assert np.all(np.any(gradient.reshape(gradient.shape[0], -1) != 0, axis=-1)), path
+
+
+def test_strategies_have_equal_gradients(gradients):
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+               gradients["padded"], gradients["dense"])
+
+
+@pytest.fixture(scope="module")
+def new_state(config):
+  init = jax.jit(lambda key: training.init_state(config, SETTINGS, key))
+  return lambda: init(jax.random.key(0))
+
+
+def test_steps_lower_the_loss_and_count(config, batch, new_state):
+  state, losses = new_state(), []
+  for _ in range(40):
+    state, metrics = training.train_step(state, batch, config=config, settings=SETTINGS)
+    losses.append(float(metrics["cross_entropy"]))
+  assert int(state.step) == 40
+  assert losses[0] == pytest.approx(np.log(config.vocab_size), rel=0.1)
+  assert losses[-1] < 0.2 * losses[0]
+  assert metrics["learning_rate"] == pytest.approx(
+      float(training.schedule(SETTINGS)(39)), rel=1e-5)
+
+
+def test_a_step_consumes_its_state(config, batch, new_state):
+  state = new_state()
+  training.train_step(state, batch, config=config, settings=SETTINGS)
+  assert state.params.embedding.is_deleted()
+
+
+def test_learning_rate_rises_and_falls():
+  rate = training.schedule(training.TrainSettings(
+      num_steps=110, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.1))
+  for step, expected in ((0, 0.0), (5, 0.5), (10, 1.0), (60, 0.55), (110, 0.1)):
+    assert rate(step) == pytest.approx(expected, abs=1e-6)
+  one_step = training.schedule(training.TrainSettings(num_steps=1, learning_rate=1.0))
+  assert one_step(0) == 1.0
+
+
+def test_all_but_norms_decay(config, params):
+  settings = dataclasses.replace(SETTINGS, warmup_steps=0, weight_decay=0.5)
+  optimizer = training.optimizer(config, settings)
+
+  @jax.jit
+  def update(params):
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return optimizer.update(zeros, optimizer.init(params), params)[0]
+
+
+  def check(spec, update, value):
+    rate = 0.0 if spec.init == "ones" else settings.learning_rate * settings.weight_decay
+    np.testing.assert_allclose(update, -rate * value, rtol=1e-5)
+
+  jax.tree.map(check, params_lib.describe(config), update(params), params)
+
+
+def test_noise_changes_routing_by_address(params, batch, loss):
+  def cross_entropy(batch=batch, **changes):
+    return float(loss(params, batch, **changes)[1]["cross_entropy"])
+
+  plain = cross_entropy()
+  noisy = cross_entropy(noise_temperature=1.0)
+  assert cross_entropy(noise_temperature=0.0) == plain
+  assert noisy != pytest.approx(plain, rel=1e-3)
+  # The same texts in another order meet the same noise, under other ids another.
+  turned = jax.tree.map(lambda a: a[::-1], batch)
+  assert cross_entropy(turned, noise_temperature=1.0) == pytest.approx(noisy, rel=1e-5)
+  renamed = batch.replace(ids=batch.ids + 3)
+  assert cross_entropy(renamed, noise_temperature=1.0) != pytest.approx(noisy, rel=1e-4)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(num_steps=0), "num_steps must be at least 1, got 0"),
+    (dict(warmup_steps=-1), "warmup_steps must not be negative"),
+    (dict(noise_temperature=-0.1), "noise_temperature must not be negative"),
+    (dict(strategy="blocks"), "'blocks' cannot be trained with; choose one of padded"),
+])
+def test_settings_out_of_range(changes, message):
+  with pytest.raises(ValueError, match=message):
+    training.TrainSettings(**({"num_steps": 1} | changes))
