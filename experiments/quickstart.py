@@ -31,7 +31,7 @@ from roe_jax.roster import Roster
 from roe_jax.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
-OUTPUT_TEMPERATURES = np.geomspace(0.25, 4.0, 25)
+OUTPUT_TEMPERATURES = np.geomspace(0.25, 4.0, 13)
 MAX_NEW_TOKENS = 64
 
 
@@ -42,7 +42,7 @@ def define_flags() -> None:
   flags.DEFINE_multi_integer("num_members", [1, 2, 4, 8, 16], "Roster sizes; may be repeated.")
   flags.DEFINE_string("temperature_profile", "0.3", "Router temperature τ, as in generate.")
   flags.DEFINE_integer("num_problems", 200, "Test problems.")
-  flags.DEFINE_integer("num_validation", 100, "Validation problems, to fit output temperatures.")
+  flags.DEFINE_integer("num_validation", 80, "Validation problems, to fit output temperatures.")
   flags.DEFINE_integer("batch_size", 40, "Problems decoded together.")
   flags.DEFINE_integer("seed", 0, "Of the routing noise.")
   flags.DEFINE_string("output", "results/quickstart", "Folder of the results.")

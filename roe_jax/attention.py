@@ -65,7 +65,6 @@ def attend(query_BxTxHxC: jax.Array, own_key_BxTxKxC: jax.Array,
   weights, own_weight = jnp.exp(scores - peak), jnp.exp(own - peak)
   total = weights.sum(-1, keepdims=True) + own_weight
   weights, own_weight = (weights / total).astype(dtype), (own_weight / total).astype(dtype)
-  # Transposed apart: with bfloat16 operands XLA's CPU backend has no such dot.
   cached = einsum("bkgts,bksc->bkgtc", weights, values_BxKxSxC).transpose(0, 3, 1, 2, 4)
   own_part = einsum("bkgt,btkc->btkgc", own_weight[..., 0], own_value_BxTxKxC)
   return (cached + own_part).astype(dtype).reshape(b, t, h, c)

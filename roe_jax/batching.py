@@ -17,6 +17,11 @@ def bucket(size: int, minimum: int = 1) -> int:
   return -(-size // unit) * unit
 
 
+def power_of_two(size: int, minimum: int = 1) -> int:
+  """`size` rounded up to a power of two: fewer shapes than `bucket`, more padding."""
+  return 1 << (max(size, minimum) - 1).bit_length()
+
+
 def check_tokens(config: ModelConfig, texts: Sequence[Sequence[int]], *,
                  room: int = 0, what: str = "prompt") -> None:
   """Checks texts before any work starts.

@@ -38,7 +38,7 @@ def write_layer(slots_BxKxSxC: jax.Array, new_BxTxKxC: jax.Array,
                 starts_B: jax.Array) -> jax.Array:
   """Puts T new keys or values into consecutive slots from `starts_B` on.
 
-  Slots beyond the capacity are dropped.
+  Slots beyond the capacity are dropped; with T = 1 the slot must lie within it.
   """
   capacity = slots_BxKxSxC.shape[2]
 

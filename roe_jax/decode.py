@@ -18,6 +18,8 @@ from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
 PREFILL_CHUNK = 256
+# Slots are cheap and compiling is not: short texts share one shape.
+MIN_CAPACITY = 256
 # Steps between looks at stop strings and at whether all texts have ended.
 SEGMENT = 32
 
@@ -94,9 +96,11 @@ def fill_cache(params: Params, config: ModelConfig, roster: Roster, cache: KVCac
   """Prefills positions below `length` in chunks of few shapes."""
   start = 0
   while start < length:
-    size = min(PREFILL_CHUNK, batching.bucket(length - start, 16), tokens_BxS.shape[1] - start)
-    cache = prefill_chunk(params, config, roster, cache, tokens_BxS[:, start:start + size],
-                          jnp.full(tokens_BxS.shape[0], start), request_ids_B)
+    size = min(PREFILL_CHUNK, batching.power_of_two(length - start, 32),
+               tokens_BxS.shape[1] - start)
+    cache = prefill_chunk(
+        params, config, roster.history(), cache, tokens_BxS[:, start:start + size],
+        jnp.full(tokens_BxS.shape[0], start), request_ids_B)
     start += size
   return cache
 
@@ -156,7 +160,8 @@ def start(params: Params, config: ModelConfig, roster: Roster, prompts: Sequence
   longest = max(map(len, prompts))
   # One slot more than the longest text, so that rows that are done have a
   # place to point to.
-  capacity = batching.bucket(min(longest + max_new_tokens, config.context_length) + 1, 64)
+  capacity = batching.bucket(
+      min(longest + max_new_tokens, config.context_length) + 1, MIN_CAPACITY)
   lengths = np.ones(num_rows, np.int32)
   lengths[:len(prompts)] = [len(p) for p in prompts]
   ids = np.zeros(num_rows, np.uint32)

@@ -45,7 +45,7 @@ def routing_agreement(params: Params, config: ModelConfig, roster: Roster,
   ids[:len(texts)] = batching.request_ids(request_ids, len(texts))
   ids = jnp.asarray(ids)
   longest = max(map(len, texts))
-  capacity = batching.bucket(longest, 64)
+  capacity = batching.bucket(longest, decode.MIN_CAPACITY)
   tokens = batching.pad(texts, len(ids), capacity)
   cache = roster_lib.empty_cache(config, roster, len(ids), capacity)
   cache = decode.fill_cache(params, config, roster, cache, tokens, longest - 1, ids)

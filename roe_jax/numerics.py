@@ -8,7 +8,9 @@ def einsum(subscripts: str, x: jax.Array, weights: jax.Array) -> jax.Array:
   """`jnp.einsum` accumulated in float32; the result is float32.
 
   float32 operands are multiplied in full float32 on every platform (the
-  default of GPUs and TPUs is shorter), bfloat16 ones as they are.
+  default of GPUs and TPUs is shorter), bfloat16 ones as they are. Let axes
+  that both operands and the result share lead the result of a matmul: with
+  others in front, XLA's CPU backend fails on some bfloat16 dots.
   """
   precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
   return jnp.einsum(subscripts, x, weights, precision=precision,

@@ -65,8 +65,8 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
   by_expert = jnp.sum(jax.nn.one_hot(chosen, config.num_experts) * gates[..., None], axis=-2)
   projected = einsum("btd,edcf->btecf", normed, weights.experts.gate_up)
   hidden = (jax.nn.silu(projected[..., 0, :]) * projected[..., 1, :]).astype(x.dtype)
-  outputs = einsum("btef,efd->bted", hidden, weights.experts.down)
-  y = jnp.einsum("bted,bte->btd", outputs, by_expert, precision=jax.lax.Precision.HIGHEST)
+  outputs = einsum("btef,efd->ebtd", hidden, weights.experts.down)
+  y = jnp.einsum("ebtd,bte->btd", outputs, by_expert, precision=jax.lax.Precision.HIGHEST)
   return x + y.astype(x.dtype), (key, value)
 
 
@@ -83,6 +83,6 @@ def _attend(query, own_key, own_value, keys, values):
   scores = jnp.where(diagonal, own[..., None], scores) / jnp.sqrt(jnp.float32(c))
   weights = jax.nn.softmax(jnp.where(diagonal | earlier, scores, -jnp.inf), axis=-1)
   weights = weights.astype(query.dtype)
-  mixed = einsum("bhts,bshc->bthc", jnp.where(diagonal, 0, weights), values)
+  mixed = einsum("bhts,bshc->bhtc", jnp.where(diagonal, 0, weights), values).swapaxes(1, 2)
   own_weight = jnp.einsum("bhtt->bth", weights)
   return (mixed + own_weight[..., None] * own_value).astype(query.dtype)

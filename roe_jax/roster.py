@@ -148,6 +148,17 @@ class Roster:
     noisy = tuple(range(1, self.num_members + 1))
     return (0, *noisy) if self.cache == "clean" else noisy
 
+  def history(self) -> "Roster":
+    """The roster that writes the history: under Clean Cache the clean member alone.
+
+    Rosters of all sizes then share one compiled prefill.
+    """
+    if self.cache == "standard":
+      return self
+    layers = self.temperatures.shape[0]
+    return self.replace(num_members=1, include_clean=True, noisy_layers=(layers, layers),
+                        aggregation="mean_probability", gate_weights=routing.CLEAN)
+
   def settings(self) -> dict[str, Any]:
     """All settings as plain values, to go with every result."""
     return {

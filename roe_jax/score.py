@@ -177,7 +177,7 @@ def score(
 def _score_batch(params, config, texts, starts, roster, request_ids, temperatures, chunk_size):
   num_rows = batching.bucket(len(texts))
   longest = max(map(len, texts))
-  capacity = batching.bucket(longest, 64)
+  capacity = batching.bucket(longest, decode.MIN_CAPACITY)
   tokens = batching.pad(texts, num_rows, capacity + 1)
   ids = np.zeros(num_rows, np.uint32)
   ids[:len(texts)] = request_ids
@@ -197,13 +197,16 @@ def _score_batch(params, config, texts, starts, roster, request_ids, temperature
     offsets = begins
   chunk = chunk_size or _chunk_size(config, roster, num_rows)
   needed = int(np.max(ends - offsets))
-  chunk = min(chunk, batching.bucket(needed, 16)) if needed else chunk
+  if chunk_size is None:
+    # A power of two, of which little is padding: few shapes to compile.
+    chunk = min(chunk, batching.power_of_two(needed // 4 + 1, 16))
   found = [[] for _ in texts]
   earliest = int(begins[:len(texts)].min())
   for step in range(0, needed, chunk):
     if not (roster.recompute or _filled_first(roster)) and step + chunk <= earliest:
-      cache = decode.prefill_chunk(params, config, roster, cache, tokens[:, step:step + chunk],
-                                   jnp.asarray(offsets + step), ids)
+      cache = decode.prefill_chunk(
+          params, config, roster.history(), cache, tokens[:, step:step + chunk],
+          jnp.asarray(offsets + step), ids)
       continue
     columns = (offsets + step)[:, None] + np.arange(chunk)
     inputs = jnp.take_along_axis(tokens, jnp.minimum(columns, capacity), axis=1)

@@ -2,10 +2,13 @@
 
 import os
 
-# Before JAX is imported: eight devices on the host, for the tests of sharding.
+# Before JAX is imported: eight devices on the host, for the tests of sharding,
+# and little effort of LLVM, as nearly all of the tests' time is compiling.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
+_FLAGS = {"xla_force_host_platform_device_count": 8, "xla_backend_optimization_level": 0}
+_given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join(
+    [_given, *(f"--{name}={value}" for name, value in _FLAGS.items() if name not in _given)])
 
 import jax
 import pytest

@@ -77,14 +77,11 @@ def test_stop_tokens(generate, unstopped):
   assert len(completions[1].tokens) == 1
 
 
-def test_stop_tokens_of_the_config_are_the_default(olmoe, unstopped):
+def test_stop_tokens_of_the_config_are_the_default(olmoe):
   config, params = olmoe
-  config = config.replace(eos_token_ids=(unstopped[0].tokens[2],))
-  completion = decode.generate(params, config, PROMPTS, max_new_tokens=NEW,
-                               sampler=SAMPLER).completions[0]
-  assert completion.finish_reason == "stop_token"
-  assert completion.tokens == expected(unstopped[0], config.eos_token_ids)[0]
-  assert completion.text is None
+  config = config.replace(eos_token_ids=(5, 9))
+  settings = decode.generate(params, config, [], max_new_tokens=1).settings
+  assert settings["stop_tokens"] == [5, 9]
 
 
 @pytest.mark.parametrize("segment", [32, 4, 1])
@@ -103,17 +100,19 @@ def test_stop_strings(generate, unstopped, monkeypatch, segment):
 @pytest.mark.parametrize("segment", [32, 2])
 def test_a_stop_token_is_no_part_of_the_text(generate, unstopped, monkeypatch, segment):
   monkeypatch.setattr(decode, "SEGMENT", segment)
-  base = unstopped[2]
-  # The string would be completed by the stop token itself: the token ends it.
-  stops = dict(stop_tokens=(base.tokens[4],), stop_strings=(to_text(base.tokens[3:5]),))
-  completions = generate(sampler=SAMPLER, decode=to_text, **stops)
-  assert_stopped(completions, unstopped, **stops)
-  assert completions[2].finish_reason == "stop_token"
+  # A place where two tokens in a row are new to their text.
+  row, i = next((row, i) for row, c in enumerate(unstopped) for i in range(3, NEW - 1)
+                if c.tokens[i] not in c.tokens[:i] and c.tokens[i + 1] not in c.tokens[:i + 1])
+  base = unstopped[row]
+  string = to_text(base.tokens[i - 1:i + 1])
+  # The string would be completed by the stop token itself: the token ends the text.
   # The string is complete before the stop token: the string ends it.
-  stops = dict(stop_tokens=(base.tokens[5],), stop_strings=(to_text(base.tokens[3:5]),))
-  completions = generate(sampler=SAMPLER, decode=to_text, **stops)
-  assert_stopped(completions, unstopped, **stops)
-  assert completions[2].finish_reason == "stop_string"
+  for stop_token, reason in ((base.tokens[i], "stop_token"), (base.tokens[i + 1], "stop_string")):
+    stops = dict(stop_tokens=(stop_token,), stop_strings=(string,))
+    completions = generate(sampler=SAMPLER, decode=to_text, **stops)
+    assert_stopped(completions, unstopped, **stops)
+    assert completions[row].finish_reason == reason
+    assert len(completions[row].tokens) == i + 1
 
 
 def test_texts_end_with_the_token_limit_or_the_context(olmoe, generate):
@@ -147,11 +146,11 @@ def test_streaming_ends_in_what_generate_returns(generate, stream, options):
   assert [c.finish_reason for c in parts[:-1]] == [""] * (len(parts) - 1)
 
 
-@pytest.mark.parametrize("cache", ["clean", "standard"])
-def test_batches_do_not_matter(model, cache):
+@pytest.mark.parametrize("family, cache", [("olmoe", "clean"), ("mixtral", "standard")])
+def test_batches_do_not_matter(request, family, cache):
   """The same tokens and probabilities, to rounding, in another order, with
   other neighbours and other padding."""
-  config, params = model
+  config, params = request.getfixturevalue(family)
   roster = Roster.create(config, 3, 0.6, seed=2, cache=cache)
   options = dict(max_new_tokens=NEW, roster=roster, sampler=SAMPLER)
   ids = [40, 11, 2**32 - 1, 0]
@@ -210,7 +209,7 @@ def test_the_state_is_donated(olmoe):
     ([[1]], dict(request_ids=[1, 2]), "2 request ids for 1"),
     ([[1]], dict(request_ids=[2**32]), "request ids"),
     ([[1]], dict(request_ids=[-1]), "request ids"),
-], ids=str)
+])
 def test_wrong_input_is_refused(generate, prompts, options, message):
   with pytest.raises(ValueError, match=message):
     generate(prompts, **options)

@@ -25,14 +25,14 @@ ROSTERS = {
     "clean": dict(num_members=3, temperatures=[0, 0.7, 0.4]),
     "clean, without the clean member": dict(
         num_members=2, temperatures=0.6, include_clean=False, gate_weights="noisy"),
-    "standard": dict(num_members=3, temperatures=[0, 0.7, 0.4], cache="standard"),
+    "standard": dict(num_members=3, temperatures=0.6, cache="standard"),
     "standard, without the clean member": dict(
         num_members=2, temperatures=0.6, include_clean=False, cache="standard",
         aggregation="majority"),
     "clean, recomputed": dict(
         num_members=3, temperatures=[0, 0.7, 0.4], recompute=True),
     "standard, recomputed": dict(
-        num_members=3, temperatures=[0, 0.7, 0.4], cache="standard", recompute=True),
+        num_members=3, temperatures=0.6, cache="standard", recompute=True),
 }
 
 
@@ -65,41 +65,57 @@ def assert_scored_as_generated(scores, completions):
     np.testing.assert_array_equal(one.clean_greedy_tokens, completion.clean_tokens)
 
 
-@pytest.mark.parametrize("name", ROSTERS)
-@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+@pytest.mark.parametrize("family, name", [
+    *(("olmoe", name) for name in ROSTERS), ("mixtral", "clean"), ("mixtral", "standard")])
 def test_scores_are_the_probabilities_that_generation_chose_from(family, name):
   texts, completions, roster = generated(family, name, sampled=True)
   whole = score(family, texts, starts=STARTS, roster=roster, request_ids=IDS)
   assert_scored_as_generated(whole, completions)
-  if family == "mixtral" or roster.recompute:
-    return  # once is enough for what follows
+
+
+@pytest.mark.parametrize("name", ["plain", "clean", "standard"])
+def test_batches_and_chunks_do_not_matter(name):
+  texts, completions, roster = generated("olmoe", name, sampled=True)
   # In another order, with other neighbours, paddings and chunks.
   order = [2, 0, 3, 1]
-  again = score(family, [texts[i] for i in order], starts=[STARTS[i] for i in order],
+  again = score("olmoe", [texts[i] for i in order], starts=[STARTS[i] for i in order],
                 roster=roster, request_ids=[IDS[i] for i in order], batch_size=2, chunk_size=3)
   assert_scored_as_generated(again, [completions[i] for i in order])
 
 
-@pytest.mark.parametrize("name", ["plain", "clean", "standard", "clean, recomputed"])
+@pytest.mark.parametrize("name", ["plain", "standard"])
 def test_greedy_generation_takes_the_most_probable_tokens(name):
   texts, completions, roster = generated("olmoe", name, sampled=False)
   scores = score("olmoe", texts, starts=STARTS, roster=roster, request_ids=IDS)
   assert_scored_as_generated(scores, completions)
   for one, completion in zip(scores, completions):
     np.testing.assert_array_equal(one.greedy_tokens, completion.tokens)
-    if name != "plain":
-      assert np.any(one.log_probs[:, 0] != np.float32(0))
 
 
 @pytest.mark.parametrize("name", ["clean", "standard"])
-@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
-def test_caches_generate_and_score_what_recomputing_does(family, name):
-  texts, completions, roster = generated(family, name, sampled=True)
-  recomputed_texts, recomputed, _ = generated(family, name + ", recomputed", sampled=True)
+def test_caches_generate_what_recomputing_does(name):
+  texts, completions, _ = generated("olmoe", name, sampled=True)
+  recomputed_texts, recomputed, _ = generated("olmoe", name + ", recomputed", sampled=True)
   assert recomputed_texts == texts
   for one, other in zip(completions, recomputed):
     np.testing.assert_allclose(one.log_probs, other.log_probs, atol=TOLERANCE, rtol=0)
     assert one.clean_tokens == other.clean_tokens
+
+
+@pytest.mark.parametrize("name", ["clean", "standard", "clean, recomputed"])
+def test_bfloat16_is_scored_as_generated(name):
+  """Whatever is rounded, is rounded alike; other experts at near ties, after
+  float32 sums in another order, may befall a few tokens."""
+  config = tiny.config("olmoe", dtype="bfloat16")
+  params = tiny.params(config)
+  roster = Roster.create(config, seed=6, **ROSTERS[name])
+  completions = decode.generate(params, config, PROMPTS, max_new_tokens=8, roster=roster,
+                                stop_tokens=()).completions
+  texts = [p + c.tokens for p, c in zip(PROMPTS, completions)]
+  scores = score_lib.score(params, config, texts, STARTS, roster=roster).texts
+  differences = np.concatenate([
+      s.log_probs[:, 0] - c.log_probs for s, c in zip(scores, completions)])
+  assert np.median(np.abs(differences)) < TOLERANCE
 
 
 def test_rosters_are_worth_testing():
@@ -145,18 +161,20 @@ def test_a_roster_is_rescaled_after_aggregation():
   """One token's probability at a temperature follows from all tokens' at 1."""
   texts, _, roster = generated("olmoe", "clean", sampled=True)
   text, vocabulary = texts[0][:6], range(61)
-  def last(tokens, temperature):
-    return np.array([s.log_probs[-1, 0] for s in score(
-        "olmoe", [text + [t] for t in tokens], starts=[6] * len(tokens), roster=roster,
-        request_ids=[4] * len(tokens), output_temperatures=[temperature], batch_size=61)],
-                    np.float64)
-  at_one, at_two = last(vocabulary, 1.0), last(vocabulary, 2.0)
+  scores = score("olmoe", [text + [t] for t in vocabulary], starts=[6] * 61, roster=roster,
+                 request_ids=[4] * 61, output_temperatures=[1.0, 2.0], batch_size=61)
+  at_one, at_two = np.array([s.log_probs[-1] for s in scores], np.float64).T
   np.testing.assert_allclose(np.exp(at_one).sum(), 1, rtol=1e-5)
   expected = at_one / 2 - np.log(np.exp(at_one / 2).sum())
   np.testing.assert_allclose(at_two, expected, atol=TOLERANCE, rtol=0)
 
 
 # Perplexity
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def forward(params, config, tokens):
+  return jax.nn.log_softmax(transformer.forward(params, config, tokens)[0])
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +196,10 @@ def test_every_token_but_the_first_is_scored_once_in_its_window(olmoe, text, win
     used.add(begin)
     expected.append((begin, token))
   assert result.num_windows == len(used)
-  forward = jax.jit(lambda x: jax.nn.log_softmax(transformer.forward(params, config, x)[0]))
-  padded = {b: text[b:b + window] + [0] * (window - len(text[b:b + window])) for b in used}
-  log_probs = dict(zip(padded, np.asarray(forward(jnp.asarray(list(padded.values()))))))
+  rows = np.zeros((len(text), 48), np.int32)  # one shape, so that it compiles once
+  for row, begin in zip(rows, sorted(used)):
+    row[:len(text[begin:begin + window])] = text[begin:begin + window]
+  log_probs = dict(zip(sorted(used), np.asarray(forward(params, config, jnp.asarray(rows)))))
   expected = np.array([-log_probs[b][t - b - 1, text[t]] for b, t in expected])
   np.testing.assert_allclose(result.nll[:, 0], expected, atol=TOLERANCE, rtol=0)
   np.testing.assert_allclose(result.perplexity, np.exp(expected.astype(np.float64).mean()),
@@ -208,7 +227,8 @@ def test_windows_of_a_roster_have_noise_of_their_own():
   config, params = tiny_model("olmoe")
   _, _, roster = generated("olmoe", "clean", sampled=True)
   repeated = tiny.texts([8], seed=3)[0] * 4
-  result = score_lib.perplexity(params, config, repeated, window=16, stride=8, roster=roster)
+  result = score_lib.perplexity(params, config, repeated, window=16, stride=8, roster=roster,
+                                batch_size=1, output_temperatures=(1.0, 1.3))
   second, third = result.nll[15:23], result.nll[23:31]  # the same tokens and contexts
   assert np.median(np.abs(second - third)) > 100 * TOLERANCE
 

@@ -3,8 +3,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 from experiments.tasks import wordmath
 from roe_jax import checkpoint, decode
 from roe_jax.roster import Roster
@@ -69,19 +67,45 @@ def test_a_prompt_is_streamed_to_the_terminal(tiny_checkpoint):
   assert json.loads(piped.stdout)["text"] + "\n" == done.stdout
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    (["--prompt="], "prompt 0 is empty"),
-    (["--prompt=" + "7 " * 200], "does not fit the model's context"),
-    (["--prompt=x", "--num_members=0"], "num_members must be an integer of at least 1"),
-    (["--prompt=x", "--temperature_profile=0.1,0.2,0.3"], "a list of 2"),
-    (["--prompt=x", "--temperature_profile=nan"], "must be finite"),
-    (["--prompt=x", "--top_p=0"], "top_p"),
-])
-def test_bad_settings_end_with_one_sentence(tiny_checkpoint, arguments, sentence):
-  done = run(tiny_checkpoint, *arguments)
-  assert done.returncode == 1
-  assert done.stderr.strip().splitlines()[-1].startswith("error: ")
-  assert sentence in done.stderr and "Traceback" not in done.stderr
+BAD_SETTINGS = {
+    "--prompt=": "prompt 0 is empty",
+    "--prompt=" + "7 " * 200: "does not fit the model's context",
+    "--prompt=x --num_members=0": "num_members must be an integer of at least 1",
+    "--prompt=x --temperature_profile=0.1,0.2,0.3": "a list of 2",
+    "--prompt=x --temperature_profile=nan": "must be finite",
+    "--prompt=x --top_p=0": "top_p",
+    "--prompt=x --output=y": "not both",
+    "--input=no_such_file": "does not exist",
+}
+# Runs the program once for each JSON list of arguments on standard input.
+MANY_RUNS = """
+import json, sys
+from absl import flags
+from absl.testing import flagsaver
+from experiments import app, generate
+generate.define_flags()
+for arguments in json.load(sys.stdin):
+  with flagsaver.flagsaver():
+    flags.FLAGS.unparse_flags()
+    sys.argv = ["generate", *arguments]
+    try:
+      app.run(generate.main)
+    except SystemExit as exit:
+      print(json.dumps(str(exit.code)))
+"""
+
+
+def test_bad_settings_end_with_one_sentence(tiny_checkpoint):
+  runs = [[f"--checkpoint={tiny_checkpoint}",
+           *([line] if "7 7" in line else line.split(" "))] for line in BAD_SETTINGS]
+  done = subprocess.run([sys.executable, "-c", MANY_RUNS], input=json.dumps(runs),
+                        capture_output=True, text=True, env=os.environ)
+  assert done.returncode == 0, done.stderr
+  messages = [json.loads(line) for line in done.stdout.splitlines()]
+  assert len(messages) == len(BAD_SETTINGS)
+  for message, sentence in zip(messages, BAD_SETTINGS.values()):
+    assert message.startswith("error: ") and sentence in message
+    assert "\n" not in message
 
 
 def test_a_folder_that_is_no_checkpoint_ends_with_one_sentence(tmp_path):
