@@ -19,7 +19,7 @@ from roe_jax.sampling import Sampler
 
 PREFILL_CHUNK = 256
 # Slots are cheap and compiling is not: short texts share one shape.
-MIN_CAPACITY = 256
+MIN_CAPACITY = 128
 # Steps between looks at stop strings and at whether all texts have ended.
 SEGMENT = 32
 

@@ -114,7 +114,7 @@ def _pairs(num_experts, gate_up, down, layer, x, indices, gates):
 
 
 def _block_size(num_pairs, num_experts):
-  return min(32, max(4, 1 << (max(1, 2 * num_pairs // num_experts) - 1).bit_length()))
+  return min(128, max(4, 1 << (max(1, 2 * num_pairs // num_experts) - 1).bit_length()))
 
 
 def _plan(indices, num_experts, block):
