@@ -9,6 +9,7 @@ by token, and saves a picture and all figures under --output.
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import time
@@ -256,19 +257,21 @@ def _visible(tokenizer, token):
 
 def draw(results: dict[str, tuple[list[dict], np.ndarray]], path: pathlib.Path) -> None:
   """Quality against n, and the agreement of members' experts by layer."""
-  figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+  figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+  aside = itertools.cycle((-1, 0, -1, 1, 2, 1))
   styles = [dict(color="black", marker="o"), dict(color="0.55", marker="s", linestyle="--")]
   for (name, (rows, agreement)), style in zip(results.items(), styles * len(results)):
     rosters = rows[1:]
-    n = [r["num_members"] for r in rosters]
+    n = np.array([r["num_members"] for r in rosters])
     for axis, key, fill in ((axes[0], "perplexity_difference", "full"),
                             (axes[0], "fitted_to_fitted", "none"),
                             (axes[1], "accuracy_difference", "full")):
       values = np.array([r[key].value for r in rosters])
       low = values - [r[key].low for r in rosters]
       high = [r[key].high for r in rosters] - values
-      label = name + (", both at fitted output T" if fill == "none" else "")
-      axis.errorbar(n, values, yerr=np.maximum(0, [low, high]), capsize=3, fillstyle=fill,
+      label = name + (", both at fitted output temperature" if fill == "none" else "")
+      # A step aside, so that no interval hides another.
+      axis.errorbar(n * 1.05 ** next(aside), values, yerr=np.maximum(0, [low, high]), capsize=3, fillstyle=fill,
                     label=label, **style)
     axes[2].plot(np.arange(len(agreement)), 100 * agreement, label=name, **style)
   for axis, what in ((axes[0], "perplexity, difference to plain (%)"),
@@ -285,7 +288,8 @@ def draw(results: dict[str, tuple[list[dict], np.ndarray]], path: pathlib.Path) 
   axes[2].set_ylabel("experts shared with the clean member (%)")
   for axis in axes:
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+  figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
+                frameon=False, fontsize=9)
   axes[1].set_title(f"router temperature {FLAGS.temperature_profile}, {FLAGS.num_problems} test "
                     "problems, 95 % intervals", fontsize=9)
   path.parent.mkdir(parents=True, exist_ok=True)
