@@ -39,11 +39,10 @@ MAX_NEW_TOKENS = 64  # The longest completion has less than 60.
 
 
 def define_flags() -> None:
-  # Some override flags of modules that are programs, too.
   flags.DEFINE_string("config", None, "Name of a file in experiments/configs.")
-  flags.DEFINE_string("output", None, "Folder of the run.", allow_override=True)
+  flags.DEFINE_string("output", None, "Folder of the run.")
   flags.DEFINE_integer("steps", None, "Overrides the number of steps.")
-  flags.DEFINE_integer("seed", None, "Overrides the seed.", allow_override=True)
+  flags.DEFINE_integer("seed", None, "Overrides the seed.")
   flags.DEFINE_integer("batch_size", None, "Overrides the problems in a step.")
   flags.DEFINE_integer(
       "problems", None, "Overrides the size of the set of problems; 0: all are fresh.")

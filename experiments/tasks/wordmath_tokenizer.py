@@ -29,12 +29,6 @@ END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 MODEL_MAX_LENGTH = 256  # Tokens; the longest problem has about half as many.
 
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write to.")
-_NUM_PROBLEMS = flags.DEFINE_integer(
-    "num_problems", 20000, "Training problems from which words are collected."
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of those problems.")
-
 
 def build_tokenizer(
     num_problems: int = 20000, seed: int = 0
@@ -90,13 +84,21 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, output: str) -> None:
   )
 
 
+def define_flags() -> None:
+  flags.DEFINE_string("output", None, "Folder to write to.")
+  flags.DEFINE_integer(
+      "num_problems", 20000, "Training problems from which words are collected."
+  )
+  flags.DEFINE_integer("seed", 0, "Seed of those problems.")
+
+
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError("Too many command-line arguments.")
-  tokenizer = build_tokenizer(_NUM_PROBLEMS.value, _SEED.value)
-  save_tokenizer(tokenizer, _OUTPUT.value)
+  tokenizer = build_tokenizer(flags.FLAGS.num_problems, flags.FLAGS.seed)
+  save_tokenizer(tokenizer, flags.FLAGS.output)
 
-  sample = wordmath.problems("validation", 2000, _SEED.value)
+  sample = wordmath.problems("validation", 2000, flags.FLAGS.seed)
   prompts = [len(tokenizer.encode(wordmath.prompt(p)).ids) for p in sample]
   answers = [len(tokenizer.encode(wordmath.completion(p)).ids) for p in sample]
   longest = max(map(sum, zip(prompts, answers)))
@@ -107,5 +109,6 @@ def main(argv):
 
 
 if __name__ == "__main__":
+  define_flags()
   flags.mark_flag_as_required("output")
   app.run(main)
