@@ -1,12 +1,14 @@
 """Texts of different lengths as arrays of few different shapes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from roe_jax.config import ModelConfig
+from roe_jax.params import Params
 
 
 def bucket(size: int, minimum: int = 1) -> int:
@@ -58,6 +60,17 @@ def pad(texts: Sequence[Sequence[int]], num_rows: int, length: int) -> jax.Array
   for row, text in zip(array, texts):
     row[:len(text)] = text
   return jnp.asarray(array)
+
+
+def beside(params: Params, tree: Any) -> Any:
+  """Commits arrays to the device of the parameters.
+
+  What a step returns is committed there if the parameters are (those of a
+  checkpoint are); what goes into the first step must be so too, or that step
+  is compiled once more. Parameters on several devices leave arrays as they are.
+  """
+  sharding = params.final_norm.sharding
+  return jax.device_put(tree, sharding) if len(sharding.device_set) == 1 else tree
 
 
 def request_ids(given: Sequence[int] | None, count: int) -> list[int]:

@@ -167,14 +167,15 @@ def start(params: Params, config: ModelConfig, roster: Roster, prompts: Sequence
   ids = np.zeros(num_rows, np.uint32)
   ids[:len(prompts)] = request_ids
   tokens, ids = batching.pad(prompts, num_rows, capacity), jnp.asarray(ids)
-  cache = roster_lib.empty_cache(config, roster, num_rows, capacity)
+  cache = batching.beside(params, roster_lib.empty_cache(config, roster, num_rows, capacity))
   if cache is not None:
     cache = fill_cache(params, config, roster, cache, tokens, longest - 1, ids)
-  return DecodeState(
+  state = DecodeState(
       tokens=tokens, log_probs=jnp.zeros(tokens.shape, jnp.float32),
       clean_tokens=jnp.full(tokens.shape, -1, jnp.int32), lengths=jnp.asarray(lengths),
       limits=jnp.asarray(np.minimum(lengths + max_new_tokens, config.context_length)),
       done=jnp.arange(num_rows) >= len(prompts), request_ids=ids, cache=cache)
+  return batching.beside(params, state)
 
 
 def generate(

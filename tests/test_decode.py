@@ -1,10 +1,11 @@
 """Generation: where texts end, and that batching does not matter."""
 
+import jax
 import numpy as np
 import pytest
 
 import tiny
-from roe_jax import batching, decode
+from roe_jax import batching, decode, score
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
@@ -246,3 +247,16 @@ def test_buckets_are_few_and_waste_little():
   octave = {batching.bucket(size) for size in range(1025, 2049)}
   assert len(octave) == 4
   assert batching.bucket(3, 64) == 64
+
+
+def test_parameters_of_a_checkpoint_compile_nothing_twice(olmoe):
+  """Restored arrays are committed to their device, and so is what a step returns."""
+  config, params = olmoe
+  params = jax.device_put(params, jax.devices()[0])
+  functions = (decode.decode_steps, score.score_chunk)
+  before = [f._cache_size() for f in functions]
+  roster = Roster.create(config, 5, 0.3)  # a size that no other test uses
+  decode.generate(params, config, [[1, 2, 3]], max_new_tokens=decode.SEGMENT + 4,
+                  roster=roster, stop_tokens=())
+  score.score(params, config, [[1, 2, 3] * 8], roster=roster, chunk_size=8)
+  assert [f._cache_size() for f in functions] == [size + 1 for size in before]
