@@ -219,6 +219,7 @@ def generate(
       setting is out of its range.
   """
   roster = roster or Roster.create(config)
+  roster.check(config)
   sampler = sampler or Sampler.greedy()
   ids = batching.request_ids(request_ids, len(prompts))
   stop_tokens = _check(config, prompts, max_new_tokens, stop_tokens, stop_strings, decode)
@@ -260,6 +261,7 @@ def stream(
   completion, which equals the one that `generate` returns.
   """
   roster = roster or Roster.create(config)
+  roster.check(config)
   sampler = sampler or Sampler.greedy()
   stop_tokens = _check(config, [prompt], max_new_tokens, stop_tokens, stop_strings, decode)
   ids = batching.request_ids([request_id], 1)

@@ -148,6 +148,17 @@ class Roster:
     noisy = tuple(range(1, self.num_members + 1))
     return (0, *noisy) if self.cache == "clean" else noisy
 
+  def check(self, config: ModelConfig) -> None:
+    """Checks that the roster was made for a model of this depth.
+
+    Raises:
+      ValueError: it has temperatures for another number of layers.
+    """
+    if self.temperatures.shape != (config.num_layers,):
+      raise ValueError(
+          f"the roster has temperatures for {self.temperatures.shape[0]} layers and the model "
+          f"has {config.num_layers}: make it with Roster.create and this model's config")
+
   def history(self) -> "Roster":
     """The roster that writes the history: under Clean Cache the clean member alone.
 

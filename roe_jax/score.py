@@ -146,6 +146,7 @@ def score(
       setting is out of its range.
   """
   roster = roster or Roster.create(config)
+  roster.check(config)
   batching.check_tokens(config, texts, what="text")
   starts = [1] * len(texts) if starts is None else list(starts)
   if len(starts) != len(texts):

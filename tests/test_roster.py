@@ -252,3 +252,13 @@ def test_settings_are_plain_values_that_make_the_same_roster():
   again = Roster.create(config, **settings)
   assert again.settings() == settings
   np.testing.assert_array_equal(again.temperatures, roster.temperatures)
+
+
+def test_a_roster_for_a_model_of_another_depth_is_refused(olmoe):
+  config, params = olmoe
+  other = Roster.create(config.replace(num_layers=config.num_layers + 1), 2, 0.3)
+  for use in (lambda: decode.generate(params, config, [[1]], max_new_tokens=1, roster=other),
+              lambda: next(decode.stream(params, config, [1], max_new_tokens=1, roster=other)),
+              lambda: score.score(params, config, [[1, 2]], roster=other)):
+    with pytest.raises(ValueError, match="temperatures for"):
+      use()
