@@ -1,9 +1,9 @@
 """Which hub tensor is which part of which parameter: one table for each family.
 
-A rule's pattern reads like `"(H C) D -> D H C"`: to the left the axes of the
+A rule's pattern reads like `"D (H C) -> H C D"`: to the left the axes of the
 hub tensor, where parentheses merge axes; to the right where they go in one
 layer's parameter. There, `expert` is the index of the rule's expert, and a
-number is an index of its own: `"F D -> expert D 1 F"` is the second half of a
+number is an index of its own: `"F D -> expert F 1 D"` is the second half of a
 fused projection. Letters are axis sizes (see `ModelConfig`). Every pattern is
 a reordering, so that it can be read backwards without loss.
 """
@@ -41,12 +41,12 @@ class Rule:
 _COMMON = (
     Rule("model.embed_tokens.weight", "embedding", "V D -> V D"),
     Rule("model.norm.weight", "final_norm", "D -> D"),
-    Rule("lm_head.weight", "unembedding", "V D -> D V"),
+    Rule("lm_head.weight", "unembedding", "V D -> V D"),
     Rule("model.layers.{layer}.input_layernorm.weight", "attention_norm", "D -> D"),
     Rule("model.layers.{layer}.post_attention_layernorm.weight", "moe_norm", "D -> D"),
-    Rule("model.layers.{layer}.self_attn.q_proj.weight", "attention.query", "(H C) D -> D H C"),
-    Rule("model.layers.{layer}.self_attn.k_proj.weight", "attention.key", "(K C) D -> D K C"),
-    Rule("model.layers.{layer}.self_attn.v_proj.weight", "attention.value", "(K C) D -> D K C"),
+    Rule("model.layers.{layer}.self_attn.q_proj.weight", "attention.query", "(H C) D -> H C D"),
+    Rule("model.layers.{layer}.self_attn.k_proj.weight", "attention.key", "(K C) D -> K C D"),
+    Rule("model.layers.{layer}.self_attn.v_proj.weight", "attention.value", "(K C) D -> K C D"),
     Rule("model.layers.{layer}.self_attn.o_proj.weight", "attention.output", "D (H C) -> H C D"),
 )
 
@@ -55,9 +55,9 @@ def _experts(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
   """A router and separate matrices for each expert, under a family's names."""
   expert = block + ".experts.{expert}."
   return (
-      Rule(block + ".gate.weight", "router", "E D -> D E"),
-      Rule(f"{expert}{gate}.weight", "experts.gate_up", "F D -> expert D 0 F"),
-      Rule(f"{expert}{up}.weight", "experts.gate_up", "F D -> expert D 1 F"),
+      Rule(block + ".gate.weight", "router", "E D -> E D"),
+      Rule(f"{expert}{gate}.weight", "experts.gate_up", "F D -> expert F 0 D"),
+      Rule(f"{expert}{up}.weight", "experts.gate_up", "F D -> expert F 1 D"),
       Rule(f"{expert}{down}.weight", "experts.down", "D F -> expert F D"),
   )
 

@@ -1,41 +1,80 @@
 """From the members' logits to one next-token distribution.
 
-An aggregation is a function from member logits `[R, ..., V]` (float32) to
-log-probabilities `[..., V]` (float32). Adding an entry to `AGGREGATIONS` makes
-a new one available under its name everywhere.
+An `Aggregation` takes members a few at a time, so that the logits of all of
+them are never held at once. Adding an entry to `AGGREGATIONS` makes a new one
+available under its name everywhere.
 """
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-def mean_probability(logits: jax.Array) -> jax.Array:
-  """The mean of the members' distributions, as in arXiv 2509.17238.
+@dataclasses.dataclass(frozen=True)
+class Aggregation:
+  """How members' distributions become one.
 
-  log mean_i p_i = logsumexp_i(log_softmax(logits_i)) - log n.
+  Attributes:
+    add: `(state, logits) -> state`: takes the float32 logits `[R, ..., V]` of
+      more members; the state is None before the first, and of a size that does
+      not depend on how many there were.
+    finish: `(state, n) -> log_probs`: the normalised float32 log-probabilities
+      `[..., V]` after n members in all.
   """
-  log_probs = jax.nn.log_softmax(logits, axis=-1)
-  return jax.nn.logsumexp(log_probs, axis=0) - jnp.log(logits.shape[0])
+
+  add: Callable[[Any, jax.Array], Any]
+  finish: Callable[[Any, int], jax.Array]
+
+  def __call__(self, logits: jax.Array) -> jax.Array:
+    """Log-probabilities `[..., V]` of members `[R, ..., V]` taken all at once."""
+    return self.finish(self.add(None, logits), logits.shape[0])
 
 
-def mean_logit(logits: jax.Array) -> jax.Array:
-  """The normalised geometric mean of the members' distributions."""
-  return jax.nn.log_softmax(jnp.mean(logits, axis=0), axis=-1)
+def _add_probabilities(state, logits):
+  """State: the log of the sum of the members' probabilities, `[..., V]`."""
+  total = jax.nn.logsumexp(jax.nn.log_softmax(logits, axis=-1), axis=0)
+  return total if state is None else jnp.logaddexp(state, total)
 
 
-def majority(logits: jax.Array) -> jax.Array:
-  """Each member votes for its most probable token.
+# The mean of the members' distributions, as in arXiv 2509.17238:
+# log mean_i p_i = logsumexp_i(log_softmax(logits_i)) - log n.
+MEAN_PROBABILITY = Aggregation(_add_probabilities, lambda state, n: state - jnp.log(n))
 
-  One more vote is spread as the mean distribution: it breaks ties between
-  tokens with equally many votes and leaves no token without probability.
-  """
-  votes = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
-  total = jnp.logaddexp(jnp.log(votes.sum(axis=0)), mean_probability(logits))
-  return total - jnp.log(logits.shape[0] + 1.0)
 
+def _add_logits(state, logits):
+  total = logits.sum(axis=0)
+  return total if state is None else state + total
+
+
+# The normalised geometric mean of the members' distributions.
+MEAN_LOGIT = Aggregation(
+    _add_logits, lambda state, n: jax.nn.log_softmax(state / n, axis=-1))
+
+
+def _add_votes(state, logits):
+  """State: votes `[..., V]`, and the state of `MEAN_PROBABILITY`."""
+  votes = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1]).sum(axis=0)
+  if state is None:
+    return votes, _add_probabilities(None, logits)
+  return state[0] + votes, _add_probabilities(state[1], logits)
+
+
+def _elect(state, n):
+  votes, probabilities = state
+  total = jnp.logaddexp(jnp.log(votes), MEAN_PROBABILITY.finish(probabilities, n))
+  return total - jnp.log(n + 1.0)
+
+
+# Each member votes for its most probable token. One more vote is spread as the
+# mean distribution: it breaks ties between tokens with equally many votes and
+# leaves no token without probability.
+MAJORITY = Aggregation(_add_votes, _elect)
 
 AGGREGATIONS = {
-    "mean_probability": mean_probability,
-    "mean_logit": mean_logit,
-    "majority": majority,
+    "mean_probability": MEAN_PROBABILITY,
+    "mean_logit": MEAN_LOGIT,
+    "majority": MAJORITY,
 }

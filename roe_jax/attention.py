@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from roe_jax import numerics
+from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
 from roe_jax.numerics import einsum, rms_norm
 from roe_jax.params import AttentionParams
@@ -23,15 +25,16 @@ def rotate(x_BxTxHxC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
       [first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def project(config: ModelConfig, weights: AttentionParams, x_BxTxD: jax.Array,
-            cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def project(config: ModelConfig, weights: AttentionParams, layer: jax.Array | int,
+            x_BxTxD: jax.Array, cos: jax.Array,
+            sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Rotated queries `[B, T, H, C]`, rotated keys and values `[B, T, K, C]`."""
   query, key, value = (
-      einsum("btd,dhc->bthc", x_BxTxD, w).astype(x_BxTxD.dtype)
+      numerics.project(x_BxTxD, w, layer).astype(x_BxTxD.dtype)
       for w in (weights.query, weights.key, weights.value))
   if config.qk_norm:
-    query = rms_norm(query, weights.query_norm, config.rms_norm_eps)
-    key = rms_norm(key, weights.key_norm, config.rms_norm_eps)
+    query = rms_norm(query, weights.query_norm[layer], config.rms_norm_eps)
+    key = rms_norm(key, weights.key_norm[layer], config.rms_norm_eps)
   if config.clip_qkv is not None:
     query, key, value = (
         jnp.clip(a, -config.clip_qkv, config.clip_qkv) for a in (query, key, value))
@@ -39,13 +42,23 @@ def project(config: ModelConfig, weights: AttentionParams, x_BxTxD: jax.Array,
 
 
 def attend(query_BxTxHxC: jax.Array, own_key_BxTxKxC: jax.Array,
-           own_value_BxTxKxC: jax.Array, keys_BxKxSxC: jax.Array,
-           values_BxKxSxC: jax.Array, positions_BxT: jax.Array) -> jax.Array:
+           own_value_BxTxKxC: jax.Array, positions_BxT: jax.Array,
+           cache: KVCache | None = None, layer: jax.Array | int = 0) -> jax.Array:
   """Attention of each row to slots below its position, and to itself.
 
-  A row at position t sees the cached slots s < t and its own key and value:
-  two parts of one softmax, so that a cache shared by all members of a roster
-  is contracted with all their queries at once and never copied to them.
+  A row at position t sees the slots s < t and its own key and value: parts of
+  one softmax, so that a cache shared by all members of a roster is contracted
+  with all their queries at once and never copied to them. The cache is read
+  in blocks of slots, up to the last that any row sees, with a running maximum
+  and sum: no array has the size of T times S.
+
+  Args:
+    query_BxTxHxC: rotated queries.
+    own_key_BxTxKxC, own_value_BxTxKxC: of the rows themselves.
+    positions_BxT: int32.
+    cache: whose slots are seen; without, slot s is the own key and value of
+      row s, and positions start at zero. Differentiable then.
+    layer: of the cache.
 
   Returns:
     `[B, T, H, C]`, dtype of `query`.
@@ -55,21 +68,50 @@ def attend(query_BxTxHxC: jax.Array, own_key_BxTxKxC: jax.Array,
   k = own_key_BxTxKxC.shape[2]
   query = query_BxTxHxC.reshape(b, t, k, h // k, c)
   scale = c ** -0.5
-  slots = jnp.arange(keys_BxKxSxC.shape[2])
-  visible = (slots[None, None] < positions_BxT[..., None])[:, None, None]  # [B, 1, 1, T, S]
-  scores = einsum("btkgc,bksc->bkgts", query, keys_BxKxSxC) * scale
-  scores = jnp.where(visible, scores, -jnp.inf)
-  own = einsum("btkgc,btkc->bkgt", query, own_key_BxTxKxC)[..., None] * scale
-  # `own` is finite, so a row that sees no slot at all is no special case.
-  peak = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), own))
-  weights, own_weight = jnp.exp(scores - peak), jnp.exp(own - peak)
-  total = weights.sum(-1, keepdims=True) + own_weight
-  weights, own_weight = (weights / total).astype(dtype), (own_weight / total).astype(dtype)
-  cached = einsum("bkgts,bksc->bkgtc", weights, values_BxKxSxC).transpose(0, 3, 1, 2, 4)
-  own_part = einsum("bkgt,btkc->btkgc", own_weight[..., 0], own_value_BxTxKxC)
-  return (cached + own_part).astype(dtype).reshape(b, t, h, c)
+  if cache is None:
+    cache, layer = KVCache(own_key_BxTxKxC.swapaxes(1, 2)[None],
+                           own_value_BxTxKxC.swapaxes(1, 2)[None]), 0
+    block = t
+  else:
+    block = min(cache.capacity, block_slots())
+
+  def add(j, carry):
+    peak, total, mixed = carry
+    # The last block may overlap the one before: its first slots are not counted again.
+    start = jnp.minimum(j * block, cache.capacity - block)
+    keys, values = (
+        jax.lax.dynamic_slice(a, (layer, 0, 0, start, 0), (1, b, k, block, c))[0]
+        for a in (cache.keys, cache.values))
+    slots = start + jnp.arange(block)[None, None]
+    visible = (slots < positions_BxT[..., None]) & (slots >= j * block)
+    scores = einsum("btkgc,bksc->bkgts", query, keys) * scale
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    new_peak = jax.lax.stop_gradient(jnp.maximum(peak, scores.max(-1)))
+    weights, shrink = jnp.exp(scores - new_peak[..., None]), jnp.exp(peak - new_peak)
+    part = einsum("bkgts,bksc->bkgtc", weights.astype(dtype), values)
+    return (new_peak, shrink * total + weights.sum(-1), shrink[..., None] * mixed + part)
+
+  # A row's own score is finite, so that one that sees no slot is no special case.
+  own = einsum("btkgc,btkc->bkgt", query, own_key_BxTxKxC) * scale
+  own_value = own_value_BxTxKxC.astype(jnp.float32).swapaxes(1, 2)[:, :, None]
+  peak = jax.lax.stop_gradient(own)
+  own_weight = jnp.exp(own - peak)  # one, but not to a gradient
+  carry = (peak, own_weight, own_weight[..., None] * own_value)
+  if block == cache.capacity:
+    carry = add(0, carry)
+  else:
+    carry = jax.lax.fori_loop(0, -(-jnp.max(positions_BxT) // block), add, carry)
+  _, total, mixed = carry
+  heads = (mixed / total[..., None]).astype(dtype)
+  return heads.transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
 
 
-def output(weights: AttentionParams, heads_BxTxHxC: jax.Array) -> jax.Array:
+def block_slots() -> int:
+  """How many slots of a cache are read together."""
+  return 256 if jax.default_backend() == "cpu" else 2048
+
+
+def output(weights: AttentionParams, layer: jax.Array | int,
+           heads_BxTxHxC: jax.Array) -> jax.Array:
   """The attention block's contribution to the residual stream, `[B, T, D]`."""
-  return einsum("bthc,hcd->btd", heads_BxTxHxC, weights.output).astype(heads_BxTxHxC.dtype)
+  return numerics.project_back(heads_BxTxHxC, weights.output, layer).astype(heads_BxTxHxC.dtype)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from roe_jax.config import ModelConfig
+from roe_jax.numerics import storage_dtype, to_storage
 
 
 @struct.dataclass
@@ -15,8 +16,9 @@ class KVCache:
   a row at position t reads slots below t only.
 
   Attributes:
-    keys, values: `[L, B, K, S, C]`: what attention contracts lies in the last
-      two axes, so that no step transposes the cache.
+    keys, values: `[L, B, K, S, C]`, in the storage dtype of the model's: what
+      attention contracts lies in the last two axes, so that no step transposes
+      the cache.
   """
 
   keys: jax.Array
@@ -27,38 +29,38 @@ class KVCache:
     return self.keys.shape[-2]
 
 
-def empty(config: ModelConfig, batch_size: int, capacity: int) -> KVCache:
-  """A cache of zeros, `[L, B, K, S, C]` in `config.dtype`."""
-  shape = (config.num_layers, batch_size, config.num_kv_heads, capacity,
-           config.head_dim)
-  return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+def empty(config: ModelConfig, batch_size: int, capacity: int,
+          num_layers: int | None = None) -> KVCache:
+  """A cache of zeros, `[L, B, K, S, C]`, by default for all layers."""
+  shape = (config.num_layers if num_layers is None else num_layers, batch_size,
+           config.num_kv_heads, capacity, config.head_dim)
+  dtype = storage_dtype(config.dtype)
+  return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def write_layer(slots_BxKxSxC: jax.Array, new_BxTxKxC: jax.Array,
-                starts_B: jax.Array) -> jax.Array:
-  """Puts T new keys or values into consecutive slots from `starts_B` on.
+def write(cache: KVCache, keys: jax.Array, values: jax.Array, starts_B: jax.Array,
+          layer: jax.Array | None = None) -> KVCache:
+  """Puts T new keys and values into consecutive slots from `starts_B` on.
 
-  Slots beyond the capacity are dropped; with T = 1 the slot must lie within it.
+  Slots beyond the capacity are dropped.
+
+  Args:
+    cache: `[L, B, K, S, C]`.
+    keys, values: `[B, T, K, C]` of `layer`; of all layers, `[L, B, T, K, C]`,
+      without.
+    starts_B: int32.
+    layer: which layer's; may be traced.
   """
-  capacity = slots_BxKxSxC.shape[2]
+  rows = jnp.arange(starts_B.shape[0])[:, None]
+  slots = starts_B[:, None] + jnp.arange(keys.shape[-3])[None]
 
-  def one_row(slots_KxSxC, new_TxKxC, start):
-    positions = start + jnp.arange(new_TxKxC.shape[0])
-    return slots_KxSxC.at[:, positions].set(
-        new_TxKxC.swapaxes(0, 1), mode="drop", unique_indices=True)
+  def put(held, new):
+    new = to_storage(new, held)
+    if layer is None:
+      place = held.at[:, rows, :, slots]
+      new = jnp.moveaxis(new, 0, 2)
+    else:
+      place = held.at[layer, rows, :, slots]
+    return place.set(new, mode="drop", unique_indices=True)
 
-  if new_BxTxKxC.shape[1] == 1:
-    # One slot a row is a plain in-place update, which scatter is not everywhere.
-    def one_slot(slots_KxSxC, new_TxKxC, start):
-      return jax.lax.dynamic_update_slice(
-          slots_KxSxC, new_TxKxC.swapaxes(0, 1), (0, jnp.minimum(start, capacity - 1), 0))
-    return jax.vmap(one_slot)(slots_BxKxSxC, new_BxTxKxC, starts_B)
-  return jax.vmap(one_row)(slots_BxKxSxC, new_BxTxKxC, starts_B)
-
-
-def write(cache: KVCache, keys_LxBxTxKxC: jax.Array, values_LxBxTxKxC: jax.Array,
-          starts_B: jax.Array) -> KVCache:
-  """`write_layer` for the keys and values of all layers."""
-  put = jax.vmap(write_layer, in_axes=(0, 0, None))
-  return KVCache(put(cache.keys, keys_LxBxTxKxC, starts_B),
-                 put(cache.values, values_LxBxTxKxC, starts_B))
+  return KVCache(put(cache.keys, keys), put(cache.values, values))

@@ -21,7 +21,7 @@ from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 
-FORMAT = 1
+FORMAT = 2
 CONFIG_FILE = "model_config.json"
 MANIFEST_FILE = "manifest.json"
 PLAN_FILE = "plan.json"  # only in a folder that is being written

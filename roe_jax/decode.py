@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import batching, roster as roster_lib, sampling
+from roe_jax import batching, params as params_lib, roster as roster_lib, sampling
 from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
@@ -129,8 +129,7 @@ def decode_steps(params: Params, config: ModelConfig, roster: Roster, sampler: S
         state.request_ids, state.tokens)
     log_probs = outputs.log_probs[:, 0]
     token = sampling.choose(sampler, roster.seed, log_probs, state.request_ids, positions)
-    clean = (jnp.full_like(token, -1) if outputs.clean_log_probs is None else
-             jnp.argmax(outputs.clean_log_probs[:, 0], axis=-1).astype(jnp.int32))
+    clean = outputs.clean_tokens[:, 0]
 
     def put(array, value):
       kept = array[rows, state.lengths]
@@ -218,6 +217,7 @@ def generate(
     ValueError: a prompt is empty, too long or outside the vocabulary, or a
       setting is out of its range.
   """
+  params = params_lib.held(params)
   roster = roster or Roster.create(config)
   roster.check(config)
   sampler = sampler or Sampler.greedy()
@@ -260,6 +260,7 @@ def stream(
   The arguments are those of `generate`. `finish_reason` is "" until the last
   completion, which equals the one that `generate` returns.
   """
+  params = params_lib.held(params)
   roster = roster or Roster.create(config)
   roster.check(config)
   sampler = sampler or Sampler.greedy()

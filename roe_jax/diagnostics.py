@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import batching, decode, roster as roster_lib
+from roe_jax import batching, decode, params as params_lib, roster as roster_lib
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
@@ -39,6 +39,7 @@ def routing_agreement(params: Params, config: ModelConfig, roster: Roster,
   """
   if roster.cache != "clean" or roster.recompute or roster.members == (0,):
     raise ValueError("routing agreement needs a Clean Cache roster with a noisy member")
+  params = params_lib.held(params)
   batching.check_tokens(config, texts, what="text")
   starts = [1] * len(texts) if starts is None else starts
   ids = np.zeros(batching.bucket(len(texts)), np.uint32)

@@ -18,10 +18,17 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from roe_jax.numerics import einsum
+from roe_jax.numerics import einsum, tile_rows, walk
 from roe_jax.params import ExpertParams
 
 STRATEGIES = ("pairs", "blocks", "padded", "dense")
+
+
+def check_strategy(strategy: str | None) -> None:
+  """Raises a ValueError for a name that is not in `STRATEGIES`."""
+  if strategy is not None and strategy not in STRATEGIES:
+    raise ValueError(
+        f"unknown expert strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
 
 
 def choose_strategy(num_rows: int, experts_per_token: int, num_experts: int,
@@ -57,9 +64,7 @@ def apply(experts: ExpertParams, layer: jax.Array | int, x_NxD: jax.Array,
   Raises:
     ValueError: an unknown strategy.
   """
-  if strategy is not None and strategy not in STRATEGIES:
-    raise ValueError(
-        f"unknown expert strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
+  check_strategy(strategy)
   l, e = experts.gate_up.shape[:2]
   gate_up = experts.gate_up.reshape(l * e, *experts.gate_up.shape[2:])
   down = experts.down.reshape(l * e, *experts.down.shape[2:])
@@ -93,11 +98,19 @@ def _folding(num_experts, strategy):
   return folding
 
 
-def _ffn(x, gate_up, down):
-  """One expert on `[B, D]` rows; float32 `[B, D]`."""
-  projected = einsum("bd,dcf->bcf", x, gate_up)
-  hidden = (jax.nn.silu(projected[:, 0]) * projected[:, 1]).astype(x.dtype)
-  return einsum("bf,fd->bd", hidden, down)
+def _ffn(x, gate_up, down, expert):
+  """One expert of all layers' on `[B, D]` rows, tile by tile; float32 `[B, D]`."""
+  width = down.shape[1]
+  rows = tile_rows(width, 2 * x.shape[-1])
+
+  def add(tiles, start, y):
+    del start
+    projected = einsum("bd,tcd->bct", x, tiles[0])
+    hidden = (jax.nn.silu(projected[:, 0]) * projected[:, 1]).astype(x.dtype)
+    return y + einsum("bt,td->bd", hidden, tiles[1])
+
+  flat = tuple(w.reshape(-1, *w.shape[2:]) for w in (gate_up, down))
+  return walk(flat, expert * width, width, rows, add, jnp.zeros(x.shape, jnp.float32))
 
 
 def _pairs(num_experts, gate_up, down, layer, x, indices, gates):
@@ -106,7 +119,7 @@ def _pairs(num_experts, gate_up, down, layer, x, indices, gates):
   def body(pair, total):
     row, choice = pair // a, pair % a
     expert = layer * num_experts + indices[row, choice]
-    y = _ffn(jax.lax.dynamic_slice_in_dim(x, row, 1), gate_up[expert], down[expert])
+    y = _ffn(jax.lax.dynamic_slice_in_dim(x, row, 1), gate_up, down, expert)
     return total.at[row].add(gates[row, choice] * y[0])
 
   total = jax.lax.fori_loop(0, n * a, body, jnp.zeros(x.shape, jnp.float32))
@@ -117,14 +130,43 @@ def _block_size(num_pairs, num_experts):
   return min(128, max(4, 1 << (max(1, 2 * num_pairs // num_experts) - 1).bit_length()))
 
 
+def _blocks(num_experts, gate_up, down, layer, x, indices, gates):
+  n, a = indices.shape
+  pairs = n * a
+  block = _block_size(pairs, num_experts)
+  flat = indices.reshape(pairs)
+  order = jnp.argsort(flat, stable=True)
+  counts = jnp.bincount(flat, length=num_experts)
+  first_pair = jnp.cumsum(counts) - counts
+  last_block = jnp.cumsum(-(-counts // block))
+  rows = jnp.pad(order // a, (0, block))
+
+  def body(b, sorted_y):
+    expert = jnp.searchsorted(last_block, b, side="right")
+    start = first_pair[expert] + block * (b - last_block[expert] - (-counts[expert] // block))
+    x_block = x[jax.lax.dynamic_slice_in_dim(rows, start, block)]
+    y = _ffn(x_block, gate_up, down, layer * num_experts + expert)
+    # What a block has beyond its expert's pairs, later blocks write over.
+    return jax.lax.dynamic_update_slice_in_dim(sorted_y, y, start, 0)
+
+  sorted_y = jnp.zeros((pairs + block, x.shape[1]), jnp.float32)
+  sorted_y = jax.lax.fori_loop(0, last_block[-1], body, sorted_y)
+  places = jnp.zeros(pairs, jnp.int32).at[order].set(jnp.arange(pairs), unique_indices=True)
+  return _combine(sorted_y, places.reshape(n, a), gates, x.dtype)
+
+
+def _combine(packed, slots, gates, dtype):
+  return jnp.einsum("nad,na->nd", packed[slots], gates,
+                    precision=jax.lax.Precision.HIGHEST).astype(dtype)
+
+
 def _plan(indices, num_experts, block):
-  """Where each (row, choice) pair goes when pairs are packed into blocks.
+  """Where each (row, choice) pair goes when pairs are packed into blocks of one expert.
 
   Returns:
     rows `[max_blocks · block]`: the row in each slot, N in an empty one;
     slots `[N, A]`: the slot of each pair;
-    block_experts `[max_blocks]`: the expert of each block;
-    num_blocks: how many blocks are in use.
+    block_experts `[max_blocks]`: the expert of each block.
   """
   n, a = indices.shape
   pairs = n * a
@@ -140,37 +182,15 @@ def _plan(indices, num_experts, block):
   rows = jnp.full(max_blocks * block, n).at[slot].set(order // a, unique_indices=True)
   slots = jnp.zeros(pairs, jnp.int32).at[order].set(slot, unique_indices=True)
   block_experts = jnp.searchsorted(last_block, jnp.arange(max_blocks), side="right")
-  return (rows, slots.reshape(n, a), jnp.minimum(block_experts, num_experts - 1),
-          last_block[-1])
-
-
-def _combine(packed, slots, gates, dtype):
-  return jnp.einsum("nad,na->nd", packed[slots], gates,
-                    precision=jax.lax.Precision.HIGHEST).astype(dtype)
-
-
-def _blocks(num_experts, gate_up, down, layer, x, indices, gates):
-  block = _block_size(indices.size, num_experts)
-  rows, slots, block_experts, num_blocks = _plan(indices, num_experts, block)
-
-  def body(b, packed):
-    expert = layer * num_experts + block_experts[b]
-    block_rows = jax.lax.dynamic_slice_in_dim(rows, b * block, block)
-    x_block = x.at[block_rows].get(mode="fill", fill_value=0)
-    y = _ffn(x_block, gate_up[expert], down[expert])
-    return jax.lax.dynamic_update_slice_in_dim(packed, y, b * block, 0)
-
-  packed = jnp.zeros((rows.shape[0], x.shape[1]), jnp.float32)
-  packed = jax.lax.fori_loop(0, num_blocks, body, packed)
-  return _combine(packed, slots, gates, x.dtype)
+  return rows, slots.reshape(n, a), jnp.minimum(block_experts, num_experts - 1)
 
 
 def _padded(num_experts, gate_up, down, layer, x, indices, gates):
   block = _block_size(indices.size, num_experts)
-  rows, slots, block_experts, _ = _plan(indices, num_experts, block)
+  rows, slots, block_experts = _plan(indices, num_experts, block)
   x_blocks = x.at[rows.reshape(-1, block)].get(mode="fill", fill_value=0)
   expert = layer * num_experts + block_experts
-  projected = einsum("kbd,kdcf->kbcf", x_blocks, gate_up[expert])
+  projected = einsum("kbd,kfcd->kbcf", x_blocks, gate_up[expert])
   hidden = (jax.nn.silu(projected[:, :, 0]) * projected[:, :, 1]).astype(x.dtype)
   packed = einsum("kbf,kfd->kbd", hidden, down[expert])
   return _combine(packed.reshape(-1, x.shape[1]), slots, gates, x.dtype)
@@ -183,7 +203,7 @@ def _dense(num_experts, gate_up, down, layer, x, indices, gates):
   n = x.shape[0]
   weights = jnp.zeros((n, num_experts), jnp.float32).at[
       jnp.arange(n)[:, None], indices].set(gates)
-  projected = einsum("nd,edcf->encf", x, of_layer(gate_up))
+  projected = einsum("nd,efcd->encf", x, of_layer(gate_up))
   hidden = jax.nn.silu(projected[:, :, 0]) * projected[:, :, 1]
   # Weighting before `down` leaves one contraction over experts and width.
   hidden = (hidden * weights.T[..., None]).astype(x.dtype)

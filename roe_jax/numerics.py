@@ -1,20 +1,156 @@
-"""Contractions and normalisation with stated precision."""
+"""Contractions and normalisation with stated precision, and how weights are read.
+
+Every weight matrix is stored with the model width D last, stacked over layers:
+`[L, out, D]` where it projects from the model width, `[L, in, D]` where it
+projects back to it. So a few rows of a layer's matrix are a contiguous tile,
+whatever the size of the tile.
+
+On CPUs XLA copies what is sliced from a stack before it is multiplied. There
+the matrices are walked tile by tile, so that the copy stays in the core's
+cache (measured: 1.5 times the time to read the weights, against 2.2). The same
+walk widens weights that are held as bfloat16 bits (`storage_dtype`).
+"""
+
+from collections.abc import Callable
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+# Bytes of a tile as it is multiplied: with what it is copied from it must fit
+# the second-level cache of one core.
+TILE_BYTES = 512 * 1024
 
 
 def einsum(subscripts: str, x: jax.Array, weights: jax.Array) -> jax.Array:
   """`jnp.einsum` accumulated in float32; the result is float32.
 
   float32 operands are multiplied in full float32 on every platform (the
-  default of GPUs and TPUs is shorter), bfloat16 ones as they are. Let axes
-  that both operands and the result share lead the result of a matmul: with
-  others in front, XLA's CPU backend fails on some bfloat16 dots.
+  default of GPUs and TPUs is shorter), bfloat16 ones as they are; weights held
+  as bits are widened, and `x` with them. Let axes that both operands and the
+  result share lead the result of a matmul: with others in front, XLA's CPU
+  backend fails on some bfloat16 dots.
   """
+  if weights.dtype == jnp.uint16:
+    x, weights = x.astype(jnp.float32), widen(weights)
   precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
   return jnp.einsum(subscripts, x, weights, precision=precision,
                     preferred_element_type=jnp.float32)
+
+
+def storage_dtype(dtype: str) -> jnp.dtype:
+  """What weights and caches of a model dtype are held in on this platform.
+
+  XLA's CPU backend turns a loop over bfloat16 arrays into one over float32
+  copies of them. There they are held as their bits, which nothing converts.
+  """
+  if dtype == "bfloat16" and jax.default_backend() == "cpu":
+    return jnp.dtype(jnp.uint16)
+  return jnp.dtype(dtype)
+
+
+def to_storage(x: jax.Array, like: jax.Array) -> jax.Array:
+  """`x` in the form that `like` is held in: bfloat16 bits, or its dtype."""
+  if like.dtype == jnp.uint16:
+    return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+  return x.astype(like.dtype)
+
+
+def from_storage(held: jax.Array) -> jax.Array:
+  """bfloat16 values of what is held as their bits; others as they are."""
+  if held.dtype != jnp.uint16:
+    return held
+  return jax.lax.bitcast_convert_type(held, jnp.bfloat16)
+
+
+def widen(held: jax.Array) -> jax.Array:
+  """float32 values of what is held as bfloat16 bits."""
+  return jax.lax.bitcast_convert_type(held.astype(jnp.uint32) << 16, jnp.float32)
+
+
+def project(x: jax.Array, weights: jax.Array, layer: jax.Array | int) -> jax.Array:
+  """`x @ weights[layer].T`: from the model width to a matrix's other axes.
+
+  Args:
+    x: `[..., D]`.
+    weights: `[L, *out, D]`.
+    layer: which layer's; may be traced.
+
+  Returns:
+    `[..., *out]` float32.
+  """
+  out = weights.shape[1:-1]
+  size = math.prod(out)
+  rows = tile_rows(size, weights.shape[-1])
+
+  def add(tile, start, y):
+    part = einsum("...d,td->...t", x, tile)
+    return jax.lax.dynamic_update_slice_in_dim(y, part, start, y.ndim - 1)
+
+  y = walk(weights.reshape(-1, weights.shape[-1]), layer * size, size, rows, add,
+           jnp.zeros((*x.shape[:-1], size), jnp.float32))
+  return y.reshape(*x.shape[:-1], *out)
+
+
+def project_back(x: jax.Array, weights: jax.Array, layer: jax.Array | int) -> jax.Array:
+  """`x @ weights[layer]`: from a matrix's other axes back to the model width.
+
+  Args:
+    x: `[..., *in]`.
+    weights: `[L, *in, D]`.
+    layer: which layer's; may be traced.
+
+  Returns:
+    `[..., D]` float32.
+  """
+  inner = weights.ndim - 2
+  size = math.prod(weights.shape[1:-1])
+  x = x.reshape(*x.shape[:-inner], size)
+  rows = tile_rows(size, weights.shape[-1])
+
+  def add(tile, start, y):
+    part = jax.lax.dynamic_slice_in_dim(x, start, rows, x.ndim - 1)
+    return y + einsum("...t,td->...d", part, tile)
+
+  return walk(weights.reshape(size * weights.shape[0], -1), layer * size, size, rows, add,
+              jnp.zeros((*x.shape[:-1], weights.shape[-1]), jnp.float32))
+
+
+def walk(weights: Any, first: jax.Array | int, size: int, rows: int,
+         add: Callable, y: jax.Array) -> jax.Array:
+  """Goes over `size` rows of matrices in tiles of `rows`.
+
+  Args:
+    weights: one matrix `[N, ...]`, or a tuple of them.
+    first: index of the first row.
+    size: how many rows; a multiple of `rows`.
+    rows: of one tile.
+    add: `(tile, start, y) -> y`, where the tile (or tuple of them) starts
+      `start` rows after the first.
+    y: what `add` works on.
+  """
+  def step(t, y):
+    tile = jax.tree.map(
+        lambda w: jax.lax.dynamic_slice_in_dim(w, first + t * rows, rows), weights)
+    return add(tile, t * rows, y)
+
+  if rows == size:
+    return step(0, y)
+  return jax.lax.fori_loop(0, size // rows, step, y)
+
+
+def tile_rows(size: int, row_elements: int) -> int:
+  """Rows of a tile of a matrix of `size` rows.
+
+  The largest divisor of `size` that `TILE_BYTES` holds; all rows on other
+  platforms than CPUs, and where all divisors are very small.
+  """
+  if jax.default_backend() != "cpu":
+    return size
+  most = max(1, TILE_BYTES // (4 * row_elements))
+  rows = max(d for d in range(1, min(most, size) + 1) if size % d == 0)
+  return rows if 8 * rows >= min(most, size) else size
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
@@ -28,6 +164,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
     weight: normalises jointly over all its axes.
     epsilon: added to the mean square.
   """
+  weight = from_storage(weight)
   axes = tuple(range(-weight.ndim, 0))
   x32 = x.astype(jnp.float32)
   mean_square = jnp.mean(jnp.square(x32), axis=axes, keepdims=True)

@@ -12,7 +12,9 @@ from typing import Any
 from flax import struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from roe_jax import numerics
 from roe_jax.config import ModelConfig
 
 # Axis letters: L layers, D model width, H query heads, K key/value heads,
@@ -23,9 +25,9 @@ from roe_jax.config import ModelConfig
 class AttentionParams:
   """Attention of all layers; absent norms are None."""
 
-  query: Any  # [L, D, H, C]
-  key: Any  # [L, D, K, C]
-  value: Any  # [L, D, K, C]
+  query: Any  # [L, H, C, D]
+  key: Any  # [L, K, C, D]
+  value: Any  # [L, K, C, D]
   output: Any  # [L, H, C, D]
   query_norm: Any = None  # [L, H, C]
   key_norm: Any = None  # [L, K, C]
@@ -33,13 +35,15 @@ class AttentionParams:
 
 @struct.dataclass
 class ExpertParams:
-  """Experts of all layers, input axis first.
+  """Experts of all layers.
 
   The two leading axes stay apart so that E can be sharded; as `[L·E, ...]`,
-  which the layer loop indexes with `l·E + e`, they are a free reshape.
+  which the layer loop indexes with `l·E + e`, they are a free reshape. A
+  stretch of F is contiguous in both arrays, so that an expert can be computed
+  tile by tile.
   """
 
-  gate_up: Any  # [L, E, D, 2, F]: gate projection, then up projection
+  gate_up: Any  # [L, E, F, 2, D]: a row of the gate projection, then of the up projection
   down: Any  # [L, E, F, D]
 
 
@@ -50,7 +54,7 @@ class LayerParams:
   attention_norm: Any  # [L, D]
   attention: AttentionParams
   moe_norm: Any  # [L, D]
-  router: Any  # [L, D, E]
+  router: Any  # [L, E, D]
   experts: ExpertParams
 
 
@@ -59,7 +63,7 @@ class Params:
   embedding: Any  # [V, D]
   layers: LayerParams
   final_norm: Any  # [D]
-  unembedding: Any  # [D, V]
+  unembedding: Any  # [V, D]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +107,9 @@ def describe(config: ModelConfig) -> Params:
       layers=LayerParams(
           attention_norm=spec("layers", "embed", init="ones"),
           attention=AttentionParams(
-              query=spec("layers", "embed", "heads", "head_dim"),
-              key=spec("layers", "embed", "kv_heads", "head_dim"),
-              value=spec("layers", "embed", "kv_heads", "head_dim"),
+              query=spec("layers", "heads", "head_dim", "embed"),
+              key=spec("layers", "kv_heads", "head_dim", "embed"),
+              value=spec("layers", "kv_heads", "head_dim", "embed"),
               output=spec("layers", "heads", "head_dim", "embed", scale=residual),
               query_norm=(spec("layers", "heads", "head_dim", init="ones")
                           if config.qk_norm else None),
@@ -113,14 +117,14 @@ def describe(config: ModelConfig) -> Params:
                         if config.qk_norm else None),
           ),
           moe_norm=spec("layers", "embed", init="ones"),
-          router=spec("layers", "embed", "experts"),
+          router=spec("layers", "experts", "embed"),
           experts=ExpertParams(
-              gate_up=spec("layers", "experts", "embed", "gate_up", "expert_mlp"),
+              gate_up=spec("layers", "experts", "expert_mlp", "gate_up", "embed"),
               down=spec("layers", "experts", "expert_mlp", "embed", scale=residual),
           ),
       ),
       final_norm=spec("embed", init="ones"),
-      unembedding=spec("embed", "vocab"),
+      unembedding=spec("vocab", "embed"),
   )
 
 
@@ -148,6 +152,24 @@ def initialize(config: ModelConfig, key: jax.Array) -> Params:
 
   keys = jax.random.split(key, len(specs))
   return jax.tree.unflatten(treedef, [value(s, k) for s, k in zip(specs, keys)])
+
+
+def held(params: Params) -> Params:
+  """The parameters in the form that programs take on this platform.
+
+  On CPUs bfloat16 arrays as uint16 arrays of their bits, without a copy (see
+  `numerics.storage_dtype`); all else as it is.
+  """
+  return jax.tree.map(_held, params)
+
+
+def _held(array):
+  dtype = numerics.storage_dtype(str(array.dtype))
+  if dtype == array.dtype:
+    return array
+  shards = [jax.device_put(np.asarray(s.data).view(dtype), s.device, may_alias=True)
+            for s in array.addressable_shards]
+  return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
 
 
 def count(config: ModelConfig) -> int:

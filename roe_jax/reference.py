@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from roe_jax import attention, noise as noise_lib, routing, transformer
 from roe_jax.config import ModelConfig
-from roe_jax.numerics import einsum, rms_norm
+from roe_jax.numerics import einsum, from_storage, rms_norm
 from roe_jax.params import Params
 
 
@@ -53,17 +53,17 @@ def member_states(params: Params, config: ModelConfig, roster, tokens_BxT: jax.A
 
 
 def _block(params, config, x, positions, layer, noise, gate_weights, history):
-  weights = jax.tree.map(lambda w: w[layer], params.layers)
+  weights = jax.tree.map(lambda w: from_storage(w[layer]), params.layers)
   cos, sin = attention.rotation(config, positions)
   normed = rms_norm(x, weights.attention_norm, config.rms_norm_eps)
-  query, key, value = attention.project(config, weights.attention, normed, cos, sin)
+  query, key, value = attention.project(config, params.layers.attention, layer, normed, cos, sin)
   heads = _attend(query, key, value, *(history or (key, value)))
-  x = x + attention.output(weights.attention, heads)
+  x = x + attention.output(params.layers.attention, layer, heads)
   normed = rms_norm(x, weights.moe_norm, config.rms_norm_eps)
-  logits = einsum("btd,de->bte", normed, weights.router).astype(x.dtype).astype(jnp.float32)
+  logits = einsum("btd,ed->bte", normed, weights.router).astype(x.dtype).astype(jnp.float32)
   chosen, gates = routing.route(config, logits, noise, gate_weights)
   by_expert = jnp.sum(jax.nn.one_hot(chosen, config.num_experts) * gates[..., None], axis=-2)
-  projected = einsum("btd,edcf->btecf", normed, weights.experts.gate_up)
+  projected = einsum("btd,efcd->btecf", normed, weights.experts.gate_up)
   hidden = (jax.nn.silu(projected[..., 0, :]) * projected[..., 1, :]).astype(x.dtype)
   outputs = einsum("btef,efd->ebtd", hidden, weights.experts.down)
   y = jnp.einsum("ebtd,bte->btd", outputs, by_expert, precision=jax.lax.Precision.HIGHEST)

@@ -12,6 +12,7 @@ positions of a batch of texts and keep its cache, in one of three ways:
 """
 
 from collections.abc import Sequence
+import dataclasses
 import math
 from typing import Any
 
@@ -22,13 +23,14 @@ import numpy as np
 
 from roe_jax import cache as kv_cache
 from roe_jax import noise as noise_lib
-from roe_jax import reference, routing, transformer
-from roe_jax.aggregation import AGGREGATIONS
+from roe_jax import attention, experts, reference, routing, transformer
+from roe_jax.aggregation import AGGREGATIONS, MEAN_PROBABILITY, Aggregation
 from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 
 CACHES = ("clean", "standard")
+MEMORY_BUDGET = 256 * 2**20
 
 
 @struct.dataclass
@@ -48,6 +50,9 @@ class Roster:
     gate_weights: see `routing.route`.
     noisy_layers: `(first, end)` outside which no layer has noise; layers
       before it are computed once for all members.
+    memory_budget: bytes that the activations of the members computed together
+      may take, roughly; changes results by rounding only.
+    expert_strategy: see `experts.apply`.
   """
 
   temperatures: jax.Array
@@ -59,6 +64,8 @@ class Roster:
   aggregation: str = struct.field(pytree_node=False)
   gate_weights: str = struct.field(pytree_node=False)
   noisy_layers: tuple[int, int] = struct.field(pytree_node=False)
+  memory_budget: int = struct.field(pytree_node=False)
+  expert_strategy: str | None = struct.field(pytree_node=False)
 
   @classmethod
   def create(
@@ -74,6 +81,8 @@ class Roster:
       aggregation: str = "mean_probability",
       gate_weights: str = routing.CLEAN,
       noisy_layers: tuple[int, int] | None = None,
+      memory_budget: int = MEMORY_BUDGET,
+      expert_strategy: str | None = None,
   ) -> "Roster":
     """A roster for models of `config`; by default the plain model.
 
@@ -90,6 +99,8 @@ class Roster:
       noisy_layers: by default the stretch from the first to the last layer
         with τ > 0. Give it to vary τ within the stretch without compiling
         again, or to pay for a roster at τ = 0.
+      memory_budget: see the class.
+      expert_strategy: see the class.
 
     Raises:
       ValueError: a setting is out of its range, or unknown.
@@ -125,11 +136,14 @@ class Roster:
       raise ValueError(
           f"noisy_layers {noisy_layers} leaves out layers with a temperature above 0: "
           f"these span {needed}")
+    if memory_budget < 1:
+      raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
+    experts.check_strategy(expert_strategy)
     if num_members == 1 and include_clean:
       first, end = layers, layers  # the clean member alone
     return cls(jnp.asarray(values), jnp.asarray(seed, jnp.uint32), int(num_members),
                bool(include_clean), cache, bool(recompute), aggregation,
-               gate_weights, (first, end))
+               gate_weights, (first, end), int(memory_budget), expert_strategy)
 
   @property
   def is_plain(self) -> bool:
@@ -147,6 +161,11 @@ class Roster:
       return tuple(range(self.num_members))
     noisy = tuple(range(1, self.num_members + 1))
     return (0, *noisy) if self.cache == "clean" else noisy
+
+  @property
+  def aggregate_with(self) -> Aggregation:
+    """The aggregation; with any, the plain model is what it is."""
+    return MEAN_PROBABILITY if self.is_plain else AGGREGATIONS[self.aggregation]
 
   def check(self, config: ModelConfig) -> None:
     """Checks that the roster was made for a model of this depth.
@@ -171,7 +190,7 @@ class Roster:
                         aggregation="mean_probability", gate_weights=routing.CLEAN)
 
   def settings(self) -> dict[str, Any]:
-    """All settings as plain values, to go with every result."""
+    """All that results depend on, as plain values, to go with every result."""
     return {
         "num_members": self.num_members,
         "temperatures": [round(float(t), 6) for t in np.asarray(self.temperatures)],
@@ -191,29 +210,56 @@ class RosterOutputs:
 
   Attributes:
     log_probs: `[B, T, V]` float32, aggregated.
-    clean_log_probs: `[B, T, V]` float32 of the clean member, or None where it
-      is not computed.
+    clean_tokens: `[B, T]` int32, the clean member's most probable token; -1
+      where that member is not computed.
   """
 
   log_probs: jax.Array
-  clean_log_probs: jax.Array | None
+  clean_tokens: jax.Array
+
+
+@struct.dataclass
+class StandardCache:
+  """The standard cache: what members share, and what is each one's own.
+
+  Attributes:
+    shared: of the layers before the first noise, `[L, B, K, S, C]`.
+    own: of the others, `[R, L, B, K, S, C]`.
+  """
+
+  shared: KVCache
+  own: KVCache
 
 
 def empty_cache(config: ModelConfig, roster: Roster, batch_size: int,
-                capacity: int) -> KVCache | None:
-  """The cache of a roster: `[L, B, K, S, C]`, or `[R, L, B, K, S, C]` (standard)."""
+                capacity: int) -> KVCache | StandardCache | None:
+  """The cache of a roster; the batch is the fourth axis from the end of every array."""
   if roster.recompute:
     return None
-  cache = kv_cache.empty(config, batch_size, capacity)
-  if roster.cache == "standard":
-    cache = jax.tree.map(lambda c: jnp.zeros((len(roster.members), *c.shape), c.dtype), cache)
-  return cache
+  if roster.cache == "clean":
+    return kv_cache.empty(config, batch_size, capacity)
+  first, members = roster.noisy_layers[0], len(roster.members)
+  own = kv_cache.empty(config, batch_size, capacity, config.num_layers - first)
+  return StandardCache(
+      kv_cache.empty(config, batch_size, capacity, first),
+      jax.tree.map(lambda c: jnp.zeros((members, *c.shape), c.dtype), own))
 
 
 def cache_bytes(config: ModelConfig, roster: Roster, batch_size: int, capacity: int) -> int:
   """Memory of `empty_cache` in bytes."""
   shapes = jax.eval_shape(lambda: empty_cache(config, roster, batch_size, capacity))
   return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(shapes))
+
+
+def rows_within(config: ModelConfig, memory_budget: int) -> int:
+  """How many rows (members times positions) a memory budget holds, at least one.
+
+  A row's activations are counted as its logits, the experts' outputs in and
+  out of order, and the attention scores of one block of slots.
+  """
+  per_row = 4 * (config.vocab_size + 2 * config.experts_per_token * config.d_model
+                 + config.num_heads * attention.block_slots())
+  return max(1, memory_budget // per_row)
 
 
 def routing_noise(roster: Roster, request_ids_B: jax.Array, positions_BxT: jax.Array,
@@ -224,9 +270,9 @@ def routing_noise(roster: Roster, request_ids_B: jax.Array, positions_BxT: jax.A
   return noise_lib.RoutingNoise(keys, roster.temperatures, member)
 
 
-def prefill(params: Params, config: ModelConfig, roster: Roster, cache: KVCache,
+def prefill(params: Params, config: ModelConfig, roster: Roster, cache: Any,
             tokens_BxT: jax.Array, positions_BxT: jax.Array,
-            request_ids_B: jax.Array) -> tuple[KVCache, jax.Array]:
+            request_ids_B: jax.Array) -> tuple[Any, jax.Array]:
   """Runs tokens of the history and puts their keys and values into the cache.
 
   Under Clean Cache this is the clean member's pass; under the standard cache
@@ -236,21 +282,27 @@ def prefill(params: Params, config: ModelConfig, roster: Roster, cache: KVCache,
     The cache, and the hidden states after the last block, `[R, B, T, D]`
     (R = 1 under Clean Cache).
   """
+  def run(x, cache, layers, noise=None, cache_offset=0):
+    x, cache, _ = transformer.run_layers(
+        params, config, x, positions_BxT, cache, layers=layers, noise=noise,
+        gate_weights=roster.gate_weights, write=True, cache_offset=cache_offset,
+        strategy=roster.expert_strategy)
+    return x, cache
+
   x = transformer.embed(params, tokens_BxT)
   if roster.cache == "clean":
-    x, cache, _ = transformer.run_layers(params, config, x, positions_BxT, cache, write=True)
+    x, cache = run(x, cache, (0, config.num_layers))
     return cache, x[None]
+  first, end = roster.noisy_layers
+  x, shared = run(x, cache.shared, (0, first))
 
-  def of_member(member, cache):
+  def of_member(member, own):
     noise = routing_noise(roster, request_ids_B, positions_BxT, member)
-    x_m, cache = x, cache
-    for layers, noise in _stretches(config, roster, noise):
-      x_m, cache, _ = transformer.run_layers(
-          params, config, x_m, positions_BxT, cache, layers=layers, noise=noise,
-          gate_weights=roster.gate_weights, write=True)
-    return cache, x_m
+    x_m, own = run(x, own, (first, end), noise, first)
+    return run(x_m, own, (end, config.num_layers), cache_offset=first)
 
-  return jax.vmap(of_member)(jnp.asarray(roster.members), cache)
+  x, own = jax.vmap(of_member)(jnp.asarray(roster.members), cache.own)
+  return StandardCache(shared, own), x
 
 
 def member_states(
@@ -275,47 +327,140 @@ def member_states(
     over layers: `keys` and `values` of the clean member `[L, B, T, K, C]`,
     `experts` `[L, R, B, T, A]` and `router_logits` `[L, R, B, T, E]` of all.
   """
-  members = jnp.asarray(roster.members)
-  count = len(roster.members)
-  per_member = {"experts", "router_logits"}
-
-  def lift(block):
-    def lifted(x_RxBxTxD, noise):
-      axes = None if noise is None else noise_lib.RoutingNoise(None, None, 0)
-      x, _, outputs = jax.vmap(block, in_axes=(0, axes))(x_RxBxTxD, noise)
-      clean = {name: jax.tree.map(lambda a: a[0], getattr(outputs, name))
-               for name in ("keys", "values")}
-      return x, None, outputs.replace(**clean)
-    return lifted
-
-  x = transformer.embed(params, tokens_BxT)
-  noise = routing_noise(roster, request_ids_B, positions_BxT, members)
-  first, _ = roster.noisy_layers
-  x, _, shared = transformer.run_layers(
-      params, config, x, positions_BxT, cache, layers=(0, first), keep=keep)
-  shared = shared.replace(**{
-      name: jax.tree.map(lambda a: jnp.repeat(a[:, None], count, axis=1), getattr(shared, name))
-      for name in per_member})
-  x = jnp.broadcast_to(x, (count, *x.shape))
-  parts = [shared] if first else []
-  for layers, noise in _stretches(config, roster, noise)[1:]:
-    if layers[0] < layers[1]:
-      x, _, outputs = transformer.run_layers(
-          params, config, x, positions_BxT, cache, layers=layers, noise=noise,
-          gate_weights=roster.gate_weights, keep=keep, lift=lift)
-      parts.append(outputs)
-  return x, jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+  rows = _Rows(params, config, roster, cache, positions_BxT, request_ids_B)
+  x, shared = rows.shared_layers(tokens_BxT, keep)
+  return rows.member_layers(x, shared, jnp.asarray(roster.members), keep)
 
 
-def _stretches(config, roster, noise):
-  """The layers before, within and after the noisy stretch, with their noise."""
-  first, end = roster.noisy_layers
-  return (((0, first), None), ((first, end), noise), ((end, config.num_layers), None))
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+  """Positions to be run against a Clean Cache."""
+
+  params: Params
+  config: ModelConfig
+  roster: Roster
+  cache: KVCache
+  positions_BxT: jax.Array
+  request_ids_B: jax.Array
+
+  def shared_layers(self, tokens_BxT, keep=()):
+    """Hidden states `[B, T, D]` at the first noise, and outputs of the layers before."""
+    x, _, outputs = self._run(transformer.embed(self.params, tokens_BxT),
+                              (0, self.roster.noisy_layers[0]), keep=keep)
+    return x, outputs
+
+  def member_layers(self, x, shared, members, keep=()):
+    """The other layers for some members; returns what `member_states` does."""
+    first, end = self.roster.noisy_layers
+    noise = routing_noise(self.roster, self.request_ids_B, self.positions_BxT, members)
+
+    def lift(block):
+      def lifted(x_RxBxTxD, noise):
+        axes = None if noise is None else noise_lib.RoutingNoise(None, None, 0)
+        x, _, outputs = jax.vmap(block, in_axes=(0, axes))(x_RxBxTxD, noise)
+        of_first = {name: jax.tree.map(lambda a: a[0], getattr(outputs, name))
+                    for name in ("keys", "values")}
+        return x, None, outputs.replace(**of_first)
+      return lifted
+
+    x = jnp.broadcast_to(x, (len(members), *x.shape))
+    parts = []
+    if first:
+      parts.append(shared.replace(**{
+          name: jax.tree.map(lambda a: jnp.repeat(a[:, None], len(members), axis=1),
+                             getattr(shared, name)) for name in ("experts", "router_logits")}))
+    for layers, noise in (((first, end), noise), ((end, self.config.num_layers), None)):
+      if layers[0] < layers[1]:
+        x, _, outputs = self._run(x, layers, noise, keep, lift)
+        parts.append(outputs)
+    return x, jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+
+  def _run(self, x, layers, noise=None, keep=(), lift=lambda block: block):
+    return transformer.run_layers(
+        self.params, self.config, x, self.positions_BxT, self.cache, layers=layers,
+        noise=noise, gate_weights=self.roster.gate_weights, keep=keep, lift=lift,
+        strategy=self.roster.expert_strategy)
 
 
-def step(params: Params, config: ModelConfig, roster: Roster, cache: KVCache | None,
+def against_clean_cache(
+    params: Params, config: ModelConfig, roster: Roster, cache: KVCache,
+    tokens_BxT: jax.Array, positions_BxT: jax.Array, request_ids_B: jax.Array,
+    keep: tuple[str, ...] = (),
+) -> tuple[RosterOutputs, transformer.BlockOutputs]:
+  """The roster's distributions at T positions, a few members at a time.
+
+  The arguments are those of `member_states`. Memory does not grow with the
+  members: as many as `roster.memory_budget` holds are one batch, and the
+  batches follow each other. The layers before the first noise are computed
+  once for all of them.
+
+  Returns:
+    The outputs, and those of the clean member's `BlockOutputs` asked for.
+  """
+  rows = _Rows(params, config, roster, cache, positions_BxT, request_ids_B)
+  x, shared = rows.shared_layers(tokens_BxT, keep)
+  first, others = _batches(config, roster, tokens_BxT.size)
+  states, outputs = rows.member_layers(x, shared, first, keep)
+  add, total, clean_tokens = _start(params, config, roster, states)
+
+  def more(total, members):
+    return add(total, rows.member_layers(x, shared, members)[0]), None
+
+  if len(others):
+    total, _ = jax.lax.scan(more, total, others)
+  return _finish(roster, total, clean_tokens), outputs
+
+
+def aggregate(params: Params, config: ModelConfig, roster: Roster,
+              x_RxBxTxD: jax.Array) -> RosterOutputs:
+  """Distributions from all members' final hidden states, a few members at a time."""
+  first, others = _batches(config, roster, math.prod(x_RxBxTxD.shape[1:3]))
+  add, total, clean_tokens = _start(params, config, roster, x_RxBxTxD[:len(first)])
+  if len(others):
+    rest = x_RxBxTxD[len(first):].reshape(*others.shape, *x_RxBxTxD.shape[1:])
+    total, _ = jax.lax.scan(lambda total, x: (add(total, x), None), total, rest)
+  return _finish(roster, total, clean_tokens)
+
+
+def _batches(config, roster, rows_per_member):
+  """Members `[R1]` that come first, and batches of equally many others `[X, R2]`."""
+  members = np.asarray(roster.members)
+  most = max(1, rows_within(config, roster.memory_budget) // rows_per_member)
+  count = -(-len(members) // most)
+  size = -(-len(members) // count)
+  first = len(members) - (count - 1) * size
+  if first == 1 and count > 1 and members[0] == 0 and not roster.include_clean:
+    count, first = count - 1, first + size  # there must be one to be averaged
+  return jnp.asarray(members[:first]), jnp.asarray(members[first:].reshape(count - 1, size))
+
+
+def _start(params, config, roster, x):
+  """Aggregates the first members.
+
+  Returns:
+    A function `(state, states [R, B, T, D]) -> state` for the others, the
+    aggregation's state, and the clean member's tokens.
+  """
+  aggregation = roster.aggregate_with
+
+  def add(total, x):
+    return aggregation.add(total, transformer.unembed(params, config, x))
+
+  logits = transformer.unembed(params, config, x)
+  if roster.members[0] != 0:
+    return add, aggregation.add(None, logits), jnp.full(x.shape[1:3], -1, jnp.int32)
+  clean_tokens = jnp.argmax(logits[0], axis=-1).astype(jnp.int32)
+  averaged = logits if roster.include_clean else logits[1:]
+  return add, aggregation.add(None, averaged), clean_tokens
+
+
+def _finish(roster, total, clean_tokens):
+  return RosterOutputs(roster.aggregate_with.finish(total, roster.num_members), clean_tokens)
+
+
+def step(params: Params, config: ModelConfig, roster: Roster, cache: Any,
          tokens_B: jax.Array, positions_B: jax.Array, request_ids_B: jax.Array,
-         texts_BxS: jax.Array | None = None) -> tuple[RosterOutputs, KVCache | None]:
+         texts_BxS: jax.Array | None = None) -> tuple[RosterOutputs, Any]:
   """One position of every text: the roster's next-token distribution.
 
   Args:
@@ -336,21 +481,9 @@ def step(params: Params, config: ModelConfig, roster: Roster, cache: KVCache | N
     x = reference.member_states(params, config, roster, texts_BxS, request_ids_B)
     x = jnp.take_along_axis(x, positions[None, ..., None], axis=2)
   elif roster.cache == "clean":
-    x, own = member_states(params, config, roster, cache, tokens, positions,
-                           request_ids_B, keep=("keys", "values"))
-    cache = kv_cache.write(cache, own.keys, own.values, positions_B)
+    outputs, own = against_clean_cache(params, config, roster, cache, tokens, positions,
+                                       request_ids_B, keep=("keys", "values"))
+    return outputs, kv_cache.write(cache, own.keys, own.values, positions_B)
   else:
     cache, x = prefill(params, config, roster, cache, tokens, positions, request_ids_B)
   return aggregate(params, config, roster, x), cache
-
-
-def aggregate(params: Params, config: ModelConfig, roster: Roster,
-              x_RxBxTxD: jax.Array) -> RosterOutputs:
-  """Distributions from the members' final hidden states, in float32."""
-  logits = transformer.unembed(params, config, x_RxBxTxD)
-  has_clean = roster.members[0] == 0
-  clean = jax.nn.log_softmax(logits[0], axis=-1) if has_clean else None
-  averaged = logits if roster.include_clean or not has_clean else logits[1:]
-  if roster.is_plain:
-    return RosterOutputs(clean, clean)
-  return RosterOutputs(AGGREGATIONS[roster.aggregation](averaged), clean)

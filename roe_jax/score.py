@@ -10,15 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import batching, decode, reference, roster as roster_lib
+from roe_jax import batching, decode, params as params_lib, reference, roster as roster_lib
 from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
-
-# Bytes that the members' logits of one chunk of positions may take.
-LOGITS_BUDGET = 256 * 2**20
-
 
 @dataclasses.dataclass(frozen=True)
 class TextScore:
@@ -81,13 +77,14 @@ def score_chunk(
   positions = starts_B[:, None] + jnp.arange(tokens_BxT.shape[1])[None]
   if roster.recompute:
     x = reference.member_states(params, config, roster, tokens_BxT, request_ids_B)
+    outputs = roster_lib.aggregate(params, config, roster, x)
   elif _filled_first(roster):
-    x, _ = roster_lib.member_states(
+    outputs, _ = roster_lib.against_clean_cache(
         params, config, roster, cache, tokens_BxT, positions, request_ids_B)
   else:
     cache, x = roster_lib.prefill(
         params, config, roster, cache, tokens_BxT, positions, request_ids_B)
-  outputs = roster_lib.aggregate(params, config, roster, x)
+    outputs = roster_lib.aggregate(params, config, roster, x)
   log_probs = outputs.log_probs
 
   def at_temperature(temperature):
@@ -97,9 +94,7 @@ def score_chunk(
 
   scores = jax.lax.map(at_temperature, output_temperatures_G)
   greedy = jnp.argmax(log_probs, axis=-1)
-  clean = (jnp.full_like(greedy, -1) if outputs.clean_log_probs is None
-           else jnp.argmax(outputs.clean_log_probs, axis=-1))
-  return cache, jnp.moveaxis(scores, 0, -1), greedy, clean
+  return cache, jnp.moveaxis(scores, 0, -1), greedy, outputs.clean_tokens
 
 
 def _filled_first(roster):
@@ -137,14 +132,15 @@ def score(
     output_temperatures: `[G]` divisors of the aggregated log-probabilities
       (renormalised); the calibration of one temperature is read off a grid.
     batch_size: texts scored together.
-    chunk_size: positions scored together; by default what `LOGITS_BUDGET`
-      holds.
+    chunk_size: positions scored together; by default what the roster's memory
+      budget holds.
     on_batch: called with the number of texts in each finished batch.
 
   Raises:
     ValueError: a text is empty, too long or outside the vocabulary, or a
       setting is out of its range.
   """
+  params = params_lib.held(params)
   roster = roster or Roster.create(config)
   roster.check(config)
   batching.check_tokens(config, texts, what="text")
@@ -231,9 +227,8 @@ def _joined(pieces, num_temperatures):
 
 
 def _chunk_size(config, roster, num_rows):
-  """The largest power of two whose members' logits fit the budget, at most 256."""
-  per_position = len(roster.members) * num_rows * config.vocab_size * 4
-  fitting = max(1, LOGITS_BUDGET // per_position)
+  """The largest power of two, at most 256, of which the budget holds a member's chunk."""
+  fitting = max(1, roster_lib.rows_within(config, roster.memory_budget) // num_rows)
   return min(decode.PREFILL_CHUNK, 1 << (fitting.bit_length() - 1))
 
 

@@ -7,11 +7,11 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from roe_jax import attention, experts, routing
-from roe_jax.cache import KVCache, write_layer
+from roe_jax import attention, cache as kv_cache, experts, routing
+from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
 from roe_jax.noise import RoutingNoise
-from roe_jax.numerics import einsum, rms_norm
+from roe_jax.numerics import from_storage, project, rms_norm
 from roe_jax.params import LayerParams, Params
 
 
@@ -33,13 +33,13 @@ class BlockOutputs:
 
 def embed(params: Params, tokens_BxT: jax.Array) -> jax.Array:
   """Hidden states `[B, T, D]` before the first block."""
-  return params.embedding[tokens_BxT]
+  return from_storage(params.embedding[tokens_BxT])
 
 
 def unembed(params: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
   """Logits `[..., V]` float32 from hidden states `[..., D]` after the last block."""
   x = rms_norm(x, params.final_norm, config.rms_norm_eps)
-  return einsum("...d,dv->...v", x, params.unembedding)
+  return project(x, params.unembedding[None], 0)
 
 
 def run_layers(
@@ -53,6 +53,7 @@ def run_layers(
     noise: RoutingNoise | None = None,
     gate_weights: str = routing.CLEAN,
     write: bool = False,
+    cache_offset: int = 0,
     keep: tuple[str, ...] = (),
     lift: Callable = lambda block: block,
     strategy: str | None = None,
@@ -79,6 +80,7 @@ def run_layers(
     noise: on the routers, or None.
     gate_weights: see `routing.route`.
     write: whether to put this call's keys and values into the cache first.
+    cache_offset: the layer that the cache begins with.
     keep: names of the `BlockOutputs` to return.
     lift: transformation of each block's function `(x, noise) -> (x, slots,
       outputs)`, for example `vmap` over the members of a roster.
@@ -92,28 +94,20 @@ def run_layers(
   if first == end:
     return x, cache, BlockOutputs()
   cos, sin = attention.rotation(config, positions_BxT)
-  small = params.layers.replace(experts=None)
 
   def step(carry, layer):
     x, written = carry
-    weights = jax.tree.map(
-        lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False), small)
-    slots = jax.tree.map(
-        lambda c: jax.lax.dynamic_index_in_dim(c, layer, keepdims=False),
-        written if write else cache)
+    slots = layer - cache_offset
 
     def block(x, noise):
-      x, slots_after, outputs = _block(
-          config, weights, params.layers.experts, layer, x, slots, positions_BxT,
+      x, after, outputs = _block(
+          config, params.layers, layer, x, written if write else cache, slots, positions_BxT,
           cos, sin, noise, gate_weights, write, strategy)
-      return x, slots_after, outputs.replace(
+      return x, after, outputs.replace(
           **{f: None for f in BlockOutputs.__dataclass_fields__ if f not in keep})
 
-    x, slots, outputs = lift(block)(x, noise)
-    if write:
-      written = jax.tree.map(
-          lambda c, s: jax.lax.dynamic_update_index_in_dim(c, s, layer, 0), written, slots)
-    return (x, written), outputs
+    x, after, outputs = lift(block)(x, noise)
+    return (x, after), outputs
 
   # A cache that is only read stays out of the carry.
   (x, written), outputs = jax.lax.scan(
@@ -121,32 +115,26 @@ def run_layers(
   return x, written if write else cache, outputs
 
 
-def _block(config, weights: LayerParams, all_experts, layer, x, slots, positions_BxT,
-           cos, sin, noise, gate_weights, write, strategy):
-  """Pre-norm attention and MoE; returns hidden states, cache slots and outputs."""
-  normed = rms_norm(x, weights.attention_norm, config.rms_norm_eps)
-  query, key, value = attention.project(config, weights.attention, normed, cos, sin)
-  if slots is None:
-    source = KVCache(key.swapaxes(1, 2), value.swapaxes(1, 2))
-  elif write:
-    starts_B = positions_BxT[:, 0]
-    source = slots = KVCache(write_layer(slots.keys, key, starts_B),
-                             write_layer(slots.values, value, starts_B))
-  else:
-    source = slots
-  heads = attention.attend(query, key, value, source.keys, source.values, positions_BxT)
-  x = x + attention.output(weights.attention, heads)
+def _block(config, layers: LayerParams, layer, x, cache, slots, positions_BxT, cos, sin,
+           noise, gate_weights, write, strategy):
+  """Pre-norm attention and MoE; returns hidden states, written cache and outputs."""
+  normed = rms_norm(x, layers.attention_norm[layer], config.rms_norm_eps)
+  query, key, value = attention.project(config, layers.attention, layer, normed, cos, sin)
+  if write:
+    cache = kv_cache.write(cache, key, value, positions_BxT[:, 0], slots)
+  heads = attention.attend(query, key, value, positions_BxT, cache, slots)
+  x = x + attention.output(layers.attention, layer, heads)
 
-  normed = rms_norm(x, weights.moe_norm, config.rms_norm_eps)
+  normed = rms_norm(x, layers.moe_norm[layer], config.rms_norm_eps)
   # Rounded to the model's dtype, as the model was trained with.
-  logits = einsum("btd,de->bte", normed, weights.router).astype(x.dtype).astype(jnp.float32)
+  logits = project(normed, layers.router, layer).astype(x.dtype).astype(jnp.float32)
   drawn = None if noise is None else noise.draw(layer, config.num_experts)
   chosen, gates = routing.route(config, logits, drawn, gate_weights)
   b, t, d = x.shape
-  y = experts.apply(all_experts, layer, normed.reshape(b * t, d),
+  y = experts.apply(layers.experts, layer, normed.reshape(b * t, d),
                     chosen.reshape(b * t, -1), gates.reshape(b * t, -1), strategy)
   outputs = BlockOutputs(keys=key, values=value, experts=chosen, router_logits=logits)
-  return x + y.reshape(b, t, d), slots if write else None, outputs
+  return x + y.reshape(b, t, d), cache if write else None, outputs
 
 
 def forward(params: Params, config: ModelConfig, tokens_BxT: jax.Array,

@@ -74,7 +74,7 @@ def to_params(hf, state, dtype="float32"):
         reshape(state[f"model.layers.{layer}.{name}"]) for layer in range(n["layers"])]), dtype)
 
   def by_head(heads):
-    return lambda w: w.T.reshape(n["d"], heads, n["c"])
+    return lambda w: w.reshape(heads, n["c"], n["d"])
 
   norms = {}
   if hf["model_type"] == "olmoe":
@@ -93,14 +93,14 @@ def to_params(hf, state, dtype="float32"):
                              lambda w: w.T.reshape(n["h"], n["c"], n["d"])),
               **norms),
           moe_norm=stacked("post_attention_layernorm.weight"),
-          router=stacked("mlp.gate.weight", lambda w: w.T),
+          router=stacked("mlp.gate.weight"),
           experts=ExpertParams(
               # The gate projection's rows come first.
               gate_up=stacked("mlp.experts.gate_up_proj",
-                              lambda w: w.reshape(n["e"], 2, n["f"], n["d"]).transpose(0, 3, 1, 2)),
+                              lambda w: w.reshape(n["e"], 2, n["f"], n["d"]).swapaxes(1, 2)),
               down=stacked("mlp.experts.down_proj", lambda w: w.transpose(0, 2, 1)))),
       final_norm=jnp.asarray(state["model.norm.weight"], dtype),
-      unembedding=jnp.asarray(state["lm_head.weight"].T, dtype))
+      unembedding=jnp.asarray(state["lm_head.weight"], dtype))
 
 
 def to_model(hf, state, dtype="float32"):

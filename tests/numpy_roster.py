@@ -45,7 +45,7 @@ def member_logits(params, config, roster, tokens, request):
     a = p.layers.attention
     normed = norm(x, p.layers.attention_norm[layer])
     query, key, value = (
-        np.einsum("d,dhc->hc", normed, w[layer]) for w in (a.query, a.key, a.value))
+        np.einsum("d,hcd->hc", normed, w[layer]) for w in (a.query, a.key, a.value))
     if config.qk_norm:
       query, key = norm(query, a.query_norm[layer]), norm(key, a.key_norm[layer])
     if config.clip_qkv is not None:
@@ -62,11 +62,11 @@ def member_logits(params, config, roster, tokens, request):
     x = x + np.einsum("hc,hcd->d", np.array(heads), a.output[layer])
 
     normed = norm(x, p.layers.moe_norm[layer])
-    clean = normed @ p.layers.router[layer]
+    clean = p.layers.router[layer] @ normed
     noisy = clean + noise
     chosen = np.argsort(-noisy)[:config.experts_per_token]
     for expert, weight in zip(chosen, gates(clean, noisy, chosen)):
-      gate, up = np.einsum("d,dif->if", normed, p.layers.experts.gate_up[layer, expert])
+      gate, up = np.einsum("d,fid->if", normed, p.layers.experts.gate_up[layer, expert])
       hidden = gate / (1 + np.exp(-gate)) * up
       x = x + weight * (hidden @ p.layers.experts.down[layer, expert])
     return x, (key, value)
@@ -83,7 +83,7 @@ def member_logits(params, config, roster, tokens, request):
         history = (shared_history or own_history)[layer][:position]
         x, own = block(x, layer, position, noise, history)
         own_history[layer].append(own)
-      logits.append(norm(x, p.final_norm) @ p.unembedding)
+      logits.append(p.unembedding @ norm(x, p.final_norm))
     return np.array(logits), own_history
 
   shared = run(None, None)[1] if roster.cache == "clean" else None

@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import tiny
 from roe_jax import attention, transformer
+from roe_jax.cache import KVCache
 
 B, T, S, H, K, C = 2, 5, 9, 4, 2, 8
 STARTS = np.array([0, 3])
@@ -20,10 +22,18 @@ def inputs(seed=0):
   return arrays | {"positions": jnp.asarray(STARTS[:, None] + np.arange(T))}
 
 
-@jax.jit
-def attend(a):
-  return attention.attend(a["query"], a["own_key"], a["own_value"], a["keys"], a["values"],
-                          a["positions"])
+def attend(a, layer=1):
+  """With the slots as the second of three layers of a cache."""
+  cache = KVCache(*(jnp.stack([a[n] + 1e3, a[n], a[n] - 1e3]) for n in ("keys", "values")))
+  return jax.jit(lambda *args: attention.attend(*args))(a["query"], a["own_key"], a["own_value"], a["positions"],
+                                   cache, jnp.int32(layer))
+
+
+@pytest.fixture(params=[S, 4, 1])
+def block(request, monkeypatch):
+  """All slots at once; blocks of which the last overlaps; one at a time."""
+  monkeypatch.setattr(attention, "block_slots", lambda: request.param)
+  return request.param
 
 
 def by_loop(query, own_key, own_value, keys, values, positions):
@@ -41,19 +51,19 @@ def by_loop(query, own_key, own_value, keys, values, positions):
   return out
 
 
-def test_two_parts_are_one_softmax():
+def test_two_parts_are_one_softmax(block):
   a = inputs()
   np.testing.assert_allclose(attend(a), by_loop(**a), rtol=1e-5, atol=1e-5)
 
 
-def test_large_scores_do_not_overflow():
+def test_large_scores_do_not_overflow(block):
   a = inputs()
   for own, cached in ((1e4, 1.0), (1.0, 1e4)):
     scaled = a | {"own_key": own * a["own_key"], "keys": cached * a["keys"]}
     np.testing.assert_allclose(attend(scaled), by_loop(**scaled), rtol=1e-4, atol=1e-4)
 
 
-def test_slots_from_the_position_on_are_never_read():
+def test_slots_from_the_position_on_are_never_read(block):
   a = inputs()
   expected = attend(a)
   for first in range(1, S):
@@ -64,35 +74,43 @@ def test_slots_from_the_position_on_are_never_read():
                                   np.asarray(expected)[visible])
 
 
-def test_gradients_are_those_of_the_formula():
+def test_blocks_that_no_row_sees_are_not_read(monkeypatch):
+  monkeypatch.setattr(attention, "block_slots", lambda: 1)
   a = inputs()
-  positions = a.pop("positions")
+  expected = attend(a)
+  for n in ("keys", "values"):
+    a[n] = a[n].at[:, :, int(a["positions"].max()):].set(jnp.nan)
+  np.testing.assert_array_equal(attend(a), expected)
+
+
+def test_gradients_without_a_cache_are_those_of_the_formula():
+  a = {n: x for n, x in inputs().items() if n in ("query", "own_key", "own_value")}
+  positions = jnp.broadcast_to(jnp.arange(T), (B, T))
   target = jnp.asarray(np.random.RandomState(1).standard_normal((B, T, H, C)), jnp.float32)
 
-  def direct(query, own_key, own_value, keys, values):
-    own_key, own_value = (jnp.repeat(x, H // K, 2) for x in (own_key, own_value))
-    keys, values = (jnp.repeat(x, H // K, 1) for x in (keys, values))
-    scores = jnp.einsum("bthc,bhsc->bhts", query, keys)
-    visible = jnp.arange(S)[None, None, None] < positions[:, None, :, None]
-    scores = jnp.where(visible, scores, -1e30)
-    own = jnp.einsum("bthc,bthc->bht", query, own_key)[..., None]
-    weights = jax.nn.softmax(jnp.concatenate([scores, own], -1) / np.sqrt(C))
-    return (jnp.einsum("bhts,bhsc->bthc", weights[..., :-1], values)
-            + weights[..., -1].swapaxes(1, 2)[..., None] * own_value)
+  def direct(query, own_key, own_value):
+    keys, values = (jnp.repeat(x, H // K, 2) for x in (own_key, own_value))
+    scores = jnp.einsum("bthc,bshc->bhts", query, keys) / np.sqrt(C)
+    weights = jax.nn.softmax(jnp.where(jnp.tri(T, dtype=bool)[None, None], scores, -1e30))
+    return jnp.einsum("bhts,bshc->bthc", weights, values)
 
-  def gradients(function):
-    return jax.jit(jax.grad(lambda a: jnp.sum(target * function(**a))))(a)
+  def results(function):
+    value = lambda a: jnp.sum(target * function(**a))
+    return jax.jit(jax.value_and_grad(value))(a)
 
-  ours = gradients(lambda query, own_key, own_value, keys, values: attention.attend(
-      query, own_key, own_value, keys, values, positions))
-  for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(gradients(direct))):
+  ours = results(lambda **a: attention.attend(
+      a["query"], a["own_key"], a["own_value"], positions))
+  for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(results(direct))):
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_attention_runs_and_is_close():
   a = inputs()
   rounded = {n: x if n == "positions" else x.astype(jnp.bfloat16) for n, x in a.items()}
-  actual = attend(rounded)
+  held = {n: jax.lax.bitcast_convert_type(rounded[n], jnp.uint16) for n in ("keys", "values")}
+  cache = KVCache(*(x[None] for x in held.values()))
+  actual = attention.attend(rounded["query"], rounded["own_key"], rounded["own_value"],
+                            a["positions"], cache)
   assert actual.dtype == jnp.bfloat16
   # Weights (summing to one) and output are rounded, by half a unit each.
   expected = by_loop(**{n: np.asarray(x, np.float64) for n, x in rounded.items()})

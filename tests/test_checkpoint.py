@@ -113,7 +113,7 @@ def test_load_onto_a_mesh_reads_every_part_to_its_device(saved, whole):
     jax.tree.map(lambda x, s: np.testing.assert_(x.sharding.is_equivalent_to(s, x.ndim)),
                  loaded, shardings)
     shard = loaded.layers.experts.gate_up.addressable_shards[0].data
-    assert shard.shape == (5, 2, 16, 2, 4)
+    assert shard.shape == (5, 2, 4, 2, 16)
 
 
 def test_sharded_parameters_are_saved_whole(tmp_path):
@@ -191,8 +191,8 @@ def test_writer_refuses_arrays_that_are_not_the_piece(tmp_path):
   top = {"embedding": np.zeros((48, 16), np.float32), "final_norm": np.zeros(16, np.float32)}
   with pytest.raises(ValueError, match="lacks the parameters .'unembedding'"):
     w.write(w.pieces[0], top)
-  with pytest.raises(ValueError, match=r"unembedding is float32\[48, 16\].*expects float32\[16, 48\]"):
-    w.write(w.pieces[0], {**top, "unembedding": top["embedding"]})
+  with pytest.raises(ValueError, match=r"unembedding is float32\[16, 48\].*expects float32\[48, 16\]"):
+    w.write(w.pieces[0], {**top, "unembedding": top["embedding"].T})
 
 
 def test_an_existing_target_is_replaced_only_if_asked_and_a_checkpoint(saved, tmp_path):
@@ -235,7 +235,7 @@ def truncate_data(path):
     (lambda p: shutil.rmtree(p / "params/layers_00002_00004"), FileNotFoundError,
      "lacks its piece params/layers_00002_00004"),
     (lambda p: edit_json(p / "model_config.json", d_expert=9), ValueError,
-     r"params/layers_00000_00002.*gate_up is float32\[2, 8, 16, 2, 8\].*\[2, 8, 16, 2, 9\]"),
+     r"params/layers_00000_00002.*gate_up is float32\[2, 8, 8, 2, 16\].*\[2, 8, 9, 2, 16\]"),
     (lambda p: edit_json(p / "model_config.json", qk_norm=False), ValueError,
      "unknown ones .'attention.key_norm'"),
     (lambda p: edit_json(p / "model_config.json", num_layers=6), ValueError, "6 layers"),

@@ -18,7 +18,7 @@ EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7}
 def weights(dtype="float32", seed=0):
   random = np.random.RandomState(seed)
   return ExpertParams(
-      gate_up=jnp.asarray(0.5 * random.standard_normal((L, E, D, 2, F)), dtype),
+      gate_up=jnp.asarray(0.5 * random.standard_normal((L, E, F, 2, D)), dtype),
       down=jnp.asarray(0.5 * random.standard_normal((L, E, F, D)), dtype))
 
 
@@ -40,11 +40,11 @@ def by_loop(params, layer, x, indices, gates):
   y, hidden_magnitude, magnitude = (np.zeros_like(x) for _ in range(3))
   for row in range(len(x)):
     for expert, weight in zip(np.asarray(indices)[row], gates[row]):
-      gate, up = x[row] @ gate_up[expert, :, 0], x[row] @ gate_up[expert, :, 1]
+      gate, up = gate_up[expert, :, 0] @ x[row], gate_up[expert, :, 1] @ x[row]
       hidden = gate / (1 + np.exp(-gate)) * up
       y[row] += weight * (hidden @ down[expert])
       hidden_magnitude[row] += weight * (np.abs(hidden) @ np.abs(down[expert]))
-      gate, up = (np.abs(x[row]) @ np.abs(gate_up[expert, :, i]) for i in (0, 1))
+      gate, up = (np.abs(gate_up[expert, :, i]) @ np.abs(x[row]) for i in (0, 1))
       magnitude[row] += weight * ((gate * up) @ np.abs(down[expert]))
   return y, hidden_magnitude, magnitude
 

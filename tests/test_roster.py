@@ -165,11 +165,11 @@ def test_members_without_the_clean_one(olmoe):
   roster = Roster.create(config, 3, 0.7, include_clean=False)
   outputs = roster_lib.aggregate(params, config, roster, x)
   assert_close(outputs.log_probs, np.log(np.exp(members[1:]).mean(0)))
-  assert_close(outputs.clean_log_probs, members[0])
+  np.testing.assert_array_equal(outputs.clean_tokens, np.argmax(members[0], -1))
   standard = Roster.create(config, 3, 0.7, include_clean=False, cache="standard")
   outputs = roster_lib.aggregate(params, config, standard, x[1:])
   assert_close(outputs.log_probs, np.log(np.exp(members[1:]).mean(0)))
-  assert outputs.clean_log_probs is None
+  assert np.all(outputs.clean_tokens == -1)
 
 
 def test_changing_temperatures_or_seed_compiles_nothing(olmoe):
@@ -196,8 +196,9 @@ def test_changing_temperatures_or_seed_compiles_nothing(olmoe):
 
 def test_a_new_aggregation_is_available_by_its_name(olmoe, monkeypatch):
   config, params = olmoe
-  def last_member(member_logits):
-    return jax.nn.log_softmax(member_logits[-1])
+  last_member = aggregation.Aggregation(
+      lambda state, member_logits: member_logits[-1],
+      lambda state, n: jax.nn.log_softmax(state))
   monkeypatch.setitem(aggregation.AGGREGATIONS, "last_member", last_member)
   roster = Roster.create(config, 4, 0.7, aggregation="last_member")
   x, _ = member_states(params, config, Roster.create(config, 4, 0.7))

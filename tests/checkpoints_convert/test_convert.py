@@ -75,14 +75,14 @@ def expected_params(family, tensors, num_layers=L):
   expert = lambda i, e, name: t(i, f"{moe}.experts.{e}.{name}")
   layers = {
       "attention_norm": lambda i: t(i, "input_layernorm"),
-      "attention.query": lambda i: t(i, "self_attn.q_proj").T.reshape(D, H, C),
-      "attention.key": lambda i: t(i, "self_attn.k_proj").T.reshape(D, K, C),
-      "attention.value": lambda i: t(i, "self_attn.v_proj").T.reshape(D, K, C),
+      "attention.query": lambda i: t(i, "self_attn.q_proj").reshape(H, C, D),
+      "attention.key": lambda i: t(i, "self_attn.k_proj").reshape(K, C, D),
+      "attention.value": lambda i: t(i, "self_attn.v_proj").reshape(K, C, D),
       "attention.output": lambda i: t(i, "self_attn.o_proj").T.reshape(H, C, D),
       "moe_norm": lambda i: t(i, "post_attention_layernorm"),
-      "router": lambda i: t(i, moe + ".gate").T,
+      "router": lambda i: t(i, moe + ".gate"),
       "experts.gate_up": lambda i: np.stack([
-          np.stack([expert(i, e, gate).T, expert(i, e, up).T], axis=1) for e in range(E)]),
+          np.stack([expert(i, e, gate), expert(i, e, up)], axis=1) for e in range(E)]),
       "experts.down": lambda i: np.stack([expert(i, e, down).T for e in range(E)]),
   }
   if family == "olmoe":
@@ -91,7 +91,7 @@ def expected_params(family, tensors, num_layers=L):
   return {
       "embedding": tensors["model.embed_tokens.weight"],
       "final_norm": tensors["model.norm.weight"],
-      "unembedding": tensors["lm_head.weight"].T,
+      "unembedding": tensors["lm_head.weight"],
   } | {f"layers.{name}": np.stack([make(i) for i in range(num_layers)])
        for name, make in layers.items()}
 
@@ -392,7 +392,7 @@ def test_dry_run_reports_and_writes_nothing(tmp_path, capsys):
   target = tmp_path / "roe"
   code, out, _ = run(capsys, source=tmp_path / "hub", target=target, dry_run=True)
   assert code == 0 and [p.name for p in tmp_path.iterdir()] == ["hub"]
-  for text in ("layers.experts.gate_up", f"[{L}, {E}, {D}, 2, {F}]", "bfloat16", "pieces: 2",
+  for text in ("layers.experts.gate_up", f"[{L}, {E}, {F}, 2, {D}]", "bfloat16", "pieces: 2",
                f"{L * E * D * 2 * F * 2:,}", "on disk and in memory", "devices:", "cpu 7"):
     assert text in out
   run(capsys, source=tmp_path / "hub", target=target)
