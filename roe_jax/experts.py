@@ -37,7 +37,7 @@ def choose_strategy(num_rows: int, experts_per_token: int, num_experts: int,
   platform = platform or jax.default_backend()
   if platform != "cpu":
     return "dense"
-  return "pairs" if num_rows * experts_per_token <= num_experts // 2 else "blocks"
+  return "pairs" if num_rows == 1 else "blocks"
 
 
 def apply(experts: ExpertParams, layer: jax.Array | int, x_NxD: jax.Array,
@@ -98,28 +98,23 @@ def _folding(num_experts, strategy):
   return folding
 
 
-def _ffn(x, gate_up, down, expert):
-  """One expert of all layers' on `[B, D]` rows, tile by tile; float32 `[B, D]`."""
-  width = down.shape[1]
-  rows = tile_rows(width, 2 * x.shape[-1])
-
-  def add(tiles, start, y):
-    del start
-    projected = einsum("bd,tcd->bct", x, tiles[0])
-    hidden = (jax.nn.silu(projected[:, 0]) * projected[:, 1]).astype(x.dtype)
-    return y + einsum("bt,td->bd", hidden, tiles[1])
-
-  flat = tuple(w.reshape(-1, *w.shape[2:]) for w in (gate_up, down))
-  return walk(flat, expert * width, width, rows, add, jnp.zeros(x.shape, jnp.float32))
+def _hidden(x, gate_up):
+  """Gated inner values of a tile: `[B, D]` rows and `[T, 2, D]` weights give `[B, T]`."""
+  projected = einsum("bd,tcd->bct", x, gate_up)
+  return (jax.nn.silu(projected[:, 0]) * projected[:, 1]).astype(x.dtype)
 
 
 def _pairs(num_experts, gate_up, down, layer, x, indices, gates):
   n, a = indices.shape
+  width, d = down.shape[1:]
+  flat = gate_up.reshape(-1, 2, d), down.reshape(-1, d)
 
   def body(pair, total):
     row, choice = pair // a, pair % a
-    expert = layer * num_experts + indices[row, choice]
-    y = _ffn(jax.lax.dynamic_slice_in_dim(x, row, 1), gate_up, down, expert)
+    x_row = jax.lax.dynamic_slice_in_dim(x, row, 1)
+    add = lambda tiles, start, y: y + einsum("bt,td->bd", _hidden(x_row, tiles[0]), tiles[1])
+    y = walk(flat, (layer * num_experts + indices[row, choice]) * width, width,
+             tile_rows(width, 2 * d), add, jnp.zeros((1, d), jnp.float32))
     return total.at[row].add(gates[row, choice] * y[0])
 
   total = jax.lax.fori_loop(0, n * a, body, jnp.zeros(x.shape, jnp.float32))
@@ -127,31 +122,44 @@ def _pairs(num_experts, gate_up, down, layer, x, indices, gates):
 
 
 def _block_size(num_pairs, num_experts):
-  return min(128, max(4, 1 << (max(1, 2 * num_pairs // num_experts) - 1).bit_length()))
+  return min(128, max(4, 1 << (max(1, num_pairs // num_experts) - 1).bit_length()))
 
 
 def _blocks(num_experts, gate_up, down, layer, x, indices, gates):
   n, a = indices.shape
-  pairs = n * a
+  pairs, (width, d) = n * a, down.shape[1:]
   block = _block_size(pairs, num_experts)
-  flat = indices.reshape(pairs)
-  order = jnp.argsort(flat, stable=True)
-  counts = jnp.bincount(flat, length=num_experts)
-  first_pair = jnp.cumsum(counts) - counts
-  last_block = jnp.cumsum(-(-counts // block))
-  rows = jnp.pad(order // a, (0, block))
+  by_expert = jnp.argsort(indices.reshape(pairs), stable=True)
+  counts = jnp.bincount(indices.reshape(pairs), length=num_experts)
+  ends = jnp.cumsum(counts)
+  hit = jnp.nonzero(counts, size=min(num_experts, pairs), fill_value=0)[0]
+  sorted_x = jnp.pad(x[by_expert // a], ((0, block), (0, 0)))
+  flat = gate_up.reshape(-1, 2, d), down.reshape(-1, d)
 
-  def body(b, sorted_y):
-    expert = jnp.searchsorted(last_block, b, side="right")
-    start = first_pair[expert] + block * (b - last_block[expert] - (-counts[expert] // block))
-    x_block = x[jax.lax.dynamic_slice_in_dim(rows, start, block)]
-    y = _ffn(x_block, gate_up, down, layer * num_experts + expert)
-    # What a block has beyond its expert's pairs, later blocks write over.
-    return jax.lax.dynamic_update_slice_in_dim(sorted_y, y, start, 0)
+  def of_expert(i, sorted_y):
+    expert = hit[i]
+    first, end = ends[expert] - counts[expert], ends[expert]
 
-  sorted_y = jnp.zeros((pairs + block, x.shape[1]), jnp.float32)
-  sorted_y = jax.lax.fori_loop(0, last_block[-1], body, sorted_y)
-  places = jnp.zeros(pairs, jnp.int32).at[order].set(jnp.arange(pairs), unique_indices=True)
+    def add(tiles, start, sorted_y):
+      del start
+      tiles = jax.lax.optimization_barrier(tiles)
+
+      def of_block(b, sorted_y):
+        begin = first + b * block
+        rows = jax.lax.dynamic_slice_in_dim(sorted_x, begin, block)
+        rows = jnp.where((begin + jnp.arange(block) < end)[:, None], rows, 0)
+        y = jax.lax.dynamic_slice_in_dim(sorted_y, begin, block)
+        y = y + einsum("bt,td->bd", _hidden(rows, tiles[0]), tiles[1])
+        return jax.lax.dynamic_update_slice_in_dim(sorted_y, y, begin, 0)
+
+      return jax.lax.fori_loop(0, -(-counts[expert] // block), of_block, sorted_y)
+
+    return walk(flat, (layer * num_experts + expert) * width, width,
+                tile_rows(width, 2 * d), add, sorted_y)
+
+  sorted_y = jnp.zeros((pairs + block, d), jnp.float32)
+  sorted_y = jax.lax.fori_loop(0, jnp.count_nonzero(counts), of_expert, sorted_y)
+  places = jnp.zeros(pairs, jnp.int32).at[by_expert].set(jnp.arange(pairs), unique_indices=True)
   return _combine(sorted_y, places.reshape(n, a), gates, x.dtype)
 
 
