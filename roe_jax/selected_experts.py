@@ -4,8 +4,9 @@ With one or a few rows, as in decoding, the time is that of reading weights. The
 kernels here read the weights of each selected expert where they lie, once a
 (row, choice) pair, and write only hidden values and partial outputs.
 
-State of things: run in Pallas' interpret mode on CPU, and lowered for CUDA and
-TPU; not run or timed on a GPU or TPU.
+State of things: the GPU's kernels were run in Pallas' interpret mode on CPU,
+lowered for CUDA, and compiled to PTX for an H100 by Triton (16-byte loads, no
+spills); not run or timed on a GPU. For TPUs see `expert_blocks_tpu`.
 """
 
 import functools
@@ -14,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+
+from roe_jax.expert_blocks_tpu import apply_on_tpu
 
 # Tiles of the GPU's kernels, powers of two as Triton wants them. A program keeps
 # a float32 sum for each element of a tile, 32 a thread of 4 warps. One row of 8
@@ -45,7 +48,16 @@ def selected(num_experts: int, gate_up: jax.Array, down: jax.Array,
   experts = (layer * num_experts + indices).astype(jnp.int32)
   return jax.lax.platform_dependent(
       experts, gate_up, down, x, gates,
-      cuda=on_gpu, rocm=on_gpu, default=functools.partial(on_gpu, interpret=True))
+      cuda=on_gpu, rocm=on_gpu, tpu=on_tpu,
+      default=functools.partial(on_gpu, interpret=True))
+
+
+def on_tpu(experts, gate_up, down, x, gates, interpret=False):
+  """The TPU's kernels: blocks of one row. Arguments and result as of `on_gpu`."""
+  (n, a), d = experts.shape, x.shape[1]
+  rows = jnp.broadcast_to(x[:, None], (n, a, d)).reshape(n * a, 1, d)
+  out = apply_on_tpu(experts.reshape(n * a), gate_up, down, rows, interpret)
+  return (gates[..., None] * out.reshape(n, a, d)).sum(1).astype(x.dtype)
 
 
 def on_gpu(experts, gate_up, down, x, gates, interpret=False):
