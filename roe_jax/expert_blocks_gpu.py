@@ -13,7 +13,7 @@ from jax.experimental.pallas import triton as plgpu
 
 # Powers of two, as Triton wants them, and no less than 16 in a matmul.
 OUT_TILE = 64  # of the columns that a program computes
-SUM_TILE = 64  # of the axis that it sums over in steps
+SUM_BYTES = 128  # of each row of a tile of the axis that it sums over in steps
 
 
 def apply_on_gpu(experts, gate_up, down, x, interpret=False):
@@ -37,7 +37,8 @@ def apply_on_gpu(experts, gate_up, down, x, interpret=False):
     # Blocks vary fastest, so that neighbours of one expert share a tile of its
     # weights in the cache.
     return pl.pallas_call(
-        functools.partial(kernel, precision=_precision(x.dtype)),
+        functools.partial(kernel, sum_tile=SUM_BYTES // x.dtype.itemsize,
+                          precision=_precision(x.dtype)),
         jax.ShapeDtypeStruct((k, b, width), dtype),
         grid=(k, pl.cdiv(width, OUT_TILE)), interpret=interpret,
         compiler_params=plgpu.CompilerParams(num_warps=4))(experts, *inputs)
@@ -59,7 +60,7 @@ def _load(ref, mask):
   return plgpu.load(ref, mask=mask, other=0)
 
 
-def _hidden_kernel(experts_ref, x_ref, gate_up_ref, hidden_ref, *, precision):
+def _hidden_kernel(experts_ref, x_ref, gate_up_ref, hidden_ref, *, sum_tile, precision):
   """`silu(gate x) * up x` of one block for one tile of F.
 
   All arrays are whole: experts `[K]`, x `[K, B, D]`, gate_up `[L·E, F, 2, D]` and
@@ -72,21 +73,21 @@ def _hidden_kernel(experts_ref, x_ref, gate_up_ref, hidden_ref, *, precision):
   @pl.when(expert >= 0)
   def _():
     def step(i, sums):
-      d, in_d = _tile(i, SUM_TILE, width)
-      x = _load(x_ref.at[block, :, d], jnp.broadcast_to(in_d[None, :], (b, SUM_TILE)))
+      d, in_d = _tile(i, sum_tile, width)
+      x = _load(x_ref.at[block, :, d], jnp.broadcast_to(in_d[None, :], (b, sum_tile)))
       mask = in_f[:, None] & in_d[None, :]
       return [total + plgpu.dot(x, _load(gate_up_ref.at[expert, f, jnp.int32(c), d], mask),
                                 trans_b=True, precision=precision)
               for c, total in enumerate(sums)]
 
     zeros = jnp.zeros((b, OUT_TILE), jnp.float32)
-    gate, up = jax.lax.fori_loop(0, pl.cdiv(width, SUM_TILE), step, [zeros, zeros])
+    gate, up = jax.lax.fori_loop(0, pl.cdiv(width, sum_tile), step, [zeros, zeros])
     hidden = (jax.nn.silu(gate) * up).astype(hidden_ref.dtype)
     plgpu.store(hidden_ref.at[block, :, f], hidden,
                 mask=jnp.broadcast_to(in_f[None, :], hidden.shape))
 
 
-def _down_kernel(experts_ref, hidden_ref, down_ref, out_ref, *, precision):
+def _down_kernel(experts_ref, hidden_ref, down_ref, out_ref, *, sum_tile, precision):
   """One block's output for one tile of D.
 
   All arrays are whole: experts `[K]`, hidden `[K, B, F]`, down `[L·E, F, D]` and
@@ -99,13 +100,13 @@ def _down_kernel(experts_ref, hidden_ref, down_ref, out_ref, *, precision):
   @pl.when(expert >= 0)
   def _():
     def step(i, total):
-      f, in_f = _tile(i, SUM_TILE, width)
+      f, in_f = _tile(i, sum_tile, width)
       hidden = _load(hidden_ref.at[block, :, f],
-                     jnp.broadcast_to(in_f[None, :], (b, SUM_TILE)))
+                     jnp.broadcast_to(in_f[None, :], (b, sum_tile)))
       weights = _load(down_ref.at[expert, f, d], in_f[:, None] & in_d[None, :])
       return total + plgpu.dot(hidden, weights, precision=precision)
 
-    out = jax.lax.fori_loop(0, pl.cdiv(width, SUM_TILE), step,
+    out = jax.lax.fori_loop(0, pl.cdiv(width, sum_tile), step,
                             jnp.zeros((b, OUT_TILE), jnp.float32))
     plgpu.store(out_ref.at[block, :, d], out,
                 mask=jnp.broadcast_to(in_d[None, :], out.shape))
