@@ -7,8 +7,8 @@ weights it reads where they lie. Elsewhere `jax.lax.ragged_dot_general` is used.
 That is not used on GPUs and TPUs because of what becomes of it: for NVIDIA GPUs
 XLA expands it, by default in jaxlib 0.10.2, to a dense product over all groups
 with E times the work and a masked copy of the rows for each group; for a TPU v5e
-its float32 form was seen not to fit into VMEM. It also wants the experts of one
-layer by themselves, a copy, or groups for all layers.
+XLA was seen to copy a layer's experts into another layout for it. It also wants
+the experts of one layer by themselves, a copy, or groups for all layers.
 """
 
 import functools
@@ -36,7 +36,7 @@ def grouped(num_experts: int, gate_up: jax.Array, down: jax.Array,
 
   Returns:
     `[N, D]`, dtype of `x`; products are accumulated in float32. It has no
-    derivative on GPUs and TPUs.
+    derivative on GPUs and TPUs, and wants `check_vma=False` in a `shard_map`.
   """
   def blocks(kernel):
     return functools.partial(by_blocks, kernel, num_experts)

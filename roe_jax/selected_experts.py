@@ -43,7 +43,7 @@ def selected(num_experts: int, gate_up: jax.Array, down: jax.Array,
 
   Returns:
     `[N, D]`, dtype of `x`; products are accumulated in float32. It has no
-    derivative and no batching rule.
+    derivative and no batching rule, and wants `check_vma=False` in a `shard_map`.
   """
   experts = (layer * num_experts + indices).astype(jnp.int32)
   return jax.lax.platform_dependent(

@@ -201,6 +201,38 @@ def test_kernels_copy_no_weights():
     assert max(v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars) < expert
 
 
+def equations(jaxpr):
+  """All equations, also those of kernels and loops."""
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+      if hasattr(inner, "eqns"):
+        yield from equations(inner)
+
+
+@pytest.mark.parametrize("kernels", ["selected", "grouped"])
+def test_what_interpretation_on_cpu_does_not_show(kernels):
+  """A store beyond the end of a row is dropped there, and float32 is never shortened."""
+  _, (gate_up, down, _, x, _, gates) = abstract_arguments(8, "float32")
+  if kernels == "selected":
+    jaxpr = jax.make_jaxpr(functools.partial(
+        selected_experts.on_gpu, jnp.zeros((8, 8), jnp.int32)))(gate_up, down, x, gates)
+  else:
+    jaxpr = jax.make_jaxpr(functools.partial(
+        expert_blocks_gpu.apply_on_gpu, jnp.zeros(4, jnp.int32)))(
+            gate_up, down, jax.ShapeDtypeStruct((4, 16, x.shape[1]), x.dtype))
+  seen = list(equations(jaxpr.jaxpr))
+  stores = [eqn for eqn in seen if eqn.primitive.name == "masked_swap"]
+  assert len(stores) == 2
+  for eqn in stores:
+    *_, mask = jax.tree.unflatten(eqn.params["args_tree"], eqn.invars)
+    assert mask is not None
+  dots = [eqn for eqn in seen if eqn.primitive.name == "dot_general"]
+  assert len(dots) == (0 if kernels == "selected" else 3)
+  highest = jax.lax.Precision.HIGHEST
+  assert all(eqn.params["precision"] == (highest, highest) for eqn in dots)
+
+
 def test_one_row_makes_enough_programs_for_a_large_gpu():
   """Four for each of an H200's multiprocessors, in OLMoE's shapes."""
   width, hidden, choices = 2048, 1024, 8
