@@ -1,0 +1,122 @@
+"""A grouped matmul over the selected experts, for many rows on an accelerator.
+
+The (row, choice) pairs are sorted by expert. On GPUs and TPUs they are packed
+into blocks of rows of one expert, and a kernel applies each block's expert, whose
+weights it reads where they lie. Elsewhere `jax.lax.ragged_dot_general` is used.
+
+That is not used on GPUs and TPUs because of what becomes of it: for NVIDIA GPUs
+XLA expands it, by default in jaxlib 0.10.2, to a dense product over all groups
+with E times the work and a masked copy of the rows for each group; for a TPU v5e
+XLA was seen to copy a layer's experts into another layout for it. It also wants
+the experts of one layer by themselves, a copy, or groups for all layers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from roe_jax.expert_blocks_gpu import apply_on_gpu
+from roe_jax.expert_blocks_tpu import apply_on_tpu
+
+
+def grouped(num_experts: int, gate_up: jax.Array, down: jax.Array,
+            layer: jax.Array | int, x: jax.Array, indices: jax.Array,
+            gates: jax.Array) -> jax.Array:
+  """Gate-weighted sum of the chosen experts' outputs, by expert.
+
+  Args:
+    num_experts: E, the experts of one layer.
+    gate_up: `[L·E, F, 2, D]`, gate (0) and up (1) projections of all layers.
+    down: `[L·E, F, D]`.
+    layer: int32 scalar; may be traced.
+    x: `[N, D]` rows, float32 or bfloat16, the dtype of the weights.
+    indices: `[N, A]` int32 chosen experts of each row, in `[0, E)`.
+    gates: `[N, A]` float32 weights of the chosen experts.
+
+  Returns:
+    `[N, D]`, dtype of `x`; products are accumulated in float32. It has no
+    derivative on GPUs and TPUs, and wants `check_vma=False` in a `shard_map`.
+  """
+  def blocks(kernel):
+    return functools.partial(by_blocks, kernel, num_experts)
+  return jax.lax.platform_dependent(
+      gate_up, down, jnp.asarray(layer, jnp.int32), x, indices, gates,
+      cuda=blocks(apply_on_gpu), rocm=blocks(apply_on_gpu), tpu=blocks(apply_on_tpu),
+      default=functools.partial(by_ragged_dot, num_experts))
+
+
+def by_blocks(kernel, num_experts, gate_up, down, layer, x, indices, gates):
+  """`grouped` with `kernel(experts [K], gate_up, down, x [K, B, D]) -> [K, B, D]`."""
+  block = _block_size(indices.size, num_experts)
+  rows, slots, experts = _plan(indices, num_experts, block)
+  experts = jnp.where(experts < 0, experts, layer * num_experts + experts)
+  x_blocks = x.at[rows].get(mode="fill", fill_value=0).reshape(-1, block, x.shape[1])
+  out = kernel(experts, gate_up, down, x_blocks).reshape(-1, x.shape[1])
+  return _combine(out[slots], gates, x.dtype)
+
+
+def _block_size(num_pairs, num_experts):
+  """About twice the rows an expert has on average; 16 is a matmul's least on GPUs."""
+  return min(64, max(16, 1 << (max(1, 2 * num_pairs // num_experts) - 1).bit_length()))
+
+
+def _plan(indices, num_experts, block):
+  """Where each (row, choice) pair goes when pairs are packed into blocks.
+
+  Returns:
+    rows `[K · block]`: the row in each slot, N in an empty one;
+    slots `[N, A]`: the slot of each pair;
+    experts `[K]` int32: the expert of each block, -1 in one not in use.
+  """
+  n, a = indices.shape
+  flat = indices.reshape(n * a)
+  order = jnp.argsort(flat, stable=True)
+  counts = jnp.bincount(flat, length=num_experts)
+  blocks = -(-counts // block)
+  end = jnp.cumsum(blocks)
+  expert = flat[order]
+  rank = jnp.arange(n * a) - (jnp.cumsum(counts) - counts)[expert]
+  slot = (end - blocks)[expert] * block + rank
+  k = jnp.arange(n * a // block + min(num_experts, n * a))
+  rows = jnp.full(k.size * block, n).at[slot].set(order // a, unique_indices=True)
+  slots = jnp.zeros(n * a, jnp.int32).at[order].set(slot, unique_indices=True)
+  experts = jnp.where(k < end[-1], jnp.searchsorted(end, k, side="right"), -1)
+  return rows, slots.reshape(n, a), experts.astype(jnp.int32)
+
+
+def by_ragged_dot(num_experts, gate_up, down, layer, x, indices, gates):
+  """`grouped` with `jax.lax.ragged_dot_general`; differentiable.
+
+  The layer's experts are sliced out. Groups for all layers, empty but for this
+  one's, would avoid that, but where the operation is expanded to a dense one they
+  multiply the work by the number of layers.
+  """
+  n, a = indices.shape
+  f, _, d = gate_up.shape[1:]
+  order = jnp.argsort(indices.reshape(n * a), stable=True)
+  sizes = jnp.bincount(indices.reshape(n * a), length=num_experts).astype(jnp.int32)
+  gate_up, down = (jax.lax.dynamic_slice_in_dim(w, layer * num_experts, num_experts)
+                   for w in (gate_up, down))
+  # The last axis is summed over where it lies: no transposed copy of the weights.
+  projected = _ragged_dot(x[order // a], gate_up.reshape(num_experts, 2 * f, d), sizes, 2)
+  gate, up = jnp.moveaxis(projected.reshape(n * a, f, 2), 2, 0)
+  out = _ragged_dot((jax.nn.silu(gate) * up).astype(x.dtype), down, sizes, 1)
+  return _combine(out[jnp.argsort(order).reshape(n, a)], gates, x.dtype)
+
+
+def _ragged_dot(rows, weights, sizes, axis):
+  """Sorted `[M, K]` rows times their group's matrix, summed over its `axis`; float32."""
+  precision = jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
+  numbers = jax.lax.RaggedDotDimensionNumbers(
+      dot_dimension_numbers=(((1,), (axis,)), ((), ())),
+      lhs_ragged_dimensions=[0], rhs_group_dimensions=[0])
+  return jax.lax.ragged_dot_general(rows, weights, sizes, numbers, precision=precision,
+                                    preferred_element_type=jnp.float32)
+
+
+def _combine(out, gates, dtype):
+  """`[N, A, D]` float32 outputs summed over choices with `[N, A]` gates."""
+  # A product and a sum rather than a contraction, whose default is shorter than
+  # float32 on accelerators.
+  return (out * gates[..., None]).sum(1).astype(dtype)
