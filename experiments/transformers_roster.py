@@ -13,6 +13,7 @@ what transformers 5 and torch offer, without writing kernels:
   the clean member's slot is the one that the cache keeps.
 * All layers' noise is drawn at once, on the device. Without noise the routers
   run transformers' own code.
+* Products with few rows are taken the quicker way round.
 * Every implementation of the experts that works can be timed: those of
   transformers, and two more written here with plain torch.
 * On CUDA a step can be captured as a CUDA graph.
@@ -81,21 +82,38 @@ def load_params(model: transformers.PreTrainedModel, state: dict[str, np.ndarray
 # Experts
 
 
+def _product(x_MxD: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+  """`F.linear` of rows; on a CPU, few rows are quicker as columns.
+
+  Measured with MKL and oneDNN on one core: 1.25 times in float32, 1.35 times in
+  bfloat16.
+  """
+  fewest = 4 if x_MxD.dtype == torch.float32 else 2
+  if x_MxD.device.type == "cpu" and fewest <= x_MxD.shape[0] <= 32:
+    return torch.mm(weight, x_MxD.T).T
+  return F.linear(x_MxD, weight)
+
+
 def loop_experts(self, x_MxD: torch.Tensor, experts_MxA: torch.Tensor,
                  gates_MxA: torch.Tensor) -> torch.Tensor:
   """Rows sorted by expert, one expert after the other, `[M, D]`.
 
-  What transformers' eager code does with fewer small operations.
+  What `grouped_mm` is on a CPU, without visits to experts that nobody chose.
   """
   order = experts_MxA.flatten().argsort()
   counts = torch.bincount(experts_MxA.flatten(), minlength=self.num_experts).tolist()
   rows = order // experts_MxA.shape[1]
-  x, y, start = x_MxD[rows], torch.empty_like(x_MxD).repeat(experts_MxA.shape[1], 1), 0
-  for expert, count in enumerate(counts):
-    if count:
-      inner = self._apply_gate(F.linear(x[start:start + count], self.gate_up_proj[expert]))
-      torch.mm(inner, self.down_proj[expert].T, out=y[start:start + count])
-      start += count
+
+  def of_each(x, weights):
+    y, start = x.new_empty(x.shape[0], weights.shape[1]), 0
+    for expert, count in enumerate(counts):
+      if count:
+        rows_here = slice(start, start + count)
+        y[rows_here] = _product(x[rows_here], weights[expert])
+        start += count
+    return y
+
+  y = of_each(self._apply_gate(of_each(x_MxD[rows], self.gate_up_proj)), self.down_proj)
   y *= gates_MxA.flatten()[order, None]
   return torch.zeros_like(x_MxD).index_add_(0, rows, y)
 
@@ -177,6 +195,11 @@ def _route(self, hidden_states):
   return logits, gates, chosen
 
 
+def _linear(self, x):
+  """A `Linear`'s forward function by `_product`: no model here has biases."""
+  return _product(x.flatten(0, -2), self.weight).contiguous().unflatten(0, x.shape[:-1])
+
+
 def _attend(module, query, key, value, attention_mask, scaling=None, rows=None, **kwargs):
   """Attention of `[B, H, M, C]` queries to the shared slots, `[B, M, H, C]`."""
   keys, values = rows.put(module.layer_idx, key, value)
@@ -219,7 +242,8 @@ class _Rows:
 class TransformersRoster:
   """A roster over texts of equal length, with mean probability and clean gates.
 
-  It takes the model over: attention and routers are set to the roster's. With
+  It takes the model over: attention, routers and linear maps are set to the
+  roster's. With
   `num_members=1` it is the plain model.
 
   Attributes:
@@ -270,6 +294,9 @@ class TransformersRoster:
     for layer in model.model.layers:
       layer.mlp.gate.noise = None
       layer.mlp.gate.forward = types.MethodType(_route, layer.mlp.gate)
+    for module in model.modules():
+      if isinstance(module, torch.nn.Linear):
+        module.forward = types.MethodType(_linear, module)
     self._reserve(num_members)
 
   def _reserve(self, num_scratch):
