@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from roe_jax import expert_blocks_gpu, expert_blocks_tpu, grouped_experts, selected_experts
+from roe_jax.experts import few_rows, gpu_kernels, many_rows, packing, tpu_kernels
 
 # No power of two among the widths.
 L, E, D, F, A = 3, 5, 20, 12, 3
@@ -18,19 +18,19 @@ EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7}
 
 
 def selected_on_tpu(num_experts, gate_up, down, layer, x, indices, gates):
-  return selected_experts.on_tpu(layer * num_experts + indices, gate_up, down, x, gates,
+  return few_rows.on_tpu(layer * num_experts + indices, gate_up, down, x, gates,
                                  interpret=True)
 
 
 # As dispatched on this platform, and the other platforms' by interpretation.
 STRATEGIES = {
-    "selected": selected_experts.selected,
+    "selected": few_rows.selected,
     "selected on a TPU": selected_on_tpu,
-    "grouped": grouped_experts.grouped,
+    "grouped": many_rows.grouped,
     **{f"grouped on a {name}": functools.partial(
-        grouped_experts.by_blocks, functools.partial(kernel, interpret=True))
-       for name, kernel in (("GPU", expert_blocks_gpu.apply_on_gpu),
-                            ("TPU", expert_blocks_tpu.apply_on_tpu))}}
+        many_rows.by_blocks, functools.partial(kernel, interpret=True))
+       for name, kernel in (("GPU", gpu_kernels.apply_on_gpu),
+                            ("TPU", tpu_kernels.apply_on_tpu))}}
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 
 
@@ -97,12 +97,12 @@ def test_strategies_agree_with_a_loop(strategy, n, dtype):
 @every_strategy
 def test_several_tiles_with_the_last_one_not_full(strategy, monkeypatch):
   """More than one tile and step of each kernel along both widths."""
-  monkeypatch.setattr(selected_experts, "DOWN_SPLIT", 64)
-  monkeypatch.setattr(expert_blocks_tpu, "TILE_BYTES", 1)
+  monkeypatch.setattr(few_rows, "DOWN_SPLIT", 64)
+  monkeypatch.setattr(tpu_kernels, "TILE_BYTES", 1)
   width, hidden = 300, 150
-  assert selected_experts.HIDDEN_TILE[1] < width > expert_blocks_gpu.OUT_TILE
-  assert selected_experts.DOWN_SPLIT < hidden > expert_blocks_gpu.SUM_BYTES // 4
-  assert expert_blocks_tpu._tile(hidden, 1) == 128
+  assert few_rows.HIDDEN_TILE[1] < width > gpu_kernels.OUT_TILE
+  assert few_rows.DOWN_SPLIT < hidden > gpu_kernels.SUM_BYTES // 4
+  assert tpu_kernels._tile(hidden, 1) == 128
   jax.clear_caches()  # the tiles are no arguments
   try:
     assert_agrees(strategy, *weights(width=width, hidden=hidden), 1, *rows(2, width=width))
@@ -133,13 +133,13 @@ def test_weights_of_other_experts_are_not_used(strategy):
 @pytest.mark.parametrize("pairs, experts, expected", [
     (8, 64, 16), (64 * 8, 64, 16), (64 * 16, 64, 32), (64 * 17, 64, 64), (10**6, 64, 64)])
 def test_size_of_blocks(pairs, experts, expected):
-  assert grouped_experts._block_size(pairs, experts) == expected
+  assert packing.block_size(pairs, experts, 16, 64) == expected
 
 
 def test_blocks_hold_every_pair_once():
   indices = rows(33)[1]
   planned, slots, experts = map(
-      np.asarray, jax.jit(grouped_experts._plan, static_argnums=(1, 2))(indices, E, 16))
+      np.asarray, jax.jit(packing.plan, static_argnums=(1, 2))(indices, E, 16))
   assert len(set(slots.flat)) == indices.size
   np.testing.assert_array_equal(planned[slots], np.tile(np.arange(33)[:, None], A))
   np.testing.assert_array_equal(experts[slots // 16], indices)
@@ -194,8 +194,8 @@ def test_kernels_copy_no_weights():
   """In the jaxpr: between arguments and kernels there is no array of their size."""
   _, args = abstract_arguments(8)
   for kernels in (
-      functools.partial(selected_experts.on_gpu, jnp.zeros((8, 8), jnp.int32)),
-      functools.partial(selected_experts.on_tpu, jnp.zeros((8, 8), jnp.int32))):
+      functools.partial(few_rows.on_gpu, jnp.zeros((8, 8), jnp.int32)),
+      functools.partial(few_rows.on_tpu, jnp.zeros((8, 8), jnp.int32))):
     jaxpr = jax.make_jaxpr(kernels)(args[0], args[1], args[3], args[5])
     expert = np.prod(args[1].shape[1:])
     assert max(v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars) < expert
@@ -216,10 +216,10 @@ def test_what_interpretation_on_cpu_does_not_show(kernels):
   _, (gate_up, down, _, x, _, gates) = abstract_arguments(8, "float32")
   if kernels == "selected":
     jaxpr = jax.make_jaxpr(functools.partial(
-        selected_experts.on_gpu, jnp.zeros((8, 8), jnp.int32)))(gate_up, down, x, gates)
+        few_rows.on_gpu, jnp.zeros((8, 8), jnp.int32)))(gate_up, down, x, gates)
   else:
     jaxpr = jax.make_jaxpr(functools.partial(
-        expert_blocks_gpu.apply_on_gpu, jnp.zeros(4, jnp.int32)))(
+        gpu_kernels.apply_on_gpu, jnp.zeros(4, jnp.int32)))(
             gate_up, down, jax.ShapeDtypeStruct((4, 16, x.shape[1]), x.dtype))
   seen = list(equations(jaxpr.jaxpr))
   stores = [eqn for eqn in seen if eqn.primitive.name == "masked_swap"]
@@ -236,8 +236,8 @@ def test_what_interpretation_on_cpu_does_not_show(kernels):
 def test_one_row_makes_enough_programs_for_a_large_gpu():
   """Four for each of an H200's multiprocessors, in OLMoE's shapes."""
   width, hidden, choices = 2048, 1024, 8
-  programs = choices * hidden // selected_experts.HIDDEN_TILE[0]
+  programs = choices * hidden // few_rows.HIDDEN_TILE[0]
   assert programs >= 264
-  programs = choices * width // selected_experts.DOWN_TILE[1] * (
-      hidden // selected_experts.DOWN_SPLIT)
+  programs = choices * width // few_rows.DOWN_TILE[1] * (
+      hidden // few_rows.DOWN_SPLIT)
   assert programs >= 264

@@ -66,6 +66,7 @@ def apply(strategy, params, layer, *row_args):
   return experts_lib.apply(params, layer, *row_args, strategy)
 
 
+# The kernels for accelerators are interpreted here.
 STRATEGIES = experts_lib.STRATEGIES
 
 
@@ -124,7 +125,7 @@ def test_only_some_of_the_row_arguments_are_mapped(strategy, in_axes):
     assert_agrees(mapped[i], params, 0, *one)
 
 
-@pytest.mark.parametrize("strategy", ["pairs", "blocks"])
+@pytest.mark.parametrize("strategy", ["blocks"])
 def test_members_share_one_reading_of_the_weights(strategy):
   """No copy of an expert for each member in the compiled program."""
   width, members = 64, 32
@@ -166,20 +167,41 @@ def test_gradients_of_padded_and_dense_agree():
   np.testing.assert_allclose(slope, difference, rtol=1e-4)
 
 
-def test_choice_of_strategy():
+def test_choice_of_strategy(monkeypatch):
   def choice(*args):
     return experts_lib.choose_strategy(*args)
-  assert choice(1, 8, 64, "cpu") == choice(4, 8, 64, "cpu") == "pairs"
-  assert choice(5, 8, 64, "cpu") == choice(1000, 8, 64, "cpu") == "blocks"
-  assert choice(1, 8, 64, "gpu") == choice(1000, 8, 64, "tpu") == "dense"
+  assert choice(1, 8, 64, "float32", "cpu") == choice(1000, 8, 64, "bfloat16", "cpu") == "blocks"
+  monkeypatch.setattr(experts_lib, "kernel_works", lambda strategy, dtype: True)
+  for platform in ("gpu", "tpu"):
+    assert choice(4, 8, 64, "bfloat16", platform) == "selected"
+    assert choice(5, 8, 64, "bfloat16", platform) == "dense"
+    assert choice(181, 8, 64, "bfloat16", platform) == "grouped"
+  monkeypatch.setattr(experts_lib, "kernel_works", lambda strategy, dtype: False)
+  assert {choice(n, 8, 64, "bfloat16", "gpu") for n in (1, 100, 1000)} == {"dense"}
+
+
+@pytest.mark.parametrize("strategy", ["selected", "grouped"])
+def test_a_kernel_is_used_only_if_it_works(strategy, monkeypatch, caplog):
+  experts_lib.kernel_works.cache_clear()
+  # Called while a program is traced, as the choice is.
+  jax.jit(lambda x: x if experts_lib.kernel_works(strategy, "float32") else 1 / 0)(1.0)
+
+  def raising(*args):
+    raise RuntimeError("no such instruction")
+
+  for broken in (raising, lambda *args: 1.01 * experts_lib.dense(*args)):
+    experts_lib.kernel_works.cache_clear()
+    monkeypatch.setitem(experts_lib._FUNCTIONS, strategy, broken)
+    assert not experts_lib.kernel_works(strategy, "float32")
+  experts_lib.kernel_works.cache_clear()
 
 
 def test_an_unknown_strategy_is_refused():
-  with pytest.raises(ValueError, match="'fast'.*pairs, blocks, padded, dense"):
+  with pytest.raises(ValueError, match="'fast'.*blocks, dense, selected, grouped, padded"):
     experts_lib.apply(weights(), 0, *rows(1), "fast")
 
 
-@pytest.mark.parametrize("strategy", ["pairs", "blocks", None])
+@pytest.mark.parametrize("strategy", ["blocks", "selected", None])
 def test_mapping_over_weights_is_refused(strategy):
   params = jax.tree.map(lambda w: jnp.stack([w, w]), weights())
   with pytest.raises(ValueError, match="not over weights"):

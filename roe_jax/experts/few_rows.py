@@ -6,7 +6,7 @@ kernels here read the weights of each selected expert where they lie, once a
 
 State of things: the GPU's kernels were run in Pallas' interpret mode on CPU,
 lowered for CUDA, and compiled to PTX for an H100 by Triton (16-byte loads, no
-spills); not run or timed on a GPU. For TPUs see `expert_blocks_tpu`.
+spills); not run or timed on a GPU. For TPUs see `tpu_kernels`.
 """
 
 import functools
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from roe_jax.expert_blocks_tpu import apply_on_tpu
+from roe_jax.experts.tpu_kernels import apply_on_tpu
 
 # Tiles of the GPU's kernels, powers of two as Triton wants them. A program keeps
 # a float32 sum for each element of a tile, 32 a thread of 4 warps. One row of 8

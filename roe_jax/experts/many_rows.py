@@ -16,8 +16,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from roe_jax.expert_blocks_gpu import apply_on_gpu
-from roe_jax.expert_blocks_tpu import apply_on_tpu
+from roe_jax.experts.gpu_kernels import apply_on_gpu
+from roe_jax.experts.packing import block_size, combine, plan
+from roe_jax.experts.tpu_kernels import apply_on_tpu
 
 
 def grouped(num_experts: int, gate_up: jax.Array, down: jax.Array,
@@ -48,41 +49,13 @@ def grouped(num_experts: int, gate_up: jax.Array, down: jax.Array,
 
 def by_blocks(kernel, num_experts, gate_up, down, layer, x, indices, gates):
   """`grouped` with `kernel(experts [K], gate_up, down, x [K, B, D]) -> [K, B, D]`."""
-  block = _block_size(indices.size, num_experts)
-  rows, slots, experts = _plan(indices, num_experts, block)
+  # 16 rows are a matmul's least on GPUs.
+  block = block_size(indices.size, num_experts, least=16, most=64)
+  rows, slots, experts = plan(indices, num_experts, block)
   experts = jnp.where(experts < 0, experts, layer * num_experts + experts)
   x_blocks = x.at[rows].get(mode="fill", fill_value=0).reshape(-1, block, x.shape[1])
   out = kernel(experts, gate_up, down, x_blocks).reshape(-1, x.shape[1])
-  return _combine(out[slots], gates, x.dtype)
-
-
-def _block_size(num_pairs, num_experts):
-  """About twice the rows an expert has on average; 16 is a matmul's least on GPUs."""
-  return min(64, max(16, 1 << (max(1, 2 * num_pairs // num_experts) - 1).bit_length()))
-
-
-def _plan(indices, num_experts, block):
-  """Where each (row, choice) pair goes when pairs are packed into blocks.
-
-  Returns:
-    rows `[K · block]`: the row in each slot, N in an empty one;
-    slots `[N, A]`: the slot of each pair;
-    experts `[K]` int32: the expert of each block, -1 in one not in use.
-  """
-  n, a = indices.shape
-  flat = indices.reshape(n * a)
-  order = jnp.argsort(flat, stable=True)
-  counts = jnp.bincount(flat, length=num_experts)
-  blocks = -(-counts // block)
-  end = jnp.cumsum(blocks)
-  expert = flat[order]
-  rank = jnp.arange(n * a) - (jnp.cumsum(counts) - counts)[expert]
-  slot = (end - blocks)[expert] * block + rank
-  k = jnp.arange(n * a // block + min(num_experts, n * a))
-  rows = jnp.full(k.size * block, n).at[slot].set(order // a, unique_indices=True)
-  slots = jnp.zeros(n * a, jnp.int32).at[order].set(slot, unique_indices=True)
-  experts = jnp.where(k < end[-1], jnp.searchsorted(end, k, side="right"), -1)
-  return rows, slots.reshape(n, a), experts.astype(jnp.int32)
+  return combine(out[slots], gates, x.dtype)
 
 
 def by_ragged_dot(num_experts, gate_up, down, layer, x, indices, gates):
@@ -102,7 +75,7 @@ def by_ragged_dot(num_experts, gate_up, down, layer, x, indices, gates):
   projected = _ragged_dot(x[order // a], gate_up.reshape(num_experts, 2 * f, d), sizes, 2)
   gate, up = jnp.moveaxis(projected.reshape(n * a, f, 2), 2, 0)
   out = _ragged_dot((jax.nn.silu(gate) * up).astype(x.dtype), down, sizes, 1)
-  return _combine(out[jnp.argsort(order).reshape(n, a)], gates, x.dtype)
+  return combine(out[jnp.argsort(order).reshape(n, a)], gates, x.dtype)
 
 
 def _ragged_dot(rows, weights, sizes, axis):
@@ -113,10 +86,3 @@ def _ragged_dot(rows, weights, sizes, axis):
       lhs_ragged_dimensions=[0], rhs_group_dimensions=[0])
   return jax.lax.ragged_dot_general(rows, weights, sizes, numbers, precision=precision,
                                     preferred_element_type=jnp.float32)
-
-
-def _combine(out, gates, dtype):
-  """`[N, A, D]` float32 outputs summed over choices with `[N, A]` gates."""
-  # A product and a sum rather than a contraction, whose default is shorter than
-  # float32 on accelerators.
-  return (out * gates[..., None]).sum(1).astype(dtype)

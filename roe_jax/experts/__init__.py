@@ -1,0 +1,158 @@
+"""The expert feed-forward networks: several strategies behind one function.
+
+All strategies compute, for each row, the gate-weighted sum of the outputs of
+its chosen experts, `down(silu(gate x) * up x)`, and drop nothing. They differ
+in how often they read an expert's weights and in what they can be used for:
+
+* `blocks`: a loop over the experts that were hit, each tile of whose weights
+  is read once and multiplied with its rows block by block. For CPUs.
+* `dense`: every expert for every row as batched matmuls. For rosters on
+  accelerators, where most experts are hit anyway.
+* `selected`: kernels over the (row, choice) pairs; for few rows on accelerators.
+* `grouped`: kernels over blocks of rows of one expert; for many rows there.
+* `padded`: such blocks as one batched matmul over gathered weights.
+  Differentiable; for training, and for small models.
+"""
+
+import concurrent.futures
+import functools
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from roe_jax.experts.batched import dense, padded
+from roe_jax.experts.cpu import blocks
+from roe_jax.experts.few_rows import selected
+from roe_jax.experts.many_rows import grouped
+from roe_jax.numerics import from_storage
+from roe_jax.params import ExpertParams
+
+_FUNCTIONS = {"blocks": blocks, "dense": dense, "selected": selected, "grouped": grouped,
+              "padded": padded}
+STRATEGIES = tuple(_FUNCTIONS)
+# Rows up to which a dense product is bound by reading the weights, on an H200.
+DENSE_ROWS = 180
+
+
+def check_strategy(strategy: str | None) -> None:
+  """Raises a ValueError for a name that is not in `STRATEGIES`."""
+  if strategy is not None and strategy not in STRATEGIES:
+    raise ValueError(
+        f"unknown expert strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
+
+
+def choose_strategy(num_rows: int, experts_per_token: int, num_experts: int,
+                    dtype: str = "float32", platform: str | None = None) -> str:
+  """The strategy for a static number of rows on `platform` (default: the backend).
+
+  A kernel is chosen only where `kernel_works` has just found that it does.
+  """
+  platform = platform or jax.default_backend()
+  if platform == "cpu":
+    return "blocks"
+  if num_rows * experts_per_token <= num_experts // 2:
+    wanted = "selected"
+  elif num_rows > DENSE_ROWS:
+    wanted = "grouped"
+  else:
+    return "dense"
+  return wanted if kernel_works(wanted, dtype) else "dense"
+
+
+@functools.cache
+def kernel_works(strategy: str, dtype: str) -> bool:
+  """Whether a strategy agrees with `dense` on this machine's device, tried on a small case.
+
+  The kernels were made without an accelerator at hand: one that the installed
+  compiler refuses, or that computes something else, is reported and not used.
+  """
+  try:
+    # The choice is made while a program is traced; another thread is in no trace.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+      difference = thread.submit(_difference_to_dense, strategy, dtype).result()
+  except Exception as error:  # whatever a compiler or a driver raises
+    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+  else:
+    if difference <= (1e-2 if dtype == "bfloat16" else 1e-4):
+      return True
+    reason = f"it is off by {difference:.1e} of the largest value"
+  logging.warning("the expert strategy %r does not work in %s on this device (%s): using "
+                  "'dense' instead", strategy, dtype, reason)
+  return False
+
+
+def _difference_to_dense(strategy, dtype):
+  """Largest difference on a small case, relative to the largest value."""
+  num_experts, d, f, rows, choices = 4, 256, 128, 32, 2
+  keys = jax.random.split(jax.random.key(0), 4)
+  gate_up = jax.random.normal(keys[0], (2 * num_experts, f, 2, d), dtype) / 16
+  down = jax.random.normal(keys[1], (2 * num_experts, f, d), dtype) / 16
+  x = jax.random.normal(keys[2], (rows, d), dtype)
+  gates, indices = jax.lax.top_k(jax.random.uniform(keys[3], (rows, num_experts)), choices)
+  actual, expected = (
+      np.asarray(jax.jit(functools.partial(_FUNCTIONS[name], num_experts))(
+          gate_up, down, 1, x, indices, gates), np.float32)
+      for name in (strategy, "dense"))
+  return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
+def apply(experts: ExpertParams, layer: jax.Array | int, x_NxD: jax.Array,
+          indices_NxA: jax.Array, gates_NxA: jax.Array,
+          strategy: str | None = None) -> jax.Array:
+  """Gate-weighted sum of the chosen experts' outputs.
+
+  Under `vmap` with shared weights, as in a roster, the mapped axis is folded
+  into the rows (row-major, member-minor), so that an expert's weights are read
+  once for all members. That rule has no reverse mode; `padded` and `dense` do
+  not go through it and are differentiable.
+
+  Args:
+    experts: weights of all layers.
+    layer: which layer's experts to use; may be traced.
+    x_NxD: rows.
+    indices_NxA: int32 chosen experts of each row.
+    gates_NxA: float32 weights of the chosen experts.
+    strategy: one of `STRATEGIES`, or None to choose by platform and shapes.
+
+  Returns:
+    `[N, D]`, dtype of `x_NxD`; products are accumulated in float32.
+
+  Raises:
+    ValueError: an unknown strategy.
+  """
+  check_strategy(strategy)
+  l, e = experts.gate_up.shape[:2]
+  gate_up = experts.gate_up.reshape(l * e, *experts.gate_up.shape[2:])
+  down = experts.down.reshape(l * e, *experts.down.shape[2:])
+  return _folding(e, strategy)(gate_up, down, jnp.asarray(layer), x_NxD,
+                               indices_NxA, gates_NxA)
+
+
+@functools.cache
+def _folding(num_experts, strategy):
+  """The strategy's function with a vmap rule that folds the mapped axis into rows."""
+
+  def compute(gate_up, down, layer, x, indices, gates):
+    chosen = strategy or choose_strategy(*indices.shape, num_experts, str(x.dtype))
+    if chosen != "blocks":
+      gate_up, down = from_storage(gate_up), from_storage(down)
+    return _FUNCTIONS[chosen](num_experts, gate_up, down, layer, x, indices, gates)
+
+  if strategy in ("padded", "dense"):
+    return compute
+  folding = jax.custom_batching.custom_vmap(compute)
+
+  @folding.def_vmap
+  def _(axis_size, in_batched, gate_up, down, layer, x, indices, gates):
+    if any(in_batched[:3]):
+      raise ValueError("experts.apply can be mapped over rows, not over weights or layers")
+    def fold(a, is_batched):
+      a = a if is_batched else jnp.broadcast_to(a, (axis_size, *a.shape))
+      return a.swapaxes(0, 1).reshape(-1, a.shape[-1])
+    y = folding(gate_up, down, layer,
+                *(fold(a, b) for a, b in zip((x, indices, gates), in_batched[3:])))
+    return y.reshape(-1, axis_size, y.shape[-1]).swapaxes(0, 1), True
+
+  return folding

@@ -1,0 +1,77 @@
+"""Experts on CPUs: a loop over the experts that were hit, tile by tile.
+
+Each tile of an expert's weights is read once, into the core's cache, and
+multiplied there with all rows that chose the expert, a block of rows at a
+time. So main memory is read once however the rows are spread over experts, and
+no temporary grows with the number of experts.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from roe_jax.experts.packing import combine
+from roe_jax.numerics import einsum, tile_rows, walk
+
+# A step of the inner loop should have so many multiplications that what
+# starting it costs does not matter.
+LEAST_WORK = 2**19
+
+
+def blocks(num_experts, gate_up, down, layer, x, indices, gates):
+  """See `experts.apply`; one row's choices are a loop over (row, choice) pairs."""
+  n, a = indices.shape
+  pairs, (width, d) = n * a, down.shape[1:]
+  rows_of_tile = tile_rows(width, 2 * d)
+  block = _block_size(pairs, num_experts, 3 * rows_of_tile * d)
+  flat_indices = indices.reshape(pairs)
+  by_expert = jnp.argsort(flat_indices, stable=True)
+  counts = jnp.bincount(flat_indices, length=num_experts)
+  ends = jnp.cumsum(counts)
+  hit = jnp.nonzero(counts, size=min(num_experts, pairs), fill_value=0)[0]
+  sorted_x = jnp.pad(x[by_expert // a], ((0, block), (0, 0)))
+  weights = gate_up.reshape(-1, 2, d), down.reshape(-1, d)
+
+  def of_expert(i, sorted_y):
+    expert = hit[i]
+    first, end = ends[expert] - counts[expert], ends[expert]
+
+    def add(tiles, start, sorted_y):
+      del start
+      # The tile is copied here, once, and not in the loop over blocks.
+      gate_up_tile, down_tile = jax.lax.optimization_barrier(tiles)
+
+      def of_block(b, sorted_y):
+        begin = first + b * block
+        rows = jax.lax.dynamic_slice_in_dim(sorted_x, begin, block)
+        # What follows the expert's own rows adds zeros to what lies there.
+        rows = jnp.where((begin + jnp.arange(block) < end)[:, None], rows, 0)
+        projected = einsum("bd,tcd->bct", rows, gate_up_tile)
+        hidden = (jax.nn.silu(projected[:, 0]) * projected[:, 1]).astype(x.dtype)
+        y = jax.lax.dynamic_slice_in_dim(sorted_y, begin, block)
+        y = y + einsum("bt,td->bd", hidden, down_tile)
+        return jax.lax.dynamic_update_slice_in_dim(sorted_y, y, begin, 0)
+
+      return jax.lax.fori_loop(0, -(-counts[expert] // block), of_block, sorted_y)
+
+    first_row = (layer * num_experts + expert) * width
+    return walk(weights, first_row, width, rows_of_tile, add, sorted_y)
+
+  sorted_y = jnp.zeros((pairs + block, d), jnp.float32)
+  sorted_y = jax.lax.fori_loop(0, jnp.count_nonzero(counts), of_expert, sorted_y)
+  places = jnp.zeros(pairs, jnp.int32).at[by_expert].set(jnp.arange(pairs), unique_indices=True)
+  return combine(sorted_y[places.reshape(n, a)], gates, x.dtype)
+
+
+def _block_size(num_pairs, num_experts, tile_elements):
+  """Rows of a block: one while most experts have one or two, later 4, then 16.
+
+  Measured with D 1024, F 512 and 64 experts of 8 on one core, in units of the
+  time to read the experts once, at 1, 4 and 16 rows: 1.48, 1.73 and more for 1
+  row; 1.77, 1.85 and more for 16; 2.54, 2.24 and 2.42 for 64; 18.3, 11.3 and
+  10.0 for 1024. Smaller tiles take proportionally more rows.
+  """
+  mean = num_pairs / num_experts
+  rows = 1 if mean <= 2 else 4 if mean <= 8 else 16
+  while rows * tile_elements < LEAST_WORK and rows < min(2 * mean, 128):
+    rows *= 2
+  return rows
