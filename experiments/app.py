@@ -12,8 +12,9 @@ import jax
 from roe_jax import assets, checkpoint, routing, tokenizer as tokenizer_lib
 from roe_jax.aggregation import AGGREGATIONS
 from roe_jax.config import ModelConfig
+from roe_jax.experts import STRATEGIES
 from roe_jax.params import Params
-from roe_jax.roster import CACHES, Roster
+from roe_jax.roster import CACHES, MEMORY_BUDGET, Roster
 from roe_jax.tokenizer import Tokenizer
 
 EMBEDDED = "embedded:"
@@ -27,13 +28,36 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # Orbax tells every step at INFO
     use_compilation_cache()
+    programs = CompiledPrograms()
     try:
       main(argv)
+      print(f"[{programs}]", file=sys.stderr)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
       sys.exit(f"error: {error}")
     except KeyboardInterrupt:
       sys.exit(130)
   app.run(guarded)
+
+
+class CompiledPrograms:
+  """Counts the programs that JAX compiles from now on, or takes from its cache."""
+
+  def __init__(self):
+    self.count, self.seconds, self.cached = 0, 0.0, 0
+    jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+    jax.monitoring.register_event_listener(self._on_event)
+
+  def _on_duration(self, event, seconds, **kwargs):
+    if event == "/jax/core/compile/backend_compile_duration":  # of cached ones too
+      self.count += 1
+      self.seconds += seconds
+
+  def _on_event(self, event, **kwargs):
+    self.cached += event == "/jax/compilation_cache/cache_hits"
+
+  def __str__(self):
+    return (f"{self.count} programs in {self.seconds:.1f} s: {self.count - self.cached} compiled, "
+            f"{self.cached} from the compilation cache")
 
 
 def use_compilation_cache() -> None:
@@ -65,6 +89,10 @@ def define_roster_flags(num_members: int = 1) -> None:
   flags.DEFINE_enum("gate_weights", routing.CLEAN, routing.GATE_WEIGHTS,
                     "What the chosen experts are weighted with.")
   flags.DEFINE_bool("include_clean", True, "Whether the noise-free member is averaged.")
+  flags.DEFINE_enum("expert_strategy", None, STRATEGIES,
+                    "How experts are computed; by platform and sizes by default.")
+  flags.DEFINE_integer("memory_budget_mb", MEMORY_BUDGET >> 20, "What the activations of the "
+                       "members computed together may take, roughly, in MiB.")
 
 
 def parse_temperatures(text: str) -> float | list[float]:
@@ -97,7 +125,8 @@ def roster_from_flags(config: ModelConfig) -> Roster:
   return Roster.create(
       config, f.num_members, parse_temperatures(f.temperature_profile), seed=f.seed,
       include_clean=f.include_clean, cache=f.cache, recompute=f.recompute,
-      aggregation=f.aggregation, gate_weights=f.gate_weights)
+      aggregation=f.aggregation, gate_weights=f.gate_weights,
+      expert_strategy=f.expert_strategy, memory_budget=f.memory_budget_mb << 20)
 
 
 def checkpoint_path(name: str) -> pathlib.Path:
@@ -128,8 +157,6 @@ def open_model(name: str, dtype: str | None = None) -> tuple[Params, ModelConfig
   tokenizer_lib.check_vocabulary(tokenizer, config)
   params, config = checkpoint.load(path, dtype)
   return params, config, tokenizer
-
-
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

@@ -404,7 +404,8 @@ def against_clean_cache(
   add, total, clean_tokens = _start(params, config, roster, states)
 
   def more(total, members):
-    return add(total, rows.member_layers(x, shared, members)[0]), None
+    states, _ = rows.member_layers(x, transformer.BlockOutputs(), members)
+    return add(total, states), None
 
   if len(others):
     total, _ = jax.lax.scan(more, total, others)

@@ -10,7 +10,7 @@ import pytest
 
 import numpy_roster
 import tiny
-from roe_jax import aggregation, decode, reference, score, transformer
+from roe_jax import aggregation, attention, decode, params as params_lib, reference, score, transformer
 from roe_jax import roster as roster_lib
 from roe_jax.roster import Roster
 
@@ -263,3 +263,85 @@ def test_a_roster_for_a_model_of_another_depth_is_refused(olmoe):
               lambda: score.score(params, config, [[1, 2]], roster=other)):
     with pytest.raises(ValueError, match="temperatures for"):
       use()
+
+
+def budget(config, members, rows):
+  """Bytes for so many members of so many rows each."""
+  return members * rows * 4 * (
+      config.vocab_size + 2 * config.experts_per_token * config.d_model
+      + config.num_heads * attention.block_slots())
+
+
+@pytest.mark.parametrize("setting", [
+    *(dict(aggregation=name) for name in aggregation.AGGREGATIONS),
+    dict(include_clean=False), dict(cache="standard", include_clean=False)], ids=str)
+def test_batches_of_members_are_aggregated_as_all_at_once(olmoe, setting):
+  config, params = olmoe
+  results = []
+  for members, largest in ((100, 8), (3, 3), (1, 2)):
+    roster = Roster.create(config, 7, 0.7, memory_budget=budget(config, members, 6), **setting)
+    first, others = roster_lib._batches(config, roster, 6)
+    assert first.size + others.size == len(roster.members)
+    assert max(first.size, others.shape[1] if len(others) else 0) <= largest
+    x = jax.random.normal(jax.random.key(1), (len(roster.members), 2, 3, config.d_model))
+    results.append(jax.jit(roster_lib.aggregate, static_argnums=1)(params, config, roster, x))
+  assert not len(roster_lib._batches(config, roster.replace(memory_budget=2**30), 6)[1])
+  for other in results[1:]:
+    np.testing.assert_allclose(other.log_probs, results[0].log_probs, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(other.clean_tokens, results[0].clean_tokens)
+
+
+@pytest.mark.parametrize("include_clean", [True, False])
+def test_batches_of_members_are_computed_as_all_at_once(olmoe, include_clean):
+  config, params = olmoe
+  positions = jnp.tile(jnp.arange(LENGTH), (2, 1))
+  results = []
+  for members in (100, 2):
+    roster = Roster.create(config, 5, [0, 0.7, 0], include_clean=include_clean,
+                           memory_budget=budget(config, members, 2 * LENGTH))
+    cache = roster_lib.empty_cache(config, roster, 2, 16)
+    cache, _ = roster_lib.prefill(params, config, roster.history(), cache, TOKENS, positions,
+                                  REQUESTS)
+    results.append(jax.jit(
+        roster_lib.against_clean_cache, static_argnames=("config", "keep"))(
+            params, config, roster, cache, TOKENS, positions, REQUESTS, keep=("keys",)))
+  (one, one_kept), (other, other_kept) = results
+  np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(one.clean_tokens, other.clean_tokens)
+  # The clean member's.
+  np.testing.assert_allclose(one_kept.keys, other_kept.keys, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(one_kept.keys[2].swapaxes(1, 2), cache.keys[2][:, :, :LENGTH],
+                             rtol=1e-4, atol=1e-4)
+
+
+def test_memory_of_scoring_does_not_grow_with_the_members():
+  config = tiny.config("olmoe", vocab_size=4096, context_length=4096, num_heads=2,
+                       num_kv_heads=2)
+  params = params_lib.abstract(config)
+
+  def temporaries(n):
+    roster = Roster.create(config, n, 0.5, memory_budget=8 * 2**20)
+    shape = lambda s, dtype=jnp.int32: jax.ShapeDtypeStruct(s, dtype)
+    cache = jax.eval_shape(lambda: roster_lib.empty_cache(config, roster, 1, 4096))
+    compiled = score.score_chunk.lower(
+        params, config, roster, cache, shape((1, 128)), shape((1, 128)), shape((1,)),
+        shape((1,), jnp.uint32), shape((1,), jnp.float32)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  few, many = temporaries(8), temporaries(64)
+  assert many < 1.1 * few
+  # Less than the logits of all members would take.
+  assert many < 64 * 128 * 4096 * 4 / 4
+
+
+def test_layers_before_the_first_noise_share_one_standard_cache(olmoe):
+  config, params = olmoe
+  roster = Roster.create(config, 5, [0, 0, 0.7], cache="standard")
+  cache = roster_lib.empty_cache(config, roster, 2, 16)
+  assert cache.shared.keys.shape == (2, 2, 2, 16, 8)
+  assert cache.own.keys.shape == (5, 1, 2, 2, 16, 8)
+  forced = Roster.create(config, 5, [0, 0, 0.7], cache="standard", noisy_layers=(0, 3))
+  texts = tiny.texts([9, 6])
+  shared, alone = (score.score(params, config, texts, roster=r).texts for r in (roster, forced))
+  for one, other in zip(shared, alone):
+    np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-5, atol=1e-5)
