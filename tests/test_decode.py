@@ -171,13 +171,6 @@ def test_batches_do_not_matter(request, family, cache):
     assert one.log_probs[0] != other.log_probs[0]
 
 
-def test_on_batch_sees_every_batch_in_order(generate):
-  batches = []
-  completions = generate(batch_size=2, on_batch=batches.append)
-  assert [len(b) for b in batches] == [2, 2]
-  assert batches[0] + batches[1] == completions
-
-
 def test_few_programs_are_compiled_for_many_lengths(generate):
   functions = (decode.decode_steps, decode.prefill_chunk)
   generate([tiny.texts([3])[0]], max_new_tokens=3)
@@ -190,11 +183,13 @@ def test_few_programs_are_compiled_for_many_lengths(generate):
 def test_the_state_is_donated(olmoe):
   config, params = olmoe
   roster = Roster.create(config)
-  state = decode.start(params, config, roster, PROMPTS, range(4), NEW)
+  state = decode.start(params, config, roster, PROMPTS, range(4), NEW, 4,
+                       decode.capacity_for(config, PROMPTS, NEW))
   stops = np.full(4, -1, np.int32)
-  after = decode.decode_steps(params, config, roster, Sampler.greedy(), state, stops,
-                              np.int32(2))
+  after, steps = decode.decode_steps(params, config, roster, Sampler.greedy(), state, stops,
+                                     np.int32(2), np.bool_(False))
   assert state.cache.keys.is_deleted() and state.tokens.is_deleted()
+  assert steps == 2
   np.testing.assert_array_equal(after.lengths, np.array([len(p) for p in PROMPTS]) + 2)
 
 
