@@ -133,7 +133,7 @@ def solve_problems(params: Params, config: ModelConfig, tokenizer: Tokenizer,
       if state.tokens.shape not in compiled:
         compiled.add(state.tokens.shape)
         decode.decode_steps(params, config, m.roster, Sampler.greedy(), state,
-                            jnp.full(4, -1, jnp.int32), jnp.int32(1), jnp.bool_(False))
+                            jnp.full(4, -1, jnp.int32), jnp.int32(1))
   for first in batches:
     prompts = test.prompts[first:first + size]
     for i in np.random.default_rng(first).permutation(len(measured)):

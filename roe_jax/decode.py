@@ -81,9 +81,9 @@ def fill_cache(params: Params, config: ModelConfig, roster: Roster, cache: KVCac
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def decode_steps(params: Params, config: ModelConfig, roster: Roster, sampler: Sampler,
-                 state: DecodeState, stop_tokens: jax.Array, num_steps: jax.Array,
-                 others_wait: jax.Array) -> tuple[DecodeState, jax.Array]:
-  """Up to `num_steps` tokens for every text that is not done.
+                 state: DecodeState, stop_tokens: jax.Array,
+                 num_steps: jax.Array) -> tuple[DecodeState, jax.Array]:
+  """Steps for all texts that are not done, until one of them ends.
 
   Args:
     params: the model's parameters.
@@ -92,9 +92,7 @@ def decode_steps(params: Params, config: ModelConfig, roster: Roster, sampler: S
     sampler: how tokens are chosen.
     state: donated.
     stop_tokens: `[X]` int32, padded with -1.
-    num_steps: int32 scalar, traced.
-    others_wait: bool scalar, traced: whether to return as soon as a text ends,
-      so that its slot can be refilled.
+    num_steps: int32 scalar, traced: at most so many.
 
   Returns:
     The state, and the number of steps made.
@@ -124,12 +122,11 @@ def decode_steps(params: Params, config: ModelConfig, roster: Roster, sampler: S
         clean_tokens=put(state.clean_tokens, clean), lengths=lengths,
         done=state.done | ended, cache=cache)
 
-  def goes_on(carry):
+  def none_ended(carry):
     count, state = carry
-    ended = jnp.any(state.done & ~done_before)
-    return (count < num_steps) & ~jnp.all(state.done) & ~(others_wait & ended)
+    return (count < num_steps) & jnp.all(state.done == done_before)
 
-  count, state = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state))
+  count, state = jax.lax.while_loop(none_ended, step, (jnp.int32(0), state))
   return state, count
 
 
@@ -216,10 +213,10 @@ class _Slots:
     return self._start([self._prompts[i] for i in indices], [self._ids[i] for i in indices],
                        num_slots=num_slots)
 
-  def advance(self, num_steps: int, others_wait: bool) -> None:
-    """Decodes until texts have ended, or for `num_steps`; see `decode_steps`."""
+  def advance(self, num_steps: int) -> None:
+    """Decodes until a text ends, or for `num_steps`."""
     self._state, steps = self._decode_steps(
-        self._state, self._stop_tokens, jnp.int32(num_steps), jnp.bool_(others_wait))
+        self._state, self._stop_tokens, jnp.int32(num_steps))
     self.steps += int(steps)
     if self._stops.strings:
       tokens, lengths = jax.device_get((self._state.tokens, self._state.lengths))
@@ -313,7 +310,7 @@ def generate(
   waiting = deque(range(len(prompts)))
   while waiting or any(slots.texts):
     slots.fill(waiting)
-    slots.advance(SEGMENT, others_wait=bool(waiting))
+    slots.advance(SEGMENT)
     for index, completion in slots.harvest():
       completions[index] = completion
       on_finished(index, completion)
@@ -351,7 +348,7 @@ def stream(
   slots.fill(deque([0]))
   finish_reason = ""
   while not finish_reason:
-    slots.advance(1, others_wait=False)
+    slots.advance(1)
     completion = slots.completion(0)
     finish_reason = completion.finish_reason
     yield completion
