@@ -1,7 +1,8 @@
 """Generation with a roster: prefill, and a jitted loop of steps over slots.
 
 Many prompts pass through a fixed number of slots. Where a text ends, the loop
-returns, and the next prompt is prefilled into its slot while the others wait.
+returns, and the next prompt takes its slot: prompts are prefilled a few at a
+time into a small state of their own, and copied from there into free slots.
 """
 
 from collections import deque
@@ -28,6 +29,9 @@ PREFILL_CHUNK = 256
 MIN_CAPACITY = 128
 # At most this many steps between looks at stop strings.
 SEGMENT = 32
+# One prompt alone is prefilled hardly faster than several. So the next ones are
+# prefilled together, as many as a quarter of the slots, and held ready.
+READY_SHARE = 4
 
 
 @struct.dataclass
@@ -163,14 +167,18 @@ def start(params: Params, config: ModelConfig, roster: Roster, prompts: Sequence
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def place(state: DecodeState, text: DecodeState, slot: jax.Array) -> DecodeState:
-  """Puts the text of a state with one slot into a slot of another (donated) one."""
+def place(state: DecodeState, slot: jax.Array, other: DecodeState,
+          other_slot: jax.Array) -> DecodeState:
+  """Puts the text in a slot of another state into a slot of the (donated) state."""
   def put(axis):
-    return lambda slots, one: jax.lax.dynamic_update_slice_in_dim(slots, one, slot, axis)
+    def copied(into, source):
+      row = jax.lax.dynamic_slice_in_dim(source, other_slot, 1, axis)
+      return jax.lax.dynamic_update_slice_in_dim(into, row, slot, axis)
+    return copied
 
-  cache = jax.tree.map(put(-4), state.cache, text.cache)  # [..., B, K, S, C] in all modes
-  others = jax.tree.map(put(0), state.replace(cache=None), text.replace(cache=None))
-  return others.replace(cache=cache)
+  cache = jax.tree.map(put(-4), state.cache, other.cache)  # [..., B, K, S, C] in all modes
+  texts = jax.tree.map(put(0), state.replace(cache=None), other.replace(cache=None))
+  return texts.replace(cache=cache)
 
 
 class _Slots:
@@ -178,6 +186,7 @@ class _Slots:
 
   Attributes:
     texts: the text in each slot, None where it is free.
+    waiting: indices of prompts that are not prefilled yet.
     steps: decode steps made.
     slot_steps: those steps, counted once for each slot that was running.
   """
@@ -186,37 +195,51 @@ class _Slots:
                prompts: Sequence[Sequence[int]], request_ids: Sequence[int], stops: Stops,
                max_new_tokens: int, num_slots: int):
     self.texts: list[OpenText | None] = [None] * num_slots
+    self.waiting = deque(range(len(prompts)))
     self.steps = self.slot_steps = 0
-    self._prompts, self._ids, self._stops = prompts, request_ids, stops
-    self._context_length = config.context_length
-    self._start = functools.partial(
-        start, params, config, roster, max_new_tokens=max_new_tokens,
-        capacity=capacity_for(config, prompts, max_new_tokens))
-    self._decode_steps = functools.partial(decode_steps, params, config, roster, sampler)
-    self._stop_tokens = stops.token_array()
+    self._model = params, config, roster
+    self._sampler, self._stops, self._stop_tokens = sampler, stops, stops.token_array()
+    self._prompts, self._ids, self._max_new_tokens = prompts, request_ids, max_new_tokens
+    self._capacity = capacity_for(config, prompts, max_new_tokens)
     self._state = None
+    self._ready_state = None
+    self._ready: deque[tuple[int, int]] = deque()  # slot in the ready state, and prompt
 
-  def fill(self, waiting: deque[int]) -> None:
-    """Takes indices of prompts from `waiting` into all free slots, while there are any."""
-    free = [slot for slot, text in enumerate(self.texts) if text is None]
-    chosen = [waiting.popleft() for _ in free[:len(waiting)]]
-    if self._state is None or len(chosen) == len(self.texts):
-      self._state = None  # its cache makes room for the new one
-      self._state = self._started(chosen, len(self.texts))
-    else:
-      for slot, index in zip(free, chosen):
-        self._state = place(self._state, self._started([index], 1), jnp.int32(slot))
-    for slot, index in zip(free, chosen):
-      self.texts[slot] = OpenText(index, len(self._prompts[index]), self._stops)
+  @property
+  def unfinished(self) -> bool:
+    """Whether any prompt is in a slot or waits for one."""
+    return bool(self.waiting or self._ready or any(self.texts))
 
-  def _started(self, indices, num_slots):
-    return self._start([self._prompts[i] for i in indices], [self._ids[i] for i in indices],
-                       num_slots=num_slots)
+  def fill(self) -> None:
+    """Takes waiting prompts into all free slots, while there are any."""
+    if self._state is None:
+      indices, self._state = self._prefilled(len(self.texts))
+      for slot, index in enumerate(indices):
+        self.texts[slot] = self._opened(index)
+    for slot, text in enumerate(self.texts):
+      if text is None and (self.waiting or self._ready):
+        if not self._ready:
+          self._ready_state = None  # its memory is the next one's
+          indices, self._ready_state = self._prefilled(max(1, len(self.texts) // READY_SHARE))
+          self._ready.extend(enumerate(indices))
+        ready, index = self._ready.popleft()
+        self._state = place(self._state, np.int32(slot), self._ready_state, np.int32(ready))
+        self.texts[slot] = self._opened(index)
+
+  def _prefilled(self, num_slots):
+    """The next prompts, and a state of so many slots that holds them."""
+    indices = [self.waiting.popleft() for _ in range(min(num_slots, len(self.waiting)))]
+    return indices, start(
+        *self._model, [self._prompts[i] for i in indices], [self._ids[i] for i in indices],
+        self._max_new_tokens, num_slots, self._capacity)
+
+  def _opened(self, index):
+    return OpenText(index, len(self._prompts[index]), self._stops)
 
   def advance(self, num_steps: int) -> None:
     """Decodes until a text ends, or for `num_steps`."""
-    self._state, steps = self._decode_steps(
-        self._state, self._stop_tokens, jnp.int32(num_steps))
+    self._state, steps = decode_steps(
+        *self._model, self._sampler, self._state, self._stop_tokens, np.int32(num_steps))
     self.steps += int(steps)
     if self._stops.strings:
       tokens, lengths = jax.device_get((self._state.tokens, self._state.lengths))
@@ -245,7 +268,7 @@ class _Slots:
   def _completion(self, slot, state):
     return self.texts[slot].completion(
         state.tokens[slot], state.log_probs[slot], state.clean_tokens[slot],
-        int(state.lengths[slot]), bool(state.done[slot]), self._context_length)
+        int(state.lengths[slot]), bool(state.done[slot]), self._model[1].context_length)
 
 
 def generate(
@@ -266,15 +289,16 @@ def generate(
   """Continues prompts.
 
   `batch_size` slots decode together. As soon as a text ends, the next prompt
-  is prefilled into its slot. A completion is a function of the prompt, the
+  takes its slot. A completion is a function of the prompt, the
   settings and the request id, to rounding: neither the order of the prompts,
   nor the number of slots, nor what is in the other ones matters.
 
-  All slots have room for the longest prompt and `max_new_tokens`, so that one
-  program decodes every prompt. Where few prompts are much longer than the
-  others, a call for each kind needs less memory. A call compiles the model at
-  most eleven times, however many prompts there are: the loop of steps, and
-  prefill in at most five chunk lengths, of all slots together and of one.
+  All slots, and a quarter as many for prompts that are ready, have room for the
+  longest prompt and `max_new_tokens`, so that one program decodes every prompt.
+  Where few prompts are much longer than the others, a call for each kind needs
+  less memory. A call compiles the model at most eleven times, however many
+  prompts there are: the loop of steps, and prefill in at most five chunk
+  lengths, of all slots together and of a quarter of them.
 
   Args:
     params: the model's parameters.
@@ -307,9 +331,8 @@ def generate(
   slots = _Slots(params, config, roster, sampler, prompts, ids, stops, max_new_tokens,
                  min(batch_size, batching.bucket(len(prompts))))
   completions: list[Completion | None] = [None] * len(prompts)
-  waiting = deque(range(len(prompts)))
-  while waiting or any(slots.texts):
-    slots.fill(waiting)
+  while slots.unfinished:
+    slots.fill()
     slots.advance(SEGMENT)
     for index, completion in slots.harvest():
       completions[index] = completion
@@ -345,7 +368,7 @@ def stream(
       config, [prompt], max_new_tokens, roster, sampler, stop_tokens, stop_strings, decode)
   ids = batching.request_ids([request_id], 1)
   slots = _Slots(params, config, roster, sampler, [prompt], ids, stops, max_new_tokens, 1)
-  slots.fill(deque([0]))
+  slots.fill()
   finish_reason = ""
   while not finish_reason:
     slots.advance(1)

@@ -49,13 +49,13 @@ def schedule(counts, num_slots):
 
 
 @pytest.mark.parametrize("family, settings, options, sizes", [
-    ("olmoe", {}, {}, (1, 2, 3, 9)),
-    ("mixtral", {}, {"sampler": Sampler.greedy()}, (3,)),
-    ("mixtral", {"cache": "standard"}, {}, (3,)),
-    ("olmoe", {"recompute": True}, {}, (2,)),
-    ("olmoe", {"recompute": True, "cache": "standard"}, {"sampler": Sampler.greedy()}, (2,)),
+    ("olmoe", {}, {}, ((1, 1), (2, 1), (9, 2), (3, 3))),
+    ("mixtral", {}, {"sampler": Sampler.greedy()}, ((3, 1),)),
+    ("mixtral", {"cache": "standard"}, {}, ((3, 2),)),
+    ("olmoe", {"recompute": True}, {}, ((2, 2),)),
+    ("olmoe", {"recompute": True, "cache": "standard"}, {"sampler": Sampler.greedy()}, ((2, 1),)),
 ], ids=["clean", "clean greedy", "standard", "recompute", "recompute standard greedy"])
-def test_neither_slots_nor_order_matter(request, family, settings, options, sizes):
+def test_neither_slots_nor_order_matter(request, monkeypatch, family, settings, options, sizes):
   """Each prompt is continued as if it were alone."""
   model = request.getfixturevalue(family)
   options = options | {"roster": Roster.create(model[0], 3, 0.6, seed=2, **settings)}
@@ -64,11 +64,12 @@ def test_neither_slots_nor_order_matter(request, family, settings, options, size
   reasons = {c.finish_reason for c in alone}
   assert reasons == {"context", "length", "stop_token"} or "sampler" in options
   assert len({len(c.tokens) for c in alone}) > 2
-  for size in sizes:
+  for size, num_ready in sizes:
+    monkeypatch.setattr(decode, "READY_SHARE", size // num_ready)
     assert_same(run(model, batch_size=size, **options).completions, alone)
   order = [8, 2, 0, 5, 3, 7, 1, 6, 4]
   permuted = run(model, [PROMPTS[i] for i in order], [IDS[i] for i in order],
-                 batch_size=sizes[-1], **options)
+                 batch_size=sizes[-1][0], **options)
   assert_same(permuted.completions, [alone[i] for i in order])
 
 
