@@ -156,3 +156,12 @@ def test_prefill_comes_in_five_lengths_at_most(monkeypatch):
 def test_no_prompts_need_no_time(olmoe):
   found = run(olmoe, [], []).throughput
   assert (found.tokens, found.steps, found.occupancy) == (0, 0, 0.0)
+
+
+def test_there_is_room_for_the_longest_prompt_wherever_it_comes(olmoe, monkeypatch):
+  monkeypatch.setattr(decode, "MIN_CAPACITY", 1)
+  config, _ = olmoe
+  for lengths in ((3, 20, 5), (20, 3, 5), (3, 5, 20)):
+    assert decode.capacity_for(config, tiny.texts(lengths), NEW) >= 20 + NEW + 1
+    # Not more than the context, and one place to point to.
+    assert decode.capacity_for(config, tiny.texts((*lengths, 47)), NEW) in range(49, 57)

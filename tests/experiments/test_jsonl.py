@@ -105,7 +105,7 @@ def test_results_of_other_work_are_kept_and_refused(tmp_path):
     with pytest.raises(ValueError, match="other requests or settings"):
       jsonl.Results(str(path), requests, settings)
   record = json.loads(before)
-  for bad in ([record, record], [record | {"index": 3}], [record | {"index": -1}],
+  for bad in ([record, record], [record | {"index": 3}], [record | {"index": -1} | REQUESTS[-1]],
               [record | {"index": 1}], [record | {"index": None}], [{"settings": {"n": 1}}], [7]):
     path.write_text("".join(json.dumps(r) + "\n" for r in bad))
     with pytest.raises(ValueError, match="other requests or settings"):
