@@ -172,8 +172,12 @@ def place(state: DecodeState, slot: jax.Array, other: DecodeState,
   """Puts the text in a slot of another state into a slot of the (donated) state."""
   def put(axis):
     def copied(into, source):
+      dtype = into.dtype
+      if dtype == jnp.bfloat16:
+        # As integers, or XLA on CPU converts the whole cache to float32 and back.
+        into, source = into.view(jnp.uint16), source.view(jnp.uint16)
       row = jax.lax.dynamic_slice_in_dim(source, other_slot, 1, axis)
-      return jax.lax.dynamic_update_slice_in_dim(into, row, slot, axis)
+      return jax.lax.dynamic_update_slice_in_dim(into, row, slot, axis).view(dtype)
     return copied
 
   cache = jax.tree.map(put(-4), state.cache, other.cache)  # [..., B, K, S, C] in all modes

@@ -165,3 +165,26 @@ def test_there_is_room_for_the_longest_prompt_wherever_it_comes(olmoe, monkeypat
     assert decode.capacity_for(config, tiny.texts(lengths), NEW) >= 20 + NEW + 1
     # Not more than the context, and one place to point to.
     assert decode.capacity_for(config, tiny.texts((*lengths, 47)), NEW) in range(49, 57)
+
+
+@pytest.mark.parametrize("dtype, cache", [("bfloat16", "clean"), ("float32", "standard")])
+def test_a_text_is_placed_as_it_is_and_no_other_changes(dtype, cache):
+  config = tiny.config("olmoe", dtype=dtype)
+  params = tiny.params(config)
+  roster = Roster.create(config, 2, 0.5, cache=cache)
+
+  def start(prompts, ids):
+    state = decode.start(params, config, roster, prompts, ids, NEW, len(prompts), 128)
+    # The batch axis first, wherever it is; float32 holds bfloat16 exactly.
+    first = jax.tree.map(lambda a: np.moveaxis(np.asarray(a, np.float32), -4, 0), state.cache)
+    texts = jax.tree.map(np.array, state.replace(cache=None))
+    return state, jax.tree.leaves((first, texts))
+
+  state, before = start(PROMPTS[:3], IDS[:3])
+  other, source = start(PROMPTS[3:5], IDS[3:5])
+  after = decode.place(state, np.int32(2), other, np.int32(1))
+  assert jax.tree.leaves(after.cache)[0].dtype == dtype
+  first = jax.tree.map(lambda a: np.moveaxis(np.asarray(a, np.float32), -4, 0), after.cache)
+  for found, old, new in zip(jax.tree.leaves((first, after.replace(cache=None))), before, source,
+                             strict=True):
+    np.testing.assert_array_equal(found, np.stack([old[0], old[1], new[1]]))
