@@ -7,7 +7,9 @@ With --prompt the tokens are printed as they come. Without it, prompts are read
 from --input (or standard input), one JSON object a line with "prompt" (text) or
 "prompt_tokens" (ids) and optionally "id" (any JSON value, handed through), and
 results are written to --output (or standard output), one JSON object a line in
-the same order; results that --output already holds are not computed again.
+the same order, each with its "index". --output gets results as they are
+finished, and is put in order at the end; results that it already holds are not
+computed again.
 """
 
 import dataclasses
@@ -39,7 +41,8 @@ def define_flags() -> None:
   flags.DEFINE_float("temperature", 0.0, "Of sampling from the roster's distribution; 0: greedy.")
   flags.DEFINE_integer("top_k", 0, "Sample from this many tokens; 0: all.")
   flags.DEFINE_float("top_p", 1.0, "Sample from the smallest set of this probability.")
-  flags.DEFINE_integer("batch_size", 16, "Prompts decoded together.")
+  flags.DEFINE_integer("batch_size", 16, "Slots, that is prompts decoded together: where one "
+                       "ends, the next takes its place.")
   flags.DEFINE_bool("special_tokens", True, "Whether the tokenizer's own special tokens (such as "
                     "BOS) are put around prompts.")
 
@@ -77,7 +80,7 @@ def stream_to_terminal(params, config, tokenizer, roster: Roster, sampler: Sampl
 
 
 def complete_lines(params, config, tokenizer, roster: Roster, sampler: Sampler) -> None:
-  """Continues the prompts of --input, writing results as batches finish."""
+  """Continues the prompts of --input, writing each result when it is finished."""
   requests = jsonl.read(FLAGS.input)
   prompts = [
       jsonl.tokens_of(r, "prompt", lambda t: tokenizer.encode(t, FLAGS.special_tokens),
@@ -87,24 +90,20 @@ def complete_lines(params, config, tokenizer, roster: Roster, sampler: Sampler) 
               "roster": roster.settings(), "sampler": sampler.settings(),
               "max_new_tokens": FLAGS.max_new_tokens, "stop": FLAGS.stop,
               "special_tokens": FLAGS.special_tokens}
-  begin, tokens = time.perf_counter(), 0
   with jsonl.Results(FLAGS.output, requests, settings) as results, tqdm(
-      total=len(requests), initial=results.finished, unit="prompt", file=sys.stderr) as bar:
+      total=len(requests), initial=len(requests) - len(results.missing), unit="prompt",
+      file=sys.stderr) as bar:
+    indices = results.missing
 
-    def write(completions):
-      nonlocal tokens
-      results.write([dataclasses.asdict(c) for c in completions])
-      tokens += sum(len(c.tokens) for c in completions)
-      bar.update(len(completions))
+    def write(position, completion):
+      results.write(indices[position], dataclasses.asdict(completion))
+      bar.update()
 
-    first = results.finished
-    if first < len(prompts):
-      decode.generate(
-          params, config, prompts[first:], max_new_tokens=FLAGS.max_new_tokens, roster=roster,
-          sampler=sampler, stop_strings=FLAGS.stop, decode=tokenizer.decode,
-          request_ids=range(first, len(prompts)), batch_size=FLAGS.batch_size, on_batch=write)
-  print(f"[{len(prompts) - first} prompts, {tokens} tokens in "
-        f"{time.perf_counter() - begin:.1f} s, compilation included]", file=sys.stderr)
+    throughput = decode.generate(
+        params, config, [prompts[i] for i in indices], max_new_tokens=FLAGS.max_new_tokens,
+        roster=roster, sampler=sampler, stop_strings=FLAGS.stop, decode=tokenizer.decode,
+        request_ids=indices, batch_size=FLAGS.batch_size, on_finished=write).throughput
+  print(f"[{len(indices)} prompts: {throughput}; compilation included]", file=sys.stderr)
 
 
 def main(argv) -> None:

@@ -59,13 +59,14 @@ def tokens_of(request: dict[str, Any], name: str, encode, what: str) -> list[int
 
 
 class Results:
-  """Results in the order of their requests, one line each.
+  """Results of requests, one line each with the request's "index".
 
-  Requests whose results the file already holds need not be computed again. A
-  line that an interrupted run left torn is cut off.
-
-  Attributes:
-    finished: how many results were there at the start.
+  Results may come in any order. A file gets each line as it comes, and when all
+  are there is put in the order of the requests: in the end it is the same file,
+  whatever order they came in and however often the work was interrupted.
+  Requests whose results the file already holds need not be computed again; a
+  line that an interrupted run left torn is cut off. To standard output a line
+  is printed as soon as all before it are.
   """
 
   _KEYS = ("id", "prompt", "continuation", "prompt_tokens", "continuation_tokens")
@@ -79,48 +80,75 @@ class Results:
     """
     self._requests = requests
     self._settings = json.loads(json.dumps(settings))
-    self.finished = self._finished(pathlib.Path(path)) if path else 0
+    self._path = pathlib.Path(path) if path else None
+    self._written = self._found() if path else []  # in the order of their lines
+    self._held: dict[int, str] = {}  # lines for which standard output is not ready
     if path:
-      pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+      self._path.parent.mkdir(parents=True, exist_ok=True)
     self._file = open(path, "a") if path else sys.stdout
-    self._next = self.finished
-    if self.finished:
-      print(f"[{path} already holds {self.finished} of {len(requests)} results]",
+    if self._written:
+      print(f"[{path} already holds {len(self._written)} of {len(requests)} results]",
             file=sys.stderr)
 
-  def _head(self, request):
-    return {k: request[k] for k in self._KEYS if k in request}
+  @property
+  def missing(self) -> list[int]:
+    """Indices of the requests whose results are not there yet."""
+    there = self._held.keys() | set(self._written)
+    return [i for i in range(len(self._requests)) if i not in there]
 
-  def _finished(self, path):
-    if not path.exists():
-      return 0
-    whole, _, torn = path.read_text().rpartition("\n")
-    refusal = (f"{path} holds results of other requests or settings: name another file, or "
-               "remove it")
+  def _head(self, index):
+    request = self._requests[index]
+    return {"index": index} | {k: request[k] for k in self._KEYS if k in request}
+
+  def _found(self):
+    """Indices of the results in the file, in its order."""
+    if not self._path.exists():
+      return []
+    whole, _, torn = self._path.read_text().rpartition("\n")
+    refusal = (f"{self._path} holds results of other requests or settings: name another file, "
+               "or remove it")
     try:
       results = [json.loads(line) for line in whole.splitlines()]
-      same = len(results) <= len(self._requests) and all(
-          result["settings"] == self._settings and self._head(result) == self._head(request)
-          for result, request in zip(results, self._requests))
+      indices = [result["index"] for result in results]
+      same = len(set(indices)) == len(indices) and all(
+          type(i) is int and 0 <= i < len(self._requests)
+          and result["settings"] == self._settings
+          and {k: result[k] for k in ("index", *self._KEYS) if k in result} == self._head(i)
+          for i, result in zip(indices, results))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
       raise ValueError(refusal) from error
     if not same:
       raise ValueError(refusal)
     if torn:
-      app.write_atomically(path, whole + "\n" if whole else "")
-    return len(results)
+      app.write_atomically(self._path, whole + "\n" if whole else "")
+    return indices
 
-  def write(self, records: Sequence[dict[str, Any]]) -> None:
-    """Appends the next results and makes them visible to readers."""
-    for record in records:
-      head = self._head(self._requests[self._next])
-      self._file.write(json.dumps(head | record | {"settings": self._settings}) + "\n")
-      self._next += 1
+  def write(self, index: int, record: dict[str, Any]) -> None:
+    """Takes the result of request `index`, and makes visible to readers what can be."""
+    line = json.dumps(self._head(index) | record | {"settings": self._settings}) + "\n"
+    if self._path:
+      self._print(index, line)
+    else:
+      self._held[index] = line
+      while len(self._written) in self._held:
+        self._print(len(self._written), self._held.pop(len(self._written)))
     self._file.flush()
+
+  def _print(self, index, line):
+    self._file.write(line)
+    self._written.append(index)
 
   def __enter__(self) -> "Results":
     return self
 
   def __exit__(self, *exception) -> None:
-    if self._file is not sys.stdout:
-      self._file.close()
+    if self._path is None:
+      # After an interruption: what was computed is not lost.
+      for index in sorted(self._held):
+        self._print(index, self._held[index])
+      self._file.flush()
+      return
+    self._file.close()
+    if not self.missing and self._written != sorted(self._written):
+      lines = dict(zip(self._written, self._path.read_text().splitlines(keepends=True)))
+      app.write_atomically(self._path, "".join(lines[i] for i in sorted(lines)))

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from experiments import app, statistics
 from experiments.tasks import wordmath
-from roe_jax import decode, diagnostics, score
+from roe_jax import batching, decode, diagnostics, score
+from roe_jax.completion import Completion
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
@@ -94,7 +95,7 @@ class Measured:
   fitted_nll: np.ndarray
   correct: np.ndarray = None
   rates: list[float] = dataclasses.field(default_factory=list)
-  completions: list[decode.Completion] = dataclasses.field(default_factory=list)
+  completions: list[Completion] = dataclasses.field(default_factory=list)
 
 
 def score_problems(params: Params, config: ModelConfig, roster: Roster, validation: Encoded,
@@ -126,7 +127,9 @@ def solve_problems(params: Params, config: ModelConfig, tokenizer: Tokenizer,
     compiled = set()
     for first in batches:
       prompts = test.prompts[first:first + size]
-      state = decode.start(params, config, m.roster, prompts, range(len(prompts)), MAX_NEW_TOKENS)
+      state = decode.start(params, config, m.roster, prompts, range(len(prompts)), MAX_NEW_TOKENS,
+                           min(size, batching.bucket(len(prompts))),
+                           decode.capacity_for(config, prompts, MAX_NEW_TOKENS))
       if state.tokens.shape not in compiled:
         compiled.add(state.tokens.shape)
         decode.decode_steps(params, config, m.roster, Sampler.greedy(), state,
@@ -135,14 +138,12 @@ def solve_problems(params: Params, config: ModelConfig, tokenizer: Tokenizer,
     prompts = test.prompts[first:first + size]
     for i in np.random.default_rng(first).permutation(len(measured)):
       m = measured[i]
-      begin = time.perf_counter()
-      completions = decode.generate(
+      generation = decode.generate(
           params, config, prompts, max_new_tokens=MAX_NEW_TOKENS, roster=m.roster,
           decode=tokenizer.decode, batch_size=size,
-          request_ids=range(first, first + len(prompts))).completions
-      seconds = time.perf_counter() - begin
-      m.rates.append(sum(len(c.tokens) for c in completions) / seconds)
-      m.completions += completions
+          request_ids=range(first, first + len(prompts)))
+      m.rates.append(generation.throughput.tokens_per_second)
+      m.completions += generation.completions
       bar.update(len(prompts))
   for m in measured:
     m.correct = np.array([wordmath.is_correct(c.text, p)

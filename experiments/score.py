@@ -89,18 +89,21 @@ def continuations(params, config, tokenizer, roster: Roster) -> None:
   settings = {"checkpoint": FLAGS.checkpoint, "dtype": config.dtype,
               "roster": roster.settings(), "special_tokens": FLAGS.special_tokens}
   with jsonl.Results(FLAGS.output, requests, settings) as results, tqdm(
-      total=len(requests), initial=results.finished, unit="text", file=sys.stderr) as bar:
-    for first in range(results.finished, len(texts), FLAGS.batch_size):
-      batch = slice(first, first + FLAGS.batch_size)
+      total=len(requests), initial=len(requests) - len(results.missing), unit="text",
+      file=sys.stderr) as bar:
+    indices = results.missing
+    for first in range(0, len(indices), FLAGS.batch_size):
+      batch = indices[first:first + FLAGS.batch_size]
       scores = score.score(
-          params, config, texts[batch], starts[batch], roster=roster,
-          request_ids=range(len(texts))[batch], batch_size=FLAGS.batch_size)
-      results.write([{
-          "log_prob": float(s.log_probs[:, 0].sum(dtype=np.float64)),
-          "is_greedy": s.greedy_tokens.tolist() == text[start:],
-          "tokens": text[start:], "log_probs": s.log_probs[:, 0].tolist(),
-      } for s, text, start in zip(scores.texts, texts[batch], starts[batch])])
-      bar.update(len(scores.texts))
+          params, config, [texts[i] for i in batch], [starts[i] for i in batch], roster=roster,
+          request_ids=batch, batch_size=FLAGS.batch_size)
+      for i, found in zip(batch, scores.texts):
+        tokens = texts[i][starts[i]:]
+        results.write(i, {
+            "log_prob": float(found.log_probs[:, 0].sum(dtype=np.float64)),
+            "is_greedy": found.greedy_tokens.tolist() == tokens,
+            "tokens": tokens, "log_probs": found.log_probs[:, 0].tolist()})
+      bar.update(len(batch))
 
 
 def main(argv) -> None:

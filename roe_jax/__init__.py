@@ -8,8 +8,9 @@
 
 from roe_jax.aggregation import AGGREGATIONS
 from roe_jax.checkpoint import load, load_config, save
+from roe_jax.completion import Completion, Generation, Throughput
 from roe_jax.config import PRESETS, ModelConfig, from_hugging_face, to_hugging_face
-from roe_jax.decode import Completion, Generation, generate, stream
+from roe_jax.decode import generate, stream
 from roe_jax.params import Params, initialize
 from roe_jax.roster import Roster
 from roe_jax.routing import GATE_WEIGHTS
@@ -20,7 +21,7 @@ from roe_jax.transformer import forward
 
 __all__ = [
     "AGGREGATIONS", "Completion", "GATE_WEIGHTS", "Generation", "ModelConfig", "PRESETS",
-    "Params", "Roster", "Sampler", "StreamDecoder", "Tokenizer", "forward", "from_hugging_face",
-    "generate", "initialize", "load", "load_config", "perplexity", "save", "stream",
-    "to_hugging_face",
+    "Params", "Roster", "Sampler", "StreamDecoder", "Throughput", "Tokenizer", "forward",
+    "from_hugging_face", "generate", "initialize", "load", "load_config", "perplexity", "save",
+    "stream", "to_hugging_face",
 ]

@@ -1,9 +1,15 @@
-"""Generation with a roster: prefill, and a jitted loop of steps."""
+"""Generation with a roster: prefill, and a jitted loop of steps over slots.
 
+Many prompts pass through a fixed number of slots. Where a text ends, the loop
+returns, and the next prompt takes its slot: prompts are prefilled a few at a
+time into a small state of their own, and copied from there into free slots.
+"""
+
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
-from typing import Any
+import time
 
 from flax import struct
 import jax
@@ -12,53 +18,25 @@ import numpy as np
 
 from roe_jax import batching, params as params_lib, roster as roster_lib, sampling
 from roe_jax.cache import KVCache
+from roe_jax.completion import Completion, Generation, OpenText, Stops, Throughput
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
 PREFILL_CHUNK = 256
-# Slots are cheap and compiling is not: short texts share one shape.
+# Room is cheap and compiling is not: short texts share one shape.
 MIN_CAPACITY = 128
-# Steps between looks at stop strings and at whether all texts have ended.
+# At most this many steps between looks at stop strings.
 SEGMENT = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-  """What was generated for one prompt.
-
-  Attributes:
-    tokens: the generated tokens, a final stop token included; up to the token
-      that completed a stop string.
-    log_probs: of each token under the aggregated distribution, before any
-      sampling temperature, float32.
-    clean_tokens: the token that the clean member would have chosen greedily at
-      each position (-1 where no clean member is computed).
-    finish_reason: "stop_token", "stop_string", "length" (the token limit) or
-      "context" (the end of the model's context).
-    text: the decoded tokens without stop token, cut before a stop string; None
-      if no `decode` function was given.
-  """
-
-  tokens: list[int]
-  log_probs: list[float]
-  clean_tokens: list[int]
-  finish_reason: str
-  text: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-  """Completions in the order of the prompts, and the settings that made them."""
-
-  completions: list[Completion]
-  settings: dict[str, Any]
+# One prompt alone is prefilled hardly faster than several. So the next ones are
+# prefilled together, as many as a quarter of the slots, and held ready.
+READY_SHARE = 4
 
 
 @struct.dataclass
 class DecodeState:
-  """A batch of texts while they grow.
+  """Texts in B slots while they grow.
 
   Attributes:
     tokens: `[B, S]` int32, prompts and what was generated.
@@ -66,7 +44,7 @@ class DecodeState:
     clean_tokens: `[B, S]` int32, the clean member's choice for that place.
     lengths: `[B]` int32, tokens so far.
     limits: `[B]` int32, length at which a text ends.
-    done: `[B]` bool.
+    done: `[B]` bool; True also in a slot without a text.
     request_ids: `[B]` uint32.
     cache: see `roster.empty_cache`; holds positions below `lengths - 1`.
   """
@@ -107,8 +85,9 @@ def fill_cache(params: Params, config: ModelConfig, roster: Roster, cache: KVCac
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def decode_steps(params: Params, config: ModelConfig, roster: Roster, sampler: Sampler,
-                 state: DecodeState, stop_tokens: jax.Array, num_steps: jax.Array) -> DecodeState:
-  """Up to `num_steps` tokens for every text that is not done.
+                 state: DecodeState, stop_tokens: jax.Array,
+                 num_steps: jax.Array) -> tuple[DecodeState, jax.Array]:
+  """Steps for all texts that are not done, until one of them ends.
 
   Args:
     params: the model's parameters.
@@ -117,8 +96,12 @@ def decode_steps(params: Params, config: ModelConfig, roster: Roster, sampler: S
     sampler: how tokens are chosen.
     state: donated.
     stop_tokens: `[X]` int32, padded with -1.
-    num_steps: int32 scalar, traced.
+    num_steps: int32 scalar, traced: at most so many.
+
+  Returns:
+    The state, and the number of steps made.
   """
+  done_before = state.done
   rows = jnp.arange(state.tokens.shape[0])
 
   def step(carry):
@@ -142,39 +125,149 @@ def decode_steps(params: Params, config: ModelConfig, roster: Roster, sampler: S
         clean_tokens=put(state.clean_tokens, clean), lengths=lengths,
         done=state.done | ended, cache=cache)
 
-  def unfinished(carry):
+  def none_ended(carry):
     count, state = carry
-    return (count < num_steps) & ~jnp.all(state.done)
+    return (count < num_steps) & jnp.all(state.done == done_before)
 
-  return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
+  count, state = jax.lax.while_loop(none_ended, step, (jnp.int32(0), state))
+  return state, count
+
+
+def capacity_for(config: ModelConfig, prompts: Sequence[Sequence[int]],
+                 max_new_tokens: int) -> int:
+  """Positions that hold any of the prompts with its completion, as one of few sizes."""
+  longest = max(map(len, prompts), default=0)
+  # One more than the longest text, so that rows that are done have a place to
+  # point to.
+  return batching.bucket(min(longest + max_new_tokens, config.context_length) + 1, MIN_CAPACITY)
 
 
 def start(params: Params, config: ModelConfig, roster: Roster, prompts: Sequence[Sequence[int]],
-          request_ids: Sequence[int], max_new_tokens: int) -> DecodeState:
-  """The state after prefill, with rows and capacity rounded up to buckets.
+          request_ids: Sequence[int], max_new_tokens: int, num_slots: int,
+          capacity: int) -> DecodeState:
+  """The state after prefill of the prompts, one in each slot from the first on.
 
   The last token of each prompt is left for the first step.
   """
-  num_rows = batching.bucket(len(prompts))
-  longest = max(map(len, prompts))
-  # One slot more than the longest text, so that rows that are done have a
-  # place to point to.
-  capacity = batching.bucket(
-      min(longest + max_new_tokens, config.context_length) + 1, MIN_CAPACITY)
-  lengths = np.ones(num_rows, np.int32)
+  lengths = np.ones(num_slots, np.int32)
   lengths[:len(prompts)] = [len(p) for p in prompts]
-  ids = np.zeros(num_rows, np.uint32)
+  ids = np.zeros(num_slots, np.uint32)
   ids[:len(prompts)] = request_ids
-  tokens, ids = batching.pad(prompts, num_rows, capacity), jnp.asarray(ids)
-  cache = batching.beside(params, roster_lib.empty_cache(config, roster, num_rows, capacity))
+  tokens, ids = batching.pad(prompts, num_slots, capacity), jnp.asarray(ids)
+  cache = batching.beside(params, roster_lib.empty_cache(config, roster, num_slots, capacity))
   if cache is not None:
-    cache = fill_cache(params, config, roster, cache, tokens, longest - 1, ids)
+    cache = fill_cache(params, config, roster, cache, tokens, int(lengths.max()) - 1, ids)
   state = DecodeState(
       tokens=tokens, log_probs=jnp.zeros(tokens.shape, jnp.float32),
       clean_tokens=jnp.full(tokens.shape, -1, jnp.int32), lengths=jnp.asarray(lengths),
       limits=jnp.asarray(np.minimum(lengths + max_new_tokens, config.context_length)),
-      done=jnp.arange(num_rows) >= len(prompts), request_ids=ids, cache=cache)
+      done=jnp.arange(num_slots) >= len(prompts), request_ids=ids, cache=cache)
   return batching.beside(params, state)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def place(state: DecodeState, slot: jax.Array, other: DecodeState,
+          other_slot: jax.Array) -> DecodeState:
+  """Puts the text in a slot of another state into a slot of the (donated) state."""
+  def put(axis):
+    def copied(into, source):
+      row = jax.lax.dynamic_slice_in_dim(source, other_slot, 1, axis)
+      return jax.lax.dynamic_update_slice_in_dim(into, row, slot, axis)
+    return copied
+
+  cache = jax.tree.map(put(-4), state.cache, other.cache)  # [..., B, K, S, C] in all modes
+  texts = jax.tree.map(put(0), state.replace(cache=None), other.replace(cache=None))
+  return texts.replace(cache=cache)
+
+
+class _Slots:
+  """Prompts on their way through slots: the host's side of a `DecodeState`.
+
+  Attributes:
+    texts: the text in each slot, None where it is free.
+    waiting: indices of prompts that are not prefilled yet.
+    steps: decode steps made.
+    slot_steps: those steps, counted once for each slot that was running.
+  """
+
+  def __init__(self, params: Params, config: ModelConfig, roster: Roster, sampler: Sampler,
+               prompts: Sequence[Sequence[int]], request_ids: Sequence[int], stops: Stops,
+               max_new_tokens: int, num_slots: int):
+    self.texts: list[OpenText | None] = [None] * num_slots
+    self.waiting = deque(range(len(prompts)))
+    self.steps = self.slot_steps = 0
+    self._model = params_lib.held(params), config, roster
+    self._sampler, self._stops, self._stop_tokens = sampler, stops, stops.token_array()
+    self._prompts, self._ids, self._max_new_tokens = prompts, request_ids, max_new_tokens
+    self._capacity = capacity_for(config, prompts, max_new_tokens)
+    self._state = None
+    self._ready_state = None
+    self._ready: deque[tuple[int, int]] = deque()  # slot in the ready state, and prompt
+
+  @property
+  def unfinished(self) -> bool:
+    """Whether any prompt is in a slot or waits for one."""
+    return bool(self.waiting or self._ready or any(self.texts))
+
+  def fill(self) -> None:
+    """Takes waiting prompts into all free slots, while there are any."""
+    if self._state is None:
+      indices, self._state = self._prefilled(len(self.texts))
+      for slot, index in enumerate(indices):
+        self.texts[slot] = self._opened(index)
+    for slot, text in enumerate(self.texts):
+      if text is None and (self.waiting or self._ready):
+        if not self._ready:
+          self._ready_state = None  # its memory is the next one's
+          indices, self._ready_state = self._prefilled(max(1, len(self.texts) // READY_SHARE))
+          self._ready.extend(enumerate(indices))
+        ready, index = self._ready.popleft()
+        self._state = place(self._state, np.int32(slot), self._ready_state, np.int32(ready))
+        self.texts[slot] = self._opened(index)
+
+  def _prefilled(self, num_slots):
+    """The next prompts, and a state of so many slots that holds them."""
+    indices = [self.waiting.popleft() for _ in range(min(num_slots, len(self.waiting)))]
+    return indices, start(
+        *self._model, [self._prompts[i] for i in indices], [self._ids[i] for i in indices],
+        self._max_new_tokens, num_slots, self._capacity)
+
+  def _opened(self, index):
+    return OpenText(index, len(self._prompts[index]), self._stops)
+
+  def advance(self, num_steps: int) -> None:
+    """Decodes until a text ends, or for `num_steps`."""
+    self._state, steps = decode_steps(
+        *self._model, self._sampler, self._state, self._stop_tokens, np.int32(num_steps))
+    self.steps += int(steps)
+    if self._stops.strings:
+      tokens, lengths = jax.device_get((self._state.tokens, self._state.lengths))
+      stopped = np.array([text is not None and text.hits_stop_string(*row)
+                          for text, *row in zip(self.texts, tokens, lengths)])
+      self._state = self._state.replace(done=self._state.done | jnp.asarray(stopped))
+
+  def harvest(self) -> list[tuple[int, Completion]]:
+    """Completions of the texts that have ended, with their prompts' indices; frees their slots."""
+    state = self._fetched()
+    ended = []
+    for slot, text in enumerate(self.texts):
+      if text is not None and state.done[slot]:
+        ended.append((text.index, self._completion(slot, state)))
+        self.slot_steps += int(state.lengths[slot]) - text.start
+        self.texts[slot] = None
+    return ended
+
+  def completion(self, slot: int) -> Completion:
+    """The completion in a slot as it stands."""
+    return self._completion(slot, self._fetched())
+
+  def _fetched(self):
+    return jax.device_get(self._state.replace(cache=None))
+
+  def _completion(self, slot, state):
+    return self.texts[slot].completion(
+        state.tokens[slot], state.log_probs[slot], state.clean_tokens[slot],
+        int(state.lengths[slot]), bool(state.done[slot]), self._model[1].context_length)
 
 
 def generate(
@@ -190,12 +283,21 @@ def generate(
     decode: Callable[[list[int]], str] | None = None,
     request_ids: Sequence[int] | None = None,
     batch_size: int = 16,
-    on_batch: Callable[[list[Completion]], None] = lambda completions: None,
+    on_finished: Callable[[int, Completion], None] = lambda index, completion: None,
 ) -> Generation:
   """Continues prompts.
 
-  A completion is a function of the prompt, the settings and the request id, to
-  rounding; which other prompts are in its batch does not matter.
+  `batch_size` slots decode together. As soon as a text ends, the next prompt
+  takes its slot. A completion is a function of the prompt, the
+  settings and the request id, to rounding: neither the order of the prompts,
+  nor the number of slots, nor what is in the other ones matters.
+
+  All slots, and a quarter as many for prompts that are ready, have room for the
+  longest prompt and `max_new_tokens`, so that one program decodes every prompt.
+  Where few prompts are much longer than the others, a call for each kind needs
+  less memory. A call compiles the model at most eleven times, however many
+  prompts there are: the loop of steps, and prefill in at most five chunk
+  lengths, of all slots together and of a quarter of them.
 
   Args:
     params: the model's parameters.
@@ -206,40 +308,41 @@ def generate(
     sampler: how tokens are chosen from the aggregated distribution; greedy by
       default.
     stop_tokens: tokens that end a text; `config.eos_token_ids` by default.
-    stop_strings: strings that end a text; they need `decode`.
+    stop_strings: strings that end a text; they need `decode`. They are looked
+      for at least every `SEGMENT` steps, until when the text keeps its slot.
     decode: from token ids to text.
     request_ids: addresses of the prompts' randomness, in [0, 2**32); 0, 1, ...
       by default.
-    batch_size: prompts decoded together.
-    on_batch: called with each batch's completions as soon as it is finished.
+    batch_size: slots, that is prompts decoded together.
+    on_finished: called with the index of a prompt and its completion as soon
+      as that is finished.
 
   Raises:
     ValueError: a prompt is empty, too long or outside the vocabulary, or a
       setting is out of its range.
   """
-  params = params_lib.held(params)
-  roster = roster or Roster.create(config)
-  roster.check(config)
-  sampler = sampler or Sampler.greedy()
+  begin = time.perf_counter()
+  roster, sampler, stops = _checked(
+      config, prompts, max_new_tokens, roster, sampler, stop_tokens, stop_strings, decode)
   ids = batching.request_ids(request_ids, len(prompts))
-  stop_tokens = _check(config, prompts, max_new_tokens, stop_tokens, stop_strings, decode)
   if batch_size < 1:
     raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-  completions = []
-  for first in range(0, len(prompts), batch_size):
-    batch = prompts[first:first + batch_size]
-    state = start(params, config, roster, batch, ids[first:first + batch_size], max_new_tokens)
-    progress = _Progress(batch, stop_tokens, stop_strings, decode)
-    for state in _segments(params, config, roster, sampler, state, stop_tokens,
-                           max_new_tokens, SEGMENT, progress):
-      pass
-    finished = progress.completions(state, config)
-    on_batch(finished)
-    completions += finished
+  slots = _Slots(params, config, roster, sampler, prompts, ids, stops, max_new_tokens,
+                 min(batch_size, batching.bucket(len(prompts))))
+  completions: list[Completion | None] = [None] * len(prompts)
+  while slots.unfinished:
+    slots.fill()
+    slots.advance(SEGMENT)
+    for index, completion in slots.harvest():
+      completions[index] = completion
+      on_finished(index, completion)
+  throughput = Throughput(
+      sum(len(c.tokens) for c in completions), slots.steps,
+      slots.slot_steps / max(1, slots.steps * len(slots.texts)), time.perf_counter() - begin)
   return Generation(completions, {
       "roster": roster.settings(), "sampler": sampler.settings(),
-      "max_new_tokens": max_new_tokens, "stop_tokens": list(stop_tokens),
-      "stop_strings": list(stop_strings), "model": dataclasses.asdict(config)})
+      "max_new_tokens": max_new_tokens, "stop_tokens": list(stops.tokens),
+      "stop_strings": list(stops.strings), "model": dataclasses.asdict(config)}, throughput)
 
 
 def stream(
@@ -260,107 +363,25 @@ def stream(
   The arguments are those of `generate`. `finish_reason` is "" until the last
   completion, which equals the one that `generate` returns.
   """
-  params = params_lib.held(params)
+  roster, sampler, stops = _checked(
+      config, [prompt], max_new_tokens, roster, sampler, stop_tokens, stop_strings, decode)
+  ids = batching.request_ids([request_id], 1)
+  slots = _Slots(params, config, roster, sampler, [prompt], ids, stops, max_new_tokens, 1)
+  slots.fill()
+  finish_reason = ""
+  while not finish_reason:
+    slots.advance(1)
+    completion = slots.completion(0)
+    finish_reason = completion.finish_reason
+    yield completion
+
+
+def _checked(config, prompts, max_new_tokens, roster, sampler, stop_tokens, stop_strings, decode):
+  """Roster, sampler and stops with their defaults; refuses what is out of range."""
   roster = roster or Roster.create(config)
   roster.check(config)
-  sampler = sampler or Sampler.greedy()
-  stop_tokens = _check(config, [prompt], max_new_tokens, stop_tokens, stop_strings, decode)
-  ids = batching.request_ids([request_id], 1)
-  state = start(params, config, roster, [prompt], ids, max_new_tokens)
-  progress = _Progress([prompt], stop_tokens, stop_strings, decode)
-  for state in _segments(params, config, roster, sampler, state, stop_tokens,
-                         max_new_tokens, 1, progress):
-    yield progress.completions(state, config)[0]
-
-
-def _check(config, prompts, max_new_tokens, stop_tokens, stop_strings, decode):
   batching.check_tokens(config, prompts, room=1)
   if max_new_tokens < 1:
     raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-  if stop_strings and decode is None:
-    raise ValueError("stop_strings need a decode function, to see them in the text")
-  if any(not s for s in stop_strings):
-    raise ValueError("a stop string is empty: it would end every text at once")
-  return tuple(config.eos_token_ids if stop_tokens is None else stop_tokens)
-
-
-def _segments(params, config, roster, sampler, state, stop_tokens, max_new_tokens,
-              segment, progress):
-  """Yields the state after every segment of steps until all texts are done."""
-  width = batching.bucket(max(1, len(stop_tokens)), 4)
-  stops = jnp.asarray(list(stop_tokens) + [-1] * (width - len(stop_tokens)), jnp.int32)
-  for first in range(0, max_new_tokens, segment):
-    steps = min(segment, max_new_tokens - first)
-    state = decode_steps(params, config, roster, sampler, state, stops, jnp.int32(steps))
-    if progress.watches_text:
-      state = state.replace(done=state.done | jnp.asarray(progress.stopped(state)))
-    yield state
-    if bool(np.all(state.done)):
-      return
-
-
-class _Progress:
-  """Finds stop strings, and cuts texts at them."""
-
-  def __init__(self, prompts, stop_tokens, stop_strings, decode):
-    self._starts = [len(p) for p in prompts]
-    self._stop_tokens = set(stop_tokens)
-    self._stop_strings = stop_strings
-    self._decode = decode
-    self._stops = {}  # row -> number of tokens that complete its stop string
-    self._seen = [0] * len(prompts)
-
-  @property
-  def watches_text(self):
-    return bool(self._stop_strings)
-
-  def _generated(self, tokens, row, length):
-    return tokens[row, self._starts[row]:length].tolist()
-
-  def stopped(self, state):
-    """Which rows `[B]` have completed a stop string."""
-    tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths)
-    stopped = np.zeros(len(lengths), bool)
-    for row in range(len(self._starts)):
-      if row not in self._stops:
-        generated = self._generated(tokens, row, lengths[row])
-        if self._find(self._text(generated)) is not None:
-          # The stop may lie anywhere in the segment: find its first token.
-          count = next(n for n in range(self._seen[row] + 1, len(generated) + 1)
-                       if self._find(self._text(generated[:n])) is not None)
-          self._stops[row] = count
-        self._seen[row] = len(generated)
-      stopped[row] = row in self._stops
-    return stopped
-
-  def _text(self, generated):
-    if generated and generated[-1] in self._stop_tokens:
-      generated = generated[:-1]
-    return self._decode(generated)
-
-  def _find(self, text):
-    found = [i for i in (text.find(s) for s in self._stop_strings) if i >= 0]
-    return min(found) if found else None
-
-  def completions(self, state, config):
-    """The completions as they stand; unfinished ones without a reason."""
-    tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths)
-    log_probs, clean = np.asarray(state.log_probs), np.asarray(state.clean_tokens)
-    done = np.asarray(state.done)
-    completions = []
-    for row, first in enumerate(self._starts):
-      end = first + self._stops[row] if row in self._stops else lengths[row]
-      generated = self._generated(tokens, row, end)
-      text = None if self._decode is None else self._text(generated)
-      if row in self._stops:
-        reason, text = "stop_string", text[:self._find(text)]
-      elif not done[row]:
-        reason = ""
-      elif generated and generated[-1] in self._stop_tokens:
-        reason = "stop_token"
-      else:
-        reason = "context" if end >= config.context_length else "length"
-      completions.append(Completion(
-          generated, log_probs[row, first:end].tolist(), clean[row, first:end].tolist(),
-          reason, text))
-    return completions
+  return (roster, sampler or Sampler.greedy(),
+          Stops.create(config, stop_tokens, stop_strings, decode))

@@ -66,7 +66,7 @@ def assert_stopped(completions, bases, **stops):
     tokens, reason, text = expected(base, **stops)
     assert (completion.tokens, completion.finish_reason) == (tokens, reason)
     assert completion.text == text
-    assert completion.log_probs == base.log_probs[:len(tokens)]
+    np.testing.assert_allclose(completion.log_probs, base.log_probs[:len(tokens)], atol=3e-5)
     assert completion.clean_tokens == base.clean_tokens[:len(tokens)]
 
 
@@ -85,14 +85,15 @@ def test_stop_tokens_of_the_config_are_the_default(olmoe):
   assert settings["stop_tokens"] == [5, 9]
 
 
-@pytest.mark.parametrize("segment", [32, 4, 1])
-def test_stop_strings(generate, unstopped, monkeypatch, segment):
+@pytest.mark.parametrize("segment, batch_size", [(32, 16), (4, 16), (1, 16), (4, 2), (3, 1)])
+def test_stop_strings(generate, unstopped, monkeypatch, segment, batch_size):
   """Strings over several tokens, that begin and end within one, wherever the
-  end of a segment falls."""
+  end of a segment falls and whatever a text's slot held before."""
   monkeypatch.setattr(decode, "SEGMENT", segment)
   strings = (to_text(unstopped[0].tokens[2:5])[1:-1], to_text(unstopped[2].tokens[5:7]),
              to_text(unstopped[3].tokens[:1]))
-  completions = generate(sampler=SAMPLER, stop_strings=strings, decode=to_text)
+  completions = generate(sampler=SAMPLER, stop_strings=strings, decode=to_text,
+                         batch_size=batch_size)
   assert_stopped(completions, unstopped, stop_strings=strings)
   assert [c.finish_reason for c in completions].count("stop_string") >= 3
   assert len(completions[3].tokens) == 1 and completions[3].text == ""
@@ -171,13 +172,6 @@ def test_batches_do_not_matter(request, family, cache):
     assert one.log_probs[0] != other.log_probs[0]
 
 
-def test_on_batch_sees_every_batch_in_order(generate):
-  batches = []
-  completions = generate(batch_size=2, on_batch=batches.append)
-  assert [len(b) for b in batches] == [2, 2]
-  assert batches[0] + batches[1] == completions
-
-
 def test_few_programs_are_compiled_for_many_lengths(generate):
   functions = (decode.decode_steps, decode.prefill_chunk)
   generate([tiny.texts([3])[0]], max_new_tokens=3)
@@ -190,11 +184,13 @@ def test_few_programs_are_compiled_for_many_lengths(generate):
 def test_the_state_is_donated(olmoe):
   config, params = olmoe
   roster = Roster.create(config)
-  state = decode.start(params, config, roster, PROMPTS, range(4), NEW)
+  state = decode.start(params, config, roster, PROMPTS, range(4), NEW, 4,
+                       decode.capacity_for(config, PROMPTS, NEW))
   stops = np.full(4, -1, np.int32)
-  after = decode.decode_steps(params, config, roster, Sampler.greedy(), state, stops,
-                              np.int32(2))
+  after, steps = decode.decode_steps(params, config, roster, Sampler.greedy(), state, stops,
+                                     np.int32(2))
   assert state.cache.keys.is_deleted() and state.tokens.is_deleted()
+  assert steps == 2
   np.testing.assert_array_equal(after.lengths, np.array([len(p) for p in PROMPTS]) + 2)
 
 

@@ -2,6 +2,9 @@ import json
 import os
 import subprocess
 import sys
+import time
+
+import numpy as np
 
 from experiments.tasks import wordmath
 from roe_jax import checkpoint, decode
@@ -11,49 +14,67 @@ from roe_jax.tokenizer import Tokenizer
 PROMPTS = [wordmath.prompt(p) for p in wordmath.problems("test", 5)]
 
 
-def run(checkpoint_folder, *arguments, text=None):
-  return subprocess.run(
+def start(checkpoint_folder, *arguments):
+  return subprocess.Popen(
       [sys.executable, "-m", "experiments.generate", f"--checkpoint={checkpoint_folder}",
        "--max_new_tokens=6", *arguments],
-      input=text, capture_output=True, text=True, env=os.environ)
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(checkpoint_folder, *arguments, text=None):
+  process = start(checkpoint_folder, *arguments)
+  out, errors = process.communicate(text)
+  return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
 
 
 def lines(prompts):
   return "".join(json.dumps({"id": f"p{i}", "prompt": p}) + "\n" for i, p in enumerate(prompts))
 
 
-def test_lines_in_lines_out_and_a_second_run_goes_on_where_the_first_stopped(
-    tiny_checkpoint, tmp_path):
-  source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-  source.write_text(lines(PROMPTS))
-  arguments = (f"--input={source}", f"--output={target}", "--num_members=3",
-               "--temperature_profile=0.4", "--batch_size=2")
-  first = run(tiny_checkpoint, *arguments)
+def test_lines_in_lines_out_and_a_killed_run_goes_on_where_it_stopped(tiny_checkpoint, tmp_path):
+  source, target, other = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "other.jsonl"))
+  prompts = [wordmath.prompt(p) for p in wordmath.problems("test", 24)]
+  source.write_text(lines(prompts))
+  # Texts end with the context of 128 tokens, in another order than they begin.
+  arguments = (f"--input={source}", "--num_members=3", "--temperature_profile=0.4",
+               "--batch_size=3", "--max_new_tokens=90")
+  first = run(tiny_checkpoint, f"--output={other}", *arguments)
   assert first.returncode == 0, first.stderr
-  whole = target.read_text()
-  records = [json.loads(line) for line in whole.splitlines()]
-  assert [r["id"] for r in records] == [f"p{i}" for i in range(5)]
-  assert records[0]["settings"]["roster"]["num_members"] == 3
+  expected = [json.loads(line) for line in other.read_text().splitlines()]
+  assert [(r["index"], r["id"]) for r in expected] == [(i, f"p{i}") for i in range(24)]
+  assert expected[0]["settings"]["roster"]["num_members"] == 3
+  tokens = sum(len(r["tokens"]) for r in expected)
+  assert f"[24 prompts: {tokens} tokens in " in first.stderr
+  assert "% of the slots running" in first.stderr
 
   params, config = checkpoint.load(tiny_checkpoint)
   tokenizer = Tokenizer.load(tiny_checkpoint)
-  expected = decode.generate(
-      params, config, [tokenizer.encode(p) for p in PROMPTS], max_new_tokens=6,
-      roster=Roster.create(config, 3, 0.4), decode=tokenizer.decode)
-  assert [r["tokens"] for r in records] == [c.tokens for c in expected.completions]
-  assert [r["text"] for r in records] == [c.text for c in expected.completions]
+  alone = decode.generate(
+      params, config, [tokenizer.encode(prompts[7])], max_new_tokens=90, request_ids=[7],
+      roster=Roster.create(config, 3, 0.4), decode=tokenizer.decode).completions[0]
+  assert (expected[7]["tokens"], expected[7]["text"]) == (alone.tokens, alone.text)
 
-  # Killed while it wrote the fourth line.
-  target.write_text("".join(whole.splitlines(keepends=True)[:3]) + '{"id": "p3", "tok')
-  second = run(tiny_checkpoint, *arguments)
+  killed = start(tiny_checkpoint, f"--output={target}", *arguments)
+  while killed.poll() is None and not (target.exists() and target.read_text().count("\n") >= 4):
+    time.sleep(0.001)
+  killed.kill()
+  killed.communicate()
+  there = target.read_text().count("\n")
+  assert 4 <= there < 24
+  with target.open("a") as file:  # as if it had been killed within a line
+    file.write('{"index": 9, "id": "p9", "tok')
+  second = run(tiny_checkpoint, f"--output={target}", *arguments)
   assert second.returncode == 0, second.stderr
-  again = [json.loads(line) for line in target.read_text().splitlines()]
-  assert [r["tokens"] for r in again] == [r["tokens"] for r in records]
-  assert "already holds 3 of 5" in second.stderr
+  assert f"already holds {there} of 24" in second.stderr
+  assert f"[{24 - there} prompts: " in second.stderr
+  found = [json.loads(line) for line in target.read_text().splitlines()]
+  for one, record in zip(found, expected, strict=True):
+    np.testing.assert_allclose(one.pop("log_probs"), record.pop("log_probs"), atol=1e-4)
+    assert one == record
 
-  other = run(tiny_checkpoint, *arguments, "--seed=1")
-  assert other.returncode == 1
-  assert "other requests or settings" in other.stderr
+  refused = run(tiny_checkpoint, f"--output={target}", *arguments, "--seed=1")
+  assert refused.returncode == 1
+  assert "other requests or settings" in refused.stderr
 
 
 def test_a_prompt_is_streamed_to_the_terminal(tiny_checkpoint):

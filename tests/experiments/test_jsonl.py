@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -34,24 +35,81 @@ def test_tokens_are_taken_from_text_or_ids():
 def test_results_go_on_after_a_torn_line(tmp_path):
   path = tmp_path / "out" / "results.jsonl"
   with jsonl.Results(str(path), REQUESTS, {"n": 1}) as results:
-    results.write([{"x": 0}, {"x": 1}])
+    results.write(0, {"x": 0})
+    results.write(1, {"x": 1})
   path.write_text(path.read_text() + '{"id": 2, "x"')
   with jsonl.Results(str(path), REQUESTS, {"n": 1}) as results:
-    assert results.finished == 2
-    results.write([{"x": 2}])
+    assert results.missing == [2]
+    results.write(2, {"x": 2})
   records = [json.loads(line) for line in path.read_text().splitlines()]
-  assert [(r["id"], r["x"], r["settings"]) for r in records] == [
-      (0, 0, {"n": 1}), (1, 1, {"n": 1}), (2, 2, {"n": 1})]
+  assert [(r["index"], r["id"], r["x"], r["settings"]) for r in records] == [
+      (i, i, i, {"n": 1}) for i in range(3)]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_the_finished_file_is_in_order_however_it_came_about(tmp_path, order):
+  ordered, path = tmp_path / "ordered.jsonl", tmp_path / "results.jsonl"
+  with jsonl.Results(str(ordered), REQUESTS, {"n": 1}) as results:
+    for i in range(3):
+      results.write(i, {"x": i})
+  for i in order:  # one run for each result, each cut off within the next line
+    with jsonl.Results(str(path), REQUESTS, {"n": 1}) as results:
+      assert i in results.missing
+      results.write(i, {"x": i})
+      assert i not in results.missing
+      # What a killed process has written is there already.
+      assert json.loads(path.read_text().splitlines()[-1])["x"] == i
+    if results.missing:
+      path.write_text(path.read_text() + '{"index": ')
+  assert path.read_bytes() == ordered.read_bytes()
+  assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_file_that_was_complete_but_not_in_order_when_the_run_was_killed(tmp_path):
+  path = tmp_path / "results.jsonl"
+  with jsonl.Results(str(path), REQUESTS, {"n": 1}) as results:
+    for i in range(3):
+      results.write(i, {"x": i})
+  whole = path.read_text()
+  path.write_text("".join(reversed(whole.splitlines(keepends=True))))
+  with jsonl.Results(str(path), REQUESTS, {"n": 1}) as results:
+    assert results.missing == []
+  assert path.read_text() == whole
+
+
+def test_standard_output_is_in_order(capsys):
+  def indices():
+    return [json.loads(line)["index"] for line in capsys.readouterr().out.splitlines()]
+
+  with jsonl.Results(None, REQUESTS, {}) as results:
+    results.write(1, {})
+    assert indices() == [] and results.missing == [0, 2]
+    results.write(0, {})
+    assert indices() == [0, 1]
+    results.write(2, {})
+    assert indices() == [2]
+  # What is held back when the work is interrupted is printed at last.
+  with pytest.raises(KeyboardInterrupt), jsonl.Results(None, REQUESTS, {}) as results:
+    results.write(2, {})
+    results.write(1, {})
+    raise KeyboardInterrupt
+  assert indices() == [1, 2]
 
 
 def test_results_of_other_work_are_kept_and_refused(tmp_path):
   path = tmp_path / "results.jsonl"
   with jsonl.Results(str(path), REQUESTS, {"n": 1}) as results:
-    results.write([{"x": 0}])
+    results.write(0, {"x": 0})
   before = path.read_text()
   for requests, settings in ((REQUESTS, {"n": 2}), (REQUESTS[1:], {"n": 1}), ([], {"n": 1})):
     with pytest.raises(ValueError, match="other requests or settings"):
       jsonl.Results(str(path), requests, settings)
+  record = json.loads(before)
+  for bad in ([record, record], [record | {"index": 3}], [record | {"index": -1} | REQUESTS[-1]],
+              [record | {"index": 1}], [record | {"index": None}], [{"settings": {"n": 1}}], [7]):
+    path.write_text("".join(json.dumps(r) + "\n" for r in bad))
+    with pytest.raises(ValueError, match="other requests or settings"):
+      jsonl.Results(str(path), REQUESTS, {"n": 1})
   path.write_text("a shopping list\n")
   with pytest.raises(ValueError, match="other requests or settings"):
     jsonl.Results(str(path), REQUESTS, {"n": 1})
