@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import tiny
-from roe_jax import decode
+from roe_jax import decode, numerics
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
@@ -13,7 +13,7 @@ from roe_jax.sampling import Sampler
 PROMPTS = tiny.texts([5, 1, 46, 9, 3, 45, 17, 2, 36])
 IDS = [40, 11, 2**32 - 1, 0, 7, 3, 500, 12, 9]
 NEW = 12
-STOPS = tuple(range(8))
+STOPS = tuple(range(4))
 SAMPLER = Sampler.create(1.0)
 
 
@@ -171,7 +171,7 @@ def test_there_is_room_for_the_longest_prompt_wherever_it_comes(olmoe, monkeypat
 def test_a_text_is_placed_as_it_is_and_no_other_changes(dtype, cache):
   config = tiny.config("olmoe", dtype=dtype)
   params = tiny.params(config)
-  roster = Roster.create(config, 2, 0.5, cache=cache)
+  roster = Roster.create(config, 2, [0, 0.5, 0.5], cache=cache)
 
   def start(prompts, ids):
     state = decode.start(params, config, roster, prompts, ids, NEW, len(prompts), 128)
@@ -183,7 +183,7 @@ def test_a_text_is_placed_as_it_is_and_no_other_changes(dtype, cache):
   state, before = start(PROMPTS[:3], IDS[:3])
   other, source = start(PROMPTS[3:5], IDS[3:5])
   after = decode.place(state, np.int32(2), other, np.int32(1))
-  assert jax.tree.leaves(after.cache)[0].dtype == dtype
+  assert jax.tree.leaves(after.cache)[0].dtype == numerics.storage_dtype(dtype)
   first = jax.tree.map(lambda a: np.moveaxis(np.asarray(a, np.float32), -4, 0), after.cache)
   for found, old, new in zip(jax.tree.leaves((first, after.replace(cache=None))), before, source,
                              strict=True):
