@@ -8,19 +8,23 @@ whatever the size of the tile.
 On CPUs XLA copies what is sliced from a stack before it is multiplied. There
 the matrices are walked tile by tile, so that the copy stays in the core's
 cache (measured: 1.5 times the time to read the weights, against 2.2). The same
-walk widens weights that are held as bfloat16 bits (`storage_dtype`).
+walk widens weights that are held as bfloat16 bits (`storage_dtype`). Where XLA
+spreads every operation over several cores, tiles are larger: it takes longer to
+hand out a small one than to compute it.
 """
 
 from collections.abc import Callable
 import math
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-# Bytes of a tile as it is multiplied: with what it is copied from it must fit
-# the second-level cache of one core.
-TILE_BYTES = 512 * 1024
+# Bytes of a tile as it is multiplied. On one core it must fit the second-level
+# cache; on several the least time was seen with all of an expert of this size.
+ONE_CORE_TILE = 512 * 1024
+TILE = 4 * 1024 * 1024
 
 
 def einsum(subscripts: str, x: jax.Array, weights: jax.Array) -> jax.Array:
@@ -37,6 +41,20 @@ def einsum(subscripts: str, x: jax.Array, weights: jax.Array) -> jax.Array:
   precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
   return jnp.einsum(subscripts, x, weights, precision=precision,
                     preferred_element_type=jnp.float32)
+
+
+def tile_bytes() -> int:
+  """The size of a tile, by the number of cores that XLA uses."""
+  return ONE_CORE_TILE if num_cores() == 1 else TILE
+
+
+def num_cores() -> int:
+  """Cores that this process, and so XLA's CPU backend, may use."""
+  if "NPROC" in os.environ:  # as XLA counts
+    return int(os.environ["NPROC"])
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def storage_dtype(dtype: str) -> jnp.dtype:
@@ -143,12 +161,12 @@ def walk(weights: Any, first: jax.Array | int, size: int, rows: int,
 def tile_rows(size: int, row_elements: int) -> int:
   """Rows of a tile of a matrix of `size` rows.
 
-  The largest divisor of `size` that `TILE_BYTES` holds; all rows on other
-  platforms than CPUs, and where all divisors are very small.
+  The largest divisor of `size` that a tile holds; all rows on other platforms
+  than CPUs, and where all divisors are very small.
   """
   if jax.default_backend() != "cpu":
     return size
-  most = max(1, TILE_BYTES // (4 * row_elements))
+  most = max(1, tile_bytes() // (4 * row_elements))
   rows = max(d for d in range(1, min(most, size) + 1) if size % d == 0)
   return rows if 8 * rows >= min(most, size) else size
 

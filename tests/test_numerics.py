@@ -16,7 +16,7 @@ L, D, OUT = 3, 20, (4, 6)
 @pytest.fixture(params=[1, 160, 480, 10**6])
 def tile(request, monkeypatch):
   """Bytes of a tile: a row (not used, as 24 has larger divisors), 2, 6 or all rows."""
-  monkeypatch.setattr(numerics, "TILE_BYTES", request.param)
+  monkeypatch.setattr(numerics, "tile_bytes", lambda: request.param)
   return request.param
 
 
@@ -79,8 +79,14 @@ def test_projections_map_over_rows_and_have_gradients(tile):
     (50257, 1024, 29),   # 29 x 1733
     (50261, 1024, 50261),  # a prime
 ])
-def test_rows_of_a_tile(size, row, expected):
+def test_rows_of_a_tile(monkeypatch, size, row, expected):
+  monkeypatch.setenv("NPROC", "1")
   assert numerics.tile_rows(size, row) == expected
+
+
+def test_several_cores_take_larger_tiles(monkeypatch):
+  monkeypatch.setenv("NPROC", "2")
+  assert numerics.tile_rows(1024, 1024) == 1024 and numerics.tile_rows(4096, 1024) == 1024
 
 
 def test_storage_keeps_every_bfloat16():
@@ -119,8 +125,9 @@ def test_sharded_parameters_are_held_where_they_are():
 
 
 @pytest.mark.parametrize("num_members", [1, 6])
-def test_a_bfloat16_step_makes_no_float32_copies(num_members):
+def test_a_bfloat16_step_makes_no_float32_copies(monkeypatch, num_members):
   """Temporaries stay far below the weights, and below one layer's cache."""
+  monkeypatch.setenv("NPROC", "1")  # small tiles
   config = tiny.config("olmoe", d_model=256, d_expert=256, num_experts=32, vocab_size=4096,
                        num_heads=4, num_kv_heads=4, head_dim=64, context_length=4096,
                        dtype="bfloat16")

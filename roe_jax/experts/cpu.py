@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from roe_jax.experts.packing import combine
-from roe_jax.numerics import einsum, tile_rows, walk
+from roe_jax.numerics import einsum, num_cores, tile_rows, walk
 
 # A step of the inner loop should have so many multiplications that what
 # starting it costs does not matter.
@@ -22,7 +22,7 @@ def blocks(num_experts, gate_up, down, layer, x, indices, gates):
   n, a = indices.shape
   pairs, (width, d) = n * a, down.shape[1:]
   rows_of_tile = tile_rows(width, 2 * d)
-  block = _block_size(pairs, num_experts, 3 * rows_of_tile * d)
+  block = _block_size(n, a, num_experts, 3 * rows_of_tile * d)
   flat_indices = indices.reshape(pairs)
   by_expert = jnp.argsort(flat_indices, stable=True)
   counts = jnp.bincount(flat_indices, length=num_experts)
@@ -62,16 +62,18 @@ def blocks(num_experts, gate_up, down, layer, x, indices, gates):
   return combine(sorted_y[places.reshape(n, a)], gates, x.dtype)
 
 
-def _block_size(num_pairs, num_experts, tile_elements):
-  """Rows of a block: one while most experts have one or two, later 4, then 16.
+def _block_size(num_rows, choices, num_experts, tile_elements):
+  """Rows of a block: few for few, more of them where a tile is small.
 
-  Measured with D 1024, F 512 and 64 experts of 8 on one core, in units of the
-  time to read the experts once, at 1, 4 and 16 rows: 1.48, 1.73 and more for 1
-  row; 1.77, 1.85 and more for 16; 2.54, 2.24 and 2.42 for 64; 18.3, 11.3 and
-  10.0 for 1024. Smaller tiles take proportionally more rows.
+  Measured with D 1024, F 512 and 64 experts of 8, in units of the time to read
+  the experts once, with blocks of 1, 4 and 16 rows. On one core: 1.48, 1.73 and
+  more for 1 row; 1.77, 1.85 and more for 16; 2.54, 2.24 and 2.42 for 64; 18.3,
+  11.3 and 10.0 for 1024. On two, with blocks of 1, 4, 8 and 16: 3.7, 2.6, 2.8
+  and 3.3 for 16 rows; 8.9, 3.7, 3.1 and 3.3 for 64.
   """
-  mean = num_pairs / num_experts
-  rows = 1 if mean <= 2 else 4 if mean <= 8 else 16
+  mean = num_rows * choices / num_experts
+  few, some = (1, 4) if num_cores() == 1 else (4, 8)
+  rows = few if mean <= 2 else some if mean <= 8 else 16
   while rows * tile_elements < LEAST_WORK and rows < min(2 * mean, 128):
     rows *= 2
-  return rows
+  return min(rows, 1 << (num_rows - 1).bit_length())
