@@ -132,7 +132,7 @@ def run(config: ModelConfig, sizes: Sizes, sweeps: list[str], folder: results.Fo
     for _ in range(count):
       read()
 
-  for sweep in sweeps:
+  def measure(sweep):
     bar.set_description(f"{sweep}: compiling")
     if sweep == "transformers":
       from experiments.benchmarks import competitors
@@ -141,8 +141,10 @@ def run(config: ModelConfig, sizes: Sizes, sweeps: list[str], folder: results.Fo
       todo = cases.SWEEPS[sweep](bench, sizes)
     bar.set_description(sweep)
     bar.reset(FLAGS.rounds * results.num_calls(todo))
-    folder.add(sweep, results.measure(todo, FLAGS.rounds, bandwidth, read_bytes, FLAGS.seed,
-                                      bar.update))
+    return results.measure(todo, FLAGS.rounds, bandwidth, read_bytes, FLAGS.seed, bar.update)
+
+  for sweep in sweeps:
+    folder.add(sweep, measure(sweep))
     bench.forget()
 
 
@@ -157,6 +159,14 @@ def main(argv) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   output = pathlib.Path(FLAGS.output)
   described = machine.describe(num_cores)
+  if "transformers" in sweeps:
+    from experiments.benchmarks import competitors
+    if not competitors.runs_on(described["platform"]):
+      print(f"Not compared with transformers: torch here does not run on this "
+            f"{described['platform']}.")
+      sweeps.remove("transformers")
+  if not sweeps:
+    raise ValueError("nothing is left to measure: name other --sweeps")
   folder = results.Folder(output, {
       name: FLAGS[name].value for name in (
           "preset", "temperature", "rounds", "seed", "num_members", "context", "contexts",

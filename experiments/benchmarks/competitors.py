@@ -24,6 +24,11 @@ GATHERED_BYTES = 2**29
 CAPTURABLE = ("grouped_mm", "batched_mm", "dense", "deepgemm", "sonicmoe")
 
 
+def runs_on(platform: str) -> bool:
+  """Whether torch can use what JAX uses here: anything else would be no comparison."""
+  return platform == "cpu" or (platform == "gpu" and torch.cuda.is_available())
+
+
 def needed_bytes(config, sizes: Sizes) -> int:
   """Memory beside roe_jax's own: the weights once more, and the members' caches."""
   copies = 2 * max(NUM_MEMBERS)  # in the making there are two
@@ -40,10 +45,7 @@ def cases(bench: Bench, sizes: Sizes, num_cores: int) -> list[Case]:
   without torch.compile; on CUDA the hand-tuned roster may be a CUDA graph.
   """
   torch.set_num_threads(num_cores)
-  device = {"gpu": "cuda"}.get(jax.default_backend(), "cpu")
-  if device == "cuda" and not torch.cuda.is_available():
-    raise ValueError("torch here has no CUDA, so that it cannot be compared on this GPU: give "
-                     "--transformers=no")
+  device = "cuda" if jax.default_backend() == "gpu" else "cpu"
   model = transformers_roster.build(bench.config, bench.config.dtype, device)
   transformers_stock.copy_params(bench.params, model)
   stock, tuned = transformers_stock.twin(model), transformers_stock.twin(model)

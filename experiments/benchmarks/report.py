@@ -102,19 +102,19 @@ def draw(folder: Folder, title: str, path: pathlib.Path) -> None:
   records = folder.of("decode")
   if not records:
     return
-  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained")
   styles = [dict(color="0.55", marker="s", linestyle="--"), dict(color="black", marker="o")]
   temperatures = sorted({r["temperature"] for r in records})
   for tau, style in zip(temperatures, styles):
     of_tau = [r for r in records if r["temperature"] == tau]
     n = [r["num_members"] for r in of_tau]
-    label = f"τ = {tau:g}"
+    label = f"roe_jax, τ = {tau:g}"
     left.plot(n, [r["to_baseline"] for r in of_tau], label=label, **style)
     right.plot(n, [r["experts_hit"] for r in of_tau], label=label, **style)
   of_tau = [r for r in records if r["temperature"] == temperatures[-1]]
   left.plot([r["num_members"] for r in of_tau],
             [r["floor_seconds"] / of_tau[0]["seconds"] for r in of_tau], color="black",
-            linewidth=0.8, linestyle=":", label=f"reading memory, τ = {temperatures[-1]:g}")
+            linewidth=0.8, linestyle=":", label=f"floor: memory read once, τ = {temperatures[-1]:g}")
   _draw_rivals(left, folder.of("transformers"))
   every = sorted({r["num_members"] for r in records})
   for axis in (left, right):
@@ -124,9 +124,10 @@ def draw(folder: Folder, title: str, path: pathlib.Path) -> None:
     axis.set_xlabel("roster members n")
     axis.set_ylim(bottom=0)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9, loc="upper left")
   left.set_ylabel(f"time of a decode step (n = {every[0]} of roe_jax is 1)")
   right.set_ylabel("different experts chosen in a layer")
+  figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                frameon=False, fontsize=9)
   figure.suptitle(title, fontsize=9)
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=150)

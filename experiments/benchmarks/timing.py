@@ -12,8 +12,8 @@ import numpy as np
 SHORTEST = 0.02
 # What takes longer than this needs no call before it to be timed as always.
 LONG = 1.0
-# A case stops taking turns after so many seconds, with two turns at least.
-BUDGET = 20.0
+# A case stops taking turns after so many seconds, with three turns at least.
+BUDGET = 15.0
 
 _compiled = {}
 
@@ -58,12 +58,13 @@ class Timed:
   warms: bool = True
 
   def try_out(self, rounds: int) -> None:
-    """Calls twice, and settles how often to call."""
-    self.call(1)
+    """Calls once, or twice if that is quick, and settles how often to call."""
     seconds = self._time(1)
+    if seconds < LONG:
+      seconds = self._time(1)
     self.count = int(np.clip(np.ceil(SHORTEST / seconds), 1, 100))
     self.warms = seconds < LONG
-    self.turns = int(np.clip(BUDGET // seconds, min(2, rounds), rounds))
+    self.turns = int(np.clip(BUDGET // seconds, min(3, rounds), rounds))
 
   def take_turn(self) -> float:
     """Seconds of doing the work once."""
