@@ -178,7 +178,7 @@ def time_each(call: Callable[[str], object], names: Sequence[str], repeats: int 
 # What the roster changes in the model
 
 
-def _route(self, hidden_states):
+def route(self, hidden_states):
   """A router's forward function with noise on its choice; gates stay clean.
 
   `self.noise` is `[B·M, E]` float32, or None.
@@ -296,7 +296,7 @@ class TransformersRoster:
     model.set_attn_implementation("roster")
     for layer in model.model.layers:
       layer.mlp.gate.noise = None
-      layer.mlp.gate.forward = types.MethodType(_route, layer.mlp.gate)
+      layer.mlp.gate.forward = types.MethodType(route, layer.mlp.gate)
     for module in model.modules():
       if isinstance(module, torch.nn.Linear):
         module.forward = types.MethodType(_linear, module)

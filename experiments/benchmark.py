@@ -1,0 +1,200 @@
+"""What a roster costs, measured.
+
+  python -m experiments.benchmark --preset=laptop
+  python -m experiments.benchmark --preset=laptop --num_cores=1 --output=benchmark_one_core
+  python -m experiments.benchmark --preset=olmoe-1b-7b     (GPU or TPU, 16 GB)
+  python -m experiments.benchmark --preset=mixtral-8x7b    (96 GB)
+
+Times decode steps and scoring of models with random weights against n, τ, context,
+batch and cache, in rounds in which all cases of a sweep take turns with a measurement
+of the memory's bandwidth. A step is compared to its floor: the time to read once what
+it cannot do without (the different experts that its members choose, attention, head,
+keys and values that it sees). Where torch and transformers are installed, the same
+model does the same roster in them.
+
+Under --output: table.txt (also printed), results.jsonl with a line for each case, and
+cost.png. Started again with the same flags, finished sweeps are not measured again.
+"""
+
+import importlib.util
+import os
+import pathlib
+import time
+
+from absl import flags
+import jax
+from tqdm import tqdm
+
+from experiments import app
+from experiments.benchmarks import bench as bench_lib, cases, machine, models, report, results
+from experiments.benchmarks.cases import Sizes
+from roe_jax import params as params_lib
+from roe_jax.config import ModelConfig
+
+FLAGS = flags.FLAGS
+SWEEPS = (*cases.SWEEPS, "transformers")
+
+
+def define_flags() -> None:
+  flags.DEFINE_enum("preset", "laptop", list(models.PRESETS), "Shape of the model.")
+  flags.DEFINE_list("sweeps", list(SWEEPS), "What to measure.")
+  flags.DEFINE_list("num_members", ["1", "2", "4", "8", "16", "32", "64"],
+                    "Roster sizes n of the sweep of decoding.")
+  flags.DEFINE_float("temperature", 0.5, "Router temperature τ of the noisy rosters.")
+  flags.DEFINE_integer("context", 128, "Positions before a step, in sweeps of other things.")
+  flags.DEFINE_list("contexts", ["128", "512", "2048"], "Of the sweep of contexts.")
+  flags.DEFINE_list("batch_sizes", ["1", "4", "16"], "Of the sweep of batches.")
+  flags.DEFINE_integer("cache_context", 512, "Positions before a step where caches are compared.")
+  flags.DEFINE_integer("score_tokens", 512, "Length of the text that is scored.")
+  flags.DEFINE_integer("rounds", 7, "Turns of each case.")
+  flags.DEFINE_integer("num_cores", None, "CPU cores to use; all by default.")
+  flags.DEFINE_enum("transformers", "auto", ["auto", "no"],
+                    "Whether to compare with transformers: where it is installed, or not.")
+  flags.DEFINE_integer("seed", 0, "Of weights, tokens, noise and the order of turns.")
+  flags.DEFINE_string("output", "benchmark", "Folder of the results.")
+
+
+def _numbers(name: str) -> tuple[int, ...]:
+  """The value of a list flag, in ascending order."""
+  try:
+    values = sorted({int(text) for text in FLAGS[name].value})
+  except ValueError as error:
+    raise ValueError(f"--{name} must be a comma-separated list of integers, got "
+                     f"{','.join(FLAGS[name].value)!r}") from error
+  if not values or values[0] < 1:
+    raise ValueError(f"--{name} must be a list of integers of at least 1, got "
+                     f"{','.join(FLAGS[name].value)!r}")
+  return tuple(values)
+
+
+def sizes_from_flags(config: ModelConfig) -> Sizes:
+  """The sizes of all sweeps.
+
+  Raises:
+    ValueError: one is out of its range.
+  """
+  sizes = Sizes(_numbers("num_members"), FLAGS.context, _numbers("contexts"),
+                _numbers("batch_sizes"), FLAGS.cache_context, FLAGS.score_tokens)
+  if min(FLAGS.context, FLAGS.cache_context) < 1 or FLAGS.score_tokens < 2:
+    raise ValueError("--context and --cache_context must be at least 1, --score_tokens at least 2")
+  longest = max(sizes.context + 1, sizes.contexts[-1] + 1, sizes.cache_context + 1,
+                sizes.score_tokens)
+  if longest > config.context_length:
+    raise ValueError(f"the flags ask for texts of {longest} tokens, the context of "
+                     f"{FLAGS.preset} is {config.context_length}")
+  if FLAGS.rounds < 1:
+    raise ValueError(f"--rounds must be at least 1, got {FLAGS.rounds}")
+  if not 0 < FLAGS.temperature < float("inf"):
+    raise ValueError(f"--temperature must be positive, got {FLAGS.temperature}")
+  if not 0 <= FLAGS.seed < 2**32:
+    raise ValueError(f"--seed must lie in [0, 2**32), got {FLAGS.seed}")
+  return sizes
+
+
+def chosen_sweeps() -> list[str]:
+  """The sweeps that are asked for and can be run."""
+  unknown = [name for name in FLAGS.sweeps if name not in SWEEPS]
+  if unknown or not FLAGS.sweeps:
+    raise ValueError(f"--sweeps: unknown {', '.join(unknown) or 'nothing'}; choose from "
+                     f"{', '.join(SWEEPS)}")
+  sweeps = [name for name in SWEEPS if name in FLAGS.sweeps]
+  missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+  if "transformers" in sweeps and (missing or FLAGS.transformers == "no"):
+    sweeps.remove("transformers")
+    if missing and FLAGS.transformers == "auto":
+      print(f"Not compared with transformers: {' and '.join(missing)} not installed.")
+  return sweeps
+
+
+def needed_bytes(config: ModelConfig, sizes: Sizes, sweeps: list[str]) -> int:
+  """Rough memory of the run: weights, the largest sweep's caches, activations."""
+  positions = {
+      "decode": sizes.context, "context": sum(sizes.contexts),
+      "batch": sum(sizes.batch_sizes) * sizes.context, "cache": 12 * sizes.cache_context,
+      "late": sizes.context, "scoring": sizes.score_tokens, "transformers": sizes.context}
+  # Capacity is rounded up; a cache is donated, so that there is one of each.
+  caches = models.cache_bytes(config, int(1.25 * max(positions[s] for s in sweeps)) + 256)
+  needed = params_lib.num_bytes(config) + caches + 2 * 2**28
+  if "transformers" in sweeps:
+    from experiments.benchmarks import competitors
+    needed += competitors.needed_bytes(config, sizes)
+  return needed
+
+
+def run(config: ModelConfig, sizes: Sizes, sweeps: list[str], folder: results.Folder,
+        num_cores: int, bar: tqdm) -> None:
+  """Measures the sweeps that the folder does not hold."""
+  bar.set_description("random weights")
+  bench = bench_lib.Bench(config, FLAGS.temperature, FLAGS.seed)
+  read, read_bytes = machine.bandwidth_call()
+
+  def bandwidth(count):
+    for _ in range(count):
+      read()
+
+  def measure(sweep):
+    bar.set_description(f"{sweep}: compiling")
+    if sweep == "transformers":
+      from experiments.benchmarks import competitors
+      todo = competitors.cases(bench, sizes, num_cores)
+    else:
+      todo = cases.SWEEPS[sweep](bench, sizes)
+    bar.set_description(sweep)
+    bar.reset(FLAGS.rounds * results.num_calls(todo))
+    return results.measure(todo, FLAGS.rounds, bandwidth, read_bytes, FLAGS.seed, bar.update)
+
+  for sweep in sweeps:
+    folder.add(sweep, measure(sweep))
+    bench.forget()
+
+
+def main(argv) -> None:
+  del argv
+  begin = time.perf_counter()
+  config = models.PRESETS[FLAGS.preset]
+  sizes, sweeps = sizes_from_flags(config), chosen_sweeps()
+  num_cores = machine.pin(FLAGS.num_cores)
+  if "transformers" in sweeps:
+    # torch needs the same device's memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  output = pathlib.Path(FLAGS.output)
+  described = machine.describe(num_cores)
+  if "transformers" in sweeps:
+    from experiments.benchmarks import competitors
+    if not competitors.runs_on(described["platform"]):
+      print(f"Not compared with transformers: torch here does not run on this "
+            f"{described['platform']}.")
+      sweeps.remove("transformers")
+  if not sweeps:
+    raise ValueError("nothing is left to measure: name other --sweeps")
+  folder = results.Folder(output, {
+      name: FLAGS[name].value for name in (
+          "preset", "temperature", "rounds", "seed", "num_members", "context", "contexts",
+          "batch_sizes", "cache_context", "score_tokens")}
+      | {"dtype": config.dtype} | described)
+  todo = [sweep for sweep in sweeps if not folder.has(sweep)]
+  if todo:
+    needed, free = needed_bytes(config, sizes, todo), machine.free_bytes()
+    if needed > free:
+      raise ValueError(
+          f"{FLAGS.preset} needs about {needed / 2**30:.1f} GiB with these flags, "
+          f"{free / 2**30:.1f} GiB are free: take a smaller preset, fewer --sweeps or "
+          "--transformers=no")
+    with tqdm(unit="turn") as bar:
+      run(config, sizes, todo, folder, num_cores, bar)
+  title = (f"{FLAGS.preset} with random weights, {config.dtype}; {described['cpu']}, "
+           f"{num_cores} core{'s' if num_cores > 1 else ''}"
+           + (f"; {described['device']}" if described["platform"] != "cpu" else "")
+           + f"; jax {jax.__version__}")
+  text = (f"{title}\nMedians of {FLAGS.rounds} rounds, in brackets quartiles; ratios are medians "
+          f"of those within rounds.\n\n{report.table(folder, SWEEPS)}\n{report.summary(folder)}\n")
+  print("\n" + text)
+  app.write_atomically(output / "table.txt", text)
+  report.draw(folder, title, output / "cost.png")
+  print(f"Saved {output}/table.txt, results.jsonl and cost.png; "
+        f"{time.perf_counter() - begin:.0f} s.")
+
+
+if __name__ == "__main__":
+  define_flags()
+  app.run(main)

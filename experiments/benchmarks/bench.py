@@ -1,0 +1,210 @@
+"""A model with random weights, and calls of roe_jax on it that can be timed."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks import models, timing
+from roe_jax import batching, decode, roster as roster_lib, score
+from roe_jax.config import ModelConfig
+from roe_jax.roster import Roster
+
+# Different tokens and noises that steps are measured on, one after the other.
+NUM_SAMPLES = 8
+# Positions scored together.
+SCORE_CHUNK = 64
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def decode_step(params, config, roster, cache, tokens_B, positions_B, request_ids_B):
+  """One step with the greedy choice: the (donated) cache, and tokens `[B]`."""
+  outputs, cache = roster_lib.step(
+      params, config, roster, cache, tokens_B, positions_B, request_ids_B)
+  return cache, jnp.argmax(outputs.log_probs[:, 0], axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def chosen_experts(params, config, roster, cache, tokens_B, positions_B, request_ids_B):
+  """Experts of all members at one position of every text, `[L, R, B, 1, A]`."""
+  _, outputs = roster_lib.member_states(
+      params, config, roster, cache, tokens_B[:, None], positions_B[:, None], request_ids_B,
+      keep=("experts",))
+  return outputs.experts
+
+
+@dataclasses.dataclass
+class Box:
+  """A cache with room for a little more than its context.
+
+  Attributes:
+    cache: programs that take it donate it and put back what they return.
+    context: positions that are filled.
+    batch_size: B.
+  """
+
+  cache: Any
+  context: int
+  batch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """Something to time.
+
+  Attributes:
+    run: does it so many times, and waits for it.
+    memory: bytes, as `timing.memory` has them.
+  """
+
+  run: Callable[[int], None]
+  memory: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+class Bench:
+  """The model, its texts and its caches.
+
+  Attributes:
+    config: the architecture.
+    params: random.
+    temperature: τ of the noisy rosters.
+  """
+
+  def __init__(self, config: ModelConfig, temperature: float, seed: int):
+    self.config, self.temperature, self._seed = config, temperature, seed
+    self.params = models.random_params(config, seed)
+    self._boxes = {}
+
+  def roster(self, num_members: int, temperature: float | Sequence[float],
+             **settings) -> Roster:
+    """A roster whose members all run all layers, as the paper's do, also at τ = 0."""
+    settings = {"noisy_layers": (0, self.config.num_layers), "seed": self._seed} | settings
+    return Roster.create(self.config, num_members, temperature, **settings)
+
+  def text(self, batch_size: int, length: int) -> np.ndarray:
+    """Random tokens `[B, length]`, the same each time."""
+    random = np.random.default_rng([self._seed, batch_size])
+    return random.integers(0, self.config.vocab_size, (batch_size, length), np.int32)
+
+  def samples(self, batch_size: int) -> np.ndarray:
+    """Random tokens for steps, `[NUM_SAMPLES, B]`, the same each time."""
+    random = np.random.default_rng([self._seed, batch_size, 1])
+    return random.integers(0, self.config.vocab_size, (NUM_SAMPLES, batch_size), np.int32)
+
+  def empty(self, roster: Roster, context: int, batch_size: int) -> Box:
+    """A cache of the capacity that generation would choose, empty."""
+    capacity = batching.bucket(context + 1, decode.MIN_CAPACITY)
+    cache = roster_lib.empty_cache(self.config, roster, batch_size, capacity)
+    return Box(batching.beside(self.params, cache), context, batch_size)
+
+  def clean_history(self, context: int, batch_size: int = 1) -> Box:
+    """A filled Clean Cache; rosters share it, as each writes the same into it."""
+    if (context, batch_size) not in self._boxes:
+      roster = self.roster(1, 0.0)
+      box = self.empty(roster, context, batch_size)
+      self.fill(roster, box).run(1)
+      self._boxes[context, batch_size] = box
+    return self._boxes[context, batch_size]
+
+  def forget(self) -> None:
+    """Frees caches and programs."""
+    self._boxes.clear()
+    timing.forget_programs()
+
+  def fill(self, roster: Roster, box: Box) -> Call:
+    """Runs the whole context into a cache."""
+    history = roster.history()
+    text = self.text(box.batch_size, box.context)
+    ids = jnp.arange(box.batch_size, dtype=jnp.uint32)
+    chunks = []
+    for start in range(0, box.context, decode.PREFILL_CHUNK):
+      tokens = jnp.asarray(text[:, start:start + decode.PREFILL_CHUNK])
+      starts = jnp.full(box.batch_size, start)
+      program = timing.compiled(decode.prefill_chunk, self.params, self.config, history,
+                                box.cache, tokens, starts, ids)
+      chunks.append((program, tokens, starts))
+
+    def run(count):
+      for _ in range(count):
+        for program, tokens, starts in chunks:
+          box.cache = program(self.params, history, box.cache, tokens, starts, ids)
+      jax.block_until_ready(box.cache)
+
+    return Call(run, timing.memory(chunks[0][0]))
+
+  def _inputs(self, box):
+    """Tokens, positions and request ids of steps behind the context, one for each sample."""
+    positions = jnp.full(box.batch_size, box.context)
+    return [(jnp.asarray(tokens), positions,
+             jnp.arange(i * box.batch_size, (i + 1) * box.batch_size, dtype=jnp.uint32))
+            for i, tokens in enumerate(self.samples(box.batch_size))]
+
+  def step(self, roster: Roster, box: Box) -> Call:
+    """A decode step at the first position behind the context."""
+    inputs = self._inputs(box)
+    program = timing.compiled(decode_step, self.params, self.config, roster, box.cache, *inputs[0])
+    turns = itertools.cycle(inputs)
+
+    def run(count):
+      for _ in range(count):
+        box.cache, chosen = program(self.params, roster, box.cache, *next(turns))
+      jax.block_until_ready((box.cache, chosen))
+
+    return Call(run, timing.memory(program))
+
+  def recomputed_step(self, roster: Roster, context: int) -> Call:
+    """A step without a cache: the whole text once more for each token.
+
+    Under the standard cache every member runs the whole text with its noise.
+    Under Clean Cache its history is clean, so that one pass serves all. Either
+    way through the cache's own code: it is filled anew each time.
+    """
+    box = self.empty(roster, context, 1)
+    fill, step = self.fill(roster, box), self.step(roster, box)
+
+    def run(count):
+      for _ in range(count):
+        fill.run(1)
+        step.run(1)
+
+    return Call(run, max(fill.memory, step.memory, key=lambda m: m.get("temp_bytes", 0)))
+
+  def score_chunk(self, roster: Roster, box: Box) -> Call:
+    """Scores a chunk of positions in the middle of a text that is as long as the context."""
+    size = min(SCORE_CHUNK, box.context)
+    start = (box.context - size) // 2
+    text = self.text(box.batch_size, box.context + 1)
+    tokens, targets = (jnp.asarray(text[:, s:s + size]) for s in (start, start + 1))
+    inputs = (tokens, targets, jnp.full(box.batch_size, start),
+              jnp.arange(box.batch_size, dtype=jnp.uint32), jnp.ones(1))
+    program = timing.compiled(
+        score.score_chunk, self.params, self.config, roster, box.cache, *inputs)
+
+    def run(count):
+      for _ in range(count):
+        box.cache, *scores = program(self.params, roster, box.cache, *inputs)
+      jax.block_until_ready((box.cache, scores))
+
+    return Call(run, timing.memory(program))
+
+  def experts_hit(self, num_members: Sequence[int], temperature: float | Sequence[float],
+                  box: Box) -> dict[int, float]:
+    """How many different experts a step's rows choose in a layer, for each n.
+
+    Mean over layers and over the tokens that steps are measured on. A member
+    is the same whatever n is, so that the largest roster tells for all.
+    """
+    roster = self.roster(max(num_members), temperature)
+    found = {n: [] for n in num_members}
+    for inputs in self._inputs(box):
+      args = roster, box.cache, *inputs
+      program = timing.compiled(chosen_experts, self.params, self.config, *args)
+      experts = np.asarray(program(self.params, *args))
+      for n in num_members:
+        found[n].append(models.distinct_experts(experts, n))
+    return {n: float(np.mean(values)) for n, values in found.items()}

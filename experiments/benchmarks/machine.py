@@ -1,0 +1,105 @@
+"""What a measurement depends on besides the program: cores, memory, bandwidth."""
+
+from collections.abc import Callable
+import os
+import pathlib
+import platform
+import resource
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+BANDWIDTH_BYTES = 2**30
+
+
+def pin(num_cores: int | None) -> int:
+  """Keeps this process on the first cores of those it may use; returns how many.
+
+  Has to come before the backend and any other threads start: they count the
+  cores that they may use then.
+
+  Args:
+    num_cores: None leaves the process on all of them.
+
+  Raises:
+    ValueError: there are not so many, or the system cannot do it.
+  """
+  if not hasattr(os, "sched_setaffinity"):
+    if num_cores is not None:
+      raise ValueError(f"--num_cores: {platform.system()} keeps no process on chosen cores; "
+                       "leave the flag out to use all")
+    return os.cpu_count()
+  allowed = sorted(os.sched_getaffinity(0))
+  if num_cores is None:
+    return len(allowed)
+  if not 1 <= num_cores <= len(allowed):
+    raise ValueError(f"--num_cores must lie in [1, {len(allowed)}], the cores that this process "
+                     f"may use, got {num_cores}")
+  os.sched_setaffinity(0, allowed[:num_cores])
+  return num_cores
+
+
+def describe(num_cores: int) -> dict[str, Any]:
+  """The machine as it shows in results."""
+  device = jax.devices()[0]
+  return {"cpu": _cpu_model(), "cores": num_cores, "platform": device.platform,
+          "device": device.device_kind, "python": platform.python_version(),
+          "jax": jax.__version__}
+
+
+def _cpu_model():
+  """The processor's name, its numbers where it has no telling one."""
+  path = pathlib.Path("/proc/cpuinfo")
+  if not path.exists():
+    return platform.processor() or platform.machine()
+  fields = {}
+  for line in path.read_text().splitlines():
+    name, _, value = line.partition(":")
+    fields.setdefault(name.strip(), value.strip())
+  if "model name" not in fields:
+    return platform.machine()
+  return (f"{fields['model name']} (family {fields.get('cpu family')}, model "
+          f"{fields.get('model')})")
+
+
+def free_bytes() -> int:
+  """Memory that the default device has left."""
+  stats = jax.devices()[0].memory_stats() or {}
+  if "bytes_limit" in stats:
+    return stats["bytes_limit"] - stats["bytes_in_use"]
+  path = pathlib.Path("/proc/meminfo")
+  if path.exists():
+    for line in path.read_text().splitlines():
+      if line.startswith("MemAvailable:"):
+        return int(line.split()[1]) * 1024
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peaks() -> dict[str, int]:
+  """Peak memory of this process so far and, where it is known, of the device, bytes."""
+  unit = 1 if sys.platform == "darwin" else 1024
+  found = {"peak_process_bytes": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+  stats = jax.devices()[0].memory_stats() or {}
+  if "peak_bytes_in_use" in stats:
+    found["peak_device_bytes"] = stats["peak_bytes_in_use"]
+  return found
+
+
+def bandwidth_call() -> tuple[Callable[[], None], int]:
+  """A call that reads an array once, and the array's bytes.
+
+  The array is 1 GiB of float32, or a quarter of the free memory if that is
+  less. The sum goes along rows, which the backend can share out among cores:
+  one core sums as fast as it can read.
+  """
+  row = 2**16
+  rows = max(1, min(BANDWIDTH_BYTES, free_bytes() // 4) // (4 * row))
+  array = jax.jit(lambda: jnp.ones((rows, row), jnp.float32))()
+  read = jax.jit(lambda x: jnp.sum(x, axis=-1)).lower(array).compile()
+
+  def call():
+    jax.block_until_ready(read(array))
+
+  return call, array.nbytes
