@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from roe_jax import experts as experts_lib
+from roe_jax import experts as experts_lib, numerics
+from roe_jax.experts import cpu
 from roe_jax.params import ExpertParams
 
 L, E, D, F, A = 2, 8, 16, 12, 3
@@ -78,6 +79,30 @@ def test_strategies_agree_with_a_loop(strategy, n, dtype):
   args = rows(n, dtype)
   for layer in range(L):
     assert_agrees(apply(strategy, params, layer, *args), params, layer, *args)
+
+
+@pytest.mark.parametrize("blocks", [(1, 1), (4, 1), (4, 3), (4, 4), (16, 1)], ids=str)
+@pytest.mark.parametrize("tile", [1, 400, 10**6])
+def test_sizes_of_blocks_and_tiles_change_nothing(monkeypatch, blocks, tile):
+  monkeypatch.setattr(cpu, "_block_size", lambda *args: blocks)
+  monkeypatch.setattr(numerics, "tile_bytes", lambda: tile)
+  params = weights()
+  x, indices, gates = rows(33)
+  indices = indices.at[:20].set(jnp.asarray([7, 2, 3]))  # some experts have many rows
+  run = jax.jit(lambda *args: cpu.blocks(E, *args))
+  flat = (params.gate_up.reshape(L * E, F, 2, D), params.down.reshape(L * E, F, D))
+  assert_agrees(run(*flat, 1, x, indices, gates), params, 1, x, indices, gates)
+
+
+def test_choice_of_block_size(monkeypatch):
+  def choice(cores, rows, tile_elements):
+    monkeypatch.setenv("NPROC", str(cores))
+    return cpu._block_size(rows * 8, 64, tile_elements)
+  large, small = 2**20, 2**14
+  assert [choice(1, n, large) for n in (1, 64, 65)] == [(4, 3), (4, 3), (16, 1)]
+  assert [choice(8, n, large) for n in (1, 16, 64, 65)] == [(4, 1), (4, 1), (8, 1), (16, 1)]
+  # Small tiles take more rows, but not many more than experts have.
+  assert [choice(1, n, small) for n in (1, 64, 1024)] == [(4, 1), (16, 1), (32, 1)]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

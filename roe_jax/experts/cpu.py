@@ -22,7 +22,7 @@ def blocks(num_experts, gate_up, down, layer, x, indices, gates):
   n, a = indices.shape
   pairs, (width, d) = n * a, down.shape[1:]
   rows_of_tile = tile_rows(width, 2 * d)
-  block = _block_size(n, a, num_experts, 3 * rows_of_tile * d)
+  block, fewest = _block_size(pairs, num_experts, 3 * rows_of_tile * d)
   flat_indices = indices.reshape(pairs)
   by_expert = jnp.argsort(flat_indices, stable=True)
   counts = jnp.bincount(flat_indices, length=num_experts)
@@ -40,18 +40,23 @@ def blocks(num_experts, gate_up, down, layer, x, indices, gates):
       # The tile is copied here, once, and not in the loop over blocks.
       gate_up_tile, down_tile = jax.lax.optimization_barrier(tiles)
 
-      def of_block(b, sorted_y):
-        begin = first + b * block
-        rows = jax.lax.dynamic_slice_in_dim(sorted_x, begin, block)
-        # What follows the expert's own rows adds zeros to what lies there.
-        rows = jnp.where((begin + jnp.arange(block) < end)[:, None], rows, 0)
+      def of_rows(begin, size, sorted_y):
+        rows = jax.lax.dynamic_slice_in_dim(sorted_x, begin, size)
+        if size > 1:  # what follows the expert's own rows adds zeros to what lies there
+          rows = jnp.where((begin + jnp.arange(size) < end)[:, None], rows, 0)
         projected = einsum("bd,tcd->bct", rows, gate_up_tile)
         hidden = (jax.nn.silu(projected[:, 0]) * projected[:, 1]).astype(x.dtype)
-        y = jax.lax.dynamic_slice_in_dim(sorted_y, begin, block)
+        y = jax.lax.dynamic_slice_in_dim(sorted_y, begin, size)
         y = y + einsum("bt,td->bd", hidden, down_tile)
         return jax.lax.dynamic_update_slice_in_dim(sorted_y, y, begin, 0)
 
-      return jax.lax.fori_loop(0, -(-counts[expert] // block), of_block, sorted_y)
+      num_blocks = (counts[expert] + block - fewest) // block
+      sorted_y = jax.lax.fori_loop(
+          0, num_blocks, lambda b, y: of_rows(first + b * block, block, y), sorted_y)
+      if fewest == 1:
+        return sorted_y
+      return jax.lax.fori_loop(
+          first + num_blocks * block, end, lambda row, y: of_rows(row, 1, y), sorted_y)
 
     first_row = (layer * num_experts + expert) * width
     return walk(weights, first_row, width, rows_of_tile, add, sorted_y)
@@ -62,18 +67,23 @@ def blocks(num_experts, gate_up, down, layer, x, indices, gates):
   return combine(sorted_y[places.reshape(n, a)], gates, x.dtype)
 
 
-def _block_size(num_rows, choices, num_experts, tile_elements):
-  """Rows of a block: few for few, more of them where a tile is small.
+def _block_size(num_pairs, num_experts, tile_elements):
+  """Rows of a block, and from how many on rows are a block; fewer go one by one.
 
   Measured with D 1024, F 512 and 64 experts of 8, in units of the time to read
   the experts once, with blocks of 1, 4 and 16 rows. On one core: 1.48, 1.73 and
   more for 1 row; 1.77, 1.85 and more for 16; 2.54, 2.24 and 2.42 for 64; 18.3,
-  11.3 and 10.0 for 1024. On two, with blocks of 1, 4, 8 and 16: 3.7, 2.6, 2.8
-  and 3.3 for 16 rows; 8.9, 3.7, 3.1 and 3.3 for 64.
+  11.3 and 10.0 for 1024: a block of 4 takes as long as 2.5 single rows. On two,
+  where single rows are slow, with blocks of 1, 4, 8 and 16: 3.7, 2.6, 2.8 and
+  3.3 for 16 rows; 8.9, 3.7, 3.1 and 3.3 for 64.
   """
-  mean = num_rows * choices / num_experts
-  few, some = (1, 4) if num_cores() == 1 else (4, 8)
-  rows = few if mean <= 2 else some if mean <= 8 else 16
-  while rows * tile_elements < LEAST_WORK and rows < min(2 * mean, 128):
-    rows *= 2
-  return min(rows, 1 << (num_rows - 1).bit_length())
+  mean = num_pairs / num_experts
+  if num_cores() == 1:
+    block, fewest = (4, 3) if mean <= 8 else (16, 1)
+  else:
+    block, fewest = (4 if mean <= 2 else 8 if mean <= 8 else 16), 1
+  if block * tile_elements >= LEAST_WORK:
+    return block, fewest
+  while block * tile_elements < LEAST_WORK and block < min(2 * mean, 128):
+    block *= 2
+  return block, 1
