@@ -112,9 +112,8 @@ class Bench:
     return self._boxes[context, batch_size]
 
   def forget(self) -> None:
-    """Frees caches and programs."""
+    """Frees caches that are filled."""
     self._boxes.clear()
-    timing.forget_programs()
 
   def fill(self, roster: Roster, box: Box) -> Call:
     """Runs the whole context into a cache."""

@@ -73,9 +73,9 @@ def _step(bench: Bench, n: int, tau: float, context: int, batch_size: int, hit: 
           **settings) -> Case:
   """A decode step under Clean Cache whose baseline is the given one."""
   box = bench.clean_history(context, batch_size)
+  floor = models.step_bytes(bench.config, hit, batch_size * context)
   return Case("clean", n, tau, context, batch_size, ((bench.step(bench.roster(n, tau), box), 1),),
-              experts_hit=hit, floor_bytes=models.step_bytes(bench.config, hit, batch_size * context),
-              **settings)
+              experts_hit=hit, floor_bytes=floor, **settings)
 
 
 def decode(bench: Bench, sizes: Sizes) -> list[Case]:

@@ -15,7 +15,7 @@ _OLMOE = dict(family="olmoe", normalize_gates=False, gates_in_model_dtype=True, 
 PRESETS = {
     "tiny": ModelConfig(
         vocab_size=97, num_layers=2, d_model=32, num_heads=4, num_kv_heads=4, head_dim=8,
-        num_experts=16, experts_per_token=4, d_expert=16, context_length=64,
+        num_experts=16, experts_per_token=4, d_expert=16, context_length=4096,
         initializer_range=0.1, **_OLMOE),
     "laptop": ModelConfig(
         vocab_size=50304, num_layers=8, d_model=1024, num_heads=16, num_kv_heads=16, head_dim=64,

@@ -79,10 +79,10 @@ def _remarks(sweep, records):
     for r in records:
       if "experts" in r:
         what = ", ".join(str(r[k]) for k in ("experts", "cache", "run") if k in r)
-        chosen.setdefault(r["variant"], []).append(f"n = {r['num_members']}: {what}")
+        chosen.setdefault(r["variant"], []).append(f"({what}) at n = {r['num_members']}")
     differences = [r["difference"] for r in records if "difference" in r]
     return ["Fastest in a trial. " + "; ".join(
-        f"{name}: {', '.join(f'({w})' for w in what)}" for name, what in chosen.items()) + ".",
+        f"{name}: {', '.join(what)}" for name, what in chosen.items()) + ".",
             f"Largest difference of log-probabilities to roe_jax at n = 1: "
             f"{max(differences):.1e}."]
   return []

@@ -28,11 +28,6 @@ def compiled(function: Callable, *args: Any) -> Callable:
   return _compiled[key]
 
 
-def forget_programs() -> None:
-  """Frees what `compiled` holds."""
-  _compiled.clear()
-
-
 def memory(program: Any) -> dict[str, int]:
   """Bytes of a compiled program's arguments and temporaries, where the backend tells."""
   found = program.memory_analysis()

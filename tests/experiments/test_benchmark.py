@@ -12,7 +12,7 @@ from experiments.benchmarks import machine, models, timing
 from roe_jax import params as params_lib
 
 TINY = models.PRESETS["tiny"]
-FLAGS = ("--preset=tiny", "--rounds=3", "--num_members=1,3", "--context=8", "--contexts=8,16",
+FLAGS = ("--preset=tiny", "--rounds=3", "--num_members=1,8", "--context=24", "--contexts=8,16",
          "--batch_sizes=1,2", "--cache_context=24", "--score_tokens=17", "--transformers=no")
 
 
@@ -40,8 +40,8 @@ def test_the_files_and_what_they_say(folder):
   assert "Decode step by cache" in (folder / "table.txt").read_text()
   found = records(folder)
   assert [(r["sweep"], r["variant"], r["num_members"], r["temperature"]) for r in found] == [
-      ("decode", "clean", 1, 0.0), ("decode", "clean", 3, 0.0), ("decode", "clean", 1, 0.5),
-      ("decode", "clean", 3, 0.5)] + [
+      ("decode", "clean", 1, 0.0), ("decode", "clean", 8, 0.0), ("decode", "clean", 1, 0.5),
+      ("decode", "clean", 8, 0.5)] + [
           ("cache", name, 8, 0.5) for name in
           ("clean", "standard", "none", "none, clean history")]
   for r in found:
@@ -72,8 +72,8 @@ def test_ratios_are_those_of_the_times(folder):
 def test_experts_hit_grow_with_noise_only(folder):
   hit = {(r["num_members"], r["temperature"]): r["experts_hit"] for r in records(folder)
          if r["sweep"] == "decode"}
-  assert hit[1, 0.0] == hit[3, 0.0] == hit[1, 0.5] == TINY.experts_per_token
-  assert TINY.experts_per_token < hit[3, 0.5] <= 3 * TINY.experts_per_token
+  assert hit[1, 0.0] == hit[8, 0.0] == hit[1, 0.5] == TINY.experts_per_token
+  assert TINY.experts_per_token < hit[8, 0.5] <= TINY.num_experts
 
 
 def test_finished_sweeps_are_not_measured_again(folder):
@@ -116,12 +116,11 @@ for flag in sys.argv[2:]:
 
 
 def test_refusals(folder, tmp_path):
-  flags = [*FLAGS, "--sweeps=decode"]
-  said = []
-  for output, names in ((folder, ["--seed=1"]), (tmp_path, [n for n in REFUSED if n != "--seed=1"])):
-    done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, ";".join(["benchmark", *flags, f"--output={output}"]), *names],
-        capture_output=True, text=True, env=os.environ)
+  others, said = [name for name in REFUSED if name != "--seed=1"], []
+  for output, names in ((folder, ["--seed=1"]), (tmp_path, others)):
+    given = ";".join(["benchmark", *FLAGS, "--sweeps=decode", f"--output={output}"])
+    done = subprocess.run([sys.executable, "-c", _SCRIPT, given, *names], capture_output=True,
+                          text=True, env=os.environ)
     said += zip(names, done.stdout.splitlines(), strict=True)
   for name, sentence in said:
     assert REFUSED[name] in sentence, name
