@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import torch
 
-from experiments import transformers_roster, transformers_stock
+from experiments.benchmarks import transformers_roster, transformers_stock
 from experiments.benchmarks import models
 from experiments.benchmarks.bench import Bench, Call
 from experiments.benchmarks.cases import Case, Sizes
-from experiments.transformers_roster import TransformersRoster
-from experiments.transformers_stock import StockRoster
+from experiments.benchmarks.transformers_roster import TransformersRoster
+from experiments.benchmarks.transformers_stock import StockRoster
 from roe_jax import params as params_lib, roster as roster_lib
 
 NUM_MEMBERS = (1, 4, 16, 32)

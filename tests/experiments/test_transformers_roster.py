@@ -16,7 +16,7 @@ from roe_jax.roster import Roster
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from experiments import transformers_roster  # noqa: E402
+from experiments.benchmarks import transformers_roster  # noqa: E402
 
 # Absolute, in nats: float32 sums of some ten layers of operations, taken in
 # another order.

@@ -10,7 +10,7 @@ import test_transformers_roster as other
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from experiments import transformers_roster, transformers_stock  # noqa: E402
+from experiments.benchmarks import transformers_roster, transformers_stock  # noqa: E402
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 The modules of transformers as they are. Noise is patched into the routers, the
 prompt runs once, and the members are rows of the batch, each with a copy of the
 prompt's cache; after each step the clean member's new key and value replace
-those of the others (Clean Cache). `experiments.transformers_roster` is the
+those of the others (Clean Cache). `experiments.benchmarks.transformers_roster` is the
 same roster with all that can be gained around the modules.
 
 Needs torch and transformers 5. Axis letters are those of roe_jax.
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import transformers
 
-from experiments import transformers_roster
+from experiments.benchmarks import transformers_roster
 from roe_jax.params import Params
 
 # Those of transformers alone.
