@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import batching, params as params_lib, roster as roster_lib, sampling
+from roe_jax import batching, members as members_lib, params as params_lib, sampling
 from roe_jax.cache import KVCache
 from roe_jax.completion import Completion, Generation, OpenText, Stops, Throughput
 from roe_jax.config import ModelConfig
@@ -46,7 +46,7 @@ class DecodeState:
     limits: `[B]` int32, length at which a text ends.
     done: `[B]` bool; True also in a slot without a text.
     request_ids: `[B]` uint32.
-    cache: see `roster.empty_cache`; holds positions below `lengths - 1`.
+    cache: see `members.empty_cache`; holds positions below `lengths - 1`.
   """
 
   tokens: jax.Array
@@ -65,7 +65,7 @@ def prefill_chunk(params: Params, config: ModelConfig, roster: Roster, cache: KV
                   request_ids_B: jax.Array) -> KVCache:
   """Puts T tokens from `starts_B` on into the (donated) cache."""
   positions = starts_B[:, None] + jnp.arange(tokens_BxT.shape[1])[None]
-  return roster_lib.prefill(params, config, roster, cache, tokens_BxT, positions,
+  return members_lib.prefill(params, config, roster, cache, tokens_BxT, positions,
                             request_ids_B)[0]
 
 
@@ -107,7 +107,7 @@ def decode_steps(params: Params, config: ModelConfig, roster: Roster, sampler: S
   def step(carry):
     count, state = carry
     positions = state.lengths - 1
-    outputs, cache = roster_lib.step(
+    outputs, cache = members_lib.step(
         params, config, roster, state.cache, state.tokens[rows, positions], positions,
         state.request_ids, state.tokens)
     log_probs = outputs.log_probs[:, 0]
@@ -154,7 +154,7 @@ def start(params: Params, config: ModelConfig, roster: Roster, prompts: Sequence
   ids = np.zeros(num_slots, np.uint32)
   ids[:len(prompts)] = request_ids
   tokens, ids = batching.pad(prompts, num_slots, capacity), jnp.asarray(ids)
-  cache = batching.beside(params, roster_lib.empty_cache(config, roster, num_slots, capacity))
+  cache = batching.beside(params, members_lib.empty_cache(config, roster, num_slots, capacity))
   if cache is not None:
     cache = fill_cache(params, config, roster, cache, tokens, int(lengths.max()) - 1, ids)
   state = DecodeState(

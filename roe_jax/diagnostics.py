@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import batching, decode, params as params_lib, roster as roster_lib
+from roe_jax import batching, decode, members as members_lib, params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
@@ -48,7 +48,7 @@ def routing_agreement(params: Params, config: ModelConfig, roster: Roster,
   longest = max(map(len, texts))
   capacity = batching.bucket(longest, decode.MIN_CAPACITY)
   tokens = batching.pad(texts, len(ids), capacity)
-  cache = batching.beside(params, roster_lib.empty_cache(config, roster, len(ids), capacity))
+  cache = batching.beside(params, members_lib.empty_cache(config, roster, len(ids), capacity))
   cache = decode.fill_cache(params, config, roster, cache, tokens, longest - 1, ids)
   shared_BxT = _shared_experts(params, config, roster, cache, tokens, ids)
   wanted = np.zeros((len(ids), capacity), bool)
@@ -61,7 +61,7 @@ def routing_agreement(params: Params, config: ModelConfig, roster: Roster,
 def _shared_experts(params, config, roster, cache, tokens, request_ids):
   """Mean share of the clean member's experts, `[L, B, T]`."""
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  _, outputs = roster_lib.member_states(
+  _, outputs = members_lib.member_states(
       params, config, roster, cache, tokens, positions, request_ids, keep=("experts",))
   clean, noisy = outputs.experts[:, :1], outputs.experts[:, 1:]
   shared = (noisy[..., :, None] == clean[..., None, :]).any(-1)

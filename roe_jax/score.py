@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import batching, decode, params as params_lib, reference, roster as roster_lib
+from roe_jax import batching, decode, members as members_lib, params as params_lib, reference
 from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
@@ -77,14 +77,14 @@ def score_chunk(
   positions = starts_B[:, None] + jnp.arange(tokens_BxT.shape[1])[None]
   if roster.recompute:
     x = reference.member_states(params, config, roster, tokens_BxT, request_ids_B)
-    outputs = roster_lib.aggregate(params, config, roster, x)
+    outputs = members_lib.aggregate(params, config, roster, x)
   elif _filled_first(roster):
-    outputs, _ = roster_lib.against_clean_cache(
+    outputs, _ = members_lib.against_clean_cache(
         params, config, roster, cache, tokens_BxT, positions, request_ids_B)
   else:
-    cache, x = roster_lib.prefill(
+    cache, x = members_lib.prefill(
         params, config, roster, cache, tokens_BxT, positions, request_ids_B)
-    outputs = roster_lib.aggregate(params, config, roster, x)
+    outputs = members_lib.aggregate(params, config, roster, x)
   log_probs = outputs.log_probs
 
   def at_temperature(temperature):
@@ -179,7 +179,7 @@ def _score_batch(params, config, texts, starts, roster, request_ids, temperature
   ids = np.zeros(num_rows, np.uint32)
   ids[:len(texts)] = request_ids
   ids = jnp.asarray(ids)
-  cache = batching.beside(params, roster_lib.empty_cache(config, roster, num_rows, capacity))
+  cache = batching.beside(params, members_lib.empty_cache(config, roster, num_rows, capacity))
   # The token at index i is predicted at position i - 1.
   offsets = np.zeros(num_rows, np.int32)
   ends = np.zeros(num_rows, np.int32)
@@ -228,7 +228,7 @@ def _joined(pieces, num_temperatures):
 
 def _chunk_size(config, roster, num_rows):
   """The largest power of two, at most 256, of which the budget holds a member's chunk."""
-  fitting = max(1, roster_lib.rows_within(config, roster.memory_budget) // num_rows)
+  fitting = max(1, members_lib.rows_within(config, roster.memory_budget) // num_rows)
   return min(decode.PREFILL_CHUNK, 1 << (fitting.bit_length() - 1))
 
 

@@ -7,6 +7,7 @@ import pytest
 
 import tiny
 from roe_jax import cache as kv_cache
+from roe_jax import members as members_lib
 from roe_jax import roster as roster_lib
 
 CONFIG = tiny.config("olmoe")
@@ -51,8 +52,8 @@ def test_members_share_one_cache_without_copies():
 
   def temporaries(num_members):
     roster = roster_lib.Roster.create(config, num_members, 0.5)
-    cache = roster_lib.empty_cache(config, roster, rows, capacity)
-    compiled = jax.jit(roster_lib.member_states, static_argnames="config").lower(
+    cache = members_lib.empty_cache(config, roster, rows, capacity)
+    compiled = jax.jit(members_lib.member_states, static_argnames="config").lower(
         params, config, roster, cache, jnp.zeros((rows, 1), jnp.int32),
         jnp.zeros((rows, 1), jnp.int32), jnp.zeros(rows, jnp.uint32)).compile()
     return compiled.memory_analysis().temp_size_in_bytes
@@ -66,7 +67,7 @@ def test_members_share_one_cache_without_copies():
 def test_cache_bytes_are_those_of_the_arrays():
   for cache, members in (("clean", 1), ("standard", 5)):
     roster = roster_lib.Roster.create(CONFIG, 5, 0.5, cache=cache)
-    arrays = roster_lib.empty_cache(CONFIG, roster, 3, 16)
+    arrays = members_lib.empty_cache(CONFIG, roster, 3, 16)
     expected = members * 2 * 3 * 3 * 2 * 16 * 8 * 4
     assert sum(a.nbytes for a in jax.tree.leaves(arrays)) == expected
-    assert roster_lib.cache_bytes(CONFIG, roster, 3, 16) == expected
+    assert members_lib.cache_bytes(CONFIG, roster, 3, 16) == expected

@@ -8,6 +8,7 @@ import scipy.stats
 
 import tiny
 from roe_jax import noise as noise_lib
+from roe_jax import members as members_lib
 from roe_jax import roster as roster_lib
 
 TEMPERATURES = jnp.asarray([0.0, 1.0, 0.5], jnp.float32)
@@ -123,8 +124,8 @@ def test_members_choose_by_float32_noise_of_their_address(family, dtype):
   tokens = jnp.asarray(tiny.texts([40, 40, 40]))
   positions = jnp.tile(jnp.arange(40), (3, 1)) + jnp.asarray([[0], [4], [20]])
   requests = jnp.asarray([2, 2**32 - 1, 5], jnp.uint32)
-  cache = roster_lib.empty_cache(config, roster, 3, 64)
-  run = jax.jit(roster_lib.member_states, static_argnames=("config", "keep"))
+  cache = members_lib.empty_cache(config, roster, 3, 64)
+  run = jax.jit(members_lib.member_states, static_argnames=("config", "keep"))
   _, outputs = run(params, config, roster, cache, tokens, positions, requests,
                    keep=("experts", "router_logits"))
   keys = noise_lib.position_keys(

@@ -8,6 +8,7 @@ import pytest
 
 import tiny
 from roe_jax import cache as kv_cache, numerics, params as params_lib
+from roe_jax import members as members_lib
 from roe_jax import roster as roster_lib
 
 L, D, OUT = 3, 20, (4, 6)
@@ -136,7 +137,7 @@ def test_a_bfloat16_step_makes_no_float32_copies(monkeypatch, num_members):
   roster = roster_lib.Roster.create(config, num_members, 0.5)
   cache = jax.eval_shape(lambda: kv_cache.empty(config, 1, 4096))
   one = lambda dtype: jax.ShapeDtypeStruct((1,), dtype)
-  compiled = jax.jit(roster_lib.step, static_argnames="config", donate_argnames="cache").lower(
+  compiled = jax.jit(members_lib.step, static_argnames="config", donate_argnames="cache").lower(
       params, config, roster, cache, one(jnp.int32), one(jnp.int32), one(jnp.uint32)).compile()
   temporaries = compiled.memory_analysis().temp_size_in_bytes
   assert params_lib.num_bytes(config) > 37e6 and cache.keys.size * 2 / 3 == 2 * 2**20

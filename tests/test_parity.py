@@ -11,6 +11,7 @@ import hf
 from roe_jax import cache as kv_cache
 from roe_jax import config as config_lib
 from roe_jax import decode
+from roe_jax import members as members_lib
 from roe_jax import roster as roster_lib
 from roe_jax import transformer
 
@@ -112,7 +113,7 @@ def test_decoding_token_by_token(family):
   cache = decode.fill_cache(params, config, roster, kv_cache.empty(config, 3, 24),
                             jnp.asarray(x), max(lengths) - 1, ids)
   expected = np.asarray(jax.nn.log_softmax(hf.logits(model, x)))
-  step = jax.jit(roster_lib.step, static_argnames="config")
+  step = jax.jit(members_lib.step, static_argnames="config")
   for offset in range(8):
     positions = np.array(lengths) - 1 + offset
     rows = np.arange(3)

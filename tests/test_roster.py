@@ -11,6 +11,7 @@ import pytest
 import numpy_roster
 import tiny
 from roe_jax import aggregation, attention, decode, params as params_lib, reference, score, transformer
+from roe_jax import members as members_lib
 from roe_jax import roster as roster_lib
 from roe_jax.roster import Roster
 
@@ -26,11 +27,11 @@ REQUESTS = jnp.asarray([3, 2**32 - 2], jnp.uint32)
 def member_states(params, config, roster, keep=()):
   """All members at all positions of `TOKENS`, through the roster's cache."""
   positions = jnp.tile(jnp.arange(LENGTH), (2, 1))
-  cache = roster_lib.empty_cache(config, roster, 2, 16)
-  cache, x = roster_lib.prefill(params, config, roster, cache, TOKENS, positions, REQUESTS)
+  cache = members_lib.empty_cache(config, roster, 2, 16)
+  cache, x = members_lib.prefill(params, config, roster, cache, TOKENS, positions, REQUESTS)
   if roster.cache == "standard":
     return x, None
-  return roster_lib.member_states(params, config, roster, cache, TOKENS, positions, REQUESTS,
+  return members_lib.member_states(params, config, roster, cache, TOKENS, positions, REQUESTS,
                                   keep)
 
 
@@ -163,11 +164,11 @@ def test_members_without_the_clean_one(olmoe):
     assert roster.members == expected and not roster.is_plain
   # The clean member keeps the cache, and has no part in the average.
   roster = Roster.create(config, 3, 0.7, include_clean=False)
-  outputs = roster_lib.aggregate(params, config, roster, x)
+  outputs = members_lib.aggregate(params, config, roster, x)
   assert_close(outputs.log_probs, np.log(np.exp(members[1:]).mean(0)))
   np.testing.assert_array_equal(outputs.clean_tokens, np.argmax(members[0], -1))
   standard = Roster.create(config, 3, 0.7, include_clean=False, cache="standard")
-  outputs = roster_lib.aggregate(params, config, standard, x[1:])
+  outputs = members_lib.aggregate(params, config, standard, x[1:])
   assert_close(outputs.log_probs, np.log(np.exp(members[1:]).mean(0)))
   assert np.all(outputs.clean_tokens == -1)
 
@@ -202,7 +203,7 @@ def test_a_new_aggregation_is_available_by_its_name(olmoe, monkeypatch):
   monkeypatch.setitem(aggregation.AGGREGATIONS, "last_member", last_member)
   roster = Roster.create(config, 4, 0.7, aggregation="last_member")
   x, _ = member_states(params, config, Roster.create(config, 4, 0.7))
-  outputs = roster_lib.aggregate(params, config, roster, x)
+  outputs = members_lib.aggregate(params, config, roster, x)
   np.testing.assert_array_equal(
       outputs.log_probs, jax.nn.log_softmax(transformer.unembed(params, config, x[-1])))
 
@@ -280,12 +281,12 @@ def test_batches_of_members_are_aggregated_as_all_at_once(olmoe, setting):
   results = []
   for members, largest in ((100, 8), (3, 3), (1, 2)):
     roster = Roster.create(config, 7, 0.7, memory_budget=budget(config, members, 6), **setting)
-    first, others = roster_lib._batches(config, roster, 6)
+    first, others = members_lib._batches(config, roster, 6)
     assert first.size + others.size == len(roster.members)
     assert max(first.size, others.shape[1] if len(others) else 0) <= largest
     x = jax.random.normal(jax.random.key(1), (len(roster.members), 2, 3, config.d_model))
-    results.append(jax.jit(roster_lib.aggregate, static_argnums=1)(params, config, roster, x))
-  assert not len(roster_lib._batches(config, roster.replace(memory_budget=2**30), 6)[1])
+    results.append(jax.jit(members_lib.aggregate, static_argnums=1)(params, config, roster, x))
+  assert not len(members_lib._batches(config, roster.replace(memory_budget=2**30), 6)[1])
   for other in results[1:]:
     np.testing.assert_allclose(other.log_probs, results[0].log_probs, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(other.clean_tokens, results[0].clean_tokens)
@@ -299,11 +300,11 @@ def test_batches_of_members_are_computed_as_all_at_once(olmoe, include_clean):
   for members in (100, 2):
     roster = Roster.create(config, 5, [0, 0.7, 0], include_clean=include_clean,
                            memory_budget=budget(config, members, 2 * LENGTH))
-    cache = roster_lib.empty_cache(config, roster, 2, 16)
-    cache, _ = roster_lib.prefill(params, config, roster.history(), cache, TOKENS, positions,
+    cache = members_lib.empty_cache(config, roster, 2, 16)
+    cache, _ = members_lib.prefill(params, config, roster.history(), cache, TOKENS, positions,
                                   REQUESTS)
     results.append(jax.jit(
-        roster_lib.against_clean_cache, static_argnames=("config", "keep"))(
+        members_lib.against_clean_cache, static_argnames=("config", "keep"))(
             params, config, roster, cache, TOKENS, positions, REQUESTS, keep=("keys",)))
   (one, one_kept), (other, other_kept) = results
   np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-5, atol=1e-5)
@@ -322,7 +323,7 @@ def test_memory_of_scoring_does_not_grow_with_the_members():
   def temporaries(n):
     roster = Roster.create(config, n, 0.5, memory_budget=8 * 2**20)
     shape = lambda s, dtype=jnp.int32: jax.ShapeDtypeStruct(s, dtype)
-    cache = jax.eval_shape(lambda: roster_lib.empty_cache(config, roster, 1, 4096))
+    cache = jax.eval_shape(lambda: members_lib.empty_cache(config, roster, 1, 4096))
     compiled = score.score_chunk.lower(
         params, config, roster, cache, shape((1, 128)), shape((1, 128)), shape((1,)),
         shape((1,), jnp.uint32), shape((1,), jnp.float32)).compile()
@@ -337,7 +338,7 @@ def test_memory_of_scoring_does_not_grow_with_the_members():
 def test_layers_before_the_first_noise_share_one_standard_cache(olmoe):
   config, params = olmoe
   roster = Roster.create(config, 5, [0, 0, 0.7], cache="standard")
-  cache = roster_lib.empty_cache(config, roster, 2, 16)
+  cache = members_lib.empty_cache(config, roster, 2, 16)
   assert cache.shared.keys.shape == (2, 2, 2, 16, 8)
   assert cache.own.keys.shape == (5, 1, 2, 2, 16, 8)
   forced = Roster.create(config, 5, [0, 0, 0.7], cache="standard", noisy_layers=(0, 3))

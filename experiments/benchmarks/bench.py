@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import models, timing
-from roe_jax import batching, decode, roster as roster_lib, score
+from roe_jax import batching, decode, members as members_lib, score
 from roe_jax.config import ModelConfig
 from roe_jax.roster import Roster
 
@@ -24,7 +24,7 @@ SCORE_CHUNK = 64
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(params, config, roster, cache, tokens_B, positions_B, request_ids_B):
   """One step with the greedy choice: the (donated) cache, and tokens `[B]`."""
-  outputs, cache = roster_lib.step(
+  outputs, cache = members_lib.step(
       params, config, roster, cache, tokens_B, positions_B, request_ids_B)
   return cache, jnp.argmax(outputs.log_probs[:, 0], axis=-1)
 
@@ -32,7 +32,7 @@ def decode_step(params, config, roster, cache, tokens_B, positions_B, request_id
 @functools.partial(jax.jit, static_argnames="config")
 def chosen_experts(params, config, roster, cache, tokens_B, positions_B, request_ids_B):
   """Experts of all members at one position of every text, `[L, R, B, 1, A]`."""
-  _, outputs = roster_lib.member_states(
+  _, outputs = members_lib.member_states(
       params, config, roster, cache, tokens_B[:, None], positions_B[:, None], request_ids_B,
       keep=("experts",))
   return outputs.experts
@@ -99,7 +99,7 @@ class Bench:
   def empty(self, roster: Roster, context: int, batch_size: int) -> Box:
     """A cache of the capacity that generation would choose, empty."""
     capacity = batching.bucket(context + 1, decode.MIN_CAPACITY)
-    cache = roster_lib.empty_cache(self.config, roster, batch_size, capacity)
+    cache = members_lib.empty_cache(self.config, roster, batch_size, capacity)
     return Box(batching.beside(self.params, cache), context, batch_size)
 
   def clean_history(self, context: int, batch_size: int = 1) -> Box:

@@ -15,7 +15,7 @@ from experiments.benchmarks.bench import Bench, Call
 from experiments.benchmarks.cases import Case, Sizes
 from experiments.benchmarks.transformers_roster import TransformersRoster
 from experiments.benchmarks.transformers_stock import StockRoster
-from roe_jax import params as params_lib, roster as roster_lib
+from roe_jax import members as members_lib, params as params_lib
 
 NUM_MEMBERS = (1, 4, 16, 32)
 # `batched_mm` gathers the weights of every row's experts: hopeless beyond this.
@@ -74,7 +74,7 @@ def _plain_log_probs(bench, context):
   def run(params, cache, tokens_B):
     positions, ids = (np.full(1, value, dtype) for value, dtype in ((context, np.int32),
                                                                     (0, np.uint32)))
-    outputs, _ = roster_lib.step(params, config, roster, cache, tokens_B, positions, ids)
+    outputs, _ = members_lib.step(params, config, roster, cache, tokens_B, positions, ids)
     return outputs.log_probs[:, 0]
 
   return np.asarray(run(bench.params, box.cache, bench.samples(1)[0]))

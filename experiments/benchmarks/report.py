@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import pathlib
-from typing import Any
 
 import matplotlib
 matplotlib.use("Agg")

@@ -10,7 +10,7 @@ import pytest
 import hf
 from roe_jax import cache as kv_cache
 from roe_jax import config as config_lib
-from roe_jax import roster as roster_lib
+from roe_jax import members as members_lib
 from roe_jax.roster import Roster
 
 torch = pytest.importorskip("torch")
@@ -72,7 +72,7 @@ def all_noise(case):
   @jax.jit
   def draw(positions_BxT):
     def of_member(member, layer):
-      noise = roster_lib.routing_noise(roster, REQUESTS, positions_BxT, member)
+      noise = members_lib.routing_noise(roster, REQUESTS, positions_BxT, member)
       return noise.draw(layer, config.num_experts)
     by_member = jax.vmap(of_member, in_axes=(0, None), out_axes=1)
     return jax.vmap(by_member, in_axes=(None, 0))(
@@ -96,11 +96,11 @@ def roe_jax_log_probs(case):
   def run(params):
     positions = jnp.tile(jnp.arange(LENGTH), (2, 1))
     cache = kv_cache.empty(config, 2, 16)
-    cache, _ = roster_lib.prefill(
+    cache, _ = members_lib.prefill(
         params, config, roster, cache, TOKENS, positions, REQUESTS)
-    x, _ = roster_lib.member_states(
+    x, _ = members_lib.member_states(
         params, config, roster, cache, TOKENS, positions, REQUESTS)
-    return roster_lib.aggregate(params, config, roster, x).log_probs
+    return members_lib.aggregate(params, config, roster, x).log_probs
   return np.asarray(run(hf.to_params(hf_config, hf.random_state(hf_config, seed=3))))
 
 
