@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from roe_jax import numerics
 from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
-from roe_jax.numerics import einsum, rms_norm
+from roe_jax.numerics import add, einsum, multiply, rms_norm, rounded
 from roe_jax.params import AttentionParams
 
 
@@ -15,14 +15,14 @@ def rotation(config: ModelConfig, positions_BxT: jax.Array) -> tuple[jax.Array, 
   exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
   frequencies = 1.0 / (config.rope_theta ** exponents)
   angles = positions_BxT[..., None, None].astype(jnp.float32) * frequencies[None, None, None]
-  return jnp.cos(angles).astype(config.dtype), jnp.sin(angles).astype(config.dtype)
+  return tuple(rounded(f(angles), jnp.dtype(config.dtype)) for f in (jnp.cos, jnp.sin))
 
 
 def rotate(x_BxTxHxC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   """Rotates the two halves of each head against each other."""
   first, second = jnp.split(x_BxTxHxC, 2, axis=-1)
-  return jnp.concatenate(
-      [first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return jnp.concatenate([add(multiply(first, cos), -multiply(second, sin)),
+                          add(multiply(second, cos), multiply(first, sin))], axis=-1)
 
 
 def project(config: ModelConfig, weights: AttentionParams, layer: jax.Array | int,
@@ -30,7 +30,7 @@ def project(config: ModelConfig, weights: AttentionParams, layer: jax.Array | in
             sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Rotated queries `[B, T, H, C]`, rotated keys and values `[B, T, K, C]`."""
   query, key, value = (
-      numerics.project(x_BxTxD, w, layer).astype(x_BxTxD.dtype)
+      rounded(numerics.project(x_BxTxD, w, layer), x_BxTxD.dtype)
       for w in (weights.query, weights.key, weights.value))
   if config.qk_norm:
     query = rms_norm(query, weights.query_norm[layer], config.rms_norm_eps)
@@ -75,7 +75,7 @@ def attend(query_BxTxHxC: jax.Array, own_key_BxTxKxC: jax.Array,
   else:
     block = min(cache.capacity, block_slots())
 
-  def add(j, carry):
+  def add_block(j, carry):
     peak, total, mixed = carry
     # The last block may overlap the one before: its first slots are not counted again.
     start = jnp.minimum(j * block, cache.capacity - block)
@@ -88,7 +88,7 @@ def attend(query_BxTxHxC: jax.Array, own_key_BxTxKxC: jax.Array,
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     new_peak = jax.lax.stop_gradient(jnp.maximum(peak, scores.max(-1)))
     weights, shrink = jnp.exp(scores - new_peak[..., None]), jnp.exp(peak - new_peak)
-    part = einsum("bkgts,bksc->bkgtc", weights.astype(dtype), values)
+    part = einsum("bkgts,bksc->bkgtc", rounded(weights, dtype), values)
     return (new_peak, shrink * total + weights.sum(-1), shrink[..., None] * mixed + part)
 
   # A row's own score is finite, so that one that sees no slot is no special case.
@@ -98,11 +98,11 @@ def attend(query_BxTxHxC: jax.Array, own_key_BxTxKxC: jax.Array,
   own_weight = jnp.exp(own - peak)  # one, but not to a gradient
   carry = (peak, own_weight, own_weight[..., None] * own_value)
   if block == cache.capacity:
-    carry = add(0, carry)
+    carry = add_block(0, carry)
   else:
-    carry = jax.lax.fori_loop(0, -(-jnp.max(positions_BxT) // block), add, carry)
+    carry = jax.lax.fori_loop(0, -(-jnp.max(positions_BxT) // block), add_block, carry)
   _, total, mixed = carry
-  heads = (mixed / total[..., None]).astype(dtype)
+  heads = rounded(mixed / total[..., None], dtype)
   return heads.transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
 
 
@@ -114,4 +114,5 @@ def block_slots() -> int:
 def output(weights: AttentionParams, layer: jax.Array | int,
            heads_BxTxHxC: jax.Array) -> jax.Array:
   """The attention block's contribution to the residual stream, `[B, T, D]`."""
-  return numerics.project_back(heads_BxTxHxC, weights.output, layer).astype(heads_BxTxHxC.dtype)
+  return rounded(numerics.project_back(heads_BxTxHxC, weights.output, layer),
+                 heads_BxTxHxC.dtype)

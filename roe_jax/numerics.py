@@ -71,7 +71,7 @@ def storage_dtype(dtype: str) -> jnp.dtype:
 def to_storage(x: jax.Array, like: jax.Array) -> jax.Array:
   """`x` in the form that `like` is held in: bfloat16 bits, or its dtype."""
   if like.dtype == jnp.uint16:
-    return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    return jax.lax.bitcast_convert_type(rounded(x, jnp.bfloat16), jnp.uint16)
   return x.astype(like.dtype)
 
 
@@ -80,6 +80,28 @@ def from_storage(held: jax.Array) -> jax.Array:
   if held.dtype != jnp.uint16:
     return held
   return jax.lax.bitcast_convert_type(held, jnp.bfloat16)
+
+
+def rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """`x` in `dtype`, by a rounding that is always done.
+
+  XLA leaves out a conversion to bfloat16 whose result is widened again at once,
+  and whether it sees that depends on what it fuses: one row would be rounded
+  otherwise than several.
+  """
+  if dtype == jnp.bfloat16:
+    x = jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
+  return x.astype(dtype)
+
+
+def add(x: jax.Array, y: jax.Array) -> jax.Array:
+  """`x + y`, computed in float32 and rounded to the dtype of `x`."""
+  return rounded(x.astype(jnp.float32) + y.astype(jnp.float32), x.dtype)
+
+
+def multiply(x: jax.Array, y: jax.Array) -> jax.Array:
+  """`x * y`, computed in float32 and rounded to the dtype of `x`."""
+  return rounded(x.astype(jnp.float32) * y.astype(jnp.float32), x.dtype)
 
 
 def widen(held: jax.Array) -> jax.Array:
@@ -186,5 +208,5 @@ def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
   axes = tuple(range(-weight.ndim, 0))
   x32 = x.astype(jnp.float32)
   mean_square = jnp.mean(jnp.square(x32), axis=axes, keepdims=True)
-  normed = (x32 * jax.lax.rsqrt(mean_square + epsilon)).astype(x.dtype)
-  return normed * jnp.broadcast_to(weight, x.shape)
+  normed = rounded(x32 * jax.lax.rsqrt(mean_square + epsilon), x.dtype)
+  return multiply(normed, jnp.broadcast_to(weight, x.shape))

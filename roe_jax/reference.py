@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from roe_jax import attention, noise as noise_lib, routing, transformer
 from roe_jax.config import ModelConfig
-from roe_jax.numerics import einsum, from_storage, rms_norm
+from roe_jax.numerics import add, einsum, from_storage, rms_norm, rounded
 from roe_jax.params import Params
 
 
@@ -58,16 +58,17 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
   normed = rms_norm(x, weights.attention_norm, config.rms_norm_eps)
   query, key, value = attention.project(config, params.layers.attention, layer, normed, cos, sin)
   heads = _attend(query, key, value, *(history or (key, value)))
-  x = x + attention.output(params.layers.attention, layer, heads)
+  x = add(x, attention.output(params.layers.attention, layer, heads))
   normed = rms_norm(x, weights.moe_norm, config.rms_norm_eps)
-  logits = einsum("btd,ed->bte", normed, weights.router).astype(x.dtype).astype(jnp.float32)
+  logits = einsum("btd,ed->bte", normed, weights.router)
+  logits = rounded(logits, x.dtype).astype(jnp.float32)
   chosen, gates = routing.route(config, logits, noise, gate_weights)
   by_expert = jnp.sum(jax.nn.one_hot(chosen, config.num_experts) * gates[..., None], axis=-2)
   projected = einsum("btd,efcd->btecf", normed, weights.experts.gate_up)
-  hidden = (jax.nn.silu(projected[..., 0, :]) * projected[..., 1, :]).astype(x.dtype)
+  hidden = rounded(jax.nn.silu(projected[..., 0, :]) * projected[..., 1, :], x.dtype)
   outputs = einsum("btef,efd->ebtd", hidden, weights.experts.down)
   y = jnp.einsum("ebtd,bte->btd", outputs, by_expert, precision=jax.lax.Precision.HIGHEST)
-  return x + y.astype(x.dtype), (key, value)
+  return add(x, rounded(y, x.dtype)), (key, value)
 
 
 def _attend(query, own_key, own_value, keys, values):
@@ -82,7 +83,7 @@ def _attend(query, own_key, own_value, keys, values):
   diagonal, earlier = jnp.eye(t, dtype=bool), jnp.tri(t, k=-1, dtype=bool)
   scores = jnp.where(diagonal, own[..., None], scores) / jnp.sqrt(jnp.float32(c))
   weights = jax.nn.softmax(jnp.where(diagonal | earlier, scores, -jnp.inf), axis=-1)
-  weights = weights.astype(query.dtype)
+  weights = rounded(weights, query.dtype)
   mixed = einsum("bhts,bshc->bhtc", jnp.where(diagonal, 0, weights), values).swapaxes(1, 2)
   own_weight = jnp.einsum("bhtt->bth", weights)
-  return (mixed + own_weight[..., None] * own_value).astype(query.dtype)
+  return rounded(mixed + own_weight[..., None] * own_value, query.dtype)

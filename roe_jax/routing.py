@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from roe_jax.config import ModelConfig
+from roe_jax.numerics import rounded
 
 CLEAN = "clean"
 NOISY = "noisy"
@@ -48,7 +49,7 @@ def route(config: ModelConfig, logits: jax.Array, noise: jax.Array | None = None
         for chosen in (clean_experts, experts))
     gates = gates * (clean_mass / mass)
   if config.gates_in_model_dtype:
-    gates = gates.astype(config.dtype).astype(jnp.float32)
+    gates = rounded(gates, jnp.dtype(config.dtype)).astype(jnp.float32)
   return experts, gates
 
 

@@ -11,7 +11,7 @@ from roe_jax import attention, cache as kv_cache, experts, routing
 from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
 from roe_jax.noise import RoutingNoise
-from roe_jax.numerics import from_storage, project, rms_norm
+from roe_jax.numerics import add, from_storage, project, rms_norm, rounded
 from roe_jax.params import LayerParams, Params
 
 
@@ -123,18 +123,18 @@ def _block(config, layers: LayerParams, layer, x, cache, slots, positions_BxT, c
   if write:
     cache = kv_cache.write(cache, key, value, positions_BxT[:, 0], slots)
   heads = attention.attend(query, key, value, positions_BxT, cache, slots)
-  x = x + attention.output(layers.attention, layer, heads)
+  x = add(x, attention.output(layers.attention, layer, heads))
 
   normed = rms_norm(x, layers.moe_norm[layer], config.rms_norm_eps)
   # Rounded to the model's dtype, as the model was trained with.
-  logits = project(normed, layers.router, layer).astype(x.dtype).astype(jnp.float32)
+  logits = rounded(project(normed, layers.router, layer), x.dtype).astype(jnp.float32)
   drawn = None if noise is None else noise.draw(layer, config.num_experts)
   chosen, gates = routing.route(config, logits, drawn, gate_weights)
   b, t, d = x.shape
   y = experts.apply(layers.experts, layer, normed.reshape(b * t, d),
                     chosen.reshape(b * t, -1), gates.reshape(b * t, -1), strategy)
   outputs = BlockOutputs(keys=key, values=value, experts=chosen, router_logits=logits)
-  return x + y.reshape(b, t, d), cache if write else None, outputs
+  return add(x, y.reshape(b, t, d)), cache if write else None, outputs
 
 
 def forward(params: Params, config: ModelConfig, tokens_BxT: jax.Array,

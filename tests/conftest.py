@@ -27,6 +27,13 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_module():
+  """Frees the compiled programs of each module: a process may map only so many."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def olmoe():
   """Config and parameters: gates not normalised, norms on queries and keys."""

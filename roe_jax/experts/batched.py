@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from roe_jax.experts.packing import block_size, combine, plan
-from roe_jax.numerics import einsum
+from roe_jax.numerics import einsum, rounded
 
 
 def padded(num_experts, gate_up, down, layer, x, indices, gates):
@@ -14,7 +14,7 @@ def padded(num_experts, gate_up, down, layer, x, indices, gates):
   x_blocks = x.at[rows.reshape(-1, block)].get(mode="fill", fill_value=0)
   experts = layer * num_experts + jnp.maximum(experts, 0)
   projected = einsum("kbd,kfcd->kbcf", x_blocks, gate_up[experts])
-  hidden = (jax.nn.silu(projected[:, :, 0]) * projected[:, :, 1]).astype(x.dtype)
+  hidden = rounded(jax.nn.silu(projected[:, :, 0]) * projected[:, :, 1], x.dtype)
   out = einsum("kbf,kfd->kbd", hidden, down[experts])
   return combine(out.reshape(-1, x.shape[1])[slots], gates, x.dtype)
 
@@ -30,5 +30,5 @@ def dense(num_experts, gate_up, down, layer, x, indices, gates):
   projected = einsum("nd,efcd->encf", x, of_layer(gate_up))
   hidden = jax.nn.silu(projected[:, :, 0]) * projected[:, :, 1]
   # Weighting before `down` leaves one contraction over experts and width.
-  hidden = (hidden * weights.T[..., None]).astype(x.dtype)
-  return einsum("enf,efd->nd", hidden, of_layer(down)).astype(x.dtype)
+  hidden = rounded(hidden * weights.T[..., None], x.dtype)
+  return rounded(einsum("enf,efd->nd", hidden, of_layer(down)), x.dtype)

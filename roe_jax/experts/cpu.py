@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from roe_jax.experts.packing import combine
-from roe_jax.numerics import einsum, num_cores, tile_rows, walk
+from roe_jax.numerics import einsum, num_cores, rounded, tile_rows, walk
 
 # A step of the inner loop should have so many multiplications that what
 # starting it costs does not matter.
@@ -45,7 +45,7 @@ def blocks(num_experts, gate_up, down, layer, x, indices, gates):
         if size > 1:  # what follows the expert's own rows adds zeros to what lies there
           rows = jnp.where((begin + jnp.arange(size) < end)[:, None], rows, 0)
         projected = einsum("bd,tcd->bct", rows, gate_up_tile)
-        hidden = (jax.nn.silu(projected[:, 0]) * projected[:, 1]).astype(x.dtype)
+        hidden = rounded(jax.nn.silu(projected[:, 0]) * projected[:, 1], x.dtype)
         y = jax.lax.dynamic_slice_in_dim(sorted_y, begin, size)
         y = y + einsum("bt,td->bd", hidden, down_tile)
         return jax.lax.dynamic_update_slice_in_dim(sorted_y, y, begin, 0)

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from roe_jax.numerics import rounded
+
 
 def plan(indices: jax.Array, num_experts: int,
          block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -43,4 +45,4 @@ def combine(out: jax.Array, gates: jax.Array, dtype: jnp.dtype) -> jax.Array:
   """`[N, A, D]` float32 outputs summed over choices with `[N, A]` gates: `[N, D]`."""
   # A product and a sum rather than a contraction, whose default is shorter than
   # float32 on accelerators.
-  return (out * gates[..., None]).sum(1).astype(dtype)
+  return rounded((out * gates[..., None]).sum(1), dtype)
