@@ -26,14 +26,7 @@ def grouped(num_experts: int, gate_up: jax.Array, down: jax.Array,
             gates: jax.Array) -> jax.Array:
   """Gate-weighted sum of the chosen experts' outputs, by expert.
 
-  Args:
-    num_experts: E, the experts of one layer.
-    gate_up: `[L·E, F, 2, D]`, gate (0) and up (1) projections of all layers.
-    down: `[L·E, F, D]`.
-    layer: int32 scalar; may be traced.
-    x: `[N, D]` rows, float32 or bfloat16, the dtype of the weights.
-    indices: `[N, A]` int32 chosen experts of each row, in `[0, E)`.
-    gates: `[N, A]` float32 weights of the chosen experts.
+  The arguments are those of `few_rows.selected`.
 
   Returns:
     `[N, D]`, dtype of `x`; products are accumulated in float32. It has no
