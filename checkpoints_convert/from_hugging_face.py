@@ -16,7 +16,8 @@ from checkpoints_convert.common import ConversionError, check_space, some
 from checkpoints_convert.safetensors_files import TensorInfo
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
-from roe_jax.config import ModelConfig, from_hugging_face
+from roe_jax.config import ModelConfig
+from roe_jax.families import from_hugging_face
 from roe_jax.tokenizer import Tokenizer, check_vocabulary
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

@@ -10,7 +10,8 @@ from checkpoints_convert import from_hugging_face as source_lib
 from checkpoints_convert import rules
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
-from roe_jax.config import ModelConfig, from_hugging_face
+from roe_jax.config import ModelConfig
+from roe_jax.families import from_hugging_face
 
 
 def describe_source(source: str, dtype: str, revision: str | None) -> str:

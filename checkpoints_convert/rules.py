@@ -4,8 +4,9 @@ A rule's pattern reads like `"D (H C) -> H C D"`: to the left the axes of the
 hub tensor, where parentheses merge axes; to the right where they go in one
 layer's parameter. There, `expert` is the index of the rule's expert, and a
 number is an index of its own: `"F D -> expert F 1 D"` is the second half of a
-fused projection. Letters are axis sizes (see `ModelConfig`). Every pattern is
-a reordering, so that it can be read backwards without loss.
+fused projection. Letters are axis sizes (see `ModelConfig`; G is the shared
+expert's width, U the two of gate and up, I one). Every pattern is a reordering,
+so that it can be read backwards without loss.
 """
 
 import dataclasses
@@ -31,11 +32,13 @@ class Rule:
     tensor: its name, with `{layer}` and `{expert}` where it has them.
     parameter: the parameter's name in its piece (`checkpoint.piece_shapes`).
     pattern: see the module.
+    when: a field of `ModelConfig` without which a model lacks the tensor.
   """
 
   tensor: str
   parameter: str
   pattern: str
+  when: str | None = None
 
 
 _COMMON = (
@@ -62,6 +65,16 @@ def _experts(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
   )
 
 
+_QKV_BIASES = (
+    Rule("model.layers.{layer}.self_attn.q_proj.bias", "attention.query_bias",
+         "(H C) -> H C", when="qkv_bias"),
+    Rule("model.layers.{layer}.self_attn.k_proj.bias", "attention.key_bias",
+         "(K C) -> K C", when="qkv_bias"),
+    Rule("model.layers.{layer}.self_attn.v_proj.bias", "attention.value_bias",
+         "(K C) -> K C", when="qkv_bias"),
+)
+_MLP_EXPERTS = _experts("model.layers.{layer}.mlp", "gate_proj", "up_proj", "down_proj")
+
 FAMILIES: dict[str, tuple[Rule, ...]] = {
     "olmoe": (
         *_COMMON,
@@ -69,11 +82,45 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
              "attention.query_norm", "(H C) -> H C"),
         Rule("model.layers.{layer}.self_attn.k_norm.weight",
              "attention.key_norm", "(K C) -> K C"),
-        *_experts("model.layers.{layer}.mlp", "gate_proj", "up_proj", "down_proj"),
+        *_MLP_EXPERTS,
     ),
     "mixtral": (
         *_COMMON,
         *_experts("model.layers.{layer}.block_sparse_moe", "w1", "w3", "w2"),
+    ),
+    "gpt_oss": (
+        *_COMMON,
+        *_QKV_BIASES,
+        Rule("model.layers.{layer}.self_attn.o_proj.bias", "attention.output_bias", "D -> D"),
+        Rule("model.layers.{layer}.self_attn.sinks", "attention.sinks", "H -> H"),
+        Rule("model.layers.{layer}.mlp.router.weight", "router", "E D -> E D"),
+        Rule("model.layers.{layer}.mlp.router.bias", "router_bias", "E -> E"),
+        Rule("model.layers.{layer}.mlp.experts.gate_up_proj", "experts.gate_up",
+             "E D (F U) -> E F U D"),
+        Rule("model.layers.{layer}.mlp.experts.gate_up_proj_bias", "experts.gate_up_bias",
+             "E (F U) -> E F U"),
+        Rule("model.layers.{layer}.mlp.experts.down_proj", "experts.down", "E F D -> E F D"),
+        Rule("model.layers.{layer}.mlp.experts.down_proj_bias", "experts.down_bias",
+             "E D -> E D"),
+    ),
+    "qwen2_moe": (
+        *_COMMON,
+        *_QKV_BIASES,
+        *_MLP_EXPERTS,
+        Rule("model.layers.{layer}.mlp.shared_expert.gate_proj.weight",
+             "shared_expert.gate_up", "G D -> G 0 D"),
+        Rule("model.layers.{layer}.mlp.shared_expert.up_proj.weight",
+             "shared_expert.gate_up", "G D -> G 1 D"),
+        Rule("model.layers.{layer}.mlp.shared_expert.down_proj.weight",
+             "shared_expert.down", "D G -> G D"),
+        Rule("model.layers.{layer}.mlp.shared_expert_gate.weight",
+             "shared_expert.gate", "I D -> I D"),
+    ),
+    "qwen3_moe": (
+        *_COMMON,
+        Rule("model.layers.{layer}.self_attn.q_norm.weight", "attention.query_norm", "C -> C"),
+        Rule("model.layers.{layer}.self_attn.k_norm.weight", "attention.key_norm", "C -> C"),
+        *_MLP_EXPERTS,
     ),
 }
 
@@ -131,11 +178,12 @@ def parts(config: ModelConfig, piece: Piece) -> Iterator[Part]:
   sizes = {
       "V": config.vocab_size, "D": config.d_model, "H": config.num_heads,
       "K": config.num_kv_heads, "C": config.head_dim, "E": config.num_experts,
-      "F": config.d_expert}
+      "F": config.d_expert, "G": config.d_shared_expert, "U": 2, "I": 1}
   layers = range(piece.start, piece.stop) if piece.num_layers else (None,)
   for layer in layers:
     for rule in FAMILIES[config.family]:
-      if ("{layer}" in rule.tensor) == (layer is None):
+      if ("{layer}" in rule.tensor) == (layer is None) or (
+          rule.when and not getattr(config, rule.when)):
         continue
       row = None if layer is None else layer - piece.start
       experts = range(config.num_experts) if "{expert}" in rule.tensor else (None,)

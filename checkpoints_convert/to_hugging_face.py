@@ -13,7 +13,8 @@ from checkpoints_convert import safetensors_files
 from checkpoints_convert.common import check_space
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
-from roe_jax.config import ModelConfig, to_hugging_face
+from roe_jax.config import ModelConfig
+from roe_jax.families import to_hugging_face
 
 MAX_SHARD_BYTES = 5 * 10**9
 _MARKER = "unfinished_conversion.json"

@@ -9,9 +9,11 @@
 from roe_jax.aggregation import AGGREGATIONS
 from roe_jax.checkpoint import load, load_config, save
 from roe_jax.completion import Completion, Generation, Throughput
-from roe_jax.config import PRESETS, ModelConfig, from_hugging_face, to_hugging_face
+from roe_jax.config import ModelConfig
 from roe_jax.decode import generate, stream
+from roe_jax.families import from_hugging_face, to_hugging_face
 from roe_jax.params import Params, initialize
+from roe_jax.presets import PRESETS
 from roe_jax.roster import Roster
 from roe_jax.routing import GATE_WEIGHTS
 from roe_jax.sampling import Sampler

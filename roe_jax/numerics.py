@@ -193,20 +193,25 @@ def tile_rows(size: int, row_elements: int) -> int:
   return rows if 8 * rows >= min(most, size) else size
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
+def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float,
+             weight_in_float32: bool = False) -> jax.Array:
   """Root-mean-square normalisation over the axes that `weight` has.
 
-  Computed in float32 and rounded to the dtype of `x` before the weight is
-  applied, as OLMoE and Mixtral do.
+  Computed in float32 and rounded to the dtype of `x`.
 
   Args:
     x: `[..., *weight.shape]`.
     weight: normalises jointly over all its axes.
     epsilon: added to the mean square.
+    weight_in_float32: whether it is rounded once, after the weight is applied
+      (GPT-OSS), or before it and after (the others).
   """
   weight = from_storage(weight)
   axes = tuple(range(-weight.ndim, 0))
   x32 = x.astype(jnp.float32)
   mean_square = jnp.mean(jnp.square(x32), axis=axes, keepdims=True)
-  normed = rounded(x32 * jax.lax.rsqrt(mean_square + epsilon), x.dtype)
-  return multiply(normed, jnp.broadcast_to(weight, x.shape))
+  normed = x32 * jax.lax.rsqrt(mean_square + epsilon)
+  weight = jnp.broadcast_to(weight, x.shape)
+  if weight_in_float32:
+    return rounded(normed * weight.astype(jnp.float32), x.dtype)
+  return multiply(rounded(normed, x.dtype), weight)

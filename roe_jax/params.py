@@ -16,6 +16,7 @@ import numpy as np
 
 from roe_jax import numerics
 from roe_jax.config import ModelConfig
+from roe_jax.quantization import Quantized, group_size, typical_scale
 
 # Axis letters: L layers, D model width, H query heads, K key/value heads,
 # C head width, E experts, F expert width, V vocabulary.
@@ -23,19 +24,24 @@ from roe_jax.config import ModelConfig
 
 @struct.dataclass
 class AttentionParams:
-  """Attention of all layers; absent norms are None."""
+  """Attention of all layers; what a model does not have is None."""
 
   query: Any  # [L, H, C, D]
   key: Any  # [L, K, C, D]
   value: Any  # [L, K, C, D]
   output: Any  # [L, H, C, D]
-  query_norm: Any = None  # [L, H, C]
-  key_norm: Any = None  # [L, K, C]
+  query_norm: Any = None  # [L, H, C]; [L, C] if each head is normalised by itself
+  key_norm: Any = None  # [L, K, C]; [L, C]
+  query_bias: Any = None  # [L, H, C]
+  key_bias: Any = None  # [L, K, C]
+  value_bias: Any = None  # [L, K, C]
+  output_bias: Any = None  # [L, D]
+  sinks: Any = None  # [L, H]
 
 
 @struct.dataclass
 class ExpertParams:
-  """Experts of all layers.
+  """Experts of all layers; the matrices are arrays or `Quantized`.
 
   The two leading axes stay apart so that E can be sharded; as `[L·E, ...]`,
   which the layer loop indexes with `l·E + e`, they are a free reshape. A
@@ -45,6 +51,17 @@ class ExpertParams:
 
   gate_up: Any  # [L, E, F, 2, D]: a row of the gate projection, then of the up projection
   down: Any  # [L, E, F, D]
+  gate_up_bias: Any = None  # [L, E, F, 2]
+  down_bias: Any = None  # [L, E, D]
+
+
+@struct.dataclass
+class SharedExpertParams:
+  """The expert of every layer that all tokens pass through, of inner width G."""
+
+  gate_up: Any  # [L, G, 2, D]
+  down: Any  # [L, G, D]
+  gate: Any  # [L, 1, D]: its sigmoid weights the output
 
 
 @struct.dataclass
@@ -56,6 +73,8 @@ class LayerParams:
   moe_norm: Any  # [L, D]
   router: Any  # [L, E, D]
   experts: ExpertParams
+  router_bias: Any = None  # [L, E]
+  shared_expert: SharedExpertParams | None = None
 
 
 @struct.dataclass
@@ -68,19 +87,22 @@ class Params:
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-  """Shape, logical axis names (one for each dimension) and initialiser.
+  """Shape, logical axis names (one for each dimension), initialiser and dtype.
 
   Attributes:
     shape: the array's shape.
     axes: logical axis names, as long as `shape`.
-    init: "ones", or "normal" scaled by `scale`.
+    init: "ones"; "normal", scaled by `scale`; "codes", any bits; or "scales",
+      such that codes of any bits are about as large as normal weights.
     scale: factor on the config's `initializer_range`.
+    dtype: its name; None for that of the config.
   """
 
   shape: tuple[int, ...]
   axes: tuple[str, ...]
   init: str = "normal"
   scale: float = 1.0
+  dtype: str | None = None
 
   def __post_init__(self):
     if len(self.shape) != len(self.axes):
@@ -94,10 +116,32 @@ def describe(config: ModelConfig) -> Params:
       "heads": config.num_heads, "kv_heads": config.num_kv_heads,
       "head_dim": config.head_dim, "experts": config.num_experts,
       "gate_up": 2, "expert_mlp": config.d_expert, "vocab": config.vocab_size,
+      "shared_mlp": config.d_shared_expert, "shared_gate": 1,
   }
 
-  def spec(*axes, init="normal", scale=1.0):
-    return ParamSpec(tuple(sizes[a] for a in axes), axes, init, scale)
+  def spec(*axes, init="normal", scale=1.0, dtype=None):
+    return ParamSpec(tuple(sizes[a] for a in axes), axes, init, scale, dtype)
+
+  def spec_if(present, *axes, init="normal"):
+    return spec(*axes, init=init) if present else None
+
+  def matrix(*axes, contracted, scale=1.0):
+    """An expert's matrix in the config's format."""
+    kind = config.expert_format
+    if kind is None:
+      return spec(*axes, scale=scale)
+    if kind != "int8":
+      sizes["embed_packed"] = config.d_model // 2
+    groups = contracted + "_groups"
+    sizes[groups] = sizes[contracted] // group_size(kind, sizes[contracted])
+    return Quantized(
+        spec(*axes[:-1], "embed" if kind == "int8" else "embed_packed", init="codes",
+             dtype="int8" if kind == "int8" else "uint8"),
+        spec(*(groups if a == contracted else a for a in axes), init="scales", scale=scale,
+             dtype="uint8" if kind == "mxfp4" else "bfloat16"), kind)
+
+  def normed(heads):
+    return ("head_dim",) if config.qk_norm_per_head else (heads, "head_dim")
 
   # Projections that write to the residual stream start smaller, so that its
   # variance does not grow with depth.
@@ -111,16 +155,30 @@ def describe(config: ModelConfig) -> Params:
               key=spec("layers", "kv_heads", "head_dim", "embed"),
               value=spec("layers", "kv_heads", "head_dim", "embed"),
               output=spec("layers", "heads", "head_dim", "embed", scale=residual),
-              query_norm=(spec("layers", "heads", "head_dim", init="ones")
-                          if config.qk_norm else None),
-              key_norm=(spec("layers", "kv_heads", "head_dim", init="ones")
-                        if config.qk_norm else None),
+              query_norm=spec_if(config.qk_norm, "layers", *normed("heads"), init="ones"),
+              key_norm=spec_if(config.qk_norm, "layers", *normed("kv_heads"), init="ones"),
+              query_bias=spec_if(config.qkv_bias, "layers", "heads", "head_dim"),
+              key_bias=spec_if(config.qkv_bias, "layers", "kv_heads", "head_dim"),
+              value_bias=spec_if(config.qkv_bias, "layers", "kv_heads", "head_dim"),
+              output_bias=spec_if(config.output_bias, "layers", "embed"),
+              sinks=spec_if(config.attention_sinks, "layers", "heads"),
           ),
           moe_norm=spec("layers", "embed", init="ones"),
           router=spec("layers", "experts", "embed"),
           experts=ExpertParams(
-              gate_up=spec("layers", "experts", "expert_mlp", "gate_up", "embed"),
-              down=spec("layers", "experts", "expert_mlp", "embed", scale=residual),
+              gate_up=matrix("layers", "experts", "expert_mlp", "gate_up", "embed",
+                             contracted="embed"),
+              down=matrix("layers", "experts", "expert_mlp", "embed", contracted="expert_mlp",
+                          scale=residual),
+              gate_up_bias=spec_if(config.expert_bias, "layers", "experts", "expert_mlp",
+                                   "gate_up"),
+              down_bias=spec_if(config.expert_bias, "layers", "experts", "embed"),
+          ),
+          router_bias=spec_if(config.router_bias, "layers", "experts"),
+          shared_expert=None if not config.d_shared_expert else SharedExpertParams(
+              gate_up=spec("layers", "shared_mlp", "gate_up", "embed"),
+              down=spec("layers", "shared_mlp", "embed", scale=residual),
+              gate=spec("layers", "shared_gate", "embed"),
           ),
       ),
       final_norm=spec("embed", init="ones"),
@@ -129,9 +187,13 @@ def describe(config: ModelConfig) -> Params:
 
 
 def abstract(config: ModelConfig) -> Params:
-  """`jax.ShapeDtypeStruct` leaves in `config.dtype`: what a checkpoint holds."""
-  dtype = jnp.dtype(config.dtype)
-  return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), describe(config))
+  """`jax.ShapeDtypeStruct` leaves: what a checkpoint holds."""
+  return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, _dtype(config, s)),
+                      describe(config))
+
+
+def _dtype(config, spec):
+  return jnp.dtype(spec.dtype or config.dtype)
 
 
 def logical_axes(config: ModelConfig) -> Params:
@@ -140,14 +202,18 @@ def logical_axes(config: ModelConfig) -> Params:
 
 
 def initialize(config: ModelConfig, key: jax.Array) -> Params:
-  """Random parameters in `config.dtype`; `key` is consumed."""
+  """Random parameters; `key` is consumed."""
   specs, treedef = jax.tree.flatten(describe(config))
-  dtype = jnp.dtype(config.dtype)
 
   def value(spec, key):
+    dtype = _dtype(config, spec)
     if spec.init == "ones":
       return jnp.ones(spec.shape, dtype)
+    if spec.init == "codes":
+      return jax.lax.bitcast_convert_type(jax.random.bits(key, spec.shape, jnp.uint8), dtype)
     stddev = config.initializer_range * spec.scale
+    if spec.init == "scales":
+      return jnp.full(spec.shape, typical_scale(config.expert_format, stddev), dtype)
     return (stddev * jax.random.normal(key, spec.shape, jnp.float32)).astype(dtype)
 
   keys = jax.random.split(key, len(specs))
@@ -173,13 +239,14 @@ def _held(array):
 
 
 def count(config: ModelConfig) -> int:
-  """Number of parameters."""
-  return sum(math.prod(s.shape) for s in jax.tree.leaves(describe(config)))
+  """Number of parameters, however many bits each of them has."""
+  plain = config.replace(expert_format=None)
+  return sum(math.prod(s.shape) for s in jax.tree.leaves(describe(plain)))
 
 
 def num_bytes(config: ModelConfig) -> int:
-  """Bytes of the parameters in `config.dtype`."""
-  return count(config) * jnp.dtype(config.dtype).itemsize
+  """Bytes of the parameters."""
+  return sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(abstract(config)))
 
 
 def validate(params: Params, config: ModelConfig) -> None:

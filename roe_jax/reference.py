@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from roe_jax import attention, noise as noise_lib, routing, transformer
 from roe_jax.config import ModelConfig
-from roe_jax.numerics import add, einsum, from_storage, rms_norm, rounded
+from roe_jax.experts import Activation, shared
+from roe_jax.numerics import add, einsum, from_storage, rounded
 from roe_jax.params import Params
 
 
@@ -53,22 +54,30 @@ def member_states(params: Params, config: ModelConfig, roster, tokens_BxT: jax.A
 
 
 def _block(params, config, x, positions, layer, noise, gate_weights, history):
-  weights = jax.tree.map(lambda w: from_storage(w[layer]), params.layers)
+  layers = params.layers
+  experts = jax.tree.map(lambda w: from_storage(w[layer]), layers.experts)
   cos, sin = attention.rotation(config, positions)
-  normed = rms_norm(x, weights.attention_norm, config.rms_norm_eps)
+  normed = transformer.norm(config, x, layers.attention_norm[layer])
   query, key, value = attention.project(config, params.layers.attention, layer, normed, cos, sin)
   heads = _attend(query, key, value, *(history or (key, value)))
   x = add(x, attention.output(params.layers.attention, layer, heads))
-  normed = rms_norm(x, weights.moe_norm, config.rms_norm_eps)
-  logits = einsum("btd,ed->bte", normed, weights.router)
-  logits = rounded(logits, x.dtype).astype(jnp.float32)
+  normed = transformer.norm(config, x, layers.moe_norm[layer])
+  logits = transformer.router_logits(config, layers, layer, normed)
   chosen, gates = routing.route(config, logits, noise, gate_weights)
   by_expert = jnp.sum(jax.nn.one_hot(chosen, config.num_experts) * gates[..., None], axis=-2)
-  projected = einsum("btd,efcd->btecf", normed, weights.experts.gate_up)
-  hidden = rounded(jax.nn.silu(projected[..., 0, :]) * projected[..., 1, :], x.dtype)
-  outputs = einsum("btef,efd->ebtd", hidden, weights.experts.down)
+  projected = einsum("btd,efcd->btecf", normed, experts.gate_up)
+  if config.expert_bias:
+    projected += experts.gate_up_bias.swapaxes(1, 2)[None, None]
+  activation = Activation(config.swiglu_limit, config.swiglu_alpha)
+  hidden = rounded(activation(projected[..., 0, :], projected[..., 1, :]), x.dtype)
+  outputs = einsum("btef,efd->ebtd", hidden, experts.down)
+  if config.expert_bias:
+    outputs += experts.down_bias[:, None, None]
   y = jnp.einsum("ebtd,bte->btd", outputs, by_expert, precision=jax.lax.Precision.HIGHEST)
-  return add(x, rounded(y, x.dtype)), (key, value)
+  y = rounded(y, x.dtype)
+  if config.d_shared_expert:
+    y = add(y, shared(layers.shared_expert, layer, normed))
+  return add(x, y), (key, value)
 
 
 def _attend(query, own_key, own_value, keys, values):

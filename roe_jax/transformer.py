@@ -11,6 +11,7 @@ from roe_jax import attention, cache as kv_cache, experts, routing
 from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
 from roe_jax.noise import RoutingNoise
+from roe_jax.experts import Activation
 from roe_jax.numerics import add, from_storage, project, rms_norm, rounded
 from roe_jax.params import LayerParams, Params
 
@@ -38,8 +39,21 @@ def embed(params: Params, tokens_BxT: jax.Array) -> jax.Array:
 
 def unembed(params: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
   """Logits `[..., V]` float32 from hidden states `[..., D]` after the last block."""
-  x = rms_norm(x, params.final_norm, config.rms_norm_eps)
-  return project(x, params.unembedding[None], 0)
+  return project(norm(config, x, params.final_norm), params.unembedding[None], 0)
+
+
+def norm(config: ModelConfig, x: jax.Array, weight: jax.Array) -> jax.Array:
+  """The RMSNorm of the residual stream, `[..., D]`."""
+  return rms_norm(x, weight, config.rms_norm_eps, config.norm_weight_in_float32)
+
+
+def router_logits(config: ModelConfig, layers: LayerParams, layer: jax.Array | int,
+                  normed: jax.Array) -> jax.Array:
+  """`[..., E]` float32, rounded to the model's dtype as it was trained with."""
+  logits = project(normed, layers.router, layer)
+  if layers.router_bias is not None:
+    logits += from_storage(layers.router_bias[layer])
+  return rounded(logits, jnp.dtype(config.dtype)).astype(jnp.float32)
 
 
 def run_layers(
@@ -118,23 +132,25 @@ def run_layers(
 def _block(config, layers: LayerParams, layer, x, cache, slots, positions_BxT, cos, sin,
            noise, gate_weights, write, strategy):
   """Pre-norm attention and MoE; returns hidden states, written cache and outputs."""
-  normed = rms_norm(x, layers.attention_norm[layer], config.rms_norm_eps)
+  normed = norm(config, x, layers.attention_norm[layer])
   query, key, value = attention.project(config, layers.attention, layer, normed, cos, sin)
   if write:
     cache = kv_cache.write(cache, key, value, positions_BxT[:, 0], slots)
   heads = attention.attend(query, key, value, positions_BxT, cache, slots)
   x = add(x, attention.output(layers.attention, layer, heads))
 
-  normed = rms_norm(x, layers.moe_norm[layer], config.rms_norm_eps)
-  # Rounded to the model's dtype, as the model was trained with.
-  logits = rounded(project(normed, layers.router, layer), x.dtype).astype(jnp.float32)
+  normed = norm(config, x, layers.moe_norm[layer])
+  logits = router_logits(config, layers, layer, normed)
   drawn = None if noise is None else noise.draw(layer, config.num_experts)
   chosen, gates = routing.route(config, logits, drawn, gate_weights)
   b, t, d = x.shape
   y = experts.apply(layers.experts, layer, normed.reshape(b * t, d),
-                    chosen.reshape(b * t, -1), gates.reshape(b * t, -1), strategy)
+                    chosen.reshape(b * t, -1), gates.reshape(b * t, -1), strategy,
+                    Activation(config.swiglu_limit, config.swiglu_alpha)).reshape(b, t, d)
+  if layers.shared_expert is not None:
+    y = add(y, experts.shared(layers.shared_expert, layer, normed))
   outputs = BlockOutputs(keys=key, values=value, experts=chosen, router_logits=logits)
-  return add(x, y.reshape(b, t, d)), cache if write else None, outputs
+  return add(x, y), cache if write else None, outputs
 
 
 def forward(params: Params, config: ModelConfig, tokens_BxT: jax.Array,

@@ -6,8 +6,9 @@ import pytest
 
 import hf
 import tiny
-from roe_jax import config as config_lib
-from roe_jax.config import ModelConfig, PRESETS, from_hugging_face, to_hugging_face
+from roe_jax.config import ModelConfig
+from roe_jax.families import FAMILIES, from_hugging_face, to_hugging_face
+from roe_jax.presets import PRESETS
 
 
 def test_olmoe_config_is_read():
@@ -40,7 +41,7 @@ def test_both_spellings_of_rope_are_read(spelling):
   assert from_hugging_face(hf.config_json("mixtral", **spelling)).rope_theta == 5e5
 
 
-@pytest.mark.parametrize("family", config_lib.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
 def test_both_names_of_the_expert_count_are_read(family, name):
   hf_config = hf.config_json(family)
@@ -151,7 +152,7 @@ def test_json_with_unknown_or_missing_keys_is_refused():
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"family": "llama"}, "llama"), ({"dtype": "float16"}, "float16"),
+    ({"dtype": "float16"}, "float16"),
     ({"num_layers": 0}, "num_layers"), ({"vocab_size": 2.0}, "vocab_size"),
     ({"num_experts": True}, "num_experts"), ({"num_kv_heads": 3}, "num_kv_heads"),
     ({"head_dim": 7}, "head_dim"), ({"experts_per_token": 9}, "experts_per_token")])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import hf
-from roe_jax import config as config_lib
+from roe_jax import families
 from roe_jax import params as params_lib
 from roe_jax import transformer
 
@@ -23,7 +23,7 @@ def test_logits_are_those_of_transformers(path):
   with np.load(path) as golden:
     hf_config, tokens, expected = (
         json.loads(str(golden["config"])), golden["tokens"], golden["logits"])
-  config = config_lib.from_hugging_face(hf_config, dtype="float32")
+  config = families.from_hugging_face(hf_config, dtype="float32")
   params = hf.to_params(hf_config, hf.random_state(hf_config))
   params_lib.validate(params, config)
   logits, _ = transformer.forward(params, config, tokens)

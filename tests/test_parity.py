@@ -9,7 +9,7 @@ import pytest
 
 import hf
 from roe_jax import cache as kv_cache
-from roe_jax import config as config_lib
+from roe_jax import families
 from roe_jax import decode
 from roe_jax import members as members_lib
 from roe_jax import roster as roster_lib
@@ -39,7 +39,7 @@ def build(case, dtype="float32"):
   hf_config = CASES[case]
   state = hf.random_state(hf_config, seed=3)
   return (hf.to_model(hf_config, state, dtype),
-          config_lib.from_hugging_face(hf_config, dtype=dtype),
+          families.from_hugging_face(hf_config, dtype=dtype),
           hf.to_params(hf_config, state, dtype))
 
 

@@ -5,7 +5,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from roe_jax.config import PRESETS
+from roe_jax.presets import PRESETS
 from roe_jax.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
 
 TEXT = ("the quick brown fox jumps over the lazy dog\n" * 3 +

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import config as config_lib, params as params_lib
+from roe_jax import params as params_lib, presets
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 
@@ -20,7 +20,7 @@ PRESETS = {
     "laptop": ModelConfig(
         vocab_size=50304, num_layers=8, d_model=1024, num_heads=16, num_kv_heads=16, head_dim=64,
         num_experts=64, experts_per_token=8, d_expert=512, context_length=4096, **_OLMOE),
-    **{name: config_lib.PRESETS[name] for name in ("olmoe-1b-7b", "mixtral-8x7b")},
+    **{name: presets.PRESETS[name] for name in ("olmoe-1b-7b", "mixtral-8x7b")},
 }
 # Prime, so that a matrix or an expert begins where no other one does.
 _NUM_NORMALS = 1_000_003

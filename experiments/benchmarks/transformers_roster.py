@@ -38,7 +38,7 @@ import transformers
 from transformers.integrations.moe import ExpertsInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from roe_jax import config as config_lib
+from roe_jax import families
 from roe_jax.config import ModelConfig
 
 # deepgemm and sonicmoe need CUDA and the `kernels` package.
@@ -52,7 +52,7 @@ RUNS = ("eager", "compile", "graph")
 def build(config: ModelConfig, dtype: str = "float32", device: str = "cpu",
           seed: int = 0) -> transformers.PreTrainedModel:
   """A model of this shape with random weights, made in place on the device."""
-  values = config_lib.to_hugging_face(config)
+  values = families.to_hugging_face(config)
   values = {k: v for k, v in values.items()
             if k not in ("model_type", "architectures", "torch_dtype")}
   kind = {"olmoe": transformers.OlmoeConfig, "mixtral": transformers.MixtralConfig}[config.family]

@@ -1,7 +1,8 @@
 """The expert feed-forward networks: several strategies behind one function.
 
 All strategies compute, for each row, the gate-weighted sum of the outputs of
-its chosen experts, `down(silu(gate x) * up x)`, and drop nothing. They differ
+its chosen experts, `down(activation(gate x, up x))` with biases where there are
+any, and drop nothing. They differ
 in how often they read an expert's weights and in what they can be used for:
 
 * `blocks`: a loop over the experts that were hit, each tile of whose weights
@@ -22,10 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from roe_jax.experts.activation import Activation
 from roe_jax.experts.batched import dense, padded
 from roe_jax.experts.cpu import blocks
 from roe_jax.experts.few_rows import selected
 from roe_jax.experts.many_rows import grouped
+from roe_jax.experts.shared import shared
 from roe_jax.numerics import from_storage
 from roe_jax.params import ExpertParams
 
@@ -87,20 +90,21 @@ def _difference_to_dense(strategy, dtype):
   """Largest difference on a small case, relative to the largest value."""
   num_experts, d, f, rows, choices = 4, 256, 128, 32, 2
   keys = jax.random.split(jax.random.key(0), 4)
-  gate_up = jax.random.normal(keys[0], (2 * num_experts, f, 2, d), dtype) / 16
-  down = jax.random.normal(keys[1], (2 * num_experts, f, d), dtype) / 16
+  weights = ExpertParams(
+      gate_up=jax.random.normal(keys[0], (2 * num_experts, f, 2, d), dtype) / 16,
+      down=jax.random.normal(keys[1], (2 * num_experts, f, d), dtype) / 16)
   x = jax.random.normal(keys[2], (rows, d), dtype)
   gates, indices = jax.lax.top_k(jax.random.uniform(keys[3], (rows, num_experts)), choices)
   actual, expected = (
-      np.asarray(jax.jit(functools.partial(_FUNCTIONS[name], num_experts))(
-          gate_up, down, 1, x, indices, gates), np.float32)
+      np.asarray(jax.jit(functools.partial(_FUNCTIONS[name], num_experts, Activation()))(
+          weights, 1, x, indices, gates), np.float32)
       for name in (strategy, "dense"))
   return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
 def apply(experts: ExpertParams, layer: jax.Array | int, x_NxD: jax.Array,
-          indices_NxA: jax.Array, gates_NxA: jax.Array,
-          strategy: str | None = None) -> jax.Array:
+          indices_NxA: jax.Array, gates_NxA: jax.Array, strategy: str | None = None,
+          activation: Activation = Activation()) -> jax.Array:
   """Gate-weighted sum of the chosen experts' outputs.
 
   Under `vmap` with shared weights, as in a roster, the mapped axis is folded
@@ -115,6 +119,7 @@ def apply(experts: ExpertParams, layer: jax.Array | int, x_NxD: jax.Array,
     indices_NxA: int32 chosen experts of each row.
     gates_NxA: float32 weights of the chosen experts.
     strategy: one of `STRATEGIES`, or None to choose by platform and shapes.
+    activation: between the projections.
 
   Returns:
     `[N, D]`, dtype of `x_NxD`; products are accumulated in float32.
@@ -123,36 +128,35 @@ def apply(experts: ExpertParams, layer: jax.Array | int, x_NxD: jax.Array,
     ValueError: an unknown strategy.
   """
   check_strategy(strategy)
-  l, e = experts.gate_up.shape[:2]
-  gate_up = experts.gate_up.reshape(l * e, *experts.gate_up.shape[2:])
-  down = experts.down.reshape(l * e, *experts.down.shape[2:])
-  return _folding(e, strategy)(gate_up, down, jnp.asarray(layer), x_NxD,
-                               indices_NxA, gates_NxA)
+  l, e = jax.tree.leaves(experts.gate_up)[0].shape[:2]
+  experts = jax.tree.map(lambda w: w.reshape(l * e, *w.shape[2:]), experts)
+  return _folding(e, activation, strategy)(experts, jnp.asarray(layer), x_NxD,
+                                           indices_NxA, gates_NxA)
 
 
 @functools.cache
-def _folding(num_experts, strategy):
+def _folding(num_experts, activation, strategy):
   """The strategy's function with a vmap rule that folds the mapped axis into rows."""
 
-  def compute(gate_up, down, layer, x, indices, gates):
+  def compute(weights, layer, x, indices, gates):
     chosen = strategy or choose_strategy(*indices.shape, num_experts, str(x.dtype))
     if chosen != "blocks":
-      gate_up, down = from_storage(gate_up), from_storage(down)
-    return _FUNCTIONS[chosen](num_experts, gate_up, down, layer, x, indices, gates)
+      weights = jax.tree.map(from_storage, weights)
+    return _FUNCTIONS[chosen](num_experts, activation, weights, layer, x, indices, gates)
 
   if strategy in ("padded", "dense"):
     return compute
   folding = jax.custom_batching.custom_vmap(compute)
 
   @folding.def_vmap
-  def _(axis_size, in_batched, gate_up, down, layer, x, indices, gates):
-    if any(in_batched[:3]):
+  def _(axis_size, in_batched, weights, layer, x, indices, gates):
+    if any(jax.tree.leaves(in_batched[:2])):
       raise ValueError("experts.apply can be mapped over rows, not over weights or layers")
     def fold(a, is_batched):
       a = a if is_batched else jnp.broadcast_to(a, (axis_size, *a.shape))
       return a.swapaxes(0, 1).reshape(-1, a.shape[-1])
-    y = folding(gate_up, down, layer,
-                *(fold(a, b) for a, b in zip((x, indices, gates), in_batched[3:])))
+    y = folding(weights, layer,
+                *(fold(a, b) for a, b in zip((x, indices, gates), in_batched[2:])))
     return y.reshape(-1, axis_size, y.shape[-1]).swapaxes(0, 1), True
 
   return folding

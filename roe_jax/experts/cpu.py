@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 
 from roe_jax.experts.packing import combine
-from roe_jax.numerics import einsum, num_cores, rounded, tile_rows, walk
+from roe_jax.numerics import einsum, from_storage, num_cores, rounded, tile_rows, walk
 
 # A step of the inner loop should have so many multiplications that what
 # starting it costs does not matter.
 LEAST_WORK = 2**19
 
 
-def blocks(num_experts, gate_up, down, layer, x, indices, gates):
+def blocks(num_experts, activation, weights, layer, x, indices, gates):
   """See `experts.apply`; one row's choices are a loop over (row, choice) pairs."""
   n, a = indices.shape
-  pairs, (width, d) = n * a, down.shape[1:]
+  pairs, (width, d) = n * a, weights.down.shape[1:]
   rows_of_tile = tile_rows(width, 2 * d)
   block, fewest = _block_size(pairs, num_experts, 3 * rows_of_tile * d)
   flat_indices = indices.reshape(pairs)
@@ -29,7 +29,9 @@ def blocks(num_experts, gate_up, down, layer, x, indices, gates):
   ends = jnp.cumsum(counts)
   hit = jnp.nonzero(counts, size=min(num_experts, pairs), fill_value=0)[0]
   sorted_x = jnp.pad(x[by_expert // a], ((0, block), (0, 0)))
-  weights = gate_up.reshape(-1, 2, d), down.reshape(-1, d)
+  matrices = weights.gate_up.reshape(-1, 2, d), weights.down.reshape(-1, d)
+  if weights.gate_up_bias is not None:
+    matrices += (weights.gate_up_bias.reshape(-1, 2),)
 
   def of_expert(i, sorted_y):
     expert = hit[i]
@@ -38,14 +40,16 @@ def blocks(num_experts, gate_up, down, layer, x, indices, gates):
     def add(tiles, start, sorted_y):
       del start
       # The tile is copied here, once, and not in the loop over blocks.
-      gate_up_tile, down_tile = jax.lax.optimization_barrier(tiles)
+      gate_up_tile, down_tile, *bias = jax.lax.optimization_barrier(tiles)
 
       def of_rows(begin, size, sorted_y):
         rows = jax.lax.dynamic_slice_in_dim(sorted_x, begin, size)
-        if size > 1:  # what follows the expert's own rows adds zeros to what lies there
-          rows = jnp.where((begin + jnp.arange(size) < end)[:, None], rows, 0)
         projected = einsum("bd,tcd->bct", rows, gate_up_tile)
-        hidden = rounded(jax.nn.silu(projected[:, 0]) * projected[:, 1], x.dtype)
+        if bias:
+          projected += from_storage(bias[0]).astype(jnp.float32).T[None]
+        hidden = rounded(activation(projected[:, 0], projected[:, 1]), x.dtype)
+        if size > 1:  # what follows the expert's own rows adds zeros to what lies there
+          hidden = jnp.where((begin + jnp.arange(size) < end)[:, None], hidden, 0)
         y = jax.lax.dynamic_slice_in_dim(sorted_y, begin, size)
         y = y + einsum("bt,td->bd", hidden, down_tile)
         return jax.lax.dynamic_update_slice_in_dim(sorted_y, y, begin, 0)
@@ -59,9 +63,12 @@ def blocks(num_experts, gate_up, down, layer, x, indices, gates):
           first + num_blocks * block, end, lambda row, y: of_rows(row, 1, y), sorted_y)
 
     first_row = (layer * num_experts + expert) * width
-    return walk(weights, first_row, width, rows_of_tile, add, sorted_y)
+    return walk(matrices, first_row, width, rows_of_tile, add, sorted_y)
 
   sorted_y = jnp.zeros((pairs + block, d), jnp.float32)
+  if weights.down_bias is not None:
+    bias = from_storage(weights.down_bias[layer * num_experts + flat_indices[by_expert]])
+    sorted_y = sorted_y.at[:pairs].set(bias.astype(jnp.float32))
   sorted_y = jax.lax.fori_loop(0, jnp.count_nonzero(counts), of_expert, sorted_y)
   places = jnp.zeros(pairs, jnp.int32).at[by_expert].set(jnp.arange(pairs), unique_indices=True)
   return combine(sorted_y[places.reshape(n, a)], gates, x.dtype)

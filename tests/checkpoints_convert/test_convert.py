@@ -19,7 +19,7 @@ from checkpoints_convert import cli, rules
 from checkpoints_convert import from_hugging_face as importer
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
-from roe_jax.config import PRESETS
+from roe_jax.presets import PRESETS
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 V, L, D, H, K, C, E, F = 40, 3, 16, 4, 2, 4, 4, 12

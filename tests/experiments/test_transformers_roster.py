@@ -9,7 +9,7 @@ import pytest
 
 import hf
 from roe_jax import cache as kv_cache
-from roe_jax import config as config_lib
+from roe_jax import families
 from roe_jax import members as members_lib
 from roe_jax.roster import Roster
 
@@ -33,7 +33,7 @@ def settings(case):
   family = case.split("_")[0]
   changes = {"norm_topk_prob": True} if case == "olmoe_normalised" else {}
   hf_config = hf.config_json(family, **changes)
-  return hf_config, config_lib.from_hugging_face(hf_config, dtype="float32")
+  return hf_config, families.from_hugging_face(hf_config, dtype="float32")
 
 
 def make(case, num_members=3, temperatures=TEMPERATURES, **options):

@@ -1,0 +1,15 @@
+"""The expert that all tokens pass through (Qwen2-MoE)."""
+
+import jax
+
+from roe_jax.numerics import project, project_back, rounded
+from roe_jax.params import SharedExpertParams
+
+
+def shared(weights: SharedExpertParams, layer: jax.Array | int, x: jax.Array) -> jax.Array:
+  """`sigmoid(gate x) * down(silu(gate_up x))` of rows `[..., D]`, in their dtype."""
+  projected = project(x, weights.gate_up, layer)
+  hidden = rounded(jax.nn.silu(projected[..., 0]) * projected[..., 1], x.dtype)
+  y = rounded(project_back(hidden, weights.down, layer), x.dtype)
+  gate = rounded(project(x, weights.gate, layer), x.dtype)
+  return rounded(jax.nn.sigmoid(gate.astype(y.dtype)) * y, x.dtype)
