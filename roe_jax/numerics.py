@@ -104,6 +104,13 @@ def multiply(x: jax.Array, y: jax.Array) -> jax.Array:
   return rounded(x.astype(jnp.float32) * y.astype(jnp.float32), x.dtype)
 
 
+def add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+  """`x` plus a bias of its last axes; no bias leaves it as it is."""
+  if bias is None:
+    return x
+  return x + jnp.broadcast_to(from_storage(bias).astype(x.dtype), x.shape)
+
+
 def widen(held: jax.Array) -> jax.Array:
   """float32 values of what is held as bfloat16 bits."""
   return jax.lax.bitcast_convert_type(held.astype(jnp.uint32) << 16, jnp.float32)

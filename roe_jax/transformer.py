@@ -12,7 +12,7 @@ from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
 from roe_jax.noise import RoutingNoise
 from roe_jax.experts import Activation
-from roe_jax.numerics import add, from_storage, project, rms_norm, rounded
+from roe_jax.numerics import add, add_bias, from_storage, project, rms_norm, rounded
 from roe_jax.params import LayerParams, Params
 
 
@@ -50,9 +50,8 @@ def norm(config: ModelConfig, x: jax.Array, weight: jax.Array) -> jax.Array:
 def router_logits(config: ModelConfig, layers: LayerParams, layer: jax.Array | int,
                   normed: jax.Array) -> jax.Array:
   """`[..., E]` float32, rounded to the model's dtype as it was trained with."""
-  logits = project(normed, layers.router, layer)
-  if layers.router_bias is not None:
-    logits += from_storage(layers.router_bias[layer])
+  bias = None if layers.router_bias is None else layers.router_bias[layer]
+  logits = add_bias(project(normed, layers.router, layer), bias)
   return rounded(logits, jnp.dtype(config.dtype)).astype(jnp.float32)
 
 

@@ -48,7 +48,10 @@ def mixtral():
   return config, tiny.params(config)
 
 
-@pytest.fixture(scope="session", params=["olmoe", "mixtral"])
+@pytest.fixture(scope="session", params=list(tiny.RULES))
 def model(request):
-  """Config and parameters of both families in turn."""
-  return request.getfixturevalue(request.param)
+  """Config and parameters of all families in turn."""
+  if request.param in ("olmoe", "mixtral"):
+    return request.getfixturevalue(request.param)
+  config = tiny.config(request.param)
+  return config, tiny.params(config)

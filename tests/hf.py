@@ -8,7 +8,8 @@ model can be built in transformers (`to_model`) and here (`to_params`). Only
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax.params import AttentionParams, ExpertParams, LayerParams, Params
+from roe_jax.params import (
+    AttentionParams, ExpertParams, LayerParams, Params, SharedExpertParams)
 
 SMALL = dict(
     vocab_size=48, hidden_size=32, intermediate_size=16, num_hidden_layers=2,
@@ -17,20 +18,41 @@ SMALL = dict(
     tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
+# What each family's config.json says beyond that; the keys are those of the hub.
+SPECIFIC = {
+    "olmoe": dict(num_experts=8, num_experts_per_tok=3, norm_topk_prob=False, clip_qkv=None,
+                  attention_bias=False),
+    "mixtral": dict(num_local_experts=8, num_experts_per_tok=2, sliding_window=None),
+    # A window and an original context that the texts of the tests go far beyond.
+    "gpt_oss": dict(
+        num_local_experts=8, num_experts_per_tok=3, head_dim=8, attention_bias=True,
+        sliding_window=5, layer_types=["sliding_attention", "full_attention"],
+        swiglu_limit=7.0, rope_theta=150000.0, rope_scaling=dict(
+            rope_type="yarn", factor=32.0, original_max_position_embeddings=8,
+            beta_fast=32.0, beta_slow=1.0, truncate=False)),
+    "qwen2_moe": dict(
+        num_experts=8, num_experts_per_tok=3, norm_topk_prob=False, intermediate_size=24,
+        moe_intermediate_size=16, shared_expert_intermediate_size=20, decoder_sparse_step=1,
+        mlp_only_layers=[], use_sliding_window=False, sliding_window=4, max_window_layers=1),
+    "qwen3_moe": dict(
+        num_experts=8, num_experts_per_tok=3, norm_topk_prob=True, intermediate_size=24,
+        moe_intermediate_size=16, head_dim=12, attention_bias=False, decoder_sparse_step=1,
+        mlp_only_layers=[], use_sliding_window=False, sliding_window=4, max_window_layers=1),
+}
+FAMILIES = tuple(SPECIFIC)
+
+
 def config_json(family, **changes):
   """The contents of a small model's config.json."""
-  if family == "olmoe":
-    specific = dict(num_experts=8, num_experts_per_tok=3, norm_topk_prob=False,
-                    clip_qkv=None, attention_bias=False)
-  else:
-    specific = dict(num_local_experts=8, num_experts_per_tok=2, sliding_window=None)
-  return SMALL | {"model_type": family} | specific | changes
+  return SMALL | {"model_type": family} | SPECIFIC[family] | changes
 
 
 def _sizes(hf):
   heads = hf["num_attention_heads"]
   return dict(
-      layers=hf["num_hidden_layers"], d=hf["hidden_size"], f=hf["intermediate_size"],
+      layers=hf["num_hidden_layers"], d=hf["hidden_size"],
+      f=hf.get("moe_intermediate_size") or hf["intermediate_size"],
+      g=hf.get("shared_expert_intermediate_size"),
       v=hf["vocab_size"], h=heads, k=hf["num_key_value_heads"],
       c=hf.get("head_dim") or hf["hidden_size"] // heads,
       e=hf.get("num_experts") or hf["num_local_experts"])
@@ -55,12 +77,38 @@ def random_state(hf, seed=0, scale=0.3):
         "mlp.experts.gate_up_proj": (n["e"], 2 * n["f"], n["d"]),
         "mlp.experts.down_proj": (n["e"], n["d"], n["f"]),
     }
-    if hf["model_type"] == "olmoe":
-      block |= {"self_attn.q_norm.weight": (n["h"] * n["c"],),
-                "self_attn.k_norm.weight": (n["k"] * n["c"],)}
+    block |= {
+        "olmoe": {"self_attn.q_norm.weight": (n["h"] * n["c"],),
+                  "self_attn.k_norm.weight": (n["k"] * n["c"],)},
+        "mixtral": {},
+        "gpt_oss": {"self_attn.q_proj.bias": (n["h"] * n["c"],),
+                    "self_attn.k_proj.bias": (n["k"] * n["c"],),
+                    "self_attn.v_proj.bias": (n["k"] * n["c"],),
+                    "self_attn.o_proj.bias": (n["d"],),
+                    "self_attn.sinks": (n["h"],),
+                    "mlp.router.weight": (n["e"], n["d"]),
+                    "mlp.router.bias": (n["e"],),
+                    "mlp.experts.gate_up_proj": (n["e"], n["d"], 2 * n["f"]),
+                    "mlp.experts.gate_up_proj_bias": (n["e"], 2 * n["f"]),
+                    "mlp.experts.down_proj": (n["e"], n["f"], n["d"]),
+                    "mlp.experts.down_proj_bias": (n["e"], n["d"])},
+        "qwen2_moe": {"self_attn.q_proj.bias": (n["h"] * n["c"],),
+                      "self_attn.k_proj.bias": (n["k"] * n["c"],),
+                      "self_attn.v_proj.bias": (n["k"] * n["c"],),
+                      "mlp.shared_expert.gate_proj.weight": (n["g"], n["d"]),
+                      "mlp.shared_expert.up_proj.weight": (n["g"], n["d"]),
+                      "mlp.shared_expert.down_proj.weight": (n["d"], n["g"]),
+                      "mlp.shared_expert_gate.weight": (1, n["d"])},
+        "qwen3_moe": {"self_attn.q_norm.weight": (n["c"],),
+                      "self_attn.k_norm.weight": (n["c"],)},
+    }[hf["model_type"]]
+    if hf["model_type"] == "gpt_oss":
+      del block["mlp.gate.weight"]
+    if not hf.get("qkv_bias", True):
+      block = {name: shape for name, shape in block.items() if not name.endswith("bias")}
     shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
   return {
-      name: (random.uniform(0.5, 1.5, shape) if len(shape) == 1
+      name: (random.uniform(0.5, 1.5, shape) if "norm" in name
              else scale * random.standard_normal(shape)).astype(np.float32)
       for name, shape in shapes.items()}
 
@@ -76,11 +124,35 @@ def to_params(hf, state, dtype="float32"):
   def by_head(heads):
     return lambda w: w.reshape(heads, n["c"], n["d"])
 
-  norms = {}
-  if hf["model_type"] == "olmoe":
-    norms = dict(
-        query_norm=stacked("self_attn.q_norm.weight", lambda w: w.reshape(n["h"], n["c"])),
-        key_norm=stacked("self_attn.k_norm.weight", lambda w: w.reshape(n["k"], n["c"])))
+  def if_any(name, reshape=lambda w: w):
+    return stacked(name, reshape) if f"model.layers.0.{name}" in state else None
+
+  def by_head_if_any(name, heads):
+    return if_any(name, lambda w: w.reshape((heads, n["c"]) if w.size > n["c"] else n["c"]))
+
+  if hf["model_type"] == "gpt_oss":
+    experts = ExpertParams(
+        # Gate and up projection alternate.
+        gate_up=stacked("mlp.experts.gate_up_proj", lambda w: w.swapaxes(1, 2).reshape(
+            n["e"], n["f"], 2, n["d"])),
+        down=stacked("mlp.experts.down_proj"),
+        gate_up_bias=stacked("mlp.experts.gate_up_proj_bias",
+                             lambda w: w.reshape(n["e"], n["f"], 2)),
+        down_bias=stacked("mlp.experts.down_proj_bias"))
+  else:
+    experts = ExpertParams(
+        # The gate projection's rows come first.
+        gate_up=stacked("mlp.experts.gate_up_proj",
+                        lambda w: w.reshape(n["e"], 2, n["f"], n["d"]).swapaxes(1, 2)),
+        down=stacked("mlp.experts.down_proj", lambda w: w.transpose(0, 2, 1)))
+  shared = None
+  if n["g"]:
+    shared = SharedExpertParams(
+        gate_up=jnp.stack([stacked(f"mlp.shared_expert.{name}_proj.weight")
+                           for name in ("gate", "up")], axis=2),
+        down=stacked("mlp.shared_expert.down_proj.weight", lambda w: w.T),
+        gate=stacked("mlp.shared_expert_gate.weight"))
+  router = "mlp.router" if hf["model_type"] == "gpt_oss" else "mlp.gate"
   return Params(
       embedding=jnp.asarray(state["model.embed_tokens.weight"], dtype),
       layers=LayerParams(
@@ -91,14 +163,16 @@ def to_params(hf, state, dtype="float32"):
               value=stacked("self_attn.v_proj.weight", by_head(n["k"])),
               output=stacked("self_attn.o_proj.weight",
                              lambda w: w.T.reshape(n["h"], n["c"], n["d"])),
-              **norms),
+              query_norm=by_head_if_any("self_attn.q_norm.weight", n["h"]),
+              key_norm=by_head_if_any("self_attn.k_norm.weight", n["k"]),
+              query_bias=by_head_if_any("self_attn.q_proj.bias", n["h"]),
+              key_bias=by_head_if_any("self_attn.k_proj.bias", n["k"]),
+              value_bias=by_head_if_any("self_attn.v_proj.bias", n["k"]),
+              output_bias=if_any("self_attn.o_proj.bias"),
+              sinks=if_any("self_attn.sinks")),
           moe_norm=stacked("post_attention_layernorm.weight"),
-          router=stacked("mlp.gate.weight"),
-          experts=ExpertParams(
-              # The gate projection's rows come first.
-              gate_up=stacked("mlp.experts.gate_up_proj",
-                              lambda w: w.reshape(n["e"], 2, n["f"], n["d"]).swapaxes(1, 2)),
-              down=stacked("mlp.experts.down_proj", lambda w: w.transpose(0, 2, 1)))),
+          router=stacked(router + ".weight"), router_bias=if_any(router + ".bias"),
+          experts=experts, shared_expert=shared),
       final_norm=jnp.asarray(state["model.norm.weight"], dtype),
       unembedding=jnp.asarray(state["lm_head.weight"], dtype))
 
@@ -109,13 +183,12 @@ def to_model(hf, state, dtype="float32"):
   import transformers
 
   values = {k: v for k, v in hf.items() if k != "model_type"}
-  kinds = {"olmoe": (transformers.OlmoeConfig, transformers.OlmoeForCausalLM),
-           "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM)}
-  make_config, make_model = kinds[hf["model_type"]]
-  config = make_config(**values)
+  prefix = {"olmoe": "Olmoe", "mixtral": "Mixtral", "gpt_oss": "GptOss",
+            "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe"}[hf["model_type"]]
+  config = getattr(transformers, prefix + "Config")(**values)
   config._attn_implementation = "eager"
   config._experts_implementation = "eager"
-  model = make_model(config)
+  model = getattr(transformers, prefix + "ForCausalLM")(config)
   # Strict: every name and shape is the one that transformers has.
   model.load_state_dict({name: torch.tensor(w) for name, w in state.items()}, strict=True)
   return model.to(getattr(torch, dtype)).eval()

@@ -24,8 +24,12 @@ def member_logits(params, config, roster, tokens, request):
 
   def rope(x, position):
     half = config.head_dim // 2
-    angles = position * config.rope_theta ** (-np.arange(half) / half)
-    turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angles)
+    frequencies = config.rope_theta ** (-np.arange(half) / half)
+    if config.rope_scaling is None:
+      magnitude = 1.0
+    else:
+      frequencies, magnitude = yarn(config, frequencies), config.rope_scaling.attention_factor
+    turned = (x[:, :half] + 1j * x[:, half:]) * magnitude * np.exp(1j * position * frequencies)
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
   def gates(clean, noisy, chosen):
@@ -45,30 +49,56 @@ def member_logits(params, config, roster, tokens, request):
     a = p.layers.attention
     normed = norm(x, p.layers.attention_norm[layer])
     query, key, value = (
-        np.einsum("d,hcd->hc", normed, w[layer]) for w in (a.query, a.key, a.value))
-    if config.qk_norm:
+        np.einsum("d,hcd->hc", normed, w[layer]) + (b[layer] if config.qkv_bias else 0)
+        for w, b in ((a.query, a.query_bias), (a.key, a.key_bias), (a.value, a.value_bias)))
+    if config.qk_norm_per_head:
+      query, key = (np.stack([norm(head, weight[layer]) for head in heads])
+                    for heads, weight in ((query, a.query_norm), (key, a.key_norm)))
+    elif config.qk_norm:
       query, key = norm(query, a.query_norm[layer]), norm(key, a.key_norm[layer])
     if config.clip_qkv is not None:
       query, key, value = (np.clip(v, -config.clip_qkv, config.clip_qkv)
                            for v in (query, key, value))
     query, key = rope(query, position), rope(key, position)
     seen = history + [(key, value)]
+    if layer in config.sliding_layers:
+      seen = seen[-config.sliding_window:]
     heads = []
     for head in range(config.num_heads):
       group = head // (config.num_heads // config.num_kv_heads)
       scores = np.array([query[head] @ k[group] for k, _ in seen]) / np.sqrt(config.head_dim)
-      weights = np.exp(scores - scores.max())
-      heads.append(sum(w * v[group] for w, (_, v) in zip(weights / weights.sum(), seen)))
+      weights = np.exp(scores)
+      total = weights.sum() + (np.exp(a.sinks[layer, head]) if config.attention_sinks else 0)
+      heads.append(sum(w * v[group] for w, (_, v) in zip(weights / total, seen)))
     x = x + np.einsum("hc,hcd->d", np.array(heads), a.output[layer])
+    if config.output_bias:
+      x = x + a.output_bias[layer]
 
     normed = norm(x, p.layers.moe_norm[layer])
     clean = p.layers.router[layer] @ normed
+    if config.router_bias:
+      clean = clean + p.layers.router_bias[layer]
     noisy = clean + noise
     chosen = np.argsort(-noisy)[:config.experts_per_token]
     for expert, weight in zip(chosen, gates(clean, noisy, chosen)):
-      gate, up = np.einsum("d,fid->if", normed, p.layers.experts.gate_up[layer, expert])
-      hidden = gate / (1 + np.exp(-gate)) * up
-      x = x + weight * (hidden @ p.layers.experts.down[layer, expert])
+      experts = p.layers.experts
+      gate, up = np.einsum("d,fid->if", normed, experts.gate_up[layer, expert])
+      if config.expert_bias:
+        gate, up = gate + experts.gate_up_bias[layer, expert, :, 0], (
+            up + experts.gate_up_bias[layer, expert, :, 1])
+      if config.swiglu_limit is None:
+        hidden = gate / (1 + np.exp(-gate)) * up
+      else:
+        gate = np.minimum(gate, config.swiglu_limit)
+        up = np.maximum(np.minimum(up, config.swiglu_limit), -config.swiglu_limit)
+        hidden = gate / (1 + np.exp(-config.swiglu_alpha * gate)) * (up + 1)
+      y = hidden @ experts.down[layer, expert]
+      x = x + weight * (y + experts.down_bias[layer, expert] if config.expert_bias else y)
+    if config.d_shared_expert:
+      shared = p.layers.shared_expert
+      gate, up = np.einsum("d,fid->if", normed, shared.gate_up[layer])
+      y = (gate / (1 + np.exp(-gate)) * up) @ shared.down[layer]
+      x = x + y / (1 + np.exp(-(shared.gate[layer, 0] @ normed)))
     return x, (key, value)
 
   def run(index, shared_history):
@@ -88,6 +118,22 @@ def member_logits(params, config, roster, tokens, request):
 
   shared = run(None, None)[1] if roster.cache == "clean" else None
   return np.array([run(index, shared)[0] for index in range(len(roster.members))])
+
+
+def yarn(config, frequencies):
+  """YaRN's frequencies (arXiv 2309.00071): slow dimensions are interpolated."""
+  s, half = config.rope_scaling, config.head_dim // 2
+
+  def dimension(rotations):
+    """At which (fractional) dimension the original context is so many rotations."""
+    return half * np.log(s.original_context / (2 * np.pi * rotations)) / np.log(config.rope_theta)
+
+  low, high = dimension(s.beta_fast), dimension(s.beta_slow)
+  if s.truncate:
+    low, high = np.floor(low), np.ceil(high)
+  low, high = max(low, 0), min(high, config.head_dim - 1)
+  ramp = np.clip((np.arange(half) - low) / (max(high - low, 0.001)), 0, 1)
+  return frequencies * (1 - ramp) + frequencies / s.factor * ramp
 
 
 @functools.partial(jax.jit, static_argnames="num_experts")

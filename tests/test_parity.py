@@ -29,8 +29,24 @@ CASES = {
     "mixtral": hf.config_json("mixtral"),
     "mixtral_wide_heads": hf.config_json("mixtral", head_dim=12, rope_theta=1e6,
                                          num_key_value_heads=1),
+    "mixtral_window": hf.config_json("mixtral", sliding_window=6),
+    "gpt_oss": hf.config_json("gpt_oss"),
+    "gpt_oss_clamped": hf.config_json("gpt_oss", swiglu_limit=0.5),
+    "gpt_oss_full_then_two_windows": hf.config_json(
+        "gpt_oss", num_hidden_layers=3, sliding_window=3,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"]),
+    "gpt_oss_truncated_ramp": hf.config_json("gpt_oss", rope_scaling=dict(
+        rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0,
+        beta_slow=0.5, truncate=True, attention_factor=0.9)),
+    "qwen2_moe": hf.config_json("qwen2_moe"),
+    "qwen2_moe_windows": hf.config_json("qwen2_moe", use_sliding_window=True),
+    "qwen2_moe_without_bias": hf.config_json("qwen2_moe", qkv_bias=False, norm_topk_prob=True),
+    "qwen3_moe": hf.config_json("qwen3_moe"),
+    "qwen3_moe_not_normalised": hf.config_json("qwen3_moe", norm_topk_prob=False),
+    "qwen3_moe_window": hf.config_json("qwen3_moe", use_sliding_window=True),
+    "qwen3_moe_yarn": hf.config_json("qwen3_moe", rope_scaling=dict(
+        rope_type="yarn", factor=4.0, original_max_position_embeddings=8)),
 }
-FAMILIES = ("olmoe", "mixtral")
 
 
 @functools.cache
@@ -78,7 +94,7 @@ def test_clipping_changes_the_logits():
   assert np.abs(clipped - free).max() > 0.01 * np.abs(free).max()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", hf.FAMILIES)
 def test_right_padded_batch(family):
   model, config, params = build(family)
   x, lengths = tokens(), np.array([20, 1, 7, 13] + list(range(5, 17)))
@@ -88,7 +104,7 @@ def test_right_padded_batch(family):
   assert_close(np.asarray(logits)[mask], expected[mask])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", hf.FAMILIES)
 @pytest.mark.parametrize("chunks", [(20,), (9, 2, 9)])
 def test_prefill_in_chunks(family, chunks):
   model, config, params = build(family)
@@ -103,7 +119,7 @@ def test_prefill_in_chunks(family, chunks):
   assert_close(jnp.concatenate(pieces, axis=1), hf.logits(model, x))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", hf.FAMILIES)
 def test_decoding_token_by_token(family):
   model, config, params = build(family)
   x, lengths = tokens((3, 20)), [5, 1, 12]
@@ -135,7 +151,7 @@ def test_greedy_generation():
       text.append(token)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", hf.FAMILIES)
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(family):
   """Two bfloat16 models round at slightly different places and choose other
   experts at near ties, so that single logits cannot agree. What can be asked

@@ -10,6 +10,7 @@ import scipy.stats
 import tiny
 from roe_jax import noise as noise_lib
 from roe_jax import routing
+from roe_jax.families import FAMILIES
 
 LOGITS = np.array([1.2, 0.4, 0.0, -0.3, 0.9, -1.1])
 
@@ -41,7 +42,7 @@ def drawn_sets(config, temperature, num_draws=40_000):
   return np.sort(np.asarray(experts).reshape(num_draws, -1))
 
 
-@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("count, temperature", [(2, 1.0), (2, 0.3), (3, 0.5)])
 def test_sets_are_drawn_without_replacement_from_the_softmax(family, count, temperature):
   config = tiny.config(family, num_experts=6, experts_per_token=count)
@@ -94,7 +95,8 @@ def random_rows(num_rows=500, num_experts=8, temperature=0.7):
 
 @pytest.mark.parametrize("gate_weights", routing.GATE_WEIGHTS)
 @pytest.mark.parametrize("family, normalize", [
-    ("olmoe", False), ("olmoe", True), ("mixtral", True)])
+    ("olmoe", False), ("olmoe", True), ("mixtral", True), ("gpt_oss", True),
+    ("qwen2_moe", False), ("qwen3_moe", True)])
 def test_gates_follow_the_formulas(family, normalize, gate_weights):
   config = tiny.config(family, normalize_gates=normalize)
   logits, noise = random_rows()
@@ -127,7 +129,8 @@ def test_rescaled_gates_have_the_mass_of_the_clean_choice(temperature):
 
 
 @pytest.mark.parametrize("family, normalize", [
-    ("olmoe", False), ("olmoe", True), ("mixtral", True)])
+    ("olmoe", False), ("olmoe", True), ("mixtral", True), ("gpt_oss", True),
+    ("qwen2_moe", False), ("qwen3_moe", True)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rescaled_gates_are_bitwise_the_clean_ones_where_the_clean_experts_are_chosen(
     family, normalize, dtype):
@@ -142,7 +145,7 @@ def test_rescaled_gates_are_bitwise_the_clean_ones_where_the_clean_experts_are_c
   np.testing.assert_array_equal(np.asarray(rescaled)[same], np.asarray(clean)[same])
 
 
-@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("gate_weights", routing.GATE_WEIGHTS)
 def test_zero_noise_is_bitwise_no_noise(family, gate_weights):
   config = tiny.config(family)
@@ -153,9 +156,10 @@ def test_zero_noise_is_bitwise_no_noise(family, gate_weights):
     np.testing.assert_array_equal(actual, expected)
 
 
-def test_only_olmoe_rounds_its_gates_to_the_models_dtype():
+def test_all_but_mixtral_round_their_gates_to_the_models_dtype():
   logits = jnp.asarray(random_rows()[0])
-  for family, rounds in (("olmoe", True), ("mixtral", False)):
+  for family in FAMILIES:
+    rounds = family != "mixtral"
     _, gates = routing.route(tiny.config(family, dtype="bfloat16"), logits)
     _, exact = routing.route(tiny.config(family), logits)
     assert gates.dtype == jnp.float32

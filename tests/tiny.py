@@ -5,7 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from roe_jax import params as params_lib
-from roe_jax.config import ModelConfig
+from roe_jax.config import ModelConfig, Yarn
+from roe_jax.families import FAMILIES
+
+# What a model of each family has beyond what the family fixes. The windows, the
+# original context and the limit are such that short texts go beyond them.
+RULES = {
+    "olmoe": dict(normalize_gates=False),
+    "mixtral": dict(),
+    "gpt_oss": dict(
+        sliding_window=4, sliding_layers=(0, 2), swiglu_limit=1.5, swiglu_alpha=1.702,
+        rope_scaling=Yarn(factor=8.0, original_context=6, beta_fast=32.0, beta_slow=1.0,
+                          truncate=False, attention_factor=1.2)),
+    "qwen2_moe": dict(normalize_gates=False, qkv_bias=True, d_shared_expert=20),
+    "qwen3_moe": dict(normalize_gates=True),
+}
 
 
 def config(family, **changes):
@@ -14,11 +28,8 @@ def config(family, **changes):
       vocab_size=61, num_layers=3, d_model=32, num_heads=4, num_kv_heads=2,
       head_dim=8, num_experts=8, experts_per_token=3, d_expert=16,
       context_length=48)
-  rules = {
-      "olmoe": dict(normalize_gates=False, gates_in_model_dtype=True, qk_norm=True),
-      "mixtral": dict(normalize_gates=True, gates_in_model_dtype=False, qk_norm=False),
-  }
-  return ModelConfig(family=family, **(sizes | rules[family] | changes))
+  return ModelConfig(family=family, **(
+      sizes | FAMILIES[family].fixed | RULES[family] | changes))
 
 
 def params(config, seed=0, scale=0.3):
