@@ -46,6 +46,9 @@ class Family:
     slides: `(config.json, layer) -> bool`, which layers have the window where
       `layer_types` does not say it; None where all have it.
     formats: quantisations of the experts in which its hub files may come.
+    default_theta: base of the rotary embedding where `config.json` has none.
+    says_scaling: whether `config.json` always says how the rotary embedding is
+      scaled (transformers would scale it otherwise).
   """
 
   architecture: str
@@ -56,6 +59,8 @@ class Family:
   needs_switch: bool = False
   slides: Callable[[dict[str, Any], int], bool] | None = None
   formats: tuple[str, ...] = ()
+  default_theta: float = 1e4
+  says_scaling: bool = False
 
 
 COMMON_KEYS = {
@@ -90,7 +95,7 @@ FAMILIES = {
         keys={"num_experts": _LOCAL_EXPERTS, "d_expert": _key("intermediate_size"),
               "head_dim": _HEAD_DIM, "rms_norm_eps": _EPSILON_5},
         fixed={"normalize_gates": True, "gates_in_model_dtype": False, "qk_norm": False},
-        only={"attention_bias": False}),
+        only={"attention_bias": False}, default_theta=1e6),
     "gpt_oss": Family(
         "GptOssForCausalLM",
         keys={"num_experts": _LOCAL_EXPERTS, "d_expert": _key("intermediate_size"),
@@ -101,7 +106,7 @@ FAMILIES = {
                "qkv_bias": True, "output_bias": True, "attention_sinks": True,
                "router_bias": True, "expert_bias": True, "norm_weight_in_float32": True},
         only={"attention_bias": True}, slides=lambda hf, layer: layer % 2 == 0,
-        formats=("mxfp4",)),
+        formats=("mxfp4",), default_theta=150000.0, says_scaling=True),
     "qwen2_moe": Family(
         "Qwen2MoeForCausalLM",
         keys={"num_experts": _EXPERTS, "d_expert": _key("moe_intermediate_size"),
@@ -205,7 +210,9 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
                        else list(config.eos_token_ids) or None),
       "torch_dtype": config.dtype,
   } | _COMMON_ONLY | family.only
-  if config.rope_scaling is not None:
+  if config.rope_scaling is None:
+    hf["rope_scaling"] = {"rope_type": "default"} if family.says_scaling else None
+  else:
     yarn = config.rope_scaling
     hf["rope_scaling"] = {
         "rope_type": "yarn", "factor": yarn.factor,
@@ -285,7 +292,9 @@ def _rope(family, hf, context_length):
           **(hf.get("rope_parameters") or {})}
   if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor")) not in (None, 1, 1.0):
     _refuse("partial_rotary_factor", rope.get("partial_rotary_factor"), 1.0)
-  theta = float(rope["rope_theta"] or 1e4)
+  if FAMILIES[family].says_scaling and len(rope) == 1:
+    raise ValueError(f"config.json of a {family} model lacks rope_scaling / rope_parameters")
+  theta = float(rope["rope_theta"] or FAMILIES[family].default_theta)
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind == "default":
     return theta, None

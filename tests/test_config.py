@@ -101,6 +101,13 @@ def test_yarn_is_read(scaling, expected):
     assert from_hugging_face(to_hugging_face(config)) == config
 
 
+def test_gpt_oss_says_how_its_rotary_embedding_is_scaled():
+  plain = tiny.config("gpt_oss", rope_scaling=None)
+  assert from_hugging_face(to_hugging_face(plain)) == plain
+  with pytest.raises(ValueError, match="lacks rope_scaling / rope_parameters"):
+    from_hugging_face(to_hugging_face(plain) | {"rope_scaling": None})
+
+
 @pytest.mark.parametrize("spelling", [
     {"rope_theta": 5e5},
     {"rope_theta": 5e5, "rope_scaling": None},
