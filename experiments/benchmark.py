@@ -29,14 +29,19 @@ from experiments import app
 from experiments.benchmarks import bench as bench_lib, cases, machine, models, report, results
 from experiments.benchmarks.cases import Sizes
 from roe_jax import params as params_lib
-from roe_jax.config import ModelConfig
+from roe_jax.config import DTYPES, ModelConfig
+from roe_jax.quantization import FORMATS
 
 FLAGS = flags.FLAGS
 SWEEPS = (*cases.SWEEPS, "transformers")
+RIVAL_FAMILIES = ("olmoe", "mixtral")
 
 
 def define_flags() -> None:
   flags.DEFINE_enum("preset", "laptop", list(models.PRESETS), "Shape of the model.")
+  flags.DEFINE_enum("dtype", None, DTYPES, "Of weights and activations; the preset's by default.")
+  flags.DEFINE_enum("expert_format", None, ["none", *FORMATS],
+                    "What the experts' weights are held in; the preset's by default.")
   flags.DEFINE_list("sweeps", list(SWEEPS), "What to measure.")
   flags.DEFINE_list("num_members", ["1", "2", "4", "8", "16", "32", "64"],
                     "Roster sizes n of the sweep of decoding.")
@@ -91,7 +96,18 @@ def sizes_from_flags(config: ModelConfig) -> Sizes:
   return sizes
 
 
-def chosen_sweeps() -> list[str]:
+def config_from_flags() -> ModelConfig:
+  """The preset with the dtype and the format that are asked for."""
+  config = models.PRESETS[FLAGS.preset]
+  if FLAGS.dtype:
+    config = config.replace(dtype=FLAGS.dtype)
+  if FLAGS.expert_format:
+    config = config.replace(
+        expert_format=None if FLAGS.expert_format == "none" else FLAGS.expert_format)
+  return config
+
+
+def chosen_sweeps(config: ModelConfig) -> list[str]:
   """The sweeps that are asked for and can be run."""
   unknown = [name for name in FLAGS.sweeps if name not in SWEEPS]
   if unknown or not FLAGS.sweeps:
@@ -103,6 +119,10 @@ def chosen_sweeps() -> list[str]:
     sweeps.remove("transformers")
     if missing and FLAGS.transformers == "auto":
       print(f"Not compared with transformers: {' and '.join(missing)} not installed.")
+  if "transformers" in sweeps and (config.expert_format or config.family not in RIVAL_FAMILIES):
+    sweeps.remove("transformers")
+    print("Not compared with transformers: its rosters here are made for "
+          f"{' and '.join(RIVAL_FAMILIES)} with experts that are not quantised.")
   return sweeps
 
 
@@ -151,8 +171,8 @@ def run(config: ModelConfig, sizes: Sizes, sweeps: list[str], folder: results.Fo
 def main(argv) -> None:
   del argv
   begin = time.perf_counter()
-  config = models.PRESETS[FLAGS.preset]
-  sizes, sweeps = sizes_from_flags(config), chosen_sweeps()
+  config = config_from_flags()
+  sizes, sweeps = sizes_from_flags(config), chosen_sweeps(config)
   num_cores = machine.pin(FLAGS.num_cores)
   if "transformers" in sweeps:
     # torch needs the same device's memory.
@@ -171,7 +191,7 @@ def main(argv) -> None:
       name: FLAGS[name].value for name in (
           "preset", "temperature", "rounds", "seed", "num_members", "context", "contexts",
           "batch_sizes", "cache_context", "score_tokens")}
-      | {"dtype": config.dtype} | described)
+      | {"dtype": config.dtype, "expert_format": config.expert_format} | described)
   todo = [sweep for sweep in sweeps if not folder.has(sweep)]
   if todo:
     needed, free = needed_bytes(config, sizes, todo), machine.free_bytes()
@@ -182,7 +202,8 @@ def main(argv) -> None:
           "--transformers=no")
     with tqdm(unit="turn") as bar:
       run(config, sizes, todo, folder, num_cores, bar)
-  title = (f"{FLAGS.preset} with random weights, {config.dtype}; {described['cpu']}, "
+  experts = f", experts in {config.expert_format}" if config.expert_format else ""
+  title = (f"{FLAGS.preset} with random weights, {config.dtype}{experts}; {described['cpu']}, "
            f"{num_cores} core{'s' if num_cores > 1 else ''}"
            + (f"; {described['device']}" if described["platform"] != "cpu" else "")
            + f"; jax {jax.__version__}")

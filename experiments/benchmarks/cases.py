@@ -73,7 +73,7 @@ def _step(bench: Bench, n: int, tau: float, context: int, batch_size: int, hit: 
           **settings) -> Case:
   """A decode step under Clean Cache whose baseline is the given one."""
   box = bench.clean_history(context, batch_size)
-  floor = models.step_bytes(bench.config, hit, batch_size * context)
+  floor = models.step_bytes(bench.config, hit, context, batch_size)
   return Case("clean", n, tau, context, batch_size, ((bench.step(bench.roster(n, tau), box), 1),),
               experts_hit=hit, floor_bytes=floor, **settings)
 
@@ -128,7 +128,7 @@ def cache(bench: Bench, sizes: Sizes) -> list[Case]:
   bench.fill(standard, own).run(1)
   others = {
       "standard": (bench.step(standard, own),
-                   models.step_bytes(bench.config, hit, n * length)),
+                   models.step_bytes(bench.config, hit, length, n)),
       "none": (bench.recomputed_step(standard, length), None),
       "none, clean history": (bench.recomputed_step(bench.roster(n, tau), length), None),
   }

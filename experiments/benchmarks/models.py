@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import params as params_lib, presets
+from roe_jax import params as params_lib, presets, quantization
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 
@@ -20,7 +20,7 @@ PRESETS = {
     "laptop": ModelConfig(
         vocab_size=50304, num_layers=8, d_model=1024, num_heads=16, num_kv_heads=16, head_dim=64,
         num_experts=64, experts_per_token=8, d_expert=512, context_length=4096, **_OLMOE),
-    **{name: presets.PRESETS[name] for name in ("olmoe-1b-7b", "mixtral-8x7b")},
+    **presets.PRESETS,
 }
 # Prime, so that a matrix or an expert begins where no other one does.
 _NUM_NORMALS = 1_000_003
@@ -34,45 +34,58 @@ def random_params(config: ModelConfig, seed: int = 0) -> Params:
   which is as varied as with all different ones.
   """
   specs, treedef = jax.tree.flatten(params_lib.describe(config))
-  normals = jax.random.normal(jax.random.key(seed), (_NUM_NORMALS,), jnp.float32)
+  key = jax.random.key(seed)
+  normals = jax.random.normal(key, (_NUM_NORMALS,), jnp.float32)
+  codes = jax.random.bits(key, (_NUM_NORMALS,), jnp.uint8)
 
   def value(spec):
+    dtype = jnp.dtype(spec.dtype or config.dtype)
+    deviation = config.initializer_range * spec.scale
     if spec.init == "ones":
-      return jnp.ones(spec.shape, config.dtype)
+      return jnp.ones(spec.shape, dtype)
+    if spec.init == "scales":
+      scale = quantization.typical_scale(config.expert_format, deviation)
+      return jnp.full(spec.shape, scale, dtype)
     size = math.prod(spec.shape)
-    scaled = (config.initializer_range * spec.scale * normals).astype(config.dtype)
-    return jnp.tile(scaled, -(-size // _NUM_NORMALS))[:size].reshape(spec.shape)
+    values = codes if spec.init == "codes" else deviation * normals
+    return jnp.tile(values.astype(dtype), -(-size // _NUM_NORMALS))[:size].reshape(spec.shape)
 
   return params_lib.held(jax.tree.unflatten(
       treedef, [jax.jit(value, static_argnums=0)(s) for s in specs]))
 
 
-def cache_bytes(config: ModelConfig, positions: int) -> int:
-  """Keys and values of so many positions in all layers."""
-  return (2 * config.num_layers * config.num_kv_heads * config.head_dim * positions
-          * jnp.dtype(config.dtype).itemsize)
+def cache_bytes(config: ModelConfig, context: int) -> int:
+  """Keys and values that a row at this position sees in all layers."""
+  sliding = len(config.sliding_layers)
+  seen = (config.num_layers - sliding) * context
+  if sliding:
+    seen += sliding * min(context, config.sliding_window - 1)
+  return 2 * seen * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
 
 
-def step_bytes(config: ModelConfig, experts_hit: float, positions: int) -> float:
+def step_bytes(config: ModelConfig, experts_hit: float, context: int, num_texts: int = 1) -> float:
   """Bytes that a decode step cannot do without reading.
 
   The experts that some member of some text chose, once each; all attention
-  matrices, routers and the head; the keys and values that are seen. Norms and
-  rows of the embedding are left out: they are small.
+  matrices, routers, shared experts and the head; the keys and values that are
+  seen. Norms, biases and rows of the embedding are left out: they are small.
 
   Args:
     config: the model's architecture.
     experts_hit: distinct experts, mean over layers.
-    positions: whose keys and values are read, over all texts (and members, if
-      each has its own).
+    context: positions before the step.
+    num_texts: texts (and members, if each has its own history).
   """
-  layers = params_lib.describe(config).layers
-  attention = sum(math.prod(w.shape) for w in (
-      layers.attention.query, layers.attention.key, layers.attention.value,
-      layers.attention.output))
-  elements = (config.num_layers * experts_hit * 3 * config.d_model * config.d_expert + attention
-              + math.prod(layers.router.shape) + config.vocab_size * config.d_model)
-  return elements * jnp.dtype(config.dtype).itemsize + cache_bytes(config, positions)
+  params = params_lib.abstract(config)
+  layers, attention = params.layers, params.layers.attention
+
+  def size(*trees):
+    return sum(math.prod(w.shape) * w.dtype.itemsize for w in jax.tree.leaves(trees))
+
+  return (size(layers.experts.gate_up, layers.experts.down) * experts_hit / config.num_experts
+          + size(attention.query, attention.key, attention.value, attention.output,
+                 layers.router, layers.shared_expert, params.unembedding)
+          + num_texts * cache_bytes(config, context))
 
 
 def distinct_experts(experts_LxRxBxTxA: np.ndarray, num_members: int) -> float:

@@ -138,6 +138,14 @@ def test_floor_bytes_by_hand():
   # Keys and values of fewer heads.
   grouped = TINY.replace(num_kv_heads=2)
   assert models.step_bytes(TINY, 1, 0) - models.step_bytes(grouped, 1, 0) == 4 * 2 * 2 * 16 * 32
+  # A text's keys and values; in a layer with a window only those that are seen.
+  assert models.step_bytes(TINY, 1, 20, 3) - models.step_bytes(TINY, 1, 0) == 3 * 4 * 4 * 32 * 20
+  window = TINY.replace(sliding_window=6, sliding_layers=(1,))
+  assert models.cache_bytes(window, 20) == 4 * 2 * 32 * (20 + 5)
+  # An expert in four bits: codes, and a bfloat16 scale for each group of 32 or 16.
+  four = TINY.replace(expert_format="int4")
+  assert models.step_bytes(four, 2, 0) - models.step_bytes(four, 1, 0) == 2 * (
+      3 * 16 * 32 / 2 + 2 * (2 * 16 * 32 / 32 + 32 * 16 / 16))
 
 
 def test_distinct_experts():
