@@ -34,9 +34,9 @@ def random_params(config: ModelConfig, seed: int = 0) -> Params:
   which is as varied as with all different ones.
   """
   specs, treedef = jax.tree.flatten(params_lib.describe(config))
-  key = jax.random.key(seed)
-  normals = jax.random.normal(key, (_NUM_NORMALS,), jnp.float32)
-  codes = jax.random.bits(key, (_NUM_NORMALS,), jnp.uint8)
+  of_normals, of_codes = jax.random.split(jax.random.key(seed))
+  normals = jax.random.normal(of_normals, (_NUM_NORMALS,), jnp.float32)
+  codes = jax.random.bits(of_codes, (_NUM_NORMALS,), jnp.uint8)
 
   def value(spec):
     dtype = jnp.dtype(spec.dtype or config.dtype)
