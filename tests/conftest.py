@@ -13,6 +13,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import pytest
 
+import hf
 import tiny
 
 # Set once for all tests: they are part of what a compiled function is cached by.
@@ -48,7 +49,7 @@ def mixtral():
   return config, tiny.params(config)
 
 
-@pytest.fixture(scope="session", params=list(tiny.RULES))
+@pytest.fixture(scope="session", params=hf.FAMILIES)
 def model(request):
   """Config and parameters of all families in turn."""
   if request.param in ("olmoe", "mixtral"):

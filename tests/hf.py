@@ -19,15 +19,14 @@ SMALL = dict(
 
 
 # What each family's config.json says beyond that; the keys are those of the hub.
+# Windows, original contexts and limits are such that the tests go beyond them.
 SPECIFIC = {
     "olmoe": dict(num_experts=8, num_experts_per_tok=3, norm_topk_prob=False, clip_qkv=None,
                   attention_bias=False),
     "mixtral": dict(num_local_experts=8, num_experts_per_tok=2, sliding_window=None),
-    # A window and an original context that the texts of the tests go far beyond.
     "gpt_oss": dict(
         num_local_experts=8, num_experts_per_tok=3, head_dim=8, attention_bias=True,
-        sliding_window=5, layer_types=["sliding_attention", "full_attention"],
-        swiglu_limit=7.0, rope_theta=150000.0, rope_scaling=dict(
+        sliding_window=5, swiglu_limit=1.5, rope_theta=150000.0, rope_scaling=dict(
             rope_type="yarn", factor=32.0, original_max_position_embeddings=8,
             beta_fast=32.0, beta_slow=1.0, truncate=False)),
     "qwen2_moe": dict(
@@ -40,6 +39,16 @@ SPECIFIC = {
         mlp_only_layers=[], use_sliding_window=False, sliding_window=4, max_window_layers=1),
 }
 FAMILIES = tuple(SPECIFIC)
+# Its classes in transformers begin with this.
+PREFIX = {"olmoe": "Olmoe", "mixtral": "Mixtral", "gpt_oss": "GptOss", "qwen2_moe": "Qwen2Moe",
+          "qwen3_moe": "Qwen3Moe"}
+# Where hub files have the experts one by one: the block, and gate, up and down.
+HUB_EXPERTS = {
+    "olmoe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+    "qwen2_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+}
 
 
 def config_json(family, **changes):
@@ -113,6 +122,27 @@ def random_state(hf, seed=0, scale=0.3):
       for name, shape in shapes.items()}
 
 
+def hub_state(hf, state):
+  """The weights under the names and in the shapes of the hub's files."""
+  if hf["model_type"] not in HUB_EXPERTS:
+    return state
+  block, gate, up, down = HUB_EXPERTS[hf["model_type"]]
+  hub = {}
+  for name, weight in state.items():
+    name = name.replace(".mlp.gate.", f".{block}.gate.")
+    prefix = name.rsplit(".mlp.", 1)[0]
+    if name.endswith("experts.gate_up_proj"):
+      for expert, both in enumerate(weight):
+        for kind, half in zip((gate, up), np.split(both, 2)):
+          hub[f"{prefix}.{block}.experts.{expert}.{kind}.weight"] = half.copy()
+    elif name.endswith("experts.down_proj"):
+      for expert, matrix in enumerate(weight):
+        hub[f"{prefix}.{block}.experts.{expert}.{down}.weight"] = matrix
+    else:
+      hub[name] = weight
+  return hub
+
+
 def to_params(hf, state, dtype="float32"):
   """The weights as this library's parameters."""
   n = _sizes(hf)
@@ -183,8 +213,7 @@ def to_model(hf, state, dtype="float32"):
   import transformers
 
   values = {k: v for k, v in hf.items() if k != "model_type"}
-  prefix = {"olmoe": "Olmoe", "mixtral": "Mixtral", "gpt_oss": "GptOss",
-            "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe"}[hf["model_type"]]
+  prefix = PREFIX[hf["model_type"]]
   config = getattr(transformers, prefix + "Config")(**values)
   config._attn_implementation = "eager"
   config._experts_implementation = "eager"

@@ -73,7 +73,7 @@ def test_qwen_configs_are_read():
     ("mixtral", {"sliding_window": None}, ()),
     ("mixtral", {"sliding_window": 64}, ()),  # as wide as the context
     ("gpt_oss", {}, (0,)),
-    ("gpt_oss", {"layer_types": None, "num_hidden_layers": 5}, (0, 2, 4)),
+    ("gpt_oss", {"num_hidden_layers": 5}, (0, 2, 4)),
     ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"]}, (1,)),
     ("qwen2_moe", {}, ()),
     ("qwen2_moe", {"use_sliding_window": True, "num_hidden_layers": 5, "max_window_layers": 3},

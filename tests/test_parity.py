@@ -31,7 +31,7 @@ CASES = {
                                          num_key_value_heads=1),
     "mixtral_window": hf.config_json("mixtral", sliding_window=6),
     "gpt_oss": hf.config_json("gpt_oss"),
-    "gpt_oss_clamped": hf.config_json("gpt_oss", swiglu_limit=0.5),
+    "gpt_oss_hardly_clamped": hf.config_json("gpt_oss", swiglu_limit=7.0),
     "gpt_oss_full_then_two_windows": hf.config_json(
         "gpt_oss", num_hidden_layers=3, sliding_window=3,
         layer_types=["full_attention", "sliding_attention", "sliding_attention"]),

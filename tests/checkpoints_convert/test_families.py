@@ -1,0 +1,89 @@
+"""Every family: from the hub's tensor names to logits, and back bit by bit."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import hf
+from checkpoints_convert import convert_from_hugging_face, convert_to_hugging_face
+from checkpoints_convert.common import ConversionError
+from roe_jax import checkpoint, params as params_lib, transformer
+
+def write_hub(folder, family, **changes):
+  """A hub folder of random weights; returns its config.json and its tensors."""
+  hf_config = hf.config_json(family, torch_dtype="float32", **changes)
+  tensors = hf.hub_state(hf_config, hf.random_state(hf_config, seed=2))
+  folder.mkdir()
+  (folder / "config.json").write_text(json.dumps(hf_config))
+  save_file(tensors, folder / "model.safetensors")
+  return hf_config, tensors
+
+
+def logits(params, config, tokens):
+  return np.asarray(transformer.forward(params, config, jnp.asarray(tokens))[0])
+
+
+@pytest.mark.parametrize("family", hf.FAMILIES)
+def test_there_and_back(tmp_path, family):
+  hf_config, tensors = write_hub(tmp_path / "hub", family)
+  convert_from_hugging_face(str(tmp_path / "hub"), str(tmp_path / "roe"))
+  params, config = checkpoint.load(tmp_path / "roe")
+  params_lib.validate(params, config)
+  expected = hf.to_params(hf_config, hf.random_state(hf_config, seed=2))
+  for name, leaf in checkpoint.named_leaves(expected).items():
+    np.testing.assert_array_equal(checkpoint.named_leaves(params)[name], leaf, err_msg=name)
+  convert_to_hugging_face(str(tmp_path / "roe"), str(tmp_path / "back"))
+  back = load_file(tmp_path / "back" / "model.safetensors")
+  assert set(back) == set(tensors)
+  for name, tensor in tensors.items():
+    np.testing.assert_array_equal(back[name], tensor, err_msg=name)
+
+
+@pytest.mark.parametrize("family", hf.FAMILIES)
+def test_folders_written_by_transformers(tmp_path, family):
+  """Its names are the ones above; what is converted computes the same logits, and
+  it reads what is converted back."""
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  hf_config = hf.config_json(family)
+  state = hf.random_state(hf_config, seed=2)
+  model = hf.to_model(hf_config, state)
+  model.save_pretrained(tmp_path / "hub", max_shard_size="20KB")
+  written = {name for file in (tmp_path / "hub").glob("*.safetensors") for name in load_file(file)}
+  assert written == set(hf.hub_state(hf_config, state))
+  convert_from_hugging_face(str(tmp_path / "hub"), str(tmp_path / "roe"))
+  params, config = checkpoint.load(tmp_path / "roe")
+  tokens = np.random.RandomState(0).randint(0, hf.SMALL["vocab_size"], (2, 20))
+  expected = hf.logits(model, tokens)
+  assert np.abs(logits(params, config, tokens) - expected).max() < 1e-5 * np.abs(expected).max()
+  convert_to_hugging_face(str(tmp_path / "roe"), str(tmp_path / "back"))
+  again = transformers.AutoModelForCausalLM.from_pretrained(
+      tmp_path / "back", dtype=torch.float32, attn_implementation="eager",
+      experts_implementation="eager").eval()
+  np.testing.assert_array_equal(hf.logits(again, tokens), expected)
+
+
+@pytest.mark.parametrize("family, missing", [
+    ("qwen2_moe", "mlp.shared_expert.up_proj.weight"),
+    ("qwen2_moe", "mlp.shared_expert_gate.weight"),
+    ("qwen2_moe", "self_attn.k_proj.bias"),
+    ("gpt_oss", "self_attn.sinks"), ("gpt_oss", "mlp.experts.down_proj_bias"),
+    ("qwen3_moe", "self_attn.q_norm.weight")])
+def test_a_missing_tensor_is_named(tmp_path, family, missing):
+  _, tensors = write_hub(tmp_path / "hub", family)
+  del tensors[f"model.layers.1.{missing}"]
+  save_file(tensors, tmp_path / "hub" / "model.safetensors")
+  with pytest.raises(ConversionError, match=f"lacks tensors that .*model.layers.1.{missing}"):
+    convert_from_hugging_face(str(tmp_path / "hub"), str(tmp_path / "roe"))
+  assert not (tmp_path / "roe").exists() and not (tmp_path / "roe.partial").exists()
+
+
+def test_biases_without_a_place_are_named(tmp_path):
+  _, tensors = write_hub(tmp_path / "hub", "qwen2_moe")
+  path = tmp_path / "hub" / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"qkv_bias": False}))
+  with pytest.raises(ConversionError, match="does not have: .*k_proj.bias"):
+    convert_from_hugging_face(str(tmp_path / "hub"), str(tmp_path / "roe"))
