@@ -19,6 +19,10 @@ CASES = {
     "olmoe_normalised_clipped": hf.config_json("olmoe", norm_topk_prob=True, clip_qkv=0.8),
     "mixtral": hf.config_json("mixtral"),
     "mixtral_wide_heads": hf.config_json("mixtral", head_dim=12, rope_theta=1e6),
+    "gpt_oss": hf.config_json("gpt_oss"),
+    "qwen2_moe": hf.config_json("qwen2_moe"),
+    "qwen2_moe_windows": hf.config_json("qwen2_moe", use_sliding_window=True),
+    "qwen3_moe": hf.config_json("qwen3_moe"),
 }
 
 
