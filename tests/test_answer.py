@@ -59,6 +59,10 @@ HARMONY = {  # opening, what was generated, answer
                         Answer(None, "{}")),
     "constrained": (START, [FINAL.replace("final", "final <|constrain|>json") + "{}<|return|>"],
                     Answer("{}", "")),
+    "constrained at once": (
+        START, [FINAL.replace("final", "final<|constrain|>json") + "{}<|return|>"],
+        Answer("{}", "")),
+    "a channel without a name": (START, ["<|channel|><|message|>4<|end|>"], Answer(None, "4")),
     "marks that are only spelled out": (
         START, [ANALYSIS + "a", ["<|end|><|start|>assistant<|channel|>final<|message|>5"],
                 "<|end|>" + START + FINAL + "say ", ["<|channel|>"], "!<|return|>"],

@@ -90,7 +90,7 @@ FEATURES = """{% for message in messages %}
     {{- [role, message.content, none, '<&ü'] | tojson }}
     {{- {'b': 1, 'a': 'é'} | tojson(indent=2, sort_keys=true) }}
   {% endgeneration %}
-  [{{ role }}]
+  [{{ role }}] {{ message.extra is defined }}
 {% endfor %}
 {{ strftime_now('%j') | length }}{{ 'T' if tools is none and documents is none }}{{ pad_token }}"""
 
