@@ -74,6 +74,7 @@ class Work:
     tokens: token ids of each prompt.
     chat: the chat format, or None for plain prompts.
     prompts: the prompts of a chat; empty for plain ones.
+    stop_tokens: tokens that end a text.
     settings: what results depend on.
   """
 
@@ -140,7 +141,7 @@ def prepare(requests: list[dict[str, Any]], config, tokenizer: Tokenizer, roster
     settings["special_tokens"] = FLAGS.special_tokens
   else:
     for i, request in enumerate(requests):
-      what = f"input request {i}"
+      what = f"input request {i}" if FLAGS.prompt is None else "--prompt"
       messages = messages_of(request, what)
       try:
         prompts.append(chat.prompt(messages))

@@ -100,7 +100,8 @@ SPECIAL = {
 }
 NAMED = {
     "olmoe": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
-    "mixtral": {"bos_token": {"__type": "AddedToken", "content": "<s>"}, "eos_token": "</s>", "unk_token": "<unk>"},
+    "mixtral": {"bos_token": {"__type": "AddedToken", "content": "<s>"}, "eos_token": "</s>",
+                "unk_token": "<unk>"},
     "harmony": {"bos_token": "<|startoftext|>", "eos_token": "<|return|>"},
     "chatml": {"eos_token": "<|endoftext|>"},
     "thinking": {"eos_token": "<|im_end|>"},

@@ -277,6 +277,7 @@ BAD_CHATS = [  # checkpoint, arguments, line of input, sentence
     ("thinking", ["--chat", "--prompt=x", "--chat_date=2025-01-31"], None, "not use the date"),
     ("harmony", ["--chat", "--prompt=x", "--chat_date=1.2.2025"], None, "must be YYYY-MM-DD"),
     ("harmony", ["--chat", "--prompt=" + "x" * 200], None, "does not fit the model's context"),
+    ("refusing", ["--chat", "--prompt=x"], None, "error: --prompt: the chat template of "),
     ("thinking", [], {"messages": "x"}, "input request 1: messages must be a list"),
     ("thinking", [], {"messages": [{"role": "user"}]}, "message 0 must have \"role\""),
     ("thinking", [], {"prompt": "x"}, "input request 1 must have either \"messages\""),
@@ -295,6 +296,8 @@ def test_bad_chats_are_refused_before_the_parameters_are_read(
   for name, folder in (chat_checkpoints | {"none": tiny_checkpoint}).items():
     folders[name] = shutil.copytree(folder, tmp_path / name)
     shutil.rmtree(folders[name] / "params")
+  folders["refusing"] = shutil.copytree(folders["thinking"], tmp_path / "refusing")
+  (folders["refusing"] / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
   runs = []
   for i, (name, arguments, line, _) in enumerate(BAD_CHATS):
     runs.append([f"--checkpoint={folders[name]}", *arguments])
