@@ -145,17 +145,25 @@ def load_config(name: str) -> ModelConfig:
   return checkpoint.load_config(checkpoint_path(name))
 
 
+def load_tokenizer(name: str, config: ModelConfig) -> Tokenizer:
+  """The tokenizer of a checkpoint.
+
+  Raises:
+    ValueError: it does not fit the config.
+  """
+  tokenizer = Tokenizer.load(checkpoint_path(name))
+  tokenizer_lib.check_vocabulary(tokenizer, config)
+  return tokenizer
+
+
 def open_model(name: str, dtype: str | None = None) -> tuple[Params, ModelConfig, Tokenizer]:
   """Parameters, config and tokenizer of a checkpoint.
 
   Raises:
     ValueError: it is not a complete checkpoint with a tokenizer that fits.
   """
-  path = checkpoint_path(name)
-  config = checkpoint.load_config(path)
-  tokenizer = Tokenizer.load(path)
-  tokenizer_lib.check_vocabulary(tokenizer, config)
-  params, config = checkpoint.load(path, dtype)
+  tokenizer = load_tokenizer(name, load_config(name))
+  params, config = checkpoint.load(checkpoint_path(name), dtype)
   return params, config, tokenizer
 
 

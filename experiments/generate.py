@@ -10,21 +10,29 @@ results are written to --output (or standard output), one JSON object a line in
 the same order, each with its "index". --output gets results as they are
 finished, and is put in order at the end; results that it already holds are not
 computed again.
+
+With --chat a prompt is a user's message, rendered by the checkpoint's chat
+template, as are lines with "messages" (a list of {"role", "content"}) in its
+place; if the last of them is the assistant's, it is the beginning of the answer.
+Results then have "answer" and "reasoning" beside the raw "text"; the answer is
+null where the model did not come to it.
 """
 
 import dataclasses
 import json
 import sys
 import time
+from typing import Any
 
 from absl import flags
 from tqdm import tqdm
 
 from experiments import app, jsonl
-from roe_jax import batching, decode
+from roe_jax import batching, checkpoint, decode, tokenizer as tokenizer_lib
+from roe_jax.chat import Chat, Prompt
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
-from roe_jax.tokenizer import StreamDecoder
+from roe_jax.tokenizer import StreamDecoder, Tokenizer
 
 FLAGS = flags.FLAGS
 
@@ -44,83 +52,231 @@ def define_flags() -> None:
   flags.DEFINE_integer("batch_size", 16, "Slots, that is prompts decoded together: where one "
                        "ends, the next takes its place.")
   flags.DEFINE_bool("special_tokens", True, "Whether the tokenizer's own special tokens (such as "
-                    "BOS) are put around prompts.")
+                    "BOS) are put around prompts; a chat template has its own.")
+  flags.DEFINE_bool("chat", False, "Whether prompts are messages to an instruct model.")
+  flags.DEFINE_string("system", None, "A system message before each chat.")
+  flags.DEFINE_enum("reasoning_effort", None, ["low", "medium", "high"],
+                    "How long the model is to reason; the chat template's default if absent.")
+  flags.DEFINE_bool("thinking", None, "Whether the model is to think before it answers; the chat "
+                    "template's default if absent.")
+  flags.DEFINE_string("chat_date", None, "YYYY-MM-DD, the day that a chat template tells the "
+                      "model; today if absent, and then results depend on the day.")
+  flags.DEFINE_bool("show_reasoning", False, "Whether --prompt prints the reasoning, too, to "
+                    "standard error.")
 
 
-def stream_to_terminal(params, config, tokenizer, roster: Roster, sampler: Sampler) -> None:
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """What is to be generated, checked before the parameters are loaded.
+
+  Attributes:
+    requests: the lines of --input, or --prompt as if it were one.
+    tokens: token ids of each prompt.
+    chat: the chat format, or None for plain prompts.
+    prompts: the prompts of a chat; empty for plain ones.
+    stop_tokens: tokens that end a text.
+    settings: what results depend on.
+  """
+
+  requests: list[dict[str, Any]]
+  tokens: list[list[int]]
+  chat: Chat | None
+  prompts: list[Prompt]
+  stop_tokens: tuple[int, ...]
+  settings: dict[str, Any]
+
+  def answer(self, index: int, completion) -> dict[str, Any]:
+    """What a result has beside its completion."""
+    if self.chat is None:
+      return {}
+    found = self.chat.answer(self.prompts[index], completion, FLAGS.stop)
+    return {"answer": found.final, "reasoning": found.reasoning}
+
+
+def open_chat(requests: list[dict[str, Any]], tokenizer: Tokenizer) -> Chat | None:
+  """The chat format, if flags or requests ask for a chat."""
+  if FLAGS.chat or any("messages" in r for r in requests):
+    if FLAGS["special_tokens"].present:
+      raise ValueError("--special_tokens is about plain prompts: a chat template puts special "
+                       "tokens where it needs them")
+    return Chat.load(app.checkpoint_path(FLAGS.checkpoint), tokenizer, date=FLAGS.chat_date,
+                     reasoning_effort=FLAGS.reasoning_effort, enable_thinking=FLAGS.thinking)
+  for name in ("system", "reasoning_effort", "thinking", "chat_date", "show_reasoning"):
+    if FLAGS[name].value not in (None, FLAGS[name].default):
+      raise ValueError(f"--{name} is about chats: give --chat with it")
+  return None
+
+
+def messages_of(request: dict[str, Any], what: str) -> list[dict[str, Any]]:
+  """The messages of a request to a chat model.
+
+  Raises:
+    ValueError: it has none, or two kinds.
+  """
+  has_prompt = "prompt" in request
+  if ("messages" in request) == has_prompt or (has_prompt and not FLAGS.chat):
+    raise ValueError(f"{what} must have either \"messages\" (a list) or, with --chat, \"prompt\" "
+                     "(a user's message as text)")
+  messages = request.get("messages", [{"role": "user", "content": request.get("prompt")}])
+  if FLAGS.system is None or not isinstance(messages, list):
+    return messages
+  if any(isinstance(m, dict) and m.get("role") == "system" for m in messages):
+    raise ValueError(f"{what} has a system message of its own: leave out --system or that message")
+  return [{"role": "system", "content": FLAGS.system}, *messages]
+
+
+def prepare(requests: list[dict[str, Any]], config, tokenizer: Tokenizer, roster: Roster,
+            sampler: Sampler) -> Work:
+  """Turns requests into prompts, and refuses what is wrong with them."""
+  chat = open_chat(requests, tokenizer)
+  stop_tokens = tokenizer_lib.stop_tokens(tokenizer, config)
+  settings = {"checkpoint": FLAGS.checkpoint, "dtype": FLAGS.dtype or config.dtype,
+              "roster": roster.settings(), "sampler": sampler.settings(),
+              "max_new_tokens": FLAGS.max_new_tokens, "stop": FLAGS.stop}
+  prompts = []
+  if chat is None:
+    tokens = [
+        jsonl.tokens_of(r, "prompt", lambda t: tokenizer.encode(t, FLAGS.special_tokens),
+                        f"input request {i}") for i, r in enumerate(requests)]
+    settings["special_tokens"] = FLAGS.special_tokens
+  else:
+    for i, request in enumerate(requests):
+      what = f"input request {i}" if FLAGS.prompt is None else "--prompt"
+      messages = messages_of(request, what)
+      try:
+        prompts.append(chat.prompt(messages))
+      except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+    tokens = [p.tokens for p in prompts]
+    stop_tokens = chat.stop_tokens or stop_tokens
+    settings["chat"] = chat.settings | {"system": FLAGS.system}
+  batching.check_tokens(config, tokens, room=1)
+  settings["stop_tokens"] = list(stop_tokens)
+  return Work(requests, tokens, chat, prompts, stop_tokens, settings)
+
+
+class Printer:
+  """Prints a text while it grows.
+
+  What may be the beginning of a stop string is held back.
+  """
+
+  def __init__(self, file):
+    self._file = file
+    self._held = max(map(len, FLAGS.stop), default=1) - 1
+    self._printed = 0
+
+  def show(self, text: str, done: bool = False) -> None:
+    """Prints what is new in `text`, which is all there is so far."""
+    end = len(text) if done else len(text) - self._held
+    if end > self._printed:
+      self._file.write(text[self._printed:end])
+      self._printed = end
+    if done:
+      self._file.write("\n")
+    self._file.flush()
+
+
+def stream_to_terminal(params, config, tokenizer, roster: Roster, sampler: Sampler,
+                       work: Work) -> None:
   """Continues --prompt, printing text as it comes and a summary to stderr."""
-  prompt = tokenizer.encode(FLAGS.prompt, FLAGS.special_tokens)
-  batching.check_tokens(config, [prompt], room=1)
   text, completion, begin, first = "", None, time.perf_counter(), None
+  reader = work.chat.reader(work.prompts[0]) if work.chat else None
   decoder = StreamDecoder(tokenizer)
-  # What may be the beginning of a stop string is held back.
-  held = max(map(len, FLAGS.stop), default=1) - 1
-  printed = 0
+  printer, reasoning = Printer(sys.stdout), Printer(sys.stderr)
   count = 0
   for completion in decode.stream(
-      params, config, prompt, max_new_tokens=FLAGS.max_new_tokens, roster=roster, sampler=sampler,
-      stop_strings=FLAGS.stop, decode=tokenizer.decode):
+      params, config, work.tokens[0], max_new_tokens=FLAGS.max_new_tokens, roster=roster,
+      sampler=sampler, stop_tokens=work.stop_tokens, stop_strings=FLAGS.stop,
+      decode=tokenizer.decode):
     first = first or time.perf_counter()
-    for token in completion.tokens[count:]:
-      text += decoder.push(token)
-    count = len(completion.tokens)
-    if not completion.finish_reason and len(text) - held > printed:
-      sys.stdout.write(text[printed:len(text) - held])
-      sys.stdout.flush()
-      printed = len(text) - held
-  print(completion.text[printed:])
+    new, count = completion.tokens[count:], len(completion.tokens)
+    if completion.finish_reason:
+      break
+    for token in new:
+      if reader:
+        reader.push(token)
+      else:
+        text += decoder.push(token)
+    if reader:
+      found = reader.answer()
+      text = found.final or ""
+      if FLAGS.show_reasoning:
+        reasoning.show(found.reasoning)
+    printer.show(text)
+  if work.chat:
+    show_answer(work, completion, printer, reasoning)
+  else:
+    printer.show(completion.text, done=True)
   # The first token waits for compilation; the rate is that of the others.
   rate = (count - 1) / (time.perf_counter() - first) if count > 1 else float("nan")
   changed = sum(a != b for a, b in zip(completion.tokens, completion.clean_tokens) if b >= 0)
   print(
       f"[{count} tokens, {completion.finish_reason}; first after {first - begin:.1f} s, then "
       f"{rate:.1f} tokens/s; {changed} chosen differently from the clean member]\n"
-      f"[settings: {json.dumps({'roster': roster.settings(), 'sampler': sampler.settings()})}]",
-      file=sys.stderr)
+      f"[settings: {json.dumps(work.settings)}]", file=sys.stderr)
 
 
-def complete_lines(params, config, tokenizer, roster: Roster, sampler: Sampler) -> None:
+def show_answer(work: Work, completion, printer: Printer, reasoning: Printer) -> None:
+  """Prints what is left of an answer, or says why there is none."""
+  found = work.chat.answer(work.prompts[0], completion, FLAGS.stop)
+  if FLAGS.show_reasoning and found.reasoning:
+    reasoning.show(found.reasoning, done=True)
+  if found.final is not None:
+    printer.show(found.final, done=True)
+  elif completion.finish_reason == "length":
+    print(f"[no answer: the limit of {FLAGS.max_new_tokens} tokens came within the reasoning; give "
+          "a larger --max_new_tokens]", file=sys.stderr)
+  else:
+    print(f"[no answer: the text ended within the reasoning ({completion.finish_reason})]",
+          file=sys.stderr)
+
+
+def complete_lines(params, config, tokenizer, roster: Roster, sampler: Sampler,
+                   work: Work) -> None:
   """Continues the prompts of --input, writing each result when it is finished."""
-  requests = jsonl.read(FLAGS.input)
-  prompts = [
-      jsonl.tokens_of(r, "prompt", lambda t: tokenizer.encode(t, FLAGS.special_tokens),
-                      f"input request {i}") for i, r in enumerate(requests)]
-  batching.check_tokens(config, prompts, room=1)
-  settings = {"checkpoint": FLAGS.checkpoint, "dtype": config.dtype,
-              "roster": roster.settings(), "sampler": sampler.settings(),
-              "max_new_tokens": FLAGS.max_new_tokens, "stop": FLAGS.stop,
-              "special_tokens": FLAGS.special_tokens}
-  with jsonl.Results(FLAGS.output, requests, settings) as results, tqdm(
-      total=len(requests), initial=len(requests) - len(results.missing), unit="prompt",
+  with jsonl.Results(FLAGS.output, work.requests, work.settings) as results, tqdm(
+      total=len(work.requests), initial=len(work.requests) - len(results.missing), unit="prompt",
       file=sys.stderr) as bar:
     indices = results.missing
+    unanswered = 0
 
     def write(position, completion):
-      results.write(indices[position], dataclasses.asdict(completion))
+      nonlocal unanswered
+      answer = work.answer(indices[position], completion)
+      unanswered += answer.get("answer", "") is None
+      results.write(indices[position], dataclasses.asdict(completion) | answer)
       bar.update()
 
     throughput = decode.generate(
-        params, config, [prompts[i] for i in indices], max_new_tokens=FLAGS.max_new_tokens,
-        roster=roster, sampler=sampler, stop_strings=FLAGS.stop, decode=tokenizer.decode,
-        request_ids=indices, batch_size=FLAGS.batch_size, on_finished=write).throughput
+        params, config, [work.tokens[i] for i in indices], max_new_tokens=FLAGS.max_new_tokens,
+        roster=roster, sampler=sampler, stop_tokens=work.stop_tokens, stop_strings=FLAGS.stop,
+        decode=tokenizer.decode, request_ids=indices, batch_size=FLAGS.batch_size,
+        on_finished=write).throughput
   print(f"[{len(indices)} prompts: {throughput}; compilation included]", file=sys.stderr)
+  if unanswered:
+    print(f"[{unanswered} texts ended before the answer: a larger --max_new_tokens than "
+          f"{FLAGS.max_new_tokens} leaves room for longer reasoning]", file=sys.stderr)
 
 
 def main(argv) -> None:
   del argv
   if FLAGS.prompt is not None and (FLAGS.input is not None or FLAGS.output is not None):
     raise ValueError("--prompt prints to the terminal: give it, or --input and --output, not both")
+  if FLAGS.show_reasoning and FLAGS.prompt is None:
+    raise ValueError("--show_reasoning is about --prompt: lines have their \"reasoning\" anyway")
   if FLAGS.max_new_tokens < 1 or FLAGS.batch_size < 1:
     raise ValueError("--max_new_tokens and --batch_size must be at least 1")
   sampler = Sampler.create(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
-  # The roster is checked before the parameters are read.
+  # All else is checked before the parameters are read.
   config = app.load_config(FLAGS.checkpoint)
   roster = app.roster_from_flags(config)
-  params, config, tokenizer = app.open_model(FLAGS.checkpoint, FLAGS.dtype)
-  if FLAGS.prompt is not None:
-    stream_to_terminal(params, config, tokenizer, roster, sampler)
-  else:
-    complete_lines(params, config, tokenizer, roster, sampler)
+  tokenizer = app.load_tokenizer(FLAGS.checkpoint, config)
+  requests = jsonl.read(FLAGS.input) if FLAGS.prompt is None else [{"prompt": FLAGS.prompt}]
+  work = prepare(requests, config, tokenizer, roster, sampler)
+  params, config = checkpoint.load(app.checkpoint_path(FLAGS.checkpoint), FLAGS.dtype)
+  run = complete_lines if FLAGS.prompt is None else stream_to_terminal
+  run(params, config, tokenizer, roster, sampler, work)
 
 
 if __name__ == "__main__":

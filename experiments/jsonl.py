@@ -69,7 +69,8 @@ class Results:
   is printed as soon as all before it are.
   """
 
-  _KEYS = ("id", "prompt", "continuation", "prompt_tokens", "continuation_tokens")
+  _KEYS = ("id", "prompt", "messages", "continuation", "prompt_tokens",
+           "continuation_tokens")
 
   def __init__(self, path: str | None, requests: Sequence[dict[str, Any]],
                settings: dict[str, Any]):

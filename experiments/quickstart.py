@@ -31,7 +31,7 @@ from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
-from roe_jax.tokenizer import Tokenizer
+from roe_jax.tokenizer import Tokenizer, stop_tokens
 
 FLAGS = flags.FLAGS
 OUTPUT_TEMPERATURES = np.geomspace(0.25, 4.0, 13)
@@ -140,7 +140,7 @@ def solve_problems(params: Params, config: ModelConfig, tokenizer: Tokenizer,
       m = measured[i]
       generation = decode.generate(
           params, config, prompts, max_new_tokens=MAX_NEW_TOKENS, roster=m.roster,
-          decode=tokenizer.decode, batch_size=size,
+          stop_tokens=stop_tokens(tokenizer, config), decode=tokenizer.decode, batch_size=size,
           request_ids=range(first, first + len(prompts)))
       m.rates.append(generation.throughput.tokens_per_second)
       m.completions += generation.completions

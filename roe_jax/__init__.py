@@ -7,6 +7,8 @@
 """
 
 from roe_jax.aggregation import AGGREGATIONS
+from roe_jax.answer import Answer
+from roe_jax.chat import Chat
 from roe_jax.checkpoint import load, load_config, save
 from roe_jax.completion import Completion, Generation, Throughput
 from roe_jax.config import ModelConfig
@@ -22,8 +24,8 @@ from roe_jax.tokenizer import StreamDecoder, Tokenizer
 from roe_jax.transformer import forward
 
 __all__ = [
-    "AGGREGATIONS", "Completion", "GATE_WEIGHTS", "Generation", "ModelConfig", "PRESETS",
-    "Params", "Roster", "Sampler", "StreamDecoder", "Throughput", "Tokenizer", "forward",
+    "AGGREGATIONS", "Answer", "Chat", "Completion", "GATE_WEIGHTS", "Generation", "ModelConfig",
+    "PRESETS", "Params", "Roster", "Sampler", "StreamDecoder", "Throughput", "Tokenizer", "forward",
     "from_hugging_face", "generate", "initialize", "load", "load_config", "perplexity", "save",
     "stream", "to_hugging_face",
 ]

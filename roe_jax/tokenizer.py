@@ -3,7 +3,7 @@
 import json
 import pathlib
 import re
-from typing import Any, Iterable, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
 import tokenizers
 
@@ -12,6 +12,7 @@ from roe_jax.config import ModelConfig
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+_NAMED = tuple(f"{kind}_token" for kind in ("bos", "eos", "pad", "unk", "sep", "cls", "mask"))
 
 
 class Tokenizer:
@@ -20,11 +21,14 @@ class Tokenizer:
   Attributes:
     bos_id, pad_id: token ids, or None.
     eos_ids: tokens that end a text; may be empty.
+    named_tokens: special tokens as text, by the names that chat templates have
+      for them: {"bos_token": "<s>", ...}.
     vocab_size: largest token id + 1; a model's V may be larger (padding).
   """
 
   def __init__(self, tokenizer: tokenizers.Tokenizer, *, bos_id: int | None = None,
-               eos_ids: Iterable[int] = (), pad_id: int | None = None):
+               eos_ids: Iterable[int] = (), pad_id: int | None = None,
+               named_tokens: Mapping[str, str] | None = None):
     # A tokenizer.json may carry the settings of its training run, which would
     # cut texts short without a word.
     tokenizer.no_truncation()
@@ -33,9 +37,11 @@ class Tokenizer:
     self.bos_id = bos_id
     self.eos_ids = tuple(eos_ids)
     self.pad_id = pad_id
+    self.named_tokens = dict(named_tokens or {})
     self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    self._special_ids = frozenset(
-        i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special)
+    added = tokenizer.get_added_tokens_decoder()
+    self._special_ids = frozenset(i for i, t in added.items() if t.special)
+    self._added_ids = {t.content: i for i, t in added.items()}
 
   @classmethod
   def load(cls, folder: PathLike) -> "Tokenizer":
@@ -43,7 +49,9 @@ class Tokenizer:
 
     Special ids are taken from the first of generation_config.json, the model's
     config and tokenizer_config.json that names them: some tokenizers name an
-    end of text other than the one that the model was trained with.
+    end of text other than the one that the model was trained with. Where they
+    do, `named_tokens` has the model's in its place, also for a bos_token that is
+    the same wrong one unless a config names another.
 
     Raises:
       FileNotFoundError: there is no tokenizer.json.
@@ -63,18 +71,27 @@ class Tokenizer:
     except Exception as error:  # the only class that the library raises
       raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
 
-    sources = [_read_json(folder / "generation_config.json"), _model_ids(folder)]
-    named = _read_json(folder / "tokenizer_config.json")
-    sources.append({
-        f"{kind}_token_id": tokenizer.token_to_id(_token_text(named.get(f"{kind}_token")))
-        for kind in ("bos", "eos", "pad")})
+    configs = [read_json(folder / "generation_config.json"), _model_ids(folder)]
+    named = _named_tokens(folder)
 
-    def first(name):
-      return next((s[name] for s in sources if s.get(name) not in (None, [])), None)
+    def configured(kind):
+      return next((c[f"{kind}_token_id"] for c in configs
+                   if c.get(f"{kind}_token_id") not in (None, [])), None)
 
-    eos = first("eos_token_id")
-    return cls(tokenizer, bos_id=first("bos_token_id"), pad_id=first("pad_token_id"),
-               eos_ids=() if eos is None else eos if isinstance(eos, list) else (eos,))
+    def first(kind):
+      found = configured(kind)
+      return tokenizer.token_to_id(named.get(f"{kind}_token", "")) if found is None else found
+
+    eos = first("eos")
+    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    wrong = named.get("eos_token")
+    right = tokenizer.id_to_token(eos_ids[0]) if eos_ids else None
+    if wrong and right and tokenizer.token_to_id(wrong) not in eos_ids:
+      named["eos_token"] = right
+      if named.get("bos_token") == wrong and configured("bos") is None:
+        named["bos_token"] = right
+    return cls(tokenizer, bos_id=first("bos"), pad_id=first("pad"), eos_ids=eos_ids,
+               named_tokens=named)
 
   def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
     """Token ids; special tokens as the tokenizer's own template adds them."""
@@ -90,6 +107,10 @@ class Tokenizer:
 
   def is_special(self, token_id: int) -> bool:
     return token_id in self._special_ids
+
+  def added_id(self, text: str) -> int | None:
+    """The token that was added whole for this text, or None: not its pieces."""
+    return self._added_ids.get(text)
 
 
 class StreamDecoder:
@@ -150,7 +171,21 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
         f"vocabulary has {config.vocab_size} tokens: this tokenizer belongs to another model")
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def stop_tokens(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
+  """The tokens that end a text: the tokenizer's, or the config's if it has none.
+
+  A generation_config.json, which the tokenizer knows of, often names more of
+  them than the model's config.
+  """
+  return tokenizer.eos_ids or config.eos_token_ids
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """The JSON object in a file, {} where there is none.
+
+  Raises:
+    ValueError: the file holds something else.
+  """
   if not path.is_file():
     return {}
   try:
@@ -165,11 +200,18 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 def _model_ids(folder: pathlib.Path) -> dict[str, Any]:
   """The ids in the model's config, under the names of a Hugging Face config."""
   if not (folder / CONFIG_FILE).is_file():
-    return _read_json(folder / "config.json")
+    return read_json(folder / "config.json")
   config = ModelConfig.from_json((folder / CONFIG_FILE).read_text())
   return {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id,
           "eos_token_id": list(config.eos_token_ids)}
 
 
+def _named_tokens(folder: pathlib.Path) -> dict[str, str]:
+  """The special tokens that the tokenizer's files name, as text."""
+  files = [read_json(folder / name)
+           for name in ("special_tokens_map.json", "tokenizer_config.json")]
+  return {name: _token_text(file[name]) for file in files for name in _NAMED if file.get(name)}
+
+
 def _token_text(token: Any) -> str:
-  return token.get("content", "") if isinstance(token, dict) else token or ""
+  return token.get("content", "") if isinstance(token, dict) else token

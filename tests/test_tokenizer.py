@@ -6,7 +6,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from roe_jax.presets import PRESETS
-from roe_jax.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
+from roe_jax.tokenizer import StreamDecoder, Tokenizer, check_vocabulary, stop_tokens
 
 TEXT = ("the quick brown fox jumps over the lazy dog\n" * 3 +
         "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich. 12 + 34 = 46\n"
@@ -114,6 +114,53 @@ def test_special_ids_come_from_the_first_file_that_names_them(tmp_path):
   assert load() == (0, (7, 8), 1)
   (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
   assert load() == (0, (5, 6), 1)
+
+
+def test_a_generation_config_names_all_ends(tmp_path):
+  """As in GPT-OSS, whose config.json and tokenizer name one of them."""
+  write(tmp_path, byte_level(), tokenizer_config={"eos_token": "<eos>"},
+        config={"eos_token_id": 0}, generation_config={"eos_token_id": [0, 7, 5]})
+  tokenizer = Tokenizer.load(tmp_path)
+  config = PRESETS["olmoe-1b-7b"].replace(eos_token_ids=(0,))
+  assert tokenizer.eos_ids == stop_tokens(tokenizer, config) == (0, 7, 5)
+  assert stop_tokens(Tokenizer(byte_level()), config) == (0,)
+
+
+WRONG = {"bos_token": "<pad>", "eos_token": "<pad>", "pad_token": "<pad>"}
+
+
+@pytest.mark.parametrize("tokenizer_config, configs, ids, names", [
+    # OLMoE-0125-Instruct: the tokenizer names another end than the model has.
+    (WRONG, {"config": {"eos_token_id": 0}}, (0, (0,), 1), ("<eos>", "<eos>", "<pad>")),
+    (WRONG, {"generation_config": {"eos_token_id": [0, 5]}, "config": {"eos_token_id": 1}},
+     (0, (0, 5), 1), ("<eos>", "<eos>", "<pad>")),
+    # A chat model ends turns otherwise than texts, and its config knows how texts begin.
+    (WRONG, {"config": {"eos_token_id": 0, "bos_token_id": 1}},
+     (1, (0,), 1), ("<pad>", "<eos>", "<pad>")),
+    # One of the model's ends, though not the first.
+    (WRONG, {"config": {"eos_token_id": [0, 1]}}, (1, (0, 1), 1), ("<pad>", "<pad>", "<pad>")),
+    # An end that has no name is no reason to change one.
+    (WRONG, {"config": {"eos_token_id": 400}}, (1, (400,), 1), ("<pad>", "<pad>", "<pad>")),
+    ({"bos_token": {"content": "<pad>"}, "eos_token": None}, {"config": {"eos_token_id": 0}},
+     (1, (0,), None), ("<pad>", None, None)),
+    ({"eos_token": "<eos>"}, {"special_tokens_map": WRONG}, (1, (0,), 1),
+     ("<pad>", "<eos>", "<pad>")),
+])
+def test_the_models_end_of_text_overrules_the_tokenizers(
+    tokenizer_config, configs, ids, names, tmp_path):
+  write(tmp_path, byte_level(), tokenizer_config=tokenizer_config, **configs)
+  tokenizer = Tokenizer.load(tmp_path)
+  assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == ids
+  assert tuple(map(tokenizer.named_tokens.get, ("bos_token", "eos_token", "pad_token"))) == names
+
+
+def test_only_whole_added_tokens_have_an_added_id(tmp_path):
+  raw = byte_level()
+  raw.add_tokens(["<think>"])
+  tokenizer = Tokenizer.load(write(tmp_path, raw))
+  assert tokenizer.added_id("<pad>") == 1
+  assert tokenizer.added_id("<think>") == 330 and not tokenizer.is_special(330)
+  assert tokenizer.added_id("a") is None and raw.token_to_id("a") is not None
 
 
 def test_a_tokenizer_without_special_ids_has_none(tmp_path):
