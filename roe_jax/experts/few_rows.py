@@ -16,7 +16,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from roe_jax.experts.activation import Activation
+from roe_jax.experts.packing import combine
 from roe_jax.experts.tpu_kernels import apply_on_tpu
+from roe_jax.params import ExpertParams
 
 # Tiles of the GPU's kernels, powers of two as Triton wants them. A program keeps
 # a float32 sum for each element of a tile, 32 a thread of 4 warps. One row of 8
@@ -27,15 +30,15 @@ DOWN_TILE = (32, 128)  # of F, which is summed over in steps, and of D
 DOWN_SPLIT = 256  # how much of F one program sums over
 
 
-def selected(num_experts: int, gate_up: jax.Array, down: jax.Array,
+def selected(num_experts: int, activation: Activation, weights: ExpertParams,
              layer: jax.Array | int, x: jax.Array, indices: jax.Array,
              gates: jax.Array) -> jax.Array:
   """Gate-weighted sum of the chosen experts' outputs, one pair at a time.
 
   Args:
     num_experts: E, the experts of one layer.
-    gate_up: `[L·E, F, 2, D]`, gate (0) and up (1) projections of all layers.
-    down: `[L·E, F, D]`.
+    activation: between the projections.
+    weights: of all layers, with `[L·E, ...]` for the leading axes.
     layer: int32 scalar; may be traced.
     x: `[N, D]` rows, float32 or bfloat16, the dtype of the weights.
     indices: `[N, A]` int32 chosen experts of each row, in `[0, E)`.
@@ -45,57 +48,63 @@ def selected(num_experts: int, gate_up: jax.Array, down: jax.Array,
     `[N, D]`, dtype of `x`; products are accumulated in float32. It has no
     derivative and no batching rule, and wants `check_vma=False` in a `shard_map`.
   """
-  experts = (layer * num_experts + indices).astype(jnp.int32)
+  def pairs(kernel):
+    return functools.partial(by_pairs, kernel, num_experts, activation)
   return jax.lax.platform_dependent(
-      experts, gate_up, down, x, gates,
-      cuda=on_gpu, rocm=on_gpu, tpu=on_tpu,
-      default=functools.partial(on_gpu, interpret=True))
+      weights, jnp.asarray(layer, jnp.int32), x, indices, gates,
+      cuda=pairs(on_gpu), rocm=pairs(on_gpu), tpu=pairs(on_tpu),
+      default=pairs(functools.partial(on_gpu, interpret=True)))
 
 
-def on_tpu(experts, gate_up, down, x, gates, interpret=False):
+def by_pairs(kernel, num_experts, activation, weights, layer, x, indices, gates):
+  """`selected` with `kernel(activation, experts [N, A], weights, x) -> [N, A, D]`."""
+  experts = layer * num_experts + indices
+  out = kernel(activation, experts, weights, x)
+  if weights.down_bias is not None:
+    out += weights.down_bias[experts]
+  return combine(out, gates, x.dtype)
+
+
+def on_tpu(activation, experts, weights, x, interpret=False):
   """The TPU's kernels: blocks of one row. Arguments and result as of `on_gpu`."""
   (n, a), d = experts.shape, x.shape[1]
   rows = jnp.broadcast_to(x[:, None], (n, a, d)).reshape(n * a, 1, d)
-  out = apply_on_tpu(experts.reshape(n * a), gate_up, down, rows, interpret)
-  return (gates[..., None] * out.reshape(n, a, d)).sum(1).astype(x.dtype)
+  out = apply_on_tpu(activation, experts.reshape(n * a), weights, rows, interpret)
+  return out.reshape(n, a, d)
 
 
-def on_gpu(experts, gate_up, down, x, gates, interpret=False):
+def on_gpu(activation, experts, weights, x, interpret=False):
   """The GPU's kernels, through the Triton lowering of Pallas.
 
   Args:
+    activation: between the projections.
     experts: `[N, A]` int32 indices into the leading axis of the weights.
-    gate_up: `[L·E, F, 2, D]`.
-    down: `[L·E, F, D]`.
+    weights: of all layers; the bias of `down` is not used.
     x: `[N, D]`.
-    gates: `[N, A]` float32.
     interpret: whether to run the kernels as JAX operations on any platform.
 
   Returns:
-    `[N, D]`, dtype of `x`.
+    `[N, A, D]` float32, without the bias of `down`.
   """
-  (n, d), a, f = x.shape, experts.shape[1], down.shape[1]
+  (n, d), a, f = x.shape, experts.shape[1], weights.down.shape[1]
   pairs, splits = n * a, pl.cdiv(f, DOWN_SPLIT)
   experts = experts.reshape(pairs)
   # Tiles vary fastest, so that programs that run together read what lies together.
   tiles = [min(t, pl.next_power_of_2(s)) for t, s in zip(HIDDEN_TILE, (f, d))]
   hidden = pl.pallas_call(
-      functools.partial(_hidden_kernel, choices=a, tiles=tiles),
+      functools.partial(_hidden_kernel, activation=activation, choices=a, tiles=tiles),
       jax.ShapeDtypeStruct((pairs, f), x.dtype),
       grid=(pl.cdiv(f, tiles[0]), pairs), interpret=interpret,
       compiler_params=plgpu.CompilerParams(num_warps=4),
-      name="selected_experts_hidden")(experts, x, gate_up)
+      name="selected_experts_hidden")(experts, x, weights.gate_up, weights.gate_up_bias)
   tiles = [min(t, pl.next_power_of_2(s)) for t, s in zip(DOWN_TILE, (f, d))]
   partial = pl.pallas_call(
       functools.partial(_down_kernel, tiles=tiles),
       jax.ShapeDtypeStruct((pairs, splits, d), jnp.float32),
       grid=(pl.cdiv(d, tiles[1]), splits, pairs), interpret=interpret,
       compiler_params=plgpu.CompilerParams(num_warps=4),
-      name="selected_experts_down")(experts, hidden, down)
-  # A product and a sum rather than a contraction, whose default is shorter than
-  # float32 on GPUs.
-  weighted = gates.reshape(n, a, 1, 1) * partial.reshape(n, a, splits, d)
-  return weighted.sum((1, 2)).astype(x.dtype)
+      name="selected_experts_down")(experts, hidden, weights.down)
+  return partial.reshape(n, a, splits, d).sum(2)
 
 
 def _tile(index, size, limit):
@@ -108,11 +117,13 @@ def _load(ref, mask):
   return plgpu.load(ref, mask=mask, other=0).astype(jnp.float32)
 
 
-def _hidden_kernel(experts_ref, x_ref, gate_up_ref, hidden_ref, *, choices, tiles):
-  """`silu(gate x) * up x` of one pair for one tile of F.
+def _hidden_kernel(experts_ref, x_ref, gate_up_ref, bias_ref, hidden_ref, *, activation,
+                   choices, tiles):
+  """`activation(gate x, up x)` of one pair for one tile of F.
 
-  All arrays are whole: experts `[N·A]`, x `[N, D]`, gate_up `[L·E, F, 2, D]` and
-  hidden `[N·A, F]`. Nothing but the tiles that are loaded leaves main memory.
+  All arrays are whole: experts `[N·A]`, x `[N, D]`, gate_up `[L·E, F, 2, D]`, bias
+  `[L·E, F, 2]` or None, and hidden `[N·A, F]`. Nothing but the tiles that are
+  loaded leaves main memory.
   """
   pair, width = pl.program_id(1), x_ref.shape[1]
   expert, row = experts_ref[pair], pair // choices
@@ -128,8 +139,12 @@ def _hidden_kernel(experts_ref, x_ref, gate_up_ref, hidden_ref, *, choices, tile
             for c, total in enumerate(sums)]
 
   zeros = jnp.zeros(tiles, jnp.float32)
-  gate, up = jax.lax.fori_loop(0, pl.cdiv(width, tiles[1]), step, [zeros, zeros])
-  hidden = jax.nn.silu(gate.sum(1)) * up.sum(1)
+  sums = jax.lax.fori_loop(0, pl.cdiv(width, tiles[1]), step, [zeros, zeros])
+  projected = [total.sum(1) for total in sums]
+  if bias_ref is not None:
+    projected = [p + _load(bias_ref.at[expert, f, jnp.int32(c)], in_f)
+                 for c, p in enumerate(projected)]
+  hidden = activation(*projected)
   plgpu.store(hidden_ref.at[pair, f], hidden.astype(hidden_ref.dtype), mask=in_f)
 
 

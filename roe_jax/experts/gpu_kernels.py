@@ -16,20 +16,22 @@ OUT_TILE = 64  # of the columns that a program computes
 SUM_BYTES = 128  # of each row of a tile of the axis that it sums over in steps
 
 
-def apply_on_gpu(experts, gate_up, down, x, interpret=False):
+def apply_on_gpu(activation, experts, weights, x, interpret=False):
   """The output of block k's expert for its rows.
 
   Args:
+    activation: between the projections.
     experts: `[K]` int32 indices into the leading axis of the weights; a negative
       one for a block that is not in use.
-    gate_up: `[L·E, F, 2, D]`.
-    down: `[L·E, F, D]`.
+    weights: of all layers, with `[L·E, ...]` for the leading axes; the bias of
+      `down` is not used.
     x: `[K, B, D]` rows in blocks, of the dtype of the weights; B is a power of
       two, and 16 or more.
     interpret: whether to run the kernels as JAX operations on any platform.
 
   Returns:
-    `[K, B, D]` in float32, undefined in blocks that are not in use.
+    `[K, B, D]` in float32, without the bias of `down`; undefined in blocks that
+    are not in use.
   """
   k, b, _ = x.shape
 
@@ -43,8 +45,10 @@ def apply_on_gpu(experts, gate_up, down, x, interpret=False):
         grid=(k, pl.cdiv(width, OUT_TILE)), interpret=interpret,
         compiler_params=plgpu.CompilerParams(num_warps=4))(experts, *inputs)
 
-  hidden = call(_hidden_kernel, down.shape[1], x.dtype, x, gate_up)
-  return call(_down_kernel, down.shape[2], jnp.float32, hidden, down)
+  f, d = weights.down.shape[1:]
+  hidden = call(functools.partial(_hidden_kernel, activation=activation), f, x.dtype,
+                x, weights.gate_up, weights.gate_up_bias)
+  return call(_down_kernel, d, jnp.float32, hidden, weights.down)
 
 
 def _precision(dtype):
@@ -60,11 +64,12 @@ def _load(ref, mask):
   return plgpu.load(ref, mask=mask, other=0)
 
 
-def _hidden_kernel(experts_ref, x_ref, gate_up_ref, hidden_ref, *, sum_tile, precision):
-  """`silu(gate x) * up x` of one block for one tile of F.
+def _hidden_kernel(experts_ref, x_ref, gate_up_ref, bias_ref, hidden_ref, *, activation,
+                   sum_tile, precision):
+  """`activation(gate x, up x)` of one block for one tile of F.
 
-  All arrays are whole: experts `[K]`, x `[K, B, D]`, gate_up `[L·E, F, 2, D]` and
-  hidden `[K, B, F]`.
+  All arrays are whole: experts `[K]`, x `[K, B, D]`, gate_up `[L·E, F, 2, D]`, bias
+  `[L·E, F, 2]` or None, and hidden `[K, B, F]`.
   """
   block, (_, b, width) = pl.program_id(0), x_ref.shape
   expert = experts_ref[block]
@@ -81,8 +86,12 @@ def _hidden_kernel(experts_ref, x_ref, gate_up_ref, hidden_ref, *, sum_tile, pre
               for c, total in enumerate(sums)]
 
     zeros = jnp.zeros((b, OUT_TILE), jnp.float32)
-    gate, up = jax.lax.fori_loop(0, pl.cdiv(width, sum_tile), step, [zeros, zeros])
-    hidden = (jax.nn.silu(gate) * up).astype(hidden_ref.dtype)
+    projected = jax.lax.fori_loop(0, pl.cdiv(width, sum_tile), step, [zeros, zeros])
+    if bias_ref is not None:
+      projected = [
+          p + _load(bias_ref.at[expert, f, jnp.int32(c)], in_f).astype(jnp.float32)[None, :]
+          for c, p in enumerate(projected)]
+    hidden = activation(*projected).astype(hidden_ref.dtype)
     plgpu.store(hidden_ref.at[block, :, f], hidden,
                 mask=jnp.broadcast_to(in_f[None, :], hidden.shape))
 
