@@ -5,6 +5,7 @@ import numpy as np
 
 from roe_jax.experts.activation import Activation
 from roe_jax.params import ExpertParams
+from roe_jax.quantization import Quantized, group_size, typical_scale
 
 # One unit in the last place at 1.
 EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7}
@@ -13,6 +14,9 @@ EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7}
 # limit, beyond which some of the inputs lie on either side.
 PLAIN, CLAMPED = Activation(), Activation(limit=1.5, alpha=1.7)
 ACTIVATIONS = {"plain": PLAIN, "clamped": CLAMPED}
+
+# The values of the four bits of mxfp4.
+E2M1 = np.asarray([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
 def weights(lead, hidden, width, activation=PLAIN, dtype="float32", seed=0):
@@ -23,6 +27,38 @@ def weights(lead, hidden, width, activation=PLAIN, dtype="float32", seed=0):
   matrices = normal(width, hidden, 2, width), normal(hidden, hidden, width)
   biases = (normal(16, hidden, 2), normal(16, width)) if activation.limit else ()
   return ExpertParams(*matrices, *biases)
+
+
+def quantized(format, shape, axis, seed=0):
+  """A random matrix in few bits, contracted over `axis`, and its values in float64."""
+  random = np.random.RandomState(seed)
+  group = group_size(format, shape[axis])
+  groups = [s // group if i == axis else s for i, s in enumerate(shape)]
+  if format == "int8":
+    numbers = codes = random.randint(-128, 128, shape).astype(np.int8)
+  else:
+    bits = random.randint(0, 16, shape)
+    low, high = np.split(bits, 2, axis=-1)
+    codes = (low | high << 4).astype(np.uint8)
+    numbers = E2M1[bits] if format == "mxfp4" else np.where(bits < 8, bits, bits - 16)
+  scale = typical_scale(format, 2 / shape[axis]**0.5)
+  if format == "mxfp4":
+    scales = (scale + random.randint(-1, 2, groups)).astype(np.uint8)
+    factors = 2.0 ** (scales.astype(int) - 127)
+  else:
+    scales = jnp.asarray(scale * random.uniform(0.5, 1.5, groups), jnp.bfloat16)
+    factors = np.asarray(scales, np.float64)
+  values = numbers * np.repeat(factors, group, axis)
+  return Quantized(jnp.asarray(codes), jnp.asarray(scales), format), values
+
+
+def quantized_weights(format, lead, hidden, width, activation=PLAIN):
+  """As `weights`, with quantised matrices, and the same with these as float64 values."""
+  params = weights(lead, hidden, width, activation)
+  gate_up, gate_up_values = quantized(format, (*lead, hidden, 2, width), len(lead) + 2, seed=1)
+  down, down_values = quantized(format, (*lead, hidden, width), len(lead), seed=2)
+  return (params.replace(gate_up=gate_up, down=down),
+          params.replace(gate_up=gate_up_values, down=down_values))
 
 
 def rows(n, num_experts, choices, width, dtype="float32", seed=1, lead=()):

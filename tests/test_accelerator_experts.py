@@ -12,7 +12,9 @@ import pytest
 import expert_loop
 from expert_loop import CLAMPED, PLAIN
 from roe_jax.experts import few_rows, gpu_kernels, many_rows, packing, tpu_kernels
+from roe_jax.experts.widening import held, num_parts, widen, widen_scales
 from roe_jax.params import ExpertParams
+from roe_jax.quantization import FORMATS, Quantized, group_size
 
 # No power of two among the widths.
 L, E, D, F, A = 3, 5, 20, 12, 3
@@ -64,18 +66,55 @@ def test_strategies_agree_with_a_loop(activation, strategy, n, dtype):
     assert_agrees(strategy, params, layer, *rows(n, dtype), activation)
 
 
+def assert_quantised_agrees(strategy, format, dtype="float32", width=D, hidden=F):
+  params, values = expert_loop.quantized_weights(format, (L * E,), hidden, width, CLAMPED)
+  x, indices, gates = rows(7, dtype, width)
+  if "TPU" in strategy and dtype == "bfloat16":  # they round weights to the dtype of x
+    values = values.replace(gate_up=jnp.asarray(values.gate_up, dtype),
+                            down=jnp.asarray(values.down, dtype))
+  actual = apply(strategy, CLAMPED, params, 1, x, indices, gates)
+  expert_loop.assert_agrees(actual, CLAMPED, values, x, E + indices, gates)
+
+
 @every_strategy
-def test_several_tiles_with_the_last_one_not_full(strategy, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_quantised_experts_agree_with_a_loop(format, dtype, strategy):
+  # The second half of a row starts within a group of four-bit weights.
+  assert D // 2 % group_size("int4", D) != 0
+  assert_quantised_agrees(strategy, format, dtype)
+
+
+def test_widening_of_every_code():
+  codes = np.arange(256).astype(np.uint8)
+  numbers = np.arange(16)
+  for format, expected in (("int4", np.where(numbers < 8, numbers, numbers - 16)),
+                           ("mxfp4", expert_loop.E2M1)):
+    low, high = widen(codes, format)
+    np.testing.assert_array_equal(low, np.tile(expected, 16))
+    np.testing.assert_array_equal(high, np.repeat(expected, 16))
+  np.testing.assert_array_equal(widen(codes.astype(np.int8), "int8")[0], codes.astype(np.int8))
+  exponents = np.arange(1, 255).astype(np.uint8)
+  np.testing.assert_array_equal(
+      widen_scales(exponents, "mxfp4"), 2.0 ** (exponents.astype(np.float64) - 127))
+
+
+@every_strategy
+@pytest.mark.parametrize("format", [None, *FORMATS])
+def test_several_tiles_with_the_last_one_not_full(format, strategy, monkeypatch):
   """More than one tile and step of each kernel along both widths."""
   monkeypatch.setattr(few_rows, "DOWN_SPLIT", 64)
   monkeypatch.setattr(tpu_kernels, "TILE_BYTES", 1)
-  width, hidden = 300, 150
+  width, hidden = (300, 150) if format is None else (320, 160)
   assert few_rows.HIDDEN_TILE[1] < width > gpu_kernels.OUT_TILE
   assert few_rows.DOWN_SPLIT < hidden > gpu_kernels.SUM_BYTES // 4
   assert tpu_kernels._tile(hidden, 1) == 128
   jax.clear_caches()  # the tiles are no arguments
   try:
-    assert_agrees(strategy, weights(width=width, hidden=hidden), 1, *rows(2, width=width))
+    if format is None:
+      assert_agrees(strategy, weights(width=width, hidden=hidden), 1, *rows(2, width=width))
+    else:
+      assert_quantised_agrees(strategy, format, width=width, hidden=hidden)
   finally:
     jax.clear_caches()
 
@@ -120,23 +159,33 @@ def test_blocks_hold_every_pair_once():
   assert np.sum(planned < 33) == indices.size
 
 
-def abstract_arguments(n, dtype="bfloat16", activation=PLAIN):
+def abstract_matrix(format, shape, axis, dtype):
+  if format is None:
+    return jax.ShapeDtypeStruct(shape, dtype)
+  groups = [s // group_size(format, s) if i == axis else s for i, s in enumerate(shape)]
+  codes = (*shape[:-1], shape[-1] // num_parts(format))
+  return Quantized(jax.ShapeDtypeStruct(codes, "int8" if format == "int8" else "uint8"),
+                   jax.ShapeDtypeStruct(groups, "uint8" if format == "mxfp4" else "bfloat16"),
+                   format)
+
+
+def abstract_arguments(n, dtype="bfloat16", activation=PLAIN, format=None):
   """Shapes of an OLMoE-like model of two layers with widths that are no powers of two."""
   num_experts, width, hidden, choices = 64, 2880, 1440, 8
   shape = jax.ShapeDtypeStruct
   biases = () if activation.limit is None else (
       shape((2 * num_experts, hidden, 2), dtype), shape((2 * num_experts, width), dtype))
   return num_experts, (
-      ExpertParams(shape((2 * num_experts, hidden, 2, width), dtype),
-                   shape((2 * num_experts, hidden, width), dtype), *biases),
+      ExpertParams(abstract_matrix(format, (2 * num_experts, hidden, 2, width), 3, dtype),
+                   abstract_matrix(format, (2 * num_experts, hidden, width), 1, dtype), *biases),
       shape((), jnp.int32),
       shape((n, width), dtype), shape((n, choices), jnp.int32),
       shape((n, choices), jnp.float32))
 
 
-def lowered(strategy, n, dtype, activation, platform, device):
+def lowered(strategy, n, dtype, activation, format, platform, device):
   """StableHLO for a platform that need not be at hand."""
-  num_experts, args = abstract_arguments(n, dtype, activation)
+  num_experts, args = abstract_arguments(n, dtype, activation, format)
   traced = jax.jit(functools.partial(STRATEGIES[strategy], num_experts, activation)).trace
   mesh = jax.sharding.AbstractMesh(
       (1,), ("x",), (jax.sharding.AxisType.Auto,),
@@ -149,31 +198,35 @@ def lowered(strategy, n, dtype, activation, platform, device):
 
 @pytest.mark.parametrize("platform, device, target", [
     ("cuda", "NVIDIA H200", "__gpu$xla.gpu.triton"), ("tpu", "TPU v5 lite", "tpu_custom_call")])
-@pytest.mark.parametrize("dtype, activation", [
-    ("float32", PLAIN), ("bfloat16", PLAIN), ("bfloat16", CLAMPED)], ids=str)
+@pytest.mark.parametrize("dtype, activation, format", [
+    ("float32", PLAIN, None), ("bfloat16", PLAIN, None), ("bfloat16", CLAMPED, None),
+    *(("bfloat16", CLAMPED, format) for format in FORMATS)], ids=str)
 @pytest.mark.parametrize("strategy, n", [("selected", 1), ("selected", 8), ("grouped", 500)])
 def test_accelerators_are_given_two_kernels_that_read_the_weights(
-    strategy, n, dtype, activation, platform, device, target):
-  text = lowered(strategy, n, dtype, activation, platform, device)
+    strategy, n, dtype, activation, format, platform, device, target):
+  text = lowered(strategy, n, dtype, activation, format, platform, device)
   calls = [line for line in text.splitlines() if "custom_call" in line]
   assert len(calls) == 2 and all(target in line for line in calls)
   # The kernels are given the whole weights, and nothing else uses or makes
-  # an array of their size: no gathered copy, and none for a layer.
-  _, (params, *_) = abstract_arguments(n)
-  for call, w in zip(calls, (params.gate_up, params.down)):
+  # an array of their size: no gathered copy, none for a layer, and none widened.
+  _, (params, *_) = abstract_arguments(n, format=format)
+  matrices = [held(w)[0] for w in (params.gate_up, params.down)]
+  for call, w in zip(calls, matrices):
     assert f"tensor<{'x'.join(map(str, w.shape))}x" in call
-  hidden, width = params.down.shape[1:]
+  hidden, width = matrices[1].shape[1:]
   for line in text.splitlines():
     if line not in calls and "func.func" not in line:
-      assert f"{hidden}x2x{width}x" not in line and f"{hidden}x{width}x" not in line
+      for columns in (width, width * num_parts(format)):
+        assert f"{hidden}x2x{columns}x" not in line and f"{hidden}x{columns}x" not in line
 
 
-def test_kernels_copy_no_weights():
+@pytest.mark.parametrize("format", [None, *FORMATS])
+def test_kernels_copy_no_weights(format):
   """In the jaxpr: between arguments and kernels there is no array of their size."""
-  _, (params, _, x, indices, _) = abstract_arguments(8, activation=CLAMPED)
+  _, (params, _, x, indices, _) = abstract_arguments(1, activation=CLAMPED, format=format)
   for kernels in (few_rows.on_gpu, few_rows.on_tpu):
     jaxpr = jax.make_jaxpr(functools.partial(kernels, CLAMPED))(indices, params, x)
-    expert = np.prod(params.down.shape[1:])
+    expert = np.prod(held(params.down)[0].shape[1:])
     assert max(v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars) < expert
 
 

@@ -22,6 +22,7 @@ from roe_jax.experts.packing import block_size, combine, plan
 from roe_jax.experts.tpu_kernels import apply_on_tpu
 from roe_jax.numerics import rounded
 from roe_jax.params import ExpertParams
+from roe_jax.quantization import Quantized
 
 
 def grouped(num_experts: int, activation: Activation, weights: ExpertParams,
@@ -37,10 +38,14 @@ def grouped(num_experts: int, activation: Activation, weights: ExpertParams,
   """
   def blocks(kernel):
     return functools.partial(by_blocks, kernel, num_experts, activation)
+  if isinstance(weights.down, Quantized):  # which `ragged_dot_general` cannot widen
+    default = blocks(functools.partial(apply_on_gpu, interpret=True))
+  else:
+    default = functools.partial(by_ragged_dot, num_experts, activation)
   return jax.lax.platform_dependent(
       weights, jnp.asarray(layer, jnp.int32), x, indices, gates,
       cuda=blocks(apply_on_gpu), rocm=blocks(apply_on_gpu), tpu=blocks(apply_on_tpu),
-      default=functools.partial(by_ragged_dot, num_experts, activation))
+      default=default)
 
 
 def by_blocks(kernel, num_experts, activation, weights, layer, x, indices, gates):
