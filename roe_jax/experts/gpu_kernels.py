@@ -2,7 +2,7 @@
 
 State of things: run in Pallas' interpret mode on CPU, lowered for CUDA, and the
 lowered kernels compiled for an H100 by Triton and ptxas, with weights in bfloat16
-and in each quantised format (no spills but of 60 bytes in mxfp4's with 64 rows in a
+and in each quantised format (no spills but of 20 bytes in mxfp4's with 64 rows in a
 block); not run or timed on a GPU.
 """
 

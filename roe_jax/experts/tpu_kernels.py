@@ -9,9 +9,10 @@ State of things: run in Pallas' interpret mode on CPU, and compiled for a TPU v5
 without one, with weights in bfloat16 and in each quantised format; not run or timed
 on a TPU. Blocks of 64 rows in float32 with F = 14336 do not fit into its VMEM.
 
-Of `gate_up` XLA makes a copy for the kernels where its layout of the argument is
-not theirs: when it is quantised (a copy of all layers, padded to twice its size),
-and with a D that is no multiple of 128. There they should not be chosen as yet.
+For that TPU XLA lays out arguments so that the kernels can read them in place where
+the last axis, D or for four bits D/2, is a multiple of 128. Elsewhere, as with a D
+of 2880, each call copies the weights of all layers, quantised or not: there the
+kernels should not be chosen as yet.
 """
 
 import functools
@@ -57,6 +58,12 @@ def apply_on_tpu(activation, experts, weights, x, interpret=False):
             out_specs=_of_block(*shape[:-1], tile)))(experts, *inputs)
 
   tile = _tile(f, 2 * d * x.dtype.itemsize)
+  if scales is None:
+    codes_spec, scales_spec = _of_expert((tile, 2, width), lambda t: (t, 0, 0)), None
+  else:  # as XLA lays them out, so that nothing is copied
+    codes, scales = codes.swapaxes(1, 2), scales.transpose(0, 2, 3, 1)
+    codes_spec = _of_expert((2, tile, width), lambda t: (0, t, 0))
+    scales_spec = _of_expert((2, scales.shape[2], tile), lambda t: (0, 0, t))
   bias = weights.gate_up_bias
   if bias is not None:  # with F last, as the hidden values have it; little next to the weights
     bias = bias[of_block].swapaxes(1, 2)
@@ -64,8 +71,7 @@ def apply_on_tpu(activation, experts, weights, x, interpret=False):
       functools.partial(_hidden_kernel, activation=activation, format=format),
       (b, f), tile, x.dtype,
       (x.reshape(k, b, parts, width).swapaxes(1, 2), codes, scales, bias),
-      (_all_of_block(parts, b, width), _of_expert((tile, 2, width), lambda t: (t, 0, 0)),
-       scales if scales is None else _of_expert((tile, 2, scales.shape[3]), lambda t: (t, 0, 0)),
+      (_all_of_block(parts, b, width), codes_spec, scales_spec,
        bias if bias is None else _of_block(2, tile)))
 
   codes, scales, format = held(weights.down)
@@ -118,34 +124,38 @@ def _spread(shape, axis, group, first):
   return jnp.where((weight >= start) & (weight < start + group), 1.0, 0.0)
 
 
-def _repeated(left, right):
-  """A product of scales and ones, which bfloat16 holds exactly."""
-  return jnp.dot(left.astype(jnp.bfloat16), right.astype(jnp.bfloat16),
-                 preferred_element_type=jnp.float32)
+def _repeated(left, axis, right):
+  """`left` summed over `axis` with `right`: scales and ones, which bfloat16 holds exactly."""
+  return jax.lax.dot_general(
+      left.astype(jnp.bfloat16), right.astype(jnp.bfloat16), (((axis,), (0,)), ((), ())),
+      preferred_element_type=jnp.float32)
 
 
 def _hidden_kernel(experts_ref, x_ref, codes_ref, scales_ref, bias_ref, hidden_ref, *,
                    activation, format):
   """One block's hidden values for one tile of F, with D in P parts.
 
-  x `[P, B, D/P]`, codes `[tile, 2, D/P]`, scales `[tile, 2, G]` or None, bias
-  `[2, tile]` or None, hidden `[B, tile]`.
+  x `[P, B, D/P]`, bias `[2, tile]` or None, hidden `[B, tile]`. Weights that are not
+  quantised are `[tile, 2, D]`, codes `[2, tile, D/P]` and scales `[2, G, tile]`.
   """
   parts, _, width = x_ref.shape
+
+  def unscaled(c):
+    return widen(codes_ref[:, c] if scales_ref is None else codes_ref[c], format)
 
   def scaled(weights, c, part):
     if scales_ref is None:
       return weights
-    groups = scales_ref.shape[2]
+    groups = scales_ref.shape[1]
     spread = _spread((groups, width), 1, parts * width // groups, part * width)
-    scales = _repeated(widen_scales(scales_ref[:, c], format), spread)
+    scales = _repeated(widen_scales(scales_ref[c], format), 0, spread)
     return (weights * scales).astype(x_ref.dtype)
 
   @pl.when(experts_ref[pl.program_id(1)] >= 0)
   def _():
     projected = [
         sum(_dot(x_ref[part], scaled(weights, c, part), 1)
-            for part, weights in enumerate(widen(codes_ref[:, c], format))) for c in (0, 1)]
+            for part, weights in enumerate(unscaled(c))) for c in (0, 1)]
     if bias_ref is not None:
       projected = [p + bias_ref[c:c + 1].astype(jnp.float32) for c, p in enumerate(projected)]
     hidden_ref[...] = activation(*projected).astype(hidden_ref.dtype)
@@ -164,7 +174,7 @@ def _down_kernel(experts_ref, hidden_ref, codes_ref, scales_ref, out_ref, *, for
       return weights
     groups = scales_ref.shape[1]
     spread = _spread((width, groups), 0, width // groups, 0)
-    scales = _repeated(spread, widen_scales(scales_ref[part], format))
+    scales = _repeated(spread, 1, widen_scales(scales_ref[part], format))
     return (weights * scales).astype(hidden_ref.dtype)
 
   @pl.when(experts_ref[pl.program_id(1)] >= 0)
