@@ -9,17 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import expert_loop
+from expert_loop import CLAMPED, PLAIN
 from roe_jax.experts import few_rows, gpu_kernels, many_rows, packing, tpu_kernels
+from roe_jax.experts.widening import held, num_parts, widen, widen_scales
+from roe_jax.params import ExpertParams
+from roe_jax.quantization import FORMATS, Quantized, group_size
 
 # No power of two among the widths.
 L, E, D, F, A = 3, 5, 20, 12, 3
-# One unit in the last place at 1.
-EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7}
 
 
-def selected_on_tpu(num_experts, gate_up, down, layer, x, indices, gates):
-  return few_rows.on_tpu(layer * num_experts + indices, gate_up, down, x, gates,
-                                 interpret=True)
+def selected_on_tpu(*args):
+  return few_rows.by_pairs(functools.partial(few_rows.on_tpu, interpret=True), *args)
 
 
 # As dispatched on this platform, and the other platforms' by interpretation.
@@ -34,78 +36,85 @@ STRATEGIES = {
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 
 
-def weights(dtype="float32", width=D, hidden=F, seed=0):
-  """gate_up `[L·E, F, 2, D]` and down `[L·E, F, D]`."""
-  random = np.random.RandomState(seed)
-  return (jnp.asarray(0.5 * random.standard_normal((L * E, hidden, 2, width)), dtype),
-          jnp.asarray(0.5 * random.standard_normal((L * E, hidden, width)), dtype))
+def weights(dtype="float32", width=D, hidden=F, activation=CLAMPED):
+  return expert_loop.weights((L * E,), hidden, width, activation, dtype)
 
 
-def rows(n, dtype="float32", width=D, seed=1):
-  """Inputs, distinct experts and gates of `n` rows."""
-  random = np.random.RandomState(seed)
-  indices = np.argsort(random.uniform(size=(n, E)), axis=-1)[:, :A]
-  return (jnp.asarray(random.standard_normal((n, width)), dtype),
-          jnp.asarray(indices, jnp.int32),
-          jnp.asarray(random.uniform(0.1, 1, (n, A)), jnp.float32))
+def rows(n, dtype="float32", width=D):
+  return expert_loop.rows(n, E, A, width, dtype)
 
 
-def by_loop(gate_up, down, layer, x, indices, gates):
-  """The sum over chosen experts in float64, and two magnitudes that rounding
-  errors are measured in: of the sum over hidden values, and of all sums."""
-  gate_up, down, x, gates = (np.asarray(a, np.float64) for a in (gate_up, down, x, gates))
-  y, hidden_magnitude, magnitude = (np.zeros_like(x) for _ in range(3))
-  for row in range(len(x)):
-    for expert, weight in zip(layer * E + np.asarray(indices)[row], gates[row]):
-      gate, up = gate_up[expert, :, 0] @ x[row], gate_up[expert, :, 1] @ x[row]
-      hidden = gate / (1 + np.exp(-gate)) * up
-      y[row] += weight * (hidden @ down[expert])
-      hidden_magnitude[row] += weight * (np.abs(hidden) @ np.abs(down[expert]))
-      gate, up = (np.abs(gate_up[expert, :, i]) @ np.abs(x[row]) for i in (0, 1))
-      magnitude[row] += weight * ((gate * up) @ np.abs(down[expert]))
-  return y, hidden_magnitude, magnitude
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def apply(strategy, activation, *args):
+  return STRATEGIES[strategy](E, activation, *args)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def apply(strategy, *args):
-  return STRATEGIES[strategy](E, *args)
-
-
-def assert_agrees(strategy, gate_up, down, layer, x, indices, gates):
-  args = (gate_up, down, layer, x, indices, gates)
-  actual = apply(strategy, *args)
-  assert actual.dtype == x.dtype and actual.shape == x.shape
-  expected, hidden_magnitude, magnitude = by_loop(*args)
-  # The hidden values and the output are rounded to the dtype once each, by half
-  # a unit; float32 sums add a few units of float32.
-  bound = EPSILON[str(x.dtype)] * hidden_magnitude + 8 * EPSILON["float32"] * magnitude
-  error = np.abs(np.asarray(actual, np.float64) - expected)
-  assert np.all(error <= bound), (error / bound).max()
-  # The bound leaves no room for a missing expert.
-  assert np.median(np.abs(expected)) > 10 * np.median(bound)
+def assert_agrees(strategy, params, layer, x, indices, gates, activation=CLAMPED):
+  actual = apply(strategy, activation, params, layer, x, indices, gates)
+  expert_loop.assert_agrees(actual, activation, params, x, layer * E + indices, gates)
 
 
 @every_strategy
 @pytest.mark.parametrize("n, dtype", [
     (1, "float32"), (2, "float32"), (7, "float32"), (33, "float32"),
     (1, "bfloat16"), (33, "bfloat16")])
-def test_strategies_agree_with_a_loop(strategy, n, dtype):
+@pytest.mark.parametrize("activation", expert_loop.ACTIVATIONS.values(),
+                         ids=list(expert_loop.ACTIVATIONS))
+def test_strategies_agree_with_a_loop(activation, strategy, n, dtype):
+  params = weights(dtype, activation=activation)
   for layer in range(L) if n == 2 else [1]:
-    assert_agrees(strategy, *weights(dtype), layer, *rows(n, dtype))
+    assert_agrees(strategy, params, layer, *rows(n, dtype), activation)
+
+
+def assert_quantised_agrees(strategy, format, dtype="float32", width=D, hidden=F):
+  params, values = expert_loop.quantized_weights(format, (L * E,), hidden, width, CLAMPED)
+  x, indices, gates = rows(7, dtype, width)
+  if "TPU" in strategy and dtype == "bfloat16":  # they round weights to the dtype of x
+    values = values.replace(gate_up=jnp.asarray(values.gate_up, dtype),
+                            down=jnp.asarray(values.down, dtype))
+  actual = apply(strategy, CLAMPED, params, 1, x, indices, gates)
+  expert_loop.assert_agrees(actual, CLAMPED, values, x, E + indices, gates)
 
 
 @every_strategy
-def test_several_tiles_with_the_last_one_not_full(strategy, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_quantised_experts_agree_with_a_loop(format, dtype, strategy):
+  # The second half of a row starts within a group of four-bit weights.
+  assert D // 2 % group_size("int4", D) != 0
+  assert_quantised_agrees(strategy, format, dtype)
+
+
+def test_widening_of_every_code():
+  codes = np.arange(256).astype(np.uint8)
+  numbers = np.arange(16)
+  for format, expected in (("int4", np.where(numbers < 8, numbers, numbers - 16)),
+                           ("mxfp4", expert_loop.E2M1)):
+    low, high = widen(codes, format)
+    np.testing.assert_array_equal(low, np.tile(expected, 16))
+    np.testing.assert_array_equal(high, np.repeat(expected, 16))
+  np.testing.assert_array_equal(widen(codes.astype(np.int8), "int8")[0], codes.astype(np.int8))
+  exponents = np.arange(1, 255).astype(np.uint8)
+  np.testing.assert_array_equal(
+      widen_scales(exponents, "mxfp4"), 2.0 ** (exponents.astype(np.float64) - 127))
+
+
+@every_strategy
+@pytest.mark.parametrize("format", [None, *FORMATS])
+def test_several_tiles_with_the_last_one_not_full(format, strategy, monkeypatch):
   """More than one tile and step of each kernel along both widths."""
   monkeypatch.setattr(few_rows, "DOWN_SPLIT", 64)
   monkeypatch.setattr(tpu_kernels, "TILE_BYTES", 1)
-  width, hidden = 300, 150
+  width, hidden = (300, 150) if format is None else (320, 160)
   assert few_rows.HIDDEN_TILE[1] < width > gpu_kernels.OUT_TILE
   assert few_rows.DOWN_SPLIT < hidden > gpu_kernels.SUM_BYTES // 4
   assert tpu_kernels._tile(hidden, 1) == 128
   jax.clear_caches()  # the tiles are no arguments
   try:
-    assert_agrees(strategy, *weights(width=width, hidden=hidden), 1, *rows(2, width=width))
+    if format is None:
+      assert_agrees(strategy, weights(width=width, hidden=hidden), 1, *rows(2, width=width))
+    else:
+      assert_quantised_agrees(strategy, format, width=width, hidden=hidden)
   finally:
     jax.clear_caches()
 
@@ -115,7 +124,7 @@ def test_several_tiles_with_the_last_one_not_full(strategy, monkeypatch):
 def test_all_rows_on_the_same_experts_leaves_others_empty(strategy, chosen):
   x, _, gates = rows(33)
   indices = jnp.tile(jnp.asarray(chosen, jnp.int32), (33, 1))
-  assert_agrees(strategy, *weights(), 1, x, indices, gates)
+  assert_agrees(strategy, weights(), 1, x, indices, gates)
 
 
 @every_strategy
@@ -124,10 +133,14 @@ def test_weights_of_other_experts_are_not_used(strategy):
   x, _, gates = rows(7)
   indices = jnp.tile(jnp.asarray([3, 1, 4], jnp.int32), (7, 1))
   used = jnp.zeros(L * E, bool).at[E + indices[0]].set(True)
-  args = [jnp.where(used.reshape(-1, *[1] * (w.ndim - 1)), w, jnp.nan) for w in weights()]
-  if strategy == "grouped":  # of this layer it reads all, on CPU
-    args = [w.at[E:2 * E].set(jnp.nan_to_num(w[E:2 * E])) for w in args]
-  assert_agrees(strategy, *args, 1, x, indices, gates)
+  params = jax.tree.map(
+      lambda w: jnp.where(used.reshape(-1, *[1] * (w.ndim - 1)), w, jnp.nan), weights())
+  if strategy == "grouped":  # of this layer it reads all matrices, on CPU
+    of_layer = slice(E, 2 * E)
+    params = params.replace(**{
+        name: w.at[of_layer].set(jnp.nan_to_num(w[of_layer]))
+        for name, w in (("gate_up", params.gate_up), ("down", params.down))})
+  assert_agrees(strategy, params, 1, x, indices, gates)
 
 
 @pytest.mark.parametrize("pairs, experts, expected", [
@@ -146,21 +159,34 @@ def test_blocks_hold_every_pair_once():
   assert np.sum(planned < 33) == indices.size
 
 
-def abstract_arguments(n, dtype="bfloat16"):
+def abstract_matrix(format, shape, axis, dtype):
+  if format is None:
+    return jax.ShapeDtypeStruct(shape, dtype)
+  groups = [s // group_size(format, s) if i == axis else s for i, s in enumerate(shape)]
+  codes = (*shape[:-1], shape[-1] // num_parts(format))
+  return Quantized(jax.ShapeDtypeStruct(codes, "int8" if format == "int8" else "uint8"),
+                   jax.ShapeDtypeStruct(groups, "uint8" if format == "mxfp4" else "bfloat16"),
+                   format)
+
+
+def abstract_arguments(n, dtype="bfloat16", activation=PLAIN, format=None):
   """Shapes of an OLMoE-like model of two layers with widths that are no powers of two."""
   num_experts, width, hidden, choices = 64, 2880, 1440, 8
   shape = jax.ShapeDtypeStruct
+  biases = () if activation.limit is None else (
+      shape((2 * num_experts, hidden, 2), dtype), shape((2 * num_experts, width), dtype))
   return num_experts, (
-      shape((2 * num_experts, hidden, 2, width), dtype),
-      shape((2 * num_experts, hidden, width), dtype), shape((), jnp.int32),
+      ExpertParams(abstract_matrix(format, (2 * num_experts, hidden, 2, width), 3, dtype),
+                   abstract_matrix(format, (2 * num_experts, hidden, width), 1, dtype), *biases),
+      shape((), jnp.int32),
       shape((n, width), dtype), shape((n, choices), jnp.int32),
       shape((n, choices), jnp.float32))
 
 
-def lowered(strategy, n, dtype, platform, device):
+def lowered(strategy, n, dtype, activation, format, platform, device):
   """StableHLO for a platform that need not be at hand."""
-  num_experts, args = abstract_arguments(n, dtype)
-  traced = jax.jit(functools.partial(STRATEGIES[strategy], num_experts)).trace
+  num_experts, args = abstract_arguments(n, dtype, activation, format)
+  traced = jax.jit(functools.partial(STRATEGIES[strategy], num_experts, activation)).trace
   mesh = jax.sharding.AbstractMesh(
       (1,), ("x",), (jax.sharding.AxisType.Auto,),
       abstract_device=jax.sharding.AbstractDevice(
@@ -172,33 +198,40 @@ def lowered(strategy, n, dtype, platform, device):
 
 @pytest.mark.parametrize("platform, device, target", [
     ("cuda", "NVIDIA H200", "__gpu$xla.gpu.triton"), ("tpu", "TPU v5 lite", "tpu_custom_call")])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype, activation, format", [
+    ("float32", PLAIN, None), ("bfloat16", PLAIN, None), ("bfloat16", CLAMPED, None),
+    *(("bfloat16", CLAMPED, format) for format in FORMATS)], ids=str)
 @pytest.mark.parametrize("strategy, n", [("selected", 1), ("selected", 8), ("grouped", 500)])
 def test_accelerators_are_given_two_kernels_that_read_the_weights(
-    strategy, n, dtype, platform, device, target):
-  text = lowered(strategy, n, dtype, platform, device)
+    strategy, n, dtype, activation, format, platform, device, target):
+  text = lowered(strategy, n, dtype, activation, format, platform, device)
   calls = [line for line in text.splitlines() if "custom_call" in line]
   assert len(calls) == 2 and all(target in line for line in calls)
   # The kernels are given the whole weights, and nothing else uses or makes
-  # an array of their size: no gathered copy, and none for a layer.
-  _, (gate_up, down, *_) = abstract_arguments(n)
-  for call, w in zip(calls, (gate_up, down)):
-    assert f"tensor<{'x'.join(map(str, w.shape))}x" in call
-  hidden, width = down.shape[1:]
+  # an array of their size: no gathered copy, none for a layer, and none widened.
+  _, (params, *_) = abstract_arguments(n, format=format)
+  matrices = [held(w)[0] for w in (params.gate_up, params.down)]
+  shapes = [list(w.shape) for w in matrices]
+  if platform == "tpu" and format is not None:  # seen as XLA lays it out, which copies nothing
+    shapes[0][1:3] = shapes[0][2:0:-1]
+  for call, shape in zip(calls, shapes):
+    assert f"tensor<{'x'.join(map(str, shape))}x" in call
+  hidden, width = matrices[1].shape[1:]
   for line in text.splitlines():
-    if line not in calls and "func.func" not in line:
-      assert f"{hidden}x2x{width}x" not in line and f"{hidden}x{width}x" not in line
+    if not any(s in line for s in ("custom_call", "func.func", "stablehlo.transpose")):
+      for columns in (width, width * num_parts(format)):
+        assert f"{hidden}x2x{columns}x" not in line and f"{hidden}x{columns}x" not in line
 
 
-def test_kernels_copy_no_weights():
+@pytest.mark.parametrize("format", [None, *FORMATS])
+def test_kernels_copy_no_weights(format):
   """In the jaxpr: between arguments and kernels there is no array of their size."""
-  _, args = abstract_arguments(8)
-  for kernels in (
-      functools.partial(few_rows.on_gpu, jnp.zeros((8, 8), jnp.int32)),
-      functools.partial(few_rows.on_tpu, jnp.zeros((8, 8), jnp.int32))):
-    jaxpr = jax.make_jaxpr(kernels)(args[0], args[1], args[3], args[5])
-    expert = np.prod(args[1].shape[1:])
-    assert max(v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars) < expert
+  _, (params, _, x, indices, _) = abstract_arguments(1, activation=CLAMPED, format=format)
+  for kernels in (few_rows.on_gpu, few_rows.on_tpu):
+    jaxpr = jax.make_jaxpr(functools.partial(kernels, CLAMPED))(indices, params, x)
+    expert = np.prod(held(params.down)[0].shape[1:])
+    made = [v for eqn in jaxpr.eqns for v in eqn.outvars if eqn.primitive.name != "transpose"]
+    assert max(v.aval.size for v in made) < expert
 
 
 def equations(jaxpr):
@@ -213,14 +246,13 @@ def equations(jaxpr):
 @pytest.mark.parametrize("kernels", ["selected", "grouped"])
 def test_what_interpretation_on_cpu_does_not_show(kernels):
   """A store beyond the end of a row is dropped there, and float32 is never shortened."""
-  _, (gate_up, down, _, x, _, gates) = abstract_arguments(8, "float32")
+  _, (params, _, x, indices, _) = abstract_arguments(8, "float32", CLAMPED)
   if kernels == "selected":
-    jaxpr = jax.make_jaxpr(functools.partial(
-        few_rows.on_gpu, jnp.zeros((8, 8), jnp.int32)))(gate_up, down, x, gates)
+    jaxpr = jax.make_jaxpr(functools.partial(few_rows.on_gpu, CLAMPED))(indices, params, x)
   else:
-    jaxpr = jax.make_jaxpr(functools.partial(
-        gpu_kernels.apply_on_gpu, jnp.zeros(4, jnp.int32)))(
-            gate_up, down, jax.ShapeDtypeStruct((4, 16, x.shape[1]), x.dtype))
+    jaxpr = jax.make_jaxpr(functools.partial(gpu_kernels.apply_on_gpu, CLAMPED))(
+        jax.ShapeDtypeStruct((4,), jnp.int32), params,
+        jax.ShapeDtypeStruct((4, 16, x.shape[1]), x.dtype))
   seen = list(equations(jaxpr.jaxpr))
   stores = [eqn for eqn in seen if eqn.primitive.name == "masked_swap"]
   assert len(stores) == 2

@@ -7,64 +7,37 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import expert_loop
+from expert_loop import CLAMPED, PLAIN
 from roe_jax import experts as experts_lib, numerics
 from roe_jax.experts import cpu
 from roe_jax.params import ExpertParams
 
 L, E, D, F, A = 2, 8, 16, 12, 3
-# One unit in the last place at 1.
-EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7}
+
+every_activation = pytest.mark.parametrize(
+    "activation", expert_loop.ACTIVATIONS.values(), ids=list(expert_loop.ACTIVATIONS))
 
 
-def weights(dtype="float32", seed=0):
-  random = np.random.RandomState(seed)
-  return ExpertParams(
-      gate_up=jnp.asarray(0.5 * random.standard_normal((L, E, F, 2, D)), dtype),
-      down=jnp.asarray(0.5 * random.standard_normal((L, E, F, D)), dtype))
+def weights(dtype="float32", activation=PLAIN):
+  return expert_loop.weights((L, E), F, D, activation, dtype)
 
 
-def rows(n, dtype="float32", seed=1, lead=()):
-  """Inputs, distinct experts and gates of `n` rows."""
-  random = np.random.RandomState(seed)
-  shape = (*lead, n)
-  indices = np.argsort(random.uniform(size=(*shape, E)), axis=-1)[..., :A]
-  return (jnp.asarray(random.standard_normal((*shape, D)), dtype),
-          jnp.asarray(indices, jnp.int32),
-          jnp.asarray(random.uniform(0.1, 1, (*shape, A)), jnp.float32))
+def rows(n, dtype="float32", lead=()):
+  return expert_loop.rows(n, E, A, D, dtype, lead=lead)
 
 
-def by_loop(params, layer, x, indices, gates):
-  """The sum over chosen experts in float64, and two magnitudes that rounding
-  errors are measured in: of the sum over hidden values, and of all sums."""
-  gate_up, down = (np.asarray(w, np.float64)[layer] for w in (params.gate_up, params.down))
-  x, gates = np.asarray(x, np.float64), np.asarray(gates, np.float64)
-  y, hidden_magnitude, magnitude = (np.zeros_like(x) for _ in range(3))
-  for row in range(len(x)):
-    for expert, weight in zip(np.asarray(indices)[row], gates[row]):
-      gate, up = gate_up[expert, :, 0] @ x[row], gate_up[expert, :, 1] @ x[row]
-      hidden = gate / (1 + np.exp(-gate)) * up
-      y[row] += weight * (hidden @ down[expert])
-      hidden_magnitude[row] += weight * (np.abs(hidden) @ np.abs(down[expert]))
-      gate, up = (np.abs(gate_up[expert, :, i]) @ np.abs(x[row]) for i in (0, 1))
-      magnitude[row] += weight * ((gate * up) @ np.abs(down[expert]))
-  return y, hidden_magnitude, magnitude
+def flattened(params):
+  return jax.tree.map(lambda w: w.reshape(L * E, *w.shape[2:]), params)
 
 
-def assert_agrees(actual, params, layer, x, indices, gates):
-  assert actual.dtype == x.dtype and actual.shape == x.shape
-  expected, hidden_magnitude, magnitude = by_loop(params, layer, x, indices, gates)
-  # The hidden values and the output are rounded to the dtype once each, by half
-  # a unit; sums of at most 16 float32 terms add a few units of float32.
-  bound = EPSILON[str(x.dtype)] * hidden_magnitude + 8 * EPSILON["float32"] * magnitude
-  error = np.abs(np.asarray(actual, np.float64) - expected)
-  assert np.all(error <= bound), (error / bound).max()
-  # The bound leaves no room for a missing expert.
-  assert np.median(np.abs(expected)) > 10 * np.median(bound)
+def assert_agrees(actual, params, layer, x, indices, gates, activation=PLAIN):
+  expert_loop.assert_agrees(actual, activation, flattened(params), x, layer * E + indices, gates)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def apply(strategy, params, layer, *row_args):
-  return experts_lib.apply(params, layer, *row_args, strategy)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="activation")
+def apply(strategy, params, layer, *row_args, activation=PLAIN):
+  return experts_lib.apply(params, layer, *row_args, strategy, activation)
 
 
 # The kernels for accelerators are interpreted here.
@@ -74,11 +47,22 @@ STRATEGIES = experts_lib.STRATEGIES
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("n", [1, 7, 33])  # one; few; many, and no multiple of a block
 @pytest.mark.parametrize("strategy", [*STRATEGIES, None])
-def test_strategies_agree_with_a_loop(strategy, n, dtype):
-  params = weights(dtype)
+@every_activation
+def test_strategies_agree_with_a_loop(activation, strategy, n, dtype):
+  params = weights(dtype, activation)
   args = rows(n, dtype)
   for layer in range(L):
-    assert_agrees(apply(strategy, params, layer, *args), params, layer, *args)
+    assert_agrees(apply(strategy, params, layer, *args, activation=activation),
+                  params, layer, *args, activation)
+
+
+def test_inputs_lie_beyond_the_limit_on_both_sides():
+  params, (x, *_) = weights(activation=CLAMPED), rows(7)
+  projected = np.einsum("lefcd,nd->clefn", params.gate_up, x)
+  projected += np.moveaxis(np.asarray(params.gate_up_bias), -1, 0)[..., None]
+  for values in projected:
+    for beyond in (values > CLAMPED.limit, values < -CLAMPED.limit):
+      assert 0.05 < beyond.mean() < 0.5
 
 
 @pytest.mark.parametrize("blocks", [(1, 1), (4, 1), (4, 3), (4, 4), (16, 1)], ids=str)
@@ -86,12 +70,12 @@ def test_strategies_agree_with_a_loop(strategy, n, dtype):
 def test_sizes_of_blocks_and_tiles_change_nothing(monkeypatch, blocks, tile):
   monkeypatch.setattr(cpu, "_block_size", lambda *args: blocks)
   monkeypatch.setattr(numerics, "tile_bytes", lambda: tile)
-  params = weights()
+  params = weights(activation=CLAMPED)
   x, indices, gates = rows(33)
   indices = indices.at[:20].set(jnp.asarray([7, 2, 3]))  # some experts have many rows
-  run = jax.jit(lambda *args: cpu.blocks(E, *args))
-  flat = (params.gate_up.reshape(L * E, F, 2, D), params.down.reshape(L * E, F, D))
-  assert_agrees(run(*flat, 1, x, indices, gates), params, 1, x, indices, gates)
+  run = jax.jit(lambda *args: cpu.blocks(E, CLAMPED, *args))
+  assert_agrees(run(flattened(params), 1, x, indices, gates), params, 1, x, indices, gates,
+                CLAMPED)
 
 
 def test_choice_of_block_size(monkeypatch):
@@ -107,11 +91,26 @@ def test_choice_of_block_size(monkeypatch):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_all_rows_on_the_same_experts_leaves_others_empty(strategy):
-  params = weights()
+  params = weights(activation=CLAMPED)
   x, indices, gates = rows(33)
   for chosen in ([7, 0, 3], [0, 1, 2], [7, 6, 5]):
     indices = jnp.tile(jnp.asarray(chosen, jnp.int32), (33, 1))
-    assert_agrees(apply(strategy, params, 1, x, indices, gates), params, 1, x, indices, gates)
+    args = params, 1, x, indices, gates
+    assert_agrees(apply(strategy, *args, activation=CLAMPED), *args, CLAMPED)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_biases_of_other_experts_are_not_used(strategy):
+  params = weights(activation=CLAMPED)
+  x, _, gates = rows(7)
+  indices = jnp.tile(jnp.asarray([5, 0, 3], jnp.int32), (7, 1))
+  # Not infinite: `dense` multiplies what it does not use by zero.
+  used = jnp.zeros((L, E), bool).at[1, indices[0]].set(True)[..., None]
+  params = params.replace(
+      gate_up_bias=jnp.where(used[..., None], params.gate_up_bias, 1e6),
+      down_bias=jnp.where(used, params.down_bias, 1e6))
+  args = params, 1, x, indices, gates
+  assert_agrees(apply(strategy, *args, activation=CLAMPED), *args, CLAMPED)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -164,14 +163,15 @@ def test_members_share_one_reading_of_the_weights(strategy):
   assert temporaries < members / 4 * one_expert
 
 
-def test_gradients_of_padded_and_dense_agree():
-  params = weights()
+@every_activation
+def test_gradients_of_padded_and_dense_agree(activation):
+  params = weights(activation=activation)
   x, indices, gates = rows(7)
   target = jnp.asarray(np.random.RandomState(5).standard_normal((7, D)), jnp.float32)
 
   def gradients(strategy):
     loss = lambda params, x, gates: jnp.sum(
-        target * experts_lib.apply(params, 1, x, indices, gates, strategy))
+        target * experts_lib.apply(params, 1, x, indices, gates, strategy, activation))
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(params, x, gates)
 
   padded, dense = map(jax.tree.leaves, map(gradients, ("padded", "dense")))
@@ -180,11 +180,13 @@ def test_gradients_of_padded_and_dense_agree():
   # Against differences along a random direction of all arguments at once.
   random = np.random.RandomState(6)
   directions = [random.standard_normal(a.shape) for a in padded]
-  values = [np.asarray(a, np.float64) for a in (params.gate_up, params.down, x, gates)]
+  leaves, structure = jax.tree.flatten((params, x, gates))
+  values = [np.asarray(a, np.float64) for a in leaves]
 
   def loss(step):
-    gate_up, down, x_, gates_ = (v + step * d for v, d in zip(values, directions))
-    y, *_ = by_loop(ExpertParams(gate_up, down), 1, x_, indices, gates_)
+    params_, x_, gates_ = structure.unflatten(
+        v + step * d for v, d in zip(values, directions))
+    y, *_ = expert_loop.by_loop(activation, flattened(params_), x_, E + indices, gates_)
     return np.sum(np.asarray(target) * y)
 
   difference = (loss(1e-5) - loss(-1e-5)) / 2e-5

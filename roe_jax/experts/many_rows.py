@@ -16,12 +16,16 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from roe_jax.experts.activation import Activation
 from roe_jax.experts.gpu_kernels import apply_on_gpu
 from roe_jax.experts.packing import block_size, combine, plan
 from roe_jax.experts.tpu_kernels import apply_on_tpu
+from roe_jax.numerics import rounded
+from roe_jax.params import ExpertParams
+from roe_jax.quantization import Quantized
 
 
-def grouped(num_experts: int, gate_up: jax.Array, down: jax.Array,
+def grouped(num_experts: int, activation: Activation, weights: ExpertParams,
             layer: jax.Array | int, x: jax.Array, indices: jax.Array,
             gates: jax.Array) -> jax.Array:
   """Gate-weighted sum of the chosen experts' outputs, by expert.
@@ -33,25 +37,32 @@ def grouped(num_experts: int, gate_up: jax.Array, down: jax.Array,
     derivative on GPUs and TPUs, and wants `check_vma=False` in a `shard_map`.
   """
   def blocks(kernel):
-    return functools.partial(by_blocks, kernel, num_experts)
+    return functools.partial(by_blocks, kernel, num_experts, activation)
+  if isinstance(weights.down, Quantized):  # which `ragged_dot_general` cannot widen
+    default = blocks(functools.partial(apply_on_gpu, interpret=True))
+  else:
+    default = functools.partial(by_ragged_dot, num_experts, activation)
   return jax.lax.platform_dependent(
-      gate_up, down, jnp.asarray(layer, jnp.int32), x, indices, gates,
+      weights, jnp.asarray(layer, jnp.int32), x, indices, gates,
       cuda=blocks(apply_on_gpu), rocm=blocks(apply_on_gpu), tpu=blocks(apply_on_tpu),
-      default=functools.partial(by_ragged_dot, num_experts))
+      default=default)
 
 
-def by_blocks(kernel, num_experts, gate_up, down, layer, x, indices, gates):
-  """`grouped` with `kernel(experts [K], gate_up, down, x [K, B, D]) -> [K, B, D]`."""
+def by_blocks(kernel, num_experts, activation, weights, layer, x, indices, gates):
+  """`grouped` with `kernel(activation, experts [K], weights, x [K, B, D]) -> [K, B, D]`."""
   # 16 rows are a matmul's least on GPUs.
   block = block_size(indices.size, num_experts, least=16, most=64)
   rows, slots, experts = plan(indices, num_experts, block)
-  experts = jnp.where(experts < 0, experts, layer * num_experts + experts)
+  first = layer * num_experts
+  experts = jnp.where(experts < 0, experts, first + experts)
   x_blocks = x.at[rows].get(mode="fill", fill_value=0).reshape(-1, block, x.shape[1])
-  out = kernel(experts, gate_up, down, x_blocks).reshape(-1, x.shape[1])
-  return combine(out[slots], gates, x.dtype)
+  out = kernel(activation, experts, weights, x_blocks).reshape(-1, x.shape[1])[slots]
+  if weights.down_bias is not None:
+    out += weights.down_bias[first + indices]
+  return combine(out, gates, x.dtype)
 
 
-def by_ragged_dot(num_experts, gate_up, down, layer, x, indices, gates):
+def by_ragged_dot(num_experts, activation, weights, layer, x, indices, gates):
   """`grouped` with `jax.lax.ragged_dot_general`; differentiable.
 
   The layer's experts are sliced out. Groups for all layers, empty but for this
@@ -59,16 +70,22 @@ def by_ragged_dot(num_experts, gate_up, down, layer, x, indices, gates):
   multiply the work by the number of layers.
   """
   n, a = indices.shape
-  f, _, d = gate_up.shape[1:]
+  f, d = weights.down.shape[1:]
   order = jnp.argsort(indices.reshape(n * a), stable=True)
+  experts = layer * num_experts + indices
   sizes = jnp.bincount(indices.reshape(n * a), length=num_experts).astype(jnp.int32)
   gate_up, down = (jax.lax.dynamic_slice_in_dim(w, layer * num_experts, num_experts)
-                   for w in (gate_up, down))
+                   for w in (weights.gate_up, weights.down))
   # The last axis is summed over where it lies: no transposed copy of the weights.
   projected = _ragged_dot(x[order // a], gate_up.reshape(num_experts, 2 * f, d), sizes, 2)
-  gate, up = jnp.moveaxis(projected.reshape(n * a, f, 2), 2, 0)
-  out = _ragged_dot((jax.nn.silu(gate) * up).astype(x.dtype), down, sizes, 1)
-  return combine(out[jnp.argsort(order).reshape(n, a)], gates, x.dtype)
+  projected = projected.reshape(n * a, f, 2)
+  if weights.gate_up_bias is not None:
+    projected += weights.gate_up_bias[experts.reshape(n * a)[order]]
+  hidden = rounded(activation(*jnp.moveaxis(projected, 2, 0)), x.dtype)
+  out = _ragged_dot(hidden, down, sizes, 1)[jnp.argsort(order).reshape(n, a)]
+  if weights.down_bias is not None:
+    out += weights.down_bias[experts]
+  return combine(out, gates, x.dtype)
 
 
 def _ragged_dot(rows, weights, sizes, axis):

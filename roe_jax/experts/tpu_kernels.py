@@ -6,54 +6,100 @@ before is multiplied. Of consecutive blocks of one expert only the first has a
 tile copied, as tiles vary slowest.
 
 State of things: run in Pallas' interpret mode on CPU, and compiled for a TPU v5e
-without one; not run or timed on a TPU. Blocks of 64 rows in float32 with F = 14336
-do not fit into its VMEM.
+without one, with weights in bfloat16 and in each quantised format; not run or timed
+on a TPU. Blocks of 64 rows in float32 with F = 14336 do not fit into its VMEM.
+
+For that TPU XLA lays out arguments so that the kernels can read them in place where
+the last axis, D or for four bits D/2, is a multiple of 128. Elsewhere, as with a D
+of 2880, each call copies the weights of all layers, quantised or not: there the
+kernels should not be chosen as yet.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-# Of a tile of weights, two of which are in VMEM at a time.
+from roe_jax.experts.widening import held, num_parts, widen, widen_scales
+
+# Of a tile of weights, two of which are in VMEM at a time. Quantised ones are
+# counted as they are widened.
 TILE_BYTES = 2**21
 
 
-def apply_on_tpu(experts, gate_up, down, x, interpret=False):
+def apply_on_tpu(activation, experts, weights, x, interpret=False):
   """The output of block k's expert for its rows.
 
   Args:
+    activation: between the projections.
     experts: `[K]` int32 indices into the leading axis of the weights; a negative
       one for a block that is not in use.
-    gate_up: `[L·E, F, 2, D]`.
-    down: `[L·E, F, D]`.
-    x: `[K, B, D]` rows in blocks, of the dtype of the weights.
+    weights: of all layers, with `[L·E, ...]` for the leading axes; the bias of
+      `down` is not used. The matrices may be `Quantized`.
+    x: `[K, B, D]` rows in blocks, of the dtype of weights that are not quantised.
     interpret: whether to run the kernels as JAX operations on any platform.
 
   Returns:
-    `[K, B, D]` in float32, undefined in blocks that are not in use.
+    `[K, B, D]` in float32, without the bias of `down`; undefined in blocks that
+    are not in use.
   """
   k, b, d = x.shape
-  f = down.shape[1]
+  codes, scales, format = held(weights.gate_up)
+  parts, (f, _, width) = num_parts(format), codes.shape[1:]
+  of_block = jnp.maximum(experts, 0)
 
-  def call(kernel, width, tile, inputs, weights, weights_block, weights_index, dtype):
+  def call(kernel, shape, tile, dtype, inputs, specs):
     return pl.pallas_call(
-        kernel, jax.ShapeDtypeStruct((k, b, width), dtype), interpret=interpret,
+        kernel, jax.ShapeDtypeStruct((k, *shape), dtype), interpret=interpret,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1, grid=(pl.cdiv(width, tile), k),
-            in_specs=[
-                pl.BlockSpec((None, *inputs.shape[1:]), lambda t, k, experts: (k, 0, 0)),
-                pl.BlockSpec(weights_block, lambda t, k, experts: (
-                    jnp.maximum(experts[k], 0), *weights_index(t)))],
-            out_specs=pl.BlockSpec((None, b, tile), lambda t, k, experts: (k, 0, t))),
-    )(experts, inputs, weights)
+            num_scalar_prefetch=1, grid=(pl.cdiv(shape[-1], tile), k), in_specs=specs,
+            out_specs=_of_block(*shape[:-1], tile)))(experts, *inputs)
 
   tile = _tile(f, 2 * d * x.dtype.itemsize)
-  hidden = call(_hidden_kernel, f, tile, x, gate_up, (None, tile, 2, d),
-                lambda t: (t, 0, 0), x.dtype)
-  tile = _tile(d, f * x.dtype.itemsize)
-  return call(_down_kernel, d, tile, hidden, down, (None, f, tile),
-              lambda t: (0, t), jnp.float32)
+  if scales is None:
+    codes_spec, scales_spec = _of_expert((tile, 2, width), lambda t: (t, 0, 0)), None
+  else:  # as XLA lays them out, so that nothing is copied
+    codes, scales = codes.swapaxes(1, 2), scales.transpose(0, 2, 3, 1)
+    codes_spec = _of_expert((2, tile, width), lambda t: (0, t, 0))
+    scales_spec = _of_expert((2, scales.shape[2], tile), lambda t: (0, 0, t))
+  bias = weights.gate_up_bias
+  if bias is not None:  # with F last, as the hidden values have it; little next to the weights
+    bias = bias[of_block].swapaxes(1, 2)
+  hidden = call(
+      functools.partial(_hidden_kernel, activation=activation, format=format),
+      (b, f), tile, x.dtype,
+      (x.reshape(k, b, parts, width).swapaxes(1, 2), codes, scales, bias),
+      (_all_of_block(parts, b, width), codes_spec, scales_spec,
+       bias if bias is None else _of_block(2, tile)))
+
+  codes, scales, format = held(weights.down)
+  parts, width = num_parts(format), codes.shape[2]
+  tile = _tile(width, parts * f * x.dtype.itemsize)
+  if scales is not None:  # with each part by itself; little next to the weights, too
+    scales = scales[of_block].reshape(k, -1, parts, width).swapaxes(1, 2)
+  out = call(
+      functools.partial(_down_kernel, format=format), (parts, b, width), tile, jnp.float32,
+      (hidden, codes, scales),
+      (_all_of_block(b, f), _of_expert((f, tile), lambda t: (0, t)),
+       scales if scales is None else _of_block(*scales.shape[1:3], tile)))
+  return out.swapaxes(1, 2).reshape(k, b, d)
+
+
+def _all_of_block(*shape):
+  return pl.BlockSpec((None, *shape), lambda t, k, experts: (k, *[0] * len(shape)))
+
+
+def _of_block(*shape):
+  """A tile along the last axis of what each block has."""
+  return pl.BlockSpec((None, *shape), lambda t, k, experts: (k, *[0] * (len(shape) - 1), t))
+
+
+def _of_expert(shape, index):
+  """A tile of the block's expert: its shape, and its place by the number of the tile."""
+  return pl.BlockSpec(
+      (None, *shape), lambda t, k, experts: (jnp.maximum(experts[k], 0), *index(t)))
 
 
 def _tile(size, bytes_each):
@@ -68,16 +114,70 @@ def _dot(x, weights, axis):
                              preferred_element_type=jnp.float32)
 
 
-def _hidden_kernel(experts_ref, x_ref, gate_up_ref, hidden_ref):
-  """x `[B, D]`, gate_up `[tile, 2, D]`, hidden `[B, tile]`."""
-  @pl.when(experts_ref[pl.program_id(1)] >= 0)
-  def _():
-    gate, up = (_dot(x_ref[...], gate_up_ref[:, i], 1) for i in (0, 1))
-    hidden_ref[...] = (jax.nn.silu(gate) * up).astype(hidden_ref.dtype)
+def _spread(shape, axis, group, first):
+  """A matrix that repeats scales: ones where `first + i` along `axis` is in group j.
+
+  A product with it is how a TPU repeats what lies along either axis of a tile.
+  """
+  weight = first + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+  start = group * jax.lax.broadcasted_iota(jnp.int32, shape, 1 - axis)
+  return jnp.where((weight >= start) & (weight < start + group), 1.0, 0.0)
 
 
-def _down_kernel(experts_ref, hidden_ref, down_ref, out_ref):
-  """hidden `[B, F]`, down `[F, tile]`, out `[B, tile]` in float32."""
+def _repeated(left, axis, right):
+  """`left` summed over `axis` with `right`: scales and ones, which bfloat16 holds exactly."""
+  return jax.lax.dot_general(
+      left.astype(jnp.bfloat16), right.astype(jnp.bfloat16), (((axis,), (0,)), ((), ())),
+      preferred_element_type=jnp.float32)
+
+
+def _hidden_kernel(experts_ref, x_ref, codes_ref, scales_ref, bias_ref, hidden_ref, *,
+                   activation, format):
+  """One block's hidden values for one tile of F, with D in P parts.
+
+  x `[P, B, D/P]`, bias `[2, tile]` or None, hidden `[B, tile]`. Weights that are not
+  quantised are `[tile, 2, D]`, codes `[2, tile, D/P]` and scales `[2, G, tile]`.
+  """
+  parts, _, width = x_ref.shape
+
+  def unscaled(c):
+    return widen(codes_ref[:, c] if scales_ref is None else codes_ref[c], format)
+
+  def scaled(weights, c, part):
+    if scales_ref is None:
+      return weights
+    groups = scales_ref.shape[1]
+    spread = _spread((groups, width), 1, parts * width // groups, part * width)
+    scales = _repeated(widen_scales(scales_ref[c], format), 0, spread)
+    return (weights * scales).astype(x_ref.dtype)
+
   @pl.when(experts_ref[pl.program_id(1)] >= 0)
   def _():
-    out_ref[...] = _dot(hidden_ref[...], down_ref[...], 0)
+    projected = [
+        sum(_dot(x_ref[part], scaled(weights, c, part), 1)
+            for part, weights in enumerate(unscaled(c))) for c in (0, 1)]
+    if bias_ref is not None:
+      projected = [p + bias_ref[c:c + 1].astype(jnp.float32) for c, p in enumerate(projected)]
+    hidden_ref[...] = activation(*projected).astype(hidden_ref.dtype)
+
+
+def _down_kernel(experts_ref, hidden_ref, codes_ref, scales_ref, out_ref, *, format):
+  """One block's output for one tile of each of the P parts of D.
+
+  hidden `[B, F]`, codes `[F, tile]`, scales `[P, G, tile]` or None, out
+  `[P, B, tile]` in float32.
+  """
+  width = codes_ref.shape[0]
+
+  def scaled(weights, part):
+    if scales_ref is None:
+      return weights
+    groups = scales_ref.shape[1]
+    spread = _spread((width, groups), 0, width // groups, 0)
+    scales = _repeated(spread, 1, widen_scales(scales_ref[part], format))
+    return (weights * scales).astype(hidden_ref.dtype)
+
+  @pl.when(experts_ref[pl.program_id(1)] >= 0)
+  def _():
+    for part, weights in enumerate(widen(codes_ref[...], format)):
+      out_ref[part] = _dot(hidden_ref[...], scaled(weights, part), 0)
