@@ -1,21 +1,57 @@
 """Rotary embeddings and attention to a cache beside a row's own key and value."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from roe_jax import numerics
 from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
-from roe_jax.numerics import add, einsum, multiply, rms_norm, rounded
+from roe_jax.numerics import add, einsum, from_storage, multiply, rms_norm, rounded
 from roe_jax.params import AttentionParams
 
 
 def rotation(config: ModelConfig, positions_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines of the rotary embedding, `[B, T, 1, C/2]` in `config.dtype`."""
+  angles = (positions_BxT[..., None, None].astype(jnp.float32)
+            * frequencies(config)[None, None, None])
+  turns = jnp.cos(angles), jnp.sin(angles)
+  if config.rope_scaling is not None:
+    turns = (config.rope_scaling.attention_factor * turn for turn in turns)
+  return tuple(rounded(turn, jnp.dtype(config.dtype)) for turn in turns)
+
+
+def frequencies(config: ModelConfig) -> jax.Array:
+  """Radians per position of each rotated pair, `[C/2]` float32.
+
+  With `rope_scaling`, fast ones stay, slow ones are divided by its factor, and
+  those on the ramp in between are a mixture (YaRN, arXiv 2309.00071, section
+  3.2; the bounds of the ramp as in transformers).
+  """
   exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-  frequencies = 1.0 / (config.rope_theta ** exponents)
-  angles = positions_BxT[..., None, None].astype(jnp.float32) * frequencies[None, None, None]
-  return tuple(rounded(f(angles), jnp.dtype(config.dtype)) for f in (jnp.cos, jnp.sin))
+  plain = 1.0 / (config.rope_theta ** exponents)
+  if config.rope_scaling is None:
+    return plain
+  low, high = yarn_ramp(config)
+  slow = jnp.clip((jnp.arange(config.head_dim // 2) - low) / (high - low), 0, 1)
+  return plain / config.rope_scaling.factor * slow + plain * (1 - slow)
+
+
+def yarn_ramp(config: ModelConfig) -> tuple[float, float]:
+  """Between which pairs the frequencies go over from plain to divided ones."""
+  yarn = config.rope_scaling
+
+  def pair(rotations):
+    """Index of the pair that turns so often within the original context."""
+    turned = yarn.original_context / (rotations * 2 * math.pi)
+    return config.head_dim * math.log(turned) / (2 * math.log(config.rope_theta))
+
+  low, high = pair(yarn.beta_fast), pair(yarn.beta_slow)
+  if yarn.truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, config.head_dim - 1)
+  return low, high if high != low else high + 0.001
 
 
 def rotate(x_BxTxHxC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -30,8 +66,9 @@ def project(config: ModelConfig, weights: AttentionParams, layer: jax.Array | in
             sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Rotated queries `[B, T, H, C]`, rotated keys and values `[B, T, K, C]`."""
   query, key, value = (
-      rounded(numerics.project(x_BxTxD, w, layer), x_BxTxD.dtype)
-      for w in (weights.query, weights.key, weights.value))
+      rounded(_biased(numerics.project(x_BxTxD, w, layer), bias, layer), x_BxTxD.dtype)
+      for w, bias in ((weights.query, weights.query_bias), (weights.key, weights.key_bias),
+                      (weights.value, weights.value_bias)))
   if config.qk_norm:
     query = rms_norm(query, weights.query_norm[layer], config.rms_norm_eps)
     key = rms_norm(key, weights.key_norm[layer], config.rms_norm_eps)
@@ -39,6 +76,14 @@ def project(config: ModelConfig, weights: AttentionParams, layer: jax.Array | in
     query, key, value = (
         jnp.clip(a, -config.clip_qkv, config.clip_qkv) for a in (query, key, value))
   return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+
+def _biased(projected, bias, layer):
+  """Float32 `projected`, with the layer's bias where the model has one."""
+  if bias is None:
+    return projected
+  bias = from_storage(bias[layer]).astype(jnp.float32)
+  return projected + jnp.broadcast_to(bias, projected.shape)
 
 
 def attend(query_BxTxHxC: jax.Array, own_key_BxTxKxC: jax.Array,
@@ -114,5 +159,5 @@ def block_slots() -> int:
 def output(weights: AttentionParams, layer: jax.Array | int,
            heads_BxTxHxC: jax.Array) -> jax.Array:
   """The attention block's contribution to the residual stream, `[B, T, D]`."""
-  return rounded(numerics.project_back(heads_BxTxHxC, weights.output, layer),
-                 heads_BxTxHxC.dtype)
+  projected = numerics.project_back(heads_BxTxHxC, weights.output, layer)
+  return rounded(_biased(projected, weights.output_bias, layer), heads_BxTxHxC.dtype)
