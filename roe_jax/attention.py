@@ -132,7 +132,10 @@ def attend_in_layer(
   else:
     heads = jax.lax.cond(slides, to_window, to_all)
   if write and slides is not False:
-    elsewhere = jnp.where(slides, index, len(cache.window.keys))
+    # Always true: XLA copies the window, unless the write depends on what has
+    # been computed from it.
+    after_reading = (heads[0, 0, 0, 0] <= jnp.inf) | jnp.isnan(heads[0, 0, 0, 0])
+    elsewhere = jnp.where(slides & after_reading, index, len(cache.window.keys))
     cache = cache.replace(window=kv_cache.write_window(
         cache.window, key_BxTxKxC, value_BxTxKxC, positions_BxT[:, 0], elsewhere, lengths_B))
   return heads, cache
