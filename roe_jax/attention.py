@@ -1,21 +1,57 @@
 """Rotary embeddings and attention to a cache beside a row's own key and value."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
-from roe_jax import numerics
-from roe_jax.cache import KVCache
+from roe_jax import cache as kv_cache, numerics
+from roe_jax.cache import KVCache, NO_POSITION, Place, Window
 from roe_jax.config import ModelConfig
-from roe_jax.numerics import add, einsum, multiply, rms_norm, rounded
+from roe_jax.numerics import add, einsum, from_storage, multiply, rms_norm, rounded
 from roe_jax.params import AttentionParams
 
 
 def rotation(config: ModelConfig, positions_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines of the rotary embedding, `[B, T, 1, C/2]` in `config.dtype`."""
+  angles = (positions_BxT[..., None, None].astype(jnp.float32)
+            * frequencies(config)[None, None, None])
+  turns = jnp.cos(angles), jnp.sin(angles)
+  if config.rope_scaling is not None:
+    turns = (config.rope_scaling.attention_factor * turn for turn in turns)
+  return tuple(rounded(turn, jnp.dtype(config.dtype)) for turn in turns)
+
+
+def frequencies(config: ModelConfig) -> jax.Array:
+  """Radians per position of each rotated pair, `[C/2]` float32.
+
+  With `rope_scaling`, fast ones stay, slow ones are divided by its factor, and
+  those on the ramp in between are a mixture (YaRN, arXiv 2309.00071, section
+  3.2; the bounds of the ramp as in transformers).
+  """
   exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-  frequencies = 1.0 / (config.rope_theta ** exponents)
-  angles = positions_BxT[..., None, None].astype(jnp.float32) * frequencies[None, None, None]
-  return tuple(rounded(f(angles), jnp.dtype(config.dtype)) for f in (jnp.cos, jnp.sin))
+  plain = 1.0 / (config.rope_theta ** exponents)
+  if config.rope_scaling is None:
+    return plain
+  low, high = yarn_ramp(config)
+  slow = jnp.clip((jnp.arange(config.head_dim // 2) - low) / (high - low), 0, 1)
+  return plain / config.rope_scaling.factor * slow + plain * (1 - slow)
+
+
+def yarn_ramp(config: ModelConfig) -> tuple[float, float]:
+  """Between which pairs the frequencies go over from plain to divided ones."""
+  yarn = config.rope_scaling
+
+  def pair(rotations):
+    """Index of the pair that turns so often within the original context."""
+    turned = yarn.original_context / (rotations * 2 * math.pi)
+    return config.head_dim * math.log(turned) / (2 * math.log(config.rope_theta))
+
+  low, high = pair(yarn.beta_fast), pair(yarn.beta_slow)
+  if yarn.truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, config.head_dim - 1)
+  return low, high if high != low else high + 0.001
 
 
 def rotate(x_BxTxHxC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -30,8 +66,9 @@ def project(config: ModelConfig, weights: AttentionParams, layer: jax.Array | in
             sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Rotated queries `[B, T, H, C]`, rotated keys and values `[B, T, K, C]`."""
   query, key, value = (
-      rounded(numerics.project(x_BxTxD, w, layer), x_BxTxD.dtype)
-      for w in (weights.query, weights.key, weights.value))
+      rounded(_biased(numerics.project(x_BxTxD, w, layer), bias, layer), x_BxTxD.dtype)
+      for w, bias in ((weights.query, weights.query_bias), (weights.key, weights.key_bias),
+                      (weights.value, weights.value_bias)))
   if config.qk_norm:
     query = rms_norm(query, weights.query_norm[layer], config.rms_norm_eps)
     key = rms_norm(key, weights.key_norm[layer], config.rms_norm_eps)
@@ -41,9 +78,74 @@ def project(config: ModelConfig, weights: AttentionParams, layer: jax.Array | in
   return rotate(query, cos, sin), rotate(key, cos, sin), value
 
 
+def _biased(projected, bias, layer):
+  """Float32 `projected`, with the layer's bias where the model has one."""
+  if bias is None:
+    return projected
+  bias = from_storage(bias[layer]).astype(jnp.float32)
+  return projected + jnp.broadcast_to(bias, projected.shape)
+
+
+def attend_in_layer(
+    config: ModelConfig, weights: AttentionParams, layer: jax.Array | int,
+    query_BxTxHxC: jax.Array, key_BxTxKxC: jax.Array, value_BxTxKxC: jax.Array,
+    positions_BxT: jax.Array, cache: KVCache | None, place: Place, write: bool,
+    lengths_B: jax.Array | None = None) -> tuple[jax.Array, KVCache | None]:
+  """Attention as the layer's kind has it, and the cache written if asked.
+
+  All slots are written before they are attended to. A window is written
+  afterwards, as the rows' own keys take the place of some that they see.
+
+  Args:
+    config: the model's architecture.
+    weights: attention of all layers, for the sinks.
+    layer: may be traced.
+    query_BxTxHxC, key_BxTxKxC, value_BxTxKxC: of the rows, rotated.
+    positions_BxT: int32.
+    cache: see `transformer.run_layers`.
+    place: of the layer.
+    write: whether to put keys and values into the cache.
+    lengths_B: see `cache.write_window`.
+
+  Returns:
+    `[B, T, H, C]`, dtype of `query`, and the cache.
+  """
+  sinks = None if weights.sinks is None else from_storage(weights.sinks[layer])
+  slides, index = place.slides, place.index
+  rows = query_BxTxHxC, key_BxTxKxC, value_BxTxKxC, positions_BxT
+  if cache is None:
+    reach = None if slides is False else jnp.where(slides, config.sliding_window, NO_POSITION)
+    return attend(*rows, sinks_H=sinks, reach=reach), None
+  if write and slides is not True:
+    # What a cache of other layers lacks is dropped.
+    elsewhere = jnp.where(slides, len(cache.keys), index) if slides is not False else index
+    cache = kv_cache.write(cache, key_BxTxKxC, value_BxTxKxC, positions_BxT[:, 0], elsewhere)
+
+  def to_all():
+    return attend(*rows, cache, index, sinks)
+
+  def to_window():
+    return attend(*rows, cache.window, index, sinks, config.sliding_window, among=write)
+
+  if isinstance(slides, bool):
+    heads = to_window() if slides else to_all()
+  else:
+    heads = jax.lax.cond(slides, to_window, to_all)
+  if write and slides is not False:
+    # Always true: XLA copies the window, unless the write depends on what has
+    # been computed from it.
+    after_reading = (heads[0, 0, 0, 0] <= jnp.inf) | jnp.isnan(heads[0, 0, 0, 0])
+    elsewhere = jnp.where(slides & after_reading, index, len(cache.window.keys))
+    cache = cache.replace(window=kv_cache.write_window(
+        cache.window, key_BxTxKxC, value_BxTxKxC, positions_BxT[:, 0], elsewhere, lengths_B))
+  return heads, cache
+
+
 def attend(query_BxTxHxC: jax.Array, own_key_BxTxKxC: jax.Array,
            own_value_BxTxKxC: jax.Array, positions_BxT: jax.Array,
-           cache: KVCache | None = None, layer: jax.Array | int = 0) -> jax.Array:
+           cache: KVCache | Window | None = None, layer: jax.Array | int = 0,
+           sinks_H: jax.Array | None = None, reach: jax.Array | int | None = None,
+           among: bool = False) -> jax.Array:
   """Attention of each row to slots below its position, and to itself.
 
   A row at position t sees the slots s < t and its own key and value: parts of
@@ -56,9 +158,12 @@ def attend(query_BxTxHxC: jax.Array, own_key_BxTxKxC: jax.Array,
     query_BxTxHxC: rotated queries.
     own_key_BxTxKxC, own_value_BxTxKxC: of the rows themselves.
     positions_BxT: int32.
-    cache: whose slots are seen; without, slot s is the own key and value of
-      row s, and positions start at zero. Differentiable then.
+    cache: whose slots are seen; without, the rows see each other.
+      Differentiable then.
     layer: of the cache.
+    sinks_H: scores of each head that take part in the softmax without a value.
+    reach: how many positions a row sees, its own included; all by default.
+    among: whether rows see each other beside a cache.
 
   Returns:
     `[B, T, H, C]`, dtype of `query`.
@@ -68,22 +173,14 @@ def attend(query_BxTxHxC: jax.Array, own_key_BxTxKxC: jax.Array,
   k = own_key_BxTxKxC.shape[2]
   query = query_BxTxHxC.reshape(b, t, k, h // k, c)
   scale = c ** -0.5
-  if cache is None:
-    cache, layer = KVCache(own_key_BxTxKxC.swapaxes(1, 2)[None],
-                           own_value_BxTxKxC.swapaxes(1, 2)[None]), 0
-    block = t
-  else:
-    block = min(cache.capacity, block_slots())
 
-  def add_block(j, carry):
+  def visible(positions):
+    """`[B, T, S]` from positions `[B, 1, S]`."""
+    below = positions < positions_BxT[..., None]
+    return below if reach is None else below & (positions > positions_BxT[..., None] - reach)
+
+  def add(carry, keys, values, visible):
     peak, total, mixed = carry
-    # The last block may overlap the one before: its first slots are not counted again.
-    start = jnp.minimum(j * block, cache.capacity - block)
-    keys, values = (
-        jax.lax.dynamic_slice(a, (layer, 0, 0, start, 0), (1, b, k, block, c))[0]
-        for a in (cache.keys, cache.values))
-    slots = start + jnp.arange(block)[None, None]
-    visible = (slots < positions_BxT[..., None]) & (slots >= j * block)
     scores = einsum("btkgc,bksc->bkgts", query, keys) * scale
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     new_peak = jax.lax.stop_gradient(jnp.maximum(peak, scores.max(-1)))
@@ -91,19 +188,56 @@ def attend(query_BxTxHxC: jax.Array, own_key_BxTxKxC: jax.Array,
     part = einsum("bkgts,bksc->bkgtc", rounded(weights, dtype), values)
     return (new_peak, shrink * total + weights.sum(-1), shrink[..., None] * mixed + part)
 
+  def add_block(j, carry):
+    # The last block may overlap the one before: its first slots are not counted again.
+    start = jnp.minimum(j * block, cache.capacity - block)
+    keys, values = (_block(a, layer, start, block) for a in (cache.keys, cache.values))
+    slots = start + jnp.arange(block)[None, None]
+    held = slots if isinstance(cache, KVCache) else _block(
+        cache.positions, layer, start, block)[..., 0]
+    return add(carry, keys, values, visible(held) & (slots >= j * block))
+
   # A row's own score is finite, so that one that sees no slot is no special case.
   own = einsum("btkgc,btkc->bkgt", query, own_key_BxTxKxC) * scale
   own_value = own_value_BxTxKxC.astype(jnp.float32).swapaxes(1, 2)[:, :, None]
   peak = jax.lax.stop_gradient(own)
-  own_weight = jnp.exp(own - peak)  # one, but not to a gradient
-  carry = (peak, own_weight, own_weight[..., None] * own_value)
-  if block == cache.capacity:
-    carry = add_block(0, carry)
-  else:
-    carry = jax.lax.fori_loop(0, -(-jnp.max(positions_BxT) // block), add_block, carry)
+  if sinks_H is not None:
+    sinks = jnp.broadcast_to(
+        sinks_H.astype(jnp.float32).reshape(1, k, h // k, 1), own.shape)
+    peak = jnp.maximum(peak, jax.lax.stop_gradient(sinks))
+  own_weight = jnp.exp(own - peak)  # without sinks one, but not to a gradient
+  total = own_weight if sinks_H is None else own_weight + jnp.exp(sinks - peak)
+  carry = (peak, total, own_weight[..., None] * own_value)
+  if cache is not None:
+    block = min(cache.capacity, block_slots())
+    if block == cache.capacity:
+      carry = add_block(0, carry)
+    else:
+      carry = jax.lax.fori_loop(
+          *_blocks(cache, positions_BxT, reach, block), add_block, carry)
+  if cache is None or (among and t > 1):
+    carry = add(carry, own_key_BxTxKxC.swapaxes(1, 2), own_value_BxTxKxC.swapaxes(1, 2),
+                visible(positions_BxT[:, None]))
   _, total, mixed = carry
   heads = rounded(mixed / total[..., None], dtype)
   return heads.transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
+
+
+def _block(array, layer, start, block):
+  """Some slots `[B, K, block, C]` of a layer of a cache's array."""
+  _, b, k, _, c = array.shape
+  return jax.lax.dynamic_slice(array, (layer, 0, 0, start, 0), (1, b, k, block, c))[0]
+
+
+def _blocks(cache, positions_BxT, reach, block):
+  """The first block of slots that any row sees, and the one after the last."""
+  end = jnp.max(positions_BxT)
+  if isinstance(cache, KVCache):
+    return 0, -(-end // block)
+  # As long as no slot has been used again, slot s holds position s.
+  oldest = jnp.maximum(0, jnp.min(positions_BxT) - reach + 1)
+  first = jnp.where(end <= cache.capacity, oldest // block, 0)
+  return first, -(-jnp.minimum(end, cache.capacity) // block)
 
 
 def block_slots() -> int:
@@ -114,5 +248,5 @@ def block_slots() -> int:
 def output(weights: AttentionParams, layer: jax.Array | int,
            heads_BxTxHxC: jax.Array) -> jax.Array:
   """The attention block's contribution to the residual stream, `[B, T, D]`."""
-  return rounded(numerics.project_back(heads_BxTxHxC, weights.output, layer),
-                 heads_BxTxHxC.dtype)
+  projected = numerics.project_back(heads_BxTxHxC, weights.output, layer)
+  return rounded(_biased(projected, weights.output_bias, layer), heads_BxTxHxC.dtype)

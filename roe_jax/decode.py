@@ -61,24 +61,26 @@ class DecodeState:
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def prefill_chunk(params: Params, config: ModelConfig, roster: Roster, cache: KVCache,
-                  tokens_BxT: jax.Array, starts_B: jax.Array,
-                  request_ids_B: jax.Array) -> KVCache:
+                  tokens_BxT: jax.Array, starts_B: jax.Array, request_ids_B: jax.Array,
+                  lengths_B: jax.Array | None = None) -> KVCache:
   """Puts T tokens from `starts_B` on into the (donated) cache."""
   positions = starts_B[:, None] + jnp.arange(tokens_BxT.shape[1])[None]
   return members_lib.prefill(params, config, roster, cache, tokens_BxT, positions,
-                            request_ids_B)[0]
+                            request_ids_B, lengths_B)[0]
 
 
 def fill_cache(params: Params, config: ModelConfig, roster: Roster, cache: KVCache,
-               tokens_BxS: jax.Array, length: int, request_ids_B: jax.Array) -> KVCache:
-  """Prefills positions below `length` in chunks of few shapes."""
-  start = 0
-  while start < length:
-    size = min(PREFILL_CHUNK, batching.power_of_two(length - start, 32),
+               tokens_BxS: jax.Array, lengths: np.ndarray | int,
+               request_ids_B: jax.Array) -> KVCache:
+  """Prefills positions below each row's length, or one of all rows, in chunks of few shapes."""
+  start, longest = 0, int(np.max(lengths))
+  lengths_B = jnp.asarray(np.broadcast_to(np.int32(lengths), tokens_BxS.shape[:1]))
+  while start < longest:
+    size = min(PREFILL_CHUNK, batching.power_of_two(longest - start, 32),
                tokens_BxS.shape[1] - start)
     cache = prefill_chunk(
         params, config, roster.history(), cache, tokens_BxS[:, start:start + size],
-        jnp.full(tokens_BxS.shape[0], start), request_ids_B)
+        jnp.full(tokens_BxS.shape[0], start), request_ids_B, lengths_B)
     start += size
   return cache
 
@@ -156,7 +158,7 @@ def start(params: Params, config: ModelConfig, roster: Roster, prompts: Sequence
   tokens, ids = batching.pad(prompts, num_slots, capacity), jnp.asarray(ids)
   cache = batching.beside(params, members_lib.empty_cache(config, roster, num_slots, capacity))
   if cache is not None:
-    cache = fill_cache(params, config, roster, cache, tokens, int(lengths.max()) - 1, ids)
+    cache = fill_cache(params, config, roster, cache, tokens, lengths - 1, ids)
   state = DecodeState(
       tokens=tokens, log_probs=jnp.zeros(tokens.shape, jnp.float32),
       clean_tokens=jnp.full(tokens.shape, -1, jnp.int32), lengths=jnp.asarray(lengths),

@@ -48,23 +48,34 @@ class StandardCache:
   own: KVCache
 
 
-def empty_cache(config: ModelConfig, roster: Roster, batch_size: int,
-                capacity: int) -> KVCache | StandardCache | None:
-  """The cache of a roster; the batch is the fourth axis from the end of every array."""
+def empty_cache(config: ModelConfig, roster: Roster, batch_size: int, capacity: int,
+                whole: bool = False) -> KVCache | StandardCache | None:
+  """The cache of a roster; the batch is the fourth axis from the end of every array.
+
+  Args:
+    config: the model's architecture.
+    roster: the settings.
+    batch_size: B.
+    capacity: positions that it holds.
+    whole: whether sliding layers, too, hold them all: needed where positions
+      are run against a cache that holds later ones already (scoring,
+      diagnostics). Else they hold the last ones, as many as a row sees.
+  """
   if roster.recompute:
     return None
   if roster.cache == "clean":
-    return kv_cache.empty(config, batch_size, capacity)
+    return kv_cache.empty(config, batch_size, capacity, whole=whole)
   first, members = roster.noisy_layers[0], len(roster.members)
-  own = kv_cache.empty(config, batch_size, capacity, config.num_layers - first)
+  own = kv_cache.empty(config, batch_size, capacity, (first, config.num_layers), whole)
   return StandardCache(
-      kv_cache.empty(config, batch_size, capacity, first),
-      jax.tree.map(lambda c: jnp.zeros((members, *c.shape), c.dtype), own))
+      kv_cache.empty(config, batch_size, capacity, (0, first), whole),
+      jax.tree.map(lambda c: jnp.tile(c, (members, *[1] * c.ndim)), own))
 
 
-def cache_bytes(config: ModelConfig, roster: Roster, batch_size: int, capacity: int) -> int:
+def cache_bytes(config: ModelConfig, roster: Roster, batch_size: int, capacity: int,
+                whole: bool = False) -> int:
   """Memory of `empty_cache` in bytes."""
-  shapes = jax.eval_shape(lambda: empty_cache(config, roster, batch_size, capacity))
+  shapes = jax.eval_shape(lambda: empty_cache(config, roster, batch_size, capacity, whole))
   return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(shapes))
 
 
@@ -88,12 +99,14 @@ def routing_noise(roster: Roster, request_ids_B: jax.Array, positions_BxT: jax.A
 
 
 def prefill(params: Params, config: ModelConfig, roster: Roster, cache: Any,
-            tokens_BxT: jax.Array, positions_BxT: jax.Array,
-            request_ids_B: jax.Array) -> tuple[Any, jax.Array]:
+            tokens_BxT: jax.Array, positions_BxT: jax.Array, request_ids_B: jax.Array,
+            lengths_B: jax.Array | None = None) -> tuple[Any, jax.Array]:
   """Runs tokens of the history and puts their keys and values into the cache.
 
   Under Clean Cache this is the clean member's pass; under the standard cache
-  it is every member's, with noise.
+  it is every member's, with noise. The rows' lengths (see
+  `transformer.run_layers`) matter where sliding layers are to be run on from
+  there.
 
   Returns:
     The cache, and the hidden states after the last block, `[R, B, T, D]`
@@ -103,7 +116,7 @@ def prefill(params: Params, config: ModelConfig, roster: Roster, cache: Any,
     x, cache, _ = transformer.run_layers(
         params, config, x, positions_BxT, cache, layers=layers, noise=noise,
         gate_weights=roster.gate_weights, write=True, cache_offset=cache_offset,
-        strategy=roster.expert_strategy)
+        strategy=roster.expert_strategy, lengths_B=lengths_B)
     return x, cache
 
   x = transformer.embed(params, tokens_BxT)
@@ -301,7 +314,7 @@ def step(params: Params, config: ModelConfig, roster: Roster, cache: Any,
   elif roster.cache == "clean":
     outputs, own = against_clean_cache(params, config, roster, cache, tokens, positions,
                                        request_ids_B, keep=("keys", "values"))
-    return outputs, kv_cache.write(cache, own.keys, own.values, positions_B)
+    return outputs, kv_cache.write_step(config, cache, own.keys, own.values, positions_B)
   else:
     cache, x = prefill(params, config, roster, cache, tokens, positions, request_ids_B)
   return aggregate(params, config, roster, x), cache

@@ -59,7 +59,10 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
   cos, sin = attention.rotation(config, positions)
   normed = transformer.norm(config, x, layers.attention_norm[layer])
   query, key, value = attention.project(config, params.layers.attention, layer, normed, cos, sin)
-  heads = _attend(query, key, value, *(history or (key, value)))
+  reach = config.sliding_window if layer in config.sliding_layers else None
+  sinks = layers.attention.sinks
+  sinks = None if sinks is None else from_storage(sinks[layer])
+  heads = _attend(query, key, value, *(history or (key, value)), sinks, reach)
   x = add(x, attention.output(params.layers.attention, layer, heads))
   normed = transformer.norm(config, x, layers.moe_norm[layer])
   logits = transformer.router_logits(config, layers, layer, normed)
@@ -80,8 +83,12 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
   return add(x, y), (key, value)
 
 
-def _attend(query, own_key, own_value, keys, values):
-  """Causal attention whose diagonal is the row's own key and value."""
+def _attend(query, own_key, own_value, keys, values, sinks, reach):
+  """Causal attention whose diagonal is the row's own key and value.
+
+  Sinks `[H]` are one more column, without a value; a row sees no further back
+  than `reach` positions, its own included.
+  """
   b, t, h, c = query.shape
   groups = h // own_key.shape[2]
   own_key, own_value, keys, values = (
@@ -90,9 +97,14 @@ def _attend(query, own_key, own_value, keys, values):
   own = jnp.einsum("bthc,bthc->bht", query, own_key, preferred_element_type=jnp.float32,
                    precision=jax.lax.Precision.HIGHEST)
   diagonal, earlier = jnp.eye(t, dtype=bool), jnp.tri(t, k=-1, dtype=bool)
+  if reach is not None:
+    earlier &= ~jnp.tri(t, k=-reach, dtype=bool)
   scores = jnp.where(diagonal, own[..., None], scores) / jnp.sqrt(jnp.float32(c))
-  weights = jax.nn.softmax(jnp.where(diagonal | earlier, scores, -jnp.inf), axis=-1)
-  weights = rounded(weights, query.dtype)
+  scores = jnp.where(diagonal | earlier, scores, -jnp.inf)
+  if sinks is not None:
+    column = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, None, None], (b, h, t, 1))
+    scores = jnp.concatenate([scores, column], axis=-1)
+  weights = rounded(jax.nn.softmax(scores, axis=-1)[..., :t], query.dtype)
   mixed = einsum("bhts,bshc->bhtc", jnp.where(diagonal, 0, weights), values).swapaxes(1, 2)
   own_weight = jnp.einsum("bhtt->bth", weights)
   return rounded(mixed + own_weight[..., None] * own_value, query.dtype)

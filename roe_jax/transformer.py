@@ -70,18 +70,18 @@ def run_layers(
     keep: tuple[str, ...] = (),
     lift: Callable = lambda block: block,
     strategy: str | None = None,
+    lengths_B: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache | None, BlockOutputs]:
   """Runs a stretch of blocks on hidden states.
 
-  A row at position t attends to the slots below t of its source and to its own
-  key and value. The source is
+  A row at position t attends to the slots below t of its source, in sliding
+  layers to the last of them, and to its own key and value. The source is
 
   * the cache as it stands, if `write` is off (decoding; the members of a
     roster; positions to be scored once the cache is filled);
   * the cache with this call's keys and values put in first, if `write` is on
     (prefill);
-  * this call's keys and values alone, if there is no cache; `positions_BxT`
-    then start at zero (training).
+  * this call's keys and values alone, if there is no cache (training).
 
   Args:
     params: the model's parameters.
@@ -98,6 +98,8 @@ def run_layers(
     lift: transformation of each block's function `(x, noise) -> (x, slots,
       outputs)`, for example `vmap` over the members of a roster.
     strategy: see `experts.apply`.
+    lengths_B: int32; what lies at or beyond a row's length is not put into the
+      window of sliding layers. All is by default.
 
   Returns:
     Hidden states after the stretch, the cache (written, if asked), and the
@@ -110,12 +112,12 @@ def run_layers(
 
   def step(carry, layer):
     x, written = carry
-    slots = layer - cache_offset
+    place = kv_cache.place(config, layer, (first, end), cache_offset)
 
     def block(x, noise):
       x, after, outputs = _block(
-          config, params.layers, layer, x, written if write else cache, slots, positions_BxT,
-          cos, sin, noise, gate_weights, write, strategy)
+          config, params.layers, layer, x, written if write else cache, place, positions_BxT,
+          cos, sin, noise, gate_weights, write, strategy, lengths_B)
       return x, after, outputs.replace(
           **{f: None for f in BlockOutputs.__dataclass_fields__ if f not in keep})
 
@@ -128,14 +130,14 @@ def run_layers(
   return x, written if write else cache, outputs
 
 
-def _block(config, layers: LayerParams, layer, x, cache, slots, positions_BxT, cos, sin,
-           noise, gate_weights, write, strategy):
+def _block(config, layers: LayerParams, layer, x, cache, place, positions_BxT, cos, sin,
+           noise, gate_weights, write, strategy, lengths_B):
   """Pre-norm attention and MoE; returns hidden states, written cache and outputs."""
   normed = norm(config, x, layers.attention_norm[layer])
   query, key, value = attention.project(config, layers.attention, layer, normed, cos, sin)
-  if write:
-    cache = kv_cache.write(cache, key, value, positions_BxT[:, 0], slots)
-  heads = attention.attend(query, key, value, positions_BxT, cache, slots)
+  heads, cache = attention.attend_in_layer(
+      config, layers.attention, layer, query, key, value, positions_BxT, cache, place, write,
+      lengths_B)
   x = add(x, attention.output(layers.attention, layer, heads))
 
   normed = norm(config, x, layers.moe_norm[layer])

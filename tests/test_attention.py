@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import tiny
-from roe_jax import attention, transformer
-from roe_jax.cache import KVCache
+from roe_jax import attention, cache as kv_cache, numerics, transformer
+from roe_jax.cache import KVCache, Window
+from roe_jax.config import Yarn
 
 B, T, S, H, K, C = 2, 5, 9, 4, 2, 8
 STARTS = np.array([0, 3])
@@ -104,6 +105,140 @@ def test_gradients_without_a_cache_are_those_of_the_formula():
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
+def by_definition(query, keys, values, positions, sinks, reach):
+  """Float64 attention of rows to `keys[b, k, p]` of all positions p that they see."""
+  query, keys, values, sinks = (np.asarray(a, np.float64) for a in (query, keys, values, sinks))
+  out = np.zeros(query.shape)
+  for b, t, h in np.ndindex(*query.shape[:3]):
+    k, position = h // (H // K), int(positions[b, t])
+    seen = slice(max(0, position - reach + 1), position + 1)
+    scores = np.append(keys[b, k, seen] @ query[b, t, h] / np.sqrt(C), sinks[h])
+    weights = np.exp(scores - scores.max())
+    out[b, t, h] = weights[:-1] @ values[b, k, seen] / weights.sum()
+  return out
+
+
+SINKS = np.array([0.5, -3.0, 4.0, 0.0])
+TEXT = 23
+
+
+def text(seed=0):
+  """Queries `[B, TEXT, H, C]`, keys and values `[B, K, TEXT, C]` of whole texts."""
+  random = np.random.RandomState(seed)
+  return [jnp.asarray(random.standard_normal(shape), jnp.float32)
+          for shape in ((B, TEXT, H, C), (B, K, TEXT, C), (B, K, TEXT, C))]
+
+
+def attend_in_window(window, query, keys, values, first, count, reach, sinks=SINKS, **options):
+  """Rows of the texts from positions `first` `[B]` on."""
+  positions = jnp.asarray(np.asarray(first)[:, None] + np.arange(count))
+  rows = lambda a: jnp.stack([x[p] for x, p in zip(a, positions)])
+  own = query, keys.swapaxes(1, 2), values.swapaxes(1, 2)
+  found = attention.attend(*map(rows, own), positions, window, 1, jnp.asarray(sinks, jnp.float32),
+                           reach, **options)
+  np.testing.assert_allclose(
+      found, by_definition(rows(query), keys, values, positions, sinks, reach),
+      rtol=1e-4, atol=1e-5)
+
+
+def filled_window(capacity, keys, values, lengths):
+  """The second of three layers holds the last positions below `lengths`."""
+  empty = Window(*(jnp.full((3, B, n, capacity, c), v) for n, c, v in (
+      (K, C, 1e30), (K, C, 1e30), (1, 1, kv_cache.NO_POSITION))))
+  return kv_cache.write_window(empty, keys.swapaxes(1, 2), values.swapaxes(1, 2),
+                               jnp.zeros(B, jnp.int32), 1, jnp.asarray(lengths))
+
+
+@pytest.mark.parametrize("reach, capacity", [(4, 4), (4, 6), (9, 9), (1, 1), (4, TEXT), (99, TEXT)])
+def test_a_row_sees_the_last_positions_of_a_window_and_a_sink(block, reach, capacity):
+  query, keys, values = text()
+  for lengths in ([0, 3], [17, 8], [22, 22]):
+    window = filled_window(capacity, keys, values, lengths)
+    attend_in_window(window, query, keys, values, lengths, 1, reach)
+    attend_in_window(window, query, keys, values, lengths, TEXT - max(lengths), reach, among=True)
+
+
+def test_rows_of_a_filled_text_are_run_beside_each_other(block):
+  """All positions are held: later ones are there already, and are not seen."""
+  query, keys, values = text()
+  window = filled_window(TEXT, keys, values, [TEXT, TEXT])
+  for first, count in (([0, 0], TEXT), ([3, 15], 8), ([22, 0], 1)):
+    attend_in_window(window, query, keys, values, first, count, 4)
+
+
+def test_blocks_of_a_filled_text_that_no_row_reaches_are_not_read(monkeypatch):
+  monkeypatch.setattr(attention, "block_slots", lambda: 2)
+  query, keys, values = text()
+  window = filled_window(TEXT, keys, values, [TEXT, TEXT])
+  poisoned = window.replace(values=window.values.at[:, :, :, :8].set(jnp.nan)
+                            .at[:, :, :, 18:].set(jnp.nan))
+  attend_in_window(poisoned, query, keys, values, [12, 13], 4, 5)
+
+
+@pytest.mark.parametrize("reach", [None, 1, 4, 99])
+def test_rows_without_a_cache_see_each_other_and_a_sink(reach):
+  attend_in_window(None, *text(), [0, 0], TEXT, TEXT if reach is None else reach)
+
+
+@pytest.mark.parametrize("size", [-1e4, 1e4])
+def test_a_sink_far_from_the_scores_does_not_overflow(block, size):
+  a = inputs()
+  cache = KVCache(a["keys"][None], a["values"][None])
+  found = attention.attend(a["query"], a["own_key"], a["own_value"], a["positions"], cache,
+                           sinks_H=jnp.full(H, size))
+  expected = np.zeros(found.shape) if size > 0 else by_loop(**a)
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_with_sinks_and_a_window_are_those_of_the_formula():
+  query, keys, values = text()
+  positions = jnp.broadcast_to(jnp.arange(TEXT), (B, TEXT))
+  target = jnp.asarray(np.random.RandomState(1).standard_normal(query.shape), jnp.float32)
+  distance = np.arange(TEXT)[:, None] - np.arange(TEXT)
+  seen = jnp.asarray((distance >= 0) & (distance < 4))[None, None]
+
+  def direct(query, keys, values, sinks):
+    keys, values = (jnp.repeat(x, H // K, 1) for x in (keys, values))
+    scores = jnp.where(seen, jnp.einsum("bthc,bhsc->bhts", query, keys) / np.sqrt(C), -1e30)
+    column = jnp.broadcast_to(sinks[None, :, None, None], (B, H, TEXT, 1))
+    weights = jax.nn.softmax(jnp.concatenate([scores, column], -1))[..., :-1]
+    return jnp.einsum("bhts,bhsc->bthc", weights, values)
+
+  def ours(query, keys, values, sinks):
+    return attention.attend(query, keys.swapaxes(1, 2), values.swapaxes(1, 2), positions,
+                            sinks_H=sinks, reach=4)
+
+  arguments = query, keys, values, jnp.asarray(SINKS, jnp.float32)
+  one, other = (jax.jit(jax.grad(lambda *a: jnp.sum(target * f(*a)), argnums=(0, 1, 2, 3)))(
+      *arguments) for f in (ours, direct))
+  for found, expected in zip(one, other):
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_biases_are_added_before_the_one_rounding(dtype):
+  config = tiny.config("mixtral", dtype=dtype, qkv_bias=True, output_bias=True)
+  weights = tiny.params(config).layers.attention
+  random = np.random.RandomState(1)
+  x = jnp.asarray(random.standard_normal((2, 3, 32)), dtype)
+  heads = jnp.asarray(random.standard_normal((2, 3, 4, 8)), dtype)
+  still = jnp.ones((2, 3, 1, 4), dtype), jnp.zeros((2, 3, 1, 4), dtype)
+  held = jax.tree.map(lambda w: numerics.to_storage(w, jnp.zeros(
+      0, numerics.storage_dtype(dtype))), weights)
+  found = (*attention.project(config, held, 1, x, *still), attention.output(held, 1, heads))
+  w = jax.tree.map(lambda w: np.asarray(w[1], np.float64), weights)
+  x, heads = (np.asarray(a, np.float64) for a in (x, heads))
+  expected = (np.einsum("btd,hcd->bthc", x, w.query) + w.query_bias,
+              np.einsum("btd,kcd->btkc", x, w.key) + w.key_bias,
+              np.einsum("btd,kcd->btkc", x, w.value) + w.value_bias,
+              np.einsum("bthc,hcd->btd", heads, w.output) + w.output_bias)
+  for one, other in zip(found, expected):
+    assert one.dtype == jnp.dtype(dtype)
+    unit = 2.0**-8 if dtype == "bfloat16" else 1e-5
+    np.testing.assert_allclose(np.asarray(one, np.float64), other, rtol=1.01 * unit, atol=1e-4)
+
+
 def test_bfloat16_attention_runs_and_is_close():
   a = inputs()
   rounded = {n: x if n == "positions" else x.astype(jnp.bfloat16) for n, x in a.items()}
@@ -131,6 +266,43 @@ def test_rotation_turns_pairs_of_the_two_halves():
   turned = (x[..., :C // 2] + 1j * x[..., C // 2:]) * turn
   np.testing.assert_allclose(actual, np.concatenate([turned.real, turned.imag], -1),
                              rtol=1e-5, atol=1e-5)
+
+
+def yarn(**changes):
+  """The rotary embedding of GPT-OSS."""
+  settings = dict(factor=32.0, original_context=4096, beta_fast=32.0, beta_slow=1.0,
+                  truncate=False, attention_factor=0.1 * np.log(32) + 1)
+  return tiny.config("olmoe", head_dim=64, rope_theta=150000.0,
+                     rope_scaling=Yarn(**(settings | changes)))
+
+
+def test_yarn_has_the_frequencies_of_gpt_oss():
+  np.testing.assert_allclose(attention.yarn_ramp(yarn()), (8.0928, 17.3980), atol=1e-4)
+  assert attention.yarn_ramp(yarn(truncate=True)) == (8, 18)
+  found = np.asarray(attention.frequencies(yarn()))
+  np.testing.assert_allclose(found[[0, 1, 2, -1]], [1.0, 0.689044, 0.474782, 3.0235e-7],
+                             rtol=1e-5)
+  # Fast pairs keep their frequency, slow ones are divided, the ramp lies between.
+  shares = found * 150000.0 ** (np.arange(32) / 32)
+  np.testing.assert_allclose(shares[:9], 1, rtol=1e-5)
+  np.testing.assert_allclose(shares[18:], 1 / 32, rtol=1e-5)
+  assert (np.diff(shares[8:19]) < 0).all()
+
+
+def test_the_ramp_of_yarn_stays_within_the_pairs():
+  assert attention.yarn_ramp(yarn(original_context=150))[0] == 0
+  assert attention.yarn_ramp(yarn(original_context=10**30))[1] == 63
+  low, high = attention.yarn_ramp(yarn(beta_slow=32.0))
+  assert high - low == pytest.approx(0.001)
+
+
+def test_yarn_scales_cosines_and_sines():
+  config = yarn(attention_factor=1.5)
+  positions = jnp.asarray([[0, 3, 40]])
+  cos, sin = attention.rotation(config, positions)
+  angles = np.asarray(positions)[..., None, None] * np.asarray(attention.frequencies(config))
+  np.testing.assert_allclose(cos, 1.5 * np.cos(angles), atol=1e-5)
+  np.testing.assert_allclose(sin, 1.5 * np.sin(angles), atol=1e-5)
 
 
 def test_no_logit_depends_on_a_later_token():

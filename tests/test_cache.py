@@ -41,6 +41,73 @@ def test_writing_at_different_starts(count, starts):
     np.testing.assert_array_equal(actual, expected)
 
 
+SLIDING = tiny.config("olmoe", num_layers=6, sliding_window=4, sliding_layers=(1, 2, 5))
+
+
+def test_an_empty_window_is_as_long_as_rows_see_or_as_the_text():
+  cache = kv_cache.empty(SLIDING, 5, 7)
+  assert cache.keys.shape == (3, 5, 2, 7, 8)
+  assert cache.window.keys.shape == cache.window.values.shape == (3, 5, 2, 4, 8)
+  assert cache.window.positions.shape == (3, 5, 1, 4, 1)
+  assert (cache.window.positions == kv_cache.NO_POSITION).all()
+  assert kv_cache.empty(SLIDING, 5, 7, whole=True).window.capacity == 7
+  assert kv_cache.empty(SLIDING, 5, 3).window.capacity == 3
+  assert kv_cache.empty(SLIDING, 5, 7, (2, 5)).window.keys.shape[0] == 1
+  assert kv_cache.empty(CONFIG, 5, 7).window is None
+
+
+def test_the_place_of_a_layer_counts_its_kind_from_the_first_of_the_cache():
+  def places(layers, stretch, offset):
+    found = [kv_cache.place(SLIDING, jnp.int32(layer), stretch, offset) for layer in layers]
+    return [(bool(p.slides), int(p.index)) for p in found]
+
+  whole = [(False, 0), (True, 0), (True, 1), (False, 1), (False, 2), (True, 2)]
+  assert places(range(6), (0, 6), 0) == whole
+  assert places(range(1, 6), (1, 6), 1) == [(True, 0), (True, 1), (False, 0), (False, 1), (True, 2)]
+  assert places(range(4, 6), (4, 6), 2) == [(False, 1), (True, 1)]
+  # Known before running where a stretch is of one kind.
+  assert kv_cache.place(SLIDING, jnp.int32(3), (3, 5)).slides is False
+  assert kv_cache.place(SLIDING, jnp.int32(1), (1, 3)).slides is True
+  assert kv_cache.place(CONFIG, 2, (0, 3), 1) == kv_cache.Place(False, 1)
+
+
+@pytest.mark.parametrize("chunks", [[1] * 19, [3] * 7, [4, 4, 11], [19], [2, 16, 1]])
+def test_a_window_holds_the_last_positions_below_the_length(chunks):
+  lengths = np.array([19, 0, 5, 13])
+  random = np.random.RandomState(0)
+  keys, values = (random.standard_normal((4, 21, 2, 8)).astype(np.float32) for _ in range(2))
+  write = jax.jit(kv_cache.write_window)
+  window, start = kv_cache.empty(SLIDING, 4, 32).window, 0
+  for count in chunks:
+    new = (jnp.asarray(a[:, start:start + count]) for a in (keys, values))
+    window = write(window, *new, jnp.full(4, start), jnp.int32(1), jnp.asarray(lengths))
+    start += count
+  for row, length in enumerate(lengths):
+    held = np.asarray(window.positions[1, row, 0, :, 0])
+    seen = range(max(0, length - 4), length)
+    assert sorted(held[held != kv_cache.NO_POSITION]) == list(seen)
+    for position in seen:
+      assert held[position % 4] == position
+      np.testing.assert_array_equal(window.keys[1, row, :, position % 4], keys[row, position])
+      np.testing.assert_array_equal(window.values[1, row, :, position % 4], values[row, position])
+  for layer in (0, 2):
+    assert (window.positions[layer] == kv_cache.NO_POSITION).all()
+
+
+def test_one_step_is_put_into_layers_of_both_kinds():
+  cache = kv_cache.empty(SLIDING, 2, 9)
+  keys = jnp.asarray(np.random.RandomState(0).standard_normal((6, 2, 1, 2, 8)), jnp.float32)
+  found = kv_cache.write_step(SLIDING, cache, keys, 2 * keys, jnp.asarray([3, 6]))
+  for row, position in enumerate([3, 6]):
+    for arrays, layers, slot in ((found, (0, 3, 4), position),
+                                 (found.window, (1, 2, 5), position % 4)):
+      new = keys[jnp.asarray(layers), row, 0]
+      np.testing.assert_array_equal(arrays.keys[:, row, :, slot], new)
+      np.testing.assert_array_equal(arrays.values[:, row, :, slot], 2 * new)
+    assert (found.window.positions[:, row, 0, position % 4, 0] == position).all()
+  assert np.count_nonzero(found.keys) == np.count_nonzero(found.window.keys) == 3 * 2 * 16
+
+
 def test_members_share_one_cache_without_copies():
   """Temporaries of a compiled roster grow with the members, but by far less
   than the cache that all of them read."""

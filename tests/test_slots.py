@@ -136,7 +136,7 @@ def test_more_prompts_compile_nothing(olmoe, caplog):
 def test_prefill_comes_in_five_lengths_at_most(monkeypatch):
   sizes, covered = set(), 0
 
-  def prefill_chunk(params, config, roster, cache, tokens, starts, ids):
+  def prefill_chunk(params, config, roster, cache, tokens, starts, ids, lengths):
     nonlocal covered
     assert starts[0] == covered
     sizes.add(tokens.shape[1])
