@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from roe_jax import cache as kv_cache, numerics
 from roe_jax.cache import KVCache, NO_POSITION, Place, Window
 from roe_jax.config import ModelConfig
-from roe_jax.numerics import add, einsum, from_storage, multiply, rms_norm, rounded
+from roe_jax.numerics import add, add_bias, einsum, from_storage, multiply, rms_norm, rounded
 from roe_jax.params import AttentionParams
 
 
@@ -66,7 +66,7 @@ def project(config: ModelConfig, weights: AttentionParams, layer: jax.Array | in
             sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Rotated queries `[B, T, H, C]`, rotated keys and values `[B, T, K, C]`."""
   query, key, value = (
-      rounded(_biased(numerics.project(x_BxTxD, w, layer), bias, layer), x_BxTxD.dtype)
+      rounded(add_bias(numerics.project(x_BxTxD, w, layer), bias, layer), x_BxTxD.dtype)
       for w, bias in ((weights.query, weights.query_bias), (weights.key, weights.key_bias),
                       (weights.value, weights.value_bias)))
   if config.qk_norm:
@@ -76,14 +76,6 @@ def project(config: ModelConfig, weights: AttentionParams, layer: jax.Array | in
     query, key, value = (
         jnp.clip(a, -config.clip_qkv, config.clip_qkv) for a in (query, key, value))
   return rotate(query, cos, sin), rotate(key, cos, sin), value
-
-
-def _biased(projected, bias, layer):
-  """Float32 `projected`, with the layer's bias where the model has one."""
-  if bias is None:
-    return projected
-  bias = from_storage(bias[layer]).astype(jnp.float32)
-  return projected + jnp.broadcast_to(bias, projected.shape)
 
 
 def attend_in_layer(
@@ -249,4 +241,4 @@ def output(weights: AttentionParams, layer: jax.Array | int,
            heads_BxTxHxC: jax.Array) -> jax.Array:
   """The attention block's contribution to the residual stream, `[B, T, D]`."""
   projected = numerics.project_back(heads_BxTxHxC, weights.output, layer)
-  return rounded(_biased(projected, weights.output_bias, layer), heads_BxTxHxC.dtype)
+  return rounded(add_bias(projected, weights.output_bias, layer), heads_BxTxHxC.dtype)

@@ -104,11 +104,11 @@ def multiply(x: jax.Array, y: jax.Array) -> jax.Array:
   return rounded(x.astype(jnp.float32) * y.astype(jnp.float32), x.dtype)
 
 
-def add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
-  """`x` plus a bias of its last axes; no bias leaves it as it is."""
+def add_bias(x: jax.Array, bias: jax.Array | None, layer: jax.Array | int) -> jax.Array:
+  """Float32 `x` plus the layer's bias, which has its last axes; None is no bias."""
   if bias is None:
     return x
-  return x + jnp.broadcast_to(from_storage(bias).astype(x.dtype), x.shape)
+  return x + jnp.broadcast_to(from_storage(bias[layer]).astype(jnp.float32), x.shape)
 
 
 def widen(held: jax.Array) -> jax.Array:

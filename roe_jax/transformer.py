@@ -50,8 +50,7 @@ def norm(config: ModelConfig, x: jax.Array, weight: jax.Array) -> jax.Array:
 def router_logits(config: ModelConfig, layers: LayerParams, layer: jax.Array | int,
                   normed: jax.Array) -> jax.Array:
   """`[..., E]` float32, rounded to the model's dtype as it was trained with."""
-  bias = None if layers.router_bias is None else layers.router_bias[layer]
-  logits = add_bias(project(normed, layers.router, layer), bias)
+  logits = add_bias(project(normed, layers.router, layer), layers.router_bias, layer)
   return rounded(logits, jnp.dtype(config.dtype)).astype(jnp.float32)
 
 

@@ -125,9 +125,8 @@ def test_decoding_token_by_token(family):
   x, lengths = tokens((3, 20)), [5, 1, 12]
   roster = roster_lib.Roster.create(config)
   ids = jnp.arange(3, dtype=jnp.uint32)
-  # All rows are prefilled as far as the longest; a row's own tokens follow.
   cache = decode.fill_cache(params, config, roster, kv_cache.empty(config, 3, 24),
-                            jnp.asarray(x), max(lengths) - 1, ids)
+                            jnp.asarray(x), np.array(lengths) - 1, ids)
   expected = np.asarray(jax.nn.log_softmax(hf.logits(model, x)))
   step = jax.jit(members_lib.step, static_argnames="config")
   for offset in range(8):

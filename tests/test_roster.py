@@ -27,7 +27,7 @@ REQUESTS = jnp.asarray([3, 2**32 - 2], jnp.uint32)
 def member_states(params, config, roster, keep=()):
   """All members at all positions of `TOKENS`, through the roster's cache."""
   positions = jnp.tile(jnp.arange(LENGTH), (2, 1))
-  cache = members_lib.empty_cache(config, roster, 2, 16)
+  cache = members_lib.empty_cache(config, roster, 2, 16, whole=True)
   cache, x = members_lib.prefill(params, config, roster, cache, TOKENS, positions, REQUESTS)
   if roster.cache == "standard":
     return x, None
