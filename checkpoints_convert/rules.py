@@ -26,8 +26,7 @@ from roe_jax.checkpoint import Piece, piece_shapes
 from roe_jax.config import ModelConfig
 from roe_jax.quantization import pack, unpack
 
-
-_BLOCK_ROWS = 64
+_TILE = 256  # of the first two axes, when a tensor is transposed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +185,7 @@ class Part:
     # One expert at a time, as codes that are not packed take twice the memory.
     for blocks, codes in zip(tensor, parameter[self._index]):
       loose = np.empty((*codes.shape[:-1], 2 * codes.shape[-1]), np.uint8)
-      _copy_by_rows(mxfp4.from_blocks(blocks).reshape(self._split[1:]), self._of_expert(loose))
+      _copy_by_tiles(mxfp4.from_blocks(blocks).reshape(self._split[1:]), self._of_expert(loose))
       codes[...] = pack(loose)
 
   def take(self, parameter: np.ndarray) -> np.ndarray:
@@ -197,7 +196,7 @@ class Part:
       return tensor
     for blocks, codes in zip(tensor, parameter[self._index]):
       loose = np.empty(self._split[1:], np.uint8)
-      _copy_by_rows(self._of_expert(unpack(codes)), loose)
+      _copy_by_tiles(self._of_expert(unpack(codes)), loose)
       blocks[...] = mxfp4.to_blocks(loose.reshape(len(blocks), -1))
     return tensor
 
@@ -214,16 +213,17 @@ class Part:
       target[...] = source
     elif self._inverse[0] == 0:
       for one, other in zip(source, target):
-        _copy_by_rows(one, other)
+        _copy_by_tiles(one, other)
     else:
-      _copy_by_rows(source, target)
+      _copy_by_tiles(source, target)
 
 
-def _copy_by_rows(source: np.ndarray, target: np.ndarray) -> None:
+def _copy_by_tiles(source: np.ndarray, target: np.ndarray) -> None:
   # Transposing a large matrix in one go misses the cache at every element and
   # takes ten times as long.
-  for start in range(0, len(source), _BLOCK_ROWS):
-    target[start:start + _BLOCK_ROWS] = source[start:start + _BLOCK_ROWS]
+  for i in range(0, source.shape[0], _TILE):
+    for j in range(0, source.shape[1], _TILE):
+      target[i:i + _TILE, j:j + _TILE] = source[i:i + _TILE, j:j + _TILE]
 
 
 def parts(config: ModelConfig, piece: Piece) -> Iterator[Part]:

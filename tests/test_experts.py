@@ -89,9 +89,9 @@ def test_sizes_of_blocks_and_tiles_change_nothing(monkeypatch, blocks, tile):
   params = weights()
   x, indices, gates = rows(33)
   indices = indices.at[:20].set(jnp.asarray([7, 2, 3]))  # some experts have many rows
-  run = jax.jit(lambda *args: cpu.blocks(E, *args))
-  flat = (params.gate_up.reshape(L * E, F, 2, D), params.down.reshape(L * E, F, D))
-  assert_agrees(run(*flat, 1, x, indices, gates), params, 1, x, indices, gates)
+  run = jax.jit(lambda *args: cpu.blocks(E, experts_lib.Activation(), *args))
+  flat = ExpertParams(params.gate_up.reshape(L * E, F, 2, D), params.down.reshape(L * E, F, D))
+  assert_agrees(run(flat, 1, x, indices, gates), params, 1, x, indices, gates)
 
 
 def test_choice_of_block_size(monkeypatch):
@@ -197,6 +197,8 @@ def test_choice_of_strategy(monkeypatch):
     return experts_lib.choose_strategy(*args)
   assert choice(1, 8, 64, "float32", "cpu") == choice(1000, 8, 64, "bfloat16", "cpu") == "blocks"
   monkeypatch.setattr(experts_lib, "kernel_works", lambda strategy, dtype: True)
+  for platform in ("cpu", "gpu", "tpu"):  # few bits are widened one expert at a time
+    assert {choice(n, 8, 64, "bfloat16", platform, "int4") for n in (1, 1000)} == {"blocks"}
   for platform in ("gpu", "tpu"):
     assert choice(4, 8, 64, "bfloat16", platform) == "selected"
     assert choice(5, 8, 64, "bfloat16", platform) == "dense"
