@@ -13,11 +13,13 @@ from tqdm import tqdm
 from checkpoints_convert import rules
 from checkpoints_convert import safetensors_files
 from checkpoints_convert.common import ConversionError, check_space, some
+from checkpoints_convert.recode import recode
 from checkpoints_convert.safetensors_files import TensorInfo
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
-from roe_jax.families import from_hugging_face
+from roe_jax.families import FAMILIES, from_hugging_face
+from roe_jax.quantization import CONTRACTED
 from roe_jax.tokenizer import Tokenizer, check_vocabulary
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -33,12 +35,15 @@ class Source:
 
   Attributes:
     folder: where it lies.
-    config: of the model, with the dtype that it will be converted to.
+    stored: config of the model in the expert format of the files, with the dtype
+      that it will be converted to.
+    config: of the model that it will be converted to.
     tensors: of its shards, by name; exactly those that the model needs.
     stored_dtypes: names of the dtypes in the shards.
   """
 
   folder: pathlib.Path
+  stored: ModelConfig
   config: ModelConfig
   tensors: dict[str, TensorInfo]
   stored_dtypes: tuple[str, ...]
@@ -94,13 +99,16 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
   return values
 
 
-def open_source(folder: pathlib.Path, dtype: str = "source") -> Source:
+def open_source(folder: pathlib.Path, dtype: str = "source",
+                quantize_experts: str | None = None, keep_mxfp4: bool = False) -> Source:
   """Checks everything that can be checked without reading a tensor.
 
   Args:
     folder: the Hugging Face folder.
     dtype: of the checkpoint. "source" keeps the tensors' own; where it cannot
       be kept (float16, or several) it is float32, which holds them all exactly.
+    quantize_experts: a format that the experts are quantised to, or None.
+    keep_mxfp4: whether experts in MXFP4 stay so, or are decoded to `dtype`.
 
   Raises:
     ConversionError, ValueError: the folder cannot be converted.
@@ -110,18 +118,67 @@ def open_source(folder: pathlib.Path, dtype: str = "source") -> Source:
   tensors = safetensors_files.read_headers(folder)
   stored = tuple(sorted({info.dtype.name for info in tensors.values()}))
   if dtype == "source":
-    dtype = "bfloat16" if stored == ("bfloat16",) else "float32"
-  config = config.replace(dtype=dtype)
-  rules.check_table(config)
-  _check_tensors(folder, config, tensors)
+    dtype = _own_dtype(stored)
+  found = config.replace(dtype=dtype, expert_format=_expert_format(folder, config, tensors))
+  config = target_config(str(folder), found, quantize_experts, keep_mxfp4)
+  rules.check_table(found)
+  _check_tensors(folder, found, tensors)
   if (folder / "tokenizer.json").is_file():
     check_vocabulary(Tokenizer.load(folder), config)
-  return Source(folder, config, tensors, stored)
+  return Source(folder, found, config, tensors, stored)
+
+
+def target_config(source: str, stored: ModelConfig, quantize_experts: str | None,
+                  keep_mxfp4: bool) -> ModelConfig:
+  """The config of the checkpoint that is written.
+
+  Args:
+    source: its name.
+    stored: its config, with the expert format of its files.
+    quantize_experts: see `open_source`.
+    keep_mxfp4: see `open_source`.
+
+  Raises:
+    ConversionError, ValueError: the experts cannot have the format asked for.
+  """
+  if keep_mxfp4 and quantize_experts:
+    raise ConversionError(
+        f"--keep_mxfp4 and --quantize_experts={quantize_experts} exclude each other: give one")
+  if keep_mxfp4 and stored.expert_format != "mxfp4":
+    raise ConversionError(
+        f"--keep_mxfp4 is for experts in MXFP4, and those of {source} are not: leave it out")
+  config = stored.replace(expert_format="mxfp4" if keep_mxfp4 else quantize_experts)
+  params_lib.describe(config)  # checks the sizes
+  return config
+
+
+def _own_dtype(stored_dtypes):
+  """The dtype that holds all numbers in the files; bytes are not numbers."""
+  return "bfloat16" if set(stored_dtypes) - {"uint8"} == {"bfloat16"} else "float32"
+
+
+def _expert_format(folder, config, tensors):
+  """The experts' format by the tensors that are there, whatever config.json says.
+
+  If there are none of any form, what config.json says.
+  """
+  layers = checkpoint.Piece("", 0, config.num_layers)
+  names = {f: {part.tensor for part in rules.parts(config.replace(expert_format=f), layers)}
+           for f in (None, *FAMILIES[config.family].formats)}
+  common = set.intersection(*names.values())
+  found = {f: (expected - common) & set(tensors) for f, expected in names.items()}
+  forms = [f for f, own in found.items() if own]
+  if len(names) > 1 and len(forms) > 1:
+    raise ConversionError(
+        f"{folder} has experts in two forms ({' and '.join(some(found[f], 1) for f in forms)}): "
+        "it mixes two downloads or was half converted; get the model again")
+  return forms[0] if len(names) > 1 and forms else config.expert_format
 
 
 def convert_from_hugging_face(
-    source: str, target: str, *, dtype: str = "source", revision: str | None = None,
-    overwrite: bool = False, piece_bytes: int = checkpoint.PIECE_BYTES) -> ModelConfig:
+    source: str, target: str, *, dtype: str = "source", quantize_experts: str | None = None,
+    keep_mxfp4: bool = False, revision: str | None = None, overwrite: bool = False,
+    piece_bytes: int = checkpoint.PIECE_BYTES) -> ModelConfig:
   """Converts and returns the model's config.
 
   An interrupted conversion, called again, goes on after the last finished piece.
@@ -130,6 +187,8 @@ def convert_from_hugging_face(
     source: a local Hugging Face folder, or a hub name.
     target: the checkpoint folder to write.
     dtype: "float32", "bfloat16" or "source"; see `open_source`.
+    quantize_experts: "int8", "int4" or None; see `open_source`.
+    keep_mxfp4: see `open_source`.
     revision: branch, tag or commit on the hub.
     overwrite: whether an existing checkpoint at `target` is replaced.
     piece_bytes: how large a piece of several layers may become.
@@ -139,11 +198,11 @@ def convert_from_hugging_face(
     FileExistsError: the target exists.
   """
   checkpoint.check_target(target, overwrite, checkpoint.MANIFEST_FILE)
-  opened = open_source(find(source, revision), dtype)
+  opened = open_source(find(source, revision), dtype, quantize_experts, keep_mxfp4)
   config = opened.config
   provenance = {
       "source": source, "revision": revision, "source_dtypes": list(opened.stored_dtypes),
-      "dtype": config.dtype}
+      "dtype": config.dtype, "expert_format": config.expert_format}
   writer = checkpoint.Writer(
       target, config, files=opened.folder, provenance=provenance,
       fingerprint=_fingerprint(opened), piece_bytes=piece_bytes, overwrite=overwrite)
@@ -166,31 +225,43 @@ def _piece_bytes(config: ModelConfig, piece: checkpoint.Piece) -> int:
 def _read_piece(source: Source, piece: checkpoint.Piece) -> dict[str, np.ndarray]:
   """The piece's arrays, filled tensor by tensor in the order of the files."""
   arrays = {name: np.empty(s.shape, s.dtype)
-            for name, s in checkpoint.piece_shapes(source.config, piece).items()}
-  parts = list(rules.parts(source.config, piece))
+            for name, s in checkpoint.piece_shapes(source.stored, piece).items()}
+  if source.config.expert_format:  # quantised from the values in the files
+    own = np.dtype(_own_dtype(source.stored_dtypes))
+    for name in {f"experts.{matrix}" for matrix in CONTRACTED} & set(arrays):
+      arrays[name] = np.empty(arrays[name].shape, own)
+  parts = list(rules.parts(source.stored, piece))
   location = lambda part: source.tensors[part.tensor]
   for part in sorted(parts, key=lambda p: (location(p).file, location(p).offset)):
     part.fill(arrays[part.parameter], safetensors_files.read(location(part)))
-  return arrays
+  return recode(arrays, source.stored, source.config)
 
 
 def _check_tensors(
     folder: pathlib.Path, config: ModelConfig, tensors: dict[str, TensorInfo]) -> None:
-  expected = {part.tensor: part.shape
+  expected = {part.tensor: part
               for piece in checkpoint.plan_pieces(config) for part in rules.parts(config, piece)}
+  model = f"{config.family}, {config.num_layers} layers"
+  if config.expert_format:
+    model += f", experts in {config.expert_format}"
   if set(expected) - set(tensors):
     raise ConversionError(
-        f"{folder} lacks tensors that its config.json ({config.family}, "
-        f"{config.num_layers} layers) calls for: {some(set(expected) - set(tensors))}")
+        f"{folder} lacks tensors that its config.json ({model}) calls for: "
+        f"{some(set(expected) - set(tensors))}")
   if set(tensors) - set(expected):
     raise ConversionError(
         f"{folder} has tensors that a {config.family} model with its config.json does not "
         f"have: {some(set(tensors) - set(expected))}")
-  for name, shape in expected.items():
-    if tensors[name].shape != shape:
+  for name, part in expected.items():
+    found = tensors[name]
+    if found.shape != part.shape:
       raise ConversionError(
-          f"{name} in {tensors[name].file} has shape {list(tensors[name].shape)}, config.json "
-          f"calls for {list(shape)}")
+          f"{name} in {found.file} has shape {list(found.shape)}, config.json "
+          f"calls for {list(part.shape)}")
+    if (found.dtype == np.uint8) != part.is_bytes:
+      raise ConversionError(
+          f"{name} in {found.file} has dtype {found.dtype}, a {config.family} model has "
+          f"{'uint8' if part.is_bytes else 'floating-point numbers'} there")
 
 
 def _fingerprint(source: Source) -> str:

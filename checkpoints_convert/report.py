@@ -14,42 +14,45 @@ from roe_jax.config import ModelConfig
 from roe_jax.families import from_hugging_face
 
 
-def describe_source(source: str, dtype: str, revision: str | None) -> str:
+def describe_source(source: str, dtype: str, revision: str | None,
+                    quantize_experts: str | None = None, keep_mxfp4: bool = False) -> str:
   """The report on a Hugging Face source; from the hub it reads the config alone.
+
+  The arguments are those of `convert_from_hugging_face`.
 
   Raises:
     ConversionError, ValueError: the source cannot be converted.
   """
   folder = source_lib.find(source, revision, weights=False)
   if pathlib.Path(source).expanduser().is_dir():
-    opened = source_lib.open_source(folder, dtype)
+    opened = source_lib.open_source(folder, dtype, quantize_experts, keep_mxfp4)
     config, stored = opened.config, ", ".join(opened.stored_dtypes)
   else:
-    config = from_hugging_face(
+    found = from_hugging_face(
         source_lib.read_config(folder), None if dtype == "source" else dtype)
-    rules.check_table(config)
+    rules.check_table(found)
+    config = source_lib.target_config(source, found, quantize_experts, keep_mxfp4)
     stored = "known only after the download"
   return f"source: {source} (dtypes in its files: {stored})\n" + describe(config)
 
 
 def describe(config: ModelConfig) -> str:
   """Parameters, pieces, sizes, and the devices that are there."""
-  itemsize = _itemsize(config)
   rows = [("parameter", "shape", "dtype", "bytes")]
   leaves = checkpoint.named_leaves(params_lib.abstract(config))
   for name, leaf in leaves.items():
-    size = math.prod(leaf.shape) * itemsize
-    rows.append((name, str(list(leaf.shape)), config.dtype, f"{size:,}"))
+    rows.append((name, str(list(leaf.shape)), str(leaf.dtype), f"{_num_bytes(leaf):,}"))
   widths = [max(len(row[i]) for row in rows) for i in range(4)]
   lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}".rstrip()
            for a, b, c, d in rows]
   pieces = checkpoint.plan_pieces(config)
-  largest = max(sum(math.prod(s.shape) * itemsize
-                    for s in checkpoint.piece_shapes(config, p).values()) for p in pieces)
+  largest = max(sum(map(_num_bytes, checkpoint.piece_shapes(config, p).values()))
+                for p in pieces)
   total = params_lib.num_bytes(config)
+  experts = f", experts in {config.expert_format}" if config.expert_format else ""
   lines += [
       "",
-      f"model: {config.family}, {params_lib.count(config):,} parameters in {config.dtype}",
+      f"model: {config.family}, {params_lib.count(config):,} parameters in {config.dtype}{experts}",
       f"pieces: {len(pieces)}, the largest {_gib(largest)}",
       f"on disk and in memory: {_gib(total)}; while loading at most {_gib(total + largest)}",
       f"host memory: {_gib(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}",
@@ -59,8 +62,8 @@ def describe(config: ModelConfig) -> str:
   return "\n".join(lines)
 
 
-def _itemsize(config: ModelConfig) -> int:
-  return params_lib.num_bytes(config) // params_lib.count(config)
+def _num_bytes(array: jax.ShapeDtypeStruct) -> int:
+  return math.prod(array.shape) * array.dtype.itemsize
 
 
 def _gib(size: int) -> str:

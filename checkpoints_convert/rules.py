@@ -5,8 +5,12 @@ hub tensor, where parentheses merge axes; to the right where they go in one
 layer's parameter. There, `expert` is the index of the rule's expert, and a
 number is an index of its own: `"F D -> expert F 1 D"` is the second half of a
 fused projection. Letters are axis sizes (see `ModelConfig`; G is the shared
-expert's width, U the two of gate and up, I one). Every pattern is a reordering,
-so that it can be read backwards without loss.
+expert's width, U the two of gate and up, I one, M and N the blocks of 32 in D
+and in F). Every pattern is a reordering, so that it can be read backwards
+without loss.
+
+Where a family's experts come in two forms, the config that the rules are read
+with is that of the files: its `expert_format` says which form they have.
 """
 
 import dataclasses
@@ -16,12 +20,13 @@ from typing import Iterator
 
 import numpy as np
 
+from checkpoints_convert import mxfp4
 from checkpoints_convert.common import ConversionError
 from roe_jax.checkpoint import Piece, piece_shapes
 from roe_jax.config import ModelConfig
+from roe_jax.quantization import pack, unpack
 
-
-_BLOCK_ROWS = 64
+_TILE = 256  # of the first two axes, when a tensor is transposed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +38,18 @@ class Rule:
     parameter: the parameter's name in its piece (`checkpoint.piece_shapes`).
     pattern: see the module.
     when: a field of `ModelConfig` without which a model lacks the tensor.
+    unless: a field of `ModelConfig` with which it does.
+    stored: "numbers" of any floating-point dtype; "bytes" that stay as they are;
+      or "blocks" of codes of 4 bits (see `mxfp4`), which the parameter holds as
+      halves of its last axis, and the pattern speaks of as if each were a byte.
   """
 
   tensor: str
   parameter: str
   pattern: str
   when: str | None = None
+  unless: str | None = None
+  stored: str = "numbers"
 
 
 _COMMON = (
@@ -75,6 +86,23 @@ _QKV_BIASES = (
 )
 _MLP_EXPERTS = _experts("model.layers.{layer}.mlp", "gate_proj", "up_proj", "down_proj")
 
+_EXPERTS = "model.layers.{layer}.mlp.experts."
+_GPT_OSS_EXPERTS = (
+    Rule(_EXPERTS + "gate_up_proj", "experts.gate_up", "E D (F U) -> E F U D",
+         unless="expert_format"),
+    Rule(_EXPERTS + "down_proj", "experts.down", "E F D -> E F D", unless="expert_format"),
+    Rule(_EXPERTS + "gate_up_proj_blocks", "experts.gate_up.codes", "E (F U) D -> E F U D",
+         when="expert_format", stored="blocks"),
+    Rule(_EXPERTS + "gate_up_proj_scales", "experts.gate_up.scales", "E (F U) M -> E F U M",
+         when="expert_format", stored="bytes"),
+    Rule(_EXPERTS + "down_proj_blocks", "experts.down.codes", "E D F -> E F D",
+         when="expert_format", stored="blocks"),
+    Rule(_EXPERTS + "down_proj_scales", "experts.down.scales", "E D N -> E N D",
+         when="expert_format", stored="bytes"),
+    Rule(_EXPERTS + "gate_up_proj_bias", "experts.gate_up_bias", "E (F U) -> E F U"),
+    Rule(_EXPERTS + "down_proj_bias", "experts.down_bias", "E D -> E D"),
+)
+
 FAMILIES: dict[str, tuple[Rule, ...]] = {
     "olmoe": (
         *_COMMON,
@@ -95,13 +123,7 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
         Rule("model.layers.{layer}.self_attn.sinks", "attention.sinks", "H -> H"),
         Rule("model.layers.{layer}.mlp.router.weight", "router", "E D -> E D"),
         Rule("model.layers.{layer}.mlp.router.bias", "router_bias", "E -> E"),
-        Rule("model.layers.{layer}.mlp.experts.gate_up_proj", "experts.gate_up",
-             "E D (F U) -> E F U D"),
-        Rule("model.layers.{layer}.mlp.experts.gate_up_proj_bias", "experts.gate_up_bias",
-             "E (F U) -> E F U"),
-        Rule("model.layers.{layer}.mlp.experts.down_proj", "experts.down", "E F D -> E F D"),
-        Rule("model.layers.{layer}.mlp.experts.down_proj_bias", "experts.down_bias",
-             "E D -> E D"),
+        *_GPT_OSS_EXPERTS,
     ),
     "qwen2_moe": (
         *_COMMON,
@@ -132,6 +154,7 @@ class Part:
     tensor: the full name in the hub file.
     shape: the shape there.
     parameter: the parameter's name in the piece.
+    is_bytes: whether the tensor is uint8, rather than floating-point numbers.
   """
 
   def __init__(self, rule: Rule, sizes: dict[str, int], row: int | None,
@@ -142,6 +165,10 @@ class Part:
     self.tensor = rule.tensor.format(layer=layer, expert=expert)
     self.parameter = rule.parameter
     self.shape = tuple(math.prod(sizes[a] for a in group) for group in groups)
+    self.is_bytes = rule.stored != "numbers"
+    self._in_blocks = rule.stored == "blocks"
+    if self._in_blocks:
+      self.shape = (*self.shape[:-1], self.shape[-1] // 32, 16)
     self._split = tuple(sizes[a] for a in axes)
     order = [axes.index(token) for token in target.split() if token in axes]
     self._inverse = tuple(order.index(i) for i in range(len(axes)))
@@ -152,38 +179,66 @@ class Part:
 
   def fill(self, parameter: np.ndarray, tensor: np.ndarray) -> None:
     """Writes the hub tensor into its part of the parameter, casting to its dtype."""
-    self._copy(tensor.reshape(self._split), self._view(parameter))
+    if not self._in_blocks:
+      self._copy(tensor.reshape(self._split), self._view(parameter))
+      return
+    # One expert at a time, as codes that are not packed take twice the memory.
+    for blocks, codes in zip(tensor, parameter[self._index]):
+      loose = np.empty((*codes.shape[:-1], 2 * codes.shape[-1]), np.uint8)
+      _copy_by_tiles(mxfp4.from_blocks(blocks).reshape(self._split[1:]), self._of_expert(loose))
+      codes[...] = pack(loose)
 
   def take(self, parameter: np.ndarray) -> np.ndarray:
     """The hub tensor out of the parameter: the inverse of `fill`."""
     tensor = np.empty(self.shape, parameter.dtype)
-    self._copy(self._view(parameter), tensor.reshape(self._split))
+    if not self._in_blocks:
+      self._copy(self._view(parameter), tensor.reshape(self._split))
+      return tensor
+    for blocks, codes in zip(tensor, parameter[self._index]):
+      loose = np.empty(self._split[1:], np.uint8)
+      _copy_by_tiles(self._of_expert(unpack(codes)), loose)
+      blocks[...] = mxfp4.to_blocks(loose.reshape(len(blocks), -1))
     return tensor
 
   def _view(self, parameter: np.ndarray) -> np.ndarray:
     """The part of the parameter, with the axes in the hub tensor's order."""
     return parameter[self._index].transpose(self._inverse)
 
+  def _of_expert(self, loose: np.ndarray) -> np.ndarray:
+    """`_view` of one expert, which leads both orders."""
+    return loose.transpose([i - 1 for i in self._inverse[1:]])
+
   def _copy(self, source: np.ndarray, target: np.ndarray) -> None:
-    # By blocks of rows: transposing a large matrix in one go misses the cache
-    # at every element and takes ten times as long.
-    rows = self.shape[0] // self._split[0]
-    step = max(1, _BLOCK_ROWS // rows)
-    for start in range(0, self._split[0], step):
-      target[start:start + step] = source[start:start + step]
+    if self._inverse == tuple(range(len(self._inverse))):
+      target[...] = source
+    elif self._inverse[0] == 0:
+      for one, other in zip(source, target):
+        _copy_by_tiles(one, other)
+    else:
+      _copy_by_tiles(source, target)
+
+
+def _copy_by_tiles(source: np.ndarray, target: np.ndarray) -> None:
+  # Transposing a large matrix in one go misses the cache at every element and
+  # takes ten times as long.
+  for i in range(0, source.shape[0], _TILE):
+    for j in range(0, source.shape[1], _TILE):
+      target[i:i + _TILE, j:j + _TILE] = source[i:i + _TILE, j:j + _TILE]
 
 
 def parts(config: ModelConfig, piece: Piece) -> Iterator[Part]:
-  """All hub tensors of a piece."""
+  """All hub tensors of a piece, of files in the form that the config says."""
   sizes = {
       "V": config.vocab_size, "D": config.d_model, "H": config.num_heads,
       "K": config.num_kv_heads, "C": config.head_dim, "E": config.num_experts,
-      "F": config.d_expert, "G": config.d_shared_expert, "U": 2, "I": 1}
+      "F": config.d_expert, "G": config.d_shared_expert, "U": 2, "I": 1,
+      "M": config.d_model // 32, "N": config.d_expert // 32}
   layers = range(piece.start, piece.stop) if piece.num_layers else (None,)
   for layer in layers:
     for rule in FAMILIES[config.family]:
       if ("{layer}" in rule.tensor) == (layer is None) or (
-          rule.when and not getattr(config, rule.when)):
+          rule.when and not getattr(config, rule.when)) or (
+              rule.unless and getattr(config, rule.unless)):
         continue
       row = None if layer is None else layer - piece.start
       experts = range(config.num_experts) if "{expert}" in rule.tensor else (None,)

@@ -19,7 +19,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _DTYPES = {
     "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16)}
+    "BF16": np.dtype(ml_dtypes.bfloat16), "U8": np.dtype(np.uint8)}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100 << 20
 _AGAIN = "download the model again"
@@ -150,21 +150,24 @@ def _read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
   return tensors
 
 
-def plan_shards(
-    tensors: Iterable[tuple[str, tuple[int, ...]]], dtype: np.dtype, max_shard_bytes: int,
-) -> list[tuple[str, dict[str, tuple[int, ...]]]]:
-  """File names with the tensors' shapes in each, in order.
+# Shape and dtype of a tensor.
+Form = tuple[tuple[int, ...], np.dtype]
+
+
+def plan_shards(tensors: Iterable[tuple[str, Form]],
+                max_shard_bytes: int) -> list[tuple[str, dict[str, Form]]]:
+  """File names with the tensors' forms in each, in order.
 
   A shard is at most `max_shard_bytes`, or has one tensor only.
   """
-  shards: list[dict[str, tuple[int, ...]]] = []
+  shards: list[dict[str, Form]] = []
   filled = 0
-  for name, shape in tensors:
-    size = math.prod(shape) * dtype.itemsize
+  for name, form in tensors:
+    size = _num_bytes(form)
     if not shards or filled + size > max_shard_bytes:
       shards.append({})
       filled = 0
-    shards[-1][name] = shape
+    shards[-1][name] = form
     filled += size
   if len(shards) == 1:
     return [(SINGLE_FILE, shards[0])]
@@ -172,22 +175,25 @@ def plan_shards(
           for i, shard in enumerate(shards, 1)]
 
 
-def write_shards(
-    folder: pathlib.Path, shards: list[tuple[str, dict[str, tuple[int, ...]]]],
-    dtype: np.dtype, arrays: Iterator[np.ndarray]) -> None:
+def _num_bytes(form: Form) -> int:
+  shape, dtype = form
+  return math.prod(shape) * dtype.itemsize
+
+
+def write_shards(folder: pathlib.Path, shards: list[tuple[str, dict[str, Form]]],
+                 arrays: Iterator[np.ndarray]) -> None:
   """Writes planned shards, and their index if there are several.
 
   Args:
     folder: to write into.
     shards: as `plan_shards` planned them.
-    dtype: of all tensors.
     arrays: the tensors in the planned order; each is released once written.
   """
   total = 0
-  for file_name, shapes in shards:
+  for file_name, forms in shards:
     header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-      end = offset + math.prod(shape) * dtype.itemsize
+    for name, (shape, dtype) in forms.items():
+      end = offset + _num_bytes((shape, dtype))
       header[name] = {
           "dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
       offset = end
@@ -195,13 +201,13 @@ def write_shards(
     text += b" " * (-len(text) % 8)
     with open(folder / file_name, "wb") as file:
       file.write(len(text).to_bytes(8, "little") + text)
-      for shape in shapes.values():
+      for form in forms.values():
         array = next(arrays)
-        assert array.shape == shape and array.dtype == dtype, (array.shape, shape)
+        assert (array.shape, array.dtype) == form, (array.shape, array.dtype, form)
         file.write(memoryview(array.reshape(-1).view(np.uint8)))
         del array
     total += offset
   if len(shards) > 1:
     index = {"metadata": {"total_size": total},
-             "weight_map": {name: file for file, shapes in shards for name in shapes}}
+             "weight_map": {name: file for file, forms in shards for name in forms}}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

@@ -28,7 +28,8 @@ def convert_to_hugging_face(
   Args:
     source: a roe_jax checkpoint.
     target: the folder to write, which `transformers` can load.
-    dtype: "float32", "bfloat16", or "source" for the checkpoint's own.
+    dtype: "float32", "bfloat16", or "source" for the checkpoint's own. Experts in
+      MXFP4 stay so.
     overwrite: whether an existing Hugging Face folder at `target` is replaced.
     max_shard_bytes: how large a safetensors file may become.
 
@@ -41,19 +42,18 @@ def convert_to_hugging_face(
   config = checkpoint.load_config(source)
   if dtype != "source":
     config = config.replace(dtype=dtype)
-  rules.check_table(config)
   hf_config = to_hugging_face(config)
-  array_dtype = np.dtype(config.dtype)
+  rules.check_table(config)
   check_space(target, params_lib.num_bytes(config))
   partial = checkpoint.start_partial(target, _MARKER, json.dumps({"source": str(source)}))
 
-  tensors = [(part.tensor, part.shape)
+  tensors = [(part.tensor, (part.shape, _dtype(config, part)))
              for piece in checkpoint.load_pieces(source) for part in rules.parts(config, piece)]
-  shards = safetensors_files.plan_shards(tensors, array_dtype, max_shard_bytes)
+  shards = safetensors_files.plan_shards(tensors, max_shard_bytes)
   with tqdm(total=params_lib.num_bytes(config), unit="B", unit_scale=True,
             desc="converting") as progress:
     safetensors_files.write_shards(
-        partial, shards, array_dtype, _arrays(source, config, array_dtype, progress))
+        partial, shards, _arrays(source, config, progress))
   for name in checkpoint.COMPANION_FILES:
     if (pathlib.Path(source) / name).is_file():
       shutil.copyfile(pathlib.Path(source) / name, partial / name)
@@ -63,11 +63,14 @@ def convert_to_hugging_face(
   return config
 
 
-def _arrays(source: str, config: ModelConfig, dtype: np.dtype,
-            progress: tqdm) -> Iterator[np.ndarray]:
+def _dtype(config: ModelConfig, part: rules.Part) -> np.dtype:
+  return np.dtype(np.uint8 if part.is_bytes else config.dtype)
+
+
+def _arrays(source: str, config: ModelConfig, progress: tqdm) -> Iterator[np.ndarray]:
   for piece, arrays in checkpoint.iterate_pieces(source):
     for part in rules.parts(config, piece):
-      array = part.take(arrays[part.parameter]).astype(dtype, copy=False)
+      array = part.take(arrays[part.parameter]).astype(_dtype(config, part), copy=False)
       progress.update(array.nbytes)
       yield array
       del array

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
-from typing import Any, Iterator, Mapping
+from typing import Any, Collection, Iterator, Mapping
 
 from flax import traverse_util
 import jax
@@ -45,7 +45,7 @@ class Writer:
                files: PathLike | None = None,
                provenance: Mapping[str, Any] | None = None,
                fingerprint: str = "", piece_bytes: int = PIECE_BYTES,
-               overwrite: bool = False):
+               pieces: tuple[Piece, ...] | None = None, overwrite: bool = False):
     """Creates or continues `PATH.partial`.
 
     Args:
@@ -57,6 +57,7 @@ class Writer:
         another fingerprint, config or plan is discarded, not continued. An
         empty one never continues anything.
       piece_bytes: how large a piece of several layers may become.
+      pieces: instead of that, those of another checkpoint.
       overwrite: whether an existing checkpoint at `path` is replaced.
 
     Raises:
@@ -64,7 +65,7 @@ class Writer:
     """
     self.path = pathlib.Path(path).absolute()
     self.config = config
-    self.pieces = plan_pieces(config, piece_bytes)
+    self.pieces = pieces or plan_pieces(config, piece_bytes)
     self._files = None if files is None else pathlib.Path(files)
     self._provenance = dict(provenance or {})
     self._overwrite = overwrite
@@ -240,13 +241,20 @@ def load(path: PathLike, dtype: str | None = None,
   return jax.tree.unflatten(treedef, [leaves[name] for name in names]), config
 
 
-def iterate_pieces(path: PathLike) -> Iterator[tuple[Piece, dict[str, np.ndarray]]]:
-  """Yields every piece with its arrays on the host, named as in `piece_shapes`.
+def iterate_pieces(path: PathLike, names: Collection[str] | None = None,
+                   ) -> Iterator[tuple[Piece, dict[str, np.ndarray]]]:
+  """Yields pieces with their arrays on the host, named as in `piece_shapes`.
+
+  Args:
+    path: the checkpoint folder.
+    names: of the pieces; by default all.
 
   Raises: as `load`.
   """
   config, pieces = _open(path)
   for piece in pieces:
+    if names is not None and piece.name not in names:
+      continue
     shapes = piece_shapes(config, piece)
     # Orbax restores to the host where the abstract leaf is a numpy array; a
     # broadcast scalar is one without the memory.

@@ -32,12 +32,14 @@ def einsum(subscripts: str, x: jax.Array, weights: jax.Array) -> jax.Array:
 
   float32 operands are multiplied in full float32 on every platform (the
   default of GPUs and TPUs is shorter), bfloat16 ones as they are; weights held
-  as bits are widened, and `x` with them. Let axes that both operands and the
-  result share lead the result of a matmul: with others in front, XLA's CPU
-  backend fails on some bfloat16 dots.
+  as bits are widened, and `x` with them, as it is with float32 weights. Let axes
+  that both operands and the result share lead the result of a matmul: with
+  others in front, XLA's CPU backend fails on some bfloat16 dots.
   """
   if weights.dtype == jnp.uint16:
-    x, weights = x.astype(jnp.float32), widen(weights)
+    weights = widen(weights)
+  if weights.dtype == jnp.float32:
+    x = x.astype(jnp.float32)
   precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
   return jnp.einsum(subscripts, x, weights, precision=precision,
                     preferred_element_type=jnp.float32)
@@ -169,34 +171,41 @@ def walk(weights: Any, first: jax.Array | int, size: int, rows: int,
   """Goes over `size` rows of matrices in tiles of `rows`.
 
   Args:
-    weights: one matrix `[N, ...]`, or a tuple of them.
+    weights: one matrix `[N, ...]`, or a pytree of them. One that has fewer rows
+      than the others has a row for each group of theirs; tiles are then whole
+      groups, or lie within one (see `tile_rows`).
     first: index of the first row.
     size: how many rows; a multiple of `rows`.
     rows: of one tile.
-    add: `(tile, start, y) -> y`, where the tile (or tuple of them) starts
+    add: `(tile, start, y) -> y`, where the tile (or pytree of them) starts
       `start` rows after the first.
     y: what `add` works on.
   """
+  total = max(w.shape[0] for w in jax.tree.leaves(weights))
+
   def step(t, y):
-    tile = jax.tree.map(
-        lambda w: jax.lax.dynamic_slice_in_dim(w, first + t * rows, rows), weights)
-    return add(tile, t * rows, y)
+    def cut(w):
+      group = total // w.shape[0]
+      return jax.lax.dynamic_slice_in_dim(w, (first + t * rows) // group, max(1, rows // group))
+    return add(jax.tree.map(cut, weights), t * rows, y)
 
   if rows == size:
     return step(0, y)
   return jax.lax.fori_loop(0, size // rows, step, y)
 
 
-def tile_rows(size: int, row_elements: int) -> int:
+def tile_rows(size: int, row_elements: int, group: int = 1) -> int:
   """Rows of a tile of a matrix of `size` rows.
 
-  The largest divisor of `size` that a tile holds; all rows on other platforms
-  than CPUs, and where all divisors are very small.
+  The largest divisor of `size` that a tile holds and that is whole groups of
+  rows, or lies within one; all rows on other platforms than CPUs, and where all
+  divisors are very small.
   """
   if jax.default_backend() != "cpu":
     return size
   most = max(1, tile_bytes() // (4 * row_elements))
-  rows = max(d for d in range(1, min(most, size) + 1) if size % d == 0)
+  rows = max(d for d in range(1, min(most, size) + 1)
+             if size % d == 0 and (d % group == 0 or group % d == 0))
   return rows if 8 * rows >= min(most, size) else size
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import numerics
+from roe_jax import numerics, quantization
 from roe_jax.config import ModelConfig
 from roe_jax.quantization import Quantized, group_size, typical_scale
 
@@ -110,7 +110,13 @@ class ParamSpec:
 
 
 def describe(config: ModelConfig) -> Params:
-  """A `Params` tree of `ParamSpec`s for `config`."""
+  """A `Params` tree of `ParamSpec`s for `config`.
+
+  Raises:
+    ValueError: experts of these sizes do not exist in the config's format.
+  """
+  if config.expert_format is not None:
+    quantization.check_sizes(config.expert_format, config.d_model, config.d_expert)
   sizes = {
       "layers": config.num_layers, "embed": config.d_model,
       "heads": config.num_heads, "kv_heads": config.num_kv_heads,
@@ -218,6 +224,30 @@ def initialize(config: ModelConfig, key: jax.Array) -> Params:
 
   keys = jax.random.split(key, len(specs))
   return jax.tree.unflatten(treedef, [value(s, k) for s, k in zip(specs, keys)])
+
+
+def quantize(params: Params, config: ModelConfig, format: str) -> tuple[Params, ModelConfig]:
+  """The model with its experts' matrices in another format, and its config.
+
+  Args:
+    params: parameters whose experts are not quantised.
+    config: of the model.
+    format: one of `quantization.FORMATS`.
+
+  Raises:
+    ValueError: the experts are quantised already, or do not exist in the format.
+  """
+  if config.expert_format is not None:
+    raise ValueError(f"the experts are in {config.expert_format} already: quantise the "
+                     "parameters that they were made from")
+  config = config.replace(expert_format=format)
+  describe(config)  # checks the sizes
+  experts = params.layers.experts
+  experts = experts.replace(**{
+      name: jax.tree.map(jnp.asarray,
+                         quantization.quantize(np.asarray(getattr(experts, name)), format, axis))
+      for name, axis in quantization.CONTRACTED.items()})
+  return params.replace(layers=params.layers.replace(experts=experts)), config
 
 
 def held(params: Params) -> Params:

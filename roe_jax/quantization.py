@@ -3,16 +3,30 @@
 Both matrices of an expert have the model width D last (see `params`); a group
 of weights that share a scale runs along the axis that the matrix is contracted
 over: D for `gate_up`, F for `down`.
+
+What makes and reads whole matrices on the host is numpy (`quantize`,
+`dequantize`); `widen` is for programs, which widen a tile at a time.
 """
 
 import math
 from typing import Any
 
 from flax import struct
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 
 # Weights that share a scale, at most: the largest common divisor with the axis' size.
 GROUPS = {"int8": 128, "int4": 64, "mxfp4": 32}
 FORMATS = tuple(GROUPS)
+# The axis of each of an expert's matrices that it is contracted over.
+CONTRACTED = {"gate_up": -1, "down": -2}
+# FP4 (E2M1) by code.
+_FP4_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6],
+                       np.float32)
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_TILE_ELEMENTS = 2**20  # of what is worked on at a time: more would leave the cache
 
 
 @struct.dataclass
@@ -22,7 +36,7 @@ class Quantized:
   Attributes:
     codes: int8 `[..., D]`; in the formats of four bits uint8 `[..., D/2]`,
       where byte j holds element j in its low and element j + D/2 in its high
-      half.
+      half: a number in two's complement (int4), or a code of FP4 (mxfp4).
     scales: one for each group: bfloat16, for mxfp4 uint8 exponents with a bias
       of 127. Of `gate_up` `[L, E, F, 2, D/group]`, of `down` `[L, E, F/group, D]`.
     format: one of `FORMATS`.
@@ -33,9 +47,24 @@ class Quantized:
   format: str = struct.field(pytree_node=False)
 
 
+def is_quantized(leaf: Any) -> bool:
+  return isinstance(leaf, Quantized)
+
+
 def group_size(format: str, size: int) -> int:
   """Weights that share a scale along an axis of this size."""
   return math.gcd(GROUPS[format], size)
+
+
+def check_sizes(format: str, d_model: int, d_expert: int) -> None:
+  """Raises a ValueError if experts of this size do not exist in the format."""
+  if format == "mxfp4" and (d_model % 32 or d_expert % 32):
+    raise ValueError(
+        f"mxfp4 has blocks of 32 weights, and the experts' d_model {d_model} and d_expert "
+        f"{d_expert} are not both multiples of 32: take int8 or int4")
+  if format != "int8" and d_model % 2:
+    raise ValueError(f"{format} packs two weights in a byte and needs an even d_model, got "
+                     f"{d_model}: take int8")
 
 
 def typical_scale(format: str, stddev: float) -> float | int:
@@ -43,3 +72,204 @@ def typical_scale(format: str, stddev: float) -> float | int:
   if format == "mxfp4":
     return 127 + round(math.log2(stddev / 2.9))
   return stddev / (74 if format == "int8" else 4.6)
+
+
+def widen(matrix: Quantized, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+  """The weights `[..., N, D]` of codes and scales as programs hold them.
+
+  Args:
+    matrix: codes `[..., N, D or D/2]`, of whole experts or of a tile, and scales
+      with the same axes, each shorter by the size of its groups. bfloat16 scales
+      may be held as their bits (see `numerics.storage_dtype`).
+    dtype: of the weights. They are computed in float32; bfloat16 holds those of
+      mxfp4 exactly, too. Weights below 2^-126, the least normal number, are zero
+      where the platform makes them so, and exponents above 253, of weights that
+      float32 does not hold, are taken for 253.
+  """
+  return jnp.concatenate([p.astype(dtype) for p in widen_parts(matrix)], axis=-1)
+
+
+def widen_parts(matrix: Quantized) -> list[jax.Array]:
+  """`widen` in float32, by the stretches of D that codes of 4 bits hold in a byte.
+
+  One loop over both of them takes XLA's CPU backend ten times as long.
+
+  Returns:
+    One array `[..., N, D]`, or two `[..., N, D/2]`.
+  """
+  *lead, rows, width = matrix.codes.shape
+  row_groups, groups = matrix.scales.shape[-2:]
+  parts = _values(matrix.codes, matrix.format)
+  # Neighbours that share a scale; they must not reach into the other part.
+  run = math.gcd(len(parts) * width // groups, width)
+  scales = jnp.repeat(matrix.scales, len(parts) * width // run // groups, axis=-1)
+
+  def spread(scales):
+    grouped = _scale_values(scales)[..., :, None, :, None]
+    shape = (*lead, row_groups, rows // row_groups, width // run, run)
+    return jnp.broadcast_to(grouped, shape).reshape(*lead, rows, width)
+
+  return [part * spread(s) for part, s in
+          zip(parts, jnp.split(scales, len(parts), axis=-1))]
+
+
+def _values(codes, format):
+  """float32 values of each part; those of mxfp4 are halves of FP4's."""
+  if format == "int8":
+    return [codes.astype(jnp.float32)]
+  codes = codes.astype(jnp.int32)
+  if format == "int4":
+    return [((n ^ 8) - 8).astype(jnp.float32) for n in (codes & 15, codes >> 4)]
+  return [_half_fp4(n) for n in (codes & 15, codes >> 4)]
+
+
+def _half_fp4(nibbles):
+  """Half the values of FP4 by their bits, which needs no table and no small number."""
+  magnitude, quarter = nibbles & 7, 125 << 23
+  # From code 2 on, a code is the last bits of the exponent and the first of the mantissa.
+  bits = jnp.where(magnitude < 2, -magnitude & quarter, (magnitude << 22) + quarter)
+  return jax.lax.bitcast_convert_type(bits | (nibbles & 8) << 28, jnp.float32)
+
+
+def _scale_values(scales):
+  """float32 scales, those of mxfp4 doubled: 2^-127 is no normal number."""
+  if scales.dtype == jnp.uint8:
+    bits = (jnp.minimum(scales, 253).astype(jnp.int32) + 1) << 23
+  elif scales.dtype == jnp.uint16:
+    bits = scales.astype(jnp.int32) << 16
+  else:
+    return scales.astype(jnp.float32)
+  return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def quantize(array: np.ndarray, format: str, axis: int) -> Quantized:
+  """Weights in the format, rounded to nearest, on the host.
+
+  A scale is the least with which the largest weight of its group is not cut off
+  (int8, rounded up to bfloat16); an eighth of that weight, so that it becomes -8
+  and a weight as large of the other sign is cut off at 7 (int4, rounded to
+  bfloat16); or the power of two of the OCP Microscaling specification 1.0, with
+  which weights of more than 6 scales become 6 (mxfp4). Groups of zeros have
+  scale zero.
+
+  Args:
+    array: `[..., N, D]` weights, float32 or bfloat16.
+    format: one of `FORMATS`.
+    axis: -1 or -2, the one that is contracted; groups run along it.
+
+  Raises:
+    ValueError: a weight is not finite, or the sizes are not the format's.
+  """
+  *lead, rows, width = array.shape
+  size = array.shape[axis]
+  group = group_size(format, size)
+  if format == "mxfp4" and group != 32:
+    raise ValueError(f"mxfp4 has blocks of 32 weights, got {size} along the contracted axis")
+  if format != "int8" and width % 2:
+    raise ValueError(f"{format} packs two weights in a byte, got {width} along the last axis")
+  groups = (rows, width // group) if axis == -1 else (rows // group, width)
+  is_int8, is_mxfp4 = format == "int8", format == "mxfp4"
+  codes = np.empty((*lead, rows, width if is_int8 else width // 2),
+                   np.int8 if is_int8 else np.uint8)
+  scales = np.empty((*lead, *groups), np.uint8 if is_mxfp4 else _BFLOAT16)
+  flat = array.reshape(-1, rows, width), codes.reshape(-1, *codes.shape[-2:]), scales.reshape(
+      -1, *groups)
+  step = max(1, _TILE_ELEMENTS // (rows * width))
+  for start in range(0, len(flat[0]), step):
+    source, codes_part, scales_part = (a[start:start + step] for a in flat)
+    # Groups along axis 2 of [n, N, D/group, group], or of [n, N/group, group, D].
+    weights = to_float32(source).reshape(
+        len(source), groups[0], *((-1, group) if axis == -1 else (group, width)))
+    along = 3 if axis == -1 else 2
+    found, scale = _ENCODERS[format](weights, along)
+    found = found.reshape(len(source), rows, width)
+    codes_part[:] = found if is_int8 else pack(found)
+    scales_part[:] = scale.reshape(scales_part.shape)
+  return Quantized(codes, scales, format)
+
+
+def dequantize(matrix: Quantized, dtype: np.dtype = np.dtype(np.float32)) -> np.ndarray:
+  """The weights `[..., N, D]` in `dtype` of codes and scales on the host.
+
+  Exact in float32, and for mxfp4 in bfloat16, but for weights that they do not hold.
+  """
+  *lead, rows, width = matrix.codes.shape
+  row_groups, groups = matrix.scales.shape[-2:]
+  width *= 1 if matrix.format == "int8" else 2
+  weights = np.empty((*lead, rows, width), dtype)
+  flat = weights.reshape(-1, rows, width)
+  codes = matrix.codes.reshape(len(flat), rows, -1)
+  scales = matrix.scales.reshape(len(flat), row_groups, 1, groups, 1)
+  step = max(1, _TILE_ELEMENTS // (rows * width))
+  for start in range(0, len(flat), step):
+    part = slice(start, start + step)
+    values = codes[part] if matrix.format == "int8" else unpack(codes[part])
+    if matrix.format == "int4":
+      values = (values ^ 8).astype(np.int8) - 8
+    if matrix.format == "mxfp4":
+      values = _FP4_VALUES[values]
+      scale = np.ldexp(np.float32(1), np.minimum(scales[part], 254).astype(np.int32) - 127)
+    else:
+      values, scale = values.astype(np.float32), to_float32(scales[part])
+    grouped = values.reshape(-1, row_groups, rows // row_groups, groups, width // groups)
+    flat[part] = (grouped * scale).reshape(-1, rows, width)
+  return weights
+
+
+def pack(nibbles: np.ndarray) -> np.ndarray:
+  """uint8 `[..., D]` codes of 4 bits to `[..., D/2]`, two in a byte."""
+  low, high = np.split(nibbles, 2, axis=-1)
+  return low | high << 4
+
+
+def unpack(codes: np.ndarray) -> np.ndarray:
+  """The inverse of `pack`."""
+  return np.concatenate([codes & 15, codes >> 4], axis=-1)
+
+
+def to_float32(array: np.ndarray) -> np.ndarray:
+  """float32 values; of bfloat16 faster than by `astype`."""
+  if array.dtype == _BFLOAT16:
+    return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+  return array.astype(np.float32)
+
+
+def _encode_int8(weights, axis):
+  """Codes and scales of float32 groups along an axis, which the scales have as one."""
+  scales = np.abs(weights).max(axis=axis, keepdims=True) / np.float32(127)
+  bits = np.ascontiguousarray(scales).view(np.uint32)
+  scales = _checked((bits + 0xFFFF & 0xFFFF0000).view(np.float32))
+  return np.clip(np.rint(_divided(weights, scales)), -127, 127).astype(np.int8), scales
+
+
+def _encode_int4(weights, axis):
+  low, high = (f(weights, axis=axis, keepdims=True) for f in (np.min, np.max))
+  scales = np.where(high > -low, high, low) / np.float32(-8)
+  scales = _checked(scales.astype(_BFLOAT16).astype(np.float32))
+  codes = np.clip(np.rint(_divided(weights, scales)), -8, 7).astype(np.int8)
+  return codes.view(np.uint8) & 15, scales
+
+
+def _encode_mxfp4(weights, axis):
+  largest = _checked(np.abs(weights).max(axis=axis, keepdims=True))
+  exponents = np.clip(np.frexp(largest)[1] - 3, -127, 127)  # the largest becomes 4 to 8
+  magnitudes = np.abs(weights) * np.ldexp(np.float32(1), -exponents)
+  # Ties go to the even code.
+  codes = sum((magnitudes > bound).astype(np.uint8) for bound in (0.25, 1.25, 2.5, 5))
+  codes += sum((magnitudes >= bound).astype(np.uint8) for bound in (0.75, 1.75, 3.5))
+  scales = np.where(largest > 0, exponents + 127, 0).astype(np.uint8)
+  return codes | np.signbit(weights).astype(np.uint8) << 3, scales
+
+
+_ENCODERS = {"int8": _encode_int8, "int4": _encode_int4, "mxfp4": _encode_mxfp4}
+
+
+def _checked(scales):
+  """Scales, zero where they are no normal numbers."""
+  if not np.isfinite(scales).all():
+    raise ValueError("the experts have weights that are not finite and cannot be quantised")
+  return np.where(np.abs(scales) < np.finfo(np.float32).tiny, np.float32(0), scales)
+
+
+def _divided(weights, scales):
+  return weights / np.where(scales == 0, np.float32(1), scales)

@@ -14,6 +14,7 @@ from roe_jax.config import ModelConfig
 from roe_jax.experts import Activation, shared
 from roe_jax.numerics import add, einsum, from_storage, rounded
 from roe_jax.params import Params
+from roe_jax.quantization import is_quantized, widen
 
 
 def member_states(params: Params, config: ModelConfig, roster, tokens_BxT: jax.Array,
@@ -55,7 +56,9 @@ def member_states(params: Params, config: ModelConfig, roster, tokens_BxT: jax.A
 
 def _block(params, config, x, positions, layer, noise, gate_weights, history):
   layers = params.layers
-  experts = jax.tree.map(lambda w: from_storage(w[layer]), layers.experts)
+  experts = jax.tree.map(lambda w: w[layer], layers.experts)
+  experts = jax.tree.map(lambda w: widen(w) if is_quantized(w) else from_storage(w), experts,
+                         is_leaf=is_quantized)
   cos, sin = attention.rotation(config, positions)
   normed = transformer.norm(config, x, layers.attention_norm[layer])
   query, key, value = attention.project(config, params.layers.attention, layer, normed, cos, sin)

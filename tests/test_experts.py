@@ -199,6 +199,8 @@ def test_choice_of_strategy(monkeypatch):
     return experts_lib.choose_strategy(*args)
   assert choice(1, 8, 64, "float32", "cpu") == choice(1000, 8, 64, "bfloat16", "cpu") == "blocks"
   monkeypatch.setattr(experts_lib, "kernel_works", lambda strategy, dtype: True)
+  for platform in ("cpu", "gpu", "tpu"):  # few bits are widened one expert at a time
+    assert {choice(n, 8, 64, "bfloat16", platform, "int4") for n in (1, 1000)} == {"blocks"}
   for platform in ("gpu", "tpu"):
     assert choice(4, 8, 64, "bfloat16", platform) == "selected"
     assert choice(5, 8, 64, "bfloat16", platform) == "dense"

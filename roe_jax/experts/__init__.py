@@ -6,7 +6,9 @@ any, and drop nothing. They differ
 in how often they read an expert's weights and in what they can be used for:
 
 * `blocks`: a loop over the experts that were hit, each tile of whose weights
-  is read once and multiplied with its rows block by block. For CPUs.
+  is read once and multiplied with its rows block by block. For CPUs, and on all
+  platforms for quantised experts, of which it widens one tile at a time; the
+  others, if asked for, widen all experts of a layer.
 * `dense`: every expert for every row as batched matmuls. For rosters on
   accelerators, where most experts are hit anyway.
 * `selected`: kernels over the (row, choice) pairs; for few rows on accelerators.
@@ -31,6 +33,7 @@ from roe_jax.experts.many_rows import grouped
 from roe_jax.experts.shared import shared
 from roe_jax.numerics import from_storage
 from roe_jax.params import ExpertParams
+from roe_jax.quantization import is_quantized, widen
 
 _FUNCTIONS = {"blocks": blocks, "dense": dense, "selected": selected, "grouped": grouped,
               "padded": padded}
@@ -47,13 +50,14 @@ def check_strategy(strategy: str | None) -> None:
 
 
 def choose_strategy(num_rows: int, experts_per_token: int, num_experts: int,
-                    dtype: str = "float32", platform: str | None = None) -> str:
+                    dtype: str = "float32", platform: str | None = None,
+                    expert_format: str | None = None) -> str:
   """The strategy for a static number of rows on `platform` (default: the backend).
 
   A kernel is chosen only where `kernel_works` has just found that it does.
   """
   platform = platform or jax.default_backend()
-  if platform == "cpu":
+  if platform == "cpu" or expert_format is not None:
     return "blocks"
   if num_rows * experts_per_token <= num_experts // 2:
     wanted = "selected"
@@ -134,13 +138,25 @@ def apply(experts: ExpertParams, layer: jax.Array | int, x_NxD: jax.Array,
                                            indices_NxA, gates_NxA)
 
 
+def _of_layer(weights, layer, num_experts, dtype):
+  """One layer's experts `[E, ...]`, quantised matrices in `dtype`."""
+  sliced = jax.tree.map(
+      lambda w: jax.lax.dynamic_slice_in_dim(w, layer * num_experts, num_experts), weights)
+  return jax.tree.map(lambda w: widen(w, dtype) if is_quantized(w) else w,
+                      sliced, is_leaf=is_quantized)
+
+
 @functools.cache
 def _folding(num_experts, activation, strategy):
   """The strategy's function with a vmap rule that folds the mapped axis into rows."""
 
   def compute(weights, layer, x, indices, gates):
-    chosen = strategy or choose_strategy(*indices.shape, num_experts, str(x.dtype))
+    format = weights.down.format if is_quantized(weights.down) else None
+    chosen = strategy or choose_strategy(*indices.shape, num_experts, str(x.dtype),
+                                         expert_format=format)
     if chosen != "blocks":
+      if format is not None:
+        weights, layer = _of_layer(weights, layer, num_experts, x.dtype), 0
       weights = jax.tree.map(from_storage, weights)
     return _FUNCTIONS[chosen](num_experts, activation, weights, layer, x, indices, gates)
 
