@@ -99,13 +99,13 @@ def widen_parts(matrix: Quantized) -> list[jax.Array]:
   """
   *lead, rows, width = matrix.codes.shape
   row_groups, groups = matrix.scales.shape[-2:]
-  parts = _values(matrix.codes, matrix.format)
+  parts = values(matrix.codes, matrix.format)
   # Neighbours that share a scale; they must not reach into the other part.
   run = math.gcd(len(parts) * width // groups, width)
   scales = jnp.repeat(matrix.scales, len(parts) * width // run // groups, axis=-1)
 
   def spread(scales):
-    grouped = _scale_values(scales)[..., :, None, :, None]
+    grouped = scale_values(scales)[..., :, None, :, None]
     shape = (*lead, row_groups, rows // row_groups, width // run, run)
     return jnp.broadcast_to(grouped, shape).reshape(*lead, rows, width)
 
@@ -113,8 +113,12 @@ def widen_parts(matrix: Quantized) -> list[jax.Array]:
           zip(parts, jnp.split(scales, len(parts), axis=-1))]
 
 
-def _values(codes, format):
-  """float32 values of each part; those of mxfp4 are halves of FP4's."""
+def values(codes: jax.Array, format: str) -> list[jax.Array]:
+  """The weights of each part of the codes, without their scales, in float32.
+
+  Those of mxfp4 are halves of FP4's. bfloat16 holds them all exactly. Like
+  `scale_values`, it has only operations that Pallas lowers for GPUs and TPUs.
+  """
   if format == "int8":
     return [codes.astype(jnp.float32)]
   codes = codes.astype(jnp.int32)
@@ -131,7 +135,7 @@ def _half_fp4(nibbles):
   return jax.lax.bitcast_convert_type(bits | (nibbles & 8) << 28, jnp.float32)
 
 
-def _scale_values(scales):
+def scale_values(scales: jax.Array) -> jax.Array:
   """float32 scales, those of mxfp4 doubled: 2^-127 is no normal number."""
   if scales.dtype == jnp.uint8:
     bits = (jnp.minimum(scales, 253).astype(jnp.int32) + 1) << 23

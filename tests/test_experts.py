@@ -12,6 +12,7 @@ from expert_loop import CLAMPED, PLAIN
 from roe_jax import experts as experts_lib, numerics
 from roe_jax.experts import cpu
 from roe_jax.params import ExpertParams
+from roe_jax.quantization import FORMATS
 
 L, E, D, F, A = 2, 8, 16, 12, 3
 
@@ -198,22 +199,31 @@ def test_choice_of_strategy(monkeypatch):
   def choice(*args):
     return experts_lib.choose_strategy(*args)
   assert choice(1, 8, 64, "float32", "cpu") == choice(1000, 8, 64, "bfloat16", "cpu") == "blocks"
-  monkeypatch.setattr(experts_lib, "kernel_works", lambda strategy, dtype: True)
-  for platform in ("cpu", "gpu", "tpu"):  # few bits are widened one expert at a time
-    assert {choice(n, 8, 64, "bfloat16", platform, "int4") for n in (1, 1000)} == {"blocks"}
+  monkeypatch.setattr(experts_lib, "kernel_works", lambda *args: True)
+  assert choice(1, 8, 64, "bfloat16", "cpu", "int4") == "blocks"
+  # A layout that a TPU's kernel would have changed.
+  assert choice(1, 8, 64, "bfloat16", "tpu", None, 2880) == "dense"
+  assert choice(1, 8, 64, "bfloat16", "tpu", "mxfp4", 1440) == "blocks"
   for platform in ("gpu", "tpu"):
+    assert choice(4, 8, 64, "bfloat16", platform, "int4") == "selected"
+    assert {choice(n, 8, 64, "bfloat16", platform, "int4") for n in (5, 1000)} == {"grouped"}
     assert choice(4, 8, 64, "bfloat16", platform) == "selected"
     assert choice(5, 8, 64, "bfloat16", platform) == "dense"
     assert choice(181, 8, 64, "bfloat16", platform) == "grouped"
-  monkeypatch.setattr(experts_lib, "kernel_works", lambda strategy, dtype: False)
+  monkeypatch.setattr(experts_lib, "kernel_works", lambda *args: False)
   assert {choice(n, 8, 64, "bfloat16", "gpu") for n in (1, 100, 1000)} == {"dense"}
+  assert {choice(n, 8, 64, "bfloat16", "gpu", "int8") for n in (1, 100, 1000)} == {"blocks"}
 
 
+@pytest.mark.parametrize("expert_format", [None, *FORMATS])
 @pytest.mark.parametrize("strategy", ["selected", "grouped"])
-def test_a_kernel_is_used_only_if_it_works(strategy, monkeypatch, caplog):
+def test_a_kernel_is_used_only_if_it_works(strategy, expert_format, monkeypatch):
+  def works():
+    return experts_lib.kernel_works(strategy, "float32", expert_format)
+
   experts_lib.kernel_works.cache_clear()
   # Called while a program is traced, as the choice is.
-  jax.jit(lambda x: x if experts_lib.kernel_works(strategy, "float32") else 1 / 0)(1.0)
+  jax.jit(lambda x: x if works() else 1 / 0)(1.0)
 
   def raising(*args):
     raise RuntimeError("no such instruction")
@@ -221,7 +231,7 @@ def test_a_kernel_is_used_only_if_it_works(strategy, monkeypatch, caplog):
   for broken in (raising, lambda *args: 1.01 * experts_lib.dense(*args)):
     experts_lib.kernel_works.cache_clear()
     monkeypatch.setitem(experts_lib._FUNCTIONS, strategy, broken)
-    assert not experts_lib.kernel_works(strategy, "float32")
+    assert not works()
   experts_lib.kernel_works.cache_clear()
 
 

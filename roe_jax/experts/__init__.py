@@ -2,19 +2,20 @@
 
 All strategies compute, for each row, the gate-weighted sum of the outputs of
 its chosen experts, `down(activation(gate x, up x))` with biases where there are
-any, and drop nothing. They differ
-in how often they read an expert's weights and in what they can be used for:
+any, and drop nothing. They differ in how often they read an expert's weights and
+in what they can be used for:
 
 * `blocks`: a loop over the experts that were hit, each tile of whose weights
-  is read once and multiplied with its rows block by block. For CPUs, and on all
-  platforms for quantised experts, of which it widens one tile at a time; the
-  others, if asked for, widen all experts of a layer.
+  is read once and multiplied with its rows block by block. For CPUs.
 * `dense`: every expert for every row as batched matmuls. For rosters on
   accelerators, where most experts are hit anyway.
 * `selected`: kernels over the (row, choice) pairs; for few rows on accelerators.
 * `grouped`: kernels over blocks of rows of one expert; for many rows there.
 * `padded`: such blocks as one batched matmul over gathered weights.
   Differentiable; for training, and for small models.
+
+Of quantised experts `blocks`, `selected` and `grouped` widen a tile at a time;
+`dense` and `padded` widen all experts of the layer, and are not chosen.
 """
 
 import concurrent.futures
@@ -33,7 +34,7 @@ from roe_jax.experts.many_rows import grouped
 from roe_jax.experts.shared import shared
 from roe_jax.numerics import from_storage
 from roe_jax.params import ExpertParams
-from roe_jax.quantization import is_quantized, widen
+from roe_jax.quantization import CONTRACTED, is_quantized, quantize, widen
 
 _FUNCTIONS = {"blocks": blocks, "dense": dense, "selected": selected, "grouped": grouped,
               "padded": padded}
@@ -51,25 +52,30 @@ def check_strategy(strategy: str | None) -> None:
 
 def choose_strategy(num_rows: int, experts_per_token: int, num_experts: int,
                     dtype: str = "float32", platform: str | None = None,
-                    expert_format: str | None = None) -> str:
+                    expert_format: str | None = None, width: int = 128) -> str:
   """The strategy for a static number of rows on `platform` (default: the backend).
 
-  A kernel is chosen only where `kernel_works` has just found that it does.
+  A kernel is chosen only where `kernel_works` has just found that it does, and
+  on TPUs only for weights whose last axis has a `width` that is a multiple of
+  128: others have a layout there that XLA would change for every call.
   """
   platform = platform or jax.default_backend()
-  if platform == "cpu" or expert_format is not None:
+  fallback = "dense" if expert_format is None else "blocks"
+  if platform == "cpu":
     return "blocks"
   if num_rows * experts_per_token <= num_experts // 2:
     wanted = "selected"
-  elif num_rows > DENSE_ROWS:
+  elif num_rows > DENSE_ROWS or expert_format is not None:
     wanted = "grouped"
   else:
     return "dense"
-  return wanted if kernel_works(wanted, dtype) else "dense"
+  if platform == "tpu" and width % 128:
+    return fallback
+  return wanted if kernel_works(wanted, dtype, expert_format) else fallback
 
 
 @functools.cache
-def kernel_works(strategy: str, dtype: str) -> bool:
+def kernel_works(strategy: str, dtype: str, expert_format: str | None = None) -> bool:
   """Whether a strategy agrees with `dense` on this machine's device, tried on a small case.
 
   The kernels were made without an accelerator at hand: one that the installed
@@ -78,30 +84,41 @@ def kernel_works(strategy: str, dtype: str) -> bool:
   try:
     # The choice is made while a program is traced; another thread is in no trace.
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-      difference = thread.submit(_difference_to_dense, strategy, dtype).result()
+      difference = thread.submit(_difference_to_dense, strategy, dtype, expert_format).result()
   except Exception as error:  # whatever a compiler or a driver raises
     reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
   else:
-    if difference <= (1e-2 if dtype == "bfloat16" else 1e-4):
+    # Weights of few bits are rounded once more on TPUs.
+    if difference <= (2e-2 if dtype == "bfloat16" else 1e-4):
       return True
     reason = f"it is off by {difference:.1e} of the largest value"
-  logging.warning("the expert strategy %r does not work in %s on this device (%s): using "
-                  "'dense' instead", strategy, dtype, reason)
+  logging.warning(
+      "the expert strategy %r does not work in %s%s on this device (%s): using %r instead",
+      strategy, dtype, f" with experts in {expert_format}" if expert_format else "", reason,
+      "blocks" if expert_format else "dense")
   return False
 
 
-def _difference_to_dense(strategy, dtype):
+def _difference_to_dense(strategy, dtype, expert_format):
   """Largest difference on a small case, relative to the largest value."""
   num_experts, d, f, rows, choices = 4, 256, 128, 32, 2
-  keys = jax.random.split(jax.random.key(0), 4)
-  weights = ExpertParams(
-      gate_up=jax.random.normal(keys[0], (2 * num_experts, f, 2, d), dtype) / 16,
-      down=jax.random.normal(keys[1], (2 * num_experts, f, d), dtype) / 16)
-  x = jax.random.normal(keys[2], (rows, d), dtype)
-  gates, indices = jax.lax.top_k(jax.random.uniform(keys[3], (rows, num_experts)), choices)
+  keys = jax.random.split(jax.random.key(0), 6)
+  def normal(key, *shape):
+    return np.asarray(jax.random.normal(key, (2 * num_experts, *shape)) / 16)
+  matrices = {"gate_up": normal(keys[0], f, 2, d), "down": normal(keys[1], f, d)}
+  if expert_format is not None:
+    matrices = {name: quantize(w, expert_format, CONTRACTED[name])
+                for name, w in matrices.items()}
+  else:
+    matrices = {name: jnp.asarray(w, dtype) for name, w in matrices.items()}
+  weights = ExpertParams(**matrices, gate_up_bias=jnp.asarray(normal(keys[2], f, 2), dtype),
+                         down_bias=jnp.asarray(normal(keys[3], d), dtype))
+  x = jax.random.normal(keys[4], (rows, d), dtype)
+  gates, indices = jax.lax.top_k(jax.random.uniform(keys[5], (rows, num_experts)), choices)
   actual, expected = (
-      np.asarray(jax.jit(functools.partial(_FUNCTIONS[name], num_experts, Activation()))(
-          weights, 1, x, indices, gates), np.float32)
+      np.asarray(jax.jit(functools.partial(
+          _compute, name, num_experts, Activation(limit=1.0, alpha=1.7)))(
+              weights, 1, x, indices, gates), np.float32)
       for name in (strategy, "dense"))
   return np.abs(actual - expected).max() / np.abs(expected).max()
 
@@ -146,19 +163,24 @@ def _of_layer(weights, layer, num_experts, dtype):
                       sliced, is_leaf=is_quantized)
 
 
+def _compute(strategy, num_experts, activation, weights, layer, x, indices, gates):
+  """A strategy's function with weights in the form that it takes."""
+  if strategy in ("padded", "dense") and is_quantized(weights.down):
+    weights, layer = _of_layer(weights, layer, num_experts, x.dtype), 0
+  if strategy != "blocks":
+    weights = jax.tree.map(from_storage, weights)
+  return _FUNCTIONS[strategy](num_experts, activation, weights, layer, x, indices, gates)
+
+
 @functools.cache
 def _folding(num_experts, activation, strategy):
   """The strategy's function with a vmap rule that folds the mapped axis into rows."""
 
   def compute(weights, layer, x, indices, gates):
-    format = weights.down.format if is_quantized(weights.down) else None
-    chosen = strategy or choose_strategy(*indices.shape, num_experts, str(x.dtype),
-                                         expert_format=format)
-    if chosen != "blocks":
-      if format is not None:
-        weights, layer = _of_layer(weights, layer, num_experts, x.dtype), 0
-      weights = jax.tree.map(from_storage, weights)
-    return _FUNCTIONS[chosen](num_experts, activation, weights, layer, x, indices, gates)
+    chosen = strategy or choose_strategy(
+        *indices.shape, num_experts, str(x.dtype), width=jax.tree.leaves(weights.down)[0].shape[-1],
+        expert_format=weights.down.format if is_quantized(weights.down) else None)
+    return _compute(chosen, num_experts, activation, weights, layer, x, indices, gates)
 
   if strategy in ("padded", "dense"):
     return compute

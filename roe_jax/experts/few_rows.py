@@ -21,8 +21,9 @@ from jax.experimental.pallas import triton as plgpu
 from roe_jax.experts.activation import Activation
 from roe_jax.experts.packing import combine
 from roe_jax.experts.tpu_kernels import apply_on_tpu
-from roe_jax.experts.widening import group_of, held, num_parts, widen, widen_scales
+from roe_jax.experts.widening import group_of, held, num_parts, widen
 from roe_jax.params import ExpertParams
+from roe_jax.quantization import scale_values
 
 # Tiles of the GPU's kernels in weights, powers of two as Triton wants them. A program
 # keeps a float32 sum for each element of a tile, 32 a thread of 4 warps. One row of 8
@@ -157,7 +158,7 @@ def _hidden_kernel(experts_ref, x_ref, codes_ref, scales_ref, bias_ref, hidden_r
       return weights.astype(jnp.float32)
     groups = first // group_of(scales_ref, 3, d)
     scales = _load(scales_ref.at[expert, rows, jnp.int32(c), groups], mask)
-    return weights * widen_scales(scales, format)[..., None]
+    return weights * scale_values(scales)[..., None]
 
   def step(i, sums):
     first = piece * (i * pieces + jnp.arange(pieces)[None, :])
@@ -202,7 +203,7 @@ def _down_kernel(experts_ref, hidden_ref, codes_ref, scales_ref, partial_ref, *,
     group = f.start // group_of(scales_ref, 1, width)
     scales = _load(scales_ref.at[expert, group, _shifted(d, part * columns)],
                    in_d & (f.start < width))
-    return weights * widen_scales(scales, format)[None, :]
+    return weights * scale_values(scales)[None, :]
 
   def step(i, totals):
     f, in_f = _tile(split * steps + i, tiles[0], width)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from roe_jax.experts.widening import group_of, held, num_parts, widen, widen_scales
+from roe_jax.experts.widening import group_of, held, num_parts, widen
+from roe_jax.quantization import scale_values
 
 # Powers of two, as Triton wants them, and no less than 16 in a matmul.
 OUT_TILE = 64  # of the columns that a program computes
@@ -99,7 +100,7 @@ def _hidden_kernel(experts_ref, x_ref, codes_ref, scales_ref, bias_ref, hidden_r
       return product
     group = first // group_of(scales_ref, 3, model_width)
     scales = _load(scales_ref.at[expert, f, jnp.int32(c), group], in_f)
-    return product * widen_scales(scales, format)[None, :]
+    return product * scale_values(scales)[None, :]
 
   @pl.when(expert >= 0)
   def _():
@@ -144,7 +145,7 @@ def _down_kernel(experts_ref, hidden_ref, codes_ref, scales_ref, out_ref, *, for
       return product
     group = f.start // group_of(scales_ref, 1, width)
     scales = _load(scales_ref.at[expert, group, _shifted(d, part * columns)], in_d)
-    return product * widen_scales(scales, format)[None, :]
+    return product * scale_values(scales)[None, :]
 
   @pl.when(expert >= 0)
   def _():

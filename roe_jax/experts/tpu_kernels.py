@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from roe_jax.experts.widening import held, num_parts, widen, widen_scales
+from roe_jax.experts.widening import held, num_parts, widen
+from roe_jax.quantization import scale_values
 
 # Of a tile of weights, two of which are in VMEM at a time. Quantised ones are
 # counted as they are widened.
@@ -148,7 +149,7 @@ def _hidden_kernel(experts_ref, x_ref, codes_ref, scales_ref, bias_ref, hidden_r
       return weights
     groups = scales_ref.shape[1]
     spread = _spread((groups, width), 1, parts * width // groups, part * width)
-    scales = _repeated(widen_scales(scales_ref[c], format), 0, spread)
+    scales = _repeated(scale_values(scales_ref[c]), 0, spread)
     return (weights * scales).astype(x_ref.dtype)
 
   @pl.when(experts_ref[pl.program_id(1)] >= 0)
@@ -174,7 +175,7 @@ def _down_kernel(experts_ref, hidden_ref, codes_ref, scales_ref, out_ref, *, for
       return weights
     groups = scales_ref.shape[1]
     spread = _spread((width, groups), 0, width // groups, 0)
-    scales = _repeated(spread, 1, widen_scales(scales_ref[part], format))
+    scales = _repeated(spread, 1, scale_values(scales_ref[part]))
     return (weights * scales).astype(hidden_ref.dtype)
 
   @pl.when(experts_ref[pl.program_id(1)] >= 0)
