@@ -176,17 +176,16 @@ def quantize(array: np.ndarray, format: str, axis: int) -> Quantized:
   codes = np.empty((*lead, rows, width if is_int8 else width // 2),
                    np.int8 if is_int8 else np.uint8)
   scales = np.empty((*lead, *groups), np.uint8 if is_mxfp4 else _BFLOAT16)
-  flat = array.reshape(-1, rows, width), codes.reshape(-1, *codes.shape[-2:]), scales.reshape(
-      -1, *groups)
-  step = max(1, _TILE_ELEMENTS // (rows * width))
+  height, along = (1, 3) if axis == -1 else (group, 1)  # rows with the same scales
+  flat = (array.reshape(-1, height, width), codes.reshape(-1, height, codes.shape[-1]),
+          scales.reshape(-1, groups[-1]))
+  step = max(1, _TILE_ELEMENTS // (height * width))
   for start in range(0, len(flat[0]), step):
     source, codes_part, scales_part = (a[start:start + step] for a in flat)
-    # Groups along axis 2 of [n, N, D/group, group], or of [n, N/group, group, D].
-    weights = to_float32(source).reshape(
-        len(source), groups[0], *((-1, group) if axis == -1 else (group, width)))
-    along = 3 if axis == -1 else 2
+    # [n, 1, D/group, group], or [n, group, D, 1]
+    weights = to_float32(source).reshape(len(source), height, groups[-1], -1)
     found, scale = _ENCODERS[format](weights, along)
-    found = found.reshape(len(source), rows, width)
+    found = found.reshape(source.shape)
     codes_part[:] = found if is_int8 else pack(found)
     scales_part[:] = scale.reshape(scales_part.shape)
   return Quantized(codes, scales, format)
@@ -201,10 +200,11 @@ def dequantize(matrix: Quantized, dtype: np.dtype = np.dtype(np.float32)) -> np.
   row_groups, groups = matrix.scales.shape[-2:]
   width *= 1 if matrix.format == "int8" else 2
   weights = np.empty((*lead, rows, width), dtype)
-  flat = weights.reshape(-1, rows, width)
-  codes = matrix.codes.reshape(len(flat), rows, -1)
-  scales = matrix.scales.reshape(len(flat), row_groups, 1, groups, 1)
-  step = max(1, _TILE_ELEMENTS // (rows * width))
+  height = rows // row_groups  # rows with the same scales
+  flat = weights.reshape(-1, height, width)
+  codes = matrix.codes.reshape(len(flat), height, -1)
+  scales = matrix.scales.reshape(len(flat), 1, groups, 1)
+  step = max(1, _TILE_ELEMENTS // (height * width))
   for start in range(0, len(flat), step):
     part = slice(start, start + step)
     values = codes[part] if matrix.format == "int8" else unpack(codes[part])
@@ -215,8 +215,8 @@ def dequantize(matrix: Quantized, dtype: np.dtype = np.dtype(np.float32)) -> np.
       scale = np.ldexp(np.float32(1), np.minimum(scales[part], 254).astype(np.int32) - 127)
     else:
       values, scale = values.astype(np.float32), to_float32(scales[part])
-    grouped = values.reshape(-1, row_groups, rows // row_groups, groups, width // groups)
-    flat[part] = (grouped * scale).reshape(-1, rows, width)
+    grouped = values.reshape(len(values), height, groups, -1)
+    flat[part] = (grouped * scale).reshape(values.shape)
   return weights
 
 

@@ -340,3 +340,15 @@ def test_large_transposes_are_made_by_blocks():
       np.testing.assert_array_equal(
           parameter[0], tensor.reshape(E, 256, 96, 2).transpose(0, 2, 3, 1))
       np.testing.assert_array_equal(part.take(parameter), tensor)
+
+
+@pytest.mark.parametrize("arguments,experts", [
+    ({}, None), (dict(keep_mxfp4=True), "mxfp4"), (dict(quantize_experts="int4"), "int4")])
+def test_a_dry_run_on_the_hub_believes_config_json(
+    tmp_path, capsys, monkeypatch, arguments, experts):
+  write_hub(tmp_path / "hub", config("gpt_oss"))
+  (tmp_path / "hub/model.safetensors").unlink()
+  monkeypatch.setattr(importer, "find", lambda *args, **kwargs: tmp_path / "hub")
+  code, out, errors = run(capsys, source="some/model", dry_run=True, **arguments)
+  assert (code, errors) == (0, [])
+  assert (f"experts in {experts}" in out) if experts else "experts in" not in out
