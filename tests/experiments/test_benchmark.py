@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import machine, models, timing
-from roe_jax import params as params_lib
+from roe_jax import params as params_lib, quantization
 
 TINY = models.PRESETS["tiny"]
 FLAGS = ("--preset=tiny", "--rounds=3", "--num_members=1,8", "--context=24", "--contexts=8,16",
@@ -152,6 +152,14 @@ def test_distinct_experts():
   experts = np.array([[[[[0, 1]]], [[[1, 2]]]], [[[[3, 4]]], [[[3, 4]]]]])
   assert models.distinct_experts(experts, 1) == 2
   assert models.distinct_experts(experts, 2) == 2.5
+
+
+@pytest.mark.parametrize("expert_format", ["int8", "int4"])
+def test_random_weights_in_few_bits_are_as_large(expert_format):
+  config = TINY.replace(expert_format=expert_format)
+  params = models.random_params(config, seed=3)
+  gate_up = quantization.widen(params.layers.experts.gate_up)
+  assert abs(np.std(gate_up) / TINY.initializer_range - 1) < 0.1
 
 
 def test_random_weights():
