@@ -15,6 +15,7 @@ from roe_jax import (
     assets, batching, checkpoint, decode, members, params as params_lib, presets, score, sharding,
     transformer)
 from roe_jax.config import ModelConfig
+from roe_jax.experts import parallel
 from roe_jax.quantization import FORMATS, GROUPS
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
@@ -249,6 +250,20 @@ def test_windows_and_few_bits_by_parts():
       decode.generate(p, config, tiny.texts([5, 9, 12, 7, 3], 64), max_new_tokens=8, batch_size=4,
                       roster=Roster.create(config, 2, 0.5)).completions for p in (placed, params)]
   assert all(same_tokens(a, b) for a, b in zip(*completions))
+
+
+def test_scoring_sends_rows_to_their_experts(params, monkeypatch):
+  traced = []
+  exchanged = parallel.exchanged
+  monkeypatch.setattr(parallel, "EXCHANGED_ROWS", 1)
+  monkeypatch.setattr(parallel, "exchanged", lambda *a: traced.append(a) or exchanged(*a))
+  config = CONFIG.replace(context_length=65)  # no program of another test
+  texts, roster = tiny.texts([9, 12, 4, 7, 8, 5, 11, 6], 64), Roster.create(config, 2, 0.5)
+  placed = sharding.place(params, config, make_mesh(config, expert=8))
+  actual = score.score(placed, config, texts, roster=roster).texts
+  assert traced
+  for a, b in zip(actual, score.score(params, config, texts, roster=roster).texts):
+    np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
 
 
 def test_a_text_that_is_streamed_on_a_mesh(params):
