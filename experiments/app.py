@@ -9,7 +9,7 @@ import sys
 from absl import app, flags, logging
 import jax
 
-from roe_jax import assets, checkpoint, routing, tokenizer as tokenizer_lib
+from roe_jax import assets, checkpoint, routing, sharding, tokenizer as tokenizer_lib
 from roe_jax.aggregation import AGGREGATIONS
 from roe_jax.config import ModelConfig
 from roe_jax.experts import STRATEGIES
@@ -73,6 +73,10 @@ def define_model_flags(default: str | None = None) -> None:
       + ", ".join(EMBEDDED + name for name in assets.NAMES) + ".", required=default is None)
   flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"],
                     "Dtype to compute in; the checkpoint's own by default.")
+  flags.DEFINE_string(
+      "mesh", None, "Devices to run on, as sizes of mesh axes such as \"expert:4,tensor:2\" or "
+      "\"data:2,expert:4\" (texts, experts, heads and widths), or \"auto\" for all devices; one "
+      "device by default. Results depend on it by rounding only.")
 
 
 def define_roster_flags(num_members: int = 1) -> None:
@@ -156,15 +160,55 @@ def load_tokenizer(name: str, config: ModelConfig) -> Tokenizer:
   return tokenizer
 
 
-def open_model(name: str, dtype: str | None = None) -> tuple[Params, ModelConfig, Tokenizer]:
-  """Parameters, config and tokenizer of a checkpoint.
+def parse_mesh(text: str) -> dict[str, int]:
+  """The value of --mesh as sizes by axis; none for "auto".
+
+  Raises:
+    ValueError: it names no sizes of axes.
+  """
+  sizes = {}
+  for part in text.split(",") if text != "auto" else ():
+    axis, _, size = part.strip().partition(":")
+    if axis not in sharding.AXES or axis in sizes or not size.isdecimal():
+      raise ValueError(
+          f"--mesh={text!r} is neither \"auto\" nor a size for some of the axes "
+          f"{', '.join(sharding.AXES)}, such as \"expert:4,tensor:2\"")
+    sizes[axis] = int(size)
+  return sizes
+
+
+def load_params(name: str, dtype: str | None = None,
+                mesh: str | None = None) -> tuple[Params, ModelConfig]:
+  """Parameters and config of a checkpoint, each device's part straight to it.
+
+  Args:
+    name: the value of --checkpoint.
+    dtype: the value of --dtype.
+    mesh: the value of --mesh.
+
+  Raises:
+    ValueError: it is not a complete checkpoint, or the mesh does not fit the
+      model or the devices.
+  """
+  shardings = None
+  if mesh is not None:
+    config = load_config(name)
+    devices = sharding.make_mesh(config, **parse_mesh(mesh))
+    sizes = ",".join(f"{axis}:{size}" for axis, size in devices.shape.items())
+    print(f"[mesh {sizes}]", file=sys.stderr)
+    shardings = sharding.parameter_shardings(devices, config)
+  return checkpoint.load(checkpoint_path(name), dtype, shardings)
+
+
+def open_model(name: str, dtype: str | None = None,
+               mesh: str | None = None) -> tuple[Params, ModelConfig, Tokenizer]:
+  """Parameters, config and tokenizer of a checkpoint; see `load_params`.
 
   Raises:
     ValueError: it is not a complete checkpoint with a tokenizer that fits.
   """
   tokenizer = load_tokenizer(name, load_config(name))
-  params, config = checkpoint.load(checkpoint_path(name), dtype)
-  return params, config, tokenizer
+  return *load_params(name, dtype, mesh), tokenizer
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

@@ -28,7 +28,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import app, jsonl
-from roe_jax import batching, checkpoint, decode, tokenizer as tokenizer_lib
+from roe_jax import batching, decode, tokenizer as tokenizer_lib
 from roe_jax.chat import Chat, Prompt
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
@@ -274,7 +274,7 @@ def main(argv) -> None:
   tokenizer = app.load_tokenizer(FLAGS.checkpoint, config)
   requests = jsonl.read(FLAGS.input) if FLAGS.prompt is None else [{"prompt": FLAGS.prompt}]
   work = prepare(requests, config, tokenizer, roster, sampler)
-  params, config = checkpoint.load(app.checkpoint_path(FLAGS.checkpoint), FLAGS.dtype)
+  params, config = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
   run = complete_lines if FLAGS.prompt is None else stream_to_terminal
   run(params, config, tokenizer, roster, sampler, work)
 

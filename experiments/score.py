@@ -113,7 +113,7 @@ def main(argv) -> None:
   if FLAGS.batch_size < 1:
     raise ValueError("--batch_size must be at least 1")
   roster = app.roster_from_flags(app.load_config(FLAGS.checkpoint))
-  params, config, tokenizer = app.open_model(FLAGS.checkpoint, FLAGS.dtype)
+  params, config, tokenizer = app.open_model(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
   if FLAGS.text is not None:
     text_perplexity(params, config, tokenizer, roster)
   else:

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from roe_jax import cache as kv_cache, numerics
+from roe_jax import cache as kv_cache, collectives, numerics
 from roe_jax.cache import KVCache, NO_POSITION, Place, Window
 from roe_jax.config import ModelConfig
 from roe_jax.numerics import add, add_bias, einsum, from_storage, multiply, rms_norm, rounded
@@ -70,8 +70,9 @@ def project(config: ModelConfig, weights: AttentionParams, layer: jax.Array | in
       for w, bias in ((weights.query, weights.query_bias), (weights.key, weights.key_bias),
                       (weights.value, weights.value_bias)))
   if config.qk_norm:
-    query = rms_norm(query, weights.query_norm[layer], config.rms_norm_eps)
-    key = rms_norm(key, weights.key_norm[layer], config.rms_norm_eps)
+    split = None if config.qk_norm_per_head else "tensor"
+    query = rms_norm(query, weights.query_norm[layer], config.rms_norm_eps, split=split)
+    key = rms_norm(key, weights.key_norm[layer], config.rms_norm_eps, split=split)
   if config.clip_qkv is not None:
     query, key, value = (
         jnp.clip(a, -config.clip_qkv, config.clip_qkv) for a in (query, key, value))
@@ -240,5 +241,5 @@ def block_slots() -> int:
 def output(weights: AttentionParams, layer: jax.Array | int,
            heads_BxTxHxC: jax.Array) -> jax.Array:
   """The attention block's contribution to the residual stream, `[B, T, D]`."""
-  projected = numerics.project_back(heads_BxTxHxC, weights.output, layer)
+  projected = collectives.add(numerics.project_back(heads_BxTxHxC, weights.output, layer), "tensor")
   return rounded(add_bias(projected, weights.output_bias, layer), heads_BxTxHxC.dtype)

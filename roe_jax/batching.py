@@ -1,12 +1,14 @@
 """Texts of different lengths as arrays of few different shapes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from roe_jax import sharding
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 
@@ -63,14 +65,38 @@ def pad(texts: Sequence[Sequence[int]], num_rows: int, length: int) -> jax.Array
 
 
 def beside(params: Params, tree: Any) -> Any:
-  """Commits arrays to the device of the parameters.
+  """Commits arrays to the device or the mesh of the parameters.
 
   What a step returns is committed there if the parameters are (those of a
   checkpoint are); what goes into the first step must be so too, or that step
-  is compiled once more. Parameters on several devices leave arrays as they are.
+  is compiled once more. On a mesh they lie as `sharding.state_specs` says.
   """
-  sharding = params.final_norm.sharding
-  return jax.device_put(tree, sharding) if len(sharding.device_set) == 1 else tree
+  where = params.final_norm.sharding
+  if sharding.mesh_of(params) is not None:
+    where = sharding.state_shardings(where.mesh, tree)
+  return jax.device_put(tree, where)
+
+
+def made_beside(params: Params, make: Callable[..., Any], config: ModelConfig, *settings: Any,
+                **sizes: Any) -> Any:
+  """`beside` of `make(config, *settings, **sizes)`; no device of a mesh ever holds it whole.
+
+  Args:
+    params: the model's parameters.
+    make: makes arrays; a function of a module, as its program is kept.
+    config: their architecture.
+    *settings: pytrees.
+    **sizes: what the arrays' shapes depend on.
+  """
+  if sharding.mesh_of(params) is None:
+    return beside(params, make(config, *settings, **sizes))
+  return _made_in_place(params, settings, make, config, tuple(sizes.items()))
+
+
+# The parameters' only use is to say where the arrays are wanted.
+@functools.partial(jax.jit, static_argnames=("make", "config", "sizes"), keep_unused=True)
+def _made_in_place(params, settings, make, config, sizes):
+  return sharding.in_place(params, make(config, *settings, **dict(sizes)))
 
 
 def request_ids(given: Sequence[int] | None, count: int) -> list[int]:

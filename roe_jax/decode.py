@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import batching, members as members_lib, params as params_lib, sampling
+from roe_jax import (
+    batching, members as members_lib, params as params_lib, sampling, sharding)
 from roe_jax.cache import KVCache
 from roe_jax.completion import Completion, Generation, OpenText, Stops, Throughput
 from roe_jax.config import ModelConfig
@@ -132,7 +133,7 @@ def decode_steps(params: Params, config: ModelConfig, roster: Roster, sampler: S
     return (count < num_steps) & jnp.all(state.done == done_before)
 
   count, state = jax.lax.while_loop(none_ended, step, (jnp.int32(0), state))
-  return state, count
+  return sharding.in_place(params, state), count
 
 
 def capacity_for(config: ModelConfig, prompts: Sequence[Sequence[int]],
@@ -156,7 +157,8 @@ def start(params: Params, config: ModelConfig, roster: Roster, prompts: Sequence
   ids = np.zeros(num_slots, np.uint32)
   ids[:len(prompts)] = request_ids
   tokens, ids = batching.pad(prompts, num_slots, capacity), jnp.asarray(ids)
-  cache = batching.beside(params, members_lib.empty_cache(config, roster, num_slots, capacity))
+  cache = batching.made_beside(params, members_lib.empty_cache, config, roster,
+                               batch_size=num_slots, capacity=capacity)
   if cache is not None:
     cache = fill_cache(params, config, roster, cache, tokens, lengths - 1, ids)
   state = DecodeState(
@@ -172,10 +174,7 @@ def place(state: DecodeState, slot: jax.Array, other: DecodeState,
           other_slot: jax.Array) -> DecodeState:
   """Puts the text in a slot of another state into a slot of the (donated) state."""
   def put(axis):
-    def copied(into, source):
-      row = jax.lax.dynamic_slice_in_dim(source, other_slot, 1, axis)
-      return jax.lax.dynamic_update_slice_in_dim(into, row, slot, axis)
-    return copied
+    return lambda into, source: sharding.put_row(into, source, axis, slot, other_slot)
 
   cache = jax.tree.map(put(-4), state.cache, other.cache)  # [..., B, K, S, C] in all modes
   texts = jax.tree.map(put(0), state.replace(cache=None), other.replace(cache=None))

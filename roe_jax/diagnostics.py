@@ -48,8 +48,8 @@ def routing_agreement(params: Params, config: ModelConfig, roster: Roster,
   longest = max(map(len, texts))
   capacity = batching.bucket(longest, decode.MIN_CAPACITY)
   tokens = batching.pad(texts, len(ids), capacity)
-  cache = batching.beside(params, members_lib.empty_cache(
-      config, roster, len(ids), capacity, whole=True))
+  cache = batching.made_beside(params, members_lib.empty_cache, config, roster,
+                               batch_size=len(ids), capacity=capacity, whole=True)
   cache = decode.fill_cache(params, config, roster, cache, tokens, longest - 1, ids)
   shared_BxT = _shared_experts(params, config, roster, cache, tokens, ids)
   wanted = np.zeros((len(ids), capacity), bool)

@@ -6,6 +6,7 @@ memory budget holds are one batch, and the batches follow each other.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -14,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import attention, cache as kv_cache, noise as noise_lib, reference, transformer
+from roe_jax import (
+    attention, cache as kv_cache, noise as noise_lib, reference, sharding, transformer)
 from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
@@ -314,7 +316,8 @@ def step(params: Params, config: ModelConfig, roster: Roster, cache: Any,
   elif roster.cache == "clean":
     outputs, own = against_clean_cache(params, config, roster, cache, tokens, positions,
                                        request_ids_B, keep=("keys", "values"))
-    return outputs, kv_cache.write_step(config, cache, own.keys, own.values, positions_B)
+    write = functools.partial(kv_cache.write_step, config)
+    return outputs, sharding.write(write, cache, own.keys, own.values, positions_B)
   else:
     cache, x = prefill(params, config, roster, cache, tokens, positions, request_ids_B)
   return aggregate(params, config, roster, x), cache

@@ -21,6 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from roe_jax import collectives
+
 # Bytes of a tile as it is multiplied. On one core it must fit the second-level
 # cache; on several the least time was seen with all of an expert of this size.
 ONE_CORE_TILE = 512 * 1024
@@ -210,7 +212,7 @@ def tile_rows(size: int, row_elements: int, group: int = 1) -> int:
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float,
-             weight_in_float32: bool = False) -> jax.Array:
+             weight_in_float32: bool = False, split: str | None = None) -> jax.Array:
   """Root-mean-square normalisation over the axes that `weight` has.
 
   Computed in float32 and rounded to the dtype of `x`.
@@ -221,11 +223,14 @@ def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float,
     epsilon: added to the mean square.
     weight_in_float32: whether it is rounded once, after the weight is applied
       (GPT-OSS), or before it and after (the others).
+    split: the mesh axis along which devices may hold parts of the normalised axes.
   """
   weight = from_storage(weight)
   axes = tuple(range(-weight.ndim, 0))
   x32 = x.astype(jnp.float32)
   mean_square = jnp.mean(jnp.square(x32), axis=axes, keepdims=True)
+  if split is not None:
+    mean_square = collectives.mean(mean_square, split)
   normed = x32 * jax.lax.rsqrt(mean_square + epsilon)
   weight = jnp.broadcast_to(weight, x.shape)
   if weight_in_float32:

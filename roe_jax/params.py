@@ -121,6 +121,7 @@ def describe(config: ModelConfig) -> Params:
       "layers": config.num_layers, "embed": config.d_model,
       "heads": config.num_heads, "kv_heads": config.num_kv_heads,
       "head_dim": config.head_dim, "experts": config.num_experts,
+      "routed_experts": config.num_experts,
       "gate_up": 2, "expert_mlp": config.d_expert, "vocab": config.vocab_size,
       "shared_mlp": config.d_shared_expert, "shared_gate": 1,
   }
@@ -170,7 +171,7 @@ def describe(config: ModelConfig) -> Params:
               sinks=spec_if(config.attention_sinks, "layers", "heads"),
           ),
           moe_norm=spec("layers", "embed", init="ones"),
-          router=spec("layers", "experts", "embed"),
+          router=spec("layers", "routed_experts", "embed"),
           experts=ExpertParams(
               gate_up=matrix("layers", "experts", "expert_mlp", "gate_up", "embed",
                              contracted="embed"),
@@ -180,7 +181,7 @@ def describe(config: ModelConfig) -> Params:
                                    "gate_up"),
               down_bias=spec_if(config.expert_bias, "layers", "experts", "embed"),
           ),
-          router_bias=spec_if(config.router_bias, "layers", "experts"),
+          router_bias=spec_if(config.router_bias, "layers", "routed_experts"),
           shared_expert=None if not config.d_shared_expert else SharedExpertParams(
               gate_up=spec("layers", "shared_mlp", "gate_up", "embed"),
               down=spec("layers", "shared_mlp", "embed", scale=residual),

@@ -179,8 +179,9 @@ def _score_batch(params, config, texts, starts, roster, request_ids, temperature
   ids = np.zeros(num_rows, np.uint32)
   ids[:len(texts)] = request_ids
   ids = jnp.asarray(ids)
-  cache = batching.beside(params, members_lib.empty_cache(
-      config, roster, num_rows, capacity, whole=_filled_first(roster)))
+  cache = batching.made_beside(params, members_lib.empty_cache, config, roster,
+                               batch_size=num_rows, capacity=capacity,
+                               whole=_filled_first(roster))
   # The token at index i is predicted at position i - 1.
   offsets = np.zeros(num_rows, np.int32)
   ends = np.zeros(num_rows, np.int32)

@@ -1,13 +1,15 @@
 """The MoE transformer as pure functions: embed, a stack of blocks, unembed."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 from flax import struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from roe_jax import attention, cache as kv_cache, experts, routing
+from roe_jax import attention, cache as kv_cache, collectives, experts, routing, sharding
 from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
 from roe_jax.noise import RoutingNoise
@@ -34,12 +36,31 @@ class BlockOutputs:
 
 def embed(params: Params, tokens_BxT: jax.Array) -> jax.Array:
   """Hidden states `[B, T, D]` before the first block."""
-  return from_storage(params.embedding[tokens_BxT])
+  mesh = sharding.mesh_of(params.embedding)
+  if mesh is None:
+    return from_storage(params.embedding[tokens_BxT])
+  table = sharding.spec(mesh, ("vocab", "embed"), params.embedding.shape)
+  rows = sharding.spec(mesh, ("batch_of_vocab", "positions"), tokens_BxT.shape)
+  take = functools.partial(collectives.take_rows, axes=sharding.axes_of(table, 0))
+  return from_storage(
+      sharding.by_parts(take, mesh, (table, rows), rows)(params.embedding, tokens_BxT))
 
 
 def unembed(params: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
   """Logits `[..., V]` float32 from hidden states `[..., D]` after the last block."""
-  return project(norm(config, x, params.final_norm), params.unembedding[None], 0)
+  def run(final_norm, unembedding, x):
+    return project(norm(config, x, final_norm), unembedding[None], 0)
+
+  mesh = sharding.mesh_of(params.unembedding)
+  if mesh is not None:
+    lead = ("members_of_vocab", "batch_of_vocab", "positions")[-x.ndim + 1:]
+    shape = (*x.shape[:-1], config.vocab_size)
+    run = sharding.by_parts(
+        run, mesh,
+        (PartitionSpec(), sharding.spec(mesh, ("vocab", "embed"), params.unembedding.shape),
+         sharding.spec(mesh, (*lead, "embed"), x.shape)),
+        sharding.spec(mesh, (*lead, "vocab"), shape))
+  return run(params.final_norm, params.unembedding, x)
 
 
 def norm(config: ModelConfig, x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -70,6 +91,7 @@ def run_layers(
     lift: Callable = lambda block: block,
     strategy: str | None = None,
     lengths_B: jax.Array | None = None,
+    rows_split: bool = False,
 ) -> tuple[jax.Array, KVCache | None, BlockOutputs]:
   """Runs a stretch of blocks on hidden states.
 
@@ -99,6 +121,7 @@ def run_layers(
     strategy: see `experts.apply`.
     lengths_B: int32; what lies at or beyond a row's length is not put into the
       window of sliding layers. All is by default.
+    rows_split: see `experts.parallel`; set where a mesh's devices run their parts.
 
   Returns:
     Hidden states after the stretch, the cache (written, if asked), and the
@@ -107,6 +130,12 @@ def run_layers(
   first, end = layers or (0, config.num_layers)
   if first == end:
     return x, cache, BlockOutputs()
+  mesh = sharding.mesh_of(params.layers)
+  if mesh is not None:
+    return _by_parts(
+        mesh, params, config, x, positions_BxT, cache, noise, lengths_B, write, keep,
+        layers=layers, gate_weights=gate_weights, cache_offset=cache_offset, lift=lift,
+        strategy=strategy)
   cos, sin = attention.rotation(config, positions_BxT)
 
   def step(carry, layer):
@@ -116,7 +145,7 @@ def run_layers(
     def block(x, noise):
       x, after, outputs = _block(
           config, params.layers, layer, x, written if write else cache, place, positions_BxT,
-          cos, sin, noise, gate_weights, write, strategy, lengths_B)
+          cos, sin, noise, gate_weights, write, strategy, lengths_B, rows_split)
       return x, after, outputs.replace(
           **{f: None for f in BlockOutputs.__dataclass_fields__ if f not in keep})
 
@@ -129,8 +158,43 @@ def run_layers(
   return x, written if write else cache, outputs
 
 
+def _by_parts(mesh, params, config, x, positions_BxT, cache, noise, lengths_B, write, keep,
+              **options):
+  """`run_layers` on a mesh, by each device on its parts."""
+  hidden = sharding.spec(mesh, ("members", "batch", "positions", "embed")[-x.ndim:], x.shape)
+  *of_members, of_batch, _, _ = hidden
+  split_members = sharding.axes_of(of_members)
+  of_rows, of_slots = PartitionSpec(of_batch), sharding.state_specs(mesh, cache)
+  of_heads = sharding.spec(mesh, ("kv_heads",), (config.num_kv_heads,))
+  own = PartitionSpec(None, of_batch, None, *of_heads)
+  chosen = PartitionSpec(None, *hidden[:-1])
+  of_outputs = {"keys": own, "values": own, "experts": chosen, "router_logits": chosen}
+
+  def part(layers, x, positions_BxT, cache, noise, lengths_B):
+    layers = layers.replace(experts=experts.parallel.biased_once(layers.experts))
+    x, written, outputs = run_layers(
+        Params(None, layers, None, None), config, x, positions_BxT, cache, noise=noise,
+        write=write, keep=keep, lengths_B=lengths_B,
+        rows_split=sharding.EXPERT in sharding.axes_of(hidden), **options)
+    # Keys and values are wanted of the first member, which the first device has.
+    keys, values = jax.tree.map(lambda a: collectives.of_first(a, *split_members),
+                                (outputs.keys, outputs.values))
+    return x, written if write else None, outputs.replace(keys=keys, values=values)
+
+  x, written, outputs = sharding.by_parts(
+      part, mesh,
+      (sharding.parameter_specs(mesh, config).layers, hidden, of_rows, of_slots,
+       None if noise is None else RoutingNoise(
+           of_rows, PartitionSpec(), PartitionSpec(*of_members)),
+       None if lengths_B is None else of_rows),
+      (hidden, of_slots if write else None,
+       BlockOutputs(**{name: of_outputs[name] for name in keep})),
+  )(params.layers, x, positions_BxT, cache, noise, lengths_B)
+  return x, written if write else cache, outputs
+
+
 def _block(config, layers: LayerParams, layer, x, cache, place, positions_BxT, cos, sin,
-           noise, gate_weights, write, strategy, lengths_B):
+           noise, gate_weights, write, strategy, lengths_B, rows_split):
   """Pre-norm attention and MoE; returns hidden states, written cache and outputs."""
   normed = norm(config, x, layers.attention_norm[layer])
   query, key, value = attention.project(config, layers.attention, layer, normed, cos, sin)
@@ -146,7 +210,8 @@ def _block(config, layers: LayerParams, layer, x, cache, place, positions_BxT, c
   b, t, d = x.shape
   y = experts.apply(layers.experts, layer, normed.reshape(b * t, d),
                     chosen.reshape(b * t, -1), gates.reshape(b * t, -1), strategy,
-                    Activation(config.swiglu_limit, config.swiglu_alpha)).reshape(b, t, d)
+                    Activation(config.swiglu_limit, config.swiglu_alpha),
+                    rows_split).reshape(b, t, d)
   if layers.shared_expert is not None:
     y = add(y, experts.shared(layers.shared_expert, layer, normed))
   outputs = BlockOutputs(keys=key, values=value, experts=chosen, router_logits=logits)

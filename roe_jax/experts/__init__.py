@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from roe_jax import collectives
+from roe_jax.experts import parallel
 from roe_jax.experts.activation import Activation
 from roe_jax.experts.batched import dense, padded
 from roe_jax.experts.cpu import blocks
@@ -125,7 +127,7 @@ def _difference_to_dense(strategy, dtype, expert_format):
 
 def apply(experts: ExpertParams, layer: jax.Array | int, x_NxD: jax.Array,
           indices_NxA: jax.Array, gates_NxA: jax.Array, strategy: str | None = None,
-          activation: Activation = Activation()) -> jax.Array:
+          activation: Activation = Activation(), rows_split: bool = False) -> jax.Array:
   """Gate-weighted sum of the chosen experts' outputs.
 
   Under `vmap` with shared weights, as in a roster, the mapped axis is folded
@@ -141,6 +143,7 @@ def apply(experts: ExpertParams, layer: jax.Array | int, x_NxD: jax.Array,
     gates_NxA: float32 weights of the chosen experts.
     strategy: one of `STRATEGIES`, or None to choose by platform and shapes.
     activation: between the projections.
+    rows_split: see `parallel.apply`.
 
   Returns:
     `[N, D]`, dtype of `x_NxD`; products are accumulated in float32.
@@ -151,8 +154,8 @@ def apply(experts: ExpertParams, layer: jax.Array | int, x_NxD: jax.Array,
   check_strategy(strategy)
   l, e = jax.tree.leaves(experts.gate_up)[0].shape[:2]
   experts = jax.tree.map(lambda w: w.reshape(l * e, *w.shape[2:]), experts)
-  return _folding(e, activation, strategy)(experts, jnp.asarray(layer), x_NxD,
-                                           indices_NxA, gates_NxA)
+  compute = _folding(e, activation, strategy, collectives.parts("expert"), rows_split)
+  return compute(experts, jnp.asarray(layer), x_NxD, indices_NxA, gates_NxA)
 
 
 def _of_layer(weights, layer, num_experts, dtype):
@@ -173,14 +176,22 @@ def _compute(strategy, num_experts, activation, weights, layer, x, indices, gate
 
 
 @functools.cache
-def _folding(num_experts, activation, strategy):
+def _folding(num_experts, activation, strategy, devices, rows_split):
   """The strategy's function with a vmap rule that folds the mapped axis into rows."""
 
   def compute(weights, layer, x, indices, gates):
-    chosen = strategy or choose_strategy(
-        *indices.shape, num_experts, str(x.dtype), width=jax.tree.leaves(weights.down)[0].shape[-1],
-        expert_format=weights.down.format if is_quantized(weights.down) else None)
-    return _compute(chosen, num_experts, activation, weights, layer, x, indices, gates)
+    width = jax.tree.leaves(weights.down)[0].shape[-1]
+    expert_format = weights.down.format if is_quantized(weights.down) else None
+
+    def share(x, indices, gates):
+      chosen = strategy or choose_strategy(
+          *indices.shape, num_experts * devices, str(x.dtype), width=width,
+          expert_format=expert_format)
+      if chosen == "selected" and devices > 1:  # reads some expert for the choice of none
+        indices = jnp.minimum(indices, num_experts - 1)
+      return _compute(chosen, num_experts, activation, weights, layer, x, indices, gates)
+
+    return parallel.apply(share, num_experts, x, indices, gates, rows_split)
 
   if strategy in ("padded", "dense"):
     return compute

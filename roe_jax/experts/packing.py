@@ -42,7 +42,11 @@ def block_size(num_pairs: int, num_experts: int, least: int, most: int) -> int:
 
 
 def combine(out: jax.Array, gates: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """`[N, A, D]` float32 outputs summed over choices with `[N, A]` gates: `[N, D]`."""
+  """`[N, A, D]` float32 outputs summed over choices with `[N, A]` gates: `[N, D]`.
+
+  What a gate of zero weights may be anything.
+  """
   # A product and a sum rather than a contraction, whose default is shorter than
   # float32 on accelerators.
-  return rounded((out * gates[..., None]).sum(1), dtype)
+  gates = gates[..., None]
+  return rounded(jnp.where(gates == 0, 0, out * gates).sum(1), dtype)

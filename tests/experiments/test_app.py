@@ -32,3 +32,19 @@ def test_atomic_writes_replace_the_file_and_leave_nothing_beside(tmp_path):
   app.write_atomically(path, "two")
   assert path.read_text() == "two"
   assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_mesh_is_read_and_parameters_are_restored_onto_it(tiny_checkpoint, capsys):
+  assert app.parse_mesh("auto") == {}
+  assert app.parse_mesh("data:2, expert:4") == {"data": 2, "expert": 4}
+  params, config = app.load_params(str(tiny_checkpoint), mesh="expert:2,tensor:2")
+  assert capsys.readouterr().err == "[mesh data:1,expert:2,tensor:2]\n"
+  held = params.layers.experts.down.addressable_shards[0].data
+  assert held.shape == (config.num_layers, config.num_experts // 2, config.d_expert // 2,
+                        config.d_model)
+
+
+@pytest.mark.parametrize("text", ["", "expert", "expert:x", "expert:2,expert:2", "experts:2"])
+def test_what_is_no_mesh_is_refused(text):
+  with pytest.raises(ValueError, match="data, expert, tensor, such as"):
+    app.parse_mesh(text)

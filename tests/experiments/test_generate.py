@@ -87,10 +87,11 @@ def test_a_prompt_is_streamed_to_the_terminal(tiny_checkpoint):
              "--temperature_profile=0.4", "--temperature=0.8", "--top_p=0.9")
   assert done.returncode == 0, done.stderr
   assert "6 tokens" in done.stderr and '"num_members": 2' in done.stderr
-  piped = run(tiny_checkpoint, "--num_members=2", "--temperature_profile=0.4",
-              "--temperature=0.8", "--top_p=0.9", text=lines(PROMPTS[:1]))
-  assert piped.returncode == 0, piped.stderr
-  assert json.loads(piped.stdout)["text"] + "\n" == done.stdout
+  for mesh in ((), ("--mesh=data:2,expert:2,tensor:2",)):
+    piped = run(tiny_checkpoint, "--num_members=2", "--temperature_profile=0.4",
+                "--temperature=0.8", "--top_p=0.9", *mesh, text=lines(PROMPTS[:1]))
+    assert piped.returncode == 0, piped.stderr
+    assert json.loads(piped.stdout)["text"] + "\n" == done.stdout
 
 
 BAD_SETTINGS = {
@@ -102,6 +103,7 @@ BAD_SETTINGS = {
     "--prompt=x --top_p=0": "top_p",
     "--prompt=x --output=y": "not both",
     "--input=no_such_file": "does not exist",
+    "--prompt=x --mesh=expert:3": "expert may be 1, 2, 4",
 }
 # Runs the program once for each JSON list of arguments on standard input.
 MANY_RUNS = """

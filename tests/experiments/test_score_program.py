@@ -26,12 +26,13 @@ def model(tiny_checkpoint):
   return params, config, Tokenizer.load(tiny_checkpoint), Roster.create(config, 3, 0.4)
 
 
-def test_continuations_are_scored_as_by_the_library(tiny_checkpoint, model, tmp_path):
+@pytest.mark.parametrize("mesh", [(), ("--mesh=auto",)], ids=["one device", "mesh"])
+def test_continuations_are_scored_as_by_the_library(tiny_checkpoint, model, tmp_path, mesh):
   params, config, tokenizer, roster = model
   source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
   source.write_text("".join(
       json.dumps({"prompt": p, "continuation": c}) + "\n" for p, c in PAIRS))
-  done = run(tiny_checkpoint, f"--input={source}", f"--output={target}")
+  done = run(tiny_checkpoint, f"--input={source}", f"--output={target}", *mesh)
   assert done.returncode == 0, done.stderr
   prompts, ends = zip(*[[tokenizer.encode(t) for t in pair] for pair in PAIRS])
   expected = score.score(params, config, [p + c for p, c in zip(prompts, ends)],
