@@ -83,8 +83,7 @@ def widen(matrix: Quantized, dtype: jnp.dtype = jnp.float32) -> jax.Array:
       may be held as their bits (see `numerics.storage_dtype`).
     dtype: of the weights. They are computed in float32; bfloat16 holds those of
       mxfp4 exactly, too. Weights below 2^-126, the least normal number, are zero
-      where the platform makes them so, and exponents above 253, of weights that
-      float32 does not hold, are taken for 253.
+      where the platform makes them so; exponents of mxfp4 may be up to 253.
   """
   return jnp.concatenate([p.astype(dtype) for p in widen_parts(matrix)], axis=-1)
 
@@ -138,7 +137,7 @@ def _half_fp4(nibbles):
 def scale_values(scales: jax.Array) -> jax.Array:
   """float32 scales, those of mxfp4 doubled: 2^-127 is no normal number."""
   if scales.dtype == jnp.uint8:
-    bits = (jnp.minimum(scales, 253).astype(jnp.int32) + 1) << 23
+    bits = (scales.astype(jnp.int32) + 1) << 23
   elif scales.dtype == jnp.uint16:
     bits = scales.astype(jnp.int32) << 16
   else:
