@@ -42,9 +42,8 @@ def assert_same(completions, expected):
 
 # Members begin to differ in the first layer, in an odd one, in an even one, nowhere.
 SETTINGS = [("alternating", "clean", [0.6] * 3), ("alternating", "clean", [0, 0.6, 0]),
-            ("alternating", "standard", [0, 0, 0.6]), ("alternating", "standard", [0, 0.6, 0]),
-            ("all", "clean", [0, 0.6, 0.6]), ("all", "standard", [0.6, 0.6, 0]),
-            ("one", "clean", [0] * 3), ("one", "standard", [0, 0.6, 0.6])]
+            ("alternating", "standard", [0, 0, 0.6]), ("all", "clean", [0, 0.6, 0.6]),
+            ("one", "standard", [0] * 3)]
 
 
 @pytest.mark.parametrize("layers, cache, temperatures", SETTINGS)
@@ -54,13 +53,13 @@ def test_generation_is_that_without_a_cache(layers, cache, temperatures):
   assert_same(run(c, roster=roster), run(c, roster=roster.replace(recompute=True)))
 
 
-@pytest.mark.parametrize("layers, cache, temperatures", SETTINGS[2:5])
+@pytest.mark.parametrize("layers, cache, temperatures", SETTINGS[1:4])
 def test_scores_are_those_of_generation_in_chunks_of_any_size(layers, cache, temperatures):
   c = config(layers)
   roster = Roster.create(c, 3, temperatures, seed=2, cache=cache)
   generated = run(c, roster=roster)
   texts = [p + g.tokens for p, g in zip(PROMPTS, generated)]
-  for chunk_size in (3, 16, None):
+  for chunk_size in (3, None):
     scores = score.score(tiny.params(c), c, texts, [len(p) for p in PROMPTS], roster=roster,
                          request_ids=IDS, chunk_size=chunk_size, batch_size=3)
     for found, expected in zip(scores.texts, generated):
