@@ -163,15 +163,15 @@ def run_programs(programs: Sequence[Program | str], workers: int = 1,
 
 @functools.cache
 def check_support() -> None:
-  """Runs an empty program.
+  """Runs a program that needs no more than NumPy.
 
   Raises:
-    ValueError: programs cannot be confined here.
+    ValueError: programs cannot be confined here, or do not run then.
   """
-  outcome = run_program("")
+  outcome = run_program(Program("import numpy", limits=Limits(seconds=60.0)))
   if not outcome.passed:
-    raise ValueError(f"an empty program does not run in the sandbox: {outcome.reason} "
-                     f"{outcome.output}")
+    raise ValueError("a program that imports NumPy does not run in the sandbox "
+                     f"({outcome.reason}): {outcome.output}")
 
 
 class _Run:

@@ -44,7 +44,7 @@ _GITHUB = ("https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main/
            "{}/test.json")
 _NUMBER = re.compile(r"-?\d+\.?\d*")
 _ANNOTATION = re.compile(r"<<.*?>>")  # GSM8K's notes for a calculator
-_FORMAT = re.compile(r"(?:Answer|Ending) format: ((?:answer|ending)1(?:/(?:answer|ending)\d)+)\s*$")
+_FORMAT = re.compile(r"Answer format: ((?:answer|ending)1(?:/(?:answer|ending)\d)+)\s*$")
 _WRITTEN = re.compile(r"(?:answer|ending)[1-5]")
 
 
@@ -147,7 +147,7 @@ def _choice(word, what, question, texts, target):
   names = tuple(f"{word}{i}" for i in range(1, len(texts) + 1))
   listed = " ".join(f"{name.capitalize()}: {text}" for name, text in zip(names, texts))
   return Question(f"Please choose the correct {what}: {question}\n\n{listed}\n\n"
-                  f"{word.capitalize()} format: {'/'.join(names)}", target, names)
+                  f"Answer format: {'/'.join(names)}", target, names)
 
 
 def _questions(source, reader, data_dir):

@@ -55,8 +55,8 @@ def _valid_end(lines, begin):
       _parse("\n".join(lines[begin:end]))
       return end
     except SyntaxError as error:
-      # With the line of the error no run from `begin` is valid.
-      end = min(end - 1, begin + max((error.lineno or 1) - 1, 0))
+      # With the line of the error, if it is known, no run from `begin` is valid.
+      end = min(end - 1, begin + (error.lineno or end) - 1)
     except (ValueError, MemoryError, RecursionError):  # null bytes; nested too deeply
       end -= 1
   return begin

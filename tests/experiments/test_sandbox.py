@@ -80,6 +80,7 @@ def run(request):
     assert done.returncode == 0, done.stderr.decode()
     return sandbox.Outcome(**pickle.loads(done.stdout))
 
+  run.user = identity.get("user", os.geteuid())
   run.writes_files = request.param != "root without Landlock"
   yield run
   shutil.rmtree(folder)
@@ -245,6 +246,20 @@ def test_homes_and_the_project_are_not_written(run):
       pathlib.Path.home(), PACKAGE, pathlib.Path("/tmp"), pathlib.Path("/dev/shm"))]
   assert not_refused(run, [f"open({file!r}, 'w')" for file in files]) == "[]"
   assert not any(map(os.path.exists, files))
+
+
+def test_a_secret_of_its_parents_user_is_not_read(run):
+  folder = pathlib.Path(tempfile.mkdtemp())
+  folder.chmod(0o755)
+  secret = folder / "secret"
+  secret.write_text(SECRET)
+  secret.chmod(0o600)
+  os.chown(secret, run.user, -1)
+  try:
+    assert not_refused(run, ["open(secret)", "os.open(secret, os.O_RDONLY)"],
+                       secret=str(secret)) == "[]"
+  finally:
+    shutil.rmtree(folder)
 
 
 def test_its_folder_is_empty_and_its_own_and_removed(run):
