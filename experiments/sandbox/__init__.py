@@ -108,13 +108,11 @@ class Outcome:
   result: bytes = b""
 
 
-def run_program(program: Program | str, *, python: str | None = None,
-                landlock: bool = True) -> Outcome:
-  """Runs a program in a sandbox.
+def run_program(program: Program | str, *, landlock: bool = True) -> Outcome:
+  """Runs a program in a sandbox, by this Python and with the packages that it has.
 
   Args:
     program: what to run; a text alone under the usual limits.
-    python: the interpreter; this one for None.
     landlock: whether the kernel's Landlock may be used; for tests of the other way.
 
   Raises:
@@ -129,10 +127,11 @@ def run_program(program: Program | str, *, python: str | None = None,
       limits = program.limits
       pickle.dump({
           "program": program.text, "data": program.data, "token": token, "landlock": landlock,
+          "packages": [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))],
           "limits": {"cpu_seconds": math.ceil(limits.seconds) + 1, "open_files": 32,
                      "memory_bytes": limits.memory_bytes, "file_bytes": limits.file_bytes}}, job)
       job.seek(0)
-      return _Run(program.limits, folder, token).run(python or sys.executable, job)
+      return _Run(program.limits, folder, token).run(job)
   finally:
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -182,12 +181,12 @@ class _Run:
     self._printed, self._tail, self._answer = 0, b"", b""
     self._began = None  # when the program started
 
-  def run(self, python, job) -> Outcome:
+  def run(self, job) -> Outcome:
     output, output_end = os.pipe()
     results, results_end = os.pipe()
     try:
       process = subprocess.Popen(
-          [python, "-s", "-P", "-B", str(_RUNNER), self._folder, str(os.getpid()),
+          [sys.executable, "-s", "-P", "-B", str(_RUNNER), self._folder, str(os.getpid()),
            str(results_end)],
           stdin=job, stdout=output_end, stderr=subprocess.STDOUT, pass_fds=(results_end,),
           env=_environment(self._folder), start_new_session=True)

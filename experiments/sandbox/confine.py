@@ -87,11 +87,13 @@ class Unconfinable(Exception):
   """This machine cannot confine a process."""
 
 
-def confine(folder: str, limits: dict[str, int], parent: int, landlock: bool = True) -> None:
+def confine(folder: str, packages: list[str], limits: dict[str, int], parent: int,
+            landlock: bool = True) -> None:
   """Confines this process to reading Python and to plain files in `folder`.
 
   Args:
     folder: becomes the working folder.
+    packages: folders of Python packages beside its own, which it may read.
     limits: "cpu_seconds", "memory_bytes" (of address space), "file_bytes" (of one
       file), "open_files".
     parent: process id of the parent, with which this process is to end.
@@ -118,7 +120,7 @@ def confine(folder: str, limits: dict[str, int], parent: int, landlock: bool = T
   _prctl(_SET_NO_NEW_PRIVS, 1)
   version = _libc.syscall(_CREATE_RULESET, None, 0, _GET_VERSION) if landlock else 0
   if version >= 1:
-    _shut_file_system(folder, version)
+    _shut_file_system(folder, packages, version)
   else:
     _become_nobody()
   _drop_capabilities()
@@ -130,7 +132,7 @@ def _prctl(option, value, pointer=None):
     raise Unconfinable(f"prctl({option}) failed: {os.strerror(ctypes.get_errno())}")
 
 
-def _shut_file_system(folder, version):
+def _shut_file_system(folder, packages, version):
   """Leaves Python, libraries and devices to read, and files in `folder` to write."""
   rights = (1 << KNOWN_RIGHTS.get(version, LATER_RIGHTS)) - 1
   attributes = struct.pack("=Q", rights)
@@ -139,7 +141,7 @@ def _shut_file_system(folder, version):
     raise Unconfinable(f"Landlock made no rule set: {os.strerror(ctypes.get_errno())}")
   read = READ_FILE | READ_DIR
   readable = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, "/usr", "/lib",
-              "/lib64", "/etc/ld.so.cache", "/dev/urandom"}
+              "/lib64", "/etc/ld.so.cache", "/dev/urandom", *packages}
   rules = dict.fromkeys(readable, read) | {
       "/dev/null": read | WRITE_FILE,
       folder: read | WRITE_FILE | REMOVE_FILE | MAKE_FILE | TRUNCATE}

@@ -23,8 +23,9 @@ CONFINED = b"confined\n"
 def main():
   folder, parent, results = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
   job = pickle.load(sys.stdin.buffer)
+  sys.path += [path for path in job["packages"] if path not in sys.path]
   try:
-    confine.confine(folder, job["limits"], parent, job["landlock"])
+    confine.confine(folder, job["packages"], job["limits"], parent, job["landlock"])
   except (confine.Unconfinable, OSError) as error:
     os.write(results, str(error).encode())
     return

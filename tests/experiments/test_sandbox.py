@@ -216,7 +216,7 @@ except OSError:
 def test_a_memory_hog_gets_no_more_than_its_limit(run):
   outcome = run("x = bytearray(1 << 30)", memory_bytes=256 << 20)
   assert not outcome.passed and "MemoryError" in outcome.output
-  hoard = "import ctypes\nhoard = []\nwhile True: hoard.append('x' * (1 << 20))"
+  hoard = "hoard = [bytes(1 << 20) for _ in range(3000)]"
   assert "MemoryError" in run(hoard, memory_bytes=256 << 20).output
 
 
@@ -243,7 +243,8 @@ def test_nothing_outside_of_its_folder_is_written_or_removed(run, victim):
 
 def test_homes_and_the_project_are_not_written(run):
   files = [str(folder / "written-by-a-sandboxed-program") for folder in (
-      pathlib.Path.home(), PACKAGE, pathlib.Path("/tmp"), pathlib.Path("/dev/shm"))]
+      pathlib.Path.home(), PACKAGE, pathlib.Path("/tmp"), pathlib.Path("/dev/shm"))
+      if folder.is_dir()]
   assert not_refused(run, [f"open({file!r}, 'w')" for file in files]) == "[]"
   assert not any(map(os.path.exists, files))
 
@@ -422,15 +423,17 @@ def test_data_reach_the_program():
   assert outcome.result == b"cba"
 
 
-def test_a_python_that_does_not_exist_is_an_error_and_not_a_failure_of_the_program():
-  with pytest.raises(OSError):
-    sandbox.run_program("", python="/nowhere/python")
+def test_packages_of_this_python_are_there():
+  import numpy
+  outcome = sandbox.run_program("import numpy\n__result__ = numpy.__version__.encode()")
+  assert outcome.result.decode() == numpy.__version__, outcome
+  sandbox.check_support()
 
 
 def test_a_machine_that_cannot_confine_is_refused(monkeypatch, tmp_path):
   monkeypatch.setattr(confine, "ARCHITECTURES", {})
   with pytest.raises(confine.Unconfinable, match="the system must be Linux on"):
-    confine.confine(str(tmp_path), {}, os.getppid())
+    confine.confine(str(tmp_path), [], {}, os.getppid())
 
 
 def test_a_process_that_cannot_confine_itself_runs_nothing(monkeypatch, tmp_path):
