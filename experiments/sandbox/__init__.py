@@ -41,13 +41,12 @@ import sys
 import tempfile
 import time
 
-from experiments.sandbox.runner import CONFINED
-
 _RUNNER = pathlib.Path(__file__).with_name("runner.py")
 _TICK = 0.05  # seconds between looks at the folder
 _START = 60.0  # seconds that a process may take to confine itself
 _READ = 1 << 16
 _KEPT = 4096  # bytes of a program's output
+_BEGUN = b"confined\n"  # a process says that it is about to run its program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +117,8 @@ def run_program(program: Program | str, *, landlock: bool = True) -> Outcome:
   Raises:
     ValueError: programs cannot be confined here.
   """
+  if not hasattr(os, "pidfd_open"):
+    raise ValueError(f"programs can be confined on Linux only, here it is {sys.platform}")
   if isinstance(program, str):
     program = Program(program)
   folder = tempfile.mkdtemp(prefix="sandbox-")
@@ -126,7 +127,8 @@ def run_program(program: Program | str, *, landlock: bool = True) -> Outcome:
       token = secrets.token_bytes(16)
       limits = program.limits
       pickle.dump({
-          "program": program.text, "data": program.data, "token": token, "landlock": landlock,
+          "program": program.text, "data": program.data, "begun": _BEGUN, "token": token,
+          "landlock": landlock,
           "packages": [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))],
           "limits": {"cpu_seconds": math.ceil(limits.seconds) + 1, "open_files": 32,
                      "memory_bytes": limits.memory_bytes, "file_bytes": limits.file_bytes}}, job)
@@ -178,7 +180,7 @@ class _Run:
 
   def __init__(self, limits: Limits, folder: str, token: bytes):
     self._limits, self._folder, self._token = limits, folder, token
-    self._printed, self._tail, self._answer = 0, b"", b""
+    self._printed, self._tail, self._answer = 0, b"", bytearray()
     self._began = None  # when the program started
 
   def run(self, job) -> Outcome:
@@ -243,7 +245,7 @@ class _Run:
 
   def _take(self, data) -> str | None:
     self._answer += data
-    if self._began is None and self._answer.startswith(CONFINED):
+    if self._began is None and self._answer.startswith(_BEGUN):
       self._began = time.monotonic()
     return "result limit" if len(self._answer) > self._limits.result_bytes else None
 
@@ -271,9 +273,9 @@ class _Run:
       why = self._answer.decode(errors="replace") or output or f"its process ended with {code}"
       raise ValueError(f"programs cannot be confined on this machine: {why}")
     seconds = time.monotonic() - self._began if self._began is not None else 0.0
-    end = CONFINED + self._token
+    end = _BEGUN + self._token
     if broken is None and code == 0 and self._answer.startswith(end):
-      return Outcome(True, "passed", output, seconds, self._answer[len(end):])
+      return Outcome(True, "passed", output, seconds, bytes(self._answer[len(end):]))
     if broken is None and code == -signal.SIGXCPU:
       broken = "time limit"
     elif broken is None and code < 0:

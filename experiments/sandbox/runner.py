@@ -3,7 +3,7 @@
     python runner.py FOLDER PARENT RESULTS < JOB
 
 The job is a pickled dictionary, PARENT a process id, RESULTS an open descriptor. To
-that it writes `CONFINED` when it is about to run the program, and the job's token,
+that it writes the job's "begun" when it is about to run the program, and its "token",
 followed by what the program left as `__result__`, if the program ran to its end.
 """
 
@@ -16,8 +16,6 @@ import traceback
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import confine  # found beside this file, as nothing else of the project is
 del sys.path[0]
-
-CONFINED = b"confined\n"
 
 
 def main():
@@ -36,7 +34,7 @@ def main():
   # '__main__'" does not run.
   namespace = {"__data__": job["data"]}
   sys.argv = ["program.py"]
-  os.write(results, CONFINED)
+  os.write(results, job["begun"])
   try:
     exec(compile(job["program"], "program.py", "exec"), namespace)
   except BaseException as error:  # SystemExit too: the program must run to its end

@@ -98,7 +98,8 @@ def _read(name: str, source: Source, plus: bool, split: str, data_dir: pathlib.P
           chat: bool):
   read = functools.partial(_example, name=name, plus=plus, chat=chat)
   for example in sources.parse(source.rows(data_dir), read, source.name):
-    if split == "all" or (split == "validation") == sources.in_slice(example.data["task_id"], SLICE):
+    validates = sources.in_slice(example.data["task_id"], SLICE)
+    if split == "all" or validates == (split == "validation"):
       yield example
 
 

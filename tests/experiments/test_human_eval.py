@@ -23,7 +23,8 @@ def problem(number, entry_point, prompt, solution, test, base, plus, atol=0):
 
 PROBLEMS = [
     problem(1, "double", 'def double(x):\n    """ Returns twice x. """\n', "    return 2 * x\n",
-            "\n\ndef check(candidate):\n    assert candidate(2) == 4\n    assert candidate(0) == 0\n",
+            "\n\ndef check(candidate):\n    assert candidate(2) == 4\n"
+            "    assert candidate(0) == 0\n",
             [[2], [0]], [[-3], ["ab"], [1.5]]),
     problem(2, "third", 'def third(x):\n    """ Returns a third of x, about. """\n',
             "    return x / 3\n",
@@ -63,7 +64,8 @@ def references():
   return [p["canonical_solution"] for p, _ in PROBLEMS]
 
 
-@pytest.mark.parametrize("n,c,k", [(5, 0, 1), (5, 5, 1), (5, 2, 1), (6, 3, 2), (7, 1, 7), (8, 6, 3)])
+@pytest.mark.parametrize("n,c,k", [
+    (5, 0, 1), (5, 5, 1), (5, 2, 1), (6, 3, 2), (7, 1, 7), (8, 6, 3)])
 def test_pass_at_k_is_the_share_of_all_choices_of_k_samples_with_a_correct_one(n, c, k):
   chosen = list(itertools.combinations([True] * c + [False] * (n - c), k))
   expected = sum(map(any, chosen)) / len(chosen)
@@ -188,7 +190,8 @@ def test_both_tasks_validate_on_the_same_problems_and_test_on_the_others(tmp_pat
     rows = [PROBLEMS[0][plus] | {"task_id": f"HumanEval/{i}"} for i in range(164)]
     (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
   ids = {name: [[e.id.split("/")[1] for e in tasks.get(name).examples(split, tmp_path)]
-                for split in ("validation", "test", "all")] for name in ("humaneval", "humaneval_plus")}
+                for split in ("validation", "test", "all")]
+         for name in ("humaneval", "humaneval_plus")}
   validation, test, everything = ids["humaneval"]
   assert ids["humaneval"] == ids["humaneval_plus"]
   assert len(validation) == 54 and not set(validation) & set(test)
