@@ -213,7 +213,7 @@ class _Run:
     return self._outcome(broken, process.returncode)
 
   def _watch(self, selector, exited) -> str | None:
-    """Reads what comes until the process has ended; the limit that it broke, if any."""
+    """Reads what comes until the process ends or breaks a limit, which is returned."""
     started, ended = time.monotonic(), False
     while not ended:
       events = selector.select(_TICK)
@@ -252,7 +252,7 @@ class _Run:
   def _broken(self, started) -> str | None:
     now = time.monotonic()
     if self._began is None:
-      return "did not start" if now > started + _START else None
+      return f"it was not ready after {_START} s" if now > started + _START else None
     if now > self._began + self._limits.seconds:
       return "time limit"
     with os.scandir(self._folder) as entries:
@@ -269,17 +269,17 @@ class _Run:
 
   def _outcome(self, broken, code) -> Outcome:
     output = self._tail.decode(errors="replace")
-    if self._began is None and broken is None:
-      why = self._answer.decode(errors="replace") or output or f"its process ended with {code}"
+    if self._began is None:
+      why = broken or self._answer.decode(errors="replace") or output or f"it ended with {code}"
       raise ValueError(f"programs cannot be confined on this machine: {why}")
-    seconds = time.monotonic() - self._began if self._began is not None else 0.0
+    seconds = time.monotonic() - self._began
     end = _BEGUN + self._token
     if broken is None and code == 0 and self._answer.startswith(end):
       return Outcome(True, "passed", output, seconds, bytes(self._answer[len(end):]))
     if broken is None and code == -signal.SIGXCPU:
       broken = "time limit"
     elif broken is None and code < 0:
-      broken = f"killed by {signal.Signals(-code).name}"
+      broken = f"killed by signal {-code}"
     elif broken is None:
       broken = "exception" if code == 1 else "exit before its end"
     return Outcome(False, broken, output, seconds)
