@@ -180,42 +180,56 @@ def _drop_capabilities():
 
 
 def _filter_system_calls(machine, files):
-  """Installs the filter; with `files`, Landlock sees to which may be written."""
-  architecture, column = ARCHITECTURES[machine]
-  code = [_load(4), *_unless_equal(architecture, [_return(_RET_KILL)]), _load(0)]
-  for numbers in (ALLOWED | (IN_OWN_FOLDER if files else {})).values():
-    code += _if_equal(numbers[column], [_return(_RET_ALLOW)])
-  own = [((0, os.getpid()),)]
-  # Each: the call's numbers, then alternatives of (argument, value of its low half).
-  conditions = [(KILL, own), (TGKILL, own),
-                (FCNTL, [((1, c),) for c in FCNTL_COMMANDS]),
-                (IOCTL, [((1, c),) for c in IOCTL_COMMANDS])]
-  for numbers, alternatives in conditions:
-    tests = []
-    for ((argument, value),) in alternatives:
-      tests += [_load(16 + 8 * argument), *_if_equal(value, [_return(_RET_ALLOW)])]
-    code += _if_equal(numbers[column], [*tests, _return(_RET_EPERM)])
-  # Limits may be read, not set: the pointer to new ones is null.
-  code += _if_equal(PRLIMIT64[column], [
-      _load(32), *_unless_equal(0, [_return(_RET_EPERM)]),
-      _load(36), *_unless_equal(0, [_return(_RET_EPERM)]), _return(_RET_ALLOW)])
-  if not files:
-    for numbers, argument in ((OPEN, 1), (OPENAT, 2)):
-      code += _if_equal(numbers[column], [
-          _load(16 + 8 * argument), (0x54, 0, 0, WRITING),  # and
-          *_if_equal(0, [_return(_RET_ALLOW)]), _return(_RET_EPERM)])
-  code.append(_return(_RET_EPERM))
+  code = filter_code(machine, files, os.getpid())
   filters = b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
   buffer = ctypes.create_string_buffer(filters, len(filters))
   program = struct.pack("@HP", len(code), ctypes.addressof(buffer))
   _prctl(_SET_SECCOMP, _SECCOMP_FILTER, program)
 
 
-# Instructions of classic BPF: (code, jump if true, jump if false, operand).
+def filter_code(machine: str, files: bool, pid: int) -> list[tuple[int, int, int, int]]:
+  """The filter as classic BPF: (code, jump if true, jump if false, operand).
+
+  Args:
+    machine: one of `ARCHITECTURES`.
+    files: whether any file may be written, as Landlock sees to which.
+    pid: the only process that may be signalled.
+  """
+  architecture, column = ARCHITECTURES[machine]
+  code = [_load(_ARCHITECTURE), *_unless_equal(architecture, [_return(_RET_KILL)]),
+          _load(_NUMBER)]
+  for numbers in (ALLOWED | (IN_OWN_FOLDER if files else {})).values():
+    code += _if_equal(numbers[column], [_return(_RET_ALLOW)])
+  # A call, and which values its argument of that index may have.
+  for numbers, argument, values in (
+      (KILL, 0, [pid]), (TGKILL, 0, [pid]), (FCNTL, 1, FCNTL_COMMANDS),
+      (IOCTL, 1, IOCTL_COMMANDS)):
+    tests = [_load(_argument(argument))]
+    for value in values:
+      tests += _if_equal(value, [_return(_RET_ALLOW)])
+    code += _if_equal(numbers[column], [*tests, _return(_RET_EPERM)])
+  # Limits may be read, not set: the pointer to new ones is null.
+  code += _if_equal(PRLIMIT64[column], [
+      _load(_argument(2)), *_unless_equal(0, [_return(_RET_EPERM)]),
+      _load(_argument(2) + 4), *_unless_equal(0, [_return(_RET_EPERM)]), _return(_RET_ALLOW)])
+  if not files:
+    for numbers, argument in ((OPEN, 1), (OPENAT, 2)):
+      code += _if_equal(numbers[column], [
+          _load(_argument(argument)), (0x54, 0, 0, WRITING),  # bitwise and
+          *_if_equal(0, [_return(_RET_ALLOW)]), _return(_RET_EPERM)])
+  return [*code, _return(_RET_EPERM)]
+
+
+# Instructions, and offsets in the struct seccomp_data that they read.
+_NUMBER, _ARCHITECTURE = 0, 4
+
+
+def _argument(index):
+  return 16 + 8 * index  # its low half, on these little-endian machines
 
 
 def _load(offset):
-  return (0x20, 0, 0, offset)  # of struct seccomp_data: 0 number, 4 architecture, 16 arguments
+  return (0x20, 0, 0, offset)
 
 
 def _return(action):

@@ -129,7 +129,8 @@ def test_a_program_that_runs_to_its_end_passes(run):
 @pytest.mark.parametrize("end", [
     "assert 1 == 2", "raise KeyboardInterrupt", "import sys; sys.exit(0)",
     "import os; os._exit(0)", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
-    "import os; os.kill(os.getpid(), 40)", "import sys; print('passed'); sys.stdout.flush(); raise SystemExit", "def broken(:",
+    "import os; os.kill(os.getpid(), 40)", "def broken(:",
+    "import sys; print('passed'); sys.stdout.flush(); raise SystemExit",
     "import os; os.closerange(0, 64); os._exit(0)",
     "import atexit, os; atexit.register(os._exit, 0); exit(0)",
     "import ctypes; ctypes.string_at(0)"])
