@@ -1,0 +1,350 @@
+"""The tasks on a few rows of our own, in each of the public formats."""
+
+import dataclasses
+import gzip
+import json
+import re
+import sys
+import types
+
+import pytest
+
+from experiments import tasks
+from experiments.tasks import base, llm_adapters, sources
+
+MATH = ("gsm8k", "svamp", "addsub", "singleeq", "multiarith")
+COMMONSENSE = ("arc_easy", "arc_challenge", "obqa", "siqa", "hellaswag")
+FOLDERS = dict(zip(MATH + COMMONSENSE, (
+    "gsm8k", "SVAMP", "AddSub", "SingleEq", "MultiArith", "ARC-Easy", "ARC-Challenge", "openbookqa",
+    "social_i_qa", "hellaswag")))
+
+
+def choice(question, word="answer", target=2):
+  return {"instruction": f"Please choose the correct answer to the question: {question}\n\n"
+                         f"{word.capitalize()}1: yes {word.capitalize()}2: no\n\n"
+                         f"Answer format: {word}1/{word}2",
+          "input": "", "output": "", "answer": f"{word}{target}"}
+
+
+def number(question, answer="12.0"):
+  return {"instruction": question, "input": "", "output": "wrong", "answer": answer}
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+  """Files of all tasks of LLM-Adapters, and GSM8K's training problems."""
+  for name, folder in FOLDERS.items():
+    target = tmp_path / "dataset" / folder
+    target.mkdir(parents=True)
+    word = "ending" if name == "hellaswag" else "answer"
+    rows = [number(f"Ann has {i} pears of {name}. How many?", str(float(i))) for i in range(40)]
+    if name in COMMONSENSE:
+      rows = [choice(f"Is {i} a number of {name}?", word, 1 + i % 2) for i in range(400)]
+    (target / "test.json").write_text(json.dumps(rows))
+    if name in ("arc_easy", "arc_challenge", "obqa"):
+      rows = [choice(f"Is {i} a training number of {name}?") for i in range(5)]
+      rows.append(choice(f"is 7 a number of {name}"))  # as in the test, but for its signs
+      (target / "train.json").write_text(json.dumps(rows))
+  solutions = [{"question": f"Ben has {i} plums and 2 more. How many?",
+                "answer": f"He has {i}+2=<<{i}+2={i + 2}>>{i + 2}.\n#### {1000 + i:,}"}
+               for i in range(5)]
+  solutions.append({"question": "Ann has 3 pears of svamp.  How many?", "answer": "#### 3"})
+  (tmp_path / "gsm8k").mkdir()
+  (tmp_path / "gsm8k" / "train.jsonl").write_text("".join(json.dumps(s) + "\n" for s in solutions))
+  return tmp_path
+
+
+def test_the_twelve_tasks_of_the_paper_and_ours_are_there():
+  assert list(tasks.TASKS) == ["wordmath", *MATH, *COMMONSENSE, "humaneval", "humaneval_plus"]
+  for name, task in tasks.TASKS.items():
+    assert task.name == name and task.category in base.CATEGORIES and task.higher_is_better
+    assert task.runs_code == (task.category == "code") and len(task.validation) > 20
+  assert {t.category: t.metric for t in tasks.TASKS.values()} == {
+      "math": "exact_match", "commonsense": "acc", "code": "pass@1"}
+
+
+def test_an_unknown_task_is_refused_with_those_that_there_are():
+  with pytest.raises(ValueError, match="there is no task 'gsm9k'; there are wordmath, gsm8k, "):
+    tasks.get("gsm9k")
+
+
+def test_the_prompt_has_the_white_space_of_llm_adapters():
+  lines = llm_adapters.wrap("What is 1+1?").split("\n")
+  indent = " " * 16
+  assert lines == [
+      "Below is an instruction that describes a task. Write a response that appropriately "
+      "completes the request. ", "", indent + "### Instruction:", indent + "What is 1+1?", "",
+      indent + "### Response:", indent]
+
+
+@pytest.mark.parametrize("text,expected", [
+    ("The answer is 18.", 18.0), ("It is $1,234.50 in all", 1234.5), ("2+3=5, so -7", -7.0),
+    ("3 of them, and then 4 of 5", 5.0), ("none", None), ("", None), ("5-3", -3.0),
+    ("10 %.", 10.0)])
+def test_the_last_number_is_the_answer(text, expected):
+  assert llm_adapters.extract_number(text) == expected
+
+
+@pytest.mark.parametrize("text,expected", [
+    ("the correct answer is answer3", "answer3"), ("answer1 or answer2", "answer1"),
+    ("ending4.", "ending4"), ("Answer 2", None), ("answer6", None), ("", None)])
+def test_the_first_choice_named_is_the_answer(text, expected):
+  assert llm_adapters.extract_choice(text) == expected
+
+
+@pytest.mark.parametrize("label,text,correct", [
+    ("0.6666666666666666", "0.667", 1.0), ("0.6666666666666666", "0.668", 0.0),
+    ("576.0", "so 576", 1.0), ("4", "4.0", 1.0), ("4", "5", 0.0), ("4", "no idea", 0.0)])
+def test_numbers_are_right_within_a_thousandth(data_dir, label, text, correct):
+  (data_dir / "dataset/AddSub/test.json").write_text(json.dumps([number("How many?", label)]))
+  task = tasks.get("addsub")
+  (example,) = task.examples("test", data_dir)
+  assert task.score(example, text) == {"exact_match": correct}
+
+
+def test_a_math_example_is_a_text_to_write(data_dir):
+  example = tasks.get("gsm8k").examples("test", data_dir, limit=1)[0]
+  assert example.kind == "generate" and example.prompt == llm_adapters.wrap(
+      "Ann has 0 pears of gsm8k. How many?")
+  assert example.target == 0.0 and example.max_new_tokens == 256
+  assert example.reference is None  # what LLM-Adapters has there is a model's, often wrong
+
+
+def test_a_commonsense_example_is_a_choice_by_probability(data_dir):
+  task = tasks.get("hellaswag")
+  example = task.examples("all", data_dir)[1]
+  assert example.kind == "choose" and example.target == 1
+  assert example.choices == ("the correct answer is ending1", "the correct answer is ending2")
+  assert example.reference == example.choices[1]
+  assert task.score(example, [-1.5, -1.0]) == {"acc": 1.0, "acc_norm": 1.0}
+  assert task.score(example, [-1.0, -1.5]) == {"acc": 0.0, "acc_norm": 0.0}
+  assert task.score(example, "I think ending2 it is, not ending1") == {"acc": 1.0}
+  assert task.score(example, "the correct answer is ending1") == {"acc": 0.0}
+
+
+def test_lengths_matter_to_the_normalised_accuracy_only_and_ties_go_to_the_first():
+  example = base.Example(id="a", prompt="", choices=("é", "abcd", "xy"), target=1)
+  assert base.chosen(example, [-3.0, -4.0, -3.5]) == {"acc": 0.0, "acc_norm": 1.0}
+  assert base.chosen(dataclasses.replace(example, target=0), [-3.0, -9.0, -3.0])["acc"] == 1.0
+
+
+def test_outputs_of_the_wrong_kind_are_refused(data_dir):
+  task = tasks.get("siqa")
+  example = task.examples("test", data_dir, limit=1)[0]
+  with pytest.raises(ValueError, match="must be 2 log-probabilities, one of each choice, got 3"):
+    task.score(example, [-1.0, -2.0, -3.0])
+  task = tasks.get("gsm8k")
+  with pytest.raises(ValueError, match="must be a text, got list"):
+    task.score(task.examples("test", data_dir, limit=1)[0], [-1.0])
+  with pytest.raises(ValueError, match="shorter"):
+    task.score_all(task.examples("test", data_dir, limit=2), ["one"])
+
+
+def test_a_chat_gets_the_bare_instruction(data_dir):
+  for name in MATH + COMMONSENSE:
+    plain = tasks.get(name).examples("test", data_dir, limit=2)[1]
+    chat = tasks.get(name).examples("test", data_dir, limit=2, chat=True)[1]
+    (message,) = chat.messages
+    assert message["role"] == "user" and plain.messages == ()
+    assert llm_adapters.wrap(message["content"]) == plain.prompt
+    assert dataclasses.replace(chat, messages=()) == plain
+
+
+@pytest.mark.parametrize("name", MATH + COMMONSENSE)
+def test_validation_and_test_have_no_question_in_common(name, data_dir):
+  split = {s: tasks.get(name).examples(s, data_dir) for s in ("validation", "test", "all")}
+  words = {s: {sources.content(e.data["instruction"]) for e in found}
+           for s, found in split.items()}
+  assert words["validation"] and not words["validation"] & words["test"]
+  ids = {s: [e.id for e in found] for s, found in split.items()}
+  assert all(len(set(found)) == len(found) for found in ids.values())
+  if name in ("siqa", "hellaswag"):
+    assert sorted(ids["validation"] + ids["test"]) == sorted(ids["all"])
+    share = llm_adapters.SIQA_SLICE if name == "siqa" else llm_adapters.HELLASWAG_SLICE
+    assert len(ids["validation"]) == pytest.approx(400 * share, abs=25)
+  else:
+    assert ids["test"] == ids["all"] and not set(ids["validation"]) & set(ids["test"])
+    # GSM8K has one of SVAMP's questions here, and the others one of their own.
+    assert len(ids["validation"]) == (5 if name in ("svamp", *COMMONSENSE) else 6)
+
+
+def test_copies_of_a_question_are_kept_on_one_side_with_names_of_their_own(data_dir):
+  rows = [choice(f"Is {i % 100} odd?") for i in range(200)]
+  (data_dir / "dataset/social_i_qa/test.json").write_text(json.dumps(rows))
+  validation, test = (tasks.get("siqa").examples(s, data_dir) for s in ("validation", "test"))
+  for examples in (validation, test):
+    ids = [e.id for e in examples]
+    assert len(set(ids)) == len(ids)
+    assert {i for i in ids if i.endswith("-2")} == {
+        f"{i}-2" for i in ids if not i.endswith("-2")}
+  assert len(validation) + len(test) == 200
+
+
+def test_names_of_examples_do_not_depend_on_order_or_limit(data_dir):
+  task, file = tasks.get("multiarith"), data_dir / "dataset/MultiArith/test.json"
+  before = {e.id: e.prompt for e in task.examples("test", data_dir)}
+  file.write_text(json.dumps(json.loads(file.read_text())[::-1]))
+  assert {e.id: e.prompt for e in task.examples("test", data_dir)} == before
+  first = task.examples("test", data_dir, limit=3)
+  assert len(first) == 3 and all(before[e.id] == e.prompt for e in first)
+
+
+def test_gsm8ks_human_solutions_are_the_references_and_right(data_dir):
+  task = tasks.get("gsm8k")
+  examples = task.examples("validation", data_dir)
+  assert examples[1].reference == "He has 1+2=3.\n#### 1,001" and examples[1].target == 1001.0
+  assert all(task.score(e, e.reference) == {"exact_match": 1.0} for e in examples)
+
+
+QUESTION = {
+    "llm_adapters": number("Tim had 2 cats. He got 3. How many?", "5"),
+    "gsm8k": {"question": "Tim had 2 cats. He got 3. How many?", "answer": "2+3=5\n#### 5"},
+    "svamp": {"Body": "Tim had 2 cats. He got 3", "Question": "How many?", "Answer": 5.0},
+    "svamp with its stop": {"Body": "Tim had 2 cats. He got 3. ", "Question": "How many?",
+                            "Answer": 5},
+    "mawps": {"sQuestion": "Tim had 2 cats. He got 3. How many?", "lSolutions": [5.0]},
+    "multiarith": {"question": "Tim had 2 cats. He got 3. How many?", "final_ans": "5"},
+}
+
+
+@pytest.mark.parametrize("form", QUESTION)
+def test_all_forms_of_word_problems_read_the_same(form):
+  question = llm_adapters.read_math(QUESTION[form])
+  assert question.instruction == "Tim had 2 cats. He got 3. How many?" and question.target == 5.0
+
+
+ASKED = ("Please choose the correct answer to the question: Which is red?\n\nAnswer1: grass "
+         "Answer2: blood Answer3: snow\n\nAnswer format: answer1/answer2/answer3")
+LISTED = [{"text": t, "label": l} for t, l in zip(("grass", "blood", "snow"), "ABC")]
+HUB = {"text": ["grass", "blood", "snow"], "label": ["1", "2", "3"]}
+CHOICE = {
+    "llm_adapters": {"instruction": ASKED, "answer": "answer2"},
+    "arc": {"question": {"stem": "Which is red?", "choices": LISTED}, "answerKey": "B"},
+    "arc of the hub": {"question": "Which is red?", "choices": HUB, "answerKey": "2"},
+    "obqa of the hub": {"question_stem": "Which is red?", "choices": HUB, "answerKey": "2"},
+    "siqa": {"context": "Which", "question": "is red?", "answerA": "grass", "answerB": "blood",
+             "answerC": "snow", "label": "2"},
+}
+
+
+@pytest.mark.parametrize("form", CHOICE)
+def test_all_forms_of_choices_read_the_same(form):
+  question = llm_adapters.read_choice(CHOICE[form])
+  assert question == llm_adapters.Question(ASKED, 1, ("answer1", "answer2", "answer3"))
+
+
+def test_hellaswag_reads_as_in_llm_adapters():
+  question = llm_adapters.read_choice({
+      "activity_label": "Cooking", "ctx": "[header] Eggs [step] He", "label": "1",
+      "endings": ["sleeps.", "cooks."]})
+  assert question == llm_adapters.Question(
+      "Please choose the correct ending to complete the given sentence: Cooking: [header] Eggs "
+      "[step] He\n\nEnding1: sleeps. Ending2: cooks.\n\nAnswer format: ending1/ending2",
+      1, ("ending1", "ending2"))
+
+
+@pytest.mark.parametrize("row", [
+    {}, {"question": "?", "answer": "no mark"}, {"instruction": "?", "answer": "many"},
+    {"sQuestion": "?", "lSolutions": []}, {"instruction": "?", "answer": "nan"}])
+def test_rows_that_are_no_word_problems_are_shown(data_dir, row):
+  rows = [number("How many?", "1"), row]
+  (data_dir / "dataset/SingleEq/test.json").write_text(json.dumps(rows))
+  with pytest.raises(ValueError, match="row 1 of singleeq/test is in none of its public formats"):
+    tasks.get("singleeq").examples("test", data_dir)
+
+
+@pytest.mark.parametrize("row", [
+    {}, {"instruction": "Which?", "answer": "answer1"}, choice("?") | {"answer": "answer3"},
+    CHOICE["siqa"] | {"label": "4"}, CHOICE["siqa"] | {"label": ""},
+    CHOICE["arc"] | {"answerKey": "D"}])
+def test_rows_that_are_no_choices_are_shown(data_dir, row):
+  (data_dir / "dataset/ARC-Easy/test.json").write_text(json.dumps([row]))
+  with pytest.raises(ValueError, match="row 0 of arc_easy/test is in none of its public formats"):
+    tasks.get("arc_easy").examples("test", data_dir)
+
+
+def test_files_are_found_in_all_their_public_names_and_packings(tmp_path):
+  line = json.dumps(CHOICE["arc"]) + "\n"
+  (tmp_path / "ARC-V1").mkdir()
+  (tmp_path / "ARC-V1" / "ARC-Easy-Test.jsonl").write_text(line + "\n" + line)
+  assert len(tasks.get("arc_easy").examples("test", tmp_path)) == 2
+  (tmp_path / "SVAMP.json").write_text(json.dumps([QUESTION["svamp"]]))
+  assert len(tasks.get("svamp").examples("test", str(tmp_path))) == 1
+  with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+    file.write(line)
+  assert sources.read(tmp_path / "rows.jsonl.gz") == [CHOICE["arc"]]
+
+
+def test_missing_data_are_named(tmp_path, data_dir):
+  (data_dir / "dataset/SVAMP/test.json").unlink()
+  with pytest.raises(FileNotFoundError, match=r"no data of svamp/test in .* or below: a file "
+                                              r"SVAMP/test.json or SVAMP.json is expected"):
+    tasks.get("svamp").examples("test", data_dir)
+  with pytest.raises(FileNotFoundError, match="there is no folder"):
+    tasks.get("svamp").examples("test", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("content", ["", "[", "{}", "[]", "[1]", '{"a": 1}\n{"b": 2}\n'])
+def test_broken_files_are_refused(data_dir, content):
+  (data_dir / "dataset/AddSub/test.json").write_text(content)
+  with pytest.raises(ValueError, match="AddSub/test.json (cannot be read|must hold JSON objects)"):
+    tasks.get("addsub").examples("test", data_dir)
+
+
+def test_unknown_splits_and_limits_are_refused(data_dir):
+  with pytest.raises(ValueError, match="'train' is not one of validation, test, all"):
+    tasks.get("gsm8k").examples("train", data_dir)
+  with pytest.raises(ValueError, match="must be at least 1, got 0"):
+    tasks.get("gsm8k").examples("test", data_dir, limit=0)
+
+
+def test_data_come_from_the_hub_by_name(monkeypatch):
+  asked = []
+
+  def load_dataset(**arguments):
+    asked.append(arguments)
+    return [{"question": f"{arguments['split']}?", "final_ans": "5"}]
+
+  monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+  examples = tasks.get("multiarith").examples("test")
+  assert asked == [{"path": "ChilleD/MultiArith", "split": "train"},
+                   {"path": "ChilleD/MultiArith", "split": "test"}]
+  assert [e.data["instruction"] for e in examples] == ["train?", "test?"]
+
+
+def test_a_hub_out_of_reach_is_said_with_what_helps(monkeypatch):
+  def load_dataset(**arguments):
+    raise ConnectionError("no network")
+
+  monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+  with pytest.raises(ValueError, match="addsub/test could not be read from json of the hub .*no "
+                                       "network.*--data_dir"):
+    tasks.get("addsub").examples("test")
+  monkeypatch.setitem(sys.modules, "datasets", None)
+  with pytest.raises(ValueError, match="needs the package datasets"):
+    tasks.get("siqa").examples("test")
+
+
+def test_every_task_names_public_sources():
+  for name in MATH + COMMONSENSE:
+    source = tasks.get(name).read.args[2]
+    assert any(file.endswith(".json") for file in source.files) and source.hub
+    for arguments in source.hub:
+      assert re.fullmatch(r"[\w-]+/[\w-]+|json", arguments["path"])
+
+
+def test_a_slice_has_its_share_and_follows_from_the_key_alone():
+  keys = [f"key {i}" for i in range(4000)]
+  inside = [k for k in keys if sources.in_slice(k, 0.25)]
+  assert len(inside) == pytest.approx(1000, abs=4 * (4000 * 0.25 * 0.75) ** 0.5)
+  assert set(inside) <= {k for k in keys if sources.in_slice(k, 0.5)}
+
+
+def test_wordmath_is_a_task_like_the_others():
+  task = tasks.get("wordmath")
+  validation, test = task.examples("validation", limit=50), task.examples("test", limit=50)
+  assert not {e.data["content"] for e in validation} & {e.data["content"] for e in test}
+  assert task.examples("all", limit=50) == test
+  for example in validation + test:
+    assert task.score(example, example.reference) == {"exact_match": 1.0}
+    assert task.score(example, example.reference + "0") == {"exact_match": 0.0}
