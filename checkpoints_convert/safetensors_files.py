@@ -50,10 +50,9 @@ def widened(info: TensorInfo, shape: tuple[int, ...], spans: Spans) -> Spans:
     shape: its shape, perhaps with merged axes apart.
     spans: of these axes.
   """
-  runs = info.num_bytes // np.cumprod(shape)  # of one index along each axis
   return tuple(
-      span if (span[1] - span[0]) * run >= SHORTEST_RUN else (0, size)
-      for span, size, run in zip(spans, shape, runs))
+      span if (span[1] - span[0]) * stride >= SHORTEST_RUN else (0, size)
+      for span, size, stride in zip(spans, shape, _strides(info, shape)))
 
 
 def read(info: TensorInfo, shape: tuple[int, ...], spans: Spans) -> np.ndarray:
@@ -70,11 +69,11 @@ def read(info: TensorInfo, shape: tuple[int, ...], spans: Spans) -> np.ndarray:
   array = np.empty([stop - start for start, stop in spans], info.dtype)
   cut = [i for i, (span, size) in enumerate(zip(spans, shape)) if span != (0, size)]
   outer = cut[-1] if cut else 0  # behind this axis all is one run of bytes
-  strides = info.num_bytes // np.cumprod(shape)
+  strides = _strides(info, shape)
   with open(info.file, "rb", buffering=0) as file:
     for index in np.ndindex(array.shape[:outer]):
-      first = [i + start for i, (start, _) in zip((*index, 0), spans)]
-      file.seek(info.offset + int(np.dot(first, strides[:outer + 1])))
+      file.seek(info.offset + sum(
+          (i + start) * stride for i, (start, _), stride in zip((*index, 0), spans, strides)))
       target = memoryview(array[index].reshape(-1).view(np.uint8))
       while target:
         count = file.readinto(target)
@@ -82,6 +81,11 @@ def read(info: TensorInfo, shape: tuple[int, ...], spans: Spans) -> np.ndarray:
           raise ConversionError(f"{info.file} ends in the middle of {info.name}: {_AGAIN}")
         target = target[count:]
   return array
+
+
+def _strides(info, shape):
+  """Bytes from one index of each axis to the next."""
+  return [info.dtype.itemsize * math.prod(shape[i + 1:]) for i in range(len(shape))]
 
 
 def read_headers(folder: pathlib.Path) -> dict[str, TensorInfo]:
