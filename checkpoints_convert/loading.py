@@ -10,18 +10,20 @@ from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 
+PIECE_BYTES = 64 << 20  # nothing is gained by more, as no piece is a file of its own
+
 
 def load(source: str, dtype: str = "source",
          shardings: Params | jax.sharding.Sharding | None = None, *,
          quantize_experts: str | None = None, keep_mxfp4: bool | None = None,
-         revision: str | None = None,
-         piece_bytes: int = checkpoint.PIECE_BYTES) -> tuple[Params, ModelConfig]:
+         revision: str | None = None, piece_bytes: int = PIECE_BYTES) -> tuple[Params, ModelConfig]:
   """What converting and then `roe_jax.load` would give, bit by bit, with nothing written.
 
-  A process reads of the files what its devices hold, and no byte of another
-  expert; of a tensor that is split within its rows all rows. Layers go to the
-  devices by pieces: beside the parameters, the devices have one piece, and the
-  host what its devices hold of one parameter in one piece (twice, if experts are
+  A process reads of the files what its devices hold: of experts that are tensors
+  of their own no other, of a tensor that is split along its rows only these, of one
+  that is split within its rows all. Layers go to the devices in pieces of 64 MiB or
+  one layer. Beside the parameters, the devices have their part of one piece, and
+  the host what they hold of one parameter in one piece (twice, if experts are
   decoded or quantised on the way) and one hub tensor.
 
   Args:

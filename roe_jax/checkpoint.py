@@ -8,11 +8,13 @@ has finished is kept and not redone.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import json
 import pathlib
 import shutil
+import sys
 from typing import Any, Callable, Collection, Iterator, Mapping, Sequence
 
 from flax import traverse_util
@@ -187,7 +189,12 @@ def load_pieces(path: PathLike) -> tuple[Piece, ...]:
 def load(path: PathLike, dtype: str | None = None,
          shardings: Params | jax.sharding.Sharding | None = None,
          ) -> tuple[Params, ModelConfig]:
-  """Reads a checkpoint onto devices, with one piece beside the model at most.
+  """Reads a checkpoint onto devices, piece by piece.
+
+  A process reads what its devices hold, to whole chunks of at most 32 MiB, and no
+  byte of another expert. Beside the parameters, its devices have their part of
+  one piece (256 MiB, or one layer if that is more, unless it was written in
+  others), and the host has two more of these and 200 MB of Orbax' caches at most.
 
   Args:
     path: the checkpoint folder.
@@ -255,10 +262,22 @@ def assemble(config: ModelConfig, pieces: Sequence[Piece],
       # Waiting keeps the next piece from being read while this one is alive.
       layers = jax.block_until_ready(insert(layers, part, jnp.int32(piece.start)))
       del part
+      _release_freed_memory()
 
   leaves |= {f"layers.{name}": leaf for name, leaf in layers.items()}
   names = named_leaves(abstract)
   return jax.tree.unflatten(treedef, [leaves[name] for name in names])
+
+
+def _release_freed_memory() -> None:
+  """Hands what was freed back to the system, where the C library is glibc.
+
+  It keeps an arena for each thread that reads: without this a model of 700 MB on
+  eight devices of the host left 350 MB in them, with it 30.
+  """
+  library = ctypes.CDLL(None) if sys.platform == "linux" else None
+  if hasattr(library, "malloc_trim"):
+    library.malloc_trim(0)
 
 
 def iterate_pieces(path: PathLike, names: Collection[str] | None = None,
