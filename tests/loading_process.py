@@ -1,9 +1,10 @@
 """Loads a model in a process of its own and prints what that took, as JSON.
 
-    python tests/loading_process.py --path=FOLDER --mesh=data:1,expert:8,tensor:1
+    python tests/loading_process.py --path=MODEL --warm_up=OTHER --mesh=data:1,expert:8,tensor:1
 
 Of a roe_jax checkpoint or of a Hugging Face folder; with --process=I,N,PORT as the
-I-th of N processes, each with its share of eight devices.
+I-th of N processes, each with its share of eight devices. Bytes held, read, and by
+which the process grew at its peak and in the end; and a checksum of what it holds.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import os
 import pathlib
 import re
 import time
+import zlib
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--path", required=True)
@@ -24,6 +26,7 @@ os.environ |= {
     "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // COUNT}"}
 
 import jax
+import numpy as np
 
 if COUNT > 1:
   jax.distributed.initialize(f"127.0.0.1:{PORT}", COUNT, INDEX)
@@ -57,9 +60,14 @@ load(ARGUMENTS.warm_up)  # what is imported and compiled once is not part of the
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 before, read, begin = memory("VmRSS"), bytes_read(), time.perf_counter()
 params = load(ARGUMENTS.path)
-print(json.dumps({
+figures = {
     "bytes_held": sum(shard.data.nbytes for x in jax.tree.leaves(params)
                       for shard in x.addressable_shards),
     "bytes_read": bytes_read() - read,
     "peak": memory("VmHWM") - before, "after": memory("VmRSS") - before,
-    "seconds": time.perf_counter() - begin}))
+    "seconds": time.perf_counter() - begin}
+checksum = 0
+for x in jax.tree.leaves(params):
+  for shard in sorted(x.addressable_shards, key=lambda s: s.device.id):
+    checksum = zlib.crc32(np.asarray(shard.data).tobytes(), checksum)
+print(json.dumps(figures | {"checksum": checksum}))

@@ -6,6 +6,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import zlib
 
 import jax
 import numpy as np
@@ -65,16 +66,27 @@ PIECE = 26e6
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-  """A folder with a large and a small model, each as a checkpoint and for the hub."""
+  """A folder with a large and a small model, each as a checkpoint and for the hub; the
+  parameters of the large one."""
   folder = tmp_path_factory.mktemp("models")
-  for name, config in (("large", LARGE), ("small", LARGE.replace(d_expert=16))):
-    checkpoint.save(folder / name / "checkpoint", random_params(config), config,
-                    piece_bytes=int(PIECE))
+  for name, config in (("small", LARGE.replace(d_expert=16)), ("large", LARGE)):
+    params = random_params(config)
+    checkpoint.save(folder / name / "checkpoint", params, config, piece_bytes=int(PIECE))
     convert_to_hugging_face(str(folder / name / "checkpoint"), str(folder / name / "hub"))
-  return folder
+  return folder, params
 
 
-def load(models, kind, num_processes=1):
+def checksum(params, devices):
+  """What `loading_process` prints if it holds what some of eight devices should."""
+  result = 0
+  for x, placed in zip(*map(jax.tree.leaves, (params, shardings_on((1, 8, 1), LARGE)))):
+    indices = placed.devices_indices_map(x.shape)
+    for device in jax.devices()[devices]:
+      result = zlib.crc32(x[indices[device]].tobytes(), result)
+  return result
+
+
+def load(folder, kind, num_processes=1):
   """What loading onto expert:8 takes, for each process."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
@@ -83,7 +95,7 @@ def load(models, kind, num_processes=1):
   environment["PYTHONPATH"] = str(pathlib.Path(__file__).parents[1])
   processes = [subprocess.Popen(
       [sys.executable, str(pathlib.Path(__file__).with_name("loading_process.py")),
-       f"--path={models / 'large' / kind}", f"--warm_up={models / 'small' / kind}",
+       f"--path={folder / 'large' / kind}", f"--warm_up={folder / 'small' / kind}",
        "--mesh=data:1,expert:8,tensor:1", f"--process={i},{num_processes},{port}"],
       stdout=subprocess.PIPE, text=True, env=environment) for i in range(num_processes)]
   outputs = [p.communicate(timeout=300)[0] for p in processes]
@@ -95,7 +107,9 @@ def load(models, kind, num_processes=1):
 @pytest.mark.parametrize("kind,caches", [("checkpoint", 200e6), ("hub", 0)])
 def test_the_host_holds_little_beside_the_parameters(models, kind, caches):
   """Devices that are the host's own hold their parts of a piece there, too."""
-  found, = load(models, kind)
+  folder, params = models
+  found, = load(folder, kind)
+  assert found["checksum"] == checksum(params, slice(8))
   size = params_lib.num_bytes(LARGE)
   assert found["bytes_held"] > size
   # Pieces of the hub have 64 MiB: two layers.
@@ -109,6 +123,8 @@ def test_a_process_reads_and_holds_what_its_devices_need(models, kind):
   whole = params_lib.num_bytes(LARGE)
   experts = sum(x.size * x.dtype.itemsize
                 for x in jax.tree.leaves(params_lib.abstract(LARGE).layers.experts))
-  for found in load(models, kind, num_processes=2):
+  folder, params = models
+  for i, found in enumerate(load(folder, kind, num_processes=2)):
+    assert found["checksum"] == checksum(params, slice(4 * i, 4 * i + 4))
     assert found["bytes_read"] < 1.01 * (whole - experts / 2)
     assert found["bytes_held"] < found["peak"] < 0.9 * whole
