@@ -1,4 +1,7 @@
-"""What --checkpoint may name: a checkpoint, an embedded model, or a Hugging Face model."""
+"""What --checkpoint may name: a checkpoint, an embedded model, or a Hugging Face model.
+
+Or, where no parameters are needed, a preset.
+"""
 
 import pathlib
 import sys
@@ -8,12 +11,13 @@ import jax
 
 import checkpoints_convert
 from checkpoints_convert import hub
-from roe_jax import assets, checkpoint
+from roe_jax import assets, checkpoint, presets
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 
 EMBEDDED = "embedded:"
 HUB = "hf:"
+PRESET = "preset:"
 
 
 def path(name: str, weights: bool = False) -> pathlib.Path:
@@ -25,8 +29,11 @@ def path(name: str, weights: bool = False) -> pathlib.Path:
       beside them alone.
 
   Raises:
-    ValueError: an unknown embedded model, or a hub name that cannot be downloaded.
+    ValueError: an unknown embedded model, a preset, or a hub name that cannot be
+      downloaded.
   """
+  if name.startswith(PRESET):
+    raise ValueError(f"--checkpoint={name} has sizes and no parameters: give --dry_run with it")
   if name.startswith(EMBEDDED):
     return assets.path(name.removeprefix(EMBEDDED))
   if name.startswith(HUB):
@@ -39,8 +46,13 @@ def load_config(name: str) -> ModelConfig:
 
   Raises:
     FileNotFoundError, ValueError: it is neither a complete checkpoint nor a
-      Hugging Face model that can be read.
+      Hugging Face model that can be read, nor a known preset.
   """
+  if name.startswith(PRESET):
+    name = name.removeprefix(PRESET)
+    if name not in presets.PRESETS:
+      raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(presets.PRESETS)}")
+    return presets.PRESETS[name]
   if name.startswith(HUB):
     return checkpoints_convert.load_config(name.removeprefix(HUB))
   folder = path(name)

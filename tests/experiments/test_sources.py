@@ -14,7 +14,7 @@ import pytest
 
 from checkpoints_convert import convert_to_hugging_face
 from experiments import app, sources
-from roe_jax import assets, checkpoint, decode
+from roe_jax import assets, checkpoint, decode, presets
 from roe_jax.chat import Chat
 from roe_jax.tokenizer import Tokenizer
 
@@ -79,6 +79,11 @@ def test_what_is_no_model_gets_a_sentence(tmp_path, monkeypatch):
     app.load_config(str(tmp_path))
   with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
     app.load_config(str(tmp_path / "absent"))
+  assert app.load_config("preset:olmoe-1b-7b") == presets.PRESETS["olmoe-1b-7b"]
+  with pytest.raises(ValueError, match="unknown preset 'olmo'; choose one of .*olmoe-1b-7b"):
+    app.load_config("preset:olmo")
+  with pytest.raises(ValueError, match="no parameters: give --dry_run"):
+    app.load_params("preset:olmoe-1b-7b")
 
 
 def test_a_program_continues_texts_with_it(tiny_checkpoint, hub_folder):
