@@ -191,10 +191,10 @@ def load(path: PathLike, dtype: str | None = None,
          ) -> tuple[Params, ModelConfig]:
   """Reads a checkpoint onto devices, piece by piece.
 
-  A process reads what its devices hold, to whole chunks of at most 32 MiB, and no
-  byte of another expert. Beside the parameters, its devices have their part of
-  one piece (256 MiB, or one layer if that is more, unless it was written in
-  others), and the host has two more of these and 200 MB of Orbax' caches at most.
+  Each device reads its part only, in whole chunks of at most 32 MiB, none of which
+  has two experts. Beside the parameters, devices have their part of one piece (256
+  MiB, or one layer if that is more, unless it was written in others), and the host
+  has two more of these and 200 MB of caches of Orbax at most.
 
   Args:
     path: the checkpoint folder.

@@ -37,7 +37,8 @@ from roe_jax import checkpoint, sharding
 
 def memory(name):
   """Bytes of a line of /proc/self/status."""
-  return 1024 * int(re.search(rf"{name}:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+  status = pathlib.Path("/proc/self/status").read_text()
+  return 1024 * int(re.search(rf"{name}:\s+(\d+)", status)[1])
 
 
 def bytes_read():
