@@ -4,6 +4,9 @@ import pathlib
 import shutil
 from typing import Collection
 
+# For each axis of an array where a part of it starts and stops.
+Spans = tuple[tuple[int, int], ...]
+
 
 class ConversionError(ValueError):
   """What was given cannot be converted; the message says why in a sentence."""

@@ -1,178 +1,15 @@
 """A Hugging Face folder to a roe_jax checkpoint."""
 
-import dataclasses
-import hashlib
-import json
-import pathlib
-import re
-from typing import Any
+import math
 
-import numpy as np
 from tqdm import tqdm
 
-from checkpoints_convert import rules
-from checkpoints_convert import safetensors_files
-from checkpoints_convert.common import ConversionError, check_space, some
-from checkpoints_convert.recode import recode
-from checkpoints_convert.safetensors_files import TensorInfo
+from checkpoints_convert import hub
+from checkpoints_convert import reading
+from checkpoints_convert.common import check_space
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
-from roe_jax.families import FAMILIES, from_hugging_face
-from roe_jax.quantization import CONTRACTED
-from roe_jax.tokenizer import Tokenizer, check_vocabulary
-
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-# Not "*.safetensors": some repositories hold the weights a second time under
-# other names.
-_WEIGHT_PATTERNS = ("model.safetensors", "model-*.safetensors")
-_OTHER_PATTERNS = ("*.json", "*.jinja", "tokenizer*")
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """A Hugging Face folder that was checked and can be converted.
-
-  Attributes:
-    folder: where it lies.
-    stored: config of the model in the expert format of the files, with the dtype
-      that it will be converted to.
-    config: of the model that it will be converted to.
-    tensors: of its shards, by name; exactly those that the model needs.
-    stored_dtypes: names of the dtypes in the shards.
-  """
-
-  folder: pathlib.Path
-  stored: ModelConfig
-  config: ModelConfig
-  tensors: dict[str, TensorInfo]
-  stored_dtypes: tuple[str, ...]
-
-
-def find(source: str, revision: str | None = None, weights: bool = True) -> pathlib.Path:
-  """The folder of `source`, downloaded if it is a hub name like `org/model`.
-
-  Args:
-    source: a local folder, or a hub name.
-    revision: branch, tag or commit on the hub.
-    weights: whether to download the weights, too.
-
-  Raises:
-    ConversionError: neither, or the download fails.
-  """
-  folder = pathlib.Path(source).expanduser()
-  if folder.is_dir():
-    return folder
-  if not _HUB_NAME.fullmatch(source) or folder.exists():
-    raise ConversionError(
-        f"the source {source!r} is neither a folder nor a hub name like org/model")
-  import huggingface_hub  # here, because local folders need no hub
-  patterns = [*_OTHER_PATTERNS, *(_WEIGHT_PATTERNS if weights else ())]
-  try:
-    return pathlib.Path(huggingface_hub.snapshot_download(
-        source, revision=revision, allow_patterns=patterns))
-  except Exception as error:  # many kinds, all of them reasons for not getting it
-    reason = str(error).strip().split("\n")[0]
-    raise ConversionError(
-        f"there is no local folder {source}, and it cannot be downloaded as a model from "
-        f"the hub: {reason}") from error
-
-
-def read_config(folder: pathlib.Path) -> dict[str, Any]:
-  """The parsed `config.json`.
-
-  Raises:
-    ConversionError: it is missing or malformed.
-  """
-  path = folder / "config.json"
-  if not path.is_file():
-    if (folder / checkpoint.CONFIG_FILE).is_file():
-      raise ConversionError(
-          f"{folder} is a roe_jax checkpoint already; to convert it back, add --to_hugging_face")
-    raise ConversionError(f"{folder} has no config.json: it is not a Hugging Face model folder")
-  try:
-    values = json.loads(path.read_text())
-  except ValueError as error:
-    raise ConversionError(f"{path} is not valid JSON: {error}") from error
-  if not isinstance(values, dict):
-    raise ConversionError(f"{path} must hold a JSON object")
-  return values
-
-
-def open_source(folder: pathlib.Path, dtype: str = "source",
-                quantize_experts: str | None = None, keep_mxfp4: bool = False) -> Source:
-  """Checks everything that can be checked without reading a tensor.
-
-  Args:
-    folder: the Hugging Face folder.
-    dtype: of the checkpoint. "source" keeps the tensors' own; where it cannot
-      be kept (float16, or several) it is float32, which holds them all exactly.
-    quantize_experts: a format that the experts are quantised to, or None.
-    keep_mxfp4: whether experts in MXFP4 stay so, or are decoded to `dtype`.
-
-  Raises:
-    ConversionError, ValueError: the folder cannot be converted.
-  """
-  hf_config = read_config(folder)
-  config = from_hugging_face(hf_config, dtype="float32")
-  tensors = safetensors_files.read_headers(folder)
-  stored = tuple(sorted({info.dtype.name for info in tensors.values()}))
-  if dtype == "source":
-    dtype = _own_dtype(stored)
-  found = config.replace(dtype=dtype, expert_format=_expert_format(folder, config, tensors))
-  config = target_config(str(folder), found, quantize_experts, keep_mxfp4)
-  rules.check_table(found)
-  _check_tensors(folder, found, tensors)
-  if (folder / "tokenizer.json").is_file():
-    check_vocabulary(Tokenizer.load(folder), config)
-  return Source(folder, found, config, tensors, stored)
-
-
-def target_config(source: str, stored: ModelConfig, quantize_experts: str | None,
-                  keep_mxfp4: bool) -> ModelConfig:
-  """The config of the checkpoint that is written.
-
-  Args:
-    source: its name.
-    stored: its config, with the expert format of its files.
-    quantize_experts: see `open_source`.
-    keep_mxfp4: see `open_source`.
-
-  Raises:
-    ConversionError, ValueError: the experts cannot have the format asked for.
-  """
-  if keep_mxfp4 and quantize_experts:
-    raise ConversionError(
-        f"--keep_mxfp4 and --quantize_experts={quantize_experts} exclude each other: give one")
-  if keep_mxfp4 and stored.expert_format != "mxfp4":
-    raise ConversionError(
-        f"--keep_mxfp4 is for experts in MXFP4, and those of {source} are not: leave it out")
-  config = stored.replace(expert_format="mxfp4" if keep_mxfp4 else quantize_experts)
-  params_lib.describe(config)  # checks the sizes
-  return config
-
-
-def _own_dtype(stored_dtypes):
-  """The dtype that holds all numbers in the files; bytes are not numbers."""
-  return "bfloat16" if set(stored_dtypes) - {"uint8"} == {"bfloat16"} else "float32"
-
-
-def _expert_format(folder, config, tensors):
-  """The experts' format by the tensors that are there, whatever config.json says.
-
-  If there are none of any form, what config.json says.
-  """
-  layers = checkpoint.Piece("", 0, config.num_layers)
-  names = {f: {part.tensor for part in rules.parts(config.replace(expert_format=f), layers)}
-           for f in (None, *FAMILIES[config.family].formats)}
-  common = set.intersection(*names.values())
-  found = {f: (expected - common) & set(tensors) for f, expected in names.items()}
-  forms = [f for f, own in found.items() if own]
-  if len(names) > 1 and len(forms) > 1:
-    raise ConversionError(
-        f"{folder} has experts in two forms ({' and '.join(some(found[f], 1) for f in forms)}): "
-        "it mixes two downloads or was half converted; get the model again")
-  return forms[0] if len(names) > 1 and forms else config.expert_format
 
 
 def convert_from_hugging_face(
@@ -186,9 +23,9 @@ def convert_from_hugging_face(
   Args:
     source: a local Hugging Face folder, or a hub name.
     target: the checkpoint folder to write.
-    dtype: "float32", "bfloat16" or "source"; see `open_source`.
-    quantize_experts: "int8", "int4" or None; see `open_source`.
-    keep_mxfp4: see `open_source`.
+    dtype: "float32", "bfloat16" or "source"; see `hub.open_source`.
+    quantize_experts: "int8", "int4" or None; see `hub.open_source`.
+    keep_mxfp4: see `hub.open_source`.
     revision: branch, tag or commit on the hub.
     overwrite: whether an existing checkpoint at `target` is replaced.
     piece_bytes: how large a piece of several layers may become.
@@ -198,77 +35,25 @@ def convert_from_hugging_face(
     FileExistsError: the target exists.
   """
   checkpoint.check_target(target, overwrite, checkpoint.MANIFEST_FILE)
-  opened = open_source(find(source, revision), dtype, quantize_experts, keep_mxfp4)
+  opened = hub.open_source(hub.find(source, revision), dtype, quantize_experts, keep_mxfp4)
   config = opened.config
   provenance = {
       "source": source, "revision": revision, "source_dtypes": list(opened.stored_dtypes),
       "dtype": config.dtype, "expert_format": config.expert_format}
   writer = checkpoint.Writer(
       target, config, files=opened.folder, provenance=provenance,
-      fingerprint=_fingerprint(opened), piece_bytes=piece_bytes, overwrite=overwrite)
+      fingerprint=opened.fingerprint, piece_bytes=piece_bytes, overwrite=overwrite)
   missing = [p for p in writer.pieces if not writer.is_written(p)]
   check_space(target, sum(_piece_bytes(config, p) for p in missing))
   with writer, tqdm(total=params_lib.num_bytes(config), unit="B", unit_scale=True,
                     desc="converting") as progress:
     for piece in writer.pieces:
       if piece in missing:
-        writer.write(piece, _read_piece(opened, piece))
+        writer.write(piece, reading.read(opened, piece))
       progress.update(_piece_bytes(config, piece))
   return config
 
 
 def _piece_bytes(config: ModelConfig, piece: checkpoint.Piece) -> int:
-  return sum(int(np.prod(s.shape)) * s.dtype.itemsize
+  return sum(math.prod(s.shape) * s.dtype.itemsize
              for s in checkpoint.piece_shapes(config, piece).values())
-
-
-def _read_piece(source: Source, piece: checkpoint.Piece) -> dict[str, np.ndarray]:
-  """The piece's arrays, filled tensor by tensor in the order of the files."""
-  arrays = {name: np.empty(s.shape, s.dtype)
-            for name, s in checkpoint.piece_shapes(source.stored, piece).items()}
-  if source.config.expert_format:  # quantised from the values in the files
-    own = np.dtype(_own_dtype(source.stored_dtypes))
-    for name in {f"experts.{matrix}" for matrix in CONTRACTED} & set(arrays):
-      arrays[name] = np.empty(arrays[name].shape, own)
-  parts = list(rules.parts(source.stored, piece))
-  location = lambda part: source.tensors[part.tensor]
-  for part in sorted(parts, key=lambda p: (location(p).file, location(p).offset)):
-    part.fill(arrays[part.parameter], safetensors_files.read(location(part)))
-  return recode(arrays, source.stored, source.config)
-
-
-def _check_tensors(
-    folder: pathlib.Path, config: ModelConfig, tensors: dict[str, TensorInfo]) -> None:
-  expected = {part.tensor: part
-              for piece in checkpoint.plan_pieces(config) for part in rules.parts(config, piece)}
-  model = f"{config.family}, {config.num_layers} layers"
-  if config.expert_format:
-    model += f", experts in {config.expert_format}"
-  if set(expected) - set(tensors):
-    raise ConversionError(
-        f"{folder} lacks tensors that its config.json ({model}) calls for: "
-        f"{some(set(expected) - set(tensors))}")
-  if set(tensors) - set(expected):
-    raise ConversionError(
-        f"{folder} has tensors that a {config.family} model with its config.json does not "
-        f"have: {some(set(tensors) - set(expected))}")
-  for name, part in expected.items():
-    found = tensors[name]
-    if found.shape != part.shape:
-      raise ConversionError(
-          f"{name} in {found.file} has shape {list(found.shape)}, config.json "
-          f"calls for {list(part.shape)}")
-    if (found.dtype == np.uint8) != part.is_bytes:
-      raise ConversionError(
-          f"{name} in {found.file} has dtype {found.dtype}, a {config.family} model has "
-          f"{'uint8' if part.is_bytes else 'floating-point numbers'} there")
-
-
-def _fingerprint(source: Source) -> str:
-  """Changes if the source's files may have: they are known by size and time."""
-  files = {}
-  for info in source.tensors.values():
-    status = info.file.stat()
-    files[info.file.name] = [status.st_size, status.st_mtime_ns]
-  facts = [str(source.folder.resolve()), sorted(files.items()), source.config.to_json()]
-  return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

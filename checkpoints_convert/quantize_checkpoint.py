@@ -7,7 +7,7 @@ import pathlib
 
 from tqdm import tqdm
 
-from checkpoints_convert import from_hugging_face
+from checkpoints_convert import hub
 from checkpoints_convert.common import ConversionError, check_space
 from checkpoints_convert.recode import recode
 from roe_jax import checkpoint
@@ -34,7 +34,7 @@ def target_config(source: str, dtype: str, quantize_experts: str,
         "checkpoint or the Hugging Face model that it was made from")
   if dtype != "source":
     stored = stored.replace(dtype=dtype)
-  return from_hugging_face.target_config(source, stored, quantize_experts, keep_mxfp4)
+  return hub.target_config(source, stored, quantize_experts, keep_mxfp4)
 
 
 def convert(source: str, target: str, *, dtype: str = "source", quantize_experts: str,

@@ -6,12 +6,10 @@ import pathlib
 
 import jax
 
-from checkpoints_convert import from_hugging_face as source_lib
-from checkpoints_convert import rules
+from checkpoints_convert import hub
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
-from roe_jax.families import from_hugging_face
 
 
 def describe_source(source: str, dtype: str, revision: str | None,
@@ -23,15 +21,12 @@ def describe_source(source: str, dtype: str, revision: str | None,
   Raises:
     ConversionError, ValueError: the source cannot be converted.
   """
-  folder = source_lib.find(source, revision, weights=False)
   if pathlib.Path(source).expanduser().is_dir():
-    opened = source_lib.open_source(folder, dtype, quantize_experts, keep_mxfp4)
+    opened = hub.open_source(hub.find(source), dtype, quantize_experts, keep_mxfp4)
     config, stored = opened.config, ", ".join(opened.stored_dtypes)
   else:
-    found = from_hugging_face(
-        source_lib.read_config(folder), None if dtype == "source" else dtype)
-    rules.check_table(found)
-    config = source_lib.target_config(source, found, quantize_experts, keep_mxfp4)
+    config = hub.load_config(source, dtype=dtype, quantize_experts=quantize_experts,
+                             keep_mxfp4=keep_mxfp4, revision=revision)
     stored = "known only after the download"
   return f"source: {source} (dtypes in its files: {stored})\n" + describe(config)
 

@@ -21,7 +21,7 @@ from typing import Iterator
 import numpy as np
 
 from checkpoints_convert import mxfp4
-from checkpoints_convert.common import ConversionError
+from checkpoints_convert.common import ConversionError, Spans
 from roe_jax.checkpoint import Piece, piece_shapes
 from roe_jax.config import ModelConfig
 from roe_jax.quantization import pack, unpack
@@ -153,6 +153,7 @@ class Part:
   Attributes:
     tensor: the full name in the hub file.
     shape: the shape there.
+    split: the same with merged axes apart.
     parameter: the parameter's name in the piece.
     is_bytes: whether the tensor is uint8, rather than floating-point numbers.
   """
@@ -169,7 +170,10 @@ class Part:
     self._in_blocks = rule.stored == "blocks"
     if self._in_blocks:
       self.shape = (*self.shape[:-1], self.shape[-1] // 32, 16)
-    self._split = tuple(sizes[a] for a in axes)
+    self._sizes = tuple(sizes[a] for a in axes)
+    self.split = self._sizes
+    if self._in_blocks:
+      self.split = (*self._sizes[:-1], *self.shape[-2:])
     order = [axes.index(token) for token in target.split() if token in axes]
     self._inverse = tuple(order.index(i) for i in range(len(axes)))
     self._index = () if row is None else (row,)
@@ -177,35 +181,67 @@ class Part:
         expert if token == "expert" else slice(None) if token in axes else int(token)
         for token in target.split())
 
-  def fill(self, parameter: np.ndarray, tensor: np.ndarray) -> None:
-    """Writes the hub tensor into its part of the parameter, casting to its dtype."""
+  def region(self, window: Spans) -> Spans | None:
+    """What a part of the parameter holds of the hub tensor, whose axes are `split`.
+
+    Args:
+      window: the part. Of codes it has the last axis whole, as neighbours in the
+        hub's blocks lie far apart in it, and whole blocks.
+
+    Returns:
+      None if it holds nothing.
+    """
+    if any(not isinstance(i, slice) and not start <= i < stop
+           for i, (start, stop) in zip(self._index, window)):
+      return None
+    own = [span for i, span in zip(self._index, window) if isinstance(i, slice)]
+    if self._in_blocks:
+      own[-1] = tuple(2 * end for end in own[-1])
+    spans = [own[i] for i in self._inverse]
+    if self._in_blocks:
+      start, stop = spans[-1]
+      spans[-1:] = [(start // 32, stop // 32), (0, 16)]
+    return tuple(spans)
+
+  def fill(self, parameter: np.ndarray, tensor: np.ndarray, window: Spans | None = None) -> None:
+    """Writes the hub tensor into its part of the parameter, casting to its dtype.
+
+    Args:
+      parameter: to write to: all of it, or its window.
+      tensor: the hub tensor, or its `region` of the window.
+      window: the part of the parameter that is given, if not all of it.
+    """
+    index, sizes = self._index, self._sizes
+    if window is not None:
+      index = tuple(i if isinstance(i, slice) else i - start
+                    for i, (start, _) in zip(index, window))
+      sizes = tensor.shape
+      if self._in_blocks:
+        sizes = (*sizes[:-2], 32 * sizes[-2])
     if not self._in_blocks:
-      self._copy(tensor.reshape(self._split), self._view(parameter))
+      self._copy(tensor.reshape(sizes), parameter[index].transpose(self._inverse))
       return
     # One expert at a time, as codes that are not packed take twice the memory.
-    for blocks, codes in zip(tensor, parameter[self._index]):
+    for blocks, codes in zip(tensor, parameter[index]):
       loose = np.empty((*codes.shape[:-1], 2 * codes.shape[-1]), np.uint8)
-      _copy_by_tiles(mxfp4.from_blocks(blocks).reshape(self._split[1:]), self._of_expert(loose))
+      _copy_by_tiles(mxfp4.from_blocks(blocks).reshape(sizes[1:]), self._of_expert(loose))
       codes[...] = pack(loose)
 
   def take(self, parameter: np.ndarray) -> np.ndarray:
     """The hub tensor out of the parameter: the inverse of `fill`."""
     tensor = np.empty(self.shape, parameter.dtype)
+    part = parameter[self._index]
     if not self._in_blocks:
-      self._copy(self._view(parameter), tensor.reshape(self._split))
+      self._copy(part.transpose(self._inverse), tensor.reshape(self._sizes))
       return tensor
-    for blocks, codes in zip(tensor, parameter[self._index]):
-      loose = np.empty(self._split[1:], np.uint8)
+    for blocks, codes in zip(tensor, part):
+      loose = np.empty(self._sizes[1:], np.uint8)
       _copy_by_tiles(self._of_expert(unpack(codes)), loose)
       blocks[...] = mxfp4.to_blocks(loose.reshape(len(blocks), -1))
     return tensor
 
-  def _view(self, parameter: np.ndarray) -> np.ndarray:
-    """The part of the parameter, with the axes in the hub tensor's order."""
-    return parameter[self._index].transpose(self._inverse)
-
   def _of_expert(self, loose: np.ndarray) -> np.ndarray:
-    """`_view` of one expert, which leads both orders."""
+    """The codes of one expert, which leads both orders, in the hub tensor's order."""
     return loose.transpose([i - 1 for i in self._inverse[1:]])
 
   def _copy(self, source: np.ndarray, target: np.ndarray) -> None:

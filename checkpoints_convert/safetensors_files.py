@@ -1,4 +1,4 @@
-"""Reading and writing folders of safetensors files, one tensor in memory at a time.
+"""Reading and writing folders of safetensors files, one tensor or a part of one at a time.
 
 Files are read with plain reads instead of memory maps, so that what was read
 does not stay in the process's memory; headers are checked before any tensor is.
@@ -13,7 +13,7 @@ from typing import Iterable, Iterator
 import ml_dtypes
 import numpy as np
 
-from checkpoints_convert.common import ConversionError, some
+from checkpoints_convert.common import ConversionError, Spans, some
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -22,6 +22,8 @@ _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16), "U8": np.dtype(np.uint8)}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100 << 20
+# Where a part of a tensor is strewn in shorter runs, reading all of it is faster.
+SHORTEST_RUN = 64 << 10
 _AGAIN = "download the model again"
 
 
@@ -40,22 +42,50 @@ class TensorInfo:
     return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read(info: TensorInfo) -> np.ndarray:
-  """The tensor, in its own dtype.
+def widened(info: TensorInfo, shape: tuple[int, ...], spans: Spans) -> Spans:
+  """What is read for a part of a tensor: all of an axis whose part has short runs of bytes.
+
+  Args:
+    info: the tensor.
+    shape: its shape, perhaps with merged axes apart.
+    spans: of these axes.
+  """
+  return tuple(
+      span if (span[1] - span[0]) * stride >= SHORTEST_RUN else (0, size)
+      for span, size, stride in zip(spans, shape, _strides(info, shape)))
+
+
+def read(info: TensorInfo, shape: tuple[int, ...], spans: Spans) -> np.ndarray:
+  """A part of a tensor in its own dtype, of which only the bytes are read.
+
+  Args:
+    info: the tensor.
+    shape: its shape, perhaps with merged axes apart.
+    spans: of these axes.
 
   Raises:
     ConversionError: the file has become shorter since its header was read.
   """
-  array = np.empty(info.shape, info.dtype)
+  array = np.empty([stop - start for start, stop in spans], info.dtype)
+  cut = [i for i, (span, size) in enumerate(zip(spans, shape)) if span != (0, size)]
+  outer = cut[-1] if cut else 0  # behind this axis all is one run of bytes
+  strides = _strides(info, shape)
   with open(info.file, "rb", buffering=0) as file:
-    file.seek(info.offset)
-    target = memoryview(array.reshape(-1).view(np.uint8))
-    while target:
-      count = file.readinto(target)
-      if not count:
-        raise ConversionError(f"{info.file} ends in the middle of {info.name}: {_AGAIN}")
-      target = target[count:]
+    for index in np.ndindex(array.shape[:outer]):
+      file.seek(info.offset + sum(
+          (i + start) * stride for i, (start, _), stride in zip((*index, 0), spans, strides)))
+      target = memoryview(array[index].reshape(-1).view(np.uint8))
+      while target:
+        count = file.readinto(target)
+        if not count:
+          raise ConversionError(f"{info.file} ends in the middle of {info.name}: {_AGAIN}")
+        target = target[count:]
   return array
+
+
+def _strides(info, shape):
+  """Bytes from one index of each axis to the next."""
+  return [info.dtype.itemsize * math.prod(shape[i + 1:]) for i in range(len(shape))]
 
 
 def read_headers(folder: pathlib.Path) -> dict[str, TensorInfo]:

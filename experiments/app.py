@@ -9,15 +9,15 @@ import sys
 from absl import app, flags, logging
 import jax
 
-from roe_jax import assets, checkpoint, routing, sharding, tokenizer as tokenizer_lib
+from experiments import sources
+from experiments.sources import EMBEDDED
+from roe_jax import assets, routing, sharding, tokenizer as tokenizer_lib
 from roe_jax.aggregation import AGGREGATIONS
 from roe_jax.config import ModelConfig
 from roe_jax.experts import STRATEGIES
 from roe_jax.params import Params
 from roe_jax.roster import CACHES, MEMORY_BUDGET, Roster
 from roe_jax.tokenizer import Tokenizer
-
-EMBEDDED = "embedded:"
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -69,8 +69,10 @@ def use_compilation_cache() -> None:
 
 def define_model_flags(default: str | None = None) -> None:
   flags.DEFINE_string(
-      "checkpoint", default, "Folder of a roe_jax checkpoint, or an embedded model: "
-      + ", ".join(EMBEDDED + name for name in assets.NAMES) + ".", required=default is None)
+      "checkpoint", default, "Folder of a roe_jax checkpoint; a Hugging Face folder or "
+      f"\"{sources.HUB}org/name\" on its hub, which are read without conversion; or an embedded "
+      "model: " + ", ".join(EMBEDDED + name for name in assets.NAMES) + ".",
+      required=default is None)
   flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"],
                     "Dtype to compute in; the checkpoint's own by default.")
   flags.DEFINE_string(
@@ -134,19 +136,13 @@ def roster_from_flags(config: ModelConfig) -> Roster:
 
 
 def checkpoint_path(name: str) -> pathlib.Path:
-  """The folder that --checkpoint names.
-
-  Raises:
-    ValueError: an unknown embedded model.
-  """
-  if name.startswith(EMBEDDED):
-    return assets.path(name.removeprefix(EMBEDDED))
-  return pathlib.Path(name).expanduser()
+  """The folder that --checkpoint names; see `sources.path`."""
+  return sources.path(name)
 
 
 def load_config(name: str) -> ModelConfig:
-  """The config of the checkpoint that --checkpoint names."""
-  return checkpoint.load_config(checkpoint_path(name))
+  """The config of what --checkpoint names; see `sources.load_config`."""
+  return sources.load_config(name)
 
 
 def load_tokenizer(name: str, config: ModelConfig) -> Tokenizer:
@@ -191,13 +187,14 @@ def load_params(name: str, dtype: str | None = None,
       model or the devices.
   """
   shardings = None
+  folder = sources.path(name, weights=True)
   if mesh is not None:
-    config = load_config(name)
+    config = load_config(str(folder))
     devices = sharding.make_mesh(config, **parse_mesh(mesh))
     sizes = ",".join(f"{axis}:{size}" for axis, size in devices.shape.items())
     print(f"[mesh {sizes}]", file=sys.stderr)
     shardings = sharding.parameter_shardings(devices, config)
-  return checkpoint.load(checkpoint_path(name), dtype, shardings)
+  return sources.load(folder, dtype, shardings)
 
 
 def open_model(name: str, dtype: str | None = None,

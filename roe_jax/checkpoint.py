@@ -8,11 +8,14 @@ has finished is kept and not redone.
 """
 
 import contextlib
+import ctypes
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
-from typing import Any, Collection, Iterator, Mapping
+import sys
+from typing import Any, Callable, Collection, Iterator, Mapping, Sequence
 
 from flax import traverse_util
 import jax
@@ -186,7 +189,12 @@ def load_pieces(path: PathLike) -> tuple[Piece, ...]:
 def load(path: PathLike, dtype: str | None = None,
          shardings: Params | jax.sharding.Sharding | None = None,
          ) -> tuple[Params, ModelConfig]:
-  """Reads a checkpoint onto devices, with one piece beside the model at most.
+  """Reads a checkpoint onto devices, piece by piece.
+
+  Each device reads its part only, in whole chunks of at most 32 MiB, none of which
+  has two experts. Beside the parameters, devices have their part of one piece (256
+  MiB, or one layer if that is more, unless it was written in others), and the host
+  has two more of these and 200 MB of caches of Orbax at most.
 
   Args:
     path: the checkpoint folder.
@@ -204,6 +212,25 @@ def load(path: PathLike, dtype: str | None = None,
   """
   stored, pieces = _open(path)
   config = stored if dtype is None else stored.replace(dtype=dtype)
+  read = functools.partial(_read, path)
+  return assemble(config, pieces, read, shardings), config
+
+
+def assemble(config: ModelConfig, pieces: Sequence[Piece],
+             read: Callable[[Piece, dict[str, jax.ShapeDtypeStruct]], dict[str, jax.Array]],
+             shardings: Params | jax.sharding.Sharding | None = None) -> Params:
+  """Parameters on devices out of pieces that are read one after the other.
+
+  Args:
+    config: of the parameters.
+    pieces: as `plan_pieces` plans them.
+    read: `read(piece, arrays)` is what it is given, with values: the arrays of
+      `piece_shapes` with their shardings.
+    shardings: see `load`.
+
+  Raises:
+    ValueError: the shardings are not those of such parameters.
+  """
   abstract = params_lib.abstract(config)
   treedef = jax.tree.structure(abstract)
   if shardings is None:
@@ -223,22 +250,34 @@ def load(path: PathLike, dtype: str | None = None,
           f"the sharding of layers.{name} splits the layer axis, which a device "
           f"must hold whole: {leaf.sharding}")
   top = _place(piece_shapes(config, pieces[0]), piece_leaves(shardings, pieces[0]))
-  leaves = _read(path, pieces[0], top)
+  leaves = read(pieces[0], top)
   if len(pieces) == 2:
-    layers = _read(path, pieces[1], stacked)
+    layers = read(pieces[1], stacked)
   else:
     zeros = lambda: {n: jnp.zeros(s.shape, s.dtype) for n, s in stacked.items()}
     layers = jax.jit(zeros, out_shardings=placements)()
     insert = jax.jit(_insert, donate_argnums=0, out_shardings=placements)
     for piece in pieces[1:]:
-      part = _read(path, piece, _place(piece_shapes(config, piece), placements))
+      part = read(piece, _place(piece_shapes(config, piece), placements))
       # Waiting keeps the next piece from being read while this one is alive.
       layers = jax.block_until_ready(insert(layers, part, jnp.int32(piece.start)))
       del part
+      _release_freed_memory()
 
   leaves |= {f"layers.{name}": leaf for name, leaf in layers.items()}
   names = named_leaves(abstract)
-  return jax.tree.unflatten(treedef, [leaves[name] for name in names]), config
+  return jax.tree.unflatten(treedef, [leaves[name] for name in names])
+
+
+def _release_freed_memory() -> None:
+  """Hands what was freed back to the system, where the C library is glibc.
+
+  It keeps an arena for each thread that reads: without this a model of 700 MB on
+  eight devices of the host left 350 MB in them, with it 30.
+  """
+  library = ctypes.CDLL(None) if sys.platform == "linux" else None
+  if hasattr(library, "malloc_trim"):
+    library.malloc_trim(0)
 
 
 def iterate_pieces(path: PathLike, names: Collection[str] | None = None,

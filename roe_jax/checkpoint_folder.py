@@ -108,7 +108,8 @@ def read_manifest(path: PathLike) -> dict[str, Any]:
     if (path / "config.json").is_file():
       raise FileNotFoundError(
           f"{path} looks like a Hugging Face folder, not a roe_jax checkpoint: convert it "
-          f"first with python -m checkpoints_convert --source={path} --target=NEW_FOLDER")
+          f"first with python -m checkpoints_convert --source={path} --target=NEW_FOLDER, or open "
+          "it as it is with checkpoints_convert.load")
     raise FileNotFoundError(
         f"{path} has no {CONFIG_FILE}: it is not a roe_jax checkpoint folder")
   if not (path / MANIFEST_FILE).is_file():

@@ -16,8 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 import tokenizers
 
-from checkpoints_convert import cli, rules
-from checkpoints_convert import from_hugging_face as importer
+from checkpoints_convert import ConversionError, cli, convert_from_hugging_face, rules
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
 from roe_jax.presets import PRESETS
@@ -335,7 +334,7 @@ def test_sizes_are_parsed():
 
 
 def convert_by_layer(source, target):
-  return importer.convert_from_hugging_face(str(source), str(target), piece_bytes=1)
+  return convert_from_hugging_face(str(source), str(target), piece_bytes=1)
 
 
 @pytest.mark.parametrize("changed", [False, True])
@@ -450,7 +449,7 @@ def test_tables_fill_every_parameter_of_the_published_models(config):
     (lambda table: (*table, rules.Rule("x", "bias", "D -> D")), "fills bias")])
 def test_a_table_with_a_mistake_is_found_before_any_work(monkeypatch, change, message):
   monkeypatch.setitem(rules.FAMILIES, "olmoe", change(rules.FAMILIES["olmoe"]))
-  with pytest.raises(importer.ConversionError, match=message):
+  with pytest.raises(ConversionError, match=message):
     rules.check_table(PRESETS["olmoe-1b-7b"])
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from checkpoints_convert import mxfp4, rules
-from checkpoints_convert import from_hugging_face as importer
+from checkpoints_convert import convert_from_hugging_face, hub, mxfp4, rules
 from roe_jax import checkpoint, families, quantization
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
@@ -213,7 +212,7 @@ def test_an_interrupted_conversion_goes_on_in_the_same_format_only(
   source = tmp_path / "hub"
   if from_checkpoint:
     source = tmp_path / "plain"
-    importer.convert_from_hugging_face(str(tmp_path / "hub"), str(source), piece_bytes=1)
+    convert_from_hugging_face(str(tmp_path / "hub"), str(source), piece_bytes=1)
   write, written = checkpoint.Writer.write, []
 
   def dying_write(self, piece, arrays):
@@ -237,7 +236,7 @@ def test_an_interrupted_conversion_goes_on_in_the_same_format_only(
 
 
 def plain_model(folder):
-  importer.convert_from_hugging_face(str(folder / "hub"), str(folder / "plain"))
+  convert_from_hugging_face(str(folder / "hub"), str(folder / "plain"))
   return checkpoint.load(folder / "plain")
 
 
@@ -348,7 +347,7 @@ def test_a_dry_run_on_the_hub_believes_config_json(
     tmp_path, capsys, monkeypatch, arguments, experts):
   write_hub(tmp_path / "hub", config("gpt_oss"))
   (tmp_path / "hub/model.safetensors").unlink()
-  monkeypatch.setattr(importer, "find", lambda *args, **kwargs: tmp_path / "hub")
+  monkeypatch.setattr(hub, "find", lambda *args, **kwargs: tmp_path / "hub")
   code, out, errors = run(capsys, source="some/model", dry_run=True, **arguments)
   assert (code, errors) == (0, [])
   assert (f"experts in {experts}" in out) if experts else "experts in" not in out

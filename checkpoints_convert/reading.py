@@ -1,0 +1,159 @@
+"""Pieces of a model out of a Hugging Face folder: whole, or what devices hold of them.
+
+A *window* is a box in the parameters of a piece, with a span (start, stop) for
+each axis. All that is read is windows; which bytes of which hub tensors they are
+follows from `rules`.
+"""
+
+from collections.abc import Mapping, Sequence
+import math
+
+import jax
+import numpy as np
+
+from checkpoints_convert import hub
+from checkpoints_convert import rules
+from checkpoints_convert import safetensors_files
+from checkpoints_convert.common import Spans
+from checkpoints_convert.recode import recode
+from roe_jax.checkpoint import Piece, piece_shapes
+from roe_jax.quantization import CONTRACTED, group_size
+
+_MATRICES = {f"experts.{matrix}": axis for matrix, axis in CONTRACTED.items()}
+_WIDTH = 2  # the axis of F in the experts' matrices [L, E, F, ...], their codes and scales
+
+
+def read(source: hub.Source, piece: Piece) -> dict[str, np.ndarray]:
+  """The piece's arrays on the host, read in the order of the files."""
+  windows = {name: [_whole(s.shape)] for name, s in piece_shapes(source.stored, piece).items()}
+  arrays = {name: parts[0] for name, parts in _fill(source, piece, windows).items()}
+  return recode(arrays, source.stored, source.config)
+
+
+def place(source: hub.Source, piece: Piece,
+          placed: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+  """The piece's arrays on devices, where each process reads what its devices hold.
+
+  At a time the host has, of one parameter, what this process' devices hold (of
+  experts that are decoded or quantised: before and after), and of one hub tensor
+  what is read of it.
+
+  Args:
+    source: what is read.
+    piece: of it.
+    placed: the arrays, named as in `piece_shapes`, with their shardings.
+  """
+  together: dict[str, list[str]] = {}  # codes and scales are made of the same weights
+  for name in placed:
+    together.setdefault(_stem(name), []).append(name)
+  arrays = {}
+  for stem, names in together.items():
+    arrays |= _place(source, piece, stem, {name: placed[name] for name in names})
+  return arrays
+
+
+def _stem(name):
+  """The name without what a matrix of experts is stored as."""
+  return name.removesuffix(".codes").removesuffix(".scales")
+
+
+def _whole(shape):
+  return tuple((0, size) for size in shape)
+
+
+def _place(source, piece, stem, placed):
+  """`place` of one parameter."""
+  stored = {n: s for n, s in piece_shapes(source.stored, piece).items() if _stem(n) == stem}
+  shapes = {n: s.shape for n, s in placed.items()}
+  spans = {
+      name: {device: tuple(s.indices(size)[:2] for s, size in zip(index, x.shape))
+             for device, index in x.sharding.addressable_devices_indices_map(x.shape).items()}
+      for name, x in placed.items()}
+  if stem in _MATRICES:
+    sizes = (piece.num_layers, source.config.num_experts, source.config.d_expert)
+    factors = {sizes[_WIDTH] // shape[_WIDTH]
+               for shape in (*shapes.values(), *(s.shape for s in stored.values()))}
+    box_of = lambda device: _box(
+        source, stem, sizes, {n: (shapes[n], spans[n][device]) for n in placed}, factors)
+  else:
+    sizes = shapes[stem]
+    box_of = spans[stem].get
+  boxes = {device: box_of(device) for device in next(iter(spans.values()))}
+  distinct = list(dict.fromkeys(boxes.values()))
+  filled = _fill(source, piece, {
+      name: [_scaled(box, sizes, s.shape) for box in distinct] for name, s in stored.items()})
+  recoded = {
+      box: recode({name: parts[i] for name, parts in filled.items()}, source.stored, source.config)
+      for i, box in enumerate(distinct)}
+  del filled
+  result = {}
+  for name, want in placed.items():
+    parts = []
+    for device, box in boxes.items():
+      origin = _scaled(box, sizes, want.shape)
+      own = tuple(slice(a - o, b - o)
+                  for (a, b), (o, _) in zip(spans[name][device], origin))
+      parts.append(jax.device_put(recoded[box][name][own], device))
+    result[name] = jax.make_array_from_single_device_arrays(want.shape, want.sharding, parts)
+  # Waiting keeps the next parameter from being read while this one is on the host.
+  return jax.block_until_ready(result)
+
+
+def _box(source, stem, sizes, parts, factors):
+  """Spans of layers, experts and F that hold a device's parts of a matrix.
+
+  Args:
+    source: what is read.
+    stem: the matrix.
+    sizes: of these axes.
+    parts: {name: (shape, the device's spans)} of the matrix or its codes and scales.
+    factors: what a row of any of the matrix' forms stands for in rows of F.
+  """
+  box = []
+  for axis, size in enumerate(sizes):
+    starts, stops = zip(*(
+        (span[axis][0] * size // shape[axis], span[axis][1] * size // shape[axis])
+        for shape, span in parts.values()))
+    box.append((min(starts), max(stops)))
+  start, stop = box[_WIDTH]
+  step, size = math.lcm(*factors), sizes[_WIDTH]
+  start, stop = start // step * step, min(size, -(-stop // step) * step)
+  format = source.config.expert_format
+  if format and _MATRICES[stem] == -2 and (
+      group_size(format, stop - start) != group_size(format, size)):
+    start, stop = 0, size  # or the groups of this part would be others
+  box[_WIDTH] = start, stop
+  return tuple(box)
+
+
+def _scaled(box, sizes, shape):
+  """The box as spans of an array whose axes may be shorter, and more."""
+  scaled = [(a * n // size, b * n // size) for (a, b), size, n in zip(box, sizes, shape)]
+  return (*scaled, *_whole(shape[len(box):]))
+
+
+def _fill(source: hub.Source, piece: Piece,
+          windows: Mapping[str, Sequence[Spans]]) -> dict[str, list[np.ndarray]]:
+  """Windows of parameters in the form of the files; what several share is read once."""
+  shapes = piece_shapes(source.stored, piece)
+  arrays = {}
+  for name, of_name in windows.items():
+    dtype = shapes[name].dtype
+    if source.config.expert_format and name in _MATRICES:
+      dtype = hub.own_dtype(source.stored_dtypes)  # quantised from the values in the files
+    arrays[name] = [np.empty([b - a for a, b in spans], dtype) for spans in of_name]
+  parts = [(source.tensors[part.tensor], part)
+           for part in rules.parts(source.stored, piece) if part.parameter in windows]
+  for info, part in sorted(parts, key=lambda p: (p[0].file, p[0].offset)):
+    regions = [part.region(spans) for spans in windows[part.parameter]]
+    reads: dict[Spans, list[int]] = {}
+    for i, region in enumerate(regions):
+      if region is not None:
+        reads.setdefault(safetensors_files.widened(info, part.split, region), []).append(i)
+    for spans, users in reads.items():
+      tensor = safetensors_files.read(info, part.split, spans)
+      for i in users:
+        own = tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(regions[i], spans))
+        part.fill(arrays[part.parameter][i], tensor[own], windows[part.parameter][i])
+      del tensor
+  return arrays
