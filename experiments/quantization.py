@@ -92,7 +92,7 @@ def routing(params: Params, config: ModelConfig, problems: Encoded) -> tuple[np.
 @functools.partial(jax.jit, static_argnames="config")
 def _route(params, config, tokens):
   _, outputs = transformer.forward(params, config, tokens, keep=("experts", "router_logits"))
-  return outputs.experts, outputs.router_logits
+  return sharding.in_place(params, (outputs.experts, outputs.router_logits))
 
 
 def shared_experts(chosen: np.ndarray, baseline: np.ndarray) -> np.ndarray:
