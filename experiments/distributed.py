@@ -69,6 +69,9 @@ def start(refusal: str | None = None) -> None:
   timeouts = dict(initialization_timeout=FLAGS.start_timeout,
                   heartbeat_timeout_seconds=FLAGS.host_timeout,
                   shutdown_timeout_seconds=FLAGS.host_timeout)
+  # Collectives between CPUs print to the standard output, where results belong.
+  sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+  os.dup2(2, 1)
   print(f"[waiting up to {FLAGS.start_timeout} s for the other processes]", file=sys.stderr)
   try:
     jax.distributed.initialize(**given, **timeouts)
