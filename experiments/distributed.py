@@ -69,9 +69,6 @@ def start(refusal: str | None = None) -> None:
   timeouts = dict(initialization_timeout=FLAGS.start_timeout,
                   heartbeat_timeout_seconds=FLAGS.host_timeout,
                   shutdown_timeout_seconds=FLAGS.host_timeout)
-  # Collectives between CPUs print to the standard output, where results belong.
-  sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
-  os.dup2(2, 1)
   print(f"[waiting up to {FLAGS.start_timeout} s for the other processes]", file=sys.stderr)
   try:
     jax.distributed.initialize(**given, **timeouts)
@@ -83,6 +80,9 @@ def start(refusal: str | None = None) -> None:
         "--distributed found no TPU pod, Slurm, Open MPI or Kubernetes job that says which "
         f"process this is ({error}): give --coordinator_address, --num_processes and "
         "--process_id") from error
+  # Collectives between CPUs print to the standard output, where results belong.
+  sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+  os.dup2(2, 1)
   print(f"[process {jax.process_index()} of {jax.process_count()}: {jax.local_device_count()} of "
         f"{jax.device_count()} devices]", file=sys.stderr)
   in_all_processes(_check_flags)
