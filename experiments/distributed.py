@@ -69,6 +69,8 @@ def start(refusal: str | None = None) -> None:
   timeouts = dict(initialization_timeout=FLAGS.start_timeout,
                   heartbeat_timeout_seconds=FLAGS.host_timeout,
                   shutdown_timeout_seconds=FLAGS.host_timeout)
+  # Work can be killed at any moment: SIGTERM shall end a process, not only tell it.
+  jax.config.update("jax_enable_preemption_service", False)
   print(f"[waiting up to {FLAGS.start_timeout} s for the other processes]", file=sys.stderr)
   try:
     jax.distributed.initialize(**given, **timeouts)

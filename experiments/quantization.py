@@ -28,8 +28,7 @@ import tabulate
 from experiments import app, jsonl, statistics
 from experiments.quickstart import Encoded, encode
 from experiments.tasks import wordmath
-from roe_jax import (
-    batching, diagnostics, params as params_lib, quantization, score, sharding, transformer)
+from roe_jax import batching, diagnostics, params as params_lib, quantization, score, transformer
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
@@ -43,7 +42,6 @@ def define_flags() -> None:
   flags.DEFINE_list(
       "checkpoints", [app.EMBEDDED + "wordmath_overtrained", app.EMBEDDED + "wordmath_control"],
       "Models whose experts are not quantised, embedded ones or folders.")
-  app.define_mesh_flag()
   flags.DEFINE_list("formats", list(FORMATS), f"Of the experts; {PLAIN} comes first.")
   flags.DEFINE_integer("num_members", 8, "n of the roster.")
   flags.DEFINE_float("temperature", 0.3, "Router temperature τ of the comparison of formats.")
@@ -94,7 +92,7 @@ def routing(params: Params, config: ModelConfig, problems: Encoded) -> tuple[np.
 @functools.partial(jax.jit, static_argnames="config")
 def _route(params, config, tokens):
   _, outputs = transformer.forward(params, config, tokens, keep=("experts", "router_logits"))
-  return sharding.in_place(params, (outputs.experts, outputs.router_logits))
+  return outputs.experts, outputs.router_logits
 
 
 def shared_experts(chosen: np.ndarray, baseline: np.ndarray) -> np.ndarray:
@@ -247,7 +245,7 @@ def main(argv) -> None:
                     unit="text") as bar:
     for checkpoint in FLAGS.checkpoints:
       name = pathlib.Path(checkpoint.removeprefix(app.EMBEDDED)).name
-      params, config, tokenizer = app.open_model(checkpoint, PLAIN, FLAGS.mesh)
+      params, config, tokenizer = app.open_model(checkpoint, PLAIN)
       validation, test = (
           encode(tokenizer, wordmath.problems(split, count), config.eos_token_ids[0])
           for split, count in (("validation", FLAGS.num_validation), ("test", FLAGS.num_problems)))
@@ -282,4 +280,5 @@ def _plain(value):
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  app.run(main, not_distributed="it rounds experts on one device; of a large model convert each "
+          "format with --quantize_experts, and run experiments.score on it")
