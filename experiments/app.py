@@ -80,7 +80,8 @@ def use_compilation_cache() -> None:
   """Keeps compiled programs between runs, in ROE_JAX_CACHE or ~/.cache/roe_jax."""
   folder = os.environ.get("ROE_JAX_CACHE") or pathlib.Path.home() / ".cache" / "roe_jax"
   jax.config.update("jax_compilation_cache_dir", str(folder))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  seconds = os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 0.5)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", float(seconds))
 
 
 def define_model_flags(default: str | None = None) -> None:

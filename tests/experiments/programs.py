@@ -8,8 +8,10 @@ import runpy
 import socket
 import sys
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([
+import jax
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload([
     "checkpoints_convert.cli", "experiments.generate", "experiments.quantization",
     "experiments.quickstart", "experiments.score", "experiments.train"])
 
@@ -35,10 +37,13 @@ class Run:
     logs.mkdir(parents=True, exist_ok=True)
     flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
     flags.append(f"--xla_force_host_platform_device_count={devices}")
+    settings = {"XLA_FLAGS": " ".join(flags), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    if jax.config.jax_compilation_cache_dir:  # what one process compiles serves the others
+      settings["ROE_JAX_CACHE"] = jax.config.jax_compilation_cache_dir
     self._logs = logs
-    self.process = _context.Process(target=_main, args=(
+    self.process = context.Process(target=_main, args=(
         module, list(arguments), str(logs), str(folder),
-        {"XLA_FLAGS": " ".join(flags)} | (environment or {})))
+        settings | (environment or {})))
     self.process.start()
 
   def exit_code(self, seconds=240):

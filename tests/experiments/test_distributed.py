@@ -20,12 +20,6 @@ PROGRAMS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, request):
-  """Programs compiled in one process serve the others."""
-  monkeypatch.setenv("ROE_JAX_CACHE", str(request.config.cache.mkdir("jax")))
-
-
 def folder_with_input(path):
   path.mkdir()
   (path / "in.jsonl").write_text("".join(

@@ -15,12 +15,6 @@ MEMBERS = "--num_members=3"
 TAU = "--temperature_profile=0.4"
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, request):
-  """Programs compiled in one process serve the others."""
-  monkeypatch.setenv("ROE_JAX_CACHE", str(request.config.cache.mkdir("jax")))
-
-
 def problems(path, count):
   path.write_text("".join(
       json.dumps({"id": i, "prompt": wordmath.prompt(p), "continuation": wordmath.completion(p)})
@@ -32,31 +26,39 @@ def num_lines(path):
   return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def kill_until_done(start, kill, grows, kills, seed):
+def kill_until_done(start, kill, grows, kills, seed, seconds):
   """Starts work and kills it, `kills` times, and then lets it finish.
 
-  The first time it is killed in its first two seconds, then soon after it has
-  added lines to the file `grows`, if it has one; where is drawn from `seed`.
+  Args:
+    start: starts the processes of the work.
+    kill: kills them; whether they had finished.
+    grows: a file to which the work adds lines, or None.
+    kills: how often.
+    seed: of when.
+    seconds: that the work takes. The first kill comes at any moment, the others
+      soon after new lines in `grows`, if there is such a file.
   """
   rng = np.random.default_rng(seed)
   for turn in range(kills):
     runs = start()
-    wanted = num_lines(grows) + int(rng.integers(1, 4)) if turn and grows else 0
-    while num_lines(grows) < wanted if wanted else False:
-      if not all(run.process.is_alive() for run in runs):
-        break
-      time.sleep(0.005)
-    time.sleep(rng.uniform(0, 0.05 if wanted else 2))
-    kill(runs, rng)
-  for run in (runs := start()):
+    if grows and turn:
+      wanted = num_lines(grows) + int(rng.integers(1, 4))
+      while num_lines(grows) < wanted and all(run.process.is_alive() for run in runs):
+        time.sleep(0.005)
+      time.sleep(rng.uniform(0, 0.05))
+    else:
+      time.sleep(rng.uniform(0, seconds))
+    if kill(runs, rng):
+      return
+  for run in start():
     assert run.exit_code() == 0, run.errors
-  return runs
 
 
 def kill_one(runs, rng):
   del rng
   runs[0].process.kill()
-  assert runs[0].exit_code() in (-9, 0)
+  assert runs[0].exit_code() in (-9, 0), runs[0].errors
+  return runs[0].exit_code() == 0
 
 
 def same_bytes(*names):
@@ -82,11 +84,6 @@ def same_but_for_times(*names):
                       for text in ((f / name).read_text() for f in (found, expected)))
       assert without_times(ours) == without_times(theirs), name
   return check
-
-
-def same_training(found, expected):
-  same_but_for_times("metrics.jsonl")(found, expected)
-  same_parameters(found / "model", expected / "model")
 
 
 def same_parameters(found, expected):
@@ -117,9 +114,6 @@ CASES = {
                                      MEMBERS, "--num_problems=3", "--num_validation=3",
                                      "--sweep=0.2,0.6", "--batch_size=3", "--output={folder}"],
         "measured.jsonl", same_bytes("measured.jsonl", "results.json", "table.md")),
-    "train": (
-        "experiments.train", ["--config=wordmath_tiny", "--steps=50", "--output={folder}"],
-        "metrics.jsonl", same_training),
     "convert": (
         "checkpoints_convert", ["--source={checkpoint}", "--target={folder}/int4",
                                 "--quantize_experts=int4"],
@@ -147,10 +141,11 @@ def test_a_program_that_is_killed_finishes_with_the_same_results(
         module, [a.format(checkpoint=tiny_checkpoint, inputs=inputs, folder=tmp_path / name)
                  for a in arguments], tmp_path / "logs" / name)
 
+  began = time.monotonic()
   whole = start("whole")
   assert whole.exit_code() == 0, whole.errors
   kill_until_done(lambda: [start("killed")], kill_one, grows and tmp_path / "killed" / grows,
-                  kills=3, seed=list(CASES).index(case))
+                  kills=3, seed=list(CASES).index(case), seconds=time.monotonic() - began)
   check(tmp_path / "killed", tmp_path / "whole")
 
 
@@ -167,15 +162,18 @@ def test_where_one_of_two_processes_is_killed_both_end_and_go_on(
   def kill_one_of_two(runs, rng):
     killed = int(rng.integers(2))
     runs[killed].process.kill()
+    if runs[killed].exit_code() == 0:
+      return runs[1 - killed].exit_code() == 0
     began = time.monotonic()
-    if runs[killed].exit_code() == -9:  # else it had finished already
-      assert runs[1 - killed].exit_code(60) != 0
-      assert time.monotonic() - began < 30
+    assert runs[1 - killed].exit_code() != 0
+    assert time.monotonic() - began < 30
+    return False
 
   programs.run("experiments.generate", [*arguments, f"--output={tmp_path / 'whole.jsonl'}"],
                tmp_path / "logs" / "whole")
   grows = tmp_path / "killed.jsonl"
-  kill_until_done(lambda: start("killed.jsonl"), kill_one_of_two, grows, kills=3, seed=0)
+  kill_until_done(lambda: start("killed.jsonl"), kill_one_of_two, grows, kills=2, seed=0,
+                  seconds=5)
   whole, found = ([json.loads(line) for line in path.read_text().splitlines()]
                   for path in (tmp_path / "whole.jsonl", grows))
   assert [r["index"] for r in found] == list(range(18))
