@@ -118,6 +118,11 @@ CASES = {
         "checkpoints_convert", ["--source={checkpoint}", "--target={folder}/int4",
                                 "--quantize_experts=int4"],
         None, lambda found, expected: same_parameters(found / "int4", expected / "int4")),
+    "convert back": (
+        "checkpoints_convert", ["--source={checkpoint}", "--target={folder}/hf",
+                                "--to_hugging_face", "--max_shard_size=8KB"],
+        None, lambda found, expected: same_bytes(
+            *(f"hf/{p.name}" for p in (expected / "hf").iterdir()))(found, expected)),
 }
 
 
