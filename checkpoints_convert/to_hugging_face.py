@@ -82,7 +82,8 @@ def _arrays(source: str, config: ModelConfig, tensors: set[str],
             progress: tqdm) -> Iterator[np.ndarray]:
   parts = {piece.name: [part for part in rules.parts(config, piece) if part.tensor in tensors]
            for piece in checkpoint.load_pieces(source)}
-  for piece, arrays in checkpoint.iterate_pieces(source, [n for n, found in parts.items() if found]):
+  wanted = [name for name, found in parts.items() if found]
+  for piece, arrays in checkpoint.iterate_pieces(source, wanted):
     for part in parts[piece.name]:
       array = part.take(arrays[part.parameter]).astype(_dtype(config, part), copy=False)
       progress.update(array.nbytes)

@@ -193,7 +193,7 @@ def load_tokenizer(name: str, config: ModelConfig) -> Tokenizer:
   Raises:
     ValueError: it does not fit the config.
   """
-  tokenizer = Tokenizer.load(checkpoint_path(name))
+  tokenizer = in_all_processes(lambda: Tokenizer.load(checkpoint_path(name)))
   tokenizer_lib.check_vocabulary(tokenizer, config)
   return tokenizer
 
