@@ -56,7 +56,7 @@ def convert(source: str, target: str, *, dtype: str = "source", quantize_experts
   provenance = checkpoint.load_provenance(source) | {
       "quantised_from": source, "dtype": config.dtype, "expert_format": config.expert_format}
   writer = checkpoint.Writer(
-      target, config, files=source, provenance=provenance, fingerprint=_fingerprint(source),
+      target, config, files=source, provenance=provenance, fingerprint=fingerprint(source),
       pieces=checkpoint.load_pieces(source), overwrite=overwrite)
   missing = {p.name for p in writer.pieces if not writer.is_written(p)}
   sizes = {p.name: sum(math.prod(s.shape) * s.dtype.itemsize
@@ -75,8 +75,8 @@ def convert(source: str, target: str, *, dtype: str = "source", quantize_experts
   return config
 
 
-def _fingerprint(source: str) -> str:
-  """Changes if the source's manifest or its time does."""
+def fingerprint(source: str) -> str:
+  """Of a checkpoint; changes if its manifest or the time of that does."""
   manifest = pathlib.Path(source) / checkpoint.MANIFEST_FILE
   facts = [str(manifest.resolve()), manifest.stat().st_mtime_ns, manifest.read_text()]
   return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -212,12 +212,13 @@ def _num_bytes(form: Form) -> int:
 
 def write_shards(folder: pathlib.Path, shards: list[tuple[str, dict[str, Form]]],
                  arrays: Iterator[np.ndarray]) -> None:
-  """Writes planned shards, and their index if there are several.
+  """Writes planned shards that are not there yet, and their index if there are several.
 
   Args:
     folder: to write into.
     shards: as `plan_shards` planned them.
-    arrays: the tensors in the planned order; each is released once written.
+    arrays: the tensors of the shards that are not there, in the planned order; each
+      is released once written.
   """
   total = 0
   for file_name, forms in shards:
@@ -229,14 +230,18 @@ def write_shards(folder: pathlib.Path, shards: list[tuple[str, dict[str, Form]]]
       offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(folder / file_name, "wb") as file:
+    total += offset
+    if (folder / file_name).exists():
+      continue
+    unfinished = folder / (file_name + ".partial")
+    with open(unfinished, "wb") as file:
       file.write(len(text).to_bytes(8, "little") + text)
       for form in forms.values():
         array = next(arrays)
         assert (array.shape, array.dtype) == form, (array.shape, array.dtype, form)
         file.write(memoryview(array.reshape(-1).view(np.uint8)))
         del array
-    total += offset
+    unfinished.rename(folder / file_name)
   if len(shards) > 1:
     index = {"metadata": {"total_size": total},
              "weight_map": {name: file for file, forms in shards for name in forms}}

@@ -9,7 +9,9 @@ import sys
 from absl import app, flags, logging
 import jax
 
-from experiments import sources
+from experiments import distributed, sources
+from experiments.distributed import (  # what programs need of it, under one name
+    broadcast, from_first_process, in_all_processes, is_first_process, progress)
 from experiments.sources import EMBEDDED
 from roe_jax import assets, routing, sharding, tokenizer as tokenizer_lib
 from roe_jax.aggregation import AGGREGATIONS
@@ -20,8 +22,13 @@ from roe_jax.roster import CACHES, MEMORY_BUDGET, Roster
 from roe_jax.tokenizer import Tokenizer
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-  """Runs a program; an error in its input becomes one sentence and exit code 1."""
+def run(main: Callable[[Sequence[str]], None], not_distributed: str | None = None) -> None:
+  """Runs a program; an error in its input becomes one sentence and exit code 1.
+
+  Args:
+    main: does its work.
+    not_distributed: why --distributed is refused, if it is.
+  """
   def guarded(argv):
     if len(argv) > 1:
       raise app.UsageError(f"unexpected argument {argv[1]!r}: settings are given as --name=value")
@@ -30,12 +37,20 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     use_compilation_cache()
     programs = CompiledPrograms()
     try:
-      main(argv)
-      print(f"[{programs}]", file=sys.stderr)
+      distributed.start(not_distributed)
+      with distributed.only_first_prints():
+        main(argv)
+        print(f"[{programs}]", file=sys.stderr)
+      distributed.finish()
     except (ValueError, FileNotFoundError, FileExistsError) as error:
       sys.exit(f"error: {error}")
     except KeyboardInterrupt:
       sys.exit(130)
+    except jax.errors.JaxRuntimeError:
+      if distributed.num_processes() > 1:
+        print("[if another process has ended, this error follows from it; start all of them again "
+              "with the same flags to go on]", file=sys.stderr)
+      raise
   app.run(guarded)
 
 
@@ -64,7 +79,8 @@ def use_compilation_cache() -> None:
   """Keeps compiled programs between runs, in ROE_JAX_CACHE or ~/.cache/roe_jax."""
   folder = os.environ.get("ROE_JAX_CACHE") or pathlib.Path.home() / ".cache" / "roe_jax"
   jax.config.update("jax_compilation_cache_dir", str(folder))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  seconds = os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 0.5)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", float(seconds))
 
 
 def define_model_flags(default: str | None = None) -> None:
@@ -75,10 +91,15 @@ def define_model_flags(default: str | None = None) -> None:
       required=default is None)
   flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"],
                     "Dtype to compute in; the checkpoint's own by default.")
+  define_mesh_flag()
+
+
+def define_mesh_flag() -> None:
   flags.DEFINE_string(
       "mesh", None, "Devices to run on, as sizes of mesh axes such as \"expert:4,tensor:2\" or "
-      "\"data:2,expert:4\" (texts, experts, heads and widths), or \"auto\" for all devices; one "
-      "device by default. Results depend on it by rounding only.")
+      "\"data:2,expert:4\" (texts, experts, heads and widths), or \"auto\" for all devices, "
+      "which is the default with --distributed; one device otherwise. Results depend on it by "
+      "rounding only.")
 
 
 def define_roster_flags(num_members: int = 1) -> None:
@@ -102,7 +123,7 @@ def define_roster_flags(num_members: int = 1) -> None:
 
 
 def parse_temperatures(text: str) -> float | list[float]:
-  """The value of --temperature_profile.
+  """The value of --temperature_profile; process 0 reads the file.
 
   Raises:
     ValueError: neither numbers nor a JSON file with "temperatures".
@@ -111,7 +132,10 @@ def parse_temperatures(text: str) -> float | list[float]:
     values = [float(part) for part in text.split(",")]
     return values[0] if len(values) == 1 else values
   except ValueError:
-    pass
+    return from_first_process(lambda: _read_temperatures(text))
+
+
+def _read_temperatures(text):
   path = pathlib.Path(text)
   if not path.is_file():
     raise ValueError(
@@ -141,8 +165,21 @@ def checkpoint_path(name: str) -> pathlib.Path:
 
 
 def load_config(name: str) -> ModelConfig:
-  """The config of what --checkpoint names; see `sources.load_config`."""
-  return sources.load_config(name)
+  """The config of what --checkpoint names; see `sources.load_config`.
+
+  Raises:
+    FileNotFoundError: no complete checkpoint is there.
+    ValueError: its config is malformed; processes find different ones.
+  """
+  config = in_all_processes(lambda: sources.load_config(name))
+
+  def check():
+    if broadcast(config.to_json()) != config.to_json():
+      raise ValueError(f"the checkpoint {name} is another model than in process 0: every host must "
+                       "see the same checkpoint under the same path")
+
+  in_all_processes(check)
+  return config
 
 
 def load_tokenizer(name: str, config: ModelConfig) -> Tokenizer:
@@ -151,7 +188,7 @@ def load_tokenizer(name: str, config: ModelConfig) -> Tokenizer:
   Raises:
     ValueError: it does not fit the config.
   """
-  tokenizer = Tokenizer.load(checkpoint_path(name))
+  tokenizer = in_all_processes(lambda: Tokenizer.load(checkpoint_path(name)))
   tokenizer_lib.check_vocabulary(tokenizer, config)
   return tokenizer
 
@@ -180,17 +217,22 @@ def load_params(name: str, dtype: str | None = None,
   Args:
     name: the value of --checkpoint.
     dtype: the value of --dtype.
-    mesh: the value of --mesh.
+    mesh: the value of --mesh; with --distributed all devices by default.
 
   Raises:
     ValueError: it is not a complete checkpoint, or the mesh does not fit the
       model or the devices.
   """
   shardings = None
-  folder = sources.path(name, weights=True)
+  folder = in_all_processes(lambda: sources.path(name, weights=True))
+  if distributed.num_processes() > 1:
+    mesh = mesh or "auto"
   if mesh is not None:
     config = load_config(str(folder))
     devices = sharding.make_mesh(config, **parse_mesh(mesh))
+    if distributed.num_processes() > 1 and devices.size < jax.device_count():
+      raise ValueError(f"--mesh={mesh} has {devices.size} devices and the processes have "
+                       f"{jax.device_count()}: with --distributed it must have all of them")
     sizes = ",".join(f"{axis}:{size}" for axis, size in devices.shape.items())
     print(f"[mesh {sizes}]", file=sys.stderr)
     shardings = sharding.parameter_shardings(devices, config)
@@ -209,7 +251,9 @@ def open_model(name: str, dtype: str | None = None,
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Replaces a file as a whole, so that no reader ever sees half of it."""
+  """Replaces a file as a whole, so that no reader ever sees half of it; in process 0 only."""
+  if not is_first_process():
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(path.name + ".partial")
   temporary.write_text(text)

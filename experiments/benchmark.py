@@ -218,4 +218,4 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  app.run(main, not_distributed="it times one machine")

@@ -19,13 +19,13 @@ null where the model did not come to it.
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import time
 from typing import Any
 
 from absl import flags
-from tqdm import tqdm
 
 from experiments import app, jsonl
 from roe_jax import batching, decode, tokenizer as tokenizer_lib
@@ -99,8 +99,12 @@ def open_chat(requests: list[dict[str, Any]], tokenizer: Tokenizer) -> Chat | No
     if FLAGS["special_tokens"].present:
       raise ValueError("--special_tokens is about plain prompts: a chat template puts special "
                        "tokens where it needs them")
-    return Chat.load(app.checkpoint_path(FLAGS.checkpoint), tokenizer, date=FLAGS.chat_date,
-                     reasoning_effort=FLAGS.reasoning_effort, enable_thinking=FLAGS.thinking)
+    load = functools.partial(
+        Chat.load, app.checkpoint_path(FLAGS.checkpoint), tokenizer,
+        reasoning_effort=FLAGS.reasoning_effort, enable_thinking=FLAGS.thinking)
+    # Several processes have the day of the first one.
+    date = app.broadcast(load(date=FLAGS.chat_date).settings.get("date"))
+    return load(date=date)
   for name in ("system", "reasoning_effort", "thinking", "chat_date", "show_reasoning"):
     if FLAGS[name].value not in (None, FLAGS[name].default):
       raise ValueError(f"--{name} is about chats: give --chat with it")
@@ -235,9 +239,9 @@ def show_answer(work: Work, completion, printer: Printer, reasoning: Printer) ->
 def complete_lines(params, config, tokenizer, roster: Roster, sampler: Sampler,
                    work: Work) -> None:
   """Continues the prompts of --input, writing each result when it is finished."""
-  with jsonl.Results(FLAGS.output, work.requests, work.settings) as results, tqdm(
-      total=len(work.requests), initial=len(work.requests) - len(results.missing), unit="prompt",
-      file=sys.stderr) as bar:
+  with jsonl.Results(FLAGS.output, work.requests, work.settings) as results, app.progress(
+      total=len(work.requests), initial=len(work.requests) - len(results.missing),
+      unit="prompt") as bar:
     indices = results.missing
     unanswered = 0
 

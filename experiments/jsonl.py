@@ -1,7 +1,8 @@
 """JSON lines in, JSON lines out, going on where an earlier run stopped."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import json
+import os
 import pathlib
 import sys
 from typing import Any
@@ -10,19 +11,21 @@ from experiments import app
 
 
 def read(path: str | None) -> list[dict[str, Any]]:
-  """The JSON objects of a file, or of standard input for None or "-".
+  """The JSON objects of a file, or of standard input for None or "-", as process 0 sees them.
 
   Raises:
     FileNotFoundError: there is no such file.
     ValueError: a line is not a JSON object, or there is none.
   """
+  return app.from_first_process(lambda: parse(_lines(path)))
+
+
+def _lines(path):
   if path in (None, "-"):
-    lines = sys.stdin.read().splitlines()
-  elif pathlib.Path(path).is_file():
-    lines = pathlib.Path(path).read_text().splitlines()
-  else:
-    raise FileNotFoundError(f"input file {path} does not exist")
-  return parse(lines)
+    return sys.stdin.read().splitlines()
+  if pathlib.Path(path).is_file():
+    return pathlib.Path(path).read_text().splitlines()
+  raise FileNotFoundError(f"input file {path} does not exist")
 
 
 def parse(lines: Sequence[str]) -> list[dict[str, Any]]:
@@ -66,7 +69,8 @@ class Results:
   whatever order they came in and however often the work was interrupted.
   Requests whose results the file already holds need not be computed again; a
   line that an interrupted run left torn is cut off. To standard output a line
-  is printed as soon as all before it are.
+  is printed as soon as all before it are. Of several processes the first one
+  alone touches the file; all know what is in it.
   """
 
   _KEYS = ("id", "prompt", "messages", "continuation", "prompt_tokens",
@@ -82,14 +86,19 @@ class Results:
     self._requests = requests
     self._settings = json.loads(json.dumps(settings))
     self._path = pathlib.Path(path) if path else None
-    self._written = self._found() if path else []  # in the order of their lines
+    # In the order of their lines.
+    self._written = app.from_first_process(self._found) if path else []
     self._held: dict[int, str] = {}  # lines for which standard output is not ready
-    if path:
-      self._path.parent.mkdir(parents=True, exist_ok=True)
-    self._file = open(path, "a") if path else sys.stdout
+    self._file = self._open() if path else sys.stdout
     if self._written:
       print(f"[{path} already holds {len(self._written)} of {len(requests)} results]",
             file=sys.stderr)
+
+  def _open(self):
+    if not app.is_first_process():
+      return open(os.devnull, "a")
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    return self._path.open("a")
 
   @property
   def missing(self) -> list[int]:
@@ -150,6 +159,57 @@ class Results:
       self._file.flush()
       return
     self._file.close()
-    if not self.missing and self._written != sorted(self._written):
+    if (app.is_first_process() and not self.missing
+        and self._written != sorted(self._written)):
       lines = dict(zip(self._written, self._path.read_text().splitlines(keepends=True)))
       app.write_atomically(self._path, "".join(lines[i] for i in sorted(lines)))
+
+
+class Kept:
+  """Values by name, kept in a file as they are computed.
+
+  An interrupted run, started again, computes those that are missing. A line
+  holds the settings that its value depends on; those of other settings stay as
+  they are and count for nothing.
+  """
+
+  def __init__(self, path: pathlib.Path | None, settings: dict[str, Any]):
+    """Opens `path`; None keeps values for this run only.
+
+    Raises:
+      ValueError: the file was not written by this class.
+    """
+    self._path = path
+    self._settings = json.loads(json.dumps(settings))
+    self._values = app.from_first_process(self._found) if path else {}
+    if self._values:
+      print(f"[{path} already holds {len(self._values)} values of this work]", file=sys.stderr)
+
+  def _found(self):
+    if not self._path.exists():
+      return {}
+    whole, _, torn = self._path.read_text().rpartition("\n")
+    try:
+      lines = [json.loads(line) for line in whole.splitlines()]
+      values = {line["name"]: line["value"] for line in lines if line["settings"] == self._settings}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+      raise ValueError(f"{self._path} holds something else than values of earlier runs: name "
+                       "another output, or remove it") from error
+    if torn:
+      app.write_atomically(self._path, whole + "\n" if whole else "")
+    return values
+
+  def __contains__(self, name: str) -> bool:
+    return name in self._values
+
+  def get(self, name: str, compute: Callable[[], Any]) -> Any:
+    """The JSON value of a name, that of process 0; computed by all if it is missing."""
+    if name not in self._values:
+      value = json.loads(json.dumps(app.broadcast(compute())))
+      if self._path and app.is_first_process():
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a") as file:
+          file.write(json.dumps(
+              {"name": name, "value": value, "settings": self._settings}) + "\n")
+      self._values[name] = value
+    return self._values[name]

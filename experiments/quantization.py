@@ -17,15 +17,15 @@ import dataclasses
 import functools
 import json
 import pathlib
+from typing import Any
 
 from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tabulate
-from tqdm import tqdm
 
-from experiments import app, statistics
+from experiments import app, jsonl, statistics
 from experiments.quickstart import Encoded, encode
 from experiments.tasks import wordmath
 from roe_jax import batching, diagnostics, params as params_lib, quantization, score, transformer
@@ -100,30 +100,52 @@ def shared_experts(chosen: np.ndarray, baseline: np.ndarray) -> np.ndarray:
   return (chosen[..., :, None] == baseline[..., None, :]).any(-1).mean(axis=(1, 2))
 
 
-def measure(params: Params, config: ModelConfig, validation: Encoded, test: Encoded,
+def measure(params: Params, config: ModelConfig, format: str, validation: Encoded, test: Encoded,
             num_members: int, temperature: float, sweep: list[float], seed: int,
-            batch_size: int, on_texts: Callable[[int], None]) -> dict:
-  """All figures of one format, as JSON values; what is random is paired between formats."""
+            batch_size: int, keep: Callable[[str, Callable], Any],
+            on_texts: Callable[[int], None]) -> dict:
+  """All figures of one format, as JSON values; what is random is paired between formats.
+
+  Args:
+    params: the parameters in 16 bits.
+    config: their architecture.
+    format: of `FORMATS`.
+    validation: problems of the sweep.
+    test: those of the comparison.
+    num_members: n of the roster.
+    temperature: its τ.
+    sweep: the τ of the sweep.
+    seed: of the noise.
+    batch_size: problems scored together.
+    keep: `keep(name, compute)` is what an earlier run kept under this name, or `compute()`.
+    on_texts: called with numbers of texts that are done.
+  """
+  model = functools.cache(lambda: in_format(params, config, format))
+
   def roster(n, temperature):
     return Roster.create(config, n, temperature, seed=seed)
 
-  def nll(roster, problems):
-    values = nll_of(params, config, roster, problems, batch_size)
+  def nll(name, roster, problems):
+    values = keep(name, lambda: nll_of(*model(), roster, problems, batch_size).tolist())
     on_texts(len(values))
-    return values.tolist()
+    return values
 
   few = Encoded(*(part[:batch_size] for part in (test.problems, test.prompts, test.texts)))
-  chosen, gaps = routing(params, config, few)
-  agreement = diagnostics.routing_agreement(
-      params, config, roster(num_members, temperature), few.texts, few.starts)
-  return {
-      "expert_bytes": expert_bytes(params), "model_bytes": params_lib.num_bytes(config),
-      "experts": chosen.tolist(), "router_gap": gaps.mean(axis=1).tolist(),
-      "noisy_agreement": agreement.tolist(),
-      "plain": nll(roster(1, 0.0), test), "roster": nll(roster(num_members, temperature), test),
-      "sweep_plain": nll(roster(1, 0.0), validation),
-      "sweep": [nll(roster(num_members, t), validation) for t in sweep],
-  }
+
+  def routing_of_few():
+    chosen, gaps = routing(*model(), few)
+    agreement = diagnostics.routing_agreement(
+        *model(), roster(num_members, temperature), few.texts, few.starts)
+    return {"experts": chosen.tolist(), "router_gap": gaps.mean(axis=1).tolist(),
+            "noisy_agreement": agreement.tolist()}
+
+  return keep("sizes", lambda: {"expert_bytes": expert_bytes(model()[0]),
+                                "model_bytes": params_lib.num_bytes(model()[1])}) | keep(
+      "routing", routing_of_few) | {
+      "plain": nll("plain", roster(1, 0.0), test),
+      "roster": nll("roster", roster(num_members, temperature), test),
+      "sweep_plain": nll("sweep, plain", roster(1, 0.0), validation),
+      "sweep": [nll(f"sweep, τ = {t}", roster(num_members, t), validation) for t in sweep]}
 
 
 def summarize(measured: dict[str, dict], test: Encoded, validation: Encoded,
@@ -195,14 +217,6 @@ def _settings() -> dict:
   return {name: getattr(FLAGS, name) for name in names}
 
 
-def _measured_before(path: pathlib.Path, settings: dict) -> dict:
-  """What an earlier run with these settings measured: {model: {format: figures}}."""
-  if not path.is_file():
-    return {}
-  found = json.loads(path.read_text())
-  return found["measured"] if found["settings"] == settings else {}
-
-
 def main(argv) -> None:
   del argv
   sweep = [float(t) for t in FLAGS.sweep]
@@ -224,29 +238,25 @@ def main(argv) -> None:
     for t in (FLAGS.temperature, *sweep):
       Roster.create(config, FLAGS.num_members, t, seed=FLAGS.seed)
   output, settings = pathlib.Path(FLAGS.output), _settings()
-  measured = _measured_before(output / "measured.json", settings)
+  kept = jsonl.Kept(output / "measured.jsonl", settings)
   texts, summary = [], {}
   texts_of_one = 2 * FLAGS.num_problems + (1 + len(sweep)) * FLAGS.num_validation
-  with tqdm(total=len(FLAGS.checkpoints) * len(FLAGS.formats) * texts_of_one,
-            unit="text") as bar:
+  with app.progress(total=len(FLAGS.checkpoints) * len(FLAGS.formats) * texts_of_one,
+                    unit="text") as bar:
     for checkpoint in FLAGS.checkpoints:
       name = pathlib.Path(checkpoint.removeprefix(app.EMBEDDED)).name
       params, config, tokenizer = app.open_model(checkpoint, PLAIN)
       validation, test = (
           encode(tokenizer, wordmath.problems(split, count), config.eos_token_ids[0])
           for split, count in (("validation", FLAGS.num_validation), ("test", FLAGS.num_problems)))
-      of_model = measured.setdefault(name, {})
+      of_model = {}
       for format in FLAGS.formats:
         bar.set_description(f"{name} {format}")
-        if format in of_model:
-          bar.update(texts_of_one)
-          continue
         of_model[format] = measure(
-            *in_format(params, config, format), validation, test, FLAGS.num_members,
-            FLAGS.temperature, sweep, FLAGS.seed, FLAGS.batch_size, bar.update)
-        app.write_atomically(output / "measured.json",
-                             json.dumps({"settings": settings, "measured": measured}))
-      rows = summarize({f: of_model[f] for f in FLAGS.formats}, test, validation, sweep)
+            params, config, format, validation, test, FLAGS.num_members, FLAGS.temperature,
+            sweep, FLAGS.seed, FLAGS.batch_size,
+            lambda part, compute: kept.get(f"{checkpoint}, {format}: {part}", compute), bar.update)
+      rows = summarize(of_model, test, validation, sweep)
       texts.append(f"## {name}\n\n{tables(rows, FLAGS.num_members, FLAGS.temperature)}")
       summary[name] = [{k: _plain(v) for k, v in row.items()} for row in rows]
   app.write_atomically(output / "results.json", json.dumps(
@@ -270,4 +280,5 @@ def _plain(value):
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  app.run(main, not_distributed="it rounds experts on one device; of a large model convert each "
+          "format with --quantize_experts, and run experiments.score on it")

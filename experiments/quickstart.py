@@ -5,14 +5,17 @@
 Scores and solves held-out arithmetic word problems with the plain model (as it
 is, and with its output temperature fitted on validation problems) and with
 rosters of several sizes; prints a table for each model, one problem solved token
-by token, and saves a picture and all figures under --output.
+by token, and saves a picture and all figures under --output. Started again with
+the same flags, it goes on with what is missing in --output.
 """
 
+from collections.abc import Callable
 import dataclasses
 import itertools
 import json
 import pathlib
 import time
+from typing import Any
 
 from absl import flags
 import jax.numpy as jnp
@@ -23,7 +26,7 @@ import numpy as np
 import tabulate
 from tqdm import tqdm
 
-from experiments import app, statistics
+from experiments import app, jsonl, statistics
 from experiments.tasks import wordmath
 from roe_jax import batching, decode, diagnostics, score
 from roe_jax.completion import Completion
@@ -42,6 +45,7 @@ def define_flags() -> None:
   flags.DEFINE_list(
       "checkpoints", [app.EMBEDDED + "wordmath_overtrained", app.EMBEDDED + "wordmath_control"],
       "Models to compare on, embedded ones or folders.")
+  app.define_mesh_flag()
   flags.DEFINE_multi_integer("num_members", [1, 2, 4, 8, 16], "Roster sizes; may be repeated.")
   flags.DEFINE_string("temperature_profile", "0.3", "Router temperature τ, as in generate.")
   flags.DEFINE_integer("num_problems", 160, "Test problems.")
@@ -99,8 +103,12 @@ class Measured:
 
 
 def score_problems(params: Params, config: ModelConfig, roster: Roster, validation: Encoded,
-                   test: Encoded) -> Measured:
-  """Fits the output temperature on validation problems and scores test problems."""
+                   test: Encoded) -> dict:
+  """Fits the output temperature on validation problems and scores test problems.
+
+  Returns:
+    The values of `Measured` that it fills, as JSON.
+  """
   scores = score.score(params, config, validation.texts, validation.starts, roster=roster,
                        output_temperatures=OUTPUT_TEMPERATURES, batch_size=FLAGS.batch_size)
   nll = -np.concatenate([t.log_probs for t in scores.texts])
@@ -111,40 +119,51 @@ def score_problems(params: Params, config: ModelConfig, roster: Roster, validati
   scores = score.score(params, config, test.texts, test.starts, roster=roster,
                        output_temperatures=both, batch_size=FLAGS.batch_size)
   sums = np.array([-t.log_probs[:, :2].sum(axis=0, dtype=np.float64) for t in scores.texts])
-  return Measured(roster, temperature, sums[:, 0], sums[:, 1])
+  return {"output_temperature": float(temperature), "nll": sums[:, 0].tolist(),
+          "fitted_nll": sums[:, 1].tolist()}
 
 
 def solve_problems(params: Params, config: ModelConfig, tokenizer: Tokenizer,
-                   measured: list[Measured], test: Encoded, bar: tqdm) -> None:
+                   measured: list[Measured], test: Encoded, keep: Callable[[str, Callable], Any],
+                   bar: tqdm) -> None:
   """Solves test problems greedily with every setting in turn, batch by batch.
 
   Settings take turns on each batch, in an order that changes: whatever else the
   machine does, and what the call before left behind, falls on all of them alike.
   """
-  size = FLAGS.batch_size
-  batches = range(0, len(test.prompts), size)
-  for m in measured:  # compile outside of what is timed, for every shape that comes
-    compiled = set()
-    for first in batches:
-      prompts = test.prompts[first:first + size]
+  size, compiled = FLAGS.batch_size, set()
+
+  def compile_for(prompts):
+    """Compiles outside of what is timed, for every shape that comes."""
+    shape = (min(size, batching.bucket(len(prompts))),
+             decode.capacity_for(config, prompts, MAX_NEW_TOKENS))
+    if shape in compiled:
+      return
+    compiled.add(shape)
+    for m in measured:
       state = decode.start(params, config, m.roster, prompts, range(len(prompts)), MAX_NEW_TOKENS,
-                           min(size, batching.bucket(len(prompts))),
-                           decode.capacity_for(config, prompts, MAX_NEW_TOKENS))
-      if state.tokens.shape not in compiled:
-        compiled.add(state.tokens.shape)
-        decode.decode_steps(params, config, m.roster, Sampler.greedy(), state,
-                            jnp.full(4, -1, jnp.int32), jnp.int32(1))
-  for first in batches:
+                           *shape)
+      decode.decode_steps(params, config, m.roster, Sampler.greedy(), state,
+                          jnp.full(4, -1, jnp.int32), jnp.int32(1))
+
+  def solve(first):
     prompts = test.prompts[first:first + size]
+    compile_for(prompts)
+    found = {}
     for i in np.random.default_rng(first).permutation(len(measured)):
-      m = measured[i]
       generation = decode.generate(
-          params, config, prompts, max_new_tokens=MAX_NEW_TOKENS, roster=m.roster,
+          params, config, prompts, max_new_tokens=MAX_NEW_TOKENS, roster=measured[i].roster,
           stop_tokens=stop_tokens(tokenizer, config), decode=tokenizer.decode, batch_size=size,
           request_ids=range(first, first + len(prompts)))
-      m.rates.append(generation.throughput.tokens_per_second)
-      m.completions += generation.completions
-      bar.update(len(prompts))
+      found[i] = {"rate": generation.throughput.tokens_per_second,
+                  "completions": [dataclasses.asdict(c) for c in generation.completions]}
+    return [found[i] for i in range(len(measured))]
+
+  for first in range(0, len(test.prompts), size):
+    for m, found in zip(measured, keep(f"solutions from {first} on", lambda: solve(first))):
+      m.rates.append(found["rate"])
+      m.completions += [Completion(**c) for c in found["completions"]]
+      bar.update(len(found["completions"]))
   for m in measured:
     m.correct = np.array([wordmath.is_correct(c.text, p)
                           for c, p in zip(m.completions, test.problems)])
@@ -298,25 +317,30 @@ def draw(results: dict[str, tuple[list[dict], np.ndarray]], path: pathlib.Path) 
   plt.close(figure)
 
 
-def run_model(name: str, bar: tqdm) -> tuple[list[dict], np.ndarray, str, dict]:
-  """All measurements on one model."""
-  params, config, tokenizer = app.open_model(name, "float32")
+def run_model(name: str, keep: Callable[[str, Callable], Any],
+              bar: tqdm) -> tuple[list[dict], np.ndarray, str, dict]:
+  """All measurements on one model; `keep` is that of `jsonl.Kept`."""
+  params, config, tokenizer = app.open_model(name, "float32", FLAGS.mesh)
   temperatures = app.parse_temperatures(FLAGS.temperature_profile)
   eos = config.eos_token_ids[0]
   validation, test = (
       encode(tokenizer, wordmath.problems(split, count), eos)
       for split, count in (("validation", FLAGS.num_validation), ("test", FLAGS.num_problems)))
-  rosters = [Roster.create(config)] + [
-      Roster.create(config, n, temperatures, seed=FLAGS.seed) for n in FLAGS.num_members]
+  rosters = {"plain": Roster.create(config)} | {
+      f"n = {n}": Roster.create(config, n, temperatures, seed=FLAGS.seed)
+      for n in FLAGS.num_members}
   measured = []
-  for roster in rosters:
-    measured.append(score_problems(params, config, roster, validation, test))
+  for setting, roster in rosters.items():
+    found = keep(f"scores, {setting}",
+                 lambda: score_problems(params, config, roster, validation, test))
+    measured.append(Measured(roster, found["output_temperature"], np.array(found["nll"]),
+                             np.array(found["fitted_nll"])))
     bar.update(len(test.texts))
-  solve_problems(params, config, tokenizer, measured, test, bar)
+  solve_problems(params, config, tokenizer, measured, test, keep, bar)
   count = min(FLAGS.batch_size, FLAGS.num_problems)
-  largest = max(rosters, key=lambda r: r.num_members)
-  agreement = diagnostics.routing_agreement(
-      params, config, largest, test.texts[:count], test.starts[:count])
+  largest = max(rosters.values(), key=lambda r: r.num_members)
+  agreement = np.array(keep("routing agreement", lambda: diagnostics.routing_agreement(
+      params, config, largest, test.texts[:count], test.starts[:count]).tolist()))
   return (summarize(measured, test), agreement, show_solution(measured, test, tokenizer),
           largest.settings())
 
@@ -335,13 +359,18 @@ def main(argv) -> None:
       Roster.create(config, n, app.parse_temperatures(FLAGS.temperature_profile), seed=FLAGS.seed)
   output = pathlib.Path(FLAGS.output)
   begin = time.perf_counter()
+  kept = jsonl.Kept(output / "measured.jsonl", {
+      "temperatures": app.parse_temperatures(FLAGS.temperature_profile)} | {
+          name: FLAGS[name].value for name in (
+              "num_members", "num_problems", "num_validation", "batch_size", "seed")})
   results, texts, records = {}, [], {}
   total = len(FLAGS.checkpoints) * (1 + len(FLAGS.num_members)) * 2 * FLAGS.num_problems
-  with tqdm(total=total, unit="problem") as bar:
+  with app.progress(total=total, unit="problem") as bar:
     for checkpoint in FLAGS.checkpoints:
       name = pathlib.Path(checkpoint.removeprefix(app.EMBEDDED)).name
       bar.set_description(name)
-      rows, agreement, solution, settings = run_model(checkpoint, bar)
+      rows, agreement, solution, settings = run_model(
+          checkpoint, lambda part, compute: kept.get(f"{checkpoint}: {part}", compute), bar)
       results[name] = rows, agreement
       texts.append(f"## {name}\n\n{table(rows)}\n\n{verdict(rows)}\n\n{solution}\n")
       records[name] = {
@@ -356,7 +385,8 @@ def main(argv) -> None:
       f"{FLAGS.num_validation} validation problems.\n\n" + "\n".join(texts))
   print("\n" + text)
   app.write_atomically(output / "table.txt", text)
-  draw(results, output / "quickstart.png")
+  if app.is_first_process():
+    draw(results, output / "quickstart.png")
   print(f"Saved {output}/quickstart.png, table.txt and results.json; "
         f"{time.perf_counter() - begin:.0f} s.")
 

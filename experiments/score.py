@@ -5,7 +5,8 @@
   python -m experiments.score --checkpoint=olmoe --input=pairs.jsonl --output=scores.jsonl
 
 --text: a file of plain text; the perplexity over strided windows is printed (and
-written to --output as JSON) beside that of the plain model. Otherwise --input
+written to --output as JSON, and the tokens' negative log-probabilities to
+OUTPUT.windows.jsonl as batches finish) beside that of the plain model. Otherwise --input
 (or standard input) holds one JSON object a line with "prompt" and "continuation"
 (text, or ids as "prompt_tokens" and "continuation_tokens"), and the summed
 log-probability of each continuation, whether it is the greedy one, and its
@@ -13,13 +14,14 @@ tokens' log-probabilities are written to --output (or standard output); results
 that --output already holds are not computed again.
 """
 
+from collections.abc import Sequence
+import dataclasses
+import hashlib
 import json
 import pathlib
-import sys
 
 from absl import flags
 import numpy as np
-from tqdm import tqdm
 
 from experiments import app, jsonl
 from roe_jax import batching, score
@@ -44,31 +46,53 @@ def define_flags() -> None:
 
 def text_perplexity(params, config, tokenizer, roster: Roster) -> None:
   """Prints the perplexity of --text with the plain model and with the roster."""
+  tokens = tokenizer.encode(app.from_first_process(_read_text), FLAGS.special_tokens)
+  cut = score.windows(config, tokens, FLAGS.window, FLAGS.stride)
+  common = {"window": cut.window, "stride": cut.stride}
+  kept = jsonl.Kept(
+      pathlib.Path(f"{FLAGS.output}.windows.jsonl") if FLAGS.output else None,
+      common | {"checkpoint": FLAGS.checkpoint, "dtype": config.dtype,
+                "roster": roster.settings(), "batch_size": FLAGS.batch_size,
+                "tokens": hashlib.sha256(np.int32(tokens).tobytes()).hexdigest()})
+  results = {}
+  for name, setting in {"plain": Roster.create(config), "roster": roster}.items():
+    if name == "roster" and roster.is_plain:
+      continue
+    nll = []
+    with app.progress(desc=name, unit="window", total=len(cut.texts)) as bar:
+      for first in range(0, len(cut.texts), FLAGS.batch_size):
+        batch = range(first, min(first + FLAGS.batch_size, len(cut.texts)))
+        nll += kept.get(f"{name}, windows from {first} on", lambda: [
+            (-t.log_probs[:, 0]).tolist() for t in score_batch(
+                params, config, cut.texts, cut.starts, setting, batch)])
+        bar.update(len(batch))
+    nll = np.concatenate(nll)
+    perplexity = float(np.exp(nll.mean()))
+    results[name] = {"perplexity": perplexity, "tokens": len(nll), "windows": len(cut.texts),
+                     "settings": common | {"roster": setting.settings(),
+                                           "model": dataclasses.asdict(config)}}
+    print(f"{name}: perplexity {perplexity:.4f} over {len(nll)} tokens in {len(cut.texts)} windows "
+          f"of {cut.window}, stride {cut.stride}")
+  if "roster" in results:
+    change = results["roster"]["perplexity"] / results["plain"]["perplexity"] - 1
+    print(f"difference: {100 * change:+.3f} %")
+  if FLAGS.output:
+    app.write_atomically(pathlib.Path(FLAGS.output), json.dumps(
+        results | {"checkpoint": FLAGS.checkpoint}, indent=2) + "\n")
+
+
+def _read_text() -> str:
   path = pathlib.Path(FLAGS.text)
   if not path.is_file():
     raise FileNotFoundError(f"--text={path} does not exist")
-  tokens = tokenizer.encode(path.read_text(), FLAGS.special_tokens)
-  plain = Roster.create(config)
-  results = {}
-  for name, setting in {"plain": plain, "roster": roster}.items():
-    if name == "roster" and roster.is_plain:
-      continue
-    with tqdm(desc=name, unit="window", file=sys.stderr) as bar:
-      found = score.perplexity(
-          params, config, tokens, window=FLAGS.window, stride=FLAGS.stride, roster=setting,
-          batch_size=FLAGS.batch_size, on_batch=bar.update)
-    results[name] = found
-    print(f"{name}: perplexity {found.perplexity[0]:.4f} over {len(found.nll)} tokens in "
-          f"{found.num_windows} windows of {found.settings['window']}, stride "
-          f"{found.settings['stride']}")
-  if "roster" in results:
-    change = results["roster"].perplexity[0] / results["plain"].perplexity[0] - 1
-    print(f"difference: {100 * change:+.3f} %")
-  if FLAGS.output:
-    app.write_atomically(pathlib.Path(FLAGS.output), json.dumps({
-        name: {"perplexity": float(found.perplexity[0]), "tokens": len(found.nll),
-               "windows": found.num_windows, "settings": found.settings}
-        for name, found in results.items()} | {"checkpoint": FLAGS.checkpoint}, indent=2) + "\n")
+  return path.read_text()
+
+
+def score_batch(params, config, texts, starts, roster: Roster,
+                batch: Sequence[int]) -> list[score.TextScore]:
+  """Scores the texts of a batch, given by their indices, which are their request ids."""
+  return score.score(params, config, [texts[i] for i in batch], [starts[i] for i in batch],
+                     roster=roster, request_ids=batch, batch_size=FLAGS.batch_size).texts
 
 
 def continuations(params, config, tokenizer, roster: Roster) -> None:
@@ -88,22 +112,23 @@ def continuations(params, config, tokenizer, roster: Roster) -> None:
   batching.check_tokens(config, texts, what="text")
   settings = {"checkpoint": FLAGS.checkpoint, "dtype": config.dtype,
               "roster": roster.settings(), "special_tokens": FLAGS.special_tokens}
-  with jsonl.Results(FLAGS.output, requests, settings) as results, tqdm(
-      total=len(requests), initial=len(requests) - len(results.missing), unit="text",
-      file=sys.stderr) as bar:
-    indices = results.missing
-    for first in range(0, len(indices), FLAGS.batch_size):
-      batch = indices[first:first + FLAGS.batch_size]
-      scores = score.score(
-          params, config, [texts[i] for i in batch], [starts[i] for i in batch], roster=roster,
-          request_ids=batch, batch_size=FLAGS.batch_size)
-      for i, found in zip(batch, scores.texts):
+  with jsonl.Results(FLAGS.output, requests, settings) as results, app.progress(
+      total=len(requests), initial=len(requests) - len(results.missing), unit="text") as bar:
+    for first in range(0, len(requests), FLAGS.batch_size):
+      # A run that goes on has the batches, and so the rounding, of one that was not interrupted.
+      batch = range(first, min(first + FLAGS.batch_size, len(requests)))
+      missing = set(batch).intersection(results.missing)
+      if not missing:
+        continue
+      scores = score_batch(params, config, texts, starts, roster, batch)
+      for i in sorted(missing):
+        found = scores[i - first]
         tokens = texts[i][starts[i]:]
         results.write(i, {
             "log_prob": float(found.log_probs[:, 0].sum(dtype=np.float64)),
             "is_greedy": found.greedy_tokens.tolist() == tokens,
             "tokens": tokens, "log_probs": found.log_probs[:, 0].tolist()})
-      bar.update(len(batch))
+      bar.update(len(missing))
 
 
 def main(argv) -> None:

@@ -110,7 +110,7 @@ def check_output(output: pathlib.Path, config: configs.TrainingConfig) -> None:
       raise ValueError(
           f"{output} holds a run of another config (it differs in "
           f"{', '.join(different)}): give another --output, or the flags of that run")
-  elif output.exists() and any(output.iterdir()):
+  elif output.exists() and any(p.name != "config.json.partial" for p in output.iterdir()):
     raise ValueError(f"{output} is not empty and holds no training run: give another --output")
   else:
     app.write_atomically(path, text)
@@ -290,4 +290,4 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  app.run(main, not_distributed="it trains small models on one device")

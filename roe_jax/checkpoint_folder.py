@@ -173,8 +173,14 @@ def start_partial(target: PathLike, marker: str, text: str) -> pathlib.Path:
       raise FileExistsError(
           f"{partial} is needed to write {target}, but it exists and was not left by "
           "an interrupted run of this program; move it away")
-    shutil.rmtree(partial)
-  partial.mkdir(parents=True)
+  partial.mkdir(parents=True, exist_ok=True)
+  # The marker stays until the last: what is killed here leaves a folder of this program.
+  (partial / marker).touch()
+  for stray in partial.iterdir():
+    if stray.is_dir():
+      shutil.rmtree(stray)
+    elif stray.name != marker:
+      stray.unlink()
   (partial / marker).write_text(text)
   return partial
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import batching, decode, members as members_lib, params as params_lib
+from roe_jax import batching, decode, members as members_lib, params as params_lib, sharding
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
@@ -66,4 +66,4 @@ def _shared_experts(params, config, roster, cache, tokens, request_ids):
       params, config, roster, cache, tokens, positions, request_ids, keep=("experts",))
   clean, noisy = outputs.experts[:, :1], outputs.experts[:, 1:]
   shared = (noisy[..., :, None] == clean[..., None, :]).any(-1)
-  return shared.mean(axis=(1, -1))
+  return sharding.in_place(params, shared.mean(axis=(1, -1)))

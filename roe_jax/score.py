@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import batching, decode, members as members_lib, params as params_lib, reference
+from roe_jax import (
+    batching, decode, members as members_lib, params as params_lib, reference, sharding)
 from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
@@ -94,7 +95,9 @@ def score_chunk(
 
   scores = jax.lax.map(at_temperature, output_temperatures_G)
   greedy = jnp.argmax(log_probs, axis=-1)
-  return cache, jnp.moveaxis(scores, 0, -1), greedy, outputs.clean_tokens
+  # Whole on every device, as every process of several reads them.
+  return cache, *sharding.in_place(
+      params, (jnp.moveaxis(scores, 0, -1), greedy, outputs.clean_tokens))
 
 
 def _filled_first(roster):
@@ -234,6 +237,50 @@ def _chunk_size(config, roster, num_rows):
   return min(decode.PREFILL_CHUNK, 1 << (fitting.bit_length() - 1))
 
 
+@dataclasses.dataclass(frozen=True)
+class Windows:
+  """A long text cut into texts that `score` can take.
+
+  Attributes:
+    texts: token ids of each window.
+    starts: where each begins to score.
+    window: tokens in a window.
+    stride: tokens from one window's start to the next.
+  """
+
+  texts: list[list[int]]
+  starts: list[int]
+  window: int
+  stride: int
+
+
+def windows(config: ModelConfig, text: Sequence[int], window: int | None = None,
+            stride: int | None = None) -> Windows:
+  """Cuts a text as `perplexity` does, whose arguments these are.
+
+  Raises:
+    ValueError: the text is too short, or a setting is out of its range.
+  """
+  window = config.context_length if window is None else window
+  if not 2 <= window <= config.context_length:
+    raise ValueError(
+        f"window must lie in [2, {config.context_length}] (the model's context), got {window}")
+  stride = max(1, window // 2) if stride is None else stride
+  if not 1 <= stride < window:
+    raise ValueError(f"stride must lie in [1, {window - 1}] (less than the window), got {stride}")
+  if len(text) < 2:
+    raise ValueError(f"a perplexity needs at least two tokens, got {len(text)}")
+  texts, starts, scored_to = [], [], 1
+  for begin in range(0, len(text), stride):
+    end = min(begin + window, len(text))
+    texts.append(list(text[begin:end]))
+    starts.append(scored_to - begin)
+    scored_to = end
+    if end == len(text):
+      break
+  return Windows(texts, starts, window, stride)
+
+
 def perplexity(
     params: Params,
     config: ModelConfig,
@@ -272,29 +319,13 @@ def perplexity(
   Raises:
     ValueError: the text is too short, or a setting is out of its range.
   """
-  window = config.context_length if window is None else window
-  if not 2 <= window <= config.context_length:
-    raise ValueError(
-        f"window must lie in [2, {config.context_length}] (the model's context), got {window}")
-  stride = max(1, window // 2) if stride is None else stride
-  if not 1 <= stride < window:
-    raise ValueError(f"stride must lie in [1, {window - 1}] (less than the window), got {stride}")
-  if len(text) < 2:
-    raise ValueError(f"a perplexity needs at least two tokens, got {len(text)}")
-  windows, starts, scored_to = [], [], 1
-  for begin in range(0, len(text), stride):
-    end = min(begin + window, len(text))
-    windows.append(list(text[begin:end]))
-    starts.append(scored_to - begin)
-    scored_to = end
-    if end == len(text):
-      break
-  scores = score(params, config, windows, starts, roster=roster,
+  cut = windows(config, text, window, stride)
+  scores = score(params, config, cut.texts, cut.starts, roster=roster,
                  output_temperatures=output_temperatures, batch_size=batch_size,
                  chunk_size=chunk_size, on_batch=on_batch)
   nll = -np.concatenate([s.log_probs for s in scores.texts])
-  return Perplexity(np.exp(nll.mean(axis=0, dtype=np.float64)), nll, len(windows),
-                    scores.settings | {"window": window, "stride": stride})
+  return Perplexity(np.exp(nll.mean(axis=0, dtype=np.float64)), nll, len(cut.texts),
+                    scores.settings | {"window": cut.window, "stride": cut.stride})
 
 
 def mean_nll(scores: Scores) -> np.ndarray:

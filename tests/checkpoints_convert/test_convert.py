@@ -16,7 +16,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 import tokenizers
 
-from checkpoints_convert import ConversionError, cli, convert_from_hugging_face, rules
+from checkpoints_convert import (
+    ConversionError, cli, convert_from_hugging_face, convert_to_hugging_face, rules)
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
 from roe_jax.presets import PRESETS
@@ -365,6 +366,38 @@ def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch, changed):
   assert written == ["top", "layers_00000_00001"]
   assert second == (written if changed else []) + ["layers_00001_00002", "layers_00002_00003"]
   assert_same_bits(load_leaves(tmp_path / "roe")[0], expected_params("olmoe", tensors))
+
+
+def test_an_interrupted_export_goes_on_after_its_last_file(tmp_path, monkeypatch):
+  write_hub(tmp_path / "hub", "olmoe")
+  convert_by_layer(tmp_path / "hub", tmp_path / "roe")
+
+  def export(name):
+    convert_to_hugging_face(
+        str(tmp_path / "roe"), str(tmp_path / name), max_shard_bytes=4000)
+
+  export("whole")
+  taken, take, limit = [], rules.Part.take, 21
+
+  def dying_take(self, array):
+    if len(taken) == limit:
+      raise KeyboardInterrupt
+    taken.append(self.tensor)
+    return take(self, array)
+
+  monkeypatch.setattr(rules.Part, "take", dying_take)
+  with pytest.raises(KeyboardInterrupt):
+    export("killed")
+  there = {name for path in (tmp_path / "killed.partial").glob("*.safetensors")
+           for name in load_file(path)}
+  assert 0 < len(there) < limit and there <= set(taken)
+  taken, limit = [], None
+  export("killed")
+  assert taken and not there & set(taken)
+  files = sorted(p.name for p in (tmp_path / "whole").iterdir())
+  assert files == sorted(p.name for p in (tmp_path / "killed").iterdir())
+  for name in files:
+    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_memory_is_that_of_one_layer_not_of_the_model(tmp_path, monkeypatch):

@@ -44,9 +44,11 @@ def test_the_whole_program_on_a_random_model(tiny_checkpoint, tmp_path):
   assert (tmp_path / "table.md").read_text() in done.stdout and "| int4 " in done.stdout
 
   # Again, it takes what is there and ends with the same.
-  measured = json.loads((tmp_path / "measured.json").read_text())
-  measured["measured"]["checkpoint"]["int4"]["plain"][0] += 1
-  (tmp_path / "measured.json").write_text(json.dumps(measured))
+  path = tmp_path / "measured.jsonl"
+  values = [json.loads(line) for line in path.read_text().splitlines()]
+  changed = [v for v in values if v["name"] == f"{tiny_checkpoint}, int4: plain"]
+  changed[0]["value"][0] += 1
+  path.write_text("".join(json.dumps(v) + "\n" for v in values))
   assert run(*arguments).returncode == 0
   again = json.loads((tmp_path / "results.json").read_text())["models"]["checkpoint"]
   assert again[0] == plain and again[1]["perplexity"] > int4["perplexity"]

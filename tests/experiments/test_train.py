@@ -5,11 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
+import programs
 from experiments import batches, configs, train
 from experiments.tasks import wordmath, wordmath_tokenizer
 from roe_jax import assets, checkpoint
@@ -113,6 +116,46 @@ def test_a_killed_run_ends_as_one_that_was_not(
   assert records(tmp_path, *timings) == expected
   assert last["tokens"] == expected[-2]["tokens"]
   assert sorted(p.name for p in (tmp_path / "states").iterdir()) == ["20", "25"]
+
+
+def _train(config, folder, tokenizer_file, cache):
+  jax.config.update("jax_compilation_cache_dir", cache)
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    _make_fast(monkeypatch)
+    train.train(config, folder, tokenizers.Tokenizer.from_file(tokenizer_file))
+
+
+def test_a_run_killed_for_real_at_random_moments_ends_as_one_that_was_not(
+    config, tokenizer, whole_run, tmp_path):
+  folder, whole, _ = whole_run
+  tokenizer.save(str(tmp_path / "tokenizer.json"))
+  run = tmp_path / "run"
+  run.mkdir()
+  metrics, rng = run / "metrics.jsonl", np.random.default_rng(0)
+
+  def start():
+    process = programs.context.Process(
+        target=_train, args=(config, run, str(tmp_path / "tokenizer.json"),
+                             jax.config.jax_compilation_cache_dir))
+    process.start()
+    return process
+
+  for _ in range(3):
+    process = start()
+    there = metrics.stat().st_size if metrics.exists() else 0
+    while process.is_alive() and (metrics.stat().st_size if metrics.exists() else 0) <= there:
+      time.sleep(0.005)
+    time.sleep(rng.uniform(0, 0.2))
+    process.kill()
+    process.join()
+  last = start()
+  last.join()
+  assert last.exitcode == 0
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    _make_fast(monkeypatch)
+    assert equal(train.train(config, run, tokenizer)[0], whole)
+  timings = ("seconds", "tokens_per_second")
+  assert records(run, *timings) == records(folder, *timings)
 
 
 def test_the_checkpoint_holds_rounded_weights_and_their_scores(
