@@ -12,7 +12,7 @@ else is assumed is said where it is.
 a call.
 """
 
-from roe_jax.costs.accelerators import ACCELERATORS, Accelerator
+from roe_jax.costs.accelerators import ACCELERATORS, Accelerator, of_kind
 from roe_jax.costs.calls import Cost, Move, Seconds, call, seconds
 from roe_jax.costs.flops import experts_hit, forward_flops, generation_flops, scoring_flops
 from roe_jax.costs.memory import Memory, memory
