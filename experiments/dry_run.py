@@ -108,10 +108,10 @@ class Plan:
                       self.length // 2, self.prefill_positions, kind="prefill",
                       overlap=self.overlap, platform=self.platform)
 
-  def call(self, mesh: AbstractMesh, roster: Roster | None = None) -> Cost:
+  def call(self, mesh: AbstractMesh) -> Cost:
     """Of the last step, or of a chunk of scoring in the middle of the texts."""
     context = self.length // 2 if self.scoring else self.length - 1
-    return costs.call(self.config, roster or self.roster, mesh, self.batch_size, context,
+    return costs.call(self.config, self.roster, mesh, self.batch_size, context,
                       self.positions, kind="score" if self.scoring else "step",
                       overlap=self.overlap, platform=self.platform)
 
@@ -183,7 +183,8 @@ def _total(plan, mesh):
 def _work(plan, mesh) -> Iterator[str]:
   plans = [plan]
   if not plan.roster.is_plain:
-    plans.append(dataclasses.replace(plan, roster=Roster.create(plan.config)))
+    plain = Roster.create(plan.config, memory_budget=plan.roster.memory_budget)
+    plans.append(dataclasses.replace(plan, roster=plain))
   calls = [p.call(mesh) for p in plans]
   what = f"{plan.positions} positions of each text" if plan.scoring else "a step of all texts"
   yield f"{what:34}" + "".join(f"{f'n = {p.roster.num_members}':>12}" for p in plans)

@@ -70,7 +70,7 @@ def memory(config: ModelConfig, roster: Roster, mesh: AbstractMesh, batch_size: 
   activations = max(
       max(batch.rows * per_row + batch.rows_at_experts(a, e) * min(a, config.num_experts // e)
           * per_pair,
-          0 if batch.is_shared else 4 * batch.head_rows * of_vocabulary)
+          0 if batch.is_shared or kind == "prefill" else 4 * batch.head_rows * of_vocabulary)
       for batch in found)
   held = sharding.bytes_on_device(mesh, cache, sharding.state_specs(mesh, cache))
   copied = kind == "step" and sum(b.times for b in found if not b.is_shared) > 1
