@@ -171,8 +171,6 @@ def _bytes(plan, mesh):
   if not plan.scoring:
     ready = max(1, plan.batch_size // decode.READY_SHARE)
     lines[f"cache of {ready} prompts held ready"] = found.cache * ready // plan.batch_size
-  if found.cache_copy:
-    lines["cache, once more"] = found.cache_copy
   return lines | {"tokens": found.texts, "activations, about": found.activations}
 
 

@@ -7,14 +7,15 @@ seed on meshes of forced host devices, and compares tokens and log-probabilities
 those of the first mesh. A text may take another token only where the two are equally
 good: the roster is then scored with both on the first mesh, and their
 log-probabilities must be within 1e-5 of each other; what follows is another text
-and is not compared. The devices take turns on the same cores, so that times are
+and is not compared. Log-probabilities may differ by more than 1e-5 only behind a
+place where two experts are equally good for a router, as is measured there. The devices take turns on the same cores, so that times are
 those of the work and of handing it out, and do not fall with their number.
 
 About three minutes on two cores. Writes results.json and table.md to --output.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import json
 import os
@@ -31,7 +32,9 @@ from tqdm import tqdm
 from experiments import app
 from experiments.benchmarks import timing
 from experiments.tasks import wordmath
-from roe_jax import batching, compiled, decode, params as params_lib, score, tokenizer as tokenizer_lib
+from roe_jax import (
+    batching, compiled, decode, diagnostics, params as params_lib, score,
+    tokenizer as tokenizer_lib)
 from roe_jax.completion import Completion
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
@@ -43,6 +46,9 @@ MESHES = ("data:1", "data:2", "data:4,expert:2", "expert:8", "data:2,expert:2,te
 # Tokens whose log-probabilities differ by less are equally good, and log-probabilities
 # that do are the same.
 TOLERANCE = 1e-5
+# Router logits that differ by less are equally good: meshes round them differently by as
+# much as this (measured: 9.5e-7).
+ROUTING_TOLERANCE = 1e-6
 # Steps in a timed call.
 STEPS = 8
 
@@ -82,6 +88,25 @@ class Tie:
 
 
 @dataclasses.dataclass(frozen=True)
+class Outlier:
+  """A text with a log-probability that differs by more than the tolerance.
+
+  Attributes:
+    text: index of the problem.
+    place: index of the first such token in its completion.
+    difference: the text's largest.
+    margin: the least distance between an expert that a member chose and one that
+      it did not, in router logits, up to that place; see
+      `diagnostics.routing_margins`.
+  """
+
+  text: int
+  place: int
+  difference: float
+  margin: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Comparison:
   """Completions on a mesh beside those on the first.
 
@@ -91,17 +116,20 @@ class Comparison:
     difference: the largest of their log-probabilities', up to where the texts
       part.
     parted: where they do.
+    outliers: texts where log-probabilities do.
   """
 
   num_tokens: int
   num_identical: int
   difference: float
   parted: tuple[Tie, ...]
+  outliers: tuple[Outlier, ...]
 
   @property
   def is_same(self) -> bool:
-    """Whether tokens differ at ties only, and log-probabilities nowhere."""
-    return self.difference <= TOLERANCE and all(abs(t.gap) <= TOLERANCE for t in self.parted)
+    """Whether tokens differ at ties only, and log-probabilities behind ties of experts."""
+    return (all(abs(t.gap) <= TOLERANCE for t in self.parted)
+            and all(o.margin <= ROUTING_TOLERANCE for o in self.outliers))
 
 
 @dataclasses.dataclass
@@ -129,6 +157,11 @@ class Model:
         roster=self.roster, request_ids=[text, text]).texts
     return float(first.log_probs[0, 0] - other.log_probs[0, 0])
 
+  def margin(self, text: int, before: Sequence[int]) -> float:
+    """The least of a router's margins at a problem and some tokens of its answer."""
+    return float(diagnostics.routing_margins(
+        self.params, self.config, self.roster, [[*self.prompts[text], *before]], [text]).min())
+
 
 def open_model(checkpoint: str, mesh: str, num_problems: int, num_members: int,
                temperature: float, seed: int, max_new_tokens: int) -> Model:
@@ -144,7 +177,7 @@ def open_model(checkpoint: str, mesh: str, num_problems: int, num_members: int,
 def compare(first: Model, expected: Sequence[Completion],
             actual: Sequence[Completion]) -> Comparison:
   """Completions on another mesh beside those of the first."""
-  num_tokens, difference, parted = 0, 0.0, []
+  num_tokens, difference, parted, outliers = 0, 0.0, [], []
   for text, (one, other) in enumerate(zip(expected, actual, strict=True)):
     pairs = list(zip(one.tokens, other.tokens))
     place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
@@ -153,10 +186,15 @@ def compare(first: Model, expected: Sequence[Completion],
     num_tokens += count
     found = np.abs(np.subtract(one.log_probs[:count], other.log_probs[:count]))
     difference = max(difference, float(found.max()))
+    if found.max() > TOLERANCE:
+      wrong = int(np.argmax(found > TOLERANCE))
+      outliers.append(Outlier(text, wrong, float(found.max()),
+                              first.margin(text, one.tokens[:wrong])))
     if place is not None:
       parted.append(Tie(text, place, pairs[place],
                         first.gap(text, one.tokens[:place], pairs[place])))
-  return Comparison(num_tokens, len(expected) - len(parted), difference, tuple(parted))
+  return Comparison(num_tokens, len(expected) - len(parted), difference, tuple(parted),
+                    tuple(outliers))
 
 
 class Steps:
@@ -199,13 +237,14 @@ def costs(steps: Steps) -> dict[str, Any]:
 
 def table(results: dict[str, dict[str, Any]]) -> str:
   """A Markdown table of one model's meshes."""
-  lines = ["| mesh | devices | same texts | ties | largest difference, nats | a step, ms "
-           "[quartiles] | collectives a step | MB in them | MB on a device |",
-           "|---|---|---|---|---|---|---|---|---|"]
+  lines = ["| mesh | devices | same texts | parted at ties | largest difference, nats | texts above "
+           f"{TOLERANCE} | a step, ms [quartiles] | collectives a step | MB in them | "
+           "MB on a device |", "|---|---|---|---|---|---|---|---|---|---|"]
   for mesh, found in results.items():
     same = found.get("comparison")
-    against = ("", "", "") if same is None else (
-        f"{same['num_identical']}", f"{len(same['parted'])}", f"{same['difference']:.1e}")
+    against = ("",) * 4 if same is None else (
+        f"{same['num_identical']}", f"{len(same['parted'])}", f"{same['difference']:.2e}",
+        f"{len(same['outliers'])}")
     moved = found["collectives"].values()
     time = ("{1:.1f} [{0:.1f}, {2:.1f}]".format(*(1e3 * q for q in found["seconds"]))
             if "seconds" in found else "")
@@ -214,6 +253,27 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         f"{sum(m['bytes'] for m in moved) / 1e6:.2f}",
         f"{(found['argument_bytes'] + found['temp_bytes']) / 1e6:.1f}")) + " |")
   return "\n".join(lines)
+
+
+def verdict(results: dict[str, dict[str, dict[str, Any]]], first: str) -> Iterator[str]:
+  """In words, every exception with what was measured there."""
+  different = []
+  for name, meshes in results.items():
+    for mesh, found in meshes.items():
+      where = f"{name} on {mesh}"
+      if not found.get("same", True):
+        different.append(where)
+      comparison = found.get("comparison", {"parted": (), "outliers": ()})
+      for tie in comparison["parted"]:
+        yield (f"{where}: problem {tie['text']} parts at token {tie['place']}, where the two tokens "
+               f"are {tie['gap']:.1e} nats apart")
+      for outlier in comparison["outliers"]:
+        yield (f"{where}: problem {outlier['text']} differs by {outlier['difference']:.2e} from token "
+               f"{outlier['place']} on; two experts of a router before it are "
+               f"{outlier['margin']:.1e} apart")
+  yield (f"NOT THE SAME as on {first}: {'; '.join(different)}" if different else
+         f"The same as on {first} everywhere, but for ties of tokens or experts: tokens, and "
+         f"log-probabilities to {TOLERANCE}")
 
 
 def measure(checkpoint: str, meshes: Sequence[str], rounds: int, on_turn=lambda: None,
@@ -271,10 +331,7 @@ def main(argv) -> None:
   text = "\n\n".join(f"## {name}\n\n{table(found)}" for name, found in results.items()) + "\n"
   app.write_atomically(output / "table.md", text)
   print(text)
-  different = [f"{name} on {mesh}" for name, found in results.items()
-               for mesh, of_mesh in found.items() if not of_mesh.get("same", True)]
-  print(f"NOT THE SAME as on {FLAGS.mesh[0]}: {'; '.join(different)}" if different else
-        f"The same tokens on all meshes, but for ties, and log-probabilities within {TOLERANCE}.")
+  print("\n".join(verdict(results, FLAGS.mesh[0])))
   print(f"Saved {output}/table.md and results.json.")
 
 

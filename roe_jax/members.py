@@ -333,8 +333,15 @@ def step(params: Params, config: ModelConfig, roster: Roster, cache: Any,
   elif roster.cache == "clean":
     outputs, own = against_clean_cache(params, config, roster, cache, tokens, positions,
                                        request_ids_B, keep=("keys", "values"))
+    keys, values = own.keys, own.values
+    if batch_sizes(config, roster, tokens.size)[1]:
+      # Always true: XLA copies the cache for the members that read it later, unless
+      # the write depends on what has been computed from them.
+      last_B = outputs.log_probs[:, 0, 0]
+      after_reading = ((last_B <= jnp.inf) | jnp.isnan(last_B))[:, None, None, None]
+      keys, values = (jnp.where(after_reading, a, jnp.zeros_like(a)) for a in (keys, values))
     write = functools.partial(kv_cache.write_step, config)
-    return outputs, sharding.write(write, cache, own.keys, own.values, positions_B)
+    return outputs, sharding.write(write, cache, keys, values, positions_B)
   else:
     cache, x = prefill(params, config, roster, cache, tokens, positions, request_ids_B)
   return aggregate(params, config, roster, x), cache

@@ -18,15 +18,12 @@ class Memory:
 
   Attributes:
     weights, cache: exact.
-    cache_copy: of steps that compute the members in several batches: XLA holds the
-      cache twice then (seen in programs compiled for CPUs).
     texts: tokens, their log-probabilities and the clean member's choices; exact.
     activations: an estimate, see `memory`.
   """
 
   weights: int
   cache: int
-  cache_copy: int
   texts: int
   activations: int
 
@@ -66,13 +63,10 @@ def memory(config: ModelConfig, roster: Roster, mesh: AbstractMesh, batch_size: 
   per_row = 6 * config.d_model + config.num_heads // t * (2 * config.head_dim + slots)
   per_pair = 2 * config.d_model + 2 * config.d_expert // t
   of_vocabulary = config.vocab_size // parts(mesh, vocabulary_axes(config, mesh))
-  found = batches(config, roster, mesh, batch_size, positions, platform)
   activations = max(
       max(batch.rows * per_row + batch.rows_at_experts(a, e) * min(a, config.num_experts // e)
           * per_pair,
           0 if batch.is_shared or kind == "prefill" else 4 * batch.head_rows * of_vocabulary)
-      for batch in found)
+      for batch in batches(config, roster, mesh, batch_size, positions, platform))
   held = sharding.bytes_on_device(mesh, cache, sharding.state_specs(mesh, cache))
-  copied = kind == "step" and sum(b.times for b in found if not b.is_shared) > 1
-  return Memory(weights, held, held if copied else 0, 3 * 4 * batch_size * capacity,
-                4 * activations)
+  return Memory(weights, held, 3 * 4 * batch_size * capacity, 4 * activations)
