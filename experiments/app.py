@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import json
+import math
 import os
 import pathlib
 import sys
@@ -9,11 +10,11 @@ import sys
 from absl import app, flags, logging
 import jax
 
-from experiments import distributed, sources
+from experiments import distributed, dry_run as dry_run_lib, sources
 from experiments.distributed import (  # what programs need of it, under one name
     broadcast, from_first_process, in_all_processes, is_first_process, progress)
 from experiments.sources import EMBEDDED
-from roe_jax import assets, routing, sharding, tokenizer as tokenizer_lib
+from roe_jax import assets, costs, presets, routing, sharding, tokenizer as tokenizer_lib
 from roe_jax.aggregation import AGGREGATIONS
 from roe_jax.config import ModelConfig
 from roe_jax.experts import STRATEGIES
@@ -100,6 +101,22 @@ def define_mesh_flag() -> None:
       "\"data:2,expert:4\" (texts, experts, heads and widths), or \"auto\" for all devices, "
       "which is the default with --distributed; one device otherwise. Results depend on it by "
       "rounding only.")
+
+
+def define_dry_run_flags() -> None:
+  """Flags of programs that call `dry_run` where --dry_run is given."""
+  flags.DEFINE_bool(
+      "dry_run", False, "Print what the run would need and cost on each device, and do nothing. "
+      "--checkpoint may then be \"preset:\" and one of: " + ", ".join(presets.PRESETS) + ".")
+  flags.DEFINE_enum("accelerator", None, list(costs.ACCELERATORS),
+                    "Devices that --dry_run is for; by default those of this machine, if they are "
+                    "among these.")
+  flags.DEFINE_integer("num_devices", None, "How many --dry_run has for --mesh; by default as many "
+                       "as the mesh needs, or this machine has for --mesh=auto.")
+  flags.DEFINE_integer("length", None, "Tokens of a text in --dry_run, its prompt included; 2048 "
+                       "(or the model's context) by default.")
+  flags.DEFINE_float("overlap", None, "The share of a noisy member's experts that the clean one "
+                     "chooses, too, in --dry_run; by default all choose uniformly.")
 
 
 def define_roster_flags(num_members: int = 1) -> None:
@@ -208,6 +225,36 @@ def parse_mesh(text: str) -> dict[str, int]:
           f"{', '.join(sharding.AXES)}, such as \"expert:4,tensor:2\"")
     sizes[axis] = int(size)
   return sizes
+
+
+def dry_run(config: ModelConfig, roster: Roster, *, batch_size: int, length: int | None = None,
+            scoring: bool = False) -> None:
+  """Prints what a run would need and cost, as the flags of `define_dry_run_flags` ask for.
+
+  Args:
+    config: of the model, see `load_config`.
+    roster: the settings.
+    batch_size: texts together.
+    length: tokens of a text, its prompt included; --length by default.
+    scoring: whether texts are scored, or else generated.
+
+  Raises:
+    ValueError: a flag does not fit, or the mesh does not fit the model.
+  """
+  f = flags.FLAGS
+  if f.dtype is not None:
+    config = config.replace(dtype=f.dtype)
+  accelerator = f.accelerator
+  if accelerator is None:
+    accelerator = costs.of_kind(jax.devices()[0].device_kind)
+  plan = dry_run_lib.Plan(config, roster, batch_size, f.length or length or min(
+      2048, config.context_length), scoring, accelerator, f.overlap)
+  sizes = {"data": 1} if f.mesh is None else parse_mesh(f.mesh)
+  num_devices = f.num_devices
+  if num_devices is None:
+    num_devices = math.prod(sizes.values()) if sizes else len(jax.devices())
+  print(dry_run_lib.report(plan, sharding.abstract_mesh(
+      config, num_devices, **sizes, memory=plan.device and plan.device.memory)))
 
 
 def load_params(name: str, dtype: str | None = None,

@@ -40,6 +40,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
   app.define_model_flags()
   app.define_roster_flags()
+  app.define_dry_run_flags()
   flags.DEFINE_string("prompt", None, "Text to continue.")
   flags.DEFINE_string("input", None, "File of prompts, one JSON object a line; '-' or absent: "
                       "standard input.")
@@ -275,6 +276,9 @@ def main(argv) -> None:
   # All else is checked before the parameters are read.
   config = app.load_config(FLAGS.checkpoint)
   roster = app.roster_from_flags(config)
+  if FLAGS.dry_run:
+    app.dry_run(config, roster, batch_size=FLAGS.batch_size)
+    return
   tokenizer = app.load_tokenizer(FLAGS.checkpoint, config)
   requests = jsonl.read(FLAGS.input) if FLAGS.prompt is None else [{"prompt": FLAGS.prompt}]
   work = prepare(requests, config, tokenizer, roster, sampler)

@@ -33,6 +33,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
   app.define_model_flags()
   app.define_roster_flags()
+  app.define_dry_run_flags()
   flags.DEFINE_string("text", None, "File of plain text whose perplexity is wanted.")
   flags.DEFINE_integer("window", None, "Tokens in a window; the model's context by default.")
   flags.DEFINE_integer("stride", None, "Tokens between windows; half a window by default.")
@@ -137,7 +138,11 @@ def main(argv) -> None:
     raise ValueError("--text asks for a perplexity and --input for continuations: give one")
   if FLAGS.batch_size < 1:
     raise ValueError("--batch_size must be at least 1")
-  roster = app.roster_from_flags(app.load_config(FLAGS.checkpoint))
+  config = app.load_config(FLAGS.checkpoint)
+  roster = app.roster_from_flags(config)
+  if FLAGS.dry_run:
+    app.dry_run(config, roster, batch_size=FLAGS.batch_size, length=FLAGS.window, scoring=True)
+    return
   params, config, tokenizer = app.open_model(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
   if FLAGS.text is not None:
     text_perplexity(params, config, tokenizer, roster)

@@ -197,11 +197,8 @@ def _score_batch(params, config, texts, starts, roster, request_ids, temperature
     cache = decode.fill_cache(params, config, roster, cache, tokens[:, :capacity],
                               longest - 1, ids)
     offsets = begins
-  chunk = chunk_size or _chunk_size(config, roster, num_rows)
   needed = int(np.max(ends - offsets))
-  if chunk_size is None:
-    # A power of two, of which little is padding: few shapes to compile.
-    chunk = min(chunk, batching.power_of_two(needed // 4 + 1, 16))
+  chunk = chunk_size or default_chunk_size(config, roster, num_rows, needed)
   found = [[] for _ in texts]
   earliest = int(begins[:len(texts)].min())
   for step in range(0, needed, chunk):
@@ -231,10 +228,24 @@ def _joined(pieces, num_temperatures):
   return TextScore(*(np.concatenate(part) for part in zip(*pieces)))
 
 
-def _chunk_size(config, roster, num_rows):
-  """The largest power of two, at most 256, of which the budget holds a member's chunk."""
-  fitting = max(1, members_lib.rows_within(config, roster.memory_budget) // num_rows)
-  return min(decode.PREFILL_CHUNK, 1 << (fitting.bit_length() - 1))
+def default_chunk_size(config: ModelConfig, roster: Roster, num_rows: int, needed: int,
+                       platform: str | None = None) -> int:
+  """How many positions are scored together.
+
+  The largest power of two, at most 256, of which the budget holds a member's
+  chunk and little is padding: few shapes to compile.
+
+  Args:
+    config: the model's architecture.
+    roster: the settings.
+    num_rows: texts scored together.
+    needed: positions of the longest of them.
+    platform: see `members.rows_within`.
+  """
+  within = members_lib.rows_within(config, roster.memory_budget, platform)
+  fitting = max(1, within // num_rows)
+  return min(decode.PREFILL_CHUNK, 1 << (fitting.bit_length() - 1),
+             batching.power_of_two(needed // 4 + 1, 16))
 
 
 @dataclasses.dataclass(frozen=True)

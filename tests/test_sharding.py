@@ -110,6 +110,44 @@ def test_a_mesh_is_chosen_from_devices_and_model(changes, expected):
   assert sharding.make_mesh(CONFIG.replace(**changes)).devices.shape == expected
 
 
+@pytest.mark.parametrize("name,devices,expected", [
+    ("mixtral-8x7b", 16, (1, 8, 2)), ("mixtral-8x7b", 32, (1, 8, 4)),
+    ("mixtral-8x7b", 64, (1, 8, 8)), ("mixtral-8x7b", 128, (2, 8, 8)),
+    ("qwen3-30b-a3b", 64, (1, 64, 1)), ("gpt-oss-120b", 64, (1, 64, 1)),
+    ("qwen1.5-moe-a2.7b", 8, (1, 4, 2))])
+def test_more_devices_than_experts_share_their_widths(name, devices, expected):
+  assert sharding.choose_sizes(presets.PRESETS[name], devices) == expected
+
+
+def test_a_mesh_is_the_same_with_and_without_its_devices():
+  for sizes in ({}, {"tensor": 2}, {"data": 2, "expert": 4}):
+    made = sharding.make_mesh(CONFIG, **sizes)
+    expected = sharding.abstract_mesh(CONFIG, 8, **sizes)
+    assert (made.shape, made.axis_types) == (expected.shape, expected.axis_types)
+  with pytest.raises(ValueError, match="tensor may be 1, 2, 4$"):
+    sharding.abstract_mesh(CONFIG, 64, tensor=8)
+  with pytest.raises(ValueError, match="at least 1, got 0"):
+    sharding.abstract_mesh(CONFIG, 0)
+
+
+def test_memory_decides_where_the_first_choice_does_not_fit():
+  """Experts over all devices leave attention whole on each."""
+  config = CONFIG.replace(num_heads=64, num_kv_heads=64)
+  def held(sizes):
+    mesh = sharding.abstract_mesh(config, 8, **dict(zip(sharding.AXES, sizes)))
+    return sharding.bytes_on_device(mesh, params_lib.abstract(config),
+                                    sharding.parameter_specs(mesh, config))
+  first, second = (1, 8, 1), (1, 4, 2)
+  assert sharding.possible_sizes(config, 8)[:2] == [first, second]
+  assert held(second) < held(first)
+  placed = sharding.place(tiny.params(config), config, make_mesh(config, *second))
+  assert held(second) == sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(placed))
+  assert sharding.choose_sizes(config, 8) == first
+  assert sharding.choose_sizes(config, 8, held(first) / 0.89) == first
+  assert sharding.choose_sizes(config, 8, held(second) / 0.89) == second
+  assert sharding.choose_sizes(config, 8, 1) == first  # none fits
+
+
 def test_parameters_on_another_mesh_are_refused(params):
   for mesh in (jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)),
                jax.make_mesh((2, 2, 2), sharding.AXES, axis_types=(AxisType.Explicit,) * 3)):
