@@ -8,6 +8,7 @@ from jax.sharding import AbstractMesh
 
 from roe_jax import members as members_lib, sharding
 from roe_jax.config import ModelConfig
+from roe_jax.experts import parallel
 from roe_jax.roster import Roster
 from roe_jax.sharding import EXPERT
 
@@ -52,6 +53,15 @@ class Batch:
   @property
   def group_rows(self) -> int:
     return self.group_members * self.group_texts * self.positions
+
+  def room(self, choices: int, devices: int) -> int:
+    """Rows that this device exchanges with each other one; see `parallel.exchange_room`."""
+    return parallel.exchange_room(self.rows, choices, devices) if self.rows_split else 0
+
+  def rows_at_experts(self, choices: int, devices: int) -> int:
+    """Rows that this device has while it computes its experts' share."""
+    room = self.room(choices, devices)
+    return room * devices if room else self.group_rows
 
 
 def batches(config: ModelConfig, roster: Roster, mesh: AbstractMesh, batch_size: int,

@@ -13,7 +13,6 @@ from roe_jax.config import ModelConfig
 from roe_jax.costs import flops as flops_lib
 from roe_jax.costs.accelerators import Accelerator
 from roe_jax.costs.batches import Batch, batches, parts, vocabulary_axes
-from roe_jax.experts import parallel
 from roe_jax.roster import Roster
 from roe_jax.sharding import AXES, DATA, EXPERT, TENSOR
 
@@ -190,11 +189,12 @@ def _layer_moves(config: ModelConfig, mesh, batch: Batch, item):
     return _moves(mesh, *wanted, ("all-reduce", sums, (EXPERT, TENSOR)))
   e, a = mesh.shape[EXPERT], config.experts_per_token
   wanted.append(("all-reduce", sums, (TENSOR,)))
-  if room := parallel.exchange_room(batch.rows, a, e):
-    kinds, rows = ("all-to-all", "all-to-all"), e * room
+  rows = batch.rows_at_experts(a, e)
+  if batch.room(a, e):
+    kinds = "all-to-all", "all-to-all"
     wanted.append(("all-reduce", 4, AXES))
   else:
-    kinds, rows = ("all-gather", "reduce-scatter"), batch.group_rows
+    kinds = "all-gather", "reduce-scatter"
   sent = (config.d_model * item, a * 4, a * 4)  # rows, their experts, their gates
   wanted += [(kinds[0], rows * size, (EXPERT,)) for size in sent]
   return _moves(mesh, *wanted, (kinds[1], rows * config.d_model * 4, (EXPERT,)))
