@@ -36,7 +36,8 @@ class Collective:
     return turns * self.num_bytes * (self.devices - 1) / self.devices
 
 
-_RESULT = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
+# The result, and the kind, of a line that is a collective.
+RESULT = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) .*\{$")
 _CALLED = re.compile(
@@ -64,7 +65,7 @@ def collectives(text: str) -> Counter[Collective]:
       found[name], called[name] = Counter(), []
       entry = name if line.startswith("ENTRY") else entry
     elif name is not None:
-      if match := _RESULT.search(line):
+      if match := RESULT.search(line):
         found[name][_collective(line, *match.groups())] += 1
       called[name] += _calls(line)
   totals: dict[str, Counter] = {}
