@@ -86,10 +86,15 @@ def test_batches_and_chunks_do_not_matter(name):
 @pytest.mark.parametrize("name", ["plain", "standard"])
 def test_greedy_generation_takes_the_most_probable_tokens(name):
   texts, completions, roster = generated("olmoe", name, sampled=False)
-  scores = score("olmoe", texts, starts=STARTS, roster=roster, request_ids=IDS)
+  scores = score("olmoe", texts, starts=STARTS, roster=roster, request_ids=IDS,
+                 output_temperatures=(1.0, 0.5))
   assert_scored_as_generated(scores, completions)
   for one, completion in zip(scores, completions):
     np.testing.assert_array_equal(one.greedy_tokens, completion.tokens)
+    np.testing.assert_array_equal(one.greedy_log_probs, one.log_probs)
+  texts = [t[:s] + [(x + 1) % 61 for x in t[s:]] for t, s in zip(texts, STARTS)]
+  for one in score("olmoe", texts, starts=STARTS, roster=roster, request_ids=IDS):
+    assert np.all(one.greedy_log_probs[0] > one.log_probs[0])
 
 
 @pytest.mark.parametrize("name", ["clean", "standard"])
