@@ -1,7 +1,6 @@
 """What all programs here share: start-up, errors, model and roster flags."""
 
 from collections.abc import Callable, Sequence
-import json
 import math
 import os
 import pathlib
@@ -10,11 +9,12 @@ import sys
 from absl import app, flags, logging
 import jax
 
-from experiments import distributed, dry_run as dry_run_lib, sources
+from experiments import distributed, dry_run as dry_run_lib, profiles, sources
 from experiments.distributed import (  # what programs need of it, under one name
     broadcast, from_first_process, in_all_processes, is_first_process, progress)
+from experiments.profiles import Profile
 from experiments.sources import EMBEDDED
-from roe_jax import assets, costs, presets, routing, sharding, tokenizer as tokenizer_lib
+from roe_jax import assets, costs, noise, presets, routing, sharding, tokenizer as tokenizer_lib
 from roe_jax.aggregation import AGGREGATIONS
 from roe_jax.config import ModelConfig
 from roe_jax.experts import STRATEGIES
@@ -124,7 +124,8 @@ def define_roster_flags(num_members: int = 1) -> None:
   flags.DEFINE_string(
       "temperature_profile", "0",
       "Router temperature τ: one number for all layers, a comma-separated list with one for "
-      "each layer, or a JSON file with the list under \"temperatures\".")
+      "each layer, or a JSON file with the list under \"temperatures\", such as "
+      "experiments.tune writes, whose roster settings hold for flags not given.")
   flags.DEFINE_integer("seed", 0, "Of the routing noise and of sampling.")
   flags.DEFINE_enum("cache", "clean", CACHES, "Whose history the members see.")
   flags.DEFINE_bool("recompute", False, "Do without a cache: slow, for comparison.")
@@ -132,6 +133,8 @@ def define_roster_flags(num_members: int = 1) -> None:
                     "How the members' distributions become one.")
   flags.DEFINE_enum("gate_weights", routing.CLEAN, routing.GATE_WEIGHTS,
                     "What the chosen experts are weighted with.")
+  flags.DEFINE_enum("noise", noise.GUMBEL, list(noise.FAMILIES),
+                    "What chooses the noisy members' experts.")
   flags.DEFINE_bool("include_clean", True, "Whether the noise-free member is averaged.")
   flags.DEFINE_enum("expert_strategy", None, STRATEGIES,
                     "How experts are computed; by platform and sizes by default.")
@@ -145,6 +148,11 @@ def parse_temperatures(text: str) -> float | list[float]:
   Raises:
     ValueError: neither numbers nor a JSON file with "temperatures".
   """
+  found = _numbers_or_profile(text)
+  return list(found.temperatures) if isinstance(found, Profile) else found
+
+
+def _numbers_or_profile(text: str) -> float | list[float] | Profile:
   try:
     values = [float(part) for part in text.split(",")]
     return values[0] if len(values) == 1 else values
@@ -158,22 +166,42 @@ def _read_temperatures(text):
     raise ValueError(
         f"--temperature_profile={text!r} is neither a number, a comma-separated list of "
         "numbers, nor an existing JSON file")
-  try:
-    return [float(t) for t in json.loads(path.read_text())["temperatures"]]
-  except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-    raise ValueError(
-        f"{path} is not a temperature profile: a JSON object with a list of numbers under "
-        "\"temperatures\" is expected") from error
+  return profiles.read(path)
 
 
 def roster_from_flags(config: ModelConfig) -> Roster:
-  """The roster that the flags of `define_roster_flags` ask for."""
+  """The roster that the flags of `define_roster_flags` ask for.
+
+  Settings that come with a temperature profile hold where no flag is given.
+
+  Raises:
+    ValueError: a setting is out of its range, or the profile is for a model of
+      other sizes.
+  """
   f = flags.FLAGS
+  temperatures = _numbers_or_profile(f.temperature_profile)
+  settings = {name: f[name].value for name in profiles.ROSTER_SETTINGS}
+  if isinstance(temperatures, Profile):
+    temperatures.check_sizes(config)
+    settings |= {k: v for k, v in temperatures.roster.items() if not f[k].present}
+    temperatures = temperatures.temperatures
   return Roster.create(
-      config, f.num_members, parse_temperatures(f.temperature_profile), seed=f.seed,
-      include_clean=f.include_clean, cache=f.cache, recompute=f.recompute,
-      aggregation=f.aggregation, gate_weights=f.gate_weights,
-      expert_strategy=f.expert_strategy, memory_budget=f.memory_budget_mb << 20)
+      config, temperatures=temperatures, seed=f.seed, expert_strategy=f.expert_strategy,
+      memory_budget=f.memory_budget_mb << 20, **settings)
+
+
+def check_profile(params: Params) -> None:
+  """Checks the profile that --temperature_profile names, if any, against parameters.
+
+  `load_params` does so for those it loads.
+
+  Raises:
+    ValueError: the profile is another model's.
+  """
+  if "temperature_profile" in flags.FLAGS:
+    found = _numbers_or_profile(flags.FLAGS["temperature_profile"].value)
+    if isinstance(found, Profile):
+      found.check_routers(params)
 
 
 def checkpoint_path(name: str) -> pathlib.Path:
@@ -267,8 +295,8 @@ def load_params(name: str, dtype: str | None = None,
     mesh: the value of --mesh; with --distributed all devices by default.
 
   Raises:
-    ValueError: it is not a complete checkpoint, or the mesh does not fit the
-      model or the devices.
+    ValueError: it is not a complete checkpoint, the mesh does not fit the
+      model or the devices, or the temperature profile is another model's.
   """
   shardings = None
   folder = in_all_processes(lambda: sources.path(name, weights=True))
@@ -283,7 +311,9 @@ def load_params(name: str, dtype: str | None = None,
     sizes = ",".join(f"{axis}:{size}" for axis, size in devices.shape.items())
     print(f"[mesh {sizes}]", file=sys.stderr)
     shardings = sharding.parameter_shardings(devices, config)
-  return sources.load(folder, dtype, shardings)
+  params, config = sources.load(folder, dtype, shardings)
+  check_profile(params)
+  return params, config
 
 
 def open_model(name: str, dtype: str | None = None,

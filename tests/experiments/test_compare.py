@@ -1,0 +1,218 @@
+"""The program that compares methods, on a small random model."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.special
+
+from experiments import app, methods, runs, tasks
+from experiments.measure import OUTPUT_TEMPERATURES, SAMPLE_STRIDE, Batch, Measurer
+from roe_jax import decode, diagnostics, score
+from roe_jax.roster import Roster
+from roe_jax.sampling import Sampler
+
+METHODS = "plain; plain+temperature; roster:n=3; self_consistency:n=3; scmoe"
+LIMIT, BATCH = 5, 3
+
+
+def compare(checkpoint, output, *arguments):
+  return subprocess.run(
+      [sys.executable, "-m", "experiments.compare", f"--checkpoint={checkpoint}",
+       "--temperature_profile=0.5", f"--limit={LIMIT}", f"--batch_size={BATCH}",
+       "--num_validation=3", f"--output={output}", *arguments],
+      capture_output=True, text=True, env=os.environ)
+
+
+@pytest.fixture(scope="module")
+def output(tiny_checkpoint, tmp_path_factory):
+  """The folder of a comparison with two noise seeds."""
+  folder = tmp_path_factory.mktemp("compare")
+  done = compare(tiny_checkpoint, folder, f"--methods={METHODS}", "--num_seeds=2")
+  assert done.returncode == 0, done.stderr
+  assert "Saved 5 runs" in done.stdout and "not defined" in done.stdout
+  return folder
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint):
+  return app.open_model(str(tiny_checkpoint))
+
+
+def of(output, name):
+  """Settings, {(example, seed): line} and costs of a method's run."""
+  settings, lines, _ = runs.load(output / name)
+  return (settings, {(r["example"], r["seed"]): r for r in lines},
+          runs.read_lines(output / name / runs.COSTS))
+
+
+def test_every_method_is_a_run_with_what_a_report_needs(output):
+  names = {"plain": ("plain", 1, 1), "plain+temperature": ("plain+temperature", 1, 1),
+           "roster_n=3": ("roster", 3, 2), "self_consistency_n=3": ("self_consistency", 3, 2),
+           "scmoe": ("scmoe", 2, 1)}
+  assert {p.name for p in output.iterdir()} == set(names)
+  for name, (method, rows, num_seeds) in names.items():
+    settings, lines, costs = of(output, name)
+    assert settings["method"] == method and settings["label"]
+    assert settings["num_forward_rows_per_token"] == rows
+    assert settings["stochastic"] == (num_seeds > 1) and settings["seeds"] == [0, 1][:num_seeds]
+    assert set(lines) == {(f"wordmath/test/{i}", s) for i in range(LIMIT) for s in range(num_seeds)}
+    assert all("exact_match" in line["metrics"] for line in lines.values())
+    assert len(costs) == 2 * num_seeds
+    assert all(c["seconds"] > 0 and c["peak_bytes"] > 0 and c["flops"] > 0 for c in costs)
+
+
+def test_answers_are_those_of_the_method(output, model):
+  params, config, tokenizer = model
+  examples = tasks.get("wordmath").examples("test", limit=LIMIT)
+  prompts = [tokenizer.encode(e.prompt) for e in examples]
+  _, lines, _ = of(output, "roster_n=3")
+  for seed in (0, 1):
+    texts = decode.generate(
+        params, config, prompts, max_new_tokens=96, request_ids=range(LIMIT),
+        decode=tokenizer.decode, roster=Roster.create(config, 3, 0.5, seed=seed)).completions
+    assert [lines[e.id, seed]["output"] for e in examples] == [c.text for c in texts]
+  _, lines, _ = of(output, "self_consistency_n=3")
+  # The second sample of the last example, alone.
+  alone = decode.generate(
+      params, config, prompts[4:], max_new_tokens=96, request_ids=[4 + SAMPLE_STRIDE],
+      decode=tokenizer.decode, sampler=Sampler.create(0.7), roster=Roster.create(config, seed=1))
+  line = lines[examples[4].id, 1]
+  assert line["samples"][1] == alone.completions[0].text
+  assert line["output"] == line["samples"][line["picked"]] and len(set(line["samples"])) == 3
+
+
+def test_costs_are_counted(output, model):
+  params, config, tokenizer = model
+  _, lines, costs = of(output, "roster_n=3")
+  examples = tasks.get("wordmath").examples("test", limit=BATCH)
+  prompts = [tokenizer.encode(e.prompt) for e in examples]
+  roster = Roster.create(config, 3, 0.5)
+  written = [c.tokens for c in decode.generate(
+      params, config, prompts, max_new_tokens=96, request_ids=range(BATCH),
+      roster=roster).completions]
+  first = next(c for c in costs if c["seed"] == 0 and "steps" in c)
+  assert first["tokens"] == first["tokens_written"] == sum(map(len, written))
+  assert first["forward_rows"] == 3 * first["tokens"]
+  assert first["steps"] == max(map(len, written))
+  unique = diagnostics.unique_experts(
+      params, config, roster, [p + w for p, w in zip(prompts, written)], list(map(len, prompts)),
+      range(BATCH))
+  assert first["expert_reads"] == pytest.approx(unique.by_step.mean() * first["steps"])
+  # By hand, of the plain model in two layers: projections to queries, keys, values
+  # and back, router, two experts of three matrices, attention; and the vocabulary.
+  _, _, costs = of(output, "plain")
+  plain = next(c for c in costs if "steps" in c)
+  generated = [c.tokens for c in decode.generate(
+      params, config, prompts, max_new_tokens=96, request_ids=range(BATCH)).completions]
+  total = 0
+  for prompt, tokens in zip(prompts, generated):
+    for position in range(len(prompt) - 1 + len(tokens)):
+      layer = 4 * 2 * 16 * 16 + 2 * 16 * 4 + 2 * 3 * 2 * 16 * 8 + 2 * 2 * 16 * (position + 1)
+      total += 2 * layer
+    total += len(tokens) * 2 * 16 * config.vocab_size
+  assert plain["flops"] == total
+  # As many rows for each token that is written, whether by members or by samples.
+  for name in ("roster_n=3", "self_consistency_n=3"):
+    settings, _, costs = of(output, name)
+    samples = settings["num_samples"]
+    assert {c["forward_rows"] * samples / c["tokens_written"] for c in costs} == {3}
+
+
+def test_likelihoods_are_those_of_the_distribution(output, model):
+  params, config, tokenizer = model
+  example = tasks.get("wordmath").examples("test", limit=LIMIT)[4]
+  prompt = tokenizer.encode(example.prompt)
+  text = prompt + tokenizer.encode(example.reference, add_special_tokens=False) + [0]
+  for name, roster in (("plain", Roster.create(config)),
+                       ("roster_n=3", Roster.create(config, 3, 0.5, seed=1))):
+    _, lines, _ = of(output, name)
+    fitted = json.loads((output / name / "output_temperatures.json").read_text())["wordmath"]
+    assert 0.25 <= fitted["temperature"] <= 4 and fitted["examples"] == 3
+    line = lines[example.id, int(roster.seed)]
+    one = score.score(params, config, [text], [len(prompt)], roster=roster, request_ids=[4],
+                      output_temperatures=(1.0, fitted["temperature"])).texts[0]
+    metrics = line["metrics"]
+    assert metrics["tokens"] == len(text) - len(prompt) == len(line["correct"])
+    np.testing.assert_allclose([metrics["nll"], metrics["fitted_nll"]], -one.log_probs.sum(0),
+                               rtol=1e-4)
+    np.testing.assert_allclose(line["confidences"], np.exp(one.greedy_log_probs[:, 0]), atol=1e-4)
+    np.testing.assert_allclose(line["fitted_confidences"], np.exp(one.greedy_log_probs[:, 1]),
+                               atol=1e-4)
+    assert line["correct"] == (one.greedy_tokens == text[len(prompt):]).tolist()
+  _, plain, _ = of(output, "plain")
+  _, fitted, _ = of(output, "plain+temperature")
+  for key, line in fitted.items():
+    assert line["metrics"]["nll"] == pytest.approx(plain[key]["metrics"]["fitted_nll"], rel=1e-5)
+    assert line["output"] == plain[key]["output"]
+  for name in ("self_consistency_n=3", "scmoe"):
+    settings, lines, _ = of(output, name)
+    assert settings["likelihood"].startswith("not defined")
+    assert all("nll" not in line["metrics"] and "confidences" not in line
+               for line in lines.values())
+
+
+def test_the_output_temperature_is_the_best_on_validation_examples(output):
+  fitted = json.loads((output / "plain/output_temperatures.json").read_text())["wordmath"]
+  best = int(np.argmin(fitted["nll"]))
+  assert abs(np.log(fitted["temperature"] / fitted["grid"][best])) < np.log(
+      OUTPUT_TEMPERATURES[1] / OUTPUT_TEMPERATURES[0])
+
+
+def test_a_killed_comparison_goes_on_where_it_stopped(output, tiny_checkpoint):
+  path = output / "roster_n=3"
+  before = (path / runs.EXAMPLES).read_text()
+  others = (output / "scmoe" / runs.COSTS).read_text()
+  kept = [line for line in before.splitlines(keepends=True) if '"seed": 0' in line]
+  (path / runs.EXAMPLES).write_text("".join(kept) + '{"task": "word')  # torn
+  (path / runs.SUMMARY).unlink()
+  done = compare(tiny_checkpoint, output, f"--methods={METHODS}", "--num_seeds=2")
+  assert done.returncode == 0, done.stderr
+  again, first = ([json.loads(line) for line in text.splitlines()]
+                  for text in ((path / runs.EXAMPLES).read_text(), before))
+  assert len(again) == len(first) == 2 * LIMIT
+  for one, other in zip(again, first):
+    assert one["output"] == other["output"]
+    assert one["metrics"] == pytest.approx(other["metrics"], rel=1e-4)
+  assert (output / "scmoe" / runs.COSTS).read_text() == others
+  assert len(runs.read_lines(path / runs.COSTS)) == 6  # of four batches, two done twice
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--methods=plain;rooster"], "there is no method 'rooster'"),
+    (["--temperature_profile=0"], "it is the plain model"),
+    (["--tasks=wordmath,nothing"], "there is no task 'nothing'"),
+    (["--num_seeds=0"], "--num_seeds must be at least 1")])
+def test_bad_input_is_refused_before_any_work(tiny_checkpoint, tmp_path, arguments, message):
+  done = compare(tiny_checkpoint, tmp_path, *arguments)
+  assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+  assert not list(tmp_path.iterdir())
+
+
+def test_choices_are_judged_by_their_probability(model):
+  params, config, tokenizer = model
+  example = tasks.Example(
+      id="choices/0", prompt="Question: Ann has 2 pears.\nAnswer:", choices=(" 1", " 2 pears", " 3"),
+      target=1, reference=" 2 pears")
+  batch = Batch(tasks.get("arc_easy"), [example], [9])
+  method = methods.parse("roster:n=3,t=0.5", config, Roster.create(config))
+  measurer = Measurer(params, tokenizer, BATCH)
+  answers = measurer.answer(method, 4, batch, [1.0, 2.0])
+  prompt = tokenizer.encode(example.prompt)
+  texts = [prompt + tokenizer.encode(c, add_special_tokens=False) for c in example.choices]
+  sums = np.array([t.log_probs.sum(0) for t in score.score(
+      params, config, texts, [len(prompt)] * 3, roster=method.with_seed(4), request_ids=[9] * 3,
+      output_temperatures=(1.0, 2.0)).texts])
+  np.testing.assert_allclose(answers.outputs[0], sums[:, 0], rtol=1e-4)
+  likelihood = answers.likelihoods[0]
+  np.testing.assert_allclose(likelihood.nll[:2], -sums[1], rtol=1e-4)
+  best = int(sums[:, 0].argmax())
+  np.testing.assert_allclose(likelihood.confidences[:2, 0],
+                             scipy.special.softmax(sums, axis=0)[best], rtol=1e-3)
+  assert likelihood.correct.tolist() == [best == 1]
+  counts = [len(t) - len(prompt) for t in texts]
+  assert likelihood.tokens == counts[1] and answers.cost["tokens"] == sum(counts)
+  assert answers.cost["forward_rows"] == 3 * sum(counts)

@@ -1,0 +1,147 @@
+"""Methods: how they are written, what they refuse, and how samples are picked."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+import tiny
+from experiments import methods, tasks
+from roe_jax.completion import Completion
+from roe_jax.roster import Roster
+
+CONFIG = tiny.config("olmoe", num_experts=16, experts_per_token=3)
+BASE = Roster.create(CONFIG, 8, [0.0, 0.3, 0.3], seed=5)
+
+
+def parse(text, config=CONFIG, base=BASE):
+  return methods.parse(text, config, base)
+
+
+def test_a_roster_takes_what_is_not_written_from_the_flags():
+  base = Roster.create(CONFIG, 6, [0.0, 0.3, 0.1], seed=5, gate_weights="noisy", noise="gaussian")
+  method = parse("roster: aggregation=mean_logit, include_clean=false", base=base)
+  settings = method.roster.settings()
+  assert settings == base.settings() | {"aggregation": "mean_logit", "include_clean": False}
+  assert method.text == "roster:aggregation=mean_logit,include_clean=false"
+  assert method.label == "roster, n = 6, mean logit, without clean member"
+  np.testing.assert_allclose(parse("roster:n=2,t=0.5,noise=swap").roster.temperatures, 0.5)
+
+
+def test_more_experts_change_the_model_and_not_the_roster():
+  method = parse("experts:k=8,gates=rescaled")
+  assert (method.config.experts_per_token, method.config.gate_mass_experts) == (8, 3)
+  assert method.roster.is_plain and not method.is_stochastic and method.rows_per_token == 1
+  assert parse("experts").config.experts_per_token == 6  # twice the model's
+
+
+def test_sampling_methods_have_their_sampler():
+  method = parse("self_consistency:n=5,temperature=0.4")
+  assert method.sampler.settings()["temperature"] == pytest.approx(0.4)
+  assert method.num_samples == method.rows_per_token == 5 and method.roster.is_plain
+  assert parse("best_of").num_samples == 8  # as many as the roster has members
+  assert parse("plain").sampler.is_greedy and parse("plain+temperature").sampler.is_greedy
+  assert parse("plain:temperature=0.5").output_temperature == 0.5
+
+
+def test_scmoe_is_a_strong_and_a_weak_pass():
+  roster = parse("scmoe").roster.settings()
+  assert (roster["num_members"], roster["noise"], roster["cache"], roster["aggregation"]) == (
+      2, "second_expert", "standard", "contrast")
+  assert roster["temperatures"] == [1.0] * 3
+
+
+@pytest.mark.parametrize("text, stochastic", [
+    ("plain", False), ("plain:temperature=0.7", True), ("plain+temperature", False),
+    ("roster:n=2", True), ("experts:k=6", False), ("self_consistency", True), ("best_of", True),
+    ("scmoe", False)])
+def test_methods_with_chance_are_marked(text, stochastic):
+  assert parse(text).is_stochastic == stochastic
+
+
+def test_likelihoods_are_defined_where_there_is_a_distribution():
+  for text in ("plain", "plain:temperature=0.7", "roster", "roster:aggregation=majority",
+               "experts:k=4"):
+    assert parse(text).no_likelihood is None
+  for text in ("self_consistency", "best_of", "scmoe", "plain:temperature=0.7,top_p=0.9"):
+    assert parse(text).no_likelihood.startswith("not defined")
+
+
+@pytest.mark.parametrize("text, message", [
+    ("rooster", "there is no method 'rooster'; there are plain, plain.temperature, roster"),
+    ("roster:m=4", "'m=4' is not SETTING=VALUE with a new one of the settings of roster: n, t,"),
+    ("roster:n", "'n' is not SETTING=VALUE"), ("roster:n=2,n=3", "'n=3' is not SETTING=VALUE"),
+    ("scmoe:beta=1", "settings of scmoe: none"), ("roster:", "'' is not SETTING=VALUE"),
+    ("roster:n=two", "n cannot be 'two'"), ("roster:include_clean=no", "cannot be 'no'"),
+    ("roster:n=1", "it is the plain model"), ("roster:t=0", "it is the plain model"),
+    ("roster:t=-1", "finite and not negative"), ("roster:noise=pink", "unknown noise 'pink'"),
+    ("roster:noise=swap,t=2", "probability that an expert is replaced"),
+    ("roster:aggregation=contrast,include_clean=false", "needs include_clean"),
+    ("experts:k=17", r"must lie in \[1, 16\]"), ("experts:gates=big", "unknown gates 'big'"),
+    ("self_consistency:n=1", "n of at least 2 samples"),
+    ("best_of:temperature=0", "a temperature above 0"), ("plain:top_p=0", "top_p must lie"),
+    ("plain:temperature=-1", "sampling temperature must be finite")])
+def test_what_is_no_method_is_refused_in_a_sentence(text, message):
+  with pytest.raises(ValueError, match=message):
+    parse(text)
+
+
+def test_the_same_method_twice_is_refused():
+  with pytest.raises(ValueError, match="plain and plain are the same"):
+    methods.parse_all(["plain", "roster", "plain"], CONFIG, BASE)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+@pytest.mark.parametrize("n", [2, 8])
+def test_default_methods_have_the_forward_rows_of_the_roster_or_one(family, n):
+  config = tiny.config(family)
+  base = Roster.create(config, n, 0.3)
+  found = methods.parse_all(methods.default_texts(config, n), config, base)
+  for method in found:
+    expected = {"plain": 1, "plain+temperature": 1, "experts": 1, "scmoe": 2}.get(method.name, n)
+    assert method.rows_per_token == expected, method.text
+  assert {m.name for m in found} == set(methods.METHODS)
+
+
+def test_a_row_with_the_experts_of_all_members_is_among_the_defaults():
+  assert "experts:k=12,gates=rescaled" in methods.default_texts(CONFIG, 4)
+  assert "experts:k=16,gates=rescaled" in methods.default_texts(CONFIG, 8)  # there are no more
+
+
+def test_votes_are_counted():
+  """All ballots of four over two answers and none, against a plain count."""
+  for ballot in itertools.product([7, 12, None], repeat=4):
+    index = methods.vote(list(ballot))
+    counts = {a: ballot.count(a) for a in (7, 12)}
+    if not any(counts.values()):
+      assert index == 0
+      continue
+    assert counts[ballot[index]] == max(counts.values())
+    assert index == ballot.index(ballot[index])
+    # Of answers with equally many votes the one that came first.
+    tied = [a for a in counts if counts[a] == max(counts.values())]
+    assert ballot.index(ballot[index]) == min(ballot.index(a) for a in tied)
+
+
+def completion(text, *log_probs):
+  return Completion([1] * len(log_probs), list(log_probs), [1] * len(log_probs), "stop_token", text)
+
+
+def test_answers_are_picked_by_number_and_by_probability():
+  samples = [completion(" 1+1=2. #### 2", -0.1, -0.1), completion(" #### 3", -3.0),
+             completion(" 2+1=3. #### 3", -1.0, -1.0)]
+  task = tasks.get("wordmath")
+  assert parse("self_consistency:n=3").pick(task, samples) == 1
+  assert parse("best_of:n=3").pick(task, samples) == 0
+  texts = [completion(t, -1.0) for t in ("The result is 5", "so 1,000.", "it is 1000", "no idea")]
+  assert parse("self_consistency:n=4").pick(tasks.get("gsm8k"), texts) == 1
+
+
+def test_tasks_without_an_answer_by_a_method_are_refused():
+  for text in ("self_consistency", "best_of", "scmoe"):
+    with pytest.raises(ValueError, match="takes the most probable of given choices"):
+      parse(text).check_task(tasks.get("arc_easy"), "choose")
+  with pytest.raises(ValueError, match="votes on the number in an answer"):
+    parse("self_consistency").check_task(tasks.get("humaneval"), "generate")
+  parse("best_of").check_task(tasks.get("humaneval"), "generate")
+  parse("roster").check_task(tasks.get("arc_easy"), "choose")
