@@ -233,9 +233,9 @@ def _blocks(cache, positions_BxT, reach, block):
   return first, -(-jnp.minimum(end, cache.capacity) // block)
 
 
-def block_slots() -> int:
-  """How many slots of a cache are read together."""
-  return 256 if jax.default_backend() == "cpu" else 2048
+def block_slots(platform: str | None = None) -> int:
+  """How many slots of a cache are read together on a platform (default: the backend)."""
+  return 256 if (platform or jax.default_backend()) == "cpu" else 2048
 
 
 def output(weights: AttentionParams, layer: jax.Array | int,

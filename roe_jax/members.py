@@ -81,14 +81,15 @@ def cache_bytes(config: ModelConfig, roster: Roster, batch_size: int, capacity: 
   return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(shapes))
 
 
-def rows_within(config: ModelConfig, memory_budget: int) -> int:
+def rows_within(config: ModelConfig, memory_budget: int, platform: str | None = None) -> int:
   """How many rows (members times positions) a memory budget holds, at least one.
 
   A row's activations are counted as its logits, the experts' outputs in and
-  out of order, and the attention scores of one block of slots.
+  out of order, and the attention scores of one block of slots (of a platform;
+  default: the backend).
   """
   per_row = 4 * (config.vocab_size + 2 * config.experts_per_token * config.d_model
-                 + config.num_heads * attention.block_slots())
+                 + config.num_heads * attention.block_slots(platform))
   return max(1, memory_budget // per_row)
 
 
@@ -258,13 +259,29 @@ def aggregate(params: Params, config: ModelConfig, roster: Roster,
 def _batches(config, roster, rows_per_member):
   """Members `[R1]` that come first, and batches of equally many others `[X, R2]`."""
   members = np.asarray(roster.members)
-  most = max(1, rows_within(config, roster.memory_budget) // rows_per_member)
+  first, *others = batch_sizes(config, roster, rows_per_member)
+  return jnp.asarray(members[:first]), jnp.asarray(members[first:].reshape(others))
+
+
+def batch_sizes(config: ModelConfig, roster: Roster, rows_per_member: int,
+                platform: str | None = None) -> tuple[int, int, int]:
+  """How the members are computed against a Clean Cache: so many of them first,
+  then so many batches of so many others.
+
+  Args:
+    config: the model's architecture.
+    roster: the settings.
+    rows_per_member: texts times positions.
+    platform: see `rows_within`.
+  """
+  members = roster.members
+  most = max(1, rows_within(config, roster.memory_budget, platform) // rows_per_member)
   count = -(-len(members) // most)
   size = -(-len(members) // count)
   first = len(members) - (count - 1) * size
   if first == 1 and count > 1 and members[0] == 0 and not roster.include_clean:
     count, first = count - 1, first + size  # there must be one to be averaged
-  return jnp.asarray(members[:first]), jnp.asarray(members[first:].reshape(count - 1, size))
+  return first, count - 1, size
 
 
 def _start(params, config, roster, x):

@@ -112,30 +112,97 @@ def make_mesh(config: ModelConfig, *, data: int | None = None, expert: int | Non
   """A mesh for a model.
 
   If any size is given, those that are not are 1, and the first devices are
-  used. If none is, all devices are: `expert` is as large as the number of
-  devices and of experts allow, `tensor` as large as what remains of the devices
-  and the model's heads and widths allow, and `data` is the rest.
+  used. If none is, all devices are, and `choose_sizes` says how, with the
+  memory of the devices where they tell it (GPUs and TPUs do).
 
   Raises:
     ValueError: there are too few devices, or a size does not fit the model.
   """
   devices = jax.devices() if devices is None else list(devices)
-  if data is expert is tensor is None:
-    expert = math.gcd(len(devices), largest(config, EXPERT))
-    tensor = math.gcd(len(devices) // expert, largest(config, TENSOR))
-    data = len(devices) // (expert * tensor)
-  sizes = tuple(1 if size is None else size for size in (data, expert, tensor))
-  needed = math.prod(sizes)
-  if min(sizes) < 1 or needed > len(devices):
+  memory = (devices[0].memory_stats() or {}).get("bytes_limit")
+  sizes = _sizes(config, len(devices), (data, expert, tensor), memory)
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3,
+                       devices=devices[:math.prod(sizes)])
+
+
+def abstract_mesh(config: ModelConfig, num_devices: int, *, data: int | None = None,
+                  expert: int | None = None, tensor: int | None = None,
+                  memory: float | None = None) -> AbstractMesh:
+  """The mesh that `make_mesh` would make of devices that are not here.
+
+  Args:
+    config: the model's architecture.
+    num_devices: how many there are.
+    data, expert, tensor: see `make_mesh`.
+    memory: bytes of each device, if they are known.
+
+  Raises:
+    ValueError: see `make_mesh`.
+  """
+  if num_devices < 1:
+    raise ValueError(f"the number of devices must be at least 1, got {num_devices}")
+  return _abstract(_sizes(config, num_devices, (data, expert, tensor), memory))
+
+
+def choose_sizes(config: ModelConfig, num_devices: int,
+                 memory: float | None = None) -> tuple[int, int, int]:
+  """Sizes of `data`, `expert` and `tensor` for all devices.
+
+  The first of `possible_sizes` with which the parameters leave a tenth of each
+  device's memory free. If there is none, or the memory is not known, the first.
+  """
+  possible = possible_sizes(config, num_devices)
+  if memory is not None:
+    for sizes in possible:
+      mesh = _abstract(sizes)
+      held = bytes_on_device(mesh, params_lib.abstract(config), parameter_specs(mesh, config))
+      if held <= 0.9 * memory:
+        return sizes
+  return possible[0]
+
+
+def possible_sizes(config: ModelConfig, num_devices: int) -> list[tuple[int, int, int]]:
+  """All sizes of `data`, `expert` and `tensor` with which a model takes all devices.
+
+  In order of preference: `expert` is as large as can be, then `tensor`; `data`
+  is the rest.
+  """
+  def divisors(number):
+    return [d for d in range(number, 0, -1) if number % d == 0]
+
+  return [(num_devices // (expert * tensor), expert, tensor)
+          for expert in divisors(math.gcd(num_devices, largest(config, EXPERT)))
+          for tensor in divisors(math.gcd(num_devices // expert, largest(config, TENSOR)))]
+
+
+def _sizes(config, num_devices, given, memory):
+  """The sizes given, checked, or chosen ones."""
+  if given == (None,) * 3:
+    return choose_sizes(config, num_devices, memory)
+  sizes = tuple(1 if size is None else size for size in given)
+  if min(sizes) < 1 or math.prod(sizes) > num_devices:
     raise ValueError(
         f"a mesh of data:{sizes[0]},expert:{sizes[1]},tensor:{sizes[2]} needs sizes of at least "
-        f"1 with a product of at most {len(devices)}, the number of devices")
+        f"1 with a product of at most {num_devices}, the number of devices")
   for axis, size in zip((EXPERT, TENSOR), sizes[1:]):
     most = largest(config, axis)
     if most % size:
       raise ValueError(f"the mesh axis {axis} of size {size} does not fit this {config.family} "
                        f"model: {_sizes_that_fit(axis, most)}")
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:needed])
+  return sizes
+
+
+def _abstract(sizes):
+  return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def bytes_on_device(mesh: Mesh | AbstractMesh, tree: Any, specs: Any) -> int:
+  """Bytes of one device's parts of arrays (or their shapes and dtypes)."""
+  def of(array, spec):
+    parts = math.prod(mesh.shape[a] for a in axes_of(spec))
+    return math.prod(array.shape) * array.dtype.itemsize // parts
+
+  return sum(jax.tree.leaves(jax.tree.map(of, tree, specs)))
 
 
 def parameter_specs(mesh: Mesh | AbstractMesh, config: ModelConfig) -> Params:
