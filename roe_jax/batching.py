@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -26,6 +27,26 @@ def power_of_two(size: int, minimum: int = 1) -> int:
   return 1 << (max(size, minimum) - 1).bit_length()
 
 
+def by_length(lengths: Sequence[int], size: int, minimum: int) -> list[tuple[list[int], int]]:
+  """Batches of texts of similar lengths, longest first, so that memory runs out at once or never.
+
+  Args:
+    lengths: of the texts.
+    size: of a batch, at most.
+    minimum: positions of the smallest batches.
+
+  Returns:
+    Indices of each batch's texts, and the positions that they are to be padded
+    to: a power of two, the same for many batches.
+  """
+  order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+  batches = []
+  for positions, same in itertools.groupby(order, lambda i: power_of_two(lengths[i], minimum)):
+    same = list(same)
+    batches += [(same[i:i + size], positions) for i in range(0, len(same), size)]
+  return batches
+
+
 def check_tokens(config: ModelConfig, texts: Sequence[Sequence[int]], *,
                  room: int = 0, what: str = "prompt") -> None:
   """Checks texts before any work starts.
@@ -33,7 +54,8 @@ def check_tokens(config: ModelConfig, texts: Sequence[Sequence[int]], *,
   Args:
     config: the model they are for.
     texts: token ids.
-    room: how many positions must be left in the context behind each.
+    room: how many positions must be left in the context behind each; -1 where
+      the last token needs none.
     what: what to call a text in errors.
 
   Raises:

@@ -26,11 +26,13 @@ class TextScore:
     greedy_tokens: `[X]` int32, the most probable token in each place.
     clean_greedy_tokens: `[X]` int32, that of the clean member (-1 where it is
       not computed).
+    candidate_log_probs: `[K, G]` float32, of each candidate for the last place.
   """
 
   log_probs: np.ndarray
   greedy_tokens: np.ndarray
   clean_greedy_tokens: np.ndarray
+  candidate_log_probs: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +65,18 @@ def score_chunk(
     params: Params, config: ModelConfig, roster: Roster, cache: KVCache | None,
     tokens_BxT: jax.Array, targets_BxT: jax.Array, starts_B: jax.Array,
     request_ids_B: jax.Array, output_temperatures_G: jax.Array,
-) -> tuple[KVCache | None, jax.Array, jax.Array, jax.Array]:
-  """Scores targets at T consecutive positions of each text.
+    candidates_BxK: jax.Array | None = None,
+) -> tuple[KVCache | None, jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Scores targets, and candidates in their place, at T consecutive positions of each text.
 
   Under Clean Cache with a roster the (donated) cache must hold all earlier
   clean keys and values, which stay as they are. Otherwise the chunk is part of
   a pass over the whole text, which writes the cache.
 
   Returns:
-    The cache, log-probabilities `[B, T, G]`, and the most probable tokens of
-    the roster and of the clean member, `[B, T]`.
+    The cache, log-probabilities `[B, T, G]`, the most probable tokens of
+    the roster and of the clean member, `[B, T]`, and log-probabilities of the
+    candidates, `[B, T, K, G]`.
   """
   positions = starts_B[:, None] + jnp.arange(tokens_BxT.shape[1])[None]
   if roster.recompute:
@@ -87,14 +91,19 @@ def score_chunk(
     outputs = members_lib.aggregate(params, config, roster, x)
   log_probs = outputs.log_probs
 
+  wanted = targets_BxT[..., None]
+  if candidates_BxK is not None:
+    shape = (*targets_BxT.shape, candidates_BxK.shape[1])
+    wanted = jnp.concatenate([wanted, jnp.broadcast_to(candidates_BxK[:, None], shape)], axis=-1)
+
   def at_temperature(temperature):
     scaled = log_probs / temperature
-    chosen = jnp.take_along_axis(scaled, targets_BxT[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(scaled, axis=-1)
+    chosen = jnp.take_along_axis(scaled, wanted, axis=-1)
+    return chosen - jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
 
-  scores = jax.lax.map(at_temperature, output_temperatures_G)
+  scores = jnp.moveaxis(jax.lax.map(at_temperature, output_temperatures_G), 0, -1)
   greedy = jnp.argmax(log_probs, axis=-1)
-  return cache, jnp.moveaxis(scores, 0, -1), greedy, outputs.clean_tokens
+  return cache, scores[..., 0, :], greedy, outputs.clean_tokens, scores[..., 1:, :]
 
 
 def _filled_first(roster):
@@ -111,7 +120,9 @@ def score(
     roster: Roster | None = None,
     request_ids: Sequence[int] | None = None,
     output_temperatures: Sequence[float] = (1.0,),
+    candidates: Sequence[Sequence[int]] | None = None,
     batch_size: int = 16,
+    min_shape: tuple[int, int] = (1, decode.MIN_CAPACITY),
     chunk_size: int | None = None,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> Scores:
@@ -119,7 +130,8 @@ def score(
 
   The probability of a token is the one that `decode.generate` would choose it
   from, with the same settings and request id, to rounding: neither batching
-  nor chunking matters.
+  nor chunking matters. As the last token is only predicted, a text may have one
+  more than the model's context.
 
   Args:
     params: the model's parameters.
@@ -131,7 +143,11 @@ def score(
     request_ids: see `decode.generate`.
     output_temperatures: `[G]` divisors of the aggregated log-probabilities
       (renormalised); the calibration of one temperature is read off a grid.
+    candidates: tokens that are scored, too, in the place of each text's last one:
+      choices that differ in their last token cost as much as one.
     batch_size: texts scored together.
+    min_shape: rows and positions that a batch is padded to at least, so that
+      batches of different sizes and lengths share compiled programs.
     chunk_size: positions scored together; by default what the roster's memory
       budget holds.
     on_batch: called with the number of texts in each finished batch.
@@ -143,7 +159,11 @@ def score(
   params = params_lib.held(params)
   roster = roster or Roster.create(config)
   roster.check(config)
-  batching.check_tokens(config, texts, what="text")
+  batching.check_tokens(config, texts, room=-1, what="text")
+  if candidates is not None:
+    if len(candidates) != len(texts):
+      raise ValueError(f"got candidates for {len(candidates)} of {len(texts)} texts")
+    batching.check_tokens(config, candidates, what="the list of candidates for text")
   starts = [1] * len(texts) if starts is None else list(starts)
   if len(starts) != len(texts):
     raise ValueError(f"got {len(starts)} starts for {len(texts)} texts")
@@ -164,21 +184,26 @@ def score(
   for first in range(0, len(texts), batch_size):
     batch = slice(first, first + batch_size)
     scored += _score_batch(params, config, texts[batch], starts[batch], roster, ids[batch],
-                           jnp.asarray(temperatures), chunk_size)
+                           jnp.asarray(temperatures), candidates and candidates[batch], min_shape,
+                           chunk_size)
     on_batch(len(texts[batch]))
   return Scores(scored, {
       "roster": roster.settings(), "output_temperatures": [float(t) for t in output_temperatures],
       "model": dataclasses.asdict(config)})
 
 
-def _score_batch(params, config, texts, starts, roster, request_ids, temperatures, chunk_size):
-  num_rows = batching.bucket(len(texts))
+def _score_batch(params, config, texts, starts, roster, request_ids, temperatures, candidates,
+                 min_shape, chunk_size):
+  num_rows = batching.bucket(len(texts), min_shape[0])
   longest = max(map(len, texts))
-  capacity = batching.bucket(longest, decode.MIN_CAPACITY)
+  capacity = batching.bucket(longest - 1, min_shape[1])
   tokens = batching.pad(texts, num_rows, capacity + 1)
   ids = np.zeros(num_rows, np.uint32)
   ids[:len(texts)] = request_ids
   ids = jnp.asarray(ids)
+  counts = [0] * len(texts) if candidates is None else [len(c) for c in candidates]
+  if candidates is not None:
+    candidates = batching.pad(candidates, num_rows, batching.power_of_two(max(counts)))
   cache = batching.made_beside(params, members_lib.empty_cache, config, roster,
                                batch_size=num_rows, capacity=capacity,
                                whole=_filled_first(roster))
@@ -211,21 +236,22 @@ def _score_batch(params, config, texts, starts, roster, request_ids, temperature
     inputs = jnp.take_along_axis(tokens, jnp.minimum(columns, capacity), axis=1)
     targets = jnp.take_along_axis(tokens, jnp.minimum(columns + 1, capacity), axis=1)
     cache, *results = score_chunk(params, config, roster, cache, inputs, targets,
-                                  jnp.asarray(offsets + step), ids, temperatures)
+                                  jnp.asarray(offsets + step), ids, temperatures, candidates)
     results = [np.asarray(r) for r in results]
     for row in range(len(texts)):
       low = max(0, begins[row] - offsets[row] - step)
       high = min(chunk, ends[row] - offsets[row] - step)
       if low < high:
         found[row].append([r[row, low:high] for r in results])
-  return [_joined(pieces, len(temperatures)) for pieces in found]
+  return [_joined(pieces, len(temperatures), count) for pieces, count in zip(found, counts)]
 
 
-def _joined(pieces, num_temperatures):
+def _joined(pieces, num_temperatures, num_candidates):
   if not pieces:
     return TextScore(np.zeros((0, num_temperatures), np.float32), np.zeros(0, np.int32),
-                     np.zeros(0, np.int32))
-  return TextScore(*(np.concatenate(part) for part in zip(*pieces)))
+                     np.zeros(0, np.int32), np.zeros((0, num_temperatures), np.float32))
+  *parts, candidates = (np.concatenate(part) for part in zip(*pieces))
+  return TextScore(*parts, candidates[-1, :num_candidates])
 
 
 def _chunk_size(config, roster, num_rows):

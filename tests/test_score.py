@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tiny
-from roe_jax import decode, score as score_lib, transformer
+from roe_jax import batching, decode, score as score_lib, transformer
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
@@ -233,12 +233,66 @@ def test_windows_of_a_roster_have_noise_of_their_own():
   assert np.median(np.abs(second - third)) > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize("name", list(ROSTERS))
+def test_candidates_for_the_last_token_are_scored_as_texts_of_their_own(name):
+  _, _, roster = generated("olmoe", name, sampled=True)
+  candidates = [[7, 3], [5, 1, 60], [9]]
+  texts = [text[:-1] + [c[0]] for text, c in zip(tiny.texts([20, 6, 9], seed=5), candidates)]
+  starts, ids = [18, 4, 3], [3, 1, 4]
+  together = score("olmoe", texts, starts=starts, roster=roster, request_ids=ids,
+                   candidates=candidates, chunk_size=4, output_temperatures=(1.0, 1.7))
+  for text, start, i, found, choices in zip(texts, starts, ids, together, candidates):
+    alone = score("olmoe", [text[:-1] + [c] for c in choices], starts=[start] * len(choices),
+                  roster=roster, request_ids=[i] * len(choices), output_temperatures=(1.0, 1.7))
+    assert found.candidate_log_probs.shape == (len(choices), 2)
+    for candidate, one in zip(found.candidate_log_probs, alone):
+      np.testing.assert_allclose(candidate, one.log_probs[-1], atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(found.log_probs, alone[0].log_probs, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["plain", "clean", "standard", "clean, recomputed"])
+def test_a_text_may_have_one_token_more_than_the_context(name):
+  """The last token is only predicted; what comes before it is a text that fits."""
+  _, _, roster = generated("olmoe", name, sampled=True)
+  text, = tiny.texts([49], seed=6)
+  whole, = score("olmoe", [text], starts=[40], roster=roster)
+  shorter, = score("olmoe", [text[:-1]], starts=[40], roster=roster)
+  assert whole.log_probs.shape == (9, 1)
+  np.testing.assert_allclose(whole.log_probs[:-1], shorter.log_probs, atol=TOLERANCE, rtol=0)
+
+
+def test_batches_padded_to_one_shape_share_their_programs():
+  config, params = tiny_model("olmoe")
+  roster = Roster.create(config, 2, 0.5)
+  score = functools.partial(score_lib.score, params, config, roster=roster, min_shape=(4, 192))
+  expected = score(tiny.texts([30, 20, 9, 30]), request_ids=[0, 1, 2, 3])
+  functions = (decode.prefill_chunk, score_lib.score_chunk)
+  before = [f._cache_size() for f in functions]
+  found = score(tiny.texts([30, 20, 9, 30])[:3], request_ids=[0, 1, 2])
+  assert [f._cache_size() for f in functions] == before
+  for one, other in zip(found.texts, expected.texts):
+    np.testing.assert_array_equal(one.log_probs, other.log_probs)
+
+
+def test_batches_by_length_hold_every_text_once_in_few_shapes():
+  lengths = np.random.RandomState(0).randint(1, 700, 101).tolist()
+  batches = batching.by_length(lengths, 8, 128)
+  assert sorted(i for batch, _ in batches for i in batch) == list(range(101))
+  assert {room for _, room in batches} == {128, 256, 512, 1024}
+  for batch, room in batches:
+    assert len(batch) <= 8
+    assert all(room // 2 < max(lengths[i], 65) <= room for i in batch)
+  assert sum(len(batch) < 8 for batch, _ in batches) <= 4  # one for each shape
+  longest = [lengths[batch[0]] for batch, _ in batches]
+  assert longest == sorted(longest, reverse=True)
+
+
 # Errors
 
 
 @pytest.mark.parametrize("texts, options, message", [
     ([[]], {}, "text 0 is empty"),
-    ([[1] * 49], {}, "49 tokens.*context of 48"),
+    ([[1] * 50], {}, "50 tokens.*context of 48"),
     ([[1, 61]], {}, "token id 61"),
     ([[1, 2]], dict(starts=[1, 1]), "2 starts for 1 texts"),
     ([[1, 2]], dict(starts=[0]), r"\[1, 2\], got 0"),
@@ -249,6 +303,8 @@ def test_windows_of_a_roster_have_noise_of_their_own():
     ([[1, 2]], dict(batch_size=0), "batch_size"),
     ([[1, 2]], dict(chunk_size=0), "chunk_size"),
     ([[1, 2]], dict(request_ids=[1, 2]), "request ids"),
+    ([[1, 2]], dict(candidates=[]), "candidates for 0 of 1"),
+    ([[1, 2]], dict(candidates=[[61]]), "candidates for text 0 holds token id 61"),
 ], ids=str)
 def test_wrong_input_is_refused(texts, options, message):
   with pytest.raises(ValueError, match=message):
