@@ -1,0 +1,229 @@
+"""Confines the calling process for good, by what the Linux kernel offers to anybody.
+
+Used by `runner` in the process that is to run a foreign program, before it does;
+needs the standard library only. None of it can be undone by the process itself:
+
+* a seccomp filter lets through the system calls named in `ALLOWED` alone, which is
+  what a program needs that computes. There are none that make a process, thread or
+  socket, start another program, signal or trace other processes, or change
+  anybody's limits, so that there is one process and it reaches no network.
+* Landlock (Linux 5.13 and later) shuts the file system but for reading Python and
+  the system's libraries, and for plain files in one folder. /proc is shut, and with
+  it what there is to read of other processes. Where the kernel has no Landlock,
+  root becomes the user `NOBODY`, who may read what all may read, and the filter
+  refuses to open any file for writing.
+* capabilities are dropped, and resources limited.
+
+Sources: Linux man-pages seccomp(2), landlock(7), capset(2), prctl(2), setrlimit(2);
+numbers of system calls from the kernel's asm/unistd_64.h and asm-generic/unistd.h.
+"""
+
+import ctypes
+import os
+import platform
+import resource
+import signal
+import struct
+import sys
+
+NOBODY = 65534
+
+# Architecture as the audit subsystem numbers it, and the column in the tables below.
+ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
+
+# System calls: numbers on x86-64 and on AArch64, which lacks the older ones.
+ALLOWED = {
+    "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66),
+    "pread64": (17, 67), "pwrite64": (18, 68), "lseek": (8, 62), "close": (3, 57),
+    "ftruncate": (77, 46), "getdents64": (217, 61), "pipe": (22, None), "pipe2": (293, 59),
+    "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24), "poll": (7, None), "ppoll": (271, 73),
+    "select": (23, None), "pselect6": (270, 72),
+    "stat": (4, None), "fstat": (5, 80), "lstat": (6, None), "newfstatat": (262, 79),
+    "statx": (332, 291), "access": (21, None), "faccessat": (269, 48), "faccessat2": (439, 439),
+    "readlink": (89, None), "readlinkat": (267, 78), "getcwd": (79, 17), "chdir": (80, 49),
+    "umask": (95, 166),
+    "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214),
+    "mremap": (25, 216), "madvise": (28, 233),
+    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
+    "sigaltstack": (131, 132), "alarm": (37, None), "getitimer": (36, 102),
+    "setitimer": (38, 103), "nanosleep": (35, 101), "clock_nanosleep": (230, 115),
+    "restart_syscall": (219, 128), "gettimeofday": (96, 169), "clock_gettime": (228, 113),
+    "clock_getres": (229, 114), "times": (100, 153),
+    "getpid": (39, 172), "getppid": (110, 173), "gettid": (186, 178), "getpgrp": (111, None),
+    "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177),
+    "getgroups": (115, 158), "getrlimit": (97, 163), "getrusage": (98, 165), "uname": (63, 160),
+    "sysinfo": (99, 179), "sched_yield": (24, 124), "sched_getaffinity": (204, 123),
+    "getrandom": (318, 278), "futex": (202, 98), "set_tid_address": (218, 96),
+    "set_robust_list": (273, 99), "rseq": (334, 293), "arch_prctl": (158, None),
+    "exit": (60, 93), "exit_group": (231, 94),
+}
+OPEN, OPENAT = (2, None), (257, 56)
+IN_OWN_FOLDER = {  # what Landlock then confines to the folder
+    "open": OPEN, "openat": OPENAT, "unlink": (87, None), "unlinkat": (263, 35),
+    "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276),
+}
+KILL, TGKILL, FCNTL, IOCTL, PRLIMIT64 = (62, 129), (234, 131), (72, 25), (16, 29), (302, 261)
+# F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC; not F_SETOWN, which signals others.
+FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030)
+IOCTL_COMMANDS = (0x5401, 0x5450, 0x5451)  # TCGETS (isatty), FIONCLEX, FIOCLEX
+WRITING = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | getattr(os, "O_TMPFILE", 0) & ~os.O_DIRECTORY
+
+# Rights of Landlock; each of its first versions knows the first so many.
+READ_FILE, READ_DIR, WRITE_FILE, REMOVE_FILE, MAKE_FILE, TRUNCATE = (
+    1 << 2, 1 << 3, 1 << 1, 1 << 5, 1 << 8, 1 << 14)
+KNOWN_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
+LATER_RIGHTS = 16
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # on all architectures
+_GET_VERSION, _PATH_BENEATH = 1, 1
+
+_SET_PDEATHSIG, _SET_SECCOMP, _SET_NO_NEW_PRIVS = 1, 22, 38
+_SECCOMP_FILTER = 2
+_RET_KILL, _RET_EPERM, _RET_ALLOW = 0x80000000, 0x00050001, 0x7FFF0000
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Unconfinable(Exception):
+  """This machine cannot confine a process."""
+
+
+def confine(folder: str, limits: dict[str, int], parent: int, landlock: bool = True) -> None:
+  """Confines this process to reading Python and to plain files in `folder`.
+
+  Args:
+    folder: becomes the working folder.
+    limits: "cpu_seconds", "memory_bytes" (of address space), "file_bytes" (of one
+      file), "open_files".
+    parent: process id of the parent, with which this process is to end.
+    landlock: whether Landlock may be used; for tests of what is done without.
+
+  Raises:
+    Unconfinable: a sentence why not.
+  """
+  machine = platform.machine()
+  if sys.platform != "linux" or machine not in ARCHITECTURES:
+    raise Unconfinable(f"the system must be Linux on {' or '.join(ARCHITECTURES)}, here it is "
+                       f"{platform.system()} on {machine}")
+  os.chdir(folder)
+  _prctl(_SET_PDEATHSIG, signal.SIGKILL)
+  if os.getppid() != parent:
+    os._exit(1)  # it ended before it could be followed
+  for kind, value in (
+      (resource.RLIMIT_CPU, limits["cpu_seconds"]), (resource.RLIMIT_AS, limits["memory_bytes"]),
+      (resource.RLIMIT_FSIZE, limits["file_bytes"]), (resource.RLIMIT_NOFILE, limits["open_files"]),
+      (resource.RLIMIT_CORE, 0)):
+    hard = resource.getrlimit(kind)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (value, value))
+  _prctl(_SET_NO_NEW_PRIVS, 1)
+  version = _libc.syscall(_CREATE_RULESET, None, 0, _GET_VERSION) if landlock else 0
+  if version >= 1:
+    _shut_file_system(folder, version)
+  else:
+    _become_nobody()
+  _drop_capabilities()
+  _filter_system_calls(machine, files=version >= 1)
+
+
+def _prctl(option, value, pointer=None):
+  if _libc.prctl(option, ctypes.c_ulong(value), pointer, 0, 0):
+    raise Unconfinable(f"prctl({option}) failed: {os.strerror(ctypes.get_errno())}")
+
+
+def _shut_file_system(folder, version):
+  """Leaves Python, libraries and devices to read, and files in `folder` to write."""
+  rights = (1 << KNOWN_RIGHTS.get(version, LATER_RIGHTS)) - 1
+  attributes = struct.pack("=Q", rights)
+  ruleset = _libc.syscall(_CREATE_RULESET, attributes, len(attributes), 0)
+  if ruleset < 0:
+    raise Unconfinable(f"Landlock made no rule set: {os.strerror(ctypes.get_errno())}")
+  read = READ_FILE | READ_DIR
+  readable = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, "/usr", "/lib",
+              "/lib64", "/etc/ld.so.cache", "/dev/urandom"}
+  rules = dict.fromkeys(readable, read) | {
+      "/dev/null": read | WRITE_FILE,
+      folder: read | WRITE_FILE | REMOVE_FILE | MAKE_FILE | TRUNCATE}
+  for path, allowed in rules.items():
+    if not os.path.exists(path):
+      continue
+    if not os.path.isdir(path):
+      allowed &= READ_FILE | WRITE_FILE
+    file = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    rule = struct.pack("=Qi", allowed & rights, file)
+    if _libc.syscall(_ADD_RULE, ruleset, _PATH_BENEATH, rule, 0):
+      raise Unconfinable(f"Landlock refused a rule for {path}: {os.strerror(ctypes.get_errno())}")
+    os.close(file)
+  if _libc.syscall(_RESTRICT_SELF, ruleset, 0):
+    raise Unconfinable(f"Landlock refused: {os.strerror(ctypes.get_errno())}")
+  os.close(ruleset)
+
+
+def _become_nobody():
+  if os.geteuid() != 0:
+    raise Unconfinable("the kernel has no Landlock (Linux 5.13 and later, with \"landlock\" among "
+                       "its security modules), without which only root can confine a program")
+  os.setgroups([])
+  os.setresgid(NOBODY, NOBODY, NOBODY)
+  os.setresuid(NOBODY, NOBODY, NOBODY)
+  for path in (os.__file__, sys.prefix):
+    if not os.access(path, os.R_OK):
+      raise Unconfinable(f"the kernel has no Landlock, so that programs run as the user {NOBODY}, "
+                         f"who cannot read Python in {path}: use one that all users can read")
+
+
+def _drop_capabilities():
+  header = struct.pack("=Ii", 0x20080522, 0)  # version 3, this thread
+  if _libc.capset(header, bytes(24)):
+    raise Unconfinable(f"capabilities cannot be dropped: {os.strerror(ctypes.get_errno())}")
+
+
+def _filter_system_calls(machine, files):
+  """Installs the filter; with `files`, Landlock sees to which may be written."""
+  architecture, column = ARCHITECTURES[machine]
+  code = [_load(4), *_unless_equal(architecture, [_return(_RET_KILL)]), _load(0)]
+  for numbers in (ALLOWED | (IN_OWN_FOLDER if files else {})).values():
+    code += _if_equal(numbers[column], [_return(_RET_ALLOW)])
+  own = [((0, os.getpid()),)]
+  # Each: the call's numbers, then alternatives of (argument, value of its low half).
+  conditions = [(KILL, own), (TGKILL, own),
+                (FCNTL, [((1, c),) for c in FCNTL_COMMANDS]),
+                (IOCTL, [((1, c),) for c in IOCTL_COMMANDS])]
+  for numbers, alternatives in conditions:
+    tests = []
+    for ((argument, value),) in alternatives:
+      tests += [_load(16 + 8 * argument), *_if_equal(value, [_return(_RET_ALLOW)])]
+    code += _if_equal(numbers[column], [*tests, _return(_RET_EPERM)])
+  # Limits may be read, not set: the pointer to new ones is null.
+  code += _if_equal(PRLIMIT64[column], [
+      _load(32), *_unless_equal(0, [_return(_RET_EPERM)]),
+      _load(36), *_unless_equal(0, [_return(_RET_EPERM)]), _return(_RET_ALLOW)])
+  if not files:
+    for numbers, argument in ((OPEN, 1), (OPENAT, 2)):
+      code += _if_equal(numbers[column], [
+          _load(16 + 8 * argument), (0x54, 0, 0, WRITING),  # and
+          *_if_equal(0, [_return(_RET_ALLOW)]), _return(_RET_EPERM)])
+  code.append(_return(_RET_EPERM))
+  filters = b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
+  buffer = ctypes.create_string_buffer(filters, len(filters))
+  program = struct.pack("@HP", len(code), ctypes.addressof(buffer))
+  _prctl(_SET_SECCOMP, _SECCOMP_FILTER, program)
+
+
+# Instructions of classic BPF: (code, jump if true, jump if false, operand).
+
+
+def _load(offset):
+  return (0x20, 0, 0, offset)  # of struct seccomp_data: 0 number, 4 architecture, 16 arguments
+
+
+def _return(action):
+  return (0x06, 0, 0, action)
+
+
+def _if_equal(value, instructions):
+  """Does the instructions if what was loaded is `value`; for None it never is."""
+  return [] if value is None else [(0x15, 0, len(instructions), value), *instructions]
+
+
+def _unless_equal(value, instructions):
+  return [(0x15, len(instructions), 0, value), *instructions]
