@@ -1,9 +1,10 @@
 """The tasks that models are evaluated on, and tuned for, by name."""
 
 from experiments.tasks.base import Example, Task
+from experiments.tasks.llm_adapters import COMMONSENSE, MATH
 from experiments.tasks.wordmath_task import WORDMATH
 
-TASKS: dict[str, Task] = {task.name: task for task in (WORDMATH,)}
+TASKS: dict[str, Task] = {task.name: task for task in (WORDMATH, *MATH, *COMMONSENSE)}
 
 
 def get(name: str) -> Task:

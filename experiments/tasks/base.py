@@ -6,8 +6,10 @@ import itertools
 import pathlib
 from typing import Any
 
+from experiments import sandbox
+
 CATEGORIES = ("math", "commonsense", "code", "language")
-SPLITS = ("validation", "test")
+SPLITS = ("validation", "test", "all")
 
 Output = str | Sequence[float]
 
@@ -58,7 +60,7 @@ class Task:
     category: one of `CATEGORIES`.
     metric: the one that is reported first, a key of what `score` returns.
     read: `read(split, data_dir, chat)` yields the examples of a split in a fixed
-      order.
+      order; it raises the errors of `examples`.
     judge: `judge(examples, outputs, workers, on_done)` gives the metrics of each
       example; it calls `on_done()` after each.
     validation: a sentence saying what the validation split is.
@@ -80,7 +82,8 @@ class Task:
     """The first `limit` examples of a split; all for None.
 
     Args:
-      split: "validation" or "test".
+      split: "validation", "test", or "all": the whole public test set, which for some
+        tasks has the validation split in it. Nothing tuned may be reported on "all".
       data_dir: a folder with the task's files in their public formats; None: the
         task's data set of the hub.
       limit: at least 1.
@@ -110,7 +113,8 @@ class Task:
     Args:
       examples: what was asked.
       outputs: for each, the text that the model wrote (without its prompt and the
-        stop string), or the summed log-probabilities of the choices in nats.
+        stop string), or the summed log-probabilities of the choices in nats; a text
+        where there are choices names one.
       allow_code_execution: must be True for tasks that run programs which the
         model wrote.
       workers: how many programs may run at the same time.
@@ -129,20 +133,24 @@ class Task:
     """Refuses to run programs without leave; for a check before long work.
 
     Raises:
-      ValueError: the task runs code and this is not allowed.
+      ValueError: the task runs code, and this is not allowed, or not possible here.
     """
-    if self.runs_code and not allow_code_execution:
+    if not self.runs_code:
+      return
+    if not allow_code_execution:
       raise ValueError(f"task {self.name} runs programs that the model wrote, each confined to a "
                        "process without files and network: allow it with --allow_code_execution")
+    sandbox.check_support()
 
 
 def _check_output(example, output):
+  if isinstance(output, str):
+    return
   if example.choices is None:
-    if not isinstance(output, str):
-      raise ValueError(f"{example.id}: the output must be a text, got {type(output).__name__}")
-  elif isinstance(output, str) or len(output) != len(example.choices):
+    raise ValueError(f"{example.id}: the output must be a text, got {type(output).__name__}")
+  if len(output) != len(example.choices):
     raise ValueError(f"{example.id}: the output must be {len(example.choices)} log-probabilities, "
-                     f"one of each choice, got {output!r}")
+                     f"one of each choice, got {len(output)}")
 
 
 def each(score: Callable[[Example, Any], dict[str, float]]) -> Callable[..., list]:
