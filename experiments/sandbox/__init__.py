@@ -138,23 +138,23 @@ def run_program(program: Program | str, *, python: str | None = None,
 
 
 def run_programs(programs: Sequence[Program | str], workers: int = 1,
-                 on_done: Callable[[], None] = lambda: None) -> list[Outcome]:
+                 on_done: Callable[[int], None] = lambda index: None) -> list[Outcome]:
   """Runs programs, `workers` at a time; outcomes in the order of the programs.
 
   Args:
     programs: what to run.
     workers: at least 1.
-    on_done: called in this thread whenever another program has ended.
+    on_done: called in this thread with the index of each program that has ended.
 
   Raises:
     ValueError: as `run_program`.
   """
   with futures.ThreadPoolExecutor(workers) as pool:
-    running = [pool.submit(run_program, program) for program in programs]
+    running = {pool.submit(run_program, program): i for i, program in enumerate(programs)}
     try:
       for done in futures.as_completed(running):
         done.result()
-        on_done()
+        on_done(running[done])
     except BaseException:
       pool.shutdown(wait=False, cancel_futures=True)
       raise

@@ -1,10 +1,12 @@
 """The tasks that models are evaluated on, and tuned for, by name."""
 
 from experiments.tasks.base import Example, Task
+from experiments.tasks.human_eval import HUMAN_EVAL, HUMAN_EVAL_PLUS
 from experiments.tasks.llm_adapters import COMMONSENSE, MATH
 from experiments.tasks.wordmath_task import WORDMATH
 
-TASKS: dict[str, Task] = {task.name: task for task in (WORDMATH, *MATH, *COMMONSENSE)}
+TASKS: dict[str, Task] = {task.name: task for task in (
+    WORDMATH, *MATH, *COMMONSENSE, HUMAN_EVAL, HUMAN_EVAL_PLUS)}
 
 
 def get(name: str) -> Task:

@@ -1,0 +1,239 @@
+"""HumanEval and HumanEval+, scored as their authors do.
+
+HumanEval (Chen et al. 2021, arXiv 2107.03374; openai/human-eval at commit 6d43fb9): a
+completion passes if prompt, completion and the problem's test run to their end within
+3 seconds. HumanEval+ (Liu et al. 2023, arXiv 2305.01210; evalplus/evalplus at commit
+26d6d00): a solution passes "base" if it agrees with the reference solution on
+HumanEval's own inputs, and "plus", which is the score, on many more as well; each
+input has max(4 s, 4 times the reference's time), all together a minute. Solutions are
+sanitised first. Chat models are asked as evalplus asks them, for both.
+
+HumanEval+ comes in two public forms. One has inputs (also as "Mini", with fewer); its
+references are run here, once in a process. The other ("OriginFmt", which the hub has)
+has HumanEval's form, so that base and plus cannot be told apart; a solution then has
+the reference's time four times, and 4 seconds. Its test of HumanEval/32 no solution can
+pass (it unpacks a number), so that its inputs are taken and treated as in the first.
+
+The validation split is a fixed quarter of the problems, 54 of 164, the same for both
+tasks; "test" is the rest, "all" the whole, for comparison with published numbers.
+
+Programs run in `experiments.sandbox`.
+"""
+
+import ast
+import collections
+from collections.abc import Sequence
+import dataclasses
+import functools
+import hashlib
+import math
+import pathlib
+import pickle
+
+from experiments import sandbox
+from experiments.sandbox import Limits, Program
+from experiments.tasks import base, sources
+from experiments.tasks.sanitize import sanitize
+from experiments.tasks.sources import Source
+
+SLICE = 0.25
+HUMAN_EVAL_SECONDS = 3.0
+PLUS_SECONDS = 60.0  # of all inputs together
+REFERENCE_SECONDS = 600.0
+MEMORY_BYTES = 4 << 30
+
+# Of a completion; those of HumanEval+ end direct completions in evalplus.
+COMPLETION_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+PLUS_STOP = ("<|endoftext|>", "<|endofmask|>", "</s>", "\nif __name__", "\ndef main(", "\nprint(",
+             "\ndef ", "\nclass ", "\nimport ", "\nfrom ", "\nassert ")
+CHAT_STOP = (*PLUS_STOP[:6], "\n```\n")
+INSTRUCTION = ("Please provide a self-contained Python script that solves the following problem in "
+               "a markdown code block:")
+RESPONSE = ("Below is a Python script with a self-contained function that solves the problem and "
+            "passes corresponding tests:")
+
+_DRIVER = pathlib.Path(__file__).with_name("plus_driver.py")
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+  """The probability that one of k samples is correct, estimated without bias.
+
+  1 - C(n - c, k) / C(n, k) as a product (Chen et al. 2021, section 2.1).
+
+  Args:
+    samples: n, how many were drawn, at least k.
+    correct: c, how many of them are correct.
+    k: at least 1.
+
+  Raises:
+    ValueError: the numbers are out of range.
+  """
+  if not 1 <= k <= samples or not 0 <= correct <= samples:
+    raise ValueError(f"pass@k needs 1 <= k <= n and 0 <= c <= n, got k={k}, n={samples}, "
+                     f"c={correct}")
+  # From n - c < k on one factor is zero.
+  return 1.0 - math.prod(max(0.0, 1.0 - k / i) for i in range(samples - correct + 1, samples + 1))
+
+
+def solution(example: base.Example, text: str) -> str:
+  """The program that a model's text stands for, without tests."""
+  problem = example.data
+  if example.messages:
+    text = sanitize(text, problem["entry_point"])
+    # HumanEval's tests may use what else the prompt defines; evalplus has no tests that do.
+    return text if problem["plus"] else f"{text}\n{_helpers(problem)}"
+  if problem["plus"]:
+    return sanitize(example.prompt + text, problem["entry_point"])
+  return example.prompt + text
+
+
+def _helpers(problem):
+  """What the prompt defines beside the function asked for."""
+  names = [node.name for node in ast.parse(problem["prompt"]).body
+           if isinstance(node, ast.FunctionDef) and node.name != problem["entry_point"]]
+  return "\n".join(sanitize(problem["prompt"], name) for name in names)
+
+
+def _read(name: str, source: Source, plus: bool, split: str, data_dir: pathlib.Path | None,
+          chat: bool):
+  read = functools.partial(_example, name=name, plus=plus, chat=chat)
+  for example in sources.parse(source.rows(data_dir), read, source.name):
+    if split == "all" or (split == "validation") == sources.in_slice(example.data["task_id"], SLICE):
+      yield example
+
+
+def _example(row, name, plus, chat):
+  problem = {key: row[key] for key in (
+      "task_id", "prompt", "entry_point", "canonical_solution")}
+  if not all(isinstance(value, str) for value in problem.values()):
+    raise ValueError("task_id, prompt, entry_point and canonical_solution must be texts")
+  if plus and "plus_input" in row:
+    problem |= {"inputs": [*row["base_input"], *row["plus_input"]],
+                "base": len(row["base_input"]), "atol": row["atol"]}
+  elif plus and row["entry_point"] == "find_zero":
+    problem |= {"inputs": _inputs(row["test"]), "base": None, "atol": 1e-4}
+  else:
+    problem["test"] = row["test"]
+  prompt = row["prompt"].strip() + "\n" if plus else row["prompt"]
+  messages = ()
+  if chat:
+    messages = (
+        {"role": "user", "content": f"{INSTRUCTION}\n```\n{row['prompt'].strip()}\n```\n"},
+        {"role": "assistant", "content": f"{RESPONSE}\n```python\n"})
+  return base.Example(
+      id=f"{name}/{row['task_id'].rpartition('/')[2]}", prompt=prompt,
+      stop=CHAT_STOP if chat else PLUS_STOP if plus else COMPLETION_STOP,
+      max_new_tokens=768 if plus or chat else 512, reference=row["canonical_solution"],
+      messages=messages, data=problem | {"plus": plus})
+
+
+def _inputs(test):
+  """The inputs written in a test of HumanEval's form."""
+  for node in ast.walk(ast.parse(test)):
+    if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "inputs":
+      return ast.literal_eval(node.value)
+  raise ValueError("the test names no inputs")
+
+
+def _tested(problem, text, seconds):
+  test = f"{text}\n{problem['test']}\ncheck({problem['entry_point']})"
+  return Program(test, limits=Limits(seconds=seconds, memory_bytes=MEMORY_BYTES))
+
+
+def _driven(problem, text, seconds, **more):
+  job = {"solution": text, "entry_point": problem["entry_point"], "inputs": problem["inputs"]}
+  return Program(_DRIVER.read_text(), pickle.dumps(job | more),
+                 Limits(seconds=seconds, memory_bytes=MEMORY_BYTES))
+
+
+def _judge_human_eval(examples, outputs, workers, on_done):
+  outcomes = sandbox.run_programs(
+      [_tested(e.data, solution(e, o), HUMAN_EVAL_SECONDS) for e, o in zip(examples, outputs)],
+      workers, lambda index: on_done())
+  return [{"pass@1": float(o.passed)} for o in outcomes]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reference:
+  """What a reference solution did: pickled answers, not read here, and its seconds."""
+  answers: bytes
+  seconds: float
+
+
+_references: dict[bytes, _Reference] = {}  # by what was run
+
+
+def _run_references(problems, workers):
+  """Runs the reference solutions that this process has not run yet.
+
+  Returns:
+    for each problem its reference.
+
+  Raises:
+    ValueError: one does not run.
+  """
+  programs = []
+  for problem in problems:
+    text = problem["prompt"] + problem["canonical_solution"]
+    run = _driven if "inputs" in problem else _tested
+    programs.append(run(problem, text, REFERENCE_SECONDS))
+  keys = [hashlib.blake2b(repr((p.text, p.data)).encode()).digest() for p in programs]
+  missing = {k: i for i, k in enumerate(keys) if k not in _references}
+  outcomes = sandbox.run_programs([programs[i] for i in missing.values()], workers)
+  for (key, i), outcome in zip(missing.items(), outcomes):
+    if not outcome.passed:
+      raise ValueError(f"the reference solution of {problems[i]['task_id']} does not run "
+                       f"({outcome.reason}): {outcome.output[-300:]}")
+    _references[key] = _Reference(outcome.result, outcome.seconds)
+  return [_references[key] for key in keys]
+
+
+def _judge_plus(examples: Sequence[base.Example], outputs, workers, on_done):
+  """"pass@1" on all inputs; "base_pass@1" on HumanEval's own, where they are told apart."""
+  programs, owners = [], []
+  references = _run_references([e.data for e in examples], workers)
+  for i, (example, output, reference) in enumerate(zip(examples, outputs, references)):
+    problem, text = example.data, solution(example, output)
+    if "inputs" not in problem:
+      groups = [_tested(problem, text, 4.0 + 4.0 * reference.seconds)]
+    else:
+      count, own = len(problem["inputs"]), problem["base"]
+      ranges = [(0, count)] if own is None else [(0, own), (own, count)]
+      groups = [_driven(problem, text, PLUS_SECONDS, reference=reference.answers, group=group,
+                        atol=problem["atol"]) for group in ranges]
+    programs += groups
+    owners += [i] * len(groups)
+  running = collections.Counter(owners)
+
+  def ended(index):
+    running[owners[index]] -= 1
+    if not running[owners[index]]:
+      on_done()
+
+  passed: list[list[bool]] = [[] for _ in examples]
+  for i, outcome in zip(owners, sandbox.run_programs(programs, workers, ended)):
+    passed[i].append(outcome.passed)
+  # Where there are two groups, the first is HumanEval's own inputs.
+  return [{"pass@1": float(all(p))} | ({"base_pass@1": float(p[0])} if len(p) == 2 else {})
+          for p in passed]
+
+
+def _task(name, source, plus, judge):
+  return base.Task(
+      name=name, category="code", metric="pass@1", runs_code=True, judge=judge,
+      read=functools.partial(_read, name, source, plus),
+      validation=f"a fixed slice ({100 * SLICE:.0f} %) of the problems; \"test\" is the rest")
+
+
+HUMAN_EVAL = _task(
+    "humaneval",
+    Source("humaneval", ("HumanEval.jsonl.gz", "HumanEval.jsonl"),
+           ({"path": "openai/openai_humaneval", "split": "test"},)),
+    plus=False, judge=_judge_human_eval)
+HUMAN_EVAL_PLUS = _task(
+    "humaneval_plus",
+    Source("humaneval_plus",
+           ("HumanEvalPlus.jsonl*", "HumanEvalPlus-v*.jsonl*", "HumanEvalPlus-Mini*.jsonl*",
+            "HumanEvalPlus-OriginFmt*.jsonl*"),
+           ({"path": "evalplus/humanevalplus", "split": "test"},)),
+    plus=True, judge=_judge_plus)

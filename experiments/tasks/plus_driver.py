@@ -1,0 +1,73 @@
+"""Runs a solution on a problem's inputs, as evalplus does; a program for the sandbox.
+
+It is run as text, so that it needs the standard library and NumPy only. `__data__` is
+a pickled dictionary with "solution" (source), "entry_point" and "inputs" (a list of
+argument lists). With "reference", which a run without it has left as `__result__`,
+what the solution returns is compared; "atol" and "group" (a slice of the inputs) then
+belong to it, too.
+"""
+
+import copy
+import math
+import pickle
+import signal
+import time
+
+MIN_SECONDS, FACTOR = 4.0, 4.0  # an input's limit: at least, and times the reference's time
+
+
+def is_floats(value):
+  return isinstance(value, float) or (
+      isinstance(value, (list, tuple)) and all(isinstance(v, float) for v in value))
+
+
+def polynomial(coefficients, x):
+  return sum(c * math.pow(x, i) for i, c in enumerate(coefficients))
+
+
+def agree(found, expected, atol):
+  """Whether two values are equal, or close where floats are to be compared."""
+  if found == expected:
+    return True
+  if atol == 0 and is_floats(expected):
+    atol = 1e-6
+  if atol == 0 or type(found) is not type(expected):
+    return False
+  if isinstance(expected, (list, tuple)) and len(found) != len(expected):
+    return False
+  import numpy
+  return bool(numpy.allclose(found, expected, rtol=1e-7, atol=atol))
+
+
+def late(signum, frame):
+  raise TimeoutError("the limit of time of one input")
+
+
+def main(job):
+  """Returns the pickled answers and times of a reference; raises where one is wrong."""
+  namespace = {}
+  exec(compile(job["solution"], "solution.py", "exec"), namespace)
+  function = namespace[job["entry_point"]]
+  if "reference" not in job:
+    answers, times = [], []
+    for arguments in job["inputs"]:
+      arguments = copy.deepcopy(arguments)
+      began = time.perf_counter()
+      answers.append(function(*arguments))
+      times.append(time.perf_counter() - began)
+    return pickle.dumps((answers, times))
+  signal.signal(signal.SIGALRM, late)
+  group = slice(*job["group"])
+  rows = zip(job["inputs"], *pickle.loads(job["reference"]))
+  for arguments, expected, seconds in list(rows)[group]:
+    signal.setitimer(signal.ITIMER_REAL, max(MIN_SECONDS, FACTOR * seconds))
+    found = function(*copy.deepcopy(arguments))
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if job["entry_point"] == "find_zero":  # any zero is right
+      assert abs(polynomial(*arguments, found)) <= job["atol"], (arguments, found)
+    else:
+      assert agree(found, expected, job["atol"]), (arguments, found, expected)
+  return b""
+
+
+__result__ = main(pickle.loads(__data__))  # noqa: F821

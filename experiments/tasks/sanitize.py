@@ -1,0 +1,86 @@
+"""The program within a text that a model wrote.
+
+As in evalplus (commit 26d6d00): the longest run of lines that is valid Python, and of
+it the imports and what the function asked for needs. Prose, Markdown fences, tests,
+prints and a torn last function are left out.
+"""
+
+import ast
+import warnings
+
+
+def sanitize(text: str, entry_point: str) -> str:
+  """The imports, and the definitions from which `entry_point` is made.
+
+  Definitions are the classes, functions with a return, and assignments to a name, of
+  which the first of each name counts. The result is empty where there is nothing.
+  """
+  source = longest_program(text)
+  lines = source.split("\n")
+  imports, definitions = [], {}
+  for node in _parse(source).body:
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+      imports.append(node)
+    elif (name := _defined(node)) is not None:
+      definitions.setdefault(name, node)
+  needed, found = set(), [entry_point]
+  while found:
+    name = found.pop()
+    if name in definitions and name not in needed:
+      needed.add(name)
+      found += [n.id for n in ast.walk(definitions[name]) if isinstance(n, ast.Name)]
+  kept = imports + [node for name, node in definitions.items() if name in needed]
+  return "\n".join(_lines_of(node, lines) for node in kept)
+
+
+def longest_program(text: str) -> str:
+  """The run of lines with the most that are not blank which is valid Python."""
+  lines = text.split("\n")
+  best, most = "", 0
+  for begin in range(len(lines)):
+    if sum(map(bool, map(str.strip, lines[begin:]))) <= most:
+      break
+    end = _valid_end(lines, begin)
+    count = sum(map(bool, map(str.strip, lines[begin:end])))
+    if count > most:
+      best, most = "\n".join(lines[begin:end]), count
+  return best
+
+
+def _valid_end(lines, begin):
+  """The largest `end` for which the lines from `begin` up to it are valid."""
+  end = len(lines)
+  while end > begin:
+    try:
+      _parse("\n".join(lines[begin:end]))
+      return end
+    except SyntaxError as error:
+      # With the line of the error no run from `begin` is valid.
+      end = min(end - 1, begin + max((error.lineno or 1) - 1, 0))
+    except (ValueError, MemoryError, RecursionError):  # null bytes; nested too deeply
+      end -= 1
+  return begin
+
+
+def _parse(source):
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of invalid escapes
+    return ast.parse(source)
+
+
+def _defined(node):
+  """The name that a statement defines, or None."""
+  if isinstance(node, ast.ClassDef):
+    return node.name
+  if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+    returns = any(isinstance(n, ast.Return) for n in ast.walk(node))
+    return node.name if returns else None
+  target = getattr(node, "target", None) or next(iter(getattr(node, "targets", ())), None)
+  if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(target, ast.Name):
+    return target.id
+  return None
+
+
+def _lines_of(node, lines):
+  first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
+  return "\n".join(lines[first - 1:node.end_lineno])
