@@ -85,7 +85,8 @@ def _check(name, task, allow_code_execution):
     return
   if not allow_code_execution:
     raise ValueError(f"task {name} {_NotAllowed()}")
-  functions = getattr(task, "_metric_fn_list", {}).values()
+  # The harness holds metrics as the `__call__` of their functions.
+  functions = [getattr(f, "__self__", f) for f in getattr(task, "_metric_fn_list", {}).values()]
   if not any(isinstance(value, CodeEval) for function in functions
              for value in getattr(function, "__globals__", {}).values()):
     raise ValueError(f"task {name} runs programs that the model wrote in a way of its own, without "

@@ -8,11 +8,13 @@ import pytest
 
 import chat_formats
 import hf
-from experiments import harness, harness_tasks
+import tiny
+from experiments import engine as engine_lib, harness, harness_tasks
 from experiments.engine import Answers, Engine, request_id
 from experiments.tasks import wordmath, wordmath_tokenizer
 from roe_jax import checkpoint
 from roe_jax.chat import Chat
+from roe_jax.completion import Completion
 from roe_jax.families import from_hugging_face
 from roe_jax.roster import Roster
 from roe_jax.tokenizer import Tokenizer
@@ -56,7 +58,8 @@ def ours(folder, model):
 @pytest.fixture(scope="module")
 def theirs(folder, model):
   """The harness's own model of the same weights."""
-  pytest.importorskip("torch")
+  for needed in ("torch", "accelerate"):
+    pytest.importorskip(needed)
   transformers = pytest.importorskip("transformers")
   from lm_eval.models.huggingface import HFLM
   tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder))
@@ -147,9 +150,45 @@ def test_wrong_generation_settings_are_refused(ours, settings, message):
   assert ours.prompt(QUESTIONS[0], {"num_beams": 1, "max_gen_toks": 5}).max_new_tokens == 5
 
 
-def test_chats_are_rendered_by_the_template_and_encoded_without_further_special_tokens(tmp_path):
-  tokenizer = chat_formats.save(tmp_path, "olmoe") if hasattr(chat_formats, "save") else None
-  assert tokenizer is not None
+@pytest.mark.parametrize("name", ["olmoe", "mixtral", "thinking"])
+def test_chats_are_prompts_of_the_template_that_end_with_its_turn(tmp_path, name):
+  chat_formats.write(tmp_path, name)
+  tokenizer = Tokenizer.load(tmp_path)
+  config = tiny.config("olmoe", vocab_size=tokenizer.vocab_size, context_length=256)
+  chat = Chat.load(tmp_path, tokenizer)
+  lm = harness.RosterLM(str(tmp_path), config, tokenizer, chat)
+  messages = [{"role": "user", "content": "What is 1+1?"}]
+  for said in (messages, [*messages, {"role": "assistant", "content": "It is"}]):
+    prompt = lm.prompt(lm.apply_chat_template(said), {"until": ["5"], "max_gen_toks": 9})
+    expected = chat.prompt(said)
+    assert list(prompt.tokens) == expected.tokens
+    assert list(prompt.opening) == expected.opening
+    assert prompt.stop_tokens == chat.stop_tokens
+  assert lm.chat_template(True) == chat_formats.TEMPLATES[name]
+  # Without a chat from the beginning, as the harness's own program asks for it.
+  late = harness.RosterLM(str(tmp_path), config, tokenizer)
+  assert late.prompt(late.apply_chat_template(said), {"until": ["5"], "max_gen_toks": 9}) == prompt
+
+
+def test_the_answer_of_a_chat_is_what_follows_the_reasoning(tmp_path, monkeypatch):
+  chat_formats.write(tmp_path, "thinking")
+  tokenizer = Tokenizer.load(tmp_path)
+  config = tiny.config("olmoe", vocab_size=tokenizer.vocab_size, context_length=256)
+  written = ["<think>17 or 5</think>It is 5<|im_end|>", "<think>17 or"]
+
+  def generate(params, config, prompts, *, on_finished, **settings):
+    for i, text in enumerate(written):
+      tokens = tokenizer.encode(text, add_special_tokens=False)
+      reason = "stop_token" if i == 0 else "length"
+      on_finished(i, Completion(tokens, [-0.5] * len(tokens), tokens, reason, text))
+
+  monkeypatch.setattr(engine_lib.decode, "generate", generate)
+  lm = harness.RosterLM(str(tmp_path), config, tokenizer, Chat.load(tmp_path, tokenizer))
+  lm.engine = Engine(None, config, tokenizer, Roster.create(config), Answers())
+  contexts = [lm.apply_chat_template([{"role": "user", "content": text}]) for text in "bb a".split()]
+  found = lm.generate_until(instances("generate_until", [
+      (context, {"until": [], "max_gen_toks": 9}) for context in contexts]))
+  assert sorted(found) == ["", "It is 5"]
 
 
 def test_the_harnesss_program_finds_the_model_by_name(tiny_checkpoint):
@@ -236,7 +275,7 @@ def task_folder(tmp_path_factory):
   with (path / "data.jsonl").open("w") as file:
     for i, problem in enumerate(wordmath.problems("test", 5)):
       file.write(json.dumps({
-          "question": wordmath.prompt(problem), "choices": [" 12", " 3+4=7", " 9-2=7."],
+          "question": wordmath.prompt(problem), "choices": ["12", "3+4=7", "9-2=7."],
           "label": i % 3, "answer": problem.answer}) + "\n")
   for name, text in TASKS.items():
     (path / f"{name}.yaml").write_text(HEAD.format(name=name, data=path / "data.jsonl") + text)
