@@ -90,7 +90,7 @@ def _check(name, task, allow_code_execution):
   if not any(isinstance(value, CodeEval) for function in functions
              for value in getattr(function, "__globals__", {}).values()):
     raise ValueError(f"task {name} runs programs that the model wrote in a way of its own, without "
-                     "a sandbox, and is not run here; paper/humaneval and paper/humanevalplus are")
+                     "a sandbox, and is not run here; paper/humaneval and paper/humaneval_plus are")
 
 
 class _NotAllowed(Exception):
