@@ -10,7 +10,7 @@ import jax
 
 from experiments import profiles
 from experiments.profiles import Profile
-from roe_jax import assets, checkpoint, routing, sharding, tokenizer as tokenizer_lib
+from roe_jax import assets, checkpoint, noise, routing, sharding, tokenizer as tokenizer_lib
 from roe_jax.aggregation import AGGREGATIONS
 from roe_jax.config import ModelConfig
 from roe_jax.experts import STRATEGIES
@@ -94,6 +94,8 @@ def define_roster_flags(num_members: int = 1) -> None:
                     "How the members' distributions become one.")
   flags.DEFINE_enum("gate_weights", routing.CLEAN, routing.GATE_WEIGHTS,
                     "What the chosen experts are weighted with.")
+  flags.DEFINE_enum("noise", noise.GUMBEL, list(noise.FAMILIES),
+                    "What chooses the noisy members' experts.")
   flags.DEFINE_bool("include_clean", True, "Whether the noise-free member is averaged.")
   flags.DEFINE_enum("expert_strategy", None, STRATEGIES,
                     "How experts are computed; by platform and sizes by default.")

@@ -26,7 +26,7 @@ from roe_jax.params import Params
 from roe_jax.roster import Roster
 
 # What of a roster is tuned for, and so belongs to a profile.
-ROSTER_SETTINGS = ("num_members", "gate_weights", "cache", "recompute", "aggregation",
+ROSTER_SETTINGS = ("num_members", "gate_weights", "noise", "cache", "recompute", "aggregation",
                    "include_clean")
 # What the temperatures of a model depend on and no dtype or format of its experts changes.
 SIZES = ("family", "num_layers", "d_model", "num_experts", "experts_per_token", "d_expert",

@@ -7,6 +7,7 @@ available under its name everywhere.
 
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -73,8 +74,33 @@ def _elect(state, n):
 # leaves no token without probability.
 MAJORITY = Aggregation(_add_votes, _elect)
 
+
+# SCMoE (arXiv 2405.14507): what the first member, which must be the clean one, says
+# in contrast to the mean of the others: z = (1 + β) z_0 - β mean_i z_i over the
+# tokens of which it gives at least α times the probability of its best; the others
+# have none. The paper contrasts logits of one weak pass, with these α and β.
+ALPHA, BETA = 0.1, 0.5
+
+
+def _add_contrast(state, logits):
+  """State: the first member's logits, and the sum of the others'."""
+  if state is None:
+    return logits[0], logits[1:].sum(axis=0)
+  return state[0], state[1] + logits.sum(axis=0)
+
+
+def _contrast(state, n):
+  strong, weak = state
+  plausible = strong >= math.log(ALPHA) + strong.max(axis=-1, keepdims=True)
+  z = (1 + BETA) * strong - BETA * weak / (n - 1)
+  return jax.nn.log_softmax(jnp.where(plausible, z, -jnp.inf), axis=-1)
+
+
+CONTRAST = Aggregation(_add_contrast, _contrast)
+
 AGGREGATIONS = {
     "mean_probability": MEAN_PROBABILITY,
     "mean_logit": MEAN_LOGIT,
     "majority": MAJORITY,
+    "contrast": CONTRAST,
 }

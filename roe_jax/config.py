@@ -53,6 +53,9 @@ class ModelConfig:
     context_length: longest sequence the model was made for, in tokens.
     normalize_gates: whether the gates of the chosen experts are scaled to sum
       to one (Mixtral; `norm_topk_prob`), or stay a softmax over all experts.
+    gate_mass_experts: scale gates that are not normalised so that they sum to what
+      those of so many best experts alone would; None: do not. No model has it:
+      see `routing.with_experts`.
     gates_in_model_dtype: whether gates are rounded to `dtype` before use
       (OLMoE) or kept in float32 (Mixtral).
     qk_norm: RMSNorm of the queries and of the keys: over all heads (OLMoE), or
@@ -115,6 +118,7 @@ class ModelConfig:
   rms_norm_eps: float = 1e-5
   norm_weight_in_float32: bool = False
   expert_format: str | None = None
+  gate_mass_experts: int | None = None
   initializer_range: float = 0.02
   bos_token_id: int | None = None
   pad_token_id: int | None = None
@@ -149,6 +153,10 @@ class ModelConfig:
       raise ValueError(
           f"experts_per_token ({self.experts_per_token}) exceeds num_experts "
           f"({self.num_experts})")
+    if not 1 <= (self.gate_mass_experts or 1) <= self.experts_per_token:
+      raise ValueError(
+          f"gate_mass_experts must be None or lie in [1, {self.experts_per_token}] "
+          f"(experts_per_token), got {self.gate_mass_experts}")
     layers = self.sliding_layers
     if (self.sliding_window is None) == bool(layers) or (layers and self.sliding_window < 1):
       raise ValueError(

@@ -98,7 +98,7 @@ def routing_noise(roster: Roster, request_ids_B: jax.Array, positions_BxT: jax.A
   """The noise of member(s) `member` at rows of the given addresses."""
   key = noise_lib.stream_key(roster.seed, noise_lib.ROUTING)
   keys = noise_lib.position_keys(key, request_ids_B, positions_BxT)
-  return noise_lib.RoutingNoise(keys, roster.temperatures, member)
+  return noise_lib.RoutingNoise(keys, roster.temperatures, member, roster.noise)
 
 
 def prefill(params: Params, config: ModelConfig, roster: Roster, cache: Any,
@@ -189,7 +189,7 @@ class _Rows:
 
     def lift(block):
       def lifted(x_RxBxTxD, noise):
-        axes = None if noise is None else noise_lib.RoutingNoise(None, None, 0)
+        axes = None if noise is None else noise.replace(keys=None, temperatures=None, member=0)
         x, _, outputs = jax.vmap(block, in_axes=(0, axes))(x_RxBxTxD, noise)
         of_first = {name: jax.tree.map(lambda a: a[0], getattr(outputs, name))
                     for name in ("keys", "values")}

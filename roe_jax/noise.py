@@ -7,6 +7,9 @@ requests are batched, padded, chunked or placed, and whether the token is
 generated, scored or verified.
 """
 
+from collections.abc import Callable
+import math
+
 from flax import struct
 import jax
 import jax.numpy as jnp
@@ -36,29 +39,110 @@ def position_keys(key: jax.Array, request_ids_B: jax.Array,
   return jax.vmap(one_request)(request_ids_B, positions_BxT)
 
 
+def _added(draw):
+  """A family that adds τ times what `draw(key, [E]) -> [E]` gives to the logits."""
+  def perturb(key, logits, temperature, count):
+    del count
+    return logits + temperature * draw(key, logits.shape)
+  return perturb
+
+
+def _gumbel(key, shape):
+  return jax.random.gumbel(key, shape, jnp.float32)
+
+
+def _gaussian(key, shape):
+  return _STANDARD_DEVIATION * jax.random.normal(key, shape, jnp.float32)
+
+
+def _uniform(key, shape):
+  bound = math.sqrt(3) * _STANDARD_DEVIATION
+  return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def _swap(key, logits, temperature, count):
+  """Each chosen expert trades logits, with probability τ, with one not chosen.
+
+  Which one is drawn evenly, no one twice; what it is weighted with, should gates
+  follow the perturbed logits, is what the replaced expert would have had. Where
+  more are to be replaced than others are left, the last ones stay.
+  """
+  by_rank = jax.lax.top_k(logits, logits.size)[1]
+  chosen, others = by_rank[:count], by_rank[count:]
+  if not others.size:
+    return logits
+  coins, order = jax.random.split(key)
+  replaced = jax.random.bernoulli(coins, temperature, (count,))
+  place = jnp.cumsum(replaced) - 1  # among those replaced
+  replaced &= place < others.size
+  partner = jax.random.permutation(order, others)[jnp.clip(place, 0, others.size - 1)]
+  none = logits.size  # an index out of range, where nothing is put
+  return (logits
+          .at[jnp.where(replaced, chosen, none)].set(logits[partner], mode="drop")
+          .at[jnp.where(replaced, partner, none)].set(logits[chosen], mode="drop"))
+
+
+def _second_expert(key, logits, temperature, count):
+  """Where τ > 0 only the expert of the second largest logit is left; no chance in it.
+
+  The weak pass of SCMoE (arXiv 2405.14507), which is contrasted with the clean
+  member: see `aggregation.CONTRAST`.
+  """
+  del key, count
+  second = jax.lax.top_k(logits, 2)[1][1]
+  alone = jnp.where(jnp.arange(logits.size) == second, logits, -jnp.inf)
+  return jnp.where(temperature > 0, alone, logits)
+
+
+# That of a standard Gumbel variable. Noise of other distributions is scaled to it,
+# so that temperatures mean the same.
+_STANDARD_DEVIATION = math.pi / math.sqrt(6)
+
+GUMBEL = "gumbel"
+# What becomes of the router logits of one row, by name:
+# `(key, logits [E] float32, τ, A) -> perturbed logits [E]`, of which the A largest
+# are chosen; -inf leaves an expert out even if there are fewer than A others. τ = 0
+# must give the logits themselves. An entry here is available under its name
+# everywhere.
+FAMILIES: dict[str, Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]] = {
+    GUMBEL: _added(_gumbel),
+    "gaussian": _added(_gaussian),
+    "uniform": _added(_uniform),
+    "swap": _swap,
+    "second_expert": _second_expert,
+}
+# Families whose τ is a probability.
+PROBABILITIES = ("swap",)
+
+
 @struct.dataclass
 class RoutingNoise:
-  """Gumbel noise on the routers of one roster member.
+  """Noise on the routers of one roster member.
 
   Attributes:
     keys: `[B, T]` keys of the (request, position) of each row.
     temperatures: `[L]` float32, τ of each layer, in units of router logits.
-    member: scalar int32 index of the member. Member 0 is the clean one, whose
-      noise is zero in every layer.
+    member: scalar int32 index of the member. Member 0 is the clean one, which has
+      no noise in any layer.
+    family: a name in `FAMILIES`.
   """
 
   keys: jax.Array
   temperatures: jax.Array
   member: jax.Array
+  family: str = struct.field(pytree_node=False, default=GUMBEL)
 
-  def draw(self, layer: jax.Array, num_experts: int) -> jax.Array:
-    """τ_l · G of arXiv 2509.17238 eq. (1): float32 `[B, T, E]`.
+  def perturb(self, layer: jax.Array, logits_BxTxE: jax.Array, count: int) -> jax.Array:
+    """Router logits with noise, of which the `count` largest are chosen.
+
+    With Gumbel noise, logits + τ_l · G of arXiv 2509.17238 eq. (1).
 
     float32 whatever the model's dtype: bfloat16 has too few bits for the tail
     of the distribution, and makes ties.
     """
-    def gumbel(key):
+    temperature = jnp.where(self.member == 0, 0.0, self.temperatures[layer])
+
+    def of_row(key, logits_E):
       key = jax.random.fold_in(jax.random.fold_in(key, layer), self.member)
-      return jax.random.gumbel(key, (num_experts,), jnp.float32)
-    scale = jnp.where(self.member == 0, 0.0, self.temperatures[layer])
-    return scale * jax.vmap(jax.vmap(gumbel))(self.keys)
+      return FAMILIES[self.family](key, logits_E, temperature, count)
+    return jax.vmap(jax.vmap(of_row))(self.keys, logits_BxTxE)

@@ -40,12 +40,11 @@ def member_states(params: Params, config: ModelConfig, roster, tokens_BxT: jax.A
   keys = noise_lib.position_keys(stream, request_ids_B, positions)
 
   def run(member, history):
-    noise = noise_lib.RoutingNoise(keys, roster.temperatures, member)
+    noise = noise_lib.RoutingNoise(keys, roster.temperatures, member, roster.noise)
     x = transformer.embed(params, tokens_BxT)
     own_history = []
     for layer in range(config.num_layers):
-      x, own = _block(params, config, x, positions, layer,
-                      noise.draw(layer, config.num_experts), roster.gate_weights,
+      x, own = _block(params, config, x, positions, layer, noise, roster.gate_weights,
                       history[layer] if history else None)
       own_history.append(own)
     return x, own_history
@@ -69,7 +68,8 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
   x = add(x, attention.output(params.layers.attention, layer, heads))
   normed = transformer.norm(config, x, layers.moe_norm[layer])
   logits = transformer.router_logits(config, layers, layer, normed)
-  chosen, gates = routing.route(config, logits, noise, gate_weights)
+  perturbed = noise.perturb(layer, logits, config.experts_per_token)
+  chosen, gates = routing.route(config, logits, perturbed, gate_weights)
   by_expert = jnp.sum(jax.nn.one_hot(chosen, config.num_experts) * gates[..., None], axis=-2)
   projected = einsum("btd,efcd->btecf", normed, experts.gate_up)
   if config.expert_bias:

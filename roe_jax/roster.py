@@ -42,6 +42,7 @@ class Roster:
     recompute: whether to do without a cache, recomputing that history.
     aggregation: a name in `aggregation.AGGREGATIONS`.
     gate_weights: see `routing.route`.
+    noise: a name in `noise.FAMILIES`, what chooses the members' experts.
     noisy_layers: `(first, end)` outside which no layer has noise; layers
       before it are computed once for all members.
     memory_budget: bytes that the activations of the members computed together
@@ -57,6 +58,7 @@ class Roster:
   recompute: bool = struct.field(pytree_node=False)
   aggregation: str = struct.field(pytree_node=False)
   gate_weights: str = struct.field(pytree_node=False)
+  noise: str = struct.field(pytree_node=False)
   noisy_layers: tuple[int, int] = struct.field(pytree_node=False)
   memory_budget: int = struct.field(pytree_node=False)
   expert_strategy: str | None = struct.field(pytree_node=False)
@@ -74,6 +76,7 @@ class Roster:
       recompute: bool = False,
       aggregation: str = "mean_probability",
       gate_weights: str = routing.CLEAN,
+      noise: str = noise_lib.GUMBEL,
       noisy_layers: tuple[int, int] | None = None,
       memory_budget: int = MEMORY_BUDGET,
       expert_strategy: str | None = None,
@@ -90,6 +93,7 @@ class Roster:
       recompute: see the class.
       aggregation: see the class.
       gate_weights: see the class.
+      noise: see the class.
       noisy_layers: by default the stretch from the first to the last layer
         with τ > 0. Give it to vary τ within the stretch without compiling
         again, or to pay for a roster at τ = 0.
@@ -114,9 +118,13 @@ class Roster:
           f"temperatures must be finite and not negative, got {values.tolist()}")
     for name, value, known in (("cache", cache, CACHES),
                                ("aggregation", aggregation, tuple(AGGREGATIONS)),
-                               ("gate_weights", gate_weights, routing.GATE_WEIGHTS)):
+                               ("gate_weights", gate_weights, routing.GATE_WEIGHTS),
+                               ("noise", noise, tuple(noise_lib.FAMILIES))):
       if value not in known:
         raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
+    if noise in noise_lib.PROBABILITIES and np.any(values > 1):
+      raise ValueError(f"with noise {noise!r} a temperature is the probability that an expert is "
+                       f"replaced and at most 1, got {values.tolist()}")
     if not 0 <= seed <= noise_lib.MAX_SEED:
       raise ValueError(f"seed must lie in [0, 2**32), got {seed}")
     noisy = np.flatnonzero(values)
@@ -130,6 +138,9 @@ class Roster:
       raise ValueError(
           f"noisy_layers {noisy_layers} leaves out layers with a temperature above 0: "
           f"these span {needed}")
+    if aggregation == "contrast" and not include_clean:
+      raise ValueError("aggregation 'contrast' sets the clean member against the others: it needs "
+                       "include_clean")
     if memory_budget < 1:
       raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
     experts.check_strategy(expert_strategy)
@@ -137,7 +148,7 @@ class Roster:
       first, end = layers, layers  # the clean member alone
     return cls(jnp.asarray(values), jnp.asarray(seed, jnp.uint32), int(num_members),
                bool(include_clean), cache, bool(recompute), aggregation,
-               gate_weights, (first, end), int(memory_budget), expert_strategy)
+               gate_weights, noise, (first, end), int(memory_budget), expert_strategy)
 
   @property
   def is_plain(self) -> bool:
@@ -181,7 +192,8 @@ class Roster:
       return self
     layers = self.temperatures.shape[0]
     return self.replace(num_members=1, include_clean=True, noisy_layers=(layers, layers),
-                        aggregation="mean_probability", gate_weights=routing.CLEAN)
+                        aggregation="mean_probability", gate_weights=routing.CLEAN,
+                        noise=noise_lib.GUMBEL)
 
   def settings(self) -> dict[str, Any]:
     """All that results depend on, as plain values, to go with every result."""
@@ -194,5 +206,6 @@ class Roster:
         "recompute": self.recompute,
         "aggregation": self.aggregation,
         "gate_weights": self.gate_weights,
+        "noise": self.noise,
         "noisy_layers": list(self.noisy_layers),
     }

@@ -10,14 +10,40 @@ CLEAN = "clean"
 NOISY = "noisy"
 CLEAN_RESCALED = "clean_rescaled"
 GATE_WEIGHTS = (CLEAN, NOISY, CLEAN_RESCALED)
+EXTRA_GATES = ("model", "rescaled", "renormalized")
 
 
-def route(config: ModelConfig, logits: jax.Array, noise: jax.Array | None = None,
+def with_experts(config: ModelConfig, count: int, gates: str = "model") -> ModelConfig:
+  """The same model with another number of experts per token, k' in place of k.
+
+  What the chosen experts are weighted with is `gates`:
+
+  * `model`: the model's own rule, at k'.
+  * `rescaled`: so that they sum to what those of the best k alone would. As
+    `model` where gates are normalised, for they sum to one then in any case.
+  * `renormalized`: so that they sum to one.
+
+  Raises:
+    ValueError: there are not so many experts, or the rule is unknown.
+  """
+  if gates not in EXTRA_GATES:
+    raise ValueError(f"unknown gates {gates!r}; choose one of {', '.join(EXTRA_GATES)}")
+  least = config.experts_per_token if gates == "rescaled" else 1
+  if not least <= count <= config.num_experts:
+    raise ValueError(f"the number of experts per token must lie in [{least}, {config.num_experts}] "
+                     f"for a model with {config.num_experts} experts, got {count}")
+  mass = config.experts_per_token if gates == "rescaled" else None
+  return config.replace(
+      experts_per_token=count, gate_mass_experts=mass,
+      normalize_gates=config.normalize_gates or gates == "renormalized")
+
+
+def route(config: ModelConfig, logits: jax.Array, perturbed: jax.Array | None = None,
           gate_weights: str = CLEAN) -> tuple[jax.Array, jax.Array]:
-  """Chooses experts by Gumbel-top-k (arXiv 2509.17238 eq. 1) and weights them.
+  """Chooses the experts of the largest perturbed logits and weights them.
 
-  The paper defines the choice only. What the chosen experts are weighted with
-  is `gate_weights`:
+  With Gumbel noise the choice is arXiv 2509.17238 eq. (1), and the paper defines
+  the choice only. What the chosen experts are weighted with is `gate_weights`:
 
   * `clean`: the model's own gates of the unperturbed logits at the chosen
     experts.
@@ -29,32 +55,39 @@ def route(config: ModelConfig, logits: jax.Array, noise: jax.Array | None = None
   Args:
     config: says whether gates are normalised and in which dtype they are used.
     logits: `[..., E]` float32 router logits.
-    noise: `[..., E]` float32 added to them, or None.
+    perturbed: `[..., E]` float32, the logits with noise, or None. Experts at -inf
+      have a gate of zero.
     gate_weights: one of `GATE_WEIGHTS`.
 
   Returns:
     The chosen experts `[..., A]` int32, best first, and their gates `[..., A]`
     float32 (holding values of `config.dtype` where the family rounds them).
   """
-  perturbed = logits if noise is None else logits + noise
-  _, experts = jax.lax.top_k(perturbed, config.experts_per_token)
-  source = perturbed if gate_weights == NOISY else logits
-  gates = _gates(config, source, experts)
-  if gate_weights == CLEAN_RESCALED and noise is not None and not config.normalize_gates:
-    _, clean_experts = jax.lax.top_k(logits, config.experts_per_token)
-    # Summed in the order of the experts, so that the factor is exactly one
-    # where the choice is the clean one in another order.
-    clean_mass, mass = (
-        _gates(config, logits, jnp.sort(chosen, axis=-1)).sum(-1, keepdims=True)
-        for chosen in (clean_experts, experts))
-    gates = gates * (clean_mass / mass)
+  ranked = logits if perturbed is None else perturbed
+  _, experts = jax.lax.top_k(ranked, config.experts_per_token)
+  gates = _gates(config, ranked if gate_weights == NOISY else logits, ranked, experts)
+  if not config.normalize_gates:
+    mass_of = config.gate_mass_experts or config.experts_per_token
+    if gate_weights == CLEAN_RESCALED and perturbed is not None:
+      _, clean_experts = jax.lax.top_k(logits, mass_of)
+      # Summed in the order of the experts, so that the factor is exactly one
+      # where the choice is the clean one in another order.
+      clean_mass = _gates(config, logits, logits, jnp.sort(clean_experts)).sum(-1, keepdims=True)
+      mass = _gates(config, logits, ranked, jnp.sort(experts)).sum(-1, keepdims=True)
+      gates = gates * (clean_mass / mass)
+    elif config.gate_mass_experts is not None:
+      gates = gates * (gates[..., :mass_of].sum(-1, keepdims=True)
+                       / gates.sum(-1, keepdims=True))
   if config.gates_in_model_dtype:
     gates = rounded(gates, jnp.dtype(config.dtype)).astype(jnp.float32)
   return experts, gates
 
 
-def _gates(config, logits, experts):
+def _gates(config, logits, ranked, experts):
   chosen = jnp.take_along_axis(logits, experts, axis=-1)
+  if ranked is not logits:
+    left_out = jnp.isneginf(jnp.take_along_axis(ranked, experts, axis=-1))
+    chosen = jnp.where(left_out, -jnp.inf, chosen)
   if config.normalize_gates:
     # Equal to a softmax over all experts, renormalised over the chosen ones.
     return jax.nn.softmax(chosen, axis=-1)

@@ -184,8 +184,8 @@ def _by_parts(mesh, params, config, x, positions_BxT, cache, noise, lengths_B, w
   x, written, outputs = sharding.by_parts(
       part, mesh,
       (sharding.parameter_specs(mesh, config).layers, hidden, of_rows, of_slots,
-       None if noise is None else RoutingNoise(
-           of_rows, PartitionSpec(), PartitionSpec(*of_members)),
+       None if noise is None else noise.replace(
+           keys=of_rows, temperatures=PartitionSpec(), member=PartitionSpec(*of_members)),
        None if lengths_B is None else of_rows),
       (hidden, of_slots if write else None,
        BlockOutputs(**{name: of_outputs[name] for name in keep})),
@@ -205,8 +205,8 @@ def _block(config, layers: LayerParams, layer, x, cache, place, positions_BxT, c
 
   normed = norm(config, x, layers.moe_norm[layer])
   logits = router_logits(config, layers, layer, normed)
-  drawn = None if noise is None else noise.draw(layer, config.num_experts)
-  chosen, gates = routing.route(config, logits, drawn, gate_weights)
+  perturbed = None if noise is None else noise.perturb(layer, logits, config.experts_per_token)
+  chosen, gates = routing.route(config, logits, perturbed, gate_weights)
   b, t, d = x.shape
   y = experts.apply(layers.experts, layer, normed.reshape(b * t, d),
                     chosen.reshape(b * t, -1), gates.reshape(b * t, -1), strategy,

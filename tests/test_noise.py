@@ -19,7 +19,8 @@ NUM_EXPERTS = 8
 def draw(seed, requests_B, positions_BxT, layer, member, temperatures=TEMPERATURES):
   key = noise_lib.stream_key(seed, noise_lib.ROUTING)
   keys = noise_lib.position_keys(key, requests_B, positions_BxT)
-  return noise_lib.RoutingNoise(keys, temperatures, member).draw(layer, NUM_EXPERTS)
+  noise = noise_lib.RoutingNoise(keys, temperatures, member)
+  return noise.perturb(layer, jnp.zeros((*positions_BxT.shape, NUM_EXPERTS)), 2)
 
 
 def at(seed=0, request=3, position=5, layer=1, member=1):
@@ -133,8 +134,8 @@ def test_members_choose_by_float32_noise_of_their_address(family, dtype):
   changed_by_rounding = 0
   for layer in range(config.num_layers):
     for member in range(4):
-      noise = noise_lib.RoutingNoise(keys, roster.temperatures, jnp.int32(member)).draw(
-          jnp.int32(layer), config.num_experts)
+      noise = noise_lib.RoutingNoise(keys, roster.temperatures, jnp.int32(member)).perturb(
+          jnp.int32(layer), jnp.zeros((3, 40, config.num_experts)), config.experts_per_token)
       assert noise.dtype == jnp.float32
       logits = outputs.router_logits[layer, member]
       _, expected = jax.lax.top_k(logits + noise, config.experts_per_token)

@@ -33,12 +33,13 @@ def set_probabilities(logits, temperature, count):
 
 
 def drawn_sets(config, temperature, num_draws=40_000):
+  count = config.experts_per_token
   key = noise_lib.stream_key(5, noise_lib.ROUTING)
   keys = noise_lib.position_keys(
       key, jnp.arange(4, dtype=jnp.uint32), jnp.tile(jnp.arange(num_draws // 4), (4, 1)))
   noise = noise_lib.RoutingNoise(keys, jnp.full(2, temperature), jnp.int32(1))
   logits = jnp.broadcast_to(jnp.asarray(LOGITS, jnp.float32), (4, num_draws // 4, 6))
-  experts, _ = routing.route(config, logits, noise.draw(jnp.int32(1), 6))
+  experts, _ = routing.route(config, logits, noise.perturb(jnp.int32(1), logits, count))
   return np.sort(np.asarray(experts).reshape(num_draws, -1))
 
 
@@ -100,7 +101,8 @@ def random_rows(num_rows=500, num_experts=8, temperature=0.7):
 def test_gates_follow_the_formulas(family, normalize, gate_weights):
   config = tiny.config(family, normalize_gates=normalize)
   logits, noise = random_rows()
-  experts, gates = routing.route(config, jnp.asarray(logits), jnp.asarray(noise), gate_weights)
+  experts, gates = routing.route(
+      config, jnp.asarray(logits), jnp.asarray(logits + noise), gate_weights)
   perturbed = logits + noise  # float32, as the choice is made
   np.testing.assert_array_equal(experts, np.argsort(-perturbed, axis=-1)[:, :3])
   expected = gates_by_formula(logits.astype(np.float64), noise.astype(np.float64),
@@ -111,7 +113,7 @@ def test_gates_follow_the_formulas(family, normalize, gate_weights):
 def test_the_gate_rules_differ_where_they_should():
   logits, noise = map(jnp.asarray, random_rows())
   def gates(config):
-    return [np.asarray(routing.route(config, logits, noise, w)[1]) for w in routing.GATE_WEIGHTS]
+    return [np.asarray(routing.route(config, logits, logits + noise, w)[1]) for w in routing.GATE_WEIGHTS]
   clean, noisy, rescaled = gates(tiny.config("olmoe"))
   assert np.abs(noisy - clean).max() > 0.1 and np.abs(rescaled - clean).max() > 0.1
   clean, noisy, rescaled = gates(tiny.config("mixtral"))
@@ -124,7 +126,7 @@ def test_rescaled_gates_have_the_mass_of_the_clean_choice(temperature):
   config = tiny.config("olmoe")
   logits, noise = map(jnp.asarray, random_rows(temperature=temperature))
   _, clean = routing.route(config, logits)
-  _, rescaled = routing.route(config, logits, noise, "clean_rescaled")
+  _, rescaled = routing.route(config, logits, logits + noise, "clean_rescaled")
   np.testing.assert_allclose(rescaled.sum(-1), clean.sum(-1), rtol=1e-6)
 
 
@@ -137,8 +139,8 @@ def test_rescaled_gates_are_bitwise_the_clean_ones_where_the_clean_experts_are_c
   config = tiny.config(family, normalize_gates=normalize, dtype=dtype)
   logits, noise = map(jnp.asarray, random_rows(2000, temperature=0.1))
   clean_experts, _ = routing.route(config, logits)
-  experts, clean = routing.route(config, logits, noise, "clean")
-  _, rescaled = routing.route(config, logits, noise, "clean_rescaled")
+  experts, clean = routing.route(config, logits, logits + noise, "clean")
+  _, rescaled = routing.route(config, logits, logits + noise, "clean_rescaled")
   same = np.all(np.sort(experts) == np.sort(clean_experts), axis=-1)
   reordered = same & np.any(experts != clean_experts, axis=-1)
   assert reordered.sum() > 100 and (~same).sum() > 100
@@ -152,7 +154,7 @@ def test_zero_noise_is_bitwise_no_noise(family, gate_weights):
   logits = jnp.asarray(random_rows()[0])
   plain = routing.route(config, logits)
   for actual, expected in zip(
-      routing.route(config, logits, jnp.zeros_like(logits), gate_weights), plain):
+      routing.route(config, logits, logits + 0.0, gate_weights), plain):
     np.testing.assert_array_equal(actual, expected)
 
 

@@ -73,7 +73,8 @@ def all_noise(case):
   def draw(positions_BxT):
     def of_member(member, layer):
       noise = members_lib.routing_noise(roster, REQUESTS, positions_BxT, member)
-      return noise.draw(layer, config.num_experts)
+      no_logits = jnp.zeros((*positions_BxT.shape, config.num_experts))
+      return noise.perturb(layer, no_logits, config.experts_per_token)
     by_member = jax.vmap(of_member, in_axes=(0, None), out_axes=1)
     return jax.vmap(by_member, in_axes=(None, 0))(
         jnp.arange(roster.num_members), jnp.arange(config.num_layers))
