@@ -16,8 +16,9 @@ def member_logits(params, config, roster, tokens, request):
   layers = range(config.num_layers)
   temperatures = np.asarray(roster.temperatures, np.float64)
   draws = _draws(roster.seed, np.uint32(request), np.array(roster.members),
-                 np.arange(config.num_layers), np.arange(len(tokens)), config.num_experts)
-  draws = np.asarray(draws, np.float64)
+                 np.arange(config.num_layers), np.arange(len(tokens)), roster.temperatures,
+                 roster.noise, config.num_experts, config.experts_per_token)
+  draws = jax.tree.map(lambda a: np.asarray(a, np.float64), draws)
 
   def norm(x, weight):
     return x / np.sqrt(np.mean(x * x) + config.rms_norm_eps) * weight
@@ -38,14 +39,37 @@ def member_logits(params, config, roster, tokens, request):
     probabilities = np.exp(source - source.max())
     probabilities /= probabilities.sum()
     weights = probabilities[chosen]
+    weights = np.where(np.isneginf(noisy[chosen]), 0, weights)
     if config.normalize_gates:
       return weights / weights.sum()
+    if config.gate_mass_experts:
+      return weights * weights[:config.gate_mass_experts].sum() / weights.sum()
     if roster.gate_weights == "clean_rescaled":
       mass = np.sort(probabilities)[-len(chosen):].sum()
       return weights * mass / weights.sum()
     return weights
 
-  def block(x, layer, position, noise, history):
+  def perturbed(clean, index, layer, position):
+    """The logits by which a member chooses."""
+    temperature = temperatures[layer]
+    if index is None or roster.members[index] == 0 or not temperature:
+      return clean
+    order = np.argsort(-clean)
+    if roster.noise == "second_expert":
+      return np.where(np.arange(len(clean)) == order[1], clean, -np.inf)
+    if roster.noise != "swap":
+      return clean + temperature * draws[index, layer, position]
+    coins, shuffled = (d[index, layer, position] for d in draws)
+    chosen, others = np.split(order, [config.experts_per_token])
+    others = others[shuffled.astype(int)].tolist()
+    noisy = clean.copy()
+    for expert in chosen[coins > 0]:
+      if others:
+        other = others.pop(0)
+        noisy[[expert, other]] = clean[[other, expert]]
+    return noisy
+
+  def block(x, layer, position, index, history):
     a = p.layers.attention
     normed = norm(x, p.layers.attention_norm[layer])
     query, key, value = (
@@ -78,7 +102,7 @@ def member_logits(params, config, roster, tokens, request):
     clean = p.layers.router[layer] @ normed
     if config.router_bias:
       clean = clean + p.layers.router_bias[layer]
-    noisy = clean + noise
+    noisy = perturbed(clean, index, layer, position)
     chosen = np.argsort(-noisy)[:config.experts_per_token]
     for expert, weight in zip(chosen, gates(clean, noisy, chosen)):
       experts = p.layers.experts
@@ -107,11 +131,8 @@ def member_logits(params, config, roster, tokens, request):
     for position, token in enumerate(tokens):
       x = p.embedding[token]
       for layer in layers:
-        noise = 0.0
-        if index is not None and roster.members[index] != 0:
-          noise = temperatures[layer] * draws[index, layer, position]
         history = (shared_history or own_history)[layer][:position]
-        x, own = block(x, layer, position, noise, history)
+        x, own = block(x, layer, position, index, history)
         own_history[layer].append(own)
       logits.append(p.unembedding @ norm(x, p.final_norm))
     return np.array(logits), own_history
@@ -136,14 +157,29 @@ def yarn(config, frequencies):
   return frequencies * (1 - ramp) + frequencies / s.factor * ramp
 
 
-@functools.partial(jax.jit, static_argnames="num_experts")
-def _draws(seed, request, members, layers, positions, num_experts):
-  """The Gumbel vectors `[R, L, T, E]` of all addresses, before the temperature."""
+@functools.partial(jax.jit, static_argnames=("family", "num_experts", "count"))
+def _draws(seed, request, members, layers, positions, temperatures, family, num_experts, count):
+  """What is drawn at all addresses, before the temperature: vectors `[R, L, T, E]`.
+
+  Of "swap" a pair: which choices are replaced, `[R, L, T, A]`, and an order of the
+  other experts, `[R, L, T, E - A]`.
+  """
   def draw(member, layer, position):
     key = jax.random.key(seed, impl="threefry2x32")
     for number in (0, request, position, layer, member):  # 0: the routing stream
       key = jax.random.fold_in(key, number)
-    return jax.random.gumbel(key, (num_experts,))
+    if family == "swap":
+      coins, order = jax.random.split(key)
+      return (jax.random.bernoulli(coins, temperatures[layer], (count,)),
+              jax.random.permutation(order, num_experts - count))
+    deviation = np.pi / np.sqrt(6)  # of a Gumbel variable
+    return {
+        "gumbel": lambda: jax.random.gumbel(key, (num_experts,)),
+        "gaussian": lambda: deviation * jax.random.normal(key, (num_experts,)),
+        "uniform": lambda: deviation * np.sqrt(12) * (
+            jax.random.uniform(key, (num_experts,)) - 0.5),
+        "second_expert": lambda: np.zeros(num_experts),
+    }[family]()
   by_position = jax.vmap(draw, in_axes=(None, None, 0))
   by_layer = jax.vmap(by_position, in_axes=(None, 0, None))
   return jax.vmap(by_layer, in_axes=(0, None, None))(members, layers, positions)

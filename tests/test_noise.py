@@ -1,5 +1,7 @@
 """Routing noise: its addresses and its distribution."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +105,67 @@ def test_distribution_is_gumbel():
   for first, second in pairs:
     correlation = np.mean(first * second) / variance
     assert abs(correlation) < 4 / np.sqrt(first.size)
+
+
+def perturbed(family, logits, temperature, count, num_draws=40_000):
+  """`[X, E]` perturbed logits of many addresses."""
+  keys = noise_lib.position_keys(
+      noise_lib.stream_key(5, noise_lib.ROUTING), jnp.arange(4, dtype=jnp.uint32),
+      jnp.tile(jnp.arange(num_draws // 4), (4, 1)))
+  noise = noise_lib.RoutingNoise(keys, jnp.full(2, temperature), jnp.int32(1), family)
+  tiled = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (4, num_draws // 4, len(logits)))
+  return np.asarray(noise.perturb(jnp.int32(1), tiled, count)).reshape(num_draws, -1)
+
+
+def test_gumbel_noise_is_that_of_its_address():
+  key = jax.random.key(jnp.uint32(0), impl="threefry2x32")
+  for number in (noise_lib.ROUTING, 3, 5, 1, 1):  # request, position, layer, member
+    key = jax.random.fold_in(key, number)
+  np.testing.assert_array_equal(at(), jax.random.gumbel(key, (NUM_EXPERTS,), jnp.float32))
+
+
+@pytest.mark.parametrize("family, distribution", [
+    ("gaussian", scipy.stats.norm), ("uniform", scipy.stats.uniform(-np.sqrt(3), np.sqrt(12)))])
+def test_other_distributions_have_the_variance_of_the_gumbel(family, distribution):
+  drawn = perturbed(family, np.zeros(4), 2.0, 2) / (2.0 * np.pi / np.sqrt(6))
+  assert scipy.stats.kstest(drawn.reshape(-1), distribution.cdf).pvalue > 0.01
+  assert abs(drawn.var() - 1) < 0.02
+  assert abs(np.corrcoef(drawn.T) - np.eye(4)).max() < 4 / np.sqrt(len(drawn))
+
+
+def test_swapping_replaces_each_chosen_expert_with_the_given_probability():
+  """Probabilities of all sets of two of five experts, by counting."""
+  logits, temperature = np.array([0.1, 2.0, -1.0, 1.0, 0.5]), 0.3  # chosen: 1 and 3
+  drawn = perturbed("swap", logits, temperature, 2)
+  np.testing.assert_array_equal(np.sort(drawn), np.broadcast_to(
+      np.sort(logits.astype(np.float32)), drawn.shape))  # logits change places
+  sets = np.sort(np.argsort(-drawn)[:, :2])
+  for chosen in itertools.combinations(range(5), 2):
+    kept = len({1, 3} & set(chosen))
+    probability = {2: (1 - temperature)**2, 1: temperature * (1 - temperature) / 3,
+                   0: temperature**2 / 3}[kept]
+    share = np.mean(np.all(sets == chosen, axis=1))
+    deviation = np.sqrt(probability * (1 - probability) / len(sets))
+    assert abs(share - probability) < 4 * deviation, chosen
+
+
+def test_swapping_at_its_bounds():
+  logits = np.array([0.1, 2.0, -1.0, 1.0, 0.5])
+  np.testing.assert_array_equal(perturbed("swap", logits, 0.0, 2, 400),
+                                np.broadcast_to(logits.astype(np.float32), (400, 5)))
+  best = np.argsort(-perturbed("swap", logits, 1.0, 2, 400))[:, :2]
+  assert not np.isin(best, [1, 3]).any()
+  # Of four chosen experts only one can be replaced.
+  best = np.argsort(-perturbed("swap", logits, 1.0, 4, 400))[:, :4]
+  assert np.all(np.isin(best, [2]).sum(1) == 1)
+  np.testing.assert_array_equal(perturbed("swap", logits, 1.0, 5, 4)[0], logits.astype(np.float32))
+
+
+def test_the_second_expert_is_left_alone():
+  logits = np.array([0.1, 2.0, -1.0, 1.0, 0.5], np.float32)
+  alone = np.where(np.arange(5) == 3, logits, -np.inf)
+  np.testing.assert_array_equal(perturbed("second_expert", logits, 1.0, 2, 4)[0], alone)
+  np.testing.assert_array_equal(perturbed("second_expert", logits, 0.0, 2, 4)[0], logits)
 
 
 def test_neighbouring_layers_and_members_are_independent():

@@ -10,7 +10,9 @@ import pytest
 
 import numpy_roster
 import tiny
-from roe_jax import aggregation, attention, decode, params as params_lib, reference, score, transformer
+from roe_jax import (
+    aggregation, attention, decode, noise as noise_lib, params as params_lib, reference, routing,
+    score, transformer)
 from roe_jax import members as members_lib
 from roe_jax import roster as roster_lib
 from roe_jax.roster import Roster
@@ -77,6 +79,47 @@ def test_members_are_those_of_the_definition(model, cache):
 def test_gate_weights_reach_the_members(olmoe, gate_weights, cache):
   roster = Roster.create(olmoe[0], 3, [0.0, 0.8, 0.4], gate_weights=gate_weights, cache=cache)
   assert_close(logits(olmoe, roster), by_definition(olmoe, roster))
+
+
+@pytest.mark.parametrize("noise, cache, gate_weights", [
+    ("gaussian", "clean", "clean"), ("uniform", "standard", "noisy"), ("swap", "clean", "noisy"),
+    ("second_expert", "standard", "clean")])
+def test_members_of_every_noise_are_those_of_the_definition(olmoe, noise, cache, gate_weights):
+  config, params = model = olmoe
+  roster = Roster.create(config, 3, [0.0, 0.8, 0.4], seed=9, cache=cache, noise=noise,
+                         gate_weights=gate_weights)
+  expected = by_definition(model, roster)
+  assert np.abs(expected[0] - expected[1]).max() > 0.05 * np.abs(expected).max()
+  assert_close(logits(model, roster), expected)
+  assert_close(transformer.unembed(params, config, recomputed_states(params, config, roster)),
+               expected)
+
+
+def test_more_experts_per_token_are_those_of_the_definition(olmoe):
+  config, params = olmoe
+  more = routing.with_experts(config, config.experts_per_token + 1, "rescaled")
+  assert_close(logits((more, params), Roster.create(more)),
+               by_definition((more, params), Roster.create(more)))
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+def test_contrast_with_the_second_expert_is_scmoe(request, family):
+  """Greedy decoding with both passes' full texts in float64 at every step."""
+  config, params = request.getfixturevalue(family)
+  roster = Roster.create(config, 2, 1.0, noise="second_expert", cache="standard",
+                         aggregation="contrast")
+  prompt = tiny.texts([6])[0]
+  text, plain = list(prompt), []
+  for _ in range(8):
+    strong, weak = numpy_roster.member_logits(params, config, roster, text, 0)[:, -1]
+    plain.append(int(np.argmax(strong)))
+    plausible = strong >= np.log(0.1) + strong.max()
+    text.append(int(np.argmax(np.where(plausible, 1.5 * strong - 0.5 * weak, -np.inf))))
+  generated = decode.generate(params, config, [prompt], max_new_tokens=8, roster=roster)
+  completion = generated.completions[0]
+  assert completion.tokens == text[6:]
+  assert completion.tokens != plain  # the contrast matters
+  assert completion.clean_tokens == plain
 
 
 def test_the_two_caches_differ_in_what_members_remember(olmoe):

@@ -158,6 +158,64 @@ def test_zero_noise_is_bitwise_no_noise(family, gate_weights):
     np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.parametrize("gate_weights", routing.GATE_WEIGHTS)
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+def test_an_expert_at_minus_infinity_has_no_weight(family, gate_weights):
+  logits = random_rows()[0]
+  alone = np.where(np.arange(8) == 5, logits, -np.inf)
+  experts, gates = routing.route(
+      tiny.config(family), jnp.asarray(logits), jnp.asarray(alone), gate_weights)
+  np.testing.assert_array_equal(experts[:, 0], 5)
+  p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  expected = {"clean": p[:, 5], "noisy": np.ones(len(p)),
+              "clean_rescaled": np.sort(p)[:, -3:].sum(1)}[gate_weights]
+  if family == "mixtral":
+    expected = np.ones(len(p))
+  np.testing.assert_allclose(gates, np.stack([expected, 0 * expected, 0 * expected], 1), rtol=2e-6)
+
+
+@pytest.mark.parametrize("family, normalized", [("olmoe", False), ("mixtral", True)])
+@pytest.mark.parametrize("gates", routing.EXTRA_GATES)
+def test_more_experts_are_weighted_as_asked(family, normalized, gates):
+  config = routing.with_experts(tiny.config(family), 5, gates)  # 3 of 8 before
+  logits = random_rows()[0]
+  experts, weights = routing.route(config, jnp.asarray(logits))
+  order = np.argsort(-logits)
+  np.testing.assert_array_equal(experts, order[:, :5])
+  p = np.exp(logits.astype(np.float64))
+  p = np.sort(p / p.sum(-1, keepdims=True))[:, ::-1][:, :5]
+  mass = (np.ones((len(p), 1)) if normalized or gates == "renormalized"
+          else p[:, :{"model": 5, "rescaled": 3}[gates]].sum(-1, keepdims=True))
+  np.testing.assert_allclose(weights, p / p.sum(-1, keepdims=True) * mass, rtol=2e-6)
+
+
+def test_as_many_experts_as_before_change_nothing():
+  config, logits = tiny.config("olmoe"), jnp.asarray(random_rows()[0])
+  for gates in ("model", "rescaled"):
+    for actual, expected in zip(routing.route(routing.with_experts(config, 3, gates), logits),
+                                routing.route(config, logits)):
+      np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("gate_weights", ["clean", "clean_rescaled"])
+def test_a_roster_of_more_experts_keeps_the_mass_of_the_models_own(gate_weights):
+  config, own = routing.with_experts(tiny.config("olmoe"), 5, "rescaled"), tiny.config("olmoe")
+  logits, noise = random_rows()
+  perturbed = jnp.asarray(logits + noise)
+  _, gates = routing.route(config, jnp.asarray(logits), perturbed, gate_weights)
+  _, expected = routing.route(own, jnp.asarray(logits), perturbed, gate_weights)
+  np.testing.assert_allclose(gates.sum(-1), expected.sum(-1), rtol=2e-6)
+
+
+@pytest.mark.parametrize("count, gates, message", [
+    (9, "model", r"must lie in \[1, 8\] for a model with 8 experts, got 9"),
+    (2, "rescaled", r"must lie in \[3, 8\]"), (0, "model", r"\[1, 8\]"),
+    (4, "mean", "unknown gates 'mean'; choose one of model, rescaled, renormalized")])
+def test_impossible_numbers_of_experts_are_refused(count, gates, message):
+  with pytest.raises(ValueError, match=message):
+    routing.with_experts(tiny.config("olmoe"), count, gates)
+
+
 def test_all_but_mixtral_round_their_gates_to_the_models_dtype():
   logits = jnp.asarray(random_rows()[0])
   for family in FAMILIES:
