@@ -1,6 +1,7 @@
 """What routing noise does inside the model."""
 
 from collections.abc import Sequence
+import dataclasses
 import functools
 
 import jax
@@ -39,9 +40,78 @@ def routing_agreement(params: Params, config: ModelConfig, roster: Roster,
   """
   if roster.cache != "clean" or roster.recompute or roster.members == (0,):
     raise ValueError("routing agreement needs a Clean Cache roster with a noisy member")
+  starts = [1] * len(texts) if starts is None else starts
+  shared_BxT = _at_all_positions(_shared_experts, params, config, roster, texts, request_ids)
+  wanted = np.zeros(shared_BxT.shape[1:], bool)
+  for row, text, start in zip(wanted, texts, starts):
+    row[start - 1:len(text) - 1] = True
+  return shared_BxT.astype(np.float64)[:, wanted].mean(axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class UniqueExperts:
+  """How many different experts are hit, by layer: what a step has to read.
+
+  Attributes:
+    by_position: `[L]` float64, by the members at one position, mean over positions.
+    by_step: `[L]` float64, by the members of all texts that decode together, mean
+      over steps.
+    num_steps: how many those are.
+  """
+
+  by_position: np.ndarray
+  by_step: np.ndarray
+  num_steps: int
+
+
+def unique_experts(params: Params, config: ModelConfig, roster: Roster,
+                   texts: Sequence[Sequence[int]], starts: Sequence[int] | None = None,
+                   request_ids: Sequence[int] | None = None,
+                   batch_size: int = 16) -> UniqueExperts:
+  """Counts the different experts that the members choose.
+
+  Counted are the positions from which the tokens at `starts` and after are
+  predicted, and all experts that are computed there, those with a gate of zero
+  (`noise="second_expert"`) and the clean member's where it writes the cache only,
+  too. The first such positions of all texts are the first step, and so on: what
+  decoding the texts side by side comes to.
+
+  Args:
+    params: the model's parameters.
+    config: its architecture.
+    roster: one with a cache.
+    texts: token ids.
+    starts: see `score.score`.
+    request_ids: see `decode.generate`.
+    batch_size: texts computed together; what is counted does not depend on it.
+
+  Raises:
+    ValueError: the roster has no cache; a text cannot be scored, or no token is.
+  """
+  if roster.recompute:
+    raise ValueError("unique experts are counted for rosters with a cache, not with recompute")
+  starts = [1] * len(texts) if starts is None else list(starts)
+  num_steps = max(len(t) - s for t, s in zip(texts, starts))
+  if num_steps < 1:
+    raise ValueError("no token is predicted: unique experts need texts longer than their starts")
+  ids = batching.request_ids(request_ids, len(texts))
+  steps = np.zeros((config.num_layers, num_steps, config.num_experts), bool)
+  positions = []
+  for first in range(0, len(texts), batch_size):
+    batch = slice(first, first + batch_size)
+    hit = _at_all_positions(_hit_experts, params, config, roster, texts[batch], ids[batch])
+    for row, (text, start) in enumerate(zip(texts[batch], starts[batch])):
+      of_text = hit[:, row, start - 1:len(text) - 1]
+      steps[:, :of_text.shape[1]] |= of_text
+      positions.append(of_text.sum(axis=-1))
+  return UniqueExperts(np.concatenate(positions, axis=1).mean(axis=1),
+                       steps.sum(axis=-1).mean(axis=1), num_steps)
+
+
+def _at_all_positions(compute, params, config, roster, texts, request_ids):
+  """`compute` on a filled cache and all positions of texts, as a numpy array."""
   params = params_lib.held(params)
   batching.check_tokens(config, texts, what="text")
-  starts = [1] * len(texts) if starts is None else starts
   ids = np.zeros(batching.bucket(len(texts)), np.uint32)
   ids[:len(texts)] = batching.request_ids(request_ids, len(texts))
   ids = jnp.asarray(ids)
@@ -50,20 +120,26 @@ def routing_agreement(params: Params, config: ModelConfig, roster: Roster,
   tokens = batching.pad(texts, len(ids), capacity)
   cache = batching.made_beside(params, members_lib.empty_cache, config, roster,
                                batch_size=len(ids), capacity=capacity, whole=True)
-  cache = decode.fill_cache(params, config, roster, cache, tokens, longest - 1, ids)
-  shared_BxT = _shared_experts(params, config, roster, cache, tokens, ids)
-  wanted = np.zeros((len(ids), capacity), bool)
-  for row, text, start in zip(wanted, texts, starts):
-    row[start - 1:len(text) - 1] = True
-  return np.asarray(shared_BxT, np.float64)[:, wanted].mean(axis=1)
+  if roster.cache == "clean":
+    cache = decode.fill_cache(params, config, roster, cache, tokens, longest - 1, ids)
+  return np.asarray(compute(params, config, roster, cache, tokens, ids))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _hit_experts(params, config, roster, cache, tokens, request_ids):
+  """Whether any member chose an expert, bool `[L, B, T, E]`."""
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  chosen = members_lib.chosen_experts(
+      params, config, roster, cache, tokens, positions, request_ids)
+  return jax.nn.one_hot(chosen, config.num_experts, dtype=bool).any(axis=(1, -2))
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _shared_experts(params, config, roster, cache, tokens, request_ids):
   """Mean share of the clean member's experts, `[L, B, T]`."""
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  _, outputs = members_lib.member_states(
-      params, config, roster, cache, tokens, positions, request_ids, keep=("experts",))
-  clean, noisy = outputs.experts[:, :1], outputs.experts[:, 1:]
+  chosen = members_lib.chosen_experts(
+      params, config, roster, cache, tokens, positions, request_ids)
+  clean, noisy = chosen[:, :1], chosen[:, 1:]
   shared = (noisy[..., :, None] == clean[..., None, :]).any(-1)
   return shared.mean(axis=(1, -1))

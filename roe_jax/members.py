@@ -115,27 +115,54 @@ def prefill(params: Params, config: ModelConfig, roster: Roster, cache: Any,
     The cache, and the hidden states after the last block, `[R, B, T, D]`
     (R = 1 under Clean Cache).
   """
+  return _prefill(params, config, roster, cache, tokens_BxT, positions_BxT, request_ids_B,
+                  lengths_B)[:2]
+
+
+def _prefill(params, config, roster, cache, tokens_BxT, positions_BxT, request_ids_B,
+             lengths_B=None, keep=()):
+  """What `prefill` returns, and the `BlockOutputs` of stretches of layers, `[R, L, ...]`."""
   def run(x, cache, layers, noise=None, cache_offset=0):
-    x, cache, _ = transformer.run_layers(
+    return transformer.run_layers(
         params, config, x, positions_BxT, cache, layers=layers, noise=noise,
-        gate_weights=roster.gate_weights, write=True, cache_offset=cache_offset,
+        gate_weights=roster.gate_weights, write=True, cache_offset=cache_offset, keep=keep,
         strategy=roster.expert_strategy, lengths_B=lengths_B)
-    return x, cache
 
   x = transformer.embed(params, tokens_BxT)
   if roster.cache == "clean":
-    x, cache = run(x, cache, (0, config.num_layers))
-    return cache, x[None]
+    x, cache, outputs = run(x, cache, (0, config.num_layers))
+    return cache, x[None], [jax.tree.map(lambda a: a[None], outputs)]
   first, end = roster.noisy_layers
-  x, shared = run(x, cache.shared, (0, first))
+  x, shared, outputs = run(x, cache.shared, (0, first))
+  outputs = jax.tree.map(
+      lambda a: jnp.broadcast_to(a, (len(roster.members), *a.shape)), outputs)
 
   def of_member(member, own):
     noise = routing_noise(roster, request_ids_B, positions_BxT, member)
-    x_m, own = run(x, own, (first, end), noise, first)
-    return run(x_m, own, (end, config.num_layers), cache_offset=first)
+    x_m, own, noisy = run(x, own, (first, end), noise, first)
+    x_m, own, after = run(x_m, own, (end, config.num_layers), cache_offset=first)
+    return x_m, own, (noisy, after)
 
-  x, own = jax.vmap(of_member)(jnp.asarray(roster.members), cache.own)
-  return StandardCache(shared, own), x
+  x, own, others = jax.vmap(of_member)(jnp.asarray(roster.members), cache.own)
+  return StandardCache(shared, own), x, [outputs, *others]
+
+
+def chosen_experts(params: Params, config: ModelConfig, roster: Roster, cache: Any,
+                   tokens_BxT: jax.Array, positions_BxT: jax.Array,
+                   request_ids_B: jax.Array) -> jax.Array:
+  """The experts of all members at T positions, `[L, R, B, T, A]`.
+
+  The cache holds the clean keys and values below each position if it is a
+  Clean Cache; a standard cache is written, and the positions are those that
+  follow what it holds. See `member_states` for the arguments.
+  """
+  if roster.cache == "clean":
+    return member_states(params, config, roster, cache, tokens_BxT, positions_BxT, request_ids_B,
+                         keep=("experts",))[1].experts
+  outputs = _prefill(params, config, roster, cache, tokens_BxT, positions_BxT, request_ids_B,
+                     keep=("experts",))[2]
+  return jnp.concatenate(
+      [o.experts for o in outputs if o.experts is not None], axis=1).swapaxes(0, 1)
 
 
 def member_states(

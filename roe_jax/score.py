@@ -24,6 +24,7 @@ class TextScore:
     log_probs: `[X, G]` float32, of each scored token at each output
       temperature.
     greedy_tokens: `[X]` int32, the most probable token in each place.
+    greedy_log_probs: `[X, G]` float32, of that token.
     clean_greedy_tokens: `[X]` int32, that of the clean member (-1 where it is
       not computed).
     candidate_log_probs: `[K, G]` float32, of each candidate for the last place.
@@ -31,6 +32,7 @@ class TextScore:
 
   log_probs: np.ndarray
   greedy_tokens: np.ndarray
+  greedy_log_probs: np.ndarray
   clean_greedy_tokens: np.ndarray
   candidate_log_probs: np.ndarray
 
@@ -66,7 +68,7 @@ def score_chunk(
     tokens_BxT: jax.Array, targets_BxT: jax.Array, starts_B: jax.Array,
     request_ids_B: jax.Array, output_temperatures_G: jax.Array,
     candidates_BxK: jax.Array | None = None,
-) -> tuple[KVCache | None, jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[KVCache | None, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
   """Scores targets, and candidates in their place, at T consecutive positions of each text.
 
   Under Clean Cache with a roster the (donated) cache must hold all earlier
@@ -75,8 +77,8 @@ def score_chunk(
 
   Returns:
     The cache, log-probabilities `[B, T, G]`, the most probable tokens of
-    the roster and of the clean member, `[B, T]`, and log-probabilities of the
-    candidates, `[B, T, K, G]`.
+    the roster `[B, T]` with their log-probabilities `[B, T, G]`, those of the
+    clean member `[B, T]`, and log-probabilities of the candidates, `[B, T, K, G]`.
   """
   positions = starts_B[:, None] + jnp.arange(tokens_BxT.shape[1])[None]
   if roster.recompute:
@@ -91,7 +93,8 @@ def score_chunk(
     outputs = members_lib.aggregate(params, config, roster, x)
   log_probs = outputs.log_probs
 
-  wanted = targets_BxT[..., None]
+  greedy = jnp.argmax(log_probs, axis=-1)
+  wanted = jnp.stack([targets_BxT, greedy], axis=-1)
   if candidates_BxK is not None:
     shape = (*targets_BxT.shape, candidates_BxK.shape[1])
     wanted = jnp.concatenate([wanted, jnp.broadcast_to(candidates_BxK[:, None], shape)], axis=-1)
@@ -102,8 +105,8 @@ def score_chunk(
     return chosen - jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
 
   scores = jnp.moveaxis(jax.lax.map(at_temperature, output_temperatures_G), 0, -1)
-  greedy = jnp.argmax(log_probs, axis=-1)
-  return cache, scores[..., 0, :], greedy, outputs.clean_tokens, scores[..., 1:, :]
+  return (cache, scores[..., 0, :], greedy, scores[..., 1, :], outputs.clean_tokens,
+          scores[..., 2:, :])
 
 
 def _filled_first(roster):
@@ -249,8 +252,8 @@ def _score_batch(params, config, texts, starts, roster, request_ids, temperature
 
 def _joined(pieces, num_temperatures, num_candidates):
   if not pieces:
-    return TextScore(np.zeros((0, num_temperatures), np.float32), np.zeros(0, np.int32),
-                     np.zeros(0, np.int32), np.zeros((0, num_temperatures), np.float32))
+    none, no_tokens = np.zeros((0, num_temperatures), np.float32), np.zeros(0, np.int32)
+    return TextScore(none, no_tokens, none, no_tokens, none)
   *parts, candidates = (np.concatenate(part) for part in zip(*pieces))
   return TextScore(*parts, candidates[-1, :num_candidates])
 

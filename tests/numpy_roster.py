@@ -10,8 +10,12 @@ import jax
 import numpy as np
 
 
-def member_logits(params, config, roster, tokens, request):
-  """Logits `[R, T, V]` of `roster.members` at all positions of one text."""
+def member_logits(params, config, roster, tokens, request,
+                  record=lambda layer, position, experts: None):
+  """Logits `[R, T, V]` of `roster.members` at all positions of one text.
+
+  `record` is told each member's experts, member by member.
+  """
   p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
   layers = range(config.num_layers)
   temperatures = np.asarray(roster.temperatures, np.float64)
@@ -104,6 +108,8 @@ def member_logits(params, config, roster, tokens, request):
       clean = clean + p.layers.router_bias[layer]
     noisy = perturbed(clean, index, layer, position)
     chosen = np.argsort(-noisy)[:config.experts_per_token]
+    if index is not None:
+      record(layer, position, chosen)
     for expert, weight in zip(chosen, gates(clean, noisy, chosen)):
       experts = p.layers.experts
       gate, up = np.einsum("d,fid->if", normed, experts.gate_up[layer, expert])

@@ -1,0 +1,239 @@
+"""Methods on the same examples, with what each of them costs.
+
+  python -m experiments.compare --checkpoint=embedded:wordmath_overtrained \
+      --temperature_profile=0.3 --num_members=8 --limit=80
+
+Every method (see `experiments.methods`) is a run of its own under --output, in
+the form that `experiments.report` reads. By default they are those of which a
+roster of --num_members has to be told apart, at the same forward rows.
+
+Methods take turns on each batch, in an order that changes: whatever else the
+machine does falls on all of them alike. What is timed are the answers, without
+compiling; likelihoods and the experts that were read (of the first batch of a
+task) are found in passes of their own. A method's output temperature is fitted on
+validation examples, with the first noise seed.
+"""
+
+from collections.abc import Iterator
+import json
+import pathlib
+import sys
+import time
+
+from absl import flags
+import numpy as np
+import tabulate
+from tqdm import tqdm
+
+from experiments import app, methods as methods_lib, profiles, runs, statistics, tasks
+from experiments.measure import OUTPUT_TEMPERATURES, SAMPLE_STRIDE, Batch, Measurer
+from experiments.methods import FITTED, Method
+
+FLAGS = flags.FLAGS
+TEMPERATURES = "output_temperatures.json"
+COSTS_TOLD = {
+    "tokens": "of the answers", "forward_rows": "tokens written times members; prompts aside",
+    "flops": "of prompts and answers, see roe_jax.costs",
+    "peak_bytes": "weights, cache and activations of one device, estimated",
+    "expert_reads": "different experts of a layer, mean over layers, summed over the steps of "
+                    "one batch"}
+
+
+def define_flags() -> None:
+  app.define_model_flags()
+  app.define_roster_flags(num_members=8)
+  flags.DEFINE_string("methods", None, "Methods, separated by semicolons, such as \"plain; "
+                      "roster:n=8,t=0.3; self_consistency:n=8\"; see experiments/methods.py. By "
+                      "default those of equal forward rows for --num_members.")
+  flags.DEFINE_list("tasks", ["wordmath"], "Tasks: " + ", ".join(tasks.TASKS) + ".")
+  flags.DEFINE_enum("split", "test", ["validation", "test", "all"], "Of the tasks' examples.")
+  flags.DEFINE_integer("limit", None, "Examples of each task; all by default.")
+  flags.DEFINE_integer("num_validation", 80,
+                       "Validation examples on which output temperatures are fitted.")
+  flags.DEFINE_string("data_dir", None, "Folder with the tasks' files; see experiments/tasks.")
+  flags.DEFINE_integer("num_seeds", 1, "Noise seeds: --seed, --seed + 1, ...; methods without "
+                       "chance are run once.")
+  flags.DEFINE_integer("batch_size", 16, "Examples done together.")
+  flags.DEFINE_bool("allow_code_execution", False, "Let tasks run programs that the model wrote.")
+  flags.DEFINE_string("output", "results/compare", "Folder of the runs.")
+
+
+def batches(task: tasks.Task, examples: list[tasks.Example]) -> Iterator[Batch]:
+  """The examples of a task, as many as a batch has together; ids are their places."""
+  for first in range(0, len(examples), FLAGS.batch_size):
+    part = examples[first:first + FLAGS.batch_size]
+    yield Batch(task, part, list(range(first, first + len(part))))
+
+
+def check_examples(task: tasks.Task, examples: list[tasks.Example], found: list[Method]) -> None:
+  """Refuses examples that are not alike, or that a method cannot answer.
+
+  Raises:
+    ValueError: they are not, or it cannot.
+  """
+  if not examples:
+    raise ValueError(f"task {task.name} has no example in this split")
+  if len(examples) > SAMPLE_STRIDE:
+    raise ValueError(f"task {task.name} has {len(examples)} examples, more than {SAMPLE_STRIDE}: "
+                     "give --limit")
+  if len({(e.kind, e.stop) for e in examples}) > 1:
+    raise ValueError(f"the examples of task {task.name} are of several kinds, or differ in their "
+                     "stop strings")
+  for method in found:
+    method.check_task(task, examples[0].kind)
+
+
+def settings_of(method: Method, model: str) -> dict:
+  """The settings.json of its run."""
+  f = FLAGS
+  kept = {} if not f.data_dir else {"data_dir": f.data_dir}
+  return {
+      "method": method.name, "spelled": method.text, "label": method.label,
+      "num_forward_rows_per_token": method.rows_per_token, "stochastic": method.is_stochastic,
+      "checkpoint": f.checkpoint, "model": model, "dtype": f.dtype,
+      "experts_per_token": method.config.experts_per_token,
+      "roster": method.roster.settings(), "sampler": method.sampler.settings(),
+      "num_samples": method.num_samples, "tasks": f.tasks, "limit": f.limit, "split": f.split,
+      "seeds": seeds_of(method), "batch_size": f.batch_size, "num_validation": f.num_validation,
+      "likelihood": method.no_likelihood or "of the reference text and the end of text behind it; "
+                    "of tasks with choices, of the right one",
+      "calibration": "the most probable token at each place of the reference text; of tasks with "
+                     "choices, the most probable of them",
+      "costs": COSTS_TOLD, **kept}
+
+
+def seeds_of(method: Method) -> list[int]:
+  return [FLAGS.seed + i for i in range(FLAGS.num_seeds if method.is_stochastic else 1)]
+
+
+def fit(measurer: Measurer, method: Method, task: tasks.Task, folder: pathlib.Path,
+        validation: list[tasks.Example]) -> float | None:
+  """The output temperature at which validation examples are most probable.
+
+  None where the method gives no probabilities, or no example has a reference. It
+  is kept in the run's folder.
+  """
+  if method.no_likelihood:
+    return None
+  path = folder / TEMPERATURES
+  known = json.loads(path.read_text()) if path.is_file() else {}
+  if task.name not in known:
+    found = [one for batch in batches(task, validation) for one in
+             measurer.likelihoods(method, FLAGS.seed, batch, OUTPUT_TEMPERATURES)
+             if one is not None]
+    nll = np.array([one.nll for one in found])
+    known[task.name] = {
+        "examples": len(found), "grid": OUTPUT_TEMPERATURES.tolist(),
+        "nll": nll.sum(axis=0).tolist(),
+        "temperature": statistics.fit_output_temperature(nll, OUTPUT_TEMPERATURES)
+        } if found else {"examples": 0, "temperature": None}
+    app.write_atomically(path, json.dumps(known, indent=2) + "\n")
+  return known[task.name]["temperature"]
+
+
+def measure(measurer: Measurer, method: Method, run: runs.Run, seed: int, batch: Batch,
+            fitted: float | None, count_experts: bool) -> None:
+  """Does a batch with a method, and writes its lines."""
+  own = fitted if method.name == FITTED and fitted else method.output_temperature
+  at = [own, fitted or own]
+  answers = measurer.answer(method, seed, batch, at)
+  likelihoods = answers.likelihoods or [None] * len(batch.examples)
+  if not method.no_likelihood and not answers.likelihoods:
+    likelihoods = measurer.likelihoods(method, seed, batch, at)
+  if count_experts:
+    answers.cost.update(measurer.experts_read(method, seed, answers))
+  scored = batch.task.score_all(batch.examples, answers.outputs, FLAGS.allow_code_execution)
+  records = []
+  for example, metrics, details, likelihood in zip(
+      batch.examples, scored, answers.details, likelihoods):
+    record = {"task": batch.task.name, "example": example.id, "seed": seed, **details}
+    record |= likelihood.record(fitted is not None) if likelihood else {"metrics": {}}
+    record["metrics"] |= metrics
+    records.append(record)
+  run.write(records, {"task": batch.task.name, "seed": seed, **answers.cost})
+
+
+def table(found: list[Method], opened: dict[str, runs.Run], task: tasks.Task) -> str:
+  """What the methods came to on a task, as text."""
+  lines = []
+  for method in found:
+    run = opened[method.text]
+    metrics = runs.load(run.path)[2]["tasks"][task.name]["metrics"]
+    records = [r for r in runs.read_lines(run.path / runs.EXAMPLES) if r["task"] == task.name]
+    parts = [c for c in runs.read_lines(run.path / runs.COSTS) if c["task"] == task.name]
+    counted = [c for c in parts if "steps" in c]
+
+    def perplexity(name):
+      pairs = [(r["metrics"][name], r["metrics"]["tokens"]) for r in records
+               if name in r["metrics"]]
+      return float(np.exp(np.sum(pairs, axis=0)[0] / np.sum(pairs, axis=0)[1])) if pairs else None
+
+    def of_tokens(name):
+      return sum(c[name] for c in parts) / sum(c["tokens"] for c in parts)
+
+    lines.append([
+        method.label, 100 * metrics[task.metric], perplexity("nll"), perplexity("fitted_nll"),
+        method.rows_per_token, of_tokens("flops") / 1e6,
+        sum(c["expert_reads"] for c in counted) / sum(c["steps"] for c in counted)
+        if counted else None,
+        float(np.median([c["tokens"] / c["seconds"] for c in parts])),
+        max(c["peak_bytes"] for c in parts) / 2**20])
+  return tabulate.tabulate(
+      lines, floatfmt=("", ".1f", ".4f", ".4f", "d", ".3g", ".2f", ".0f", ".1f"),
+      missingval="not defined",
+      headers=["", f"{task.metric}\n%", "perplexity", "at fitted\nT", "rows\nper token",
+               "MFLOPs\nper token", "experts\nread", "tokens\nper s", "memory\nMiB"])
+
+
+def main(argv) -> None:
+  del argv
+  for name in ("num_seeds", "batch_size", "num_validation"):
+    if FLAGS[name].value < 1:
+      raise ValueError(f"--{name} must be at least 1, got {FLAGS[name].value}")
+  if FLAGS.recompute:
+    raise ValueError("--recompute has no place in a comparison of costs: leave it out")
+  wanted = [tasks.get(name) for name in FLAGS.tasks]
+  for task in wanted:
+    task.check_allowed(FLAGS.allow_code_execution)
+  config = app.load_config(FLAGS.checkpoint)
+  base = app.roster_from_flags(config)
+  texts = (methods_lib.default_texts(config, base.num_members) if FLAGS.methods is None
+           else [t for t in FLAGS.methods.split(";") if t.strip()])
+  found = methods_lib.parse_all(texts, config, base)
+  examples, validation = (
+      {t.name: t.examples(split, FLAGS.data_dir, limit) for t in wanted}
+      for split, limit in ((FLAGS.split, FLAGS.limit), ("validation", FLAGS.num_validation)))
+  for task in wanted:
+    for part in (examples, validation):
+      check_examples(task, part[task.name], found)
+  begin = time.perf_counter()
+  params, _, tokenizer = app.open_model(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
+  measurer = Measurer(params, tokenizer, FLAGS.batch_size)
+  model, output = profiles.fingerprint(params), pathlib.Path(FLAGS.output)
+  opened = {m.text: runs.Run(output / m.folder, m.text, settings_of(m, model)) for m in found}
+  total = sum(len(seeds_of(m)) for m in found) * sum(map(len, examples.values()))
+  with tqdm(total=total, unit="example", file=sys.stderr) as bar:
+    for task in wanted:
+      bar.set_description(f"{task.name}: fit")
+      fitted = {m.text: fit(measurer, m, task, output / m.folder, validation[task.name])
+                for m in found}
+      for number, batch in enumerate(batches(task, examples[task.name])):
+        turns = [(m, seed) for m in found for seed in seeds_of(m)]
+        for i in np.random.default_rng(number).permutation(len(turns)):
+          method, seed = turns[i]
+          bar.set_description(f"{task.name}: {method.text}")
+          keys = {(task.name, e.id, seed) for e in batch.examples}
+          if not keys <= opened[method.text].done:
+            measure(measurer, method, opened[method.text], seed, batch, fitted[method.text],
+                    count_experts=number == 0 and seed == FLAGS.seed)
+          bar.update(len(batch.examples))
+  for run in opened.values():
+    run.finish()
+  for task in wanted:
+    print(f"\n{task.name}, {len(examples[task.name])} examples\n\n{table(found, opened, task)}")
+  print(f"\nSaved {len(found)} runs in {output}; {time.perf_counter() - begin:.0f} s.")
+
+
+if __name__ == "__main__":
+  define_flags()
+  app.run(main)

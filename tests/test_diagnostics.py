@@ -1,0 +1,58 @@
+"""What routing does inside the model, against one member and one position at a time."""
+
+import numpy as np
+import pytest
+
+import numpy_roster
+import tiny
+from roe_jax import diagnostics
+from roe_jax.roster import Roster
+
+TEXTS = tiny.texts([9, 6, 8])
+STARTS = [4, 2, 6]
+IDS = [7, 0, 2**32 - 1]
+
+
+def experts_by_definition(model, roster):
+  """{(layer, text, position): experts of all members}, from the float64 model."""
+  config, params = model
+  found = {}
+  for row, (text, request) in enumerate(zip(TEXTS, IDS)):
+    def record(layer, position, chosen):
+      found.setdefault((layer, row, position), []).append(chosen.tolist())
+    numpy_roster.member_logits(params, config, roster, text, request, record)
+  return found
+
+
+@pytest.mark.parametrize("settings", [
+    dict(num_members=3, temperatures=[0.0, 0.8, 0.4], seed=9),
+    dict(num_members=3, temperatures=[0.0, 0.8, 0.0], seed=9, cache="standard"), dict()], ids=str)
+def test_unique_experts_are_counted(olmoe, settings):
+  config, params = olmoe
+  roster = Roster.create(config, **settings)
+  found = experts_by_definition(olmoe, roster)
+  by_position, by_step = [], []
+  for layer in range(config.num_layers):
+    sets, steps = [], {}
+    for row, (text, start) in enumerate(zip(TEXTS, STARTS)):
+      for step, position in enumerate(range(start - 1, len(text) - 1)):
+        experts = set(np.ravel(found[layer, row, position]).tolist())
+        sets.append(len(experts))
+        steps.setdefault(step, set()).update(experts)
+    by_position.append(np.mean(sets))
+    by_step.append(np.mean([len(s) for s in steps.values()]))
+  unique = diagnostics.unique_experts(params, config, roster, TEXTS, STARTS, IDS, batch_size=2)
+  assert unique.num_steps == 5
+  np.testing.assert_allclose(unique.by_position, by_position)
+  np.testing.assert_allclose(unique.by_step, by_step)
+  if settings:
+    # Without noise in the first layer all members are one.
+    assert unique.by_position[0] == config.experts_per_token < unique.by_position[1]
+
+
+def test_what_cannot_be_counted_is_refused(olmoe):
+  config, params = olmoe
+  with pytest.raises(ValueError, match="rosters with a cache"):
+    diagnostics.unique_experts(params, config, Roster.create(config, recompute=True), TEXTS)
+  with pytest.raises(ValueError, match="no token is predicted"):
+    diagnostics.unique_experts(params, config, Roster.create(config), [[1, 2]], [2])
