@@ -22,7 +22,8 @@ import jax
 import numpy as np
 
 from experiments import app, runs
-from roe_jax import answer as answer_lib, batching, costs, decode, score as score_lib
+from roe_jax import (
+    answer as answer_lib, batching, costs, decode, diagnostics, score as score_lib)
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
@@ -69,8 +70,8 @@ class Prompt:
   """A request to continue a text.
 
   Its answer has "text" (of a chat the answer apart from its reasoning, "" if the model
-  did not come to it), "finish_reason", "log_prob" (summed, nats), "tokens" (their
-  number) and "cost".
+  did not come to it), "finish_reason", "log_prob" (summed, nats), "generated" (token
+  ids), "tokens" (their number) and "cost".
 
   Attributes:
     tokens: token ids, at least one.
@@ -215,6 +216,28 @@ class Engine:
         total[name] = total.get(name, 0) + value
     return total
 
+  def experts_read(self, requests: Sequence[Request]) -> dict[str, float]:
+    """Different experts of a layer that the members choose for one token of an answer.
+
+    "expert_reads" is summed over tokens ("steps"), and the mean over layers; none for a
+    roster without a cache.
+    """
+    texts, starts, ids = [], [], []
+    for request in requests:
+      if isinstance(request, Continuation):
+        before, tokens = request.context, request.tokens
+      else:
+        before, tokens = request.tokens, tuple(self._answers[key(request)]["generated"])
+      if len(before) + len(tokens) <= self._model[1].context_length:
+        texts.append(before + tokens)
+        starts.append(len(before))
+        ids.append(request.request_id)
+    if self._roster.recompute or not texts:
+      return {}
+    unique = diagnostics.unique_experts(*self._model, self._roster, texts, starts, ids)
+    steps = sum(map(len, texts)) - sum(starts)
+    return {"expert_reads": float(unique.by_position.mean()) * steps, "steps": steps}
+
   def _score(self, requests, on_answered):
     # Continuations that differ in their last token are one text with candidates for it.
     groups: dict[Any, dict[int, str]] = {}
@@ -285,7 +308,7 @@ class Engine:
                              stop_strings=request.stop).final or ""
     return {"text": text, "finish_reason": completion.finish_reason,
             "log_prob": float(np.sum(completion.log_probs, dtype=np.float64)),
-            "tokens": len(completion.tokens),
+            "generated": completion.tokens, "tokens": len(completion.tokens),
             "cost": self._generation_cost(len(request.tokens), len(completion.tokens))
             | {"seconds": self._stopwatch.lap()}}
 

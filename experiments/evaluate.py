@@ -42,6 +42,7 @@ GENERATED = "wordmath"
 OURS = {name if name == GENERATED else PAPER + name: task
         for name, task in tasks_lib.TASKS.items()}
 HARNESS = "harness.json"
+EXPERTS_OF = 4  # The experts that are read are counted on so many requests of a task.
 _CONFIDENCE = ("of the chosen answer among the choices; where a text is written, the probability "
                "of the whole of it; one for each example")
 
@@ -192,12 +193,15 @@ def evaluate_ours(lm: RosterLM, work: Work, run: runs.Run, seed: int) -> None:
 def write(lm: RosterLM, run: runs.Run, seed: int, task: str, label: str,
           records: list[dict[str, Any]]) -> None:
   """Adds to a run what is not there yet: lines of examples, and what they cost."""
-  there = {(c["task"], c["seed"]) for c in runs.read_lines(run.path / runs.COSTS)}
-  stats = jax.local_devices()[0].memory_stats() or {}
-  peak = {"peak_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
-  cost = {"task": task, "seed": seed, **lm.engine.cost(lm.requests[label]), **peak}
-  run.write([r for r in records if runs.key(r) not in run.done],
-            cost if (task, seed) not in there else None)
+  cost = None
+  if all((c["task"], c["seed"]) != (task, seed) for c in runs.read_lines(run.path / runs.COSTS)):
+    requests = list(dict.fromkeys(lm.requests[label]))
+    cost = {"task": task, "seed": seed, **lm.engine.cost(requests),
+            **lm.engine.experts_read(requests[:EXPERTS_OF])}
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+      cost["peak_bytes"] = stats["peak_bytes_in_use"]
+  run.write([r for r in records if runs.key(r) not in run.done], cost)
 
 
 def evaluate_theirs(lm: RosterLM, loaded: dict[str, Any], run: runs.Run,

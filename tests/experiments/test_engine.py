@@ -166,6 +166,20 @@ def test_forward_rows_against_counts_by_hand(olmoe, settings, before, scored, pr
   assert 0 < score["flops"] and 0 < generate["flops"]
 
 
+def test_experts_are_counted_where_tokens_are_predicted(olmoe, roster, answered):
+  """The plain model reads A experts a layer; without noise in layer 0 a roster does so there."""
+  config, _ = olmoe
+  made = [*answered[0][:2], answered[0][-1]]
+  for setting, bounds in ((Roster.create(config), (3, 3)), (roster, (3.5, (3 + 8 + 8) / 3))):
+    answering = engine(olmoe, setting)
+    answering.answer(made)
+    found = answering.experts_read(made)
+    assert found["steps"] == 1 + 1 + answering.answer(made)[2]["tokens"]
+    assert bounds[0] <= found["expert_reads"] / found["steps"] <= bounds[1]
+  recomputing = Roster.create(config, 2, 0.5, recompute=True)
+  assert engine(olmoe, recomputing).experts_read(made[:2]) == {}
+
+
 def test_compiling_is_not_counted():
   watch = Stopwatch()
   watch.lap()

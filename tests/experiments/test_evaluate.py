@@ -105,11 +105,12 @@ def test_a_killed_run_goes_on_and_ends_with_the_files_of_one_that_was_not(
   assert second.returncode == 0, second.stderr
   assert second.stdout.partition("Saved")[0] == first.stdout.partition("Saved")[0]
   for found, expected in zip(runs.load(other)[1], records, strict=True):
-    np.testing.assert_allclose(found.pop("confidences"), expected.pop("confidences"), rtol=1e-4)
-    np.testing.assert_allclose(found.pop("log_probs", []), expected.pop("log_probs", []), rtol=1e-4)
+    for name in ("confidences", "log_probs"):
+      np.testing.assert_allclose(found.pop(name, []), expected.pop(name, []), rtol=1e-4)
     assert found.pop("metrics") == pytest.approx(expected.pop("metrics"), rel=1e-4)
     assert found == expected
-  costs = [[line | {"seconds": 0} for line in lines(path / "costs.jsonl")] for path in (whole, other)]
+  costs = [[line | {"seconds": 0} for line in lines(path / "costs.jsonl")]
+           for path in (whole, other)]
   assert costs[0] == costs[1]
   assert [(c["task"], c["seed"]) for c in costs[0]] == [
       (task, seed) for seed in (3, 4) for task in ("wordmath", "wordmath, references", "choice")]

@@ -129,7 +129,8 @@ def test_a_roster_answers_the_same_whatever_the_order_the_batches_and_the_other_
   one = adapter(folder, model, **settings)
   tokens = one.tok_encode(QUESTIONS[0])
   wanted = [((QUESTIONS[0], ""), tokens, [i]) for i in range(one._config.vocab_size)]
-  assert sum(np.exp([f[0] for f in one._loglikelihood_tokens(wanted)])) == pytest.approx(1, abs=1e-5)
+  found = one._loglikelihood_tokens(wanted)
+  assert sum(np.exp([f[0] for f in found])) == pytest.approx(1, abs=1e-5)
 
 
 def test_repeats_are_samples_of_their_own_and_equal_questions_are_not(folder, model):
@@ -185,7 +186,7 @@ def test_the_answer_of_a_chat_is_what_follows_the_reasoning(tmp_path, monkeypatc
   monkeypatch.setattr(engine_lib.decode, "generate", generate)
   lm = harness.RosterLM(str(tmp_path), config, tokenizer, Chat.load(tmp_path, tokenizer))
   lm.engine = Engine(None, config, tokenizer, Roster.create(config), Answers())
-  contexts = [lm.apply_chat_template([{"role": "user", "content": text}]) for text in "bb a".split()]
+  contexts = [lm.apply_chat_template([{"role": "user", "content": text}]) for text in ("bb", "a")]
   found = lm.generate_until(instances("generate_until", [
       (context, {"until": [], "max_gen_toks": 9}) for context in contexts]))
   assert sorted(found) == ["", "It is 5"]
@@ -264,7 +265,8 @@ code_eval = evaluate.load("code_eval")
 
 def passed(references, predictions, **kwargs):
   programs = ["def f(): return 7", "def f(): return 8", "import os; os.kill(os.getppid(), 9)"]
-  return code_eval.compute(references=["assert f() == 7"], predictions=[programs], k=[1])[0]["pass@1"]
+  found, _ = code_eval.compute(references=["assert f() == 7"], predictions=[programs], k=[1])
+  return found["pass@1"]
 """
 
 
@@ -314,7 +316,8 @@ def test_tasks_of_a_local_folder(task_folder, ours, monkeypatch):
       (q, {"until": ["\n"], "max_gen_toks": 6}) for q in QUESTIONS]))
   assert [r["outputs"] for r in lines["written"]] == [[[text]] for text in texts]
   assert lines["written"][0]["metrics"].keys() == {"exact_match,whole", "exact_match,digits"}
-  rolling = ours.loglikelihood_rolling(instances("loglikelihood_rolling", [(q,) for q in QUESTIONS]))
+  rolling = ours.loglikelihood_rolling(
+      instances("loglikelihood_rolling", [(q,) for q in QUESTIONS]))
   assert [r["metrics"]["nll"] for r in lines["rolling"]] == [-r for r in rolling]
   assert lines["rolling"][0]["metrics"]["tokens"] == len(ours.tok_encode(QUESTIONS[0]))
 
