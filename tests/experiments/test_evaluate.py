@@ -128,7 +128,7 @@ REFUSALS = [
     (["--tasks=wordmath", "--chat"], "has no chat template"),
     (["--tasks=wordmath", "--max_new_tokens=128"], "wordmath/test/0: 128 new tokens leave no room"),
     (["--tasks=paper/gsm8k", "--data_dir={empty}"], "there is no data of gsm8k"),
-    (["--tasks=wordmath", "--temperature_profile={other}"], "the temperature profile is for 3 layers"),
+    (["--tasks=wordmath", "--temperature_profile={other}"], "temperature profile is for 3 layers"),
 ]
 # In one process, as most of the time would go into imports.
 SCRIPT = """
