@@ -1,0 +1,354 @@
+"""Evaluates a model with a roster on benchmarks.
+
+  python -m experiments.evaluate --checkpoint=olmoe --tasks=gsm8k,arc_easy,hellaswag \\
+      --num_members=32 --temperature_profile=profile.json --output=results/olmoe-n32
+  python -m experiments.evaluate --checkpoint=embedded:wordmath_overtrained --tasks=wordmath \\
+      --num_members=8 --temperature_profile=0.3 --limit=100 --output=results/wordmath-n8
+
+--tasks are names of lm-evaluation-harness's tasks, groups and tags, and of ours: with
+paper/ before it, a task is as the RoE paper ran it (paper/gsm8k, paper/svamp, ...);
+`wordmath` is the one whose problems are generated here.
+
+--output is the folder of a run (see `runs`). Each answer of the model is written as it
+comes, to a folder `requests` in it or --request_cache; started again, the program goes
+on from there. What the harness makes of its own tasks is in `harness.json`.
+"""
+
+import dataclasses
+import json
+import logging
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+import jax
+import numpy as np
+import scipy.special
+import scipy.stats
+import tabulate
+from tqdm import tqdm
+
+from experiments import app, harness_tasks, profiles, runs, tasks as tasks_lib
+from experiments.engine import Answers, Engine, Request, Stopwatch
+from experiments.harness import RosterLM
+from experiments.tasks.base import SPLITS, Example, Task
+from roe_jax.chat import Chat
+
+FLAGS = flags.FLAGS
+PAPER = "paper/"
+GENERATED = "wordmath"
+# Ours by the names that --tasks has for them.
+OURS = {name if name == GENERATED else PAPER + name: task
+        for name, task in tasks_lib.TASKS.items()}
+HARNESS = "harness.json"
+EXPERTS_OF = 4  # The experts that are read are counted on so many requests of a task.
+_CONFIDENCE = ("of the chosen answer among the choices; where a text is written, the probability "
+               "of the whole of it; one for each example")
+
+
+def define_flags() -> None:
+  app.define_model_flags()
+  app.define_roster_flags()
+  flags.DEFINE_list("tasks", None, f"Tasks, groups and tags of lm-evaluation-harness, and ours: "
+                    f"{', '.join(OURS)}.", required=True)
+  flags.DEFINE_string("output", None, "Folder of the run.", required=True)
+  flags.DEFINE_integer("limit", None, "Examples of each task, the first ones; all by default.",
+                       lower_bound=1)
+  flags.DEFINE_enum("split", "test", SPLITS, "Which examples of our tasks; the harness's tasks "
+                    "have splits of their own.")
+  flags.DEFINE_string("data_dir", None, "Folder with the data of our tasks in their public "
+                      "formats; read from the hub if absent.")
+  flags.DEFINE_string("include_path", None, "Folder of further tasks of the harness.")
+  flags.DEFINE_integer("num_fewshot", None, "Examples shown before each question of the "
+                       "harness's tasks; as each task says by default.", lower_bound=0)
+  flags.DEFINE_integer("num_seeds", 1, "Seeds of the noise, from --seed on.", lower_bound=1)
+  flags.DEFINE_integer("batch_size", 16, "Requests computed together.", lower_bound=1)
+  flags.DEFINE_integer("max_new_tokens", None, "At most this many tokens are generated for each "
+                       "prompt; as each task says by default.", lower_bound=1)
+  flags.DEFINE_bool("allow_code_execution", False, "Whether programs that the model writes may "
+                    "be run, each in a sandbox.")
+  flags.DEFINE_integer("workers", 1, "Programs run at the same time.", lower_bound=1)
+  flags.DEFINE_bool("chat", False, "Whether questions are messages, rendered by the checkpoint's "
+                    "chat template.")
+  flags.DEFINE_string("system", None, "A system message before each chat.")
+  flags.DEFINE_enum("reasoning_effort", None, ["low", "medium", "high"],
+                    "How long the model is to reason; the chat template's default if absent.")
+  flags.DEFINE_bool("thinking", None, "Whether the model is to think before it answers; the chat "
+                    "template's default if absent.")
+  flags.DEFINE_string("chat_date", None, "YYYY-MM-DD, the day that a chat template tells the "
+                      "model; today if absent, and then results depend on the day.")
+  flags.DEFINE_string("request_cache", None, "Folder of the model's answers, which several runs "
+                      "may share; in --output by default.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """One of our tasks with its requests.
+
+  Attributes:
+    name: as --tasks has it.
+    task: the task.
+    examples: of it.
+    requests: for each example, the requests that answer it.
+    references: for each example, the request that scores its reference, if it has one.
+  """
+
+  name: str
+  task: Task
+  examples: list[Example]
+  requests: list[list[Request]]
+  references: list[Request | None]
+
+
+def check_flags() -> tuple[list[str], list[str]]:
+  """Names of our tasks and of the harness's.
+
+  Raises:
+    ValueError: flags contradict each other, or one of our tasks cannot be run.
+  """
+  names = list(dict.fromkeys(name.strip() for name in FLAGS.tasks))
+  ours = [name for name in names if name in OURS]
+  theirs = [name for name in names if name not in OURS]
+  for name in theirs:
+    if name.startswith(PAPER):
+      raise ValueError(f"there is no task {name!r}; ours are {', '.join(OURS)}")
+  for name in ours:
+    OURS[name].check_allowed(FLAGS.allow_code_execution)
+  if theirs and FLAGS.split != "test":
+    raise ValueError(f"--split={FLAGS.split} is about our tasks, and {theirs[0]} is the harness's, "
+                     "which has one split: leave one of them out")
+  for flag, whose, named in (("num_fewshot", "the harness's", theirs),
+                             ("include_path", "the harness's", theirs), ("data_dir", "our", ours)):
+    if FLAGS[flag].value is not None and not named:
+      raise ValueError(f"--{flag} is about {whose} tasks, and none is named: leave it out")
+  for flag in ("system", "reasoning_effort", "thinking", "chat_date"):
+    if FLAGS[flag].value is not None and not FLAGS.chat:
+      raise ValueError(f"--{flag} is about chats: give --chat with it")
+  return ours, theirs
+
+
+def prepare(lm: RosterLM, name: str) -> Work:
+  """The requests of one of our tasks.
+
+  Raises:
+    ValueError: its data cannot be had, or a request is more than the model can do.
+  """
+  task = OURS[name]
+  examples = task.examples(FLAGS.split, FLAGS.data_dir, FLAGS.limit, FLAGS.chat)
+  requests, references = [], []
+  for example in examples:
+    prompt = example.prompt
+    if FLAGS.chat:
+      system = [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
+      prompt = lm.apply_chat_template([*system, *example.messages])
+    try:
+      if example.choices is None:
+        requests.append([lm.prompt(prompt, {"until": list(example.stop),
+                                            "max_gen_toks": example.max_new_tokens})])
+      else:
+        requests.append([lm.continuation(prompt, choice) for choice in example.choices])
+      # A plain text ends with its solution; how a chat does is its template's matter.
+      references.append(None if example.reference is None else
+                        lm.continuation(prompt, example.reference, end=not FLAGS.chat))
+    except ValueError as error:
+      raise ValueError(f"{example.id}: {error}") from error
+  return Work(name, task, examples, requests, references)
+
+
+def evaluate_ours(lm: RosterLM, work: Work, run: runs.Run, seed: int) -> None:
+  """Answers and scores the examples of one of our tasks, and writes what came of them."""
+  if all((work.name, e.id, seed) in run.done for e in work.examples):
+    return
+  label = f"{work.name}, seed {seed}"
+  answers = iter(lm.answers(label, [r for requests in work.requests for r in requests]))
+  answers = [[next(answers) for _ in requests] for requests in work.requests]
+  wanted = [r for r in work.references if r is not None]
+  referred = iter(lm.answers(f"{label}, references", wanted) if wanted else ())
+  outputs = [found[0]["text"] if example.choices is None else [a["log_prob"] for a in found]
+             for example, found in zip(work.examples, answers)]
+  with tqdm(total=len(outputs), desc=f"{label}, scoring", file=sys.stderr,
+            disable=not work.task.runs_code) as bar:
+    metrics = work.task.score_all(work.examples, outputs, FLAGS.allow_code_execution,
+                                  FLAGS.workers, bar.update)
+  records = []
+  for i, (example, output) in enumerate(zip(work.examples, outputs)):
+    if work.references[i] is not None:
+      found = next(referred)
+      metrics[i] |= {"nll": -found["log_prob"], "tokens": found["tokens"]}
+    record = {"task": work.name, "example": example.id, "seed": seed, "metrics": metrics[i]}
+    if example.choices is None:
+      confidence = np.exp(answers[i][0]["log_prob"])
+      record |= {"output": output, "finish_reason": answers[i][0]["finish_reason"]}
+    else:
+      confidence = scipy.special.softmax(output).max()
+      record["log_probs"] = output
+    records.append(record | {"confidences": [float(confidence)],
+                             "correct": [metrics[i][work.task.metric] == 1]})
+  write(lm, run, seed, work.name, label, records)
+  if wanted:
+    write(lm, run, seed, f"{work.name}, references", f"{label}, references", [])
+
+
+def write(lm: RosterLM, run: runs.Run, seed: int, task: str, label: str,
+          records: list[dict[str, Any]]) -> None:
+  """Adds to a run what is not there yet: lines of examples, and what they cost."""
+  cost = None
+  if all((c["task"], c["seed"]) != (task, seed) for c in runs.read_lines(run.path / runs.COSTS)):
+    requests = list(dict.fromkeys(lm.requests[label]))
+    cost = {"task": task, "seed": seed, **lm.engine.cost(requests),
+            **lm.engine.experts_read(requests[:EXPERTS_OF])}
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+      cost["peak_bytes"] = stats["peak_bytes_in_use"]
+  run.write([r for r in records if runs.key(r) not in run.done], cost)
+
+
+def evaluate_theirs(lm: RosterLM, loaded: dict[str, Any], run: runs.Run,
+                    seed: int) -> dict[str, Any]:
+  """Runs the harness's tasks, writes their lines, and returns the harness's own results."""
+  results = harness_tasks.run(lm, loaded, FLAGS.limit, FLAGS.chat, FLAGS.system)
+  for name, samples in results.pop("samples").items():
+    records = list(harness_tasks.records(lm, name, loaded["tasks"][name], samples, seed))
+    write(lm, run, seed, name, name, records)
+  return {kind: results[kind] for kind in ("results", "groups", "n-shot", "versions")
+          if kind in results}
+
+
+def rows_of_ours(records: list[dict[str, Any]], work: Work) -> list[list[Any]]:
+  """Rows of the table: metric, value, its standard error, and spread between seeds."""
+  lines = [r for r in records if r["task"] == work.name]
+  seeds = sorted({r["seed"] for r in lines})
+  ids = [e.id for e in work.examples]
+
+  def values(metric):  # [X, S]
+    found = {(r["example"], r["seed"]): r["metrics"].get(metric, np.nan) for r in lines}
+    return np.array([[found[i, s] for s in seeds] for i in ids], float)
+
+  rows = []
+  for metric in sorted(set().union(*(r["metrics"] for r in lines)) - {"nll", "tokens"},
+                       key=lambda m: m != work.task.metric):
+    by_seed = values(metric)
+    rows.append([work.name, metric, by_seed.mean(), _error(by_seed.mean(axis=1)),
+                 _spread(by_seed.mean(axis=0)), len(ids)])
+  nll, tokens = values("nll"), values("tokens")
+  scored = np.isfinite(nll).all(axis=1)
+  if scored.any():
+    nll, tokens = nll[scored], tokens[scored]
+    by_seed = np.exp(nll.sum(axis=0) / tokens.sum(axis=0))
+    rows.append([work.name, "perplexity", np.exp(nll.sum() / tokens.sum()),
+                 _perplexity_error(nll.sum(axis=1), tokens.sum(axis=1)), _spread(by_seed),
+                 int(scored.sum())])
+  return rows
+
+
+def _error(values):
+  """Standard error of a mean over examples."""
+  return float(scipy.stats.sem(values)) if len(values) > 1 else None
+
+
+def _perplexity_error(nll, tokens):
+  """Standard error of a perplexity, by the bootstrap over texts."""
+  if len(nll) < 2:
+    return None
+  return float(scipy.stats.bootstrap(
+      (nll, tokens), lambda a, b, axis=-1: np.exp(a.sum(axis=axis) / b.sum(axis=axis)),
+      paired=True, vectorized=True, n_resamples=1000, method="percentile",
+      rng=np.random.default_rng(0)).standard_error)
+
+
+def _spread(by_seed):
+  return float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
+
+
+def rows_of_theirs(by_seed: dict[str, dict[str, Any]],
+                   run_means: dict[str, Any]) -> list[list[Any]]:
+  """As `rows_of_ours`, from the harness's results: its values and standard errors."""
+  rows = []
+  results = [found["results"] | found.get("groups", {}) for found in by_seed.values()]
+  for name in results[0] if results else ():
+    for key in results[0][name]:
+      metric, _, behind = key.partition(",")
+      value = results[0][name][key]
+      if not behind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+        continue
+      values = [r[name][key] for r in results]
+      errors = [r[name].get(f"{metric}_stderr,{behind}") for r in results]
+      known = [e for e in errors if isinstance(e, (int, float))]
+      rows.append([name, metric if behind == "none" else key, float(np.mean(values)),
+                   float(np.mean(known)) if known else None, _spread(values),
+                   run_means.get(name, {}).get("examples")])
+  return rows
+
+
+def main(argv) -> None:
+  del argv
+  logging.getLogger("lm_eval").setLevel(logging.ERROR)
+  ours, theirs = check_flags()
+  # All is checked before the parameters are read.
+  config = app.load_config(FLAGS.checkpoint)
+  roster = app.roster_from_flags(config)
+  tokenizer = app.load_tokenizer(FLAGS.checkpoint, config)
+  chat = Chat.load(
+      app.checkpoint_path(FLAGS.checkpoint), tokenizer, date=FLAGS.chat_date,
+      reasoning_effort=FLAGS.reasoning_effort,
+      enable_thinking=FLAGS.thinking) if FLAGS.chat else None
+  lm = RosterLM(FLAGS.checkpoint, config, tokenizer, chat, FLAGS.max_new_tokens)
+  loaded = harness_tasks.load(theirs, FLAGS.include_path, FLAGS.num_fewshot,
+                              FLAGS.allow_code_execution, others=list(OURS)) if theirs else None
+  if loaded:
+    harness_tasks.check(lm, loaded, FLAGS.chat, FLAGS.system)
+  works = [prepare(lm, name) for name in ours]
+
+  params, config = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
+  output = pathlib.Path(FLAGS.output)
+  seeds = list(range(FLAGS.seed, FLAGS.seed + FLAGS.num_seeds))
+  model = {"model": profiles.model_of(FLAGS.checkpoint, config, params), "dtype": config.dtype}
+  method = "plain" if roster.is_plain else "roster"
+  run = runs.Run(output, output.name, {
+      "method": method, "label": method if roster.is_plain else f"roster, n = {roster.num_members}",
+      "checkpoint": FLAGS.checkpoint, **model, "roster": roster.settings(), "seeds": seeds,
+      "num_forward_rows_per_token": len(roster.members),
+      "stochastic": roster.noisy_layers[0] < config.num_layers, "confidence": _CONFIDENCE,
+      "chat": chat.settings if chat else None, **{
+          name: FLAGS[name].value for name in (
+              "tasks", "limit", "split", "data_dir", "include_path", "num_fewshot",
+              "max_new_tokens", "system")}})
+  cache = pathlib.Path(FLAGS.request_cache) if FLAGS.request_cache else output / "requests"
+  stopwatch, by_seed = Stopwatch(), {}
+  for seed in seeds:
+    seeded = roster.replace(seed=jax.numpy.uint32(seed))
+    lm.engine = Engine(params, config, tokenizer, seeded,
+                       Answers.of(cache, {**model, "roster": seeded.settings()}),
+                       batch_size=FLAGS.batch_size, stopwatch=stopwatch)
+    lm.requests.clear()
+    for work in works:
+      evaluate_ours(lm, work, run, seed)
+    if loaded:
+      by_seed[str(seed)] = evaluate_theirs(lm, loaded, run, seed)
+      app.write_atomically(output / HARNESS, json.dumps(by_seed, indent=2, default=str) + "\n")
+  report(run, works, by_seed, len(lm.truncated))
+
+
+def report(run: runs.Run, works: list[Work], by_seed: dict[str, Any], truncated: int) -> None:
+  """Finishes a run, and prints its table and one line that sums it up."""
+  summary = run.finish()
+  records = runs.read_lines(run.path / runs.EXAMPLES)
+  rows = [row for work in works for row in rows_of_ours(records, work)]
+  rows += rows_of_theirs(by_seed, summary["tasks"])
+  print(tabulate.tabulate(
+      rows, headers=["task", "metric", "value", "standard\nerror", "between\nseeds", "examples"],
+      floatfmt=("", "", ".4f", ".4f", ".4f", ".0f"), missingval=""))
+  if truncated:
+    print(f"[{truncated} prompts were longer than the model's context, and cut on the left]",
+          file=sys.stderr)
+  cost = summary["costs"]
+  lines = sum(task["examples"] * task["seeds"] for task in summary["tasks"].values())
+  print(f"Saved {run.path}: {len(summary['tasks'])} tasks, {lines} examples done; "
+        f"{cost['tokens']:.0f} tokens in {cost['seconds']:.1f} s without compilation, "
+        f"{cost['forward_rows']:.0f} forward rows, {cost['flops']:.3g} FLOPs")
+
+
+if __name__ == "__main__":
+  define_flags()
+  app.run(main)
