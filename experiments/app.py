@@ -1,7 +1,6 @@
 """What all programs here share: start-up, errors, model and roster flags."""
 
 from collections.abc import Callable, Sequence
-import json
 import os
 import pathlib
 import sys
@@ -9,6 +8,8 @@ import sys
 from absl import app, flags, logging
 import jax
 
+from experiments import profiles
+from experiments.profiles import Profile
 from roe_jax import assets, checkpoint, routing, sharding, tokenizer as tokenizer_lib
 from roe_jax.aggregation import AGGREGATIONS
 from roe_jax.config import ModelConfig
@@ -84,7 +85,8 @@ def define_roster_flags(num_members: int = 1) -> None:
   flags.DEFINE_string(
       "temperature_profile", "0",
       "Router temperature τ: one number for all layers, a comma-separated list with one for "
-      "each layer, or a JSON file with the list under \"temperatures\".")
+      "each layer, or a JSON file with the list under \"temperatures\", such as "
+      "experiments.tune writes, whose roster settings hold for flags not given.")
   flags.DEFINE_integer("seed", 0, "Of the routing noise and of sampling.")
   flags.DEFINE_enum("cache", "clean", CACHES, "Whose history the members see.")
   flags.DEFINE_bool("recompute", False, "Do without a cache: slow, for comparison.")
@@ -105,6 +107,11 @@ def parse_temperatures(text: str) -> float | list[float]:
   Raises:
     ValueError: neither numbers nor a JSON file with "temperatures".
   """
+  found = _numbers_or_profile(text)
+  return list(found.temperatures) if isinstance(found, Profile) else found
+
+
+def _numbers_or_profile(text: str) -> float | list[float] | Profile:
   try:
     values = [float(part) for part in text.split(",")]
     return values[0] if len(values) == 1 else values
@@ -115,22 +122,42 @@ def parse_temperatures(text: str) -> float | list[float]:
     raise ValueError(
         f"--temperature_profile={text!r} is neither a number, a comma-separated list of "
         "numbers, nor an existing JSON file")
-  try:
-    return [float(t) for t in json.loads(path.read_text())["temperatures"]]
-  except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-    raise ValueError(
-        f"{path} is not a temperature profile: a JSON object with a list of numbers under "
-        "\"temperatures\" is expected") from error
+  return profiles.read(path)
 
 
 def roster_from_flags(config: ModelConfig) -> Roster:
-  """The roster that the flags of `define_roster_flags` ask for."""
+  """The roster that the flags of `define_roster_flags` ask for.
+
+  Settings that come with a temperature profile hold where no flag is given.
+
+  Raises:
+    ValueError: a setting is out of its range, or the profile is for a model of
+      other sizes.
+  """
   f = flags.FLAGS
+  temperatures = _numbers_or_profile(f.temperature_profile)
+  settings = {name: f[name].value for name in profiles.ROSTER_SETTINGS}
+  if isinstance(temperatures, Profile):
+    temperatures.check_sizes(config)
+    settings |= {k: v for k, v in temperatures.roster.items() if not f[k].present}
+    temperatures = temperatures.temperatures
   return Roster.create(
-      config, f.num_members, parse_temperatures(f.temperature_profile), seed=f.seed,
-      include_clean=f.include_clean, cache=f.cache, recompute=f.recompute,
-      aggregation=f.aggregation, gate_weights=f.gate_weights,
-      expert_strategy=f.expert_strategy, memory_budget=f.memory_budget_mb << 20)
+      config, temperatures=temperatures, seed=f.seed, expert_strategy=f.expert_strategy,
+      memory_budget=f.memory_budget_mb << 20, **settings)
+
+
+def check_profile(params: Params) -> None:
+  """Checks the profile that --temperature_profile names, if any, against parameters.
+
+  `load_params` does so for those it loads.
+
+  Raises:
+    ValueError: the profile is another model's.
+  """
+  if "temperature_profile" in flags.FLAGS:
+    found = _numbers_or_profile(flags.FLAGS["temperature_profile"].value)
+    if isinstance(found, Profile):
+      found.check_routers(params)
 
 
 def checkpoint_path(name: str) -> pathlib.Path:
@@ -187,8 +214,8 @@ def load_params(name: str, dtype: str | None = None,
     mesh: the value of --mesh.
 
   Raises:
-    ValueError: it is not a complete checkpoint, or the mesh does not fit the
-      model or the devices.
+    ValueError: it is not a complete checkpoint, the mesh does not fit the
+      model or the devices, or the temperature profile is another model's.
   """
   shardings = None
   if mesh is not None:
@@ -197,7 +224,9 @@ def load_params(name: str, dtype: str | None = None,
     sizes = ",".join(f"{axis}:{size}" for axis, size in devices.shape.items())
     print(f"[mesh {sizes}]", file=sys.stderr)
     shardings = sharding.parameter_shardings(devices, config)
-  return checkpoint.load(checkpoint_path(name), dtype, shardings)
+  params, config = checkpoint.load(checkpoint_path(name), dtype, shardings)
+  check_profile(params)
+  return params, config
 
 
 def open_model(name: str, dtype: str | None = None,
