@@ -6,11 +6,12 @@ system frees it when the worker ends, however it ends, so that a trial whose loc
 is free and which is not finished was lost, and is made again. (SQLite needs file
 locks that work, too.) Every change of hands is made under one more lock.
 
-Trials see the same examples in the same order with the same noise, and report the
-difference of each example to the plain model. After every batch a trial that a
-signed-rank test finds worse than the best one so far is given up. It then counts
-as if the examples it did not see differed from the plain model as those that it
-saw, so that the sampler learns from it, too.
+Trials see the same examples in the same order with the same noise. After every
+batch a trial that is worse than the best one so far by a signed-rank test on the
+examples that it has seen is given up. It then counts as if it differed from the
+best one on the other examples as on those, so that the sampler learns from it,
+too. (Optuna's WilcoxonPruner makes the same test, but wants a transaction for each
+example, which takes longer than a small model does.)
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+import scipy.stats
 
 from experiments import app
 from experiments.objectives import Cost
@@ -38,6 +40,7 @@ SAMPLERS = ("tpe", "sweep")
 TRIALS = "trials.jsonl"
 
 _STUDY = "temperatures"
+_VALUES, _MADE = "values", "made"  # attributes of trials
 _POLL_SECONDS = 0.5
 
 
@@ -164,9 +167,9 @@ class Search:
       self._study = optuna.create_study(
           storage=storage, study_name=_STUDY, load_if_exists=True,
           direction="maximize" if maximize else "minimize")
-      for temperature in sweep:
+      for temperature in sweep[len(self._study.get_trials(deepcopy=False)):]:
         self._study.enqueue_trial(dict.fromkeys(space.distributions, temperature),
-                                  user_attrs={"kind": "sweep"}, skip_if_exists=True)
+                                  user_attrs={"kind": "sweep"})
 
   def trials(self) -> list[Trial]:
     """All trials that were begun, by number."""
@@ -183,26 +186,20 @@ class Search:
     sign = -1 if self.maximize else 1
     return min(done, key=lambda t: (sign * t.value, t.number), default=None)
 
-  def run(self, objective: Objective, batches: Sequence[slice], baseline: np.ndarray,
-          prune: bool = True, on_trial: Callable[[], None] = lambda: None) -> None:
+  def run(self, objective: Objective, batches: Sequence[slice], prune: bool = True,
+          on_trial: Callable[[], None] = lambda: None) -> None:
     """Makes trials until the budget is spent and those of other workers are finished.
 
     Args:
       objective: what is optimised.
       batches: the examples in stretches.
-      baseline: `[X]` the plain model's numbers.
       prune: whether hopeless trials are given up.
       on_trial: called after every trial, and while others are waited for.
     """
-    looks = max(1, len(batches) - 1)
-    pruner = (optuna.pruners.WilcoxonPruner(
-        p_threshold=PRUNING_ERROR / looks, n_startup_steps=MIN_EXAMPLES)
-        if prune else optuna.pruners.NopPruner())
     while True:
       with self._next() as trial:
         if trial is not None:
-          self._study.pruner = pruner
-          self._make(trial, objective, batches, baseline)
+          self._make(trial, objective, batches, prune)
       if trial is not None:
         with self.locked():
           self.export()
@@ -234,7 +231,9 @@ class Search:
     for trial in trials:
       if trial.state == TrialState.RUNNING and _is_free(self._lock_of(trial.number)):
         self._study.tell(trial.number, state=TrialState.FAIL)
-        optuna.storages.RetryHeartbeatStaleTrialCallback()(self._study, trial)
+        self._study.add_trial(optuna.create_trial(
+            state=TrialState.WAITING, params=trial.params, distributions=trial.distributions,
+            user_attrs=trial.user_attrs, system_attrs=trial.system_attrs))
     trials = self._study.get_trials(deepcopy=False)
     begun = sum(t.state in (TrialState.COMPLETE, TrialState.RUNNING) for t in trials)
     if begun >= self.num_trials:
@@ -244,32 +243,39 @@ class Search:
     self._study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
     return self._study.ask(self.space.distributions)
 
-  def _make(self, trial, objective, batches, baseline):
-    begin, cost, values = time.perf_counter(), Cost(), baseline.astype(float)
-    temperatures, seen, pruned = self.space.temperatures(trial.params), 0, False
+  def _make(self, trial, objective, batches, prune):
+    begin, cost, values = time.perf_counter(), Cost(), np.empty(0)
+    temperatures, pruned = self.space.temperatures(trial.params), False
+    best = self._values_of_best() if prune else None
     for batch in batches:
       found, batch_cost = objective.measure(temperatures, batch)
-      values[batch], cost, seen = found, cost + batch_cost, batch.stop
+      values, cost = np.concatenate([values, found]), cost + batch_cost
       if not np.all(np.isfinite(found)):
         raise ValueError(f"the model gives no finite {objective.name} at τ = {temperatures}")
-      for i in range(batch.start, batch.stop):
-        trial.report(values[i] - baseline[i], i)
-      if seen < len(values) and trial.should_prune():
-        pruned = True
-        values[seen:] += np.mean(values[:seen] - baseline[:seen])
-        break
-    for name, value in {"pruned": pruned, "examples": seen, **dataclasses.asdict(cost),
-                        "seconds": time.perf_counter() - begin}.items():
-      trial.set_user_attr(name, value)
+      if best is not None and batch is not batches[-1]:
+        pruned = is_hopeless(values, best, self.maximize, len(batches) - 1)
+        if pruned:
+          break
+    seen = len(values)
+    if pruned:
+      values = np.concatenate([values, best[seen:] + np.mean(values - best[:seen])])
+    trial.set_user_attr(_VALUES, values.tolist())
+    trial.set_user_attr(_MADE, {
+        "state": "pruned" if pruned else "complete", "examples": seen,
+        "seconds": time.perf_counter() - begin, **dataclasses.asdict(cost)})
     self._study.tell(trial, objective.value(values))
 
+  def _values_of_best(self):
+    best = self.best()
+    if best is not None:
+      return np.array(self._study.get_trials(deepcopy=False)[best.number].user_attrs[_VALUES])
+
   def _told(self, trial: FrozenTrial) -> Trial:
-    attributes = dict(trial.user_attrs)
-    pruned = attributes.pop("pruned", False)
-    state = {TrialState.COMPLETE: "pruned" if pruned else "complete",
-             TrialState.FAIL: "failed"}.get(trial.state, "running")
-    return Trial(**{"number": trial.number, "kind": "tpe", "state": state, "value": trial.value,
-                    "temperatures": self.space.temperatures(trial.params), **attributes})
+    state = "failed" if trial.state == TrialState.FAIL else "running"
+    return Trial(**{
+        "number": trial.number, "kind": trial.user_attrs.get("kind", "tpe"), "state": state,
+        "value": trial.value, "temperatures": self.space.temperatures(trial.params),
+        **(trial.user_attrs.get(_MADE, {}) if trial.state == TrialState.COMPLETE else {})})
 
   def locked(self) -> contextlib.AbstractContextManager[Any]:
     """Whoever holds it is alone with the folder's files."""
@@ -277,6 +283,29 @@ class Search:
 
   def _lock_of(self, number):
     return self.folder / "running" / str(number)
+
+
+def is_hopeless(values: np.ndarray, best: np.ndarray, maximize: bool, looks: int) -> bool:
+  """Whether a trial is clearly worse than the best one, on the examples seen so far.
+
+  It is worse in the mean, and by the one-sided signed-rank test (Wilcoxon, 1945)
+  at such a level that of trials which are no worse at most `PRUNING_ERROR` are
+  given up in all looks together (Bonferroni), where differences are symmetric.
+
+  Args:
+    values: `[X']` of the trial.
+    best: `[X]` of the best one, beginning with the same examples.
+    maximize: whether large values are good.
+    looks: how often this is asked about a trial at most.
+  """
+  if len(values) < MIN_EXAMPLES:
+    return False
+  worse = (values - best[:len(values)]) * (-1 if maximize else 1)
+  if worse.mean() <= 0:
+    return False
+  # Half of the zeros count on either side: many examples may be equally right.
+  test = scipy.stats.wilcoxon(worse, alternative="greater", zero_method="zsplit")
+  return bool(test.pvalue < PRUNING_ERROR / looks)
 
 
 @contextlib.contextmanager

@@ -283,8 +283,7 @@ def tune(params: Params, work: Work, search: Search) -> Profile:
   path = work.output / PROFILE
   if path.is_file():
     profiles.read(path).check_routers(params)
-  baseline = plain_values(params, work)
-  plain = work.searched.value(baseline)
+  plain = work.searched.value(plain_values(params, work))
 
   def write(confirmed=None):
     profile = profile_of(search, work, model, plain, confirmed)
@@ -299,7 +298,7 @@ def tune(params: Params, work: Work, search: Search) -> Profile:
         if search.best() and not finished(work):
           bar.set_postfix(plain=f"{plain:.4f}", best=f"{write().objective['value']:.4f}")
 
-    search.run(OnModel(params, work), batches(len(baseline)), baseline,
+    search.run(OnModel(params, work), batches(len(work.searched.examples)),
                FLAGS.prune and FLAGS.sampler != "sweep", on_trial)
   with search.locked():  # one worker confirms, and the others wait
     if finished(work) is None:
