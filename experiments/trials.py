@@ -36,7 +36,6 @@ STEP = 0.05  # of the sweep
 # The share of trials no worse than the best one that may be given up by mistake.
 PRUNING_ERROR = 0.05
 MIN_EXAMPLES = 8  # before the first test
-SAMPLERS = ("tpe", "sweep")
 TRIALS = "trials.jsonl"
 
 _STUDY = "temperatures"
@@ -91,6 +90,18 @@ def _parameter(layer):
   return f"layer_{layer}"
 
 
+def check_budget(space: Space, num_trials: int) -> None:
+  """Checks that there are trials enough for the sweep.
+
+  Raises:
+    ValueError: there are not.
+  """
+  if num_trials < len(space.sweep()):
+    raise ValueError(
+        f"num_trials must be at least {len(space.sweep())}, the steps of {STEP} up to "
+        f"{space.max_temperature} with which a search begins; got {num_trials}")
+
+
 class Objective(Protocol):
   """What a search optimises."""
 
@@ -138,10 +149,8 @@ class Search:
   Args:
     folder: of the study; made if it is not there.
     space: which τ are tried.
-    num_trials: the budget in trials, sweep included; for "sweep" there are as
-      many as it has steps.
+    num_trials: the budget in trials, of which the sweep's are the first.
     maximize: whether the objective is to be large.
-    sampler: "tpe", which begins with the sweep, or "sweep" alone.
     seed: of the sampler.
 
   Raises:
@@ -149,15 +158,10 @@ class Search:
   """
 
   def __init__(self, folder: pathlib.Path, space: Space, num_trials: int, maximize: bool,
-               sampler: str = "tpe", seed: int = 0):
+               seed: int = 0):
+    check_budget(space, num_trials)
     self.folder, self.space, self.maximize = folder, space, maximize
-    sweep = space.sweep()
-    if sampler == "tpe" and num_trials < len(sweep):
-      raise ValueError(
-          f"num_trials must be at least {len(sweep)}, the steps of {STEP} up to "
-          f"{space.max_temperature} with which the search begins; got {num_trials}")
-    self.num_trials = len(sweep) if sampler == "sweep" else num_trials
-    self._seed = seed
+    self.num_trials, self._seed = num_trials, seed
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     (folder / "running").mkdir(parents=True, exist_ok=True)
     with self.locked():
@@ -167,7 +171,7 @@ class Search:
       self._study = optuna.create_study(
           storage=storage, study_name=_STUDY, load_if_exists=True,
           direction="maximize" if maximize else "minimize")
-      for temperature in sweep[len(self._study.get_trials(deepcopy=False)):]:
+      for temperature in space.sweep()[len(self._study.get_trials(deepcopy=False)):]:
         self._study.enqueue_trial(dict.fromkeys(space.distributions, temperature),
                                   user_attrs={"kind": "sweep"})
 
@@ -222,7 +226,7 @@ class Search:
         trial = self._claimed()
         if trial is not None:
           path = self._lock_of(trial.number)
-          held.enter_context(_lock(path))
+          held.enter_context(lock_on(path))
           held.callback(path.unlink)
       yield trial
 
@@ -231,6 +235,7 @@ class Search:
     for trial in trials:
       if trial.state == TrialState.RUNNING and _is_free(self._lock_of(trial.number)):
         self._study.tell(trial.number, state=TrialState.FAIL)
+        self._lock_of(trial.number).unlink()
         self._study.add_trial(optuna.create_trial(
             state=TrialState.WAITING, params=trial.params, distributions=trial.distributions,
             user_attrs=trial.user_attrs, system_attrs=trial.system_attrs))
@@ -279,7 +284,7 @@ class Search:
 
   def locked(self) -> contextlib.AbstractContextManager[Any]:
     """Whoever holds it is alone with the folder's files."""
-    return _lock(self.folder / "lock")
+    return lock_on(self.folder / "lock")
 
   def _lock_of(self, number):
     return self.folder / "running" / str(number)
@@ -309,7 +314,8 @@ def is_hopeless(values: np.ndarray, best: np.ndarray, maximize: bool, looks: int
 
 
 @contextlib.contextmanager
-def _lock(path):
+def lock_on(path: pathlib.Path) -> Iterator[None]:
+  """A lock that at most one process holds; a process that ends gives it back."""
   with open(path, "w") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     yield

@@ -71,7 +71,7 @@ def define_flags() -> None:
                      f"{default.max_temperature} by default.")
   flags.DEFINE_integer("fixed_layers", None, "L, how many of the first and of the last layers "
                        f"keep τ = 0; {default.fixed_layers} by default.")
-  flags.DEFINE_enum("sampler", "tpe", trials.SAMPLERS, "TPE after a sweep, or the sweep alone.")
+  flags.DEFINE_enum("sampler", "tpe", ["tpe", "sweep"], "TPE after a sweep, or the sweep alone.")
   flags.DEFINE_bool("prune", True, "Whether trials that are clearly worse than the best one are "
                     "given up; in a sweep none is.")
   flags.DEFINE_integer("num_confirm", None, "Fresh validation examples on which the result is "
@@ -150,6 +150,9 @@ def prepare() -> Work:
     raise ValueError("--num_members must be at least 2: the plain model alone has no temperatures")
   config = app.load_config(FLAGS.checkpoint)
   space = Space(config.num_layers, settings.fixed_layers, settings.max_temperature)
+  if FLAGS.sampler == "sweep":
+    settings = dataclasses.replace(settings, num_trials=len(space.sweep()))
+  trials.check_budget(space, settings.num_trials)
   roster = {name: FLAGS[name].value for name in profiles.ROSTER_SETTINGS}
   roster |= {"num_members": settings.num_members, "cache": settings.cache}
   task = tasks.get(FLAGS.task)
@@ -178,9 +181,11 @@ def open_search(work: Work) -> Search:
   Raises:
     ValueError: the folder holds a search with other settings.
   """
-  runs.claim(work.output, work.told)
+  work.output.mkdir(parents=True, exist_ok=True)
+  with trials.lock_on(work.output / "lock"):
+    runs.claim(work.output, work.told)
   return Search(work.output, work.space, work.settings.num_trials, work.searched.maximize,
-                FLAGS.sampler, FLAGS.seed)
+                FLAGS.seed)
 
 
 class OnModel:
