@@ -13,6 +13,7 @@ of a question share theirs.
 
 from collections.abc import Sequence
 import dataclasses
+import os
 from typing import ClassVar
 
 import numpy as np
@@ -181,7 +182,7 @@ class Accuracy:
     examples = self.examples[part]
     chooses = examples[0].kind == "choose"
     outputs, cost = (self._choose if chooses else self._generate)(params, roster, part)
-    metrics = self._task.score_all(examples, outputs, self._allowed)
+    metrics = self._task.score_all(examples, outputs, self._allowed, workers=os.cpu_count())
     return np.array([m[self.metric] for m in metrics], float), cost
 
   def _choose(self, params, roster, part):

@@ -75,7 +75,8 @@ def define_flags() -> None:
   flags.DEFINE_bool("prune", True, "Whether trials that are clearly worse than the best one are "
                     "given up; in a sweep none is.")
   flags.DEFINE_integer("num_confirm", None, "Fresh validation examples on which the result is "
-                       "confirmed; as many as trials see by default.")
+                       "confirmed; by default as many as trials see, and half of a split that is "
+                       "too small for both.")
   flags.DEFINE_integer("num_seeds", 3, "Fresh noise seeds of the confirmation.")
   flags.DEFINE_integer("num_workers", 1, "Processes that make trials, each with the model.")
   flags.DEFINE_integer("batch_size", 20, "Examples measured together.")
@@ -140,11 +141,10 @@ def prepare() -> Work:
   given = {f.name: FLAGS[f.name].value for f in dataclasses.fields(settings)
            if FLAGS[f.name].present}
   settings = dataclasses.replace(settings, **given)
-  num_confirm = settings.num_samples if FLAGS.num_confirm is None else FLAGS.num_confirm
-  for name, value in (("num_samples", settings.num_samples), ("num_confirm", num_confirm),
-                      ("num_trials", settings.num_trials), ("num_seeds", FLAGS.num_seeds),
+  for name, value in (("num_samples", settings.num_samples), ("num_trials", settings.num_trials),
+                      ("num_confirm", FLAGS.num_confirm), ("num_seeds", FLAGS.num_seeds),
                       ("num_workers", FLAGS.num_workers), ("batch_size", FLAGS.batch_size)):
-    if value < 1:
+    if value is not None and value < 1:
       raise ValueError(f"--{name} must be at least 1, got {value}")
   if settings.num_members < 2 and FLAGS.include_clean:
     raise ValueError("--num_members must be at least 2: the plain model alone has no temperatures")
@@ -156,23 +156,47 @@ def prepare() -> Work:
   roster = {name: FLAGS[name].value for name in profiles.ROSTER_SETTINGS}
   roster |= {"num_members": settings.num_members, "cache": settings.cache}
   task = tasks.get(FLAGS.task)
-  wanted = settings.num_samples + num_confirm
-  examples = task.examples(SPLIT, FLAGS.data_dir, wanted)
-  seen = {e.prompt for e in examples[:settings.num_samples]}
-  fresh = [i for i in range(settings.num_samples, len(examples)) if examples[i].prompt not in seen]
-  if len(examples) < wanted or not fresh:
-    raise ValueError(
-        f"the validation split of {FLAGS.task} has {len(examples)} examples, and --num_samples="
-        f"{settings.num_samples} and --num_confirm={num_confirm} fresh ones are asked for")
+  count, examples, fresh = choose_examples(task, settings.num_samples)
+  settings = dataclasses.replace(settings, num_samples=count)
   tokenizer = app.load_tokenizer(FLAGS.checkpoint, config)
   searched, fresh = (
       OBJECTIVES[settings.objective](
           config, tokenizer, task, [examples[i] for i in ids], ids, FLAGS.batch_size,
           FLAGS.allow_code_execution)
-      for ids in (range(settings.num_samples), fresh))
+      for ids in (range(count), fresh))
   work = Work(pathlib.Path(FLAGS.output), config, settings, roster, space, searched, fresh)
   work.make_roster(0.0, FLAGS.seed + FLAGS.num_seeds)
   return work
+
+
+def choose_examples(task: tasks.Task,
+                    num_samples: int) -> tuple[int, list[tasks.Example], list[int]]:
+  """Examples of the validation split, those of the search first.
+
+  Where the split is too small for both, and --num_confirm does not say how to part
+  it, the search sees half of it.
+
+  Returns:
+    How many are for the search, the examples, and the indices of those that
+    confirm, whose questions the search does not see.
+
+  Raises:
+    ValueError: there are not enough of them.
+  """
+  confirms = FLAGS.num_confirm or num_samples
+  examples = task.examples(SPLIT, FLAGS.data_dir, num_samples + confirms)
+  if FLAGS.num_confirm is None and len(examples) < 2 * num_samples:
+    num_samples = len(examples) // 2
+    print(f"[the validation split of {task.name} has {len(examples)} examples: the search sees "
+          f"{num_samples} of them, and the others confirm]", file=sys.stderr)
+    confirms = len(examples) - num_samples
+  seen = {e.prompt for e in examples[:num_samples]}
+  fresh = [i for i in range(num_samples, len(examples)) if examples[i].prompt not in seen]
+  if num_samples < 1 or len(examples) < num_samples + confirms or not fresh:
+    raise ValueError(
+        f"the validation split of {task.name} has {len(examples)} examples, {len(fresh)} of them "
+        f"new to the search: too few for --num_samples={num_samples} and --num_confirm={confirms}")
+  return num_samples, examples, fresh
 
 
 def open_search(work: Work) -> Search:

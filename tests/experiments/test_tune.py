@@ -4,12 +4,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import app, confirm, objectives, profiles, runs, statistics, tasks, tuning_configs
+from experiments import (
+    app, confirm, objectives, profiles, runs, statistics, tasks, tune, tuning_configs)
 from experiments.tasks import base
 from experiments.trials import Search, Space
 from roe_jax import checkpoint, decode, score
@@ -286,6 +288,22 @@ def test_what_is_not_clear_is_not_called_better():
   assert "clearly worse than the plain model" in told(-3, -1)
 
 
+def test_a_small_split_is_halved_and_repeated_questions_confirm_nothing(monkeypatch, capsys):
+  questions = ["a", "b", "c", "d", "a", "e", "f"]
+  task = base.Task("few", "math", "acc", lambda split, folder, chat: (
+      base.Example(id=f"{split}/{i}", prompt=q) for i, q in enumerate(questions)), None, "")
+  given = types.SimpleNamespace(num_confirm=None, data_dir=None)
+  monkeypatch.setattr(tune, "FLAGS", given)
+  count, examples, fresh = tune.choose_examples(task, 50)
+  assert (count, len(examples), fresh) == (3, 7, [3, 5, 6])
+  assert "7 examples: the search sees 3" in capsys.readouterr().err
+  assert tune.choose_examples(task, 2)[::2] == (2, [2, 3])
+  given.num_confirm = 5
+  assert tune.choose_examples(task, 2)[::2] == (2, [2, 3, 5, 6])
+  with pytest.raises(ValueError, match="has 7 examples, 3 of them new"):
+    tune.choose_examples(task, 3)
+
+
 def test_the_papers_budgets():
   assert len(tuning_configs.CONFIGS) == 10
   c = tuning_configs.load("paper_commonsense_mixtral")
@@ -304,7 +322,7 @@ REFUSED = {
     ("--config=paper_math_olmoe",): "it may be 0 to 0, got 1",  # two layers are too few for L = 1
     ("--task=gsm9k",): "gsm9k",
     ("--num_members=1",): "the plain model alone has no temperatures",
-    ("--num_samples=900", "--num_confirm=200"): "has 1000 examples",
+    ("--num_samples=900", "--num_confirm=200"): "too few for --num_samples=900 and",
     ("--num_confirm=0",): "--num_confirm must be at least 1",
     ("--temperature_profile=0.3",): "leave it out",
     ("--seed=4294967295",): "seed must lie in",
