@@ -204,12 +204,9 @@ class Search:
       with self._next() as trial:
         if trial is not None:
           self._make(trial, objective, batches, prune)
-      if trial is not None:
-        with self.locked():
-          self.export()
-      elif self.num_finished >= self.num_trials:
-        return
-      else:
+      if trial is None:
+        if self.num_finished >= self.num_trials:
+          return
         time.sleep(_POLL_SECONDS)
       on_trial()
 
@@ -268,7 +265,9 @@ class Search:
     trial.set_user_attr(_MADE, {
         "state": "pruned" if pruned else "complete", "examples": seen,
         "seconds": time.perf_counter() - begin, **dataclasses.asdict(cost)})
-    self._study.tell(trial, objective.value(values))
+    with self.locked():  # or who looks for lost trials may take it for one
+      self._study.tell(trial, objective.value(values))
+      self.export()
 
   def _values_of_best(self):
     best = self.best()
