@@ -99,7 +99,8 @@ def read(path: pathlib.Path) -> Profile:
     temperatures = tuple(float(t) for t in values["temperatures"])
   except (KeyError, TypeError, ValueError) as error:  # Of JSON and of its encoding, too.
     raise ValueError(expected) from error
-  if not isinstance(values["temperatures"], list) or not all(math.isfinite(t) and t >= 0 for t in temperatures):
+  if not isinstance(values["temperatures"], list) or not all(
+      math.isfinite(t) and t >= 0 for t in temperatures):
     raise ValueError(f"{expected}, finite and not negative")
   known = {f.name for f in dataclasses.fields(Profile)} - {"temperatures"}
   profile = Profile(temperatures, **{k: v for k, v in values.items() if k in known})

@@ -32,6 +32,24 @@ def key(record: dict[str, Any]) -> Key:
   return record["task"], str(record["example"]), int(record["seed"])
 
 
+def claim(path: pathlib.Path, settings: dict[str, Any]) -> None:
+  """Writes the settings of a run into its folder, or finds them there.
+
+  Raises:
+    ValueError: the folder holds a run with other settings.
+  """
+  wanted = json.loads(json.dumps(settings))
+  found = path / SETTINGS
+  if not found.is_file():
+    app.write_atomically(found, json.dumps(wanted, indent=2) + "\n")
+    return
+  held = json.loads(found.read_text())
+  differing = sorted(k for k in held.keys() | wanted.keys() if held.get(k) != wanted.get(k))
+  if differing:
+    raise ValueError(f"{path} holds a run with other settings ({', '.join(differing)}): name "
+                     "another folder, or remove it")
+
+
 class Run:
   """A run that is being made, or made further.
 
@@ -48,17 +66,7 @@ class Run:
       ValueError: the folder holds a run of another name or with other settings.
     """
     self.path, self.name = pathlib.Path(path), name
-    wanted = json.loads(json.dumps({"name": name, **settings}))
-    found = self.path / SETTINGS
-    if found.is_file():
-      held = json.loads(found.read_text())
-      differing = sorted(k for k in held.keys() | wanted.keys() if held.get(k) != wanted.get(k))
-      if differing:
-        raise ValueError(
-            f"{self.path} holds a run with other settings ({', '.join(differing)}): name another "
-            "folder, or remove it")
-    else:
-      app.write_atomically(found, json.dumps(wanted, indent=2) + "\n")
+    claim(self.path, {"name": name, **settings})
     self.done = {key(record) for record in read_lines(self.path / EXAMPLES, mend=True)}
     read_lines(self.path / COSTS, mend=True)
 
