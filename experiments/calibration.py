@@ -27,16 +27,18 @@ class Events:
     correct: `[N]` bool.
     example: `[N]` int, the index of the example that an event belongs to.
     num_examples: X.
+    num_seeds: S, how many seeds' events an example has; it counts as one example.
   """
 
   confidences: np.ndarray
   correct: np.ndarray
   example: np.ndarray
   num_examples: int
+  num_seeds: int = 1
 
   @classmethod
-  def of(cls, confidences: Sequence[Sequence[float]],
-         correct: Sequence[Sequence[bool]]) -> "Events":
+  def of(cls, confidences: Sequence[Sequence[float]], correct: Sequence[Sequence[bool]],
+         num_seeds: int = 1) -> "Events":
     """From one list for each example.
 
     Raises:
@@ -51,11 +53,11 @@ class Events:
     if not ((flat >= 0) & (flat <= 1 + 1e-6)).all():
       raise ValueError("confidences are probabilities, from 0 to 1")
     return cls(flat.clip(0, 1), np.concatenate([np.asarray(c, bool) for c in correct]),
-               np.repeat(np.arange(len(lengths)), lengths), len(lengths))
+               np.repeat(np.arange(len(lengths)), lengths), len(lengths), num_seeds)
 
   def sums(self, values: np.ndarray) -> np.ndarray:
-    """`[X]` sums of `values` `[N]` over each example's events."""
-    return np.bincount(self.example, values, self.num_examples)
+    """`[X]` sums of `values` `[N]` over each example's events, means over seeds."""
+    return np.bincount(self.example, values, self.num_examples) / self.num_seeds
 
 
 def bins(confidences: np.ndarray, kind: str = MASS, count: int = BINS) -> np.ndarray:
@@ -86,7 +88,7 @@ def _weights(num_examples):
 def _gaps(events, kind):
   """[X, K] sums of confidence minus outcome in each bin in use, as shares of all events."""
   where = bins(events.confidences, kind)
-  gap = (events.confidences - events.correct) / len(where)
+  gap = (events.confidences - events.correct) * events.num_seeds / len(where)
   return np.stack([events.sums(np.where(where == b, gap, 0.0)) for b in np.unique(where)], 1)
 
 

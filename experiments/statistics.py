@@ -239,7 +239,7 @@ class Comparison:
     baseline: the baseline's label.
     task: the task.
     measure: what is compared, as in a sentence ("accuracy", "perplexity").
-    unit: of the difference (" points", " %").
+    unit: of the difference: " points", " %", or none.
     examples: X, how many both have.
     difference: with its interval.
     test: the test.
@@ -269,7 +269,7 @@ class Comparison:
 
   def sentence(self) -> str:
     """What was found, as a sentence."""
-    d, places = self.difference, 1 if self.unit == " points" else 2
+    d, places = self.difference, {" points": 1, " %": 2}.get(self.unit, 4)
     p = "p < 0.001" if self.adjusted < 0.001 else f"p = {self.adjusted:.3f}"
     figures = (f"{d.value:+.{places}f}{self.unit}, 95 % interval {d.low:+.{places}f} to "
                f"{d.high:+.{places}f}, {p} after Holm's correction, {self.examples} examples")
