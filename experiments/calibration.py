@@ -59,6 +59,11 @@ class Events:
     """`[X]` sums of `values` `[N]` over each example's events, means over seeds."""
     return np.bincount(self.example, values, self.num_examples) / self.num_seeds
 
+  @property
+  def counts(self) -> np.ndarray:
+    """`[X]` how many events each example has."""
+    return self.sums(np.ones_like(self.confidences))
+
 
 def bins(confidences: np.ndarray, kind: str = MASS, count: int = BINS) -> np.ndarray:
   """The bin of each event, `[N]` int in [0, count).
@@ -142,7 +147,7 @@ def _squares(events):
 def brier(events: Events) -> Estimate:
   """Mean squared distance of confidence and outcome (Brier, 1950), over events."""
   return Estimate(*statistics.bootstrap(
-      [_squares(events), events.sums(np.ones_like(events.confidences))], statistics.ratio))
+      [_squares(events), events.counts], statistics.ratio))
 
 
 def paired_brier(events: Events, baseline: Events) -> tuple[Difference, statistics.Test]:
@@ -152,11 +157,10 @@ def paired_brier(events: Events, baseline: Events) -> tuple[Difference, statisti
     ValueError: not the same numbers of examples and events.
   """
   _check_paired(events, baseline)
-  counts = events.sums(np.ones_like(events.confidences))
-  if not np.array_equal(counts, baseline.sums(np.ones_like(baseline.confidences))):
+  if not np.array_equal(events.counts, baseline.counts):
     raise ValueError("Brier scores are compared on the same events")
   ours, theirs = _squares(events), _squares(baseline)
-  return (Difference(*statistics.bootstrap([ours - theirs, counts], statistics.ratio)),
+  return (Difference(*statistics.bootstrap([ours - theirs, events.counts], statistics.ratio)),
           statistics.paired_test(ours, theirs))
 
 

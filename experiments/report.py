@@ -68,14 +68,11 @@ def write(runs: list[results_lib.Result], baseline: results_lib.Result | None,
     One line that sums it up.
   """
   tasks = analysis.tasks_of(runs)
-  with tqdm(total=3 + 2 * len(tasks) + 1 + len(tunings), unit="part", file=sys.stderr) as bar:
-    def step(result):
-      bar.update()
-      return result
-
-    quality = step(analysis.quality(runs, baseline))
-    likelihoods = step(analysis.likelihood(runs, baseline))
-    calibrations = step(analysis.calibrations(runs, baseline))
+  total = 3 * len(tasks) * len(runs) + 2 * len(tasks) + 1 + len(tunings)
+  with tqdm(total=total, unit="part", file=sys.stderr) as bar:
+    quality = analysis.quality(runs, baseline, bar.update)
+    likelihoods = analysis.likelihood(runs, baseline, bar.update)
+    calibrations = analysis.calibrations(runs, baseline, bar.update)
     costs = analysis.costs(runs)
     drawn = {}  # {section: [Markdown of a picture]}
 
@@ -83,7 +80,7 @@ def write(runs: list[results_lib.Result], baseline: results_lib.Result | None,
       if figure is not None:
         pictures.save(figure, output / name)
         drawn.setdefault(section, []).append(page.picture(name, caption))
-      step(None)
+      bar.update()
 
     for task in tasks:
       draw("cost", f"cost-{_file_name(task)}", f"{task}: quality against each cost.",

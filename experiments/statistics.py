@@ -23,6 +23,8 @@ from statsmodels.stats import multitest
 CONFIDENCE = 0.95
 SIGNIFICANCE = 0.05
 POWER = 0.8
+# Likelihoods are sums of float32: a difference below this share of their mean is rounding.
+ROUNDING = 1e-6
 RESAMPLES = 4000
 FLIPS = 9999
 
@@ -172,8 +174,8 @@ def paired_test(values: np.ndarray, baseline: np.ndarray) -> Test:
   values, baseline = over_seeds(values), over_seeds(baseline)
   difference = values - baseline
   discordance = float(np.mean(difference ** 2))
-  # Examples without a difference keep it whatever the sign.
-  difference = difference[difference != 0]
+  # Examples without a difference have none whatever the sign.
+  difference = difference[np.abs(difference) > ROUNDING * np.abs(baseline).mean()]
   binary = np.isin(np.concatenate([values, baseline]), (0.0, 1.0)).all()
   name = "McNemar" if binary else "sign-flip"
   if not difference.size:

@@ -4,7 +4,7 @@ All is paired by example; examples that one side lacks are left out and counted.
 The tests of one table are one family of Holm's correction.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 
 import numpy as np
@@ -44,16 +44,24 @@ class Quality:
   comparison: Comparison | None
 
 
-def quality(results: Sequence[Result], baseline: Result) -> list[Quality]:
-  """Each run on each task by the task's metric, beside the baseline."""
+def quality(results: Sequence[Result], baseline: Result,
+            on_run: Callable[[], None] = lambda: None) -> list[Quality]:
+  """Each run on each task by the task's metric, beside the baseline.
+
+  Args:
+    results: all runs.
+    baseline: one of them.
+    on_run: called after each run on each task.
+  """
   lines = []
   for task in tasks_of(results):
     metric = quality_metric(results, task)
-    for result in (r for r in results if metric and r.examples(task, metric)):
-      examples = paired(result, [metric], baseline, [metric], task)
-      either = result.records[task].keys() | baseline.records.get(task, {}).keys()
+    for result in results:
+      on_run()
+      examples = paired(result, [metric], baseline, [metric], task) if metric else []
       if not examples:
         continue
+      either = result.records[task].keys() | baseline.records[task].keys()
       values = result.values(task, metric, examples)
       between = statistics.between_seeds(values)
       comparison = None
@@ -94,8 +102,11 @@ class Likelihood:
   comparison: Comparison | None
 
 
-def likelihood(results: Sequence[Result], baseline: Result) -> list[Likelihood]:
+def likelihood(results: Sequence[Result], baseline: Result,
+               on_run: Callable[[], None] = lambda: None) -> list[Likelihood]:
   """Perplexities of each run, with and without a fitted output temperature.
+
+  Args: see `quality`.
 
   Raises:
     ValueError: two runs scored different numbers of tokens of an example.
@@ -103,6 +114,7 @@ def likelihood(results: Sequence[Result], baseline: Result) -> list[Likelihood]:
   lines = []
   for task in tasks_of(results):
     for result in results:
+      on_run()
       for fitted in (False, True):
         lines += _likelihood(result, baseline, task, fitted)
   return corrected(lines)
@@ -157,7 +169,7 @@ class Calibration:
     error_difference: of the equal-mass ECE to the baseline at its fitted output
       temperature; None as for `comparison`.
     comparison: of Brier scores to it; None for the baseline, and where that was
-      not measured.
+      not measured or has other events (such as an answer in place of its tokens).
   """
 
   result: Result
@@ -172,11 +184,16 @@ class Calibration:
   comparison: Comparison | None
 
 
-def calibrations(results: Sequence[Result], baseline: Result) -> list[Calibration]:
-  """Calibration of each run, with and without a fitted output temperature."""
+def calibrations(results: Sequence[Result], baseline: Result,
+                 on_run: Callable[[], None] = lambda: None) -> list[Calibration]:
+  """Calibration of each run, with and without a fitted output temperature.
+
+  Args: see `quality`.
+  """
   lines = []
   for task in tasks_of(results):
     for result in results:
+      on_run()
       for fitted in (False, True):
         lines += _calibration(result, baseline, task, fitted)
   return corrected(lines)
@@ -199,6 +216,7 @@ def _calibration(result, baseline, task, fitted):
       result, [ours, CORRECT], baseline, [FITTED_CONFIDENCES, CORRECT], task)
   if both:
     a, b = result.events(task, both, ours), baseline.events(task, both, FITTED_CONFIDENCES)
+  if both and np.array_equal(a.counts, b.counts):
     difference = calibration.paired_calibration_error(a, b)
     score, test = calibration.paired_brier(a, b)
     comparison = Comparison(label(result, fitted), label(baseline, True), task, "Brier score", "",

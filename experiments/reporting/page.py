@@ -65,9 +65,8 @@ def quality_section(lines: Sequence[analysis.Quality], baseline: Result) -> str:
                 f"to {baseline.label}, points", "test", "p", "adjusted p", "verdict"], rows)
   notes = [
       "In brackets 95 % bootstrap intervals over examples; the metric of each example is first "
-      "averaged over noise seeds. ± is the standard deviation of the seeds' means, which no "
-      "interval includes beyond what averaging leaves. Differences are on the same examples. "
-      "Tests: McNemar's exact one where every example was answered once, a sign-flip permutation "
+      "averaged over noise seeds. ± is the standard deviation of the seeds' means. Differences "
+      "are on the same examples. Tests: McNemar's exact one where every example was answered once, a sign-flip permutation "
       f"test over examples otherwise; adjusted p: Holm's correction over the "
       f"{sum(line.comparison is not None for line in lines)} tests of this table. A verdict needs "
       "an adjusted p below 0.05 and an interval without zero."]
@@ -131,14 +130,20 @@ def calibration_section(lines: Sequence[analysis.Calibration], baseline: Result)
                      "adjusted p", "verdict on the Brier score"], differences),
               "Lower is better. ECEs have no per-example values that could be swapped, so that "
               "their differences have an interval, but no test."]
-  else:
-    parts.append(f"**Confidences of {baseline.label} at a fitted output temperature are "
+  fitted = {line.task for line in lines if line.fitted and line.result is baseline}
+  for task in sorted({line.task for line in lines} - fitted):
+    parts.append(f"**{task}: confidences of {baseline.label} at a fitted output temperature are "
                  f"{NOT_MEASURED}: without them no claim about calibration can be made.**")
+  others = [f"{analysis.label(line.result, line.fitted)} on {line.task}" for line in lines
+            if line.task in fitted and line.result is not baseline and not line.comparison]
+  if others:
+    parts.append(f"Not compared, as they have other events than {baseline.label}: "
+                 f"{', '.join(others)}.")
   return "\n\n".join(parts)
 
 
 def cost_section(lines: Sequence[analysis.Cost]) -> str:
-  rows = [[line.task, line.result.label, number(line.tokens_per_second),
+  rows = [[line.task, line.result.label, number(line.tokens_per_second, ".4g"),
            number(line.rows, ".4g"), number(line.flops), number(line.experts),
            number(None if line.peak_bytes is None else line.peak_bytes / 2 ** 20, ".4g")]
           for line in lines]
@@ -183,7 +188,9 @@ def findings(quality: Sequence[analysis.Quality], likelihoods: Sequence[analysis
                       ("Brier scores", calibrations)):
     comparisons = [line.comparison for line in lines if line.comparison]
     if not comparisons:
-      parts.append(f"No {what} are compared.")
+      parts.append(f"No {what} are compared" + (
+          f": those of {baseline.label} at a fitted output temperature, or of others beside it, "
+          f"are {NOT_MEASURED}." if lines is not quality else "."))
       continue
     against = comparisons[0].baseline
     clear = [c for c in comparisons if c.is_clear]
@@ -220,8 +227,8 @@ def tuning_section(tunings: Sequence[Tuning]) -> str:
     states = [trial["state"] for trial in t.trials]
     total = lambda name: sum(trial.get(name) or 0 for trial in t.trials)
     rows.append([t.name, t.measure, len(t.trials), states.count("pruned"), states.count("failed"),
-                 number(t.plain(), ".5g"), number(best, ".5g"), number(total("tokens"), ".4g"),
-                 number(total("seconds"), ".4g")])
+                 number(t.plain(), ".5g"), number(best, ".5g"), number(total("tokens"), ".0f"),
+                 number(total("seconds"), ".0f")])
   parts = [
       table(["tuning", "objective", "trials", "pruned", "failed", "without noise", "best seen",
              "tokens", "seconds"], rows),
@@ -253,22 +260,24 @@ def settings_section(results: Sequence[Result], tunings: Sequence[Tuning], comma
   if shared:
     parts += ["The same in all runs:", table(["setting", "value"],
                                              [[n, _inline(v)] for n, v in shared.items()])]
-  differing = [n for n in names if n not in shared]
+  differing = [n for n in names if n not in shared and n not in ("name", "label", "command")]
   if differing:
-    parts += ["Different:", table(
-        ["setting", *(r.label for r in results)],
-        [[n, *(_inline(f[n]) if n in f else "" for f in flat)] for n in differing])]
-  for r in results:
-    if not r.settings.get("model"):
-      parts.append(f"{r.label}: the model's fingerprint is not recorded.")
-    if not r.settings.get("command"):
-      parts.append(f"{r.label} (`{r.path}`): its command is not recorded.")
+    parts += ["Different:", "\n".join(
+        f"* {r.label}: " + "; ".join(f"{n} {_inline(f[n])}" for n in differing if n in f)
+        for r, f in zip(results, flat))]
+  commands = [r.settings["command"] for r in results if r.settings.get("command")]
+  for what, name in (("fingerprint of the model", "model"), ("command", "command")):
+    lacking = [r.label for r in results if not r.settings.get(name)]
+    if lacking:
+      parts.append(f"The {what} is not recorded for {', '.join(lacking)}.")
   for t in tunings:
-    parts.append(f"Tuning {t.name}: " + "; ".join(
-        f"{name} {_inline(t.profile[name])}"
-        for name in ("model", "roster", "objective", "data", "seed", "cost")
-        if t.profile.get(name) not in (None, {})) + ".")
-  return "\n\n".join([*parts, "This page:", f"```sh\n{command}\n```"])
+    told = {name: t.profile[name] for name in ("model", "roster", "objective", "data", "cost")
+            if t.profile.get(name)}
+    told |= {"objective": {k: v for k, v in told.get("objective", {}).items() if k != "confirmed"}}
+    parts.append(f"Tuning {t.name}: " + "; ".join(f"{k}: {_inline(v)}" for k, v in told.items())
+                 + f"; seed {_inline(t.profile.get('seed'))}.")
+  return "\n\n".join([*parts, "Commands:", "```sh\n" + "\n".join(
+      [*dict.fromkeys(commands), command]) + "\n```"])
 
 
 def _flatten(settings, prefix=""):

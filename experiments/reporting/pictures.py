@@ -6,6 +6,7 @@ import pathlib
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.transforms import offset_copy
 import numpy as np
 
 from experiments import calibration
@@ -16,6 +17,7 @@ from experiments.reporting.results import Tuning
 MARKERS = "osD^vP*X<>ph"
 SHADES = ("black", "0.45", "0.7")
 SIZE = 3.4  # inches, of a panel
+FLAT = 0.01  # percent or points: what is less is not made to look large
 
 
 def save(figure: plt.Figure, path: pathlib.Path) -> None:
@@ -83,13 +85,20 @@ def quality_against_cost(
   for (title, differences), line in zip(rows, axes):
     for (name, cost), axis in zip(panels, line):
       axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-      for label, d in differences.items():
-        if label not in by_label or not (x := cost(by_label[label])):
-          continue
+      shown = sorted((x, label) for label in differences
+                     if label in by_label and (x := cost(by_label[label])))
+      steps = before = 0
+      for x, label in shown:
+        # A step aside where the cost is the same, so that no interval hides another.
+        steps, before = steps + 1 if x < 1.02 * before else 0, x
+        d = differences[label]
         y, bars = _bars([d]) if d else ([0.0], None)
-        handles[label] = axis.errorbar([x], y, yerr=bars, label=label,
-                                       **_style(labels.index(label)))
+        handles[label] = axis.errorbar(
+            [x], y, yerr=bars, label=label, **_style(labels.index(label)),
+            transform=offset_copy(axis.transData, figure, x=8 * steps, units="points"))
       _log_scale(axis)
+      if np.abs(axis.get_ylim()).max() < FLAT:
+        axis.set_ylim(-FLAT, FLAT)
       axis.set_xlabel(name)
       axis.margins(x=0.15, y=0.1)
     line[0].set_ylabel(title)
@@ -108,7 +117,8 @@ def _log_scale(axis):
     if high < 30 * low:  # no more than one power of ten would be named
       axis.xaxis.set_major_locator(matplotlib.ticker.FixedLocator(np.geomspace(low, high, 4)))
       axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-      axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:.2g}"))
+      axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(
+          lambda x, _: f"{x:.1e}".replace("e+0", "e") if x >= 1e4 else f"{x:.3g}"))
 
 
 def temperatures(tunings: Sequence[Tuning]) -> plt.Figure | None:
@@ -132,6 +142,10 @@ def temperatures(tunings: Sequence[Tuning]) -> plt.Figure | None:
                 va="center", fontsize=7, color="white" if value > 0.6 * top else "black")
   axis.set_xticks(range(layers))
   axis.set_yticks(range(len(profiles)), [name for name, _ in profiles])
+  axis.set_xticks(np.arange(layers - 1) + 0.5, minor=True)
+  axis.set_yticks(np.arange(len(profiles) - 1) + 0.5, minor=True)
+  axis.grid(which="minor", color="white", linewidth=1.5)
+  axis.tick_params(which="minor", length=0)
   axis.set_xlabel("layer")
   figure.colorbar(image, ax=axis, label="router temperature τ", pad=0.02)
   return figure

@@ -205,10 +205,14 @@ def check_comparable(results: Sequence[Result], baseline: Result) -> None:
   """Refuses runs whose differences would not be those of their methods.
 
   Raises:
-    ValueError: another model, split or form of the prompt; or a task of both in
-      which they have no example in common.
+    ValueError: another model, split or form of the prompt; no task in common, or
+      no example of a task that both have.
   """
   for result in results:
+    if not result.records.keys() & baseline.records.keys():
+      raise ValueError(
+          f"{result.path} cannot be compared with {baseline.path}: they have no task in common "
+          f"({', '.join(sorted(result.records))}; {', '.join(sorted(baseline.records))})")
     for name in SAME:
       theirs, ours = result.settings.get(name), baseline.settings.get(name)
       if theirs is not None and ours is not None and theirs != ours:

@@ -55,23 +55,25 @@ def write_run(path, name, correct, *, nll=None, fitted_nll=None, tokens=None, co
   return path
 
 
-def chances(rng, examples, tokens, sharpness, roster=0.0):
-  """Texts whose token probabilities are too sure of themselves by a factor.
+def chances(rng, logits, right, sharpness, noise=0.0):
+  """Likelihoods and events of texts, by a model too sure of itself by a factor.
 
-  Returns the arguments of `write_run`: for the texts as they are and at the output
-  temperature that takes the factor away.
+  Args:
+    rng: of the noise.
+    logits: `[X, T]`, true log-odds of the token that is chosen.
+    right: `[X, T]` whether it is the text's.
+    sharpness: the factor; at the fitted output temperature it is 1.
+    noise: standard deviation that is added to the log-odds.
+
+  Returns:
+    Arguments of `write_run`.
   """
-  logits = rng.normal(1.0, 2.0, (examples, tokens))
-  right = rng.random((examples, tokens)) < 1 / (1 + np.exp(-np.abs(logits)))
-
-  def probability(scale):
-    return 1 / (1 + np.exp(-scale * np.abs(logits)))
-
-  found = {"tokens": np.full(examples, tokens), "outcomes": right}
+  noisy = np.abs(logits + noise * rng.standard_normal(logits.shape))
+  found = {"tokens": np.full(len(logits), logits.shape[1]), "outcomes": right}
   for prefix, scale in (("", sharpness), ("fitted_", 1.0)):
-    p = probability(scale)
+    p = 1 / (1 + np.exp(-scale * noisy))
     found[prefix + "confidences"] = p
-    found[prefix + "nll"] = -np.log(np.where(right, p, 1 - p)).sum(axis=1) * (1 - roster)
+    found[prefix + "nll"] = -np.log(np.where(right, p, 1 - p)).sum(axis=1)
   return found
 
 
@@ -115,8 +117,9 @@ def write_study(path, examples=160, seed=0):
   """A plain model and methods: much better, the same, with seeds, without likelihoods."""
   rng = np.random.default_rng(seed)
   plain = answers(rng, examples, 0.4)
-  texts = chances(np.random.default_rng(7), examples, 20, 1.8)
-  closer = chances(np.random.default_rng(7), examples, 20, 1.5)
+  logits = np.abs(rng.normal(1.0, 2.0, (examples, 20)))
+  right = rng.random(logits.shape) < 1 / (1 + np.exp(-logits))
+  texts = chances(rng, logits, right, 1.8)
 
   def costs(n, seconds):
     return [{"tokens": 2000, "forward_rows": 2000 * n, "flops": 1e9 * n, "seconds": seconds * s,
@@ -126,9 +129,10 @@ def write_study(path, examples=160, seed=0):
   write_run(path / "plain", "plain", plain, costs=costs(1, 1.0), **texts)
   write_run(path / "roster8", "roster, n = 8", answers(rng, examples, 0.6, plain, 0.3),
             costs=costs(8, 2.5), settings={"roster": {"num_members": 8, "temperatures": [0.3] * 6}},
-            **closer)
+            **chances(rng, logits, right, 1.5, 0.1))
   seeds = np.stack([answers(rng, examples, plain.mean(), plain, 0.1) for _ in range(3)], 1)
-  write_run(path / "experts4", "k' = 4", seeds, costs=costs(2, 1.3), **texts)
+  write_run(path / "experts4", "k' = 4", seeds, costs=costs(2, 1.3),
+            **chances(rng, logits, right, 1.8, 0.02))
   write_run(path / "votes", "self-consistency, 8 votes",
             answers(rng, examples, plain.mean() + 0.02, plain), costs=costs(8, 6.0))
   return path
