@@ -73,7 +73,7 @@ def bins(confidences: np.ndarray, kind: str = MASS, count: int = BINS) -> np.nda
   """
   if kind == WIDTH:
     return np.minimum((confidences * count).astype(int), count - 1)
-  edges = np.quantile(confidences, np.arange(1, count) / count)
+  edges = np.quantile(confidences, np.arange(1, count) / count, method="inverted_cdf")
   return np.searchsorted(edges, confidences, side="left")
 
 

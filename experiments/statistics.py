@@ -18,7 +18,6 @@ import dataclasses
 import numpy as np
 import scipy.optimize
 import scipy.stats
-from statsmodels.stats import multitest
 
 CONFIDENCE = 0.95
 SIGNIFICANCE = 0.05
@@ -190,10 +189,16 @@ def paired_test(values: np.ndarray, baseline: np.ndarray) -> Test:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-  """Holm's adjusted p-values: below 0.05, the error over the whole table is below 5 %."""
-  if not len(p_values):
-    return []
-  return [float(p) for p in multitest.multipletests(p_values, method="holm")[1]]
+  """Holm's adjusted p-values: tables whose p below 0.05 are called clear err in 5 % of cases.
+
+  Holm (1979). The smallest of m is multiplied by m, the next by m - 1, ..., and none
+  becomes smaller than one before it.
+  """
+  p = np.asarray(p_values, float)
+  order = np.argsort(p)
+  adjusted = np.empty_like(p)
+  adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+  return np.minimum(adjusted, 1.0).tolist()
 
 
 def detectable_difference(examples: int, discordance: float, power: float = POWER,

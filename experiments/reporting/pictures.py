@@ -12,6 +12,7 @@ import numpy as np
 from experiments import calibration
 from experiments.reporting import analysis
 from experiments.reporting.results import Tuning
+from experiments.statistics import Difference
 
 # Of a method, in the order of the runs: told apart by shape first, then by shade.
 MARKERS = "osD^vP*X<>ph"
@@ -92,10 +93,13 @@ def quality_against_cost(
         # A step aside where the cost is the same, so that no interval hides another.
         steps, before = steps + 1 if x < 1.02 * before else 0, x
         d = differences[label]
-        y, bars = _bars([d]) if d else ([0.0], None)
+        y, bars = _bars([d or Difference(0.0, 0.0, 0.0)])
         handles[label] = axis.errorbar(
             [x], y, yerr=bars, label=label, **_style(labels.index(label)),
             transform=offset_copy(axis.transData, figure, x=8 * steps, units="points"))
+        # What stands aside of its data is not looked at for the limits.
+        axis.update_datalim([(x, y[0] - extent) for extent in (bars[0, 0], -bars[1, 0])])
+      axis.autoscale_view()
       _log_scale(axis)
       if np.abs(axis.get_ylim()).max() < FLAT:
         axis.set_ylim(-FLAT, FLAT)
