@@ -9,7 +9,7 @@ a pattern with * stands for the folders it finds. Every run is compared with
 PNG and PDF, and `comparisons.json` with all compared figures.
 
 Of a line of a run it reads the metrics `exact_match`, `acc` or `pass@1` (the
-first that is there), `nll`, `fitted_nll` (at an output temperature fitted on
+first that is there, also with a filter of the harness behind it), `nll`, `fitted_nll` (at an output temperature fitted on
 validation data) and `tokens`; and for calibration the lists `confidences`,
 `fitted_confidences` and `correct`, one entry for each event. What is not there is
 said to be not measured.
@@ -121,10 +121,9 @@ def write(runs: list[results_lib.Result], baseline: results_lib.Result | None,
 def _head(runs, baseline, tunings, tasks):
   parts = []
   if baseline:
-    model = baseline.settings.get("model")
     parts.append(f"{page.count(len(runs), 'run')} on {', '.join(tasks)}, compared with "
                  f"{baseline.label}; model {baseline.settings.get('checkpoint', 'not recorded')}, "
-                 f"fingerprint {model or 'not recorded'}.")
+                 f"fingerprint {(baseline.model or 'not recorded')[:16]}.")
   if tunings:
     parts.append(f"{page.count(len(tunings), 'tuning')}: {', '.join(t.name for t in tunings)}.")
   return " ".join(parts)

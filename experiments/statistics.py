@@ -6,10 +6,10 @@ then examples are what is resampled, or what signs are flipped of. As every
 example has noise of its own, the intervals hold both the choice of examples and
 what noise the seeds leave after averaging.
 
-Intervals are percentile intervals of the bootstrap. For means of 100 examples
-and more they cover as often as BCa intervals do (95 % of a tested 95 %, less
-one or two for long-tailed values), and unlike those they exist when only a few
-examples differ.
+Intervals are percentile intervals of the bootstrap. In simulations with 400
+examples they and BCa intervals both covered the truth in 93 to 96 % of cases;
+with 100 examples and long-tailed likelihoods in 90 and 93 %. For that the BCa
+interval takes a jackknife, and it does not exist where no resample differs.
 """
 
 from collections.abc import Sequence

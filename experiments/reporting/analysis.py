@@ -68,12 +68,18 @@ def quality(results: Sequence[Result], baseline: Result,
       if result is not baseline:
         theirs = baseline.values(task, metric, examples)
         comparison = Comparison(
-            result.label, baseline.label, task, MEASURES[metric], " points", len(examples),
+            result.label, baseline.label, task, _told(metric), " points", len(examples),
             statistics.paired_accuracy(values, theirs), statistics.paired_test(values, theirs), 1.0)
       lines.append(Quality(
           result, task, metric, len(examples), len(either) - len(examples),
           statistics.accuracy(values), None if between is None else 100 * between, comparison))
   return corrected(lines)
+
+
+def _told(metric):
+  """A metric as it is called in a sentence."""
+  name, *rest = metric.split(",")
+  return MEASURES[name] + "".join(f" ({part})" for part in rest)
 
 
 @dataclasses.dataclass(frozen=True)

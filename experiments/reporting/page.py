@@ -266,8 +266,9 @@ def settings_section(results: Sequence[Result], tunings: Sequence[Tuning], comma
         f"* {r.label}: " + "; ".join(f"{n} {_inline(f[n])}" for n in differing if n in f)
         for r, f in zip(results, flat))]
   commands = [r.settings["command"] for r in results if r.settings.get("command")]
-  for what, name in (("fingerprint of the model", "model"), ("command", "command")):
-    lacking = [r.label for r in results if not r.settings.get(name)]
+  for what, has in (("fingerprint of the model", lambda r: r.model),
+                    ("command", lambda r: r.settings.get("command"))):
+    lacking = [r.label for r in results if not has(r)]
     if lacking:
       parts.append(f"The {what} is not recorded for {', '.join(lacking)}.")
   for t in tunings:

@@ -12,11 +12,11 @@ import numpy as np
 from experiments import runs
 from experiments.calibration import Events
 
-# Metrics that are a task's result, the first that is there; 1 is right, 0 is wrong.
+# Metrics that are a task's result, in the order in which they are looked for.
 QUALITY = ("exact_match", "acc", "pass@1")
 NLL, FITTED_NLL, TOKENS = "nll", "fitted_nll", "tokens"
-# Settings that must be equal in runs that are compared, where both give them.
-SAME = ("model", "split", "chat", "system", "num_fewshot")
+# Settings that must be equal in runs that are compared, where both have them.
+SAME = ("split", "chat", "system", "num_fewshot")
 PROFILE, TRIALS = "profile.json", "trials.jsonl"
 
 
@@ -38,6 +38,12 @@ class Result:
   records: dict[str, dict[str, dict[int, dict[str, Any]]]]
   costs: list[dict[str, Any]]
 
+  @property
+  def model(self) -> str | None:
+    """The fingerprint of the model, or None: not recorded."""
+    model = self.settings.get("model")
+    return str(model.get("routers")) if isinstance(model, dict) else model
+
   def seeds(self, task: str) -> list[int]:
     return sorted(set().union(*self.records.get(task, {}).values()))
 
@@ -49,10 +55,10 @@ class Result:
         if all(seed in lines and all(n in lines[seed]["metrics"] or n in lines[seed] for n in names)
                for seed in seeds))
 
-  def metrics(self, task: str) -> set[str]:
-    """Names of the metrics of any example."""
-    return {name for lines in self.records.get(task, {}).values()
-            for line in lines.values() for name in line["metrics"]}
+  def metrics(self, task: str) -> list[str]:
+    """Names of the metrics of any example, in their order."""
+    return list(dict.fromkeys(name for lines in self.records.get(task, {}).values()
+                              for line in lines.values() for name in line["metrics"]))
 
   def values(self, task: str, metric: str, examples: Sequence[str]) -> np.ndarray:
     """`[X, S]` values of a metric, by example and seed; `[X]` for one seed."""
@@ -213,9 +219,12 @@ def check_comparable(results: Sequence[Result], baseline: Result) -> None:
       raise ValueError(
           f"{result.path} cannot be compared with {baseline.path}: they have no task in common "
           f"({', '.join(sorted(result.records))}; {', '.join(sorted(baseline.records))})")
-    for name in SAME:
-      theirs, ours = result.settings.get(name), baseline.settings.get(name)
-      if theirs is not None and ours is not None and theirs != ours:
+    compared = [(name, *(r.settings[name] for r in (result, baseline))) for name in SAME
+                if name in result.settings and name in baseline.settings]
+    if result.model and baseline.model:
+      compared.append(("model", result.model, baseline.model))
+    for name, theirs, ours in compared:
+      if theirs != ours:
         raise ValueError(
             f"{result.path} cannot be compared with {baseline.path}: their {name} differs "
             f"({_short(theirs)}, {_short(ours)}); report them apart")
@@ -239,6 +248,11 @@ def paired(result: Result, ours: Sequence[str], baseline: Result, theirs: Sequen
 
 
 def quality_metric(results: Sequence[Result], task: str) -> str | None:
-  """The metric by which a task is judged, of those that the runs have."""
-  found = set().union(*(r.metrics(task) for r in results))
-  return next((name for name in QUALITY if name in found), None)
+  """The metric by which a task is judged, 1 if right and 0 if wrong.
+
+  The first of `QUALITY` that the runs have. The harness's metrics may have a filter
+  behind a comma ("exact_match,strict-match"): of several the first one.
+  """
+  found = list(dict.fromkeys(name for r in results for name in r.metrics(task)))
+  return next((name for wanted in QUALITY for name in found
+               if name.partition(",")[0] == wanted), None)

@@ -250,6 +250,32 @@ def test_runs_of_other_examples_are_refused(tmp_path):
     write_report(tmp_path / "out", [f"{tmp_path}/*"])
 
 
+def test_a_model_is_known_by_its_routers_and_a_missing_setting_is_not_another(tmp_path):
+  for name, model in (("plain", {"name": "x", "experts_per_token": 2, "routers": "abc"}),
+                      ("k4", {"name": "./x", "experts_per_token": 4, "routers": "abc"}),
+                      ("none", None), ("chat", {"routers": "abc"}), ("other", {"routers": "abd"})):
+    settings = {"model": model} | ({"chat": {}} if name == "chat" else
+                                   {"chat": None} if name == "plain" else {})
+    synthetic.write_run(tmp_path / name, name, np.ones(3), settings=settings)
+  runs = {r.label: r for r in results_lib.load_runs([f"{tmp_path}/*"])}
+  results_lib.check_comparable([runs["k4"], runs["none"]], runs["plain"])
+  with pytest.raises(ValueError, match="their model differs \\(abd, abc\\)"):
+    results_lib.check_comparable([runs["other"]], runs["plain"])
+  with pytest.raises(ValueError, match="their chat differs"):
+    results_lib.check_comparable([runs["chat"]], runs["plain"])
+
+
+def test_a_metric_of_the_harness_is_found_behind_its_filter(tmp_path):
+  rng = np.random.default_rng(6)
+  for name in ("plain", "b"):
+    synthetic.write_run(tmp_path / name, name, synthetic.answers(rng, 30, 0.5),
+                        metric="exact_match,strict-match", task="gsm8k")
+  runs = results_lib.load_runs([f"{tmp_path}/*"])
+  lines = analysis.quality(runs, runs[1])
+  assert lines[0].metric == "exact_match,strict-match"
+  assert lines[0].comparison.measure == "exact match (strict-match)"
+
+
 def test_perplexities_of_other_texts_are_refused(tmp_path):
   for name, tokens in (("plain", 10), ("b", 11)):
     synthetic.write_run(tmp_path / name, name, np.ones(5), nll=np.ones(5), tokens=[tokens] * 5)
