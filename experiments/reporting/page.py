@@ -44,6 +44,11 @@ def count(n: int, thing: str) -> str:
   return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
 
 
+def compared(lines: Sequence[Any]) -> str:
+  """How many lines of a table have a test."""
+  return count(sum(line.comparison is not None for line in lines), "test")
+
+
 def _verdict(comparison: Comparison | None) -> list[str]:
   if comparison is None:
     return ["", "", ""]
@@ -66,10 +71,10 @@ def quality_section(lines: Sequence[analysis.Quality], baseline: Result) -> str:
   notes = [
       "In brackets 95 % bootstrap intervals over examples; the metric of each example is first "
       "averaged over noise seeds. ± is the standard deviation of the seeds' means. Differences "
-      "are on the same examples. Tests: McNemar's exact one where every example was answered once, a sign-flip permutation "
-      f"test over examples otherwise; adjusted p: Holm's correction over the "
-      f"{sum(line.comparison is not None for line in lines)} tests of this table. A verdict needs "
-      "an adjusted p below 0.05 and an interval without zero."]
+      "are on the same examples. Tests: McNemar's exact one where every example was answered "
+      "once, a sign-flip permutation test over examples otherwise; adjusted p: Holm's correction "
+      f"over the {compared(lines)} of this table. A verdict needs an adjusted p below 0.05 and an "
+      "interval without zero."]
   notes += [f"{line.task}: {count(line.missing, 'example')} that only one of {line.result.label} "
             f"and {line.comparison.baseline} has left out; {line.examples} paired."
             for line in lines if line.missing and line.comparison]
@@ -97,8 +102,8 @@ def likelihood_section(lines: Sequence[analysis.Likelihood], baseline: Result) -
       "A model that is too sure of itself gains from anything that flattens its distribution, an "
       "output temperature as well as a roster. Verdicts are therefore against "
       f"{baseline.label} with its output temperature T fitted on validation data; sign-flip tests "
-      f"over examples with Holm's correction over the {sum(bool(line.comparison) for line in lines)}"
-      " tests of this table. Lower is better."]
+      f"over examples with Holm's correction over the {compared(lines)} of this table. Lower is "
+      "better."]
   missing = sorted({line.task for line in lines} - has_fit)
   if missing:
     notes.append(f"**{baseline.label} at a fitted output temperature is {NOT_MEASURED} for "
@@ -292,9 +297,13 @@ def _flatten(settings, prefix=""):
 
 
 def _inline(value):
-  """A setting in one line; equal numbers of all layers as one."""
+  """A setting in one line; equal numbers of all layers as one, of many names the ends."""
   if isinstance(value, list) and len(value) > 1 and all(v == value[0] for v in value):
-    return f"{value[0]} ({len(value)} times)"
+    return f"{_inline(value[0])} ({len(value)} times)"
+  if isinstance(value, list) and len(value) > 4 and isinstance(value[0], str):
+    return f"{value[0]} ... {value[-1]} ({len(value)})"
+  if isinstance(value, float):
+    return f"{value:.6g}"
   if isinstance(value, dict):
     return ", ".join(f"{k} {_inline(v)}" for k, v in value.items())
   return value if isinstance(value, str) else json.dumps(value)

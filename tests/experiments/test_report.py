@@ -182,6 +182,14 @@ def test_a_tuning_alone_makes_a_page(tmp_path):
   assert "| x        | objective   | 31" in text
 
 
+@pytest.mark.parametrize("value, text", [
+    ([0.3] * 6, "0.3 (6 times)"), ([0.0, 0.25], "[0.0, 0.25]"), (1.1608729895, "1.16087"),
+    ([f"t/{i}" for i in range(60)], "t/0 ... t/59 (60)"), ({"a": {"b": None}}, "a b null"),
+])
+def test_settings_are_told_in_one_short_line(value, text):
+  assert page._inline(value) == text
+
+
 def test_without_the_fitted_plain_model_no_claim_is_made(tmp_path):
   rng = np.random.default_rng(3)
   logits = np.abs(rng.normal(1.0, 2.0, (60, 10)))
