@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import pathlib
+import textwrap
 
 import matplotlib
 matplotlib.use("Agg")
@@ -88,15 +89,12 @@ def quality_against_cost(
       axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
       shown = sorted((x, label) for label in differences
                      if label in by_label and (x := cost(by_label[label])))
-      steps = before = 0
-      for x, label in shown:
-        # A step aside where the cost is the same, so that no interval hides another.
-        steps, before = steps + 1 if x < 1.02 * before else 0, x
+      for (x, label), aside in zip(shown, _aside([x for x, _ in shown])):
         d = differences[label]
         y, bars = _bars([d or Difference(0.0, 0.0, 0.0)])
         handles[label] = axis.errorbar(
             [x], y, yerr=bars, label=label, **_style(labels.index(label)),
-            transform=offset_copy(axis.transData, figure, x=8 * steps, units="points"))
+            transform=offset_copy(axis.transData, figure, x=aside, units="points"))
         # What stands aside of its data is not looked at for the limits.
         axis.update_datalim([(x, y[0] - extent) for extent in (bars[0, 0], -bars[1, 0])])
       axis.autoscale_view()
@@ -107,9 +105,21 @@ def quality_against_cost(
       axis.margins(x=0.15, y=0.1)
     line[0].set_ylabel(title)
   figure.suptitle(f"{task}: quality against cost, 95 % intervals", fontsize=10)
-  figure.legend(handles.values(), handles, loc="outside lower center", frameon=False, fontsize=8,
-                ncols=min(4, len(handles)))
+  named = [label for label in labels if label in handles]
+  figure.legend([handles[label] for label in named], named, loc="outside lower center",
+                frameon=False, fontsize=8, ncols=min(4, len(named)))
   return figure
+
+
+def _aside(costs):
+  """Points by which each of ascending costs steps aside, so that no interval hides another."""
+  groups = []
+  for i, x in enumerate(costs):
+    if i and x < 1.02 * costs[i - 1]:
+      groups[-1] += 1
+    else:
+      groups.append(1)
+  return [min(8, 40 / n) * (i - (n - 1) / 2) for n in groups for i in range(n)]
 
 
 def _log_scale(axis):
@@ -205,8 +215,7 @@ def reliability(lines: Sequence[analysis.Calibration], task: str) -> plt.Figure 
   figure, axes = _axes(columns, -(-len(labels) // columns), width=2.8, height=2.8)
   for axis in axes.flat[len(labels):]:
     axis.set_visible(False)
-  low = min(line.events.confidences.min() for line in lines)
-  low = 0.0 if low < 0.4 else 0.3
+  low = np.floor(10 * min(line.events.confidences.min() for line in lines)) / 10
   for label, axis in zip(labels, axes.flat):
     axis.plot([low, 1], [low, 1], color="0.6", linewidth=0.8, linestyle=":")
     for line in (l for l in lines if l.result.label == label):
@@ -218,11 +227,13 @@ def reliability(lines: Sequence[analysis.Calibration], task: str) -> plt.Figure 
                     markerfacecolor="white" if line.fitted else "black",
                     linestyle="--" if line.fitted else "-",
                     label="at fitted output temperature" if line.fitted else "as it is")
-    axis.set_title(label, fontsize=9)
+    axis.set_title(textwrap.fill(label, 30), fontsize=9)
     axis.set_xlabel("confidence")
     axis.set_ylabel("share right")
+  bottom = min(axis.get_ylim()[0] for axis in axes.flat[:len(labels)])
   handles = {}
   for axis in axes.flat[:len(labels)]:
+    axis.set_ylim(bottom, 1.03)
     handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
   figure.legend(handles.values(), handles, loc="outside lower center", frameon=False, fontsize=8,
                 ncols=2)

@@ -144,6 +144,23 @@ def test_sign_flips_of_few_examples_are_all_of_them():
   assert found.p == pytest.approx(np.mean(np.array(flips) >= difference.sum() - 1e-9))
 
 
+def test_sign_flips_are_those_of_scipy():
+  rng = np.random.default_rng(14)
+  for size, shift in ((12, 0.3), (60, 0.2), (60, 0.3), (500, 0.08)):
+    difference = rng.normal(shift, 1.0, size)
+    expected = scipy.stats.permutation_test(
+        (difference,), lambda d, axis=-1: d.mean(axis=axis), permutation_type="samples",
+        vectorized=True, n_resamples=9999, batch=500, rng=np.random.default_rng(1)).pvalue
+    found = statistics.paired_test(difference, np.zeros(size)).p
+    assert found == pytest.approx(expected, abs=4 * np.sqrt(expected / 9999))
+
+
+def test_a_p_value_can_be_small_enough_for_a_large_table():
+  rng = np.random.default_rng(15)
+  p = statistics.paired_test(rng.normal(1.0, 0.5, 200), np.zeros(200)).p
+  assert statistics.holm([p] + [0.5] * 400)[0] < 0.05
+
+
 def test_sign_flips_of_many_examples_agree_with_the_normal_approximation():
   rng = np.random.default_rng(8)
   values, baseline = rng.random((500, 2)).T + np.array([[0.03], [0.0]])
