@@ -11,8 +11,9 @@ PNG and PDF, and `comparisons.json` with all compared figures.
 Of a line of a run it reads the metrics `exact_match`, `acc` or `pass@1` (the first
 that is there, also with a filter of the harness behind it), `nll`, `fitted_nll` (at an
 output temperature fitted on validation data) and `tokens`; and for calibration the
-lists `confidences`, `fitted_confidences` and `correct`, one entry for each event. What
-is not there is said to be not measured.
+lists `confidences`, `fitted_confidences` and `correct`, one entry for each event; of
+its costs `tokens`, `seconds`, `forward_rows`, `flops`, `expert_reads` with `steps`, and
+`peak_bytes`. What is not there is said to be not measured.
 """
 
 import dataclasses

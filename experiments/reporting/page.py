@@ -90,12 +90,13 @@ def likelihood_section(lines: Sequence[analysis.Likelihood], baseline: Result) -
     c = line.comparison
     is_baseline = line.result is baseline
     rows.append([
-        line.task, analysis.label(line.result, line.fitted), line.examples,
-        estimate(line.perplexity, 4), "" if line.between is None else f"{line.between:.4f}",
+        line.task, analysis.label(line.result, line.fitted),
+        "" if not line.fitted else number(line.result.output_temperatures.get(line.task)),
+        line.examples, estimate(line.perplexity, 4), "" if line.between is None else f"{line.between:.4f}",
         difference(line.to_plain, 2), difference(c.difference, 2) if c else "",
         *(_verdict(c) if c or is_baseline else
           ["", "", f"none: {baseline.label} at its fitted T is {NOT_MEASURED}"])])
-  text = table(["task", "method", "examples", "perplexity", "± between seeds",
+  text = table(["task", "method", "T", "examples", "perplexity", "± between seeds",
                 f"to {baseline.label}, %", f"to {baseline.label} at fitted T, %", "p", "adjusted p",
                 f"verdict, to {baseline.label} at fitted T"], rows)
   notes = [
@@ -297,7 +298,8 @@ def _flatten(settings, prefix=""):
 
 def _inline(value):
   """A setting in one line; equal numbers of all layers as one, of many names the ends."""
-  if isinstance(value, list) and len(value) > 1 and all(v == value[0] for v in value):
+  if (isinstance(value, list) and len(value) > 1 and isinstance(value[0], float)
+      and all(v == value[0] for v in value)):
     return f"{_inline(value[0])} ({len(value)} times)"
   if isinstance(value, list) and len(value) > 4 and isinstance(value[0], str):
     return f"{value[0]} ... {value[-1]} ({len(value)})"

@@ -17,6 +17,7 @@ QUALITY = ("exact_match", "acc", "pass@1")
 NLL, FITTED_NLL, TOKENS = "nll", "fitted_nll", "tokens"
 # Settings that must be equal in runs that are compared, where both have them.
 SAME = ("split", "chat", "system", "num_fewshot")
+TEMPERATURES = "output_temperatures.json"
 PROFILE, TRIALS = "profile.json", "trials.jsonl"
 
 
@@ -30,6 +31,7 @@ class Result:
     settings: its settings.json.
     records: {task: {example: {seed: line of examples.jsonl}}}.
     costs: lines of costs.jsonl.
+    output_temperatures: {task: that of `FITTED_NLL`}, where they are recorded.
   """
 
   path: pathlib.Path
@@ -37,6 +39,7 @@ class Result:
   settings: dict[str, Any]
   records: dict[str, dict[str, dict[int, dict[str, Any]]]]
   costs: list[dict[str, Any]]
+  output_temperatures: dict[str, float]
 
   @property
   def model(self) -> str | None:
@@ -147,7 +150,12 @@ def _load(path):
                        "\"task\", \"example\", \"seed\" and \"metrics\"") from error
     records.setdefault(task, {}).setdefault(example, {})[seed] = line
   label = str(settings.get("label") or settings.get("name") or path.name)
-  return Result(path, label, settings, records, runs.read_lines(path / runs.COSTS))
+  temperatures = {task: settings.get("output_temperature") for task in records}
+  if (path / TEMPERATURES).is_file():
+    fitted = json.loads((path / TEMPERATURES).read_text())
+    temperatures |= {task: found["temperature"] for task, found in fitted.items()}
+  return Result(path, label, settings, records, runs.read_lines(path / runs.COSTS),
+                {task: t for task, t in temperatures.items() if t is not None})
 
 
 def load_tunings(patterns: Sequence[str]) -> list[Tuning]:

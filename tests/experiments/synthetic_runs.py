@@ -128,7 +128,8 @@ def write_study(path, examples=160, seed=0):
 
   write_run(path / "plain", "plain", plain, costs=costs(1, 1.0), **texts)
   write_run(path / "roster8", "roster, n = 8", answers(rng, examples, 0.6, plain, 0.3),
-            costs=costs(8, 2.5), settings={"roster": {"num_members": 8, "temperatures": [0.3] * 6}},
+            costs=costs(8, 2.5), settings={"roster": {"num_members": 8, "temperatures": [0.3] * 6},
+                                    "output_temperature": 1.5},
             **chances(rng, logits, right, 1.5, 0.1))
   seeds = np.stack([answers(rng, examples, plain.mean(), plain, 0.1) for _ in range(3)], 1)
   write_run(path / "experts4", "k' = 4", seeds, costs=costs(2, 1.3),

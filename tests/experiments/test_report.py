@@ -91,9 +91,9 @@ def test_perplexity_is_judged_against_the_fitted_plain_model(whole):
   # It lowers the perplexity, but less than an output temperature does.
   roster = next(line for line in text.splitlines() if "roster, n = 8  " in line)
   cells = [cell.strip() for cell in roster.split("|")]
-  assert cells[6].startswith("-") and cells[7].startswith("+") and cells[10] == "higher"
+  assert cells[7].startswith("-") and cells[8].startswith("+") and cells[11] == "higher"
   fitted = next(line for line in text.splitlines() if "roster, n = 8, fitted T" in line)
-  assert "no clear difference" in fitted
+  assert "no clear difference" in fitted and "| 1.5 " in fitted
   assert any(re.search(r"\| plain, fitted T +\|", line) for line in text.splitlines())
 
 
