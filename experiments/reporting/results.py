@@ -130,11 +130,11 @@ def load_runs(patterns: Sequence[str]) -> list[Result]:
     ValueError: a line is not what a run holds.
   """
   results = [_load(path) for path in _folders(patterns, runs.EXAMPLES, "run")]
-  for name in (lambda r: r.label, lambda r: r.path.name, lambda r: str(r.path)):
-    labels = [name(r) for r in results]
-    if len(set(labels)) == len(labels):
-      break
-  return [dataclasses.replace(r, label=label) for r, label in zip(results, labels)]
+  for called in (lambda r: r.path.name, lambda r: str(r.path)):  # if labels are not unique
+    labels = [r.label for r in results]
+    results = [r if labels.count(r.label) == 1 else
+               dataclasses.replace(r, label=f"{r.label} ({called(r)})") for r in results]
+  return results
 
 
 def _load(path):

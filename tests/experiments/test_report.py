@@ -301,8 +301,9 @@ def test_what_is_not_there_is_told(tmp_path):
   with pytest.raises(FileNotFoundError, match="is not the folder of a tuning"):
     results_lib.load_tunings([str(tmp_path / "a")])
   runs = results_lib.load_runs([f"{tmp_path}/*"])
-  assert [r.label for r in runs] == ["a", "b"]  # their folders, as both have one name
-  with pytest.raises(ValueError, match="--baseline=plain is none of the runs a, b"):
+  assert [r.label for r in runs] == ["first (a)", "first (b)"]
+  assert results_lib.find_baseline(runs, "b").label == "first (b)"
+  with pytest.raises(ValueError, match="--baseline=plain is none of the runs first .a., first"):
     results_lib.find_baseline(runs, "plain")
   with pytest.raises(ValueError, match="--baseline=first is what 2 runs are called"):
     results_lib.find_baseline(runs, "first")
