@@ -1,0 +1,1 @@
+"""The parts of `experiments.report`: what it reads, compares, writes and draws."""

@@ -1,0 +1,360 @@
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+import synthetic_runs as synthetic
+from experiments import report, statistics
+from experiments.reporting import analysis, page, pictures, results as results_lib
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+  monkeypatch.setattr(statistics, "RESAMPLES", 400)
+  monkeypatch.setattr(statistics, "FLIPS", 399)
+
+
+def write_report(output, runs=(), tune=(), baseline="plain"):
+  """What the program does with its flags; the page and the line it prints."""
+  runs = results_lib.load_runs(runs)
+  found = results_lib.find_baseline(runs, baseline) if runs else None
+  if found:
+    results_lib.check_comparable(runs, found)
+    runs = [found, *(r for r in runs if r is not found)]
+  line = report.write(runs, found, results_lib.load_tunings(tune), output, "a command")
+  return (output / "report.md").read_text(), line
+
+
+def section(text, title):
+  return re.search(rf"## {title}\n(.*?)(?=\n## |\Z)", text, re.DOTALL).group(1)
+
+
+def check_markdown(text, folder):
+  """Tables have as many cells in each row, and what is linked is there and not empty."""
+  rows = 0
+  for block in text.split("\n\n"):
+    lines = [line for line in block.splitlines() if line.startswith("|")]
+    cells = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
+    assert len(cells) <= 1, block
+    rows += len(lines)
+  for link in re.findall(r"\]\(([^)]+)\)", text):
+    assert (folder / link).stat().st_size > 3000, link
+    if link.endswith(".png"):
+      pixels = matplotlib.image.imread(folder / link)
+      assert 0.003 < (pixels[..., :3].mean(axis=-1) < 0.9).mean() < 0.7, f"{link} looks empty"
+  return rows
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("study")
+  synthetic.write_study(folder / "runs")
+  synthetic.write_tuning(folder / "tune" / "gsm8k")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def whole(study):
+  """The page of all that there is, with its folder."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(statistics, "RESAMPLES", 400)
+    patch.setattr(statistics, "FLIPS", 399)
+    text, line = write_report(study / "report", [f"{study}/runs/*"], [f"{study}/tune/*"])
+  return text, line, study / "report"
+
+
+def test_a_page_has_whole_tables_and_pictures_that_are_there(whole):
+  text, line, folder = whole
+  assert check_markdown(text, folder) > 40
+  for name in ("cost-wordmath", "reliability-wordmath", "temperatures", "history-gsm8k"):
+    assert f"({name}.png)" in text and f"({name}.pdf)" in text
+  assert re.fullmatch(r"Saved .*report.md with 4 pictures: 4 runs, 1 tuning, \d+ of 11 "
+                      r"comparisons clear\.", line)
+
+
+def test_what_is_much_better_is_called_so_and_what_is_equal_is_not(whole):
+  text = section(whole[0], "What is significant")
+  assert "wordmath: roster, n = 8 raises exact match against plain" in text
+  assert "k' = 4 raises exact match" not in text and "votes raises" not in text
+  results = section(whole[0], "Results")
+  assert re.search(r"k' = 4 .*\| 160 +\| 3 .*sign-flip.*no clear difference", results)
+  assert re.search(r"roster, n = 8 .*\| 160 +\| 1 .*McNemar.*higher", results)
+
+
+def test_perplexity_is_judged_against_the_fitted_plain_model(whole):
+  text = section(whole[0], "Perplexity and output temperature")
+  # It lowers the perplexity, but less than an output temperature does.
+  roster = next(line for line in text.splitlines() if "roster, n = 8  " in line)
+  cells = [cell.strip() for cell in roster.split("|")]
+  assert cells[7].startswith("-") and cells[8].startswith("+") and cells[11] == "higher"
+  fitted = next(line for line in text.splitlines() if "roster, n = 8, fitted T" in line)
+  assert "no clear difference" in fitted and "| 1.5 " in fitted
+  assert any(re.search(r"\| plain, fitted T +\|", line) for line in text.splitlines())
+
+
+def test_calibration_is_told_before_and_after_with_the_name_of_its_error(whole):
+  text = section(whole[0], "Calibration")
+  assert "ECE, equal-mass" in text and "ECE, equal-width" in text
+  before, after = (float(re.search(rf"\| {name} +\| 3200 +\| [^|]+\| ([\d.]+)", text).group(1))
+                   for name in ("plain", "plain, fitted T"))
+  assert after < 0.5 * before
+
+
+def test_costs_are_for_an_example(whole):
+  text = section(whole[0], "Cost")
+  cells = [c.strip() for c in next(
+      line for line in text.splitlines() if "roster, n = 8" in line).split("|")]
+  assert cells[3:5] == ["800", "300"]  # 2000 tokens in 2.5 s; 3 x 16000 rows for 160
+  assert float(cells[5]) == pytest.approx(3 * 8e9 / 160, rel=0.01)
+  assert float(cells[6]) == pytest.approx(8 * (1 - np.exp(-2)), rel=0.01)
+  assert cells[7] == "58"
+
+
+def test_the_same_runs_in_another_order_give_the_same_figures(study):
+  names = ("plain", "roster8", "votes")
+  for output, order in (("once", names), ("again", names[::-1])):
+    write_report(study / output, [f"{study}/runs/{name}" for name in order])
+  once, again = (json.loads((study / output / "comparisons.json").read_text())
+                 for output in ("once", "again"))
+  assert len(once) == 6 and sorted(map(str, once)) == sorted(map(str, again))
+
+
+def loaded(tmp_path, **runs):
+  for name, correct in runs.items():
+    synthetic.write_run(tmp_path / name, name, correct)
+  return results_lib.load_runs([str(tmp_path / name) for name in runs])
+
+
+def test_ten_points_more_on_400_examples_are_clear_and_none_are_not(tmp_path):
+  rng = np.random.default_rng(0)
+  found = {"better": 0, "same": 0}
+  for trial in range(30):
+    plain = synthetic.answers(rng, 400, 0.5)
+    runs = loaded(tmp_path / str(trial), plain=plain,
+                  better=synthetic.answers(rng, 400, plain.mean() + 0.1, plain),
+                  same=synthetic.answers(rng, 400, plain.mean(), plain))
+    for line in analysis.quality(runs, runs[0])[1:]:
+      found[line.result.label] += line.comparison.is_clear
+  assert found["better"] >= 27 and found["same"] <= 3
+
+
+def test_a_table_of_many_equal_methods_shows_one_as_better_in_few_cases(tmp_path):
+  rng = np.random.default_rng(1)
+  errors = uncorrected = 0
+  for trial in range(40):
+    plain = synthetic.answers(rng, 200, 0.5)
+    runs = loaded(tmp_path / str(trial), plain=plain, **{
+        f"method{i}": synthetic.answers(rng, 200, plain.mean(), plain) for i in range(8)})
+    comparisons = [line.comparison for line in analysis.quality(runs, runs[0])[1:]]
+    errors += any(c.is_clear for c in comparisons)
+    uncorrected += any(c.test.p < 0.05 for c in comparisons)
+  assert errors <= 6  # more in 0.1 % of cases, at 5 %
+  assert uncorrected > errors
+
+
+def test_two_runs_without_anything_else_make_a_page_that_says_what_is_not_measured(tmp_path):
+  rng = np.random.default_rng(2)
+  plain = synthetic.answers(rng, 100, 0.5)
+  synthetic.write_run(tmp_path / "a", "plain", plain)
+  synthetic.write_run(tmp_path / "b", "a|b", synthetic.answers(rng, 100, 0.5, plain))
+  text, line = write_report(tmp_path / "out", [str(tmp_path / "a"), str(tmp_path / "b")])
+  check_markdown(text, tmp_path / "out")
+  assert "with 0 pictures: 2 runs" in line
+  assert "No clear difference from plain in task results, in 1 comparison." in text
+  assert "No perplexities are compared" in text
+  assert "Perplexities of reference texts are not measured." in text
+  assert "Calibration is not measured" in text and "Tuning is not measured" in text
+  assert section(text, "Cost").count("not measured") == 10
+  assert "The command is not recorded for plain, a|b." in text
+
+
+def test_a_tuning_alone_makes_a_page(tmp_path):
+  synthetic.write_tuning(tmp_path / "x", profile=False)
+  text, line = write_report(tmp_path / "out", tune=[str(tmp_path / "x")])
+  check_markdown(text, tmp_path / "out")
+  assert "1 picture: 0 runs, 1 tuning" in line  # no map of temperatures without a profile
+  assert "x: confirmation not measured." in text
+  assert "| x        | objective   | 31" in text
+
+
+@pytest.mark.parametrize("value, text", [
+    ([0.3] * 6, "0.3 (6 times)"), ([0.0, 0.25], "[0.0, 0.25]"), (1.1608729895, "1.16087"),
+    ([f"t/{i}" for i in range(60)], "t/0 ... t/59 (60)"), ({"a": {"b": None}}, "a b null"),
+])
+def test_settings_are_told_in_one_short_line(value, text):
+  assert page._inline(value) == text
+
+
+def test_without_the_fitted_plain_model_no_claim_is_made(tmp_path):
+  rng = np.random.default_rng(3)
+  logits = np.abs(rng.normal(1.0, 2.0, (60, 10)))
+  right = rng.random(logits.shape) < 1 / (1 + np.exp(-logits))
+  texts = synthetic.chances(rng, logits, right, 2.0)
+  unfitted = {k: v for k, v in texts.items() if not k.startswith("fitted")}
+  plain = synthetic.answers(rng, 60, 0.5)
+  synthetic.write_run(tmp_path / "plain", "plain", plain, **unfitted)
+  synthetic.write_run(tmp_path / "roster", "roster", plain,
+                      **synthetic.chances(rng, logits, right, 1.2))
+  text, _ = write_report(tmp_path / "out", [f"{tmp_path}/*"])
+  perplexity = section(text, "Perplexity and output temperature")
+  assert "none: plain at its fitted T is not measured" in perplexity
+  assert "without it no claim about perplexity can be made" in perplexity
+  assert "without them no claim about calibration can be made" in section(text, "Calibration")
+  assert "raises perplexity" not in text and "lowers perplexity" not in text
+
+
+def test_examples_are_paired_by_what_they_are_called_and_missing_ones_are_counted(tmp_path):
+  rng = np.random.default_rng(4)
+  plain = synthetic.answers(rng, 50, 0.5)
+  synthetic.write_run(tmp_path / "plain", "plain", plain)
+  order = rng.permutation(50)[:40]  # another order, ten missing
+  synthetic.write_run(tmp_path / "same", "same", plain[order],
+                      examples=[f"wordmath/test/{i}" for i in order])
+  runs = results_lib.load_runs([f"{tmp_path}/*"])
+  line = analysis.quality(runs, runs[0])[1]
+  assert line.comparison.difference == statistics.Difference(0.0, 0.0, 0.0)
+  assert (line.examples, line.missing) == (40, 10)
+  assert ("wordmath: 10 examples that only one of same and plain has left out; 40 paired."
+          in page.quality_section(analysis.quality(runs, runs[0]), runs[0]))
+
+
+def test_other_events_than_the_baselines_are_shown_and_not_compared(tmp_path):
+  rng = np.random.default_rng(5)
+  plain = synthetic.answers(rng, 40, 0.5)
+  logits = np.abs(rng.normal(1.0, 2.0, (40, 10)))
+  right = rng.random(logits.shape) < 1 / (1 + np.exp(-logits))
+  synthetic.write_run(tmp_path / "plain", "plain", plain,
+                      **synthetic.chances(rng, logits, right, 2.0))
+  synthetic.write_run(tmp_path / "votes", "votes", plain, confidences=rng.random((40, 1)),
+                      outcomes=plain[:, None])
+  text, _ = write_report(tmp_path / "out", [f"{tmp_path}/*"])
+  assert ("Not compared, as they have other events than plain: votes on wordmath."
+          in section(text, "Calibration"))
+
+
+@pytest.mark.parametrize("settings, task, message", [
+    ({"model": "other"}, "wordmath", "their model differs \\(other, f1f1"),
+    ({"split": "validation"}, "wordmath", "their split differs \\(validation, test\\)"),
+    ({}, "gsm8k", "no task in common \\(gsm8k; wordmath\\)"),
+])
+def test_runs_that_are_not_comparable_are_refused(tmp_path, settings, task, message):
+  answers = np.ones(5)
+  synthetic.write_run(tmp_path / "a", "plain", answers)
+  synthetic.write_run(tmp_path / "b", "b", answers, task=task, settings=settings)
+  with pytest.raises(ValueError, match=f"cannot be compared with .*: .*{message}"):
+    write_report(tmp_path / "out", [f"{tmp_path}/*"])
+  assert not (tmp_path / "out").exists()
+
+
+def test_runs_of_other_examples_are_refused(tmp_path):
+  synthetic.write_run(tmp_path / "a", "plain", np.ones(3))
+  synthetic.write_run(tmp_path / "b", "b", np.ones(3), examples=["x", "y", "z"])
+  with pytest.raises(ValueError, match="no example of wordmath in common; run both with"):
+    write_report(tmp_path / "out", [f"{tmp_path}/*"])
+
+
+def test_a_model_is_known_by_its_routers_and_a_missing_setting_is_not_another(tmp_path):
+  for name, model in (("plain", {"name": "x", "experts_per_token": 2, "routers": "abc"}),
+                      ("k4", {"name": "./x", "experts_per_token": 4, "routers": "abc"}),
+                      ("none", None), ("chat", {"routers": "abc"}), ("other", {"routers": "abd"})):
+    settings = {"model": model} | ({"chat": {}} if name == "chat" else
+                                   {"chat": None} if name == "plain" else {})
+    synthetic.write_run(tmp_path / name, name, np.ones(3), settings=settings)
+  runs = {r.label: r for r in results_lib.load_runs([f"{tmp_path}/*"])}
+  results_lib.check_comparable([runs["k4"], runs["none"]], runs["plain"])
+  with pytest.raises(ValueError, match="their model differs \\(abd, abc\\)"):
+    results_lib.check_comparable([runs["other"]], runs["plain"])
+  with pytest.raises(ValueError, match="their chat differs"):
+    results_lib.check_comparable([runs["chat"]], runs["plain"])
+
+
+def test_a_metric_of_the_harness_is_found_behind_its_filter(tmp_path):
+  rng = np.random.default_rng(6)
+  for name in ("plain", "b"):
+    synthetic.write_run(tmp_path / name, name, synthetic.answers(rng, 30, 0.5),
+                        metric="exact_match,strict-match", task="gsm8k")
+  runs = results_lib.load_runs([f"{tmp_path}/*"])
+  lines = analysis.quality(runs, runs[1])
+  assert lines[0].metric == "exact_match,strict-match"
+  assert lines[0].comparison.measure == "exact match (strict-match)"
+
+
+def test_perplexities_of_other_texts_are_refused(tmp_path):
+  for name, tokens in (("plain", 10), ("b", 11)):
+    synthetic.write_run(tmp_path / name, name, np.ones(5), nll=np.ones(5), tokens=[tokens] * 5)
+  with pytest.raises(ValueError, match="different numbers of tokens of examples of wordmath"):
+    write_report(tmp_path / "out", [f"{tmp_path}/*"])
+
+
+def test_what_is_not_there_is_told(tmp_path):
+  synthetic.write_run(tmp_path / "a", "first", np.ones(3))
+  synthetic.write_run(tmp_path / "b", "first", np.ones(3))
+  for patterns, message in (([f"{tmp_path}/x*"], "finds no folder of a run"),
+                            ([f"{tmp_path}/x"], "is not the folder of a run: it has no examples")):
+    with pytest.raises(FileNotFoundError, match=message):
+      results_lib.load_runs(patterns)
+  with pytest.raises(FileNotFoundError, match="is not the folder of a tuning"):
+    results_lib.load_tunings([str(tmp_path / "a")])
+  runs = results_lib.load_runs([f"{tmp_path}/*"])
+  assert [r.label for r in runs] == ["first (a)", "first (b)"]
+  assert results_lib.find_baseline(runs, "b").label == "first (b)"
+  with pytest.raises(ValueError, match="--baseline=plain is none of the runs first .a., first"):
+    results_lib.find_baseline(runs, "plain")
+  with pytest.raises(ValueError, match="--baseline=first is what 2 runs are called"):
+    results_lib.find_baseline(runs, "first")
+  (tmp_path / "a" / "summary.json").unlink()
+  with pytest.raises(FileNotFoundError, match="not a finished run"):
+    results_lib.load_runs([f"{tmp_path}/*"])
+
+
+def test_a_picture_against_cost_draws_every_method_in_every_panel(study):
+  runs = results_lib.load_runs([f"{study}/runs/*"])
+  baseline = results_lib.find_baseline(runs, "plain")
+  figure = pictures.quality_against_cost(
+      analysis.quality(runs, baseline), analysis.likelihood(runs, baseline),
+      analysis.costs(runs), "plain", "wordmath")
+  assert [len(axis.containers) for axis in figure.axes] == [4] * 5 + [3] * 5
+  for axis in figure.axes:
+    assert axis.get_xlabel()
+    (low, high), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    for container in axis.containers:
+      x, y = container.lines[0].get_xydata()[0]
+      assert low < x < high and bottom < y < top
+  pictures.plt.close(figure)
+
+
+def test_the_history_has_the_best_so_far_and_the_pruned(tmp_path):
+  synthetic.write_tuning(tmp_path / "x")
+  tuning, = results_lib.load_tunings([str(tmp_path / "x")])
+  figure = pictures.history(tuning)
+  lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+  assert len(lines["pruned (estimate)"].get_xdata()) == 5
+  best = lines["best so far"].get_ydata()
+  assert (np.diff(best) <= 0).all()
+  assert best[-1] == tuning.profile["objective"]["value"]
+  assert set(lines["without noise"].get_ydata()) == {1.2}
+  assert len(figure.axes[1].get_lines()[0].get_xdata()) == 8  # the sweep
+  pictures.plt.close(figure)
+
+
+def test_the_command_line_writes_a_page_and_refuses_in_a_sentence(tmp_path):
+  synthetic.write_tuning(tmp_path / "x")
+
+  def call(*flags):
+    return subprocess.run([sys.executable, "-m", "experiments.report", *flags],
+                          capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[2])
+
+  done = call(f"--tune={tmp_path}/*", f"--output={tmp_path}/out")
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.strip().splitlines()[-1].startswith(f"Saved {tmp_path}/out/report.md with 2")
+  assert f"python -m experiments.report '--tune={tmp_path}/*'" in (
+      tmp_path / "out" / "report.md").read_text()
+  assert json.loads((tmp_path / "out" / "comparisons.json").read_text()) == []
+  refused = call()
+  assert refused.returncode == 1
+  assert "error: there is nothing to report: give --runs, --tune or both" in refused.stderr
