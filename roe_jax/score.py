@@ -168,7 +168,8 @@ def score(
   if candidates is not None:
     if len(candidates) != len(texts):
       raise ValueError(f"got candidates for {len(candidates)} of {len(texts)} texts")
-    batching.check_tokens(config, candidates, what="the list of candidates for text")
+    for i, some in enumerate(candidates):
+      batching.check_tokens(config, [[token] for token in some], what=f"text {i}: candidate")
   starts = [1] * len(texts) if starts is None else list(starts)
   if len(starts) != len(texts):
     raise ValueError(f"got {len(starts)} starts for {len(texts)} texts")

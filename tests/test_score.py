@@ -309,7 +309,7 @@ def test_batches_by_length_hold_every_text_once_in_few_shapes():
     ([[1, 2]], dict(chunk_size=0), "chunk_size"),
     ([[1, 2]], dict(request_ids=[1, 2]), "request ids"),
     ([[1, 2]], dict(candidates=[]), "candidates for 0 of 1"),
-    ([[1, 2]], dict(candidates=[[61]]), "candidates for text 0 holds token id 61"),
+    ([[1, 2]], dict(candidates=[[61]]), "text 0: candidate 0 holds token id 61"),
 ], ids=str)
 def test_wrong_input_is_refused(texts, options, message):
   with pytest.raises(ValueError, match=message):
