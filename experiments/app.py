@@ -11,7 +11,7 @@ import jax
 
 from experiments import distributed, dry_run as dry_run_lib, profiles, sources
 from experiments.distributed import (  # what programs need of it, under one name
-    broadcast, from_first_process, in_all_processes, is_first_process, progress)
+    broadcast, check_same, from_first_process, in_all_processes, is_first_process, progress)
 from experiments.profiles import Profile
 from experiments.sources import EMBEDDED
 from roe_jax import assets, costs, noise, presets, routing, sharding, tokenizer as tokenizer_lib
@@ -217,13 +217,8 @@ def load_config(name: str) -> ModelConfig:
     ValueError: its config is malformed; processes find different ones.
   """
   config = in_all_processes(lambda: sources.load_config(name))
-
-  def check():
-    if broadcast(config.to_json()) != config.to_json():
-      raise ValueError(f"the checkpoint {name} is another model than in process 0: every host must "
-                       "see the same checkpoint under the same path")
-
-  in_all_processes(check)
+  check_same(config.to_json(), f"the checkpoint {name} is another model than in process 0: every "
+             "host must see the same checkpoint under the same path")
   return config
 
 

@@ -13,6 +13,7 @@ Where a process ends, the others cannot go on: they end with an error after
 
 from collections.abc import Callable, Iterator
 import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -187,6 +188,25 @@ def in_all_processes(function: Callable[[], Any]) -> Any:
       message = text.tobytes().rstrip(b"\0").decode(errors="replace")
       raise ValueError(f"process {process}: {message}")
   return value
+
+
+def check_same(value: Any, what: str) -> None:
+  """Refuses to go on where processes would do different work.
+
+  Args:
+    value: a JSON value.
+    what: a sentence that begins with "process N: ", for where it is not process 0's.
+
+  Raises:
+    ValueError: in all processes, with that sentence.
+  """
+  digest = hashlib.sha256(json.dumps(value).encode()).hexdigest() if num_processes() > 1 else ""
+
+  def check():
+    if broadcast(digest) != digest:
+      raise ValueError(what)
+
+  in_all_processes(check)
 
 
 def _sent(text: str) -> str:

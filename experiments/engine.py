@@ -7,7 +7,7 @@ reference solution of a problem, see the roster that a generation would see.
 
 Answers are kept in a file as they come (`Answers`), each with what it cost. A killed
 program goes on from there, and ends with the same answers and costs, but for rounding
-and seconds.
+and seconds. Of several processes the first one has the file.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -111,10 +111,15 @@ class Answers:
   def __init__(self, path: pathlib.Path | None = None, settings: dict[str, Any] | None = None):
     """Reads the file, or begins it; without a path answers are only held."""
     self._path = path
-    lines = runs.read_lines(path, mend=True) if path else []
-    if path and not lines:
-      app.write_atomically(path, json.dumps({"settings": settings}) + "\n")
-    self._answers = {line["key"]: line["answer"] for line in lines[1:]}
+
+    def read():
+      lines = runs.read_lines(path, mend=True)
+      if not lines:
+        app.write_atomically(path, json.dumps({"settings": settings}) + "\n")
+      return lines[1:]
+
+    lines = app.from_first_process(read) if path else []
+    self._answers = {line["key"]: line["answer"] for line in lines}
 
   @classmethod
   def of(cls, folder: pathlib.Path, settings: dict[str, Any]) -> "Answers":
@@ -130,7 +135,7 @@ class Answers:
 
   def write(self, answers: dict[str, Answer]) -> None:
     self._answers |= answers
-    if self._path:
+    if self._path and app.is_first_process():
       with open(self._path, "a") as file:
         file.write("".join(json.dumps({"key": key, "answer": answer}) + "\n"
                            for key, answer in answers.items()))
@@ -195,8 +200,13 @@ class Engine:
       requests: what is wanted; equal ones are computed once.
       on_answered: called with the number of different requests whenever some are
         answered; at first of those that already were.
+
+    Raises:
+      ValueError: another process has other requests.
     """
     keys = [key(r) for r in requests]
+    app.check_same(keys, "other requests than in process 0: every host must have the same data of "
+                   "a task")
     different = dict(zip(keys, requests))
     on_answered(sum(k in self._answers for k in different))
     self._stopwatch.lap()

@@ -50,6 +50,7 @@ _CONFIDENCE = ("of the chosen answer among the choices; where a text is written,
 def define_flags() -> None:
   app.define_model_flags()
   app.define_roster_flags()
+  app.define_dry_run_flags()
   flags.DEFINE_list("tasks", None, f"Tasks, groups and tags of lm-evaluation-harness, and ours: "
                     f"{', '.join(OURS)}.", required=True)
   flags.DEFINE_string("output", None, "Folder of the run.", required=True)
@@ -167,10 +168,14 @@ def evaluate_ours(lm: RosterLM, work: Work, run: runs.Run, seed: int) -> None:
   referred = iter(lm.answers(f"{label}, references", wanted) if wanted else ())
   outputs = [found[0]["text"] if example.choices is None else [a["log_prob"] for a in found]
              for example, found in zip(work.examples, answers)]
-  with tqdm(total=len(outputs), desc=f"{label}, scoring", file=sys.stderr,
-            disable=not work.task.runs_code) as bar:
-    metrics = work.task.score_all(work.examples, outputs, FLAGS.allow_code_execution,
-                                  FLAGS.workers, bar.update)
+
+  def score():  # in one process: another one's clock could judge otherwise
+    with tqdm(total=len(outputs), desc=f"{label}, scoring", file=sys.stderr,
+              disable=not work.task.runs_code) as bar:
+      return work.task.score_all(work.examples, outputs, FLAGS.allow_code_execution,
+                                 FLAGS.workers, bar.update)
+
+  metrics = app.from_first_process(score)
   records = []
   for i, (example, output) in enumerate(zip(work.examples, outputs)):
     if work.references[i] is not None:
@@ -194,7 +199,9 @@ def write(lm: RosterLM, run: runs.Run, seed: int, task: str, label: str,
           records: list[dict[str, Any]]) -> None:
   """Adds to a run what is not there yet: lines of examples, and what they cost."""
   cost = None
-  if all((c["task"], c["seed"]) != (task, seed) for c in runs.read_lines(run.path / runs.COSTS)):
+  known = app.from_first_process(
+      lambda: [[c["task"], c["seed"]] for c in runs.read_lines(run.path / runs.COSTS)])
+  if [task, seed] not in known:
     requests = list(dict.fromkeys(lm.requests[label]))
     cost = {"task": task, "seed": seed, **lm.engine.cost(requests),
             **lm.engine.experts_read(requests[:EXPERTS_OF])}
@@ -288,17 +295,26 @@ def main(argv) -> None:
   # All is checked before the parameters are read.
   config = app.load_config(FLAGS.checkpoint)
   roster = app.roster_from_flags(config)
+  if FLAGS.dry_run:
+    app.dry_run(config, roster, batch_size=FLAGS.batch_size)
+    return
   tokenizer = app.load_tokenizer(FLAGS.checkpoint, config)
   chat = Chat.load(
       app.checkpoint_path(FLAGS.checkpoint), tokenizer, date=FLAGS.chat_date,
       reasoning_effort=FLAGS.reasoning_effort,
       enable_thinking=FLAGS.thinking) if FLAGS.chat else None
   lm = RosterLM(FLAGS.checkpoint, config, tokenizer, chat, FLAGS.max_new_tokens)
-  loaded = harness_tasks.load(theirs, FLAGS.include_path, FLAGS.num_fewshot,
-                              FLAGS.allow_code_execution, others=list(OURS)) if theirs else None
-  if loaded:
+
+  def load():
+    if not theirs:
+      return None
+    loaded = harness_tasks.load(theirs, FLAGS.include_path, FLAGS.num_fewshot,
+                                FLAGS.allow_code_execution, others=list(OURS))
     harness_tasks.check(lm, loaded, FLAGS.chat, FLAGS.system)
-  works = [prepare(lm, name) for name in ours]
+    return loaded
+
+  loaded = app.in_all_processes(load)
+  works = app.in_all_processes(lambda: [prepare(lm, name) for name in ours])
 
   params, config = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
   output = pathlib.Path(FLAGS.output)
@@ -333,6 +349,8 @@ def main(argv) -> None:
 def report(run: runs.Run, works: list[Work], by_seed: dict[str, Any], truncated: int) -> None:
   """Finishes a run, and prints its table and one line that sums it up."""
   summary = run.finish()
+  if not app.is_first_process():
+    return
   records = runs.read_lines(run.path / runs.EXAMPLES)
   rows = [row for work in works for row in rows_of_ours(records, work)]
   rows += rows_of_theirs(by_seed, summary["tasks"])

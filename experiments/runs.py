@@ -9,7 +9,8 @@ A line of `examples.jsonl` has "task", "example" (an id that is the same in ever
 run, so that runs are paired by it), "seed" (of the routing noise) and "metrics"
 ({name: number}), beside whatever else a program keeps. A line of `costs.jsonl` has
 "task", "seed" and numbers that are summed ("tokens", "forward_rows", "flops",
-"seconds", ...). A killed run goes on where it stopped.
+"seconds", ...). A killed run goes on where it stopped. Of several processes the
+first one reads and writes; all know what is done.
 """
 
 from collections.abc import Iterable
@@ -66,9 +67,13 @@ class Run:
       ValueError: the folder holds a run of another name or with other settings.
     """
     self.path, self.name = pathlib.Path(path), name
-    claim(self.path, {"name": name, **settings})
-    self.done = {key(record) for record in read_lines(self.path / EXAMPLES, mend=True)}
-    read_lines(self.path / COSTS, mend=True)
+
+    def opened():
+      claim(self.path, {"name": name, **settings})
+      read_lines(self.path / COSTS, mend=True)
+      return [key(record) for record in read_lines(self.path / EXAMPLES, mend=True)]
+
+    self.done = {tuple(k) for k in app.from_first_process(opened)}
 
   def write(self, records: Iterable[dict[str, Any]], costs: dict[str, Any] | None = None) -> None:
     """Appends lines of examples, and one of what they cost."""
@@ -82,11 +87,14 @@ class Run:
 
   def finish(self) -> dict[str, Any]:
     """Puts the lines in order, and writes and returns the summary."""
-    records = sorted(read_lines(self.path / EXAMPLES), key=key)
-    app.write_atomically(self.path / EXAMPLES, "".join(json.dumps(r) + "\n" for r in records))
-    summary = {"name": self.name, "tasks": means(records), "costs": self.costs()}
-    app.write_atomically(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
-    return summary
+    def summary():
+      records = sorted(read_lines(self.path / EXAMPLES), key=key)
+      app.write_atomically(self.path / EXAMPLES, "".join(json.dumps(r) + "\n" for r in records))
+      found = {"name": self.name, "tasks": means(records), "costs": self.costs()}
+      app.write_atomically(self.path / SUMMARY, json.dumps(found, indent=2) + "\n")
+      return found
+
+    return app.from_first_process(summary)
 
   def costs(self) -> dict[str, float]:
     """The numbers of all lines of `costs.jsonl`, summed; of "peak_..." the largest."""
@@ -146,5 +154,7 @@ def read_lines(path: pathlib.Path, mend: bool = False) -> list[dict[str, Any]]:
 
 
 def _append(path, records):
+  if not app.is_first_process():
+    return
   with open(path, "a") as file:
     file.write("".join(json.dumps(record) + "\n" for record in records))

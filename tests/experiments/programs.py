@@ -12,7 +12,7 @@ import jax
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload([
-    "checkpoints_convert.cli", "experiments.generate", "experiments.quantization",
+    "checkpoints_convert.cli", "experiments.evaluate", "experiments.generate", "experiments.quantization",
     "experiments.quickstart", "experiments.score", "experiments.train"])
 
 
