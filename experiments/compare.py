@@ -110,10 +110,10 @@ def fit(measurer: Measurer, method: Method, task: tasks.Task, folder: pathlib.Pa
         validation: list[tasks.Example]) -> float | None:
   """The output temperature at which validation examples are most probable.
 
-  None where the method gives no probabilities, or no example has a reference. It
-  is kept in the run's folder.
+  None where the method has none to be fitted, or no example has a reference. It is
+  kept in the run's folder.
   """
-  if method.no_likelihood:
+  if not method.fits_temperature:
     return None
   path = folder / TEMPERATURES
   known = json.loads(path.read_text()) if path.is_file() else {}
@@ -147,7 +147,8 @@ def measure(measurer: Measurer, method: Method, run: runs.Run, seed: int, batch:
   for example, metrics, details, likelihood in zip(
       batch.examples, scored, answers.details, likelihoods):
     record = {"task": batch.task.name, "example": example.id, "seed": seed, **details}
-    record |= likelihood.record(fitted is not None) if likelihood else {"metrics": {}}
+    beside = fitted is not None and method.name != FITTED  # whose own it is
+    record |= likelihood.record(beside) if likelihood else {"metrics": {}}
     record["metrics"] |= metrics
     records.append(record)
   run.write(records, {"task": batch.task.name, "seed": seed, **answers.cost})
@@ -166,21 +167,24 @@ def table(found: list[Method], opened: dict[str, runs.Run], task: tasks.Task) ->
     def perplexity(name):
       pairs = [(r["metrics"][name], r["metrics"]["tokens"]) for r in records
                if name in r["metrics"]]
-      return float(np.exp(np.sum(pairs, axis=0)[0] / np.sum(pairs, axis=0)[1])) if pairs else None
+      if not pairs:
+        return ""
+      nll, tokens = np.sum(pairs, axis=0)
+      return float(np.exp(nll / tokens))
 
     def of_tokens(name):
       return sum(c[name] for c in parts) / sum(c["tokens"] for c in parts)
 
     lines.append([
-        method.label, 100 * metrics[task.metric], perplexity("nll"), perplexity("fitted_nll"),
+        method.label, 100 * metrics[task.metric],
+        "not defined" if method.no_likelihood else perplexity("nll"), perplexity("fitted_nll"),
         method.rows_per_token, of_tokens("flops") / 1e6,
         sum(c["expert_reads"] for c in counted) / sum(c["steps"] for c in counted)
-        if counted else None,
+        if counted else "",
         float(np.median([c["tokens"] / c["seconds"] for c in parts])),
         max(c["peak_bytes"] for c in parts) / 2**20])
   return tabulate.tabulate(
       lines, floatfmt=("", ".1f", ".4f", ".4f", "d", ".3g", ".2f", ".0f", ".1f"),
-      missingval="not defined",
       headers=["", f"{task.metric}\n%", "perplexity", "at fitted\nT", "rows\nper token",
                "MFLOPs\nper token", "experts\nread", "tokens\nper s", "memory\nMiB"])
 

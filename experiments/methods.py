@@ -107,6 +107,14 @@ class Method:
     """That of its own distribution, before any is fitted."""
     return 1.0 if self.sampler.is_greedy else float(self.sampler.temperature)
 
+  @property
+  def fits_temperature(self) -> bool:
+    """Whether an output temperature is fitted: where it has a distribution at 1.
+
+    A sampler's temperature is its own, and fitted it is the plain model's.
+    """
+    return not self.no_likelihood and self.sampler.is_greedy
+
   def with_seed(self, seed: int) -> Roster:
     return self.roster.replace(seed=jnp.asarray(seed, jnp.uint32))
 

@@ -63,6 +63,7 @@ def test_likelihoods_are_defined_where_there_is_a_distribution():
   for text in ("plain", "plain:temperature=0.7", "roster", "roster:aggregation=majority",
                "experts:k=4"):
     assert parse(text).no_likelihood is None
+    assert parse(text).fits_temperature == (text != "plain:temperature=0.7")
   for text in ("self_consistency", "best_of", "scmoe", "plain:temperature=0.7,top_p=0.9"):
     assert parse(text).no_likelihood.startswith("not defined")
 
