@@ -116,7 +116,8 @@ def fit(measurer: Measurer, method: Method, task: tasks.Task, folder: pathlib.Pa
   if not method.fits_temperature:
     return None
   path = folder / TEMPERATURES
-  known = json.loads(path.read_text()) if path.is_file() else {}
+  known = app.from_first_process(
+      lambda: json.loads(path.read_text()) if path.is_file() else {})
   if task.name not in known:
     found = [one for batch in batches(task, validation) for one in
              measurer.likelihoods(method, FLAGS.seed, batch, OUTPUT_TEMPERATURES)
@@ -142,7 +143,8 @@ def measure(measurer: Measurer, method: Method, run: runs.Run, seed: int, batch:
     likelihoods = measurer.likelihoods(method, seed, batch, at)
   if count_experts:
     answers.cost.update(measurer.experts_read(method, seed, answers))
-  scored = batch.task.score_all(batch.examples, answers.outputs, FLAGS.allow_code_execution)
+  scored = app.from_first_process(lambda: batch.task.score_all(
+      batch.examples, answers.outputs, FLAGS.allow_code_execution))
   records = []
   for example, metrics, details, likelihood in zip(
       batch.examples, scored, answers.details, likelihoods):
@@ -204,12 +206,17 @@ def main(argv) -> None:
   texts = (methods_lib.default_texts(config, base.num_members) if FLAGS.methods is None
            else [t for t in FLAGS.methods.split(";") if t.strip()])
   found = methods_lib.parse_all(texts, config, base)
-  examples, validation = (
-      {t.name: t.examples(split, FLAGS.data_dir, limit) for t in wanted}
-      for split, limit in ((FLAGS.split, FLAGS.limit), ("validation", FLAGS.num_validation)))
-  for task in wanted:
-    for part in (examples, validation):
-      check_examples(task, part[task.name], found)
+
+  def read(split, limit):
+    examples = {t.name: t.examples(split, FLAGS.data_dir, limit) for t in wanted}
+    for task in wanted:
+      check_examples(task, examples[task.name], found)
+    return examples
+
+  examples = app.in_all_processes(lambda: read(FLAGS.split, FLAGS.limit))
+  validation = app.in_all_processes(lambda: read("validation", FLAGS.num_validation))
+  app.check_same([[e.prompt, e.reference] for part in (examples, validation) for task in wanted
+                  for e in part[task.name]], tasks.OTHER_DATA)
   begin = time.perf_counter()
   params, _, tokenizer = app.open_model(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
   measurer = Measurer(params, tokenizer, FLAGS.batch_size)
@@ -233,7 +240,7 @@ def main(argv) -> None:
           bar.update(len(batch.examples))
   for run in opened.values():
     run.finish()
-  for task in wanted:
+  for task in wanted if app.is_first_process() else ():
     print(f"\n{task.name}, {len(examples[task.name])} examples\n\n{table(found, opened, task)}")
   print(f"\nSaved {len(found)} runs in {output}; {time.perf_counter() - begin:.0f} s.")
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import tabulate
 
-from experiments import runs, statistics
+from experiments import app, runs, statistics
 from experiments.objectives import Objective, Perplexity
 from roe_jax.params import Params
 from roe_jax.roster import Roster
@@ -43,9 +43,22 @@ class Candidate:
   seeds: Sequence[int]
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """What a candidate came to; empty in all processes but the first.
+
+  Attributes:
+    metrics: `[X]` means over seeds of each metric.
+    costs: of its run, summed.
+  """
+
+  metrics: dict[str, np.ndarray]
+  costs: dict[str, float]
+
+
 def measure(params: Params, candidate: Candidate, searched: Objective, fresh: Objective,
             batches: Sequence[slice], task: str, folder: pathlib.Path, settings: dict[str, Any],
-            on_batch: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
+            on_batch: Callable[[], None] = lambda: None) -> Measured:
   """Measures a candidate on the fresh examples, as the run `folder`/name.
 
   Args:
@@ -58,9 +71,6 @@ def measure(params: Params, candidate: Candidate, searched: Objective, fresh: Ob
     folder: of the runs.
     settings: of the run, beside those of the candidate.
     on_batch: called after each batch of each seed.
-
-  Returns:
-    `[X]` means over seeds of each metric.
   """
   rosters = {seed: candidate.roster(seed) for seed in candidate.seeds}
   settings |= {"method": "plain" if candidate.name == PLAIN else "roster",
@@ -91,8 +101,10 @@ def measure(params: Params, candidate: Candidate, searched: Objective, fresh: Ob
                   {"task": task, "seed": seed, **dataclasses.asdict(cost),
                    "seconds": time.perf_counter() - begin})
       on_batch()
-  run.finish()
-  return by_example(folder / candidate.name, [e.id for e in fresh.examples])
+  costs = run.finish()["costs"]
+  if not app.is_first_process():
+    return Measured({}, {})
+  return Measured(by_example(folder / candidate.name, [e.id for e in fresh.examples]), costs)
 
 
 def by_example(path: pathlib.Path, examples: Sequence[str]) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import app, runs
+from experiments import app, runs, tasks
 from roe_jax import (
     answer as answer_lib, batching, costs, decode, diagnostics, score as score_lib)
 from roe_jax.config import ModelConfig
@@ -205,8 +205,7 @@ class Engine:
       ValueError: another process has other requests.
     """
     keys = [key(r) for r in requests]
-    app.check_same(keys, "other requests than in process 0: every host must have the same data of "
-                   "a task")
+    app.check_same(keys, tasks.OTHER_DATA)
     different = dict(zip(keys, requests))
     on_answered(sum(k in self._answers for k in different))
     self._stopwatch.lap()

@@ -106,7 +106,7 @@ class Measurer:
       compiled, begin = self._programs.count, time.perf_counter()
       result = call()
       seconds = time.perf_counter() - begin
-      if self._programs.count == compiled:
+      if not app.broadcast(self._programs.count > compiled):
         break
     return result, seconds
 

@@ -12,7 +12,8 @@ the result, the best τ of the sweep and the plain model, those are compared tha
 were not lucky only: on --num_confirm more examples and with other noise seeds.
 
 Several processes may share a search: those of --num_workers, or this command
-started several times with the same flags. Killed and started again, it goes on.
+started several times with the same flags. (With --distributed, all processes make
+each trial together.) Killed and started again, it goes on.
 --output then holds
 
 * `profile.json`, the best profile (see `profiles`), during the search the best so
@@ -148,6 +149,9 @@ def prepare() -> Work:
       raise ValueError(f"--{name} must be at least 1, got {value}")
   if settings.num_members < 2 and FLAGS.include_clean:
     raise ValueError("--num_members must be at least 2: the plain model alone has no temperatures")
+  if FLAGS.num_workers > 1 and FLAGS.distributed:
+    raise ValueError("--num_workers is about trials side by side, and with --distributed all "
+                     "processes make each trial together: give one of them")
   config = app.load_config(FLAGS.checkpoint)
   space = Space(config.num_layers, settings.fixed_layers, settings.max_temperature)
   if FLAGS.sampler == "sweep":
@@ -184,7 +188,9 @@ def choose_examples(task: tasks.Task,
     ValueError: there are not enough of them.
   """
   confirms = FLAGS.num_confirm or num_samples
-  examples = task.examples(SPLIT, FLAGS.data_dir, num_samples + confirms)
+  examples = app.in_all_processes(
+      lambda: task.examples(SPLIT, FLAGS.data_dir, num_samples + confirms))
+  app.check_same([[e.prompt, e.reference] for e in examples], tasks.OTHER_DATA)
   if FLAGS.num_confirm is None and len(examples) < 2 * num_samples:
     num_samples = len(examples) // 2
     print(f"[the validation split of {task.name} has {len(examples)} examples: the search sees "
@@ -213,7 +219,10 @@ def open_search(work: Work) -> Search:
 
 
 class OnModel:
-  """The objective as a function of temperatures alone: same noise for all of them."""
+  """The objective as a function of temperatures alone: same noise for all of them.
+
+  Of several processes the first one has the search, and the others `follow` it.
+  """
 
   def __init__(self, params: Params, work: Work):
     self._params, self._work = params, work
@@ -221,6 +230,19 @@ class OnModel:
     self.value = work.searched.value
 
   def measure(self, temperatures, part: slice) -> tuple[np.ndarray, Cost]:
+    app.broadcast([list(temperatures), part.start, part.stop])
+    return self._measure(temperatures, part)
+
+  def follow(self) -> None:
+    """Measures what the first process does, until that calls `end`."""
+    while (wanted := app.broadcast(None)) is not None:
+      temperatures, start, stop = wanted
+      self._measure(temperatures, slice(start, stop))
+
+  def end(self) -> None:
+    app.broadcast(None)
+
+  def _measure(self, temperatures, part):
     return self._work.searched.measure(
         self._params, self._work.make_roster(temperatures, FLAGS.seed), part)
 
@@ -258,16 +280,17 @@ def profile_of(search: Search, work: Work, model: dict, plain: float,
        "pruned": count("pruned"), "failed": count("failed")})
 
 
-def confirm_best(params: Params, search: Search, work: Work, model: dict) -> dict:
+def confirm_best(params: Params, search: Search | None, work: Work, model: dict) -> dict:
   """Measures the best profile, the best uniform τ and the plain model on fresh examples."""
-  best, uniform = search.best(), search.best("sweep")
+  best, uniform = app.from_first_process(
+      lambda: [t and t.temperatures for t in (search.best(), search.best("sweep"))])
   seeds = range(FLAGS.seed + 1, FLAGS.seed + 1 + FLAGS.num_seeds)
   candidates = [confirm.Candidate(confirm.PLAIN, lambda seed: Roster.create(work.config, seed=seed),
                                   seeds[:1])]
-  for name, trial in ((confirm.TUNED, best), (confirm.UNIFORM, uniform)):
-    if name == confirm.TUNED or trial not in (None, best):
+  for name, temperatures in ((confirm.TUNED, best), (confirm.UNIFORM, uniform)):
+    if name == confirm.TUNED or temperatures not in (None, best):
       candidates.append(confirm.Candidate(
-          name, lambda seed, t=trial.temperatures: work.make_roster(t, seed), seeds))
+          name, lambda seed, t=temperatures: work.make_roster(t, seed), seeds))
   parts = batches(len(work.fresh.examples))
   settings = {"checkpoint": FLAGS.checkpoint, "model": model[profiles.ROUTERS],
               "tasks": [FLAGS.task], "split": SPLIT, "limit": None}
@@ -278,7 +301,10 @@ def confirm_best(params: Params, search: Search, work: Work, model: dict) -> dic
       measured[c.name] = confirm.measure(
           params, c, work.searched, work.fresh, parts, FLAGS.task, work.output / "confirm",
           dict(settings), bar.update)
-      costs.update(runs.load(work.output / "confirm" / c.name)[2]["costs"])
+      costs.update(measured[c.name].costs)
+  if not app.is_first_process():
+    return {}
+  measured = {name: m.metrics for name, m in measured.items()}
   return {"examples": len(work.fresh.examples), "seeds": list(seeds),
           "values": confirm.values(measured, work.fresh),
           "differences": confirm.compare(measured, work.fresh), "cost": dict(costs)}
@@ -306,33 +332,46 @@ def more_workers(output: pathlib.Path):
         worker.wait()
 
 
-def tune(params: Params, work: Work, search: Search) -> Profile:
-  """Makes what is missing of a search, and writes and returns its profile."""
+def tune(params: Params, work: Work, search: Search | None) -> None:
+  """Makes what is missing of a search, which the first process has, and writes its profile."""
   model = profiles.model_of(FLAGS.checkpoint, work.config, params)
   path = work.output / PROFILE
-  if path.is_file():
-    profiles.read(path).check_routers(params)
+
+  def check():
+    if search and path.is_file():
+      profiles.read(path).check_routers(params)
+
+  app.in_all_processes(check)
   plain = work.searched.value(plain_values(params, work))
+  on_model = OnModel(params, work)
 
   def write(confirmed=None):
     profile = profile_of(search, work, model, plain, confirmed)
     app.write_atomically(path, profile.to_json())
     return profile
 
-  with tqdm(total=search.num_trials, initial=search.num_finished, unit="trial",
-            file=sys.stderr) as bar:
-    def on_trial():
-      bar.update(search.num_finished - bar.n)
-      with search.locked():
-        if search.best() and not finished(work):
-          bar.set_postfix(plain=f"{plain:.4f}", best=f"{write().objective['value']:.4f}")
+  def make_trials():
+    with tqdm(total=search.num_trials, initial=search.num_finished, unit="trial",
+              file=sys.stderr) as bar:
+      def on_trial():
+        bar.update(search.num_finished - bar.n)
+        with search.locked():
+          if search.best() and not finished(work):
+            bar.set_postfix(plain=f"{plain:.4f}", best=f"{write().objective['value']:.4f}")
 
-    search.run(OnModel(params, work), batches(len(work.searched.examples)),
-               FLAGS.prune and FLAGS.sampler != "sweep", on_trial)
-  with search.locked():  # one worker confirms, and the others wait
-    if finished(work) is None:
-      write(confirm_best(params, search, work, model))
-  return finished(work)
+      search.run(on_model, batches(len(work.searched.examples)),
+                 FLAGS.prune and FLAGS.sampler != "sweep", on_trial)
+    on_model.end()
+
+  if search:
+    make_trials()
+  else:
+    on_model.follow()
+  with search.locked() if search else contextlib.nullcontext():  # one worker confirms
+    if app.from_first_process(lambda: finished(work) is None):
+      confirmed = confirm_best(params, search, work, model)
+      if search:
+        write(confirmed)
 
 
 def finished(work: Work) -> Profile | None:
@@ -359,13 +398,13 @@ def report(profile: Profile, work: Work) -> None:
 def main(argv) -> None:
   del argv
   work = prepare()
-  search = open_search(work)
-  profile = finished(work)
-  if profile is None:
+  search = app.in_all_processes(lambda: open_search(work) if app.is_first_process() else None)
+  if app.from_first_process(lambda: finished(work) is None):
     with more_workers(work.output):
       params, _ = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
-      profile = tune(params, work, search)
-  report(profile, work)
+      tune(params, work, search)
+  if app.is_first_process():
+    report(finished(work), work)
 
 
 if __name__ == "__main__":

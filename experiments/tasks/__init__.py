@@ -7,6 +7,8 @@ from experiments.tasks.wordmath_task import WORDMATH
 
 TASKS: dict[str, Task] = {task.name: task for task in (
     WORDMATH, *MATH, *COMMONSENSE, HUMAN_EVAL, HUMAN_EVAL_PLUS)}
+# Why processes that read other examples than the first one do not go on.
+OTHER_DATA = "other examples than in process 0: every host must have the same data of a task"
 
 
 def get(name: str) -> Task:

@@ -19,6 +19,11 @@ PROGRAMS = {
     "score": (("--input=in.jsonl", "--output=out.jsonl", "--batch_size=4", *ROSTER), "out.jsonl"),
     "evaluate": (("--tasks=wordmath", "--limit=10", "--output=out", "--batch_size=4",
                   "--max_new_tokens=12", *ROSTER), "out/examples.jsonl"),
+    "compare": (("--methods=plain; roster:n=3", "--limit=10", "--num_validation=4", "--output=out",
+                 "--batch_size=4", *ROSTER), "out/roster_n=3/examples.jsonl"),
+    "tune": (("--task=wordmath", "--num_trials=4", "--num_samples=4", "--max_temperature=0.15",
+              "--num_confirm=5", "--num_seeds=2", "--num_members=3", "--output=out",
+              "--batch_size=4"), "out/confirm/tuned/examples.jsonl"),
 }
 
 
@@ -77,7 +82,7 @@ def test_two_processes_one_process_and_one_device_give_the_same(
   assert_same(records(mesh / results), expected)
   assert_same(records(two / results), expected)
   assert "[process 1 of 2: 4 of 8 devices]" in second.errors
-  assert "10/10" in first.errors and "10/10" not in second.errors
+  assert "100%" in first.errors and "%|" not in second.errors
   assert not list((tmp_path / "elsewhere").iterdir())
 
 
