@@ -195,7 +195,8 @@ class Measurer:
       for i, one, text, start in zip(has, scores, texts, starts):
         found[i] = Likelihood(
             -one.log_probs.sum(axis=0, dtype=np.float64), len(text) - start,
-            np.exp(one.greedy_log_probs.T.astype(np.float64)), one.greedy_tokens == np.array(text[start:]))
+            np.exp(one.greedy_log_probs.T.astype(np.float64)),
+            one.greedy_tokens == np.array(text[start:]))
     return found
 
   def experts_read(self, method: Method, seed: int, answers: Answers) -> dict[str, float]:

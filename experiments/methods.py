@@ -50,7 +50,8 @@ _TYPES = dict(n=int, k=int, top_k=int, t=float, temperature=float, top_p=float,
 
 # What the answers are that samples vote for; of other tasks nothing is extracted.
 EXTRACT: dict[str, Callable[[str], Hashable | None]] = {
-    "wordmath": wordmath.extract, **{t.name: llm_adapters.extract_number for t in llm_adapters.MATH}}
+    "wordmath": wordmath.extract,
+    **{task.name: llm_adapters.extract_number for task in llm_adapters.MATH}}
 
 
 @dataclasses.dataclass(frozen=True)

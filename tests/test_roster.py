@@ -288,15 +288,24 @@ def test_settings_are_plain_values_that_make_the_same_roster():
   roster = Roster.create(
       config, np.int64(5), [0, 0.3, 0.25], seed=2**32 - 1, include_clean=False,
       cache="standard", recompute=True, aggregation="majority", gate_weights="noisy",
-      noisy_layers=(0, 3))
+      noise="uniform", noisy_layers=(0, 3))
   settings = json.loads(json.dumps(roster.settings()))
   assert settings == dict(
       num_members=5, temperatures=[0, 0.3, 0.25], seed=2**32 - 1, include_clean=False,
       cache="standard", recompute=True, aggregation="majority", gate_weights="noisy",
-      noisy_layers=[0, 3])
+      noise="uniform", noisy_layers=[0, 3])
   again = Roster.create(config, **settings)
   assert again.settings() == settings
   np.testing.assert_array_equal(again.temperatures, roster.temperatures)
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(noise="pink"), "unknown noise 'pink'; choose one of gumbel, gaussian, uniform"),
+    (dict(noise="swap", temperatures=1.5), "the probability that an expert is replaced"),
+    (dict(aggregation="contrast", include_clean=False), "it needs include_clean")])
+def test_settings_that_do_not_fit_each_other_are_refused(settings, message):
+  with pytest.raises(ValueError, match=message):
+    Roster.create(tiny.config("olmoe"), **dict(num_members=3, temperatures=0.5) | settings)
 
 
 def test_a_roster_for_a_model_of_another_depth_is_refused(olmoe):

@@ -113,7 +113,8 @@ def test_gates_follow_the_formulas(family, normalize, gate_weights):
 def test_the_gate_rules_differ_where_they_should():
   logits, noise = map(jnp.asarray, random_rows())
   def gates(config):
-    return [np.asarray(routing.route(config, logits, logits + noise, w)[1]) for w in routing.GATE_WEIGHTS]
+    return [np.asarray(routing.route(config, logits, logits + noise, w)[1])
+            for w in routing.GATE_WEIGHTS]
   clean, noisy, rescaled = gates(tiny.config("olmoe"))
   assert np.abs(noisy - clean).max() > 0.1 and np.abs(rescaled - clean).max() > 0.1
   clean, noisy, rescaled = gates(tiny.config("mixtral"))

@@ -195,8 +195,8 @@ def test_bad_input_is_refused_before_any_work(tiny_checkpoint, tmp_path, argumen
 def test_choices_are_judged_by_their_probability(model):
   params, config, tokenizer = model
   example = tasks.Example(
-      id="choices/0", prompt="Question: Ann has 2 pears.\nAnswer:", choices=(" 1", " 2 pears", " 3"),
-      target=1, reference=" 2 pears")
+      id="choices/0", prompt="Question: Ann has 2 pears.\nAnswer:",
+      choices=(" 1", " 2 pears", " 3"), target=1, reference=" 2 pears")
   batch = Batch(tasks.get("arc_easy"), [example], [9])
   method = methods.parse("roster:n=3,t=0.5", config, Roster.create(config))
   measurer = Measurer(params, tokenizer, BATCH)
