@@ -119,6 +119,18 @@ def define_dry_run_flags() -> None:
                      "chooses, too, in --dry_run; by default all choose uniformly.")
 
 
+def define_chat_flags() -> None:
+  flags.DEFINE_bool("chat", False, "Whether prompts are messages to an instruct model, rendered "
+                    "by the checkpoint's chat template.")
+  flags.DEFINE_string("system", None, "A system message before each chat.")
+  flags.DEFINE_enum("reasoning_effort", None, ["low", "medium", "high"],
+                    "How long the model is to reason; the chat template's default if absent.")
+  flags.DEFINE_bool("thinking", None, "Whether the model is to think before it answers; the chat "
+                    "template's default if absent.")
+  flags.DEFINE_string("chat_date", None, "YYYY-MM-DD, the day that a chat template tells the "
+                      "model; today if absent, and then results depend on the day.")
+
+
 def define_roster_flags(num_members: int = 1) -> None:
   flags.DEFINE_integer("num_members", num_members, "n, how many distributions are averaged.")
   flags.DEFINE_string(

@@ -51,6 +51,7 @@ def define_flags() -> None:
   app.define_model_flags()
   app.define_roster_flags()
   app.define_dry_run_flags()
+  app.define_chat_flags()
   flags.DEFINE_list("tasks", None, f"Tasks, groups and tags of lm-evaluation-harness, and ours: "
                     f"{', '.join(OURS)}.", required=True)
   flags.DEFINE_string("output", None, "Folder of the run.", required=True)
@@ -70,15 +71,6 @@ def define_flags() -> None:
   flags.DEFINE_bool("allow_code_execution", False, "Whether programs that the model writes may "
                     "be run, each in a sandbox.")
   flags.DEFINE_integer("workers", 1, "Programs run at the same time.", lower_bound=1)
-  flags.DEFINE_bool("chat", False, "Whether questions are messages, rendered by the checkpoint's "
-                    "chat template.")
-  flags.DEFINE_string("system", None, "A system message before each chat.")
-  flags.DEFINE_enum("reasoning_effort", None, ["low", "medium", "high"],
-                    "How long the model is to reason; the chat template's default if absent.")
-  flags.DEFINE_bool("thinking", None, "Whether the model is to think before it answers; the chat "
-                    "template's default if absent.")
-  flags.DEFINE_string("chat_date", None, "YYYY-MM-DD, the day that a chat template tells the "
-                      "model; today if absent, and then results depend on the day.")
   flags.DEFINE_string("request_cache", None, "Folder of the model's answers, which several runs "
                       "may share; in --output by default.")
 

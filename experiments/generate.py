@@ -41,6 +41,7 @@ def define_flags() -> None:
   app.define_model_flags()
   app.define_roster_flags()
   app.define_dry_run_flags()
+  app.define_chat_flags()
   flags.DEFINE_string("prompt", None, "Text to continue.")
   flags.DEFINE_string("input", None, "File of prompts, one JSON object a line; '-' or absent: "
                       "standard input.")
@@ -54,14 +55,6 @@ def define_flags() -> None:
                        "ends, the next takes its place.")
   flags.DEFINE_bool("special_tokens", True, "Whether the tokenizer's own special tokens (such as "
                     "BOS) are put around prompts; a chat template has its own.")
-  flags.DEFINE_bool("chat", False, "Whether prompts are messages to an instruct model.")
-  flags.DEFINE_string("system", None, "A system message before each chat.")
-  flags.DEFINE_enum("reasoning_effort", None, ["low", "medium", "high"],
-                    "How long the model is to reason; the chat template's default if absent.")
-  flags.DEFINE_bool("thinking", None, "Whether the model is to think before it answers; the chat "
-                    "template's default if absent.")
-  flags.DEFINE_string("chat_date", None, "YYYY-MM-DD, the day that a chat template tells the "
-                      "model; today if absent, and then results depend on the day.")
   flags.DEFINE_bool("show_reasoning", False, "Whether --prompt prints the reasoning, too, to "
                     "standard error.")
 

@@ -1,6 +1,7 @@
 """Runs: what one method made of examples, as a folder that other programs read.
 
-    RUN/settings.json    all that the results depend on, and what the run is called
+    RUN/settings.json    all that the results depend on, what the run is called, and the
+                         command that began it
     RUN/examples.jsonl   one line for each (task, example, seed), in that order when complete
     RUN/costs.jsonl      what each stretch of work cost
     RUN/summary.json     means and costs; written last
@@ -16,6 +17,8 @@ first one reads and writes; all know what is done.
 from collections.abc import Iterable
 import json
 import pathlib
+import shlex
+import sys
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ from experiments import app
 
 SETTINGS, EXAMPLES, COSTS, SUMMARY = (
     "settings.json", "examples.jsonl", "costs.jsonl", "summary.json")
+COMMAND = "command"
 # (task, example, seed): what a line is known by.
 Key = tuple[str, str, int]
 
@@ -42,9 +46,12 @@ def claim(path: pathlib.Path, settings: dict[str, Any]) -> None:
   wanted = json.loads(json.dumps(settings))
   found = path / SETTINGS
   if not found.is_file():
-    app.write_atomically(found, json.dumps(wanted, indent=2) + "\n")
+    command = shlex.join(["python", "-m", f"experiments.{pathlib.Path(sys.argv[0]).stem}",
+                          *sys.argv[1:]])
+    app.write_atomically(found, json.dumps(wanted | {COMMAND: command}, indent=2) + "\n")
     return
   held = json.loads(found.read_text())
+  held.pop(COMMAND, None)
   differing = sorted(k for k in held.keys() | wanted.keys() if held.get(k) != wanted.get(k))
   if differing:
     raise ValueError(f"{path} holds a run with other settings ({', '.join(differing)}): name "

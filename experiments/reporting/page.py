@@ -6,7 +6,7 @@ from typing import Any
 
 import tabulate
 
-from experiments import calibration, statistics
+from experiments import calibration, runs, statistics
 from experiments.reporting import analysis
 from experiments.reporting.results import Result, Tuning
 from experiments.statistics import Comparison, Difference, Estimate
@@ -258,24 +258,23 @@ def tuning_section(tunings: Sequence[Tuning]) -> str:
 
 def settings_section(results: Sequence[Result], tunings: Sequence[Tuning], command: str) -> str:
   """What all runs share, in what they differ, and how to make it again."""
-  flat = [_flatten(r.settings) for r in results]
+  flat = [_flatten({k: v for k, v in r.settings.items() if k != runs.COMMAND}) for r in results]
   names = sorted(set().union(*flat)) if flat else []
   shared = {n: flat[0].get(n) for n in names if all(f.get(n) == flat[0].get(n) for f in flat)}
   parts = []
   if shared:
     parts += ["The same in all runs:", table(["setting", "value"],
                                              [[n, _inline(v)] for n, v in shared.items()])]
-  differing = [n for n in names if n not in shared and n not in ("name", "label", "command")]
+  differing = [n for n in names if n not in shared and n not in ("name", "label")]
   if differing:
     parts += ["Different:", "\n".join(
         f"* {r.label}: " + "; ".join(f"{n} {_inline(f[n])}" for n in differing if n in f)
         for r, f in zip(results, flat))]
-  commands = [r.settings["command"] for r in results if r.settings.get("command")]
-  for what, has in (("fingerprint of the model", lambda r: r.model),
-                    ("command", lambda r: r.settings.get("command"))):
-    lacking = [r.label for r in results if not has(r)]
-    if lacking:
-      parts.append(f"The {what} is not recorded for {', '.join(lacking)}.")
+  commands = [t.command for t in tunings if t.command]
+  commands += [r.settings[runs.COMMAND] for r in results if runs.COMMAND in r.settings]
+  lacking = [r.label for r in results if not r.model]
+  if lacking:
+    parts.append(f"The fingerprint of the model is not recorded for {', '.join(lacking)}.")
   for t in tunings:
     told = {name: t.profile[name] for name in ("model", "roster", "objective", "data", "cost")
             if t.profile.get(name)}

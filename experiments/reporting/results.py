@@ -97,11 +97,13 @@ class Tuning:
     name: what it is called in tables, unique in a report.
     profile: its profile.json, empty if there is none yet.
     trials: lines of trials.jsonl, by number.
+    command: that began it, if it is known.
   """
 
   name: str
   profile: dict[str, Any]
   trials: list[dict[str, Any]]
+  command: str | None = None
 
   @property
   def measure(self) -> str:
@@ -180,7 +182,9 @@ def _load_tuning(path, name):
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(f"{path} is not the folder of a tuning: its {PROFILE} or {TRIALS} cannot be "
                      f"read ({type(error).__name__}: {error})") from error
-  return Tuning(name, profile, trials)
+  settings = path / runs.SETTINGS
+  command = json.loads(settings.read_text()).get(runs.COMMAND) if settings.is_file() else None
+  return Tuning(name, profile, trials, command)
 
 
 def _folders(patterns, holding, what):

@@ -170,7 +170,7 @@ def test_two_runs_without_anything_else_make_a_page_that_says_what_is_not_measur
   assert "Perplexities of reference texts are not measured." in text
   assert "Calibration is not measured" in text and "Tuning is not measured" in text
   assert section(text, "Cost").count("not measured") == 10
-  assert "The command is not recorded for plain, a|b." in text
+  assert "\na command\n```" in text
 
 
 def test_a_tuning_alone_makes_a_page(tmp_path):

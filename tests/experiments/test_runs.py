@@ -26,6 +26,7 @@ def test_a_run_goes_on_where_it_stopped_and_ends_the_same(tmp_path):
   assert again.finish() == summary
   assert (path / runs.EXAMPLES).read_text() == (tmp_path / "whole" / runs.EXAMPLES).read_text()
   settings, lines, found = runs.load(path)
+  assert settings.pop("command").startswith("python -m experiments.")
   assert settings == {"name": "plain", "n": 1} and len(lines) == 2 and found == summary
 
 
