@@ -136,4 +136,4 @@ def _file_name(task):
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  app.run(main, not_distributed="it reads results and runs no model")
