@@ -10,8 +10,8 @@ roster of --num_members has to be told apart, at the same forward rows.
 Methods take turns on each batch, in an order that changes: whatever else the
 machine does falls on all of them alike. What is timed are the answers, without
 compiling; likelihoods and the experts that were read (of the first batch of a
-task) are found in passes of their own. A method's output temperature is fitted on
-validation examples, with the first noise seed.
+task) are found in passes of their own. A method's output temperature is fitted, and the
+best plain settings are chosen, on validation examples with the first noise seed.
 """
 
 from collections.abc import Iterator
@@ -27,10 +27,11 @@ from tqdm import tqdm
 
 from experiments import app, methods as methods_lib, profiles, runs, statistics, tasks
 from experiments.measure import OUTPUT_TEMPERATURES, SAMPLE_STRIDE, Batch, Measurer
-from experiments.methods import FITTED, Method
+from experiments.methods import BEST_PLAIN, FITTED, PLAIN_SETTINGS, Method
 
 FLAGS = flags.FLAGS
 TEMPERATURES = "output_temperatures.json"
+SETTINGS = "plain_settings.json"
 COSTS_TOLD = {
     "tokens": "of the answers", "forward_rows": "tokens written times members; prompts aside",
     "flops": "of prompts and answers, see roe_jax.costs",
@@ -65,11 +66,11 @@ def batches(task: tasks.Task, examples: list[tasks.Example]) -> Iterator[Batch]:
     yield Batch(task, part, list(range(first, first + len(part))))
 
 
-def check_examples(task: tasks.Task, examples: list[tasks.Example], found: list[Method]) -> None:
-  """Refuses examples that are not alike, or that a method cannot answer.
+def check_examples(task: tasks.Task, examples: list[tasks.Example]) -> None:
+  """Refuses examples that are not alike.
 
   Raises:
-    ValueError: they are not, or it cannot.
+    ValueError: they are not.
   """
   if not examples:
     raise ValueError(f"task {task.name} has no example in this split")
@@ -79,8 +80,26 @@ def check_examples(task: tasks.Task, examples: list[tasks.Example], found: list[
   if len({(e.kind, e.stop) for e in examples}) > 1:
     raise ValueError(f"the examples of task {task.name} are of several kinds, or differ in their "
                      "stop strings")
+
+
+def check_methods(found: list[Method],
+                  examples: dict[str, list[tasks.Example]]) -> list[Method]:
+  """The methods that have an answer to all tasks; of the default ones others are left out.
+
+  Raises:
+    ValueError: one of --methods has none.
+  """
+  kept = []
   for method in found:
-    method.check_task(task, examples[0].kind)
+    try:
+      for name, some in examples.items():
+        method.check_task(tasks.get(name), some[0].kind)
+      kept.append(method)
+    except ValueError as error:
+      if FLAGS.methods is not None:
+        raise
+      print(f"[without {method.label}: {error}]", file=sys.stderr)
+  return kept
 
 
 def settings_of(method: Method, model: str) -> dict:
@@ -130,6 +149,33 @@ def fit(measurer: Measurer, method: Method, task: tasks.Task, folder: pathlib.Pa
         } if found else {"examples": 0, "temperature": None}
     app.write_atomically(path, json.dumps(known, indent=2) + "\n")
   return known[task.name]["temperature"]
+
+
+def choose(measurer: Measurer, method: Method, task: tasks.Task, folder: pathlib.Path,
+           validation: list[tasks.Example]) -> Method:
+  """The method with the settings that answer most validation examples, if it has to choose.
+
+  What was chosen is kept in the run's folder.
+  """
+  if method.name != BEST_PLAIN:
+    return method
+  path = folder / SETTINGS
+  known = app.from_first_process(
+      lambda: json.loads(path.read_text()) if path.is_file() else {})
+  if task.name not in known:
+    values = []
+    for settings in PLAIN_SETTINGS:
+      outputs = [output for batch in batches(task, validation) for output in measurer.answer(
+          method.with_sampling(settings), FLAGS.seed, batch, [1.0]).outputs]
+      metrics = app.from_first_process(
+          lambda: task.score_all(validation, outputs, FLAGS.allow_code_execution))
+      values.append(float(np.mean([m[task.metric] for m in metrics])))
+    known[task.name] = {
+        "tried": [{**settings, task.metric: value}
+                  for settings, value in zip(PLAIN_SETTINGS, values)],
+        "chosen": PLAIN_SETTINGS[int(np.argmax(values))]}
+    app.write_atomically(path, json.dumps(known, indent=2) + "\n")
+  return method.with_sampling(known[task.name]["chosen"])
 
 
 def measure(measurer: Measurer, method: Method, run: runs.Run, seed: int, batch: Batch,
@@ -210,13 +256,14 @@ def main(argv) -> None:
   def read(split, limit):
     examples = {t.name: t.examples(split, FLAGS.data_dir, limit) for t in wanted}
     for task in wanted:
-      check_examples(task, examples[task.name], found)
+      check_examples(task, examples[task.name])
     return examples
 
   examples = app.in_all_processes(lambda: read(FLAGS.split, FLAGS.limit))
   validation = app.in_all_processes(lambda: read("validation", FLAGS.num_validation))
   app.check_same([[e.prompt, e.reference] for part in (examples, validation) for task in wanted
                   for e in part[task.name]], tasks.OTHER_DATA)
+  found = check_methods(found, examples)
   begin = time.perf_counter()
   params, _, tokenizer = app.open_model(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
   measurer = Measurer(params, tokenizer, FLAGS.batch_size)
@@ -226,10 +273,12 @@ def main(argv) -> None:
   with tqdm(total=total, unit="example", file=sys.stderr) as bar:
     for task in wanted:
       bar.set_description(f"{task.name}: fit")
+      of_task = [choose(measurer, m, task, output / m.folder, validation[task.name])
+                 for m in found]
       fitted = {m.text: fit(measurer, m, task, output / m.folder, validation[task.name])
-                for m in found}
+                for m in of_task}
       for number, batch in enumerate(batches(task, examples[task.name])):
-        turns = [(m, seed) for m in found for seed in seeds_of(m)]
+        turns = [(m, seed) for m in of_task for seed in seeds_of(m)]
         for i in np.random.default_rng(number).permutation(len(turns)):
           method, seed = turns[i]
           bar.set_description(f"{task.name}: {method.text}")

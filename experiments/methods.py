@@ -4,6 +4,7 @@ A method is written as its name, and settings behind a colon:
 
     plain                                   greedy; also plain:temperature=0.7,top_p=0.95
     plain+temperature                       its output temperature fitted on validation examples
+    best_plain                              that of `PLAIN_SETTINGS` which does best on these
     roster:n=8,t=0.3,aggregation=mean_logit any of n, t, cache, aggregation, include_clean,
                                             gate_weights, noise
     experts:k=16,gates=rescaled             the plain model with k experts per token
@@ -30,13 +31,19 @@ from roe_jax.config import ModelConfig
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
-PLAIN, FITTED, ROSTER, EXPERTS, VOTE, BEST, SCMOE = (
-    "plain", "plain+temperature", "roster", "experts", "self_consistency", "best_of", "scmoe")
+PLAIN, FITTED, BEST_PLAIN, ROSTER, EXPERTS, VOTE, BEST, SCMOE = (
+    "plain", "plain+temperature", "best_plain", "roster", "experts", "self_consistency", "best_of",
+    "scmoe")
 SAMPLING = dict(temperature=0.7, top_k=0, top_p=1.0)
+# Settings of the plain model among which `BEST_PLAIN` chooses, greedy first.
+PLAIN_SETTINGS = tuple(
+    dict(temperature=temperature, top_k=0, top_p=top_p)
+    for temperature, top_p in ((0.0, 1.0), (0.3, 1.0), (0.7, 1.0), (0.7, 0.95), (1.0, 1.0)))
 # Settings of each method, with their defaults; None: the program's flags say, or the model.
 METHODS: dict[str, dict[str, Any]] = {
     PLAIN: SAMPLING | dict(temperature=0.0),
     FITTED: {},
+    BEST_PLAIN: {},
     ROSTER: dict(n=None, t=None, cache=None, aggregation=None, include_clean=None,
                  gate_weights=None, noise=None),
     EXPERTS: dict(k=None, gates="model"),
@@ -90,11 +97,13 @@ class Method:
   def is_stochastic(self) -> bool:
     """Whether answers depend on the seed."""
     noisy = not self.roster.is_plain and self.roster.noise != "second_expert"
-    return noisy or not self.sampler.is_greedy
+    return noisy or not self.sampler.is_greedy or self.name == BEST_PLAIN
 
   @property
   def no_likelihood(self) -> str | None:
     """Why it gives reference texts no probability, or None."""
+    if self.name == BEST_PLAIN:
+      return "not defined: its settings are chosen by the answers they give"
     if self.num_samples > 1:
       return "not defined: an answer is picked among samples, and no distribution says how likely"
     if self.roster.aggregation == "contrast":
@@ -118,6 +127,10 @@ class Method:
 
   def with_seed(self, seed: int) -> Roster:
     return self.roster.replace(seed=jnp.asarray(seed, jnp.uint32))
+
+  def with_sampling(self, settings: dict[str, Any]) -> "Method":
+    """The method with the settings of `Sampler.create`."""
+    return dataclasses.replace(self, sampler=Sampler.create(**settings))
 
   def check_task(self, task: tasks.Task, kind: str) -> None:
     """Refuses a task that the method has no answer to.
@@ -192,7 +205,8 @@ def _plain_roster(config, base):
 
 
 def _plain(name, text, config, base, settings, given):
-  label = "plain, fitted output temperature" if name == FITTED else ", ".join(
+  labels = {FITTED: "plain, fitted output temperature", BEST_PLAIN: "plain, best settings"}
+  label = labels.get(name) or ", ".join(
       ["plain", *(f"{key} {value:g}" for key, value in given.items())])
   sampler = Sampler.create(**settings) if name == PLAIN else Sampler.greedy()
   return Method(name, text, label, config, _plain_roster(config, base), sampler)
@@ -245,7 +259,7 @@ def _scmoe(name, text, config, base, settings, given):
 
 
 _MAKERS: dict[str, Callable[..., Method]] = {
-    PLAIN: _plain, FITTED: _plain, ROSTER: _roster, EXPERTS: _experts, VOTE: _sampled,
+    PLAIN: _plain, FITTED: _plain, BEST_PLAIN: _plain, ROSTER: _roster, EXPERTS: _experts, VOTE: _sampled,
     BEST: _sampled, SCMOE: _scmoe}
 
 
@@ -264,7 +278,7 @@ def default_texts(config: ModelConfig, n: int) -> list[str]:
     experts.append(f"{EXPERTS}:k={min(n * own, most)},gates="
                    + ("model" if config.normalize_gates else "rescaled"))
   return [
-      PLAIN, FITTED, f"{PLAIN}:temperature=0.7", *experts, f"{ROSTER}:n={n}",
+      PLAIN, FITTED, BEST_PLAIN, *experts, f"{ROSTER}:n={n}",
       f"{ROSTER}:n={n},gate_weights=noisy", f"{ROSTER}:n={n},aggregation=mean_logit",
       f"{ROSTER}:n={n - 1},include_clean=false", f"{ROSTER}:n={n},cache=standard",
       f"{VOTE}:n={n}", f"{BEST}:n={n}", SCMOE]

@@ -4,18 +4,19 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 import scipy.special
 
-from experiments import app, methods, runs, tasks
+from experiments import app, compare as program, methods, runs, tasks
 from experiments.measure import OUTPUT_TEMPERATURES, SAMPLE_STRIDE, Batch, Measurer
 from roe_jax import decode, diagnostics, score
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
-METHODS = "plain; plain+temperature; roster:n=3; self_consistency:n=3; scmoe"
+METHODS = "plain; plain+temperature; best_plain; roster:n=3; self_consistency:n=3; scmoe"
 LIMIT, BATCH = 5, 3
 
 
@@ -33,7 +34,7 @@ def output(tiny_checkpoint, tmp_path_factory):
   folder = tmp_path_factory.mktemp("compare")
   done = compare(tiny_checkpoint, folder, f"--methods={METHODS}", "--num_seeds=2")
   assert done.returncode == 0, done.stderr
-  assert "Saved 5 runs" in done.stdout and "not defined" in done.stdout
+  assert "Saved 6 runs" in done.stdout and "not defined" in done.stdout
   return folder
 
 
@@ -51,7 +52,7 @@ def of(output, name):
 
 def test_every_method_is_a_run_with_what_a_report_needs(output):
   names = {"plain": ("plain", 1, 1), "plain+temperature": ("plain+temperature", 1, 1),
-           "roster_n=3": ("roster", 3, 2), "self_consistency_n=3": ("self_consistency", 3, 2),
+           "best_plain": ("best_plain", 1, 2), "roster_n=3": ("roster", 3, 2), "self_consistency_n=3": ("self_consistency", 3, 2),
            "scmoe": ("scmoe", 2, 1)}
   assert {p.name for p in output.iterdir()} == set(names)
   for name, (method, rows, num_seeds) in names.items():
@@ -216,3 +217,47 @@ def test_choices_are_judged_by_their_probability(model):
   counts = [len(t) - len(prompt) for t in texts]
   assert likelihood.tokens == counts[1] and answers.cost["tokens"] == sum(counts)
   assert answers.cost["forward_rows"] == 3 * sum(counts)
+
+
+def test_the_plain_settings_with_most_right_answers_are_chosen_and_kept(model, tmp_path,
+                                                                        monkeypatch):
+  _, config, _ = model
+  method = methods.parse("best_plain", config, Roster.create(config, 2, 0.5))
+  task = tasks.get("wordmath")
+  validation = task.examples("validation", limit=3)
+  asked = []
+
+  class AtSevenTenths:
+    """Writes two right solutions at a temperature of 0.7, and one otherwise."""
+
+    def answer(self, method, seed, batch, output_temperatures):
+      asked.append(method.sampler.settings())
+      right = 2 if asked[-1]["temperature"] == 0.7 else 1
+      return types.SimpleNamespace(outputs=[
+          e.reference if validation.index(e) < right else "" for e in batch.examples])
+
+  monkeypatch.setattr(program, "FLAGS", types.SimpleNamespace(
+      batch_size=2, seed=0, allow_code_execution=False))
+  chosen = program.choose(AtSevenTenths(), method, task, tmp_path, validation)
+  assert chosen.sampler.settings() == {"temperature": 0.7, "top_k": 0, "top_p": 1.0}
+  assert len(asked) == 2 * len(methods.PLAIN_SETTINGS)
+  kept = json.loads((tmp_path / "plain_settings.json").read_text())["wordmath"]
+  assert [round(3 * t["exact_match"]) for t in kept["tried"]] == [1, 1, 2, 2, 1]
+  again = program.choose(None, method, task, tmp_path, validation)
+  assert again.sampler.settings() == chosen.sampler.settings()
+
+
+def test_default_methods_without_an_answer_are_left_out_and_others_refused(model, monkeypatch,
+                                                                           capsys):
+  _, config, _ = model
+  base = Roster.create(config, 4, 0.5)
+  found = methods.parse_all(methods.default_texts(config, 4), config, base)
+  examples = {"arc_easy": [tasks.Example("a", "?", choices=("x", "y"), target=0)]}
+  monkeypatch.setattr(program, "FLAGS", types.SimpleNamespace(methods=None))
+  kept = [m.name for m in program.check_methods(found, examples)]
+  assert {"plain", "roster", "experts"} <= set(kept)
+  assert not {"self_consistency", "best_of", "scmoe", "best_plain"} & set(kept)
+  assert "[without SCMoE: task arc_easy takes the most probable" in capsys.readouterr().err
+  monkeypatch.setattr(program, "FLAGS", types.SimpleNamespace(methods="scmoe"))
+  with pytest.raises(ValueError, match="leave one of them out"):
+    program.check_methods(found, examples)

@@ -69,7 +69,7 @@ def test_likelihoods_are_defined_where_there_is_a_distribution():
 
 
 @pytest.mark.parametrize("text, message", [
-    ("rooster", "there is no method 'rooster'; there are plain, plain.temperature, roster"),
+    ("rooster", "there is no method 'rooster'; there are plain, plain.temperature, best_plain"),
     ("roster:m=4", "'m=4' is not SETTING=VALUE with a new one of the settings of roster: n, t,"),
     ("roster:n", "'n' is not SETTING=VALUE"), ("roster:n=2,n=3", "'n=3' is not SETTING=VALUE"),
     ("scmoe:beta=1", "settings of scmoe: none"), ("roster:", "'' is not SETTING=VALUE"),
@@ -99,7 +99,8 @@ def test_default_methods_have_the_forward_rows_of_the_roster_or_one(family, n):
   base = Roster.create(config, n, 0.3)
   found = methods.parse_all(methods.default_texts(config, n), config, base)
   for method in found:
-    expected = {"plain": 1, "plain+temperature": 1, "experts": 1, "scmoe": 2}.get(method.name, n)
+    expected = {"plain": 1, "plain+temperature": 1, "best_plain": 1, "experts": 1,
+                  "scmoe": 2}.get(method.name, n)
     assert method.rows_per_token == expected, method.text
   assert {m.name for m in found} == set(methods.METHODS)
 
