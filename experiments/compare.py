@@ -218,7 +218,7 @@ def table(found: list[Method], opened: dict[str, runs.Run], task: tasks.Task) ->
       if not pairs:
         return ""
       nll, tokens = np.sum(pairs, axis=0)
-      return float(np.exp(nll / tokens))
+      return f"{np.exp(nll / tokens):.4f}"
 
     def of_tokens(name):
       return sum(c[name] for c in parts) / sum(c["tokens"] for c in parts)
