@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from roe_jax import experts as experts_lib, sharding
-from roe_jax.experts import parallel
+from roe_jax.experts import parallel, trial
 from roe_jax.params import ExpertParams
 
 L, E, D, F, A = 2, 8, 16, 12, 3
@@ -85,19 +85,66 @@ def test_members_of_a_roster_are_folded_into_the_rows(rows_split):
     assert_close(actual[i], on_one("dense", params, 1, *(a[i] for a in args)))
 
 
+def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+  """`jax.lax.ragged_all_to_all` as its documentation defines it, for CPUs.
+
+  Where that asks for something (sizes that agree, slices within their arrays)
+  and does not get it, all values are wrong.
+  """
+  gather = functools.partial(jax.lax.all_gather, axis_name=axis_name)
+  begins, sizes, places = (gather(a)[:, jax.lax.axis_index(axis_name)]
+                           for a in (input_offsets, send_sizes, output_offsets))
+  slot = jnp.arange(len(output))
+  result = output
+  for operand_i, begin, size, place in zip(gather(operand), begins, sizes, places):
+    found = operand_i[jnp.clip(slot - place + begin, 0, len(operand) - 1)]
+    result = jnp.where(((slot >= place) & (slot < place + size))[:, None], found, result)
+  right = ((sizes == recv_sizes).all() & (jnp.minimum(begins, places) >= 0).all()
+           & (begins + sizes <= len(operand)).all() & (places + sizes <= len(output)).all())
+  return jnp.where(right, result, jnp.full_like(result, -7))
+
+
+@pytest.fixture(params=["exchanged", "exchanged_ragged"])
+def exchange(request, monkeypatch):
+  """The name of the exchange of rows that is chosen."""
+  monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
+  monkeypatch.setattr(parallel, "_ragged_is_possible",
+                      lambda *args: request.param == "exchanged_ragged")
+  return request.param
+
+
 @pytest.mark.parametrize("hot", [None, (0, 1, 2), (7, 0, 6), (4, 5, 3)], ids=str)
 @pytest.mark.parametrize("room", [1, 3, 32])
 @pytest.mark.parametrize("expert,tensor", [(4, 2), (8, 1), (2, 1)])
-def test_exchanged_rows_all_come_to_their_experts(monkeypatch, expert, tensor, room, hot):
+def test_exchanged_rows_all_come_to_their_experts(monkeypatch, exchange, expert, tensor, room, hot):
   monkeypatch.setattr(parallel, "exchange_room", lambda *sizes: room)
   params, args = weights(), rows(32, hot=hot)
   actual = over_devices(mesh(expert, tensor), "blocks", params, args, True)
   assert_close(actual, on_one("dense", params, 1, *args))
 
 
-def test_devices_with_different_numbers_of_turns_wait_for_each_other(monkeypatch):
+def test_rows_without_experts_and_devices_without_rows(monkeypatch, exchange):
+  """Choices of no expert, on one device for all of its rows."""
+  monkeypatch.setattr(parallel, "exchange_room", lambda *sizes: 4)
+  params, (x, indices, gates) = weights(), rows(32, hot=(0, 1, 6))
+  none = (jnp.arange(32) % 5 == 0) | ((jnp.arange(32) >= 8) & (jnp.arange(32) < 16))
+  args = x, jnp.where(none[:, None], E, indices), jnp.where(none[:, None], 0, gates)
+  actual = over_devices(mesh(4), "blocks", params, args, True)
+  assert_close(actual, on_one("dense", params, 1, *args))
+  assert not actual[none].any()
+
+
+def test_members_are_folded_into_the_rows_that_are_exchanged(monkeypatch, exchange):
+  monkeypatch.setattr(parallel, "exchange_room", lambda n, *sizes: n // 2)
+  params, args = weights(bias=False), rows(16, lead=(3,))
+  actual = over_devices(mesh(4, 2), "blocks", params, args, True)
+  for i in range(3):
+    assert_close(actual[i], on_one("dense", params, 1, *(a[i] for a in args)))
+
+
+def test_devices_with_different_numbers_of_turns_wait_for_each_other(monkeypatch, exchange):
   """Only one of two groups of devices has rows that take more than one turn."""
-  monkeypatch.setattr(parallel, "exchange_room", lambda *sizes: 2)
+  monkeypatch.setattr(parallel, "exchange_room", lambda *sizes: 4)
   params, (x, indices, gates) = weights(), rows(64)
   indices = indices.at[:32].set(jnp.asarray([0, 1, 2]))
   spec = P(("data", "expert"))
@@ -105,6 +152,66 @@ def test_devices_with_different_numbers_of_turns_wait_for_each_other(monkeypatch
       lambda params, *args: experts_lib.apply(params, 0, *args, "blocks", rows_split=True),
       mesh(4, data=2), (_WEIGHTS, spec, spec, spec), spec))
   assert_close(run(params, x, indices, gates), on_one("dense", params, 0, x, indices, gates))
+
+
+MESH = (("data", 2), ("expert", 4), ("tensor", 1))
+
+
+@pytest.fixture
+def tried_anew():
+  parallel.ragged_works.cache_clear()
+  yield
+  parallel.ragged_works.cache_clear()
+
+
+def test_a_ragged_exchange_that_works_is_found_to_do_so(monkeypatch, tried_anew):
+  monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
+  # Asked while a program is traced, as the choice is.
+  jax.jit(lambda x: x if parallel.ragged_works(MESH, "bfloat16", 32, 2) else 1 / 0)(1.0)
+
+
+def _shifted(operand, output, *where, **kwargs):
+  return jnp.roll(emulated(operand, output, *where, **kwargs), 1, axis=0)
+
+
+@pytest.mark.parametrize("broken,reason", [
+    (jax.lax.ragged_all_to_all, "ragged-all-to-all"),  # CPUs have none
+    (_shifted, "off by")], ids=["missing", "wrong"])
+def test_a_ragged_exchange_that_does_not_work_is_not_used(
+    monkeypatch, caplog, tried_anew, broken, reason):
+  monkeypatch.setattr(jax.lax, "ragged_all_to_all", broken)
+  assert not parallel.ragged_works(MESH, "float32", 32, 2)
+  assert reason in caplog.text and "using exchanges of one size instead" in caplog.text
+
+
+def test_processes_decide_alike(monkeypatch, caplog):
+  """What works here is not used if it fails in another process of the same mesh."""
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(trial.multihost_utils, "process_allgather",
+                      lambda failed: np.asarray([failed, True]))
+  found = []
+
+  def works(x):
+    found.append(trial.works(lambda: 0.0, 1e-5, "it", "another"))
+    return x
+
+  jax.jit(works)(1.0)
+  jax.jit(sharding.by_parts(works, mesh(2), P(), P()))(1.0)
+  assert found == [True, False] and "does not in process 1" in caplog.text
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_what_is_lowered_for_an_accelerator(monkeypatch, platform):
+  """One exchange each of rows, choices and gates, and one of results."""
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu" if platform == "tpu" else "gpu")
+  monkeypatch.setattr(parallel, "ragged_works", lambda *args: True)
+  monkeypatch.setattr(parallel, "exchange_room", lambda *sizes: 8)
+  spec = P("expert")
+  run = jax.jit(sharding.by_parts(
+      lambda params, *args: experts_lib.apply(params, 0, *args, "dense", rows_split=True),
+      mesh(8), (_WEIGHTS, spec, spec, spec), spec))
+  text = run.trace(weights(), *rows(64)).lower(lowering_platforms=(platform,)).as_text()
+  assert text.count("@ragged_all_to_all") == 4 and "all_to_all\"" not in text
 
 
 def test_what_is_exchanged_and_what_is_gathered():

@@ -18,16 +18,14 @@ Of quantised experts `blocks`, `selected` and `grouped` widen a tile at a time;
 `dense` and `padded` widen all experts of the layer, and are not chosen.
 """
 
-import concurrent.futures
 import functools
 
-from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from roe_jax import collectives
-from roe_jax.experts import parallel
+from roe_jax.experts import parallel, trial
 from roe_jax.experts.activation import Activation
 from roe_jax.experts.batched import dense, padded
 from roe_jax.experts.cpu import blocks
@@ -78,27 +76,14 @@ def choose_strategy(num_rows: int, experts_per_token: int, num_experts: int,
 
 @functools.cache
 def kernel_works(strategy: str, dtype: str, expert_format: str | None = None) -> bool:
-  """Whether a strategy agrees with `dense` on this machine's device, tried on a small case.
-
-  The kernels were made without an accelerator at hand: one that the installed
-  compiler refuses, or that computes something else, is reported and not used.
-  """
-  try:
-    # The choice is made while a program is traced; another thread is in no trace.
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-      difference = thread.submit(_difference_to_dense, strategy, dtype, expert_format).result()
-  except Exception as error:  # whatever a compiler or a driver raises
-    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-  else:
-    # Weights of few bits are rounded once more on TPUs.
-    if difference <= (2e-2 if dtype == "bfloat16" else 1e-4):
-      return True
-    reason = f"it is off by {difference:.1e} of the largest value"
-  logging.warning(
-      "the expert strategy %r does not work in %s%s on this device (%s): using %r instead",
-      strategy, dtype, f" with experts in {expert_format}" if expert_format else "", reason,
-      "blocks" if expert_format else "dense")
-  return False
+  """Whether a strategy agrees with `dense` on this machine's device, tried on a small case."""
+  return trial.works(
+      functools.partial(_difference_to_dense, strategy, dtype, expert_format),
+      # Weights of few bits are rounded once more on TPUs.
+      tolerance=2e-2 if dtype == "bfloat16" else 1e-4,
+      what=f"the expert strategy {strategy!r} in {dtype}"
+      + (f" with experts in {expert_format}" if expert_format else ""),
+      instead=repr("blocks" if expert_format else "dense"))
 
 
 def _difference_to_dense(strategy, dtype, expert_format):

@@ -8,18 +8,24 @@ rows are in one of two states, and what is done follows from it:
   experts add to each row, and a sum over devices completes it.
 * Each holds rows of its own. Few are gathered first, and of the sums each device
   gets those of its rows back (`gathered`). Many are sent to where their experts
-  are, and the results back (`exchanged`), if that moves less.
+  are, and the results back, if that moves less: as many as there are
+  (`exchanged_ragged`) where the backend can do so, else arrays of one size
+  (`exchanged`).
 
 No choice is ever dropped. A choice of another device's expert becomes that of
 no expert: index E (of this device), gate 0. It sorts behind all others.
 """
 
 from collections.abc import Callable
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from roe_jax import collectives
+from roe_jax.experts import trial
 from roe_jax.numerics import rounded
 from roe_jax.params import ExpertParams
 
@@ -56,14 +62,15 @@ def apply(share: Share, num_experts: int, x: jax.Array, indices: jax.Array, gate
     y = _own_share(share, num_experts, x, indices, gates)
     return rounded(collectives.add(y, "expert", "tensor"), x.dtype)
   if room := exchange_room(*indices.shape, devices):
-    y = exchanged(share, num_experts, x, indices, gates, room)
+    exchange = exchanged_ragged if _ragged_is_possible(x, indices) else exchanged
+    y = exchange(share, num_experts, x, indices, gates, room)
   else:
     y = gathered(share, num_experts, x, indices, gates)
   return rounded(collectives.add(y, "tensor"), x.dtype)
 
 
 def exchange_room(num_rows: int, choices: int, devices: int) -> int:
-  """Rows that a device sends to each other one at a time; 0 where all are gathered.
+  """Rows that a device has room for of each other one; 0 where all are gathered.
 
   With uniform routing a row has an expert on a given device with probability
   `1 - (1 - 1/devices)^choices`.
@@ -91,9 +98,9 @@ def exchanged(share: Share, num_experts: int, x: jax.Array, indices: jax.Array,
   """
   (n, d), devices = x.shape, collectives.parts("expert")
   destination = jnp.arange(devices)
-  wanted = (indices[..., None] // num_experts == destination[None, None]).any(1)  # [N, devices]
+  wanted = _wanted(num_experts, indices, devices)
   place = jnp.cumsum(wanted, axis=0) - 1
-  most = jax.lax.pmax(wanted.sum(0).max(), jax.sharding.get_abstract_mesh().manual_axes)
+  most = _most(wanted.sum(0))
   x, gates = (jnp.pad(a, ((0, 1), (0, 0))) for a in (x, gates))  # row N stands for none
   indices = jnp.pad(indices, ((0, 1), (0, 0)), constant_values=-1)
 
@@ -111,6 +118,105 @@ def exchanged(share: Share, num_experts: int, x: jax.Array, indices: jax.Array,
   return y
 
 
+def exchanged_ragged(share: Share, num_experts: int, x: jax.Array, indices: jax.Array,
+                     gates: jax.Array, room: int) -> jax.Array:
+  """As `exchanged`, but no more is sent than the rows that there are.
+
+  Each device orders its rows by where they go, and tells all others how many go
+  to each. What comes to a device, one sender after the other, it takes in
+  stretches of `room` rows for each device, whoever sends them: one, unless more
+  come to some device than to all of them in `exchanged`, which never takes fewer.
+  To take all at once would need room for the rows of all devices, as if they
+  were gathered.
+
+  A device holds up to `N * min(A, devices)` rows and results in order, and those of
+  the stretch.
+  """
+  n, devices = len(x), collectives.parts("expert")
+  own, size = collectives.index("expert"), room * devices
+  most_wanted = min(indices.shape[1], devices)
+  wanted = _wanted(num_experts, indices, devices)
+  counts = jax.lax.all_gather(wanted.sum(0), "expert")  # [from, to], as all below
+  start_here = jnp.cumsum(counts, axis=1) - counts  # in the order of the one that sends
+  start_there = jnp.cumsum(counts, axis=0) - counts  # and of the one that takes
+  most = _most(counts.sum(0))
+  place = jnp.where(wanted, start_here[own][None] + jnp.cumsum(wanted, axis=0) - 1,
+                    n * most_wanted)  # [N, devices]
+  rows = jnp.zeros(n * most_wanted, jnp.int32).at[place].set(
+      jnp.broadcast_to(jnp.arange(n)[:, None], place.shape), mode="drop")
+  x, indices, gates = (a[rows] for a in (x, indices, gates))
+
+  def turn(state):
+    taken, results = state
+    begin, end = (jnp.clip(t, start_there, start_there + counts) for t in (taken, taken + size))
+    sizes = end - begin
+    here = start_here + begin - start_there
+    there = jnp.where(sizes > 0, begin - taken, 0)
+    arrived = (
+        _send(a, jnp.full((size, a.shape[1]), none, a.dtype),
+              here[own], sizes[own], there[own], sizes[:, own])
+        for a, none in ((x, 0), (indices, -1), (gates, 0)))
+    y = _own_share(share, num_experts, *arrived)
+    return taken + size, _send(y, results, there[:, own], sizes[:, own], here[:, own], sizes[own])
+
+  _, results = jax.lax.while_loop(lambda state: state[0] < most, turn,
+                                  (jnp.int32(0), jnp.zeros(x.shape, jnp.float32)))
+  # Gathered and added in one order: a scatter on GPUs would add in any.
+  of_row = jnp.sort(place, axis=1)[:, :most_wanted]
+  return results.at[of_row].get(mode="fill", fill_value=0).sum(1)
+
+
+@functools.cache
+def ragged_works(mesh: tuple[tuple[str, int], ...], dtype: str, width: int,
+                 choices: int) -> bool:
+  """Whether `exchanged_ragged` agrees with `exchanged` on these devices, tried on few rows.
+
+  Args:
+    mesh: names and sizes of the mesh's axes.
+    dtype: of the rows.
+    width: D.
+    choices: A.
+  """
+  return trial.works(
+      functools.partial(_difference_to_exchanged, mesh, jnp.dtype(dtype), width, choices), 1e-5,
+      what="exchanging as many rows as there are (`ragged_all_to_all`)",
+      instead="exchanges of one size")
+
+
+def _ragged_is_possible(x, indices):
+  """Whether this backend has it; that of CPUs does not."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return jax.default_backend() != "cpu" and ragged_works(
+      tuple(mesh.shape.items()), str(x.dtype), x.shape[1], indices.shape[1])
+
+
+def _difference_to_exchanged(mesh, dtype, width, choices):
+  """Largest difference on a small case, relative to the largest value."""
+  names, sizes = zip(*mesh)
+  mesh = jax.make_mesh(sizes, names, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes),
+                       devices=jax.devices()[:math.prod(sizes)])
+
+  def share(x, indices, gates):
+    return x.astype(jnp.float32) * (gates * (1 + indices)).sum(1, keepdims=True)
+
+  def part():
+    # Devices that differ only along `tensor` hold the same rows. Most rows
+    # go to the first devices along `expert`, so that some take several turns.
+    index = collectives.index(*(a for a in names if a != "tensor"))
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), index), 3)
+    x = jax.random.normal(keys[0], (16, width), dtype)
+    most = choices * collectives.parts("expert")
+    indices = (most * jax.random.uniform(keys[1], (16, choices)) ** 2).astype(jnp.int32)
+    gates = jax.random.uniform(keys[2], (16, choices))
+    actual, expected = (exchange(share, choices, x, indices, gates, room=2)
+                        for exchange in (exchanged_ragged, exchanged))
+    return jax.lax.pmax(jnp.abs(actual - expected).max() / jnp.abs(expected).max(), names)
+
+  # Checks nothing of what differs between devices, as `sharding.by_parts`.
+  return float(jax.jit(jax.shard_map(part, mesh=mesh, in_specs=(), out_specs=PartitionSpec(),
+                                     check_vma=False))())
+
+
 def biased_once(experts: ExpertParams) -> ExpertParams:
   """The experts with their last bias on one of the devices that share their width."""
   bias = experts.down_bias
@@ -123,6 +229,21 @@ def biased_once(experts: ExpertParams) -> ExpertParams:
 def _to_and_fro(rows):
   """Stretch i of every device's rows, of equal lengths, to device i of `expert`."""
   return jax.lax.all_to_all(rows, "expert", 0, 0, tiled=True)
+
+
+def _send(rows, into, *where):
+  """`jax.lax.ragged_all_to_all` along `expert`; `where` are its four arrays."""
+  return jax.lax.ragged_all_to_all(rows, into, *where, axis_name="expert")
+
+
+def _wanted(num_experts, indices, devices):
+  """`[N, devices]`: whether a row has an expert there."""
+  return (indices[..., None] // num_experts == jnp.arange(devices)[None, None]).any(1)
+
+
+def _most(counts):
+  """The largest on any device of the mesh: all take as many turns as the last one."""
+  return jax.lax.pmax(counts.max(), jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def _own_share(share, num_experts, x, indices, gates):
