@@ -1,6 +1,6 @@
 """Whether a roster says the same on every mesh, and what a step takes on each.
 
-  python -m experiments.meshes --output=meshes
+  python -m experiments.meshes
 
 Solves word problems greedily with the embedded models in float32, with the same
 seed on meshes of forced host devices, and compares tokens and log-probabilities with
@@ -66,7 +66,7 @@ def define_flags() -> None:
   flags.DEFINE_float("temperature", 0.3, "τ in all layers.")
   flags.DEFINE_integer("seed", 0, "Of the routing noise.")
   flags.DEFINE_integer("rounds", 9, "Rounds in which the meshes are timed in turn; 0: none.")
-  flags.DEFINE_string("output", None, "Folder of the results.", required=True)
+  flags.DEFINE_string("output", "results/meshes", "Folder of the results.")
 
 
 @dataclasses.dataclass(frozen=True)
