@@ -94,7 +94,7 @@ def test_margins_are_distances_between_chosen_and_other_experts(model):
                                    keep=("router_logits",))
   for member in range(2):  # in the first layer the members differ in their noise only
     noise = members.routing_noise(model.roster, jnp.asarray([7], jnp.uint32), positions, member)
-    ranked = np.sort(outputs.router_logits[0, 0] + noise.draw(0, 16)[0])[:, ::-1]
+    ranked = np.sort(noise.perturb(0, outputs.router_logits[0], 4)[0])[:, ::-1]
     np.testing.assert_allclose(margins[0, member, 0], ranked[:, 3] - ranked[:, 4], atol=1e-5)
   ranked = np.sort(outputs.router_logits[:, 0])[..., ::-1]
   np.testing.assert_allclose(margins[:, 0, 0], ranked[..., 3] - ranked[..., 4], atol=1e-5)
