@@ -144,9 +144,11 @@ def test_members_are_folded_into_the_rows_that_are_exchanged(monkeypatch, exchan
 
 def test_devices_with_different_numbers_of_turns_wait_for_each_other(monkeypatch, exchange):
   """Only one of two groups of devices has rows that take more than one turn."""
-  monkeypatch.setattr(parallel, "exchange_room", lambda *sizes: 4)
-  params, (x, indices, gates) = weights(), rows(64)
-  indices = indices.at[:32].set(jnp.asarray([0, 1, 2]))
+  monkeypatch.setattr(parallel, "exchange_room", lambda *sizes: 6)
+  params, (x, _, gates) = weights(), rows(64)
+  # Each device's 8 rows go to two devices, or 4 of them to each.
+  first, others = jnp.zeros(32, jnp.int32), jnp.arange(32, dtype=jnp.int32)
+  indices = (jnp.concatenate([first, others])[:, None] + jnp.arange(A)[None]) % E
   spec = P(("data", "expert"))
   run = jax.jit(sharding.by_parts(
       lambda params, *args: experts_lib.apply(params, 0, *args, "blocks", rows_split=True),

@@ -101,7 +101,8 @@ def call(config: ModelConfig, roster: Roster, mesh: AbstractMesh, batch_size: in
   so over devices. Each expert that is hit is read once for each batch of members that
   the memory budget holds (in truth `dense` reads all experts, and `selected` one
   for each row that chose it), and so is the cache, as far as rows see. Logits
-  are written once and read three times. Rows that are exchanged are so in one turn.
+  are written once and read three times. Rows that are exchanged are so in one turn,
+  with all of their room (`parallel.exchanged_ragged` moves only those that there are).
   Activations are neither written nor read.
 
   Args:
