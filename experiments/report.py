@@ -26,7 +26,7 @@ import sys
 from absl import flags
 from tqdm import tqdm
 
-from experiments import app
+from experiments import app, drawing
 from experiments.reporting import analysis, page, pictures, results as results_lib
 
 FLAGS = flags.FLAGS
@@ -79,7 +79,7 @@ def write(runs: list[results_lib.Result], baseline: results_lib.Result | None,
 
     def draw(section, name, caption, figure):
       if figure is not None:
-        pictures.save(figure, output / name)
+        drawing.save(figure, output / name)
         drawn.setdefault(section, []).append(page.picture(name, caption))
       bar.update()
 

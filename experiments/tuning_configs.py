@@ -66,6 +66,10 @@ _MODELS = {
 }
 CONFIGS: dict[str, TuningConfig] = {
     "wordmath": TuningConfig(num_samples=60, num_trials=30),
+    # The paper's categories in small, for tasks of the embedded models.
+    "embedded_math": TuningConfig(num_samples=50, num_trials=24),
+    "embedded_commonsense": TuningConfig(objective="accuracy", num_samples=50, num_trials=24),
+    "embedded_code": TuningConfig(objective="accuracy", num_samples=50, num_trials=24),
 } | {
     f"paper_{category}_{model}": TuningConfig(
         **budget, num_members=n, cache=cache, max_temperature=bounds[category][0],

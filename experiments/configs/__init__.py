@@ -1,4 +1,8 @@
-"""Training configs: one small file each, whose `get_config` returns a `TrainingConfig`."""
+"""Training configs: one small file each, whose `get_config` returns a `TrainingConfig`.
+
+A file with `VARIANTS` holds several, named `FILE:VARIANT`, and its `get_config`
+takes the variant.
+"""
 
 import dataclasses
 import importlib
@@ -53,15 +57,24 @@ class TrainingConfig:
 
 def names() -> list[str]:
   """The configs that `load` knows."""
-  return sorted(m.name for m in pkgutil.iter_modules(__path__))
+  found = []
+  for module in pkgutil.iter_modules(__path__):
+    variants = getattr(_module(module.name), "VARIANTS", None)
+    found += [f"{module.name}:{v}" for v in variants] if variants else [module.name]
+  return sorted(found)
 
 
 def load(name: str) -> TrainingConfig:
-  """The config `experiments/configs/<name>.py`.
+  """The config `experiments/configs/<name>.py`, or a variant that this file has.
 
   Raises:
     ValueError: there is none of that name.
   """
   if name not in names():
     raise ValueError(f"unknown training config {name!r}; there are {', '.join(names())}")
-  return importlib.import_module(f"{__name__}.{name}").get_config()
+  module, _, variant = name.partition(":")
+  return _module(module).get_config(*[variant] if variant else [])
+
+
+def _module(name: str):
+  return importlib.import_module(f"{__name__}.{name}")

@@ -1,54 +1,19 @@
-"""The pictures of a report, readable in grey: PNG for the page, PDF for print."""
+"""The pictures of a report."""
 
 from collections.abc import Sequence
-import pathlib
 import textwrap
 
 import matplotlib
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.transforms import offset_copy
 import numpy as np
 
-from experiments import calibration
+from experiments import calibration, drawing
 from experiments.reporting import analysis
 from experiments.reporting.results import Tuning
 from experiments.statistics import Difference
 
-# Of a method, in the order of the runs: told apart by shape first, then by shade.
-MARKERS = "osD^vP*X<>ph"
-SHADES = ("black", "0.45", "0.7")
-SIZE = 3.4  # inches, of a panel
 FLAT = 0.01  # percent or points: what is less is not made to look large
-
-
-def save(figure: plt.Figure, path: pathlib.Path) -> None:
-  """Writes a figure as PATH.png and PATH.pdf, without the time of its making."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path.with_name(path.name + ".png"), dpi=150)
-  figure.savefig(path.with_name(path.name + ".pdf"), metadata={"CreationDate": None})
-  plt.close(figure)
-
-
-def _axes(columns, rows=1, width=SIZE, height=SIZE):
-  figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows),
-                              layout="constrained", squeeze=False)
-  for axis in axes.flat:
-    axis.spines[["top", "right"]].set_visible(False)
-  return figure, axes
-
-
-def _style(index):
-  shade = SHADES[index // len(MARKERS) % len(SHADES)]
-  return dict(marker=MARKERS[index % len(MARKERS)], color=shade, linestyle="none", capsize=3,
-              markersize=7, elinewidth=1, markerfacecolor="white" if index % 2 else shade)
-
-
-def _bars(estimates):
-  """Values of estimates, and the lengths of their error bars downwards and upwards."""
-  values = np.array([e.value for e in estimates])
-  low, high = np.array([e.low for e in estimates]), np.array([e.high for e in estimates])
-  return values, np.maximum(0, [values - low, high - values])
 
 
 COSTS = (
@@ -81,7 +46,7 @@ def quality_against_cost(
     rows.append((f"perplexity at fitted T: difference\nto {baseline} at fitted T (%)", fitted))
   if not panels or not rows:
     return None
-  figure, axes = _axes(len(panels), len(rows))
+  figure, axes = drawing.axes(len(panels), len(rows))
   labels = list(by_label)
   handles = {}
   for (title, differences), line in zip(rows, axes):
@@ -91,9 +56,9 @@ def quality_against_cost(
                      if label in by_label and (x := cost(by_label[label])))
       for (x, label), aside in zip(shown, _aside([x for x, _ in shown])):
         d = differences[label]
-        y, bars = _bars([d or Difference(0.0, 0.0, 0.0)])
+        y, bars = drawing.bars([d or Difference(0.0, 0.0, 0.0)])
         handles[label] = axis.errorbar(
-            [x], y, yerr=bars, label=label, **_style(labels.index(label)),
+            [x], y, yerr=bars, label=label, **drawing.style(labels.index(label)),
             transform=offset_copy(axis.transData, figure, x=aside, units="points"))
         # What stands aside of its data is not looked at for the limits.
         axis.update_datalim([(x, y[0] - extent) for extent in (bars[0, 0], -bars[1, 0])])
@@ -145,7 +110,7 @@ def temperatures(tunings: Sequence[Tuning]) -> plt.Figure | None:
   grid = np.full((len(profiles), layers), np.nan)
   for row, (_, values) in zip(grid, profiles):
     row[:len(values)] = values
-  figure, ((axis,),) = _axes(1, width=max(4.5, 2 + 0.4 * layers),
+  figure, ((axis,),) = drawing.axes(1, width=max(4.5, 2 + 0.4 * layers),
                              height=1.6 + 0.45 * len(profiles))
   axis.spines[:].set_visible(False)
   top = max(np.nanmax(grid), 1e-9)
@@ -172,7 +137,7 @@ def history(tuning: Tuning) -> plt.Figure | None:
     return None
   sweep = sorted((max(t["temperatures"]), t["value"]) for t in complete
                  if t.get("kind") == "sweep")
-  figure, axes = _axes(2 if len(sweep) > 2 else 1, width=4.6)
+  figure, axes = drawing.axes(2 if len(sweep) > 2 else 1, width=4.6)
   axis = axes[0, 0]
   kinds = (("sweep", "s", "0.45"), ("tpe", "o", "black"))
   for kind, marker, shade in kinds:
@@ -212,7 +177,7 @@ def reliability(lines: Sequence[analysis.Calibration], task: str) -> plt.Figure 
   if not labels:
     return None
   columns = min(4, len(labels))
-  figure, axes = _axes(columns, -(-len(labels) // columns), width=2.8, height=2.8)
+  figure, axes = drawing.axes(columns, -(-len(labels) // columns), width=2.8, height=2.8)
   for axis in axes.flat[len(labels):]:
     axis.set_visible(False)
   low = np.floor(10 * min(line.events.confidences.min() for line in lines)) / 10
@@ -220,7 +185,7 @@ def reliability(lines: Sequence[analysis.Calibration], task: str) -> plt.Figure 
     axis.plot([low, 1], [low, 1], color="0.6", linewidth=0.8, linestyle=":")
     for line in (l for l in lines if l.result.label == label):
       points = calibration.reliability(line.events)
-      y, bars = _bars(points.correct)
+      y, bars = drawing.bars(points.correct)
       axis.errorbar(points.confidence, y, yerr=bars, capsize=2, elinewidth=0.8, markersize=4,
                     linewidth=0.8, marker="s" if line.fitted else "o",
                     color="0.5" if line.fitted else "black",
