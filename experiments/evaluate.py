@@ -37,10 +37,9 @@ from roe_jax.chat import Chat
 
 FLAGS = flags.FLAGS
 PAPER = "paper/"
-GENERATED = "wordmath"
 # Ours by the names that --tasks has for them.
-OURS = {name if name == GENERATED else PAPER + name: task
-        for name, task in tasks_lib.TASKS.items()}
+OURS = {name if name.startswith("wordmath") else PAPER + name: task
+        for name, task in tasks_lib.TASKS.items() if task is not tasks_lib.WIKITEXT103}
 HARNESS = "harness.json"
 EXPERTS_OF = 4  # The experts that are read are counted on so many requests of a task.
 _CONFIDENCE = ("of the chosen answer among the choices; where a text is written, the probability "

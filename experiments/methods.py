@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from experiments import tasks
 from experiments.tasks import llm_adapters, wordmath
+from experiments.tasks.wordmath_task import WORDMATH
 from roe_jax import routing
 from roe_jax.completion import Completion
 from roe_jax.config import ModelConfig
@@ -57,7 +58,7 @@ _TYPES = dict(n=int, k=int, top_k=int, t=float, temperature=float, top_p=float,
 
 # What the answers are that samples vote for; of other tasks nothing is extracted.
 EXTRACT: dict[str, Callable[[str], Hashable | None]] = {
-    "wordmath": wordmath.extract,
+    **{task.name: wordmath.extract for task in WORDMATH if task.metric == "exact_match"},
     **{task.name: llm_adapters.extract_number for task in llm_adapters.MATH}}
 
 
@@ -142,6 +143,9 @@ class Method:
     Raises:
       ValueError: it has none.
     """
+    if kind == "read":
+      raise ValueError(f"the examples of task {task.name} are texts to read, and methods are "
+                       "compared by their answers: leave it out")
     if kind == "choose" and self.no_likelihood:
       raise ValueError(
           f"task {task.name} takes the most probable of given choices, and the probability of a "

@@ -1,8 +1,8 @@
 """What tuning optimises: a number for each example of a task, under any roster.
 
 * `Perplexity`: the summed negative log-probability (nats) of the example's
-  reference text and of the end of text behind it, in one teacher-forced pass;
-  over many examples, the perplexity.
+  reference text and of the end of text behind it (which a text only to be read
+  has not), in one teacher-forced pass; over many examples, the perplexity.
 * `Accuracy`: the task's main metric, of the most probable choice or of a text
   generated greedily; over many examples, its mean.
 
@@ -109,8 +109,9 @@ class Perplexity:
       raise ValueError(f"task {task.name} has no reference text for {lacking[0]}, whose perplexity "
                        "would be the objective: give --objective=accuracy")
     self.examples = examples
-    self._texts = _Texts.encode(tokenizer, [(e.prompt, e.reference) for e in examples], ids,
-                                config.eos_token_ids[:1])
+    end = () if examples[0].kind == "read" else config.eos_token_ids[:1]
+    self._texts = _Texts.encode(
+        tokenizer, [(e.prompt, e.reference) for e in examples], ids, end)
     batching.check_tokens(config, self._texts.tokens, what="text of example")
     self.tokens = self._texts.counts
     self._config, self._batch_size = config, batch_size

@@ -16,7 +16,7 @@ Output = str | Sequence[float]
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One question to a model: to continue a prompt, or to choose a continuation.
+  """A question to a model, to continue a prompt or to choose a continuation; or a text to read.
 
   Attributes:
     id: unique in its task and split, such as "gsm8k/test/17".
@@ -26,7 +26,7 @@ class Example:
     target: what is right: a number, the index of a choice, or None where
       `data` holds a program's tests.
     stop: strings at which a written text ends.
-    max_new_tokens: its limit.
+    max_new_tokens: its limit; 0: there is nothing to write, only a reference.
     reference: a continuation whose perplexity says how well the model does, the
       objective of tuning; None where there is none that can be trusted.
     messages: the same question to a chat model, in place of `prompt`; the last
@@ -47,8 +47,10 @@ class Example:
 
   @property
   def kind(self) -> str:
-    """"generate" or "choose"."""
-    return "generate" if self.choices is None else "choose"
+    """"generate", "choose" or "read"."""
+    if self.choices is not None:
+      return "choose"
+    return "generate" if self.max_new_tokens else "read"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ class Source:
     name: unique among the sets of a task, such as "gsm8k/test".
     files: names of files that hold all of it, the preferred first, each with as many
       folders as tell it from others: "AddSub/test.json". Lists in .json or lines in
-      .jsonl, plain or with .gz.
+      .jsonl, plain or with .gz, or text in .raw.
     hub: data sets that hold it one after the other, as arguments for
       `datasets.load_dataset`.
   """
@@ -69,14 +69,16 @@ class Source:
 
 
 def read(path: pathlib.Path) -> list[Row]:
-  """The rows of a .json or .jsonl file, or such a one with .gz.
+  """The rows of a .json or .jsonl file, or such a one with .gz; of .raw, {"text": line}.
 
   Raises:
     ValueError: it is not of its format.
   """
   try:
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-      if ".jsonl" in path.suffixes:
+      if ".raw" in path.suffixes:
+        rows = [{"text": line} for line in file]
+      elif ".jsonl" in path.suffixes:
         rows = [json.loads(line) for line in file if line.strip()]
       else:
         rows = json.load(file)

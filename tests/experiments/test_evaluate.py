@@ -119,7 +119,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_files_of_one_that_was_not(
 
 REFUSALS = [
     (["--tasks=gsm8k_cott"], "there is no task 'gsm8k_cott'; did you mean gsm8k_cot"),
-    (["--tasks=paper/gsm9k"], "no task 'paper/gsm9k'; ours are wordmath, paper/gsm8k"),
+    (["--tasks=paper/gsm9k"], "no task 'paper/gsm9k'; ours are wordmath, wordmath_sums"),
     (["--tasks=paper/humaneval"], "allow it with --allow_code_execution"),
     (["--tasks=gsm8k", "--split=validation"], "--split=validation is about our tasks, and gsm8k"),
     (["--tasks=wordmath", "--num_fewshot=2"], "--num_fewshot is about the harness's tasks"),

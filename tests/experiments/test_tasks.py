@@ -55,16 +55,20 @@ def data_dir(tmp_path):
 
 
 def test_the_twelve_tasks_of_the_paper_and_ours_are_there():
-  assert list(tasks.TASKS) == ["wordmath", *MATH, *COMMONSENSE, "humaneval", "humaneval_plus"]
+  assert list(tasks.TASKS) == [
+      "wordmath", "wordmath_sums", "wordmath_products", "wordmath_quotients", "wordmath_choice",
+      *MATH, *COMMONSENSE, "humaneval", "humaneval_plus", "wikitext103"]
   for name, task in tasks.TASKS.items():
-    assert task.name == name and task.category in base.CATEGORIES and task.higher_is_better
+    assert task.name == name and task.category in base.CATEGORIES
+    assert task.higher_is_better == (name != "wikitext103")
     assert task.runs_code == (task.category == "code") and len(task.validation) > 20
-  assert {t.category: t.metric for t in tasks.TASKS.values()} == {
-      "math": "exact_match", "commonsense": "acc", "code": "pass@1"}
+  assert {(t.category, t.metric) for t in tasks.TASKS.values()} == {
+      ("math", "exact_match"), ("math", "acc"), ("commonsense", "acc"), ("code", "pass@1"),
+      ("language", "perplexity")}
 
 
 def test_an_unknown_task_is_refused_with_those_that_there_are():
-  with pytest.raises(ValueError, match="there is no task 'gsm9k'; there are wordmath, gsm8k, "):
+  with pytest.raises(ValueError, match="there is no task 'gsm9k'; there are wordmath, wordmath_sums, "):
     tasks.get("gsm9k")
 
 
@@ -348,3 +352,44 @@ def test_wordmath_is_a_task_like_the_others():
   for example in validation + test:
     assert task.score(example, example.reference) == {"exact_match": 1.0}
     assert task.score(example, example.reference + "0") == {"exact_match": 0.0}
+
+
+def test_kinds_of_wordmath_part_its_problems():
+  whole = tasks.get("wordmath").examples("test", limit=60)
+  kinds = {kind: {e.prompt for e in tasks.get(f"wordmath_{kind}").examples("test", limit=60)}
+           for kind in ("sums", "products", "quotients")}
+  for example in whole:
+    operators = set(re.findall(r"[-+*/](?=\d+=)", example.reference))
+    kind = ("quotients" if "/" in operators else "products" if "*" in operators else "sums")
+    assert [k for k, prompts in kinds.items() if example.prompt in prompts] == [kind]
+
+
+def test_a_choice_of_wordmath_has_one_right_result_among_four():
+  examples = tasks.get("wordmath_choice").examples("validation", limit=200)
+  for e in examples:
+    results = [int(c.partition(".")[0]) for c in e.choices]
+    expression = re.search(r"(\d+)([-+*/])(\d+)=$", e.prompt)
+    left, right = int(expression[1]), int(expression[3])
+    value = {"+": left + right, "-": left - right, "*": left * right,
+             "/": left // right}[expression[2]]
+    assert results.index(value) == e.target and len(set(results)) == 4 and min(results) > 0
+    assert tasks.get("wordmath_choice").score(e, e.choices[e.target]) == {"acc": 1.0}
+    assert tasks.get("wordmath_choice").score(e, e.choices[e.target - 1]) == {"acc": 0.0}
+  assert {e.target for e in examples} == {0, 1, 2, 3}
+
+
+def test_wikitext_is_cut_at_paragraphs_and_articles(tmp_path):
+  paragraphs = [f" {'word ' * 300}{i} . \n" for i in range(7)]
+  lines = [" \n", " = First = \n", " \n", *paragraphs[:5], " = Second article = \n", *paragraphs[5:]]
+  folder = tmp_path / "wikitext-103-raw"
+  folder.mkdir()
+  (folder / "wiki.valid.raw").write_text("".join(lines))
+  examples = tasks.get("wikitext103").examples("validation", tmp_path)
+  # 1500 characters each: two in a piece, but for the last of an article.
+  assert [[int(w) for w in (e.prompt + e.reference).split() if w.isdigit()] for e in examples] == [
+      [0, 1], [2, 3], [4], [5, 6]]
+  for e in examples:
+    assert e.kind == "read" and e.reference.startswith(" ") and 200 <= len(e.prompt) < 210
+  assert examples[3].prompt.startswith("= Second article =")
+  with pytest.raises(ValueError, match="nothing to chat about"):
+    tasks.get("wikitext103").examples("validation", tmp_path, chat=True)
