@@ -3,15 +3,21 @@
 * `wordmath_control`: well trained; every problem of its training was new.
 * `wordmath_overtrained`: the same architecture, trained on few problems again
   and again, so that it is too sure of what it says.
+* `wordmath_d32`, `wordmath_d64`: `wordmath_control` in a quarter and half of its
+  width (128), for a scaling law.
+* `wordmath_KofE`: of width 64 and over-trained; each token goes through K of E
+  experts.
 
-Both are OLMoE-like, speak the `wordmath` task of `experiments.tasks` only, and
+All are OLMoE-like, speak the `wordmath` task of `experiments.tasks` only, and
 are made by `python -m experiments.train`; `checkpoint.load_provenance` tells
 how, and their scores.
 """
 
 import pathlib
 
-NAMES = ("wordmath_control", "wordmath_overtrained")
+NAMES = ("wordmath_control", "wordmath_overtrained", "wordmath_d32", "wordmath_d64",
+         "wordmath_1of16", "wordmath_2of16", "wordmath_4of16", "wordmath_8of16", "wordmath_4of8",
+         "wordmath_4of32")
 
 
 def path(name: str) -> pathlib.Path:
