@@ -14,11 +14,14 @@ What a figure shows, what it needs and how long it takes is told in its file in
 
 Most of the work is done by other programs (`tune`, `compare`, ...), whose folders lie
 in --output/MODEL, too, and are shared by figures; --dry_run prints their commands,
-which may as well be run on other machines. Killed and started again, all goes on.
+which may as well be run on other machines. Killed and started again, all goes on; a
+figure that is complete is only drawn anew.
 --set overrides settings of a model or of a figure, as in
 --set=num_examples=20,num_members=4.
 """
 
+from collections.abc import Iterable
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -33,26 +36,32 @@ from absl import flags
 from experiments import app, drawing, figures, runs
 from experiments.benchmarks import machine
 from experiments.figures import models, page
-from experiments.figures.work import Command, Work, write_records
+from experiments.figures.work import Command, Work, read_records, write_records
 
 FLAGS = flags.FLAGS
+RECORDS = "records.jsonl"
 
 
-def define_flags() -> None:
+def define_flags(values: flags.FlagValues = FLAGS) -> None:
   flags.DEFINE_list("figure", None, "Figures, or \"all\", \"paper\" or \"reviewers\": "
-                    + ", ".join(figures.NAMES) + ".", required=True)
-  flags.DEFINE_enum("model", None, list(models.MODELS), "What they are made of.", required=True)
+                    + ", ".join(figures.NAMES) + ".", required=True, flag_values=values)
+  flags.DEFINE_enum("model", None, list(models.MODELS), "What they are made of.",
+                    required=True, flag_values=values)
   flags.DEFINE_list("checkpoint", None, "Checkpoints in place of the model's, as other programs "
-                    "take them.")
+                    "take them.", flag_values=values)
   flags.DEFINE_list("set", [], "NAME=VALUE: settings of the model or the figure that differ; "
-                    "values with commas take semicolons.")
-  flags.DEFINE_integer("seed", 0, "The first noise seed.")
-  flags.DEFINE_string("data_dir", None, "Folder with the tasks' files; see experiments/tasks.")
-  flags.DEFINE_bool("allow_code_execution", False, "Let tasks run programs that the model wrote.")
-  flags.DEFINE_bool("dry_run", False, "Print the commands that would run, and do nothing.")
-  flags.DEFINE_string("output", "results/reproduce", "Folder of all figures.")
+                    "values with commas take semicolons.", flag_values=values)
+  flags.DEFINE_integer("seed", 0, "The first noise seed.", flag_values=values)
+  flags.DEFINE_string("data_dir", None, "Folder with the tasks' files; see experiments/tasks.",
+                      flag_values=values)
+  flags.DEFINE_bool("allow_code_execution", False, "Let tasks run programs that the model wrote.",
+                    flag_values=values)
+  flags.DEFINE_bool("dry_run", False, "Print the commands that would run, and do nothing.",
+                    flag_values=values)
+  flags.DEFINE_string("output", "results/reproduce", "Folder of all figures.",
+                      flag_values=values)
   flags.DEFINE_string("page", None, "Also write this Markdown page of all figures of the model "
-                      "that are there; pictures go to docs/results beside it.")
+                      "that are there; pictures go to docs/results beside it.", flag_values=values)
 
 
 def figure_names(wanted: list[str]) -> list[str]:
@@ -142,40 +151,69 @@ def all_commands(works: list[Work]) -> list[Command]:
   return list(found.values())
 
 
-def finish(work: Work, seconds: float) -> str:
-  """Measures and draws a figure; returns its table."""
+class Stopwatch:
+  """Seconds that programs and figures took, kept in a file; of what is cut off, too."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    self._seconds = json.loads(path.read_text()) if path.is_file() else {}
+
+  @contextlib.contextmanager
+  def __call__(self, name: str):
+    """Times what is done inside, and adds it to what `name` took before."""
+    begin = time.perf_counter()
+    try:
+      yield
+    finally:
+      self._seconds[name] = self.total([name]) + time.perf_counter() - begin
+      app.write_atomically(self._path, json.dumps(self._seconds, indent=2) + "\n")
+
+  def total(self, names: Iterable[str]) -> float:
+    return sum(self._seconds.get(name, 0.0) for name in names)
+
+
+def finish(work: Work, stopwatch: Stopwatch) -> str:
+  """Measures, tells and draws a figure; returns its table."""
   module = figures.get(work.figure)
   work.folder.mkdir(parents=True, exist_ok=True)
   runs.claim(work.folder, work.settings)
-  begin = time.perf_counter()
-  records = module.measure(work)
-  write_records(work.folder / "records.jsonl", records)
+  about = work.folder / "about.json"
+  if about.is_file():  # to be drawn anew: what is measured is there
+    records = read_records(work.folder / RECORDS)
+  else:
+    with stopwatch(work.figure):
+      records = module.measure(work)
+    write_records(work.folder / RECORDS, records)
   text = module.table(records)
   app.write_atomically(work.folder / "table.md", text + "\n")
   picture = module.draw(records)
   if picture is not None:
     drawing.save(picture, work.folder / "figure")
-  seconds += time.perf_counter() - begin
-  _write_about(work, module.findings(records), seconds)
+  known = json.loads(about.read_text()) if about.is_file() else {
+      "figure": work.figure, "model": work.model.title, "command": _command(work),
+      "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+      "seeds": [work.seed + i for i in range(work.model.num_seeds)],
+      "machine": machine.describe(num_cores()),
+      "seconds": stopwatch.total([work.figure, *(c.name for c in module.commands(work))])}
+  app.write_atomically(
+      about, json.dumps(known | {"findings": module.findings(records)}, indent=2) + "\n")
   return text
 
 
-def _write_about(work, findings, seconds):
-  """Seconds add up over runs that were cut off; a run that found all done changes nothing."""
-  path = work.folder / "about.json"
-  known = json.loads(path.read_text()) if path.is_file() else {}
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-  now = datetime.datetime.now(datetime.timezone.utc)
-  seeds = [work.seed + i for i in range(work.model.num_seeds)]
-  about = {
-      "figure": work.figure, "model": work.model.title, "findings": findings,
-      "command": shlex.join(["python", "-m", "experiments.reproduce", *(
-          a for a in sys.argv[1:] if not a.startswith(("--figure", "--page"))),
-                             f"--figure={work.figure}"]),
-      "date": known.get("date") or now.strftime("%Y-%m-%d %H:%M UTC"), "seeds": seeds,
-      "machine": known.get("machine") or machine.describe(cores),
-      "seconds": max(seconds, known.get("seconds", 0.0))}
-  app.write_atomically(path, json.dumps(about, indent=2) + "\n")
+def num_cores() -> int:
+  """How many this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _command(work):
+  """What makes this figure alone."""
+  given = {name: FLAGS[name].value for name in ("checkpoint", "set", "seed", "data_dir",
+                                                "allow_code_execution", "output")
+           if FLAGS[name].present}
+  told = [f"--{name}={','.join(value) if isinstance(value, list) else value}"
+          for name, value in given.items()]
+  return shlex.join(["python", "-m", "experiments.reproduce", f"--figure={work.figure}",
+                     f"--model={FLAGS.model}", *told])
 
 
 def main(argv) -> None:
@@ -192,17 +230,15 @@ def main(argv) -> None:
   root.mkdir(parents=True, exist_ok=True)
   settings = {k: v for k, v in works[0].settings.items() if k not in ("figure", "config")}
   runs.claim(root, settings)
-  took = {}
+  stopwatch = Stopwatch(root / "seconds.json")
   for number, command in enumerate(commands, 1):
     if command.is_done:
       continue
     print(f"[{number}/{len(commands)}] {command}", file=sys.stderr)
-    begin = time.perf_counter()
-    command.run()
-    took[command.output] = time.perf_counter() - begin
+    with stopwatch(command.name):
+      command.run()
   for work in works:
-    needed = [c.output for c in figures.get(work.figure).commands(work)]
-    text = finish(work, sum(took.get(output, 0.0) for output in needed))
+    text = finish(work, stopwatch)
     print(f"\n{figures.get(work.figure).TITLE}\n\n{text}\n")
   print(f"Saved {', '.join(work.figure for work in works)} in {root}.")
   if FLAGS.page:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
-from experiments import jsonl, runs
+from experiments import app, jsonl, runs
 from experiments.figures.models import Model
 from experiments.reporting import results as results_lib
 
@@ -32,6 +32,11 @@ class Command:
   flags: tuple[tuple[str, Any], ...]
   done: str
   num_done: int = 1
+
+  @property
+  def name(self) -> str:
+    """What it is called among those of its model: "tune/gsm8k"."""
+    return f"{self.output.parent.name}/{self.output.name}"
 
   @property
   def arguments(self) -> list[str]:
@@ -153,9 +158,9 @@ class Work:
 
 def write_records(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
   """Writes JSON lines at once."""
-  from experiments import app
   app.write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
+  """What `write_records` wrote."""
   return runs.read_lines(path)

@@ -1,0 +1,199 @@
+import dataclasses
+import json
+import pathlib
+import sys
+import types
+
+from absl import flags
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pytest
+
+from experiments import app, figures, reproduce
+from experiments.figures import models, page
+from experiments.figures.work import Command, Work
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  sizes: tuple[int, ...] = (1, 2)
+  step: float = 0.05
+
+
+@pytest.fixture
+def measured():
+  return []
+
+
+@pytest.fixture
+def one_figure(monkeypatch, measured):
+  """A figure without programs, called fig3."""
+  def measure(work):
+    measured.append(work.figure)
+    return [{"n": size, "value": work.kept().get(f"n = {size}", lambda: size * work.config.step)}
+            for size in work.config.sizes]
+
+  def draw(records):
+    figure, axis = plt.subplots()
+    axis.plot([r["n"] for r in records], [r["value"] for r in records])
+    return figure
+
+  module = types.SimpleNamespace(
+      TITLE="A title", SAW="What was seen.", CONFIGS={m: Config() for m in models.MODELS},
+      commands=lambda work: [], measure=measure, draw=draw,
+      table=lambda records: "| n | value |\n|---|---|\n" + "\n".join(
+          f"| {r['n']} | {r['value']} |" for r in records),
+      findings=lambda records: f"{len(records)} sizes.")
+  monkeypatch.setattr(figures, "get", lambda name: module)
+  return module
+
+
+@pytest.fixture
+def run(monkeypatch):
+  """The program with its flags."""
+  def with_flags(*arguments):
+    values = flags.FlagValues()
+    reproduce.define_flags(values)
+    values(["reproduce", *arguments])
+    monkeypatch.setattr(reproduce, "FLAGS", values)
+    reproduce.main([])
+  return with_flags
+
+
+def test_groups_of_figures_are_in_their_order_and_once():
+  assert reproduce.figure_names(["fig6", "table1", "fig3", "fig6"]) == ["fig3", "fig6", "table1"]
+  assert reproduce.figure_names(["all"]) == list(figures.NAMES)
+  assert reproduce.figure_names(["reviewers"]) == list(figures.REVIEWERS)
+  with pytest.raises(ValueError, match="there is no figure 'fig2'; there are fig3, fig4a"):
+    reproduce.figure_names(["fig2"])
+
+
+@pytest.mark.parametrize("name", figures.NAMES)
+def test_every_figure_has_what_a_figure_has(name):
+  module = figures.get(name)
+  assert set(module.CONFIGS) == set(models.MODELS)
+  for text in (module.__doc__, module.TITLE, module.SAW):
+    assert text and len(text) > 10
+  for model in models.MODELS.values():
+    assert model.name in module.__doc__, f"the docstring does not say what {model.name} needs"
+    work = Work(name, model, module.CONFIGS[model.name], pathlib.Path("root"))
+    assert json.dumps(work.settings)
+    for command in module.commands(work):
+      assert command.output.is_relative_to("root") and str(command).startswith("python -m exper")
+
+
+def test_settings_are_overridden_wherever_they_are():
+  model, config = reproduce.overridden(
+      [models.get("embedded"), Config()],
+      ["sizes=4;8", "step=0.1", "num_examples=7", "math=gsm8k;svamp"])
+  assert config == Config((4, 8), 0.1)
+  assert model.num_examples == 7 and model.math == ("gsm8k", "svamp")
+
+
+@pytest.mark.parametrize("given,message", [
+    ("n=3", "must be NAME=VALUE with one of .*step"), ("step", "must be NAME=VALUE"),
+    ("step=many", "the value must be like 0.05"), ("sizes=a;b", r"must be like \(1, 2\)")])
+def test_wrong_settings_are_refused(given, message):
+  with pytest.raises(ValueError, match=message):
+    reproduce.overridden([Config()], [given])
+
+
+def test_a_command_is_what_one_types(tmp_path):
+  work = Work("fig3", models.get("olmoe"), Config(), tmp_path)
+  command = work.tune("gsm8k")
+  assert str(command) == (
+      "python -m experiments.tune --checkpoint=olmoe --task=gsm8k --config=paper_math_olmoe "
+      f"--seed=0 --output={tmp_path}/tune/gsm8k")
+  assert command.name == "tune/gsm8k" and not command.is_done
+  compared = str(work.compare("x", ["gsm8k", "svamp"], ["plain", "roster:n=4"], chat=False))
+  assert "--tasks=gsm8k,svamp '--methods=plain; roster:n=4'" in compared and "--nochat" in compared
+
+
+def test_a_command_is_done_when_all_of_its_files_are_there(tmp_path):
+  command = Command("compare", tmp_path, (), "*/summary.json", 2)
+  for name in "ab":
+    assert not command.is_done
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "summary.json").write_text("{}")
+  assert command.is_done
+
+
+def test_a_command_that_fails_is_told(tmp_path):
+  with pytest.raises(ValueError, match="ended with exit code 1.*goes on from there"):
+    Command("tune", tmp_path, (("task", "gsm9k"), ("checkpoint", "nowhere")), "x").run()
+
+
+def test_commands_of_several_figures_run_once_and_are_not_two_of_one_folder(
+    one_figure, tmp_path):
+  one_figure.commands = lambda work: [work.tune("wordmath")]
+  works = [Work(f, models.get("embedded"), Config(), tmp_path) for f in ("fig3", "fig10")]
+  assert len(reproduce.all_commands(works)) == 1
+  one_figure.commands = lambda work: [work.tune("wordmath", num_trials=len(work.figure))]
+  with pytest.raises(ValueError, match="two figures want .*wordmath of different commands"):
+    reproduce.all_commands(works)
+
+
+def test_a_figure_leaves_records_a_table_a_picture_and_what_it_was_made_with(
+    run, one_figure, measured, tmp_path, capsys):
+  given = ("--figure=fig3", "--model=embedded", f"--output={tmp_path}", "--set=step=0.5")
+  run(*given, f"--page={tmp_path / 'RESULTS.md'}")
+  folder = tmp_path / "embedded" / "fig3"
+  lines = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+  assert lines == [{"n": 1, "value": 0.5}, {"n": 2, "value": 1.0}]
+  assert (folder / "figure.png").stat().st_size > 3000 and (folder / "figure.pdf").exists()
+  about = json.loads((folder / "about.json").read_text())
+  assert about["findings"] == "2 sizes." and about["seeds"] == [0, 1]
+  assert about["command"] == ("python -m experiments.reproduce --figure=fig3 --model=embedded "
+                              f"--set=step=0.5 --output={tmp_path}")
+  assert about["machine"]["cores"] >= 1
+  text = (tmp_path / "RESULTS.md").read_text()
+  for part in ("### fig3: A title", "What was seen.", "2 sizes.", "| 2 | 1.0 |",
+               "docs/results/embedded-fig3.png", about["date"], "seeds 0, 1"):
+    assert part in text, part
+  assert (tmp_path / "docs/results/embedded-fig3.png").exists()
+  # Again: it is drawn, and nothing is measured.
+  (folder / "figure.png").unlink()
+  run(*given)
+  assert (folder / "figure.png").exists() and measured == ["fig3"]
+  assert json.loads((folder / "about.json").read_text()) == about
+  assert "A title" in capsys.readouterr().out
+
+
+def test_an_interrupted_figure_keeps_what_was_measured(run, one_figure, tmp_path):
+  given = ("--figure=fig3", "--model=embedded", f"--output={tmp_path}")
+  measure = one_figure.measure
+
+  def stopped(work):
+    work.kept().get("n = 1", lambda: 123)
+    raise KeyboardInterrupt
+
+  one_figure.measure = stopped
+  with pytest.raises(KeyboardInterrupt):
+    run(*given)
+  one_figure.measure = measure
+  run(*given)
+  lines = (tmp_path / "embedded/fig3/records.jsonl").read_text().splitlines()
+  assert [json.loads(line)["value"] for line in lines] == [123, 0.1]
+
+
+def test_other_settings_need_another_folder(run, one_figure, tmp_path):
+  given = ("--figure=fig3", "--model=embedded", f"--output={tmp_path}")
+  run(*given)
+  for other in ("step=0.5", "num_examples=3"):
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+      run(*given, f"--set={other}")
+
+
+def test_a_dry_run_prints_commands_and_does_nothing(run, one_figure, tmp_path, capsys):
+  one_figure.commands = lambda work: [work.tune(task) for task in work.model.math]
+  run("--figure=fig3", "--model=mixtral", f"--output={tmp_path / 'x'}", "--dry_run")
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split(" ")[2] for line in lines] == ["experiments.tune"] * 5
+  assert not (tmp_path / "x").exists()
+
+
+def test_a_model_that_is_not_there_is_told_how_to_make(run, one_figure, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(FileNotFoundError, match="made by `python -m checkpoints_convert "
+                     "--source=openai/gpt-oss-20b.*--checkpoint"):
+    run("--figure=fig3", "--model=gpt_oss", f"--output={tmp_path}")
