@@ -266,6 +266,9 @@ def main(argv) -> None:
   found = check_methods(found, examples)
   begin = time.perf_counter()
   params, _, tokenizer = app.open_model(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
+  for method in found:
+    if method.profile:
+      method.profile.check_routers(params)
   measurer = Measurer(params, tokenizer, FLAGS.batch_size)
   model, output = profiles.fingerprint(params), pathlib.Path(FLAGS.output)
   opened = {m.text: runs.Run(output / m.folder, m.text, settings_of(m, model)) for m in found}

@@ -54,3 +54,36 @@ def members_axis(axis: plt.Axes, numbers: Sequence[int]) -> None:
   axis.set_xticks(numbers, [str(n) for n in numbers])
   axis.minorticks_off()
   axis.set_xlabel("roster members n")
+
+
+def dots(axis: plt.Axes, groups: Sequence[str], series: dict[str, Sequence[Estimate | None]],
+         first_style: int = 0) -> None:
+  """Estimates with error bars, a column of the x axis for each group, series side by side.
+
+  Args:
+    axis: where.
+    groups: names on the x axis.
+    series: for each label an estimate, or None, of each group.
+    first_style: number of the first series' style.
+  """
+  width = min(0.8, 0.22 * len(series))
+  places = np.linspace(-width / 2, width / 2, len(series)) if len(series) > 1 else [0.0]
+  for index, ((label, estimates), aside) in enumerate(zip(series.items(), places)):
+    there = [(x + aside, e) for x, e in enumerate(estimates) if e is not None]
+    if there:
+      values, lengths = bars([e for _, e in there])
+      axis.errorbar([x for x, _ in there], values, yerr=lengths, label=label,
+                    **style(first_style + index))
+  axis.set_xticks(range(len(groups)), groups)
+  axis.set_xlim(-0.6, len(groups) - 0.4)
+
+
+def zero(axis: plt.Axes) -> None:
+  """A line where there is no difference."""
+  axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+
+
+def legend(figure: plt.Figure, axis: plt.Axes, columns: int = 3) -> None:
+  """The legend of one of the axes under the whole figure."""
+  figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns,
+                frameon=False, fontsize=8)

@@ -5,8 +5,8 @@ A method is written as its name, and settings behind a colon:
     plain                                   greedy; also plain:temperature=0.7,top_p=0.95
     plain+temperature                       its output temperature fitted on validation examples
     best_plain                              that of `PLAIN_SETTINGS` which does best on these
-    roster:n=8,t=0.3,aggregation=mean_logit any of n, t, cache, aggregation, include_clean,
-                                            gate_weights, noise
+    roster:n=8,t=0.3,aggregation=mean_logit any of n, t (or profile=FILE with the τ of each layer),
+                                            cache, aggregation, include_clean, gate_weights, noise
     experts:k=16,gates=rescaled             the plain model with k experts per token
     self_consistency:n=8,temperature=0.7    n samples of the plain model; the answer that most give
     best_of:n=8,temperature=0.7             n samples; the one of highest probability
@@ -18,12 +18,13 @@ What is not given comes from `METHODS`, and for a roster from the program's flag
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 import dataclasses
+import pathlib
 import re
 from typing import Any
 
 import jax.numpy as jnp
 
-from experiments import tasks
+from experiments import profiles, tasks
 from experiments.tasks import llm_adapters, wordmath
 from experiments.tasks.wordmath_task import WORDMATH
 from roe_jax import routing
@@ -45,7 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     PLAIN: SAMPLING | dict(temperature=0.0),
     FITTED: {},
     BEST_PLAIN: {},
-    ROSTER: dict(n=None, t=None, cache=None, aggregation=None, include_clean=None,
+    ROSTER: dict(n=None, t=None, profile=None, cache=None, aggregation=None, include_clean=None,
                  gate_weights=None, noise=None),
     EXPERTS: dict(k=None, gates="model"),
     VOTE: dict(n=None, **SAMPLING),
@@ -74,6 +75,7 @@ class Method:
     roster: how its distributions are made; its seed is the first noise seed.
     sampler: how tokens are chosen from them.
     num_samples: texts that are written for each example, of which one is picked.
+    profile: that its temperatures come from, or None.
   """
 
   name: str
@@ -83,6 +85,7 @@ class Method:
   roster: Roster
   sampler: Sampler
   num_samples: int = 1
+  profile: profiles.Profile | None = None
 
   @property
   def folder(self) -> str:
@@ -220,18 +223,30 @@ def _roster(name, text, config, base, settings, given):
   values = {key: getattr(base, key) for key in (
       "num_members", "temperatures", "cache", "aggregation", "include_clean", "gate_weights",
       "noise")}
-  values |= {_ROSTER_NAMES.get(key, key): value for key, value in given.items()}
+  values |= {_ROSTER_NAMES.get(key, key): value for key, value in given.items()
+             if key != "profile"}
+  profile = None
+  if settings["profile"]:
+    if settings["t"] is not None:
+      raise ValueError("temperatures come from t or from profile: give one of them")
+    path = pathlib.Path(settings["profile"])
+    if not path.is_file():
+      raise ValueError(f"there is no file {path}")
+    profile = profiles.read(path)
+    profile.check_sizes(config)
+    values["temperatures"] = profile.temperatures
   roster = Roster.create(config, seed=int(base.seed), expert_strategy=base.expert_strategy,
                          memory_budget=base.memory_budget, **values)
-  if roster.is_plain or not bool(jnp.any(roster.temperatures > 0)):
+  # A search may have found that no noise is best; its profile is taken at its word.
+  if roster.is_plain or not (profile or bool(jnp.any(roster.temperatures > 0))):
     raise ValueError("it is the plain model: give a roster n of at least 2, and router "
                      "temperatures with t=... or --temperature_profile")
-  told = {"t": "τ = {:g}", "cache": "{} cache", "aggregation": "{}", "gate_weights": "{} gates",
+  told = {"t": "τ = {:g}", "profile": f"τ of {path.parent.name}" if profile else "", "cache": "{} cache", "aggregation": "{}", "gate_weights": "{} gates",
           "noise": "{} noise", "include_clean": "with clean member" if roster.include_clean else
           "without clean member"}
   parts = [told[key].format(given[key]) for key in told if key in given]
   label = ", ".join([f"roster, n = {roster.num_members}", *parts]).replace("_", " ")
-  return Method(name, text, label, config, roster, Sampler.greedy())
+  return Method(name, text, label, config, roster, Sampler.greedy(), profile=profile)
 
 
 def _experts(name, text, config, base, settings, given):

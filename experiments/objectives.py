@@ -80,6 +80,7 @@ class Perplexity:
 
   Attributes:
     tokens: `[X]` scored tokens of each example.
+    texts, starts: token ids of each, and the index of the first one scored.
     examples: the examples.
   """
 
@@ -113,6 +114,7 @@ class Perplexity:
     self._texts = _Texts.encode(
         tokenizer, [(e.prompt, e.reference) for e in examples], ids, end)
     batching.check_tokens(config, self._texts.tokens, what="text of example")
+    self.texts, self.starts = self._texts.tokens, self._texts.starts
     self.tokens = self._texts.counts
     self._config, self._batch_size = config, batch_size
 

@@ -44,16 +44,32 @@ def quality_against_cost(
             for l in likelihoods if l.task == task and l.fitted}
   if any(fitted.values()):
     rows.append((f"perplexity at fitted T: difference\nto {baseline} at fitted T (%)", fitted))
-  if not panels or not rows:
+  return differences_against_costs(
+      rows, [(name, {label: cost(c) for label, c in by_label.items()}) for name, cost in panels],
+      task)
+
+
+def differences_against_costs(
+    rows: Sequence[tuple[str, dict[str, Difference | None]]],
+    costs: Sequence[tuple[str, dict[str, float | None]]], task: str) -> plt.Figure | None:
+  """A row of panels for each measure, one for each cost; None without any.
+
+  Args:
+    rows: (what is measured, {label: difference to the baseline; None for itself}).
+    costs: (the cost, {label: it, or None}).
+    task: for the title.
+  """
+  costs = [(name, of) for name, of in costs if any(of.values())]
+  rows = [(title, differences) for title, differences in rows if any(differences.values())]
+  if not costs or not rows:
     return None
-  figure, axes = drawing.axes(len(panels), len(rows))
-  labels = list(by_label)
+  figure, axes = drawing.axes(len(costs), len(rows))
+  labels = list(costs[0][1])
   handles = {}
   for (title, differences), line in zip(rows, axes):
-    for (name, cost), axis in zip(panels, line):
-      axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-      shown = sorted((x, label) for label in differences
-                     if label in by_label and (x := cost(by_label[label])))
+    for (name, of), axis in zip(costs, line):
+      drawing.zero(axis)
+      shown = sorted((x, label) for label in differences if (x := of.get(label)))
       for (x, label), aside in zip(shown, _aside([x for x, _ in shown])):
         d = differences[label]
         y, bars = drawing.bars([d or Difference(0.0, 0.0, 0.0)])
