@@ -146,15 +146,9 @@ def temperatures(tunings: Sequence[Tuning]) -> plt.Figure | None:
   return figure
 
 
-def history(tuning: Tuning) -> plt.Figure | None:
-  """Trials of a tuning in their order, and the sweep of one τ; None without a trial."""
+def trials(axis: plt.Axes, tuning: Tuning) -> None:
+  """Trials of a tuning in their order: the sweep, what TPE proposed, what was pruned."""
   complete = tuning.complete()
-  if not complete:
-    return None
-  sweep = sorted((max(t["temperatures"]), t["value"]) for t in complete
-                 if t.get("kind") == "sweep")
-  figure, axes = drawing.axes(2 if len(sweep) > 2 else 1, width=4.6)
-  axis = axes[0, 0]
   kinds = (("sweep", "s", "0.45"), ("tpe", "o", "black"))
   for kind, marker, shade in kinds:
     found = [t for t in complete if t.get("kind", "tpe") == kind]
@@ -169,20 +163,33 @@ def history(tuning: Tuning) -> plt.Figure | None:
       [t["value"] for t in complete])
   axis.step([t["number"] for t in complete], best, where="post", color="black", linewidth=1.2,
             label="best so far")
+  _without_noise(axis, tuning)
   axis.set_xlabel("trial")
   axis.set_ylabel(tuning.measure)
+
+
+def _without_noise(axis, tuning):
+  if (plain := tuning.plain()) is not None:
+    axis.axhline(plain, color="0.4", linestyle=":", linewidth=1.2, label="without noise")
+
+
+def history(tuning: Tuning) -> plt.Figure | None:
+  """Trials of a tuning in their order, and the sweep of one τ; None without a trial."""
+  complete = tuning.complete()
+  if not complete:
+    return None
+  sweep = sorted((max(t["temperatures"]), t["value"]) for t in complete
+                 if t.get("kind") == "sweep")
+  figure, axes = drawing.axes(2 if len(sweep) > 2 else 1, width=4.6)
+  trials(axes[0, 0], tuning)
   if len(sweep) > 2:
     axes[0, 1].plot(*zip(*sweep), "s-", color="0.3", markersize=4, fillstyle="none",
                     linewidth=1)
+    _without_noise(axes[0, 1], tuning)
     axes[0, 1].set_xlabel("router temperature τ, one for all layers")
     axes[0, 1].set_ylabel(tuning.measure)
-  plain = tuning.plain()
-  if plain is not None:
-    for axis in axes.flat:
-      axis.axhline(plain, color="0.4", linestyle=":", linewidth=1.2, label="without noise")
   figure.suptitle(f"{tuning.name}: on the examples of the search", fontsize=10)
-  figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
-                frameon=False, fontsize=8, ncols=3)
+  drawing.legend(figure, axes[0, 0])
   return figure
 
 

@@ -1,0 +1,63 @@
+"""Figure 10: τ of each layer that searches found, as a heat map.
+
+    python -m experiments.reproduce --figure=fig10 --model=olmoe --data_dir=data --allow_code_execution
+
+A row for each task, from the searches of `fig7`, `fig8` and `fig9`. The paper saw profiles that differ
+between tasks, without a pattern over layers that they share; of the layers that searches keep at 0 there
+are L at either end.
+
+    model      checkpoint (see models.py)              hardware               time
+    olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       that of the searches
+    mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    that of the searches
+    gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     that of the searches
+    embedded   ships with the package                  two CPU cores          that of the searches, 6 minutes
+"""
+
+import dataclasses
+
+import numpy as np
+
+from experiments.figures import searches
+from experiments.figures.work import Command, Work
+from experiments.reporting import page, pictures
+
+TITLE = "Temperatures by layer"
+SAW = "The paper saw profiles that differ between tasks, without a common pattern over layers."
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Nothing of its own: tasks and budgets are the model's."""
+
+
+CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss", "embedded")}
+
+
+def commands(work: Work) -> list[Command]:
+  return searches.commands(work, work.model.tasks)
+
+
+def measure(work: Work) -> list[searches.Record]:
+  return [r | {"trials": []} for r in searches.records(work, work.model.tasks)]
+
+
+def table(records: list[searches.Record]) -> str:
+  layers = len(records[0]["profile"]["temperatures"])
+  rows = [[r["task"], r["profile"]["objective"]["kind"].replace("tpe", "TPE"),
+           *(f"{t:.2f}" for t in r["profile"]["temperatures"])] for r in records]
+  return page.table(["task", "found by", *(f"layer {i}" for i in range(layers))], rows)
+
+
+def findings(records: list[searches.Record]) -> str:
+  grid = np.array([r["profile"]["temperatures"] for r in records])
+  means = grid.mean(axis=0)
+  text = (f"Mean τ by layer, over {page.count(len(records), 'task')}: "
+          + ", ".join(f"{m:.2f}" for m in means) + ".")
+  if len(records) > 1:
+    text += (f" Standard deviation between tasks {grid.std(axis=0, ddof=1).mean():.2f} on average, "
+             f"between layers {grid.std(axis=1, ddof=1).mean():.2f}.")
+  return text + " That a profile differs does not say that it matters: see transfer."
+
+
+def draw(records: list[searches.Record]):
+  return pictures.temperatures([searches.tuning(r) for r in records])

@@ -1,0 +1,43 @@
+"""Figure 8: histories of the searches of τ, commonsense tasks by accuracy.
+
+    python -m experiments.reproduce --figure=fig8 --model=olmoe --data_dir=data
+
+As `fig7`, by the share of right choices (paper: 100 trials on 300 samples). With the embedded
+models the choice is among four results of a last step of arithmetic.
+
+    model      checkpoint (see models.py)              hardware               time
+    olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       30 minutes
+    mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    30 minutes
+    gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     20 minutes
+    embedded   ships with the package                  two CPU cores          1 minute
+
+Times of the first three are estimated with roe_jax.costs (H100), not measured.
+"""
+
+import dataclasses
+
+from experiments.figures import searches
+from experiments.figures.work import Command, Work
+
+TITLE = "Searches of τ: common sense, by accuracy"
+SAW = ("The paper showed validation accuracy of the best profile rising over 100 trials on 300 samples; not whether "
+       "that holds on other samples.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Nothing of its own: tasks and budgets are the model's."""
+
+
+CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss", "embedded")}
+
+
+def commands(work: Work) -> list[Command]:
+  return searches.commands(work, work.model.commonsense)
+
+
+def measure(work: Work) -> list[searches.Record]:
+  return searches.records(work, work.model.commonsense)
+
+
+table, findings, draw = searches.table, searches.findings, searches.draw

@@ -1,0 +1,64 @@
+"""Table 1: budgets of the searches of τ, and what each of them found.
+
+    python -m experiments.reproduce --figure=table1 --model=olmoe --data_dir=data --allow_code_execution
+
+The paper's table has samples and trials, members n, the largest τ (T) and the layers kept at 0 at
+either end (L) for three categories and three models; see `experiments.tuning_configs`. Here each search
+also tells what it came to, on its own samples and on fresh ones, and what it cost.
+
+    model      checkpoint (see models.py)              hardware               time
+    olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       that of the searches, 65 minutes
+    mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    that of the searches, 75 minutes
+    gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     that of the searches, 45 minutes
+    embedded   ships with the package                  two CPU cores          that of the searches, 6 minutes
+
+Times of the first three are estimated with roe_jax.costs (H100), not measured.
+"""
+
+import dataclasses
+
+from experiments.figures import compared, searches
+from experiments.figures.work import Command, Work
+from experiments.reporting import page
+
+TITLE = "Budgets of the searches, and what they found"
+SAW = ("The paper lists budgets (math 100 samples and 50 trials, common sense 300 and 100, code 50 and "
+       "50), not what the searches cost, nor what they are worth on other samples.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Nothing of its own: tasks and budgets are the model's."""
+
+
+CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss", "embedded")}
+
+
+def commands(work: Work) -> list[Command]:
+  return searches.commands(work, work.model.tasks)
+
+
+def measure(work: Work) -> list[searches.Record]:
+  return [r | {"trials": []} for r in searches.records(work, work.model.tasks)]
+
+
+def table(records: list[searches.Record]) -> str:
+  rows = []
+  for r in records:
+    settings, cost = r["settings"], r["profile"]["cost"]
+    rows.append([
+        r["category"], r["task"], settings["objective"],
+        f"{settings['num_samples']} / {settings['num_trials']}", settings["num_members"],
+        f"{settings['max_temperature']:g}", settings["fixed_layers"],
+        f"{searches.searched_gain(r):+.2f}", compared.cell(searches.fresh(r), 2, True),
+        cost["pruned"], f"{cost['tokens']:,}", f"{cost['seconds']:.0f}"])
+  return page.table(
+      ["category", "task", "objective", "samples / trials", "n", "T", "L", "to plain, searched",
+       "to plain, fresh", "pruned", "tokens", "s"], rows) + "\n\n" + searches.NOTE
+
+
+findings = searches.findings
+
+
+def draw(records: list[searches.Record]):
+  return None
