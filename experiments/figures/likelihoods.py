@@ -2,7 +2,8 @@
 
 Texts are validation examples, as not all tasks' test examples have references: output
 temperatures, and whatever else is chosen, come from the first of them, and what is
-reported from the others. Prompts are plain ones.
+reported from the others, or from test examples where it is asked for. Prompts are plain
+ones.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ class Texts:
   """
 
   def __init__(self, work: Work, checkpoint: str, task: str | None = None,
-               num_examples: int | None = None):
+               num_examples: int | None = None, reported: str = SPLIT):
     """Opens the model and reads the texts.
 
     Args:
@@ -38,6 +39,7 @@ class Texts:
       checkpoint: as --checkpoint names it.
       task: the model's text by default.
       num_examples: on which is reported; the model's by default.
+      reported: their split.
 
     Raises:
       ValueError: there are too few examples, or they have no references.
@@ -45,16 +47,17 @@ class Texts:
     count = num_examples or work.model.num_examples or 1000
     first = work.model.num_validation
     task = tasks.get(task or work.model.text)
-    examples = task.examples(SPLIT, work.data_dir, first + count)
-    if len(examples) <= first:
+    examples = task.examples(SPLIT, work.data_dir, first + (count if reported == SPLIT else 0))
+    rest = examples[first:] if reported == SPLIT else task.examples(reported, work.data_dir, count)
+    if len(examples) < first or not rest:
       raise ValueError(f"task {task.name} has {len(examples)} validation examples, too few for "
                        f"{first} to fit output temperatures on and others to report on: "
                        "--set=num_validation=... takes less")
-    self.params, self.config, tokenizer = app.open_model(checkpoint)
+    self.params, self.config, tokenizer = app.open_model(checkpoint, None, work.model.mesh)
     self.chosen_on, self.reported_on = (
-        Perplexity(self.config, tokenizer, task, [examples[i] for i in ids], ids,
+        Perplexity(self.config, tokenizer, task, some, range(start, start + len(some)),
                    work.model.batch_size)
-        for ids in (range(first), range(first, len(examples))))
+        for some, start in ((examples[:first], 0), (rest, first)))
 
   def tokens(self, count: int) -> list[list[int]]:
     """The first texts to report on, prompts and references, as tokens."""

@@ -22,7 +22,7 @@ class Model:
     num_members: n.
     cache: of the roster.
     temperature: the uniform τ where none is tuned.
-    chat: whether the model is asked in its chat format.
+    mesh: of devices, as --mesh names it; None: one device.
     num_seeds: noise seeds.
     num_examples: test examples of each task; None: all.
     num_validation: validation examples on which output temperatures are fitted.
@@ -43,7 +43,7 @@ class Model:
   num_members: int
   cache: str
   temperature: float
-  chat: bool = False
+  mesh: str | None = None
   num_seeds: int = 5
   num_examples: int | None = None
   num_validation: int = 100
@@ -61,8 +61,8 @@ class Model:
     return self.math + self.commonsense + self.code
 
   def category(self, task: str) -> str:
-    """The category of a task."""
-    return next(c for c in CATEGORIES if task in getattr(self, c))
+    """The category of a task; of the text, whose perplexity is tuned, that of math."""
+    return next((c for c in CATEGORIES if task in getattr(self, c)), "math")
 
 
 CATEGORIES = ("math", "commonsense", "code")
@@ -76,22 +76,22 @@ MODELS: dict[str, Model] = {model.name: model for model in (
         name="olmoe", title="OLMoE-1B-7B-Instruct", checkpoints=("olmoe",),
         prepare=("python -m checkpoints_convert --source=allenai/OLMoE-1B-7B-0924-Instruct "
                  "--target=olmoe",),
-        hardware="one GPU or TPU chip with 24 GB (14 GB of weights in bfloat16; int8 fits 16 GB)",
+        hardware="one GPU of 80 GB (14 GB of weights in bfloat16)",
         tuning="paper_{category}_olmoe", num_members=32, cache="clean", temperature=0.2, **_PAPER),
     Model(
         name="mixtral", title="Mixtral-8x7B-Instruct-v0.1", checkpoints=("mixtral",),
         prepare=("python -m checkpoints_convert --source=mistralai/Mixtral-8x7B-Instruct-v0.1 "
                  "--target=mixtral",),
-        hardware="two GPUs of 80 GB or eight TPU chips of 16 GB (93 GB of weights in bfloat16)",
+        hardware="eight GPUs of 80 GB (93 GB of weights in bfloat16; 64 members with a cache each)",
         tuning="paper_{category}_mixtral", num_members=64, cache="standard", temperature=0.1,
-        **_PAPER),
+        mesh="auto", **_PAPER),
     Model(
         name="gpt_oss", title="gpt-oss-20b", checkpoints=("gpt-oss",),
         prepare=("python -m checkpoints_convert --source=openai/gpt-oss-20b --target=gpt-oss "
                  "--keep_mxfp4",),
-        hardware="one GPU or TPU chip with 24 GB (13.8 GB of weights in MXFP4)",
+        hardware="four GPUs of 80 GB (13.8 GB of weights in MXFP4; 64 members with a cache each)",
         tuning="paper_{category}_gpt_oss", num_members=64, cache="standard", temperature=0.1,
-        chat=True, **_PAPER),
+        mesh="auto", **_PAPER),
     Model(
         name="embedded", title="the embedded models",
         checkpoints=("embedded:wordmath_overtrained", "embedded:wordmath_control"), prepare=(),

@@ -75,9 +75,9 @@ def measure(work: Work) -> list[compared.Record]:
   tokens = texts.reported_on.tokens
   seeds = range(work.seed, work.seed + config.seeds)
 
-  def roster(seed, family, gates, strength):
+  def roster(seed, family, gates, strength, cache=work.model.cache):
     return Roster.create(texts.config, config.n, strength, seed=seed, noise=family,
-                         gate_weights=gates, cache=work.model.cache)
+                         gate_weights=gates, cache=cache)
 
   plain = keep.get("plain", texts.plain)
   found = [likelihoods.record(plain, plain, tokens, "plain", config.task)]
@@ -91,7 +91,7 @@ def measure(work: Work) -> list[compared.Record]:
       measured = keep.get(f"{name}, best", lambda: texts.measure(
           lambda seed: roster(seed, family, gates, best), seeds))
       shared = keep.get(f"{name}, agreement", lambda: float(np.mean(diagnostics.routing_agreement(
-          texts.params, texts.config, roster(work.seed, family, gates, best),
+          texts.params, texts.config, roster(work.seed, family, gates, best, "clean"),
           texts.tokens(config.agreement_texts)))))
       found.append(likelihoods.record(
           measured, plain, tokens, name, config.task, family=family, gates=gates, strength=best,

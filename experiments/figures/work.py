@@ -1,5 +1,6 @@
 """What a figure is made with: its settings, its folder, and the programs that run first."""
 
+from collections.abc import Callable
 import dataclasses
 import json
 import pathlib
@@ -7,6 +8,8 @@ import shlex
 import subprocess
 import sys
 from typing import Any
+
+from tqdm import tqdm
 
 from experiments import app, jsonl, runs
 from experiments.figures.models import Model
@@ -70,6 +73,20 @@ def _flag(name, value):
                          else str(value))
 
 
+class Measured(jsonl.Kept):
+  """Values that show, on a bar, which of them is being made."""
+
+  def __init__(self, path: pathlib.Path, settings: dict[str, Any]):
+    super().__init__(path, settings)
+    self._bar = tqdm(desc=settings["figure"], unit="measurement", file=sys.stderr)
+
+  def get(self, name: str, compute: Callable[[], Any]) -> Any:
+    self._bar.set_postfix_str(name)
+    value = super().get(name, compute)
+    self._bar.update()
+    return value
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
   """One figure of one model.
@@ -107,9 +124,9 @@ class Work:
         "figure": self.figure, "model": model, "seed": self.seed, "data_dir": self.data_dir,
         "config": dataclasses.asdict(self.config)}))
 
-  def kept(self) -> jsonl.Kept:
+  def kept(self) -> "Measured":
     """Values of the figure's own measurements, by name: those that are there are not made again."""
-    return jsonl.Kept(self.folder / "measured.jsonl", self.settings)
+    return Measured(self.folder / "measured.jsonl", self.settings)
 
   def tune(self, task: str, name: str | None = None, **flags) -> Command:
     """A search of τ for a task, which all figures share; `flags` override those of the model.
@@ -120,7 +137,7 @@ class Work:
     """
     model = self.model
     settings = dict(
-        checkpoint=model.checkpoint, task=task,
+        checkpoint=model.checkpoint, mesh=model.mesh, task=task,
         config=model.tuning.format(category=model.category(task)),
         num_samples=model.num_samples, num_trials=model.num_trials, seed=self.seed,
         **self._of_tasks()) | flags
@@ -135,7 +152,7 @@ class Work:
     """A comparison of methods, in `root`/compare/`name`; `flags` override those of the model."""
     model = self.model
     settings = dict(
-        checkpoint=model.checkpoint, tasks=tasks, methods="; ".join(methods),
+        checkpoint=model.checkpoint, mesh=model.mesh, tasks=tasks, methods="; ".join(methods),
         num_members=model.num_members, cache=model.cache, temperature_profile=model.temperature,
         num_seeds=model.num_seeds, limit=model.num_examples, num_validation=model.num_validation,
         batch_size=model.batch_size, seed=self.seed, **self._of_tasks()) | flags

@@ -1,0 +1,192 @@
+"""What writing tokens with rosters takes: time, memory, power and experts, for figures 4 and 5b.
+
+A call writes so many tokens behind prompts, prefill included, with what had to be compiled left out;
+calls take turns in an order that changes, each round on other prompts, and ratios are within rounds.
+Prompts are cut on the left to one length, so that one program serves all of them. At τ = 0 all members
+are computed, as in the paper, but choose the same experts: it hides what a roster reads
+when its members differ, which is why τ > 0 stands beside it.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import app, tasks
+from experiments.benchmarks import machine, power, timing
+from experiments.figures.work import Measured, Work
+from roe_jax import batching, decode, diagnostics
+from roe_jax.config import ModelConfig
+from roe_jax.params import Params
+from roe_jax.roster import Roster
+from roe_jax.sampling import Sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The measurement.
+
+  Attributes:
+    task: whose prompts are continued.
+    prompts: how many, the first of the test split.
+    prompt_length: tokens that are left of each.
+    new_tokens: that are written behind each.
+    members: n, ascending from 1.
+    uncached: n that are measured without a cache, for one text at a time.
+    temperatures: τ of all layers.
+    batch_sizes: texts together.
+    rounds: turns of each call.
+  """
+
+  task: str = "gsm8k"
+  prompts: int = 100
+  prompt_length: int = 128
+  new_tokens: int = 128
+  members: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+  uncached: tuple[int, ...] = (1, 4, 16)
+  temperatures: tuple[float, ...] = (0.0, 0.2)
+  batch_sizes: tuple[int, ...] = (1, 16)
+  rounds: int = 10
+
+
+CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss")} | {
+    "embedded": Config(task="wordmath", prompt_length=48, new_tokens=32, uncached=(1, 4),
+                       temperatures=(0.0, 0.3), members=(1, 4, 16, 64), batch_sizes=(1, 8), rounds=7)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A way of writing tokens.
+
+  Attributes:
+    call: `call(count)` does it so many times.
+    bytes: of the compiled program: arguments and temporaries; None: not told.
+  """
+
+  call: Callable[[int], None]
+  bytes: int | None
+
+
+def case(params: Params, config: ModelConfig, roster: Roster, prompts: Sequence[Sequence[int]],
+         batch_size: int, new_tokens: int) -> Case:
+  """Writes tokens behind prompts, other ones in each call, with everything compiled.
+
+  Args:
+    params: the model's parameters.
+    config: its architecture.
+    roster: the settings.
+    prompts: token ids, all of one length.
+    batch_size: texts together.
+    new_tokens: that are written; no text ends before.
+  """
+  rows = batching.bucket(batch_size)
+  capacity = decode.capacity_for(config, prompts, new_tokens)
+  parts = itertools.cycle([prompts[i:i + batch_size] for i in range(
+      0, len(prompts) - batch_size + 1, batch_size)])
+  stops, steps = jnp.full(4, -1, jnp.int32), jnp.int32(new_tokens)
+
+  def begin():
+    return decode.start(params, config, roster, next(parts), range(batch_size), new_tokens, rows,
+                        capacity)
+
+  program = timing.compiled(decode.decode_steps, params, config, roster, Sampler.greedy(), begin(),
+                            stops, steps)
+
+  def call(count):
+    for _ in range(count):
+      state, _ = program(params, roster, Sampler.greedy(), begin(), stops, steps)
+    jax.block_until_ready(state)
+
+  memory = timing.memory(program)
+  return Case(call, sum(memory.values()) if memory else None)
+
+
+def all_members(config: ModelConfig, n: int, tau: float, **settings) -> Roster:
+  """A roster whose members run all layers, also at τ = 0."""
+  return Roster.create(config, n, tau, noisy_layers=(0, config.num_layers), **settings)
+
+
+def prompts_of(work: Work, config: Config, tokenizer) -> list[list[int]]:
+  """Prompts cut on the left to one length; those that are shorter are left out.
+
+  Raises:
+    ValueError: too few are long enough.
+  """
+  examples = tasks.get(config.task).examples("test", work.data_dir, config.prompts)
+  encoded = [tokenizer.encode(e.prompt) for e in examples]
+  long = [e[-config.prompt_length:] for e in encoded if len(e) >= config.prompt_length]
+  if len(long) < max(config.batch_sizes):
+    raise ValueError(f"{len(long)} of {len(encoded)} prompts of {config.task} have "
+                     f"{config.prompt_length} tokens, fewer than a batch of "
+                     f"{max(config.batch_sizes)}: --set=prompt_length=... takes shorter ones")
+  return long
+
+
+def told(seconds: np.ndarray, first: np.ndarray, tokens: int) -> dict[str, Any]:
+  """Milliseconds per token of a text (median and quartiles), and the ratio to the first case."""
+  low, median, high = timing.quartiles(1e3 * seconds / tokens)
+  return {"ms_per_token": {"value": median, "low": low, "high": high},
+          "to_one": timing.median_ratio(seconds, first),
+          "rounds": int(np.isfinite(seconds).sum())}
+
+
+def measure(work: Work, config: Config) -> list[dict[str, Any]]:
+  """A record for each (batch, cache, τ, n), kept for all figures that show them."""
+  settings = work.settings | {"figure": "overhead", "config": dataclasses.asdict(config)}
+  keep = Measured(work.root / "overhead" / "measured.jsonl", settings)
+  groups = [(batch_size, cached) for batch_size in config.batch_sizes for cached in (True, False)
+            if cached or batch_size == config.batch_sizes[0]]
+  opened = None
+  found = []
+  for batch_size, cached in groups:
+    name = f"batch {batch_size}, {'with' if cached else 'without'} cache"
+    if opened is None and name not in keep:
+      params, model, tokenizer = app.open_model(work.model.checkpoint, None, work.model.mesh)
+      opened = params, model, prompts_of(work, config, tokenizer)
+    found += keep.get(name, lambda: _group(opened, config, batch_size, cached))
+  return found
+
+
+def _group(opened, config, batch_size, cached):
+  params, model, prompts = opened
+  nvml = power.library()
+  sizes = [(tau, n) for tau in config.temperatures
+           for n in (config.members if cached else config.uncached)]
+  rosters = {key: all_members(model, key[1], key[0], recompute=not cached) for key in sizes}
+  cases = {key: case(params, model, roster, prompts, batch_size, config.new_tokens)
+           for key, roster in rosters.items()}
+  for c in cases.values():
+    c.call(1)  # prefill is compiled on the way
+  seconds = timing.take_turns({key: c.call for key, c in cases.items()}, config.rounds)
+  records = []
+  for tau, n in sizes:
+    watts = power.mean_watts(nvml, lambda: cases[tau, n].call(1))
+    spent = seconds[tau, n]
+    experts = None
+    if cached:
+      texts = prompts[:batch_size]
+      experts = float(diagnostics.unique_experts(
+          params, model, rosters[tau, n], texts, [len(t) // 2 for t in texts],
+          batch_size=batch_size).by_step.mean())
+    records.append({
+        "batch": batch_size, "cache": "Clean Cache" if cached else "no cache", "τ": tau, "n": n,
+        **told(spent, seconds[tau, sizes[0][1]], config.new_tokens),
+        "bytes": cases[tau, n].bytes, "watts": watts,
+        "joules_per_token": None if watts is None else watts * float(np.nanmedian(spent)) / (
+            config.new_tokens * batch_size),
+        "experts": experts, "num_experts": model.num_experts,
+        "peak_device_bytes": machine.peaks().get("peak_device_bytes")})
+  return records
+
+
+def series(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+  """Records by what one line of a picture shows."""
+  found: dict[str, list[dict[str, Any]]] = {}
+  for r in records:
+    label = f"{r['cache']}, τ = {r['τ']:g}, {r['batch']} text" + ("s" if r["batch"] > 1 else "")
+    found.setdefault(label, []).append(r)
+  return found
