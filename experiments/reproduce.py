@@ -156,7 +156,6 @@ class Stopwatch:
 
   def __init__(self, path: pathlib.Path):
     self._path = path
-    self._seconds = json.loads(path.read_text()) if path.is_file() else {}
 
   @contextlib.contextmanager
   def __call__(self, name: str):
@@ -165,11 +164,15 @@ class Stopwatch:
     try:
       yield
     finally:
-      self._seconds[name] = self.total([name]) + time.perf_counter() - begin
-      app.write_atomically(self._path, json.dumps(self._seconds, indent=2) + "\n")
+      spent = self.total([name]) + time.perf_counter() - begin
+      app.write_atomically(self._path, json.dumps(self._read() | {name: spent}, indent=2) + "\n")
 
   def total(self, names: Iterable[str]) -> float:
-    return sum(self._seconds.get(name, 0.0) for name in names)
+    known = self._read()
+    return sum(known.get(name, 0.0) for name in names)
+
+  def _read(self):
+    return json.loads(self._path.read_text()) if self._path.is_file() else {}
 
 
 def finish(work: Work, stopwatch: Stopwatch) -> str:
