@@ -195,11 +195,11 @@ def finish(work: Work, stopwatch: Stopwatch) -> str:
   known = json.loads(about.read_text()) if about.is_file() else {
       "figure": work.figure, "model": work.model.title, "command": _command(work),
       "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-      "seeds": [work.seed + i for i in range(work.model.num_seeds)],
       "machine": machine.describe(num_cores()),
       "seconds": stopwatch.total([work.figure, *(c.name for c in module.commands(work))])}
   app.write_atomically(
-      about, json.dumps(known | {"findings": module.findings(records)}, indent=2) + "\n")
+      about, json.dumps(known | {"seeds": work.seeds, "findings": module.findings(records)},
+                        indent=2) + "\n")
   return text
 
 

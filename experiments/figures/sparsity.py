@@ -6,7 +6,7 @@ Small over-trained models that differ in k and E only, `embedded:wordmath_KofE` 
 `python -m experiments.train --config=wordmath_sparsity:KofE`, 7 minutes each on one core): k
 varied at E = 16, and E at k = 4. Of each the roster's perplexity against the plain model, as
 they are and at fitted output temperatures, at one τ for all models and at the model's own best
-τ, which is chosen on other texts. Among the paper's models k / E cannot be varied: they differ in
+τ, which is chosen on other texts, as they are. Among the paper's models k / E cannot be varied: they differ in
 all else, and are shown beside each other for what that is worth. Its reviewers asked for this.
 
     model      checkpoints (see models.py)                      hardware               time

@@ -115,6 +115,11 @@ class Work:
     return self.root / self.figure
 
   @property
+  def seeds(self) -> list[int]:
+    """The noise seeds, as many as the figure's settings say, else the model's."""
+    return [self.seed + i for i in range(getattr(self.config, "seeds", self.model.num_seeds))]
+
+  @property
   def settings(self) -> dict[str, Any]:
     """All that its results depend on."""
     model = dataclasses.asdict(self.model)

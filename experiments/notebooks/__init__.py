@@ -1,0 +1,203 @@
+"""Notebooks that open in Colab, and what is asked of them.
+
+A notebook calls the library: its cells hold no logic. The first cell has the "Open in Colab"
+badge, the first code cell installs one version of this package, and outputs are stored.
+`problems` tells what is wrong with one; `execute` runs it from a clean kernel:
+
+    python -m experiments.notebooks --execute=quickstart,reproduce_figures
+    python -m experiments.notebooks --rewrite     # badges and install lines, after a release
+"""
+
+import ast
+from collections.abc import Iterator
+import importlib
+import inspect
+import pathlib
+import re
+import shlex
+from typing import Any
+
+import nbformat
+
+REPOSITORY, VERSION = "roe-jax/roe_jax", "v0.1.0"
+FOLDER = pathlib.Path(__file__).parent
+# What is installed besides the package, and what of the package.
+EXTRAS = {"quickstart": "experiments", "olmoe_colab": "experiments", "reproduce_figures": "experiments",
+          "tpu": "experiments"}
+BESIDE = {"olmoe_colab": "jax[cuda12]", "tpu": "jax[tpu]"}
+NAMES = tuple(EXTRAS)
+ON_CPU = ("quickstart", "reproduce_figures")
+_PACKAGES = ("roe_jax", "experiments", "checkpoints_convert")
+_LOGIC = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.For, ast.While, ast.If, ast.Try,
+          ast.With, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.IfExp,
+          ast.Match)
+SECONDS = 300  # that a cell may take
+
+
+def path(name: str) -> pathlib.Path:
+  """The file of a notebook.
+
+  Raises:
+    ValueError: there is none of that name.
+  """
+  if name not in NAMES:
+    raise ValueError(f"there is no notebook {name!r}; there are {', '.join(NAMES)}")
+  return FOLDER / f"{name}.ipynb"
+
+
+def read(name: str) -> nbformat.NotebookNode:
+  return nbformat.read(path(name), as_version=4)
+
+
+def badge(name: str) -> str:
+  """The Markdown of the "Open in Colab" badge."""
+  where = f"https://colab.research.google.com/github/{REPOSITORY}/blob/{VERSION}"
+  return (f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({where}/"
+          f"experiments/notebooks/{name}.ipynb)")
+
+
+def install_line(name: str) -> str:
+  """The first code cell."""
+  beside = f' "{BESIDE[name]}"' if name in BESIDE else ""
+  return (f'%pip install -q "roe_jax[{EXTRAS[name]}] @ git+https://github.com/{REPOSITORY}@{VERSION}"'
+          + beside)
+
+
+def rewrite(name: str) -> None:
+  """Puts badge and install line as they should be."""
+  notebook = read(name)
+  first, install = notebook.cells[0], _code(notebook)[0]
+  first.source = re.sub(r"\[!\[Open in Colab\]\(.*?\)\]\(.*?\)", lambda _: badge(name), first.source)
+  install.source = install_line(name)
+  nbformat.write(notebook, path(name))
+
+
+def _code(notebook):
+  return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def _lines(cell):
+  """Lines of a cell, those that are continued joined."""
+  return cell.source.replace("\\\n", " ").splitlines()
+
+
+def problems(name: str, notebook: nbformat.NotebookNode) -> Iterator[str]:
+  """What is wrong with a notebook, without running it."""
+  if notebook.cells[0].cell_type != "markdown" or badge(name) not in notebook.cells[0].source:
+    yield "the first cell has not the badge " + badge(name)
+  code = _code(notebook)
+  if not code or code[0].source.strip() != install_line(name):
+    yield "the first code cell is not " + install_line(name)
+  names: dict[str, Any] = {}
+  for cell in code[1:]:
+    lines = _lines(cell)
+    if any("pip" in line for line in lines if line[:1] in ("!", "%")):
+      yield f"only the first code cell installs, and there is {cell.source!r}"
+    text = "\n".join(line for line in lines if line[:1] not in ("!", "%"))
+    try:
+      tree = ast.parse(text)
+    except SyntaxError as error:
+      yield f"a cell does not compile: {error}"
+      continue
+    for node in ast.walk(tree):
+      if isinstance(node, _LOGIC):
+        yield f"a cell has logic ({type(node).__name__}) in {ast.unparse(node)[:60]!r}"
+    yield from _missing(tree, names)
+  if any(cell.get("outputs") for cell in code) != (name in ON_CPU):
+    yield ("outputs are stored of notebooks that run without an accelerator, and of no others: "
+           "--execute stores them")
+
+
+def _missing(tree, names):
+  """What a cell imports or calls and is not there; `names` are those that cells before imported."""
+  for node in ast.walk(tree):
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+      yield from _import(node, names)
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+      try:
+        _resolve(node, names)
+      except AttributeError:
+        yield f"there is no {ast.unparse(node)}"
+    if isinstance(node, ast.Call):
+      yield from _call(node, names)
+
+
+def _import(node, names):
+  for alias in node.names:
+    module = alias.name if isinstance(node, ast.Import) else node.module
+    if module.partition(".")[0] not in _PACKAGES:
+      continue
+    try:
+      found = importlib.import_module(module)
+      if isinstance(node, ast.ImportFrom):
+        found = getattr(found, alias.name, None) or importlib.import_module(
+            f"{module}.{alias.name}")
+      elif not alias.asname:
+        found = importlib.import_module(module.partition(".")[0])
+    except ImportError as error:
+      yield f"{ast.unparse(node)!r}: {error}"
+      continue
+    names[alias.asname or alias.name.partition(".")[0]] = found
+
+
+def _resolve(node, names):
+  """The object that a dotted name of the library is; None for what is not of it."""
+  if isinstance(node, ast.Name):
+    return names.get(node.id)
+  if isinstance(node, ast.Attribute):
+    owner = _resolve(node.value, names)
+    if inspect.ismodule(owner) or inspect.isclass(owner):
+      if inspect.isclass(owner) and node.attr in getattr(owner, "__annotations__", {}):
+        return None
+      return getattr(owner, node.attr)
+  return None
+
+
+def _call(node, names):
+  try:
+    function = _resolve(node.func, names)
+    if function is None:
+      return
+    signature = inspect.signature(function)
+  except (AttributeError, ValueError, TypeError):
+    return
+  if any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords):
+    return
+  try:
+    signature.bind(*node.args, **{k.arg: k.value for k in node.keywords})
+  except TypeError as error:
+    yield f"{ast.unparse(node)[:80]!r}: {error}"
+
+
+def commands(notebook: nbformat.NotebookNode) -> list[list[str]]:
+  """The programs that cells start, [module, flag, ...], of lines `!python -m MODULE FLAG ...`."""
+  lines = [line for cell in _code(notebook) for line in _lines(cell)]
+  return [_without_redirection(shlex.split(line)[2:]) for line in lines
+          if line.startswith("!python -m ")]
+
+
+def _without_redirection(words):
+  return words[:next((i for i, w in enumerate(words) if re.fullmatch(r"[12]?>", w)), len(words))]
+
+
+def execute(name: str, folder: pathlib.Path) -> nbformat.NotebookNode:
+  """Runs a notebook from a clean kernel but for its install cell, in an empty folder.
+
+  Raises:
+    nbclient.exceptions.CellExecutionError: a cell fails.
+  """
+  import nbclient
+
+  notebook = read(name)
+  install = _code(notebook)[0]
+  kept, install.source = install.source, ""
+  nbclient.NotebookClient(notebook, timeout=SECONDS, kernel_name="python3",
+                          resources={"metadata": {"path": str(folder)}}).execute()
+  install.source, install.outputs, install.execution_count = kept, [], None
+  for cell in notebook.cells:
+    cell.metadata.pop("execution", None)  # when it was run
+  for cell in _code(notebook):  # warnings of this machine
+    cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+  notebook.metadata.pop("language_info", None)
+  return notebook
