@@ -36,10 +36,10 @@ from absl import flags
 from experiments import app, drawing, figures, runs
 from experiments.benchmarks import machine
 from experiments.figures import models, page
-from experiments.figures.work import Command, Work, read_records, write_records
+from experiments.figures.work import (
+    ABOUT, RECORDS, Command, Work, read_records, write_records)
 
 FLAGS = flags.FLAGS
-RECORDS = "records.jsonl"
 
 
 def define_flags(values: flags.FlagValues = FLAGS) -> None:
@@ -61,7 +61,7 @@ def define_flags(values: flags.FlagValues = FLAGS) -> None:
   flags.DEFINE_string("output", "results/reproduce", "Folder of all figures.",
                       flag_values=values)
   flags.DEFINE_string("page", None, "Also write this Markdown page of all figures of the model "
-                      "that are there; pictures go to docs/results beside it.", flag_values=values)
+                      "that are there; their records and pictures go to docs/results beside it.", flag_values=values)
 
 
 def figure_names(wanted: list[str]) -> list[str]:
@@ -180,7 +180,7 @@ def finish(work: Work, stopwatch: Stopwatch) -> str:
   module = figures.get(work.figure)
   work.folder.mkdir(parents=True, exist_ok=True)
   runs.claim(work.folder, work.settings)
-  about = work.folder / "about.json"
+  about = work.folder / ABOUT
   if about.is_file():  # to be drawn anew: what is measured is there
     records = read_records(work.folder / RECORDS)
   else:

@@ -31,6 +31,7 @@ from experiments.figures.work import Command, Work
 from experiments.measure import OUTPUT_TEMPERATURES
 from experiments.objectives import Perplexity
 from experiments.reporting import page
+from experiments.statistics import Estimate
 from roe_jax import diagnostics, score
 from roe_jax.roster import Roster
 
@@ -232,16 +233,21 @@ def findings(records: list[dict]) -> str:
 
 
 def draw(records: list[dict]):
+  """Gains times the share of the class: what each class adds to the gain of all tokens."""
   models = list(dict.fromkeys(r["model"] for r in records))
-  figure, axes = drawing.axes(1, len(models), width=7.0, height=2.6)
+  figure, axes = drawing.axes(1, len(models), width=7.4, height=2.6)
   for model, axis in zip(models, axes[:, 0]):
     shown = [r for r in records if r["model"] == model]
+
+    def added(r, system):
+      return Estimate(*(r["share"] * r[system][name] for name in ("value", "low", "high")))
+
     drawing.zero(axis)
-    drawing.dots(axis, [f"{r['class']}\n{100 * r['share']:.0f} %" for r in shown],
-                 {s: [compared.read(r[s]) for r in shown] for s in SYSTEMS})
+    drawing.dots(axis, [f"{r['class']}\n{100 * r['share']:.1f} %" for r in shown],
+                 {s: [added(r, s) for r in shown] for s in SYSTEMS})
     axis.set_title(model, fontsize=9)
     axis.tick_params(axis="x", labelsize=8)
-    axis.set_ylabel("gain over plain\n(0.001 nat per token)")
+    axis.set_ylabel("added to the gain over plain\n(0.001 nat per token)")
   axes[-1, 0].set_xlabel("class of tokens, and its share of all")
   drawing.legend(figure, axes[0, 0], 5)
   return figure

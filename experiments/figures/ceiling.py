@@ -119,7 +119,7 @@ def ceiling(n: np.ndarray, nll: np.ndarray, tokens: np.ndarray) -> dict:
   return {"limit": {"value": float(limit), "low": float(low), "high": float(high), "clear": clear},
           "a": found[1], "b": found[2], "nll": found[0], "plain_nll": float(
               nll[0].sum() / tokens.sum()),
-          "reached": {str(k): float(100 * g / limit) for k, g in zip(n.tolist(), gains)}
+          "reached": {str(int(k)): float(100 * g / limit) for k, g in zip(n.tolist(), gains)}
           if clear else None}
 
 

@@ -1,4 +1,4 @@
-"""The page of all figures of a model."""
+"""The page of all figures of a model, and what it was made of."""
 
 import json
 import pathlib
@@ -6,46 +6,61 @@ import shutil
 
 from experiments import app, figures
 from experiments.figures.models import Model
+from experiments.figures.work import ABOUT, PICTURE, RECORDS, read_records
+
+PARTS = (("The paper's figures and tables", figures.PAPER),
+         ("What its reviewers asked for", figures.REVIEWERS))
 
 
 def write(path: pathlib.Path, root: pathlib.Path, model: Model) -> str:
   """Writes the page, with the figures whose folders are complete.
 
+  Records, pictures and what they were made with go to docs/results/MODEL beside it, from
+  which the same page can be written again.
+
   Args:
-    path: of the page; its pictures go to docs/results beside it.
+    path: of the page.
     root: the folder with the figures' folders.
     model: what they were made of.
 
   Returns:
     One line that sums it up.
   """
-  pictures = path.parent / "docs" / "results"
-  pictures.mkdir(parents=True, exist_ok=True)
-  parts, found = [], []
-  for group, names in (("The paper's figures and tables", figures.PAPER),
-                       ("What its reviewers asked for", figures.REVIEWERS)):
-    there = [name for name in names if (root / name / "about.json").is_file()]
-    found += there
-    if there:
-      parts += [f"## {group}", *(_section(root / name, pictures, model) for name in there)]
-  head = (f"# Results: {model.title}\n\nMade by `python -m experiments.reproduce`; every section "
-          "names its command, date, seeds and machine. Intervals are 95 % bootstrap intervals over "
-          "examples; what they leave open is not claimed.")
-  app.write_atomically(path, "\n\n".join([head, *parts]) + "\n")
+  kept = path.parent / "docs" / "results" / model.name
+  for name in figures.NAMES:
+    if (root / name / ABOUT).is_file() and root.resolve() != kept.resolve():
+      (kept / name).mkdir(parents=True, exist_ok=True)
+      for file in (ABOUT, RECORDS, PICTURE):
+        if (root / name / file).is_file():
+          shutil.copyfile(root / name / file, kept / name / file)
+  app.write_atomically(path, text(kept, model))
+  found = [name for name in figures.NAMES if (kept / name / ABOUT).is_file()]
   return f"Saved {path} with {len(found)} of {len(figures.NAMES)} figures."
 
 
-def _section(folder, pictures, model):
-  module, about = figures.get(folder.name), json.loads((folder / "about.json").read_text())
-  machine = about["machine"]
-  parts = [f"### {folder.name}: {module.TITLE}", module.SAW, about["findings"],
-           (folder / "table.md").read_text().strip()]
-  if (folder / "figure.png").is_file():
-    name = f"{model.name}-{folder.name}.png"
-    shutil.copyfile(folder / "figure.png", pictures / name)
-    parts.append(f"![{module.TITLE}](docs/results/{name})")
+def text(kept: pathlib.Path, model: Model) -> str:
+  """The page of what a folder docs/results/MODEL holds."""
+  parts = [f"# Results: {model.title}\n\nMade by `python -m experiments.reproduce`; every section names its "
+           "command, date, seeds and machine. Intervals are 95 % bootstrap intervals over examples. None of "
+           "this says what large models do: the weights of the paper's models were not at hand, and the "
+           "same commands with `--model=olmoe`, `mixtral` or `gpt_oss` are for where they are."]
+  for title, names in PARTS:
+    there = [name for name in names if (kept / name / ABOUT).is_file()]
+    if there:
+      parts += [f"## {title}", *(_section(kept, name) for name in there)]
+  return "\n\n".join(parts) + "\n"
+
+
+def _section(kept, name):
+  module, about = figures.get(name), json.loads((kept / name / ABOUT).read_text())
+  records, machine = read_records(kept / name / RECORDS), about["machine"]
+  parts = [f"### {name}: {module.TITLE}", module.SAW, f"**Here:** {module.findings(records)}",
+           module.table(records)]
+  if (kept / name / PICTURE).is_file():
+    parts.append(f"![{module.TITLE}](docs/results/{kept.name}/{name}/{PICTURE})")
   parts.append(
-      f"`{about['command']}`: {about['date']}, {about['seconds']:.0f} s, seeds "
-      f"{', '.join(map(str, about['seeds']))}; {machine['cpu']}, {machine['cores']} cores, "
-      f"{machine['device']}, jax {machine['jax']}.")
-  return "\n\n".join(part for part in parts if part)
+      f"`{about['command']}`\n\n{about['date']}; {about['seconds']:.0f} s, with the searches and comparisons "
+      f"that it shares with others; noise seeds {', '.join(map(str, about['seeds']))}; {machine['cpu']}, "
+      f"{machine['cores']} core{'s' if machine['cores'] > 1 else ''}, Python {machine['python']}, jax "
+      f"{machine['jax']}.")
+  return "\n\n".join(parts)

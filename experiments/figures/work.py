@@ -15,6 +15,9 @@ from experiments import app, jsonl, runs
 from experiments.figures.models import Model
 from experiments.reporting import results as results_lib
 
+# In a figure's folder.
+RECORDS, ABOUT, PICTURE = "records.jsonl", "about.json", "figure.png"
+
 
 @dataclasses.dataclass(frozen=True)
 class Command:

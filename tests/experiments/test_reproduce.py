@@ -1,17 +1,17 @@
 import dataclasses
 import json
 import pathlib
-import sys
 import types
 
 from absl import flags
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
-from experiments import app, figures, reproduce
-from experiments.figures import models, page
+from experiments import figures, reproduce
+from experiments.figures import models, page, work
 from experiments.figures.work import Command, Work
 
 @dataclasses.dataclass(frozen=True)
@@ -148,15 +148,38 @@ def test_a_figure_leaves_records_a_table_a_picture_and_what_it_was_made_with(
   assert about["machine"]["cores"] >= 1
   text = (tmp_path / "RESULTS.md").read_text()
   for part in ("### fig3: A title", "What was seen.", "2 sizes.", "| 2 | 1.0 |",
-               "docs/results/embedded-fig3.png", about["date"], "seeds 0, 1"):
+               "docs/results/embedded/fig3/figure.png", about["date"], "seeds 0, 1"):
     assert part in text, part
-  assert (tmp_path / "docs/results/embedded-fig3.png").exists()
+  kept = tmp_path / "docs/results/embedded"
+  assert (kept / "fig3/figure.png").exists() and page.text(kept, models.get("embedded")) == text
   # Again: it is drawn, and nothing is measured.
   (folder / "figure.png").unlink()
   run(*given)
   assert (folder / "figure.png").exists() and measured == ["fig3"]
   assert json.loads((folder / "about.json").read_text()) == about
   assert "A title" in capsys.readouterr().out
+
+
+def test_the_results_page_is_what_its_records_say():
+  root = pathlib.Path(reproduce.__file__).parents[1]
+  written = (root / "RESULTS.md").read_text()
+  assert written == page.text(root / "docs/results/embedded", models.get("embedded"))
+  for name in figures.NAMES:
+    assert f"### {name}: " in written
+
+
+@pytest.mark.parametrize("name", figures.NAMES)
+def test_every_figure_is_drawn_of_its_records(name):
+  root = pathlib.Path(reproduce.__file__).parents[1]
+  folder = root / "docs/results/embedded" / name
+  picture = figures.get(name).draw(work.read_records(folder / "records.jsonl"))
+  assert (picture is None) == (not (folder / "figure.png").exists())
+  if picture is not None:
+    picture.canvas.draw()
+    pixels = np.asarray(picture.canvas.buffer_rgba())[..., :3]
+    assert 0.003 < (pixels.mean(axis=-1) < 230).mean() < 0.7, "it looks empty"
+    assert (pixels == pixels[..., :1]).all(), "it has colours"
+    plt.close(picture)
 
 
 def test_an_interrupted_figure_keeps_what_was_measured(run, one_figure, tmp_path):

@@ -1,0 +1,253 @@
+"""What figures compute: laws, fits, differences, costs, against closed forms."""
+
+import dataclasses
+import threading
+import types
+
+import jax
+import numpy as np
+import pytest
+from statsmodels.stats.multitest import multipletests
+
+import tiny
+from experiments import statistics
+from experiments.benchmarks import power, timing
+from experiments.figures import (
+    calibration, ceiling, compared, fig5b, likelihoods, models, overhead, scaling_law, search_cost,
+    searches, transfer)
+from experiments.figures.work import Work
+from experiments.reporting.results import Result
+from roe_jax import decode, params as params_lib, presets
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+  monkeypatch.setattr(statistics, "RESAMPLES", 400)
+  monkeypatch.setattr(statistics, "FLIPS", 399)
+
+
+@pytest.mark.parametrize("exponent", [0.076, 0.5, 2.0])
+def test_the_exponent_of_a_power_law_is_found(exponent):
+  sizes = np.array([1e5, 4e5, 1.6e6])
+  losses = 3.0 * sizes ** -exponent
+  assert scaling_law.fit_exponent(sizes, losses) == pytest.approx(exponent)
+  # The third one's loss equals that of a model of its size.
+  assert scaling_law.equivalent(sizes[0], losses[0], losses[2], exponent) == pytest.approx(sizes[2])
+
+
+def test_the_papers_example_of_the_law():
+  """7 B to 10.5 B at α = 0.076 is a loss that is 3 % lower."""
+  assert scaling_law.equivalent(7e9, 1.0, 1.5 ** -0.076, 0.076) == pytest.approx(10.5e9)
+  assert 1.5 ** -0.076 == pytest.approx(0.97, abs=1e-3)
+
+
+def test_parameters_are_counted_without_embeddings_and_with_all_experts():
+  config = presets.PRESETS["olmoe-1b-7b"]
+  total = sum(np.prod(w.shape) for w in jax.tree.leaves(params_lib.abstract(config)))
+  assert scaling_law.num_parameters(config) == total - 2 * config.vocab_size * config.d_model
+  assert 6.6e9 < scaling_law.num_parameters(config) < 6.9e9
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.5, 4.0])
+def test_a_resized_model_has_the_size_that_was_asked_for(factor):
+  config = tiny.config("olmoe", d_model=64, d_expert=48, num_experts=16)
+  wanted = factor * scaling_law.num_parameters(config)
+  assert scaling_law.num_parameters(scaling_law.resized(config, wanted)) == pytest.approx(
+      wanted, rel=0.05)
+
+
+@pytest.mark.parametrize("b", [0.6, 1.0, 1.7])
+def test_a_ceiling_is_found_from_points_below_it(b):
+  n = np.array([2.0, 4, 8, 16, 32])
+  assert ceiling.fit(n, ceiling.curve(n, 0.7, 0.2, b)) == pytest.approx((0.7, 0.2, b), abs=1e-3)
+
+
+def test_shares_of_a_ceiling_are_told_where_it_is_clear():
+  n = np.array([1.0, 2, 4, 8, 16, 32, 64])
+  random = np.random.default_rng(0)
+  tokens = random.integers(10, 30, 80).astype(float)
+  base = tokens * 0.2
+  gain = np.where(n == 1, 0.0, 0.1 - 0.1 / n)[:, None] * tokens * random.uniform(0.5, 1.5, 80)
+  found = ceiling.ceiling(n, base - gain, tokens)
+  assert found["b"] == pytest.approx(1, abs=0.02) and found["limit"]["clear"]
+  assert found["limit"]["value"] == pytest.approx(100 * np.expm1(
+      -0.1 * (gain[-1] / 0.1 / (1 - 1 / 64)).sum() / tokens.sum()), rel=0.02)
+  # The last one has all but 1 / n of it.
+  assert found["reached"]["64"] == pytest.approx(100 * (1 - 1 / 64), abs=1)
+  noise = random.normal(0, 0.5, (len(n), 80))
+  noise[0] = 0
+  assert ceiling.ceiling(n, base + noise - noise.mean(axis=1, keepdims=True), tokens)["reached"] is None
+
+
+def test_classes_of_tokens_are_between_their_bounds():
+  config = calibration.Config(bounds=(0.99, 0.9, 0.5))
+  top = np.array([1.0, 0.99, 0.989, 0.9, 0.89, 0.5, 0.1])
+  assert calibration._classes(config, top).tolist() == [0, 0, 1, 1, 2, 2, 3]
+  assert config.classes == ["p 0.99 to 1", "p 0.9 to 0.99", "p 0.5 to 0.9", "p 0 to 0.5"]
+
+
+def test_the_share_of_calibration_is_told_only_of_a_clear_gain():
+  random = np.random.default_rng(0)
+  roster = random.normal(2.0, 0.5, 100)
+  clear = dict(zip(("value", "low", "high"), statistics.bootstrap(
+      [roster, np.ones(100)], statistics.ratio)))
+  assert calibration._share(0.7 * roster, roster, clear)["value"] == pytest.approx(70)
+  assert calibration._share(0.7 * roster, roster, clear | {"low": -0.1}) is None
+
+
+def test_differences_are_corrected_over_all_records():
+  p = [0.001, 0.02, 0.03, 0.4]
+  found = compared.corrected([
+      {"quality_difference": {"value": 2.0, "low": 1.0, "high": 3.0, "p": x, "adjusted": x,
+                              "clear": True}} for x in p] + [{"quality_difference": None}])
+  expected = multipletests(p, method="holm")[1]
+  assert [r["quality_difference"]["adjusted"] for r in found[:4]] == pytest.approx(expected.tolist())
+  assert [r["quality_difference"]["clear"] for r in found[:4]] == [True, False, False, False]
+  assert "1 is clear" in compared.clear([r | {"label": "x", "task": "y"} for r in found],
+                                        "quality_difference", "results")
+
+
+def test_a_record_of_likelihoods_is_paired_with_the_plain_model():
+  random = np.random.default_rng(0)
+  tokens = random.integers(5, 20, 50)
+  plain = {"temperature": 1.5, "nll": (0.2 * tokens[:, None]).tolist(),
+           "fitted_nll": (0.15 * tokens[:, None]).tolist()}
+  ours = {"temperature": 1.2, "nll": (0.18 * tokens[:, None] * [1, 1]).tolist(),
+          "fitted_nll": (0.15 * tokens[:, None] * [1.01, 0.99]).tolist()}
+  record = likelihoods.record(ours, plain, tokens, "roster", "wordmath")
+  assert record["perplexity"]["value"] == pytest.approx(np.exp(0.18))
+  assert record["perplexity_difference"]["value"] == pytest.approx(100 * np.expm1(-0.02))
+  assert record["fitted_difference"]["value"] == pytest.approx(0, abs=1e-9)
+  assert not record["fitted_difference"]["clear"]
+  alone = likelihoods.record(plain, plain, tokens, "plain", "wordmath")
+  assert alone["perplexity_difference"] is None and alone["fitted_difference"] is None
+
+
+class FakeNvml(types.SimpleNamespace):
+  """The functions of pynvml that are used, of two GPUs of 100 W and 150 W."""
+
+  def __init__(self):
+    super().__init__(read=threading.Event())
+
+  def nvmlDeviceGetCount(self):
+    return 2
+
+  def nvmlDeviceGetHandleByIndex(self, index):
+    return index
+
+  def nvmlDeviceGetPowerUsage(self, handle):
+    if handle == 1:
+      self.read.set()
+    return 100_000 + 50_000 * handle
+
+
+def test_power_is_the_sum_over_gpus_and_nothing_is_invented_without_them():
+  nvml = FakeNvml()
+  assert power.mean_watts(nvml, nvml.read.wait, seconds=0.05) == pytest.approx(250)
+  meter = power.Meter(nvml)
+  assert meter.watts is None and power.mean_watts(None, lambda: 1 / 0) is None
+
+
+def test_without_its_package_there_is_no_library_of_power(monkeypatch):
+  monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
+  assert power.library() is None
+
+
+def test_a_case_of_overhead_writes_what_generation_writes_with_all_members(monkeypatch):
+  config = tiny.config("olmoe", context_length=64)
+  params = tiny.params(config)
+  prompts = [[1 + (i * 7 + j) % 40 for j in range(6)] for i in range(4)]
+  roster = overhead.all_members(config, 3, 0.0)
+  assert roster.noisy_layers == (0, config.num_layers) and len(roster.members) == 3
+  written, compile_ = [], timing.compiled
+
+  def compiled(*args):
+    program = compile_(*args)
+
+    def run(*inputs):
+      state, steps = program(*inputs)
+      written.append(np.asarray(state.tokens)[:2, 6:11].tolist())
+      return state, steps
+    run.memory_analysis = program.memory_analysis
+    return run
+
+  monkeypatch.setattr(timing, "compiled", compiled)
+  case = overhead.case(params, config, roster, prompts, 2, 5)
+  case.call(2)
+  assert case.bytes is None or case.bytes > 0
+  expected = [c.tokens for c in decode.generate(
+      params, config, prompts, max_new_tokens=5, roster=roster, stop_tokens=[],
+      request_ids=[0, 1, 0, 1]).completions]
+  # The first two were taken to compile; then prompts take turns, two at a time.
+  assert written == [expected[2:], expected[:2]]
+
+
+def test_ratios_are_within_rounds():
+  seconds, first = np.array([2.0, 6.0, 4.0]), np.array([1.0, 3.0, 1.0])
+  found = overhead.told(seconds, first, 4)
+  assert found["to_one"] == 2.0 and found["ms_per_token"]["value"] == 1000.0
+  assert found["rounds"] == 3
+
+
+def result(name, values, nll):
+  """A run on task t with exact_match and fitted nll of each example."""
+  records = {"t": {f"t/{i}": {0: {"metrics": {"exact_match": v, "fitted_nll": x, "tokens": 10}}}
+                   for i, (v, x) in enumerate(zip(values, nll))}}
+  return Result(None, name, {"spelled": name}, records, [], {})
+
+
+def test_a_tasks_own_profile_is_compared_with_the_mean_of_the_others():
+  random = np.random.default_rng(0)
+  a, b = random.integers(0, 2, 60), random.integers(0, 2, 60)
+  nll = random.uniform(1, 2, 60)
+  found = transfer._own(result("own", np.ones(60), nll),
+                        [result("a", a, nll + 0.5), result("b", b, nll + 0.1)], "t")
+  assert found["quality"]["value"] == pytest.approx(100 * (1 - (a + b).mean() / 2))
+  assert found["fitted"]["value"] == pytest.approx(100 * np.expm1(-0.03))
+
+
+@pytest.fixture
+def search():
+  """A search by perplexity of three trials, the second pruned."""
+  difference = {"of": "tuned", "to": "plain", "fitted": False, "value": -0.4, "low": -0.8, "high": 0.1,
+                "clear": False}
+  return {"task": "t", "category": "math", "settings": {"num_members": 4}, "profile": {
+      "temperatures": [0.1, 0.2], "objective": {
+          "name": "perplexity", "value": 1.9, "plain": 2.0, "kind": "tpe",
+          "confirmed": {"differences": [difference]}},
+      "cost": {"tokens": 30, "forward_rows": 120, "seconds": 3.0, "trials": 3, "pruned": 1,
+               "failed": 0}},
+          "trials": [
+              {"number": 0, "kind": "sweep", "state": "complete", "temperatures": [0.1, 0.1],
+               "value": 1.95, "forward_rows": 50},
+              {"number": 1, "kind": "tpe", "state": "pruned", "temperatures": [0.4, 0.4],
+               "value": 2.5, "forward_rows": 20},
+              {"number": 2, "kind": "tpe", "state": "complete", "temperatures": [0.1, 0.2],
+               "value": 1.9, "forward_rows": 50}]}
+
+
+def test_a_search_tells_what_is_left_on_fresh_examples(search):
+  assert searches.searched_gain(search) == pytest.approx(-5)
+  assert "better than the plain model on 1 of 1 task; on fresh ones this is clear on 0." in (
+      searches.findings([search]))
+  text = searches.table([search])
+  assert "-5.00" in text and "-0.40 [-0.80, +0.10]" in text and "0.10 0.20" in text
+
+
+def test_a_search_costs_what_its_trials_cost(search, monkeypatch):
+  monkeypatch.setattr(searches, "records", lambda work, tasks: [search])
+  work = Work("search_cost", dataclasses.replace(models.get("embedded"), math=("t",), commonsense=(),
+                                                 code=()), search_cost.Config(), None)
+  (record,) = search_cost.measure(work)
+  assert [(h["forward_rows"], h["best"]) for h in record["history"]] == [
+      (50, 1.95), (70, 1.95), (120, 1.9)]
+  assert record["roster_tokens"] == 30  # 120 rows of four members
+  assert "costs as much as writing 30 to 30 tokens" in search_cost.findings([record])
+
+
+def test_a_roster_that_equals_no_larger_model_has_none_to_compare_with(tmp_path):
+  work = Work("fig5b", models.get("embedded"), fig5b.CONFIGS["embedded"], tmp_path)
+  with pytest.raises(ValueError, match="--figure=fig5a,fig5b"):
+    fig5b.measure(work)
+  with pytest.raises(ValueError, match="needs several"):
+    fig5b.measure(dataclasses.replace(work, model=models.get("mixtral")))
