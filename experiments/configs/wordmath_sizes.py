@@ -3,7 +3,13 @@
     python -m experiments.train --config=wordmath_sizes:d32 --output=DIR
 
 The recipe is that of `wordmath_control`, which is the third and largest member:
-all widths shrink together. On one core: d32 5 minutes, d64 16.
+all widths shrink together. Expected, on 200 validation problems, and on one core of an
+AMD EPYC (as in `wordmath_control`):
+
+            answer perplexity   solved greedily   minutes
+    d32           1.149              27 %            5
+    d64           1.034              75 %           15
+    control       1.012              92 %
 """
 
 from experiments import configs

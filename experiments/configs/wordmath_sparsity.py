@@ -3,7 +3,19 @@
     python -m experiments.train --config=wordmath_sparsity:4of16 --output=DIR
 
 `KofE`: each token goes through K of E experts, all of one width. 1,500 problems,
-27 times each: 7 minutes on one core.
+27 times each. Expected, on 200 validation problems and on 200 of those trained on, and on
+one core of an AMD EPYC:
+
+             answer perplexity   trained on   minutes
+    1of16         1.666            1.058          5
+    2of16         1.522            1.026          6
+    4of16         1.827            1.030          7
+    8of16         1.713            1.042         10
+    4of8          1.463            1.018          7
+    4of32         1.478            1.037          8
+
+Some have begun to forget what they knew earlier: validation perplexity was lowest about
+step 1,500, as is meant.
 """
 
 import dataclasses

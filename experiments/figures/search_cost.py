@@ -98,6 +98,7 @@ def draw(records: list[dict]):
     axis.axhline(r["plain"], color="0.4", linestyle=":", linewidth=1.2, label="without noise")
     axis.set_title(r["task"], fontsize=9)
     axis.set_xlabel("forward rows spent")
+    axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     axis.set_ylabel(r["objective"])
   for axis in axes.flat[len(records):]:
     axis.set_visible(False)

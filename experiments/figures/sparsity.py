@@ -3,7 +3,7 @@
     python -m experiments.reproduce --figure=sparsity --model=embedded
 
 Small over-trained models that differ in k and E only, `embedded:wordmath_KofE` (made by
-`python -m experiments.train --config=wordmath_sparsity:KofE`, 7 minutes each on one core): k
+`python -m experiments.train --config=wordmath_sparsity:KofE`, 5 to 10 minutes each on one core): k
 varied at E = 16, and E at k = 4. Of each the roster's perplexity against the plain model, as
 they are and at fitted output temperatures, at one τ for all models and at the model's own best
 τ, which is chosen on other texts, as they are. Among the paper's models k / E cannot be varied: they differ in
