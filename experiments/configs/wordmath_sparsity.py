@@ -14,8 +14,8 @@ one core of an AMD EPYC:
     4of8          1.463            1.018          7
     4of32         1.478            1.037          8
 
-Some have begun to forget what they knew earlier: validation perplexity was lowest about
-step 1,500, as is meant.
+They are over-trained on purpose: validation perplexity was lowest, 1.31 to 1.46, at steps
+1,500 to 1,750.
 """
 
 import dataclasses

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -213,6 +214,17 @@ def test_configs_out_of_range(config, changes):
 def test_every_config_loads():
   for name in configs.names():
     assert isinstance(configs.load(name), configs.TrainingConfig)
+
+
+@pytest.mark.parametrize("name", assets.NAMES)
+def test_embedded_models_are_what_their_configs_make(name):
+  provenance = checkpoint.load_provenance(assets.path(name))
+  config = re.search(r"--config=(\S+)", provenance["command"])[1]
+  expected = configs.load(config)
+  made = json.loads(json.dumps(dataclasses.asdict(expected)))
+  made["model"] = {k: made["model"][k] for k in provenance["config"]["model"]}  # those it had then
+  assert made == provenance["config"]
+  assert checkpoint.load_config(assets.path(name)) == expected.model.replace(dtype="bfloat16")
 
 
 def test_embedded_models_have_a_folder_each():
