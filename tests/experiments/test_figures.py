@@ -59,7 +59,9 @@ def test_a_resized_model_has_the_size_that_was_asked_for(factor):
 @pytest.mark.parametrize("b", [0.6, 1.0, 1.7])
 def test_a_ceiling_is_found_from_points_below_it(b):
   n = np.array([2.0, 4, 8, 16, 32])
-  assert ceiling.fit(n, ceiling.curve(n, 0.7, 0.2, b)) == pytest.approx((0.7, 0.2, b), abs=1e-3)
+  nll = ceiling.curve(n, 0.7, 0.2, b)
+  assert ceiling.fit(n, nll, b) == pytest.approx((0.7, 0.2))
+  assert ceiling.exponent(n, nll) == pytest.approx(b, abs=1e-3)
 
 
 def test_shares_of_a_ceiling_are_told_where_it_is_clear():
