@@ -83,13 +83,15 @@ def overridden(settings: list[object], given: list[str]) -> list[object]:
   Raises:
     ValueError: no field is called so, or the value is not of its kind.
   """
+  named = [{f.name for f in dataclasses.fields(s)} for s in settings]
   for text in given:
     name, equals, value = text.partition("=")
-    fields = {f.name for s in settings for f in dataclasses.fields(s)}
-    if not equals or name not in fields:
-      raise ValueError(f"--set={text}: it must be NAME=VALUE with one of {', '.join(sorted(fields))}")
+    known = set().union(*named)
+    if not equals or name not in known:
+      raise ValueError(
+          f"--set={text}: it must be NAME=VALUE with one of {', '.join(sorted(known))}")
     settings = [dataclasses.replace(s, **{name: _parse(text, value, getattr(s, name))})
-                if hasattr(s, name) else s for s in settings]
+                if name in names else s for s, names in zip(settings, named)]
   return settings
 
 

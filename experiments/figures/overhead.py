@@ -19,7 +19,7 @@ import numpy as np
 from experiments import app, tasks
 from experiments.benchmarks import machine, power, timing
 from experiments.figures.work import Measured, Work
-from roe_jax import batching, decode, diagnostics
+from roe_jax import batching, decode, diagnostics, params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
@@ -83,6 +83,7 @@ def case(params: Params, config: ModelConfig, roster: Roster, prompts: Sequence[
     batch_size: texts together.
     new_tokens: that are written; no text ends before.
   """
+  params = params_lib.held(params)  # as generation has them
   rows = batching.bucket(batch_size)
   capacity = decode.capacity_for(config, prompts, new_tokens)
   parts = itertools.cycle([prompts[i:i + batch_size] for i in range(
