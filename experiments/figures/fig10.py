@@ -13,8 +13,6 @@ are L at either end.
     embedded   ships with the package                  two CPU cores          that of the searches, 6 minutes
 """
 
-import dataclasses
-
 import numpy as np
 
 from experiments.figures import searches
@@ -25,12 +23,7 @@ TITLE = "Temperatures by layer"
 SAW = "The paper saw profiles that differ between tasks, without a common pattern over layers."
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """Nothing of its own: tasks and budgets are the model's."""
-
-
-CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss", "embedded")}
+CONFIGS = searches.CONFIGS
 
 
 def commands(work: Work) -> list[Command]:

@@ -17,8 +17,6 @@ The paper saw +12 % memory and +20 % power at n = 64, on one A100 with τ = 0.
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
 
-import numpy as np
-
 from experiments import drawing
 from experiments.figures import overhead
 from experiments.figures.work import Command, Work
@@ -66,23 +64,23 @@ def findings(records: list[dict]) -> str:
 
 
 def draw(records: list[dict]):
-  figure, axes = drawing.axes(2, width=4.2, height=3.2)
-  numbers = sorted({r["n"] for r in records})
-  for index, (label, lines) in enumerate(overhead.series(records).items()):
-    style = drawing.style(index) | {"linestyle": "-", "linewidth": 1, "markersize": 5}
-    for key, unit, axis in (("bytes", 2**20, axes[0, 0]), ("joules_per_token", 1, axes[0, 1])):
+  panels = [("bytes", 2**20, "memory of the program (MiB)"),
+            ("joules_per_token", 1, "energy (J per token)")]
+  there = [p for p in panels if any(r[p[0]] is not None for r in records)]
+  if not there:
+    return None
+  figure, axes = drawing.axes(len(there), width=5.2, height=3.2)
+  for (key, unit, title), axis in zip(there, axes[0]):
+    for index, (label, lines) in enumerate(overhead.series(records).items()):
       shown = [r for r in lines if r[key] is not None]
-      axis.errorbar([r["n"] for r in shown], [r[key] / unit for r in shown], label=label, **style)
-  axes[0, 0].set_ylabel("memory of the program (MiB)")
-  axes[0, 1].set_ylabel("energy (J per token)")
-  if all(r["watts"] is None for r in records):
-    axes[0, 1].text(0.5, 0.5, "power: not available here", ha="center", va="center",
-                    transform=axes[0, 1].transAxes, fontsize=9)
-    axes[0, 1].set_yticks([])
-  for axis in axes[0]:
-    drawing.members_axis(axis, numbers)
-    axis.set_xlim(numbers[0] / 1.3, numbers[-1] * 1.3)
-    if np.isfinite(axis.dataLim.y1):
-      axis.set_ylim(bottom=0)
+      axis.errorbar([r["n"] for r in shown], [r[key] / unit for r in shown], label=label,
+                    **drawing.style(index) | {"linestyle": "-", "linewidth": 1, "markersize": 5})
+    axis.set_ylabel(title)
+    axis.set_ylim(0, 1.08 * max(r[key] / unit for r in records if r[key] is not None))
+    drawing.members_axis(axis, sorted({r["n"] for r in records}))
+  if len(there) < len(panels):
+    missing = next(title for key, _, title in panels if (key, title) not in {
+        (k, t) for k, _, t in there})
+    figure.suptitle(f"{missing}: not available here", fontsize=9)
   drawing.legend(figure, axes[0, 0], 2)
   return figure

@@ -47,7 +47,8 @@ def findings(records: list[dict]) -> str:
   told = []
   for label, lines in overhead.series(records).items():
     last = lines[-1]
-    read = "" if last["experts"] is None else f", reading {last['experts']:.1f} experts of a layer in place of {lines[0]['experts']:.1f}"
+    read = "" if last["experts"] is None else (
+        f", reading {last['experts']:.1f} experts of a layer in place of {lines[0]['experts']:.1f}")
     told.append(f"{label}: n = {last['n']} takes {last['to_one']:.2f} times as long as n = "
                 f"{lines[0]['n']}{read}")
   return "; ".join(told) + "."
@@ -63,8 +64,8 @@ def draw(records: list[dict]):
     if lines[0]["experts"] is not None:
       axes[0, 1].errorbar([r["n"] for r in lines], [r["experts"] for r in lines], label=label, **style)
   axes[0, 0].set_yscale("log")
-  axes[0, 0].set_ylabel("ms per token of a text (median, quartiles)")
-  axes[0, 1].set_ylabel("different experts read, a layer and step")
+  axes[0, 0].set_ylabel("ms per token (median, quartiles)")
+  axes[0, 1].set_ylabel("experts read in a layer and step")
   axes[0, 1].set_ylim(0, records[0]["num_experts"] * 1.05)
   for axis in axes[0]:
     drawing.members_axis(axis, numbers)

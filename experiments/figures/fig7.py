@@ -16,8 +16,6 @@ say, which the table here does.
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
 
-import dataclasses
-
 from experiments.figures import searches
 from experiments.figures.work import Command, Work
 
@@ -26,12 +24,7 @@ SAW = ("The paper showed the validation perplexity of the best profile falling o
        "model; not whether that holds on other samples.")
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """Nothing of its own: tasks and budgets are the model's."""
-
-
-CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss", "embedded")}
+CONFIGS = searches.CONFIGS
 
 
 def commands(work: Work) -> list[Command]:

@@ -14,8 +14,6 @@ models the choice is among four results of a last step of arithmetic.
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
 
-import dataclasses
-
 from experiments.figures import searches
 from experiments.figures.work import Command, Work
 
@@ -24,12 +22,7 @@ SAW = ("The paper showed validation accuracy of the best profile rising over 100
        "that holds on other samples.")
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """Nothing of its own: tasks and budgets are the model's."""
-
-
-CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss", "embedded")}
+CONFIGS = searches.CONFIGS
 
 
 def commands(work: Work) -> list[Command]:

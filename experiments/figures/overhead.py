@@ -10,7 +10,7 @@ when its members differ, which is why τ > 0 stands beside it.
 from collections.abc import Callable, Sequence
 import dataclasses
 import itertools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ class Config:
     rounds: turns of each call.
   """
 
+  seeds: ClassVar[int] = 1
   task: str = "gsm8k"
   prompts: int = 100
   prompt_length: int = 128

@@ -14,8 +14,6 @@ inference the search has cost. The paper does not tell costs; its reviewers aske
     embedded   ships with the package                  two CPU cores          that of the searches, 6 minutes
 """
 
-import dataclasses
-
 import numpy as np
 
 from experiments import confirm, drawing
@@ -27,12 +25,7 @@ TITLE = "What a search costs, and what it buys"
 SAW = "Its reviewers asked for the cost of the temperature search, which the paper does not tell."
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """Nothing of its own: tasks and budgets are the model's."""
-
-
-CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss", "embedded")}
+CONFIGS = searches.CONFIGS
 
 
 def commands(work: Work) -> list[Command]:

@@ -1,8 +1,9 @@
 """Records of figures that are made of searches of τ."""
 
 from collections.abc import Sequence
+import dataclasses
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 from experiments import confirm, drawing
 from experiments.figures import compared
@@ -11,6 +12,16 @@ from experiments.reporting import page, pictures
 from experiments.reporting.results import Tuning
 
 Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Nothing of its own: tasks and budgets are the model's."""
+
+  seeds: ClassVar[int] = 4  # of the trials, and three of the confirmation
+
+
+CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss", "embedded")}
 
 
 def commands(work: Work, tasks: Sequence[str]) -> list[Command]:

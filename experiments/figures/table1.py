@@ -15,8 +15,6 @@ also tells what it came to, on its own samples and on fresh ones, and what it co
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
 
-import dataclasses
-
 from experiments.figures import compared, searches
 from experiments.figures.work import Command, Work
 from experiments.reporting import page
@@ -26,12 +24,7 @@ SAW = ("The paper lists budgets (math 100 samples and 50 trials, common sense 30
        "50), not what the searches cost, nor what they are worth on other samples.")
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """Nothing of its own: tasks and budgets are the model's."""
-
-
-CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss", "embedded")}
+CONFIGS = searches.CONFIGS
 
 
 def commands(work: Work) -> list[Command]:

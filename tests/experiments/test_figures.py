@@ -239,7 +239,7 @@ def test_a_search_tells_what_is_left_on_fresh_examples(search):
 def test_a_search_costs_what_its_trials_cost(search, monkeypatch):
   monkeypatch.setattr(searches, "records", lambda work, tasks: [search])
   work = Work("search_cost", dataclasses.replace(models.get("embedded"), math=("t",), commonsense=(),
-                                                 code=()), search_cost.Config(), None)
+                                                 code=()), search_cost.CONFIGS["embedded"], None)
   (record,) = search_cost.measure(work)
   assert [(h["forward_rows"], h["best"]) for h in record["history"]] == [
       (50, 1.95), (70, 1.95), (120, 1.9)]

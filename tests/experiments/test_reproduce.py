@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import types
 
 from absl import flags
@@ -166,6 +167,11 @@ def test_the_results_page_is_what_its_records_say():
   assert written == page.text(root / "docs/results/embedded", models.get("embedded"))
   for name in figures.NAMES:
     assert f"### {name}: " in written
+  readme = (root / "README.md").read_text()
+  intervals = re.findall(r"[-+]?\d+\.\d+ \[[^\]]*\]", readme)
+  assert len(intervals) >= 15 and [i for i in intervals if i not in written] == []
+  for link in re.findall(r"\]\(((?:docs|experiments|[A-Z]+\.)[^)#]*)", readme):
+    assert (root / link).exists(), link
 
 
 @pytest.mark.parametrize("name", figures.NAMES)
