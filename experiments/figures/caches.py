@@ -2,15 +2,16 @@
 
     python -m experiments.reproduce --figure=caches --model=olmoe --data_dir=data
 
-Rosters with either cache, with and without the clean member among those averaged, beside the plain
-model: results, perplexity, memory and time. The paper used Clean Cache for OLMoE and the
-standard cache for Mixtral and GPT-OSS and compared them on none; its reviewers asked for both.
+Rosters with either cache, with and without the clean member among those averaged, beside
+the plain model: results, perplexity, memory and time. The paper used Clean Cache for OLMoE
+and the standard cache for Mixtral and GPT-OSS and compared them on none; its reviewers
+asked for both.
 
     model      checkpoint (see models.py)              hardware               time
     olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       10 minutes
     mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    20 minutes
     gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     10 minutes
-    embedded   ships with the package (both models)    two CPU cores          4 minutes
+    embedded   ships with the package (both models)    one CPU core           4 minutes
 
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
@@ -22,8 +23,8 @@ from experiments.figures import compared
 from experiments.figures.work import Command, Work
 
 TITLE = "Clean Cache against the standard cache"
-SAW = ("Its reviewers asked for Clean Cache against separate caches on every model. The paper used "
-       "either, each on other models, and compared them on none.")
+SAW = ("Its reviewers asked for Clean Cache against separate caches on every model. The paper "
+       "used either, each on other models, and compared them on none.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,22 +2,23 @@
 
     python -m experiments.reproduce --figure=calibration --model=olmoe --data_dir=data
 
-Plain model and roster, each as it is, with one output temperature, and with one for each class of
-tokens, all fitted on other texts. Classes are fixed before looking: by the probability of the plain
-model's own best token ("confident" to "open"), and by how far its routers are from another choice ("firm"
-and "fragile" at the median of the texts that are fitted on: the smallest margin over layers between the last
-expert that is chosen and the first that is not). Gains are nats per token of the class, against the
-plain model as it is. What one temperature of the plain model gains, as a share of what the roster with its
-own gains, is the share of calibration; it is not defined where the roster gains nothing clear.
+Plain model and roster, each as it is, with one output temperature, and with one for each
+class of tokens, all fitted on other texts. Classes are fixed before looking: by the
+probability of the plain model's own best token ("confident" to "open"), and by how far its
+routers are from another choice ("firm" and "fragile" at the median of the texts that are
+fitted on: the smallest margin over layers between the last expert that is chosen and the
+first that is not). Gains are nats per token of the class, against the plain model as it is.
+What one temperature of the plain model gains, as a share of what the roster with its own
+gains, is the share of calibration; it is not defined where the roster gains nothing clear.
 
     model      checkpoint (see models.py)              hardware               time
     olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       5 minutes
     mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    10 minutes
     gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     5 minutes
-    embedded   ships with the package (both models)    two CPU cores          1 minute
+    embedded   ships with the package (both models)    one CPU core           2 minutes
 
-Times of the first three are estimated with roe_jax.costs (H100), not measured. Its reviewers asked which
-component gives the gain.
+Times of the first three are estimated with roe_jax.costs (H100), not measured. Its
+reviewers asked which component gives the gain.
 """
 
 import dataclasses
@@ -36,8 +37,8 @@ from roe_jax import diagnostics, score
 from roe_jax.roster import Roster
 
 TITLE = "How much of the gain is calibration"
-SAW = ("Its reviewers asked which component gives the gain. The paper compares with the plain model as it "
-       "is, without an output temperature.")
+SAW = ("Its reviewers asked which component gives the gain. The paper compares with the plain "
+       "model as it is, without an output temperature.")
 ALL = "all"
 SYSTEMS = ("plain, one T", "plain, T by class", "roster", "roster, one T", "roster, T by class")
 

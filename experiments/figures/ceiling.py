@@ -2,24 +2,26 @@
 
     python -m experiments.reproduce --figure=ceiling --model=olmoe --data_dir=data
 
-Perplexity of reference texts with rosters of 1, 2, 4, ... 256 members, with the same noise: the
-members of a smaller roster are the first ones of a larger. What can be expected is this. Members
-1, 2, ... are exchangeable, so the mean of n of them converges; -log of a mean of n exchangeable
-probabilities has the expectation L + a / n + O(1 / n^2) (a second-order expansion about the limit:
-the variance of a mean falls as 1 / n). The clean member, one of n, adds terms of the same order. So
+Perplexity of reference texts with rosters of 1, 2, 4, ... 256 members, with the same noise:
+the members of a smaller roster are the first ones of a larger. What can be expected is
+this. Members 1, 2, ... are exchangeable, so the mean of n of them converges; -log of a mean
+of n exchangeable probabilities has the expectation L + a / n + O(1 / n^2) (a second-order
+expansion about the limit: the variance of a mean falls as 1 / n). The clean member, one of
+n, adds terms of the same order. So
 
     nll(n) = L + a / n
 
 is fitted by least squares to the points of n >= 2. Intervals of the ceiling L come from the
-bootstrap over texts, fitted anew on each resample. What the exponent of n would be, were it fitted,
-too, is shown beside it; far from 1, the expansion does not hold yet, or noise hides it. Both as they are and at the output temperature of each n. The paper stops at n = 64 and
+bootstrap over texts, fitted anew on each resample. What the exponent of n would be, were it
+fitted, too, is shown beside it; far from 1, the expansion does not hold yet, or noise hides
+it. Both as they are and at the output temperature of each n. The paper stops at n = 64 and
 sees diminishing returns; its reviewers asked for the ceiling.
 
     model      checkpoint (see models.py)              hardware               time
     olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       35 minutes
     mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    40 minutes
     gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     20 minutes
-    embedded   ships with the package                  two CPU cores          4 minutes
+    embedded   ships with the package                  one CPU core           11 minutes
 
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
@@ -36,8 +38,8 @@ from experiments.reporting import page
 from roe_jax.roster import Roster
 
 TITLE = "Gain against n, and its ceiling"
-SAW = ("The paper saw the gain grow with n with diminishing returns, up to n = 64. Its reviewers asked "
-       "for the ceiling.")
+SAW = ("The paper saw the gain grow with n with diminishing returns, up to n = 64. Its "
+       "reviewers asked for the ceiling.")
 RESAMPLES = 400  # of the fit, which takes a millisecond
 
 

@@ -2,15 +2,15 @@
 
     python -m experiments.reproduce --figure=fig10 --model=olmoe --data_dir=data --allow_code_execution
 
-A row for each task, from the searches of `fig7`, `fig8` and `fig9`. The paper saw profiles that differ
-between tasks, without a pattern over layers that they share; of the layers that searches keep at 0 there
-are L at either end.
+A row for each task, from the searches of `fig7`, `fig8` and `fig9`. The paper saw profiles
+that differ between tasks, without a pattern over layers that they share; of the layers that
+searches keep at 0 there are L at either end.
 
     model      checkpoint (see models.py)              hardware               time
     olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       that of the searches
     mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    that of the searches
     gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     that of the searches
-    embedded   ships with the package                  two CPU cores          that of the searches, 6 minutes
+    embedded   ships with the package                  one CPU core           that of the searches, 6 minutes
 """
 
 import numpy as np
@@ -20,7 +20,8 @@ from experiments.figures.work import Command, Work
 from experiments.reporting import page, pictures
 
 TITLE = "Temperatures by layer"
-SAW = "The paper saw profiles that differ between tasks, without a common pattern over layers."
+SAW = ("The paper saw profiles that differ between tasks, without a common pattern over "
+       "layers.")
 
 
 CONFIGS = searches.CONFIGS

@@ -2,16 +2,16 @@
 
     python -m experiments.reproduce --figure=fig3 --model=olmoe --data_dir=data --allow_code_execution
 
-For each task τ is tuned on its validation split (see `fig7`, `fig8`, `fig9`), and the roster with
-that profile is compared with the plain model on the test split, greedily, five noise
-seeds. The paper saw gains on nearly all of twelve tasks, largest for OLMoE, none on
+For each task τ is tuned on its validation split (see `fig7`, `fig8`, `fig9`), and the
+roster with that profile is compared with the plain model on the test split, greedily, five
+noise seeds. The paper saw gains on nearly all of twelve tasks, largest for OLMoE, none on
 MultiArith for Mixtral and GPT-OSS; it drew no intervals and had no other baseline.
 
     model      checkpoint (see models.py)              hardware               time beside the searches
     olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       30 minutes
     mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    1 hour
     gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     30 minutes
-    embedded   ships with the package                  two CPU cores          4 minutes
+    embedded   ships with the package                  one CPU core           3 minutes
 
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
@@ -23,8 +23,8 @@ from experiments.figures import compared
 from experiments.figures.work import Command, Work
 
 TITLE = "Main result: plain against roster with tuned τ"
-SAW = ("The paper saw gains on nearly all of its twelve tasks, the largest for OLMoE-1B-7B, and none "
-       "on MultiArith for Mixtral and GPT-OSS; it gave no intervals.")
+SAW = ("The paper saw gains on nearly all of its twelve tasks, the largest for OLMoE-1B-7B, "
+       "and none on MultiArith for Mixtral and GPT-OSS; it gave no intervals.")
 ROSTER = "roster, tuned τ"
 
 

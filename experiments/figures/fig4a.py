@@ -2,17 +2,18 @@
 
     python -m experiments.reproduce --figure=fig4a,fig4b --model=olmoe --data_dir=data
 
-Tokens written behind the first 100 GSM8K problems with and without a cache, at τ = 0 as the paper did, and
-at τ > 0, where members read different experts; one text at a time, and several. Memory is what the
-compiled program needs (arguments and temporaries, as XLA tells), and beside it the peak of the device so far
-where it tells one. Power is NVML's, over all GPUs (package nvidia-ml-py); without it, it is not available.
-The paper saw +12 % memory and +20 % power at n = 64, on one A100 with τ = 0.
+Tokens written behind the first 100 GSM8K problems with and without a cache, at τ = 0 as the
+paper did, and at τ > 0, where members read different experts; one text at a time, and
+several. Memory is what the compiled program needs (arguments and temporaries, as XLA
+tells), and beside it the peak of the device so far where it tells one. Power is NVML's,
+over all GPUs (package nvidia-ml-py); without it, it is not available. The paper saw +12 %
+memory and +20 % power at n = 64, on one A100 with τ = 0.
 
     model      checkpoint (see models.py)              hardware               time, with fig4b
     olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       15 minutes
     mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    25 minutes
     gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     20 minutes
-    embedded   ships with the package                  two CPU cores          3 minutes
+    embedded   ships with the package                  two CPU cores          2 minutes
 
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
@@ -23,8 +24,8 @@ from experiments.figures.work import Command, Work
 from experiments.reporting import page
 
 TITLE = "Memory and power against n"
-SAW = ("The paper saw +12 % peak memory and +20 % power per token at n = 64 (OLMoE, one A100, τ = 0, where "
-       "all members read the same experts).")
+SAW = ("The paper saw +12 % peak memory and +20 % power per token at n = 64 (OLMoE, one A100, "
+       "τ = 0, where all members read the same experts).")
 CONFIGS = overhead.CONFIGS
 
 

@@ -2,16 +2,16 @@
 
     python -m experiments.reproduce --figure=fig4a,fig4b --model=olmoe --data_dir=data
 
-The measurements of `fig4a`, as wall-clock milliseconds per token, with how many different experts a step reads
-in a layer beside them: at τ = 0 that number does not grow with n, which makes rosters look cheaper than
-they are. Medians and quartiles over rounds; ratios are within rounds. The paper shows latency of 128 tokens
-at τ = 0.
+The measurements of `fig4a`, as wall-clock milliseconds per token, with how many different
+experts a step reads in a layer beside them: at τ = 0 that number does not grow with n,
+which makes rosters look cheaper than they are. Medians and quartiles over rounds; ratios
+are within rounds. The paper shows latency of 128 tokens at τ = 0.
 
     model      checkpoint (see models.py)              hardware               time, with fig4a
     olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       15 minutes
     mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    25 minutes
     gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     20 minutes
-    embedded   ships with the package                  two CPU cores          3 minutes
+    embedded   ships with the package                  two CPU cores          2 minutes
 
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
@@ -22,8 +22,8 @@ from experiments.figures.work import Command, Work
 from experiments.reporting import page
 
 TITLE = "Latency per token against n"
-SAW = ("The paper saw latency grow little with n with a cache, and much without (OLMoE, one A100, 128 "
-       "tokens, τ = 0).")
+SAW = ("The paper saw latency grow little with n with a cache, and much without (OLMoE, one "
+       "A100, 128 tokens, τ = 0).")
 CONFIGS = overhead.CONFIGS
 
 

@@ -2,21 +2,23 @@
 
     python -m experiments.reproduce --figure=fig5a --model=olmoe --data_dir=data
 
-For each n τ is tuned on validation perplexity of the model's text (WikiText-103; the embedded models'
-own problems), and test perplexity is turned into the size of a plain model by the law of
-`scaling_law`: with α = 0.076, as in the paper, and with an α fitted to three models of one recipe
-and three widths that ship with the package (`embedded:wordmath_d32`, `_d64`, `_control`), with its interval
-over texts. Three points cannot tell whether it is a power law; and either law is of the size of models
-trained alike, so that the equivalent size says no more than the perplexity that it is made of. What one
-output temperature does to the plain model stands beside it, in the same unit.
+For each n τ is tuned on validation perplexity of the model's text (WikiText-103; the
+embedded models' own problems), and test perplexity is turned into the size of a plain model
+by the law of `scaling_law`: with α = 0.076, as in the paper, and with an α fitted to three
+models of one recipe and three widths that ship with the package (`embedded:wordmath_d32`,
+`_d64`, `_control`), with its interval over texts. Three points cannot tell whether it is a
+power law; and either law is of the size of models trained alike, so that the equivalent
+size says no more than the perplexity that it is made of. What one output temperature does
+to the plain model stands beside it, in the same unit.
 
-The paper saw n = 32 make OLMoE of 7 B equal to 10.5 B, growing with n with diminishing returns.
+The paper saw n = 32 make OLMoE of 7 B equal to 10.5 B, growing with n with diminishing
+returns.
 
     model      checkpoint (see models.py)              hardware               time
     olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       100 minutes
     mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    80 minutes
     gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     40 minutes
-    embedded   ships with the package                  two CPU cores          4 minutes
+    embedded   ships with the package                  one CPU core           6 minutes
 
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
@@ -32,8 +34,8 @@ from experiments.reporting import page
 from roe_jax.roster import Roster
 
 TITLE = "Equivalent model size against n"
-SAW = ("The paper saw the gain in perplexity grow with n with diminishing returns; by the scaling law with "
-       "exponent 0.076, n = 32 makes OLMoE-1B-7B equal to a model of 10.5 B.")
+SAW = ("The paper saw the gain in perplexity grow with n with diminishing returns; by the "
+       "scaling law with exponent 0.076, n = 32 makes OLMoE-1B-7B equal to a model of 10.5 B.")
 FAMILY = ("embedded:wordmath_d32", "embedded:wordmath_d64", "embedded:wordmath_control")
 FAMILY_TASK = "wordmath"
 PLAIN, FITTED = "plain", "plain, fitted T"

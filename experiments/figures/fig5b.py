@@ -2,20 +2,21 @@
 
     python -m experiments.reproduce --figure=fig5b --model=olmoe --data_dir=data
 
-For the equivalent sizes of `fig5a` (plain model and rosters as they are), a model of the same family is made
-of that size, all widths growing together, with random weights; writing tokens with it and with
-the roster take turns (see `overhead`). Where the equivalent size is not clearly above the model's own there is
-no larger model to compare with, and it is said so. The paper saw 30 % less latency and 25 % less memory than
-the model of 10.5 B that n = 32 equals.
+For the equivalent sizes of `fig5a` (plain model and rosters as they are), a model of the
+same family is made of that size, all widths growing together, with random weights; writing
+tokens with it and with the roster take turns (see `overhead`). Where the equivalent size is
+not clearly above the model's own there is no larger model to compare with, and it is said
+so. The paper saw 30 % less latency and 25 % less memory than the model of 10.5 B that n =
+32 equals.
 
     model      checkpoint (see models.py)              hardware               time beside fig5a
     olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       15 minutes
     mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    not made: see below
     gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     not made: see below
-    embedded   ships with the package                  two CPU cores          2 minutes
+    embedded   ships with the package                  two CPU cores          30 seconds
 
-The larger model's weights are made on one device, so that what needs several is refused. Times
-are estimated with roe_jax.costs (H100), but for the last one.
+The larger model's weights are made on one device, so that what needs several is refused.
+Times are estimated with roe_jax.costs (H100), but for the last one.
 """
 
 import dataclasses
@@ -28,8 +29,8 @@ from experiments.reporting import page
 from roe_jax.roster import Roster
 
 TITLE = "Cost of the roster against the equivalent larger model"
-SAW = ("The paper saw 30 % less latency and 25 % less memory for OLMoE with n = 32 than for the model of "
-       "10.5 B that it equals.")
+SAW = ("The paper saw 30 % less latency and 25 % less memory for OLMoE with n = 32 than for "
+       "the model of 10.5 B that it equals.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ are any. The paper saw accuracy rise, peak at a τ that depends on the task, and
     olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       35 minutes
     mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    80 minutes
     gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     40 minutes
-    embedded   ships with the package                  two CPU cores          4 minutes
+    embedded   ships with the package                  one CPU core           4 minutes
 
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
@@ -22,7 +22,8 @@ from experiments.figures import compared
 from experiments.figures.work import Command, Work
 
 TITLE = "One temperature for all layers"
-SAW = "The paper saw accuracy rise with τ, peak at a value that depends on the task, and fall."
+SAW = ("The paper saw accuracy rise with τ, peak at a value that depends on the task, and "
+       "fall.")
 
 
 @dataclasses.dataclass(frozen=True)

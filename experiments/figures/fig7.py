@@ -3,15 +3,15 @@
     python -m experiments.reproduce --figure=fig7 --model=olmoe --data_dir=data
 
 Trials in their order: one τ for all layers in steps of 0.05 first, then what TPE proposes,
-with the best so far and the plain model. The paper gave each task 50 trials on 100 samples and
-showed the best value falling over the trials; whether it holds on other samples it did not
-say, which the table here does.
+with the best so far and the plain model. The paper gave each task 50 trials on 100 samples
+and showed the best value falling over the trials; whether it holds on other samples it did
+not say, which the table here does.
 
     model      checkpoint (see models.py)              hardware               time
     olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       20 minutes
     mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    20 minutes
     gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     10 minutes
-    embedded   ships with the package                  two CPU cores          3 minutes
+    embedded   ships with the package                  one CPU core           3 minutes
 
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
@@ -20,8 +20,8 @@ from experiments.figures import searches
 from experiments.figures.work import Command, Work
 
 TITLE = "Searches of τ: math, by perplexity"
-SAW = ("The paper showed the validation perplexity of the best profile falling over 50 trials, below that of the plain "
-       "model; not whether that holds on other samples.")
+SAW = ("The paper showed the validation perplexity of the best profile falling over 50 trials,"
+       " below that of the plain model; not whether that holds on other samples.")
 
 
 CONFIGS = searches.CONFIGS

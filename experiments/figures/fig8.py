@@ -2,14 +2,14 @@
 
     python -m experiments.reproduce --figure=fig8 --model=olmoe --data_dir=data
 
-As `fig7`, by the share of right choices (paper: 100 trials on 300 samples). With the embedded
-models the choice is among four results of a last step of arithmetic.
+As `fig7`, by the share of right choices (paper: 100 trials on 300 samples). With the
+embedded models the choice is among four results of a last step of arithmetic.
 
     model      checkpoint (see models.py)              hardware               time
     olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       30 minutes
     mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    30 minutes
     gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     20 minutes
-    embedded   ships with the package                  two CPU cores          1 minute
+    embedded   ships with the package                  one CPU core           2 minutes
 
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
@@ -18,8 +18,8 @@ from experiments.figures import searches
 from experiments.figures.work import Command, Work
 
 TITLE = "Searches of τ: common sense, by accuracy"
-SAW = ("The paper showed validation accuracy of the best profile rising over 100 trials on 300 samples; not whether "
-       "that holds on other samples.")
+SAW = ("The paper showed validation accuracy of the best profile rising over 100 trials on 300"
+       " samples; not whether that holds on other samples.")
 
 
 CONFIGS = searches.CONFIGS

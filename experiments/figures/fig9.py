@@ -2,14 +2,14 @@
 
     python -m experiments.reproduce --figure=fig9 --model=olmoe --data_dir=data --allow_code_execution
 
-As `fig7`, by the share of right answers that are written out (paper: pass@1, 50 trials on 50
-samples). The embedded models write arithmetic in place of programs.
+As `fig7`, by the share of right answers that are written out (paper: pass@1, 50 trials on
+50 samples). The embedded models write arithmetic in place of programs.
 
     model      checkpoint (see models.py)              hardware               time
     olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       15 minutes
     mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    25 minutes
     gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     15 minutes
-    embedded   ships with the package                  two CPU cores          3 minutes
+    embedded   ships with the package                  one CPU core           1 minute
 
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
@@ -18,8 +18,8 @@ from experiments.figures import searches
 from experiments.figures.work import Command, Work
 
 TITLE = "Searches of τ: code, by accuracy"
-SAW = ("The paper showed validation pass@1 of the best profile rising over 50 trials on 50 samples; not whether that "
-       "holds on other samples.")
+SAW = ("The paper showed validation pass@1 of the best profile rising over 50 trials on 50 "
+       "samples; not whether that holds on other samples.")
 
 
 CONFIGS = searches.CONFIGS

@@ -2,8 +2,8 @@
 
     python -m experiments.reproduce --figure=iso_compute --model=olmoe --data_dir=data
 
-Self-consistency and the most probable of n samples, more experts per token, the plain
-model with a fitted output temperature or its best sampling settings, rosters that average
+Self-consistency and the most probable of n samples, more experts per token, the plain model
+with a fitted output temperature or its best sampling settings, rosters that average
 otherwise, and SCMoE, each with what it costs. The paper compared with the plain model only;
 its reviewers asked for this.
 
@@ -11,7 +11,7 @@ its reviewers asked for this.
     olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       25 minutes
     mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    50 minutes
     gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     30 minutes
-    embedded   ships with the package                  two CPU cores          4 minutes
+    embedded   ships with the package                  one CPU core           8 minutes
 
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
@@ -23,8 +23,8 @@ from experiments.figures.work import Command, Work
 from experiments.reporting import pictures
 
 TITLE = "At equal compute"
-SAW = ("Its reviewers asked for comparisons at equal compute: with self-consistency, best-of-n and "
-       "more experts per token. The paper has none.")
+SAW = ("Its reviewers asked for comparisons at equal compute: with self-consistency, best-of-n"
+       " and more experts per token. The paper has none.")
 
 
 @dataclasses.dataclass(frozen=True)

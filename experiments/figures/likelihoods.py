@@ -1,9 +1,8 @@
 """Likelihoods of a task's reference texts under rosters, measured in this process.
 
 Texts are validation examples, as not all tasks' test examples have references: output
-temperatures, and whatever else is chosen, come from the first of them, and what is
-reported from the others, or from test examples where it is asked for. Prompts are plain
-ones.
+temperatures, and whatever else is chosen, come from the first of them, and what is reported
+from the others, or from test examples where it is asked for. Prompts are plain ones.
 """
 
 from collections.abc import Callable, Sequence

@@ -2,18 +2,19 @@
 
     python -m experiments.reproduce --figure=noise --model=olmoe --data_dir=data
 
-Gumbel noise as in the paper, Gaussian and uniform noise of the same variance, and
-chosen experts swapped for others with a probability; with the model's own gates or with those of
-the noisy logits. Each at its own best strength, chosen by perplexity on texts of its own, so that no
-scheme wins by a strength that suits it. Beside it the share of a member's experts that the clean
-member has chosen, too: schemes are comparable where that is alike. Reference texts of validation
-examples; perplexities as they are and at fitted output temperatures.
+Gumbel noise as in the paper, Gaussian and uniform noise of the same variance, and chosen
+experts swapped for others with a probability; with the model's own gates or with those of
+the noisy logits. Each at its own best strength, chosen by perplexity on texts of its own,
+so that no scheme wins by a strength that suits it. Beside it the share of a member's
+experts that the clean member has chosen, too: schemes are comparable where that is alike.
+Reference texts of validation examples; perplexities as they are and at fitted output
+temperatures.
 
     model      checkpoint (see models.py)              hardware               time
     olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       10 minutes
     mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    10 minutes
     gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     5 minutes
-    embedded   ships with the package                  two CPU cores          4 minutes
+    embedded   ships with the package                  one CPU core           7 minutes
 
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
@@ -30,8 +31,9 @@ from roe_jax import diagnostics, noise as noise_lib
 from roe_jax.roster import Roster
 
 TITLE = "Which noise matters"
-SAW = ("Its reviewers asked whether the noise scheme matters, and which component gives the gain. The "
-       "paper has Gumbel noise only, and does not say what the chosen experts are weighted with.")
+SAW = ("Its reviewers asked whether the noise scheme matters, and which component gives the "
+       "gain. The paper has Gumbel noise only, and does not say what the chosen experts are "
+       "weighted with.")
 
 
 @dataclasses.dataclass(frozen=True)

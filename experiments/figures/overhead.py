@@ -1,10 +1,10 @@
 """What writing tokens with rosters takes: time, memory, power and experts, for figures 4 and 5b.
 
-A call writes so many tokens behind prompts, prefill included, with what had to be compiled left out;
-calls take turns in an order that changes, each round on other prompts, and ratios are within rounds.
-Prompts are cut on the left to one length, so that one program serves all of them. At τ = 0 all members
-are computed, as in the paper, but choose the same experts: it hides what a roster reads
-when its members differ, which is why τ > 0 stands beside it.
+A call writes so many tokens behind prompts, prefill included, with what had to be compiled
+left out; calls take turns in an order that changes, each round on other prompts, and ratios
+are within rounds. Prompts are cut on the left to one length, so that one program serves all
+of them. At τ = 0 all members are computed, as in the paper, but choose the same experts: it
+hides what a roster reads when its members differ, which is why τ > 0 stands beside it.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,10 +1,10 @@
 """From losses to model sizes: the scaling law of Kaplan et al. (arXiv 2001.08361).
 
-With data and compute that do not limit it, the loss of a model of N non-embedding parameters
-follows L(N) = (N_c / N)^α (eq. 1.1), in nats per token; α = 0.076 is their fit to web text. A model
-whose loss is L then equals, by the law, one of N (L_of_it / L)^(1 / α) parameters. The law
-speaks of dense models; for a Mixture of Experts N is taken as all of its non-embedding
-parameters, those of all experts.
+With data and compute that do not limit it, the loss of a model of N non-embedding
+parameters follows L(N) = (N_c / N)^α (eq. 1.1), in nats per token; α = 0.076 is their fit
+to web text. A model whose loss is L then equals, by the law, one of N (L_of_it / L)^(1 / α)
+parameters. The law speaks of dense models; for a Mixture of Experts N is taken as all of
+its non-embedding parameters, those of all experts.
 """
 
 import math

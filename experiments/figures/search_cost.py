@@ -2,16 +2,17 @@
 
     python -m experiments.reproduce --figure=search_cost --model=olmoe --data_dir=data --allow_code_execution
 
-From the searches of `fig7`, `fig8` and `fig9`: the best value so far against the forward rows
-(positions times members) spent; the gain on the examples of the search beside that on fresh examples
-with fresh noise; a profile for each layer against the best one τ for all; and how many tokens of roster
-inference the search has cost. The paper does not tell costs; its reviewers asked for them.
+From the searches of `fig7`, `fig8` and `fig9`: the best value so far against the forward
+rows (positions times members) spent; the gain on the examples of the search beside that on
+fresh examples with fresh noise; a profile for each layer against the best one τ for all;
+and how many tokens of roster inference the search has cost. The paper does not tell costs;
+its reviewers asked for them.
 
     model      checkpoint (see models.py)              hardware               time
     olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       that of the searches
     mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    that of the searches
     gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     that of the searches
-    embedded   ships with the package                  two CPU cores          that of the searches, 6 minutes
+    embedded   ships with the package                  one CPU core           that of the searches, 6 minutes
 """
 
 import numpy as np
@@ -22,7 +23,8 @@ from experiments.figures.work import Command, Work
 from experiments.reporting import page
 
 TITLE = "What a search costs, and what it buys"
-SAW = "Its reviewers asked for the cost of the temperature search, which the paper does not tell."
+SAW = ("Its reviewers asked for the cost of the temperature search, which the paper does not "
+       "tell.")
 
 
 CONFIGS = searches.CONFIGS

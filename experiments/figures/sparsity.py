@@ -3,20 +3,21 @@
     python -m experiments.reproduce --figure=sparsity --model=embedded
 
 Small over-trained models that differ in k and E only, `embedded:wordmath_KofE` (made by
-`python -m experiments.train --config=wordmath_sparsity:KofE`, 5 to 10 minutes each on one core): k
-varied at E = 16, and E at k = 4. Of each the roster's perplexity against the plain model, as
-they are and at fitted output temperatures, at one τ for all models and at the model's own best
-τ, which is chosen on other texts, as they are. Among the paper's models k / E cannot be varied: they differ in
-all else, and are shown beside each other for what that is worth. Its reviewers asked for this.
+`python -m experiments.train --config=wordmath_sparsity:KofE`, 5 to 10 minutes each on one
+core): k varied at E = 16, and E at k = 4. Of each the roster's perplexity against the plain
+model, as they are and at fitted output temperatures, at one τ for all models and at the
+model's own best τ, which is chosen on other texts, as they are. Among the paper's models k
+/ E cannot be varied: they differ in all else, and are shown beside each other for what that
+is worth. Its reviewers asked for this.
 
     model      checkpoints (see models.py)                      hardware               time
     olmoe      OLMoE-1B-7B (8 of 64)                            one GPU of 80 GB       5 minutes
     mixtral    Mixtral-8x7B (2 of 8)                            eight GPUs of 80 GB    10 minutes
     gpt_oss    gpt-oss-20b (4 of 32)                            four GPUs of 80 GB     5 minutes
-    embedded   wordmath_{1,2,4,8}of16, _4of8, _4of32            two CPU cores          4 minutes
+    embedded   wordmath_{1,2,4,8}of16, _4of8, _4of32            one CPU core           5 minutes
 
-All of the paper's models together: --checkpoint=olmoe,mixtral,gpt-oss. Times of the first three are
-estimated with roe_jax.costs (H100), not measured.
+All of the paper's models together: --checkpoint=olmoe,mixtral,gpt-oss. Times of the first
+three are estimated with roe_jax.costs (H100), not measured.
 """
 
 import dataclasses
@@ -30,8 +31,8 @@ from experiments.reporting import page
 from roe_jax.roster import Roster
 
 TITLE = "Gain against sparsity"
-SAW = ("Its reviewers asked how the gain depends on sparsity. The paper has three models that differ "
-       "in all else, too.")
+SAW = ("Its reviewers asked how the gain depends on sparsity. The paper has three models that "
+       "differ in all else, too.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,15 +2,16 @@
 
     python -m experiments.reproduce --figure=table1 --model=olmoe --data_dir=data --allow_code_execution
 
-The paper's table has samples and trials, members n, the largest τ (T) and the layers kept at 0 at
-either end (L) for three categories and three models; see `experiments.tuning_configs`. Here each search
-also tells what it came to, on its own samples and on fresh ones, and what it cost.
+The paper's table has samples and trials, members n, the largest τ (T) and the layers kept
+at 0 at either end (L) for three categories and three models; see
+`experiments.tuning_configs`. Here each search also tells what it came to, on its own
+samples and on fresh ones, and what it cost.
 
     model      checkpoint (see models.py)              hardware               time
     olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       that of the searches, 65 minutes
     mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    that of the searches, 75 minutes
     gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     that of the searches, 45 minutes
-    embedded   ships with the package                  two CPU cores          that of the searches, 6 minutes
+    embedded   ships with the package                  one CPU core           that of the searches, 6 minutes
 
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
@@ -20,8 +21,8 @@ from experiments.figures.work import Command, Work
 from experiments.reporting import page
 
 TITLE = "Budgets of the searches, and what they found"
-SAW = ("The paper lists budgets (math 100 samples and 50 trials, common sense 300 and 100, code 50 and "
-       "50), not what the searches cost, nor what they are worth on other samples.")
+SAW = ("The paper lists budgets (math 100 samples and 50 trials, common sense 300 and 100, "
+       "code 50 and 50), not what the searches cost, nor what they are worth on other samples.")
 
 
 CONFIGS = searches.CONFIGS

@@ -2,15 +2,16 @@
 
     python -m experiments.reproduce --figure=transfer --model=olmoe --data_dir=data --allow_code_execution
 
-Each task's profile (from the searches of `fig7`, `fig8` and `fig9`) on test examples of every task, and one
-uniform τ; differences to the plain model, paired by example. And the question itself: is a
-task's own profile better than the others' on average? Its reviewers asked for this.
+Each task's profile (from the searches of `fig7`, `fig8` and `fig9`) on test examples of
+every task, and one uniform τ; differences to the plain model, paired by example. And the
+question itself: is a task's own profile better than the others' on average? Its reviewers
+asked for this.
 
     model      checkpoint (see models.py)              hardware               time beside the searches
     olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       45 minutes
     mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    100 minutes
     gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     50 minutes
-    embedded   ships with the package                  two CPU cores          4 minutes
+    embedded   ships with the package                  one CPU core           4 minutes
 
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
@@ -26,7 +27,8 @@ from experiments.reporting import page
 from experiments.reporting.results import FITTED_NLL, TOKENS, quality_metric
 
 TITLE = "Transfer of τ between tasks"
-SAW = "Its reviewers asked how temperatures transfer between tasks; the paper tunes each task's own."
+SAW = ("Its reviewers asked how temperatures transfer between tasks; the paper tunes each "
+       "task's own.")
 UNIFORM = "one τ for all"
 
 
