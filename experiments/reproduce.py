@@ -33,7 +33,7 @@ import time
 
 from absl import flags
 
-from experiments import app, drawing, figures, runs
+from experiments import app, drawing, figures, runs, tasks
 from experiments.benchmarks import machine
 from experiments.figures import models, page
 from experiments.figures.work import (
@@ -142,6 +142,22 @@ def check_checkpoints(model: models.Model) -> None:
           "with --checkpoint" if model.prepare else str(error)) from error
 
 
+def check_tasks(works: list[Work], commands: list[Command]) -> None:
+  """Refuses tasks whose data cannot be had, or that run programs without leave.
+
+  Raises:
+    ValueError, FileNotFoundError: as `tasks.Task.examples` and `check_allowed`.
+  """
+  names = {name for command in commands for flag, value in command.flags
+           if flag in ("task", "tasks") for name in ([value] if isinstance(value, str) else value)}
+  names |= {work.config.task for work in works if hasattr(work.config, "task")}
+  for name in sorted(names):
+    task = tasks.get(name)
+    task.check_allowed(FLAGS.allow_code_execution)
+    for split in ("validation", "test"):
+      task.examples(split, FLAGS.data_dir, 1)
+
+
 def all_commands(works: list[Work]) -> list[Command]:
   """The programs that figures need, those that several need once."""
   found = {}
@@ -231,6 +247,7 @@ def main(argv) -> None:
     return
   model = works[0].model
   check_checkpoints(model)
+  check_tasks(works, [c for c in commands if not c.is_done])
   root = works[0].root
   root.mkdir(parents=True, exist_ok=True)
   settings = {k: v for k, v in works[0].settings.items() if k not in ("figure", "config")}

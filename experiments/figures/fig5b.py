@@ -24,7 +24,7 @@ import dataclasses
 from experiments import app, drawing, profiles
 from experiments.benchmarks import models as random_models, timing
 from experiments.figures import compared, fig5a, overhead, scaling_law
-from experiments.figures.work import Command, Work, read_records
+from experiments.figures.work import Command, Work
 from experiments.reporting import page
 from roe_jax.roster import Roster
 
@@ -35,7 +35,7 @@ SAW = ("The paper saw 30 % less latency and 25 % less memory for OLMoE with n = 
 
 @dataclasses.dataclass(frozen=True)
 class Config(fig5a.Config):
-  """Beside the settings of `fig5a`, which must be the same, those of the measurement.
+  """Beside the settings of `fig5a` those of the measurement.
 
   Attributes:
     prompts_of: the task whose prompts are continued.
@@ -64,12 +64,10 @@ def commands(work: Work) -> list[Command]:
 
 
 def _equivalents(work):
-  """{(n, law): equivalent size}, of rosters as they are, from the records of fig5a."""
-  path = work.root / "fig5a" / "records.jsonl"
-  if not path.is_file():
-    raise ValueError(f"fig5b starts from the equivalent sizes of fig5a, and there is no {path}: give "
-                     "--figure=fig5a,fig5b")
-  rows = read_records(path)[1:]
+  """{(n, law): equivalent size}, of rosters as they are; what fig5a has measured is taken from it."""
+  config = fig5a.Config(**{f.name: getattr(work.config, f.name)
+                           for f in dataclasses.fields(fig5a.Config)})
+  rows = fig5a.measure(dataclasses.replace(work, figure="fig5a", config=config))[1:]
   return {(r["n"], law): r[key] for r in rows if r["n"] > 1 and not r["is_fitted"]
           for law, key in (("0.076", "by_kaplan"), ("fitted", "by_family"))}
 

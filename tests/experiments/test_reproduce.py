@@ -221,6 +221,16 @@ def test_a_dry_run_prints_commands_and_does_nothing(run, one_figure, tmp_path, c
   assert not (tmp_path / "x").exists()
 
 
+def test_tasks_are_looked_at_before_anything_runs(run, one_figure, tmp_path):
+  given = ("--figure=fig3", "--model=embedded", f"--output={tmp_path / 'x'}")
+  one_figure.commands = lambda work: [work.tune(task) for task in work.model.code]
+  with pytest.raises(ValueError, match="allow it with --allow_code_execution"):
+    run(*given, "--set=code=humaneval")
+  with pytest.raises(FileNotFoundError, match="there is no data of gsm8k"):
+    run(*given, "--set=code=gsm8k", f"--data_dir={tmp_path}")
+  assert not (tmp_path / "x").exists()
+
+
 def test_a_model_that_is_not_there_is_told_how_to_make(run, one_figure, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(FileNotFoundError, match="made by `python -m checkpoints_convert "
