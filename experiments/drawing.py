@@ -41,6 +41,12 @@ def style(index: int) -> dict:
               markersize=7, elinewidth=1, markerfacecolor="white" if index % 2 else shade)
 
 
+def line(index: int) -> dict:
+  """Arguments of `errorbar` for series `index`, points joined by a line."""
+  return style(index) | {"linestyle": ("-", "--", ":", "-.")[index % 4], "linewidth": 1,
+                         "markersize": 5}
+
+
 def bars(estimates: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray]:
   """Values of estimates, and `[2, X]` lengths of their error bars downwards and upwards."""
   values = np.array([e.value for e in estimates])

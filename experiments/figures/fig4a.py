@@ -75,7 +75,7 @@ def draw(records: list[dict]):
     for index, (label, lines) in enumerate(overhead.series(records).items()):
       shown = [r for r in lines if r[key] is not None]
       axis.errorbar([r["n"] for r in shown], [r[key] / unit for r in shown], label=label,
-                    **drawing.style(index) | {"linestyle": "-", "linewidth": 1, "markersize": 5})
+                    **drawing.line(index))
     axis.set_ylabel(title)
     axis.set_ylim(0, 1.08 * max(r[key] / unit for r in records if r[key] is not None))
     drawing.members_axis(axis, sorted({r["n"] for r in records}))

@@ -58,7 +58,7 @@ def draw(records: list[dict]):
   figure, axes = drawing.axes(2, width=4.2, height=3.2)
   numbers = sorted({r["n"] for r in records})
   for index, (label, lines) in enumerate(overhead.series(records).items()):
-    style = drawing.style(index) | {"linestyle": "-", "linewidth": 1, "markersize": 5}
+    style = drawing.line(index)
     values, bars = drawing.bars([compared.read(r["ms_per_token"]) for r in lines])
     axes[0, 0].errorbar([r["n"] for r in lines], values, yerr=bars, label=label, **style)
     if lines[0]["experts"] is not None:

@@ -192,7 +192,7 @@ def draw(records: list[dict]):
       values, bars = drawing.bars([compared.read(r[key]) for r in shown])
       axis.errorbar([r["n"] * 1.04 ** (2 * index - 1) for r in shown], values / plain,
                     yerr=bars / plain, label=label,
-                    **drawing.style(index) | {"linestyle": ("-", "--")[index], "linewidth": 1})
+                    **drawing.line(index))
     axis.axhline(1, color="0.6", linewidth=0.8, zorder=0)
     drawing.members_axis(axis, sorted({r["n"] for r in rows}))
     axis.set_title(title, fontsize=9)

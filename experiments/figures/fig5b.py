@@ -161,7 +161,7 @@ def draw(records: list[dict]):
             ("equivalent plain model, α = 0.076", [r for r in measured if r["law"] == "0.076"]),
             ("equivalent plain model, fitted α", [r for r in measured if r["law"] == "fitted"])]
   for index, (label, rows) in enumerate(series):
-    style = drawing.style(index) | {"linestyle": ("-", "--", ":")[index], "linewidth": 1}
+    style = drawing.line(index)
     if rows:
       values, bars = drawing.bars([compared.read(r["ms_per_token"]) for r in rows])
       axes[0, 0].errorbar([r["n"] for r in rows], values, yerr=bars, label=label, **style)

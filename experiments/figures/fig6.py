@@ -97,7 +97,7 @@ def draw(records: list[compared.Record]):
       shown = [r for r in records if r["task"] == task and r[measure_]]
       values, bars = drawing.bars([compared.read(r[measure_]) for r in shown])
       axis.errorbar([r["τ"] for r in shown], values, yerr=bars,
-                    **drawing.style(0) | {"linestyle": "-", "linewidth": 1, "markersize": 5})
+                    **drawing.line(0))
       axis.set_xlabel("τ of all layers (router logits)")
       axis.set_title(task, fontsize=9)
     line[0].set_ylabel(title)

@@ -123,8 +123,7 @@ def draw(records: list[compared.Record]):
                        if r["label"] == label and belongs(r))
         values, bars = drawing.bars([compared.read(records[i][measure_]) for _, i in shown])
         axis.errorbar([x * 1.04 ** (2 * index - 1) for x, _ in shown], values, yerr=bars,
-                      label=curve, **drawing.style(index) | {
-                          "linestyle": ("-", "--")[index], "linewidth": 1, "markersize": 5})
+                      label=curve, **drawing.line(index))
       axis.set_xscale("log", base=2)
       axis.set_xticks(shares, [f"1/{1 / s:g}" for s in shares])
       axis.minorticks_off()
