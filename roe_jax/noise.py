@@ -82,6 +82,14 @@ def _swap(key, logits, temperature, count):
           .at[jnp.where(replaced, partner, none)].set(logits[chosen], mode="drop"))
 
 
+def _uniform_choice(key, logits, temperature, count):
+  """With probability τ the logits are dealt out anew: any A experts are as likely as others."""
+  del count
+  coin, order = jax.random.split(key)
+  anew = jax.random.bernoulli(coin, temperature)
+  return jnp.where(anew, jax.random.permutation(order, logits), logits)
+
+
 def _second_expert(key, logits, temperature, count):
   """Where τ > 0 only the expert of the second largest logit is left; no chance in it.
 
@@ -109,10 +117,12 @@ FAMILIES: dict[str, Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]]
     "gaussian": _added(_gaussian),
     "uniform": _added(_uniform),
     "swap": _swap,
+    "uniform_choice": _uniform_choice,
     "second_expert": _second_expert,
 }
-# Families whose τ is a probability.
-PROBABILITIES = ("swap",)
+# Families whose τ is a probability, and of what.
+PROBABILITIES = {"swap": "that an expert is replaced",
+                 "uniform_choice": "that experts are chosen evenly at random"}
 
 
 @struct.dataclass

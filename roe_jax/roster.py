@@ -123,8 +123,8 @@ class Roster:
       if value not in known:
         raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
     if noise in noise_lib.PROBABILITIES and np.any(values > 1):
-      raise ValueError(f"with noise {noise!r} a temperature is the probability that an expert is "
-                       f"replaced and at most 1, got {values.tolist()}")
+      raise ValueError(f"with noise {noise!r} a temperature is the probability "
+                       f"{noise_lib.PROBABILITIES[noise]} and at most 1, got {values.tolist()}")
     if not 0 <= seed <= noise_lib.MAX_SEED:
       raise ValueError(f"seed must lie in [0, 2**32), got {seed}")
     noisy = np.flatnonzero(values)

@@ -161,6 +161,22 @@ def test_swapping_at_its_bounds():
   np.testing.assert_array_equal(perturbed("swap", logits, 1.0, 5, 4)[0], logits.astype(np.float32))
 
 
+def test_a_uniform_choice_has_the_given_probability_and_no_favourites():
+  """Probabilities of all sets of two of five experts: one in ten of the rows dealt anew."""
+  logits, temperature = np.array([0.1, 2.0, -1.0, 1.0, 0.5]), 0.4
+  drawn = perturbed("uniform_choice", logits, temperature, 2)
+  np.testing.assert_array_equal(np.sort(drawn), np.broadcast_to(
+      np.sort(logits.astype(np.float32)), drawn.shape))
+  sets = np.sort(np.argsort(-drawn)[:, :2])
+  for chosen in itertools.combinations(range(5), 2):
+    probability = temperature / 10 + (1 - temperature) * (chosen == (1, 3))
+    share = np.mean(np.all(sets == chosen, axis=1))
+    deviation = np.sqrt(probability * (1 - probability) / len(sets))
+    assert abs(share - probability) < 4 * deviation, chosen
+  np.testing.assert_array_equal(perturbed("uniform_choice", logits, 0.0, 2, 400),
+                                np.broadcast_to(logits.astype(np.float32), (400, 5)))
+
+
 def test_the_second_expert_is_left_alone():
   logits = np.array([0.1, 2.0, -1.0, 1.0, 0.5], np.float32)
   alone = np.where(np.arange(5) == 3, logits, -np.inf)

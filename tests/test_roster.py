@@ -302,6 +302,7 @@ def test_settings_are_plain_values_that_make_the_same_roster():
 @pytest.mark.parametrize("settings, message", [
     (dict(noise="pink"), "unknown noise 'pink'; choose one of gumbel, gaussian, uniform"),
     (dict(noise="swap", temperatures=1.5), "the probability that an expert is replaced"),
+    (dict(noise="uniform_choice", temperatures=2), "that experts are chosen evenly at random"),
     (dict(aggregation="contrast", include_clean=False), "it needs include_clean")])
 def test_settings_that_do_not_fit_each_other_are_refused(settings, message):
   with pytest.raises(ValueError, match=message):

@@ -64,8 +64,8 @@ def draw(records: list[dict]):
     if lines[0]["experts"] is not None:
       axes[0, 1].errorbar([r["n"] for r in lines], [r["experts"] for r in lines], label=label, **style)
   axes[0, 0].set_yscale("log")
-  axes[0, 0].set_ylabel("ms per token (median, quartiles)")
-  axes[0, 1].set_ylabel("experts read in a layer and step")
+  axes[0, 0].set_ylabel("ms per token\n(median, quartiles)")
+  axes[0, 1].set_ylabel("experts read\n(of a layer, in a step)")
   axes[0, 1].set_ylim(0, records[0]["num_experts"] * 1.05)
   for axis in axes[0]:
     drawing.members_axis(axis, numbers)

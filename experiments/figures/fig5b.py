@@ -169,7 +169,7 @@ def draw(records: list[dict]):
     if rows:
       axes[0, 1].errorbar([r["n"] for r in rows], [r["bytes"] / 2**20 for r in rows], label=label,
                           **style)
-  axes[0, 0].set_ylabel("ms per token (median, quartiles)")
+  axes[0, 0].set_ylabel("ms per token\n(median, quartiles)")
   axes[0, 1].set_ylabel("memory of the program (MiB)")
   for axis in axes[0]:
     axis.set_ylim(bottom=0)

@@ -2,9 +2,9 @@
 
     python -m experiments.reproduce --figure=noise --model=olmoe --data_dir=data
 
-Gumbel noise as in the paper, Gaussian and uniform noise of the same variance, and chosen
-experts swapped for others with a probability; with the model's own gates or with those of
-the noisy logits. Each at its own best strength, chosen by perplexity on texts of its own,
+Gumbel noise as in the paper, Gaussian and uniform noise of the same variance, chosen experts
+swapped for others with a probability, and all experts of a layer chosen evenly at random
+with a probability; with the model's own gates or with those of the noisy logits. Each at its own best strength, chosen by perplexity on texts of its own,
 so that no scheme wins by a strength that suits it. Beside it the share of a member's
 experts that the clean member has chosen, too: schemes are comparable where that is alike.
 Reference texts of validation examples; perplexities as they are and at fitted output
@@ -14,7 +14,7 @@ temperatures.
     olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       10 minutes
     mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    10 minutes
     gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     5 minutes
-    embedded   ships with the package                  one CPU core           7 minutes
+    embedded   ships with the package                  one CPU core           9 minutes
 
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
@@ -54,7 +54,7 @@ class Config:
 
   task: str = "gsm8k"
   n: int = 8
-  families: tuple[str, ...] = ("gumbel", "gaussian", "uniform", "swap")
+  families: tuple[str, ...] = ("gumbel", "gaussian", "uniform", "swap", "uniform_choice")
   gates: tuple[str, ...] = ("clean", "noisy")
   temperatures: tuple[float, ...] = (0.1, 0.2, 0.3, 0.45, 0.6)
   probabilities: tuple[float, ...] = (0.05, 0.1, 0.2, 0.35, 0.5)
@@ -127,7 +127,7 @@ def draw(records: list[compared.Record]):
   figure, axes = drawing.axes(2, width=3.6, height=3.0)
   for (measure_, title), axis in zip(panels, axes[0]):
     drawing.zero(axis)
-    drawing.dots(axis, families, {f"{g} gates": [compared.read(of[f, g][measure_])
+    drawing.dots(axis, [f.replace("_", "\n") for f in families], {f"{g} gates": [compared.read(of[f, g][measure_])
                                                  for f in families] for g in gates})
     axis.set_ylabel(title)
     axis.set_xlabel("noise on the routers")

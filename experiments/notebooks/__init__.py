@@ -12,9 +12,11 @@ import ast
 from collections.abc import Iterator
 import importlib
 import inspect
+import os
 import pathlib
 import re
 import shlex
+import sys
 from typing import Any
 
 import nbformat
@@ -189,11 +191,14 @@ def execute(name: str, folder: pathlib.Path) -> nbformat.NotebookNode:
   """
   import nbclient
 
+  # Programs that cells start are those of this interpreter.
+  environment = os.environ | {"PATH": os.pathsep.join(
+      [str(pathlib.Path(sys.executable).parent), os.environ.get("PATH", "")])}
   notebook = read(name)
   install = _code(notebook)[0]
   kept, install.source = install.source, ""
   nbclient.NotebookClient(notebook, timeout=SECONDS, kernel_name="python3",
-                          resources={"metadata": {"path": str(folder)}}).execute()
+                          resources={"metadata": {"path": str(folder)}}).execute(env=environment)
   install.source, install.outputs, install.execution_count = kept, [], None
   for cell in notebook.cells:
     cell.metadata.pop("execution", None)  # when it was run
