@@ -124,11 +124,13 @@ def draw(records: list[compared.Record]):
   of = {(r["family"], r["gates"]): r for r in rosters}
   panels = [("perplexity_difference", "perplexity, difference to plain,\nboth as they are (%)"),
             ("fitted_difference", "perplexity, difference to plain,\nboth at fitted T (%)")]
-  figure, axes = drawing.axes(2, width=3.6, height=3.0)
+  figure, axes = drawing.axes(2, width=4.0, height=3.4)
   for (measure_, title), axis in zip(panels, axes[0]):
     drawing.zero(axis)
-    drawing.dots(axis, [f.replace("_", "\n") for f in families], {f"{g} gates": [compared.read(of[f, g][measure_])
-                                                 for f in families] for g in gates})
+    drawing.dots(axis, [f.replace("_", "\n") for f in families],
+                 {f"{g} gates": [compared.read(of[f, g][measure_]) for f in families]
+                  for g in gates})
+    axis.tick_params(axis="x", labelsize=8)
     axis.set_ylabel(title)
     axis.set_xlabel("noise on the routers")
   drawing.legend(figure, axes[0, 0])
