@@ -173,11 +173,16 @@ def findings(records: list[dict]) -> str:
   best = max((r for r in rows if r["n"] > 1 and not r["is_fitted"]), key=lambda r: r["n"])
   fitted = next(r for r in rows if r["label"] == FITTED)
   law = records[0]["exponent"]
-  return (f"By α = 0.076 a roster of {best['n']} equals a plain model of {_size(best['by_kaplan'])}, and the "
-          f"plain model with one fitted output temperature one of {_size(fitted['by_kaplan'])}. By the α of "
-          f"our own family, {law['value']:.2f} [{law['low']:.2f}, {law['high']:.2f}], these are "
-          f"{_size(best['by_family'])} and {_size(fitted['by_family'])}: the equivalent size depends on the "
-          "law more than on anything that was measured.")
+
+  def times(record, key):
+    return f"{record[key]['value'] / record['size']:.2f}"
+
+  return (f"By α = 0.076 a roster of {best['n']} equals a plain model of "
+          f"{_size(best['by_kaplan'])}, {times(best, 'by_kaplan')} times the size, and the plain model "
+          f"with one fitted output temperature equals {times(fitted, 'by_kaplan')} times its own. By "
+          f"the α of our own family, {law['value']:.2f} [{law['low']:.2f}, {law['high']:.2f}], the same "
+          f"perplexities are worth {times(best, 'by_family')} and {times(fitted, 'by_family')} times "
+          "the size.")
 
 
 def draw(records: list[dict]):
