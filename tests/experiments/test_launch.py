@@ -1,36 +1,18 @@
 """The scripts of experiments/launch: they parse, and their commands have flags that exist."""
 
-import os
 import pathlib
 import re
 import shlex
 import subprocess
-import sys
 
 import pytest
 import yaml
 
+import command_lines
+
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "launch"
 SHELL = sorted([*FOLDER.glob("*.sh"), *FOLDER.glob("*.sbatch")])
 PROGRAM = r"(experiments\.\w+|checkpoints_convert)"
-# Reads command lines, one a line, and parses each with the flags that its program defines.
-PARSE = """
-import importlib, shlex, sys
-from absl import flags
-for line in sys.stdin:
-  program, *arguments = shlex.split(line)
-  if program == "checkpoints_convert":
-    from checkpoints_convert import cli
-    values = flags.FlagValues()
-    cli.define_flags(values)
-    rest = values([program, *arguments])
-  else:
-    if program not in sys.modules:
-      importlib.import_module(program).define_flags()
-    flags.FLAGS.unparse_flags()
-    rest = flags.FLAGS([program, *arguments])
-  assert rest == [program], rest
-"""
 
 
 def shell_commands(path):
@@ -73,7 +55,4 @@ def test_all_commands_have_flags_that_exist():
   commands = [c for path in SHELL for c in shell_commands(path)] + yaml_commands()
   assert sum("--distributed" in c for c in commands) == 4
   # What the shell or Kubernetes puts in may be a number.
-  text = "\n".join(re.sub(r"\$(\w+|\{[^}]*\}|\([^)]*\))", "1", c) for c in commands)
-  done = subprocess.run([sys.executable, "-c", PARSE], input=text, text=True, capture_output=True,
-                        env=os.environ)
-  assert done.returncode == 0, done.stderr
+  command_lines.check([re.sub(r"\$(\w+|\{[^}]*\}|\([^)]*\))", "1", c) for c in commands])

@@ -3,35 +3,13 @@
 import os
 import re
 import shlex
-import subprocess
-import sys
 
 import nbformat
 import pytest
 
+import command_lines
 from experiments import notebooks
 
-# Reads command lines, those of a program together, and parses each with the flags of its program.
-PARSE = """
-import importlib, itertools, shlex, sys
-from absl import flags
-lines = sorted(shlex.split(line) for line in sys.stdin)
-for program, commands in itertools.groupby(lines, key=lambda words: words[0]):
-  before = set(flags.FLAGS)
-  values = flags.FLAGS
-  if program == "checkpoints_convert":
-    from checkpoints_convert import cli
-    values = flags.FlagValues()
-    cli.define_flags(values)
-  else:
-    importlib.import_module(program).define_flags()
-  for command in commands:
-    values.unparse_flags()
-    rest = values(command)
-    assert rest == [program], rest
-  for name in set(flags.FLAGS) - before:
-    delattr(flags.FLAGS, name)
-"""
 ROOT = notebooks.FOLDER.parents[1]
 
 
@@ -44,9 +22,7 @@ def test_all_commands_have_flags_that_exist():
   lines = [shlex.join([c[0], *c[1:]]) for name in notebooks.NAMES
            for c in notebooks.commands(notebooks.read(name))]
   assert len(lines) >= 10
-  done = subprocess.run([sys.executable, "-c", PARSE], input="\n".join(lines), text=True,
-                        capture_output=True, env=os.environ)
-  assert done.returncode == 0, done.stderr
+  command_lines.check(lines)
 
 
 @pytest.mark.parametrize("name", notebooks.ON_CPU)

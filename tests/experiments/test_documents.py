@@ -1,0 +1,51 @@
+"""README.md and the pages beside it: commands have flags that exist, and links lead somewhere."""
+
+import pathlib
+import re
+import shlex
+
+import pytest
+
+import command_lines
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+# The harness's own program takes other flags, and is tested with it.
+COMMAND = re.compile(
+    r"python -m ((?:experiments\.(?!harness)\w+|checkpoints_convert)(?: +--?[^\n`|]*)?)")
+
+
+def commands(text):
+  """Commands of a page, in blocks and within lines."""
+  text = text.replace("\\\n", " ")
+  text = re.sub(r"(?<!`)`([^`]+)`(?!`)", lambda span: span[0].replace("\n", " "), text)
+  found = []
+  for match in COMMAND.finditer(text):
+    words = shlex.split(re.split(r" && | \d?> ", match[1])[0], comments=True)
+    found.append(shlex.join([w for w in words if w != "..."]))
+  return found
+
+
+def test_commands_have_flags_that_exist():
+  lines = [line for page in PAGES for line in commands(page.read_text())]
+  assert len(lines) > 60
+  # A sentence may name a program, or a flag of it, without what it cannot do without.
+  command_lines.check([line for line in lines if len(line.split()) > 2])
+
+
+def anchors(text):
+  """What headings are linked by."""
+  return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+          for title in re.findall(r"^#+ (.+)$", text, re.M)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+  text = page.read_text()
+  for link in re.findall(r"\]\(([^)]+)\)", text):
+    if link.startswith(("http:", "https:")):
+      continue
+    path, _, anchor = link.partition("#")
+    target = page.parent / path if path else page
+    assert target.exists(), link
+    assert not anchor or anchor in anchors(target.read_text()), link
