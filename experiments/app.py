@@ -10,12 +10,14 @@ from absl import app, flags, logging
 import jax
 
 from experiments import distributed, dry_run as dry_run_lib, profiles, sources
+from experiments.asking import Asking
 from experiments.distributed import (  # what programs need of it, under one name
     broadcast, check_same, from_first_process, in_all_processes, is_first_process, progress)
 from experiments.profiles import Profile
 from experiments.sources import EMBEDDED
 from roe_jax import assets, costs, noise, presets, routing, sharding, tokenizer as tokenizer_lib
 from roe_jax.aggregation import AGGREGATIONS
+from roe_jax.chat import Chat
 from roe_jax.config import ModelConfig
 from roe_jax.experts import STRATEGIES
 from roe_jax.params import Params
@@ -129,6 +131,33 @@ def define_chat_flags() -> None:
                     "template's default if absent.")
   flags.DEFINE_string("chat_date", None, "YYYY-MM-DD, the day that a chat template tells the "
                       "model; today if absent, and then results depend on the day.")
+
+
+def define_limit_flag() -> None:
+  flags.DEFINE_integer("max_new_tokens", None, "Tokens that an answer may have, reasoning "
+                       "included; by default what its task says.", lower_bound=1)
+
+
+def asking(config: ModelConfig, tokenizer: Tokenizer) -> Asking:
+  """How the flags of `define_chat_flags` put examples to the model of --checkpoint.
+
+  Raises:
+    ValueError: a flag is about chats, and --chat is not given; or there is no chat template.
+  """
+  f = flags.FLAGS
+  if not f.chat:
+    for name in ("system", "reasoning_effort", "thinking", "chat_date"):
+      if f[name].value is not None:
+        raise ValueError(f"--{name} is about chats: give --chat with it")
+    return Asking(config, tokenizer)
+
+  def load(date):
+    return Chat.load(checkpoint_path(f.checkpoint), tokenizer, date=date,
+                     reasoning_effort=f.reasoning_effort, enable_thinking=f.thinking)
+
+  # Several processes have the day of the first one.
+  return Asking(config, tokenizer, load(broadcast(load(f.chat_date).settings.get("date"))),
+                f.system)
 
 
 def define_roster_flags(num_members: int = 1) -> None:

@@ -26,6 +26,7 @@ import tabulate
 from tqdm import tqdm
 
 from experiments import app, methods as methods_lib, profiles, runs, statistics, tasks
+from experiments.asking import Asking
 from experiments.measure import OUTPUT_TEMPERATURES, SAMPLE_STRIDE, Batch, Measurer
 from experiments.methods import BEST_PLAIN, FITTED, PLAIN_SETTINGS, Method
 
@@ -43,6 +44,8 @@ COSTS_TOLD = {
 def define_flags() -> None:
   app.define_model_flags()
   app.define_roster_flags(num_members=8)
+  app.define_chat_flags()
+  app.define_limit_flag()
   flags.DEFINE_string("methods", None, "Methods, separated by semicolons, such as \"plain; "
                       "roster:n=8,t=0.3; self_consistency:n=8\"; see experiments/methods.py. By "
                       "default those of equal forward rows for --num_members.")
@@ -102,7 +105,7 @@ def check_methods(found: list[Method],
   return kept
 
 
-def settings_of(method: Method, model: str) -> dict:
+def settings_of(method: Method, model: str, asking: Asking) -> dict:
   """The settings.json of its run."""
   f = FLAGS
   kept = {} if not f.data_dir else {"data_dir": f.data_dir}
@@ -113,7 +116,7 @@ def settings_of(method: Method, model: str) -> dict:
       "experts_per_token": method.config.experts_per_token,
       "roster": method.roster.settings(), "sampler": method.sampler.settings(),
       "num_samples": method.num_samples, "tasks": f.tasks, "limit": f.limit, "split": f.split,
-      "seeds": seeds_of(method), "batch_size": f.batch_size, "num_validation": f.num_validation,
+      **asking.settings, "max_new_tokens": f.max_new_tokens, "seeds": seeds_of(method), "batch_size": f.batch_size, "num_validation": f.num_validation,
       "likelihood": method.no_likelihood or "of the reference text and the end of text behind it; "
                     "of tasks with choices, of the right one",
       "calibration": "the most probable token at each place of the reference text; of tasks with "
@@ -249,12 +252,14 @@ def main(argv) -> None:
     task.check_allowed(FLAGS.allow_code_execution)
   config = app.load_config(FLAGS.checkpoint)
   base = app.roster_from_flags(config)
+  asking = app.asking(config, app.load_tokenizer(FLAGS.checkpoint, config))
   texts = (methods_lib.default_texts(config, base.num_members) if FLAGS.methods is None
            else [t for t in FLAGS.methods.split(";") if t.strip()])
   found = methods_lib.parse_all(texts, config, base)
 
   def read(split, limit):
-    examples = {t.name: t.examples(split, FLAGS.data_dir, limit) for t in wanted}
+    examples = {t.name: Asking.limited(t.examples(split, FLAGS.data_dir, limit, FLAGS.chat),
+                                       FLAGS.max_new_tokens) for t in wanted}
     for task in wanted:
       check_examples(task, examples[task.name])
     return examples
@@ -265,13 +270,14 @@ def main(argv) -> None:
                   for e in part[task.name]], tasks.OTHER_DATA)
   found = check_methods(found, examples)
   begin = time.perf_counter()
-  params, _, tokenizer = app.open_model(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
+  params, _ = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
   for method in found:
     if method.profile:
       method.profile.check_routers(params)
-  measurer = Measurer(params, tokenizer, FLAGS.batch_size)
+  measurer = Measurer(params, asking, FLAGS.batch_size)
   model, output = profiles.fingerprint(params), pathlib.Path(FLAGS.output)
-  opened = {m.text: runs.Run(output / m.folder, m.text, settings_of(m, model)) for m in found}
+  opened = {m.text: runs.Run(output / m.folder, m.text, settings_of(m, model, asking))
+            for m in found}
   total = sum(len(seeds_of(m)) for m in found) * sum(map(len, examples.values()))
   with tqdm(total=total, unit="example", file=sys.stderr) as bar:
     for task in wanted:

@@ -10,11 +10,11 @@ import numpy as np
 from scipy.special import log_softmax
 
 from experiments import app
+from experiments.asking import Asking
 from experiments.methods import Method
 from experiments.tasks import Example, Task
 from roe_jax import batching, costs, decode, diagnostics, score, sharding
 from roe_jax.params import Params
-from roe_jax.tokenizer import Tokenizer, stop_tokens
 
 # Output temperatures among which the best is looked for.
 OUTPUT_TEMPERATURES = np.geomspace(0.25, 4.0, 13)
@@ -87,10 +87,10 @@ class Answers:
 
 
 class Measurer:
-  """A model with its tokenizer, and methods to be measured on it."""
+  """A model with the way it is asked, and methods to be measured on it."""
 
-  def __init__(self, params: Params, tokenizer: Tokenizer, batch_size: int):
-    self._params, self._tokenizer, self._batch_size = params, tokenizer, batch_size
+  def __init__(self, params: Params, asking: Asking, batch_size: int):
+    self._params, self._asking, self._batch_size = params, asking, batch_size
     self._programs = app.CompiledPrograms()
 
   def answer(self, method: Method, seed: int, batch: Batch,
@@ -112,22 +112,23 @@ class Measurer:
 
   def _generate(self, method, seed, batch):
     config, roster, n = method.config, method.with_seed(seed), method.num_samples
-    prompts = [self._tokenizer.encode(e.prompt) for e in batch.examples] * n
+    prompts = [self._asking.prompt(e) for e in batch.examples] * n
     ids = [i + SAMPLE_STRIDE * sample for sample in range(n) for i in batch.ids]
     limit = max(e.max_new_tokens for e in batch.examples)
     slots = n * self._batch_size
     found, seconds = self._timed(lambda: decode.generate(
         self._params, config, prompts, max_new_tokens=limit, roster=roster,
-        sampler=method.sampler, stop_tokens=stop_tokens(self._tokenizer, config),
-        stop_strings=batch.examples[0].stop, decode=self._tokenizer.decode, request_ids=ids,
-        batch_size=slots))
+        sampler=method.sampler, stop_tokens=self._asking.stop_tokens,
+        stop_strings=batch.examples[0].stop, decode=self._asking.tokenizer.decode,
+        request_ids=ids, batch_size=slots))
     outputs, details = [], []
-    for i in range(len(batch.examples)):
+    for i, example in enumerate(batch.examples):
       samples = found.completions[i::len(batch.examples)]
-      picked = method.pick(batch.task, samples) if n > 1 else 0
-      outputs.append(samples[picked].text)
+      texts = [self._asking.answer(example, sample) for sample in samples]
+      picked = method.pick(batch.task, samples, texts) if n > 1 else 0
+      outputs.append(texts[picked])
       details.append({"output": outputs[-1]} | (
-          {"samples": [s.text for s in samples], "picked": picked} if n > 1 else {}))
+          {"samples": texts, "picked": picked} if n > 1 else {}))
     written = [len(c.tokens) for c in found.completions]
     memory = costs.memory(
         config, roster, self._mesh(config), min(slots, batching.bucket(len(prompts))),
@@ -146,9 +147,9 @@ class Measurer:
 
   def _choose(self, method, seed, batch, output_temperatures):
     roster = method.with_seed(seed)
-    pairs = [(e.prompt, choice) for e in batch.examples for choice in e.choices]
+    texts, starts = zip(*(self._asking.with_text(e, choice)
+                          for e in batch.examples for choice in e.choices))
     ids = [i for e, i in zip(batch.examples, batch.ids) for _ in e.choices]
-    texts, starts = self._encode(pairs, ())
     run = functools.partial(
         self._scores, method, roster, texts, starts, ids, output_temperatures)
     scores, seconds = self._timed(run)
@@ -187,9 +188,7 @@ class Measurer:
     if batch.examples[0].kind == "choose":
       return self.answer(method, seed, batch, output_temperatures).likelihoods
     if has:
-      texts, starts = self._encode(
-          [(batch.examples[i].prompt, batch.examples[i].reference) for i in has],
-          method.config.eos_token_ids[:1])
+      texts, starts = zip(*(self._asking.with_reference(batch.examples[i]) for i in has))
       scores = self._scores(method, method.with_seed(seed), texts, starts,
                             [batch.ids[i] for i in has], output_temperatures)
       for i, one, text, start in zip(has, scores, texts, starts):
@@ -216,12 +215,6 @@ class Measurer:
     found = score.score(self._params, method.config, texts, starts, roster=roster, request_ids=ids,
                         output_temperatures=padded, batch_size=self._batch_size)
     return found.texts
-
-  def _encode(self, pairs, end):
-    prompts = [self._tokenizer.encode(prompt) for prompt, _ in pairs]
-    texts = [p + self._tokenizer.encode(text, add_special_tokens=False) + list(end)
-             for p, (_, text) in zip(prompts, pairs)]
-    return texts, [len(p) for p in prompts]
 
   def _mesh(self, config):
     return sharding.mesh_of(self._params.embedding) or sharding.abstract_mesh(config, 1)

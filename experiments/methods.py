@@ -158,10 +158,10 @@ class Method:
           f"{self.text} votes on the number in an answer, and there is none to extract in task "
           f"{task.name} (there is in {', '.join(EXTRACT)}); leave one of them out")
 
-  def pick(self, task: tasks.Task, samples: Sequence[Completion]) -> int:
-    """Which of the samples of an example is the answer."""
+  def pick(self, task: tasks.Task, samples: Sequence[Completion], texts: Sequence[str]) -> int:
+    """Which of the samples of an example is the answer, given what each of them answers."""
     if self.name == VOTE:
-      return vote([EXTRACT[task.name](sample.text) for sample in samples])
+      return vote([EXTRACT[task.name](text) for text in texts])
     return max(range(len(samples)), key=lambda i: sum(samples[i].log_probs))
 
 

@@ -11,19 +11,19 @@ that every roster meets the same noise on it (common random numbers); the choice
 of a question share theirs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
 import os
 from typing import ClassVar
 
 import numpy as np
 
+from experiments.asking import Asking
 from experiments.tasks import Example, Task
 from roe_jax import batching, decode, score
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
-from roe_jax.tokenizer import Tokenizer, stop_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +52,10 @@ class _Texts:
   ids: list[int]
 
   @classmethod
-  def encode(cls, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], ids: Sequence[int],
-             end: Sequence[int] = ()) -> "_Texts":
-    prompts = [tokenizer.encode(prompt) for prompt, _ in pairs]
-    return cls([p + tokenizer.encode(text, add_special_tokens=False) + list(end)
-                for p, (_, text) in zip(prompts, pairs)], [len(p) for p in prompts], list(ids))
+  def of(cls, pairs: Iterable[tuple[list[int], int]], ids: Sequence[int]) -> "_Texts":
+    """From pairs of tokens and start, as `Asking` gives them."""
+    tokens, starts = zip(*pairs)
+    return cls(list(tokens), list(starts), list(ids))
 
   def __getitem__(self, part: slice) -> "_Texts":
     return _Texts(self.tokens[part], self.starts[part], self.ids[part])
@@ -87,14 +86,14 @@ class Perplexity:
   name: ClassVar[str] = "perplexity"
   maximize: ClassVar[bool] = False
 
-  def __init__(self, config: ModelConfig, tokenizer: Tokenizer, task: Task,
+  def __init__(self, config: ModelConfig, asking: Asking, task: Task,
                examples: Sequence[Example], ids: Sequence[int], batch_size: int,
                allow_code_execution: bool = False):
     """Encodes the examples.
 
     Args:
       config: the model's architecture.
-      tokenizer: its tokenizer.
+      asking: how it is asked.
       task: the task.
       examples: of it.
       ids: address of each example's noise.
@@ -110,9 +109,7 @@ class Perplexity:
       raise ValueError(f"task {task.name} has no reference text for {lacking[0]}, whose perplexity "
                        "would be the objective: give --objective=accuracy")
     self.examples = examples
-    end = () if examples[0].kind == "read" else config.eos_token_ids[:1]
-    self._texts = _Texts.encode(
-        tokenizer, [(e.prompt, e.reference) for e in examples], ids, end)
+    self._texts = _Texts.of(map(asking.with_reference, examples), ids)
     batching.check_tokens(config, self._texts.tokens, what="text of example")
     self.texts, self.starts = self._texts.tokens, self._texts.starts
     self.tokens = self._texts.counts
@@ -152,7 +149,7 @@ class Accuracy:
   name: ClassVar[str] = "accuracy"
   maximize: ClassVar[bool] = True
 
-  def __init__(self, config: ModelConfig, tokenizer: Tokenizer, task: Task,
+  def __init__(self, config: ModelConfig, asking: Asking, task: Task,
                examples: Sequence[Example], ids: Sequence[int], batch_size: int,
                allow_code_execution: bool = False):
     """Encodes the examples; see `Perplexity`.
@@ -164,17 +161,17 @@ class Accuracy:
     task.check_allowed(allow_code_execution)
     self.examples = examples
     self.metric = task.metric
-    self._task, self._allowed, self._tokenizer = task, allow_code_execution, tokenizer
+    self._task, self._allowed, self._asking = task, allow_code_execution, asking
     self._config, self._batch_size = config, batch_size
     if any(e.kind != examples[0].kind for e in examples):
       raise ValueError(f"task {task.name} mixes questions with and without choices")
     if examples[0].kind == "choose":
-      self._texts = [_Texts.encode(tokenizer, [(e.prompt, c) for c in e.choices],
-                                   [i] * len(e.choices)) for e, i in zip(examples, ids)]
+      self._texts = [_Texts.of([asking.with_text(e, c) for c in e.choices],
+                               [i] * len(e.choices)) for e, i in zip(examples, ids)]
       for e, texts in zip(examples, self._texts):
         batching.check_tokens(config, texts.tokens, what=f"{e.id}: choice")
     else:
-      self._prompts, self._ids = [tokenizer.encode(e.prompt) for e in examples], list(ids)
+      self._prompts, self._ids = [asking.prompt(e) for e in examples], list(ids)
       batching.check_tokens(config, self._prompts, room=1, what="prompt of example")
       if len({(e.stop, e.max_new_tokens) for e in examples}) > 1:
         raise ValueError(f"the examples of task {task.name} differ in their stop strings or limits")
@@ -202,12 +199,14 @@ class Accuracy:
     first, prompts = self.examples[0], self._prompts[part]
     found = decode.generate(
         params, self._config, prompts, max_new_tokens=first.max_new_tokens, roster=roster,
-        stop_tokens=stop_tokens(self._tokenizer, self._config), stop_strings=first.stop,
-        decode=self._tokenizer.decode, request_ids=self._ids[part], batch_size=self._batch_size)
+        stop_tokens=self._asking.stop_tokens, stop_strings=first.stop,
+        decode=self._asking.tokenizer.decode, request_ids=self._ids[part],
+        batch_size=self._batch_size)
     tokens, members = found.throughput.tokens, len(roster.members)
     prefilled = sum(map(len, prompts)) - len(prompts)
     prefilled *= members if roster.cache == "standard" else 1
-    return [c.text for c in found.completions], Cost(tokens, prefilled + tokens * members)
+    answers = [self._asking.answer(e, c) for e, c in zip(self.examples[part], found.completions)]
+    return answers, Cost(tokens, prefilled + tokens * members)
 
   def value(self, values: np.ndarray) -> float:
     """The mean over all examples."""

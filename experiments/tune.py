@@ -40,6 +40,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import app, confirm, profiles, runs, tasks, trials, tuning_configs
+from experiments.asking import Asking
 from experiments.objectives import OBJECTIVES, Cost, Objective
 from experiments.profiles import Profile
 from experiments.trials import Search, Space
@@ -56,6 +57,8 @@ SPLIT = "validation"
 def define_flags() -> None:
   app.define_model_flags()
   app.define_roster_flags()
+  app.define_chat_flags()
+  app.define_limit_flag()
   default = TuningConfig()
   flags.DEFINE_string("task", None, "What is tuned for: " + ", ".join(tasks.TASKS) + ".",
                       required=True)
@@ -97,6 +100,7 @@ class Work:
     settings: from the config and the flags.
     roster: settings of the roster.
     space: which τ are tried.
+    asked: how the model is, see `Asking.settings`.
     searched: the objective on the examples that trials see.
     fresh: on those of the confirmation.
   """
@@ -106,6 +110,7 @@ class Work:
   settings: TuningConfig
   roster: dict
   space: Space
+  asked: dict
   searched: Objective
   fresh: Objective
 
@@ -122,7 +127,9 @@ class Work:
     return {
         "name": "tune", "checkpoint": FLAGS.checkpoint, "dtype": FLAGS.dtype, "mesh": FLAGS.mesh,
         "model": profiles.sizes_of(self.config), "task": FLAGS.task, "split": SPLIT,
-        "data_dir": FLAGS.data_dir, **dataclasses.asdict(self.settings), **self.roster,
+        "data_dir": FLAGS.data_dir, **self.asked, "max_new_tokens": FLAGS.max_new_tokens,
+        **dataclasses.asdict(self.settings),
+        **self.roster,
         "sampler": FLAGS.sampler, "prune": FLAGS.prune, "seed": FLAGS.seed,
         "num_confirm": len(self.fresh.examples), "num_seeds": FLAGS.num_seeds,
         "batch_size": FLAGS.batch_size}
@@ -162,13 +169,14 @@ def prepare() -> Work:
   task = tasks.get(FLAGS.task)
   count, examples, fresh = choose_examples(task, settings.num_samples)
   settings = dataclasses.replace(settings, num_samples=count)
-  tokenizer = app.load_tokenizer(FLAGS.checkpoint, config)
+  asking = app.asking(config, app.load_tokenizer(FLAGS.checkpoint, config))
   searched, fresh = (
       OBJECTIVES[settings.objective](
-          config, tokenizer, task, [examples[i] for i in ids], ids, FLAGS.batch_size,
+          config, asking, task, [examples[i] for i in ids], ids, FLAGS.batch_size,
           FLAGS.allow_code_execution)
       for ids in (range(count), fresh))
-  work = Work(pathlib.Path(FLAGS.output), config, settings, roster, space, searched, fresh)
+  work = Work(pathlib.Path(FLAGS.output), config, settings, roster, space, asking.settings, searched,
+              fresh)
   work.make_roster(0.0, FLAGS.seed + FLAGS.num_seeds)
   return work
 
@@ -189,7 +197,9 @@ def choose_examples(task: tasks.Task,
   """
   confirms = FLAGS.num_confirm or num_samples
   examples = app.in_all_processes(
-      lambda: task.examples(SPLIT, FLAGS.data_dir, num_samples + confirms))
+      lambda: Asking.limited(
+          task.examples(SPLIT, FLAGS.data_dir, num_samples + confirms, FLAGS.chat),
+          FLAGS.max_new_tokens))
   app.check_same([[e.prompt, e.reference] for e in examples], tasks.OTHER_DATA)
   if FLAGS.num_confirm is None and len(examples) < 2 * num_samples:
     num_samples = len(examples) // 2

@@ -2,7 +2,7 @@
 
 Texts are validation examples, as not all tasks' test examples have references: output
 temperatures, and whatever else is chosen, come from the first of them, and what is reported
-from the others, or from test examples where it is asked for. Prompts are plain ones.
+from the others, or from test examples where it is asked for.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 
 from experiments import app, statistics, tasks
+from experiments.asking import Asking
 from experiments.figures import compared
 from experiments.figures.work import Work
 from experiments.measure import OUTPUT_TEMPERATURES
 from experiments.objectives import Perplexity
 from experiments.statistics import Comparison
+from roe_jax.chat import Chat
 from roe_jax.roster import Roster
 
 SPLIT = "validation"
@@ -46,15 +48,23 @@ class Texts:
     count = num_examples or work.model.num_examples or 1000
     first = work.model.num_validation
     task = tasks.get(task or work.model.text)
-    examples = task.examples(SPLIT, work.data_dir, first + (count if reported == SPLIT else 0))
-    rest = examples[first:] if reported == SPLIT else task.examples(reported, work.data_dir, count)
+    chats = work.chats(task.name)
+    examples = task.examples(
+        SPLIT, work.data_dir, first + (count if reported == SPLIT else 0), chats)
+    rest = (examples[first:] if reported == SPLIT
+            else task.examples(reported, work.data_dir, count, chats))
     if len(examples) < first or not rest:
       raise ValueError(f"task {task.name} has {len(examples)} validation examples, too few for "
                        f"{first} to fit output temperatures on and others to report on: "
                        "--set=num_validation=... takes less")
     self.params, self.config, tokenizer = app.open_model(checkpoint, None, work.model.mesh)
+    chat = None
+    if chats:
+      chat = Chat.load(app.checkpoint_path(checkpoint), tokenizer, date=work.model.chat["chat_date"],
+                       reasoning_effort=work.model.chat["reasoning_effort"])
+    asking = Asking(self.config, tokenizer, chat)
     self.chosen_on, self.reported_on = (
-        Perplexity(self.config, tokenizer, task, some, range(start, start + len(some)),
+        Perplexity(self.config, asking, task, some, range(start, start + len(some)),
                    work.model.batch_size)
         for some, start in ((examples[:first], 0), (rest, first)))
 

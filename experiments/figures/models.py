@@ -23,6 +23,7 @@ class Model:
     cache: of the roster.
     temperature: the uniform τ where none is tuned.
     mesh: of devices, as --mesh names it; None: one device.
+    chat: of a model that is asked in its chat format, the flags of that; None: plain prompts.
     num_seeds: noise seeds.
     num_examples: test examples of each task; None: all.
     num_validation: validation examples on which output temperatures are fitted.
@@ -44,6 +45,7 @@ class Model:
   cache: str
   temperature: float
   mesh: str | None = None
+  chat: dict[str, str | int] | None = None
   num_seeds: int = 5
   num_examples: int | None = None
   num_validation: int = 100
@@ -91,6 +93,7 @@ MODELS: dict[str, Model] = {model.name: model for model in (
                  "--keep_mxfp4",),
         hardware="four GPUs of 80 GB (13.8 GB of weights in MXFP4; 64 members with a cache each)",
         tuning="paper_{category}_gpt_oss", num_members=64, cache="standard", temperature=0.1,
+        chat=dict(reasoning_effort="low", chat_date="2025-08-05", max_new_tokens=1024),
         mesh="auto", **_PAPER),
     Model(
         name="embedded", title="the embedded models",

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments import app, jsonl, runs
+from experiments import app, jsonl, runs, tasks
 from experiments.figures.models import Model
 from experiments.reporting import results as results_lib
 
@@ -148,7 +148,7 @@ class Work:
         checkpoint=model.checkpoint, mesh=model.mesh, task=task,
         config=model.tuning.format(category=model.category(task)),
         num_samples=model.num_samples, num_trials=model.num_trials, seed=self.seed,
-        **self._of_tasks()) | flags
+        **self._of_tasks(task)) | flags
     return Command("tune", self.root / "tune" / (name or task), tuple(settings.items()),
                    done="confirm/*/summary.json")
 
@@ -156,20 +156,24 @@ class Work:
     """The profile that `tune(task)` leaves."""
     return self.root / "tune" / task / "profile.json"
 
-  def compare(self, name: str, tasks: list[str], methods: list[str], **flags) -> Command:
+  def compare(self, name: str, task_names: list[str], methods: list[str], **flags) -> Command:
     """A comparison of methods, in `root`/compare/`name`; `flags` override those of the model."""
     model = self.model
     settings = dict(
-        checkpoint=model.checkpoint, mesh=model.mesh, tasks=tasks, methods="; ".join(methods),
+        checkpoint=model.checkpoint, mesh=model.mesh, tasks=task_names, methods="; ".join(methods),
         num_members=model.num_members, cache=model.cache, temperature_profile=model.temperature,
         num_seeds=model.num_seeds, limit=model.num_examples, num_validation=model.num_validation,
-        batch_size=model.batch_size, seed=self.seed, **self._of_tasks()) | flags
+        batch_size=model.batch_size, seed=self.seed, **self._of_tasks(*task_names)) | flags
     return Command("compare", self.root / "compare" / name, tuple(settings.items()),
                    done="*/summary.json", num_done=len(methods))
 
-  def _of_tasks(self):
-    return dict(data_dir=self.data_dir,
-                allow_code_execution=self.allow_code_execution or None)
+  def chats(self, *names: str) -> bool:
+    """Whether tasks are asked in the model's chat format, as all are but texts to read."""
+    return self.model.chat is not None and all(tasks.get(n).category != "language" for n in names)
+
+  def _of_tasks(self, *names):
+    settings = dict(data_dir=self.data_dir, allow_code_execution=self.allow_code_execution or None)
+    return settings | (dict(chat=True, **self.model.chat) if self.chats(*names) else {})
 
   def compared(self, name: str) -> dict[str, results_lib.Result]:
     """The runs that `compare(name, ...)` left, by the text of their method."""

@@ -11,6 +11,7 @@ import pytest
 import scipy.special
 
 from experiments import app, compare as program, methods, runs, tasks
+from experiments.asking import Asking
 from experiments.measure import OUTPUT_TEMPERATURES, SAMPLE_STRIDE, Batch, Measurer
 from roe_jax import decode, diagnostics, score
 from roe_jax.roster import Roster
@@ -200,7 +201,7 @@ def test_choices_are_judged_by_their_probability(model):
       choices=(" 1", " 2 pears", " 3"), target=1, reference=" 2 pears")
   batch = Batch(tasks.get("arc_easy"), [example], [9])
   method = methods.parse("roster:n=3,t=0.5", config, Roster.create(config))
-  measurer = Measurer(params, tokenizer, BATCH)
+  measurer = Measurer(params, Asking(config, tokenizer), BATCH)
   answers = measurer.answer(method, 4, batch, [1.0, 2.0])
   prompt = tokenizer.encode(example.prompt)
   texts = [prompt + tokenizer.encode(c, add_special_tokens=False) for c in example.choices]

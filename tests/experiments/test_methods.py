@@ -133,10 +133,11 @@ def test_answers_are_picked_by_number_and_by_probability():
   samples = [completion(" 1+1=2. #### 2", -0.1, -0.1), completion(" #### 3", -3.0),
              completion(" 2+1=3. #### 3", -1.0, -1.0)]
   task = tasks.get("wordmath")
-  assert parse("self_consistency:n=3").pick(task, samples) == 1
-  assert parse("best_of:n=3").pick(task, samples) == 0
-  texts = [completion(t, -1.0) for t in ("The result is 5", "so 1,000.", "it is 1000", "no idea")]
-  assert parse("self_consistency:n=4").pick(tasks.get("gsm8k"), texts) == 1
+  texts = [sample.text for sample in samples]
+  assert parse("self_consistency:n=3").pick(task, samples, texts) == 1
+  assert parse("best_of:n=3").pick(task, samples, texts) == 0
+  texts = ["The result is 5", "so 1,000.", "it is 1000", "no idea"]
+  assert parse("self_consistency:n=4").pick(tasks.get("gsm8k"), samples, texts) == 1
 
 
 def test_tasks_without_an_answer_by_a_method_are_refused():

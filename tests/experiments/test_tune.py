@@ -12,6 +12,7 @@ import pytest
 
 from experiments import (
     app, confirm, objectives, profiles, runs, statistics, tasks, tune, tuning_configs)
+from experiments.asking import Asking
 from experiments.tasks import base
 from experiments.trials import Search, Space
 from roe_jax import checkpoint, decode, score
@@ -202,7 +203,7 @@ def test_two_workers_killed_and_started_again_end_as_one_that_was_not(
 def perplexity(model):
   _, config, tokenizer = model
   task = tasks.get("wordmath")
-  return objectives.Perplexity(config, tokenizer, task, task.examples("validation", limit=6),
+  return objectives.Perplexity(config, Asking(config, tokenizer), task, task.examples("validation", limit=6),
                                range(6), batch_size=3)
 
 
@@ -247,7 +248,8 @@ def test_accuracy_of_written_answers(model):
   # A task on which a random model is right now and then: long completions.
   judged = base.Task("length", "math", "long", None, base.each(
       lambda e, output: {"long": float(len(output))}), "")
-  objective = objectives.Accuracy(config, tokenizer, judged, examples, range(7, 10), 2)
+  objective = objectives.Accuracy(config, Asking(config, tokenizer), judged, examples,
+                                  range(7, 10), 2)
   roster = Roster.create(config, 3, 0.5, seed=4)
   values, cost = objective.measure(params, roster, slice(1, 3))
   for value, example, i in zip(values, examples[1:], (8, 9)):
@@ -263,7 +265,8 @@ def test_accuracy_of_chosen_answers(model):
   examples = [base.Example(id=f"q/{i}", prompt=f"{i} pens", choices=(" a", " 12 boats.", " 7"),
                            target=i % 3) for i in range(3)]
   task = base.Task("choices", "commonsense", "acc", None, base.each(base.chosen), "")
-  objective = objectives.Accuracy(config, tokenizer, task, examples, range(3), batch_size=4)
+  objective = objectives.Accuracy(config, Asking(config, tokenizer), task, examples, range(3),
+                                  batch_size=4)
   roster = Roster.create(config, 3, 0.5)
   values, cost = objective.measure(params, roster, slice(0, 3))
   expected = []
@@ -292,7 +295,8 @@ def test_a_small_split_is_halved_and_repeated_questions_confirm_nothing(monkeypa
   questions = ["a", "b", "c", "d", "a", "e", "f"]
   task = base.Task("few", "math", "acc", lambda split, folder, chat: (
       base.Example(id=f"{split}/{i}", prompt=q) for i, q in enumerate(questions)), None, "")
-  given = types.SimpleNamespace(num_confirm=None, data_dir=None)
+  given = types.SimpleNamespace(num_confirm=None, data_dir=None, chat=False,
+                                max_new_tokens=None)
   monkeypatch.setattr(tune, "FLAGS", given)
   count, examples, fresh = tune.choose_examples(task, 50)
   assert (count, len(examples), fresh) == (3, 7, [3, 5, 6])
@@ -305,7 +309,7 @@ def test_a_small_split_is_halved_and_repeated_questions_confirm_nothing(monkeypa
 
 
 def test_the_papers_budgets():
-  assert len(tuning_configs.CONFIGS) == 10
+  assert len(tuning_configs.CONFIGS) == 13
   c = tuning_configs.load("paper_commonsense_mixtral")
   assert (c.num_samples, c.num_trials, c.objective) == (300, 100, "accuracy")
   assert (c.num_members, c.max_temperature, c.fixed_layers, c.cache) == (64, 0.3, 3, "standard")
