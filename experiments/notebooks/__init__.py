@@ -24,7 +24,8 @@ from typing import Any
 import nbformat
 
 REPOSITORY, VERSION = "roe-jax/roe_jax", "v0.1.0"
-FOLDER = pathlib.Path(__file__).parent
+FOLDER = pathlib.Path(__file__).resolve().parent
+_ROOT = FOLDER.parents[1]
 NAMES = ("quickstart", "olmoe_colab", "reproduce_figures", "tpu")
 BESIDE = {"olmoe_colab": "jax[cuda12]", "tpu": "jax[tpu]"}  # what else is installed
 ON_CPU = ("quickstart", "reproduce_figures")
@@ -85,6 +86,11 @@ def rewrite(notebook: nbformat.NotebookNode, name: str) -> None:
   _code(notebook)[0].source = install_line(name)
 
 
+def python(cell: nbformat.NotebookNode) -> str:
+  """The Python of a cell, without lines that are none."""
+  return "\n".join(line for line in _lines(cell) if line[:1] not in ("!", "%"))
+
+
 def _code(notebook):
   return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
@@ -104,7 +110,7 @@ def problems(name: str, notebook: nbformat.NotebookNode) -> Iterator[str]:
   for repository, version, where in links(notebook):
     if (repository, version) != (REPOSITORY, VERSION):
       yield f"a link leads to {repository} at {version}: {where}"
-    elif not (FOLDER.parents[1] / where).exists():
+    elif not (_ROOT / where).exists():
       yield f"a link leads to a file that is not there: {where}"
   names: dict[str, Any] = {}
   is_taken = False
@@ -115,9 +121,8 @@ def problems(name: str, notebook: nbformat.NotebookNode) -> Iterator[str]:
         yield f"a line is none of {', '.join(_OTHER_LINES)}: {line!r}"
       if is_taken and line.startswith("!"):
         yield f"the notebook's own process has the accelerator where a program starts: {line!r}"
-    text = "\n".join(line for line in lines if line[:1] not in ("!", "%"))
     try:
-      tree = ast.parse(text)
+      tree = ast.parse(python(cell))
     except SyntaxError as error:
       yield f"a cell does not compile: {error}"
       continue
@@ -221,9 +226,11 @@ def execute(name: str, folder: pathlib.Path) -> nbformat.NotebookNode:
   """
   import nbclient
 
-  # Programs that cells start are those of this interpreter.
-  environment = os.environ | {"PATH": os.pathsep.join(
-      [str(pathlib.Path(sys.executable).parent), os.environ.get("PATH", "")])}
+  # Programs that cells start are of this interpreter and of this package.
+  environment = dict(os.environ)
+  for variable, first in (("PATH", pathlib.Path(sys.executable).parent), ("PYTHONPATH", _ROOT)):
+    environment[variable] = os.pathsep.join(
+        filter(None, [str(first), os.environ.get(variable)]))
   notebook = read(name)
   install = _code(notebook)[0]
   kept, install.source = install.source, ""
