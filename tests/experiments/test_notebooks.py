@@ -70,6 +70,8 @@ def small_olmoe(tmp_path, monkeypatch):
       qk_norm=True, initializer_range=0.3, eos_token_ids=(256,))
   checkpoint.save(tmp_path / "olmoe", params.initialize(config, jax.random.key(0)), config,
                   files=files)
+  (tmp_path / "results/report").mkdir(parents=True)  # what a program before left
+  (tmp_path / "results/report/report.md").write_text("# Report")
   monkeypatch.chdir(tmp_path)
 
 
