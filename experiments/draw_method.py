@@ -1,6 +1,9 @@
 """Draws what a Roster of Experts does with one token.
 
   python -m experiments.draw_method --output=docs/roe.png
+
+The router's scores and the members' distributions are invented; what is chosen and
+averaged is computed from them. For print, give a name that ends in .pdf.
 """
 
 import pathlib
@@ -8,88 +11,112 @@ import pathlib
 from absl import flags
 import matplotlib
 matplotlib.use("Agg")
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments import app
 
 FLAGS = flags.FLAGS
-SHADE = "0.25"
-MEMBERS = (("member 0, clean", (1, 4)), ("member 1", (1, 6)), ("member 2", (3, 4)),
-           ("member n - 1", (4, 6)))
-NUM_EXPERTS = 8
+INK, DARK, LIGHT = "0.2", "0.3", "0.85"
+MEMBERS = ("member 0", "member 1", "member 2", "member n-1")
+HEIGHTS = (2.86, 2.14, 1.42, 0.42)  # of the members' rows, in inches as all lengths here
+NUM_CHOSEN = 2
+SCORES = (0.30, 0.62, 0.22, 0.44, 0.56, 0.16, 0.48, 0.34)
+# τ·G of each member; Gumbel noise is skewed: often a little less, sometimes much more.
+NOISE = ((0, 0, 0, 0, 0, 0, 0, 0),
+         (-0.06, 0.08, 0.10, -0.05, -0.12, 0.05, 0.16, -0.10),
+         (-0.10, -0.16, 0.06, 0.22, 0.09, -0.04, -0.08, 0.12),
+         (0.12, -0.10, -0.08, -0.02, 0.02, 0.26, 0.20, -0.14))
 WORDS = ("17", "34", "43", "51")
+PROBABILITIES = ((0.40, 0.42, 0.10, 0.08), (0.15, 0.68, 0.09, 0.08), (0.22, 0.52, 0.08, 0.18),
+                 (0.46, 0.34, 0.09, 0.11))
 
 
 def define_flags() -> None:
   flags.DEFINE_string("output", "docs/roe.png", "The picture.")
 
 
-def distributions() -> np.ndarray:
-  """`[members, words]`: invented, as is the choice of experts; the average is computed."""
-  logits = np.array([[1.2, 1.5, 0.2, 0.0], [0.6, 2.0, 0.5, 0.1], [0.9, 1.9, 0.1, 0.7],
-                     [1.6, 1.4, 0.0, 0.3]])
-  p = np.exp(logits)
-  return p / p.sum(axis=1, keepdims=True)
+def box(axis, x, y, width, height, **style):
+  axis.add_patch(FancyBboxPatch(
+      (x, y), width, height, boxstyle="round,pad=0,rounding_size=0.06",
+      **{"facecolor": "white", "edgecolor": INK, "linewidth": 1} | style))
 
 
-def box(axis, x, y, width, height, text, **style):
-  axis.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.08",
-                                **{"facecolor": "white", "edgecolor": SHADE, "linewidth": 1} | style))
-  axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9)
+def text(axis, x, y, words, size=9, **style):
+  axis.text(x, y, words, fontsize=size, **{"ha": "center", "va": "center", "color": "black"} | style)
 
 
-def arrow(axis, start, end, **style):
-  axis.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, shrinkA=0,
-                                 shrinkB=0, **{"color": SHADE, "linewidth": 1} | style))
+def arrow(axis, *points, **style):
+  """Straight lines through points, with a head at the last."""
+  for start, end in zip(points[:-2], points[1:-1]):
+    axis.plot(*zip(start, end), **{"color": INK, "linewidth": 1, "solid_capstyle": "butt"} | style)
+  axis.add_patch(FancyArrowPatch(
+      *points[-2:], arrowstyle="-|>", mutation_scale=9, shrinkA=0, shrinkB=0,
+      **{"color": INK, "linewidth": 1} | style))
 
 
-def bars(axis, x, y, values, emphasised=False):
-  """A distribution as bars, its largest one dark."""
+def bars(axis, x, y, values, chosen, width, scale):
+  """Bars from a base line, the chosen ones dark."""
   for i, value in enumerate(values):
-    largest = i == int(np.argmax(values))
-    axis.add_patch(plt.Rectangle((x + 0.24 * i, y), 0.18, 0.9 * value, linewidth=0.6,
-                                 edgecolor=SHADE, facecolor="0.15" if largest else "0.8"))
-    if emphasised:
-      axis.text(x + 0.24 * i + 0.09, y - 0.14, WORDS[i], ha="center", va="center", fontsize=7)
+    axis.add_patch(Rectangle((x + i * width, y), 0.78 * width, scale * value, linewidth=0.7,
+                             edgecolor=INK, facecolor=DARK if i in chosen else LIGHT))
+
+
+def largest(values, number):
+  """Indices of the largest values."""
+  return set(np.argsort(-np.asarray(values))[:number].tolist())
+
+
+def draw_cache(axis):
+  """A strip of past tokens, which all rows read and member 0 adds to."""
+  x, y, side, past = 1.37, 3.74, 0.26, 6
+  for i in range(past + 1):
+    axis.add_patch(Rectangle((x + i * side, y), side, side, linewidth=0.8, edgecolor=INK,
+                             facecolor=LIGHT if i < past else "white",
+                             linestyle="-" if i < past else (0, (2, 1.5))))
+  end = x + (past + 1) * side
+  text(axis, end + 0.1, y + side / 2, "one cache: keys and values of past tokens", ha="left")
+  for row in HEIGHTS:
+    arrow(axis, (1.5, y), (1.5, row + 0.08), (1.9, row + 0.08), linestyle=(0, (3, 1.5)))
+  text(axis, 1.56, y - 0.16, "all read", 8, ha="left")
+  arrow(axis, (end - side / 2, HEIGHTS[0] + 0.3), (end - side / 2, y))
+  text(axis, end - side / 2 - 0.06, y - 0.38, "member 0\nwrites", 8, ha="right")
 
 
 def draw() -> plt.Figure:
-  """One token on the left, n members in rows, their distributions and the average on the right."""
-  figure, axis = plt.subplots(figsize=(9.6, 4.3), layout="constrained", facecolor="white")
-  axis.set_xlim(0, 12)
-  axis.set_ylim(-0.25, 5.3)
+  """A token on the left, n members in rows, their distributions and the mean on the right."""
+  figure = plt.figure(figsize=(8, 4.15), facecolor="white")
+  axis = figure.add_axes((0, 0, 1, 1))
+  axis.set_xlim(0, 8)
+  axis.set_ylim(0, 4.15)
   axis.axis("off")
-  p = distributions()
-  rows = (4.15, 3.15, 2.15, 0.85)
-  box(axis, 0.05, 2.35, 1.15, 0.62, "one token")
-  # The cache, which member 0 writes and all read.
-  box(axis, 1.85, 0.75, 1.25, 4.05, "", facecolor="0.93")
-  axis.text(2.475, 2.78, "keys and\nvalues of the\npast, written\nby member 0\n\n(Clean Cache)", ha="center",
-            va="center", fontsize=8)
-  axis.text(5.25, 5.1, "routers with noise: the k largest of R + τ·G", ha="center", fontsize=9)
-  axis.text(8.35, 5.1, "n distributions", ha="center", fontsize=9)
-  for (name, chosen), y, values in zip(MEMBERS, rows, p):
-    arrow(axis, (1.2, 2.66), (1.85, y + 0.22), connectionstyle="arc3,rad=0")
-    arrow(axis, (3.1, y + 0.22), (3.55, y + 0.22))
-    axis.text(3.6, y + 0.56, name + (": τ = 0" if y == rows[0] else ": its own noise G"), fontsize=8,
-              va="bottom")
-    for e in range(NUM_EXPERTS):
-      axis.add_patch(plt.Rectangle((3.6 + 0.42 * e, y), 0.34, 0.44, linewidth=0.8, edgecolor=SHADE,
-                                   facecolor="0.25" if e in chosen else "white"))
-    arrow(axis, (3.6 + 0.42 * NUM_EXPERTS + 0.05, y + 0.22), (7.8, y + 0.22))
-    bars(axis, 7.9, y - 0.02, values)
-    arrow(axis, (8.95, y + 0.22), (10.0, 2.75), connectionstyle="arc3,rad=0")
-  axis.text(4.3, 1.88, "⋮", fontsize=14, ha="center", va="center")
-  axis.text(8.35, 1.88, "⋮", fontsize=14, ha="center", va="center")
-  axis.add_patch(FancyBboxPatch((10.05, 2.0), 1.85, 1.5, boxstyle="round,pad=0,rounding_size=0.08",
-                                facecolor="white", edgecolor=SHADE, linewidth=1))
-  bars(axis, 10.5, 2.32, p.mean(axis=0), emphasised=True)
-  axis.text(10.97, 3.22, "their mean", ha="center", va="center", fontsize=9)
-  axis.text(10.97, 1.74, "the next token", ha="center", va="center", fontsize=9)
-  axis.text(5.25, 0.42, "experts of every layer; dark: chosen", ha="center", fontsize=8)
-  axis.text(6.0, -0.08, "All members are one batch. There is no training.", ha="center", fontsize=9)
+  middle = (HEIGHTS[0] + HEIGHTS[-1]) / 2
+  box(axis, 0.1, middle - 0.24, 0.75, 0.48)
+  text(axis, 0.475, middle, "one\ntoken")
+  text(axis, 0.55, middle - 0.5, "n times,\nas one batch", 8)
+  draw_cache(axis)
+  mean = np.mean(PROBABILITIES, axis=0)
+  for name, y, noise, p in zip(MEMBERS, HEIGHTS, NOISE, PROBABILITIES):
+    arrow(axis, (0.85, middle), (1.15, middle), (1.15, y - 0.08), (1.9, y - 0.08))
+    box(axis, 1.9, y - 0.3, 3.3, 0.6)
+    text(axis, 2.0, y, f"{name}\n" + ("its own noise" if any(noise) else "clean: τ = 0"), 8, ha="left")
+    scores = np.add(SCORES, noise)
+    chosen = largest(scores, NUM_CHOSEN)
+    bars(axis, 3.15, y - 0.24, scores, chosen, 0.25, 0.62)
+    arrow(axis, (5.2, y), (5.5, y))
+    bars(axis, 5.6, y - 0.24, p, largest(p, 1), 0.2, 0.7)
+    arrow(axis, (6.45, y), (6.7, y), (6.7, middle), (6.95, middle))
+  dots = (HEIGHTS[2] + HEIGHTS[3]) / 2
+  for x in (3.55, 6.0):
+    text(axis, x, dots, "⋮", 14)
+  text(axis, 4.15, 3.38, "router scores R + τ·G,\ndark: the k experts chosen")
+  text(axis, 6.0, 3.3, "n distributions")
+  box(axis, 6.95, middle - 0.62, 0.95, 1.24)
+  text(axis, 7.425, middle + 0.43, "their mean")
+  bars(axis, 7.03, middle - 0.34, mean, largest(mean, 1), 0.2, 1.0)
+  for i, word in enumerate(WORDS):
+    text(axis, 7.03 + 0.2 * i + 0.078, middle - 0.46, word, 8)
   return figure
 
 
@@ -98,7 +125,7 @@ def main(argv) -> None:
   path = pathlib.Path(FLAGS.output)
   path.parent.mkdir(parents=True, exist_ok=True)
   figure = draw()
-  figure.savefig(path, dpi=120)
+  figure.savefig(path, dpi=200)
   plt.close(figure)
   print(f"Saved {path}.")
 

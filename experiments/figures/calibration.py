@@ -248,7 +248,7 @@ def draw(records: list[dict]):
                  {s: [added(r, s) for r in shown] for s in SYSTEMS})
     axis.set_title(model, fontsize=9)
     axis.tick_params(axis="x", labelsize=8)
-    axis.set_ylabel("added to the gain over plain\n(0.001 nat per token)")
+    axis.set_ylabel("added to the gain over plain\n(0.001 nat per token)", fontsize=8)
   axes[-1, 0].set_xlabel("class of tokens, and its share of all")
   drawing.legend(figure, axes[0, 0], 5)
   return figure

@@ -1,11 +1,13 @@
 """Notebooks that open in Colab, and what is asked of them.
 
 A notebook calls the library: its cells hold no logic. The first cell has the "Open in Colab"
-badge, the first code cell installs one version of this package, and outputs are stored.
+badge, the first code cell installs one version of this package, and outputs are stored of those
+that need no accelerator. In the others the notebook's own process comes last: one process at a
+time can have a TPU, and it keeps most of a GPU's memory, so that a program started after it fails.
 `problems` tells what is wrong with one; `execute` runs it from a clean kernel:
 
     python -m experiments.notebooks --execute=quickstart,reproduce_figures
-    python -m experiments.notebooks --rewrite     # badges and install lines, after a release
+    python -m experiments.notebooks --rewrite     # links and install lines, after a release
 """
 
 import ast
@@ -22,17 +24,21 @@ from typing import Any
 import nbformat
 
 REPOSITORY, VERSION = "roe-jax/roe_jax", "v0.1.0"
-FOLDER = pathlib.Path(__file__).parent
-# What is installed besides the package, and what of the package.
-EXTRAS = {"quickstart": "experiments", "olmoe_colab": "experiments", "reproduce_figures": "experiments",
-          "tpu": "experiments"}
-BESIDE = {"olmoe_colab": "jax[cuda12]", "tpu": "jax[tpu]"}
-NAMES = tuple(EXTRAS)
+FOLDER = pathlib.Path(__file__).resolve().parent
+_ROOT = FOLDER.parents[1]
+NAMES = ("quickstart", "olmoe_colab", "reproduce_figures", "tpu")
+BESIDE = {"olmoe_colab": "jax[cuda12]", "tpu": "jax[tpu]"}  # what else is installed
 ON_CPU = ("quickstart", "reproduce_figures")
+_LINK = re.compile(r"(?P<site>https://(?:colab\.research\.google\.com/github|github\.com))"
+                   r"/(?P<repository>[\w-]+/roe_jax)/(?P<kind>blob|tree)/(?P<version>[^/]+)"
+                   r"/(?P<path>[^)\s]+)")
 _PACKAGES = ("roe_jax", "experiments", "checkpoints_convert")
-_LOGIC = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.For, ast.While, ast.If, ast.Try,
-          ast.With, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.IfExp,
-          ast.Match)
+_WITH_DEVICES = {"jax", "roe_jax", "checkpoints_convert"}  # what computes in the notebook's process
+_LOGIC = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.For, ast.AsyncFor,
+          ast.While, ast.If, ast.IfExp, ast.Match, ast.BoolOp, ast.Try, ast.TryStar, ast.With,
+          ast.AsyncWith, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+# Lines that are not Python's: programs, which `commands` finds, one expression, a variable.
+_OTHER_LINES = ("!python -m ", "!python -c ", "%env ")
 SECONDS = 300  # that a cell may take
 
 
@@ -53,25 +59,36 @@ def read(name: str) -> nbformat.NotebookNode:
 
 def badge(name: str) -> str:
   """The Markdown of the "Open in Colab" badge."""
-  where = f"https://colab.research.google.com/github/{REPOSITORY}/blob/{VERSION}"
-  return (f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({where}/"
+  return ("[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+          f"(https://colab.research.google.com/github/{REPOSITORY}/blob/{VERSION}/"
           f"experiments/notebooks/{name}.ipynb)")
 
 
 def install_line(name: str) -> str:
   """The first code cell."""
   beside = f' "{BESIDE[name]}"' if name in BESIDE else ""
-  return (f'%pip install -q "roe_jax[{EXTRAS[name]}] @ git+https://github.com/{REPOSITORY}@{VERSION}"'
+  return (f'%pip install -q "roe_jax[experiments] @ git+https://github.com/{REPOSITORY}@{VERSION}"'
           + beside)
 
 
-def rewrite(name: str) -> None:
-  """Puts badge and install line as they should be."""
-  notebook = read(name)
-  first, install = notebook.cells[0], _code(notebook)[0]
-  first.source = re.sub(r"\[!\[Open in Colab\]\(.*?\)\]\(.*?\)", lambda _: badge(name), first.source)
-  install.source = install_line(name)
-  nbformat.write(notebook, path(name))
+def links(notebook: nbformat.NotebookNode) -> list[tuple[str, str, str]]:
+  """(repository, version, path) of links to files of this project, those of badges, too."""
+  text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+  return [(m["repository"], m["version"], m["path"]) for m in _LINK.finditer(text)]
+
+
+def rewrite(notebook: nbformat.NotebookNode, name: str) -> None:
+  """Puts links and the install line as they should be."""
+  for cell in notebook.cells:
+    if cell.cell_type == "markdown":
+      cell.source = _LINK.sub(lambda m: m["site"] + f"/{REPOSITORY}/{m['kind']}/{VERSION}/{m['path']}",
+                              cell.source)
+  _code(notebook)[0].source = install_line(name)
+
+
+def python(cell: nbformat.NotebookNode) -> str:
+  """The Python of a cell, without lines that are none."""
+  return "\n".join(line for line in _lines(cell) if line[:1] not in ("!", "%"))
 
 
 def _code(notebook):
@@ -90,14 +107,22 @@ def problems(name: str, notebook: nbformat.NotebookNode) -> Iterator[str]:
   code = _code(notebook)
   if not code or code[0].source.strip() != install_line(name):
     yield "the first code cell is not " + install_line(name)
+  for repository, version, where in links(notebook):
+    if (repository, version) != (REPOSITORY, VERSION):
+      yield f"a link leads to {repository} at {version}: {where}"
+    elif not (_ROOT / where).exists():
+      yield f"a link leads to a file that is not there: {where}"
   names: dict[str, Any] = {}
+  is_taken = False
   for cell in code[1:]:
     lines = _lines(cell)
-    if any("pip" in line for line in lines if line[:1] in ("!", "%")):
-      yield f"only the first code cell installs, and there is {cell.source!r}"
-    text = "\n".join(line for line in lines if line[:1] not in ("!", "%"))
+    for line in lines:
+      if line[:1] in ("!", "%") and not line.startswith(_OTHER_LINES):
+        yield f"a line is none of {', '.join(_OTHER_LINES)}: {line!r}"
+      if is_taken and line.startswith("!"):
+        yield f"the notebook's own process has the accelerator where a program starts: {line!r}"
     try:
-      tree = ast.parse(text)
+      tree = ast.parse(python(cell))
     except SyntaxError as error:
       yield f"a cell does not compile: {error}"
       continue
@@ -105,9 +130,19 @@ def problems(name: str, notebook: nbformat.NotebookNode) -> Iterator[str]:
       if isinstance(node, _LOGIC):
         yield f"a cell has logic ({type(node).__name__}) in {ast.unparse(node)[:60]!r}"
     yield from _missing(tree, names)
+    is_taken |= name not in ON_CPU and bool(_WITH_DEVICES & set(_imported(tree)))
   if any(cell.get("outputs") for cell in code) != (name in ON_CPU):
     yield ("outputs are stored of notebooks that run without an accelerator, and of no others: "
            "--execute stores them")
+
+
+def _imported(tree):
+  """Top-level packages that a cell imports."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      yield from (alias.name.partition(".")[0] for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      yield node.module.partition(".")[0]
 
 
 def _missing(tree, names):
@@ -187,18 +222,22 @@ def execute(name: str, folder: pathlib.Path) -> nbformat.NotebookNode:
   """Runs a notebook from a clean kernel but for its install cell, in an empty folder.
 
   Raises:
-    nbclient.exceptions.CellExecutionError: a cell fails.
+    nbclient.exceptions.CellExecutionError: a cell fails, or a program that it starts.
   """
   import nbclient
 
-  # Programs that cells start are those of this interpreter.
-  environment = os.environ | {"PATH": os.pathsep.join(
-      [str(pathlib.Path(sys.executable).parent), os.environ.get("PATH", "")])}
+  # Programs that cells start are of this interpreter and of this package.
+  environment = dict(os.environ)
+  for variable, first in (("PATH", pathlib.Path(sys.executable).parent), ("PYTHONPATH", _ROOT)):
+    environment[variable] = os.pathsep.join(
+        filter(None, [str(first), os.environ.get(variable)]))
   notebook = read(name)
   install = _code(notebook)[0]
   kept, install.source = install.source, ""
-  nbclient.NotebookClient(notebook, timeout=SECONDS, kernel_name="python3",
-                          resources={"metadata": {"path": str(folder)}}).execute(env=environment)
+  nbclient.NotebookClient(
+      notebook, timeout=SECONDS, kernel_name="python3",
+      extra_arguments=["--InteractiveShell.system_raise_on_error=True"],
+      resources={"metadata": {"path": str(folder)}}).execute(env=environment)
   install.source, install.outputs, install.execution_count = kept, [], None
   for cell in notebook.cells:
     cell.metadata.pop("execution", None)  # when it was run

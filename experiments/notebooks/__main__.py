@@ -14,7 +14,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
   flags.DEFINE_list("execute", [], "Notebooks to execute, whose outputs are stored: "
                     + ", ".join(notebooks.ON_CPU) + ".")
-  flags.DEFINE_bool("rewrite", False, "Put badges and install lines as they should be.")
+  flags.DEFINE_bool("rewrite", False, "Put links and install lines as they should be.")
 
 
 def main(argv) -> None:
@@ -23,7 +23,9 @@ def main(argv) -> None:
     notebooks.path(name)
   if FLAGS.rewrite:
     for name in notebooks.NAMES:
-      notebooks.rewrite(name)
+      notebook = notebooks.read(name)
+      notebooks.rewrite(notebook, name)
+      nbformat.write(notebook, notebooks.path(name))
   for name in FLAGS.execute:
     with tempfile.TemporaryDirectory() as folder:
       notebook = notebooks.execute(name, pathlib.Path(folder))

@@ -11,6 +11,8 @@ of the vendors' data sheets:
   directions, 600 GB/s (A100) and 900 (H100, H200); a device sends half of it, to
   the eight of its node. Beyond them one 400 Gb/s port for each GPU is assumed, as
   in DGX H100 (200 Gb/s in DGX A100).
+* T4: the same of its PCIe card, one direction of 16 lanes of PCIe 3.0, and 25 Gb/s
+  beyond. It has no bfloat16 units, and XLA computes in float32 there: its peak is meant.
 
 The latencies are assumptions: the order of magnitude of one message, by which a
 small collective over g devices takes log2(g) times as long.
@@ -59,6 +61,7 @@ ACCELERATORS = {
     "v5e": _tpu(16e9, 0.819e12, 197e12, 100e9, "TPU v5 lite", "TPU v5e"),
     "v5p": _tpu(95e9, 2.765e12, 459e12, 200e9, "TPU v5p", "TPU v5"),
     "v6e": _tpu(32e9, 1.638e12, 918e12, 200e9, "TPU v6 lite", "TPU v6e"),
+    "t4": _gpu(16e9, 0.32e12, 8.1e12, 16e9, 3.1e9, "Tesla T4"),
     "a100-40": _gpu(40e9, 1.555e12, 312e12, 300e9, 25e9, "NVIDIA A100-SXM4-40GB"),
     "a100-80": _gpu(80e9, 2.039e12, 312e12, 300e9, 25e9, "NVIDIA A100-SXM4-80GB"),
     "h100": _gpu(80e9, 3.35e12, 989e12, 450e9, 50e9, "NVIDIA H100"),
