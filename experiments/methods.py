@@ -69,7 +69,7 @@ class Method:
 
   Attributes:
     name: a key of `METHODS`.
-    text: as it was written, without blanks.
+    text: as it was written, without blanks at its separators.
     label: what it is called in tables.
     config: the model's architecture, as the method uses it.
     roster: how its distributions are made; its seed is the first noise seed.
@@ -185,7 +185,7 @@ def parse(text: str, config: ModelConfig, base: Roster) -> Method:
   Raises:
     ValueError: it names none, or a setting is unknown or out of its range.
   """
-  text = re.sub(r"\s", "", text)
+  text = re.sub(r"\s*([:,=+])\s*", r"\1", text.strip())
   name, colon, rest = text.partition(":")
   if name not in METHODS:
     raise ValueError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
@@ -231,7 +231,7 @@ def _roster(name, text, config, base, settings, given):
       raise ValueError("temperatures come from t or from profile: give one of them")
     path = pathlib.Path(settings["profile"])
     if not path.is_file():
-      raise ValueError(f"there is no file {path}")
+      raise ValueError(f"there is no temperature profile {path}")
     profile = profiles.read(path)
     profile.check_sizes(config)
     values["temperatures"] = profile.temperatures
@@ -241,11 +241,13 @@ def _roster(name, text, config, base, settings, given):
   if roster.is_plain or not (profile or bool(jnp.any(roster.temperatures > 0))):
     raise ValueError("it is the plain model: give a roster n of at least 2, and router "
                      "temperatures with t=... or --temperature_profile")
-  told = {"t": "τ = {:g}", "profile": f"τ of {path.parent.name}" if profile else "", "cache": "{} cache", "aggregation": "{}", "gate_weights": "{} gates",
+  told = {"t": "τ = {:g}", "cache": "{} cache", "aggregation": "{}", "gate_weights": "{} gates",
           "noise": "{} noise", "include_clean": "with clean member" if roster.include_clean else
           "without clean member"}
-  parts = [told[key].format(given[key]) for key in told if key in given]
-  label = ", ".join([f"roster, n = {roster.num_members}", *parts]).replace("_", " ")
+  parts = [told[key].format(given[key]).replace("_", " ") for key in told if key in given]
+  # `experiments.tune` calls all of its profiles profile.json.
+  source = [f"τ of {path.stem if path.stem != 'profile' else path.parent.name}"] if profile else []
+  label = ", ".join([f"roster, n = {roster.num_members}", *source, *parts])
   return Method(name, text, label, config, roster, Sampler.greedy(), profile=profile)
 
 
@@ -278,8 +280,8 @@ def _scmoe(name, text, config, base, settings, given):
 
 
 _MAKERS: dict[str, Callable[..., Method]] = {
-    PLAIN: _plain, FITTED: _plain, BEST_PLAIN: _plain, ROSTER: _roster, EXPERTS: _experts, VOTE: _sampled,
-    BEST: _sampled, SCMOE: _scmoe}
+    PLAIN: _plain, FITTED: _plain, BEST_PLAIN: _plain, ROSTER: _roster, EXPERTS: _experts,
+    VOTE: _sampled, BEST: _sampled, SCMOE: _scmoe}
 
 
 def default_texts(config: ModelConfig, n: int) -> list[str]:

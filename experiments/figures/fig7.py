@@ -4,8 +4,8 @@
 
 Trials in their order: one τ for all layers in steps of 0.05 first, then what TPE proposes,
 with the best so far and the plain model. The paper gave each task 50 trials on 100 samples
-and showed the best value falling over the trials; whether it holds on other samples it did
-not say, which the table here does.
+and shows their history; how much of what a search found holds on other samples with other
+noise it does not say, which the table here does.
 
     model      checkpoint (see models.py)              hardware               time
     olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       20 minutes
@@ -20,10 +20,8 @@ from experiments.figures import searches
 from experiments.figures.work import Command, Work
 
 TITLE = "Searches of τ: math, by perplexity"
-SAW = ("The paper showed the validation perplexity of the best profile falling over 50 trials,"
-       " below that of the plain model; not whether that holds on other samples.")
-
-
+SAW = ("The paper shows validation perplexity over the trials of its searches (50 trials on "
+       "100 samples); not how much of the best one's gain is luck.")
 CONFIGS = searches.CONFIGS
 
 

@@ -1,6 +1,7 @@
 """Figure 9: histories of the searches of τ, code tasks by accuracy.
 
-    python -m experiments.reproduce --figure=fig9 --model=olmoe --data_dir=data --allow_code_execution
+    python -m experiments.reproduce --figure=fig9 --model=olmoe --data_dir=data \\
+        --allow_code_execution
 
 As `fig7`, by the share of right answers that are written out (paper: pass@1, 50 trials on
 50 samples). The embedded models write arithmetic in place of programs.
@@ -18,10 +19,8 @@ from experiments.figures import searches
 from experiments.figures.work import Command, Work
 
 TITLE = "Searches of τ: code, by accuracy"
-SAW = ("The paper showed validation pass@1 of the best profile rising over 50 trials on 50 "
-       "samples; not whether that holds on other samples.")
-
-
+SAW = ("The paper shows validation pass@1 over the trials of its searches (50 trials on "
+       "50 samples); not how much of the best one's gain is luck.")
 CONFIGS = searches.CONFIGS
 
 

@@ -1,18 +1,20 @@
 """What a search of τ costs, and what of its gain is left on fresh examples.
 
-    python -m experiments.reproduce --figure=search_cost --model=olmoe --data_dir=data --allow_code_execution
+    python -m experiments.reproduce --figure=search_cost --model=olmoe --data_dir=data \\
+        --allow_code_execution
 
 From the searches of `fig7`, `fig8` and `fig9`: the best value so far against the forward
 rows (positions times members) spent; the gain on the examples of the search beside that on
-fresh examples with fresh noise; a profile for each layer against the best one τ for all;
-and how many tokens of roster inference the search has cost. The paper does not tell costs;
-its reviewers asked for them.
+fresh examples with fresh noise, and what share of it that is; a τ for each layer against one
+τ for all, after equally many trials of the search and on fresh examples; and how many tokens
+of roster inference the search has cost. The paper does not tell costs; its reviewers asked
+for them.
 
     model      checkpoint (see models.py)              hardware               time
     olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       that of the searches
     mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    that of the searches
     gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     that of the searches
-    embedded   ships with the package                  one CPU core           that of the searches, 6 minutes
+    embedded   ships with the package                  one CPU core           6 minutes (searches)
 """
 
 import numpy as np
@@ -25,8 +27,6 @@ from experiments.reporting import page
 TITLE = "What a search costs, and what it buys"
 SAW = ("Its reviewers asked for the cost of the temperature search, which the paper does not "
        "tell.")
-
-
 CONFIGS = searches.CONFIGS
 
 
@@ -40,42 +40,95 @@ def measure(work: Work) -> list[dict]:
     tuning, cost = searches.tuning(r), r["profile"]["cost"]
     made = [t for t in tuning.trials if t["state"] in ("complete", "pruned")]
     rows = np.cumsum([t["forward_rows"] for t in made])
-    best, history = None, []
-    for t, spent in zip(made, rows):
-      if t["state"] == "complete":
-        better = best is None or (t["value"] > best if tuning.maximises else t["value"] < best)
-        best = t["value"] if better else best
-      history.append({"forward_rows": int(spent), "best": best, "kind": t["kind"]})
     found.append({
         "task": r["task"], "objective": tuning.measure, "plain": tuning.plain(),
-        "tokens": cost["tokens"], "forward_rows": cost["forward_rows"], "seconds": cost["seconds"],
+        **{name: cost[name] for name in ("tokens", "forward_rows", "seconds", "trials", "pruned")},
         "roster_tokens": cost["forward_rows"] / r["settings"]["num_members"],
-        "searched": searches.searched_gain(r), "fresh": searches.fresh(r),
+        "searched": searches.searched_gain(r), "fresh": searches.fresh(r), "left": _left(r),
         "fresh_fitted": searches.fresh(r, fitted=True),
-        "to_uniform": searches.fresh(r, confirm.TUNED, confirm.UNIFORM), "history": history})
+        "to_uniform": searches.fresh(r, confirm.TUNED, confirm.UNIFORM),
+        "equal_trials": _equal_trials(made, tuning.maximises),
+        "history": [{"forward_rows": int(spent), "best": _best(made[:i], tuning.maximises),
+                     "kind": t["kind"]} for i, (t, spent) in enumerate(zip(made, rows), 1)]})
   return found
 
 
+def _best(trials, maximises):
+  """The best value of those that are complete."""
+  return (max if maximises else min)(
+      (t["value"] for t in trials if t["state"] == "complete"), default=None)
+
+
+def _equal_trials(made, maximises):
+  """What as many trials of either kind came to, the first ones of each; None without both."""
+  kinds = {kind: [t for t in made if t["kind"] == kind] for kind in ("sweep", "tpe")}
+  count = min(map(len, kinds.values()))
+  best = {kind: _best(trials[:count], maximises) for kind, trials in kinds.items()}
+  return None if None in best.values() else {"trials": count, **best}
+
+
+def _left(record):
+  """The share of the gain on the search's examples that fresh ones have, %; None without one.
+
+  The interval is that of the fresh examples.
+  """
+  if not searches.gained(record):
+    return None
+  gain, d = searches.searched_gain(record), searches.fresh(record)
+  low, high = sorted(100 * d[bound] / gain for bound in ("low", "high"))
+  return {"value": 100 * d["value"] / gain, "low": low, "high": high}
+
+
 def table(records: list[dict]) -> str:
-  rows = [[r["task"], r["objective"], f"{r['forward_rows']:,}", f"{r['seconds']:.0f}",
-           f"{r['roster_tokens']:,.0f}", f"{r['searched']:+.2f}", compared.cell(r["fresh"], 2, True),
-           compared.cell(r["fresh_fitted"], 2, True),
-           compared.cell(r["to_uniform"], 2, True) or "the search ended with one τ"]
-          for r in records]
-  return page.table(
-      ["task", "objective", "forward rows", "s", "as tokens of the roster", "to plain, searched",
-       "to plain, fresh", "there at fitted T", "to the best one τ, fresh"],
-      rows) + "\n\n" + searches.NOTE
+  costs = [[r["task"], r["trials"], r["pruned"], f"{r['tokens']:,}", f"{r['forward_rows']:,}",
+            f"{r['seconds']:.0f}", f"{r['roster_tokens']:,.0f}"] for r in records]
+  bought = []
+  for r in records:
+    equal = r["equal_trials"]
+    bought.append([
+        r["task"], r["objective"], f"{r['searched']:+.2f}", compared.cell(r["fresh"], 2, True),
+        compared.cell(r["left"], 0), compared.cell(r["fresh_fitted"], 2, True),
+        *((f"{equal['sweep']:.4f}", f"{equal['tpe']:.4f}", equal["trials"]) if equal
+          else ("", "", "")),
+        compared.cell(r["to_uniform"], 2, True) or "the search ended with one τ"])
+  return "\n\n".join([
+      page.table(["task", "trials", "pruned", "tokens", "forward rows", "s",
+                  "as tokens of the roster"], costs),
+      page.table(["task", "objective", "to plain, searched", "to plain, fresh", "of it left, %",
+                  "fresh, at fitted T", "one τ, searched", "TPE, searched", "trials of each",
+                  "found profile to one τ, fresh"], bought),
+      searches.NOTE + " Of it left: the fresh difference as a share of the searched one. One τ "
+      "and TPE, searched: the best value of equally many trials of either, of which TPE's know "
+      "those of one τ."])
 
 
 def findings(records: list[dict]) -> str:
   tokens = [r["roster_tokens"] for r in records]
+  text = (f"A search costs as much as writing {min(tokens):,.0f} to {max(tokens):,.0f} tokens with "
+          "the roster. ")
+  left = [r["left"]["value"] for r in records if r["left"]]
+  if left:
+    clear = sum(r["left"] is not None and r["left"]["low"] > 0 and r["fresh"]["clear"]
+                for r in records)
+    text += (f"Of the gain on its examples {np.median(left):.0f} % (median; {min(left):.0f} to "
+             f"{max(left):.0f} %) is there on fresh ones, where it is clear on {clear} of "
+             f"{page.count(len(records), 'task')}. ")
+  equal = [r for r in records if r["equal_trials"]]
+  if equal:
+    better = sum(_is_better(r, r["equal_trials"]["tpe"], r["equal_trials"]["sweep"]) for r in equal)
+    worse = sum(_is_better(r, r["equal_trials"]["sweep"], r["equal_trials"]["tpe"]) for r in equal)
+    text += (f"After equally many trials TPE's best is better than the sweep's on {better} of "
+             f"{page.count(len(equal), 'task')}, and worse on {worse}, on the examples of the "
+             "search. ")
   layered = [r["task"] for r in records if r["to_uniform"] and r["to_uniform"]["clear"]
-             and (r["to_uniform"]["value"] < 0) == (r["objective"] == "perplexity")]
-  said = (f"on {', '.join(layered)}" if layered else "on no task")
-  return (f"A search costs as much as writing {min(tokens):,.0f} to {max(tokens):,.0f} tokens with the "
-          f"roster. A τ for each layer is clearly better than the best one τ for all {said} of "
-          f"{len(records)}, on fresh examples.")
+             and _is_better(r, r["to_uniform"]["value"], 0.0)]
+  said = f"on {', '.join(layered)}" if layered else "on no task"
+  return text + ("A τ for each layer is clearly better than the best one τ for all "
+                 f"{said} of {len(records)}, on fresh examples.")
+
+
+def _is_better(record, value, other):
+  return value < other if record["objective"] == "perplexity" else value > other
 
 
 def draw(records: list[dict]):

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 import dataclasses
 import json
+import pathlib
 from typing import Any, ClassVar
 
-from experiments import confirm, drawing
+from experiments import confirm, drawing, statistics
 from experiments.figures import compared
 from experiments.figures.work import Command, Work
 from experiments.reporting import page, pictures
@@ -29,14 +30,52 @@ def commands(work: Work, tasks: Sequence[str]) -> list[Command]:
 
 
 def records(work: Work, tasks: Sequence[str]) -> list[Record]:
-  """A record for each task: "task", "category", "settings", "profile" and "trials", as tune wrote them."""
+  """A record for each task.
+
+  Each has "task" and "category"; "settings", "profile" and "trials" as tune wrote them; and
+  "differences", those of the confirmation (see `confirm.compare`) with a paired test's "p",
+  "adjusted" by Holm's correction, and "clear" by both.
+  """
   found = []
   for task in tasks:
-    tuning = work.tuned(task)
-    settings = json.loads((work.root / "tune" / task / "settings.json").read_text())
-    found.append({"task": task, "category": work.model.category(task), "settings": settings,
-                  "profile": tuning.profile, "trials": tuning.trials})
+    search, folder = work.tuned(task), work.root / "tune" / task
+    found.append({
+        "task": task, "category": work.model.category(task),
+        "settings": json.loads((folder / "settings.json").read_text()),
+        "profile": search.profile, "differences": _tested(folder / "confirm", search.profile),
+        "trials": search.trials})
+  return corrected(found)
+
+
+def _tested(folder: pathlib.Path, profile):
+  """The differences of a confirmation with p-values, from its runs."""
+  confirmed = profile["objective"]["confirmed"]
+  metrics = {name: confirm.by_example(folder / name, profile["data"]["confirmed"])
+             for name in confirmed["values"]}
+  found = []
+  for d in confirmed["differences"]:
+    name = next(m for m in ("fitted_nll" if d["fitted"] else "nll", *metrics[d["of"]])
+                if m in metrics[d["of"]])
+    test = statistics.paired_test(metrics[d["of"]][name], metrics[d["to"]][name])
+    found.append(d | {"p": test.p})
   return found
+
+
+def corrected(found: Sequence[Record]) -> list[Record]:
+  """Records with Holm's correction over tasks, for each kind of difference."""
+  kind = lambda d: (d["of"], d["to"], d["fitted"])
+  tests = {}
+  for r in found:
+    for d in r["differences"]:
+      tests.setdefault(kind(d), []).append(d["p"])
+  adjusted = {k: iter(statistics.holm(p)) for k, p in tests.items()}
+
+  def told(d):
+    p = next(adjusted[kind(d)])
+    clear = p < statistics.SIGNIFICANCE and compared.read(d).is_clear
+    return d | {"adjusted": p, "clear": clear}
+
+  return [r | {"differences": [told(d) for d in r["differences"]]} for r in found]
 
 
 def tuning(record: Record) -> Tuning:
@@ -47,7 +86,7 @@ def tuning(record: Record) -> Tuning:
 def fresh(record: Record, of: str = confirm.TUNED, to: str = confirm.PLAIN,
           fitted: bool = False) -> dict[str, Any] | None:
   """A difference of the confirmation on fresh examples; None: not there."""
-  return next((d for d in record["profile"]["objective"]["confirmed"]["differences"]
+  return next((d for d in record["differences"]
                if (d["of"], d["to"], d["fitted"]) == (of, to, fitted)), None)
 
 
@@ -75,19 +114,25 @@ def table(found: Sequence[Record]) -> str:
       rows) + "\n\n" + NOTE
 
 
-NOTE = ("Differences in % of the perplexity or points of accuracy; fresh: on examples that no trial "
-         "saw, with noise seeds that none used, 95 % intervals; * the interval leaves out zero.")
+NOTE = ("Differences in % of the perplexity or points of accuracy; fresh: on examples that no "
+        "trial saw, with noise seeds that none used, 95 % intervals; * is clear after Holm's "
+        "correction over the column.")
+
+
+def gained(record: Record) -> bool:
+  """Whether the best trial is better than the plain model on the examples of the search."""
+  gain = searched_gain(record)
+  return gain < 0 if record["profile"]["objective"]["name"] == "perplexity" else gain > 0
 
 
 def findings(found: Sequence[Record]) -> str:
   """How many gains of a search are there on fresh examples."""
-  gains = [r for r in found if searched_gain(r) and (searched_gain(r) < 0) == (
-      r["profile"]["objective"]["name"] == "perplexity")]
-  kept = [r for r in gains if fresh(r)["clear"] and (fresh(r)["value"] < 0) == (
+  gains = [r for r in found if gained(r)]
+  kept = [r for r in gains if (d := fresh(r))["clear"] and (d["value"] < 0) == (
       searched_gain(r) < 0)]
-  return (f"On the examples of the search the best trial is better than the plain model on {len(gains)} "
-          f"of {page.count(len(found), 'task')}; on fresh ones this is clear on {len(kept)}"
-          + (f" ({', '.join(r['task'] for r in kept)})." if kept else "."))
+  return (f"On the examples of the search the best trial is better than the plain model on "
+          f"{len(gains)} of {page.count(len(found), 'task')}; on fresh ones this is clear on "
+          f"{len(kept)}" + (f" ({', '.join(r['task'] for r in kept)})." if kept else "."))
 
 
 def draw(found: Sequence[Record]):

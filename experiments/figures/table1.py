@@ -1,6 +1,7 @@
 """Table 1: budgets of the searches of τ, and what each of them found.
 
-    python -m experiments.reproduce --figure=table1 --model=olmoe --data_dir=data --allow_code_execution
+    python -m experiments.reproduce --figure=table1 --model=olmoe --data_dir=data \\
+        --allow_code_execution
 
 The paper's table has samples and trials, members n, the largest τ (T) and the layers kept
 at 0 at either end (L) for three categories and three models; see
@@ -8,10 +9,10 @@ at 0 at either end (L) for three categories and three models; see
 samples and on fresh ones, and what it cost.
 
     model      checkpoint (see models.py)              hardware               time
-    olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       that of the searches, 65 minutes
-    mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    that of the searches, 75 minutes
-    gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     that of the searches, 45 minutes
-    embedded   ships with the package                  one CPU core           that of the searches, 6 minutes
+    olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       65 minutes (searches)
+    mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    75 minutes (searches)
+    gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     45 minutes (searches)
+    embedded   ships with the package                  one CPU core           6 minutes (searches)
 
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
@@ -23,8 +24,6 @@ from experiments.reporting import page
 TITLE = "Budgets of the searches, and what they found"
 SAW = ("The paper lists budgets (math 100 samples and 50 trials, common sense 300 and 100, "
        "code 50 and 50), not what the searches cost, nor what they are worth on other samples.")
-
-
 CONFIGS = searches.CONFIGS
 
 

@@ -1,13 +1,14 @@
 """Transfer: τ tuned for one task, used on another.
 
-    python -m experiments.reproduce --figure=transfer --model=olmoe --data_dir=data --allow_code_execution
+    python -m experiments.reproduce --figure=transfer --model=olmoe --data_dir=data \\
+        --allow_code_execution
 
 Each task's profile (from the searches of `fig7`, `fig8` and `fig9`) on test examples of
 every task, and one uniform τ; differences to the plain model, paired by example. And the
-question itself: is a task's own profile better than the others' on average? Its reviewers
-asked for this.
+question itself: is a task's own profile better than the mean of the others', on each task
+and over the examples of all? Its reviewers asked for this.
 
-    model      checkpoint (see models.py)              hardware               time beside the searches
+    model      checkpoint (see models.py)              hardware               beside searches
     olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       45 minutes
     mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    100 minutes
     gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     50 minutes
@@ -24,12 +25,12 @@ from experiments import drawing, statistics
 from experiments.figures import compared, searches
 from experiments.figures.work import Command, Work
 from experiments.reporting import page
-from experiments.reporting.results import FITTED_NLL, TOKENS, quality_metric
+from experiments.reporting.results import FITTED_NLL, TOKENS, Result, quality_metric
 
 TITLE = "Transfer of τ between tasks"
 SAW = ("Its reviewers asked how temperatures transfer between tasks; the paper tunes each "
        "task's own.")
-UNIFORM = "one τ for all"
+PLAIN, UNIFORM, ALL = "plain", "one τ for all", "all tasks"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,109 +58,134 @@ def _methods(work):
 
 def commands(work: Work) -> list[Command]:
   return searches.commands(work, work.model.tasks) + [work.compare(
-      "transfer", list(work.model.tasks), ["plain", *_methods(work).values()],
+      "transfer", list(work.model.tasks), [PLAIN, *_methods(work).values()],
       limit=work.config.examples, num_seeds=work.config.seeds)]
 
 
 def measure(work: Work) -> list[dict]:
-  results = work.compared("transfer")
-  tuned_for = {method: source for source, method in _methods(work).items()}
-  found = [r | {"tuned_for": tuned_for[r["method"]]}
-           for r in compared.records(list(results.values()), results["plain"])
-           if r["method"] != "plain"]
-  for task in work.model.tasks:
-    rosters = {s: results[m] for s, m in _methods(work).items() if s != UNIFORM}
-    others = [r for s, r in rosters.items() if s != task]
-    if others:
-      found.append({"own": True, "task": task, **_own(rosters[task], others, task)})
-  return found
+  results, methods = work.compared("transfer"), _methods(work)
+  sources = {method: source for source, method in methods.items()} | {PLAIN: PLAIN}
+  found = compared.records([results[method] for method in sources], results[PLAIN])
+  found = [r | {"tuned_for": sources[r["method"]]} for r in found]
+  found.sort(key=lambda r: work.model.tasks.index(r["task"]))
+  return found + own_and_others({source: results[m] for source, m in methods.items()
+                                 if source != UNIFORM})
 
 
-def _own(own, others, task):
-  """The own profile against the mean of the others', by example."""
-  metric = quality_metric([own, *others], task)
+def own_and_others(rosters: dict[str, Result]) -> list[dict]:
+  """The task's own profile against the mean of the others', by example.
+
+  Args:
+    rosters: {task tuned for: its run on all of these tasks}.
+
+  Returns:
+    A record for each task, and one for the examples of all of them, with "own": True,
+    "task", "quality_difference" (points) and "fitted_difference" (percent of the perplexity
+    at fitted output temperatures), Holm's correction over all records; none of one task.
+  """
+  if len(rosters) < 2:
+    return []
+  found = []
+  for tasks in [*([task] for task in rosters), list(rosters)]:
+    parts = [_pairs(rosters, task) for task in tasks]
+    record = {"own": True, "task": tasks[0] if len(tasks) == 1 else ALL}
+    for name, compare in (("quality", statistics.paired_accuracy),
+                          ("fitted", statistics.paired_perplexity)):
+      arrays = [np.concatenate(a) for a in zip(*(p[name] for p in parts if name in p))]
+      record[f"{name}_difference"] = arrays and compared.estimate(compare(*arrays)) | {
+          "p": statistics.paired_test(*arrays[:2]).p} or None
+    found.append(record)
+  return compared.corrected(found)
+
+
+def _pairs(rosters, task):
+  """{measure: `[X]` of the own profile, mean of the others' and, of likelihoods, tokens}."""
+  own = rosters[task]
+  everyone = [own, *(r for source, r in rosters.items() if source != task)]
+  metric = quality_metric(everyone, task)
   found = {}
   for name, keys in (("quality", [metric]), ("fitted", [FITTED_NLL, TOKENS])):
     examples = own.examples(task, *keys)
-    if not examples:
-      continue
-    ours, *theirs = (statistics.over_seeds(r.values(task, keys[0], examples))
-                     for r in (own, *others))
-    theirs = np.mean(theirs, axis=0)
-    found[name] = compared.estimate(
-        statistics.paired_accuracy(ours, theirs) if name == "quality" else
-        statistics.paired_perplexity(ours, theirs, own.values(task, TOKENS, examples).reshape(
-            len(examples), -1)[:, 0]))
+    if examples:
+      ours, *theirs = (statistics.over_seeds(r.values(task, keys[0], examples)) for r in everyone)
+      found[name] = [ours, np.mean(theirs, axis=0), *(
+          statistics.over_seeds(own.values(task, key, examples)) for key in keys[1:])]
   return found
 
 
 def _grid(records):
   rosters = [r for r in records if "tuned_for" in r]
-  return {(r["tuned_for"], r["task"]): r for r in rosters}, list(
-      dict.fromkeys(r["tuned_for"] for r in rosters)), list(dict.fromkeys(r["task"] for r in rosters))
+  return ({(r["tuned_for"], r["task"]): r for r in rosters},
+          list(dict.fromkeys(r["task"] for r in rosters)))
 
 
 def table(records: list[dict]) -> str:
-  of, sources, _ = _grid(records)
-  tasks = [s for s in sources if s != UNIFORM]
+  of, tasks = _grid(records)
   parts = []
-  for title, measure_, places in (("Right, difference to plain, points", "quality_difference", 1),
-                                  ("Perplexity, difference to plain, both at fitted T, %",
-                                   "fitted_difference", 2)):
+  for title, of_plain, places, digits in (
+      ("Right, difference to plain, points", "quality", 1, 1),
+      ("Perplexity, difference to plain, both at fitted T, %", "fitted", 2, 4)):
     rows = [[s, *(("**{}**" if s == t else "{}").format(
-        compared.cell(of[s, t][measure_], places, True)) for t in tasks)] for s in sources]
+        compared.cell(of[s, t][f"{of_plain}_difference"], places, True)) for t in tasks)]
+            for s in [*tasks, UNIFORM]]
+    rows.append(["plain, its own value",
+                 *(compared.cell(of[PLAIN, t][of_plain], digits) for t in tasks)])
     parts.append(f"{title}; rows: tuned for, columns: used on.\n\n"
                  + page.table(["", *tasks], rows))
   own = [r for r in records if r.get("own")]
   if own:
     parts.append("A task's own profile against the mean of the others'.\n\n" + page.table(
         ["task", "right, points", "perplexity at fitted T, %"],
-        [[r["task"], compared.cell(r.get("quality"), 1, True), compared.cell(r.get("fitted"), 2, True)]
-         for r in own]))
+        [[r["task"], compared.cell(r["quality_difference"], 1, True),
+          compared.cell(r["fitted_difference"], 2, True)] for r in own]))
   return "\n\n".join([*parts, compared.NOTE])
 
 
 def findings(records: list[dict]) -> str:
+  told = [compared.clear([r | {"label": f"τ of {r['tuned_for']}"} for r in records
+                          if r.get("tuned_for", PLAIN) != PLAIN],
+                         "quality_difference", "task results", " points")]
   own = [r for r in records if r.get("own")]
-  better = [r["task"] for r in own if (
-      (q := compared.read(r.get("quality"))) and q.low > 0) or (
-      (f := compared.read(r.get("fitted"))) and f.high < 0)]
-  worse = [r["task"] for r in own if (
-      (q := compared.read(r.get("quality"))) and q.high < 0) or (
-      (f := compared.read(r.get("fitted"))) and f.low > 0)]
-  rosters = [r | {"label": f"τ of {r['tuned_for']}"} for r in records if "tuned_for" in r]
-  return (f"By intervals that are not corrected for their number, a task's own profile is better than "
-          f"those of other tasks, in results or perplexity, on {len(better)} of {len(own)} tasks"
-          + (f" ({', '.join(better)})" if better else "")
-          + f", and worse on {len(worse)}" + (f" ({', '.join(worse)})" if worse else "") + ". "
-          + compared.clear(rosters, "quality_difference", "task results", " points"))
+  for name, what, unit, places, sign in (
+      ("quality_difference", "results", " points", 1, 1),
+      ("fitted_difference", "perplexity at fitted output temperatures", " %", 2, -1)):
+    had = [r for r in own if r[name]]
+    if had:
+      *single, pooled = [r[name] for r in had]
+      clear = [sign * d["value"] > 0 for d in single if d["clear"]]
+      verdict = ("no clear difference" if not pooled["clear"] else
+                 "clearly better" if sign * pooled["value"] > 0 else "clearly worse")
+      told.append(
+          f"A task's own profile against the mean of the others', in {what}: {verdict} over all "
+          f"tasks ({page.difference(compared.read(pooled), places, unit)}); after Holm's "
+          f"correction clearly better on {sum(clear)} of {page.count(len(single), 'task')}, worse "
+          f"on {len(clear) - sum(clear)}.")
+  return " ".join(told)
 
 
 def draw(records: list[dict]):
-  of, sources, _ = _grid(records)
-  tasks = [s for s in sources if s != UNIFORM]
+  of, tasks = _grid(records)
+  sources = [*tasks, UNIFORM]
   panels = [("quality_difference", "right, difference to plain (points)", 1),
             ("fitted_difference", "perplexity at fitted T,\ndifference to plain (%)", 2)]
   size = 1.6 + 0.62 * len(tasks)
-  figure, axes = drawing.axes(2, width=size + 0.9, height=size * 0.9)
-  for (measure_, title, places), axis in zip(panels, axes[0]):
-    grid = np.array([[of[s, t][measure_]["value"] if of[s, t][measure_] else np.nan
-                      for t in tasks] for s in sources])
-    top = max(np.nanmax(np.abs(grid)), 1e-9)
+  figure, axes = drawing.axes(2, width=size + 1.2, height=size * 0.9)
+  for (name, title, places), axis in zip(panels, axes[0]):
+    cells = [[compared.read(of[s, t][name]) for t in tasks] for s in sources]
+    grid = np.array([[d.value if d else np.nan for d in row] for row in cells])
+    top = max(np.nanmax(np.abs(grid), initial=0.0), 1e-9)
     image = axis.imshow(grid, cmap="Greys", vmin=-top, vmax=top, aspect="auto")
     for (row, column), value in np.ndenumerate(grid):
       if np.isfinite(value):
-        d = of[sources[row], tasks[column]][measure_]
-        alone = compared.read(d).is_clear
-        axis.text(column, row, f"{value:+.{places}f}" + ("*" if alone else ""), ha="center",
-                  va="center", fontsize=7, color="white" if value > 0.3 * top else "black",
-                  fontweight="bold" if sources[row] == tasks[column] else "normal")
+        clear = of[sources[row], tasks[column]][name]["clear"]
+        axis.text(column, row, f"{value:+.{places}f}" + "*" * clear, ha="center", va="center",
+                  fontsize=7, color="white" if value > 0.3 * top else "black",
+                  fontweight="bold" if row == column else "normal")
     axis.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right", fontsize=7)
     axis.set_yticks(range(len(sources)), sources, fontsize=7)
     axis.set_xlabel("used on")
     axis.spines[:].set_visible(False)
     figure.colorbar(image, ax=axis, label=title, pad=0.02)
   axes[0, 0].set_ylabel("tuned for")
-  figure.suptitle("bold: a task's own τ; *: the interval of this cell alone leaves out zero",
-                  fontsize=8)
+  figure.suptitle("bold: a task's own τ; *: clear after Holm's correction", fontsize=8)
   return figure

@@ -116,8 +116,15 @@ def _log_scale(axis):
           lambda x, _: f"{x:.1e}".replace("e+0", "e") if x >= 1e4 else f"{x:.3g}"))
 
 
-def temperatures(tunings: Sequence[Tuning]) -> plt.Figure | None:
-  """τ of each layer of each profile, as a map; None without a profile."""
+def temperatures(tunings: Sequence[Tuning],
+                 fixed: Sequence[int] | None = None) -> plt.Figure | None:
+  """τ of each layer of each profile, as a map; None without a profile.
+
+  Args:
+    tunings: that left the profiles.
+    fixed: how many layers at either end each of them kept at 0, which are marked; None: it
+      is not known.
+  """
   profiles = [(t.name, t.profile["temperatures"]) for t in tunings
               if t.profile.get("temperatures")]
   if not profiles:
@@ -142,6 +149,12 @@ def temperatures(tunings: Sequence[Tuning]) -> plt.Figure | None:
   axis.grid(which="minor", color="white", linewidth=1.5)
   axis.tick_params(which="minor", length=0)
   axis.set_xlabel("layer")
+  for row, kept in enumerate(fixed or ()):
+    for layer in (*range(kept), *range(layers - kept, layers)):
+      axis.add_patch(plt.Rectangle((layer - 0.5, row - 0.5), 1, 1, fill=False, hatch="////",
+                                   edgecolor="0.75", linewidth=0))
+  if any(fixed or ()):
+    axis.set_xlabel("layer (hatched: kept at 0)")
   figure.colorbar(image, ax=axis, label="router temperature τ", pad=0.02)
   return figure
 

@@ -5,16 +5,17 @@ import threading
 import types
 
 import jax
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from statsmodels.stats.multitest import multipletests
 
 import tiny
-from experiments import statistics
+from experiments import runs, statistics
 from experiments.benchmarks import power, timing
 from experiments.figures import (
-    calibration, ceiling, compared, fig5b, likelihoods, models, overhead, scaling_law, search_cost,
-    searches, transfer)
+    calibration, ceiling, compared, fig10, fig5b, likelihoods, models, overhead, scaling_law,
+    search_cost, searches, table1, transfer)
 from experiments.figures.work import Work
 from experiments.reporting.results import Result
 from roe_jax import decode, params as params_lib, presets
@@ -191,60 +192,130 @@ def test_ratios_are_within_rounds():
   assert found["rounds"] == 3
 
 
-def result(name, values, nll):
-  """A run on task t with exact_match and fitted nll of each example."""
-  records = {"t": {f"t/{i}": {0: {"metrics": {"exact_match": v, "fitted_nll": x, "tokens": 10}}}
-                   for i, (v, x) in enumerate(zip(values, nll))}}
+def result(name, tasks, values, nll):
+  """A run with exact_match and fitted nll of each example, the same on each of some tasks."""
+  records = {t: {f"{t}/{i}": {0: {"metrics": {"exact_match": v, "fitted_nll": x, "tokens": 10}}}
+                 for i, (v, x) in enumerate(zip(values, nll))} for t in tasks}
   return Result(None, name, {"spelled": name}, records, [], {})
 
 
 def test_a_tasks_own_profile_is_compared_with_the_mean_of_the_others():
   random = np.random.default_rng(0)
-  a, b = random.integers(0, 2, 60), random.integers(0, 2, 60)
+  tasks = ["a", "b", "c"]
+  right = {"a": np.ones(60), "b": random.integers(0, 2, 60), "c": random.integers(0, 2, 60)}
   nll = random.uniform(1, 2, 60)
-  found = transfer._own(result("own", np.ones(60), nll),
-                        [result("a", a, nll + 0.5), result("b", b, nll + 0.1)], "t")
-  assert found["quality"]["value"] == pytest.approx(100 * (1 - (a + b).mean() / 2))
-  assert found["fitted"]["value"] == pytest.approx(100 * np.expm1(-0.03))
+  worse = {"a": 0.0, "b": 0.5, "c": 0.1}
+  found = transfer.own_and_others(
+      {t: result(t, tasks, right[t], nll + worse[t]) for t in tasks})
+  assert [r["task"] for r in found] == [*tasks, "all tasks"]
+  assert found[0]["quality_difference"]["value"] == pytest.approx(
+      100 * (1 - (right["b"] + right["c"]).mean() / 2))
+  assert [r["fitted_difference"]["value"] for r in found] == pytest.approx(
+      [100 * np.expm1(x / 10) for x in (-0.3, 0.45, -0.15, 0.0)])
+  # The nll differ alike on all examples of a task, and cancel over all tasks.
+  assert [r["fitted_difference"]["clear"] for r in found] == [True, True, True, False]
+  text = transfer.findings(found)
+  assert "perplexity at fitted output temperatures: no clear difference over all tasks" in text
+  assert "clearly better on 2 of 3 tasks, worse on 1" in text
+  assert transfer.own_and_others({"a": result("a", ["a"], right["a"], nll)}) == []
+
+
+def write_confirmation(folder, name, nll, tokens):
+  run = runs.Run(folder / name, name, {"seeds": [1]})
+  run.write([{"task": "t", "example": f"t/{i}", "seed": 1, "metrics": {"nll": x, "tokens": int(k)}}
+             for i, (x, k) in enumerate(zip(nll, tokens))], {"task": "t", "seed": 1})
+  run.finish()
+
+
+def test_confirmations_are_tested_and_corrected_over_tasks(tmp_path):
+  random = np.random.default_rng(0)
+  tokens, expected, found = random.integers(5, 15, 60), [], []
+  for task, shift in (("one", 0.02), ("two", 0.2), ("three", 0.0)):
+    plain = random.uniform(1, 2, 60)
+    tuned = plain - shift + random.normal(0, 0.1, 60)
+    for name, nll in (("plain", plain), ("tuned", tuned)):
+      write_confirmation(tmp_path / task, name, nll, tokens)
+    d = statistics.paired_perplexity(tuned, plain, tokens)
+    profile = {"data": {"confirmed": [f"t/{i}" for i in range(60)]}, "objective": {"confirmed": {
+        "values": {"plain": {}, "tuned": {}}, "differences": [
+            {"of": "tuned", "to": "plain", "fitted": False, **dataclasses.asdict(d)}]}}}
+    expected.append(statistics.paired_test(tuned, plain).p)
+    found.append({"differences": searches._tested(tmp_path / task, profile)})
+  found = searches.corrected(found)
+  told = [searches.fresh(r) for r in found]
+  assert [d["p"] for d in told] == pytest.approx(expected)
+  assert [d["adjusted"] for d in told] == pytest.approx(multipletests(expected, method="holm")[1])
+  assert [d["clear"] for d in told] == [False, True, False]
 
 
 @pytest.fixture
 def search():
-  """A search by perplexity of three trials, the second pruned."""
-  difference = {"of": "tuned", "to": "plain", "fitted": False, "value": -0.4, "low": -0.8, "high": 0.1,
-                "clear": False}
-  return {"task": "t", "category": "math", "settings": {"num_members": 4}, "profile": {
-      "temperatures": [0.1, 0.2], "objective": {
-          "name": "perplexity", "value": 1.9, "plain": 2.0, "kind": "tpe",
-          "confirmed": {"differences": [difference]}},
-      "cost": {"tokens": 30, "forward_rows": 120, "seconds": 3.0, "trials": 3, "pruned": 1,
-               "failed": 0}},
-          "trials": [
-              {"number": 0, "kind": "sweep", "state": "complete", "temperatures": [0.1, 0.1],
-               "value": 1.95, "forward_rows": 50},
-              {"number": 1, "kind": "tpe", "state": "pruned", "temperatures": [0.4, 0.4],
-               "value": 2.5, "forward_rows": 20},
-              {"number": 2, "kind": "tpe", "state": "complete", "temperatures": [0.1, 0.2],
-               "value": 1.9, "forward_rows": 50}]}
+  """A search by perplexity of four trials, one pruned."""
+  difference = {"of": "tuned", "to": "plain", "fitted": False, "value": -0.4, "low": -0.8,
+                "high": 0.1, "p": 0.1, "adjusted": 0.1, "clear": False}
+  trial = lambda number, kind, state, temperatures, value, rows: {
+      "number": number, "kind": kind, "state": state, "temperatures": temperatures,
+      "value": value, "forward_rows": rows}
+  return {"task": "t", "category": "math", "settings": {
+      "objective": "perplexity", "num_samples": 5, "num_trials": 4, "num_members": 4,
+      "max_temperature": 0.5, "fixed_layers": 1}, "profile": {
+          "temperatures": [0.0, 0.1, 0.2, 0.0], "objective": {
+              "name": "perplexity", "value": 1.9, "plain": 2.0, "kind": "tpe"},
+          "cost": {"tokens": 30, "forward_rows": 160, "seconds": 3.0, "trials": 4, "pruned": 1,
+                   "failed": 0}},
+          "differences": [difference],
+          "trials": [trial(0, "sweep", "complete", [0.0, 0.1, 0.1, 0.0], 1.95, 50),
+                     trial(1, "tpe", "pruned", [0.0, 0.4, 0.4, 0.0], 2.5, 20),
+                     trial(2, "tpe", "complete", [0.0, 0.1, 0.2, 0.0], 1.9, 50),
+                     trial(3, "sweep", "complete", [0.0, 0.2, 0.2, 0.0], 1.92, 40)]}
 
 
 def test_a_search_tells_what_is_left_on_fresh_examples(search):
-  assert searches.searched_gain(search) == pytest.approx(-5)
+  assert searches.searched_gain(search) == pytest.approx(-5) and searches.gained(search)
   assert "better than the plain model on 1 of 1 task; on fresh ones this is clear on 0." in (
       searches.findings([search]))
   text = searches.table([search])
-  assert "-5.00" in text and "-0.40 [-0.80, +0.10]" in text and "0.10 0.20" in text
+  assert "-5.00" in text and "-0.40 [-0.80, +0.10]" in text and "0.00 0.10 0.20 0.00" in text
+  assert "| 5 / 4" in table1.table([search]) and "-0.40 [-0.80, +0.10]" in table1.table([search])
+  worse = search | {"profile": search["profile"] | {
+      "objective": {"name": "accuracy", "value": 0.4, "plain": 0.5}}}
+  assert not searches.gained(worse)
+  assert "on 0 of 1 task" in searches.findings([worse])
 
 
 def test_a_search_costs_what_its_trials_cost(search, monkeypatch):
   monkeypatch.setattr(searches, "records", lambda work, tasks: [search])
-  work = Work("search_cost", dataclasses.replace(models.get("embedded"), math=("t",), commonsense=(),
-                                                 code=()), search_cost.CONFIGS["embedded"], None)
+  model = dataclasses.replace(models.get("embedded"), math=("t",), commonsense=(), code=())
+  work = Work("search_cost", model, search_cost.CONFIGS["embedded"], None)
   (record,) = search_cost.measure(work)
   assert [(h["forward_rows"], h["best"]) for h in record["history"]] == [
-      (50, 1.95), (70, 1.95), (120, 1.9)]
-  assert record["roster_tokens"] == 30  # 120 rows of four members
-  assert "costs as much as writing 30 to 30 tokens" in search_cost.findings([record])
+      (50, 1.95), (70, 1.95), (120, 1.9), (160, 1.9)]
+  assert record["roster_tokens"] == 40  # 160 rows of four members
+  # -0.4 of -5 percent; what TPE gave up is no value that it found.
+  assert [record["left"][k] for k in ("value", "low", "high")] == pytest.approx([8, -2, 16])
+  assert record["equal_trials"] == {"trials": 2, "sweep": 1.92, "tpe": 1.9}
+  text = search_cost.findings([record])
+  assert "costs as much as writing 40 to 40 tokens" in text
+  assert "8 % (median; 8 to 8 %) is there on fresh ones, where it is clear on 0 of 1 task" in text
+  assert "TPE's best is better than the sweep's on 1 of 1 task, and worse on 0" in text
+  assert "| 8 [-2, 16]" in search_cost.table([record])
+  # With one trial of TPE, which was given up, there is nothing to compare.
+  search["trials"] = search["trials"][:2]
+  assert search_cost.measure(work)[0]["equal_trials"] is None
+
+
+def test_layers_that_a_search_kept_at_zero_are_marked_and_not_averaged(search):
+  other = search | {"task": "u", "profile": search["profile"] | {
+      "temperatures": [0.0, 0.3, 0.4, 0.0]}}
+  assert fig10.table([search, other]).count("fixed") == 4
+  text = fig10.findings([search, other])
+  assert "layers 1 to 2, which no search kept at 0, over 2 tasks: 0.20, 0.30." in text
+  assert "between tasks 0.14 on average, between layers 0.07" in text
+  picture = fig10.draw([search, other])
+  hatched = [(p.get_x() + 0.5, p.get_y() + 0.5) for p in picture.axes[0].patches if p.get_hatch()]
+  assert sorted(hatched) == [(0, 0), (0, 1), (3, 0), (3, 1)]
+  assert "kept at 0" in picture.axes[0].get_xlabel()
+  plt.close(picture)
 
 
 def test_larger_models_are_made_on_one_device_only(tmp_path):

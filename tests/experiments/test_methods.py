@@ -1,6 +1,7 @@
 """Methods: how they are written, what they refuse, and how samples are picked."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -26,6 +27,30 @@ def test_a_roster_takes_what_is_not_written_from_the_flags():
   assert method.text == "roster:aggregation=mean_logit,include_clean=false"
   assert method.label == "roster, n = 6, mean logit, without clean member"
   np.testing.assert_allclose(parse("roster:n=2,t=0.5,noise=swap").roster.temperatures, 0.5)
+
+
+def test_a_roster_takes_the_temperatures_of_a_profile(tmp_path):
+  folder = tmp_path / "a task"
+  folder.mkdir()
+  paths = {}
+  for name, temperatures in (
+      ("profile", [0.1, 0.2, 0.3]), ("other", [0, 0, 0]), ("long", [0.1] * 4)):
+    paths[name] = folder / f"{name}.json"
+    paths[name].write_text(json.dumps({"temperatures": temperatures}))
+  method = parse(f"roster: n = 4, profile = {paths['profile']}")
+  np.testing.assert_allclose(method.roster.temperatures, [0.1, 0.2, 0.3])
+  assert method.label == "roster, n = 4, τ of a task" and method.roster.cache == BASE.cache
+  assert method.text == f"roster:n=4,profile={paths['profile']}"
+  assert not np.any(parse(f"roster:profile={paths['other']}").roster.temperatures)
+  both = methods.parse_all(
+      [f"roster:profile={paths[n]}" for n in ("profile", "other")], CONFIG, BASE)
+  assert [m.label for m in both] == ["roster, n = 8, τ of a task", "roster, n = 8, τ of other"]
+  for text, message in (
+      (f"roster:profile={paths['long']}", "for 4 layers, and the model given has 3"),
+      (f"roster:t=0.1,profile={paths['profile']}", "from t or from profile: give one of them"),
+      (f"roster:profile={folder / 'none.json'}", "there is no temperature profile .*none.json")):
+    with pytest.raises(ValueError, match=message):
+      parse(text)
 
 
 def test_more_experts_change_the_model_and_not_the_roster():
