@@ -60,11 +60,12 @@ def _best(trials, maximises):
 
 
 def _equal_trials(made, maximises):
-  """What as many trials of either kind came to, the first ones of each; None without both."""
-  kinds = {kind: [t for t in made if t["kind"] == kind] for kind in ("sweep", "tpe")}
-  count = min(map(len, kinds.values()))
-  best = {kind: _best(trials[:count], maximises) for kind, trials in kinds.items()}
-  return None if None in best.values() else {"trials": count, **best}
+  """What the sweep and the first trials of TPE, as many, came to; None if there are not so many."""
+  sweep, tpe = ([t for t in made if t["kind"] == kind] for kind in ("sweep", "tpe"))
+  best = {"sweep": _best(sweep, maximises), "tpe": _best(tpe[:len(sweep)], maximises)}
+  if len(tpe) < len(sweep) or None in best.values():
+    return None
+  return {"trials": len(sweep), **best}
 
 
 def _left(record):

@@ -147,7 +147,8 @@ class Work:
     settings = dict(
         checkpoint=model.checkpoint, mesh=model.mesh, task=task,
         config=model.tuning.format(category=model.category(task)),
-        num_samples=model.num_samples, num_trials=model.num_trials, seed=self.seed,
+        num_samples=model.num_samples, num_trials=model.num_trials,
+        num_members=model.num_members, cache=model.cache, seed=self.seed,
         **self._of_tasks(task)) | flags
     return Command("tune", self.root / "tune" / (name or task), tuple(settings.items()),
                    done="confirm/*/summary.json")

@@ -299,9 +299,11 @@ def test_a_search_costs_what_its_trials_cost(search, monkeypatch):
   assert "8 % (median; 8 to 8 %) is there on fresh ones, where it is clear on 0 of 1 task" in text
   assert "TPE's best is better than the sweep's on 1 of 1 task, and worse on 0" in text
   assert "| 8 [-2, 16]" in search_cost.table([record])
-  # With one trial of TPE, which was given up, there is nothing to compare.
-  search["trials"] = search["trials"][:2]
-  assert search_cost.measure(work)[0]["equal_trials"] is None
+  # The sweep is not compared with fewer trials, nor with one that was given up.
+  trials = search["trials"]
+  for fewer in (trials[:2], [trials[i] for i in (0, 2, 3)]):
+    search["trials"] = fewer
+    assert search_cost.measure(work)[0]["equal_trials"] is None
 
 
 def test_layers_that_a_search_kept_at_zero_are_marked_and_not_averaged(search):

@@ -104,7 +104,7 @@ def test_a_command_is_what_one_types(tmp_path):
   command = work.tune("gsm8k")
   assert str(command) == (
       "python -m experiments.tune --checkpoint=olmoe --task=gsm8k --config=paper_math_olmoe "
-      f"--seed=0 --output={tmp_path}/tune/gsm8k")
+      f"--num_members=32 --cache=clean --seed=0 --output={tmp_path}/tune/gsm8k")
   assert command.name == "tune/gsm8k" and not command.is_done
   compared = str(work.compare("x", ["gsm8k", "svamp"], ["plain", "roster:n=4"], chat=False))
   assert "--tasks=gsm8k,svamp '--methods=plain; roster:n=4'" in compared and "--nochat" in compared
