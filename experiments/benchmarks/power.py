@@ -7,7 +7,7 @@ from typing import Any
 PERIOD = 0.02  # seconds between two readings
 
 
-def library() -> Any | None:
+def load_nvml() -> Any | None:
   """NVML with its GPUs, or None where there is none: no package nvidia-ml-py, no driver."""
   try:
     import pynvml
@@ -26,7 +26,7 @@ class Meter:
   """
 
   def __init__(self, nvml: Any):
-    """Takes what `library` returned."""
+    """Takes what `load_nvml` returned."""
     self._nvml = nvml
     self._handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
     self._stop, self._sum = threading.Event(), 0.0
@@ -58,7 +58,7 @@ def mean_watts(nvml: Any | None, call, seconds: float = 2.0) -> float | None:
   """Mean power while a call is made again and again; None without NVML.
 
   Args:
-    nvml: of `library`.
+    nvml: of `load_nvml`.
     call: does its work once and waits for it.
     seconds: how long, at least.
   """

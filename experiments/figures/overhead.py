@@ -155,7 +155,7 @@ def measure(work: Work, config: Config) -> list[dict[str, Any]]:
 
 def _group(opened, config, batch_size, cached):
   params, model, prompts = opened
-  nvml = power.library()
+  nvml = power.load_nvml()
   sizes = [(tau, n) for tau in config.temperatures
            for n in (config.members if cached else config.uncached)]
   rosters = {key: all_members(model, key[1], key[0], recompute=not cached) for key in sizes}

@@ -153,7 +153,7 @@ def test_power_is_the_sum_over_gpus_and_nothing_is_invented_without_them():
 
 def test_without_its_package_there_is_no_library_of_power(monkeypatch):
   monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
-  assert power.library() is None
+  assert power.load_nvml() is None
 
 
 def test_a_case_of_overhead_writes_what_generation_writes_with_all_members(monkeypatch):
