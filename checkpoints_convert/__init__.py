@@ -11,5 +11,10 @@ from checkpoints_convert.loading import load
 from checkpoints_convert.to_hugging_face import convert_to_hugging_face
 
 __all__ = [
-    "ConversionError", "convert_from_hugging_face", "convert_to_hugging_face", "is_hugging_face",
-    "load", "load_config"]
+  "ConversionError",
+  "convert_from_hugging_face",
+  "convert_to_hugging_face",
+  "is_hugging_face",
+  "load",
+  "load_config",
+]

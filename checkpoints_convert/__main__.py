@@ -1,13 +1,12 @@
 """Converts between Hugging Face folders and roe_jax checkpoints.
 
-    python -m checkpoints_convert --source=allenai/OLMoE-1B-7B-0924 --target=olmoe
-    python -m checkpoints_convert --source=olmoe --target=olmoe_hf --to_hugging_face
+python -m checkpoints_convert --source=allenai/OLMoE-1B-7B-0924 --target=olmoe
+python -m checkpoints_convert --source=olmoe --target=olmoe_hf --to_hugging_face
 """
 
 import sys
 
-from absl import app
-from absl import flags
+from absl import app, flags
 
 from checkpoints_convert import cli
 
@@ -18,6 +17,11 @@ def main(argv: list[str]) -> None:
   sys.exit(cli.run(flags.FLAGS))
 
 
-if __name__ == "__main__":
+def program() -> None:
+  """Runs the converter with the command line's flags."""
   cli.define_flags()
   app.run(main)
+
+
+if __name__ == "__main__":
+  program()

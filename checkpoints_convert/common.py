@@ -1,8 +1,8 @@
 """What both directions of the conversion share."""
 
+from collections.abc import Collection
 import pathlib
 import shutil
-from typing import Collection
 
 # For each axis of an array where a part of it starts and stops.
 Spans = tuple[tuple[int, int], ...]
@@ -24,4 +24,5 @@ def check_space(target: str, needed: int) -> None:
   free = shutil.disk_usage(next(p for p in folders if p.exists())).free
   if free < needed:
     raise ConversionError(
-        f"writing {target} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free")
+      f"writing {target} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free"
+    )

@@ -4,8 +4,7 @@ import math
 
 from tqdm import tqdm
 
-from checkpoints_convert import hub
-from checkpoints_convert import reading
+from checkpoints_convert import hub, reading
 from checkpoints_convert.common import check_space
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
@@ -13,9 +12,16 @@ from roe_jax.config import ModelConfig
 
 
 def convert_from_hugging_face(
-    source: str, target: str, *, dtype: str = "source", quantize_experts: str | None = None,
-    keep_mxfp4: bool = False, revision: str | None = None, overwrite: bool = False,
-    piece_bytes: int = checkpoint.PIECE_BYTES) -> ModelConfig:
+  source: str,
+  target: str,
+  *,
+  dtype: str = "source",
+  quantize_experts: str | None = None,
+  keep_mxfp4: bool = False,
+  revision: str | None = None,
+  overwrite: bool = False,
+  piece_bytes: int = checkpoint.PIECE_BYTES,
+) -> ModelConfig:
   """Converts and returns the model's config.
 
   An interrupted conversion, called again, goes on after the last finished piece.
@@ -38,15 +44,29 @@ def convert_from_hugging_face(
   opened = hub.open_source(hub.find(source, revision), dtype, quantize_experts, keep_mxfp4)
   config = opened.config
   provenance = {
-      "source": source, "revision": revision, "source_dtypes": list(opened.stored_dtypes),
-      "dtype": config.dtype, "expert_format": config.expert_format}
+    "source": source,
+    "revision": revision,
+    "source_dtypes": list(opened.stored_dtypes),
+    "dtype": config.dtype,
+    "expert_format": config.expert_format,
+  }
   writer = checkpoint.Writer(
-      target, config, files=opened.folder, provenance=provenance,
-      fingerprint=opened.fingerprint, piece_bytes=piece_bytes, overwrite=overwrite)
+    target,
+    config,
+    files=opened.folder,
+    provenance=provenance,
+    fingerprint=opened.fingerprint,
+    piece_bytes=piece_bytes,
+    overwrite=overwrite,
+  )
   missing = [p for p in writer.pieces if not writer.is_written(p)]
   check_space(target, sum(_piece_bytes(config, p) for p in missing))
-  with writer, tqdm(total=params_lib.num_bytes(config), unit="B", unit_scale=True,
-                    desc="converting") as progress:
+  with (
+    writer,
+    tqdm(
+      total=params_lib.num_bytes(config), unit="B", unit_scale=True, desc="converting"
+    ) as progress,
+  ):
     for piece in writer.pieces:
       if piece in missing:
         writer.write(piece, reading.read(opened, piece))
@@ -55,5 +75,6 @@ def convert_from_hugging_face(
 
 
 def _piece_bytes(config: ModelConfig, piece: checkpoint.Piece) -> int:
-  return sum(math.prod(s.shape) * s.dtype.itemsize
-             for s in checkpoint.piece_shapes(config, piece).values())
+  return sum(
+    math.prod(s.shape) * s.dtype.itemsize for s in checkpoint.piece_shapes(config, piece).values()
+  )

@@ -1,23 +1,23 @@
 """Hugging Face folders: found or downloaded, checked, and described; no tensor is read."""
 
+from collections.abc import Collection
 import dataclasses
 import hashlib
 import json
 import pathlib
 import re
-from typing import Any, Collection
+from typing import Any
 
 import numpy as np
 
-from checkpoints_convert import rules
-from checkpoints_convert import safetensors_files
+from checkpoints_convert import safetensors_files, tensor_names
 from checkpoints_convert.common import ConversionError, some
 from checkpoints_convert.safetensors_files import TensorInfo
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.families import FAMILIES, from_hugging_face
-from roe_jax.tokenizer import Tokenizer, check_vocabulary
+from roe_jax.text.tokenizer import Tokenizer, check_vocabulary
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Not "*.safetensors": some repositories hold the weights a second time under
@@ -72,17 +72,21 @@ def find(source: str, revision: str | None = None, weights: bool = True) -> path
     return folder
   if not _HUB_NAME.fullmatch(source) or folder.exists():
     raise ConversionError(
-        f"the source {source!r} is neither a folder nor a hub name like org/model")
+      f"the source {source!r} is neither a folder nor a hub name like org/model"
+    )
   import huggingface_hub  # here, because local folders need no hub
+
   patterns = [*_OTHER_PATTERNS, *(_WEIGHT_PATTERNS if weights else ())]
   try:
-    return pathlib.Path(huggingface_hub.snapshot_download(
-        source, revision=revision, allow_patterns=patterns))
+    return pathlib.Path(
+      huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=patterns)
+    )
   except Exception as error:  # many kinds, all of them reasons for not getting it
     reason = str(error).strip().split("\n")[0]
     raise ConversionError(
-        f"there is no local folder {source}, and it cannot be downloaded as a model from "
-        f"the hub: {reason}") from error
+      f"there is no local folder {source}, and it cannot be downloaded as a model from "
+      f"the hub: {reason}"
+    ) from error
 
 
 def is_hugging_face(folder: str | pathlib.Path) -> bool:
@@ -101,7 +105,8 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
     if (folder / checkpoint.CONFIG_FILE).is_file():
       raise ConversionError(
-          f"{folder} is a roe_jax checkpoint already; to convert it back, add --to_hugging_face")
+        f"{folder} is a roe_jax checkpoint already; to convert it back, add --to_hugging_face"
+      )
     raise ConversionError(f"{folder} has no config.json: it is not a Hugging Face model folder")
   try:
     values = json.loads(path.read_text())
@@ -112,17 +117,21 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
   return values
 
 
-def open_source(folder: pathlib.Path, dtype: str = "source",
-                quantize_experts: str | None = None, keep_mxfp4: bool | None = False) -> Source:
+def open_source(
+  folder: pathlib.Path,
+  dtype: str = "source",
+  quantize_experts: str | None = None,
+  keep_mxfp4: bool | None = False,
+) -> Source:
   """Checks everything that can be checked without reading a tensor.
 
   Args:
     folder: the Hugging Face folder.
     dtype: of the parameters. "source" keeps the tensors' own; where it cannot
       be kept (float16, or several) it is float32, which holds them all exactly.
-    quantize_experts: a format that the experts are quantised to, or None.
+    quantize_experts: a format that the experts are quantized to, or None.
     keep_mxfp4: whether experts in MXFP4 stay so, or are decoded to `dtype`; None:
-      they stay so where there are any and they are not quantised.
+      they stay so where there are any and they are not quantized.
 
   Raises:
     ConversionError, ValueError: the folder cannot be converted.
@@ -135,15 +144,16 @@ def open_source(folder: pathlib.Path, dtype: str = "source",
     dtype = own_dtype(stored)
   found = config.replace(dtype=dtype, expert_format=_expert_format(folder, config, tensors))
   config = target_config(str(folder), found, quantize_experts, keep_mxfp4)
-  rules.check_table(found)
+  tensor_names.check_table(found)
   _check_tensors(folder, found, tensors)
   if (folder / "tokenizer.json").is_file():
     check_vocabulary(Tokenizer.load(folder), config)
   return Source(folder, found, config, tensors, stored)
 
 
-def target_config(source: str, stored: ModelConfig, quantize_experts: str | None,
-                  keep_mxfp4: bool | None) -> ModelConfig:
+def target_config(
+  source: str, stored: ModelConfig, quantize_experts: str | None, keep_mxfp4: bool | None
+) -> ModelConfig:
   """The config of what is written, or loaded.
 
   Args:
@@ -159,17 +169,25 @@ def target_config(source: str, stored: ModelConfig, quantize_experts: str | None
     keep_mxfp4 = stored.expert_format == "mxfp4" and not quantize_experts
   if keep_mxfp4 and quantize_experts:
     raise ConversionError(
-        f"--keep_mxfp4 and --quantize_experts={quantize_experts} exclude each other: give one")
+      f"--keep_mxfp4 and --quantize_experts={quantize_experts} exclude each other: give one"
+    )
   if keep_mxfp4 and stored.expert_format != "mxfp4":
     raise ConversionError(
-        f"--keep_mxfp4 is for experts in MXFP4, and those of {source} are not: leave it out")
+      f"--keep_mxfp4 is for experts in MXFP4, and those of {source} are not: leave it out"
+    )
   config = stored.replace(expert_format="mxfp4" if keep_mxfp4 else quantize_experts)
   params_lib.describe(config)  # checks the sizes
   return config
 
 
-def load_config(source: str, *, dtype: str = "source", quantize_experts: str | None = None,
-                keep_mxfp4: bool | None = None, revision: str | None = None) -> ModelConfig:
+def load_config(
+  source: str,
+  *,
+  dtype: str = "source",
+  quantize_experts: str | None = None,
+  keep_mxfp4: bool | None = None,
+  revision: str | None = None,
+) -> ModelConfig:
   """The config of what a source is read as; the weights of a hub name are not downloaded.
 
   For the arguments see `open_source`. What is on the hub is believed to be as
@@ -182,7 +200,7 @@ def load_config(source: str, *, dtype: str = "source", quantize_experts: str | N
   if pathlib.Path(source).expanduser().is_dir():
     return open_source(folder, dtype, quantize_experts, keep_mxfp4).config
   found = from_hugging_face(read_config(folder), None if dtype == "source" else dtype)
-  rules.check_table(found)
+  tensor_names.check_table(found)
   return target_config(source, found, quantize_experts, keep_mxfp4)
 
 
@@ -197,40 +215,51 @@ def _expert_format(folder, config, tensors):
   If there are none of any form, what config.json says.
   """
   layers = checkpoint.Piece("", 0, config.num_layers)
-  names = {f: {part.tensor for part in rules.parts(config.replace(expert_format=f), layers)}
-           for f in (None, *FAMILIES[config.family].formats)}
+  names = {
+    f: {part.tensor for part in tensor_names.parts(config.replace(expert_format=f), layers)}
+    for f in (None, *FAMILIES[config.family].formats)
+  }
   common = set.intersection(*names.values())
   found = {f: (expected - common) & set(tensors) for f, expected in names.items()}
   forms = [f for f, own in found.items() if own]
   if len(names) > 1 and len(forms) > 1:
     raise ConversionError(
-        f"{folder} has experts in two forms ({' and '.join(some(found[f], 1) for f in forms)}): "
-        "it mixes two downloads or was half converted; get the model again")
+      f"{folder} has experts in two forms ({' and '.join(some(found[f], 1) for f in forms)}): "
+      "it mixes two downloads or was half converted; get the model again"
+    )
   return forms[0] if len(names) > 1 and forms else config.expert_format
 
 
 def _check_tensors(
-    folder: pathlib.Path, config: ModelConfig, tensors: dict[str, TensorInfo]) -> None:
-  expected = {part.tensor: part
-              for piece in checkpoint.plan_pieces(config) for part in rules.parts(config, piece)}
+  folder: pathlib.Path, config: ModelConfig, tensors: dict[str, TensorInfo]
+) -> None:
+  expected = {
+    part.tensor: part
+    for piece in checkpoint.plan_pieces(config)
+    for part in tensor_names.parts(config, piece)
+  }
   model = f"{config.family}, {config.num_layers} layers"
   if config.expert_format:
     model += f", experts in {config.expert_format}"
   if set(expected) - set(tensors):
     raise ConversionError(
-        f"{folder} lacks tensors that its config.json ({model}) calls for: "
-        f"{some(set(expected) - set(tensors))}")
+      f"{folder} lacks tensors that its config.json ({model}) calls for: "
+      f"{some(set(expected) - set(tensors))}"
+    )
   if set(tensors) - set(expected):
     raise ConversionError(
-        f"{folder} has tensors that a {config.family} model with its config.json does not "
-        f"have: {some(set(tensors) - set(expected))}")
+      f"{folder} has tensors that a {config.family} model with its config.json does not "
+      f"have: {some(set(tensors) - set(expected))}"
+    )
   for name, part in expected.items():
     found = tensors[name]
     if found.shape != part.shape:
       raise ConversionError(
-          f"{name} in {found.file} has shape {list(found.shape)}, config.json "
-          f"calls for {list(part.shape)}")
+        f"{name} in {found.file} has shape {list(found.shape)}, config.json "
+        f"calls for {list(part.shape)}"
+      )
     if (found.dtype == np.uint8) != part.is_bytes:
       raise ConversionError(
-          f"{name} in {found.file} has dtype {found.dtype}, a {config.family} model has "
-          f"{'uint8' if part.is_bytes else 'floating-point numbers'} there")
+        f"{name} in {found.file} has dtype {found.dtype}, a {config.family} model has "
+        f"{'uint8' if part.is_bytes else 'floating-point numbers'} there"
+      )

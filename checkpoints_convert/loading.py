@@ -3,8 +3,7 @@
 import jax
 from tqdm import tqdm
 
-from checkpoints_convert import hub
-from checkpoints_convert import reading
+from checkpoints_convert import hub, reading
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
@@ -13,10 +12,16 @@ from roe_jax.params import Params
 PIECE_BYTES = 64 << 20  # nothing is gained by more, as no piece is a file of its own
 
 
-def load(source: str, dtype: str = "source",
-         shardings: Params | jax.sharding.Sharding | None = None, *,
-         quantize_experts: str | None = None, keep_mxfp4: bool | None = None,
-         revision: str | None = None, piece_bytes: int = PIECE_BYTES) -> tuple[Params, ModelConfig]:
+def load(
+  source: str,
+  dtype: str = "source",
+  shardings: Params | jax.sharding.Sharding | None = None,
+  *,
+  quantize_experts: str | None = None,
+  keep_mxfp4: bool | None = None,
+  revision: str | None = None,
+  piece_bytes: int = PIECE_BYTES,
+) -> tuple[Params, ModelConfig]:
   """What converting and then `roe_jax.load` would give, bit by bit, with nothing written.
 
   A process reads of the files what its devices hold: of experts that are tensors
@@ -24,7 +29,7 @@ def load(source: str, dtype: str = "source",
   that is split within its rows all. Layers go to the devices in pieces of 64 MiB or
   one layer. Beside the parameters, the devices have their part of one piece, and
   the host what they hold of one parameter in one piece (twice, if experts are
-  decoded or quantised on the way) and one hub tensor.
+  decoded or quantized on the way) and one hub tensor.
 
   Args:
     source: a local Hugging Face folder, or a hub name.
@@ -33,7 +38,7 @@ def load(source: str, dtype: str = "source",
       made for is that of `load_config` with the same arguments.
     quantize_experts: "int8", "int4" or None.
     keep_mxfp4: whether experts in MXFP4 stay so, or are decoded to `dtype`; by
-      default they stay so unless they are quantised.
+      default they stay so unless they are quantized.
     revision: branch, tag or commit on the hub.
     piece_bytes: how large a piece of several layers may become.
 
@@ -44,10 +49,16 @@ def load(source: str, dtype: str = "source",
   opened = hub.open_source(hub.find(source, revision), dtype, quantize_experts, keep_mxfp4)
   config = opened.config
   pieces = checkpoint.plan_pieces(config, piece_bytes)
-  with tqdm(total=params_lib.num_bytes(config), unit="B", unit_scale=True, desc="reading",
-            disable=jax.process_index() > 0) as progress:
+  with tqdm(
+    total=params_lib.num_bytes(config),
+    unit="B",
+    unit_scale=True,
+    desc="reading",
+    disable=jax.process_index() > 0,
+  ) as progress:
+
     def read(piece, placed):
-      arrays = reading.place(opened, piece, placed)
+      arrays = reading.read_sharded(opened, piece, placed)
       progress.update(sum(x.nbytes for x in arrays.values()))
       return arrays
 

@@ -1,7 +1,7 @@
 """The hub's layout of codes of 4 bits.
 
 A block is 16 bytes, 32 codes along the tensor's last axis; the lower half of a
-byte is the even element of two neighbours.
+byte is the even element of two neighbors.
 """
 
 import numpy as np

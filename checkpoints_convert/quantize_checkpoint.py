@@ -20,8 +20,9 @@ def is_checkpoint(source: str) -> bool:
   return (pathlib.Path(source).expanduser() / checkpoint.CONFIG_FILE).is_file()
 
 
-def target_config(source: str, dtype: str, quantize_experts: str,
-                  keep_mxfp4: bool = False) -> ModelConfig:
+def target_config(
+  source: str, dtype: str, quantize_experts: str, keep_mxfp4: bool = False
+) -> ModelConfig:
   """The config of what `convert` writes.
 
   Raises:
@@ -30,16 +31,24 @@ def target_config(source: str, dtype: str, quantize_experts: str,
   stored = checkpoint.load_config(source)
   if stored.expert_format not in (None, "mxfp4"):
     raise ConversionError(
-        f"the experts of {source} are in {stored.expert_format} already: quantise the "
-        "checkpoint or the Hugging Face model that it was made from")
+      f"the experts of {source} are in {stored.expert_format} already: quantize the "
+      "checkpoint or the Hugging Face model that it was made from"
+    )
   if dtype != "source":
     stored = stored.replace(dtype=dtype)
   return hub.target_config(source, stored, quantize_experts, keep_mxfp4)
 
 
-def convert(source: str, target: str, *, dtype: str = "source", quantize_experts: str,
-            keep_mxfp4: bool = False, overwrite: bool = False) -> ModelConfig:
-  """Quantises the experts piece by piece; returns the config of what was written.
+def convert(
+  source: str,
+  target: str,
+  *,
+  dtype: str = "source",
+  quantize_experts: str,
+  keep_mxfp4: bool = False,
+  overwrite: bool = False,
+) -> ModelConfig:
+  """Quantizes the experts piece by piece; returns the config of what was written.
 
   Interrupted, and called again, it goes on after the last finished piece. For the
   arguments see `from_hugging_face.convert_from_hugging_face`; the source is a
@@ -54,17 +63,33 @@ def convert(source: str, target: str, *, dtype: str = "source", quantize_experts
   config = target_config(source, dtype, quantize_experts, keep_mxfp4)
   stored = checkpoint.load_config(source)
   provenance = checkpoint.load_provenance(source) | {
-      "quantised_from": source, "dtype": config.dtype, "expert_format": config.expert_format}
+    "quantized_from": source,
+    "dtype": config.dtype,
+    "expert_format": config.expert_format,
+  }
   writer = checkpoint.Writer(
-      target, config, files=source, provenance=provenance, fingerprint=fingerprint(source),
-      pieces=checkpoint.load_pieces(source), overwrite=overwrite)
+    target,
+    config,
+    files=source,
+    provenance=provenance,
+    fingerprint=fingerprint(source),
+    pieces=checkpoint.load_pieces(source),
+    overwrite=overwrite,
+  )
   missing = {p.name for p in writer.pieces if not writer.is_written(p)}
-  sizes = {p.name: sum(math.prod(s.shape) * s.dtype.itemsize
-                       for s in checkpoint.piece_shapes(config, p).values())
-           for p in writer.pieces}
+  sizes = {
+    p.name: sum(
+      math.prod(s.shape) * s.dtype.itemsize for s in checkpoint.piece_shapes(config, p).values()
+    )
+    for p in writer.pieces
+  }
   check_space(target, sum(sizes[name] for name in missing))
-  with writer, tqdm(total=params_lib.num_bytes(config), unit="B", unit_scale=True,
-                    desc="quantising") as progress:
+  with (
+    writer,
+    tqdm(
+      total=params_lib.num_bytes(config), unit="B", unit_scale=True, desc="quantizing"
+    ) as progress,
+  ):
     progress.update(sum(size for name, size in sizes.items() if name not in missing))
     for piece, arrays in checkpoint.iterate_pieces(source, missing):
       arrays = recode(arrays, stored, config)

@@ -11,9 +11,7 @@ import math
 import jax
 import numpy as np
 
-from checkpoints_convert import hub
-from checkpoints_convert import rules
-from checkpoints_convert import safetensors_files
+from checkpoints_convert import hub, safetensors_files, tensor_names
 from checkpoints_convert.common import Spans
 from checkpoints_convert.recode import recode
 from roe_jax.checkpoint import Piece, piece_shapes
@@ -30,12 +28,13 @@ def read(source: hub.Source, piece: Piece) -> dict[str, np.ndarray]:
   return recode(arrays, source.stored, source.config)
 
 
-def place(source: hub.Source, piece: Piece,
-          placed: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def read_sharded(
+  source: hub.Source, piece: Piece, placed: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
   """The piece's arrays on devices, where each process reads what its devices hold.
 
   At a time the host has, of one parameter, what this process' devices hold (of
-  experts that are decoded or quantised: before and after), and of one hub tensor
+  experts that are decoded or quantized: before and after), and of one hub tensor
   what is read of it.
 
   Args:
@@ -48,7 +47,7 @@ def place(source: hub.Source, piece: Piece,
     together.setdefault(_stem(name), []).append(name)
   arrays = {}
   for stem, names in together.items():
-    arrays |= _place(source, piece, stem, {name: placed[name] for name in names})
+    arrays |= _read_parameter_sharded(source, piece, stem, {name: placed[name] for name in names})
   return arrays
 
 
@@ -61,38 +60,47 @@ def _whole(shape):
   return tuple((0, size) for size in shape)
 
 
-def _place(source, piece, stem, placed):
-  """`place` of one parameter."""
+def _read_parameter_sharded(source, piece, stem, placed):
+  """`read_sharded` of one parameter."""
   stored = {n: s for n, s in piece_shapes(source.stored, piece).items() if _stem(n) == stem}
   shapes = {n: s.shape for n, s in placed.items()}
   spans = {
-      name: {device: tuple(s.indices(size)[:2] for s, size in zip(index, x.shape))
-             for device, index in x.sharding.addressable_devices_indices_map(x.shape).items()}
-      for name, x in placed.items()}
+    name: {
+      device: tuple(s.indices(size)[:2] for s, size in zip(index, x.shape))
+      for device, index in x.sharding.addressable_devices_indices_map(x.shape).items()
+    }
+    for name, x in placed.items()
+  }
   if stem in _MATRICES:
     sizes = (piece.num_layers, source.config.num_experts, source.config.d_expert)
-    factors = {sizes[_WIDTH] // shape[_WIDTH]
-               for shape in (*shapes.values(), *(s.shape for s in stored.values()))}
+    factors = {
+      sizes[_WIDTH] // shape[_WIDTH]
+      for shape in (*shapes.values(), *(s.shape for s in stored.values()))
+    }
     box_of = lambda device: _box(
-        source, stem, sizes, {n: (shapes[n], spans[n][device]) for n in placed}, factors)
+      source, stem, sizes, {n: (shapes[n], spans[n][device]) for n in placed}, factors
+    )
   else:
     sizes = shapes[stem]
     box_of = spans[stem].get
   boxes = {device: box_of(device) for device in next(iter(spans.values()))}
   distinct = list(dict.fromkeys(boxes.values()))
-  filled = _fill(source, piece, {
-      name: [_scaled(box, sizes, s.shape) for box in distinct] for name, s in stored.items()})
+  filled = _fill(
+    source,
+    piece,
+    {name: [_scaled(box, sizes, s.shape) for box in distinct] for name, s in stored.items()},
+  )
   recoded = {
-      box: recode({name: parts[i] for name, parts in filled.items()}, source.stored, source.config)
-      for i, box in enumerate(distinct)}
+    box: recode({name: parts[i] for name, parts in filled.items()}, source.stored, source.config)
+    for i, box in enumerate(distinct)
+  }
   del filled
   result = {}
   for name, want in placed.items():
     parts = []
     for device, box in boxes.items():
       origin = _scaled(box, sizes, want.shape)
-      own = tuple(slice(a - o, b - o)
-                  for (a, b), (o, _) in zip(spans[name][device], origin))
+      own = tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(spans[name][device], origin))
       parts.append(jax.device_put(recoded[box][name][own], device))
     result[name] = jax.make_array_from_single_device_arrays(want.shape, want.sharding, parts)
   # Waiting keeps the next parameter from being read while this one is on the host.
@@ -111,16 +119,22 @@ def _box(source, stem, sizes, parts, factors):
   """
   box = []
   for axis, size in enumerate(sizes):
-    starts, stops = zip(*(
+    starts, stops = zip(
+      *(
         (span[axis][0] * size // shape[axis], span[axis][1] * size // shape[axis])
-        for shape, span in parts.values()))
+        for shape, span in parts.values()
+      )
+    )
     box.append((min(starts), max(stops)))
   start, stop = box[_WIDTH]
   step, size = math.lcm(*factors), sizes[_WIDTH]
   start, stop = start // step * step, min(size, -(-stop // step) * step)
   format = source.config.expert_format
-  if format and _MATRICES[stem] == -2 and (
-      group_size(format, stop - start) != group_size(format, size)):
+  if (
+    format
+    and _MATRICES[stem] == -2
+    and (group_size(format, stop - start) != group_size(format, size))
+  ):
     start, stop = 0, size  # or the groups of this part would be others
   box[_WIDTH] = start, stop
   return tuple(box)
@@ -129,21 +143,25 @@ def _box(source, stem, sizes, parts, factors):
 def _scaled(box, sizes, shape):
   """The box as spans of an array whose axes may be shorter, and more."""
   scaled = [(a * n // size, b * n // size) for (a, b), size, n in zip(box, sizes, shape)]
-  return (*scaled, *_whole(shape[len(box):]))
+  return (*scaled, *_whole(shape[len(box) :]))
 
 
-def _fill(source: hub.Source, piece: Piece,
-          windows: Mapping[str, Sequence[Spans]]) -> dict[str, list[np.ndarray]]:
+def _fill(
+  source: hub.Source, piece: Piece, windows: Mapping[str, Sequence[Spans]]
+) -> dict[str, list[np.ndarray]]:
   """Windows of parameters in the form of the files; what several share is read once."""
   shapes = piece_shapes(source.stored, piece)
   arrays = {}
   for name, of_name in windows.items():
     dtype = shapes[name].dtype
     if source.config.expert_format and name in _MATRICES:
-      dtype = hub.own_dtype(source.stored_dtypes)  # quantised from the values in the files
+      dtype = hub.own_dtype(source.stored_dtypes)  # quantized from the values in the files
     arrays[name] = [np.empty([b - a for a, b in spans], dtype) for spans in of_name]
-  parts = [(source.tensors[part.tensor], part)
-           for part in rules.parts(source.stored, piece) if part.parameter in windows]
+  parts = [
+    (source.tensors[part.tensor], part)
+    for part in tensor_names.parts(source.stored, piece)
+    if part.parameter in windows
+  ]
   for info, part in sorted(parts, key=lambda p: (p[0].file, p[0].offset)):
     regions = [part.region(spans) for spans in windows[part.parameter]]
     reads: dict[Spans, list[int]] = {}

@@ -6,11 +6,12 @@ from roe_jax.config import ModelConfig
 from roe_jax.quantization import CONTRACTED, Quantized, dequantize, quantize
 
 
-def recode(arrays: dict[str, np.ndarray], source: ModelConfig,
-           target: ModelConfig) -> dict[str, np.ndarray]:
+def recode(
+  arrays: dict[str, np.ndarray], source: ModelConfig, target: ModelConfig
+) -> dict[str, np.ndarray]:
   """The arrays of a piece in the expert format of `target`.
 
-  What is decoded comes in the dtype of `target`; to be quantised again, in
+  What is decoded comes in the dtype of `target`; to be quantized again, in
   bfloat16, which holds mxfp4 exactly.
 
   Args:
@@ -25,8 +26,10 @@ def recode(arrays: dict[str, np.ndarray], source: ModelConfig,
   for matrix, axis in CONTRACTED.items():
     name = f"experts.{matrix}"
     if source.expert_format and f"{name}.codes" in arrays:
-      arrays[name] = dequantize(Quantized(
-          arrays.pop(f"{name}.codes"), arrays.pop(f"{name}.scales"), source.expert_format), decoded)
+      arrays[name] = dequantize(
+        Quantized(arrays.pop(f"{name}.codes"), arrays.pop(f"{name}.scales"), source.expert_format),
+        decoded,
+      )
     if target.expert_format and name in arrays:
       quantized = quantize(arrays.pop(name), target.expert_format, axis)
       arrays |= {f"{name}.codes": quantized.codes, f"{name}.scales": quantized.scales}

@@ -4,11 +4,11 @@ Files are read with plain reads instead of memory maps, so that what was read
 does not stay in the process's memory; headers are checked before any tensor is.
 """
 
+from collections.abc import Iterable, Iterator
 import dataclasses
 import json
 import math
 import pathlib
-from typing import Iterable, Iterator
 
 import ml_dtypes
 import numpy as np
@@ -18,8 +18,11 @@ from checkpoints_convert.common import ConversionError, Spans, some
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _DTYPES = {
-    "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16), "U8": np.dtype(np.uint8)}
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+  "U8": np.dtype(np.uint8),
+}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100 << 20
 # Where a part of a tensor is strewn in shorter runs, reading all of it is faster.
@@ -51,8 +54,9 @@ def widened(info: TensorInfo, shape: tuple[int, ...], spans: Spans) -> Spans:
     spans: of these axes.
   """
   return tuple(
-      span if (span[1] - span[0]) * stride >= SHORTEST_RUN else (0, size)
-      for span, size, stride in zip(spans, shape, _strides(info, shape)))
+    span if (span[1] - span[0]) * stride >= SHORTEST_RUN else (0, size)
+    for span, size, stride in zip(spans, shape, _strides(info, shape))
+  )
 
 
 def read(info: TensorInfo, shape: tuple[int, ...], spans: Spans) -> np.ndarray:
@@ -72,8 +76,10 @@ def read(info: TensorInfo, shape: tuple[int, ...], spans: Spans) -> np.ndarray:
   strides = _strides(info, shape)
   with open(info.file, "rb", buffering=0) as file:
     for index in np.ndindex(array.shape[:outer]):
-      file.seek(info.offset + sum(
-          (i + start) * stride for i, (start, _), stride in zip((*index, 0), spans, strides)))
+      file.seek(
+        info.offset
+        + sum((i + start) * stride for i, (start, _), stride in zip((*index, 0), spans, strides))
+      )
       target = memoryview(array[index].reshape(-1).view(np.uint8))
       while target:
         count = file.readinto(target)
@@ -85,7 +91,7 @@ def read(info: TensorInfo, shape: tuple[int, ...], spans: Spans) -> np.ndarray:
 
 def _strides(info, shape):
   """Bytes from one index of each axis to the next."""
-  return [info.dtype.itemsize * math.prod(shape[i + 1:]) for i in range(len(shape))]
+  return [info.dtype.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
 def read_headers(folder: pathlib.Path) -> dict[str, TensorInfo]:
@@ -102,14 +108,17 @@ def read_headers(folder: pathlib.Path) -> dict[str, TensorInfo]:
   shards = sorted(p.name for p in folder.glob("*.safetensors"))
   if shards:
     raise ConversionError(
-        f"{folder} has safetensors files ({some(shards)}) but neither {INDEX_FILE} nor "
-        f"{SINGLE_FILE}: {_AGAIN}")
+      f"{folder} has safetensors files ({some(shards)}) but neither {INDEX_FILE} nor "
+      f"{SINGLE_FILE}: {_AGAIN}"
+    )
   pickles = sorted(
-      p.name for suffix in ("bin", "pt", "pth", "ckpt") for p in folder.glob(f"*.{suffix}"))
+    p.name for suffix in ("bin", "pt", "pth", "ckpt") for p in folder.glob(f"*.{suffix}")
+  )
   if pickles:
     raise ConversionError(
-        f"{folder} has its weights only as pickles ({some(pickles)}), and reading a pickle "
-        "can run any code that its author put there: get the model as safetensors")
+      f"{folder} has its weights only as pickles ({some(pickles)}), and reading a pickle "
+      "can run any code that its author put there: get the model as safetensors"
+    )
   raise ConversionError(f"{folder} has no safetensors files")
 
 
@@ -124,20 +133,22 @@ def _read_shards(folder: pathlib.Path) -> dict[str, TensorInfo]:
   missing = [p.name for p in paths if not p.is_file()]
   if missing:
     raise ConversionError(
-        f"{folder} lacks {len(missing)} of the {len(shards)} shards that its index names "
-        f"({some(missing)}): {_AGAIN}")
+      f"{folder} lacks {len(missing)} of the {len(shards)} shards that its index names "
+      f"({some(missing)}): {_AGAIN}"
+    )
   tensors = {}
   for path in paths:
     found = _read_header(path)
     promised = {name for name, shard in index.items() if shard == path.name}
     if promised - set(found):
       raise ConversionError(
-          f"the index of {folder} names tensors that {path.name} does not have: "
-          f"{some(promised - set(found))}")
+        f"the index of {folder} names tensors that {path.name} does not have: "
+        f"{some(promised - set(found))}"
+      )
     if set(found) - promised:
       raise ConversionError(
-          f"{path} has tensors that the index does not place there: "
-          f"{some(set(found) - promised)}")
+        f"{path} has tensors that the index does not place there: {some(set(found) - promised)}"
+      )
     tensors |= found
   return tensors
 
@@ -151,7 +162,8 @@ def _read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
     text = file.read(length)
   if len(text) < length:
     raise ConversionError(
-        f"{path} is truncated: it has {size} bytes and its header alone {length}: {_AGAIN}")
+      f"{path} is truncated: it has {size} bytes and its header alone {length}: {_AGAIN}"
+    )
   start = 8 + length
   tensors, expected = {}, start
   try:
@@ -161,12 +173,14 @@ def _read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
       begin, end = entry["data_offsets"]
       if entry["dtype"] not in _DTYPES:
         raise ConversionError(
-            f"{name} in {path} has dtype {entry['dtype']}; supported: {', '.join(_DTYPES)}")
+          f"{name} in {path} has dtype {entry['dtype']}; supported: {', '.join(_DTYPES)}"
+        )
       info = TensorInfo(name, path, start + begin, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
       if begin < 0 or end - begin != info.num_bytes:
         raise ConversionError(
-            f"{name} in {path} has {end - begin} bytes, its shape {list(info.shape)} needs "
-            f"{info.num_bytes}: {_AGAIN}")
+          f"{name} in {path} has {end - begin} bytes, its shape {list(info.shape)} needs "
+          f"{info.num_bytes}: {_AGAIN}"
+        )
       tensors[name] = info
       expected = max(expected, start + end)
   except ConversionError:
@@ -176,7 +190,8 @@ def _read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
   if size != expected:
     what = "truncated" if size < expected else "too long"
     raise ConversionError(
-        f"{path} is {what}: it has {size} bytes, its header describes {expected}: {_AGAIN}")
+      f"{path} is {what}: it has {size} bytes, its header describes {expected}: {_AGAIN}"
+    )
   return tensors
 
 
@@ -184,8 +199,9 @@ def _read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
 Form = tuple[tuple[int, ...], np.dtype]
 
 
-def plan_shards(tensors: Iterable[tuple[str, Form]],
-                max_shard_bytes: int) -> list[tuple[str, dict[str, Form]]]:
+def plan_shards(
+  tensors: Iterable[tuple[str, Form]], max_shard_bytes: int
+) -> list[tuple[str, dict[str, Form]]]:
   """File names with the tensors' forms in each, in order.
 
   A shard is at most `max_shard_bytes`, or has one tensor only.
@@ -201,8 +217,9 @@ def plan_shards(tensors: Iterable[tuple[str, Form]],
     filled += size
   if len(shards) == 1:
     return [(SINGLE_FILE, shards[0])]
-  return [(f"model-{i:05d}-of-{len(shards):05d}.safetensors", shard)
-          for i, shard in enumerate(shards, 1)]
+  return [
+    (f"model-{i:05d}-of-{len(shards):05d}.safetensors", shard) for i, shard in enumerate(shards, 1)
+  ]
 
 
 def _num_bytes(form: Form) -> int:
@@ -210,8 +227,9 @@ def _num_bytes(form: Form) -> int:
   return math.prod(shape) * dtype.itemsize
 
 
-def write_shards(folder: pathlib.Path, shards: list[tuple[str, dict[str, Form]]],
-                 arrays: Iterator[np.ndarray]) -> None:
+def write_shards(
+  folder: pathlib.Path, shards: list[tuple[str, dict[str, Form]]], arrays: Iterator[np.ndarray]
+) -> None:
   """Writes planned shards that are not there yet, and their index if there are several.
 
   Args:
@@ -226,7 +244,10 @@ def write_shards(folder: pathlib.Path, shards: list[tuple[str, dict[str, Form]]]
     for name, (shape, dtype) in forms.items():
       end = offset + _num_bytes((shape, dtype))
       header[name] = {
-          "dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        "dtype": _DTYPE_NAMES[dtype],
+        "shape": list(shape),
+        "data_offsets": [offset, end],
+      }
       offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -243,6 +264,8 @@ def write_shards(folder: pathlib.Path, shards: list[tuple[str, dict[str, Form]]]
         del array
     unfinished.rename(folder / file_name)
   if len(shards) > 1:
-    index = {"metadata": {"total_size": total},
-             "weight_map": {name: file for file, forms in shards for name in forms}}
+    index = {
+      "metadata": {"total_size": total},
+      "weight_map": {name: file for file, forms in shards for name in forms},
+    }
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,17 +1,15 @@
 """A roe_jax checkpoint back to a Hugging Face folder."""
 
+from collections.abc import Iterator
 import json
 import math
 import pathlib
 import shutil
-from typing import Iterator
 
 import numpy as np
 from tqdm import tqdm
 
-from checkpoints_convert import quantize_checkpoint
-from checkpoints_convert import rules
-from checkpoints_convert import safetensors_files
+from checkpoints_convert import quantize_checkpoint, safetensors_files, tensor_names
 from checkpoints_convert.common import check_space
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
@@ -23,8 +21,13 @@ _MARKER = "unfinished_conversion.json"
 
 
 def convert_to_hugging_face(
-    source: str, target: str, *, dtype: str = "source", overwrite: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES) -> ModelConfig:
+  source: str,
+  target: str,
+  *,
+  dtype: str = "source",
+  overwrite: bool = False,
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> ModelConfig:
   """Converts and returns the model's config.
 
   Interrupted, and called again, it goes on after the last finished file.
@@ -47,12 +50,20 @@ def convert_to_hugging_face(
   if dtype != "source":
     config = config.replace(dtype=dtype)
   hf_config = to_hugging_face(config)
-  rules.check_table(config)
-  tensors = [(part.tensor, (part.shape, _dtype(config, part)))
-             for piece in checkpoint.load_pieces(source) for part in rules.parts(config, piece)]
+  tensor_names.check_table(config)
+  tensors = [
+    (part.tensor, (part.shape, _dtype(config, part)))
+    for piece in checkpoint.load_pieces(source)
+    for part in tensor_names.parts(config, piece)
+  ]
   shards = safetensors_files.plan_shards(tensors, max_shard_bytes)
-  plan = json.dumps({"source": quantize_checkpoint.fingerprint(source), "config": config.to_json(),
-                     "shards": [[name, list(forms)] for name, forms in shards]})
+  plan = json.dumps(
+    {
+      "source": quantize_checkpoint.fingerprint(source),
+      "config": config.to_json(),
+      "shards": [[name, list(forms)] for name, forms in shards],
+    }
+  )
   partial = checkpoint.partial_folder(target)
   marker = partial / _MARKER
   if not (marker.is_file() and marker.read_text() == plan):
@@ -60,11 +71,11 @@ def convert_to_hugging_face(
   missing = {tensor for name, forms in shards if not (partial / name).exists() for tensor in forms}
   sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in tensors}
   check_space(target, sum(sizes[name] for name in missing))
-  with tqdm(total=params_lib.num_bytes(config), unit="B", unit_scale=True,
-            desc="converting") as progress:
+  with tqdm(
+    total=params_lib.num_bytes(config), unit="B", unit_scale=True, desc="converting"
+  ) as progress:
     progress.update(sum(size for name, size in sizes.items() if name not in missing))
-    safetensors_files.write_shards(
-        partial, shards, _arrays(source, config, missing, progress))
+    safetensors_files.write_shards(partial, shards, _arrays(source, config, missing, progress))
   for name in checkpoint.COMPANION_FILES:
     if (pathlib.Path(source) / name).is_file():
       shutil.copyfile(pathlib.Path(source) / name, partial / name)
@@ -74,14 +85,17 @@ def convert_to_hugging_face(
   return config
 
 
-def _dtype(config: ModelConfig, part: rules.Part) -> np.dtype:
+def _dtype(config: ModelConfig, part: tensor_names.Part) -> np.dtype:
   return np.dtype(np.uint8 if part.is_bytes else config.dtype)
 
 
-def _arrays(source: str, config: ModelConfig, tensors: set[str],
-            progress: tqdm) -> Iterator[np.ndarray]:
-  parts = {piece.name: [part for part in rules.parts(config, piece) if part.tensor in tensors]
-           for piece in checkpoint.load_pieces(source)}
+def _arrays(
+  source: str, config: ModelConfig, tensors: set[str], progress: tqdm
+) -> Iterator[np.ndarray]:
+  parts = {
+    piece.name: [part for part in tensor_names.parts(config, piece) if part.tensor in tensors]
+    for piece in checkpoint.load_pieces(source)
+  }
   wanted = [name for name, found in parts.items() if found]
   for piece, arrays in checkpoint.iterate_pieces(source, wanted):
     for part in parts[piece.name]:

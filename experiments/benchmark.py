@@ -25,9 +25,10 @@ from absl import flags
 import jax
 from tqdm import tqdm
 
-from experiments import app
-from experiments.benchmarks import bench as bench_lib, cases, machine, models, report, results
+from experiments.benchmarks import bench as bench_lib
+from experiments.benchmarks import cases, machine, random_models, sweep_results, tables
 from experiments.benchmarks.cases import Sizes
+from experiments.cli import app
 from roe_jax import params as params_lib
 from roe_jax.config import DTYPES, ModelConfig
 from roe_jax.quantization import FORMATS
@@ -38,13 +39,20 @@ RIVAL_FAMILIES = ("olmoe", "mixtral")
 
 
 def define_flags() -> None:
-  flags.DEFINE_enum("preset", "laptop", list(models.PRESETS), "Shape of the model.")
+  flags.DEFINE_enum("preset", "laptop", list(random_models.PRESETS), "Shape of the model.")
   flags.DEFINE_enum("dtype", None, DTYPES, "Of weights and activations; the preset's by default.")
-  flags.DEFINE_enum("expert_format", None, ["none", *FORMATS],
-                    "What the experts' weights are held in; the preset's by default.")
+  flags.DEFINE_enum(
+    "expert_format",
+    None,
+    ["none", *FORMATS],
+    "What the experts' weights are held in; the preset's by default.",
+  )
   flags.DEFINE_list("sweeps", list(SWEEPS), "What to measure.")
-  flags.DEFINE_list("num_members", ["1", "2", "4", "8", "16", "32", "64"],
-                    "Roster sizes n of the sweep of decoding.")
+  flags.DEFINE_list(
+    "num_members",
+    ["1", "2", "4", "8", "16", "32", "64"],
+    "Roster sizes n of the sweep of decoding.",
+  )
   flags.DEFINE_float("temperature", 0.5, "Router temperature τ of the noisy rosters.")
   flags.DEFINE_integer("context", 128, "Positions before a step, in sweeps of other things.")
   flags.DEFINE_list("contexts", ["128", "512", "2048"], "Of the sweep of contexts.")
@@ -53,8 +61,12 @@ def define_flags() -> None:
   flags.DEFINE_integer("score_tokens", 512, "Length of the text that is scored.")
   flags.DEFINE_integer("rounds", 7, "Turns of each case.")
   flags.DEFINE_integer("num_cores", None, "CPU cores to use; all by default.")
-  flags.DEFINE_enum("transformers", "auto", ["auto", "no"],
-                    "Whether to compare with transformers: where it is installed, or not.")
+  flags.DEFINE_enum(
+    "transformers",
+    "auto",
+    ["auto", "no"],
+    "Whether to compare with transformers: where it is installed, or not.",
+  )
   flags.DEFINE_integer("seed", 0, "Of weights, tokens, noise and the order of turns.")
   flags.DEFINE_string("output", "benchmark", "Folder of the results.")
 
@@ -64,11 +76,13 @@ def _numbers(name: str) -> tuple[int, ...]:
   try:
     values = sorted({int(text) for text in FLAGS[name].value})
   except ValueError as error:
-    raise ValueError(f"--{name} must be a comma-separated list of integers, got "
-                     f"{','.join(FLAGS[name].value)!r}") from error
+    raise ValueError(
+      f"--{name} must be a comma-separated list of integers, got {','.join(FLAGS[name].value)!r}"
+    ) from error
   if not values or values[0] < 1:
-    raise ValueError(f"--{name} must be a list of integers of at least 1, got "
-                     f"{','.join(FLAGS[name].value)!r}")
+    raise ValueError(
+      f"--{name} must be a list of integers of at least 1, got {','.join(FLAGS[name].value)!r}"
+    )
   return tuple(values)
 
 
@@ -78,15 +92,24 @@ def sizes_from_flags(config: ModelConfig) -> Sizes:
   Raises:
     ValueError: one is out of its range.
   """
-  sizes = Sizes(_numbers("num_members"), FLAGS.context, _numbers("contexts"),
-                _numbers("batch_sizes"), FLAGS.cache_context, FLAGS.score_tokens)
+  sizes = Sizes(
+    _numbers("num_members"),
+    FLAGS.context,
+    _numbers("contexts"),
+    _numbers("batch_sizes"),
+    FLAGS.cache_context,
+    FLAGS.score_tokens,
+  )
   if min(FLAGS.context, FLAGS.cache_context) < 1 or FLAGS.score_tokens < 2:
     raise ValueError("--context and --cache_context must be at least 1, --score_tokens at least 2")
-  longest = max(sizes.context + 1, sizes.contexts[-1] + 1, sizes.cache_context + 1,
-                sizes.score_tokens)
+  longest = max(
+    sizes.context + 1, sizes.contexts[-1] + 1, sizes.cache_context + 1, sizes.score_tokens
+  )
   if longest > config.context_length:
-    raise ValueError(f"the flags ask for texts of {longest} tokens, the context of "
-                     f"{FLAGS.preset} is {config.context_length}")
+    raise ValueError(
+      f"the flags ask for texts of {longest} tokens, the context of "
+      f"{FLAGS.preset} is {config.context_length}"
+    )
   if FLAGS.rounds < 1:
     raise ValueError(f"--rounds must be at least 1, got {FLAGS.rounds}")
   if not 0 < FLAGS.temperature < float("inf"):
@@ -98,12 +121,13 @@ def sizes_from_flags(config: ModelConfig) -> Sizes:
 
 def config_from_flags() -> ModelConfig:
   """The preset with the dtype and the format that are asked for."""
-  config = models.PRESETS[FLAGS.preset]
+  config = random_models.PRESETS[FLAGS.preset]
   if FLAGS.dtype:
     config = config.replace(dtype=FLAGS.dtype)
   if FLAGS.expert_format:
     config = config.replace(
-        expert_format=None if FLAGS.expert_format == "none" else FLAGS.expert_format)
+      expert_format=None if FLAGS.expert_format == "none" else FLAGS.expert_format
+    )
   return config
 
 
@@ -111,8 +135,9 @@ def chosen_sweeps(config: ModelConfig) -> list[str]:
   """The sweeps that are asked for and can be run."""
   unknown = [name for name in FLAGS.sweeps if name not in SWEEPS]
   if unknown or not FLAGS.sweeps:
-    raise ValueError(f"--sweeps: unknown {', '.join(unknown) or 'nothing'}; choose from "
-                     f"{', '.join(SWEEPS)}")
+    raise ValueError(
+      f"--sweeps: unknown {', '.join(unknown) or 'nothing'}; choose from {', '.join(SWEEPS)}"
+    )
   sweeps = [name for name in SWEEPS if name in FLAGS.sweeps]
   missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
   if "transformers" in sweeps and (missing or FLAGS.transformers == "no"):
@@ -121,28 +146,42 @@ def chosen_sweeps(config: ModelConfig) -> list[str]:
       print(f"Not compared with transformers: {' and '.join(missing)} not installed.")
   if "transformers" in sweeps and (config.expert_format or config.family not in RIVAL_FAMILIES):
     sweeps.remove("transformers")
-    print("Not compared with transformers: its rosters here are made for "
-          f"{' and '.join(RIVAL_FAMILIES)} with experts that are not quantised.")
+    print(
+      "Not compared with transformers: its rosters here are made for "
+      f"{' and '.join(RIVAL_FAMILIES)} with experts that are not quantized."
+    )
   return sweeps
 
 
 def needed_bytes(config: ModelConfig, sizes: Sizes, sweeps: list[str]) -> int:
   """Rough memory of the run: weights, the largest sweep's caches, activations."""
   positions = {
-      "decode": sizes.context, "context": sum(sizes.contexts),
-      "batch": sum(sizes.batch_sizes) * sizes.context, "cache": 12 * sizes.cache_context,
-      "late": sizes.context, "scoring": sizes.score_tokens, "transformers": sizes.context}
+    "decode": sizes.context,
+    "context": sum(sizes.contexts),
+    "batch": sum(sizes.batch_sizes) * sizes.context,
+    "cache": 12 * sizes.cache_context,
+    "late": sizes.context,
+    "scoring": sizes.score_tokens,
+    "transformers": sizes.context,
+  }
   # Capacity is rounded up; a cache is donated, so that there is one of each.
-  caches = models.cache_bytes(config, int(1.25 * max(positions[s] for s in sweeps)) + 256)
+  caches = random_models.cache_bytes(config, int(1.25 * max(positions[s] for s in sweeps)) + 256)
   needed = params_lib.num_bytes(config) + caches + 2 * 2**28
   if "transformers" in sweeps:
     from experiments.benchmarks import competitors
+
     needed += competitors.needed_bytes(config, sizes)
   return needed
 
 
-def run(config: ModelConfig, sizes: Sizes, sweeps: list[str], folder: results.Folder,
-        num_cores: int, bar: tqdm) -> None:
+def run(
+  config: ModelConfig,
+  sizes: Sizes,
+  sweeps: list[str],
+  folder: sweep_results.Folder,
+  num_cores: int,
+  bar: tqdm,
+) -> None:
   """Measures the sweeps that the folder does not hold."""
   bar.set_description("random weights")
   bench = bench_lib.Bench(config, FLAGS.temperature, FLAGS.seed)
@@ -156,12 +195,13 @@ def run(config: ModelConfig, sizes: Sizes, sweeps: list[str], folder: results.Fo
     bar.set_description(f"{sweep}: compiling")
     if sweep == "transformers":
       from experiments.benchmarks import competitors
+
       todo = competitors.cases(bench, sizes, num_cores)
     else:
       todo = cases.SWEEPS[sweep](bench, sizes)
     bar.set_description(sweep)
-    bar.reset(FLAGS.rounds * results.num_calls(todo))
-    return results.measure(todo, FLAGS.rounds, bandwidth, read_bytes, FLAGS.seed, bar.update)
+    bar.reset(FLAGS.rounds * sweep_results.num_calls(todo))
+    return sweep_results.measure(todo, FLAGS.rounds, bandwidth, read_bytes, FLAGS.seed, bar.update)
 
   for sweep in sweeps:
     folder.add(sweep, measure(sweep))
@@ -181,41 +221,69 @@ def main(argv) -> None:
   described = machine.describe(num_cores)
   if "transformers" in sweeps:
     from experiments.benchmarks import competitors
+
     if not competitors.runs_on(described["platform"]):
-      print(f"Not compared with transformers: torch here does not run on this "
-            f"{described['platform']}.")
+      print(
+        f"Not compared with transformers: torch here does not run on this {described['platform']}."
+      )
       sweeps.remove("transformers")
   if not sweeps:
     raise ValueError("nothing is left to measure: name other --sweeps")
-  folder = results.Folder(output, {
-      name: FLAGS[name].value for name in (
-          "preset", "temperature", "rounds", "seed", "num_members", "context", "contexts",
-          "batch_sizes", "cache_context", "score_tokens")}
-      | {"dtype": config.dtype, "expert_format": config.expert_format} | described)
+  folder = sweep_results.Folder(
+    output,
+    {
+      name: FLAGS[name].value
+      for name in (
+        "preset",
+        "temperature",
+        "rounds",
+        "seed",
+        "num_members",
+        "context",
+        "contexts",
+        "batch_sizes",
+        "cache_context",
+        "score_tokens",
+      )
+    }
+    | {"dtype": config.dtype, "expert_format": config.expert_format}
+    | described,
+  )
   todo = [sweep for sweep in sweeps if not folder.has(sweep)]
   if todo:
     needed, free = needed_bytes(config, sizes, todo), machine.free_bytes()
     if needed > free:
       raise ValueError(
-          f"{FLAGS.preset} needs about {needed / 2**30:.1f} GiB with these flags, "
-          f"{free / 2**30:.1f} GiB are free: take a smaller preset, fewer --sweeps or "
-          "--transformers=no")
+        f"{FLAGS.preset} needs about {needed / 2**30:.1f} GiB with these flags, "
+        f"{free / 2**30:.1f} GiB are free: take a smaller preset, fewer --sweeps or "
+        "--transformers=no"
+      )
     with tqdm(unit="turn") as bar:
       run(config, sizes, todo, folder, num_cores, bar)
   experts = f", experts in {config.expert_format}" if config.expert_format else ""
-  title = (f"{FLAGS.preset} with random weights, {config.dtype}{experts}; {described['cpu']}, "
-           f"{num_cores} core{'s' if num_cores > 1 else ''}"
-           + (f"; {described['device']}" if described["platform"] != "cpu" else "")
-           + f"; jax {jax.__version__}")
-  text = (f"{title}\nMedians of {FLAGS.rounds} rounds, in brackets quartiles; ratios are medians "
-          f"of those within rounds.\n\n{report.table(folder, SWEEPS)}\n{report.summary(folder)}\n")
+  title = (
+    f"{FLAGS.preset} with random weights, {config.dtype}{experts}; {described['cpu']}, "
+    f"{num_cores} core{'s' if num_cores > 1 else ''}"
+    + (f"; {described['device']}" if described["platform"] != "cpu" else "")
+    + f"; jax {jax.__version__}"
+  )
+  text = (
+    f"{title}\nMedians of {FLAGS.rounds} rounds, in brackets quartiles; ratios are medians "
+    f"of those within rounds.\n\n{tables.table(folder, SWEEPS)}\n{tables.summary(folder)}\n"
+  )
   print("\n" + text)
   app.write_atomically(output / "table.txt", text)
-  report.draw(folder, title, output / "cost.png")
-  print(f"Saved {output}/table.txt, results.jsonl and cost.png; "
-        f"{time.perf_counter() - begin:.0f} s.")
+  tables.draw(folder, title, output / "cost.png")
+  print(
+    f"Saved {output}/table.txt, results.jsonl and cost.png; {time.perf_counter() - begin:.0f} s."
+  )
+
+
+def program() -> None:
+  """Runs this program with the command line's flags."""
+  define_flags()
+  app.run(main, not_distributed="it times one machine")
 
 
 if __name__ == "__main__":
-  define_flags()
-  app.run(main, not_distributed="it times one machine")
+  program()

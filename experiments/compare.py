@@ -3,7 +3,7 @@
   python -m experiments.compare --checkpoint=embedded:wordmath_overtrained \
       --temperature_profile=0.3 --num_members=8 --limit=80
 
-Every method (see `experiments.methods`) is a run of its own under --output, in
+Every method (see `experiments.evaluation.methods`) is a run of its own under --output, in
 the form that `experiments.report` reads. By default they are those of which a
 roster of --num_members has to be told apart, at the same forward rows.
 
@@ -25,20 +25,26 @@ import numpy as np
 import tabulate
 from tqdm import tqdm
 
-from experiments import app, methods as methods_lib, profiles, runs, statistics, tasks
-from experiments.asking import Asking
-from experiments.measure import OUTPUT_TEMPERATURES, SAMPLE_STRIDE, Batch, Measurer
-from experiments.methods import BEST_PLAIN, FITTED, PLAIN_SETTINGS, Method
+from experiments import tasks
+from experiments.analysis import paired_statistics
+from experiments.cli import app, temperature_profiles
+from experiments.evaluation import methods as methods_lib
+from experiments.evaluation.measure import OUTPUT_TEMPERATURES, SAMPLE_STRIDE, Batch, Measurer
+from experiments.evaluation.methods import BEST_PLAIN, FITTED, PLAIN_SETTINGS, Method
+from experiments.evaluation.prompts import Asking
+from experiments.records import runs
 
 FLAGS = flags.FLAGS
 TEMPERATURES = "output_temperatures.json"
 SETTINGS = "plain_settings.json"
 COSTS_TOLD = {
-    "tokens": "of the answers", "forward_rows": "tokens written times members; prompts aside",
-    "flops": "of prompts and answers, see roe_jax.costs",
-    "peak_bytes": "weights, cache and activations of one device, estimated",
-    "expert_reads": "different experts of a layer, mean over layers, summed over the steps of "
-                    "one batch"}
+  "tokens": "of the answers",
+  "forward_passes": "tokens written times members; prompts aside",
+  "flops": "of prompts and answers, see roe_jax.costs",
+  "peak_bytes": "weights, cache and activations of one device, estimated",
+  "unique_experts_read": "different experts of a layer, mean over layers, summed over the steps of "
+  "one batch",
+}
 
 
 def define_flags() -> None:
@@ -46,17 +52,23 @@ def define_flags() -> None:
   app.define_roster_flags(num_members=8)
   app.define_chat_flags()
   app.define_limit_flag()
-  flags.DEFINE_string("methods", None, "Methods, separated by semicolons, such as \"plain; "
-                      "roster:n=8,t=0.3; self_consistency:n=8\"; see experiments/methods.py. By "
-                      "default those of equal forward rows for --num_members.")
+  flags.DEFINE_string(
+    "methods",
+    None,
+    'Methods, separated by semicolons, such as "plain; '
+    'roster:n=8,t=0.3; self_consistency:n=8"; see experiments/evaluation/methods.py. By '
+    "default those of equal forward rows for --num_members.",
+  )
   flags.DEFINE_list("tasks", ["wordmath"], "Tasks: " + ", ".join(tasks.TASKS) + ".")
   flags.DEFINE_enum("split", "test", ["validation", "test", "all"], "Of the tasks' examples.")
   flags.DEFINE_integer("limit", None, "Examples of each task; all by default.")
-  flags.DEFINE_integer("num_validation", 80,
-                       "Validation examples on which output temperatures are fitted.")
+  flags.DEFINE_integer(
+    "num_validation", 80, "Validation examples on which output temperatures are fitted."
+  )
   flags.DEFINE_string("data_dir", None, "Folder with the tasks' files; see experiments/tasks.")
-  flags.DEFINE_integer("num_seeds", 1, "Noise seeds: --seed, --seed + 1, ...; methods without "
-                       "chance are run once.")
+  flags.DEFINE_integer(
+    "num_seeds", 1, "Noise seeds: --seed, --seed + 1, ...; methods without chance are run once."
+  )
   flags.DEFINE_integer("batch_size", 16, "Examples done together.")
   flags.DEFINE_bool("allow_code_execution", False, "Let tasks run programs that the model wrote.")
   flags.DEFINE_string("output", "results/compare", "Folder of the runs.")
@@ -65,7 +77,7 @@ def define_flags() -> None:
 def batches(task: tasks.Task, examples: list[tasks.Example]) -> Iterator[Batch]:
   """The examples of a task, as many as a batch has together; ids are their places."""
   for first in range(0, len(examples), FLAGS.batch_size):
-    part = examples[first:first + FLAGS.batch_size]
+    part = examples[first : first + FLAGS.batch_size]
     yield Batch(task, part, list(range(first, first + len(part))))
 
 
@@ -78,15 +90,16 @@ def check_examples(task: tasks.Task, examples: list[tasks.Example]) -> None:
   if not examples:
     raise ValueError(f"task {task.name} has no example in this split")
   if len(examples) > SAMPLE_STRIDE:
-    raise ValueError(f"task {task.name} has {len(examples)} examples, more than {SAMPLE_STRIDE}: "
-                     "give --limit")
+    raise ValueError(
+      f"task {task.name} has {len(examples)} examples, more than {SAMPLE_STRIDE}: give --limit"
+    )
   if len({(e.kind, e.stop) for e in examples}) > 1:
-    raise ValueError(f"the examples of task {task.name} are of several kinds, or differ in their "
-                     "stop strings")
+    raise ValueError(
+      f"the examples of task {task.name} are of several kinds, or differ in their stop strings"
+    )
 
 
-def check_methods(found: list[Method],
-                  examples: dict[str, list[tasks.Example]]) -> list[Method]:
+def check_methods(found: list[Method], examples: dict[str, list[tasks.Example]]) -> list[Method]:
   """The methods that have an answer to all tasks; of the default ones others are left out.
 
   Raises:
@@ -110,26 +123,47 @@ def settings_of(method: Method, model: str, asking: Asking) -> dict:
   f = FLAGS
   kept = {} if not f.data_dir else {"data_dir": f.data_dir}
   return {
-      "method": method.name, "spelled": method.text, "label": method.label,
-      "num_forward_rows_per_token": method.rows_per_token, "stochastic": method.is_stochastic,
-      "checkpoint": f.checkpoint, "model": model, "dtype": f.dtype,
-      "experts_per_token": method.config.experts_per_token,
-      "roster": method.roster.settings(), "sampler": method.sampler.settings(),
-      "num_samples": method.num_samples, "tasks": f.tasks, "limit": f.limit, "split": f.split,
-      **asking.settings, "max_new_tokens": f.max_new_tokens, "seeds": seeds_of(method), "batch_size": f.batch_size, "num_validation": f.num_validation,
-      "likelihood": method.no_likelihood or "of the reference text and the end of text behind it; "
-                    "of tasks with choices, of the right one",
-      "calibration": "the most probable token at each place of the reference text; of tasks with "
-                     "choices, the most probable of them",
-      "costs": COSTS_TOLD, **kept}
+    "method": method.name,
+    "spelled": method.text,
+    "label": method.label,
+    "forward_passes_per_token": method.passes_per_token,
+    "stochastic": method.is_stochastic,
+    "checkpoint": f.checkpoint,
+    "model": model,
+    "dtype": f.dtype,
+    "experts_per_token": method.config.experts_per_token,
+    "roster": method.roster.settings(),
+    "sampler": method.sampler.settings(),
+    "num_samples": method.num_samples,
+    "tasks": f.tasks,
+    "limit": f.limit,
+    "split": f.split,
+    **asking.settings,
+    "max_new_tokens": f.max_new_tokens,
+    "seeds": seeds_of(method),
+    "batch_size": f.batch_size,
+    "num_validation": f.num_validation,
+    "likelihood": method.no_likelihood
+    or "of the reference text and the end of text behind it; "
+    "of tasks with choices, of the right one",
+    "calibration": "the most probable token at each place of the reference text; of tasks with "
+    "choices, the most probable of them",
+    "costs": COSTS_TOLD,
+    **kept,
+  }
 
 
 def seeds_of(method: Method) -> list[int]:
   return [FLAGS.seed + i for i in range(FLAGS.num_seeds if method.is_stochastic else 1)]
 
 
-def fit(measurer: Measurer, method: Method, task: tasks.Task, folder: pathlib.Path,
-        validation: list[tasks.Example]) -> float | None:
+def fit(
+  measurer: Measurer,
+  method: Method,
+  task: tasks.Task,
+  folder: pathlib.Path,
+  validation: list[tasks.Example],
+) -> float | None:
   """The output temperature at which validation examples are most probable.
 
   None where the method has none to be fitted, or no example has a reference. It is
@@ -138,24 +172,36 @@ def fit(measurer: Measurer, method: Method, task: tasks.Task, folder: pathlib.Pa
   if not method.fits_temperature:
     return None
   path = folder / TEMPERATURES
-  known = app.from_first_process(
-      lambda: json.loads(path.read_text()) if path.is_file() else {})
+  known = app.from_first_process(lambda: json.loads(path.read_text()) if path.is_file() else {})
   if task.name not in known:
-    found = [one for batch in batches(task, validation) for one in
-             measurer.likelihoods(method, FLAGS.seed, batch, OUTPUT_TEMPERATURES)
-             if one is not None]
+    found = [
+      one
+      for batch in batches(task, validation)
+      for one in measurer.likelihoods(method, FLAGS.seed, batch, OUTPUT_TEMPERATURES)
+      if one is not None
+    ]
     nll = np.array([one.nll for one in found])
-    known[task.name] = {
-        "examples": len(found), "grid": OUTPUT_TEMPERATURES.tolist(),
+    known[task.name] = (
+      {
+        "examples": len(found),
+        "grid": OUTPUT_TEMPERATURES.tolist(),
         "nll": nll.sum(axis=0).tolist(),
-        "temperature": statistics.fit_output_temperature(nll, OUTPUT_TEMPERATURES)
-        } if found else {"examples": 0, "temperature": None}
+        "temperature": paired_statistics.fit_output_temperature(nll, OUTPUT_TEMPERATURES),
+      }
+      if found
+      else {"examples": 0, "temperature": None}
+    )
     app.write_atomically(path, json.dumps(known, indent=2) + "\n")
   return known[task.name]["temperature"]
 
 
-def choose(measurer: Measurer, method: Method, task: tasks.Task, folder: pathlib.Path,
-           validation: list[tasks.Example]) -> Method:
+def choose(
+  measurer: Measurer,
+  method: Method,
+  task: tasks.Task,
+  folder: pathlib.Path,
+  validation: list[tasks.Example],
+) -> Method:
   """The method with the settings that answer most validation examples, if it has to choose.
 
   What was chosen is kept in the run's folder.
@@ -163,26 +209,40 @@ def choose(measurer: Measurer, method: Method, task: tasks.Task, folder: pathlib
   if method.name != BEST_PLAIN:
     return method
   path = folder / SETTINGS
-  known = app.from_first_process(
-      lambda: json.loads(path.read_text()) if path.is_file() else {})
+  known = app.from_first_process(lambda: json.loads(path.read_text()) if path.is_file() else {})
   if task.name not in known:
     values = []
     for settings in PLAIN_SETTINGS:
-      outputs = [output for batch in batches(task, validation) for output in measurer.answer(
-          method.with_sampling(settings), FLAGS.seed, batch, [1.0]).outputs]
+      outputs = [
+        output
+        for batch in batches(task, validation)
+        for output in measurer.answer(
+          method.with_sampling(settings), FLAGS.seed, batch, [1.0]
+        ).outputs
+      ]
       metrics = app.from_first_process(
-          lambda: task.score_all(validation, outputs, FLAGS.allow_code_execution))
+        lambda: task.score_all(validation, outputs, FLAGS.allow_code_execution)
+      )
       values.append(float(np.mean([m[task.metric] for m in metrics])))
     known[task.name] = {
-        "tried": [{**settings, task.metric: value}
-                  for settings, value in zip(PLAIN_SETTINGS, values)],
-        "chosen": PLAIN_SETTINGS[int(np.argmax(values))]}
+      "tried": [
+        {**settings, task.metric: value} for settings, value in zip(PLAIN_SETTINGS, values)
+      ],
+      "chosen": PLAIN_SETTINGS[int(np.argmax(values))],
+    }
     app.write_atomically(path, json.dumps(known, indent=2) + "\n")
   return method.with_sampling(known[task.name]["chosen"])
 
 
-def measure(measurer: Measurer, method: Method, run: runs.Run, seed: int, batch: Batch,
-            fitted: float | None, count_experts: bool) -> None:
+def measure(
+  measurer: Measurer,
+  method: Method,
+  run: runs.Run,
+  seed: int,
+  batch: Batch,
+  fitted: float | None,
+  count_experts: bool,
+) -> None:
   """Does a batch with a method, and writes its lines."""
   own = fitted if method.name == FITTED and fitted else method.output_temperature
   at = [own, fitted or own]
@@ -192,11 +252,13 @@ def measure(measurer: Measurer, method: Method, run: runs.Run, seed: int, batch:
     likelihoods = measurer.likelihoods(method, seed, batch, at)
   if count_experts:
     answers.cost.update(measurer.experts_read(method, seed, answers))
-  scored = app.from_first_process(lambda: batch.task.score_all(
-      batch.examples, answers.outputs, FLAGS.allow_code_execution))
+  scored = app.from_first_process(
+    lambda: batch.task.score_all(batch.examples, answers.outputs, FLAGS.allow_code_execution)
+  )
   records = []
   for example, metrics, details, likelihood in zip(
-      batch.examples, scored, answers.details, likelihoods):
+    batch.examples, scored, answers.details, likelihoods
+  ):
     record = {"task": batch.task.name, "example": example.id, "seed": seed, **details}
     beside = fitted is not None and method.name != FITTED  # whose own it is
     record |= likelihood.record(beside) if likelihood else {"metrics": {}}
@@ -216,8 +278,9 @@ def table(found: list[Method], opened: dict[str, runs.Run], task: tasks.Task) ->
     counted = [c for c in parts if "steps" in c]
 
     def perplexity(name):
-      pairs = [(r["metrics"][name], r["metrics"]["tokens"]) for r in records
-               if name in r["metrics"]]
+      pairs = [
+        (r["metrics"][name], r["metrics"]["tokens"]) for r in records if name in r["metrics"]
+      ]
       if not pairs:
         return ""
       nll, tokens = np.sum(pairs, axis=0)
@@ -226,18 +289,36 @@ def table(found: list[Method], opened: dict[str, runs.Run], task: tasks.Task) ->
     def of_tokens(name):
       return sum(c[name] for c in parts) / sum(c["tokens"] for c in parts)
 
-    lines.append([
-        method.label, 100 * metrics[task.metric],
-        "not defined" if method.no_likelihood else perplexity("nll"), perplexity("fitted_nll"),
-        method.rows_per_token, of_tokens("flops") / 1e6,
-        sum(c["expert_reads"] for c in counted) / sum(c["steps"] for c in counted)
-        if counted else "",
+    lines.append(
+      [
+        method.label,
+        100 * metrics[task.metric],
+        "not defined" if method.no_likelihood else perplexity("nll"),
+        perplexity("fitted_nll"),
+        method.passes_per_token,
+        of_tokens("flops") / 1e6,
+        sum(c["unique_experts_read"] for c in counted) / sum(c["steps"] for c in counted)
+        if counted
+        else "",
         float(np.median([c["tokens"] / c["seconds"] for c in parts])),
-        max(c["peak_bytes"] for c in parts) / 2**20])
+        max(c["peak_bytes"] for c in parts) / 2**20,
+      ]
+    )
   return tabulate.tabulate(
-      lines, floatfmt=("", ".1f", ".4f", ".4f", "d", ".3g", ".2f", ".0f", ".1f"),
-      headers=["", f"{task.metric}\n%", "perplexity", "at fitted\nT", "rows\nper token",
-               "MFLOPs\nper token", "experts\nread", "tokens\nper s", "memory\nMiB"])
+    lines,
+    floatfmt=("", ".1f", ".4f", ".4f", "d", ".3g", ".2f", ".0f", ".1f"),
+    headers=[
+      "",
+      f"{task.metric}\n%",
+      "perplexity",
+      "at fitted\nT",
+      "rows\nper token",
+      "MFLOPs\nper token",
+      "experts\nread",
+      "tokens\nper s",
+      "memory\nMiB",
+    ],
+  )
 
 
 def main(argv) -> None:
@@ -253,21 +334,35 @@ def main(argv) -> None:
   config = app.load_config(FLAGS.checkpoint)
   base = app.roster_from_flags(config)
   asking = app.asking(config, app.load_tokenizer(FLAGS.checkpoint, config))
-  texts = (methods_lib.default_texts(config, base.num_members) if FLAGS.methods is None
-           else [t for t in FLAGS.methods.split(";") if t.strip()])
+  texts = (
+    methods_lib.default_texts(config, base.num_members)
+    if FLAGS.methods is None
+    else [t for t in FLAGS.methods.split(";") if t.strip()]
+  )
   found = methods_lib.parse_all(texts, config, base)
 
   def read(split, limit):
-    examples = {t.name: Asking.limited(t.examples(split, FLAGS.data_dir, limit, FLAGS.chat),
-                                       FLAGS.max_new_tokens) for t in wanted}
+    examples = {
+      t.name: Asking.limited(
+        t.examples(split, FLAGS.data_dir, limit, FLAGS.chat), FLAGS.max_new_tokens
+      )
+      for t in wanted
+    }
     for task in wanted:
       check_examples(task, examples[task.name])
     return examples
 
   examples = app.in_all_processes(lambda: read(FLAGS.split, FLAGS.limit))
   validation = app.in_all_processes(lambda: read("validation", FLAGS.num_validation))
-  app.check_same([[e.prompt, e.reference] for part in (examples, validation) for task in wanted
-                  for e in part[task.name]], tasks.OTHER_DATA)
+  app.check_same(
+    [
+      [e.prompt, e.reference]
+      for part in (examples, validation)
+      for task in wanted
+      for e in part[task.name]
+    ],
+    tasks.OTHER_DATA,
+  )
   found = check_methods(found, examples)
   begin = time.perf_counter()
   params, _ = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
@@ -275,17 +370,18 @@ def main(argv) -> None:
     if method.profile:
       method.profile.check_routers(params)
   measurer = Measurer(params, asking, FLAGS.batch_size)
-  model, output = profiles.fingerprint(params), pathlib.Path(FLAGS.output)
-  opened = {m.text: runs.Run(output / m.folder, m.text, settings_of(m, model, asking))
-            for m in found}
+  model, output = temperature_profiles.fingerprint(params), pathlib.Path(FLAGS.output)
+  opened = {
+    m.text: runs.Run(output / m.folder, m.text, settings_of(m, model, asking)) for m in found
+  }
   total = sum(len(seeds_of(m)) for m in found) * sum(map(len, examples.values()))
   with tqdm(total=total, unit="example", file=sys.stderr) as bar:
     for task in wanted:
       bar.set_description(f"{task.name}: fit")
-      of_task = [choose(measurer, m, task, output / m.folder, validation[task.name])
-                 for m in found]
-      fitted = {m.text: fit(measurer, m, task, output / m.folder, validation[task.name])
-                for m in of_task}
+      of_task = [choose(measurer, m, task, output / m.folder, validation[task.name]) for m in found]
+      fitted = {
+        m.text: fit(measurer, m, task, output / m.folder, validation[task.name]) for m in of_task
+      }
       for number, batch in enumerate(batches(task, examples[task.name])):
         turns = [(m, seed) for m in of_task for seed in seeds_of(m)]
         for i in np.random.default_rng(number).permutation(len(turns)):
@@ -293,8 +389,15 @@ def main(argv) -> None:
           bar.set_description(f"{task.name}: {method.text}")
           keys = {(task.name, e.id, seed) for e in batch.examples}
           if not keys <= opened[method.text].done:
-            measure(measurer, method, opened[method.text], seed, batch, fitted[method.text],
-                    count_experts=number == 0 and seed == FLAGS.seed)
+            measure(
+              measurer,
+              method,
+              opened[method.text],
+              seed,
+              batch,
+              fitted[method.text],
+              count_experts=number == 0 and seed == FLAGS.seed,
+            )
           bar.update(len(batch.examples))
   for run in opened.values():
     run.finish()
@@ -303,6 +406,11 @@ def main(argv) -> None:
   print(f"\nSaved {len(found)} runs in {output}; {time.perf_counter() - begin:.0f} s.")
 
 
-if __name__ == "__main__":
+def program() -> None:
+  """Runs this program with the command line's flags."""
   define_flags()
   app.run(main)
+
+
+if __name__ == "__main__":
+  program()

@@ -10,12 +10,13 @@ import pathlib
 
 from absl import flags
 import matplotlib
+
 matplotlib.use("Agg")
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments import app
+from experiments.cli import app
 
 FLAGS = flags.FLAGS
 INK, DARK, LIGHT = "0.2", "0.3", "0.85"
@@ -24,13 +25,19 @@ HEIGHTS = (2.86, 2.14, 1.42, 0.42)  # of the members' rows, in inches as all len
 NUM_CHOSEN = 2
 SCORES = (0.30, 0.62, 0.22, 0.44, 0.56, 0.16, 0.48, 0.34)
 # τ·G of each member; Gumbel noise is skewed: often a little less, sometimes much more.
-NOISE = ((0, 0, 0, 0, 0, 0, 0, 0),
-         (-0.06, 0.08, 0.10, -0.05, -0.12, 0.05, 0.16, -0.10),
-         (-0.10, -0.16, 0.06, 0.22, 0.09, -0.04, -0.08, 0.12),
-         (0.12, -0.10, -0.08, -0.02, 0.02, 0.26, 0.20, -0.14))
+NOISE = (
+  (0, 0, 0, 0, 0, 0, 0, 0),
+  (-0.06, 0.08, 0.10, -0.05, -0.12, 0.05, 0.16, -0.10),
+  (-0.10, -0.16, 0.06, 0.22, 0.09, -0.04, -0.08, 0.12),
+  (0.12, -0.10, -0.08, -0.02, 0.02, 0.26, 0.20, -0.14),
+)
 WORDS = ("17", "34", "43", "51")
-PROBABILITIES = ((0.40, 0.42, 0.10, 0.08), (0.15, 0.68, 0.09, 0.08), (0.22, 0.52, 0.08, 0.18),
-                 (0.46, 0.34, 0.09, 0.11))
+PROBABILITIES = (
+  (0.40, 0.42, 0.10, 0.08),
+  (0.15, 0.68, 0.09, 0.08),
+  (0.22, 0.52, 0.08, 0.18),
+  (0.46, 0.34, 0.09, 0.11),
+)
 
 
 def define_flags() -> None:
@@ -38,29 +45,52 @@ def define_flags() -> None:
 
 
 def box(axis, x, y, width, height, **style):
-  axis.add_patch(FancyBboxPatch(
-      (x, y), width, height, boxstyle="round,pad=0,rounding_size=0.06",
-      **{"facecolor": "white", "edgecolor": INK, "linewidth": 1} | style))
+  axis.add_patch(
+    FancyBboxPatch(
+      (x, y),
+      width,
+      height,
+      boxstyle="round,pad=0,rounding_size=0.06",
+      **{"facecolor": "white", "edgecolor": INK, "linewidth": 1} | style,
+    )
+  )
 
 
 def text(axis, x, y, words, size=9, **style):
-  axis.text(x, y, words, fontsize=size, **{"ha": "center", "va": "center", "color": "black"} | style)
+  axis.text(
+    x, y, words, fontsize=size, **{"ha": "center", "va": "center", "color": "black"} | style
+  )
 
 
 def arrow(axis, *points, **style):
   """Straight lines through points, with a head at the last."""
   for start, end in zip(points[:-2], points[1:-1]):
     axis.plot(*zip(start, end), **{"color": INK, "linewidth": 1, "solid_capstyle": "butt"} | style)
-  axis.add_patch(FancyArrowPatch(
-      *points[-2:], arrowstyle="-|>", mutation_scale=9, shrinkA=0, shrinkB=0,
-      **{"color": INK, "linewidth": 1} | style))
+  axis.add_patch(
+    FancyArrowPatch(
+      *points[-2:],
+      arrowstyle="-|>",
+      mutation_scale=9,
+      shrinkA=0,
+      shrinkB=0,
+      **{"color": INK, "linewidth": 1} | style,
+    )
+  )
 
 
 def bars(axis, x, y, values, chosen, width, scale):
   """Bars from a base line, the chosen ones dark."""
   for i, value in enumerate(values):
-    axis.add_patch(Rectangle((x + i * width, y), 0.78 * width, scale * value, linewidth=0.7,
-                             edgecolor=INK, facecolor=DARK if i in chosen else LIGHT))
+    axis.add_patch(
+      Rectangle(
+        (x + i * width, y),
+        0.78 * width,
+        scale * value,
+        linewidth=0.7,
+        edgecolor=INK,
+        facecolor=DARK if i in chosen else LIGHT,
+      )
+    )
 
 
 def largest(values, number):
@@ -72,9 +102,17 @@ def draw_cache(axis):
   """A strip of past tokens, which all rows read and member 0 adds to."""
   x, y, side, past = 1.37, 3.74, 0.26, 6
   for i in range(past + 1):
-    axis.add_patch(Rectangle((x + i * side, y), side, side, linewidth=0.8, edgecolor=INK,
-                             facecolor=LIGHT if i < past else "white",
-                             linestyle="-" if i < past else (0, (2, 1.5))))
+    axis.add_patch(
+      Rectangle(
+        (x + i * side, y),
+        side,
+        side,
+        linewidth=0.8,
+        edgecolor=INK,
+        facecolor=LIGHT if i < past else "white",
+        linestyle="-" if i < past else (0, (2, 1.5)),
+      )
+    )
   end = x + (past + 1) * side
   text(axis, end + 0.1, y + side / 2, "one cache: keys and values of past tokens", ha="left")
   for row in HEIGHTS:
@@ -100,7 +138,9 @@ def draw() -> plt.Figure:
   for name, y, noise, p in zip(MEMBERS, HEIGHTS, NOISE, PROBABILITIES):
     arrow(axis, (0.85, middle), (1.15, middle), (1.15, y - 0.08), (1.9, y - 0.08))
     box(axis, 1.9, y - 0.3, 3.3, 0.6)
-    text(axis, 2.0, y, f"{name}\n" + ("its own noise" if any(noise) else "clean: τ = 0"), 8, ha="left")
+    text(
+      axis, 2.0, y, f"{name}\n" + ("its own noise" if any(noise) else "clean: τ = 0"), 8, ha="left"
+    )
     scores = np.add(SCORES, noise)
     chosen = largest(scores, NUM_CHOSEN)
     bars(axis, 3.15, y - 0.24, scores, chosen, 0.25, 0.62)
@@ -130,6 +170,11 @@ def main(argv) -> None:
   print(f"Saved {path}.")
 
 
-if __name__ == "__main__":
+def program() -> None:
+  """Runs this program with the command line's flags."""
   define_flags()
   app.run(main, not_distributed="it draws a picture")
+
+
+if __name__ == "__main__":
+  program()

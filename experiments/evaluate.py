@@ -29,21 +29,29 @@ import scipy.stats
 import tabulate
 from tqdm import tqdm
 
-from experiments import app, harness_tasks, profiles, runs, tasks as tasks_lib
-from experiments.engine import Answers, Engine, Request, Stopwatch
-from experiments.harness import RosterLM
+from experiments import tasks as tasks_lib
+from experiments.cli import app, temperature_profiles
+from experiments.evaluation import lm_eval_tasks
+from experiments.evaluation.engine import Answers, Engine, Request, Stopwatch
+from experiments.evaluation.lm_eval_model import RosterLM
+from experiments.records import runs
 from experiments.tasks.base import SPLITS, Example, Task
-from roe_jax.chat import Chat
+from roe_jax.text.chat import Chat
 
 FLAGS = flags.FLAGS
 PAPER = "paper/"
 # Ours by the names that --tasks has for them.
-OURS = {name if name.startswith("wordmath") else PAPER + name: task
-        for name, task in tasks_lib.TASKS.items() if task is not tasks_lib.WIKITEXT103}
+OURS = {
+  name if name.startswith("wordmath") else PAPER + name: task
+  for name, task in tasks_lib.TASKS.items()
+  if task is not tasks_lib.WIKITEXT103
+}
 HARNESS = "harness.json"
 EXPERTS_OF = 4  # The experts that are read are counted on so many requests of a task.
-_CONFIDENCE = ("of the chosen answer among the choices; where a text is written, the probability "
-               "of the whole of it; one for each example")
+_CONFIDENCE = (
+  "of the chosen answer among the choices; where a text is written, the probability "
+  "of the whole of it; one for each example"
+)
 
 
 def define_flags() -> None:
@@ -51,27 +59,53 @@ def define_flags() -> None:
   app.define_roster_flags()
   app.define_dry_run_flags()
   app.define_chat_flags()
-  flags.DEFINE_list("tasks", None, f"Tasks, groups and tags of lm-evaluation-harness, and ours: "
-                    f"{', '.join(OURS)}.", required=True)
+  flags.DEFINE_list(
+    "tasks",
+    None,
+    f"Tasks, groups and tags of lm-evaluation-harness, and ours: {', '.join(OURS)}.",
+    required=True,
+  )
   flags.DEFINE_string("output", None, "Folder of the run.", required=True)
-  flags.DEFINE_integer("limit", None, "Examples of each task, the first ones; all by default.",
-                       lower_bound=1)
-  flags.DEFINE_enum("split", "test", SPLITS, "Which examples of our tasks; the harness's tasks "
-                    "have splits of their own.")
-  flags.DEFINE_string("data_dir", None, "Folder with the data of our tasks in their public "
-                      "formats; read from the hub if absent.")
+  flags.DEFINE_integer(
+    "limit", None, "Examples of each task, the first ones; all by default.", lower_bound=1
+  )
+  flags.DEFINE_enum(
+    "split",
+    "test",
+    SPLITS,
+    "Which examples of our tasks; the harness's tasks have splits of their own.",
+  )
+  flags.DEFINE_string(
+    "data_dir",
+    None,
+    "Folder with the data of our tasks in their public formats; read from the hub if absent.",
+  )
   flags.DEFINE_string("include_path", None, "Folder of further tasks of the harness.")
-  flags.DEFINE_integer("num_fewshot", None, "Examples shown before each question of the "
-                       "harness's tasks; as each task says by default.", lower_bound=0)
+  flags.DEFINE_integer(
+    "num_fewshot",
+    None,
+    "Examples shown before each question of the harness's tasks; as each task says by default.",
+    lower_bound=0,
+  )
   flags.DEFINE_integer("num_seeds", 1, "Seeds of the noise, from --seed on.", lower_bound=1)
   flags.DEFINE_integer("batch_size", 16, "Requests computed together.", lower_bound=1)
-  flags.DEFINE_integer("max_new_tokens", None, "At most this many tokens are generated for each "
-                       "prompt; as each task says by default.", lower_bound=1)
-  flags.DEFINE_bool("allow_code_execution", False, "Whether programs that the model writes may "
-                    "be run, each in a sandbox.")
+  flags.DEFINE_integer(
+    "max_new_tokens",
+    None,
+    "At most this many tokens are generated for each prompt; as each task says by default.",
+    lower_bound=1,
+  )
+  flags.DEFINE_bool(
+    "allow_code_execution",
+    False,
+    "Whether programs that the model writes may be run, each in a sandbox.",
+  )
   flags.DEFINE_integer("workers", 1, "Programs run at the same time.", lower_bound=1)
-  flags.DEFINE_string("request_cache", None, "Folder of the model's answers, which several runs "
-                      "may share; in --output by default.")
+  flags.DEFINE_string(
+    "request_cache",
+    None,
+    "Folder of the model's answers, which several runs may share; in --output by default.",
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +142,15 @@ def check_flags() -> tuple[list[str], list[str]]:
   for name in ours:
     OURS[name].check_allowed(FLAGS.allow_code_execution)
   if theirs and FLAGS.split != "test":
-    raise ValueError(f"--split={FLAGS.split} is about our tasks, and {theirs[0]} is the harness's, "
-                     "which has one split: leave one of them out")
-  for flag, whose, named in (("num_fewshot", "the harness's", theirs),
-                             ("include_path", "the harness's", theirs), ("data_dir", "our", ours)):
+    raise ValueError(
+      f"--split={FLAGS.split} is about our tasks, and {theirs[0]} is the harness's, "
+      "which has one split: leave one of them out"
+    )
+  for flag, whose, named in (
+    ("num_fewshot", "the harness's", theirs),
+    ("include_path", "the harness's", theirs),
+    ("data_dir", "our", ours),
+  ):
     if FLAGS[flag].value is not None and not named:
       raise ValueError(f"--{flag} is about {whose} tasks, and none is named: leave it out")
   for flag in ("system", "reasoning_effort", "thinking", "chat_date"):
@@ -136,13 +175,17 @@ def prepare(lm: RosterLM, name: str) -> Work:
       prompt = lm.apply_chat_template([*system, *example.messages])
     try:
       if example.choices is None:
-        requests.append([lm.prompt(prompt, {"until": list(example.stop),
-                                            "max_gen_toks": example.max_new_tokens})])
+        requests.append(
+          [lm.prompt(prompt, {"until": list(example.stop), "max_gen_toks": example.max_new_tokens})]
+        )
       else:
         requests.append([lm.continuation(prompt, choice) for choice in example.choices])
       # A plain text ends with its solution; how a chat does is its template's matter.
-      references.append(None if example.reference is None else
-                        lm.continuation(prompt, example.reference, end=not FLAGS.chat))
+      references.append(
+        None
+        if example.reference is None
+        else lm.continuation(prompt, example.reference, end=not FLAGS.chat)
+      )
     except ValueError as error:
       raise ValueError(f"{example.id}: {error}") from error
   return Work(name, task, examples, requests, references)
@@ -157,14 +200,18 @@ def evaluate_ours(lm: RosterLM, work: Work, run: runs.Run, seed: int) -> None:
   answers = [[next(answers) for _ in requests] for requests in work.requests]
   wanted = [r for r in work.references if r is not None]
   referred = iter(lm.answers(f"{label}, references", wanted) if wanted else ())
-  outputs = [found[0]["text"] if example.choices is None else [a["log_prob"] for a in found]
-             for example, found in zip(work.examples, answers)]
+  outputs = [
+    found[0]["text"] if example.choices is None else [a["log_prob"] for a in found]
+    for example, found in zip(work.examples, answers)
+  ]
 
   def score():  # in one process: another one's clock could judge otherwise
-    with tqdm(total=len(outputs), desc=f"{label}, scoring", file=sys.stderr,
-              disable=not work.task.runs_code) as bar:
-      return work.task.score_all(work.examples, outputs, FLAGS.allow_code_execution,
-                                 FLAGS.workers, bar.update)
+    with tqdm(
+      total=len(outputs), desc=f"{label}, scoring", file=sys.stderr, disable=not work.task.runs_code
+    ) as bar:
+      return work.task.score_all(
+        work.examples, outputs, FLAGS.allow_code_execution, FLAGS.workers, bar.update
+      )
 
   metrics = app.from_first_process(score)
   records = []
@@ -179,38 +226,47 @@ def evaluate_ours(lm: RosterLM, work: Work, run: runs.Run, seed: int) -> None:
     else:
       confidence = scipy.special.softmax(output).max()
       record["log_probs"] = output
-    records.append(record | {"confidences": [float(confidence)],
-                             "correct": [metrics[i][work.task.metric] == 1]})
+    records.append(
+      record | {"confidences": [float(confidence)], "correct": [metrics[i][work.task.metric] == 1]}
+    )
   write(lm, run, seed, work.name, label, records)
   if wanted:
     write(lm, run, seed, f"{work.name}, references", f"{label}, references", [])
 
 
-def write(lm: RosterLM, run: runs.Run, seed: int, task: str, label: str,
-          records: list[dict[str, Any]]) -> None:
+def write(
+  lm: RosterLM, run: runs.Run, seed: int, task: str, label: str, records: list[dict[str, Any]]
+) -> None:
   """Adds to a run what is not there yet: lines of examples, and what they cost."""
   cost = None
   known = app.from_first_process(
-      lambda: [[c["task"], c["seed"]] for c in runs.read_lines(run.path / runs.COSTS)])
+    lambda: [[c["task"], c["seed"]] for c in runs.read_lines(run.path / runs.COSTS)]
+  )
   if [task, seed] not in known:
     requests = list(dict.fromkeys(lm.requests[label]))
-    cost = {"task": task, "seed": seed, **lm.engine.cost(requests),
-            **lm.engine.experts_read(requests[:EXPERTS_OF])}
+    cost = {
+      "task": task,
+      "seed": seed,
+      **lm.engine.cost(requests),
+      **lm.engine.experts_read(requests[:EXPERTS_OF]),
+    }
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
       cost["peak_bytes"] = stats["peak_bytes_in_use"]
   run.write([r for r in records if runs.key(r) not in run.done], cost)
 
 
-def evaluate_theirs(lm: RosterLM, loaded: dict[str, Any], run: runs.Run,
-                    seed: int) -> dict[str, Any]:
+def evaluate_theirs(
+  lm: RosterLM, loaded: dict[str, Any], run: runs.Run, seed: int
+) -> dict[str, Any]:
   """Runs the harness's tasks, writes their lines, and returns the harness's own results."""
-  results = harness_tasks.run(lm, loaded, FLAGS.limit, FLAGS.chat, FLAGS.system)
+  results = lm_eval_tasks.run(lm, loaded, FLAGS.limit, FLAGS.chat, FLAGS.system)
   for name, samples in results.pop("samples").items():
-    records = list(harness_tasks.records(lm, name, loaded["tasks"][name], samples, seed))
+    records = list(lm_eval_tasks.records(lm, name, loaded["tasks"][name], samples, seed))
     write(lm, run, seed, name, name, records)
-  return {kind: results[kind] for kind in ("results", "groups", "n-shot", "versions")
-          if kind in results}
+  return {
+    kind: results[kind] for kind in ("results", "groups", "n-shot", "versions") if kind in results
+  }
 
 
 def rows_of_ours(records: list[dict[str, Any]], work: Work) -> list[list[Any]]:
@@ -224,19 +280,36 @@ def rows_of_ours(records: list[dict[str, Any]], work: Work) -> list[list[Any]]:
     return np.array([[found[i, s] for s in seeds] for i in ids], float)
 
   rows = []
-  for metric in sorted(set().union(*(r["metrics"] for r in lines)) - {"nll", "tokens"},
-                       key=lambda m: m != work.task.metric):
+  for metric in sorted(
+    set().union(*(r["metrics"] for r in lines)) - {"nll", "tokens"},
+    key=lambda m: m != work.task.metric,
+  ):
     by_seed = values(metric)
-    rows.append([work.name, metric, by_seed.mean(), _error(by_seed.mean(axis=1)),
-                 _spread(by_seed.mean(axis=0)), len(ids)])
+    rows.append(
+      [
+        work.name,
+        metric,
+        by_seed.mean(),
+        _error(by_seed.mean(axis=1)),
+        _spread(by_seed.mean(axis=0)),
+        len(ids),
+      ]
+    )
   nll, tokens = values("nll"), values("tokens")
   scored = np.isfinite(nll).all(axis=1)
   if scored.any():
     nll, tokens = nll[scored], tokens[scored]
     by_seed = np.exp(nll.sum(axis=0) / tokens.sum(axis=0))
-    rows.append([work.name, "perplexity", np.exp(nll.sum() / tokens.sum()),
-                 _perplexity_error(nll.sum(axis=1), tokens.sum(axis=1)), _spread(by_seed),
-                 int(scored.sum())])
+    rows.append(
+      [
+        work.name,
+        "perplexity",
+        np.exp(nll.sum() / tokens.sum()),
+        _perplexity_error(nll.sum(axis=1), tokens.sum(axis=1)),
+        _spread(by_seed),
+        int(scored.sum()),
+      ]
+    )
   return rows
 
 
@@ -249,18 +322,26 @@ def _perplexity_error(nll, tokens):
   """Standard error of a perplexity, by the bootstrap over texts."""
   if len(nll) < 2:
     return None
-  return float(scipy.stats.bootstrap(
-      (nll, tokens), lambda a, b, axis=-1: np.exp(a.sum(axis=axis) / b.sum(axis=axis)),
-      paired=True, vectorized=True, n_resamples=1000, method="percentile",
-      rng=np.random.default_rng(0)).standard_error)
+  return float(
+    scipy.stats.bootstrap(
+      (nll, tokens),
+      lambda a, b, axis=-1: np.exp(a.sum(axis=axis) / b.sum(axis=axis)),
+      paired=True,
+      vectorized=True,
+      n_resamples=1000,
+      method="percentile",
+      rng=np.random.default_rng(0),
+    ).standard_error
+  )
 
 
 def _spread(by_seed):
   return float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
 
 
-def rows_of_theirs(by_seed: dict[str, dict[str, Any]],
-                   run_means: dict[str, Any]) -> list[list[Any]]:
+def rows_of_theirs(
+  by_seed: dict[str, dict[str, Any]], run_means: dict[str, Any]
+) -> list[list[Any]]:
   """As `rows_of_ours`, from the harness's results: its values and standard errors."""
   rows = []
   results = [found["results"] | found.get("groups", {}) for found in by_seed.values()]
@@ -273,9 +354,16 @@ def rows_of_theirs(by_seed: dict[str, dict[str, Any]],
       values = [r[name][key] for r in results]
       errors = [r[name].get(f"{metric}_stderr,{behind}") for r in results]
       known = [e for e in errors if isinstance(e, (int, float))]
-      rows.append([name, metric if behind == "none" else key, float(np.mean(values)),
-                   float(np.mean(known)) if known else None, _spread(values),
-                   run_means.get(name, {}).get("examples")])
+      rows.append(
+        [
+          name,
+          metric if behind == "none" else key,
+          float(np.mean(values)),
+          float(np.mean(known)) if known else None,
+          _spread(values),
+          run_means.get(name, {}).get("examples"),
+        ]
+      )
   return rows
 
 
@@ -290,18 +378,26 @@ def main(argv) -> None:
     app.dry_run(config, roster, batch_size=FLAGS.batch_size)
     return
   tokenizer = app.load_tokenizer(FLAGS.checkpoint, config)
-  chat = Chat.load(
-      app.checkpoint_path(FLAGS.checkpoint), tokenizer, date=FLAGS.chat_date,
+  chat = (
+    Chat.load(
+      app.checkpoint_path(FLAGS.checkpoint),
+      tokenizer,
+      date=FLAGS.chat_date,
       reasoning_effort=FLAGS.reasoning_effort,
-      enable_thinking=FLAGS.thinking) if FLAGS.chat else None
+      enable_thinking=FLAGS.thinking,
+    )
+    if FLAGS.chat
+    else None
+  )
   lm = RosterLM(FLAGS.checkpoint, config, tokenizer, chat, FLAGS.max_new_tokens)
 
   def load():
     if not theirs:
       return None
-    loaded = harness_tasks.load(theirs, FLAGS.include_path, FLAGS.num_fewshot,
-                                FLAGS.allow_code_execution, others=list(OURS))
-    harness_tasks.check(lm, loaded, FLAGS.chat, FLAGS.system)
+    loaded = lm_eval_tasks.load(
+      theirs, FLAGS.include_path, FLAGS.num_fewshot, FLAGS.allow_code_execution, others=list(OURS)
+    )
+    lm_eval_tasks.check(lm, loaded, FLAGS.chat, FLAGS.system)
     return loaded
 
   loaded = app.in_all_processes(load)
@@ -310,24 +406,53 @@ def main(argv) -> None:
   params, config = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
   output = pathlib.Path(FLAGS.output)
   seeds = list(range(FLAGS.seed, FLAGS.seed + FLAGS.num_seeds))
-  model = {"model": profiles.model_of(FLAGS.checkpoint, config, params), "dtype": config.dtype}
-  method = "plain" if roster.is_plain else "roster"
-  run = runs.Run(output, output.name, {
-      "method": method, "label": method if roster.is_plain else f"roster, n = {roster.num_members}",
-      "checkpoint": FLAGS.checkpoint, **model, "roster": roster.settings(), "seeds": seeds,
-      "num_forward_rows_per_token": len(roster.members),
-      "stochastic": roster.noisy_layers[0] < config.num_layers, "confidence": _CONFIDENCE,
-      "chat": chat.settings if chat else None, **{
-          name: FLAGS[name].value for name in (
-              "tasks", "limit", "split", "data_dir", "include_path", "num_fewshot",
-              "max_new_tokens", "system")}})
+  model = {
+    "model": temperature_profiles.model_of(FLAGS.checkpoint, config, params),
+    "dtype": config.dtype,
+  }
+  method = "plain" if roster.is_baseline else "roster"
+  run = runs.Run(
+    output,
+    output.name,
+    {
+      "method": method,
+      "label": method if roster.is_baseline else f"roster, n = {roster.num_members}",
+      "checkpoint": FLAGS.checkpoint,
+      **model,
+      "roster": roster.settings(),
+      "seeds": seeds,
+      "forward_passes_per_token": len(roster.members),
+      "stochastic": roster.noisy_layers[0] < config.num_layers,
+      "confidence": _CONFIDENCE,
+      "chat": chat.settings if chat else None,
+      **{
+        name: FLAGS[name].value
+        for name in (
+          "tasks",
+          "limit",
+          "split",
+          "data_dir",
+          "include_path",
+          "num_fewshot",
+          "max_new_tokens",
+          "system",
+        )
+      },
+    },
+  )
   cache = pathlib.Path(FLAGS.request_cache) if FLAGS.request_cache else output / "requests"
   stopwatch, by_seed = Stopwatch(), {}
   for seed in seeds:
     seeded = roster.replace(seed=jax.numpy.uint32(seed))
-    lm.engine = Engine(params, config, tokenizer, seeded,
-                       Answers.of(cache, {**model, "roster": seeded.settings()}),
-                       batch_size=FLAGS.batch_size, stopwatch=stopwatch)
+    lm.engine = Engine(
+      params,
+      config,
+      tokenizer,
+      seeded,
+      Answers.of(cache, {**model, "roster": seeded.settings()}),
+      batch_size=FLAGS.batch_size,
+      stopwatch=stopwatch,
+    )
     lm.requests.clear()
     for work in works:
       evaluate_ours(lm, work, run, seed)
@@ -345,19 +470,33 @@ def report(run: runs.Run, works: list[Work], by_seed: dict[str, Any], truncated:
   records = runs.read_lines(run.path / runs.EXAMPLES)
   rows = [row for work in works for row in rows_of_ours(records, work)]
   rows += rows_of_theirs(by_seed, summary["tasks"])
-  print(tabulate.tabulate(
-      rows, headers=["task", "metric", "value", "standard\nerror", "between\nseeds", "examples"],
-      floatfmt=("", "", ".4f", ".4f", ".4f", ".0f"), missingval=""))
+  print(
+    tabulate.tabulate(
+      rows,
+      headers=["task", "metric", "value", "standard\nerror", "between\nseeds", "examples"],
+      floatfmt=("", "", ".4f", ".4f", ".4f", ".0f"),
+      missingval="",
+    )
+  )
   if truncated:
-    print(f"[{truncated} prompts were longer than the model's context, and cut on the left]",
-          file=sys.stderr)
+    print(
+      f"[{truncated} prompts were longer than the model's context, and cut on the left]",
+      file=sys.stderr,
+    )
   cost = summary["costs"]
   lines = sum(task["examples"] * task["seeds"] for task in summary["tasks"].values())
-  print(f"Saved {run.path}: {len(summary['tasks'])} tasks, {lines} examples done; "
-        f"{cost['tokens']:.0f} tokens in {cost['seconds']:.1f} s without compilation, "
-        f"{cost['forward_rows']:.0f} forward rows, {cost['flops']:.3g} FLOPs")
+  print(
+    f"Saved {run.path}: {len(summary['tasks'])} tasks, {lines} examples done; "
+    f"{cost['tokens']:.0f} tokens in {cost['seconds']:.1f} s without compilation, "
+    f"{cost['forward_passes']:.0f} forward rows, {cost['flops']:.3g} FLOPs"
+  )
+
+
+def program() -> None:
+  """Runs this program with the command line's flags."""
+  define_flags()
+  app.run(main)
 
 
 if __name__ == "__main__":
-  define_flags()
-  app.run(main)
+  program()

@@ -27,12 +27,14 @@ from typing import Any
 
 from absl import flags
 
-from experiments import app, jsonl
-from roe_jax import batching, decode, tokenizer as tokenizer_lib
-from roe_jax.chat import Chat, Prompt
+from experiments.cli import app
+from experiments.records import jsonl
+from roe_jax import batching, decode
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
-from roe_jax.tokenizer import StreamDecoder, Tokenizer
+from roe_jax.text import tokenizer as tokenizer_lib
+from roe_jax.text.chat import Chat, Prompt
+from roe_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 FLAGS = flags.FLAGS
 
@@ -43,20 +45,29 @@ def define_flags() -> None:
   app.define_dry_run_flags()
   app.define_chat_flags()
   flags.DEFINE_string("prompt", None, "Text to continue.")
-  flags.DEFINE_string("input", None, "File of prompts, one JSON object a line; '-' or absent: "
-                      "standard input.")
+  flags.DEFINE_string(
+    "input", None, "File of prompts, one JSON object a line; '-' or absent: standard input."
+  )
   flags.DEFINE_string("output", None, "File of results; absent: standard output.")
   flags.DEFINE_integer("max_new_tokens", 256, "At most this many tokens a prompt.")
   flags.DEFINE_multi_string("stop", [], "String that ends a text; may be repeated.")
   flags.DEFINE_float("temperature", 0.0, "Of sampling from the roster's distribution; 0: greedy.")
   flags.DEFINE_integer("top_k", 0, "Sample from this many tokens; 0: all.")
   flags.DEFINE_float("top_p", 1.0, "Sample from the smallest set of this probability.")
-  flags.DEFINE_integer("batch_size", 16, "Slots, that is prompts decoded together: where one "
-                       "ends, the next takes its place.")
-  flags.DEFINE_bool("special_tokens", True, "Whether the tokenizer's own special tokens (such as "
-                    "BOS) are put around prompts; a chat template has its own.")
-  flags.DEFINE_bool("show_reasoning", False, "Whether --prompt prints the reasoning, too, to "
-                    "standard error.")
+  flags.DEFINE_integer(
+    "batch_size",
+    16,
+    "Slots, that is prompts decoded together: where one ends, the next takes its place.",
+  )
+  flags.DEFINE_bool(
+    "special_tokens",
+    True,
+    "Whether the tokenizer's own special tokens (such as "
+    "BOS) are put around prompts; a chat template has its own.",
+  )
+  flags.DEFINE_bool(
+    "show_reasoning", False, "Whether --prompt prints the reasoning, too, to standard error."
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +102,17 @@ def open_chat(requests: list[dict[str, Any]], tokenizer: Tokenizer) -> Chat | No
   """The chat format, if flags or requests ask for a chat."""
   if FLAGS.chat or any("messages" in r for r in requests):
     if FLAGS["special_tokens"].present:
-      raise ValueError("--special_tokens is about plain prompts: a chat template puts special "
-                       "tokens where it needs them")
+      raise ValueError(
+        "--special_tokens is about plain prompts: a chat template puts special "
+        "tokens where it needs them"
+      )
     load = functools.partial(
-        Chat.load, app.checkpoint_path(FLAGS.checkpoint), tokenizer,
-        reasoning_effort=FLAGS.reasoning_effort, enable_thinking=FLAGS.thinking)
+      Chat.load,
+      app.checkpoint_path(FLAGS.checkpoint),
+      tokenizer,
+      reasoning_effort=FLAGS.reasoning_effort,
+      enable_thinking=FLAGS.thinking,
+    )
     # Several processes have the day of the first one.
     date = app.broadcast(load(date=FLAGS.chat_date).settings.get("date"))
     return load(date=date)
@@ -113,8 +130,10 @@ def messages_of(request: dict[str, Any], what: str) -> list[dict[str, Any]]:
   """
   has_prompt = "prompt" in request
   if ("messages" in request) == has_prompt or (has_prompt and not FLAGS.chat):
-    raise ValueError(f"{what} must have either \"messages\" (a list) or, with --chat, \"prompt\" "
-                     "(a user's message as text)")
+    raise ValueError(
+      f'{what} must have either "messages" (a list) or, with --chat, "prompt" '
+      "(a user's message as text)"
+    )
   messages = request.get("messages", [{"role": "user", "content": request.get("prompt")}])
   if FLAGS.system is None or not isinstance(messages, list):
     return messages
@@ -123,19 +142,28 @@ def messages_of(request: dict[str, Any], what: str) -> list[dict[str, Any]]:
   return [{"role": "system", "content": FLAGS.system}, *messages]
 
 
-def prepare(requests: list[dict[str, Any]], config, tokenizer: Tokenizer, roster: Roster,
-            sampler: Sampler) -> Work:
+def prepare(
+  requests: list[dict[str, Any]], config, tokenizer: Tokenizer, roster: Roster, sampler: Sampler
+) -> Work:
   """Turns requests into prompts, and refuses what is wrong with them."""
   chat = open_chat(requests, tokenizer)
   stop_tokens = tokenizer_lib.stop_tokens(tokenizer, config)
-  settings = {"checkpoint": FLAGS.checkpoint, "dtype": FLAGS.dtype or config.dtype,
-              "roster": roster.settings(), "sampler": sampler.settings(),
-              "max_new_tokens": FLAGS.max_new_tokens, "stop": FLAGS.stop}
+  settings = {
+    "checkpoint": FLAGS.checkpoint,
+    "dtype": FLAGS.dtype or config.dtype,
+    "roster": roster.settings(),
+    "sampler": sampler.settings(),
+    "max_new_tokens": FLAGS.max_new_tokens,
+    "stop": FLAGS.stop,
+  }
   prompts = []
   if chat is None:
     tokens = [
-        jsonl.tokens_of(r, "prompt", lambda t: tokenizer.encode(t, FLAGS.special_tokens),
-                        f"input request {i}") for i, r in enumerate(requests)]
+      jsonl.tokens_of(
+        r, "prompt", lambda t: tokenizer.encode(t, FLAGS.special_tokens), f"input request {i}"
+      )
+      for i, r in enumerate(requests)
+    ]
     settings["special_tokens"] = FLAGS.special_tokens
   else:
     for i, request in enumerate(requests):
@@ -168,15 +196,16 @@ class Printer:
     """Prints what is new in `text`, which is all there is so far."""
     end = len(text) if done else len(text) - self._held
     if end > self._printed:
-      self._file.write(text[self._printed:end])
+      self._file.write(text[self._printed : end])
       self._printed = end
     if done:
       self._file.write("\n")
     self._file.flush()
 
 
-def stream_to_terminal(params, config, tokenizer, roster: Roster, sampler: Sampler,
-                       work: Work) -> None:
+def stream_to_terminal(
+  params, config, tokenizer, roster: Roster, sampler: Sampler, work: Work
+) -> None:
   """Continues --prompt, printing text as it comes and a summary to stderr."""
   text, completion, begin, first = "", None, time.perf_counter(), None
   reader = work.chat.reader(work.prompts[0]) if work.chat else None
@@ -184,9 +213,16 @@ def stream_to_terminal(params, config, tokenizer, roster: Roster, sampler: Sampl
   printer, reasoning = Printer(sys.stdout), Printer(sys.stderr)
   count = 0
   for completion in decode.stream(
-      params, config, work.tokens[0], max_new_tokens=FLAGS.max_new_tokens, roster=roster,
-      sampler=sampler, stop_tokens=work.stop_tokens, stop_strings=FLAGS.stop,
-      decode=tokenizer.decode):
+    params,
+    config,
+    work.tokens[0],
+    max_new_tokens=FLAGS.max_new_tokens,
+    roster=roster,
+    sampler=sampler,
+    stop_tokens=work.stop_tokens,
+    stop_strings=FLAGS.stop,
+    decode=tokenizer.decode,
+  ):
     first = first or time.perf_counter()
     new, count = completion.tokens[count:], len(completion.tokens)
     if completion.finish_reason:
@@ -210,9 +246,11 @@ def stream_to_terminal(params, config, tokenizer, roster: Roster, sampler: Sampl
   rate = (count - 1) / (time.perf_counter() - first) if count > 1 else float("nan")
   changed = sum(a != b for a, b in zip(completion.tokens, completion.clean_tokens) if b >= 0)
   print(
-      f"[{count} tokens, {completion.finish_reason}; first after {first - begin:.1f} s, then "
-      f"{rate:.1f} tokens/s; {changed} chosen differently from the clean member]\n"
-      f"[settings: {json.dumps(work.settings)}]", file=sys.stderr)
+    f"[{count} tokens, {completion.finish_reason}; first after {first - begin:.1f} s, then "
+    f"{rate:.1f} tokens/s; {changed} chosen differently from the clean member]\n"
+    f"[settings: {json.dumps(work.settings)}]",
+    file=sys.stderr,
+  )
 
 
 def show_answer(work: Work, completion, printer: Printer, reasoning: Printer) -> None:
@@ -223,19 +261,26 @@ def show_answer(work: Work, completion, printer: Printer, reasoning: Printer) ->
   if found.final is not None:
     printer.show(found.final, done=True)
   elif completion.finish_reason == "length":
-    print(f"[no answer: the limit of {FLAGS.max_new_tokens} tokens came within the reasoning; give "
-          "a larger --max_new_tokens]", file=sys.stderr)
+    print(
+      f"[no answer: the limit of {FLAGS.max_new_tokens} tokens came within the reasoning; give "
+      "a larger --max_new_tokens]",
+      file=sys.stderr,
+    )
   else:
-    print(f"[no answer: the text ended within the reasoning ({completion.finish_reason})]",
-          file=sys.stderr)
+    print(
+      f"[no answer: the text ended within the reasoning ({completion.finish_reason})]",
+      file=sys.stderr,
+    )
 
 
-def complete_lines(params, config, tokenizer, roster: Roster, sampler: Sampler,
-                   work: Work) -> None:
+def complete_lines(params, config, tokenizer, roster: Roster, sampler: Sampler, work: Work) -> None:
   """Continues the prompts of --input, writing each result when it is finished."""
-  with jsonl.Results(FLAGS.output, work.requests, work.settings) as results, app.progress(
-      total=len(work.requests), initial=len(work.requests) - len(results.missing),
-      unit="prompt") as bar:
+  with (
+    jsonl.Results(FLAGS.output, work.requests, work.settings) as results,
+    app.progress(
+      total=len(work.requests), initial=len(work.requests) - len(results.missing), unit="prompt"
+    ) as bar,
+  ):
     indices = results.missing
     unanswered = 0
 
@@ -247,14 +292,26 @@ def complete_lines(params, config, tokenizer, roster: Roster, sampler: Sampler,
       bar.update()
 
     throughput = decode.generate(
-        params, config, [work.tokens[i] for i in indices], max_new_tokens=FLAGS.max_new_tokens,
-        roster=roster, sampler=sampler, stop_tokens=work.stop_tokens, stop_strings=FLAGS.stop,
-        decode=tokenizer.decode, request_ids=indices, batch_size=FLAGS.batch_size,
-        on_finished=write).throughput
+      params,
+      config,
+      [work.tokens[i] for i in indices],
+      max_new_tokens=FLAGS.max_new_tokens,
+      roster=roster,
+      sampler=sampler,
+      stop_tokens=work.stop_tokens,
+      stop_strings=FLAGS.stop,
+      decode=tokenizer.decode,
+      request_ids=indices,
+      batch_size=FLAGS.batch_size,
+      on_finished=write,
+    ).throughput
   print(f"[{len(indices)} prompts: {throughput}; compilation included]", file=sys.stderr)
   if unanswered:
-    print(f"[{unanswered} texts ended before the answer: a larger --max_new_tokens than "
-          f"{FLAGS.max_new_tokens} leaves room for longer reasoning]", file=sys.stderr)
+    print(
+      f"[{unanswered} texts ended before the answer: a larger --max_new_tokens than "
+      f"{FLAGS.max_new_tokens} leaves room for longer reasoning]",
+      file=sys.stderr,
+    )
 
 
 def main(argv) -> None:
@@ -262,7 +319,7 @@ def main(argv) -> None:
   if FLAGS.prompt is not None and (FLAGS.input is not None or FLAGS.output is not None):
     raise ValueError("--prompt prints to the terminal: give it, or --input and --output, not both")
   if FLAGS.show_reasoning and FLAGS.prompt is None:
-    raise ValueError("--show_reasoning is about --prompt: lines have their \"reasoning\" anyway")
+    raise ValueError('--show_reasoning is about --prompt: lines have their "reasoning" anyway')
   if FLAGS.max_new_tokens < 1 or FLAGS.batch_size < 1:
     raise ValueError("--max_new_tokens and --batch_size must be at least 1")
   sampler = Sampler.create(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
@@ -280,6 +337,11 @@ def main(argv) -> None:
   run(params, config, tokenizer, roster, sampler, work)
 
 
-if __name__ == "__main__":
+def program() -> None:
+  """Runs this program with the command line's flags."""
   define_flags()
   app.run(main)
+
+
+if __name__ == "__main__":
+  program()

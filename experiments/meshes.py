@@ -29,17 +29,18 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments import app
 from experiments.benchmarks import timing
+from experiments.cli import app
 from experiments.tasks import wordmath
-from roe_jax import (
-    batching, compiled, decode, diagnostics, params as params_lib, score,
-    tokenizer as tokenizer_lib)
+from roe_jax import batching, decode, diagnostics, prefill, scoring
+from roe_jax import params as params_lib
 from roe_jax.completion import Completion
 from roe_jax.config import ModelConfig
+from roe_jax.costs import hlo
 from roe_jax.params import Params
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
+from roe_jax.text import tokenizer as tokenizer_lib
 
 FLAGS = flags.FLAGS
 MESHES = ("data:1", "data:2", "data:4,expert:2", "expert:8", "data:2,expert:2,tensor:2")
@@ -54,12 +55,19 @@ STEPS = 8
 
 
 def define_flags() -> None:
-  flags.DEFINE_list("checkpoints", ["embedded:wordmath_control", "embedded:wordmath_overtrained"],
-                    "Models that solve word problems.")
-  flags.DEFINE_multi_string("mesh", list(MESHES), "A mesh, as of experiments.generate; may be "
-                            "repeated. The others are compared with the first.")
-  flags.DEFINE_integer("host_devices", 8, "Devices that the CPU is divided into; 0: the devices "
-                       "of this machine.")
+  flags.DEFINE_list(
+    "checkpoints",
+    ["embedded:wordmath_control", "embedded:wordmath_overtrained"],
+    "Models that solve word problems.",
+  )
+  flags.DEFINE_multi_string(
+    "mesh",
+    list(MESHES),
+    "A mesh, as of experiments.generate; may be repeated. The others are compared with the first.",
+  )
+  flags.DEFINE_integer(
+    "host_devices", 8, "Devices that the CPU is divided into; 0: the devices of this machine."
+  )
   flags.DEFINE_integer("num_problems", 200, "Test problems, solved together.")
   flags.DEFINE_integer("max_new_tokens", 64, "At most this many tokens a problem.")
   flags.DEFINE_integer("num_members", 4, "n.")
@@ -128,8 +136,9 @@ class Comparison:
   @property
   def is_same(self) -> bool:
     """Whether tokens differ at ties only, and log-probabilities behind ties of experts."""
-    return (all(abs(t.gap) <= TOLERANCE for t in self.parted)
-            and all(o.margin <= ROUTING_TOLERANCE for o in self.outliers))
+    return all(abs(t.gap) <= TOLERANCE for t in self.parted) and all(
+      o.margin <= ROUTING_TOLERANCE for o in self.outliers
+    )
 
 
 @dataclasses.dataclass
@@ -145,37 +154,58 @@ class Model:
 
   def complete(self) -> list[Completion]:
     return decode.generate(
-        self.params, self.config, self.prompts, max_new_tokens=self.max_new_tokens,
-        roster=self.roster, stop_tokens=self.stop_tokens,
-        batch_size=len(self.prompts)).completions
+      self.params,
+      self.config,
+      self.prompts,
+      max_new_tokens=self.max_new_tokens,
+      roster=self.roster,
+      stop_tokens=self.stop_tokens,
+      batch_size=len(self.prompts),
+    ).completions
 
   def gap(self, text: int, before: Sequence[int], tokens: tuple[int, int]) -> float:
     """Of two tokens' log-probabilities behind a problem and the tokens of an answer."""
     prefix = [*self.prompts[text], *before]
-    first, other = score.score(
-        self.params, self.config, [[*prefix, t] for t in tokens], 2 * [len(prefix)],
-        roster=self.roster, request_ids=[text, text]).texts
+    first, other = scoring.score(
+      self.params,
+      self.config,
+      [[*prefix, t] for t in tokens],
+      2 * [len(prefix)],
+      roster=self.roster,
+      request_ids=[text, text],
+    ).texts
     return float(first.log_probs[0, 0] - other.log_probs[0, 0])
 
   def margin(self, text: int, before: Sequence[int]) -> float:
     """The least of a router's margins at a problem and some tokens of its answer."""
-    return float(diagnostics.routing_margins(
-        self.params, self.config, self.roster, [[*self.prompts[text], *before]], [text]).min())
+    return float(
+      diagnostics.routing_margins(
+        self.params, self.config, self.roster, [[*self.prompts[text], *before]], [text]
+      ).min()
+    )
 
 
-def open_model(checkpoint: str, mesh: str, num_problems: int, num_members: int,
-               temperature: float, seed: int, max_new_tokens: int) -> Model:
+def open_model(
+  checkpoint: str,
+  mesh: str,
+  num_problems: int,
+  num_members: int,
+  temperature: float,
+  seed: int,
+  max_new_tokens: int,
+) -> Model:
   """A model of word problems in float32 on a mesh."""
   params, config, tokenizer = app.open_model(checkpoint, "float32", mesh)
-  prompts = [tokenizer.encode(wordmath.prompt(p))
-             for p in wordmath.problems("test", num_problems)]
+  prompts = [tokenizer.encode(wordmath.prompt(p)) for p in wordmath.problems("test", num_problems)]
   roster = Roster.create(config, num_members, temperature, seed=seed)
-  return Model(params, config, roster, prompts, tokenizer_lib.stop_tokens(tokenizer, config),
-               max_new_tokens)
+  return Model(
+    params, config, roster, prompts, tokenizer_lib.stop_tokens(tokenizer, config), max_new_tokens
+  )
 
 
-def compare(first: Model, expected: Sequence[Completion],
-            actual: Sequence[Completion]) -> Comparison:
+def compare(
+  first: Model, expected: Sequence[Completion], actual: Sequence[Completion]
+) -> Comparison:
   """Completions on another mesh beside those of the first."""
   num_tokens, difference, parted, outliers = 0, 0.0, [], []
   for text, (one, other) in enumerate(zip(expected, actual, strict=True)):
@@ -188,40 +218,52 @@ def compare(first: Model, expected: Sequence[Completion],
     difference = max(difference, float(found.max()))
     if found.max() > TOLERANCE:
       wrong = int(np.argmax(found > TOLERANCE))
-      outliers.append(Outlier(text, wrong, float(found.max()),
-                              first.margin(text, one.tokens[:wrong])))
+      outliers.append(
+        Outlier(text, wrong, float(found.max()), first.margin(text, one.tokens[:wrong]))
+      )
     if place is not None:
-      parted.append(Tie(text, place, pairs[place],
-                        first.gap(text, one.tokens[:place], pairs[place])))
-  return Comparison(num_tokens, len(expected) - len(parted), difference, tuple(parted),
-                    tuple(outliers))
+      parted.append(
+        Tie(text, place, pairs[place], first.gap(text, one.tokens[:place], pairs[place]))
+      )
+  return Comparison(
+    num_tokens, len(expected) - len(parted), difference, tuple(parted), tuple(outliers)
+  )
 
 
 class Steps:
   """Decode steps of all problems on a mesh, from the same state again and again."""
 
   def __init__(self, model: Model):
-    self._model = params_lib.held(model.params), model.config, model.roster
+    self._model = params_lib.in_storage_dtype(model.params), model.config, model.roster
     self._state = decode.start(
-        *self._model, model.prompts, range(len(model.prompts)), model.max_new_tokens,
-        len(model.prompts),
-        decode.capacity_for(model.config, model.prompts, model.max_new_tokens))
+      *self._model,
+      model.prompts,
+      range(len(model.prompts)),
+      model.max_new_tokens,
+      len(model.prompts),
+      prefill.capacity_for(model.config, model.prompts, model.max_new_tokens),
+    )
     self._stop_tokens = jnp.full(8, -1)
     self._begin = jax.device_get((self._state.lengths, self._state.done))
     program = self._lower().compile()
-    self.collectives = compiled.collectives(program.as_text())
+    self.collectives = hlo.collectives(program.as_text())
     self.memory = timing.memory(program)
 
   def _lower(self):
-    return decode.decode_steps.lower(*self._model, Sampler.greedy(), self._state,
-                                     self._stop_tokens, np.int32(STEPS))
+    return decode.decode_steps.lower(
+      *self._model, Sampler.greedy(), self._state, self._stop_tokens, np.int32(STEPS)
+    )
 
   def __call__(self, count: int) -> None:
     for _ in range(count):
-      lengths, done = batching.beside(self._model[0], self._begin)
+      lengths, done = batching.device_put_like(self._model[0], self._begin)
       self._state, steps = decode.decode_steps(
-          *self._model, Sampler.greedy(), self._state.replace(lengths=lengths, done=done),
-          self._stop_tokens, np.int32(STEPS))
+        *self._model,
+        Sampler.greedy(),
+        self._state.replace(lengths=lengths, done=done),
+        self._stop_tokens,
+        np.int32(STEPS),
+      )
     if int(steps) != STEPS:
       raise ValueError(f"--max_new_tokens must be at least {STEPS}, for as many steps are timed")
 
@@ -237,21 +279,45 @@ def costs(steps: Steps) -> dict[str, Any]:
 
 def table(results: dict[str, dict[str, Any]]) -> str:
   """A Markdown table of one model's meshes."""
-  lines = ["| mesh | devices | same texts | parted at ties | largest difference, nats | texts above "
-           f"{TOLERANCE} | a step, ms [quartiles] | collectives a step | MB in them | "
-           "MB on a device |", "|---|---|---|---|---|---|---|---|---|---|"]
+  lines = [
+    "| mesh | devices | same texts | parted at ties | largest difference, nats | texts above "
+    f"{TOLERANCE} | a step, ms [quartiles] | collectives a step | MB in them | "
+    "MB on a device |",
+    "|---|---|---|---|---|---|---|---|---|---|",
+  ]
   for mesh, found in results.items():
     same = found.get("comparison")
-    against = ("",) * 4 if same is None else (
-        f"{same['num_identical']}", f"{len(same['parted'])}", f"{same['difference']:.2e}",
-        f"{len(same['outliers'])}")
+    against = (
+      ("",) * 4
+      if same is None
+      else (
+        f"{same['num_identical']}",
+        f"{len(same['parted'])}",
+        f"{same['difference']:.2e}",
+        f"{len(same['outliers'])}",
+      )
+    )
     moved = found["collectives"].values()
-    time = ("{1:.1f} [{0:.1f}, {2:.1f}]".format(*(1e3 * q for q in found["seconds"]))
-            if "seconds" in found else "")
-    lines.append("| " + " | ".join((
-        mesh, str(found["devices"]), *against, time, str(sum(m["count"] for m in moved)),
-        f"{sum(m['bytes'] for m in moved) / 1e6:.2f}",
-        f"{(found['argument_bytes'] + found['temp_bytes']) / 1e6:.1f}")) + " |")
+    time = (
+      "{1:.1f} [{0:.1f}, {2:.1f}]".format(*(1e3 * q for q in found["seconds"]))
+      if "seconds" in found
+      else ""
+    )
+    lines.append(
+      "| "
+      + " | ".join(
+        (
+          mesh,
+          str(found["devices"]),
+          *against,
+          time,
+          str(sum(m["count"] for m in moved)),
+          f"{sum(m['bytes'] for m in moved) / 1e6:.2f}",
+          f"{(found['argument_bytes'] + found['temp_bytes']) / 1e6:.1f}",
+        )
+      )
+      + " |"
+    )
   return "\n".join(lines)
 
 
@@ -265,19 +331,27 @@ def verdict(results: dict[str, dict[str, dict[str, Any]]], first: str) -> Iterat
         different.append(where)
       comparison = found.get("comparison", {"parted": (), "outliers": ()})
       for tie in comparison["parted"]:
-        yield (f"{where}: problem {tie['text']} parts at token {tie['place']}, where the two tokens "
-               f"are {tie['gap']:.1e} nats apart")
+        yield (
+          f"{where}: problem {tie['text']} parts at token {tie['place']}, where the two tokens "
+          f"are {tie['gap']:.1e} nats apart"
+        )
       for outlier in comparison["outliers"]:
-        yield (f"{where}: problem {outlier['text']} differs by {outlier['difference']:.2e} from token "
-               f"{outlier['place']} on; two experts of a router before it are "
-               f"{outlier['margin']:.1e} apart")
-  yield (f"NOT THE SAME as on {first}: {'; '.join(different)}" if different else
-         f"The same as on {first} everywhere, but for ties of tokens or experts: tokens, and "
-         f"log-probabilities to {TOLERANCE}")
+        yield (
+          f"{where}: problem {outlier['text']} differs by {outlier['difference']:.2e} from token "
+          f"{outlier['place']} on; two experts of a router before it are "
+          f"{outlier['margin']:.1e} apart"
+        )
+  yield (
+    f"NOT THE SAME as on {first}: {'; '.join(different)}"
+    if different
+    else f"The same as on {first} everywhere, but for ties of tokens or experts: tokens, and "
+    f"log-probabilities to {TOLERANCE}"
+  )
 
 
-def measure(checkpoint: str, meshes: Sequence[str], rounds: int, on_turn=lambda: None,
-            **settings: Any) -> dict[str, dict[str, Any]]:
+def measure(
+  checkpoint: str, meshes: Sequence[str], rounds: int, on_turn=lambda: None, **settings: Any
+) -> dict[str, dict[str, Any]]:
   """What was found on each mesh, by its name.
 
   Args:
@@ -294,8 +368,7 @@ def measure(checkpoint: str, meshes: Sequence[str], rounds: int, on_turn=lambda:
     if not results:
       first, expected = model, completions
     steps[mesh] = Steps(model)
-    results[mesh] = {"devices": model.params.final_norm.sharding.num_devices,
-                     **costs(steps[mesh])}
+    results[mesh] = {"devices": model.params.final_norm.sharding.num_devices, **costs(steps[mesh])}
     if model is not first:
       comparison = compare(first, expected, completions)
       results[mesh] |= {"comparison": dataclasses.asdict(comparison), "same": comparison.is_same}
@@ -313,21 +386,30 @@ def main(argv) -> None:
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
       jax.config.update("jax_num_cpu_devices", FLAGS.host_devices)
   if FLAGS.num_problems < 1 or FLAGS.max_new_tokens < STEPS or FLAGS.rounds < 0:
-    raise ValueError(f"--num_problems must be at least 1, --max_new_tokens at least {STEPS}, and "
-                     "--rounds not negative")
+    raise ValueError(
+      f"--num_problems must be at least 1, --max_new_tokens at least {STEPS}, and "
+      "--rounds not negative"
+    )
   for mesh in FLAGS.mesh:
     app.parse_mesh(mesh)
-  settings = {name: FLAGS[name].value for name in (
-      "num_problems", "num_members", "temperature", "seed", "max_new_tokens")}
+  settings = {
+    name: FLAGS[name].value
+    for name in ("num_problems", "num_members", "temperature", "seed", "max_new_tokens")
+  }
   results = {}
-  with tqdm(total=len(FLAGS.checkpoints) * len(FLAGS.mesh) * (1 + FLAGS.rounds), unit="turn",
-            file=sys.stderr) as bar:
+  with tqdm(
+    total=len(FLAGS.checkpoints) * len(FLAGS.mesh) * (1 + FLAGS.rounds),
+    unit="turn",
+    file=sys.stderr,
+  ) as bar:
     for checkpoint in FLAGS.checkpoints:
       bar.set_description(pathlib.Path(checkpoint.removeprefix(app.EMBEDDED)).name)
       results[checkpoint] = measure(checkpoint, FLAGS.mesh, FLAGS.rounds, bar.update, **settings)
   output = pathlib.Path(FLAGS.output)
-  app.write_atomically(output / "results.json", json.dumps(
-      {"settings": settings, "tolerance": TOLERANCE, "models": results}, indent=2) + "\n")
+  app.write_atomically(
+    output / "results.json",
+    json.dumps({"settings": settings, "tolerance": TOLERANCE, "models": results}, indent=2) + "\n",
+  )
   text = "\n\n".join(f"## {name}\n\n{table(found)}" for name, found in results.items()) + "\n"
   app.write_atomically(output / "table.md", text)
   print(text)
@@ -335,6 +417,11 @@ def main(argv) -> None:
   print(f"Saved {output}/table.md and results.json.")
 
 
-if __name__ == "__main__":
+def program() -> None:
+  """Runs this program with the command line's flags."""
   define_flags()
   app.run(main, not_distributed="it compares meshes of one process")
+
+
+if __name__ == "__main__":
+  program()

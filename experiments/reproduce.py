@@ -5,11 +5,11 @@
     python -m experiments.reproduce --figure=all --model=embedded --page=RESULTS.md
 
 What a figure shows, what it needs and how long it takes is told in its file in
-`experiments/figures`, and where its model comes from in `experiments/figures/models.py`.
+`experiments/figures`, and where its model comes from in `experiments/figures/figure_models.py`.
 --output/MODEL/FIGURE then holds
 
 * `records.jsonl`, what was found, one JSON object a line;
-* `figure.png` and `figure.pdf`, readable in grey, and `table.md`, also printed;
+* `figure.png` and `figure.pdf`, readable in gray, and `table.md`, also printed;
 * `about.json`: command, date, seeds, machine, versions and seconds.
 
 Most of the work is done by other programs (`tune`, `compare`, ...), whose folders lie
@@ -33,35 +33,67 @@ import time
 
 from absl import flags
 
-from experiments import app, drawing, figures, runs, tasks
+from experiments import figures, tasks
+from experiments.analysis import drawing
 from experiments.benchmarks import machine
-from experiments.figures import models, page
-from experiments.figures.work import (
-    ABOUT, RECORDS, Command, Work, read_records, write_records)
+from experiments.cli import app
+from experiments.figures import figure_models, results_page
+from experiments.figures.work import ABOUT, RECORDS, Command, Work, read_records, write_records
+from experiments.records import runs
 
 FLAGS = flags.FLAGS
 
 
 def define_flags(values: flags.FlagValues = FLAGS) -> None:
-  flags.DEFINE_list("figure", None, "Figures, or \"all\", \"paper\" or \"reviewers\": "
-                    + ", ".join(figures.NAMES) + ".", required=True, flag_values=values)
-  flags.DEFINE_enum("model", None, list(models.MODELS), "What they are made of.",
-                    required=True, flag_values=values)
-  flags.DEFINE_list("checkpoint", None, "Checkpoints in place of the model's, as other programs "
-                    "take them.", flag_values=values)
-  flags.DEFINE_list("set", [], "NAME=VALUE: settings of the model or the figure that differ; "
-                    "values with commas take semicolons.", flag_values=values)
+  flags.DEFINE_list(
+    "figure",
+    None,
+    'Figures, or "all", "paper" or "reviewers": ' + ", ".join(figures.NAMES) + ".",
+    required=True,
+    flag_values=values,
+  )
+  flags.DEFINE_enum(
+    "model",
+    None,
+    list(figure_models.MODELS),
+    "What they are made of.",
+    required=True,
+    flag_values=values,
+  )
+  flags.DEFINE_list(
+    "checkpoint",
+    None,
+    "Checkpoints in place of the model's, as other programs take them.",
+    flag_values=values,
+  )
+  flags.DEFINE_list(
+    "set",
+    [],
+    "NAME=VALUE: settings of the model or the figure that differ; "
+    "values with commas take semicolons.",
+    flag_values=values,
+  )
   flags.DEFINE_integer("seed", 0, "The first noise seed.", flag_values=values)
-  flags.DEFINE_string("data_dir", None, "Folder with the tasks' files; see experiments/tasks.",
-                      flag_values=values)
-  flags.DEFINE_bool("allow_code_execution", False, "Let tasks run programs that the model wrote.",
-                    flag_values=values)
-  flags.DEFINE_bool("dry_run", False, "Print the commands that would run, and do nothing.",
-                    flag_values=values)
-  flags.DEFINE_string("output", "results/reproduce", "Folder of all figures.",
-                      flag_values=values)
-  flags.DEFINE_string("page", None, "Also write this Markdown page of all figures of the model "
-                      "that are there; their records and pictures go to docs/results beside it.", flag_values=values)
+  flags.DEFINE_string(
+    "data_dir", None, "Folder with the tasks' files; see experiments/tasks.", flag_values=values
+  )
+  flags.DEFINE_bool(
+    "allow_code_execution",
+    False,
+    "Let tasks run programs that the model wrote.",
+    flag_values=values,
+  )
+  flags.DEFINE_bool(
+    "dry_run", False, "Print the commands that would run, and do nothing.", flag_values=values
+  )
+  flags.DEFINE_string("output", "results/reproduce", "Folder of all figures.", flag_values=values)
+  flags.DEFINE_string(
+    "page",
+    None,
+    "Also write this Markdown page of all figures of the model "
+    "that are there; their records and pictures go to docs/results beside it.",
+    flag_values=values,
+  )
 
 
 def figure_names(wanted: list[str]) -> list[str]:
@@ -89,9 +121,14 @@ def overridden(settings: list[object], given: list[str]) -> list[object]:
     known = set().union(*named)
     if not equals or name not in known:
       raise ValueError(
-          f"--set={text}: it must be NAME=VALUE with one of {', '.join(sorted(known))}")
-    settings = [dataclasses.replace(s, **{name: _parse(text, value, getattr(s, name))})
-                if name in names else s for s, names in zip(settings, named)]
+        f"--set={text}: it must be NAME=VALUE with one of {', '.join(sorted(known))}"
+      )
+    settings = [
+      dataclasses.replace(s, **{name: _parse(text, value, getattr(s, name))})
+      if name in names
+      else s
+      for s, names in zip(settings, named)
+    ]
   return settings
 
 
@@ -117,17 +154,26 @@ def make_works() -> list[Work]:
     ValueError: a flag is wrong.
   """
   names = figure_names(FLAGS.figure)
-  model = models.get(FLAGS.model)
+  model = figure_models.get(FLAGS.model)
   if FLAGS.checkpoint:
     model = dataclasses.replace(model, checkpoints=tuple(FLAGS.checkpoint), prepare=())
   configs = [figures.get(name).CONFIGS[FLAGS.model] for name in names]
   model, *configs = overridden([model, *configs], FLAGS.set)
-  return [Work(name, model, config, pathlib.Path(FLAGS.output) / FLAGS.model, FLAGS.seed,
-               FLAGS.data_dir, FLAGS.allow_code_execution)
-          for name, config in zip(names, configs)]
+  return [
+    Work(
+      name,
+      model,
+      config,
+      pathlib.Path(FLAGS.output) / FLAGS.model,
+      FLAGS.seed,
+      FLAGS.data_dir,
+      FLAGS.allow_code_execution,
+    )
+    for name, config in zip(names, configs)
+  ]
 
 
-def check_checkpoints(model: models.Model) -> None:
+def check_checkpoints(model: figure_models.Model) -> None:
   """Refuses a model that is not there.
 
   Raises:
@@ -138,8 +184,11 @@ def check_checkpoints(model: models.Model) -> None:
       app.load_config(checkpoint)
     except FileNotFoundError as error:
       raise FileNotFoundError(
-          f"{error}; {model.title} is made by `{'` and `'.join(model.prepare)}`, or name a folder "
-          "with --checkpoint" if model.prepare else str(error)) from error
+        f"{error}; {model.title} is made by `{'` and `'.join(model.prepare)}`, or name a folder "
+        "with --checkpoint"
+        if model.prepare
+        else str(error)
+      ) from error
 
 
 def check_tasks(works: list[Work], commands: list[Command]) -> None:
@@ -148,8 +197,13 @@ def check_tasks(works: list[Work], commands: list[Command]) -> None:
   Raises:
     ValueError, FileNotFoundError: as `tasks.Task.examples` and `check_allowed`.
   """
-  names = {name for command in commands for flag, value in command.flags
-           if flag in ("task", "tasks") for name in ([value] if isinstance(value, str) else value)}
+  names = {
+    name
+    for command in commands
+    for flag, value in command.flags
+    if flag in ("task", "tasks")
+    for name in ([value] if isinstance(value, str) else value)
+  }
   names |= {work.config.task for work in works if hasattr(work.config, "task")}
   for name in sorted(names):
     task = tasks.get(name)
@@ -210,14 +264,23 @@ def finish(work: Work, stopwatch: Stopwatch) -> str:
   picture = module.draw(records)
   if picture is not None:
     drawing.save(picture, work.folder / "figure")
-  known = json.loads(about.read_text()) if about.is_file() else {
-      "figure": work.figure, "model": work.model.title, "command": _command(work),
-      "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+  known = (
+    json.loads(about.read_text())
+    if about.is_file()
+    else {
+      "figure": work.figure,
+      "model": work.model.title,
+      "command": _command(work),
+      "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
       "machine": machine.describe(num_cores()),
-      "seconds": stopwatch.total([work.figure, *(c.name for c in module.commands(work))])}
+      "seconds": stopwatch.total([work.figure, *(c.name for c in module.commands(work))]),
+    }
+  )
   app.write_atomically(
-      about, json.dumps(known | {"seeds": work.seeds, "findings": module.findings(records)},
-                        indent=2) + "\n")
+    about,
+    json.dumps(known | {"seeds": work.seeds, "findings": module.findings(records)}, indent=2)
+    + "\n",
+  )
   return text
 
 
@@ -228,13 +291,25 @@ def num_cores() -> int:
 
 def _command(work):
   """What makes this figure alone."""
-  given = {name: FLAGS[name].value for name in ("checkpoint", "set", "seed", "data_dir",
-                                                "allow_code_execution", "output")
-           if FLAGS[name].present}
-  told = [f"--{name}={','.join(value) if isinstance(value, list) else value}"
-          for name, value in given.items()]
-  return shlex.join(["python", "-m", "experiments.reproduce", f"--figure={work.figure}",
-                     f"--model={FLAGS.model}", *told])
+  given = {
+    name: FLAGS[name].value
+    for name in ("checkpoint", "set", "seed", "data_dir", "allow_code_execution", "output")
+    if FLAGS[name].present
+  }
+  told = [
+    f"--{name}={','.join(value) if isinstance(value, list) else value}"
+    for name, value in given.items()
+  ]
+  return shlex.join(
+    [
+      "python",
+      "-m",
+      "experiments.reproduce",
+      f"--figure={work.figure}",
+      f"--model={FLAGS.model}",
+      *told,
+    ]
+  )
 
 
 def main(argv) -> None:
@@ -264,10 +339,18 @@ def main(argv) -> None:
     print(f"\n{figures.get(work.figure).TITLE}\n\n{text}\n")
   print(f"Saved {', '.join(work.figure for work in works)} in {root}.")
   if FLAGS.page:
-    print(page.write(pathlib.Path(FLAGS.page), root, model))
+    print(results_page.write(pathlib.Path(FLAGS.page), root, model))
+
+
+def program() -> None:
+  """Runs this program with the command line's flags."""
+  define_flags()
+  app.run(
+    main,
+    not_distributed="it starts other programs: --dry_run prints their commands, which "
+    "take --distributed",
+  )
 
 
 if __name__ == "__main__":
-  define_flags()
-  app.run(main, not_distributed="it starts other programs: --dry_run prints their commands, which "
-          "take --distributed")
+  program()

@@ -23,8 +23,9 @@ import pathlib
 from absl import flags
 import numpy as np
 
-from experiments import app, jsonl
-from roe_jax import batching, score
+from experiments.cli import app
+from experiments.records import jsonl
+from roe_jax import batching, scoring
 from roe_jax.roster import Roster
 
 FLAGS = flags.FLAGS
@@ -37,49 +38,70 @@ def define_flags() -> None:
   flags.DEFINE_string("text", None, "File of plain text whose perplexity is wanted.")
   flags.DEFINE_integer("window", None, "Tokens in a window; the model's context by default.")
   flags.DEFINE_integer("stride", None, "Tokens between windows; half a window by default.")
-  flags.DEFINE_string("input", None, "File of prompts and continuations; '-' or absent: standard "
-                      "input.")
+  flags.DEFINE_string(
+    "input", None, "File of prompts and continuations; '-' or absent: standard input."
+  )
   flags.DEFINE_string("output", None, "File of results; absent: standard output.")
   flags.DEFINE_integer("batch_size", 8, "Texts scored together.")
-  flags.DEFINE_bool("special_tokens", True, "Whether the tokenizer's own special tokens (such as "
-                    "BOS) are put around prompts and texts.")
+  flags.DEFINE_bool(
+    "special_tokens",
+    True,
+    "Whether the tokenizer's own special tokens (such as BOS) are put around prompts and texts.",
+  )
 
 
 def text_perplexity(params, config, tokenizer, roster: Roster) -> None:
   """Prints the perplexity of --text with the plain model and with the roster."""
   tokens = tokenizer.encode(app.from_first_process(_read_text), FLAGS.special_tokens)
-  cut = score.windows(config, tokens, FLAGS.window, FLAGS.stride)
+  cut = scoring.windows(config, tokens, FLAGS.window, FLAGS.stride)
   common = {"window": cut.window, "stride": cut.stride}
   kept = jsonl.Kept(
-      pathlib.Path(f"{FLAGS.output}.windows.jsonl") if FLAGS.output else None,
-      common | {"checkpoint": FLAGS.checkpoint, "dtype": config.dtype,
-                "roster": roster.settings(), "batch_size": FLAGS.batch_size,
-                "tokens": hashlib.sha256(np.int32(tokens).tobytes()).hexdigest()})
+    pathlib.Path(f"{FLAGS.output}.windows.jsonl") if FLAGS.output else None,
+    common
+    | {
+      "checkpoint": FLAGS.checkpoint,
+      "dtype": config.dtype,
+      "roster": roster.settings(),
+      "batch_size": FLAGS.batch_size,
+      "tokens": hashlib.sha256(np.int32(tokens).tobytes()).hexdigest(),
+    },
+  )
   results = {}
   for name, setting in {"plain": Roster.create(config), "roster": roster}.items():
-    if name == "roster" and roster.is_plain:
+    if name == "roster" and roster.is_baseline:
       continue
     nll = []
     with app.progress(desc=name, unit="window", total=len(cut.texts)) as bar:
       for first in range(0, len(cut.texts), FLAGS.batch_size):
         batch = range(first, min(first + FLAGS.batch_size, len(cut.texts)))
-        nll += kept.get(f"{name}, windows from {first} on", lambda: [
-            (-t.log_probs[:, 0]).tolist() for t in score_batch(
-                params, config, cut.texts, cut.starts, setting, batch)])
+        nll += kept.get(
+          f"{name}, windows from {first} on",
+          lambda: [
+            (-t.log_probs[:, 0]).tolist()
+            for t in score_batch(params, config, cut.texts, cut.starts, setting, batch)
+          ],
+        )
         bar.update(len(batch))
     nll = np.concatenate(nll)
     perplexity = float(np.exp(nll.mean()))
-    results[name] = {"perplexity": perplexity, "tokens": len(nll), "windows": len(cut.texts),
-                     "settings": common | {"roster": setting.settings(),
-                                           "model": dataclasses.asdict(config)}}
-    print(f"{name}: perplexity {perplexity:.4f} over {len(nll)} tokens in {len(cut.texts)} windows "
-          f"of {cut.window}, stride {cut.stride}")
+    results[name] = {
+      "perplexity": perplexity,
+      "tokens": len(nll),
+      "windows": len(cut.texts),
+      "settings": common | {"roster": setting.settings(), "model": dataclasses.asdict(config)},
+    }
+    print(
+      f"{name}: perplexity {perplexity:.4f} over {len(nll)} tokens in {len(cut.texts)} windows "
+      f"of {cut.window}, stride {cut.stride}"
+    )
   if "roster" in results:
     change = results["roster"]["perplexity"] / results["plain"]["perplexity"] - 1
     print(f"difference: {100 * change:+.3f} %")
   if FLAGS.output:
-    app.write_atomically(pathlib.Path(FLAGS.output), json.dumps(
-        results | {"checkpoint": FLAGS.checkpoint}, indent=2) + "\n")
+    app.write_atomically(
+      pathlib.Path(FLAGS.output),
+      json.dumps(results | {"checkpoint": FLAGS.checkpoint}, indent=2) + "\n",
+    )
 
 
 def _read_text() -> str:
@@ -89,11 +111,19 @@ def _read_text() -> str:
   return path.read_text()
 
 
-def score_batch(params, config, texts, starts, roster: Roster,
-                batch: Sequence[int]) -> list[score.TextScore]:
+def score_batch(
+  params, config, texts, starts, roster: Roster, batch: Sequence[int]
+) -> list[scoring.TextScore]:
   """Scores the texts of a batch, given by their indices, which are their request ids."""
-  return score.score(params, config, [texts[i] for i in batch], [starts[i] for i in batch],
-                     roster=roster, request_ids=batch, batch_size=FLAGS.batch_size).texts
+  return scoring.score(
+    params,
+    config,
+    [texts[i] for i in batch],
+    [starts[i] for i in batch],
+    roster=roster,
+    request_ids=batch,
+    batch_size=FLAGS.batch_size,
+  ).texts
 
 
 def continuations(params, config, tokenizer, roster: Roster) -> None:
@@ -103,18 +133,28 @@ def continuations(params, config, tokenizer, roster: Roster) -> None:
   for i, request in enumerate(requests):
     what = f"input request {i}"
     prompt = jsonl.tokens_of(
-        request, "prompt", lambda t: tokenizer.encode(t, FLAGS.special_tokens), what)
+      request, "prompt", lambda t: tokenizer.encode(t, FLAGS.special_tokens), what
+    )
     continuation = jsonl.tokens_of(
-        request, "continuation", lambda t: tokenizer.encode(t, add_special_tokens=False), what)
+      request, "continuation", lambda t: tokenizer.encode(t, add_special_tokens=False), what
+    )
     batching.check_tokens(config, [prompt], what=f"prompt of {what}:")
     batching.check_tokens(config, [continuation], what=f"continuation of {what}:")
     texts.append(prompt + continuation)
     starts.append(len(prompt))
   batching.check_tokens(config, texts, what="text")
-  settings = {"checkpoint": FLAGS.checkpoint, "dtype": config.dtype,
-              "roster": roster.settings(), "special_tokens": FLAGS.special_tokens}
-  with jsonl.Results(FLAGS.output, requests, settings) as results, app.progress(
-      total=len(requests), initial=len(requests) - len(results.missing), unit="text") as bar:
+  settings = {
+    "checkpoint": FLAGS.checkpoint,
+    "dtype": config.dtype,
+    "roster": roster.settings(),
+    "special_tokens": FLAGS.special_tokens,
+  }
+  with (
+    jsonl.Results(FLAGS.output, requests, settings) as results,
+    app.progress(
+      total=len(requests), initial=len(requests) - len(results.missing), unit="text"
+    ) as bar,
+  ):
     for first in range(0, len(requests), FLAGS.batch_size):
       # A run that goes on has the batches, and so the rounding, of one that was not interrupted.
       batch = range(first, min(first + FLAGS.batch_size, len(requests)))
@@ -124,11 +164,16 @@ def continuations(params, config, tokenizer, roster: Roster) -> None:
       scores = score_batch(params, config, texts, starts, roster, batch)
       for i in sorted(missing):
         found = scores[i - first]
-        tokens = texts[i][starts[i]:]
-        results.write(i, {
+        tokens = texts[i][starts[i] :]
+        results.write(
+          i,
+          {
             "log_prob": float(found.log_probs[:, 0].sum(dtype=np.float64)),
             "is_greedy": found.greedy_tokens.tolist() == tokens,
-            "tokens": tokens, "log_probs": found.log_probs[:, 0].tolist()})
+            "tokens": tokens,
+            "log_probs": found.log_probs[:, 0].tolist(),
+          },
+        )
       bar.update(len(missing))
 
 
@@ -150,6 +195,11 @@ def main(argv) -> None:
     continuations(params, config, tokenizer, roster)
 
 
-if __name__ == "__main__":
+def program() -> None:
+  """Runs this program with the command line's flags."""
   define_flags()
   app.run(main)
+
+
+if __name__ == "__main__":
+  program()

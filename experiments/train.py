@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=wordmath_control --output=DIR
 
-Configs are the files of `experiments/configs`. DIR then holds
+Configs are the files of `experiments/training/configs`. DIR then holds
 
 * `config.json`, what is run;
 * `metrics.jsonl`, a line every few steps and for every evaluation;
@@ -29,8 +29,9 @@ from orbax.checkpoint import v1 as ocp
 import tokenizers
 from tqdm import tqdm
 
-from experiments import app, batches, configs
+from experiments.cli import app
 from experiments.tasks import wordmath, wordmath_tokenizer
+from experiments.training import configs, training_batches
 from roe_jax import checkpoint, decode, training, transformer
 
 FLAGS = flags.FLAGS
@@ -39,16 +40,18 @@ MAX_NEW_TOKENS = 64  # The longest completion has less than 60.
 
 
 def define_flags() -> None:
-  flags.DEFINE_string("config", None, "Name of a file in experiments/configs.")
+  flags.DEFINE_string("config", None, "Name of a file in experiments/training/configs.")
   flags.DEFINE_string("output", None, "Folder of the run.")
   flags.DEFINE_integer("steps", None, "Overrides the number of steps.")
   flags.DEFINE_integer("seed", None, "Overrides the seed.")
   flags.DEFINE_integer("batch_size", None, "Overrides the problems in a step.")
   flags.DEFINE_integer(
-      "problems", None, "Overrides the size of the set of problems; 0: all are fresh.")
+    "problems", None, "Overrides the size of the set of problems; 0: all are fresh."
+  )
   flags.DEFINE_float("learning_rate", None, "Overrides the peak of the learning rate.")
-  flags.DEFINE_float("noise_temperature", None,
-                     "Overrides the temperature of routing noise in training.")
+  flags.DEFINE_float(
+    "noise_temperature", None, "Overrides the temperature of routing noise in training."
+  )
   flags.mark_flags_as_required(["config", "output"])
 
 
@@ -58,16 +61,19 @@ def apply_flags(config: configs.TrainingConfig) -> configs.TrainingConfig:
   Raises:
     ValueError: a value is out of range.
   """
+
   def given(**values):
     return {name: value for name, value in values.items() if value is not None}
 
-  settings = given(num_steps=FLAGS.steps, learning_rate=FLAGS.learning_rate,
-                   noise_temperature=FLAGS.noise_temperature)
+  settings = given(
+    num_steps=FLAGS.steps,
+    learning_rate=FLAGS.learning_rate,
+    noise_temperature=FLAGS.noise_temperature,
+  )
   changes = given(seed=FLAGS.seed, batch_size=FLAGS.batch_size)
   if FLAGS.problems is not None:
     changes["num_problems"] = FLAGS.problems or None
-  return config.replace(
-      settings=dataclasses.replace(config.settings, **settings), **changes)
+  return config.replace(settings=dataclasses.replace(config.settings, **settings), **changes)
 
 
 class Metrics:
@@ -108,8 +114,9 @@ def check_output(output: pathlib.Path, config: configs.TrainingConfig) -> None:
     different = [k for k, v in _flat(json.loads(text)).items() if there.get(k) != v]
     if different:
       raise ValueError(
-          f"{output} holds a run of another config (it differs in "
-          f"{', '.join(different)}): give another --output, or the flags of that run")
+        f"{output} holds a run of another config (it differs in "
+        f"{', '.join(different)}): give another --output, or the flags of that run"
+      )
   elif output.exists() and any(p.name != "config.json.partial" for p in output.iterdir()):
     raise ValueError(f"{output} is not empty and holds no training run: give another --output")
   else:
@@ -119,8 +126,7 @@ def check_output(output: pathlib.Path, config: configs.TrainingConfig) -> None:
 def _flat(values, prefix=""):
   flat = {}
   for name, value in values.items():
-    flat |= (_flat(value, f"{prefix}{name}.") if isinstance(value, dict)
-             else {prefix + name: value})
+    flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
   return flat
 
 
@@ -133,12 +139,13 @@ def _answer_loss(params, config, batch):
 
 def answer_perplexity(params, config, tokenizer, problems) -> float:
   """Perplexity of the completions' tokens, end of text included."""
-  texts = sorted((batches.encode(tokenizer, p) for p in problems),
-                 key=lambda text: sum(map(len, text)))
+  texts = sorted(
+    (training_batches.encode(tokenizer, p) for p in problems), key=lambda text: sum(map(len, text))
+  )
   total = count = 0.0
   for start in range(0, len(texts), 40):
-    chunk = texts[start:start + 40]
-    batch = batches.pack(chunk, range(len(chunk)), 0.0, config.pad_token_id)
+    chunk = texts[start : start + 40]
+    batch = training_batches.pack(chunk, range(len(chunk)), 0.0, config.pad_token_id)
     loss, weight = _answer_loss(params, config, batch)
     total, count = total + float(loss), count + float(weight)
   return float(np.exp(total / count))
@@ -146,31 +153,44 @@ def answer_perplexity(params, config, tokenizer, problems) -> float:
 
 def exact_match(params, config, tokenizer, problems) -> float:
   """Share of the problems solved by greedy decoding."""
-  prompts = [batches.encode(tokenizer, p)[0] for p in problems]
-  completions = decode.generate(params, config, prompts, max_new_tokens=MAX_NEW_TOKENS,
-                                batch_size=100).completions
-  return float(np.mean([
-      wordmath.is_correct(tokenizer.decode(list(c.tokens)), p)
-      for c, p in zip(completions, problems)]))
+  prompts = [training_batches.encode(tokenizer, p)[0] for p in problems]
+  completions = decode.generate(
+    params, config, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=100
+  ).completions
+  return float(
+    np.mean(
+      [
+        wordmath.is_correct(tokenizer.decode(list(c.tokens)), p)
+        for c, p in zip(completions, problems)
+      ]
+    )
+  )
 
 
 def evaluate(params, config: configs.TrainingConfig, tokenizer) -> dict[str, float]:
   """Scores on validation problems, and the perplexity of problems trained on."""
   validation = wordmath.problems("validation", config.evaluation_problems)
   seen = wordmath.problems(
-      "train", min(config.evaluation_problems, config.num_problems or sys.maxsize),
-      config.seed)
+    "train", min(config.evaluation_problems, config.num_problems or sys.maxsize), config.seed
+  )
   return {
-      "validation_perplexity": answer_perplexity(params, config.model, tokenizer, validation),
-      "train_perplexity": answer_perplexity(params, config.model, tokenizer, seen),
-      "validation_exact_match": exact_match(params, config.model, tokenizer, validation),
+    "validation_perplexity": answer_perplexity(params, config.model, tokenizer, validation),
+    "train_perplexity": answer_perplexity(params, config.model, tokenizer, seen),
+    "validation_exact_match": exact_match(params, config.model, tokenizer, validation),
   }
 
 
 def command() -> str:
   """What is run, whatever the place where the results go."""
-  settings = ("config", "steps", "seed", "batch_size", "problems", "learning_rate",
-              "noise_temperature")
+  settings = (
+    "config",
+    "steps",
+    "seed",
+    "batch_size",
+    "problems",
+    "learning_rate",
+    "noise_temperature",
+  )
   given = [f"--{name}={FLAGS[name].value}" for name in settings if FLAGS[name].present]
   return " ".join(["python -m experiments.train", *given, "--output=DIR"])
 
@@ -189,43 +209,52 @@ def machine() -> str:
   return f"{cpu}, {cores} core{'s' if cores > 1 else ''}{accelerator}"
 
 
-def train(config: configs.TrainingConfig, output: pathlib.Path,
-          tokenizer: tokenizers.Tokenizer) -> tuple[training.TrainState, dict]:
+def train(
+  config: configs.TrainingConfig, output: pathlib.Path, tokenizer: tokenizers.Tokenizer
+) -> tuple[training.TrainState, dict]:
   """Trains from the last saved state in `output`, or from the beginning.
 
   Returns:
     The final state and the last line of metrics about training.
   """
+
   def init():
     return training.init_state(config.model, config.settings, jax.random.key(config.seed))
 
-  make_batch = batches.TrainingBatches(
-      tokenizer, config.batch_size, config.num_problems, config.question_weight, config.seed,
-      config.model.pad_token_id)
+  make_batch = training_batches.TrainingBatches(
+    tokenizer,
+    config.batch_size,
+    config.num_problems,
+    config.question_weight,
+    config.seed,
+    config.model.pad_token_id,
+  )
   num_steps = config.settings.num_steps
   keep = ocp.training.preservation_policies.LatestN(2)
   with ocp.training.Checkpointer(
-      (output / "states").absolute(), preservation_policy=keep,
-      cleanup_tmp_directories=True) as saver:
+    (output / "states").absolute(), preservation_policy=keep, cleanup_tmp_directories=True
+  ) as saver:
     state = jax.jit(init)()
     if saver.latest is not None:
       state = saver.load(saver.latest.step, state)
     first = int(state.step)
     metrics = Metrics(output / "metrics.jsonl", first)
-    last = next((r for r in reversed(metrics.records) if r["kind"] == "training"),
-                {"tokens": 0, "seconds": 0.0})
+    last = next(
+      (r for r in reversed(metrics.records) if r["kind"] == "training"),
+      {"tokens": 0, "seconds": 0.0},
+    )
     tokens, before, start = last["tokens"], metrics.seconds(), time.monotonic()
 
     def seconds():
       return round(before + time.monotonic() - start, 2)
 
-    progress = tqdm(total=num_steps, initial=first, unit="step", mininterval=2,
-                    dynamic_ncols=True)
+    progress = tqdm(total=num_steps, initial=first, unit="step", mininterval=2, dynamic_ncols=True)
     mark = tokens, seconds()  # Where the rate is measured from: evaluations do not count.
     for step in range(first + 1, num_steps + 1):
       batch = make_batch(step - 1)
       state, values = training.train_step(
-          state, batch, config=config.model, settings=config.settings)
+        state, batch, config=config.model, settings=config.settings
+      )
       tokens += int((batch.weights > 0).sum())
       progress.update()
       saves = step % config.save_every == 0 or step == num_steps
@@ -234,8 +263,14 @@ def train(config: configs.TrainingConfig, output: pathlib.Path,
         now = seconds()
         rate = (tokens - mark[0]) / max(now - mark[1], 1e-3)
         mark = tokens, now
-        last = {"step": step, "kind": "training", **values, "tokens": tokens,
-                "tokens_per_second": round(rate), "seconds": now}
+        last = {
+          "step": step,
+          "kind": "training",
+          **values,
+          "tokens": tokens,
+          "tokens_per_second": round(rate),
+          "seconds": now,
+        }
         metrics.write(last)
         progress.set_postfix(loss=f"{values['loss']:.4f}")
         if not np.isfinite(values["loss"]):
@@ -251,23 +286,35 @@ def train(config: configs.TrainingConfig, output: pathlib.Path,
   return state, last | {"seconds": metrics.seconds()}
 
 
-def finish(config: configs.TrainingConfig, output: pathlib.Path, tokenizer,
-           state: training.TrainState, last: dict, command: str) -> None:
+def finish(
+  config: configs.TrainingConfig,
+  output: pathlib.Path,
+  tokenizer,
+  state: training.TrainState,
+  last: dict,
+  command: str,
+) -> None:
   """Writes the checkpoint `output/model`: bfloat16 weights and their own scores."""
   stored = jax.tree.map(lambda w: w.astype(jnp.bfloat16), state.params)
-  scores = evaluate(
-      jax.tree.map(lambda w: w.astype(config.model.dtype), stored), config, tokenizer)
+  scores = evaluate(jax.tree.map(lambda w: w.astype(config.model.dtype), stored), config, tokenizer)
   files = output / "tokenizer"
   wordmath_tokenizer.save_tokenizer(tokenizer, str(files))
   checkpoint.save(
-      output / "model", stored, config.model.replace(dtype="bfloat16"), files=files,
-      provenance={
-          "command": command,
-          "config": dataclasses.asdict(config),
-          "steps": int(state.step), "tokens": last["tokens"], "seconds": last["seconds"],
-          "machine": machine(), "jax": jax.__version__,
-          "scores": {"of": f"the stored weights run in {config.model.dtype}", **scores},
-      })
+    output / "model",
+    stored,
+    config.model.replace(dtype="bfloat16"),
+    files=files,
+    provenance={
+      "command": command,
+      "config": dataclasses.asdict(config),
+      "steps": int(state.step),
+      "tokens": last["tokens"],
+      "seconds": last["seconds"],
+      "machine": machine(),
+      "jax": jax.__version__,
+      "scores": {"of": f"the stored weights run in {config.model.dtype}", **scores},
+    },
+  )
   print(f"{output / 'model'}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
 
 
@@ -282,12 +329,19 @@ def main(argv) -> None:
     return
   tokenizer = wordmath_tokenizer.build_tokenizer()
   if tokenizer.get_vocab_size() != config.model.vocab_size:
-    raise ValueError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, and the model of "
-                     f"{FLAGS.config} {config.model.vocab_size}")
+    raise ValueError(
+      f"the tokenizer has {tokenizer.get_vocab_size()} tokens, and the model of "
+      f"{FLAGS.config} {config.model.vocab_size}"
+    )
   state, last = train(config, output, tokenizer)
   finish(config, output, tokenizer, state, last, command())
 
 
-if __name__ == "__main__":
+def program() -> None:
+  """Runs this program with the command line's flags."""
   define_flags()
   app.run(main, not_distributed="it trains small models on one device")
+
+
+if __name__ == "__main__":
+  program()

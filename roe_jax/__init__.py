@@ -1,14 +1,12 @@
 """Roster of Experts (arXiv 2509.17238): one MoE model as an ensemble at inference.
 
-    params, config = roe_jax.load("path/to/checkpoint")
-    roster = roe_jax.Roster.create(config, num_members=16, temperatures=0.3)
-    roe_jax.generate(params, config, prompts, roster=roster, max_new_tokens=64)
-    roe_jax.perplexity(params, config, text, roster=roster)
+params, config = roe_jax.load("path/to/checkpoint")
+roster = roe_jax.Roster.create(config, num_members=16, temperatures=0.3)
+roe_jax.generate(params, config, prompts, roster=roster, max_new_tokens=64)
+roe_jax.perplexity(params, config, text, roster=roster)
 """
 
 from roe_jax.aggregation import AGGREGATIONS
-from roe_jax.answer import Answer
-from roe_jax.chat import Chat
 from roe_jax.checkpoint import load, load_config, save
 from roe_jax.completion import Completion, Generation, Throughput
 from roe_jax.config import ModelConfig
@@ -19,13 +17,35 @@ from roe_jax.presets import PRESETS
 from roe_jax.roster import Roster
 from roe_jax.routing import GATE_WEIGHTS
 from roe_jax.sampling import Sampler
-from roe_jax.score import perplexity
-from roe_jax.tokenizer import StreamDecoder, Tokenizer
+from roe_jax.scoring import perplexity
+from roe_jax.text.answer import Answer
+from roe_jax.text.chat import Chat
+from roe_jax.text.tokenizer import StreamDecoder, Tokenizer
 from roe_jax.transformer import forward
 
 __all__ = [
-    "AGGREGATIONS", "Answer", "Chat", "Completion", "GATE_WEIGHTS", "Generation", "ModelConfig",
-    "PRESETS", "Params", "Roster", "Sampler", "StreamDecoder", "Throughput", "Tokenizer", "forward",
-    "from_hugging_face", "generate", "initialize", "load", "load_config", "perplexity", "save",
-    "stream", "to_hugging_face",
+  "AGGREGATIONS",
+  "GATE_WEIGHTS",
+  "PRESETS",
+  "Answer",
+  "Chat",
+  "Completion",
+  "Generation",
+  "ModelConfig",
+  "Params",
+  "Roster",
+  "Sampler",
+  "StreamDecoder",
+  "Throughput",
+  "Tokenizer",
+  "forward",
+  "from_hugging_face",
+  "generate",
+  "initialize",
+  "load",
+  "load_config",
+  "perplexity",
+  "save",
+  "stream",
+  "to_hugging_face",
 ]

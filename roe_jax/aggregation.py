@@ -22,7 +22,7 @@ class Aggregation:
     add: `(state, logits) -> state`: takes the float32 logits `[R, ..., V]` of
       more members; the state is None before the first, and of a size that does
       not depend on how many there were.
-    finish: `(state, n) -> log_probs`: the normalised float32 log-probabilities
+    finish: `(state, n) -> log_probs`: the normalized float32 log-probabilities
       `[..., V]` after n members in all.
   """
 
@@ -50,9 +50,8 @@ def _add_logits(state, logits):
   return total if state is None else state + total
 
 
-# The normalised geometric mean of the members' distributions.
-MEAN_LOGIT = Aggregation(
-    _add_logits, lambda state, n: jax.nn.log_softmax(state / n, axis=-1))
+# The normalized geometric mean of the members' distributions.
+MEAN_LOGIT = Aggregation(_add_logits, lambda state, n: jax.nn.log_softmax(state / n, axis=-1))
 
 
 def _add_votes(state, logits):
@@ -99,8 +98,8 @@ def _contrast(state, n):
 CONTRAST = Aggregation(_add_contrast, _contrast)
 
 AGGREGATIONS = {
-    "mean_probability": MEAN_PROBABILITY,
-    "mean_logit": MEAN_LOGIT,
-    "majority": MAJORITY,
-    "contrast": CONTRAST,
+  "mean_probability": MEAN_PROBABILITY,
+  "mean_logit": MEAN_LOGIT,
+  "majority": MAJORITY,
+  "contrast": CONTRAST,
 }

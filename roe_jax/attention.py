@@ -5,17 +5,19 @@ import math
 import jax
 import jax.numpy as jnp
 
-from roe_jax import cache as kv_cache, collectives, numerics
-from roe_jax.cache import KVCache, NO_POSITION, Place, Window
+from roe_jax import cache as kv_cache
+from roe_jax import collectives, numerics
+from roe_jax.cache import NO_POSITION, KVCache, LayerLocation, Window
 from roe_jax.config import ModelConfig
-from roe_jax.numerics import add, add_bias, einsum, from_storage, multiply, rms_norm, rounded
+from roe_jax.numerics import add, add_bias, einsum, multiply, rms_norm, rounded, to_compute_dtype
 from roe_jax.params import AttentionParams
 
 
 def rotation(config: ModelConfig, positions_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines of the rotary embedding, `[B, T, 1, C/2]` in `config.dtype`."""
-  angles = (positions_BxT[..., None, None].astype(jnp.float32)
-            * frequencies(config)[None, None, None])
+  angles = (
+    positions_BxT[..., None, None].astype(jnp.float32) * frequencies(config)[None, None, None]
+  )
   turns = jnp.cos(angles), jnp.sin(angles)
   if config.rope_scaling is not None:
     turns = (config.rope_scaling.attention_factor * turn for turn in turns)
@@ -30,7 +32,7 @@ def frequencies(config: ModelConfig) -> jax.Array:
   3.2; the bounds of the ramp as in transformers).
   """
   exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-  plain = 1.0 / (config.rope_theta ** exponents)
+  plain = 1.0 / (config.rope_theta**exponents)
   if config.rope_scaling is None:
     return plain
   low, high = yarn_ramp(config)
@@ -57,33 +59,56 @@ def yarn_ramp(config: ModelConfig) -> tuple[float, float]:
 def rotate(x_BxTxHxC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   """Rotates the two halves of each head against each other."""
   first, second = jnp.split(x_BxTxHxC, 2, axis=-1)
-  return jnp.concatenate([add(multiply(first, cos), -multiply(second, sin)),
-                          add(multiply(second, cos), multiply(first, sin))], axis=-1)
+  return jnp.concatenate(
+    [
+      add(multiply(first, cos), -multiply(second, sin)),
+      add(multiply(second, cos), multiply(first, sin)),
+    ],
+    axis=-1,
+  )
 
 
-def project(config: ModelConfig, weights: AttentionParams, layer: jax.Array | int,
-            x_BxTxD: jax.Array, cos: jax.Array,
-            sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def project(
+  config: ModelConfig,
+  weights: AttentionParams,
+  layer: jax.Array | int,
+  x_BxTxD: jax.Array,
+  cos: jax.Array,
+  sin: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Rotated queries `[B, T, H, C]`, rotated keys and values `[B, T, K, C]`."""
   query, key, value = (
-      rounded(add_bias(numerics.project(x_BxTxD, w, layer), bias, layer), x_BxTxD.dtype)
-      for w, bias in ((weights.query, weights.query_bias), (weights.key, weights.key_bias),
-                      (weights.value, weights.value_bias)))
+    rounded(add_bias(numerics.project(x_BxTxD, w, layer), bias, layer), x_BxTxD.dtype)
+    for w, bias in (
+      (weights.query, weights.query_bias),
+      (weights.key, weights.key_bias),
+      (weights.value, weights.value_bias),
+    )
+  )
   if config.qk_norm:
     split = None if config.qk_norm_per_head else "tensor"
     query = rms_norm(query, weights.query_norm[layer], config.rms_norm_eps, split=split)
     key = rms_norm(key, weights.key_norm[layer], config.rms_norm_eps, split=split)
   if config.clip_qkv is not None:
     query, key, value = (
-        jnp.clip(a, -config.clip_qkv, config.clip_qkv) for a in (query, key, value))
+      jnp.clip(a, -config.clip_qkv, config.clip_qkv) for a in (query, key, value)
+    )
   return rotate(query, cos, sin), rotate(key, cos, sin), value
 
 
 def attend_in_layer(
-    config: ModelConfig, weights: AttentionParams, layer: jax.Array | int,
-    query_BxTxHxC: jax.Array, key_BxTxKxC: jax.Array, value_BxTxKxC: jax.Array,
-    positions_BxT: jax.Array, cache: KVCache | None, place: Place, write: bool,
-    lengths_B: jax.Array | None = None) -> tuple[jax.Array, KVCache | None]:
+  config: ModelConfig,
+  weights: AttentionParams,
+  layer: jax.Array | int,
+  query_BxTxHxC: jax.Array,
+  key_BxTxKxC: jax.Array,
+  value_BxTxKxC: jax.Array,
+  positions_BxT: jax.Array,
+  cache: KVCache | None,
+  place: LayerLocation,
+  write: bool,
+  lengths_B: jax.Array | None = None,
+) -> tuple[jax.Array, KVCache | None]:
   """Attention as the layer's kind has it, and the cache written if asked.
 
   All slots are written before they are attended to. A window is written
@@ -103,7 +128,7 @@ def attend_in_layer(
   Returns:
     `[B, T, H, C]`, dtype of `query`, and the cache.
   """
-  sinks = None if weights.sinks is None else from_storage(weights.sinks[layer])
+  sinks = None if weights.sinks is None else to_compute_dtype(weights.sinks[layer])
   slides, index = place.slides, place.index
   rows = query_BxTxHxC, key_BxTxKxC, value_BxTxKxC, positions_BxT
   if cache is None:
@@ -129,16 +154,25 @@ def attend_in_layer(
     # been computed from it.
     after_reading = (heads[0, 0, 0, 0] <= jnp.inf) | jnp.isnan(heads[0, 0, 0, 0])
     elsewhere = jnp.where(slides & after_reading, index, len(cache.window.keys))
-    cache = cache.replace(window=kv_cache.write_window(
-        cache.window, key_BxTxKxC, value_BxTxKxC, positions_BxT[:, 0], elsewhere, lengths_B))
+    cache = cache.replace(
+      window=kv_cache.write_window(
+        cache.window, key_BxTxKxC, value_BxTxKxC, positions_BxT[:, 0], elsewhere, lengths_B
+      )
+    )
   return heads, cache
 
 
-def attend(query_BxTxHxC: jax.Array, own_key_BxTxKxC: jax.Array,
-           own_value_BxTxKxC: jax.Array, positions_BxT: jax.Array,
-           cache: KVCache | Window | None = None, layer: jax.Array | int = 0,
-           sinks_H: jax.Array | None = None, reach: jax.Array | int | None = None,
-           among: bool = False) -> jax.Array:
+def attend(
+  query_BxTxHxC: jax.Array,
+  own_key_BxTxKxC: jax.Array,
+  own_value_BxTxKxC: jax.Array,
+  positions_BxT: jax.Array,
+  cache: KVCache | Window | None = None,
+  layer: jax.Array | int = 0,
+  sinks_H: jax.Array | None = None,
+  reach: jax.Array | int | None = None,
+  among: bool = False,
+) -> jax.Array:
   """Attention of each row to slots below its position, and to itself.
 
   A row at position t sees the slots s < t and its own key and value: parts of
@@ -165,7 +199,7 @@ def attend(query_BxTxHxC: jax.Array, own_key_BxTxKxC: jax.Array,
   b, t, h, c = query_BxTxHxC.shape
   k = own_key_BxTxKxC.shape[2]
   query = query_BxTxHxC.reshape(b, t, k, h // k, c)
-  scale = c ** -0.5
+  scale = c**-0.5
 
   def visible(positions):
     """`[B, T, S]` from positions `[B, 1, S]`."""
@@ -186,8 +220,9 @@ def attend(query_BxTxHxC: jax.Array, own_key_BxTxKxC: jax.Array,
     start = jnp.minimum(j * block, cache.capacity - block)
     keys, values = (_block(a, layer, start, block) for a in (cache.keys, cache.values))
     slots = start + jnp.arange(block)[None, None]
-    held = slots if isinstance(cache, KVCache) else _block(
-        cache.positions, layer, start, block)[..., 0]
+    held = (
+      slots if isinstance(cache, KVCache) else _block(cache.positions, layer, start, block)[..., 0]
+    )
     return add(carry, keys, values, visible(held) & (slots >= j * block))
 
   # A row's own score is finite, so that one that sees no slot is no special case.
@@ -195,8 +230,7 @@ def attend(query_BxTxHxC: jax.Array, own_key_BxTxKxC: jax.Array,
   own_value = own_value_BxTxKxC.astype(jnp.float32).swapaxes(1, 2)[:, :, None]
   peak = jax.lax.stop_gradient(own)
   if sinks_H is not None:
-    sinks = jnp.broadcast_to(
-        sinks_H.astype(jnp.float32).reshape(1, k, h // k, 1), own.shape)
+    sinks = jnp.broadcast_to(sinks_H.astype(jnp.float32).reshape(1, k, h // k, 1), own.shape)
     peak = jnp.maximum(peak, jax.lax.stop_gradient(sinks))
   own_weight = jnp.exp(own - peak)  # without sinks one, but not to a gradient
   total = own_weight if sinks_H is None else own_weight + jnp.exp(sinks - peak)
@@ -206,11 +240,14 @@ def attend(query_BxTxHxC: jax.Array, own_key_BxTxKxC: jax.Array,
     if block == cache.capacity:
       carry = add_block(0, carry)
     else:
-      carry = jax.lax.fori_loop(
-          *_blocks(cache, positions_BxT, reach, block), add_block, carry)
+      carry = jax.lax.fori_loop(*_blocks(cache, positions_BxT, reach, block), add_block, carry)
   if cache is None or (among and t > 1):
-    carry = add(carry, own_key_BxTxKxC.swapaxes(1, 2), own_value_BxTxKxC.swapaxes(1, 2),
-                visible(positions_BxT[:, None]))
+    carry = add(
+      carry,
+      own_key_BxTxKxC.swapaxes(1, 2),
+      own_value_BxTxKxC.swapaxes(1, 2),
+      visible(positions_BxT[:, None]),
+    )
   _, total, mixed = carry
   heads = rounded(mixed / total[..., None], dtype)
   return heads.transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
@@ -238,8 +275,9 @@ def block_slots(platform: str | None = None) -> int:
   return 256 if (platform or jax.default_backend()) == "cpu" else 2048
 
 
-def output(weights: AttentionParams, layer: jax.Array | int,
-           heads_BxTxHxC: jax.Array) -> jax.Array:
+def output(weights: AttentionParams, layer: jax.Array | int, heads_BxTxHxC: jax.Array) -> jax.Array:
   """The attention block's contribution to the residual stream, `[B, T, D]`."""
-  projected = collectives.add(numerics.project_back(heads_BxTxHxC, weights.output, layer), "tensor")
+  projected = collectives.psum(
+    numerics.project_back(heads_BxTxHxC, weights.output, layer), "tensor"
+  )
   return rounded(add_bias(projected, weights.output_bias, layer), heads_BxTxHxC.dtype)

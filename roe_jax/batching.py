@@ -43,12 +43,13 @@ def by_length(lengths: Sequence[int], size: int, minimum: int) -> list[tuple[lis
   batches = []
   for positions, same in itertools.groupby(order, lambda i: power_of_two(lengths[i], minimum)):
     same = list(same)
-    batches += [(same[i:i + size], positions) for i in range(0, len(same), size)]
+    batches += [(same[i : i + size], positions) for i in range(0, len(same), size)]
   return batches
 
 
-def check_tokens(config: ModelConfig, texts: Sequence[Sequence[int]], *,
-                 room: int = 0, what: str = "prompt") -> None:
+def check_tokens(
+  config: ModelConfig, texts: Sequence[Sequence[int]], *, room: int = 0, what: str = "prompt"
+) -> None:
   """Checks texts before any work starts.
 
   Args:
@@ -67,26 +68,27 @@ def check_tokens(config: ModelConfig, texts: Sequence[Sequence[int]], *,
       raise ValueError(f"{what} {i} is empty: at least one token is needed (a BOS token will do)")
     if len(text) + room > config.context_length:
       raise ValueError(
-          f"{what} {i} has {len(text)} tokens, which does not fit the model's context of "
-          f"{config.context_length}" + (f" with {room} more to come" if room else "")
-          + ": shorten it")
+        f"{what} {i} has {len(text)} tokens, which does not fit the model's context of "
+        f"{config.context_length}" + (f" with {room} more to come" if room else "") + ": shorten it"
+      )
     ids = np.asarray(text)
     if ids.min() < 0 or ids.max() >= config.vocab_size:
       wrong = ids[(ids < 0) | (ids >= config.vocab_size)][0]
       raise ValueError(
-          f"{what} {i} holds token id {wrong}, outside the model's vocabulary of "
-          f"{config.vocab_size}: was it encoded with another model's tokenizer?")
+        f"{what} {i} holds token id {wrong}, outside the model's vocabulary of "
+        f"{config.vocab_size}: was it encoded with another model's tokenizer?"
+      )
 
 
 def pad(texts: Sequence[Sequence[int]], num_rows: int, length: int) -> jax.Array:
   """Texts as int32 `[num_rows, length]`, zeros to the right and below."""
   array = np.zeros((num_rows, length), np.int32)
   for row, text in zip(array, texts):
-    row[:len(text)] = text
+    row[: len(text)] = text
   return jnp.asarray(array)
 
 
-def beside(params: Params, tree: Any) -> Any:
+def device_put_like(params: Params, tree: Any) -> Any:
   """Commits arrays to the device or the mesh of the parameters.
 
   What a step returns is committed there if the parameters are (those of a
@@ -99,9 +101,10 @@ def beside(params: Params, tree: Any) -> Any:
   return jax.device_put(tree, where)
 
 
-def made_beside(params: Params, make: Callable[..., Any], config: ModelConfig, *settings: Any,
-                **sizes: Any) -> Any:
-  """`beside` of `make(config, *settings, **sizes)`; no device of a mesh ever holds it whole.
+def init_sharded(
+  params: Params, make: Callable[..., Any], config: ModelConfig, *settings: Any, **sizes: Any
+) -> Any:
+  """`device_put_like` of `make(config, *settings, **sizes)`; no device of a mesh ever holds it whole.
 
   Args:
     params: the model's parameters.
@@ -111,14 +114,14 @@ def made_beside(params: Params, make: Callable[..., Any], config: ModelConfig, *
     **sizes: what the arrays' shapes depend on.
   """
   if sharding.mesh_of(params) is None:
-    return beside(params, make(config, *settings, **sizes))
-  return _made_in_place(params, settings, make, config, tuple(sizes.items()))
+    return device_put_like(params, make(config, *settings, **sizes))
+  return _init_on_mesh(params, settings, make, config, tuple(sizes.items()))
 
 
 # The parameters' only use is to say where the arrays are wanted.
 @functools.partial(jax.jit, static_argnames=("make", "config", "sizes"), keep_unused=True)
-def _made_in_place(params, settings, make, config, sizes):
-  return sharding.in_place(params, make(config, *settings, **dict(sizes)))
+def _init_on_mesh(params, settings, make, config, sizes):
+  return sharding.with_sharding_constraint(params, make(config, *settings, **dict(sizes)))
 
 
 def request_ids(given: Sequence[int] | None, count: int) -> list[int]:

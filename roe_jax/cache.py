@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from roe_jax.config import ModelConfig
-from roe_jax.numerics import storage_dtype, to_storage
+from roe_jax.numerics import storage_dtype, to_storage_dtype
 
 # What a slot without a position holds: later than any position.
 NO_POSITION = np.iinfo(np.int32).max
@@ -57,7 +57,7 @@ class KVCache:
 
 
 @struct.dataclass
-class Place:
+class LayerLocation:
   """Where the keys and values of a layer lie in a cache.
 
   Attributes:
@@ -70,8 +70,9 @@ class Place:
   index: jax.Array | int
 
 
-def place(config: ModelConfig, layer: jax.Array | int, stretch: tuple[int, int],
-          offset: int = 0) -> Place:
+def layer_location(
+  config: ModelConfig, layer: jax.Array | int, stretch: tuple[int, int], offset: int = 0
+) -> LayerLocation:
   """The place of a layer (may be traced) out of a stretch `(first, end)`.
 
   Args:
@@ -82,12 +83,17 @@ def place(config: ModelConfig, layer: jax.Array | int, stretch: tuple[int, int],
   """
   slides = _slides(config)
   if not slides.any():
-    return Place(False, layer - offset)
-  index = np.where(slides, slides.cumsum() - 1 - slides[:offset].sum(),
-                   (~slides).cumsum() - 1 - (~slides[:offset]).sum())
+    return LayerLocation(False, layer - offset)
+  index = np.where(
+    slides,
+    slides.cumsum() - 1 - slides[:offset].sum(),
+    (~slides).cumsum() - 1 - (~slides[:offset]).sum(),
+  )
   kinds = set(slides[slice(*stretch)].tolist())
-  return Place(kinds.pop() if len(kinds) == 1 else jnp.asarray(slides)[layer],
-               jnp.asarray(index, jnp.int32)[layer])
+  return LayerLocation(
+    kinds.pop() if len(kinds) == 1 else jnp.asarray(slides)[layer],
+    jnp.asarray(index, jnp.int32)[layer],
+  )
 
 
 def _slides(config):
@@ -95,8 +101,13 @@ def _slides(config):
   return np.isin(np.arange(config.num_layers), config.sliding_layers)
 
 
-def empty(config: ModelConfig, batch_size: int, capacity: int,
-          layers: tuple[int, int] | None = None, whole: bool = False) -> KVCache:
+def empty(
+  config: ModelConfig,
+  batch_size: int,
+  capacity: int,
+  layers: tuple[int, int] | None = None,
+  whole: bool = False,
+) -> KVCache:
   """A cache without any position.
 
   Args:
@@ -124,8 +135,13 @@ def _zeros(config, num_layers, batch_size, capacity):
   return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
 
-def write(cache: KVCache, keys: jax.Array, values: jax.Array, starts_B: jax.Array,
-          layer: jax.Array | None = None) -> KVCache:
+def write(
+  cache: KVCache,
+  keys: jax.Array,
+  values: jax.Array,
+  starts_B: jax.Array,
+  layer: jax.Array | None = None,
+) -> KVCache:
   """Puts T new keys and values into consecutive slots from `starts_B` on.
 
   Slots beyond the capacity are dropped, and so are layers that the cache does
@@ -139,12 +155,19 @@ def write(cache: KVCache, keys: jax.Array, values: jax.Array, starts_B: jax.Arra
     layer: which layer's; may be traced.
   """
   slots = starts_B[:, None] + jnp.arange(keys.shape[-3])[None]
-  return cache.replace(keys=_put(cache.keys, keys, slots, layer),
-                       values=_put(cache.values, values, slots, layer))
+  return cache.replace(
+    keys=_put(cache.keys, keys, slots, layer), values=_put(cache.values, values, slots, layer)
+  )
 
 
-def write_window(window: Window, keys: jax.Array, values: jax.Array, starts_B: jax.Array,
-                 layer: jax.Array | None = None, lengths_B: jax.Array | None = None) -> Window:
+def write_window(
+  window: Window,
+  keys: jax.Array,
+  values: jax.Array,
+  starts_B: jax.Array,
+  layer: jax.Array | None = None,
+  lengths_B: jax.Array | None = None,
+) -> Window:
   """Puts T new keys and values in the place of the oldest.
 
   Of more than there are slots the last are kept. What lies at or beyond a row's
@@ -166,26 +189,28 @@ def write_window(window: Window, keys: jax.Array, values: jax.Array, starts_B: j
   # Slots beyond the capacity are dropped; each is another one.
   slots = jnp.where(kept, positions % window.capacity, window.capacity + positions)
   positions = jnp.broadcast_to(positions[..., None, None], (*keys.shape[:-2], 1, 1))
-  return Window(_put(window.keys, keys, slots, layer),
-                _put(window.values, values, slots, layer),
-                _put(window.positions, positions, slots, layer))
+  return Window(
+    _put(window.keys, keys, slots, layer),
+    _put(window.values, values, slots, layer),
+    _put(window.positions, positions, slots, layer),
+  )
 
 
-def write_step(config: ModelConfig, cache: KVCache, keys: jax.Array, values: jax.Array,
-               positions_B: jax.Array) -> KVCache:
+def write_step(
+  config: ModelConfig, cache: KVCache, keys: jax.Array, values: jax.Array, positions_B: jax.Array
+) -> KVCache:
   """Puts all layers' keys and values `[L, B, 1, K, C]` of one position into a cache."""
   slides = _slides(config)
   if not slides.any():
     return write(cache, keys, values, positions_B)
   cache = write(cache, keys[~slides], values[~slides], positions_B)
-  return cache.replace(window=write_window(
-      cache.window, keys[slides], values[slides], positions_B))
+  return cache.replace(window=write_window(cache.window, keys[slides], values[slides], positions_B))
 
 
 def _put(held, new, slots_BxT, layer):
   """`new` `[B, T, K, C]` or `[L, B, T, K, C]` in slots of `held`; others are dropped."""
   rows = jnp.arange(len(slots_BxT))[:, None]
-  new = to_storage(new, held)
+  new = to_storage_dtype(new, held)
   if layer is None:
     target = held.at[:, rows, :, slots_BxT]
     new = jnp.moveaxis(new, 0, 2)

@@ -7,6 +7,7 @@ as `CKPT.partial` and renamed when it is complete; what an interrupted `Writer`
 has finished is kept and not redone.
 """
 
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import contextlib
 import ctypes
 import dataclasses
@@ -15,7 +16,7 @@ import json
 import pathlib
 import shutil
 import sys
-from typing import Any, Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 from flax import traverse_util
 import jax
@@ -25,9 +26,24 @@ from orbax.checkpoint import v1 as ocp
 
 from roe_jax import params as params_lib
 from roe_jax.checkpoint_folder import (
-    COMPANION_FILES, CONFIG_FILE, FORMAT, MANIFEST_FILE, PIECE_BYTES, PLAN_FILE,
-    PathLike, Piece, check_target, named_leaves, partial_folder, piece_leaves,
-    piece_shapes, plan_pieces, publish, read_manifest, start_partial)
+  COMPANION_FILES,
+  CONFIG_FILE,
+  FORMAT,
+  MANIFEST_FILE,
+  PIECE_BYTES,
+  PLAN_FILE,
+  PathLike,
+  Piece,
+  check_target,
+  named_leaves,
+  partial_folder,
+  piece_leaves,
+  piece_shapes,
+  plan_pieces,
+  publish,
+  read_manifest,
+  start_partial,
+)
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 
@@ -44,11 +60,18 @@ class Writer:
     pieces: what is to be written, in the order of `plan_pieces`.
   """
 
-  def __init__(self, path: PathLike, config: ModelConfig, *,
-               files: PathLike | None = None,
-               provenance: Mapping[str, Any] | None = None,
-               fingerprint: str = "", piece_bytes: int = PIECE_BYTES,
-               pieces: tuple[Piece, ...] | None = None, overwrite: bool = False):
+  def __init__(
+    self,
+    path: PathLike,
+    config: ModelConfig,
+    *,
+    files: PathLike | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    fingerprint: str = "",
+    piece_bytes: int = PIECE_BYTES,
+    pieces: tuple[Piece, ...] | None = None,
+    overwrite: bool = False,
+  ):
     """Creates or continues `PATH.partial`.
 
     Args:
@@ -75,9 +98,15 @@ class Writer:
     check_target(self.path, overwrite, MANIFEST_FILE)
     self._partial = partial_folder(self.path)
     self._params = self._partial / "params"
-    plan = json.dumps({
-        "format": FORMAT, "config": config.to_json(), "fingerprint": fingerprint,
-        "pieces": [dataclasses.astuple(p) for p in self.pieces]}, indent=2)
+    plan = json.dumps(
+      {
+        "format": FORMAT,
+        "config": config.to_json(),
+        "fingerprint": fingerprint,
+        "pieces": [dataclasses.astuple(p) for p in self.pieces],
+      },
+      indent=2,
+    )
     if jax.process_index() == 0:
       known = self._partial / PLAN_FILE
       if not (fingerprint and known.is_file() and known.read_text() == plan):
@@ -102,8 +131,11 @@ class Writer:
     _check_leaves(f"the piece {piece.name}", arrays, expected)
     with _saving_context():
       # Only pieces that a killed run left half-written can be in the way.
-      ocp.save(self._params / piece.name,
-               traverse_util.unflatten_dict(dict(arrays), sep="."), overwrite=True)
+      ocp.save(
+        self._params / piece.name,
+        traverse_util.unflatten_dict(dict(arrays), sep="."),
+        overwrite=True,
+      )
     self._written.add(piece.name)
 
   def finish(self) -> None:
@@ -123,9 +155,17 @@ class Writer:
         if (self._files / name).is_file():
           shutil.copyfile(self._files / name, self._partial / name)
       (self._partial / CONFIG_FILE).write_text(self.config.to_json())
-      (self._partial / MANIFEST_FILE).write_text(json.dumps({
-          "format": FORMAT, "pieces": [dataclasses.asdict(p) for p in self.pieces],
-          "provenance": self._provenance}, indent=2) + "\n")
+      (self._partial / MANIFEST_FILE).write_text(
+        json.dumps(
+          {
+            "format": FORMAT,
+            "pieces": [dataclasses.asdict(p) for p in self.pieces],
+            "provenance": self._provenance,
+          },
+          indent=2,
+        )
+        + "\n"
+      )
       publish(self.path)
       (self.path / PLAN_FILE).unlink()
     self._sync("finish")
@@ -151,17 +191,25 @@ class Writer:
       self.finish()
 
 
-def save(path: PathLike, params: Params, config: ModelConfig, *,
-         files: PathLike | None = None, provenance: Mapping[str, Any] | None = None,
-         piece_bytes: int = PIECE_BYTES, overwrite: bool = False) -> None:
+def save(
+  path: PathLike,
+  params: Params,
+  config: ModelConfig,
+  *,
+  files: PathLike | None = None,
+  provenance: Mapping[str, Any] | None = None,
+  piece_bytes: int = PIECE_BYTES,
+  overwrite: bool = False,
+) -> None:
   """Writes `params` (in `config.dtype`) as a checkpoint; see `Writer`."""
   params_lib.validate(params, config)
-  with Writer(path, config, files=files, provenance=provenance, piece_bytes=piece_bytes,
-              overwrite=overwrite) as writer:
+  with Writer(
+    path, config, files=files, provenance=provenance, piece_bytes=piece_bytes, overwrite=overwrite
+  ) as writer:
     for piece in writer.pieces:
       leaves = piece_leaves(params, piece)
       if piece.num_layers:
-        leaves = {n: x[piece.start:piece.stop] for n, x in leaves.items()}
+        leaves = {n: x[piece.start : piece.stop] for n, x in leaves.items()}
       writer.write(piece, leaves)
 
 
@@ -186,9 +234,9 @@ def load_pieces(path: PathLike) -> tuple[Piece, ...]:
   return _open(path)[1]
 
 
-def load(path: PathLike, dtype: str | None = None,
-         shardings: Params | jax.sharding.Sharding | None = None,
-         ) -> tuple[Params, ModelConfig]:
+def load(
+  path: PathLike, dtype: str | None = None, shardings: Params | jax.sharding.Sharding | None = None
+) -> tuple[Params, ModelConfig]:
   """Reads a checkpoint onto devices, piece by piece.
 
   Each device reads its part only, in whole chunks of at most 32 MiB, none of which
@@ -216,9 +264,12 @@ def load(path: PathLike, dtype: str | None = None,
   return assemble(config, pieces, read, shardings), config
 
 
-def assemble(config: ModelConfig, pieces: Sequence[Piece],
-             read: Callable[[Piece, dict[str, jax.ShapeDtypeStruct]], dict[str, jax.Array]],
-             shardings: Params | jax.sharding.Sharding | None = None) -> Params:
+def assemble(
+  config: ModelConfig,
+  pieces: Sequence[Piece],
+  read: Callable[[Piece, dict[str, jax.ShapeDtypeStruct]], dict[str, jax.Array]],
+  shardings: Params | jax.sharding.Sharding | None = None,
+) -> Params:
   """Parameters on devices out of pieces that are read one after the other.
 
   Args:
@@ -239,17 +290,19 @@ def assemble(config: ModelConfig, pieces: Sequence[Piece],
     shardings = jax.tree.unflatten(treedef, [shardings] * treedef.num_leaves)
   if jax.tree.structure(shardings) != treedef:
     raise ValueError(
-        f"shardings must be one Sharding or a Params tree like the model's {treedef}, "
-        f"got {jax.tree.structure(shardings)}")
+      f"shardings must be one Sharding or a Params tree like the model's {treedef}, "
+      f"got {jax.tree.structure(shardings)}"
+    )
 
   placements = piece_leaves(shardings, pieces[1])
-  stacked = _place(piece_leaves(abstract, pieces[1]), placements)
+  stacked = _with_shardings(piece_leaves(abstract, pieces[1]), placements)
   for name, leaf in stacked.items():
     if leaf.sharding.shard_shape(leaf.shape)[0] != leaf.shape[0]:
       raise ValueError(
-          f"the sharding of layers.{name} splits the layer axis, which a device "
-          f"must hold whole: {leaf.sharding}")
-  top = _place(piece_shapes(config, pieces[0]), piece_leaves(shardings, pieces[0]))
+        f"the sharding of layers.{name} splits the layer axis, which a device "
+        f"must hold whole: {leaf.sharding}"
+      )
+  top = _with_shardings(piece_shapes(config, pieces[0]), piece_leaves(shardings, pieces[0]))
   leaves = read(pieces[0], top)
   if len(pieces) == 2:
     layers = read(pieces[1], stacked)
@@ -258,7 +311,7 @@ def assemble(config: ModelConfig, pieces: Sequence[Piece],
     layers = jax.jit(zeros, out_shardings=placements)()
     insert = jax.jit(_insert, donate_argnums=0, out_shardings=placements)
     for piece in pieces[1:]:
-      part = read(piece, _place(piece_shapes(config, piece), placements))
+      part = read(piece, _with_shardings(piece_shapes(config, piece), placements))
       # Waiting keeps the next piece from being read while this one is alive.
       layers = jax.block_until_ready(insert(layers, part, jnp.int32(piece.start)))
       del part
@@ -280,8 +333,9 @@ def _release_freed_memory() -> None:
     library.malloc_trim(0)
 
 
-def iterate_pieces(path: PathLike, names: Collection[str] | None = None,
-                   ) -> Iterator[tuple[Piece, dict[str, np.ndarray]]]:
+def iterate_pieces(
+  path: PathLike, names: Collection[str] | None = None
+) -> Iterator[tuple[Piece, dict[str, np.ndarray]]]:
   """Yields pieces with their arrays on the host, named as in `piece_shapes`.
 
   Args:
@@ -297,20 +351,26 @@ def iterate_pieces(path: PathLike, names: Collection[str] | None = None,
     shapes = piece_shapes(config, piece)
     # Orbax restores to the host where the abstract leaf is a numpy array; a
     # broadcast scalar is one without the memory.
-    yield piece, _read(path, piece, {
-        n: np.broadcast_to(np.zeros((), s.dtype), s.shape) for n, s in shapes.items()})
+    yield (
+      piece,
+      _read(
+        path, piece, {n: np.broadcast_to(np.zeros((), s.dtype), s.shape) for n, s in shapes.items()}
+      ),
+    )
 
 
 def _check_leaves(what, got, expected):
   if set(got) != set(expected):
     raise ValueError(
-        f"{what} lacks the parameters {sorted(set(expected) - set(got))} and has "
-        f"unknown ones {sorted(set(got) - set(expected))}")
+      f"{what} lacks the parameters {sorted(set(expected) - set(got))} and has "
+      f"unknown ones {sorted(set(got) - set(expected))}"
+    )
   for name, want in expected.items():
     if got[name].shape != want.shape or got[name].dtype != want.dtype:
       raise ValueError(
-          f"{what}: {name} is {got[name].dtype}{list(got[name].shape)}, the model "
-          f"config expects {want.dtype}{list(want.shape)}")
+        f"{what}: {name} is {got[name].dtype}{list(got[name].shape)}, the model "
+        f"config expects {want.dtype}{list(want.shape)}"
+      )
 
 
 def _saving_context() -> ocp.Context:
@@ -343,13 +403,14 @@ def _open(path: PathLike) -> tuple[ModelConfig, tuple[Piece, ...]]:
   bounds = [0, *(p.stop for p in pieces[1:])]
   if pieces[0].num_layers or bounds != [*(p.start for p in pieces[1:]), config.num_layers]:
     raise ValueError(
-        f"the pieces of the checkpoint {path} are {[p.name for p in pieces]}, which is not "
-        f"\"top\" and then the {config.num_layers} layers of its config in order")
+      f"the pieces of the checkpoint {path} are {[p.name for p in pieces]}, which is not "
+      f'"top" and then the {config.num_layers} layers of its config in order'
+    )
   for piece in pieces:
     if not _piece_folder(path, piece).is_dir():
       raise FileNotFoundError(
-          f"the checkpoint {path} lacks its piece params/{piece.name}: copy, save or "
-          "convert it again")
+        f"the checkpoint {path} lacks its piece params/{piece.name}: copy, save or convert it again"
+      )
     _check_piece(path, piece, config)
   return config, pieces
 
@@ -358,8 +419,9 @@ def _check_piece(path: PathLike, piece: Piece, config: ModelConfig) -> None:
   """Compares the piece's own description with the config; reads no array."""
   with _reading(path, piece) as folder:
     found = traverse_util.flatten_dict(ocp.metadata(folder).metadata, sep=".")
-  _check_leaves(f"the piece params/{piece.name} of the checkpoint {path}", found,
-                piece_shapes(config, piece))
+  _check_leaves(
+    f"the piece params/{piece.name} of the checkpoint {path}", found, piece_shapes(config, piece)
+  )
 
 
 def _piece_folder(path: PathLike, piece: Piece) -> pathlib.Path:
@@ -382,17 +444,19 @@ def _reading(path: PathLike, piece: Piece) -> Iterator[pathlib.Path]:
   except Exception as error:  # damaged files raise all kinds, even a bare Exception
     reason = str(error).strip().split("\n")[0][:200]
     raise ValueError(
-        f"the piece params/{piece.name} of the checkpoint {path} cannot be read, the folder "
-        f"is damaged: copy, save or convert it again ({type(error).__name__}: {reason})"
+      f"the piece params/{piece.name} of the checkpoint {path} cannot be read, the folder "
+      f"is damaged: copy, save or convert it again ({type(error).__name__}: {reason})"
     ) from error
 
 
-def _place(shapes, shardings):
-  return {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[name])
-          for name, s in shapes.items()}
+def _with_shardings(shapes, shardings):
+  return {
+    name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[name])
+    for name, s in shapes.items()
+  }
 
 
 def _insert(stacked, part, start):
   return jax.tree.map(
-      lambda whole, rows: jax.lax.dynamic_update_slice_in_dim(whole, rows, start, 0),
-      stacked, part)
+    lambda whole, rows: jax.lax.dynamic_update_slice_in_dim(whole, rows, start, 0), stacked, part
+  )

@@ -1,10 +1,10 @@
 """The layout of a checkpoint folder, and how a folder comes to be in one step.
 
-    CKPT/model_config.json              ModelConfig.to_json()
-    CKPT/tokenizer.json, ...            copied where they exist (COMPANION_FILES)
-    CKPT/params/top/                    embedding, final_norm, unembedding
-    CKPT/params/layers_00000_00004/     layers 0 to 3, stacked on a leading axis
-    CKPT/manifest.json                  format, pieces, provenance; written last
+CKPT/model_config.json              ModelConfig.to_json()
+CKPT/tokenizer.json, ...            copied where they exist (COMPANION_FILES)
+CKPT/params/top/                    embedding, final_norm, unembedding
+CKPT/params/layers_00000_00004/     layers 0 to 3, stacked on a leading axis
+CKPT/manifest.json                  format, pieces, provenance; written last
 """
 
 import dataclasses
@@ -26,8 +26,13 @@ CONFIG_FILE = "model_config.json"
 MANIFEST_FILE = "manifest.json"
 PLAN_FILE = "plan.json"  # only in a folder that is being written
 COMPANION_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "tokenizer.model",
+  "special_tokens_map.json",
+  "generation_config.json",
+  "chat_template.jinja",
+)
 
 PIECE_BYTES = 256 << 20
 
@@ -70,9 +75,11 @@ def piece_shapes(config: ModelConfig, piece: Piece) -> dict[str, jax.ShapeDtypeS
   Names are those of `LayerParams`, or of `Params` for the "top" piece.
   """
   return {
-      name: jax.ShapeDtypeStruct((piece.num_layers, *leaf.shape[1:]), leaf.dtype)
-      if piece.num_layers else leaf
-      for name, leaf in piece_leaves(params_lib.abstract(config), piece).items()}
+    name: jax.ShapeDtypeStruct((piece.num_layers, *leaf.shape[1:]), leaf.dtype)
+    if piece.num_layers
+    else leaf
+    for name, leaf in piece_leaves(params_lib.abstract(config), piece).items()
+  }
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -98,24 +105,29 @@ def read_manifest(path: PathLike) -> dict[str, Any]:
   path = pathlib.Path(path)
   partial = partial_folder(path)
   if not path.is_dir():
-    hint = (f"; {partial} is an unfinished one: run the command that wrote it again"
-            if partial.is_dir() else "")
+    hint = (
+      f"; {partial} is an unfinished one: run the command that wrote it again"
+      if partial.is_dir()
+      else ""
+    )
     raise FileNotFoundError(f"there is no checkpoint folder {path}{hint}")
   if (path / PLAN_FILE).is_file() and not (path / MANIFEST_FILE).is_file():
     raise FileNotFoundError(
-        f"{path} is an unfinished checkpoint: run the command that wrote it again")
+      f"{path} is an unfinished checkpoint: run the command that wrote it again"
+    )
   if not (path / CONFIG_FILE).is_file():
     if (path / "config.json").is_file():
       raise FileNotFoundError(
-          f"{path} looks like a Hugging Face folder, not a roe_jax checkpoint: convert it "
-          f"first with python -m checkpoints_convert --source={path} --target=NEW_FOLDER, or open "
-          "it as it is with checkpoints_convert.load")
-    raise FileNotFoundError(
-        f"{path} has no {CONFIG_FILE}: it is not a roe_jax checkpoint folder")
+        f"{path} looks like a Hugging Face folder, not a roe_jax checkpoint: convert it "
+        f"first with python -m checkpoints_convert --source={path} --target=NEW_FOLDER, or open "
+        "it as it is with checkpoints_convert.load"
+      )
+    raise FileNotFoundError(f"{path} has no {CONFIG_FILE}: it is not a roe_jax checkpoint folder")
   if not (path / MANIFEST_FILE).is_file():
     raise FileNotFoundError(
-        f"the checkpoint {path} has no {MANIFEST_FILE}: it is incomplete; copy, save or "
-        "convert it again")
+      f"the checkpoint {path} has no {MANIFEST_FILE}: it is incomplete; copy, save or "
+      "convert it again"
+    )
   try:
     manifest = json.loads((path / MANIFEST_FILE).read_text())
     found = manifest["format"]
@@ -123,8 +135,8 @@ def read_manifest(path: PathLike) -> dict[str, Any]:
     raise ValueError(f"{path / MANIFEST_FILE} is not a checkpoint manifest: {error}") from error
   if found != FORMAT:
     raise ValueError(
-        f"the checkpoint {path} has format {found}, this version of roe_jax reads "
-        f"format {FORMAT}")
+      f"the checkpoint {path} has format {found}, this version of roe_jax reads format {FORMAT}"
+    )
   return manifest
 
 
@@ -151,14 +163,17 @@ def check_target(target: PathLike, overwrite: bool, marker: str) -> None:
     return
   if not overwrite:
     raise FileExistsError(
-        f"the target {target} exists; choose another, or ask to replace it (--overwrite)")
+      f"the target {target} exists; choose another, or ask to replace it (--overwrite)"
+    )
   if not (target / marker).is_file():
     raise FileExistsError(
-        f"the target {target} exists and has no {marker}, so it is not what this "
-        "program writes and is not replaced; choose another target")
+      f"the target {target} exists and has no {marker}, so it is not what this "
+      "program writes and is not replaced; choose another target"
+    )
   if _replaced_folder(target).exists():
     raise FileExistsError(
-        f"{_replaced_folder(target)} is needed to replace {target}, but it exists; move it away")
+      f"{_replaced_folder(target)} is needed to replace {target}, but it exists; move it away"
+    )
 
 
 def start_partial(target: PathLike, marker: str, text: str) -> pathlib.Path:
@@ -171,8 +186,9 @@ def start_partial(target: PathLike, marker: str, text: str) -> pathlib.Path:
   if partial.exists():
     if any(partial.iterdir()) and not (partial / marker).is_file():
       raise FileExistsError(
-          f"{partial} is needed to write {target}, but it exists and was not left by "
-          "an interrupted run of this program; move it away")
+        f"{partial} is needed to write {target}, but it exists and was not left by "
+        "an interrupted run of this program; move it away"
+      )
   partial.mkdir(parents=True, exist_ok=True)
   # The marker stays until the last: what is killed here leaves a folder of this program.
   (partial / marker).touch()

@@ -11,44 +11,45 @@ import jax
 import jax.numpy as jnp
 
 
-def parts(axis: str) -> int:
+def axis_size(axis: str) -> int:
   """Into how many parts arrays are split along a mesh axis; 1 outside of a `shard_map`."""
   return jax.lax.axis_size(axis) if _split((axis,)) else 1
 
 
-def index(*axes: str) -> jax.Array | int:
+def axis_index(*axes: str) -> jax.Array | int:
   """This device's index along mesh axes, the first of them slowest."""
   return jax.lax.axis_index(axes) if _split(axes) else 0
 
 
-def add(x: jax.Array, *axes: str) -> jax.Array:
+def psum(x: jax.Array, *axes: str) -> jax.Array:
   """`x` summed over the devices along mesh axes."""
   axes = _split(axes)
   return jax.lax.psum(x, axes) if axes else x
 
 
-def mean(x: jax.Array, *axes: str) -> jax.Array:
+def pmean(x: jax.Array, *axes: str) -> jax.Array:
   """`x` averaged over the devices along mesh axes."""
-  return add(x, *axes) / math.prod(map(parts, axes))
+  return psum(x, *axes) / math.prod(map(axis_size, axes))
 
 
-def of_first(x: jax.Array, *axes: str) -> jax.Array:
+def broadcast_from_first(x: jax.Array, *axes: str) -> jax.Array:
   """`x` of the first device along mesh axes, on all of them."""
-  return add(jnp.where(index(*axes) == 0, x, jnp.zeros_like(x)), *axes) if axes else x
+  return psum(jnp.where(axis_index(*axes) == 0, x, jnp.zeros_like(x)), *axes) if axes else x
 
 
 def take_rows(table: jax.Array, rows: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   """`table[rows]` of a whole table whose rows are split over mesh axes."""
-  own = rows - index(*axes) * len(table)
+  own = rows - axis_index(*axes) * len(table)
   return _of_owner(table[jnp.clip(own, 0, len(table) - 1)], own, len(table), axes)
 
 
 def take_slice(x: jax.Array, position: jax.Array, axis: int, axes: tuple[str, ...]) -> jax.Array:
   """One position of a whole array's axis, kept with size 1, that is split over mesh axes."""
   size = x.shape[axis]
-  own = position - index(*axes) * size
-  return _of_owner(jax.lax.dynamic_slice_in_dim(x, jnp.clip(own, 0, size - 1), 1, axis),
-                   own, size, axes)
+  own = position - axis_index(*axes) * size
+  return _of_owner(
+    jax.lax.dynamic_slice_in_dim(x, jnp.clip(own, 0, size - 1), 1, axis), own, size, axes
+  )
 
 
 def _of_owner(found, own, size, axes):
@@ -56,7 +57,7 @@ def _of_owner(found, own, size, axes):
   if not axes:
     return found
   is_own = jnp.expand_dims((own >= 0) & (own < size), tuple(range(jnp.ndim(own), found.ndim)))
-  return add(jnp.where(is_own, found, jnp.zeros_like(found)), *axes)
+  return psum(jnp.where(is_own, found, jnp.zeros_like(found)), *axes)
 
 
 def _split(axes):

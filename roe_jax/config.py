@@ -53,7 +53,7 @@ class ModelConfig:
     context_length: longest sequence the model was made for, in tokens.
     normalize_gates: whether the gates of the chosen experts are scaled to sum
       to one (Mixtral; `norm_topk_prob`), or stay a softmax over all experts.
-    gate_mass_experts: scale gates that are not normalised so that they sum to what
+    gate_mass_experts: scale gates that are not normalized so that they sum to what
       those of so many best experts alone would; None: do not. No model has it:
       see `routing.with_experts`.
     gates_in_model_dtype: whether gates are rounded to `dtype` before use
@@ -131,40 +131,52 @@ class ModelConfig:
     if isinstance(self.rope_scaling, dict):  # as it comes out of JSON
       object.__setattr__(self, "rope_scaling", Yarn(**self.rope_scaling))
     if self.expert_format is not None and self.expert_format not in FORMATS:
-      raise ValueError(f"unknown expert_format {self.expert_format!r}; choose one of "
-                       f"{', '.join(FORMATS)}, or none")
-    if self.dtype not in DTYPES:
       raise ValueError(
-          f"unsupported dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}")
-    for name in ("vocab_size", "num_layers", "d_model", "num_heads",
-                 "num_kv_heads", "head_dim", "num_experts",
-                 "experts_per_token", "d_expert", "context_length"):
+        f"unknown expert_format {self.expert_format!r}; choose one of {', '.join(FORMATS)}, or none"
+      )
+    if self.dtype not in DTYPES:
+      raise ValueError(f"unsupported dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+    for name in (
+      "vocab_size",
+      "num_layers",
+      "d_model",
+      "num_heads",
+      "num_kv_heads",
+      "head_dim",
+      "num_experts",
+      "experts_per_token",
+      "d_expert",
+      "context_length",
+    ):
       value = getattr(self, name)
       if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
-          f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
-          f"({self.num_kv_heads})")
+        f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
+      )
     if self.head_dim % 2:
-      raise ValueError(
-          f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+      raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
     if self.experts_per_token > self.num_experts:
       raise ValueError(
-          f"experts_per_token ({self.experts_per_token}) exceeds num_experts "
-          f"({self.num_experts})")
+        f"experts_per_token ({self.experts_per_token}) exceeds num_experts ({self.num_experts})"
+      )
     if not 1 <= (self.gate_mass_experts or 1) <= self.experts_per_token:
       raise ValueError(
-          f"gate_mass_experts must be None or lie in [1, {self.experts_per_token}] "
-          f"(experts_per_token), got {self.gate_mass_experts}")
+        f"gate_mass_experts must be None or lie in [1, {self.experts_per_token}] "
+        f"(experts_per_token), got {self.gate_mass_experts}"
+      )
     layers = self.sliding_layers
     if (self.sliding_window is None) == bool(layers) or (layers and self.sliding_window < 1):
       raise ValueError(
-          f"sliding_layers {list(layers)} need a sliding_window of at least 1, and none "
-          f"without them; got {self.sliding_window}")
+        f"sliding_layers {list(layers)} need a sliding_window of at least 1, and none "
+        f"without them; got {self.sliding_window}"
+      )
     if list(layers) != sorted(set(layers) & set(range(self.num_layers))):
-      raise ValueError(f"sliding_layers must be ascending indices of the {self.num_layers} "
-                       f"layers, got {list(layers)}")
+      raise ValueError(
+        f"sliding_layers must be ascending indices of the {self.num_layers} "
+        f"layers, got {list(layers)}"
+      )
 
   def replace(self, **changes) -> "ModelConfig":
     return dataclasses.replace(self, **changes)
@@ -188,9 +200,8 @@ class ModelConfig:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     missing = sorted(
-        name for name, f in fields.items()
-        if name not in values and f.default is dataclasses.MISSING)
+      name for name, f in fields.items() if name not in values and f.default is dataclasses.MISSING
+    )
     if unknown or missing:
-      raise ValueError(
-          f"the model config has unknown keys {unknown} and lacks {missing}")
+      raise ValueError(f"the model config has unknown keys {unknown} and lacks {missing}")
     return cls(**values)

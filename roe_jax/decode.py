@@ -16,18 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import (
-    batching, members as members_lib, params as params_lib, sampling, sharding)
+from roe_jax import batching, prefill, sampling, sharding
+from roe_jax import members as members_lib
+from roe_jax import params as params_lib
 from roe_jax.cache import KVCache
-from roe_jax.completion import Completion, Generation, OpenText, Stops, Throughput
+from roe_jax.completion import Completion, Generation, Throughput
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
+from roe_jax.stopping import OpenText, Stops
 
-PREFILL_CHUNK = 256
-# Room is cheap and compiling is not: short texts share one shape.
-MIN_CAPACITY = 128
 # At most this many steps between looks at stop strings.
 SEGMENT = 32
 # One prompt alone is prefilled hardly faster than several. So the next ones are
@@ -60,36 +59,16 @@ class DecodeState:
   cache: KVCache | None
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def prefill_chunk(params: Params, config: ModelConfig, roster: Roster, cache: KVCache,
-                  tokens_BxT: jax.Array, starts_B: jax.Array, request_ids_B: jax.Array,
-                  lengths_B: jax.Array | None = None) -> KVCache:
-  """Puts T tokens from `starts_B` on into the (donated) cache."""
-  positions = starts_B[:, None] + jnp.arange(tokens_BxT.shape[1])[None]
-  return members_lib.prefill(params, config, roster, cache, tokens_BxT, positions,
-                            request_ids_B, lengths_B)[0]
-
-
-def fill_cache(params: Params, config: ModelConfig, roster: Roster, cache: KVCache,
-               tokens_BxS: jax.Array, lengths: np.ndarray | int,
-               request_ids_B: jax.Array) -> KVCache:
-  """Prefills positions below each row's length, or one of all rows, in chunks of few shapes."""
-  start, longest = 0, int(np.max(lengths))
-  lengths_B = jnp.asarray(np.broadcast_to(np.int32(lengths), tokens_BxS.shape[:1]))
-  while start < longest:
-    size = min(PREFILL_CHUNK, batching.power_of_two(longest - start, 32),
-               tokens_BxS.shape[1] - start)
-    cache = prefill_chunk(
-        params, config, roster.history(), cache, tokens_BxS[:, start:start + size],
-        jnp.full(tokens_BxS.shape[0], start), request_ids_B, lengths_B)
-    start += size
-  return cache
-
-
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def decode_steps(params: Params, config: ModelConfig, roster: Roster, sampler: Sampler,
-                 state: DecodeState, stop_tokens: jax.Array,
-                 num_steps: jax.Array) -> tuple[DecodeState, jax.Array]:
+def decode_steps(
+  params: Params,
+  config: ModelConfig,
+  roster: Roster,
+  sampler: Sampler,
+  state: DecodeState,
+  stop_tokens: jax.Array,
+  num_steps: jax.Array,
+) -> tuple[DecodeState, jax.Array]:
   """Steps for all texts that are not done, until one of them ends.
 
   Args:
@@ -111,8 +90,15 @@ def decode_steps(params: Params, config: ModelConfig, roster: Roster, sampler: S
     count, state = carry
     positions = state.lengths - 1
     outputs, cache = members_lib.step(
-        params, config, roster, state.cache, state.tokens[rows, positions], positions,
-        state.request_ids, state.tokens)
+      params,
+      config,
+      roster,
+      state.cache,
+      state.tokens[rows, positions],
+      positions,
+      state.request_ids,
+      state.tokens,
+    )
     log_probs = outputs.log_probs[:, 0]
     token = sampling.choose(sampler, roster.seed, log_probs, state.request_ids, positions)
     clean = outputs.clean_tokens[:, 0]
@@ -124,55 +110,65 @@ def decode_steps(params: Params, config: ModelConfig, roster: Roster, sampler: S
     lengths = jnp.where(state.done, state.lengths, state.lengths + 1)
     ended = jnp.isin(token, stop_tokens) | (lengths >= state.limits)
     return count + 1, state.replace(
-        tokens=put(state.tokens, token), log_probs=put(state.log_probs, log_probs[rows, token]),
-        clean_tokens=put(state.clean_tokens, clean), lengths=lengths,
-        done=state.done | ended, cache=cache)
+      tokens=put(state.tokens, token),
+      log_probs=put(state.log_probs, log_probs[rows, token]),
+      clean_tokens=put(state.clean_tokens, clean),
+      lengths=lengths,
+      done=state.done | ended,
+      cache=cache,
+    )
 
   def none_ended(carry):
     count, state = carry
     return (count < num_steps) & jnp.all(state.done == done_before)
 
   count, state = jax.lax.while_loop(none_ended, step, (jnp.int32(0), state))
-  return sharding.in_place(params, state), count
+  return sharding.with_sharding_constraint(params, state), count
 
 
-def capacity_for(config: ModelConfig, prompts: Sequence[Sequence[int]],
-                 max_new_tokens: int) -> int:
-  """Positions that hold any of the prompts with its completion, as one of few sizes."""
-  longest = max(map(len, prompts), default=0)
-  # One more than the longest text, so that rows that are done have a place to
-  # point to.
-  return batching.bucket(min(longest + max_new_tokens, config.context_length) + 1, MIN_CAPACITY)
-
-
-def start(params: Params, config: ModelConfig, roster: Roster, prompts: Sequence[Sequence[int]],
-          request_ids: Sequence[int], max_new_tokens: int, num_slots: int,
-          capacity: int) -> DecodeState:
+def start(
+  params: Params,
+  config: ModelConfig,
+  roster: Roster,
+  prompts: Sequence[Sequence[int]],
+  request_ids: Sequence[int],
+  max_new_tokens: int,
+  num_slots: int,
+  capacity: int,
+) -> DecodeState:
   """The state after prefill of the prompts, one in each slot from the first on.
 
   The last token of each prompt is left for the first step.
   """
   lengths = np.ones(num_slots, np.int32)
-  lengths[:len(prompts)] = [len(p) for p in prompts]
+  lengths[: len(prompts)] = [len(p) for p in prompts]
   ids = np.zeros(num_slots, np.uint32)
-  ids[:len(prompts)] = request_ids
+  ids[: len(prompts)] = request_ids
   tokens, ids = batching.pad(prompts, num_slots, capacity), jnp.asarray(ids)
-  cache = batching.made_beside(params, members_lib.empty_cache, config, roster,
-                               batch_size=num_slots, capacity=capacity)
+  cache = batching.init_sharded(
+    params, members_lib.empty_cache, config, roster, batch_size=num_slots, capacity=capacity
+  )
   if cache is not None:
-    cache = fill_cache(params, config, roster, cache, tokens, lengths - 1, ids)
+    cache = prefill.fill_cache(params, config, roster, cache, tokens, lengths - 1, ids)
   state = DecodeState(
-      tokens=tokens, log_probs=jnp.zeros(tokens.shape, jnp.float32),
-      clean_tokens=jnp.full(tokens.shape, -1, jnp.int32), lengths=jnp.asarray(lengths),
-      limits=jnp.asarray(np.minimum(lengths + max_new_tokens, config.context_length)),
-      done=jnp.arange(num_slots) >= len(prompts), request_ids=ids, cache=cache)
-  return batching.beside(params, state)
+    tokens=tokens,
+    log_probs=jnp.zeros(tokens.shape, jnp.float32),
+    clean_tokens=jnp.full(tokens.shape, -1, jnp.int32),
+    lengths=jnp.asarray(lengths),
+    limits=jnp.asarray(np.minimum(lengths + max_new_tokens, config.context_length)),
+    done=jnp.arange(num_slots) >= len(prompts),
+    request_ids=ids,
+    cache=cache,
+  )
+  return batching.device_put_like(params, state)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def place(state: DecodeState, slot: jax.Array, other: DecodeState,
-          other_slot: jax.Array) -> DecodeState:
+def insert_sequence(
+  state: DecodeState, slot: jax.Array, other: DecodeState, other_slot: jax.Array
+) -> DecodeState:
   """Puts the text in a slot of another state into a slot of the (donated) state."""
+
   def put(axis):
     return lambda into, source: sharding.put_row(into, source, axis, slot, other_slot)
 
@@ -191,16 +187,25 @@ class _Slots:
     slot_steps: those steps, counted once for each slot that was running.
   """
 
-  def __init__(self, params: Params, config: ModelConfig, roster: Roster, sampler: Sampler,
-               prompts: Sequence[Sequence[int]], request_ids: Sequence[int], stops: Stops,
-               max_new_tokens: int, num_slots: int):
+  def __init__(
+    self,
+    params: Params,
+    config: ModelConfig,
+    roster: Roster,
+    sampler: Sampler,
+    prompts: Sequence[Sequence[int]],
+    request_ids: Sequence[int],
+    stops: Stops,
+    max_new_tokens: int,
+    num_slots: int,
+  ):
     self.texts: list[OpenText | None] = [None] * num_slots
     self.waiting = deque(range(len(prompts)))
     self.steps = self.slot_steps = 0
-    self._model = params_lib.held(params), config, roster
+    self._model = params_lib.in_storage_dtype(params), config, roster
     self._sampler, self._stops, self._stop_tokens = sampler, stops, stops.token_array()
     self._prompts, self._ids, self._max_new_tokens = prompts, request_ids, max_new_tokens
-    self._capacity = capacity_for(config, prompts, max_new_tokens)
+    self._capacity = prefill.capacity_for(config, prompts, max_new_tokens)
     self._state = None
     self._ready_state = None
     self._ready: deque[tuple[int, int]] = deque()  # slot in the ready state, and prompt
@@ -223,15 +228,22 @@ class _Slots:
           indices, self._ready_state = self._prefilled(max(1, len(self.texts) // READY_SHARE))
           self._ready.extend(enumerate(indices))
         ready, index = self._ready.popleft()
-        self._state = place(self._state, np.int32(slot), self._ready_state, np.int32(ready))
+        self._state = insert_sequence(
+          self._state, np.int32(slot), self._ready_state, np.int32(ready)
+        )
         self.texts[slot] = self._opened(index)
 
   def _prefilled(self, num_slots):
     """The next prompts, and a state of so many slots that holds them."""
     indices = [self.waiting.popleft() for _ in range(min(num_slots, len(self.waiting)))]
     return indices, start(
-        *self._model, [self._prompts[i] for i in indices], [self._ids[i] for i in indices],
-        self._max_new_tokens, num_slots, self._capacity)
+      *self._model,
+      [self._prompts[i] for i in indices],
+      [self._ids[i] for i in indices],
+      self._max_new_tokens,
+      num_slots,
+      self._capacity,
+    )
 
   def _opened(self, index):
     return OpenText(index, len(self._prompts[index]), self._stops)
@@ -239,12 +251,17 @@ class _Slots:
   def advance(self, num_steps: int) -> None:
     """Decodes until a text ends, or for `num_steps`."""
     self._state, steps = decode_steps(
-        *self._model, self._sampler, self._state, self._stop_tokens, np.int32(num_steps))
+      *self._model, self._sampler, self._state, self._stop_tokens, np.int32(num_steps)
+    )
     self.steps += int(steps)
     if self._stops.strings:
       tokens, lengths = jax.device_get((self._state.tokens, self._state.lengths))
-      stopped = np.array([text is not None and text.hits_stop_string(*row)
-                          for text, *row in zip(self.texts, tokens, lengths)])
+      stopped = np.array(
+        [
+          text is not None and text.hits_stop_string(*row)
+          for text, *row in zip(self.texts, tokens, lengths)
+        ]
+      )
       self._state = self._state.replace(done=self._state.done | jnp.asarray(stopped))
 
   def harvest(self) -> list[tuple[int, Completion]]:
@@ -267,24 +284,29 @@ class _Slots:
 
   def _completion(self, slot, state):
     return self.texts[slot].completion(
-        state.tokens[slot], state.log_probs[slot], state.clean_tokens[slot],
-        int(state.lengths[slot]), bool(state.done[slot]), self._model[1].context_length)
+      state.tokens[slot],
+      state.log_probs[slot],
+      state.clean_tokens[slot],
+      int(state.lengths[slot]),
+      bool(state.done[slot]),
+      self._model[1].context_length,
+    )
 
 
 def generate(
-    params: Params,
-    config: ModelConfig,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    roster: Roster | None = None,
-    sampler: Sampler | None = None,
-    stop_tokens: Sequence[int] | None = None,
-    stop_strings: Sequence[str] = (),
-    decode: Callable[[list[int]], str] | None = None,
-    request_ids: Sequence[int] | None = None,
-    batch_size: int = 16,
-    on_finished: Callable[[int, Completion], None] = lambda index, completion: None,
+  params: Params,
+  config: ModelConfig,
+  prompts: Sequence[Sequence[int]],
+  *,
+  max_new_tokens: int,
+  roster: Roster | None = None,
+  sampler: Sampler | None = None,
+  stop_tokens: Sequence[int] | None = None,
+  stop_strings: Sequence[str] = (),
+  decode: Callable[[list[int]], str] | None = None,
+  request_ids: Sequence[int] | None = None,
+  batch_size: int = 16,
+  on_finished: Callable[[int, Completion], None] = lambda index, completion: None,
 ) -> Generation:
   """Continues prompts.
 
@@ -324,12 +346,22 @@ def generate(
   """
   begin = time.perf_counter()
   roster, sampler, stops = _checked(
-      config, prompts, max_new_tokens, roster, sampler, stop_tokens, stop_strings, decode)
+    config, prompts, max_new_tokens, roster, sampler, stop_tokens, stop_strings, decode
+  )
   ids = batching.request_ids(request_ids, len(prompts))
   if batch_size < 1:
     raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-  slots = _Slots(params, config, roster, sampler, prompts, ids, stops, max_new_tokens,
-                 min(batch_size, batching.bucket(len(prompts))))
+  slots = _Slots(
+    params,
+    config,
+    roster,
+    sampler,
+    prompts,
+    ids,
+    stops,
+    max_new_tokens,
+    min(batch_size, batching.bucket(len(prompts))),
+  )
   completions: list[Completion | None] = [None] * len(prompts)
   while slots.unfinished:
     slots.fill()
@@ -338,26 +370,37 @@ def generate(
       completions[index] = completion
       on_finished(index, completion)
   throughput = Throughput(
-      sum(len(c.tokens) for c in completions), slots.steps,
-      slots.slot_steps / max(1, slots.steps * len(slots.texts)), time.perf_counter() - begin)
-  return Generation(completions, {
-      "roster": roster.settings(), "sampler": sampler.settings(),
-      "max_new_tokens": max_new_tokens, "stop_tokens": list(stops.tokens),
-      "stop_strings": list(stops.strings), "model": dataclasses.asdict(config)}, throughput)
+    sum(len(c.tokens) for c in completions),
+    slots.steps,
+    slots.slot_steps / max(1, slots.steps * len(slots.texts)),
+    time.perf_counter() - begin,
+  )
+  return Generation(
+    completions,
+    {
+      "roster": roster.settings(),
+      "sampler": sampler.settings(),
+      "max_new_tokens": max_new_tokens,
+      "stop_tokens": list(stops.tokens),
+      "stop_strings": list(stops.strings),
+      "model": dataclasses.asdict(config),
+    },
+    throughput,
+  )
 
 
 def stream(
-    params: Params,
-    config: ModelConfig,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    roster: Roster | None = None,
-    sampler: Sampler | None = None,
-    stop_tokens: Sequence[int] | None = None,
-    stop_strings: Sequence[str] = (),
-    decode: Callable[[list[int]], str] | None = None,
-    request_id: int = 0,
+  params: Params,
+  config: ModelConfig,
+  prompt: Sequence[int],
+  *,
+  max_new_tokens: int,
+  roster: Roster | None = None,
+  sampler: Sampler | None = None,
+  stop_tokens: Sequence[int] | None = None,
+  stop_strings: Sequence[str] = (),
+  decode: Callable[[list[int]], str] | None = None,
+  request_id: int = 0,
 ) -> Iterator[Completion]:
   """Continues one prompt; yields the completion so far after every token.
 
@@ -365,7 +408,8 @@ def stream(
   completion, which equals the one that `generate` returns.
   """
   roster, sampler, stops = _checked(
-      config, [prompt], max_new_tokens, roster, sampler, stop_tokens, stop_strings, decode)
+    config, [prompt], max_new_tokens, roster, sampler, stop_tokens, stop_strings, decode
+  )
   ids = batching.request_ids([request_id], 1)
   slots = _Slots(params, config, roster, sampler, [prompt], ids, stops, max_new_tokens, 1)
   slots.fill()
@@ -384,5 +428,8 @@ def _checked(config, prompts, max_new_tokens, roster, sampler, stop_tokens, stop
   batching.check_tokens(config, prompts, room=1)
   if max_new_tokens < 1:
     raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-  return (roster, sampler or Sampler.greedy(),
-          Stops.create(config, stop_tokens, stop_strings, decode))
+  return (
+    roster,
+    sampler or Sampler.greedy(),
+    Stops.create(config, stop_tokens, stop_strings, decode),
+  )

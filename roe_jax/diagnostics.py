@@ -8,15 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import batching, decode, members as members_lib, params as params_lib, sharding
+from roe_jax import batching, prefill, sharding
+from roe_jax import members as members_lib
+from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
 
 
-def routing_agreement(params: Params, config: ModelConfig, roster: Roster,
-                      texts: Sequence[Sequence[int]], starts: Sequence[int] | None = None,
-                      request_ids: Sequence[int] | None = None) -> np.ndarray:
+def routing_agreement(
+  params: Params,
+  config: ModelConfig,
+  roster: Roster,
+  texts: Sequence[Sequence[int]],
+  starts: Sequence[int] | None = None,
+  request_ids: Sequence[int] | None = None,
+) -> np.ndarray:
   """How far the noisy members' experts agree with the clean member's, by layer.
 
   The share of a noisy member's A chosen experts that the clean member chose at
@@ -44,13 +51,17 @@ def routing_agreement(params: Params, config: ModelConfig, roster: Roster,
   shared_BxT = _at_all_positions(_shared_experts, params, config, roster, texts, request_ids)
   wanted = np.zeros(shared_BxT.shape[1:], bool)
   for row, text, start in zip(wanted, texts, starts):
-    row[start - 1:len(text) - 1] = True
+    row[start - 1 : len(text) - 1] = True
   return shared_BxT.astype(np.float64)[:, wanted].mean(axis=1)
 
 
-def routing_margins(params: Params, config: ModelConfig, roster: Roster,
-                    texts: Sequence[Sequence[int]],
-                    request_ids: Sequence[int] | None = None) -> np.ndarray:
+def routing_margins(
+  params: Params,
+  config: ModelConfig,
+  roster: Roster,
+  texts: Sequence[Sequence[int]],
+  request_ids: Sequence[int] | None = None,
+) -> np.ndarray:
   """How far each member's choice of experts is from another one.
 
   The distance between the perturbed router logits of the last expert that is chosen
@@ -74,7 +85,7 @@ def routing_margins(params: Params, config: ModelConfig, roster: Roster,
   if roster.cache != "clean" or roster.recompute:
     raise ValueError("routing margins need a Clean Cache roster")
   margins = _at_all_positions(_margins, params, config, roster, texts, request_ids)
-  return margins[:, :, :len(texts), :max(map(len, texts))]
+  return margins[:, :, : len(texts), : max(map(len, texts))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +104,15 @@ class UniqueExperts:
   num_steps: int
 
 
-def unique_experts(params: Params, config: ModelConfig, roster: Roster,
-                   texts: Sequence[Sequence[int]], starts: Sequence[int] | None = None,
-                   request_ids: Sequence[int] | None = None,
-                   batch_size: int = 16) -> UniqueExperts:
+def unique_experts(
+  params: Params,
+  config: ModelConfig,
+  roster: Roster,
+  texts: Sequence[Sequence[int]],
+  starts: Sequence[int] | None = None,
+  request_ids: Sequence[int] | None = None,
+  batch_size: int = 16,
+) -> UniqueExperts:
   """Counts the different experts that the members choose.
 
   Counted are the positions from which the tokens at `starts` and after are
@@ -130,27 +146,35 @@ def unique_experts(params: Params, config: ModelConfig, roster: Roster,
     batch = slice(first, first + batch_size)
     hit = _at_all_positions(_hit_experts, params, config, roster, texts[batch], ids[batch])
     for row, (text, start) in enumerate(zip(texts[batch], starts[batch])):
-      of_text = hit[:, row, start - 1:len(text) - 1]
-      steps[:, :of_text.shape[1]] |= of_text
+      of_text = hit[:, row, start - 1 : len(text) - 1]
+      steps[:, : of_text.shape[1]] |= of_text
       positions.append(of_text.sum(axis=-1))
-  return UniqueExperts(np.concatenate(positions, axis=1).mean(axis=1),
-                       steps.sum(axis=-1).mean(axis=1), num_steps)
+  return UniqueExperts(
+    np.concatenate(positions, axis=1).mean(axis=1), steps.sum(axis=-1).mean(axis=1), num_steps
+  )
 
 
 def _at_all_positions(compute, params, config, roster, texts, request_ids):
   """`compute` on a filled cache and all positions of texts, as a numpy array."""
-  params = params_lib.held(params)
+  params = params_lib.in_storage_dtype(params)
   batching.check_tokens(config, texts, what="text")
   ids = np.zeros(batching.bucket(len(texts)), np.uint32)
-  ids[:len(texts)] = batching.request_ids(request_ids, len(texts))
+  ids[: len(texts)] = batching.request_ids(request_ids, len(texts))
   ids = jnp.asarray(ids)
   longest = max(map(len, texts))
-  capacity = batching.bucket(longest, decode.MIN_CAPACITY)
+  capacity = batching.bucket(longest, prefill.MIN_CAPACITY)
   tokens = batching.pad(texts, len(ids), capacity)
-  cache = batching.made_beside(params, members_lib.empty_cache, config, roster,
-                               batch_size=len(ids), capacity=capacity, whole=True)
+  cache = batching.init_sharded(
+    params,
+    members_lib.empty_cache,
+    config,
+    roster,
+    batch_size=len(ids),
+    capacity=capacity,
+    whole=True,
+  )
   if roster.cache == "clean":
-    cache = decode.fill_cache(params, config, roster, cache, tokens, longest - 1, ids)
+    cache = prefill.fill_cache(params, config, roster, cache, tokens, longest - 1, ids)
   return np.asarray(compute(params, config, roster, cache, tokens, ids))
 
 
@@ -162,19 +186,21 @@ def _positions(tokens):
 def _hit_experts(params, config, roster, cache, tokens, request_ids):
   """Whether any member chose an expert, bool `[L, B, T, E]`."""
   chosen = members_lib.chosen_experts(
-      params, config, roster, cache, tokens, _positions(tokens), request_ids)
+    params, config, roster, cache, tokens, _positions(tokens), request_ids
+  )
   hit = jax.nn.one_hot(chosen, config.num_experts, dtype=bool).any(axis=(1, -2))
-  return sharding.in_place(params, hit)
+  return sharding.with_sharding_constraint(params, hit)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _shared_experts(params, config, roster, cache, tokens, request_ids):
   """Mean share of the clean member's experts, `[L, B, T]`."""
   chosen = members_lib.chosen_experts(
-      params, config, roster, cache, tokens, _positions(tokens), request_ids)
+    params, config, roster, cache, tokens, _positions(tokens), request_ids
+  )
   clean, noisy = chosen[:, :1], chosen[:, 1:]
   shared = (noisy[..., :, None] == clean[..., None, :]).any(-1)
-  return sharding.in_place(params, shared.mean(axis=(1, -1)))
+  return sharding.with_sharding_constraint(params, shared.mean(axis=(1, -1)))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -182,7 +208,8 @@ def _margins(params, config, roster, cache, tokens, request_ids):
   """`[L, R, B, T]`."""
   positions = _positions(tokens)
   _, outputs = members_lib.member_states(
-      params, config, roster, cache, tokens, positions, request_ids, keep=("router_logits",))
+    params, config, roster, cache, tokens, positions, request_ids, keep=("router_logits",)
+  )
 
   def margin(layer, member, logits_BxTxE):
     noise = members_lib.routing_noise(roster, request_ids, positions, member)
@@ -191,6 +218,10 @@ def _margins(params, config, roster, cache, tokens, request_ids):
     return best[..., -2] - best[..., -1]
 
   of_members = jax.vmap(margin, in_axes=(None, 0, 0))
-  return sharding.in_place(params, jax.lax.map(
+  return sharding.with_sharding_constraint(
+    params,
+    jax.lax.map(
       lambda a: of_members(a[0], jnp.asarray(roster.members), a[1]),
-      (jnp.arange(config.num_layers), outputs.router_logits)))
+      (jnp.arange(config.num_layers), outputs.router_logits),
+    ),
+  )

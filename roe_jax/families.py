@@ -1,7 +1,7 @@
 """The model families of the hub: what their `config.json` says, as one table.
 
 An entry of `FAMILIES` is all that the library knows about a family beyond its
-`ModelConfig`; the names of its tensors are `checkpoints_convert.rules`.
+`ModelConfig`; the names of its tensors are `checkpoints_convert.tensor_names`.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class Family:
     needs_switch: whether the window counts with `use_sliding_window` only.
     slides: `(config.json, layer) -> bool`, which layers have the window where
       `layer_types` does not say it; None where all have it.
-    formats: quantisations of the experts in which its hub files may come.
+    formats: quantizations of the experts in which its hub files may come.
     default_theta: base of the rotary embedding where `config.json` has none.
     says_scaling: whether `config.json` always says how the rotary embedding is
       scaled (transformers would scale it otherwise).
@@ -64,15 +64,15 @@ class Family:
 
 
 COMMON_KEYS = {
-    "vocab_size": _key("vocab_size"),
-    "num_layers": _key("num_hidden_layers"),
-    "d_model": _key("hidden_size"),
-    "num_heads": _key("num_attention_heads"),
-    "experts_per_token": _key("num_experts_per_tok"),
-    "context_length": _key("max_position_embeddings"),
-    "initializer_range": _key("initializer_range", default=0.02),
-    "bos_token_id": _key("bos_token_id", default=None),
-    "pad_token_id": _key("pad_token_id", default=None),
+  "vocab_size": _key("vocab_size"),
+  "num_layers": _key("num_hidden_layers"),
+  "d_model": _key("hidden_size"),
+  "num_heads": _key("num_attention_heads"),
+  "experts_per_token": _key("num_experts_per_tok"),
+  "context_length": _key("max_position_embeddings"),
+  "initializer_range": _key("initializer_range", default=0.02),
+  "bos_token_id": _key("bos_token_id", default=None),
+  "pad_token_id": _key("pad_token_id", default=None),
 }
 _EPSILON_5 = _key("rms_norm_eps", default=1e-5)
 _EPSILON_6 = _key("rms_norm_eps", default=1e-6)
@@ -83,51 +83,102 @@ _NORMALIZE = _key("norm_topk_prob", default=False)
 _ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 
 FAMILIES = {
-    "olmoe": Family(
-        "OlmoeForCausalLM",
-        keys={"num_experts": _EXPERTS, "d_expert": _key("intermediate_size"),
-              "normalize_gates": _NORMALIZE, "clip_qkv": _key("clip_qkv", default=None),
-              "rms_norm_eps": _EPSILON_5},
-        fixed={"gates_in_model_dtype": True, "qk_norm": True},
-        only={"attention_bias": False}, has_window=False),
-    "mixtral": Family(
-        "MixtralForCausalLM",
-        keys={"num_experts": _LOCAL_EXPERTS, "d_expert": _key("intermediate_size"),
-              "head_dim": _HEAD_DIM, "rms_norm_eps": _EPSILON_5},
-        fixed={"normalize_gates": True, "gates_in_model_dtype": False, "qk_norm": False},
-        only={"attention_bias": False}, default_theta=1e6),
-    "gpt_oss": Family(
-        "GptOssForCausalLM",
-        keys={"num_experts": _LOCAL_EXPERTS, "d_expert": _key("intermediate_size"),
-              "head_dim": _HEAD_DIM, "rms_norm_eps": _EPSILON_5,
-              "swiglu_limit": _key("swiglu_limit", default=7.0),
-              "swiglu_alpha": _key("swiglu_alpha", default=1.702)},
-        fixed={"normalize_gates": True, "gates_in_model_dtype": True, "qk_norm": False,
-               "qkv_bias": True, "output_bias": True, "attention_sinks": True,
-               "router_bias": True, "expert_bias": True, "norm_weight_in_float32": True},
-        only={"attention_bias": True}, slides=lambda hf, layer: layer % 2 == 0,
-        formats=("mxfp4",), default_theta=150000.0, says_scaling=True),
-    "qwen2_moe": Family(
-        "Qwen2MoeForCausalLM",
-        keys={"num_experts": _EXPERTS, "d_expert": _key("moe_intermediate_size"),
-              "d_shared_expert": _key("shared_expert_intermediate_size"),
-              "normalize_gates": _NORMALIZE, "qkv_bias": _key("qkv_bias", default=True),
-              "head_dim": _HEAD_DIM, "rms_norm_eps": _EPSILON_6},
-        fixed={"gates_in_model_dtype": True, "qk_norm": False},
-        only=_ALL_SPARSE, needs_switch=True,
-        slides=lambda hf, layer: layer % 2 == 0 and layer < hf.get("max_window_layers", 28)),
-    "qwen3_moe": Family(
-        "Qwen3MoeForCausalLM",
-        keys={"num_experts": _EXPERTS, "d_expert": _key("moe_intermediate_size"),
-              "normalize_gates": _NORMALIZE, "head_dim": _HEAD_DIM, "rms_norm_eps": _EPSILON_6},
-        fixed={"gates_in_model_dtype": True, "qk_norm": True, "qk_norm_per_head": True},
-        only={"attention_bias": False} | _ALL_SPARSE, needs_switch=True),
+  "olmoe": Family(
+    "OlmoeForCausalLM",
+    keys={
+      "num_experts": _EXPERTS,
+      "d_expert": _key("intermediate_size"),
+      "normalize_gates": _NORMALIZE,
+      "clip_qkv": _key("clip_qkv", default=None),
+      "rms_norm_eps": _EPSILON_5,
+    },
+    fixed={"gates_in_model_dtype": True, "qk_norm": True},
+    only={"attention_bias": False},
+    has_window=False,
+  ),
+  "mixtral": Family(
+    "MixtralForCausalLM",
+    keys={
+      "num_experts": _LOCAL_EXPERTS,
+      "d_expert": _key("intermediate_size"),
+      "head_dim": _HEAD_DIM,
+      "rms_norm_eps": _EPSILON_5,
+    },
+    fixed={"normalize_gates": True, "gates_in_model_dtype": False, "qk_norm": False},
+    only={"attention_bias": False},
+    default_theta=1e6,
+  ),
+  "gpt_oss": Family(
+    "GptOssForCausalLM",
+    keys={
+      "num_experts": _LOCAL_EXPERTS,
+      "d_expert": _key("intermediate_size"),
+      "head_dim": _HEAD_DIM,
+      "rms_norm_eps": _EPSILON_5,
+      "swiglu_limit": _key("swiglu_limit", default=7.0),
+      "swiglu_alpha": _key("swiglu_alpha", default=1.702),
+    },
+    fixed={
+      "normalize_gates": True,
+      "gates_in_model_dtype": True,
+      "qk_norm": False,
+      "qkv_bias": True,
+      "output_bias": True,
+      "attention_sinks": True,
+      "router_bias": True,
+      "expert_bias": True,
+      "norm_weight_in_float32": True,
+    },
+    only={"attention_bias": True},
+    slides=lambda hf, layer: layer % 2 == 0,
+    formats=("mxfp4",),
+    default_theta=150000.0,
+    says_scaling=True,
+  ),
+  "qwen2_moe": Family(
+    "Qwen2MoeForCausalLM",
+    keys={
+      "num_experts": _EXPERTS,
+      "d_expert": _key("moe_intermediate_size"),
+      "d_shared_expert": _key("shared_expert_intermediate_size"),
+      "normalize_gates": _NORMALIZE,
+      "qkv_bias": _key("qkv_bias", default=True),
+      "head_dim": _HEAD_DIM,
+      "rms_norm_eps": _EPSILON_6,
+    },
+    fixed={"gates_in_model_dtype": True, "qk_norm": False},
+    only=_ALL_SPARSE,
+    needs_switch=True,
+    slides=lambda hf, layer: layer % 2 == 0 and layer < hf.get("max_window_layers", 28),
+  ),
+  "qwen3_moe": Family(
+    "Qwen3MoeForCausalLM",
+    keys={
+      "num_experts": _EXPERTS,
+      "d_expert": _key("moe_intermediate_size"),
+      "normalize_gates": _NORMALIZE,
+      "head_dim": _HEAD_DIM,
+      "rms_norm_eps": _EPSILON_6,
+    },
+    fixed={"gates_in_model_dtype": True, "qk_norm": True, "qk_norm_per_head": True},
+    only={"attention_bias": False} | _ALL_SPARSE,
+    needs_switch=True,
+  ),
 }
 _COMMON_ONLY = {"hidden_act": "silu", "tie_word_embeddings": False}
 _DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
 # Fields that are read and written by code of their own below.
-_SPECIAL = ("family", "num_kv_heads", "rope_theta", "rope_scaling", "sliding_window",
-            "sliding_layers", "eos_token_ids", "expert_format", "dtype")
+_SPECIAL = (
+  "family",
+  "num_kv_heads",
+  "rope_theta",
+  "rope_scaling",
+  "sliding_window",
+  "sliding_layers",
+  "eos_token_ids",
+  "expert_format",
+  "dtype",
+)
 
 
 def from_hugging_face(hf: dict[str, Any], dtype: str | None = None) -> ModelConfig:
@@ -149,15 +200,19 @@ def from_hugging_face(hf: dict[str, Any], dtype: str | None = None) -> ModelConf
   name = hf.get("model_type")
   if name not in FAMILIES:
     raise ValueError(
-        f"unsupported architecture: config.json has model_type {name!r}; "
-        f"supported: {', '.join(FAMILIES)}")
+      f"unsupported architecture: config.json has model_type {name!r}; "
+      f"supported: {', '.join(FAMILIES)}"
+    )
   family = FAMILIES[name]
   for key, supported in (_COMMON_ONLY | family.only).items():
     if hf.get(key) not in (None, supported):
       _refuse(key, hf[key], supported)
   values = {field: _read(name, hf, key) for field, key in (COMMON_KEYS | family.keys).items()}
-  values |= {field: float(values[field])
-             for field in ("rms_norm_eps", "initializer_range") if field in values}
+  values |= {
+    field: float(values[field])
+    for field in ("rms_norm_eps", "initializer_range")
+    if field in values
+  }
   values |= family.fixed
   if values.get("head_dim") is None:
     values["head_dim"] = hf.get("head_dim") or values["d_model"] // values["num_heads"]
@@ -165,10 +220,17 @@ def from_hugging_face(hf: dict[str, Any], dtype: str | None = None) -> ModelConf
   theta, scaling = _rope(name, hf, values["context_length"])
   eos = hf.get("eos_token_id")
   return ModelConfig(
-      family=name, num_kv_heads=hf.get("num_key_value_heads") or values["num_heads"],
-      sliding_window=window, sliding_layers=layers, rope_theta=theta, rope_scaling=scaling,
-      eos_token_ids=() if eos is None else eos if isinstance(eos, (list, tuple)) else (eos,),
-      expert_format=_expert_format(family, hf), dtype=dtype or _dtype(hf), **values)
+    family=name,
+    num_kv_heads=hf.get("num_key_value_heads") or values["num_heads"],
+    sliding_window=window,
+    sliding_layers=layers,
+    rope_theta=theta,
+    rope_scaling=scaling,
+    eos_token_ids=() if eos is None else eos if isinstance(eos, (list, tuple)) else (eos,),
+    expert_format=_expert_format(family, hf),
+    dtype=dtype or _dtype(hf),
+    **values,
+  )
 
 
 def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
@@ -188,56 +250,78 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
       fixed = config.d_model // config.num_heads
     if field.name not in keys and field.name not in _SPECIAL and value != fixed:
       raise ValueError(
-          f"a {config.family} model has {field.name} = {fixed}, this config has {value}: "
-          "it has no Hugging Face form")
+        f"a {config.family} model has {field.name} = {fixed}, this config has {value}: "
+        "it has no Hugging Face form"
+      )
   layers = range(config.num_layers)
   if config.sliding_window is not None and not (
-      family.has_window and (family.slides or config.sliding_layers == tuple(layers))):
+    family.has_window and (family.slides or config.sliding_layers == tuple(layers))
+  ):
     raise ValueError(
-        f"a {config.family} model has {'the same' if family.has_window else 'no'} "
-        f"sliding_window in all layers, this config has one in the layers "
-        f"{list(config.sliding_layers)}: it has no Hugging Face form")
+      f"a {config.family} model has {'the same' if family.has_window else 'no'} "
+      f"sliding_window in all layers, this config has one in the layers "
+      f"{list(config.sliding_layers)}: it has no Hugging Face form"
+    )
   if config.expert_format is not None and config.expert_format not in family.formats:
     raise ValueError(
-        f"experts in {config.expert_format} have no Hugging Face form in a {config.family} "
-        "model: convert from the checkpoint that was not quantised")
+      f"experts in {config.expert_format} have no Hugging Face form in a {config.family} "
+      "model: convert from the checkpoint that was not quantized"
+    )
   hf = {"architectures": [family.architecture], "model_type": config.family}
   hf |= {key.names[0]: getattr(config, field) for field, key in keys.items()}
-  hf |= {
+  hf |= (
+    {
       "num_key_value_heads": config.num_kv_heads,
       "rope_theta": config.rope_theta,
-      "eos_token_id": (config.eos_token_ids[0] if len(config.eos_token_ids) == 1
-                       else list(config.eos_token_ids) or None),
+      "eos_token_id": (
+        config.eos_token_ids[0]
+        if len(config.eos_token_ids) == 1
+        else list(config.eos_token_ids) or None
+      ),
       "torch_dtype": config.dtype,
-  } | _COMMON_ONLY | family.only
+    }
+    | _COMMON_ONLY
+    | family.only
+  )
   if config.rope_scaling is None:
     hf["rope_scaling"] = {"rope_type": "default"} if family.says_scaling else None
   else:
     yarn = config.rope_scaling
     hf["rope_scaling"] = {
-        "rope_type": "yarn", "factor": yarn.factor,
-        "original_max_position_embeddings": yarn.original_context,
-        "beta_fast": yarn.beta_fast, "beta_slow": yarn.beta_slow, "truncate": yarn.truncate,
-        "attention_factor": yarn.attention_factor}
+      "rope_type": "yarn",
+      "factor": yarn.factor,
+      "original_max_position_embeddings": yarn.original_context,
+      "beta_fast": yarn.beta_fast,
+      "beta_slow": yarn.beta_slow,
+      "truncate": yarn.truncate,
+      "attention_factor": yarn.attention_factor,
+    }
   if family.has_window:
     hf["sliding_window"] = config.sliding_window
     if family.needs_switch:
       hf["use_sliding_window"] = config.sliding_window is not None
     if family.slides:
       hf["layer_types"] = [
-          "sliding_attention" if layer in config.sliding_layers else "full_attention"
-          for layer in layers]
+        "sliding_attention" if layer in config.sliding_layers else "full_attention"
+        for layer in layers
+      ]
   if config.expert_format == "mxfp4":
     hf["quantization_config"] = {
-        "quant_method": "mxfp4",
-        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
-                                   "model.embed_tokens", "lm_head"]}
+      "quant_method": "mxfp4",
+      "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+      ],
+    }
   return hf
 
 
 def _refuse(name, value, supported):
   raise ValueError(
-      f"unsupported setting in config.json: {name} = {value!r}; supported: {supported}")
+    f"unsupported setting in config.json: {name} = {value!r}; supported: {supported}"
+  )
 
 
 def _read(family, hf, key):
@@ -257,21 +341,28 @@ def _dtype(hf):
 
 
 def _expert_format(family, hf):
-  quantisation = hf.get("quantization_config")
-  if quantisation is None:
+  quantization = hf.get("quantization_config")
+  if quantization is None:
     return None
-  method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+  method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
   if method not in family.formats:
-    _refuse("quantization_config", method, ", ".join(family.formats)
-            or "none: take the repository with the weights that were not quantised")
+    _refuse(
+      "quantization_config",
+      method,
+      ", ".join(family.formats)
+      or "none: take the repository with the weights that were not quantized",
+    )
   return method
 
 
 def _window(family, hf, num_layers, context_length):
   """The window and the layers that have it."""
   window = hf.get("sliding_window")
-  if not window or window >= context_length or (
-      family.needs_switch and not hf.get("use_sliding_window", False)):
+  if (
+    not window
+    or window >= context_length
+    or (family.needs_switch and not hf.get("use_sliding_window", False))
+  ):
     return None, ()
   if not family.has_window:
     _refuse("sliding_window", window, "null, or at least max_position_embeddings")
@@ -280,16 +371,18 @@ def _window(family, hf, num_layers, context_length):
     layers = [layer for layer in layers if family.slides(hf, layer)]
   elif family.slides:
     if len(types) != num_layers or set(types) - {"sliding_attention", "full_attention"}:
-      _refuse("layer_types", types,
-              f"{num_layers} times sliding_attention or full_attention")
+      _refuse("layer_types", types, f"{num_layers} times sliding_attention or full_attention")
     layers = [layer for layer, kind in enumerate(types) if kind == "sliding_attention"]
   return (window, tuple(layers)) if layers else (None, ())
 
 
 def _rope(family, hf, context_length):
   """The base of the rotary embedding, and its scaling."""
-  rope = {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_scaling") or {}),
-          **(hf.get("rope_parameters") or {})}
+  rope = {
+    "rope_theta": hf.get("rope_theta"),
+    **(hf.get("rope_scaling") or {}),
+    **(hf.get("rope_parameters") or {}),
+  }
   if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor")) not in (None, 1, 1.0):
     _refuse("partial_rotary_factor", rope.get("partial_rotary_factor"), 1.0)
   if FAMILIES[family].says_scaling and len(rope) == 1:
@@ -310,10 +403,14 @@ def _rope(family, hf, context_length):
   attention_factor = rope.get("attention_factor")
   if attention_factor is None:
     mscale, mscale_all = rope.get("mscale"), rope.get("mscale_all_dim")
-    attention_factor = (magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all
-                        else magnitude(1.0))
+    attention_factor = (
+      magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude(1.0)
+    )
   return theta, Yarn(
-      factor=factor,
-      original_context=rope.get("original_max_position_embeddings") or context_length,
-      beta_fast=float(rope.get("beta_fast") or 32), beta_slow=float(rope.get("beta_slow") or 1),
-      truncate=rope.get("truncate", True), attention_factor=float(attention_factor))
+    factor=factor,
+    original_context=rope.get("original_max_position_embeddings") or context_length,
+    beta_fast=float(rope.get("beta_fast") or 32),
+    beta_slow=float(rope.get("beta_slow") or 1),
+    truncate=rope.get("truncate", True),
+    attention_factor=float(attention_factor),
+  )

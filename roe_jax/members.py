@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import (
-    attention, cache as kv_cache, noise as noise_lib, reference, sharding, transformer)
+from roe_jax import attention, reference, sharding, transformer
+from roe_jax import cache as kv_cache
+from roe_jax import noise as noise_lib
 from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
@@ -50,8 +51,9 @@ class StandardCache:
   own: KVCache
 
 
-def empty_cache(config: ModelConfig, roster: Roster, batch_size: int, capacity: int,
-                whole: bool = False) -> KVCache | StandardCache | None:
+def empty_cache(
+  config: ModelConfig, roster: Roster, batch_size: int, capacity: int, whole: bool = False
+) -> KVCache | StandardCache | None:
   """The cache of a roster; the batch is the fourth axis from the end of every array.
 
   Args:
@@ -70,12 +72,14 @@ def empty_cache(config: ModelConfig, roster: Roster, batch_size: int, capacity: 
   first, members = roster.noisy_layers[0], len(roster.members)
   own = kv_cache.empty(config, batch_size, capacity, (first, config.num_layers), whole)
   return StandardCache(
-      kv_cache.empty(config, batch_size, capacity, (0, first), whole),
-      jax.tree.map(lambda c: jnp.tile(c, (members, *[1] * c.ndim)), own))
+    kv_cache.empty(config, batch_size, capacity, (0, first), whole),
+    jax.tree.map(lambda c: jnp.tile(c, (members, *[1] * c.ndim)), own),
+  )
 
 
-def cache_bytes(config: ModelConfig, roster: Roster, batch_size: int, capacity: int,
-                whole: bool = False) -> int:
+def cache_bytes(
+  config: ModelConfig, roster: Roster, batch_size: int, capacity: int, whole: bool = False
+) -> int:
   """Memory of `empty_cache` in bytes."""
   shapes = jax.eval_shape(lambda: empty_cache(config, roster, batch_size, capacity, whole))
   return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(shapes))
@@ -88,22 +92,33 @@ def rows_within(config: ModelConfig, memory_budget: int, platform: str | None = 
   out of order, and the attention scores of one block of slots (of a platform;
   default: the backend).
   """
-  per_row = 4 * (config.vocab_size + 2 * config.experts_per_token * config.d_model
-                 + config.num_heads * attention.block_slots(platform))
+  per_row = 4 * (
+    config.vocab_size
+    + 2 * config.experts_per_token * config.d_model
+    + config.num_heads * attention.block_slots(platform)
+  )
   return max(1, memory_budget // per_row)
 
 
-def routing_noise(roster: Roster, request_ids_B: jax.Array, positions_BxT: jax.Array,
-                  member: jax.Array) -> noise_lib.RoutingNoise:
+def routing_noise(
+  roster: Roster, request_ids_B: jax.Array, positions_BxT: jax.Array, member: jax.Array
+) -> noise_lib.RoutingNoise:
   """The noise of member(s) `member` at rows of the given addresses."""
   key = noise_lib.stream_key(roster.seed, noise_lib.ROUTING)
   keys = noise_lib.position_keys(key, request_ids_B, positions_BxT)
   return noise_lib.RoutingNoise(keys, roster.temperatures, member, roster.noise)
 
 
-def prefill(params: Params, config: ModelConfig, roster: Roster, cache: Any,
-            tokens_BxT: jax.Array, positions_BxT: jax.Array, request_ids_B: jax.Array,
-            lengths_B: jax.Array | None = None) -> tuple[Any, jax.Array]:
+def prefill_cache(
+  params: Params,
+  config: ModelConfig,
+  roster: Roster,
+  cache: Any,
+  tokens_BxT: jax.Array,
+  positions_BxT: jax.Array,
+  request_ids_B: jax.Array,
+  lengths_B: jax.Array | None = None,
+) -> tuple[Any, jax.Array]:
   """Runs tokens of the history and puts their keys and values into the cache.
 
   Under Clean Cache this is the clean member's pass; under the standard cache
@@ -115,18 +130,32 @@ def prefill(params: Params, config: ModelConfig, roster: Roster, cache: Any,
     The cache, and the hidden states after the last block, `[R, B, T, D]`
     (R = 1 under Clean Cache).
   """
-  return _prefill(params, config, roster, cache, tokens_BxT, positions_BxT, request_ids_B,
-                  lengths_B)[:2]
+  return _prefill_cache(
+    params, config, roster, cache, tokens_BxT, positions_BxT, request_ids_B, lengths_B
+  )[:2]
 
 
-def _prefill(params, config, roster, cache, tokens_BxT, positions_BxT, request_ids_B,
-             lengths_B=None, keep=()):
-  """What `prefill` returns, and the `BlockOutputs` of stretches of layers, `[R, L, ...]`."""
+def _prefill_cache(
+  params, config, roster, cache, tokens_BxT, positions_BxT, request_ids_B, lengths_B=None, keep=()
+):
+  """What `prefill_cache` returns, and the `BlockOutputs` of stretches of layers, `[R, L, ...]`."""
+
   def run(x, cache, layers, noise=None, cache_offset=0):
     return transformer.run_layers(
-        params, config, x, positions_BxT, cache, layers=layers, noise=noise,
-        gate_weights=roster.gate_weights, write=True, cache_offset=cache_offset, keep=keep,
-        strategy=roster.expert_strategy, lengths_B=lengths_B)
+      params,
+      config,
+      x,
+      positions_BxT,
+      cache,
+      layers=layers,
+      noise=noise,
+      gate_weights=roster.gate_weights,
+      write=True,
+      cache_offset=cache_offset,
+      keep=keep,
+      strategy=roster.expert_strategy,
+      lengths_B=lengths_B,
+    )
 
   x = transformer.embed(params, tokens_BxT)
   if roster.cache == "clean":
@@ -134,8 +163,7 @@ def _prefill(params, config, roster, cache, tokens_BxT, positions_BxT, request_i
     return cache, x[None], [jax.tree.map(lambda a: a[None], outputs)]
   first, end = roster.noisy_layers
   x, shared, outputs = run(x, cache.shared, (0, first))
-  outputs = jax.tree.map(
-      lambda a: jnp.broadcast_to(a, (len(roster.members), *a.shape)), outputs)
+  outputs = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(roster.members), *a.shape)), outputs)
 
   def of_member(member, own):
     noise = routing_noise(roster, request_ids_B, positions_BxT, member)
@@ -147,9 +175,15 @@ def _prefill(params, config, roster, cache, tokens_BxT, positions_BxT, request_i
   return StandardCache(shared, own), x, [outputs, *others]
 
 
-def chosen_experts(params: Params, config: ModelConfig, roster: Roster, cache: Any,
-                   tokens_BxT: jax.Array, positions_BxT: jax.Array,
-                   request_ids_B: jax.Array) -> jax.Array:
+def chosen_experts(
+  params: Params,
+  config: ModelConfig,
+  roster: Roster,
+  cache: Any,
+  tokens_BxT: jax.Array,
+  positions_BxT: jax.Array,
+  request_ids_B: jax.Array,
+) -> jax.Array:
   """The experts of all members at T positions, `[L, R, B, T, A]`.
 
   The cache holds the clean keys and values below each position if it is a
@@ -157,18 +191,26 @@ def chosen_experts(params: Params, config: ModelConfig, roster: Roster, cache: A
   follow what it holds. See `member_states` for the arguments.
   """
   if roster.cache == "clean":
-    return member_states(params, config, roster, cache, tokens_BxT, positions_BxT, request_ids_B,
-                         keep=("experts",))[1].experts
-  outputs = _prefill(params, config, roster, cache, tokens_BxT, positions_BxT, request_ids_B,
-                     keep=("experts",))[2]
-  return jnp.concatenate(
-      [o.experts for o in outputs if o.experts is not None], axis=1).swapaxes(0, 1)
+    return member_states(
+      params, config, roster, cache, tokens_BxT, positions_BxT, request_ids_B, keep=("experts",)
+    )[1].experts
+  outputs = _prefill_cache(
+    params, config, roster, cache, tokens_BxT, positions_BxT, request_ids_B, keep=("experts",)
+  )[2]
+  return jnp.concatenate([o.experts for o in outputs if o.experts is not None], axis=1).swapaxes(
+    0, 1
+  )
 
 
 def member_states(
-    params: Params, config: ModelConfig, roster: Roster, cache: KVCache,
-    tokens_BxT: jax.Array, positions_BxT: jax.Array, request_ids_B: jax.Array,
-    keep: tuple[str, ...] = (),
+  params: Params,
+  config: ModelConfig,
+  roster: Roster,
+  cache: KVCache,
+  tokens_BxT: jax.Array,
+  positions_BxT: jax.Array,
+  request_ids_B: jax.Array,
+  keep: tuple[str, ...] = (),
 ) -> tuple[jax.Array, transformer.BlockOutputs]:
   """All members at T positions against the Clean Cache, as one batch.
 
@@ -205,8 +247,9 @@ class _Rows:
 
   def shared_layers(self, tokens_BxT, keep=()):
     """Hidden states `[B, T, D]` at the first noise, and outputs of the layers before."""
-    x, _, outputs = self._run(transformer.embed(self.params, tokens_BxT),
-                              (0, self.roster.noisy_layers[0]), keep=keep)
+    x, _, outputs = self._run(
+      transformer.embed(self.params, tokens_BxT), (0, self.roster.noisy_layers[0]), keep=keep
+    )
     return x, outputs
 
   def member_layers(self, x, shared, members, keep=()):
@@ -218,34 +261,57 @@ class _Rows:
       def lifted(x_RxBxTxD, noise):
         axes = None if noise is None else noise.replace(keys=None, temperatures=None, member=0)
         x, _, outputs = jax.vmap(block, in_axes=(0, axes))(x_RxBxTxD, noise)
-        of_first = {name: jax.tree.map(lambda a: a[0], getattr(outputs, name))
-                    for name in ("keys", "values")}
+        of_first = {
+          name: jax.tree.map(lambda a: a[0], getattr(outputs, name)) for name in ("keys", "values")
+        }
         return x, None, outputs.replace(**of_first)
+
       return lifted
 
     x = jnp.broadcast_to(x, (len(members), *x.shape))
     parts = []
     if first:
-      parts.append(shared.replace(**{
-          name: jax.tree.map(lambda a: jnp.repeat(a[:, None], len(members), axis=1),
-                             getattr(shared, name)) for name in ("experts", "router_logits")}))
-    for layers, noise in (((first, end), noise), ((end, self.config.num_layers), None)):
+      parts.append(
+        shared.replace(
+          **{
+            name: jax.tree.map(
+              lambda a: jnp.repeat(a[:, None], len(members), axis=1), getattr(shared, name)
+            )
+            for name in ("experts", "router_logits")
+          }
+        )
+      )
+    for layers, own_noise in (((first, end), noise), ((end, self.config.num_layers), None)):
       if layers[0] < layers[1]:
-        x, _, outputs = self._run(x, layers, noise, keep, lift)
+        x, _, outputs = self._run(x, layers, own_noise, keep, lift)
         parts.append(outputs)
     return x, jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
   def _run(self, x, layers, noise=None, keep=(), lift=lambda block: block):
     return transformer.run_layers(
-        self.params, self.config, x, self.positions_BxT, self.cache, layers=layers,
-        noise=noise, gate_weights=self.roster.gate_weights, keep=keep, lift=lift,
-        strategy=self.roster.expert_strategy)
+      self.params,
+      self.config,
+      x,
+      self.positions_BxT,
+      self.cache,
+      layers=layers,
+      noise=noise,
+      gate_weights=self.roster.gate_weights,
+      keep=keep,
+      lift=lift,
+      strategy=self.roster.expert_strategy,
+    )
 
 
 def against_clean_cache(
-    params: Params, config: ModelConfig, roster: Roster, cache: KVCache,
-    tokens_BxT: jax.Array, positions_BxT: jax.Array, request_ids_B: jax.Array,
-    keep: tuple[str, ...] = (),
+  params: Params,
+  config: ModelConfig,
+  roster: Roster,
+  cache: KVCache,
+  tokens_BxT: jax.Array,
+  positions_BxT: jax.Array,
+  request_ids_B: jax.Array,
+  keep: tuple[str, ...] = (),
 ) -> tuple[RosterOutputs, transformer.BlockOutputs]:
   """The roster's distributions at T positions, a few members at a time.
 
@@ -272,13 +338,14 @@ def against_clean_cache(
   return _finish(roster, total, clean_tokens), outputs
 
 
-def aggregate(params: Params, config: ModelConfig, roster: Roster,
-              x_RxBxTxD: jax.Array) -> RosterOutputs:
+def aggregate(
+  params: Params, config: ModelConfig, roster: Roster, x_RxBxTxD: jax.Array
+) -> RosterOutputs:
   """Distributions from all members' final hidden states, a few members at a time."""
   first, others = _batches(config, roster, math.prod(x_RxBxTxD.shape[1:3]))
-  add, total, clean_tokens = _start(params, config, roster, x_RxBxTxD[:len(first)])
+  add, total, clean_tokens = _start(params, config, roster, x_RxBxTxD[: len(first)])
   if len(others):
-    rest = x_RxBxTxD[len(first):].reshape(*others.shape, *x_RxBxTxD.shape[1:])
+    rest = x_RxBxTxD[len(first) :].reshape(*others.shape, *x_RxBxTxD.shape[1:])
     total, _ = jax.lax.scan(lambda total, x: (add(total, x), None), total, rest)
   return _finish(roster, total, clean_tokens)
 
@@ -290,8 +357,9 @@ def _batches(config, roster, rows_per_member):
   return jnp.asarray(members[:first]), jnp.asarray(members[first:].reshape(others))
 
 
-def batch_sizes(config: ModelConfig, roster: Roster, rows_per_member: int,
-                platform: str | None = None) -> tuple[int, int, int]:
+def batch_sizes(
+  config: ModelConfig, roster: Roster, rows_per_member: int, platform: str | None = None
+) -> tuple[int, int, int]:
   """How the members are computed against a Clean Cache: so many of them first,
   then so many batches of so many others.
 
@@ -335,9 +403,16 @@ def _finish(roster, total, clean_tokens):
   return RosterOutputs(roster.aggregate_with.finish(total, roster.num_members), clean_tokens)
 
 
-def step(params: Params, config: ModelConfig, roster: Roster, cache: Any,
-         tokens_B: jax.Array, positions_B: jax.Array, request_ids_B: jax.Array,
-         texts_BxS: jax.Array | None = None) -> tuple[RosterOutputs, Any]:
+def step(
+  params: Params,
+  config: ModelConfig,
+  roster: Roster,
+  cache: Any,
+  tokens_B: jax.Array,
+  positions_B: jax.Array,
+  request_ids_B: jax.Array,
+  texts_BxS: jax.Array | None = None,
+) -> tuple[RosterOutputs, Any]:
   """One position of every text: the roster's next-token distribution.
 
   Args:
@@ -358,8 +433,9 @@ def step(params: Params, config: ModelConfig, roster: Roster, cache: Any,
     x = reference.member_states(params, config, roster, texts_BxS, request_ids_B)
     x = jnp.take_along_axis(x, positions[None, ..., None], axis=2)
   elif roster.cache == "clean":
-    outputs, own = against_clean_cache(params, config, roster, cache, tokens, positions,
-                                       request_ids_B, keep=("keys", "values"))
+    outputs, own = against_clean_cache(
+      params, config, roster, cache, tokens, positions, request_ids_B, keep=("keys", "values")
+    )
     keys, values = own.keys, own.values
     if batch_sizes(config, roster, tokens.size)[1]:
       # Always true: XLA copies the cache for the members that read it later, unless
@@ -370,5 +446,5 @@ def step(params: Params, config: ModelConfig, roster: Roster, cache: Any,
     write = functools.partial(kv_cache.write_step, config)
     return outputs, sharding.write(write, cache, keys, values, positions_B)
   else:
-    cache, x = prefill(params, config, roster, cache, tokens, positions, request_ids_B)
+    cache, x = prefill_cache(params, config, roster, cache, tokens, positions, request_ids_B)
   return aggregate(params, config, roster, x), cache

@@ -30,20 +30,23 @@ def stream_key(seed: jax.Array | int, stream: int) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), stream)
 
 
-def position_keys(key: jax.Array, request_ids_B: jax.Array,
-                  positions_BxT: jax.Array) -> jax.Array:
+def position_keys(key: jax.Array, request_ids_B: jax.Array, positions_BxT: jax.Array) -> jax.Array:
   """Keys `[B, T]`, one for each (request, position)."""
+
   def one_request(request_id, positions_T):
     request_key = jax.random.fold_in(key, request_id)
     return jax.vmap(lambda p: jax.random.fold_in(request_key, p))(positions_T)
+
   return jax.vmap(one_request)(request_ids_B, positions_BxT)
 
 
 def _added(draw):
   """A family that adds τ times what `draw(key, [E]) -> [E]` gives to the logits."""
+
   def perturb(key, logits, temperature, count):
     del count
     return logits + temperature * draw(key, logits.shape)
+
   return perturb
 
 
@@ -77,9 +80,12 @@ def _swap(key, logits, temperature, count):
   replaced &= place < others.size
   partner = jax.random.permutation(order, others)[jnp.clip(place, 0, others.size - 1)]
   none = logits.size  # an index out of range, where nothing is put
-  return (logits
-          .at[jnp.where(replaced, chosen, none)].set(logits[partner], mode="drop")
-          .at[jnp.where(replaced, partner, none)].set(logits[chosen], mode="drop"))
+  return (
+    logits.at[jnp.where(replaced, chosen, none)]
+    .set(logits[partner], mode="drop")
+    .at[jnp.where(replaced, partner, none)]
+    .set(logits[chosen], mode="drop")
+  )
 
 
 def _uniform_choice(key, logits, temperature, count):
@@ -113,16 +119,18 @@ GUMBEL = "gumbel"
 # must give the logits themselves. An entry here is available under its name
 # everywhere.
 FAMILIES: dict[str, Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]] = {
-    GUMBEL: _added(_gumbel),
-    "gaussian": _added(_gaussian),
-    "uniform": _added(_uniform),
-    "swap": _swap,
-    "uniform_choice": _uniform_choice,
-    "second_expert": _second_expert,
+  GUMBEL: _added(_gumbel),
+  "gaussian": _added(_gaussian),
+  "uniform": _added(_uniform),
+  "swap": _swap,
+  "uniform_choice": _uniform_choice,
+  "second_expert": _second_expert,
 }
 # Families whose τ is a probability, and of what.
-PROBABILITIES = {"swap": "that an expert is replaced",
-                 "uniform_choice": "that experts are chosen evenly at random"}
+PROBABILITIES = {
+  "swap": "that an expert is replaced",
+  "uniform_choice": "that experts are chosen evenly at random",
+}
 
 
 @struct.dataclass
@@ -155,4 +163,5 @@ class RoutingNoise:
     def of_row(key, logits_E):
       key = jax.random.fold_in(jax.random.fold_in(key, layer), self.member)
       return FAMILIES[self.family](key, logits_E, temperature, count)
+
     return jax.vmap(jax.vmap(of_row))(self.keys, logits_BxTxE)

@@ -1,4 +1,4 @@
-"""Contractions and normalisation with stated precision, and how weights are read.
+"""Contractions and normalization with stated precision, and how weights are read.
 
 Every weight matrix is stored with the model width D last, stacked over layers:
 `[L, out, D]` where it projects from the model width, `[L, in, D]` where it
@@ -43,8 +43,7 @@ def einsum(subscripts: str, x: jax.Array, weights: jax.Array) -> jax.Array:
   if weights.dtype == jnp.float32:
     x = x.astype(jnp.float32)
   precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  return jnp.einsum(subscripts, x, weights, precision=precision,
-                    preferred_element_type=jnp.float32)
+  return jnp.einsum(subscripts, x, weights, precision=precision, preferred_element_type=jnp.float32)
 
 
 def tile_bytes() -> int:
@@ -72,14 +71,14 @@ def storage_dtype(dtype: str) -> jnp.dtype:
   return jnp.dtype(dtype)
 
 
-def to_storage(x: jax.Array, like: jax.Array) -> jax.Array:
+def to_storage_dtype(x: jax.Array, like: jax.Array) -> jax.Array:
   """`x` in the form that `like` is held in: bfloat16 bits, or its dtype."""
   if like.dtype == jnp.uint16:
     return jax.lax.bitcast_convert_type(rounded(x, jnp.bfloat16), jnp.uint16)
   return x.astype(like.dtype)
 
 
-def from_storage(held: jax.Array) -> jax.Array:
+def to_compute_dtype(held: jax.Array) -> jax.Array:
   """bfloat16 values of what is held as their bits; others as they are."""
   if held.dtype != jnp.uint16:
     return held
@@ -112,7 +111,7 @@ def add_bias(x: jax.Array, bias: jax.Array | None, layer: jax.Array | int) -> ja
   """Float32 `x` plus the layer's bias, which has its last axes; None is no bias."""
   if bias is None:
     return x
-  return x + jnp.broadcast_to(from_storage(bias[layer]).astype(jnp.float32), x.shape)
+  return x + jnp.broadcast_to(to_compute_dtype(bias[layer]).astype(jnp.float32), x.shape)
 
 
 def widen(held: jax.Array) -> jax.Array:
@@ -139,8 +138,14 @@ def project(x: jax.Array, weights: jax.Array, layer: jax.Array | int) -> jax.Arr
     part = einsum("...d,td->...t", x, tile)
     return jax.lax.dynamic_update_slice_in_dim(y, part, start, y.ndim - 1)
 
-  y = walk(weights.reshape(-1, weights.shape[-1]), layer * size, size, rows, add,
-           jnp.zeros((*x.shape[:-1], size), jnp.float32))
+  y = walk(
+    weights.reshape(-1, weights.shape[-1]),
+    layer * size,
+    size,
+    rows,
+    add,
+    jnp.zeros((*x.shape[:-1], size), jnp.float32),
+  )
   return y.reshape(*x.shape[:-1], *out)
 
 
@@ -164,12 +169,19 @@ def project_back(x: jax.Array, weights: jax.Array, layer: jax.Array | int) -> ja
     part = jax.lax.dynamic_slice_in_dim(x, start, rows, x.ndim - 1)
     return y + einsum("...t,td->...d", part, tile)
 
-  return walk(weights.reshape(size * weights.shape[0], -1), layer * size, size, rows, add,
-              jnp.zeros((*x.shape[:-1], weights.shape[-1]), jnp.float32))
+  return walk(
+    weights.reshape(size * weights.shape[0], -1),
+    layer * size,
+    size,
+    rows,
+    add,
+    jnp.zeros((*x.shape[:-1], weights.shape[-1]), jnp.float32),
+  )
 
 
-def walk(weights: Any, first: jax.Array | int, size: int, rows: int,
-         add: Callable, y: jax.Array) -> jax.Array:
+def walk(
+  weights: Any, first: jax.Array | int, size: int, rows: int, add: Callable, y: jax.Array
+) -> jax.Array:
   """Goes over `size` rows of matrices in tiles of `rows`.
 
   Args:
@@ -189,6 +201,7 @@ def walk(weights: Any, first: jax.Array | int, size: int, rows: int,
     def cut(w):
       group = total // w.shape[0]
       return jax.lax.dynamic_slice_in_dim(w, (first + t * rows) // group, max(1, rows // group))
+
     return add(jax.tree.map(cut, weights), t * rows, y)
 
   if rows == size:
@@ -206,31 +219,37 @@ def tile_rows(size: int, row_elements: int, group: int = 1) -> int:
   if jax.default_backend() != "cpu":
     return size
   most = max(1, tile_bytes() // (4 * row_elements))
-  rows = max(d for d in range(1, min(most, size) + 1)
-             if size % d == 0 and (d % group == 0 or group % d == 0))
+  rows = max(
+    d for d in range(1, min(most, size) + 1) if size % d == 0 and (d % group == 0 or group % d == 0)
+  )
   return rows if 8 * rows >= min(most, size) else size
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float,
-             weight_in_float32: bool = False, split: str | None = None) -> jax.Array:
-  """Root-mean-square normalisation over the axes that `weight` has.
+def rms_norm(
+  x: jax.Array,
+  weight: jax.Array,
+  epsilon: float,
+  weight_in_float32: bool = False,
+  split: str | None = None,
+) -> jax.Array:
+  """Root-mean-square normalization over the axes that `weight` has.
 
   Computed in float32 and rounded to the dtype of `x`.
 
   Args:
     x: `[..., *weight.shape]`.
-    weight: normalises jointly over all its axes.
+    weight: normalizes jointly over all its axes.
     epsilon: added to the mean square.
     weight_in_float32: whether it is rounded once, after the weight is applied
       (GPT-OSS), or before it and after (the others).
-    split: the mesh axis along which devices may hold parts of the normalised axes.
+    split: the mesh axis along which devices may hold parts of the normalized axes.
   """
-  weight = from_storage(weight)
+  weight = to_compute_dtype(weight)
   axes = tuple(range(-weight.ndim, 0))
   x32 = x.astype(jnp.float32)
   mean_square = jnp.mean(jnp.square(x32), axis=axes, keepdims=True)
   if split is not None:
-    mean_square = collectives.mean(mean_square, split)
+    mean_square = collectives.pmean(mean_square, split)
   normed = x32 * jax.lax.rsqrt(mean_square + epsilon)
   weight = jnp.broadcast_to(weight, x.shape)
   if weight_in_float32:

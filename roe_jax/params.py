@@ -1,7 +1,7 @@
 """The parameters: one description, from which all else follows.
 
 `describe(config)` is a `Params` tree whose leaves are `ParamSpec`s (shape,
-logical axes, initialiser). Abstract arrays, initial values and logical axes
+logical axes, initializer). Abstract arrays, initial values and logical axes
 are read off it, so that none of them can disagree.
 """
 
@@ -30,7 +30,7 @@ class AttentionParams:
   key: Any  # [L, K, C, D]
   value: Any  # [L, K, C, D]
   output: Any  # [L, H, C, D]
-  query_norm: Any = None  # [L, H, C]; [L, C] if each head is normalised by itself
+  query_norm: Any = None  # [L, H, C]; [L, C] if each head is normalized by itself
   key_norm: Any = None  # [L, K, C]; [L, C]
   query_bias: Any = None  # [L, H, C]
   key_bias: Any = None  # [L, K, C]
@@ -87,7 +87,7 @@ class Params:
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-  """Shape, logical axis names (one for each dimension), initialiser and dtype.
+  """Shape, logical axis names (one for each dimension), initializer and dtype.
 
   Attributes:
     shape: the array's shape.
@@ -118,12 +118,18 @@ def describe(config: ModelConfig) -> Params:
   if config.expert_format is not None:
     quantization.check_sizes(config.expert_format, config.d_model, config.d_expert)
   sizes = {
-      "layers": config.num_layers, "embed": config.d_model,
-      "heads": config.num_heads, "kv_heads": config.num_kv_heads,
-      "head_dim": config.head_dim, "experts": config.num_experts,
-      "routed_experts": config.num_experts,
-      "gate_up": 2, "expert_mlp": config.d_expert, "vocab": config.vocab_size,
-      "shared_mlp": config.d_shared_expert, "shared_gate": 1,
+    "layers": config.num_layers,
+    "embed": config.d_model,
+    "heads": config.num_heads,
+    "kv_heads": config.num_kv_heads,
+    "head_dim": config.head_dim,
+    "experts": config.num_experts,
+    "routed_experts": config.num_experts,
+    "gate_up": 2,
+    "expert_mlp": config.d_expert,
+    "vocab": config.vocab_size,
+    "shared_mlp": config.d_shared_expert,
+    "shared_gate": 1,
   }
 
   def spec(*axes, init="normal", scale=1.0, dtype=None):
@@ -142,10 +148,20 @@ def describe(config: ModelConfig) -> Params:
     groups = contracted + "_groups"
     sizes[groups] = sizes[contracted] // group_size(kind, sizes[contracted])
     return Quantized(
-        spec(*axes[:-1], "embed" if kind == "int8" else "embed_packed", init="codes",
-             dtype="int8" if kind == "int8" else "uint8"),
-        spec(*(groups if a == contracted else a for a in axes), init="scales", scale=scale,
-             dtype="uint8" if kind == "mxfp4" else "bfloat16"), kind)
+      spec(
+        *axes[:-1],
+        "embed" if kind == "int8" else "embed_packed",
+        init="codes",
+        dtype="int8" if kind == "int8" else "uint8",
+      ),
+      spec(
+        *(groups if a == contracted else a for a in axes),
+        init="scales",
+        scale=scale,
+        dtype="uint8" if kind == "mxfp4" else "bfloat16",
+      ),
+      kind,
+    )
 
   def normed(heads):
     return ("head_dim",) if config.qk_norm_per_head else (heads, "head_dim")
@@ -154,49 +170,49 @@ def describe(config: ModelConfig) -> Params:
   # variance does not grow with depth.
   residual = 1.0 / math.sqrt(2.0 * config.num_layers)
   return Params(
-      embedding=spec("vocab", "embed"),
-      layers=LayerParams(
-          attention_norm=spec("layers", "embed", init="ones"),
-          attention=AttentionParams(
-              query=spec("layers", "heads", "head_dim", "embed"),
-              key=spec("layers", "kv_heads", "head_dim", "embed"),
-              value=spec("layers", "kv_heads", "head_dim", "embed"),
-              output=spec("layers", "heads", "head_dim", "embed", scale=residual),
-              query_norm=spec_if(config.qk_norm, "layers", *normed("heads"), init="ones"),
-              key_norm=spec_if(config.qk_norm, "layers", *normed("kv_heads"), init="ones"),
-              query_bias=spec_if(config.qkv_bias, "layers", "heads", "head_dim"),
-              key_bias=spec_if(config.qkv_bias, "layers", "kv_heads", "head_dim"),
-              value_bias=spec_if(config.qkv_bias, "layers", "kv_heads", "head_dim"),
-              output_bias=spec_if(config.output_bias, "layers", "embed"),
-              sinks=spec_if(config.attention_sinks, "layers", "heads"),
-          ),
-          moe_norm=spec("layers", "embed", init="ones"),
-          router=spec("layers", "routed_experts", "embed"),
-          experts=ExpertParams(
-              gate_up=matrix("layers", "experts", "expert_mlp", "gate_up", "embed",
-                             contracted="embed"),
-              down=matrix("layers", "experts", "expert_mlp", "embed", contracted="expert_mlp",
-                          scale=residual),
-              gate_up_bias=spec_if(config.expert_bias, "layers", "experts", "expert_mlp",
-                                   "gate_up"),
-              down_bias=spec_if(config.expert_bias, "layers", "experts", "embed"),
-          ),
-          router_bias=spec_if(config.router_bias, "layers", "routed_experts"),
-          shared_expert=None if not config.d_shared_expert else SharedExpertParams(
-              gate_up=spec("layers", "shared_mlp", "gate_up", "embed"),
-              down=spec("layers", "shared_mlp", "embed", scale=residual),
-              gate=spec("layers", "shared_gate", "embed"),
-          ),
+    embedding=spec("vocab", "embed"),
+    layers=LayerParams(
+      attention_norm=spec("layers", "embed", init="ones"),
+      attention=AttentionParams(
+        query=spec("layers", "heads", "head_dim", "embed"),
+        key=spec("layers", "kv_heads", "head_dim", "embed"),
+        value=spec("layers", "kv_heads", "head_dim", "embed"),
+        output=spec("layers", "heads", "head_dim", "embed", scale=residual),
+        query_norm=spec_if(config.qk_norm, "layers", *normed("heads"), init="ones"),
+        key_norm=spec_if(config.qk_norm, "layers", *normed("kv_heads"), init="ones"),
+        query_bias=spec_if(config.qkv_bias, "layers", "heads", "head_dim"),
+        key_bias=spec_if(config.qkv_bias, "layers", "kv_heads", "head_dim"),
+        value_bias=spec_if(config.qkv_bias, "layers", "kv_heads", "head_dim"),
+        output_bias=spec_if(config.output_bias, "layers", "embed"),
+        sinks=spec_if(config.attention_sinks, "layers", "heads"),
       ),
-      final_norm=spec("embed", init="ones"),
-      unembedding=spec("vocab", "embed"),
+      moe_norm=spec("layers", "embed", init="ones"),
+      router=spec("layers", "routed_experts", "embed"),
+      experts=ExpertParams(
+        gate_up=matrix("layers", "experts", "expert_mlp", "gate_up", "embed", contracted="embed"),
+        down=matrix(
+          "layers", "experts", "expert_mlp", "embed", contracted="expert_mlp", scale=residual
+        ),
+        gate_up_bias=spec_if(config.expert_bias, "layers", "experts", "expert_mlp", "gate_up"),
+        down_bias=spec_if(config.expert_bias, "layers", "experts", "embed"),
+      ),
+      router_bias=spec_if(config.router_bias, "layers", "routed_experts"),
+      shared_expert=None
+      if not config.d_shared_expert
+      else SharedExpertParams(
+        gate_up=spec("layers", "shared_mlp", "gate_up", "embed"),
+        down=spec("layers", "shared_mlp", "embed", scale=residual),
+        gate=spec("layers", "shared_gate", "embed"),
+      ),
+    ),
+    final_norm=spec("embed", init="ones"),
+    unembedding=spec("vocab", "embed"),
   )
 
 
 def abstract(config: ModelConfig) -> Params:
   """`jax.ShapeDtypeStruct` leaves: what a checkpoint holds."""
-  return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, _dtype(config, s)),
-                      describe(config))
+  return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, _dtype(config, s)), describe(config))
 
 
 def _dtype(config, spec):
@@ -231,41 +247,49 @@ def quantize(params: Params, config: ModelConfig, format: str) -> tuple[Params, 
   """The model with its experts' matrices in another format, and its config.
 
   Args:
-    params: parameters whose experts are not quantised.
+    params: parameters whose experts are not quantized.
     config: of the model.
     format: one of `quantization.FORMATS`.
 
   Raises:
-    ValueError: the experts are quantised already, or do not exist in the format.
+    ValueError: the experts are quantized already, or do not exist in the format.
   """
   if config.expert_format is not None:
-    raise ValueError(f"the experts are in {config.expert_format} already: quantise the "
-                     "parameters that they were made from")
+    raise ValueError(
+      f"the experts are in {config.expert_format} already: quantize the "
+      "parameters that they were made from"
+    )
   config = config.replace(expert_format=format)
   describe(config)  # checks the sizes
   experts = params.layers.experts
-  experts = experts.replace(**{
-      name: jax.tree.map(jnp.asarray,
-                         quantization.quantize(np.asarray(getattr(experts, name)), format, axis))
-      for name, axis in quantization.CONTRACTED.items()})
+  experts = experts.replace(
+    **{
+      name: jax.tree.map(
+        jnp.asarray, quantization.quantize(np.asarray(getattr(experts, name)), format, axis)
+      )
+      for name, axis in quantization.CONTRACTED.items()
+    }
+  )
   return params.replace(layers=params.layers.replace(experts=experts)), config
 
 
-def held(params: Params) -> Params:
+def in_storage_dtype(params: Params) -> Params:
   """The parameters in the form that programs take on this platform.
 
   On CPUs bfloat16 arrays as uint16 arrays of their bits, without a copy (see
   `numerics.storage_dtype`); all else as it is.
   """
-  return jax.tree.map(_held, params)
+  return jax.tree.map(_in_storage_dtype, params)
 
 
-def _held(array):
+def _in_storage_dtype(array):
   dtype = numerics.storage_dtype(str(array.dtype))
   if dtype == array.dtype:
     return array
-  shards = [jax.device_put(np.asarray(s.data).view(dtype), s.device, may_alias=True)
-            for s in array.addressable_shards]
+  shards = [
+    jax.device_put(np.asarray(s.data).view(dtype), s.device, may_alias=True)
+    for s in array.addressable_shards
+  ]
   return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
 
 
@@ -289,13 +313,15 @@ def validate(params: Params, config: ModelConfig) -> None:
   expected = abstract(config)
   if jax.tree.structure(params) != jax.tree.structure(expected):
     raise ValueError(
-        f"the parameters do not have the structure of a {config.family} model: "
-        f"got {jax.tree.structure(params)}, expected {jax.tree.structure(expected)}")
+      f"the parameters do not have the structure of a {config.family} model: "
+      f"got {jax.tree.structure(params)}, expected {jax.tree.structure(expected)}"
+    )
 
   def check(path, leaf, want):
     if leaf.shape != want.shape or leaf.dtype != want.dtype:
       raise ValueError(
-          f"parameter {jax.tree_util.keystr(path)} is {leaf.dtype}{list(leaf.shape)}, "
-          f"the config expects {want.dtype}{list(want.shape)}")
+        f"parameter {jax.tree_util.keystr(path)} is {leaf.dtype}{list(leaf.shape)}, "
+        f"the config expects {want.dtype}{list(want.shape)}"
+      )
 
   jax.tree_util.tree_map_with_path(check, params, expected)

@@ -23,8 +23,9 @@ FORMATS = tuple(GROUPS)
 # The axis of each of an expert's matrices that it is contracted over.
 CONTRACTED = {"gate_up": -1, "down": -2}
 # FP4 (E2M1) by code.
-_FP4_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6],
-                       np.float32)
+_FP4_VALUES = np.array(
+  [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32
+)
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _TILE_ELEMENTS = 2**20  # of what is worked on at a time: more would leave the cache
 
@@ -60,11 +61,13 @@ def check_sizes(format: str, d_model: int, d_expert: int) -> None:
   """Raises a ValueError if experts of this size do not exist in the format."""
   if format == "mxfp4" and (d_model % 32 or d_expert % 32):
     raise ValueError(
-        f"mxfp4 has blocks of 32 weights, and the experts' d_model {d_model} and d_expert "
-        f"{d_expert} are not both multiples of 32: take int8 or int4")
+      f"mxfp4 has blocks of 32 weights, and the experts' d_model {d_model} and d_expert "
+      f"{d_expert} are not both multiples of 32: take int8 or int4"
+    )
   if format != "int8" and d_model % 2:
-    raise ValueError(f"{format} packs two weights in a byte and needs an even d_model, got "
-                     f"{d_model}: take int8")
+    raise ValueError(
+      f"{format} packs two weights in a byte and needs an even d_model, got {d_model}: take int8"
+    )
 
 
 def typical_scale(format: str, stddev: float) -> float | int:
@@ -99,7 +102,7 @@ def widen_parts(matrix: Quantized) -> list[jax.Array]:
   *lead, rows, width = matrix.codes.shape
   row_groups, groups = matrix.scales.shape[-2:]
   parts = values(matrix.codes, matrix.format)
-  # Neighbours that share a scale; they must not reach into the other part.
+  # Neighbors that share a scale; they must not reach into the other part.
   run = math.gcd(len(parts) * width // groups, width)
   scales = jnp.repeat(matrix.scales, len(parts) * width // run // groups, axis=-1)
 
@@ -108,8 +111,7 @@ def widen_parts(matrix: Quantized) -> list[jax.Array]:
     shape = (*lead, row_groups, rows // row_groups, width // run, run)
     return jnp.broadcast_to(grouped, shape).reshape(*lead, rows, width)
 
-  return [part * spread(s) for part, s in
-          zip(parts, jnp.split(scales, len(parts), axis=-1))]
+  return [part * spread(s) for part, s in zip(parts, jnp.split(scales, len(parts), axis=-1))]
 
 
 def values(codes: jax.Array, format: str) -> list[jax.Array]:
@@ -172,15 +174,19 @@ def quantize(array: np.ndarray, format: str, axis: int) -> Quantized:
     raise ValueError(f"{format} packs two weights in a byte, got {width} along the last axis")
   groups = (rows, width // group) if axis == -1 else (rows // group, width)
   is_int8, is_mxfp4 = format == "int8", format == "mxfp4"
-  codes = np.empty((*lead, rows, width if is_int8 else width // 2),
-                   np.int8 if is_int8 else np.uint8)
+  codes = np.empty(
+    (*lead, rows, width if is_int8 else width // 2), np.int8 if is_int8 else np.uint8
+  )
   scales = np.empty((*lead, *groups), np.uint8 if is_mxfp4 else _BFLOAT16)
   height, along = (1, 3) if axis == -1 else (group, 1)  # rows with the same scales
-  flat = (array.reshape(-1, height, width), codes.reshape(-1, height, codes.shape[-1]),
-          scales.reshape(-1, groups[-1]))
+  flat = (
+    array.reshape(-1, height, width),
+    codes.reshape(-1, height, codes.shape[-1]),
+    scales.reshape(-1, groups[-1]),
+  )
   step = max(1, _TILE_ELEMENTS // (height * width))
   for start in range(0, len(flat[0]), step):
-    source, codes_part, scales_part = (a[start:start + step] for a in flat)
+    source, codes_part, scales_part = (a[start : start + step] for a in flat)
     # [n, 1, D/group, group], or [n, group, D, 1]
     weights = to_float32(source).reshape(len(source), height, groups[-1], -1)
     found, scale = _ENCODERS[format](weights, along)
@@ -270,7 +276,7 @@ _ENCODERS = {"int8": _encode_int8, "int4": _encode_int4, "mxfp4": _encode_mxfp4}
 def _checked(scales):
   """Scales, zero where they are no normal numbers."""
   if not np.isfinite(scales).all():
-    raise ValueError("the experts have weights that are not finite and cannot be quantised")
+    raise ValueError("the experts have weights that are not finite and cannot be quantized")
   return np.where(np.abs(scales) < np.finfo(np.float32).tiny, np.float32(0), scales)
 
 

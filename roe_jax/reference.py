@@ -9,16 +9,18 @@ elementary pieces of a block, and is what the caches are proved against.
 import jax
 import jax.numpy as jnp
 
-from roe_jax import attention, noise as noise_lib, routing, transformer
+from roe_jax import attention, routing, transformer
+from roe_jax import noise as noise_lib
 from roe_jax.config import ModelConfig
 from roe_jax.experts import Activation, shared
-from roe_jax.numerics import add, einsum, from_storage, rounded
+from roe_jax.numerics import add, einsum, rounded, to_compute_dtype
 from roe_jax.params import Params
 from roe_jax.quantization import is_quantized, widen
 
 
-def member_states(params: Params, config: ModelConfig, roster, tokens_BxT: jax.Array,
-                  request_ids_B: jax.Array) -> jax.Array:
+def member_states(
+  params: Params, config: ModelConfig, roster, tokens_BxT: jax.Array, request_ids_B: jax.Array
+) -> jax.Array:
   """Every member's hidden states after the last block at all positions.
 
   With `roster.cache == "clean"` a member attends to the clean member's keys
@@ -44,8 +46,16 @@ def member_states(params: Params, config: ModelConfig, roster, tokens_BxT: jax.A
     x = transformer.embed(params, tokens_BxT)
     own_history = []
     for layer in range(config.num_layers):
-      x, own = _block(params, config, x, positions, layer, noise, roster.gate_weights,
-                      history[layer] if history else None)
+      x, own = _block(
+        params,
+        config,
+        x,
+        positions,
+        layer,
+        noise,
+        roster.gate_weights,
+        history[layer] if history else None,
+      )
       own_history.append(own)
     return x, own_history
 
@@ -56,14 +66,15 @@ def member_states(params: Params, config: ModelConfig, roster, tokens_BxT: jax.A
 def _block(params, config, x, positions, layer, noise, gate_weights, history):
   layers = params.layers
   experts = jax.tree.map(lambda w: w[layer], layers.experts)
-  experts = jax.tree.map(lambda w: widen(w) if is_quantized(w) else from_storage(w), experts,
-                         is_leaf=is_quantized)
+  experts = jax.tree.map(
+    lambda w: widen(w) if is_quantized(w) else to_compute_dtype(w), experts, is_leaf=is_quantized
+  )
   cos, sin = attention.rotation(config, positions)
   normed = transformer.norm(config, x, layers.attention_norm[layer])
   query, key, value = attention.project(config, params.layers.attention, layer, normed, cos, sin)
   reach = config.sliding_window if layer in config.sliding_layers else None
   sinks = layers.attention.sinks
-  sinks = None if sinks is None else from_storage(sinks[layer])
+  sinks = None if sinks is None else to_compute_dtype(sinks[layer])
   heads = _attend(query, key, value, *(history or (key, value)), sinks, reach)
   x = add(x, attention.output(params.layers.attention, layer, heads))
   normed = transformer.norm(config, x, layers.moe_norm[layer])
@@ -95,10 +106,16 @@ def _attend(query, own_key, own_value, keys, values, sinks, reach):
   b, t, h, c = query.shape
   groups = h // own_key.shape[2]
   own_key, own_value, keys, values = (
-      jnp.repeat(a, groups, axis=2) for a in (own_key, own_value, keys, values))
+    jnp.repeat(a, groups, axis=2) for a in (own_key, own_value, keys, values)
+  )
   scores = einsum("bthc,bshc->bhts", query, keys)
-  own = jnp.einsum("bthc,bthc->bht", query, own_key, preferred_element_type=jnp.float32,
-                   precision=jax.lax.Precision.HIGHEST)
+  own = jnp.einsum(
+    "bthc,bthc->bht",
+    query,
+    own_key,
+    preferred_element_type=jnp.float32,
+    precision=jax.lax.Precision.HIGHEST,
+  )
   diagonal, earlier = jnp.eye(t, dtype=bool), jnp.tri(t, k=-1, dtype=bool)
   if reach is not None:
     earlier &= ~jnp.tri(t, k=-reach, dtype=bool)

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import experts, noise as noise_lib, routing
+from roe_jax import experts, routing
+from roe_jax import noise as noise_lib
 from roe_jax.aggregation import AGGREGATIONS, MEAN_PROBABILITY, Aggregation
 from roe_jax.config import ModelConfig
 
@@ -65,21 +66,21 @@ class Roster:
 
   @classmethod
   def create(
-      cls,
-      config: ModelConfig,
-      num_members: int = 1,
-      temperatures: float | Sequence[float] = 0.0,
-      *,
-      seed: int = 0,
-      include_clean: bool = True,
-      cache: str = "clean",
-      recompute: bool = False,
-      aggregation: str = "mean_probability",
-      gate_weights: str = routing.CLEAN,
-      noise: str = noise_lib.GUMBEL,
-      noisy_layers: tuple[int, int] | None = None,
-      memory_budget: int = MEMORY_BUDGET,
-      expert_strategy: str | None = None,
+    cls,
+    config: ModelConfig,
+    num_members: int = 1,
+    temperatures: float | Sequence[float] = 0.0,
+    *,
+    seed: int = 0,
+    include_clean: bool = True,
+    cache: str = "clean",
+    recompute: bool = False,
+    aggregation: str = "mean_probability",
+    gate_weights: str = routing.CLEAN,
+    noise: str = noise_lib.GUMBEL,
+    noisy_layers: tuple[int, int] | None = None,
+    memory_budget: int = MEMORY_BUDGET,
+    expert_strategy: str | None = None,
   ) -> "Roster":
     """A roster for models of `config`; by default the plain model.
 
@@ -104,27 +105,35 @@ class Roster:
       ValueError: a setting is out of its range, or unknown.
     """
     layers = config.num_layers
-    if isinstance(num_members, bool) or not isinstance(num_members, (int, np.integer)) or num_members < 1:
+    if (
+      isinstance(num_members, bool)
+      or not isinstance(num_members, (int, np.integer))
+      or num_members < 1
+    ):
       raise ValueError(f"num_members must be an integer of at least 1, got {num_members!r}")
     values = np.asarray(temperatures, np.float32)
     if values.ndim == 0:
       values = np.full(layers, values)
     if values.shape != (layers,):
       raise ValueError(
-          f"temperatures must be one number or a list of {layers} (one for each "
-          f"layer of the model), got shape {list(values.shape)}")
+        f"temperatures must be one number or a list of {layers} (one for each "
+        f"layer of the model), got shape {list(values.shape)}"
+      )
     if not np.all(np.isfinite(values)) or np.any(values < 0):
-      raise ValueError(
-          f"temperatures must be finite and not negative, got {values.tolist()}")
-    for name, value, known in (("cache", cache, CACHES),
-                               ("aggregation", aggregation, tuple(AGGREGATIONS)),
-                               ("gate_weights", gate_weights, routing.GATE_WEIGHTS),
-                               ("noise", noise, tuple(noise_lib.FAMILIES))):
+      raise ValueError(f"temperatures must be finite and not negative, got {values.tolist()}")
+    for name, value, known in (
+      ("cache", cache, CACHES),
+      ("aggregation", aggregation, tuple(AGGREGATIONS)),
+      ("gate_weights", gate_weights, routing.GATE_WEIGHTS),
+      ("noise", noise, tuple(noise_lib.FAMILIES)),
+    ):
       if value not in known:
         raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
     if noise in noise_lib.PROBABILITIES and np.any(values > 1):
-      raise ValueError(f"with noise {noise!r} a temperature is the probability "
-                       f"{noise_lib.PROBABILITIES[noise]} and at most 1, got {values.tolist()}")
+      raise ValueError(
+        f"with noise {noise!r} a temperature is the probability "
+        f"{noise_lib.PROBABILITIES[noise]} and at most 1, got {values.tolist()}"
+      )
     if not 0 <= seed <= noise_lib.MAX_SEED:
       raise ValueError(f"seed must lie in [0, 2**32), got {seed}")
     noisy = np.flatnonzero(values)
@@ -136,22 +145,35 @@ class Roster:
       raise ValueError(f"noisy_layers must be a stretch within (0, {layers}), got {noisy_layers}")
     if noisy.size and not (first <= needed[0] and needed[1] <= end):
       raise ValueError(
-          f"noisy_layers {noisy_layers} leaves out layers with a temperature above 0: "
-          f"these span {needed}")
+        f"noisy_layers {noisy_layers} leaves out layers with a temperature above 0: "
+        f"these span {needed}"
+      )
     if aggregation == "contrast" and not include_clean:
-      raise ValueError("aggregation 'contrast' sets the clean member against the others: it needs "
-                       "include_clean")
+      raise ValueError(
+        "aggregation 'contrast' sets the clean member against the others: it needs include_clean"
+      )
     if memory_budget < 1:
       raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
     experts.check_strategy(expert_strategy)
     if num_members == 1 and include_clean:
       first, end = layers, layers  # the clean member alone
-    return cls(jnp.asarray(values), jnp.asarray(seed, jnp.uint32), int(num_members),
-               bool(include_clean), cache, bool(recompute), aggregation,
-               gate_weights, noise, (first, end), int(memory_budget), expert_strategy)
+    return cls(
+      jnp.asarray(values),
+      jnp.asarray(seed, jnp.uint32),
+      int(num_members),
+      bool(include_clean),
+      cache,
+      bool(recompute),
+      aggregation,
+      gate_weights,
+      noise,
+      (first, end),
+      int(memory_budget),
+      expert_strategy,
+    )
 
   @property
-  def is_plain(self) -> bool:
+  def is_baseline(self) -> bool:
     """Whether this is the plain model: the clean member alone."""
     return self.num_members == 1 and self.include_clean
 
@@ -170,7 +192,7 @@ class Roster:
   @property
   def aggregate_with(self) -> Aggregation:
     """The aggregation; with any, the plain model is what it is."""
-    return MEAN_PROBABILITY if self.is_plain else AGGREGATIONS[self.aggregation]
+    return MEAN_PROBABILITY if self.is_baseline else AGGREGATIONS[self.aggregation]
 
   def check(self, config: ModelConfig) -> None:
     """Checks that the roster was made for a model of this depth.
@@ -180,8 +202,9 @@ class Roster:
     """
     if self.temperatures.shape != (config.num_layers,):
       raise ValueError(
-          f"the roster has temperatures for {self.temperatures.shape[0]} layers and the model "
-          f"has {config.num_layers}: make it with Roster.create and this model's config")
+        f"the roster has temperatures for {self.temperatures.shape[0]} layers and the model "
+        f"has {config.num_layers}: make it with Roster.create and this model's config"
+      )
 
   def history(self) -> "Roster":
     """The roster that writes the history: under Clean Cache the clean member alone.
@@ -191,21 +214,26 @@ class Roster:
     if self.cache == "standard":
       return self
     layers = self.temperatures.shape[0]
-    return self.replace(num_members=1, include_clean=True, noisy_layers=(layers, layers),
-                        aggregation="mean_probability", gate_weights=routing.CLEAN,
-                        noise=noise_lib.GUMBEL)
+    return self.replace(
+      num_members=1,
+      include_clean=True,
+      noisy_layers=(layers, layers),
+      aggregation="mean_probability",
+      gate_weights=routing.CLEAN,
+      noise=noise_lib.GUMBEL,
+    )
 
   def settings(self) -> dict[str, Any]:
     """All that results depend on, as plain values, to go with every result."""
     return {
-        "num_members": self.num_members,
-        "temperatures": [round(float(t), 6) for t in np.asarray(self.temperatures)],
-        "seed": int(self.seed),
-        "include_clean": self.include_clean,
-        "cache": self.cache,
-        "recompute": self.recompute,
-        "aggregation": self.aggregation,
-        "gate_weights": self.gate_weights,
-        "noise": self.noise,
-        "noisy_layers": list(self.noisy_layers),
+      "num_members": self.num_members,
+      "temperatures": [round(float(t), 6) for t in np.asarray(self.temperatures)],
+      "seed": int(self.seed),
+      "include_clean": self.include_clean,
+      "cache": self.cache,
+      "recompute": self.recompute,
+      "aggregation": self.aggregation,
+      "gate_weights": self.gate_weights,
+      "noise": self.noise,
+      "noisy_layers": list(self.noisy_layers),
     }

@@ -20,7 +20,7 @@ def with_experts(config: ModelConfig, count: int, gates: str = "model") -> Model
 
   * `model`: the model's own rule, at k'.
   * `rescaled`: so that they sum to what those of the best k alone would. As
-    `model` where gates are normalised, for they sum to one then in any case.
+    `model` where gates are normalized, for they sum to one then in any case.
   * `renormalized`: so that they sum to one.
 
   Raises:
@@ -30,16 +30,24 @@ def with_experts(config: ModelConfig, count: int, gates: str = "model") -> Model
     raise ValueError(f"unknown gates {gates!r}; choose one of {', '.join(EXTRA_GATES)}")
   least = config.experts_per_token if gates == "rescaled" else 1
   if not least <= count <= config.num_experts:
-    raise ValueError(f"the number of experts per token must lie in [{least}, {config.num_experts}] "
-                     f"for a model with {config.num_experts} experts, got {count}")
+    raise ValueError(
+      f"the number of experts per token must lie in [{least}, {config.num_experts}] "
+      f"for a model with {config.num_experts} experts, got {count}"
+    )
   mass = config.experts_per_token if gates == "rescaled" else None
   return config.replace(
-      experts_per_token=count, gate_mass_experts=mass,
-      normalize_gates=config.normalize_gates or gates == "renormalized")
+    experts_per_token=count,
+    gate_mass_experts=mass,
+    normalize_gates=config.normalize_gates or gates == "renormalized",
+  )
 
 
-def route(config: ModelConfig, logits: jax.Array, perturbed: jax.Array | None = None,
-          gate_weights: str = CLEAN) -> tuple[jax.Array, jax.Array]:
+def route(
+  config: ModelConfig,
+  logits: jax.Array,
+  perturbed: jax.Array | None = None,
+  gate_weights: str = CLEAN,
+) -> tuple[jax.Array, jax.Array]:
   """Chooses the experts of the largest perturbed logits and weights them.
 
   With Gumbel noise the choice is arXiv 2509.17238 eq. (1), and the paper defines
@@ -50,10 +58,10 @@ def route(config: ModelConfig, logits: jax.Array, perturbed: jax.Array | None = 
   * `noisy`: the model's own gates of the perturbed logits.
   * `clean_rescaled`: `clean`, scaled so that they sum to what the gates of the
     unperturbed choice sum to. Differs from `clean` only where gates are not
-    normalised (OLMoE).
+    normalized (OLMoE).
 
   Args:
-    config: says whether gates are normalised and in which dtype they are used.
+    config: says whether gates are normalized and in which dtype they are used.
     logits: `[..., E]` float32 router logits.
     perturbed: `[..., E]` float32, the logits with noise, or None. Experts at -inf
       have a gate of zero.
@@ -76,8 +84,7 @@ def route(config: ModelConfig, logits: jax.Array, perturbed: jax.Array | None = 
       mass = _gates(config, logits, ranked, jnp.sort(experts)).sum(-1, keepdims=True)
       gates = gates * (clean_mass / mass)
     elif config.gate_mass_experts is not None:
-      gates = gates * (gates[..., :mass_of].sum(-1, keepdims=True)
-                       / gates.sum(-1, keepdims=True))
+      gates = gates * (gates[..., :mass_of].sum(-1, keepdims=True) / gates.sum(-1, keepdims=True))
   if config.gates_in_model_dtype:
     gates = rounded(gates, jnp.dtype(config.dtype)).astype(jnp.float32)
   return experts, gates
@@ -89,6 +96,6 @@ def _gates(config, logits, ranked, experts):
     left_out = jnp.isneginf(jnp.take_along_axis(ranked, experts, axis=-1))
     chosen = jnp.where(left_out, -jnp.inf, chosen)
   if config.normalize_gates:
-    # Equal to a softmax over all experts, renormalised over the chosen ones.
+    # Equal to a softmax over all experts, renormalized over the chosen ones.
     return jax.nn.softmax(chosen, axis=-1)
   return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True))

@@ -41,7 +41,9 @@ class Sampler:
       ValueError: a setting is out of its range.
     """
     if not (np.isfinite(temperature) and temperature >= 0):
-      raise ValueError(f"the sampling temperature must be finite and not negative, got {temperature}")
+      raise ValueError(
+        f"the sampling temperature must be finite and not negative, got {temperature}"
+      )
     if top_k < 0:
       raise ValueError(f"top_k must be 0 (all tokens) or positive, got {top_k}")
     if not 0 < top_p <= 1:
@@ -54,12 +56,20 @@ class Sampler:
     """All settings as plain values, to go with every result."""
     if self.is_greedy:
       return {"temperature": 0.0}
-    return {"temperature": round(float(self.temperature), 6), "top_k": int(self.top_k),
-            "top_p": round(float(self.top_p), 6)}
+    return {
+      "temperature": round(float(self.temperature), 6),
+      "top_k": int(self.top_k),
+      "top_p": round(float(self.top_p), 6),
+    }
 
 
-def choose(sampler: Sampler, seed: jax.Array, log_probs_BxV: jax.Array,
-           request_ids_B: jax.Array, positions_B: jax.Array) -> jax.Array:
+def choose(
+  sampler: Sampler,
+  seed: jax.Array,
+  log_probs_BxV: jax.Array,
+  request_ids_B: jax.Array,
+  positions_B: jax.Array,
+) -> jax.Array:
   """The next token of each row, int32 `[B]`.
 
   Args:

@@ -1,4 +1,4 @@
-"""Training: loss, optimiser and one step, as pure functions.
+"""Training: loss, optimizer and one step, as pure functions.
 
 Routers get two auxiliary losses: the load-balancing loss of Switch Transformers
 (arXiv 2101.03961 eq. 4), with the fraction of (token, choice) pairs in place of
@@ -63,12 +63,12 @@ class TrainSettings:
     if not 0 <= self.warmup_steps:
       raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
     if not self.noise_temperature >= 0:
-      raise ValueError(
-          f"noise_temperature must not be negative, got {self.noise_temperature}")
+      raise ValueError(f"noise_temperature must not be negative, got {self.noise_temperature}")
     if self.strategy not in STRATEGIES:
       raise ValueError(
-          f"expert strategy {self.strategy!r} cannot be trained with; choose one of "
-          f"{', '.join(STRATEGIES)}")
+        f"expert strategy {self.strategy!r} cannot be trained with; choose one of "
+        f"{', '.join(STRATEGIES)}"
+      )
 
 
 @struct.dataclass
@@ -95,7 +95,7 @@ class TrainState:
   Attributes:
     step: scalar int32, steps done.
     params: the model's parameters.
-    opt_state: the optimiser's state.
+    opt_state: the optimizer's state.
   """
 
   step: jax.Array
@@ -107,34 +107,43 @@ def schedule(settings: TrainSettings) -> optax.Schedule:
   """Learning rate by step: linear warm-up, then a cosine to the final rate."""
   warmup = min(settings.warmup_steps, settings.num_steps - 1)
   return optax.warmup_cosine_decay_schedule(
-      0.0 if warmup else settings.learning_rate, settings.learning_rate, warmup,
-      settings.num_steps, settings.final_learning_rate)
+    0.0 if warmup else settings.learning_rate,
+    settings.learning_rate,
+    warmup,
+    settings.num_steps,
+    settings.final_learning_rate,
+  )
 
 
 def optimizer(config: ModelConfig, settings: TrainSettings) -> optax.GradientTransformation:
   """AdamW with clipping by global norm; norms, which start at one, do not decay."""
   decayed = jax.tree.map(lambda spec: spec.init != "ones", params_lib.describe(config))
   return optax.chain(
-      optax.clip_by_global_norm(settings.max_grad_norm),
-      optax.adamw(schedule(settings), settings.beta1, settings.beta2,
-                  weight_decay=settings.weight_decay, mask=decayed))
+    optax.clip_by_global_norm(settings.max_grad_norm),
+    optax.adamw(
+      schedule(settings),
+      settings.beta1,
+      settings.beta2,
+      weight_decay=settings.weight_decay,
+      mask=decayed,
+    ),
+  )
 
 
 def init_state(config: ModelConfig, settings: TrainSettings, key: jax.Array) -> TrainState:
   """A state with random parameters; `key` is consumed."""
   params = params_lib.initialize(config, key)
-  return TrainState(jnp.zeros((), jnp.int32), params,
-                    optimizer(config, settings).init(params))
+  return TrainState(jnp.zeros((), jnp.int32), params, optimizer(config, settings).init(params))
 
 
 def cross_entropy(logits_BxTxV: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
   """-log p of tokens 1, 2, ... given those before them: float32 `[B, T-1]`."""
   return optax.softmax_cross_entropy_with_integer_labels(
-      logits_BxTxV[:, :-1].astype(jnp.float32), tokens_BxT[:, 1:])
+    logits_BxTxV[:, :-1].astype(jnp.float32), tokens_BxT[:, 1:]
+  )
 
 
-def expert_loads(experts_LxBxTxA: jax.Array, mask_BxT: jax.Array,
-                 num_experts: int) -> jax.Array:
+def expert_loads(experts_LxBxTxA: jax.Array, mask_BxT: jax.Array, num_experts: int) -> jax.Array:
   """Share of the (token, choice) pairs that each expert gets: float32 `[L, E]`.
 
   Each layer's shares sum to one.
@@ -144,8 +153,9 @@ def expert_loads(experts_LxBxTxA: jax.Array, mask_BxT: jax.Array,
   return counts / counts.sum(-1, keepdims=True)
 
 
-def balance_loss(router_logits_LxBxTxE: jax.Array, loads_LxE: jax.Array,
-                 mask_BxT: jax.Array) -> jax.Array:
+def balance_loss(
+  router_logits_LxBxTxE: jax.Array, loads_LxE: jax.Array, mask_BxT: jax.Array
+) -> jax.Array:
   """E · Σ_e f_e P_e, averaged over layers: 1 when perfectly balanced.
 
   f is `loads_LxE` and P the mean router probability over the tokens of
@@ -170,13 +180,15 @@ def _noise(config, settings, batch):
   positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
   key = noise_lib.stream_key(settings.noise_seed, noise_lib.ROUTING)
   return noise_lib.RoutingNoise(
-      keys=noise_lib.position_keys(key, batch.ids, positions),
-      temperatures=jnp.full(config.num_layers, settings.noise_temperature, jnp.float32),
-      member=jnp.int32(1))
+    keys=noise_lib.position_keys(key, batch.ids, positions),
+    temperatures=jnp.full(config.num_layers, settings.noise_temperature, jnp.float32),
+    member=jnp.int32(1),
+  )
 
 
-def loss(params: Params, batch: Batch, config: ModelConfig,
-         settings: TrainSettings) -> tuple[jax.Array, dict[str, jax.Array]]:
+def loss(
+  params: Params, batch: Batch, config: ModelConfig, settings: TrainSettings
+) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The training loss and its parts.
 
   Returns:
@@ -185,27 +197,36 @@ def loss(params: Params, batch: Batch, config: ModelConfig,
     `load_entropy` (of the experts' loads, mean over layers; 1 is even).
   """
   logits, outputs = transformer.forward(
-      params, config, batch.tokens, noise=_noise(config, settings, batch),
-      keep=("experts", "router_logits"), strategy=settings.strategy)
+    params,
+    config,
+    batch.tokens,
+    noise=_noise(config, settings, batch),
+    keep=("experts", "router_logits"),
+    strategy=settings.strategy,
+  )
   weights = batch.weights[:, 1:]
   mask = batch.weights > 0
   loads = expert_loads(outputs.experts, mask, config.num_experts)
   parts = {
-      "cross_entropy": (jnp.sum(weights * cross_entropy(logits, batch.tokens))
-                        / jnp.maximum(weights.sum(), 1e-6)),
-      "balance_loss": balance_loss(outputs.router_logits, loads, mask),
-      "z_loss": z_loss(outputs.router_logits, mask),
+    "cross_entropy": (
+      jnp.sum(weights * cross_entropy(logits, batch.tokens)) / jnp.maximum(weights.sum(), 1e-6)
+    ),
+    "balance_loss": balance_loss(outputs.router_logits, loads, mask),
+    "z_loss": z_loss(outputs.router_logits, mask),
   }
-  total = (parts["cross_entropy"]
-           + settings.balance_coefficient * parts["balance_loss"]
-           + settings.z_coefficient * parts["z_loss"])
+  total = (
+    parts["cross_entropy"]
+    + settings.balance_coefficient * parts["balance_loss"]
+    + settings.z_coefficient * parts["z_loss"]
+  )
   entropy = jnp.mean(jax.scipy.special.entr(loads).sum(-1)) / jnp.log(config.num_experts)
   return total, parts | {"load_entropy": entropy}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings"), donate_argnames="state")
-def train_step(state: TrainState, batch: Batch, *, config: ModelConfig,
-               settings: TrainSettings) -> tuple[TrainState, dict[str, jax.Array]]:
+def train_step(
+  state: TrainState, batch: Batch, *, config: ModelConfig, settings: TrainSettings
+) -> tuple[TrainState, dict[str, jax.Array]]:
   """One step of AdamW; `state` is consumed.
 
   Returns:
@@ -213,10 +234,13 @@ def train_step(state: TrainState, batch: Batch, *, config: ModelConfig,
     `grad_norm` (before clipping) and `learning_rate` (of this step).
   """
   (value, parts), grads = jax.value_and_grad(loss, has_aux=True)(
-      state.params, batch, config, settings)
-  updates, opt_state = optimizer(config, settings).update(
-      grads, state.opt_state, state.params)
-  metrics = {"loss": value, **parts, "grad_norm": optax.tree.norm(grads),
-             "learning_rate": schedule(settings)(state.step)}
-  return TrainState(state.step + 1, optax.apply_updates(state.params, updates),
-                    opt_state), metrics
+    state.params, batch, config, settings
+  )
+  updates, opt_state = optimizer(config, settings).update(grads, state.opt_state, state.params)
+  metrics = {
+    "loss": value,
+    **parts,
+    "grad_norm": optax.tree.norm(grads),
+    "learning_rate": schedule(settings)(state.step),
+  }
+  return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics

@@ -88,23 +88,40 @@ THINKING = """{%- for message in messages %}
   {%- endif %}
 {%- endif %}"""
 
-TEMPLATES = {"olmoe": OLMOE, "mixtral": MIXTRAL, "harmony": HARMONY, "chatml": CHATML,
-             "thinking": THINKING}
+TEMPLATES = {
+  "olmoe": OLMOE,
+  "mixtral": MIXTRAL,
+  "harmony": HARMONY,
+  "chatml": CHATML,
+  "thinking": THINKING,
+}
 SPECIAL = {
-    "olmoe": ["<|endoftext|>", "<|padding|>"],
-    "mixtral": ["<unk>", "<s>", "</s>"],
-    "harmony": ["<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>",
-                "<|start|>", "<|end|>", "<|message|>", "<|call|>"],
-    "chatml": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-    "thinking": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+  "olmoe": ["<|endoftext|>", "<|padding|>"],
+  "mixtral": ["<unk>", "<s>", "</s>"],
+  "harmony": [
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<|return|>",
+    "<|constrain|>",
+    "<|channel|>",
+    "<|start|>",
+    "<|end|>",
+    "<|message|>",
+    "<|call|>",
+  ],
+  "chatml": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+  "thinking": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
 }
 NAMED = {
-    "olmoe": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
-    "mixtral": {"bos_token": {"__type": "AddedToken", "content": "<s>"}, "eos_token": "</s>",
-                "unk_token": "<unk>"},
-    "harmony": {"bos_token": "<|startoftext|>", "eos_token": "<|return|>"},
-    "chatml": {"eos_token": "<|endoftext|>"},
-    "thinking": {"eos_token": "<|im_end|>"},
+  "olmoe": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
+  "mixtral": {
+    "bos_token": {"__type": "AddedToken", "content": "<s>"},
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+  },
+  "harmony": {"bos_token": "<|startoftext|>", "eos_token": "<|return|>"},
+  "chatml": {"eos_token": "<|endoftext|>"},
+  "thinking": {"eos_token": "<|im_end|>"},
 }
 
 

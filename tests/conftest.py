@@ -13,12 +13,12 @@ if metadata.version("jaxlib").startswith("0.10."):
   _FLAGS["xla_cpu_use_fusion_emitters"] = "false"
 _given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join(
-    [_given, *(f"--{name}={value}" for name, value in _FLAGS.items() if name not in _given)])
-
-import jax
-import pytest
+  [_given, *(f"--{name}={value}" for name, value in _FLAGS.items() if name not in _given)]
+)
 
 import hf
+import jax
+import pytest
 import tiny
 
 # Set once for all tests: they are part of what a compiled function is cached by.
@@ -42,14 +42,14 @@ def programs_of_one_module():
 
 @pytest.fixture(scope="session")
 def olmoe():
-  """Config and parameters: gates not normalised, norms on queries and keys."""
+  """Config and parameters: gates not normalized, norms on queries and keys."""
   config = tiny.config("olmoe")
   return config, tiny.params(config)
 
 
 @pytest.fixture(scope="session")
 def mixtral():
-  """Config and parameters: normalised gates, no norms on queries and keys."""
+  """Config and parameters: normalized gates, no norms on queries and keys."""
   config = tiny.config("mixtral")
   return config, tiny.params(config)
 

@@ -22,8 +22,10 @@ E2M1 = np.asarray([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6
 def weights(lead, hidden, width, activation=PLAIN, dtype="float32", seed=0):
   """Random weights with these leading axes; with biases if there is a limit."""
   random = np.random.RandomState(seed)
+
   def normal(fan_in, *shape):
     return jnp.asarray(2 / fan_in**0.5 * random.standard_normal((*lead, *shape)), dtype)
+
   matrices = normal(width, hidden, 2, width), normal(hidden, hidden, width)
   biases = (normal(16, hidden, 2), normal(16, width)) if activation.limit else ()
   return ExpertParams(*matrices, *biases)
@@ -41,7 +43,7 @@ def quantized(format, shape, axis, seed=0):
     low, high = np.split(bits, 2, axis=-1)
     codes = (low | high << 4).astype(np.uint8)
     numbers = E2M1[bits] if format == "mxfp4" else np.where(bits < 8, bits, bits - 16)
-  scale = typical_scale(format, 2 / shape[axis]**0.5)
+  scale = typical_scale(format, 2 / shape[axis] ** 0.5)
   if format == "mxfp4":
     scales = (scale + random.randint(-1, 2, groups)).astype(np.uint8)
     factors = 2.0 ** (scales.astype(int) - 127)
@@ -53,12 +55,14 @@ def quantized(format, shape, axis, seed=0):
 
 
 def quantized_weights(format, lead, hidden, width, activation=PLAIN):
-  """As `weights`, with quantised matrices, and the same with these as float64 values."""
+  """As `weights`, with quantized matrices, and the same with these as float64 values."""
   params = weights(lead, hidden, width, activation)
   gate_up, gate_up_values = quantized(format, (*lead, hidden, 2, width), len(lead) + 2, seed=1)
   down, down_values = quantized(format, (*lead, hidden, width), len(lead), seed=2)
-  return (params.replace(gate_up=gate_up, down=down),
-          params.replace(gate_up=gate_up_values, down=down_values))
+  return (
+    params.replace(gate_up=gate_up, down=down),
+    params.replace(gate_up=gate_up_values, down=down_values),
+  )
 
 
 def rows(n, num_experts, choices, width, dtype="float32", seed=1, lead=()):
@@ -66,9 +70,11 @@ def rows(n, num_experts, choices, width, dtype="float32", seed=1, lead=()):
   random = np.random.RandomState(seed)
   shape = (*lead, n)
   indices = np.argsort(random.uniform(size=(*shape, num_experts)), axis=-1)[..., :choices]
-  return (jnp.asarray(random.standard_normal((*shape, width)), dtype),
-          jnp.asarray(indices, jnp.int32),
-          jnp.asarray(random.uniform(0.1, 1, (*shape, choices)), jnp.float32))
+  return (
+    jnp.asarray(random.standard_normal((*shape, width)), dtype),
+    jnp.asarray(indices, jnp.int32),
+    jnp.asarray(random.uniform(0.1, 1, (*shape, choices)), jnp.float32),
+  )
 
 
 def activate(activation, gate, up):
@@ -85,12 +91,16 @@ def by_loop(activation, params, x, experts, gates):
 
   `params` have one leading axis, which `experts [N, A]` are indices into.
   """
-  gate_up, down, x, gates = (np.asarray(a, np.float64)
-                             for a in (params.gate_up, params.down, x, gates))
+  gate_up, down, x, gates = (
+    np.asarray(a, np.float64) for a in (params.gate_up, params.down, x, gates)
+  )
   gate_up_bias, down_bias = (
-      np.zeros(shape) if b is None else np.asarray(b, np.float64) for b, shape in (
-          (params.gate_up_bias, gate_up.shape[:-1]),
-          (params.down_bias, (len(down), down.shape[-1]))))
+    np.zeros(shape) if b is None else np.asarray(b, np.float64)
+    for b, shape in (
+      (params.gate_up_bias, gate_up.shape[:-1]),
+      (params.down_bias, (len(down), down.shape[-1])),
+    )
+  )
   y, hidden_magnitude, magnitude = (np.zeros_like(x) for _ in range(3))
   for row in range(len(x)):
     for expert, weight in zip(np.asarray(experts)[row], gates[row]):

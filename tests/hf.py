@@ -8,46 +8,93 @@ model can be built in transformers (`to_model`) and here (`to_params`). Only
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax.params import (
-    AttentionParams, ExpertParams, LayerParams, Params, SharedExpertParams)
+from roe_jax.params import AttentionParams, ExpertParams, LayerParams, Params, SharedExpertParams
 
 SMALL = dict(
-    vocab_size=48, hidden_size=32, intermediate_size=16, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-    rms_norm_eps=1e-5, rope_theta=10000.0, hidden_act="silu",
-    tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+  vocab_size=48,
+  hidden_size=32,
+  intermediate_size=16,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  max_position_embeddings=64,
+  rms_norm_eps=1e-5,
+  rope_theta=10000.0,
+  hidden_act="silu",
+  tie_word_embeddings=False,
+  pad_token_id=0,
+  bos_token_id=1,
+  eos_token_id=2,
+)
 
 
 # What each family's config.json says beyond that; the keys are those of the hub.
 # Windows, original contexts and limits are such that the tests go beyond them.
 SPECIFIC = {
-    "olmoe": dict(num_experts=8, num_experts_per_tok=3, norm_topk_prob=False, clip_qkv=None,
-                  attention_bias=False),
-    "mixtral": dict(num_local_experts=8, num_experts_per_tok=2, sliding_window=None),
-    "gpt_oss": dict(
-        num_local_experts=8, num_experts_per_tok=3, head_dim=8, attention_bias=True,
-        sliding_window=5, swiglu_limit=1.5, rope_theta=150000.0, rope_scaling=dict(
-            rope_type="yarn", factor=32.0, original_max_position_embeddings=8,
-            beta_fast=32.0, beta_slow=1.0, truncate=False)),
-    "qwen2_moe": dict(
-        num_experts=8, num_experts_per_tok=3, norm_topk_prob=False, intermediate_size=24,
-        moe_intermediate_size=16, shared_expert_intermediate_size=20, decoder_sparse_step=1,
-        mlp_only_layers=[], use_sliding_window=False, sliding_window=4, max_window_layers=1),
-    "qwen3_moe": dict(
-        num_experts=8, num_experts_per_tok=3, norm_topk_prob=True, intermediate_size=24,
-        moe_intermediate_size=16, head_dim=12, attention_bias=False, decoder_sparse_step=1,
-        mlp_only_layers=[], use_sliding_window=False, sliding_window=4, max_window_layers=1),
+  "olmoe": dict(
+    num_experts=8, num_experts_per_tok=3, norm_topk_prob=False, clip_qkv=None, attention_bias=False
+  ),
+  "mixtral": dict(num_local_experts=8, num_experts_per_tok=2, sliding_window=None),
+  "gpt_oss": dict(
+    num_local_experts=8,
+    num_experts_per_tok=3,
+    head_dim=8,
+    attention_bias=True,
+    sliding_window=5,
+    swiglu_limit=1.5,
+    rope_theta=150000.0,
+    rope_scaling=dict(
+      rope_type="yarn",
+      factor=32.0,
+      original_max_position_embeddings=8,
+      beta_fast=32.0,
+      beta_slow=1.0,
+      truncate=False,
+    ),
+  ),
+  "qwen2_moe": dict(
+    num_experts=8,
+    num_experts_per_tok=3,
+    norm_topk_prob=False,
+    intermediate_size=24,
+    moe_intermediate_size=16,
+    shared_expert_intermediate_size=20,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+    use_sliding_window=False,
+    sliding_window=4,
+    max_window_layers=1,
+  ),
+  "qwen3_moe": dict(
+    num_experts=8,
+    num_experts_per_tok=3,
+    norm_topk_prob=True,
+    intermediate_size=24,
+    moe_intermediate_size=16,
+    head_dim=12,
+    attention_bias=False,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+    use_sliding_window=False,
+    sliding_window=4,
+    max_window_layers=1,
+  ),
 }
 FAMILIES = tuple(SPECIFIC)
 # Its classes in transformers begin with this.
-PREFIX = {"olmoe": "Olmoe", "mixtral": "Mixtral", "gpt_oss": "GptOss", "qwen2_moe": "Qwen2Moe",
-          "qwen3_moe": "Qwen3Moe"}
+PREFIX = {
+  "olmoe": "Olmoe",
+  "mixtral": "Mixtral",
+  "gpt_oss": "GptOss",
+  "qwen2_moe": "Qwen2Moe",
+  "qwen3_moe": "Qwen3Moe",
+}
 # Where hub files have the experts one by one: the block, and gate, up and down.
 HUB_EXPERTS = {
-    "olmoe": ("mlp", "gate_proj", "up_proj", "down_proj"),
-    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
-    "qwen2_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
-    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+  "olmoe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+  "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+  "qwen2_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+  "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
 }
 
 
@@ -59,12 +106,16 @@ def config_json(family, **changes):
 def _sizes(hf):
   heads = hf["num_attention_heads"]
   return dict(
-      layers=hf["num_hidden_layers"], d=hf["hidden_size"],
-      f=hf.get("moe_intermediate_size") or hf["intermediate_size"],
-      g=hf.get("shared_expert_intermediate_size"),
-      v=hf["vocab_size"], h=heads, k=hf["num_key_value_heads"],
-      c=hf.get("head_dim") or hf["hidden_size"] // heads,
-      e=hf.get("num_experts") or hf["num_local_experts"])
+    layers=hf["num_hidden_layers"],
+    d=hf["hidden_size"],
+    f=hf.get("moe_intermediate_size") or hf["intermediate_size"],
+    g=hf.get("shared_expert_intermediate_size"),
+    v=hf["vocab_size"],
+    h=heads,
+    k=hf["num_key_value_heads"],
+    c=hf.get("head_dim") or hf["hidden_size"] // heads,
+    e=hf.get("num_experts") or hf["num_local_experts"],
+  )
 
 
 def random_state(hf, seed=0, scale=0.3):
@@ -72,44 +123,52 @@ def random_state(hf, seed=0, scale=0.3):
   # RandomState, because its streams are the same in all versions of numpy.
   random = np.random.RandomState(seed)
   n = _sizes(hf)
-  shapes = {"model.embed_tokens.weight": (n["v"], n["d"]), "model.norm.weight": (n["d"],),
-            "lm_head.weight": (n["v"], n["d"])}
+  shapes = {
+    "model.embed_tokens.weight": (n["v"], n["d"]),
+    "model.norm.weight": (n["d"],),
+    "lm_head.weight": (n["v"], n["d"]),
+  }
   for layer in range(n["layers"]):
     block = {
-        "input_layernorm.weight": (n["d"],),
-        "post_attention_layernorm.weight": (n["d"],),
-        "self_attn.q_proj.weight": (n["h"] * n["c"], n["d"]),
-        "self_attn.k_proj.weight": (n["k"] * n["c"], n["d"]),
-        "self_attn.v_proj.weight": (n["k"] * n["c"], n["d"]),
-        "self_attn.o_proj.weight": (n["d"], n["h"] * n["c"]),
-        "mlp.gate.weight": (n["e"], n["d"]),
-        "mlp.experts.gate_up_proj": (n["e"], 2 * n["f"], n["d"]),
-        "mlp.experts.down_proj": (n["e"], n["d"], n["f"]),
+      "input_layernorm.weight": (n["d"],),
+      "post_attention_layernorm.weight": (n["d"],),
+      "self_attn.q_proj.weight": (n["h"] * n["c"], n["d"]),
+      "self_attn.k_proj.weight": (n["k"] * n["c"], n["d"]),
+      "self_attn.v_proj.weight": (n["k"] * n["c"], n["d"]),
+      "self_attn.o_proj.weight": (n["d"], n["h"] * n["c"]),
+      "mlp.gate.weight": (n["e"], n["d"]),
+      "mlp.experts.gate_up_proj": (n["e"], 2 * n["f"], n["d"]),
+      "mlp.experts.down_proj": (n["e"], n["d"], n["f"]),
     }
     block |= {
-        "olmoe": {"self_attn.q_norm.weight": (n["h"] * n["c"],),
-                  "self_attn.k_norm.weight": (n["k"] * n["c"],)},
-        "mixtral": {},
-        "gpt_oss": {"self_attn.q_proj.bias": (n["h"] * n["c"],),
-                    "self_attn.k_proj.bias": (n["k"] * n["c"],),
-                    "self_attn.v_proj.bias": (n["k"] * n["c"],),
-                    "self_attn.o_proj.bias": (n["d"],),
-                    "self_attn.sinks": (n["h"],),
-                    "mlp.router.weight": (n["e"], n["d"]),
-                    "mlp.router.bias": (n["e"],),
-                    "mlp.experts.gate_up_proj": (n["e"], n["d"], 2 * n["f"]),
-                    "mlp.experts.gate_up_proj_bias": (n["e"], 2 * n["f"]),
-                    "mlp.experts.down_proj": (n["e"], n["f"], n["d"]),
-                    "mlp.experts.down_proj_bias": (n["e"], n["d"])},
-        "qwen2_moe": {"self_attn.q_proj.bias": (n["h"] * n["c"],),
-                      "self_attn.k_proj.bias": (n["k"] * n["c"],),
-                      "self_attn.v_proj.bias": (n["k"] * n["c"],),
-                      "mlp.shared_expert.gate_proj.weight": (n["g"], n["d"]),
-                      "mlp.shared_expert.up_proj.weight": (n["g"], n["d"]),
-                      "mlp.shared_expert.down_proj.weight": (n["d"], n["g"]),
-                      "mlp.shared_expert_gate.weight": (1, n["d"])},
-        "qwen3_moe": {"self_attn.q_norm.weight": (n["c"],),
-                      "self_attn.k_norm.weight": (n["c"],)},
+      "olmoe": {
+        "self_attn.q_norm.weight": (n["h"] * n["c"],),
+        "self_attn.k_norm.weight": (n["k"] * n["c"],),
+      },
+      "mixtral": {},
+      "gpt_oss": {
+        "self_attn.q_proj.bias": (n["h"] * n["c"],),
+        "self_attn.k_proj.bias": (n["k"] * n["c"],),
+        "self_attn.v_proj.bias": (n["k"] * n["c"],),
+        "self_attn.o_proj.bias": (n["d"],),
+        "self_attn.sinks": (n["h"],),
+        "mlp.router.weight": (n["e"], n["d"]),
+        "mlp.router.bias": (n["e"],),
+        "mlp.experts.gate_up_proj": (n["e"], n["d"], 2 * n["f"]),
+        "mlp.experts.gate_up_proj_bias": (n["e"], 2 * n["f"]),
+        "mlp.experts.down_proj": (n["e"], n["f"], n["d"]),
+        "mlp.experts.down_proj_bias": (n["e"], n["d"]),
+      },
+      "qwen2_moe": {
+        "self_attn.q_proj.bias": (n["h"] * n["c"],),
+        "self_attn.k_proj.bias": (n["k"] * n["c"],),
+        "self_attn.v_proj.bias": (n["k"] * n["c"],),
+        "mlp.shared_expert.gate_proj.weight": (n["g"], n["d"]),
+        "mlp.shared_expert.up_proj.weight": (n["g"], n["d"]),
+        "mlp.shared_expert.down_proj.weight": (n["d"], n["g"]),
+        "mlp.shared_expert_gate.weight": (1, n["d"]),
+      },
+      "qwen3_moe": {"self_attn.q_norm.weight": (n["c"],), "self_attn.k_norm.weight": (n["c"],)},
     }[hf["model_type"]]
     if hf["model_type"] == "gpt_oss":
       del block["mlp.gate.weight"]
@@ -117,9 +176,11 @@ def random_state(hf, seed=0, scale=0.3):
       block = {name: shape for name, shape in block.items() if not name.endswith("bias")}
     shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
   return {
-      name: (random.uniform(0.5, 1.5, shape) if "norm" in name
-             else scale * random.standard_normal(shape)).astype(np.float32)
-      for name, shape in shapes.items()}
+    name: (
+      random.uniform(0.5, 1.5, shape) if "norm" in name else scale * random.standard_normal(shape)
+    ).astype(np.float32)
+    for name, shape in shapes.items()
+  }
 
 
 def hub_state(hf, state):
@@ -148,8 +209,10 @@ def to_params(hf, state, dtype="float32"):
   n = _sizes(hf)
 
   def stacked(name, reshape=lambda w: w):
-    return jnp.asarray(np.stack([
-        reshape(state[f"model.layers.{layer}.{name}"]) for layer in range(n["layers"])]), dtype)
+    return jnp.asarray(
+      np.stack([reshape(state[f"model.layers.{layer}.{name}"]) for layer in range(n["layers"])]),
+      dtype,
+    )
 
   def by_head(heads):
     return lambda w: w.reshape(heads, n["c"], n["d"])
@@ -162,49 +225,58 @@ def to_params(hf, state, dtype="float32"):
 
   if hf["model_type"] == "gpt_oss":
     experts = ExpertParams(
-        # Gate and up projection alternate.
-        gate_up=stacked("mlp.experts.gate_up_proj", lambda w: w.swapaxes(1, 2).reshape(
-            n["e"], n["f"], 2, n["d"])),
-        down=stacked("mlp.experts.down_proj"),
-        gate_up_bias=stacked("mlp.experts.gate_up_proj_bias",
-                             lambda w: w.reshape(n["e"], n["f"], 2)),
-        down_bias=stacked("mlp.experts.down_proj_bias"))
+      # Gate and up projection alternate.
+      gate_up=stacked(
+        "mlp.experts.gate_up_proj", lambda w: w.swapaxes(1, 2).reshape(n["e"], n["f"], 2, n["d"])
+      ),
+      down=stacked("mlp.experts.down_proj"),
+      gate_up_bias=stacked("mlp.experts.gate_up_proj_bias", lambda w: w.reshape(n["e"], n["f"], 2)),
+      down_bias=stacked("mlp.experts.down_proj_bias"),
+    )
   else:
     experts = ExpertParams(
-        # The gate projection's rows come first.
-        gate_up=stacked("mlp.experts.gate_up_proj",
-                        lambda w: w.reshape(n["e"], 2, n["f"], n["d"]).swapaxes(1, 2)),
-        down=stacked("mlp.experts.down_proj", lambda w: w.transpose(0, 2, 1)))
+      # The gate projection's rows come first.
+      gate_up=stacked(
+        "mlp.experts.gate_up_proj", lambda w: w.reshape(n["e"], 2, n["f"], n["d"]).swapaxes(1, 2)
+      ),
+      down=stacked("mlp.experts.down_proj", lambda w: w.transpose(0, 2, 1)),
+    )
   shared = None
   if n["g"]:
     shared = SharedExpertParams(
-        gate_up=jnp.stack([stacked(f"mlp.shared_expert.{name}_proj.weight")
-                           for name in ("gate", "up")], axis=2),
-        down=stacked("mlp.shared_expert.down_proj.weight", lambda w: w.T),
-        gate=stacked("mlp.shared_expert_gate.weight"))
+      gate_up=jnp.stack(
+        [stacked(f"mlp.shared_expert.{name}_proj.weight") for name in ("gate", "up")], axis=2
+      ),
+      down=stacked("mlp.shared_expert.down_proj.weight", lambda w: w.T),
+      gate=stacked("mlp.shared_expert_gate.weight"),
+    )
   router = "mlp.router" if hf["model_type"] == "gpt_oss" else "mlp.gate"
   return Params(
-      embedding=jnp.asarray(state["model.embed_tokens.weight"], dtype),
-      layers=LayerParams(
-          attention_norm=stacked("input_layernorm.weight"),
-          attention=AttentionParams(
-              query=stacked("self_attn.q_proj.weight", by_head(n["h"])),
-              key=stacked("self_attn.k_proj.weight", by_head(n["k"])),
-              value=stacked("self_attn.v_proj.weight", by_head(n["k"])),
-              output=stacked("self_attn.o_proj.weight",
-                             lambda w: w.T.reshape(n["h"], n["c"], n["d"])),
-              query_norm=by_head_if_any("self_attn.q_norm.weight", n["h"]),
-              key_norm=by_head_if_any("self_attn.k_norm.weight", n["k"]),
-              query_bias=by_head_if_any("self_attn.q_proj.bias", n["h"]),
-              key_bias=by_head_if_any("self_attn.k_proj.bias", n["k"]),
-              value_bias=by_head_if_any("self_attn.v_proj.bias", n["k"]),
-              output_bias=if_any("self_attn.o_proj.bias"),
-              sinks=if_any("self_attn.sinks")),
-          moe_norm=stacked("post_attention_layernorm.weight"),
-          router=stacked(router + ".weight"), router_bias=if_any(router + ".bias"),
-          experts=experts, shared_expert=shared),
-      final_norm=jnp.asarray(state["model.norm.weight"], dtype),
-      unembedding=jnp.asarray(state["lm_head.weight"], dtype))
+    embedding=jnp.asarray(state["model.embed_tokens.weight"], dtype),
+    layers=LayerParams(
+      attention_norm=stacked("input_layernorm.weight"),
+      attention=AttentionParams(
+        query=stacked("self_attn.q_proj.weight", by_head(n["h"])),
+        key=stacked("self_attn.k_proj.weight", by_head(n["k"])),
+        value=stacked("self_attn.v_proj.weight", by_head(n["k"])),
+        output=stacked("self_attn.o_proj.weight", lambda w: w.T.reshape(n["h"], n["c"], n["d"])),
+        query_norm=by_head_if_any("self_attn.q_norm.weight", n["h"]),
+        key_norm=by_head_if_any("self_attn.k_norm.weight", n["k"]),
+        query_bias=by_head_if_any("self_attn.q_proj.bias", n["h"]),
+        key_bias=by_head_if_any("self_attn.k_proj.bias", n["k"]),
+        value_bias=by_head_if_any("self_attn.v_proj.bias", n["k"]),
+        output_bias=if_any("self_attn.o_proj.bias"),
+        sinks=if_any("self_attn.sinks"),
+      ),
+      moe_norm=stacked("post_attention_layernorm.weight"),
+      router=stacked(router + ".weight"),
+      router_bias=if_any(router + ".bias"),
+      experts=experts,
+      shared_expert=shared,
+    ),
+    final_norm=jnp.asarray(state["model.norm.weight"], dtype),
+    unembedding=jnp.asarray(state["lm_head.weight"], dtype),
+  )
 
 
 def to_model(hf, state, dtype="float32"):
@@ -226,6 +298,7 @@ def to_model(hf, state, dtype="float32"):
 def logits(model, tokens, mask=None):
   """Logits as float32 numpy."""
   import torch
+
   with torch.no_grad():
     mask = None if mask is None else torch.tensor(mask)
     return model(torch.tensor(tokens), attention_mask=mask).logits.float().numpy()

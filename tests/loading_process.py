@@ -23,7 +23,9 @@ parser.add_argument("--process", default="0,1,0")
 ARGUMENTS = parser.parse_args()
 INDEX, COUNT, PORT = map(int, ARGUMENTS.process.split(","))
 os.environ |= {
-    "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // COUNT}"}
+  "JAX_PLATFORMS": "cpu",
+  "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // COUNT}",
+}
 
 import jax
 import numpy as np
@@ -47,8 +49,11 @@ def bytes_read():
 
 def load(path):
   from_hub = checkpoints_convert.is_hugging_face(path)
-  find_config, load = ((checkpoints_convert.load_config, checkpoints_convert.load) if from_hub
-                       else (checkpoint.load_config, checkpoint.load))
+  find_config, load = (
+    (checkpoints_convert.load_config, checkpoints_convert.load)
+    if from_hub
+    else (checkpoint.load_config, checkpoint.load)
+  )
   shardings = None
   if ARGUMENTS.mesh:
     config = find_config(path)
@@ -62,11 +67,14 @@ pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 before, read, begin = memory("VmRSS"), bytes_read(), time.perf_counter()
 params = load(ARGUMENTS.path)
 figures = {
-    "bytes_held": sum(shard.data.nbytes for x in jax.tree.leaves(params)
-                      for shard in x.addressable_shards),
-    "bytes_read": bytes_read() - read,
-    "peak": memory("VmHWM") - before, "after": memory("VmRSS") - before,
-    "seconds": time.perf_counter() - begin}
+  "bytes_held": sum(
+    shard.data.nbytes for x in jax.tree.leaves(params) for shard in x.addressable_shards
+  ),
+  "bytes_read": bytes_read() - read,
+  "peak": memory("VmHWM") - before,
+  "after": memory("VmRSS") - before,
+  "seconds": time.perf_counter() - begin,
+}
 checksum = 0
 for x in jax.tree.leaves(params):
   for shard in sorted(x.addressable_shards, key=lambda s: s.device.id):

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 
-def member_logits(params, config, roster, tokens, request,
-                  record=lambda layer, position, experts: None):
+def member_logits(
+  params, config, roster, tokens, request, record=lambda layer, position, experts: None
+):
   """Logits `[R, T, V]` of `roster.members` at all positions of one text.
 
   `record` is told each member's experts, member by member.
@@ -19,9 +20,17 @@ def member_logits(params, config, roster, tokens, request,
   p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
   layers = range(config.num_layers)
   temperatures = np.asarray(roster.temperatures, np.float64)
-  draws = _draws(roster.seed, np.uint32(request), np.array(roster.members),
-                 np.arange(config.num_layers), np.arange(len(tokens)), roster.temperatures,
-                 roster.noise, config.num_experts, config.experts_per_token)
+  draws = _draws(
+    roster.seed,
+    np.uint32(request),
+    np.array(roster.members),
+    np.arange(config.num_layers),
+    np.arange(len(tokens)),
+    roster.temperatures,
+    roster.noise,
+    config.num_experts,
+    config.experts_per_token,
+  )
   draws = jax.tree.map(lambda a: np.asarray(a, np.float64), draws)
 
   def norm(x, weight):
@@ -47,9 +56,9 @@ def member_logits(params, config, roster, tokens, request,
     if config.normalize_gates:
       return weights / weights.sum()
     if config.gate_mass_experts:
-      return weights * weights[:config.gate_mass_experts].sum() / weights.sum()
+      return weights * weights[: config.gate_mass_experts].sum() / weights.sum()
     if roster.gate_weights == "clean_rescaled":
-      mass = np.sort(probabilities)[-len(chosen):].sum()
+      mass = np.sort(probabilities)[-len(chosen) :].sum()
       return weights * mass / weights.sum()
     return weights
 
@@ -77,20 +86,24 @@ def member_logits(params, config, roster, tokens, request,
     a = p.layers.attention
     normed = norm(x, p.layers.attention_norm[layer])
     query, key, value = (
-        np.einsum("d,hcd->hc", normed, w[layer]) + (b[layer] if config.qkv_bias else 0)
-        for w, b in ((a.query, a.query_bias), (a.key, a.key_bias), (a.value, a.value_bias)))
+      np.einsum("d,hcd->hc", normed, w[layer]) + (b[layer] if config.qkv_bias else 0)
+      for w, b in ((a.query, a.query_bias), (a.key, a.key_bias), (a.value, a.value_bias))
+    )
     if config.qk_norm_per_head:
-      query, key = (np.stack([norm(head, weight[layer]) for head in heads])
-                    for heads, weight in ((query, a.query_norm), (key, a.key_norm)))
+      query, key = (
+        np.stack([norm(head, weight[layer]) for head in heads])
+        for heads, weight in ((query, a.query_norm), (key, a.key_norm))
+      )
     elif config.qk_norm:
       query, key = norm(query, a.query_norm[layer]), norm(key, a.key_norm[layer])
     if config.clip_qkv is not None:
-      query, key, value = (np.clip(v, -config.clip_qkv, config.clip_qkv)
-                           for v in (query, key, value))
+      query, key, value = (
+        np.clip(v, -config.clip_qkv, config.clip_qkv) for v in (query, key, value)
+      )
     query, key = rope(query, position), rope(key, position)
     seen = history + [(key, value)]
     if layer in config.sliding_layers:
-      seen = seen[-config.sliding_window:]
+      seen = seen[-config.sliding_window :]
     heads = []
     for head in range(config.num_heads):
       group = head // (config.num_heads // config.num_kv_heads)
@@ -107,15 +120,17 @@ def member_logits(params, config, roster, tokens, request,
     if config.router_bias:
       clean = clean + p.layers.router_bias[layer]
     noisy = perturbed(clean, index, layer, position)
-    chosen = np.argsort(-noisy)[:config.experts_per_token]
+    chosen = np.argsort(-noisy)[: config.experts_per_token]
     if index is not None:
       record(layer, position, chosen)
     for expert, weight in zip(chosen, gates(clean, noisy, chosen)):
       experts = p.layers.experts
       gate, up = np.einsum("d,fid->if", normed, experts.gate_up[layer, expert])
       if config.expert_bias:
-        gate, up = gate + experts.gate_up_bias[layer, expert, :, 0], (
-            up + experts.gate_up_bias[layer, expert, :, 1])
+        gate, up = (
+          gate + experts.gate_up_bias[layer, expert, :, 0],
+          (up + experts.gate_up_bias[layer, expert, :, 1]),
+        )
       if config.swiglu_limit is None:
         hidden = gate / (1 + np.exp(-gate)) * up
       else:
@@ -170,22 +185,25 @@ def _draws(seed, request, members, layers, positions, temperatures, family, num_
   Of "swap" a pair: which choices are replaced, `[R, L, T, A]`, and an order of the
   other experts, `[R, L, T, E - A]`.
   """
+
   def draw(member, layer, position):
     key = jax.random.key(seed, impl="threefry2x32")
     for number in (0, request, position, layer, member):  # 0: the routing stream
       key = jax.random.fold_in(key, number)
     if family == "swap":
       coins, order = jax.random.split(key)
-      return (jax.random.bernoulli(coins, temperatures[layer], (count,)),
-              jax.random.permutation(order, num_experts - count))
+      return (
+        jax.random.bernoulli(coins, temperatures[layer], (count,)),
+        jax.random.permutation(order, num_experts - count),
+      )
     deviation = np.pi / np.sqrt(6)  # of a Gumbel variable
     return {
-        "gumbel": lambda: jax.random.gumbel(key, (num_experts,)),
-        "gaussian": lambda: deviation * jax.random.normal(key, (num_experts,)),
-        "uniform": lambda: deviation * np.sqrt(12) * (
-            jax.random.uniform(key, (num_experts,)) - 0.5),
-        "second_expert": lambda: np.zeros(num_experts),
+      "gumbel": lambda: jax.random.gumbel(key, (num_experts,)),
+      "gaussian": lambda: deviation * jax.random.normal(key, (num_experts,)),
+      "uniform": lambda: deviation * np.sqrt(12) * (jax.random.uniform(key, (num_experts,)) - 0.5),
+      "second_expert": lambda: np.zeros(num_experts),
     }[family]()
+
   by_position = jax.vmap(draw, in_axes=(None, None, 0))
   by_layer = jax.vmap(by_position, in_axes=(None, 0, None))
   return jax.vmap(by_layer, in_axes=(0, None, None))(members, layers, positions)

@@ -4,15 +4,15 @@ kernels interpreted on CPU; and what they are lowered to for the accelerators.""
 import functools
 import warnings
 
+import expert_loop
+from expert_loop import CLAMPED, PLAIN
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import expert_loop
-from expert_loop import CLAMPED, PLAIN
-from roe_jax.experts import few_rows, gpu_kernels, many_rows, packing, tpu_kernels
-from roe_jax.experts.widening import held, num_parts, widen
+from roe_jax.experts import gather_gemv, gpu_kernels, grouped_matmul, packing, tpu_kernels
+from roe_jax.experts.codes import codes_and_scales, num_parts, widen
 from roe_jax.params import ExpertParams
 from roe_jax.quantization import FORMATS, Quantized, group_size, scale_values
 
@@ -21,18 +21,21 @@ L, E, D, F, A = 3, 5, 20, 12, 3
 
 
 def selected_on_tpu(*args):
-  return few_rows.by_pairs(functools.partial(few_rows.on_tpu, interpret=True), *args)
+  return gather_gemv.by_pairs(functools.partial(gather_gemv.on_tpu, interpret=True), *args)
 
 
 # As dispatched on this platform, and the other platforms' by interpretation.
 STRATEGIES = {
-    "selected": few_rows.selected,
-    "selected on a TPU": selected_on_tpu,
-    "grouped": many_rows.grouped,
-    **{f"grouped on a {name}": functools.partial(
-        many_rows.by_blocks, functools.partial(kernel, interpret=True))
-       for name, kernel in (("GPU", gpu_kernels.apply_on_gpu),
-                            ("TPU", tpu_kernels.apply_on_tpu))}}
+  "gather_gemv": gather_gemv.compute,
+  "selected on a TPU": selected_on_tpu,
+  "grouped_matmul": grouped_matmul.compute,
+  **{
+    f"grouped on a {name}": functools.partial(
+      grouped_matmul.by_blocks, functools.partial(kernel, interpret=True)
+    )
+    for name, kernel in (("GPU", gpu_kernels.apply_on_gpu), ("TPU", tpu_kernels.apply_on_tpu))
+  },
+}
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 
 
@@ -55,23 +58,33 @@ def assert_agrees(strategy, params, layer, x, indices, gates, activation=CLAMPED
 
 
 @every_strategy
-@pytest.mark.parametrize("n, dtype", [
-    (1, "float32"), (2, "float32"), (7, "float32"), (33, "float32"),
-    (1, "bfloat16"), (33, "bfloat16")])
-@pytest.mark.parametrize("activation", expert_loop.ACTIVATIONS.values(),
-                         ids=list(expert_loop.ACTIVATIONS))
+@pytest.mark.parametrize(
+  "n, dtype",
+  [
+    (1, "float32"),
+    (2, "float32"),
+    (7, "float32"),
+    (33, "float32"),
+    (1, "bfloat16"),
+    (33, "bfloat16"),
+  ],
+)
+@pytest.mark.parametrize(
+  "activation", expert_loop.ACTIVATIONS.values(), ids=list(expert_loop.ACTIVATIONS)
+)
 def test_strategies_agree_with_a_loop(activation, strategy, n, dtype):
   params = weights(dtype, activation=activation)
   for layer in range(L) if n == 2 else [1]:
     assert_agrees(strategy, params, layer, *rows(n, dtype), activation)
 
 
-def assert_quantised_agrees(strategy, format, dtype="float32", width=D, hidden=F):
+def assert_quantized_agrees(strategy, format, dtype="float32", width=D, hidden=F):
   params, values = expert_loop.quantized_weights(format, (L * E,), hidden, width, CLAMPED)
   x, indices, gates = rows(7, dtype, width)
   if "TPU" in strategy and dtype == "bfloat16":  # they round weights to the dtype of x
-    values = values.replace(gate_up=jnp.asarray(values.gate_up, dtype),
-                            down=jnp.asarray(values.down, dtype))
+    values = values.replace(
+      gate_up=jnp.asarray(values.gate_up, dtype), down=jnp.asarray(values.down, dtype)
+    )
   actual = apply(strategy, CLAMPED, params, 1, x, indices, gates)
   expert_loop.assert_agrees(actual, CLAMPED, values, x, E + indices, gates)
 
@@ -79,43 +92,46 @@ def assert_quantised_agrees(strategy, format, dtype="float32", width=D, hidden=F
 @every_strategy
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("format", FORMATS)
-def test_quantised_experts_agree_with_a_loop(format, dtype, strategy):
+def test_quantized_experts_agree_with_a_loop(format, dtype, strategy):
   # The second half of a row starts within a group of four-bit weights.
   assert D // 2 % group_size("int4", D) != 0
-  assert_quantised_agrees(strategy, format, dtype)
+  assert_quantized_agrees(strategy, format, dtype)
 
 
 def test_widening_of_every_code():
   codes = np.arange(256).astype(np.uint8)
   numbers = np.arange(16)
-  for format, expected in (("int4", np.where(numbers < 8, numbers, numbers - 16)),
-                           ("mxfp4", expert_loop.E2M1 / 2)):  # its scales are doubled
+  for format, expected in (
+    ("int4", np.where(numbers < 8, numbers, numbers - 16)),
+    ("mxfp4", expert_loop.E2M1 / 2),
+  ):  # its scales are doubled
     low, high = widen(codes, format)
     np.testing.assert_array_equal(low, np.tile(expected, 16))
     np.testing.assert_array_equal(high, np.repeat(expected, 16))
   np.testing.assert_array_equal(widen(codes.astype(np.int8), "int8")[0], codes.astype(np.int8))
   exponents = np.arange(1, 255).astype(np.uint8)
   np.testing.assert_array_equal(
-      scale_values(jnp.minimum(exponents, 253)),
-      2.0 ** (np.minimum(exponents, 253).astype(np.float64) - 126))
+    scale_values(jnp.minimum(exponents, 253)),
+    2.0 ** (np.minimum(exponents, 253).astype(np.float64) - 126),
+  )
 
 
 @every_strategy
 @pytest.mark.parametrize("format", [None, *FORMATS])
 def test_several_tiles_with_the_last_one_not_full(format, strategy, monkeypatch):
   """More than one tile and step of each kernel along both widths."""
-  monkeypatch.setattr(few_rows, "DOWN_SPLIT", 64)
+  monkeypatch.setattr(gather_gemv, "DOWN_SPLIT", 64)
   monkeypatch.setattr(tpu_kernels, "TILE_BYTES", 1)
   width, hidden = (300, 150) if format is None else (320, 160)
-  assert few_rows.HIDDEN_TILE[1] < width > gpu_kernels.OUT_TILE
-  assert few_rows.DOWN_SPLIT < hidden > gpu_kernels.SUM_BYTES // 4
+  assert gather_gemv.HIDDEN_TILE[1] < width > gpu_kernels.OUT_TILE
+  assert gather_gemv.DOWN_SPLIT < hidden > gpu_kernels.SUM_BYTES // 4
   assert tpu_kernels._tile(hidden, 1) == 128
   jax.clear_caches()  # the tiles are no arguments
   try:
     if format is None:
       assert_agrees(strategy, weights(width=width, hidden=hidden), 1, *rows(2, width=width))
     else:
-      assert_quantised_agrees(strategy, format, width=width, hidden=hidden)
+      assert_quantized_agrees(strategy, format, width=width, hidden=hidden)
   finally:
     jax.clear_caches()
 
@@ -135,17 +151,23 @@ def test_weights_of_other_experts_are_not_used(strategy):
   indices = jnp.tile(jnp.asarray([3, 1, 4], jnp.int32), (7, 1))
   used = jnp.zeros(L * E, bool).at[E + indices[0]].set(True)
   params = jax.tree.map(
-      lambda w: jnp.where(used.reshape(-1, *[1] * (w.ndim - 1)), w, jnp.nan), weights())
-  if strategy == "grouped":  # of this layer it reads all matrices, on CPU
+    lambda w: jnp.where(used.reshape(-1, *[1] * (w.ndim - 1)), w, jnp.nan), weights()
+  )
+  if strategy == "grouped_matmul":  # of this layer it reads all matrices, on CPU
     of_layer = slice(E, 2 * E)
-    params = params.replace(**{
+    params = params.replace(
+      **{
         name: w.at[of_layer].set(jnp.nan_to_num(w[of_layer]))
-        for name, w in (("gate_up", params.gate_up), ("down", params.down))})
+        for name, w in (("gate_up", params.gate_up), ("down", params.down))
+      }
+    )
   assert_agrees(strategy, params, 1, x, indices, gates)
 
 
-@pytest.mark.parametrize("pairs, experts, expected", [
-    (8, 64, 16), (64 * 8, 64, 16), (64 * 16, 64, 32), (64 * 17, 64, 64), (10**6, 64, 64)])
+@pytest.mark.parametrize(
+  "pairs, experts, expected",
+  [(8, 64, 16), (64 * 8, 64, 16), (64 * 16, 64, 32), (64 * 17, 64, 64), (10**6, 64, 64)],
+)
 def test_size_of_blocks(pairs, experts, expected):
   assert packing.block_size(pairs, experts, 16, 64) == expected
 
@@ -153,7 +175,8 @@ def test_size_of_blocks(pairs, experts, expected):
 def test_blocks_hold_every_pair_once():
   indices = rows(33)[1]
   planned, slots, experts = map(
-      np.asarray, jax.jit(packing.plan, static_argnums=(1, 2))(indices, E, 16))
+    np.asarray, jax.jit(packing.plan, static_argnums=(1, 2))(indices, E, 16)
+  )
   assert len(set(slots.flat)) == indices.size
   np.testing.assert_array_equal(planned[slots], np.tile(np.arange(33)[:, None], A))
   np.testing.assert_array_equal(experts[slots // 16], indices)
@@ -165,23 +188,33 @@ def abstract_matrix(format, shape, axis, dtype):
     return jax.ShapeDtypeStruct(shape, dtype)
   groups = [s // group_size(format, s) if i == axis else s for i, s in enumerate(shape)]
   codes = (*shape[:-1], shape[-1] // num_parts(format))
-  return Quantized(jax.ShapeDtypeStruct(codes, "int8" if format == "int8" else "uint8"),
-                   jax.ShapeDtypeStruct(groups, "uint8" if format == "mxfp4" else "bfloat16"),
-                   format)
+  return Quantized(
+    jax.ShapeDtypeStruct(codes, "int8" if format == "int8" else "uint8"),
+    jax.ShapeDtypeStruct(groups, "uint8" if format == "mxfp4" else "bfloat16"),
+    format,
+  )
 
 
 def abstract_arguments(n, dtype="bfloat16", activation=PLAIN, format=None):
   """Shapes of an OLMoE-like model of two layers with widths that are no powers of two."""
   num_experts, width, hidden, choices = 64, 2880, 1440, 8
   shape = jax.ShapeDtypeStruct
-  biases = () if activation.limit is None else (
-      shape((2 * num_experts, hidden, 2), dtype), shape((2 * num_experts, width), dtype))
+  biases = (
+    ()
+    if activation.limit is None
+    else (shape((2 * num_experts, hidden, 2), dtype), shape((2 * num_experts, width), dtype))
+  )
   return num_experts, (
-      ExpertParams(abstract_matrix(format, (2 * num_experts, hidden, 2, width), 3, dtype),
-                   abstract_matrix(format, (2 * num_experts, hidden, width), 1, dtype), *biases),
-      shape((), jnp.int32),
-      shape((n, width), dtype), shape((n, choices), jnp.int32),
-      shape((n, choices), jnp.float32))
+    ExpertParams(
+      abstract_matrix(format, (2 * num_experts, hidden, 2, width), 3, dtype),
+      abstract_matrix(format, (2 * num_experts, hidden, width), 1, dtype),
+      *biases,
+    ),
+    shape((), jnp.int32),
+    shape((n, width), dtype),
+    shape((n, choices), jnp.int32),
+    shape((n, choices), jnp.float32),
+  )
 
 
 def lowered(strategy, n, dtype, activation, format, platform, device):
@@ -189,29 +222,45 @@ def lowered(strategy, n, dtype, activation, format, platform, device):
   num_experts, args = abstract_arguments(n, dtype, activation, format)
   traced = jax.jit(functools.partial(STRATEGIES[strategy], num_experts, activation)).trace
   mesh = jax.sharding.AbstractMesh(
-      (1,), ("x",), (jax.sharding.AxisType.Auto,),
-      abstract_device=jax.sharding.AbstractDevice(
-          device_kind=device, num_cores=1, platform="gpu" if platform == "cuda" else platform))
+    (1,),
+    ("x",),
+    (jax.sharding.AxisType.Auto,),
+    abstract_device=jax.sharding.AbstractDevice(
+      device_kind=device, num_cores=1, platform="gpu" if platform == "cuda" else platform
+    ),
+  )
   with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     return traced(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize("platform, device, target", [
-    ("cuda", "NVIDIA H200", "__gpu$xla.gpu.triton"), ("tpu", "TPU v5 lite", "tpu_custom_call")])
-@pytest.mark.parametrize("dtype, activation, format", [
-    ("float32", PLAIN, None), ("bfloat16", PLAIN, None), ("bfloat16", CLAMPED, None),
-    *(("bfloat16", CLAMPED, format) for format in FORMATS)], ids=str)
-@pytest.mark.parametrize("strategy, n", [("selected", 1), ("selected", 8), ("grouped", 500)])
+@pytest.mark.parametrize(
+  "platform, device, target",
+  [("cuda", "NVIDIA H200", "__gpu$xla.gpu.triton"), ("tpu", "TPU v5 lite", "tpu_custom_call")],
+)
+@pytest.mark.parametrize(
+  "dtype, activation, format",
+  [
+    ("float32", PLAIN, None),
+    ("bfloat16", PLAIN, None),
+    ("bfloat16", CLAMPED, None),
+    *(("bfloat16", CLAMPED, format) for format in FORMATS),
+  ],
+  ids=str,
+)
+@pytest.mark.parametrize(
+  "strategy, n", [("gather_gemv", 1), ("gather_gemv", 8), ("grouped_matmul", 500)]
+)
 def test_accelerators_are_given_two_kernels_that_read_the_weights(
-    strategy, n, dtype, activation, format, platform, device, target):
+  strategy, n, dtype, activation, format, platform, device, target
+):
   text = lowered(strategy, n, dtype, activation, format, platform, device)
   calls = [line for line in text.splitlines() if "custom_call" in line]
   assert len(calls) == 2 and all(target in line for line in calls)
   # The kernels are given the whole weights, and nothing else uses or makes
   # an array of their size: no gathered copy, none for a layer, and none widened.
   _, (params, *_) = abstract_arguments(n, format=format)
-  matrices = [held(w)[0] for w in (params.gate_up, params.down)]
+  matrices = [codes_and_scales(w)[0] for w in (params.gate_up, params.down)]
   shapes = [list(w.shape) for w in matrices]
   if platform == "tpu" and format is not None:  # seen as XLA lays it out, which copies nothing
     shapes[0][1:3] = shapes[0][2:0:-1]
@@ -228,9 +277,9 @@ def test_accelerators_are_given_two_kernels_that_read_the_weights(
 def test_kernels_copy_no_weights(format):
   """In the jaxpr: between arguments and kernels there is no array of their size."""
   _, (params, _, x, indices, _) = abstract_arguments(1, activation=CLAMPED, format=format)
-  for kernels in (few_rows.on_gpu, few_rows.on_tpu):
+  for kernels in (gather_gemv.on_gpu, gather_gemv.on_tpu):
     jaxpr = jax.make_jaxpr(functools.partial(kernels, CLAMPED))(indices, params, x)
-    expert = np.prod(held(params.down)[0].shape[1:])
+    expert = np.prod(codes_and_scales(params.down)[0].shape[1:])
     made = [v for eqn in jaxpr.eqns for v in eqn.outvars if eqn.primitive.name != "transpose"]
     assert max(v.aval.size for v in made) < expert
 
@@ -244,16 +293,18 @@ def equations(jaxpr):
         yield from equations(inner)
 
 
-@pytest.mark.parametrize("kernels", ["selected", "grouped"])
+@pytest.mark.parametrize("kernels", ["gather_gemv", "grouped_matmul"])
 def test_what_interpretation_on_cpu_does_not_show(kernels):
   """A store beyond the end of a row is dropped there, and float32 is never shortened."""
   _, (params, _, x, indices, _) = abstract_arguments(8, "float32", CLAMPED)
-  if kernels == "selected":
-    jaxpr = jax.make_jaxpr(functools.partial(few_rows.on_gpu, CLAMPED))(indices, params, x)
+  if kernels == "gather_gemv":
+    jaxpr = jax.make_jaxpr(functools.partial(gather_gemv.on_gpu, CLAMPED))(indices, params, x)
   else:
     jaxpr = jax.make_jaxpr(functools.partial(gpu_kernels.apply_on_gpu, CLAMPED))(
-        jax.ShapeDtypeStruct((4,), jnp.int32), params,
-        jax.ShapeDtypeStruct((4, 16, x.shape[1]), x.dtype))
+      jax.ShapeDtypeStruct((4,), jnp.int32),
+      params,
+      jax.ShapeDtypeStruct((4, 16, x.shape[1]), x.dtype),
+    )
   seen = list(equations(jaxpr.jaxpr))
   stores = [eqn for eqn in seen if eqn.primitive.name == "masked_swap"]
   assert len(stores) == 2
@@ -261,7 +312,7 @@ def test_what_interpretation_on_cpu_does_not_show(kernels):
     *_, mask = jax.tree.unflatten(eqn.params["args_tree"], eqn.invars)
     assert mask is not None
   dots = [eqn for eqn in seen if eqn.primitive.name == "dot_general"]
-  assert len(dots) == (0 if kernels == "selected" else 3)
+  assert len(dots) == (0 if kernels == "gather_gemv" else 3)
   highest = jax.lax.Precision.HIGHEST
   assert all(eqn.params["precision"] == (highest, highest) for eqn in dots)
 
@@ -269,8 +320,7 @@ def test_what_interpretation_on_cpu_does_not_show(kernels):
 def test_one_row_makes_enough_programs_for_a_large_gpu():
   """Four for each of an H200's multiprocessors, in OLMoE's shapes."""
   width, hidden, choices = 2048, 1024, 8
-  programs = choices * hidden // few_rows.HIDDEN_TILE[0]
+  programs = choices * hidden // gather_gemv.HIDDEN_TILE[0]
   assert programs >= 264
-  programs = choices * width // few_rows.DOWN_TILE[1] * (
-      hidden // few_rows.DOWN_SPLIT)
+  programs = choices * width // gather_gemv.DOWN_TILE[1] * (hidden // gather_gemv.DOWN_SPLIT)
   assert programs >= 264

@@ -41,8 +41,9 @@ FORMULAS = {f.__name__: f for f in (mean_probability, mean_logit, majority, cont
 def random_logits(scale):
   random = np.random.RandomState(0)
   # An offset for each member and place is no part of its distribution.
-  return (scale * random.standard_normal((5, 3, 4, 11))
-          + random.uniform(-50, 50, (5, 3, 4, 1))).astype(np.float32)
+  return (
+    scale * random.standard_normal((5, 3, 4, 11)) + random.uniform(-50, 50, (5, 3, 4, 1))
+  ).astype(np.float32)
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0])
@@ -64,7 +65,7 @@ def test_every_aggregation_has_a_formula_and_they_differ():
 
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
-def test_results_are_normalised_even_for_very_peaked_members(name):
+def test_results_are_normalized_even_for_very_peaked_members(name):
   log_probs = AGGREGATIONS[name](jnp.asarray(random_logits(100.0)))
   assert name == "contrast" or np.all(np.isfinite(log_probs))
   np.testing.assert_allclose(np.exp(log_probs).sum(-1), 1, rtol=1e-5)
@@ -73,7 +74,9 @@ def test_results_are_normalised_even_for_very_peaked_members(name):
 def test_majority_breaks_ties_by_mean_probability():
   # Two votes each for tokens 0 and 1; token 1's voters are surer, and token 2
   # has the largest mean probability of all without any vote.
-  logits = np.log(np.array([[.36, .30, .34], [.36, .30, .34], [.1, .46, .44], [.1, .46, .44]]))
+  logits = np.log(
+    np.array([[0.36, 0.30, 0.34], [0.36, 0.30, 0.34], [0.1, 0.46, 0.44], [0.1, 0.46, 0.44]])
+  )
   p = np.exp(AGGREGATIONS["majority"](jnp.asarray(logits, jnp.float32)))
   assert logits.mean(0).argmax() == 2 and np.exp(logits).mean(0).argmax() == 2
   assert p.argmax() == 1 and p[0] > p[2]
@@ -85,13 +88,15 @@ def test_members_may_come_a_few_at_a_time():
     state = None
     for part in (logits[:1], logits[1:3], logits[3:]):
       state = aggregation.add(state, part)
-    np.testing.assert_allclose(aggregation.finish(state, 5), aggregation(logits), rtol=1e-5,
-                               atol=2e-5, err_msg=name)
+    np.testing.assert_allclose(
+      aggregation.finish(state, 5), aggregation(logits), rtol=1e-5, atol=2e-5, err_msg=name
+    )
 
 
 def test_one_member_is_its_own_mean():
   logits = random_logits(2.0)[:1]
   expected = np.log(softmax(logits[0].astype(np.float64)))
   for name in ("mean_probability", "mean_logit"):
-    np.testing.assert_allclose(AGGREGATIONS[name](jnp.asarray(logits)), expected, rtol=1e-5,
-                               atol=1e-5)
+    np.testing.assert_allclose(
+      AGGREGATIONS[name](jnp.asarray(logits)), expected, rtol=1e-5, atol=1e-5
+    )

@@ -1,10 +1,10 @@
+import chat_formats
 import pytest
 
-import chat_formats
-from roe_jax import answer as answer_lib
-from roe_jax.answer import Answer
 from roe_jax.completion import Completion
-from roe_jax.tokenizer import Tokenizer
+from roe_jax.text import answer as answer_lib
+from roe_jax.text.answer import Answer
+from roe_jax.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(params=list(chat_formats.TEMPLATES))
@@ -23,9 +23,15 @@ def spelled(tokenizer, text):
 
 def tokens(tokenizer, *parts):
   """Marks of the format in text; what is in a list is only spelled out."""
-  return [i for part in parts for i in (
-      spelled(tokenizer, part[0]) if isinstance(part, list)
-      else tokenizer.encode(part, add_special_tokens=False))]
+  return [
+    i
+    for part in parts
+    for i in (
+      spelled(tokenizer, part[0])
+      if isinstance(part, list)
+      else tokenizer.encode(part, add_special_tokens=False)
+    )
+  ]
 
 
 def read(tokenizer, *parts, opening="", reason="length", **settings):
@@ -38,43 +44,82 @@ START = "<|start|>assistant"
 ANALYSIS = "<|channel|>analysis<|message|>"
 FINAL = "<|channel|>final<|message|>"
 HARMONY = {  # opening, what was generated, answer
-    "whole": (START, [ANALYSIS + "2 and 2<|end|>" + START + FINAL + "It is 4.<|return|>"],
-              Answer("It is 4.", "2 and 2")),
-    "final only": (START, [FINAL + "4<|return|>"], Answer("4", "")),
-    "cut in the final channel": (START, [ANALYSIS + "2<|end|>" + START + FINAL + "It i"],
-                                 Answer("It i", "2")),
-    "final channel opened and nothing in it": (START, [FINAL], Answer("", "")),
-    "cut in the name of the channel": (
-        START, [ANALYSIS + "so 4<|end|>" + START + "<|channel|>final"], Answer(None, "so 4")),
-    "cut in analysis": (START, [ANALYSIS + "the final 5"], Answer(None, "the final 5")),
-    "cut in the role": (START, [ANALYSIS + "a<|end|><|start|>assi"], Answer(None, "a")),
-    "nothing": (START, [], Answer(None, "")),
-    "a preamble and a tool before": (
-        START,
-        ["<|channel|>commentary<|message|>I look.<|end|>" + START + ANALYSIS + "hm<|end|>" + START
-         + "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>"
-         + "<|start|>functions.f to=assistant<|channel|>commentary<|message|>7<|end|>"
-         + START + FINAL + "7<|return|>"], Answer("7", "I look.\nhm\n{}\n7")),
-    "ended by a call": (START, ["<|channel|>commentary to=f<|message|>{}<|call|>"],
-                        Answer(None, "{}")),
-    "constrained": (START, [FINAL.replace("final", "final <|constrain|>json") + "{}<|return|>"],
-                    Answer("{}", "")),
-    "constrained at once": (
-        START, [FINAL.replace("final", "final<|constrain|>json") + "{}<|return|>"],
-        Answer("{}", "")),
-    "a channel without a name": (START, ["<|channel|><|message|>4<|end|>"], Answer(None, "4")),
-    "marks that are only spelled out": (
-        START, [ANALYSIS + "a", ["<|end|><|start|>assistant<|channel|>final<|message|>5"],
-                "<|end|>" + START + FINAL + "say ", ["<|channel|>"], "!<|return|>"],
-        Answer("say <|channel|>!", "a<|end|><|start|>assistant<|channel|>final<|message|>5")),
-    "a message without a channel": (START, ["<|message|>4<|end|>"], Answer(None, "4")),
-    "text before any mark": (START, ["4, as I"], Answer(None, "")),
-    "opened for analysis by the prompt": (
-        START + ANALYSIS, ["so<|end|>" + START + FINAL + "4"], Answer("4", "so")),
-    "the prompt holds the beginning": (START + FINAL + "It is", [" 4.<|return|>"],
-                                       Answer(" 4.", "")),
-    "the prompt opened a channel's name": (START + "<|channel|>", ["final<|message|>4"],
-                                           Answer("4", "")),
+  "whole": (
+    START,
+    [ANALYSIS + "2 and 2<|end|>" + START + FINAL + "It is 4.<|return|>"],
+    Answer("It is 4.", "2 and 2"),
+  ),
+  "final only": (START, [FINAL + "4<|return|>"], Answer("4", "")),
+  "cut in the final channel": (
+    START,
+    [ANALYSIS + "2<|end|>" + START + FINAL + "It i"],
+    Answer("It i", "2"),
+  ),
+  "final channel opened and nothing in it": (START, [FINAL], Answer("", "")),
+  "cut in the name of the channel": (
+    START,
+    [ANALYSIS + "so 4<|end|>" + START + "<|channel|>final"],
+    Answer(None, "so 4"),
+  ),
+  "cut in analysis": (START, [ANALYSIS + "the final 5"], Answer(None, "the final 5")),
+  "cut in the role": (START, [ANALYSIS + "a<|end|><|start|>assi"], Answer(None, "a")),
+  "nothing": (START, [], Answer(None, "")),
+  "a preamble and a tool before": (
+    START,
+    [
+      "<|channel|>commentary<|message|>I look.<|end|>"
+      + START
+      + ANALYSIS
+      + "hm<|end|>"
+      + START
+      + "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>"
+      + "<|start|>functions.f to=assistant<|channel|>commentary<|message|>7<|end|>"
+      + START
+      + FINAL
+      + "7<|return|>"
+    ],
+    Answer("7", "I look.\nhm\n{}\n7"),
+  ),
+  "ended by a call": (
+    START,
+    ["<|channel|>commentary to=f<|message|>{}<|call|>"],
+    Answer(None, "{}"),
+  ),
+  "constrained": (
+    START,
+    [FINAL.replace("final", "final <|constrain|>json") + "{}<|return|>"],
+    Answer("{}", ""),
+  ),
+  "constrained at once": (
+    START,
+    [FINAL.replace("final", "final<|constrain|>json") + "{}<|return|>"],
+    Answer("{}", ""),
+  ),
+  "a channel without a name": (START, ["<|channel|><|message|>4<|end|>"], Answer(None, "4")),
+  "marks that are only spelled out": (
+    START,
+    [
+      ANALYSIS + "a",
+      ["<|end|><|start|>assistant<|channel|>final<|message|>5"],
+      "<|end|>" + START + FINAL + "say ",
+      ["<|channel|>"],
+      "!<|return|>",
+    ],
+    Answer("say <|channel|>!", "a<|end|><|start|>assistant<|channel|>final<|message|>5"),
+  ),
+  "a message without a channel": (START, ["<|message|>4<|end|>"], Answer(None, "4")),
+  "text before any mark": (START, ["4, as I"], Answer(None, "")),
+  "opened for analysis by the prompt": (
+    START + ANALYSIS,
+    ["so<|end|>" + START + FINAL + "4"],
+    Answer("4", "so"),
+  ),
+  "the prompt holds the beginning": (START + FINAL + "It is", [" 4.<|return|>"], Answer(" 4.", "")),
+  "the prompt opened a channel's name": (
+    START + "<|channel|>",
+    ["final<|message|>4"],
+    Answer("4", ""),
+  ),
 }
 
 
@@ -87,19 +132,21 @@ def test_the_final_channel_is_the_answer(case, tmp_path):
 
 BEGIN = "<|im_start|>assistant\n"
 THINKING = {
-    "whole": (BEGIN, ["<think>\n2 and 2\n</think>\n\nIt is 4.\n"], Answer("It is 4.\n", "2 and 2")),
-    "not finished": (BEGIN, ["<think>\nIt is 5, no, 4"], Answer(None, "It is 5, no, 4")),
-    "just finished": (BEGIN, ["<think>a</think>"], Answer("", "a")),
-    "no thoughts": (BEGIN, ["It is 4."], Answer("It is 4.", "")),
-    "opened by the prompt": (BEGIN + "<think>\n", ["hm\n</think>\n\n4"], Answer("4", "hm")),
-    "opened by the prompt, not finished": (BEGIN + "<think>\n", ["hm"], Answer(None, "hm")),
-    "closed by the prompt": (BEGIN + "<think>\n\n</think>\n\n", ["4"], Answer("4", "")),
-    "ended without a beginning": (BEGIN, ["hm</think>4"], Answer("4", "hm")),
-    "marks that are only spelled out": (
-        BEGIN, ["<think>", ["</think>5"], "</think>", ["<think>"], "4"],
-        Answer("<think>4", "</think>5")),
-    "thinks again": (BEGIN, ["<think>a</think>5<think>b</think>4"], Answer("4", "a\n5\nb")),
-    "thinks again, not finished": (BEGIN, ["<think>a</think>5<think>b"], Answer(None, "a\n5\nb")),
+  "whole": (BEGIN, ["<think>\n2 and 2\n</think>\n\nIt is 4.\n"], Answer("It is 4.\n", "2 and 2")),
+  "not finished": (BEGIN, ["<think>\nIt is 5, no, 4"], Answer(None, "It is 5, no, 4")),
+  "just finished": (BEGIN, ["<think>a</think>"], Answer("", "a")),
+  "no thoughts": (BEGIN, ["It is 4."], Answer("It is 4.", "")),
+  "opened by the prompt": (BEGIN + "<think>\n", ["hm\n</think>\n\n4"], Answer("4", "hm")),
+  "opened by the prompt, not finished": (BEGIN + "<think>\n", ["hm"], Answer(None, "hm")),
+  "closed by the prompt": (BEGIN + "<think>\n\n</think>\n\n", ["4"], Answer("4", "")),
+  "ended without a beginning": (BEGIN, ["hm</think>4"], Answer("4", "hm")),
+  "marks that are only spelled out": (
+    BEGIN,
+    ["<think>", ["</think>5"], "</think>", ["<think>"], "4"],
+    Answer("<think>4", "</think>5"),
+  ),
+  "thinks again": (BEGIN, ["<think>a</think>5<think>b</think>4"], Answer("4", "a\n5\nb")),
+  "thinks again, not finished": (BEGIN, ["<think>a</think>5<think>b"], Answer(None, "a\n5\nb")),
 }
 
 
@@ -122,7 +169,8 @@ def test_a_stop_token_is_no_part_of_the_answer(tmp_path):
   assert read(tokenizer, "4x", reason="length") == Answer("4x", "")
   harmony = load("harmony", tmp_path)
   assert read(harmony, START + ANALYSIS + "hm<|endoftext|>", reason="stop_token") == Answer(
-      None, "hm")
+    None, "hm"
+  )
 
 
 def test_an_answer_is_cut_before_a_stop_string(tmp_path):
@@ -141,8 +189,14 @@ def test_an_answer_comes_token_by_token(tmp_path):
     reader.push(token)
     if not seen or seen[-1] != reader.answer():
       seen.append(reader.answer())
-  assert seen == [Answer(None, ""), Answer(None, "h"), Answer(None, "hm"), Answer("", "hm"),
-                  Answer("ü", "hm"), Answer("ü4", "hm")]
+  assert seen == [
+    Answer(None, ""),
+    Answer(None, "h"),
+    Answer(None, "hm"),
+    Answer("", "hm"),
+    Answer("ü", "hm"),
+    Answer("ü4", "hm"),
+  ]
 
 
 def test_half_a_character_at_the_end_is_read_as_it_is_decoded(any_tokenizer):

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import tiny
-from roe_jax import attention, cache as kv_cache, numerics, transformer
+
+from roe_jax import attention, numerics, transformer
+from roe_jax import cache as kv_cache
 from roe_jax.cache import KVCache, Window
 from roe_jax.config import Yarn
 
@@ -16,18 +17,26 @@ STARTS = np.array([0, 3])
 
 def inputs(seed=0):
   random = np.random.RandomState(seed)
-  shapes = dict(query=(B, T, H, C), own_key=(B, T, K, C), own_value=(B, T, K, C),
-                keys=(B, K, S, C), values=(B, K, S, C))
-  arrays = {name: jnp.asarray(2 * random.standard_normal(shape), jnp.float32)
-            for name, shape in shapes.items()}
+  shapes = dict(
+    query=(B, T, H, C),
+    own_key=(B, T, K, C),
+    own_value=(B, T, K, C),
+    keys=(B, K, S, C),
+    values=(B, K, S, C),
+  )
+  arrays = {
+    name: jnp.asarray(2 * random.standard_normal(shape), jnp.float32)
+    for name, shape in shapes.items()
+  }
   return arrays | {"positions": jnp.asarray(STARTS[:, None] + np.arange(T))}
 
 
 def attend(a, layer=1):
   """With the slots as the second of three layers of a cache."""
   cache = KVCache(*(jnp.stack([a[n] + 1e3, a[n], a[n] - 1e3]) for n in ("keys", "values")))
-  return jax.jit(lambda *args: attention.attend(*args))(a["query"], a["own_key"], a["own_value"], a["positions"],
-                                   cache, jnp.int32(layer))
+  return jax.jit(lambda *args: attention.attend(*args))(
+    a["query"], a["own_key"], a["own_value"], a["positions"], cache, jnp.int32(layer)
+  )
 
 
 @pytest.fixture(params=[S, 4, 1])
@@ -40,7 +49,8 @@ def block(request, monkeypatch):
 def by_loop(query, own_key, own_value, keys, values, positions):
   """One softmax over the visible slots and the row itself, in float64."""
   query, own_key, own_value, keys, values = (
-      np.asarray(a, np.float64) for a in (query, own_key, own_value, keys, values))
+    np.asarray(a, np.float64) for a in (query, own_key, own_value, keys, values)
+  )
   out = np.zeros(query.shape)
   for b, t, h in np.ndindex(B, T, H):
     k, position = h // (H // K), int(positions[b, t])
@@ -71,8 +81,9 @@ def test_slots_from_the_position_on_are_never_read(block):
     # The rows at positions up to `first` may read the slots below it only.
     huge = {n: a[n].at[:, :, first:].set(1e30) for n in ("keys", "values")}
     visible = np.asarray(a["positions"]) <= first
-    np.testing.assert_array_equal(np.asarray(attend(a | huge))[visible],
-                                  np.asarray(expected)[visible])
+    np.testing.assert_array_equal(
+      np.asarray(attend(a | huge))[visible], np.asarray(expected)[visible]
+    )
 
 
 def test_blocks_that_no_row_sees_are_not_read(monkeypatch):
@@ -80,7 +91,7 @@ def test_blocks_that_no_row_sees_are_not_read(monkeypatch):
   a = inputs()
   expected = attend(a)
   for n in ("keys", "values"):
-    a[n] = a[n].at[:, :, int(a["positions"].max()):].set(jnp.nan)
+    a[n] = a[n].at[:, :, int(a["positions"].max()) :].set(jnp.nan)
   np.testing.assert_array_equal(attend(a), expected)
 
 
@@ -99,8 +110,7 @@ def test_gradients_without_a_cache_are_those_of_the_formula():
     value = lambda a: jnp.sum(target * function(**a))
     return jax.jit(jax.value_and_grad(value))(a)
 
-  ours = results(lambda **a: attention.attend(
-      a["query"], a["own_key"], a["own_value"], positions))
+  ours = results(lambda **a: attention.attend(a["query"], a["own_key"], a["own_value"], positions))
   for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(results(direct))):
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
@@ -125,8 +135,10 @@ TEXT = 23
 def text(seed=0):
   """Queries `[B, TEXT, H, C]`, keys and values `[B, K, TEXT, C]` of whole texts."""
   random = np.random.RandomState(seed)
-  return [jnp.asarray(random.standard_normal(shape), jnp.float32)
-          for shape in ((B, TEXT, H, C), (B, K, TEXT, C), (B, K, TEXT, C))]
+  return [
+    jnp.asarray(random.standard_normal(shape), jnp.float32)
+    for shape in ((B, TEXT, H, C), (B, K, TEXT, C), (B, K, TEXT, C))
+  ]
 
 
 def attend_in_window(window, query, keys, values, first, count, reach, sinks=SINKS, **options):
@@ -134,19 +146,30 @@ def attend_in_window(window, query, keys, values, first, count, reach, sinks=SIN
   positions = jnp.asarray(np.asarray(first)[:, None] + np.arange(count))
   rows = lambda a: jnp.stack([x[p] for x, p in zip(a, positions)])
   own = query, keys.swapaxes(1, 2), values.swapaxes(1, 2)
-  found = attention.attend(*map(rows, own), positions, window, 1, jnp.asarray(sinks, jnp.float32),
-                           reach, **options)
+  found = attention.attend(
+    *map(rows, own), positions, window, 1, jnp.asarray(sinks, jnp.float32), reach, **options
+  )
   np.testing.assert_allclose(
-      found, by_definition(rows(query), keys, values, positions, sinks, reach),
-      rtol=1e-4, atol=1e-5)
+    found, by_definition(rows(query), keys, values, positions, sinks, reach), rtol=1e-4, atol=1e-5
+  )
 
 
 def filled_window(capacity, keys, values, lengths):
   """The second of three layers holds the last positions below `lengths`."""
-  empty = Window(*(jnp.full((3, B, n, capacity, c), v) for n, c, v in (
-      (K, C, 1e30), (K, C, 1e30), (1, 1, kv_cache.NO_POSITION))))
-  return kv_cache.write_window(empty, keys.swapaxes(1, 2), values.swapaxes(1, 2),
-                               jnp.zeros(B, jnp.int32), 1, jnp.asarray(lengths))
+  empty = Window(
+    *(
+      jnp.full((3, B, n, capacity, c), v)
+      for n, c, v in ((K, C, 1e30), (K, C, 1e30), (1, 1, kv_cache.NO_POSITION))
+    )
+  )
+  return kv_cache.write_window(
+    empty,
+    keys.swapaxes(1, 2),
+    values.swapaxes(1, 2),
+    jnp.zeros(B, jnp.int32),
+    1,
+    jnp.asarray(lengths),
+  )
 
 
 @pytest.mark.parametrize("reach, capacity", [(4, 4), (4, 6), (9, 9), (1, 1), (4, TEXT), (99, TEXT)])
@@ -170,8 +193,9 @@ def test_blocks_of_a_filled_text_that_no_row_reaches_are_not_read(monkeypatch):
   monkeypatch.setattr(attention, "block_slots", lambda: 2)
   query, keys, values = text()
   window = filled_window(TEXT, keys, values, [TEXT, TEXT])
-  poisoned = window.replace(values=window.values.at[:, :, :, :8].set(jnp.nan)
-                            .at[:, :, :, 18:].set(jnp.nan))
+  poisoned = window.replace(
+    values=window.values.at[:, :, :, :8].set(jnp.nan).at[:, :, :, 18:].set(jnp.nan)
+  )
   attend_in_window(poisoned, query, keys, values, [12, 13], 4, 5)
 
 
@@ -184,8 +208,9 @@ def test_rows_without_a_cache_see_each_other_and_a_sink(reach):
 def test_a_sink_far_from_the_scores_does_not_overflow(block, size):
   a = inputs()
   cache = KVCache(a["keys"][None], a["values"][None])
-  found = attention.attend(a["query"], a["own_key"], a["own_value"], a["positions"], cache,
-                           sinks_H=jnp.full(H, size))
+  found = attention.attend(
+    a["query"], a["own_key"], a["own_value"], a["positions"], cache, sinks_H=jnp.full(H, size)
+  )
   expected = np.zeros(found.shape) if size > 0 else by_loop(**a)
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -205,12 +230,15 @@ def test_gradients_with_sinks_and_a_window_are_those_of_the_formula():
     return jnp.einsum("bhts,bhsc->bthc", weights, values)
 
   def ours(query, keys, values, sinks):
-    return attention.attend(query, keys.swapaxes(1, 2), values.swapaxes(1, 2), positions,
-                            sinks_H=sinks, reach=4)
+    return attention.attend(
+      query, keys.swapaxes(1, 2), values.swapaxes(1, 2), positions, sinks_H=sinks, reach=4
+    )
 
   arguments = query, keys, values, jnp.asarray(SINKS, jnp.float32)
-  one, other = (jax.jit(jax.grad(lambda *a: jnp.sum(target * f(*a)), argnums=(0, 1, 2, 3)))(
-      *arguments) for f in (ours, direct))
+  one, other = (
+    jax.jit(jax.grad(lambda *a: jnp.sum(target * f(*a)), argnums=(0, 1, 2, 3)))(*arguments)
+    for f in (ours, direct)
+  )
   for found, expected in zip(one, other):
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
@@ -224,15 +252,18 @@ def test_biases_are_added_before_the_one_rounding(dtype):
   x = jnp.asarray(random.standard_normal((2, 3, 32)), dtype)
   heads = jnp.asarray(random.standard_normal((2, 3, 4, 8)), dtype)
   still = jnp.ones((2, 3, 1, 4), dtype), jnp.zeros((2, 3, 1, 4), dtype)
-  held = jax.tree.map(lambda w: numerics.to_storage(w, jnp.zeros(
-      0, numerics.storage_dtype(dtype))), weights)
+  held = jax.tree.map(
+    lambda w: numerics.to_storage_dtype(w, jnp.zeros(0, numerics.storage_dtype(dtype))), weights
+  )
   found = (*attention.project(config, held, 1, x, *still), attention.output(held, 1, heads))
   w = jax.tree.map(lambda w: np.asarray(w[1], np.float64), weights)
   x, heads = (np.asarray(a, np.float64) for a in (x, heads))
-  expected = (np.einsum("btd,hcd->bthc", x, w.query) + w.query_bias,
-              np.einsum("btd,kcd->btkc", x, w.key) + w.key_bias,
-              np.einsum("btd,kcd->btkc", x, w.value) + w.value_bias,
-              np.einsum("bthc,hcd->btd", heads, w.output) + w.output_bias)
+  expected = (
+    np.einsum("btd,hcd->bthc", x, w.query) + w.query_bias,
+    np.einsum("btd,kcd->btkc", x, w.key) + w.key_bias,
+    np.einsum("btd,kcd->btkc", x, w.value) + w.value_bias,
+    np.einsum("bthc,hcd->btd", heads, w.output) + w.output_bias,
+  )
   for one, other in zip(found, expected):
     assert one.dtype == jnp.dtype(dtype)
     unit = 2.0**-8 if dtype == "bfloat16" else 1e-5
@@ -244,13 +275,13 @@ def test_bfloat16_attention_runs_and_is_close():
   rounded = {n: x if n == "positions" else x.astype(jnp.bfloat16) for n, x in a.items()}
   held = {n: jax.lax.bitcast_convert_type(rounded[n], jnp.uint16) for n in ("keys", "values")}
   cache = KVCache(*(x[None] for x in held.values()))
-  actual = attention.attend(rounded["query"], rounded["own_key"], rounded["own_value"],
-                            a["positions"], cache)
+  actual = attention.attend(
+    rounded["query"], rounded["own_key"], rounded["own_value"], a["positions"], cache
+  )
   assert actual.dtype == jnp.bfloat16
   # Weights (summing to one) and output are rounded, by half a unit each.
   expected = by_loop(**{n: np.asarray(x, np.float64) for n, x in rounded.items()})
-  largest = max(np.abs(np.asarray(rounded[n], np.float64)).max()
-                for n in ("values", "own_value"))
+  largest = max(np.abs(np.asarray(rounded[n], np.float64)).max() for n in ("values", "own_value"))
   assert np.abs(np.asarray(actual, np.float64) - expected).max() < 2.0**-8 * largest
 
 
@@ -263,25 +294,32 @@ def test_rotation_turns_pairs_of_the_two_halves():
   # The same as multiplication of complex numbers.
   frequencies = 500.0 ** (-np.arange(0, C, 2) / C)
   turn = np.exp(1j * np.asarray(positions)[..., None, None] * frequencies)
-  turned = (x[..., :C // 2] + 1j * x[..., C // 2:]) * turn
-  np.testing.assert_allclose(actual, np.concatenate([turned.real, turned.imag], -1),
-                             rtol=1e-5, atol=1e-5)
+  turned = (x[..., : C // 2] + 1j * x[..., C // 2 :]) * turn
+  np.testing.assert_allclose(
+    actual, np.concatenate([turned.real, turned.imag], -1), rtol=1e-5, atol=1e-5
+  )
 
 
 def yarn(**changes):
   """The rotary embedding of GPT-OSS."""
-  settings = dict(factor=32.0, original_context=4096, beta_fast=32.0, beta_slow=1.0,
-                  truncate=False, attention_factor=0.1 * np.log(32) + 1)
-  return tiny.config("olmoe", head_dim=64, rope_theta=150000.0,
-                     rope_scaling=Yarn(**(settings | changes)))
+  settings = dict(
+    factor=32.0,
+    original_context=4096,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    truncate=False,
+    attention_factor=0.1 * np.log(32) + 1,
+  )
+  return tiny.config(
+    "olmoe", head_dim=64, rope_theta=150000.0, rope_scaling=Yarn(**(settings | changes))
+  )
 
 
 def test_yarn_has_the_frequencies_of_gpt_oss():
   np.testing.assert_allclose(attention.yarn_ramp(yarn()), (8.0928, 17.3980), atol=1e-4)
   assert attention.yarn_ramp(yarn(truncate=True)) == (8, 18)
   found = np.asarray(attention.frequencies(yarn()))
-  np.testing.assert_allclose(found[[0, 1, 2, -1]], [1.0, 0.689044, 0.474782, 3.0235e-7],
-                             rtol=1e-5)
+  np.testing.assert_allclose(found[[0, 1, 2, -1]], [1.0, 0.689044, 0.474782, 3.0235e-7], rtol=1e-5)
   # Fast pairs keep their frequency, slow ones are divided, the ramp lies between.
   shares = found * 150000.0 ** (np.arange(32) / 32)
   np.testing.assert_allclose(shares[:9], 1, rtol=1e-5)
@@ -312,8 +350,7 @@ def test_no_logit_depends_on_a_later_token():
   mix = jnp.asarray(np.random.RandomState(2).standard_normal(config.vocab_size), jnp.float32)
 
   def logits(x):
-    x, _, _ = transformer.run_layers(
-        params, config, x, jnp.arange(6)[None], strategy="dense")
+    x, _, _ = transformer.run_layers(params, config, x, jnp.arange(6)[None], strategy="dense")
     return transformer.unembed(params, config, x)[0] @ mix
 
   # [t, s]: how the logits at t depend on the embedding at s.

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import tiny
+
 from roe_jax import cache as kv_cache
 from roe_jax import members as members_lib
 from roe_jax import roster as roster_lib
@@ -21,18 +21,27 @@ def test_an_empty_cache_has_the_shape_and_dtype_of_the_config():
   assert cache.capacity == 7
 
 
-@pytest.mark.parametrize("count, starts", [
-    (1, [0, 3, 6]), (3, [0, 2, 4]), (7, [0, 0, 0]),
+@pytest.mark.parametrize(
+  "count, starts",
+  [
+    (1, [0, 3, 6]),
+    (3, [0, 2, 4]),
+    (7, [0, 0, 0]),
     # What lies beyond the capacity of 7 is dropped.
-    (3, [5, 6, 9])])
+    (3, [5, 6, 9]),
+  ],
+)
 def test_writing_at_different_starts(count, starts):
   random = np.random.RandomState(0)
+
   def values(*shape):
     return random.standard_normal(shape).astype(np.float32)
+
   old = [values(3, 3, 2, 7, 8) for _ in range(2)]
   new = [values(3, 3, count, 2, 8) for _ in range(2)]
-  cache = kv_cache.write(kv_cache.KVCache(*map(jnp.asarray, old)), *map(jnp.asarray, new),
-                         jnp.asarray(starts))
+  cache = kv_cache.write(
+    kv_cache.KVCache(*map(jnp.asarray, old)), *map(jnp.asarray, new), jnp.asarray(starts)
+  )
   for actual, expected, written in zip((cache.keys, cache.values), old, new):
     for row, start in enumerate(starts):
       for i in range(count):
@@ -58,7 +67,9 @@ def test_an_empty_window_is_as_long_as_rows_see_or_as_the_text():
 
 def test_the_place_of_a_layer_counts_its_kind_from_the_first_of_the_cache():
   def places(layers, stretch, offset):
-    found = [kv_cache.place(SLIDING, jnp.int32(layer), stretch, offset) for layer in layers]
+    found = [
+      kv_cache.layer_location(SLIDING, jnp.int32(layer), stretch, offset) for layer in layers
+    ]
     return [(bool(p.slides), int(p.index)) for p in found]
 
   whole = [(False, 0), (True, 0), (True, 1), (False, 1), (False, 2), (True, 2)]
@@ -66,9 +77,9 @@ def test_the_place_of_a_layer_counts_its_kind_from_the_first_of_the_cache():
   assert places(range(1, 6), (1, 6), 1) == [(True, 0), (True, 1), (False, 0), (False, 1), (True, 2)]
   assert places(range(4, 6), (4, 6), 2) == [(False, 1), (True, 1)]
   # Known before running where a stretch is of one kind.
-  assert kv_cache.place(SLIDING, jnp.int32(3), (3, 5)).slides is False
-  assert kv_cache.place(SLIDING, jnp.int32(1), (1, 3)).slides is True
-  assert kv_cache.place(CONFIG, 2, (0, 3), 1) == kv_cache.Place(False, 1)
+  assert kv_cache.layer_location(SLIDING, jnp.int32(3), (3, 5)).slides is False
+  assert kv_cache.layer_location(SLIDING, jnp.int32(1), (1, 3)).slides is True
+  assert kv_cache.layer_location(CONFIG, 2, (0, 3), 1) == kv_cache.LayerLocation(False, 1)
 
 
 @pytest.mark.parametrize("chunks", [[1] * 19, [3] * 7, [4, 4, 11], [19], [2, 16, 1]])
@@ -79,7 +90,7 @@ def test_a_window_holds_the_last_positions_below_the_length(chunks):
   write = jax.jit(kv_cache.write_window)
   window, start = kv_cache.empty(SLIDING, 4, 32).window, 0
   for count in chunks:
-    new = (jnp.asarray(a[:, start:start + count]) for a in (keys, values))
+    new = (jnp.asarray(a[:, start : start + count]) for a in (keys, values))
     window = write(window, *new, jnp.full(4, start), jnp.int32(1), jnp.asarray(lengths))
     start += count
   for row, length in enumerate(lengths):
@@ -99,8 +110,10 @@ def test_one_step_is_put_into_layers_of_both_kinds():
   keys = jnp.asarray(np.random.RandomState(0).standard_normal((6, 2, 1, 2, 8)), jnp.float32)
   found = kv_cache.write_step(SLIDING, cache, keys, 2 * keys, jnp.asarray([3, 6]))
   for row, position in enumerate([3, 6]):
-    for arrays, layers, slot in ((found, (0, 3, 4), position),
-                                 (found.window, (1, 2, 5), position % 4)):
+    for arrays, layers, slot in (
+      (found, (0, 3, 4), position),
+      (found.window, (1, 2, 5), position % 4),
+    ):
       new = keys[jnp.asarray(layers), row, 0]
       np.testing.assert_array_equal(arrays.keys[:, row, :, slot], new)
       np.testing.assert_array_equal(arrays.values[:, row, :, slot], 2 * new)
@@ -120,9 +133,19 @@ def test_members_share_one_cache_without_copies():
   def temporaries(num_members):
     roster = roster_lib.Roster.create(config, num_members, 0.5)
     cache = members_lib.empty_cache(config, roster, rows, capacity)
-    compiled = jax.jit(members_lib.member_states, static_argnames="config").lower(
-        params, config, roster, cache, jnp.zeros((rows, 1), jnp.int32),
-        jnp.zeros((rows, 1), jnp.int32), jnp.zeros(rows, jnp.uint32)).compile()
+    compiled = (
+      jax.jit(members_lib.member_states, static_argnames="config")
+      .lower(
+        params,
+        config,
+        roster,
+        cache,
+        jnp.zeros((rows, 1), jnp.int32),
+        jnp.zeros((rows, 1), jnp.int32),
+        jnp.zeros(rows, jnp.uint32),
+      )
+      .compile()
+    )
     return compiled.memory_analysis().temp_size_in_bytes
 
   growth = (temporaries(18) - temporaries(2)) / 16

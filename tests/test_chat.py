@@ -1,19 +1,23 @@
 import datetime
 import json
 
+import chat_formats
 import pytest
 
-import chat_formats
-from roe_jax.chat import Chat, check_messages, load_template
 from roe_jax.completion import Completion
-from roe_jax.tokenizer import Tokenizer
+from roe_jax.text.chat import Chat, check_messages, load_template
+from roe_jax.text.tokenizer import Tokenizer
 
 SYSTEM = {"role": "system", "content": "Be <brief> & übergenau."}
 USER = {"role": "user", "content": "1 + 1?"}
 ASSISTANT = {"role": "assistant", "content": "It is 2."}
 AGAIN = {"role": "user", "content": " 2 + 2? "}
-CHATS = {"one": [USER], "three": [USER, ASSISTANT, AGAIN], "system": [SYSTEM, USER],
-         "prefilled": [USER, {"role": "assistant", "content": "It is\n"}]}
+CHATS = {
+  "one": [USER],
+  "three": [USER, ASSISTANT, AGAIN],
+  "system": [SYSTEM, USER],
+  "prefilled": [USER, {"role": "assistant", "content": "It is\n"}],
+}
 DATE = "2025-01-31"
 
 
@@ -22,32 +26,69 @@ def load(name, folder, template=None, files=None, **settings):
   return Chat.load(folder, Tokenizer.load(folder), **settings)
 
 
-HARMONY_SYSTEM = ("<|start|>system<|message|>Current date: 2025-01-31\n\nReasoning: {}\n\n"
-                  "# Valid channels: analysis, commentary, final.<|end|>")
+HARMONY_SYSTEM = (
+  "<|start|>system<|message|>Current date: 2025-01-31\n\nReasoning: {}\n\n"
+  "# Valid channels: analysis, commentary, final.<|end|>"
+)
 RENDERED = [
-    ("olmoe", "one", {}, "<|endoftext|><|user|>\n1 + 1?\n<|assistant|>\n"),
-    ("olmoe", "three", {}, "<|endoftext|><|user|>\n1 + 1?\n<|assistant|>\nIt is 2.<|endoftext|>\n"
-     "<|user|>\n 2 + 2? \n<|assistant|>\n"),
-    ("olmoe", "system", {}, "<|endoftext|><|system|>\nBe <brief> & übergenau.\n<|user|>\n1 + 1?\n"
-     "<|assistant|>\n"),
-    ("olmoe", "prefilled", {}, "<|endoftext|><|user|>\n1 + 1?\n<|assistant|>\nIt is\n"),
-    ("mixtral", "three", {}, "<s> [INST] 1 + 1? [/INST] It is 2.</s> [INST]  2 + 2?  [/INST]"),
-    ("mixtral", "prefilled", {}, "<s> [INST] 1 + 1? [/INST] It is"),
-    ("harmony", "one", {"date": DATE}, HARMONY_SYSTEM.format("medium")
-     + "<|start|>user<|message|>1 + 1?<|end|><|start|>assistant"),
-    ("harmony", "system", {"date": DATE, "reasoning_effort": "low"}, HARMONY_SYSTEM.format("low")
-     + "<|start|>developer<|message|># Instructions\n\nBe <brief> & übergenau.<|end|>"
-     "<|start|>user<|message|>1 + 1?<|end|><|start|>assistant"),
-    ("harmony", "prefilled", {"date": DATE}, HARMONY_SYSTEM.format("medium")
-     + "<|start|>user<|message|>1 + 1?<|end|>"
-     "<|start|>assistant<|channel|>final<|message|>It is\n"),
-    ("chatml", "system", {}, "<|im_start|>system\nBe <brief> & übergenau.<|im_end|>\n"
-     "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"),
-    ("thinking", "one", {}, "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"),
-    ("thinking", "one", {"enable_thinking": True},
-     "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"),
-    ("thinking", "one", {"enable_thinking": False},
-     "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+  ("olmoe", "one", {}, "<|endoftext|><|user|>\n1 + 1?\n<|assistant|>\n"),
+  (
+    "olmoe",
+    "three",
+    {},
+    "<|endoftext|><|user|>\n1 + 1?\n<|assistant|>\nIt is 2.<|endoftext|>\n"
+    "<|user|>\n 2 + 2? \n<|assistant|>\n",
+  ),
+  (
+    "olmoe",
+    "system",
+    {},
+    "<|endoftext|><|system|>\nBe <brief> & übergenau.\n<|user|>\n1 + 1?\n<|assistant|>\n",
+  ),
+  ("olmoe", "prefilled", {}, "<|endoftext|><|user|>\n1 + 1?\n<|assistant|>\nIt is\n"),
+  ("mixtral", "three", {}, "<s> [INST] 1 + 1? [/INST] It is 2.</s> [INST]  2 + 2?  [/INST]"),
+  ("mixtral", "prefilled", {}, "<s> [INST] 1 + 1? [/INST] It is"),
+  (
+    "harmony",
+    "one",
+    {"date": DATE},
+    HARMONY_SYSTEM.format("medium") + "<|start|>user<|message|>1 + 1?<|end|><|start|>assistant",
+  ),
+  (
+    "harmony",
+    "system",
+    {"date": DATE, "reasoning_effort": "low"},
+    HARMONY_SYSTEM.format("low")
+    + "<|start|>developer<|message|># Instructions\n\nBe <brief> & übergenau.<|end|>"
+    "<|start|>user<|message|>1 + 1?<|end|><|start|>assistant",
+  ),
+  (
+    "harmony",
+    "prefilled",
+    {"date": DATE},
+    HARMONY_SYSTEM.format("medium") + "<|start|>user<|message|>1 + 1?<|end|>"
+    "<|start|>assistant<|channel|>final<|message|>It is\n",
+  ),
+  (
+    "chatml",
+    "system",
+    {},
+    "<|im_start|>system\nBe <brief> & übergenau.<|im_end|>\n"
+    "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n",
+  ),
+  ("thinking", "one", {}, "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"),
+  (
+    "thinking",
+    "one",
+    {"enable_thinking": True},
+    "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n",
+  ),
+  (
+    "thinking",
+    "one",
+    {"enable_thinking": False},
+    "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+  ),
 ]
 
 
@@ -65,9 +106,15 @@ def test_messages_are_rendered_in_the_models_format(name, messages, settings, ex
 SETTINGS = {"harmony": {"reasoning_effort": "high"}, "thinking": {"enable_thinking": False}}
 
 
-@pytest.mark.parametrize("name, messages", [
-    (name, messages) for name in chat_formats.TEMPLATES for messages in CHATS
-    if (name, messages) != ("mixtral", "system")])
+@pytest.mark.parametrize(
+  "name, messages",
+  [
+    (name, messages)
+    for name in chat_formats.TEMPLATES
+    for messages in CHATS
+    if (name, messages) != ("mixtral", "system")
+  ],
+)
 def test_prompts_are_those_of_transformers(name, messages, tmp_path):
   transformers = pytest.importorskip("transformers")
   settings = SETTINGS.get(name, {})
@@ -76,8 +123,9 @@ def test_prompts_are_those_of_transformers(name, messages, tmp_path):
   if name == "harmony":  # they know today only
     theirs.chat_template = theirs.chat_template.replace('strftime_now("%Y-%m-%d")', f'"{DATE}"')
   messages = CHATS[messages]
-  kind = ("continue_final_message" if messages[-1]["role"] == "assistant"
-          else "add_generation_prompt")
+  kind = (
+    "continue_final_message" if messages[-1]["role"] == "assistant" else "add_generation_prompt"
+  )
   apply = lambda **kind: theirs.apply_chat_template(messages, **kind, **settings)
   assert chat.render(messages) == apply(tokenize=False, **{kind: True})
   assert chat.prompt(messages).tokens == apply(return_dict=False, **{kind: True})
@@ -101,7 +149,8 @@ def test_what_templates_may_use_is_as_in_transformers(tmp_path):
   theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
   messages = [SYSTEM, {"role": "assistant", "content": "a", "extra": None}, ASSISTANT]
   assert chat._render(messages, True) == theirs.apply_chat_template(
-      messages, tokenize=False, add_generation_prompt=True)
+    messages, tokenize=False, add_generation_prompt=True
+  )
 
 
 def test_json_in_prompts_is_not_escaped(tmp_path):
@@ -128,8 +177,10 @@ def test_the_day_is_todays_unless_it_is_set(tmp_path):
 
 
 def test_settings_hold_what_prompts_depend_on(tmp_path):
-  low, high = (load("harmony", tmp_path, date=DATE, reasoning_effort=effort).settings
-               for effort in ("low", "high"))
+  low, high = (
+    load("harmony", tmp_path, date=DATE, reasoning_effort=effort).settings
+    for effort in ("low", "high")
+  )
   assert low == high | {"reasoning_effort": "low"}
   thinking = load("thinking", tmp_path, enable_thinking=False).settings
   assert thinking["enable_thinking"] is False and "date" not in thinking
@@ -137,40 +188,65 @@ def test_settings_hold_what_prompts_depend_on(tmp_path):
   assert thinking == changed | {"template": thinking["template"]} != changed
 
 
-@pytest.mark.parametrize("name, settings, sentence", [
+@pytest.mark.parametrize(
+  "name, settings, sentence",
+  [
     ("olmoe", {"reasoning_effort": "low"}, r"reasoning_effort: leave it out$"),
     ("thinking", {"reasoning_effort": "low"}, r"reasoning_effort: .* \(it uses enable_thinking\)"),
     ("harmony", {"enable_thinking": True}, r"enable_thinking: .* \(it uses reasoning_effort\)"),
     ("mixtral", {"date": DATE}, "does not use the date"),
     ("olmoe", {"bos_token": "x"}, "does not use the setting bos_token"),
-])
+  ],
+)
 def test_a_setting_that_the_template_does_not_use_is_refused(name, settings, sentence, tmp_path):
   with pytest.raises(ValueError, match=sentence):
     load(name, tmp_path, **settings)
   load(name, tmp_path, **dict.fromkeys(settings))  # None is the template's default
 
 
-@pytest.mark.parametrize("name, template, messages, sentence", [
-    ("mixtral", None, [SYSTEM, USER], "refuses messages with the roles system, user: roles must "
-     "alternate, beginning with user$"),
+@pytest.mark.parametrize(
+  "name, template, messages, sentence",
+  [
+    (
+      "mixtral",
+      None,
+      [SYSTEM, USER],
+      "refuses messages with the roles system, user: roles must alternate, beginning with user$",
+    ),
     ("mixtral", None, [USER, USER], "roles user, user: roles must alternate"),
     ("olmoe", "{{ messages[0].name + 'x' }}", [USER], "refuses .* has no attribute 'name'"),
     ("olmoe", "{{ 1 + 'x' }}", [USER], "refuses .* unsupported operand"),
-    ("olmoe", "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
-     [SYSTEM, USER], "leaves out messages of the role 'system'"),
+    (
+      "olmoe",
+      "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+      [SYSTEM, USER],
+      "leaves out messages of the role 'system'",
+    ),
     ("olmoe", "{{ messages[0].content }}", [USER, ASSISTANT], "the assistant's last message"),
-])
+  ],
+)
 def test_messages_that_a_template_cannot_take_get_a_sentence(
-    name, template, messages, sentence, tmp_path):
+  name, template, messages, sentence, tmp_path
+):
   with pytest.raises(ValueError, match=sentence) as raised:
     load(name, tmp_path, template).prompt(messages)
   assert "\n" not in str(raised.value) and str(tmp_path) in str(raised.value)
 
 
-@pytest.mark.parametrize("messages", [
-    [], "hello", None, {"role": "user", "content": "x"}, [3], [{"role": "user"}],
-    [{"content": "x"}], [{"role": "user", "content": None}],
-    [{"role": "user", "content": [{"type": "text", "text": "x"}]}]])
+@pytest.mark.parametrize(
+  "messages",
+  [
+    [],
+    "hello",
+    None,
+    {"role": "user", "content": "x"},
+    [3],
+    [{"role": "user"}],
+    [{"content": "x"}],
+    [{"role": "user", "content": None}],
+    [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
+  ],
+)
 def test_malformed_messages_get_a_sentence(messages):
   with pytest.raises(ValueError, match='"role"'):
     check_messages(messages)
@@ -209,7 +285,9 @@ def marks(tmp_path, chat):
   return [Tokenizer.load(tmp_path).token(i) for i in chat.stop_tokens]
 
 
-@pytest.mark.parametrize("name, template, eos, expected", [
+@pytest.mark.parametrize(
+  "name, template, eos, expected",
+  [
     # Named in no file but the template.
     ("chatml", None, "<|endoftext|>", ["<|endoftext|>", "<|im_end|>"]),
     ("thinking", None, "<|endoftext|>", ["<|endoftext|>", "<|im_end|>"]),
@@ -218,15 +296,24 @@ def marks(tmp_path, chat):
     ("mixtral", None, "</s>", ["</s>"]),
     # <|end|> follows an assistant's message, too, but ends only its analysis.
     ("harmony", None, "<|endoftext|>", ["<|endoftext|>", "<|return|>", "<|call|>"]),
-    ("harmony", "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}", "<|return|>",
-     ["<|return|>", "<|call|>"]),
+    (
+      "harmony",
+      "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}",
+      "<|return|>",
+      ["<|return|>", "<|call|>"],
+    ),
     # White space before it, other text before it, no end at all, a refusal.
-    ("chatml", "{{ messages[-1].content }} \n<|im_end|>", "<|endoftext|>",
-     ["<|endoftext|>", "<|im_end|>"]),
+    (
+      "chatml",
+      "{{ messages[-1].content }} \n<|im_end|>",
+      "<|endoftext|>",
+      ["<|endoftext|>", "<|im_end|>"],
+    ),
     ("chatml", "{{ messages[-1].content }}.<|im_end|>", "<|endoftext|>", ["<|endoftext|>"]),
     ("chatml", "{{ messages[-1].content }}", "<|endoftext|>", ["<|endoftext|>"]),
     ("chatml", "{{ raise_exception('no') }}", "<|endoftext|>", ["<|endoftext|>"]),
-])
+  ],
+)
 def test_answers_end_with_the_turn(name, template, eos, expected, tmp_path):
   eos_id = chat_formats.tokenizer(name).token_to_id(eos)
   chat = load(name, tmp_path, template, {"generation_config": {"eos_token_id": eos_id}})
@@ -238,8 +325,9 @@ def test_a_wrong_end_of_text_in_the_tokenizer_does_not_reach_prompts(swapped, tm
   """As in OLMoE-0125-Instruct, whichever of the two names its id 50279 has."""
   wrong = {"bos_token": "<|padding|>", "eos_token": "<|padding|>"}
   right = chat_formats.tokenizer("olmoe").token_to_id("<|padding|>" if swapped else "<|endoftext|>")
-  chat = load("olmoe", tmp_path,
-              files={"tokenizer_config": wrong, "config": {"eos_token_id": right}})
+  chat = load(
+    "olmoe", tmp_path, files={"tokenizer_config": wrong, "config": {"eos_token_id": right}}
+  )
   tokens = chat.prompt([USER, ASSISTANT, AGAIN]).tokens
   assert chat.stop_tokens == (right,)
   assert tokens[0] == right and tokens.count(right) == 2
@@ -253,21 +341,29 @@ def test_what_users_write_opens_no_thoughts(tmp_path):
   assert chat.answer(prompt, completion).final == "A mark."
 
 
-@pytest.mark.parametrize("name, messages, settings, opening", [
+@pytest.mark.parametrize(
+  "name, messages, settings, opening",
+  [
     ("olmoe", "three", {}, "<|assistant|>\n"),
     ("mixtral", "three", {}, ""),
     ("harmony", "one", {}, "<|start|>assistant"),
     ("harmony", "prefilled", {}, "<|start|>assistant<|channel|>final<|message|>It is\n"),
-    ("thinking", "one", {"enable_thinking": False},
-     "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+    (
+      "thinking",
+      "one",
+      {"enable_thinking": False},
+      "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    ),
     ("thinking", "prefilled", {}, "<|im_start|>assistant\n<think>\n\n</think>\n\nIt is\n"),
-])
+  ],
+)
 def test_a_prompt_knows_what_it_holds_of_the_answers_turn(
-    name, messages, settings, opening, tmp_path):
+  name, messages, settings, opening, tmp_path
+):
   prompt = load(name, tmp_path, **settings).prompt(CHATS[messages])
   tokenizer = Tokenizer.load(tmp_path)
   assert tokenizer.decode(prompt.opening, skip_special_tokens=False) == opening
-  assert prompt.tokens[len(prompt.tokens) - len(prompt.opening):] == prompt.opening
+  assert prompt.tokens[len(prompt.tokens) - len(prompt.opening) :] == prompt.opening
 
 
 def test_an_answer_without_a_question_may_be_continued(tmp_path):

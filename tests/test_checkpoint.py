@@ -12,21 +12,38 @@ from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 
 OLMOE = ModelConfig(
-    family="olmoe", vocab_size=48, num_layers=5, d_model=16, num_heads=4,
-    num_kv_heads=2, head_dim=4, num_experts=8, experts_per_token=2, d_expert=8,
-    context_length=32, normalize_gates=False, gates_in_model_dtype=True,
-    qk_norm=True, eos_token_ids=(3,), pad_token_id=1)
+  family="olmoe",
+  vocab_size=48,
+  num_layers=5,
+  d_model=16,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=4,
+  num_experts=8,
+  experts_per_token=2,
+  d_expert=8,
+  context_length=32,
+  normalize_gates=False,
+  gates_in_model_dtype=True,
+  qk_norm=True,
+  eos_token_ids=(3,),
+  pad_token_id=1,
+)
 MIXTRAL = OLMOE.replace(
-    family="mixtral", normalize_gates=True, gates_in_model_dtype=False, qk_norm=False,
-    dtype="bfloat16")
+  family="mixtral",
+  normalize_gates=True,
+  gates_in_model_dtype=False,
+  qk_norm=False,
+  dtype="bfloat16",
+)
 LAYER_BYTES = params_lib.num_bytes(OLMOE.replace(num_layers=1))
 
 
 def initialize(config):
   generator = np.random.default_rng(0)
   return jax.tree.map(
-      lambda s: jnp.asarray(generator.standard_normal(s.shape), s.dtype),
-      params_lib.abstract(config))
+    lambda s: jnp.asarray(generator.standard_normal(s.shape), s.dtype), params_lib.abstract(config)
+  )
 
 
 def assert_equal(got, want):
@@ -41,8 +58,7 @@ def saved(tmp_path_factory):
   """A checkpoint of several pieces, and its parameters; copy before breaking it."""
   path = tmp_path_factory.mktemp("checkpoint") / "model"
   params = initialize(OLMOE)
-  checkpoint.save(path, params, OLMOE, piece_bytes=2 * LAYER_BYTES,
-                  provenance={"source": "here"})
+  checkpoint.save(path, params, OLMOE, piece_bytes=2 * LAYER_BYTES, provenance={"source": "here"})
   return path, params
 
 
@@ -69,8 +85,14 @@ def test_load_returns_what_was_saved(tmp_path, config, piece_bytes):
   params = initialize(config)
   (tmp_path / "tok").mkdir()
   (tmp_path / "tok" / "tokenizer.json").write_text("{}")
-  checkpoint.save(tmp_path / "c", params, config, files=tmp_path / "tok",
-                  provenance={"source": "test"}, piece_bytes=piece_bytes)
+  checkpoint.save(
+    tmp_path / "c",
+    params,
+    config,
+    files=tmp_path / "tok",
+    provenance={"source": "test"},
+    piece_bytes=piece_bytes,
+  )
   loaded, loaded_config = checkpoint.load(tmp_path / "c")
   assert loaded_config == config == checkpoint.load_config(tmp_path / "c")
   assert_equal(loaded, params)
@@ -99,19 +121,24 @@ def test_iterate_pieces_yields_host_arrays_in_order(saved):
 @pytest.mark.parametrize("whole", [True, False])
 def test_load_onto_a_mesh_reads_every_part_to_its_device(saved, whole):
   path, params = saved
-  mesh = jax.make_mesh((4, 2), ("expert", "tensor"),
-                       axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  mesh = jax.make_mesh((4, 2), ("expert", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
   rules = {"experts": "expert", "expert_mlp": "tensor", "heads": "expert", "vocab": "tensor"}
   is_axes = lambda x: isinstance(x, tuple)
   shardings = (
-      NamedSharding(mesh, PartitionSpec()) if whole else
-      jax.tree.map(lambda axes: NamedSharding(mesh, PartitionSpec(*map(rules.get, axes))),
-                   params_lib.logical_axes(OLMOE), is_leaf=is_axes))
+    NamedSharding(mesh, PartitionSpec())
+    if whole
+    else jax.tree.map(
+      lambda axes: NamedSharding(mesh, PartitionSpec(*map(rules.get, axes))),
+      params_lib.logical_axes(OLMOE),
+      is_leaf=is_axes,
+    )
+  )
   loaded, _ = checkpoint.load(path, shardings=shardings)
   assert_equal(loaded, params)
   if not whole:
-    jax.tree.map(lambda x, s: np.testing.assert_(x.sharding.is_equivalent_to(s, x.ndim)),
-                 loaded, shardings)
+    jax.tree.map(
+      lambda x, s: np.testing.assert_(x.sharding.is_equivalent_to(s, x.ndim)), loaded, shardings
+    )
     shard = loaded.layers.experts.gate_up.addressable_shards[0].data
     assert shard.shape == (5, 2, 4, 2, 16)
 
@@ -119,20 +146,24 @@ def test_load_onto_a_mesh_reads_every_part_to_its_device(saved, whole):
 def test_sharded_parameters_are_saved_whole(tmp_path):
   params = initialize(OLMOE)
   mesh = jax.make_mesh((8,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
-  down = jax.device_put(params.layers.experts.down,
-                        NamedSharding(mesh, PartitionSpec(None, "expert")))
-  sharded = params.replace(layers=params.layers.replace(
-      experts=params.layers.experts.replace(down=down)))
+  down = jax.device_put(
+    params.layers.experts.down, NamedSharding(mesh, PartitionSpec(None, "expert"))
+  )
+  sharded = params.replace(
+    layers=params.layers.replace(experts=params.layers.experts.replace(down=down))
+  )
   checkpoint.save(tmp_path / "c", sharded, OLMOE, piece_bytes=1)
   assert_equal(checkpoint.load(tmp_path / "c")[0], params)
 
 
 def test_sharding_must_not_split_the_layers(saved):
-  mesh = jax.make_mesh((5,), ("x",), devices=jax.devices()[:5],
-                       axis_types=(jax.sharding.AxisType.Auto,))
+  mesh = jax.make_mesh(
+    (5,), ("x",), devices=jax.devices()[:5], axis_types=(jax.sharding.AxisType.Auto,)
+  )
   split = jax.tree.map(
-      lambda s: NamedSharding(mesh, PartitionSpec("x" if s.shape[0] == 5 else None)),
-      params_lib.describe(OLMOE))
+    lambda s: NamedSharding(mesh, PartitionSpec("x" if s.shape[0] == 5 else None)),
+    params_lib.describe(OLMOE),
+  )
   with pytest.raises(ValueError, match="splits the layer axis"):
     checkpoint.load(saved[0], shardings=split)
   with pytest.raises(ValueError, match="Params tree"):
@@ -143,9 +174,14 @@ def test_an_interrupted_writer_goes_on_after_its_last_piece(tmp_path):
   params = initialize(OLMOE)
   layers = checkpoint.named_leaves(params.layers)
   arrays = lambda p: (
-      {n: x[p.start:p.stop] for n, x in layers.items()} if p.num_layers else
-      {"embedding": params.embedding, "final_norm": params.final_norm,
-       "unembedding": params.unembedding})
+    {n: x[p.start : p.stop] for n, x in layers.items()}
+    if p.num_layers
+    else {
+      "embedding": params.embedding,
+      "final_norm": params.final_norm,
+      "unembedding": params.unembedding,
+    }
+  )
 
   def writer(fingerprint):
     return checkpoint.Writer(tmp_path / "c", OLMOE, fingerprint=fingerprint, piece_bytes=1)
@@ -176,8 +212,11 @@ def test_an_interrupted_writer_goes_on_after_its_last_piece(tmp_path):
 @pytest.mark.parametrize("second", ["other", ""])
 def test_unfinished_work_of_another_origin_is_discarded(tmp_path, second):
   params = initialize(OLMOE)
-  top = {"embedding": params.embedding, "final_norm": params.final_norm,
-         "unembedding": params.unembedding}
+  top = {
+    "embedding": params.embedding,
+    "final_norm": params.final_norm,
+    "unembedding": params.unembedding,
+  }
   for fingerprint in ("one" if second else "", second):
     w = checkpoint.Writer(tmp_path / "c", OLMOE, fingerprint=fingerprint)
     assert not any(map(w.is_written, w.pieces))
@@ -191,7 +230,9 @@ def test_writer_refuses_arrays_that_are_not_the_piece(tmp_path):
   top = {"embedding": np.zeros((48, 16), np.float32), "final_norm": np.zeros(16, np.float32)}
   with pytest.raises(ValueError, match="lacks the parameters .'unembedding'"):
     w.write(w.pieces[0], top)
-  with pytest.raises(ValueError, match=r"unembedding is float32\[16, 48\].*expects float32\[48, 16\]"):
+  with pytest.raises(
+    ValueError, match=r"unembedding is float32\[16, 48\].*expects float32\[48, 16\]"
+  ):
     w.write(w.pieces[0], {**top, "unembedding": top["embedding"].T})
 
 
@@ -223,29 +264,53 @@ def truncate_data(path):
   data.write_bytes(data.read_bytes()[:100])
 
 
-@pytest.mark.parametrize("damage,error,message", [
+@pytest.mark.parametrize(
+  "damage,error,message",
+  [
     (shutil.rmtree, FileNotFoundError, "there is no checkpoint folder"),
-    (lambda p: (p / "model_config.json").unlink(), FileNotFoundError,
-     "has no model_config.json: it is not"),
-    (lambda p: (p / "model_config.json").rename(p / "config.json"), FileNotFoundError,
-     "looks like a Hugging Face folder.*checkpoints_convert --source="),
+    (
+      lambda p: (p / "model_config.json").unlink(),
+      FileNotFoundError,
+      "has no model_config.json: it is not",
+    ),
+    (
+      lambda p: (p / "model_config.json").rename(p / "config.json"),
+      FileNotFoundError,
+      "looks like a Hugging Face folder.*checkpoints_convert --source=",
+    ),
     (lambda p: (p / "manifest.json").unlink(), FileNotFoundError, "has no manifest.json"),
     (lambda p: (p / "manifest.json").write_text("[]"), ValueError, "not a checkpoint manifest"),
     (lambda p: edit_json(p / "manifest.json", format=99), ValueError, "format 99"),
-    (lambda p: shutil.rmtree(p / "params/layers_00002_00004"), FileNotFoundError,
-     "lacks its piece params/layers_00002_00004"),
-    (lambda p: edit_json(p / "model_config.json", d_expert=9), ValueError,
-     r"params/layers_00000_00002.*gate_up is float32\[2, 8, 8, 2, 16\].*\[2, 8, 9, 2, 16\]"),
-    (lambda p: edit_json(p / "model_config.json", qk_norm=False), ValueError,
-     "unknown ones .'attention.key_norm'"),
+    (
+      lambda p: shutil.rmtree(p / "params/layers_00002_00004"),
+      FileNotFoundError,
+      "lacks its piece params/layers_00002_00004",
+    ),
+    (
+      lambda p: edit_json(p / "model_config.json", d_expert=9),
+      ValueError,
+      r"params/layers_00000_00002.*gate_up is float32\[2, 8, 8, 2, 16\].*\[2, 8, 9, 2, 16\]",
+    ),
+    (
+      lambda p: edit_json(p / "model_config.json", qk_norm=False),
+      ValueError,
+      "unknown ones .'attention.key_norm'",
+    ),
     (lambda p: edit_json(p / "model_config.json", num_layers=6), ValueError, "6 layers"),
     (lambda p: edit_json(p / "model_config.json", num_heads="x"), ValueError, "num_heads"),
     (truncate_data, ValueError, "params/layers_00002_00004.*is damaged"),
-    (lambda p: next((p / "params/top").rglob("_METADATA")).unlink(), (ValueError, FileNotFoundError),
-     "params/top.*is damaged"),
-    (lambda p: next((p / "params/top").rglob("manifest.ocdbt")).unlink(), ValueError,
-     "params/top.*is damaged"),
-])
+    (
+      lambda p: next((p / "params/top").rglob("_METADATA")).unlink(),
+      (ValueError, FileNotFoundError),
+      "params/top.*is damaged",
+    ),
+    (
+      lambda p: next((p / "params/top").rglob("manifest.ocdbt")).unlink(),
+      ValueError,
+      "params/top.*is damaged",
+    ),
+  ],
+)
 def test_bad_folders_get_a_sentence(broken, damage, error, message):
   damage(broken)
   with pytest.raises(error, match=message) as info:

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-
 import tiny
-from roe_jax import batching, decode, score
+
+from roe_jax import batching, decode, prefill, scoring
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
@@ -21,18 +21,22 @@ def to_text(tokens):
 @pytest.fixture(scope="module")
 def generate(olmoe):
   config, params = olmoe
+
   def run(prompts=PROMPTS, **options):
     options = {"max_new_tokens": NEW, "stop_tokens": ()} | options
     return decode.generate(params, config, prompts, **options).completions
+
   return run
 
 
 @pytest.fixture(scope="module")
 def stream(olmoe):
   config, params = olmoe
+
   def run(prompt, **options):
     options = {"max_new_tokens": NEW, "stop_tokens": ()} | options
     return list(decode.stream(params, config, prompt, **options))
+
   return run
 
 
@@ -55,7 +59,7 @@ def expected(base, stop_tokens=(), stop_strings=()):
     text = to_text(tokens[:-1] if ends else tokens)
     places = [text.find(s) for s in stop_strings if s in text]
     if places:
-      return tokens, "stop_string", text[:min(places)]
+      return tokens, "stop_string", text[: min(places)]
     if ends:
       return tokens, "stop_token", text
   return base.tokens, "length", to_text(base.tokens)
@@ -66,8 +70,8 @@ def assert_stopped(completions, bases, **stops):
     tokens, reason, text = expected(base, **stops)
     assert (completion.tokens, completion.finish_reason) == (tokens, reason)
     assert completion.text == text
-    np.testing.assert_allclose(completion.log_probs, base.log_probs[:len(tokens)], atol=3e-5)
-    assert completion.clean_tokens == base.clean_tokens[:len(tokens)]
+    np.testing.assert_allclose(completion.log_probs, base.log_probs[: len(tokens)], atol=3e-5)
+    assert completion.clean_tokens == base.clean_tokens[: len(tokens)]
 
 
 def test_stop_tokens(generate, unstopped):
@@ -90,10 +94,14 @@ def test_stop_strings(generate, unstopped, monkeypatch, segment, batch_size):
   """Strings over several tokens, that begin and end within one, wherever the
   end of a segment falls and whatever a text's slot held before."""
   monkeypatch.setattr(decode, "SEGMENT", segment)
-  strings = (to_text(unstopped[0].tokens[2:5])[1:-1], to_text(unstopped[2].tokens[5:7]),
-             to_text(unstopped[3].tokens[:1]))
-  completions = generate(sampler=SAMPLER, stop_strings=strings, decode=to_text,
-                         batch_size=batch_size)
+  strings = (
+    to_text(unstopped[0].tokens[2:5])[1:-1],
+    to_text(unstopped[2].tokens[5:7]),
+    to_text(unstopped[3].tokens[:1]),
+  )
+  completions = generate(
+    sampler=SAMPLER, stop_strings=strings, decode=to_text, batch_size=batch_size
+  )
   assert_stopped(completions, unstopped, stop_strings=strings)
   assert [c.finish_reason for c in completions].count("stop_string") >= 3
   assert len(completions[3].tokens) == 1 and completions[3].text == ""
@@ -103,10 +111,14 @@ def test_stop_strings(generate, unstopped, monkeypatch, segment, batch_size):
 def test_a_stop_token_is_no_part_of_the_text(generate, unstopped, monkeypatch, segment):
   monkeypatch.setattr(decode, "SEGMENT", segment)
   # A place where two tokens in a row are new to their text.
-  row, i = next((row, i) for row, c in enumerate(unstopped) for i in range(3, NEW - 1)
-                if c.tokens[i] not in c.tokens[:i] and c.tokens[i + 1] not in c.tokens[:i + 1])
+  row, i = next(
+    (row, i)
+    for row, c in enumerate(unstopped)
+    for i in range(3, NEW - 1)
+    if c.tokens[i] not in c.tokens[:i] and c.tokens[i + 1] not in c.tokens[: i + 1]
+  )
   base = unstopped[row]
-  string = to_text(base.tokens[i - 1:i + 1])
+  string = to_text(base.tokens[i - 1 : i + 1])
   # The string would be completed by the stop token itself: the token ends the text.
   # The string is complete before the stop token: the string ends it.
   for stop_token, reason in ((base.tokens[i], "stop_token"), (base.tokens[i + 1], "stop_string")):
@@ -132,8 +144,7 @@ def test_greedy_tokens_are_the_clean_members_of_the_plain_model(generate):
     assert all(p <= 0 for p in completion.log_probs)
 
 
-@pytest.mark.parametrize("options", [
-    {}, dict(stop=True)], ids=["to the limit", "to a stop string"])
+@pytest.mark.parametrize("options", [{}, dict(stop=True)], ids=["to the limit", "to a stop string"])
 def test_streaming_ends_in_what_generate_returns(generate, stream, options):
   prompt = PROMPTS[2]
   common = dict(sampler=SAMPLER, decode=to_text)
@@ -144,27 +155,32 @@ def test_streaming_ends_in_what_generate_returns(generate, stream, options):
   parts = stream(prompt, request_id=7, **common)
   assert parts[-1] == whole
   assert whole.finish_reason == ("stop_string" if options else "length")
-  assert [c.tokens for c in parts] == [whole.tokens[:i + 1] for i in range(len(whole.tokens))]
+  assert [c.tokens for c in parts] == [whole.tokens[: i + 1] for i in range(len(whole.tokens))]
   assert [c.finish_reason for c in parts[:-1]] == [""] * (len(parts) - 1)
 
 
 @pytest.mark.parametrize("family, cache", [("olmoe", "clean"), ("mixtral", "standard")])
 def test_batches_do_not_matter(request, family, cache):
   """The same tokens and probabilities, to rounding, in another order, with
-  other neighbours and other padding."""
+  other neighbors and other padding."""
   config, params = request.getfixturevalue(family)
   roster = Roster.create(config, 3, 0.6, seed=2, cache=cache)
   options = dict(max_new_tokens=NEW, roster=roster, sampler=SAMPLER)
   ids = [40, 11, 2**32 - 1, 0]
   whole = decode.generate(params, config, PROMPTS, request_ids=ids, **options)
   order = [2, 0, 3, 1]
-  pairs = decode.generate(params, config, [PROMPTS[i] for i in order], batch_size=2,
-                          request_ids=[ids[i] for i in order], **options)
+  pairs = decode.generate(
+    params,
+    config,
+    [PROMPTS[i] for i in order],
+    batch_size=2,
+    request_ids=[ids[i] for i in order],
+    **options,
+  )
   for i, completion in zip(order, pairs.completions):
     assert completion.tokens == whole.completions[i].tokens
     assert completion.clean_tokens == whole.completions[i].clean_tokens
-    np.testing.assert_allclose(completion.log_probs, whole.completions[i].log_probs,
-                               atol=3e-5)
+    np.testing.assert_allclose(completion.log_probs, whole.completions[i].log_probs, atol=3e-5)
   # Other requests draw other tokens from other rosters.
   others = decode.generate(params, config, PROMPTS, request_ids=[i ^ 1 for i in ids], **options)
   for one, other in zip(whole.completions, others.completions):
@@ -173,7 +189,7 @@ def test_batches_do_not_matter(request, family, cache):
 
 
 def test_few_programs_are_compiled_for_many_lengths(generate):
-  functions = (decode.decode_steps, decode.prefill_chunk)
+  functions = (decode.decode_steps, prefill.prefill_chunk)
   generate([tiny.texts([3])[0]], max_new_tokens=3)
   before = [f._cache_size() for f in functions]
   for length in (1, 2, 4, 7, 11, 15, 16, 17):
@@ -184,17 +200,21 @@ def test_few_programs_are_compiled_for_many_lengths(generate):
 def test_the_state_is_donated(olmoe):
   config, params = olmoe
   roster = Roster.create(config)
-  state = decode.start(params, config, roster, PROMPTS, range(4), NEW, 4,
-                       decode.capacity_for(config, PROMPTS, NEW))
+  state = decode.start(
+    params, config, roster, PROMPTS, range(4), NEW, 4, prefill.capacity_for(config, PROMPTS, NEW)
+  )
   stops = np.full(4, -1, np.int32)
-  after, steps = decode.decode_steps(params, config, roster, Sampler.greedy(), state, stops,
-                                     np.int32(2))
+  after, steps = decode.decode_steps(
+    params, config, roster, Sampler.greedy(), state, stops, np.int32(2)
+  )
   assert state.cache.keys.is_deleted() and state.tokens.is_deleted()
   assert steps == 2
   np.testing.assert_array_equal(after.lengths, np.array([len(p) for p in PROMPTS]) + 2)
 
 
-@pytest.mark.parametrize("prompts, options, message", [
+@pytest.mark.parametrize(
+  "prompts, options, message",
+  [
     ([[1], []], {}, "prompt 1 is empty"),
     ([[1] * 48], {}, "48 tokens.*context of 48"),
     ([[1], [3, 61]], {}, "prompt 1 holds token id 61.*vocabulary of 61"),
@@ -206,7 +226,8 @@ def test_the_state_is_donated(olmoe):
     ([[1]], dict(request_ids=[1, 2]), "2 request ids for 1"),
     ([[1]], dict(request_ids=[2**32]), "request ids"),
     ([[1]], dict(request_ids=[-1]), "request ids"),
-])
+  ],
+)
 def test_wrong_input_is_refused(generate, prompts, options, message):
   with pytest.raises(ValueError, match=message):
     generate(prompts, **options)
@@ -222,8 +243,9 @@ def test_streaming_refuses_wrong_input(stream):
 def test_settings_go_with_the_completions(olmoe):
   config, params = olmoe
   roster = Roster.create(config)
-  generation = decode.generate(params, config, PROMPTS, max_new_tokens=NEW, roster=roster,
-                               sampler=SAMPLER, stop_tokens=(7,))
+  generation = decode.generate(
+    params, config, PROMPTS, max_new_tokens=NEW, roster=roster, sampler=SAMPLER, stop_tokens=(7,)
+  )
   settings = generation.settings
   assert settings["roster"] == roster.settings()
   assert settings["sampler"] == SAMPLER.settings()
@@ -249,10 +271,11 @@ def test_parameters_of_a_checkpoint_compile_nothing_twice(olmoe):
   """Restored arrays are committed to their device, and so is what a step returns."""
   config, params = olmoe
   params = jax.device_put(params, jax.devices()[0])
-  functions = (decode.decode_steps, score.score_chunk)
+  functions = (decode.decode_steps, scoring.score_chunk)
   before = [f._cache_size() for f in functions]
   roster = Roster.create(config, 5, 0.3)  # a size that no other test uses
-  decode.generate(params, config, [[1, 2, 3]], max_new_tokens=decode.SEGMENT + 4,
-                  roster=roster, stop_tokens=())
-  score.score(params, config, [[1, 2, 3] * 8], roster=roster, chunk_size=8)
+  decode.generate(
+    params, config, [[1, 2, 3]], max_new_tokens=decode.SEGMENT + 4, roster=roster, stop_tokens=()
+  )
+  scoring.score(params, config, [[1, 2, 3] * 8], roster=roster, chunk_size=8)
   assert [f._cache_size() for f in functions] == [size + 1 for size in before]

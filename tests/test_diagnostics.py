@@ -1,10 +1,10 @@
 """What routing does inside the model, against one member and one position at a time."""
 
 import numpy as np
-import pytest
-
 import numpy_roster
+import pytest
 import tiny
+
 from roe_jax import diagnostics
 from roe_jax.roster import Roster
 
@@ -18,15 +18,23 @@ def experts_by_definition(model, roster):
   config, params = model
   found = {}
   for row, (text, request) in enumerate(zip(TEXTS, IDS)):
+
     def record(layer, position, chosen):
       found.setdefault((layer, row, position), []).append(chosen.tolist())
+
     numpy_roster.member_logits(params, config, roster, text, request, record)
   return found
 
 
-@pytest.mark.parametrize("settings", [
+@pytest.mark.parametrize(
+  "settings",
+  [
     dict(num_members=3, temperatures=[0.0, 0.8, 0.4], seed=9),
-    dict(num_members=3, temperatures=[0.0, 0.8, 0.0], seed=9, cache="standard"), dict()], ids=str)
+    dict(num_members=3, temperatures=[0.0, 0.8, 0.0], seed=9, cache="standard"),
+    dict(),
+  ],
+  ids=str,
+)
 def test_unique_experts_are_counted(olmoe, settings):
   config, params = olmoe
   roster = Roster.create(config, **settings)

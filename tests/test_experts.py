@@ -2,22 +2,24 @@
 
 import functools
 
+import expert_loop
+from expert_loop import CLAMPED, PLAIN
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import expert_loop
-from expert_loop import CLAMPED, PLAIN
-from roe_jax import experts as experts_lib, numerics
-from roe_jax.experts import cpu
+from roe_jax import experts as experts_lib
+from roe_jax import numerics
+from roe_jax.experts import tiled_loop
 from roe_jax.params import ExpertParams
 from roe_jax.quantization import FORMATS
 
 L, E, D, F, A = 2, 8, 16, 12, 3
 
 every_activation = pytest.mark.parametrize(
-    "activation", expert_loop.ACTIVATIONS.values(), ids=list(expert_loop.ACTIVATIONS))
+  "activation", expert_loop.ACTIVATIONS.values(), ids=list(expert_loop.ACTIVATIONS)
+)
 
 
 def weights(dtype="float32", activation=PLAIN):
@@ -53,8 +55,9 @@ def test_strategies_agree_with_a_loop(activation, strategy, n, dtype):
   params = weights(dtype, activation)
   args = rows(n, dtype)
   for layer in range(L):
-    assert_agrees(apply(strategy, params, layer, *args, activation=activation),
-                  params, layer, *args, activation)
+    assert_agrees(
+      apply(strategy, params, layer, *args, activation=activation), params, layer, *args, activation
+    )
 
 
 def test_inputs_lie_beyond_the_limit_on_both_sides():
@@ -69,20 +72,20 @@ def test_inputs_lie_beyond_the_limit_on_both_sides():
 @pytest.mark.parametrize("blocks", [(1, 1), (4, 1), (4, 3), (4, 4), (16, 1)], ids=str)
 @pytest.mark.parametrize("tile", [1, 400, 10**6])
 def test_sizes_of_blocks_and_tiles_change_nothing(monkeypatch, blocks, tile):
-  monkeypatch.setattr(cpu, "_block_size", lambda *args: blocks)
+  monkeypatch.setattr(tiled_loop, "_block_size", lambda *args: blocks)
   monkeypatch.setattr(numerics, "tile_bytes", lambda: tile)
   params = weights(activation=CLAMPED)
   x, indices, gates = rows(33)
   indices = indices.at[:20].set(jnp.asarray([7, 2, 3]))  # some experts have many rows
-  run = jax.jit(lambda *args: cpu.blocks(E, CLAMPED, *args))
-  assert_agrees(run(flattened(params), 1, x, indices, gates), params, 1, x, indices, gates,
-                CLAMPED)
+  run = jax.jit(lambda *args: tiled_loop.compute(E, CLAMPED, *args))
+  assert_agrees(run(flattened(params), 1, x, indices, gates), params, 1, x, indices, gates, CLAMPED)
 
 
 def test_choice_of_block_size(monkeypatch):
   def choice(cores, rows, tile_elements):
     monkeypatch.setenv("NPROC", str(cores))
-    return cpu._block_size(rows * 8, 64, tile_elements)
+    return tiled_loop._block_size(rows * 8, 64, tile_elements)
+
   large, small = 2**20, 2**14
   assert [choice(1, n, large) for n in (1, 64, 65)] == [(4, 3), (4, 3), (16, 1)]
   assert [choice(8, n, large) for n in (1, 16, 64, 65)] == [(4, 1), (4, 1), (8, 1), (16, 1)]
@@ -108,8 +111,9 @@ def test_biases_of_other_experts_are_not_used(strategy):
   # Not infinite: `dense` multiplies what it does not use by zero.
   used = jnp.zeros((L, E), bool).at[1, indices[0]].set(True)[..., None]
   params = params.replace(
-      gate_up_bias=jnp.where(used[..., None], params.gate_up_bias, 1e6),
-      down_bias=jnp.where(used, params.down_bias, 1e6))
+    gate_up_bias=jnp.where(used[..., None], params.gate_up_bias, 1e6),
+    down_bias=jnp.where(used, params.down_bias, 1e6),
+  )
   args = params, 1, x, indices, gates
   assert_agrees(apply(strategy, *args, activation=CLAMPED), *args, CLAMPED)
 
@@ -121,16 +125,16 @@ def test_rows_do_not_influence_each_other(strategy):
   whole = apply(strategy, params, 0, x, indices, gates)
   x = x.at[:32].set(1e4)
   indices = indices.at[:32].set(jnp.flip(indices[:32], axis=0))
-  np.testing.assert_allclose(apply(strategy, params, 0, x, indices, gates)[32], whole[32],
-                             rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(
+    apply(strategy, params, 0, x, indices, gates)[32], whole[32], rtol=1e-5, atol=1e-5
+  )
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, None])
 def test_a_roster_axis_is_folded_into_the_rows(strategy):
   params = weights()
   args = rows(5, lead=(4, 2))
-  nested = jax.jit(jax.vmap(jax.vmap(
-      lambda *a: experts_lib.apply(params, 1, *a, strategy))))(*args)
+  nested = jax.jit(jax.vmap(jax.vmap(lambda *a: experts_lib.apply(params, 1, *a, strategy))))(*args)
   for i in range(4):
     for j in range(2):
       one = [a[i, j] for a in args]
@@ -143,21 +147,26 @@ def test_only_some_of_the_row_arguments_are_mapped(strategy, in_axes):
   params = weights()
   args = rows(5, lead=(4,))
   args = [a[0] if axis is None else jnp.moveaxis(a, 0, axis) for a, axis in zip(args, in_axes)]
-  mapped = jax.jit(jax.vmap(lambda *a: experts_lib.apply(params, 0, *a, strategy),
-                            in_axes=in_axes))(*args)
+  mapped = jax.jit(
+    jax.vmap(lambda *a: experts_lib.apply(params, 0, *a, strategy), in_axes=in_axes)
+  )(*args)
   for i in range(4):
     one = [a if axis is None else jnp.take(a, i, axis) for a, axis in zip(args, in_axes)]
     assert_agrees(mapped[i], params, 0, *one)
 
 
-@pytest.mark.parametrize("strategy", ["blocks"])
+@pytest.mark.parametrize("strategy", ["tiled_loop"])
 def test_members_share_one_reading_of_the_weights(strategy):
   """No copy of an expert for each member in the compiled program."""
   width, members = 64, 32
-  params = ExpertParams(gate_up=jnp.zeros((L, E, width, 2, width)),
-                        down=jnp.zeros((L, E, width, width)))
-  args = (jnp.zeros((members, 1, width)), jnp.zeros((members, 1, A), jnp.int32),
-          jnp.zeros((members, 1, A)))
+  params = ExpertParams(
+    gate_up=jnp.zeros((L, E, width, 2, width)), down=jnp.zeros((L, E, width, width))
+  )
+  args = (
+    jnp.zeros((members, 1, width)),
+    jnp.zeros((members, 1, A), jnp.int32),
+    jnp.zeros((members, 1, A)),
+  )
   mapped = jax.vmap(lambda *a: experts_lib.apply(params, 0, *a, strategy))
   temporaries = jax.jit(mapped).lower(*args).compile().memory_analysis().temp_size_in_bytes
   one_expert = 3 * width * width * 4
@@ -172,7 +181,8 @@ def test_gradients_of_padded_and_dense_agree(activation):
 
   def gradients(strategy):
     loss = lambda params, x, gates: jnp.sum(
-        target * experts_lib.apply(params, 1, x, indices, gates, strategy, activation))
+      target * experts_lib.apply(params, 1, x, indices, gates, strategy, activation)
+    )
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(params, x, gates)
 
   padded, dense = map(jax.tree.leaves, map(gradients, ("padded", "dense")))
@@ -185,8 +195,7 @@ def test_gradients_of_padded_and_dense_agree(activation):
   values = [np.asarray(a, np.float64) for a in leaves]
 
   def loss(step):
-    params_, x_, gates_ = structure.unflatten(
-        v + step * d for v, d in zip(values, directions))
+    params_, x_, gates_ = structure.unflatten(v + step * d for v, d in zip(values, directions))
     y, *_ = expert_loop.by_loop(activation, flattened(params_), x_, E + indices, gates_)
     return np.sum(np.asarray(target) * y)
 
@@ -198,25 +207,28 @@ def test_gradients_of_padded_and_dense_agree(activation):
 def test_choice_of_strategy(monkeypatch):
   def choice(*args):
     return experts_lib.choose_strategy(*args)
-  assert choice(1, 8, 64, "float32", "cpu") == choice(1000, 8, 64, "bfloat16", "cpu") == "blocks"
+
+  assert (
+    choice(1, 8, 64, "float32", "cpu") == choice(1000, 8, 64, "bfloat16", "cpu") == "tiled_loop"
+  )
   monkeypatch.setattr(experts_lib, "kernel_works", lambda *args: True)
-  assert choice(1, 8, 64, "bfloat16", "cpu", "int4") == "blocks"
+  assert choice(1, 8, 64, "bfloat16", "cpu", "int4") == "tiled_loop"
   # A layout that a TPU's kernel would have changed.
   assert choice(1, 8, 64, "bfloat16", "tpu", None, 2880) == "dense"
-  assert choice(1, 8, 64, "bfloat16", "tpu", "mxfp4", 1440) == "blocks"
+  assert choice(1, 8, 64, "bfloat16", "tpu", "mxfp4", 1440) == "tiled_loop"
   for platform in ("gpu", "tpu"):
-    assert choice(4, 8, 64, "bfloat16", platform, "int4") == "selected"
-    assert {choice(n, 8, 64, "bfloat16", platform, "int4") for n in (5, 1000)} == {"grouped"}
-    assert choice(4, 8, 64, "bfloat16", platform) == "selected"
+    assert choice(4, 8, 64, "bfloat16", platform, "int4") == "gather_gemv"
+    assert {choice(n, 8, 64, "bfloat16", platform, "int4") for n in (5, 1000)} == {"grouped_matmul"}
+    assert choice(4, 8, 64, "bfloat16", platform) == "gather_gemv"
     assert choice(5, 8, 64, "bfloat16", platform) == "dense"
-    assert choice(181, 8, 64, "bfloat16", platform) == "grouped"
+    assert choice(181, 8, 64, "bfloat16", platform) == "grouped_matmul"
   monkeypatch.setattr(experts_lib, "kernel_works", lambda *args: False)
   assert {choice(n, 8, 64, "bfloat16", "gpu") for n in (1, 100, 1000)} == {"dense"}
-  assert {choice(n, 8, 64, "bfloat16", "gpu", "int8") for n in (1, 100, 1000)} == {"blocks"}
+  assert {choice(n, 8, 64, "bfloat16", "gpu", "int8") for n in (1, 100, 1000)} == {"tiled_loop"}
 
 
 @pytest.mark.parametrize("expert_format", [None, *FORMATS])
-@pytest.mark.parametrize("strategy", ["selected", "grouped"])
+@pytest.mark.parametrize("strategy", ["gather_gemv", "grouped_matmul"])
 def test_a_kernel_is_used_only_if_it_works(strategy, expert_format, monkeypatch):
   def works():
     return experts_lib.kernel_works(strategy, "float32", expert_format)
@@ -240,7 +252,7 @@ def test_an_unknown_strategy_is_refused():
     experts_lib.apply(weights(), 0, *rows(1), "fast")
 
 
-@pytest.mark.parametrize("strategy", ["blocks", "selected", None])
+@pytest.mark.parametrize("strategy", ["tiled_loop", "gather_gemv", None])
 def test_mapping_over_weights_is_refused(strategy):
   params = jax.tree.map(lambda w: jnp.stack([w, w]), weights())
   with pytest.raises(ValueError, match="not over weights"):

@@ -3,13 +3,12 @@
 import json
 import pathlib
 
+import hf
 import numpy as np
 import pytest
 
-import hf
-from roe_jax import families
+from roe_jax import families, transformer
 from roe_jax import params as params_lib
-from roe_jax import transformer
 
 FILES = sorted((pathlib.Path(__file__).parent / "golden").glob("*.npz"))
 
@@ -22,7 +21,10 @@ def test_every_family_has_a_file():
 def test_logits_are_those_of_transformers(path):
   with np.load(path) as golden:
     hf_config, tokens, expected = (
-        json.loads(str(golden["config"])), golden["tokens"], golden["logits"])
+      json.loads(str(golden["config"])),
+      golden["tokens"],
+      golden["logits"],
+    )
   config = families.from_hugging_face(hf_config, dtype="float32")
   params = hf.to_params(hf_config, hf.random_state(hf_config))
   params_lib.validate(params, config)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-
 import tiny
-from roe_jax import noise as noise_lib
+
 from roe_jax import members as members_lib
+from roe_jax import noise as noise_lib
 from roe_jax import roster as roster_lib
 
 TEMPERATURES = jnp.asarray([0.0, 1.0, 0.5], jnp.float32)
@@ -27,15 +27,33 @@ def draw(seed, requests_B, positions_BxT, layer, member, temperatures=TEMPERATUR
 
 def at(seed=0, request=3, position=5, layer=1, member=1):
   """The noise of one address, `[E]`."""
-  return np.asarray(draw(jnp.uint32(seed), jnp.asarray([request], jnp.uint32),
-                         jnp.asarray([[position]]), jnp.int32(layer), jnp.int32(member))[0, 0])
+  return np.asarray(
+    draw(
+      jnp.uint32(seed),
+      jnp.asarray([request], jnp.uint32),
+      jnp.asarray([[position]]),
+      jnp.int32(layer),
+      jnp.int32(member),
+    )[0, 0]
+  )
 
 
-@pytest.mark.parametrize("change", [
-    dict(seed=1), dict(request=4), dict(position=6), dict(layer=2), dict(member=2),
+@pytest.mark.parametrize(
+  "change",
+  [
+    dict(seed=1),
+    dict(request=4),
+    dict(position=6),
+    dict(layer=2),
+    dict(member=2),
     # Numbers that would collide if they were added up or truncated.
-    dict(request=5, position=3), dict(seed=2**32 - 1), dict(request=2**32 - 1),
-    dict(position=2**30)], ids=str)
+    dict(request=5, position=3),
+    dict(seed=2**32 - 1),
+    dict(request=2**32 - 1),
+    dict(position=2**30),
+  ],
+  ids=str,
+)
 def test_every_part_of_the_address_changes_the_noise(change):
   factor = 2 if "layer" in change else 1  # that layer's temperature is half
   assert np.all(at() != factor * at(**change))
@@ -43,10 +61,13 @@ def test_every_part_of_the_address_changes_the_noise(change):
 
 def test_all_addresses_of_a_grid_differ():
   requests, positions = jnp.arange(6, dtype=jnp.uint32), jnp.tile(jnp.arange(6), (6, 1))
-  drawn = np.stack([
-      draw(jnp.uint32(0), requests, positions, jnp.int32(layer), jnp.int32(member),
-           jnp.ones(6))
-      for layer in range(6) for member in range(1, 6)])
+  drawn = np.stack(
+    [
+      draw(jnp.uint32(0), requests, positions, jnp.int32(layer), jnp.int32(member), jnp.ones(6))
+      for layer in range(6)
+      for member in range(1, 6)
+    ]
+  )
   vectors = drawn.reshape(-1, NUM_EXPERTS)
   assert len(np.unique(vectors, axis=0)) == len(vectors) == 30 * 36
 
@@ -54,15 +75,20 @@ def test_all_addresses_of_a_grid_differ():
 def test_noise_does_not_depend_on_what_it_is_drawn_with():
   seed, layer = jnp.uint32(0), jnp.int32(1)
   requests, positions = [9, 3, 4], np.array([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]])
-  batch = draw(seed, jnp.asarray(requests, jnp.uint32), jnp.asarray(positions), layer,
-               jnp.int32(1))
+  batch = draw(seed, jnp.asarray(requests, jnp.uint32), jnp.asarray(positions), layer, jnp.int32(1))
   np.testing.assert_array_equal(batch[1, 1], at())
   for row, request in enumerate(requests):
-    chunk = draw(seed, jnp.asarray([request], jnp.uint32),
-                 jnp.asarray(positions[row:row + 1, 1:3]), layer, jnp.int32(1))
+    chunk = draw(
+      seed,
+      jnp.asarray([request], jnp.uint32),
+      jnp.asarray(positions[row : row + 1, 1:3]),
+      layer,
+      jnp.int32(1),
+    )
     np.testing.assert_array_equal(chunk[0], batch[row, 1:3])
-  members = jax.vmap(lambda m: draw(seed, jnp.asarray([3], jnp.uint32), jnp.asarray([[5]]),
-                                    layer, m))(jnp.arange(4))
+  members = jax.vmap(
+    lambda m: draw(seed, jnp.asarray([3], jnp.uint32), jnp.asarray([[5]]), layer, m)
+  )(jnp.arange(4))
   for member in range(4):
     np.testing.assert_array_equal(members[member, 0, 0], at(member=member))
 
@@ -74,23 +100,38 @@ def test_the_clean_member_and_layers_at_temperature_zero_have_no_noise():
 
 
 def test_noise_is_the_temperature_times_a_gumbel():
-  unit = draw(jnp.uint32(0), jnp.asarray([3], jnp.uint32), jnp.asarray([[5]]), jnp.int32(2),
-              jnp.int32(1), jnp.ones(3))
+  unit = draw(
+    jnp.uint32(0),
+    jnp.asarray([3], jnp.uint32),
+    jnp.asarray([[5]]),
+    jnp.int32(2),
+    jnp.int32(1),
+    jnp.ones(3),
+  )
   np.testing.assert_array_equal(at(layer=2), 0.5 * np.asarray(unit[0, 0]))
 
 
 def test_routing_and_sampling_are_streams_of_their_own():
-  keys = [jax.random.key_data(noise_lib.stream_key(seed, stream)).tolist()
-          for seed in (0, 1, noise_lib.MAX_SEED)
-          for stream in (noise_lib.ROUTING, noise_lib.SAMPLING)]
+  keys = [
+    jax.random.key_data(noise_lib.stream_key(seed, stream)).tolist()
+    for seed in (0, 1, noise_lib.MAX_SEED)
+    for stream in (noise_lib.ROUTING, noise_lib.SAMPLING)
+  ]
   assert len({tuple(k) for k in keys}) == len(keys)
 
 
 def test_distribution_is_gumbel():
   count = 40_000
-  drawn = np.asarray(draw(
-      jnp.uint32(7), jnp.arange(8, dtype=jnp.uint32),
-      jnp.tile(jnp.arange(count // 8), (8, 1)), jnp.int32(1), jnp.int32(3)), np.float64)
+  drawn = np.asarray(
+    draw(
+      jnp.uint32(7),
+      jnp.arange(8, dtype=jnp.uint32),
+      jnp.tile(jnp.arange(count // 8), (8, 1)),
+      jnp.int32(1),
+      jnp.int32(3),
+    ),
+    np.float64,
+  )
   values = drawn.reshape(-1)
   # Kurtosis 12/5 beyond a normal one: the variance's own deviation follows.
   variance = np.pi**2 / 6
@@ -98,10 +139,13 @@ def test_distribution_is_gumbel():
   assert abs(values.var() - variance) < 4 * variance * np.sqrt((2.4 + 2) / values.size)
   assert scipy.stats.kstest(values, "gumbel_r").pvalue > 0.01
   assert values.max() > 10  # bfloat16 draws end near 5
-  # Independent between experts and between neighbours in position and request.
+  # Independent between experts and between neighbors in position and request.
   vectors = drawn.reshape(8, -1, NUM_EXPERTS) - values.mean()
-  pairs = [(vectors[..., :-1], vectors[..., 1:]), (vectors[:, :-1], vectors[:, 1:]),
-           (vectors[:-1], vectors[1:])]
+  pairs = [
+    (vectors[..., :-1], vectors[..., 1:]),
+    (vectors[:, :-1], vectors[:, 1:]),
+    (vectors[:-1], vectors[1:]),
+  ]
   for first, second in pairs:
     correlation = np.mean(first * second) / variance
     assert abs(correlation) < 4 / np.sqrt(first.size)
@@ -110,8 +154,10 @@ def test_distribution_is_gumbel():
 def perturbed(family, logits, temperature, count, num_draws=40_000):
   """`[X, E]` perturbed logits of many addresses."""
   keys = noise_lib.position_keys(
-      noise_lib.stream_key(5, noise_lib.ROUTING), jnp.arange(4, dtype=jnp.uint32),
-      jnp.tile(jnp.arange(num_draws // 4), (4, 1)))
+    noise_lib.stream_key(5, noise_lib.ROUTING),
+    jnp.arange(4, dtype=jnp.uint32),
+    jnp.tile(jnp.arange(num_draws // 4), (4, 1)),
+  )
   noise = noise_lib.RoutingNoise(keys, jnp.full(2, temperature), jnp.int32(1), family)
   tiled = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (4, num_draws // 4, len(logits)))
   return np.asarray(noise.perturb(jnp.int32(1), tiled, count)).reshape(num_draws, -1)
@@ -124,8 +170,10 @@ def test_gumbel_noise_is_that_of_its_address():
   np.testing.assert_array_equal(at(), jax.random.gumbel(key, (NUM_EXPERTS,), jnp.float32))
 
 
-@pytest.mark.parametrize("family, distribution", [
-    ("gaussian", scipy.stats.norm), ("uniform", scipy.stats.uniform(-np.sqrt(3), np.sqrt(12)))])
+@pytest.mark.parametrize(
+  "family, distribution",
+  [("gaussian", scipy.stats.norm), ("uniform", scipy.stats.uniform(-np.sqrt(3), np.sqrt(12)))],
+)
 def test_other_distributions_have_the_variance_of_the_gumbel(family, distribution):
   drawn = perturbed(family, np.zeros(4), 2.0, 2) / (2.0 * np.pi / np.sqrt(6))
   assert scipy.stats.kstest(drawn.reshape(-1), distribution.cdf).pvalue > 0.01
@@ -137,13 +185,17 @@ def test_swapping_replaces_each_chosen_expert_with_the_given_probability():
   """Probabilities of all sets of two of five experts, by counting."""
   logits, temperature = np.array([0.1, 2.0, -1.0, 1.0, 0.5]), 0.3  # chosen: 1 and 3
   drawn = perturbed("swap", logits, temperature, 2)
-  np.testing.assert_array_equal(np.sort(drawn), np.broadcast_to(
-      np.sort(logits.astype(np.float32)), drawn.shape))  # logits change places
+  np.testing.assert_array_equal(
+    np.sort(drawn), np.broadcast_to(np.sort(logits.astype(np.float32)), drawn.shape)
+  )  # logits change places
   sets = np.sort(np.argsort(-drawn)[:, :2])
   for chosen in itertools.combinations(range(5), 2):
     kept = len({1, 3} & set(chosen))
-    probability = {2: (1 - temperature)**2, 1: temperature * (1 - temperature) / 3,
-                   0: temperature**2 / 3}[kept]
+    probability = {
+      2: (1 - temperature) ** 2,
+      1: temperature * (1 - temperature) / 3,
+      0: temperature**2 / 3,
+    }[kept]
     share = np.mean(np.all(sets == chosen, axis=1))
     deviation = np.sqrt(probability * (1 - probability) / len(sets))
     assert abs(share - probability) < 4 * deviation, chosen
@@ -151,8 +203,9 @@ def test_swapping_replaces_each_chosen_expert_with_the_given_probability():
 
 def test_swapping_at_its_bounds():
   logits = np.array([0.1, 2.0, -1.0, 1.0, 0.5])
-  np.testing.assert_array_equal(perturbed("swap", logits, 0.0, 2, 400),
-                                np.broadcast_to(logits.astype(np.float32), (400, 5)))
+  np.testing.assert_array_equal(
+    perturbed("swap", logits, 0.0, 2, 400), np.broadcast_to(logits.astype(np.float32), (400, 5))
+  )
   best = np.argsort(-perturbed("swap", logits, 1.0, 2, 400))[:, :2]
   assert not np.isin(best, [1, 3]).any()
   # Of four chosen experts only one can be replaced.
@@ -161,20 +214,23 @@ def test_swapping_at_its_bounds():
   np.testing.assert_array_equal(perturbed("swap", logits, 1.0, 5, 4)[0], logits.astype(np.float32))
 
 
-def test_a_uniform_choice_has_the_given_probability_and_no_favourites():
+def test_a_uniform_choice_has_the_given_probability_and_no_favorites():
   """Probabilities of all sets of two of five experts: one in ten of the rows dealt anew."""
   logits, temperature = np.array([0.1, 2.0, -1.0, 1.0, 0.5]), 0.4
   drawn = perturbed("uniform_choice", logits, temperature, 2)
-  np.testing.assert_array_equal(np.sort(drawn), np.broadcast_to(
-      np.sort(logits.astype(np.float32)), drawn.shape))
+  np.testing.assert_array_equal(
+    np.sort(drawn), np.broadcast_to(np.sort(logits.astype(np.float32)), drawn.shape)
+  )
   sets = np.sort(np.argsort(-drawn)[:, :2])
   for chosen in itertools.combinations(range(5), 2):
     probability = temperature / 10 + (1 - temperature) * (chosen == (1, 3))
     share = np.mean(np.all(sets == chosen, axis=1))
     deviation = np.sqrt(probability * (1 - probability) / len(sets))
     assert abs(share - probability) < 4 * deviation, chosen
-  np.testing.assert_array_equal(perturbed("uniform_choice", logits, 0.0, 2, 400),
-                                np.broadcast_to(logits.astype(np.float32), (400, 5)))
+  np.testing.assert_array_equal(
+    perturbed("uniform_choice", logits, 0.0, 2, 400),
+    np.broadcast_to(logits.astype(np.float32), (400, 5)),
+  )
 
 
 def test_the_second_expert_is_left_alone():
@@ -184,11 +240,19 @@ def test_the_second_expert_is_left_alone():
   np.testing.assert_array_equal(perturbed("second_expert", logits, 0.0, 2, 4)[0], logits)
 
 
-def test_neighbouring_layers_and_members_are_independent():
+def test_neighboring_layers_and_members_are_independent():
   def values(layer, member):
-    return np.asarray(draw(
-        jnp.uint32(7), jnp.arange(8, dtype=jnp.uint32), jnp.tile(jnp.arange(1000), (8, 1)),
-        jnp.int32(layer), jnp.int32(member), jnp.ones(3))).reshape(-1)
+    return np.asarray(
+      draw(
+        jnp.uint32(7),
+        jnp.arange(8, dtype=jnp.uint32),
+        jnp.tile(jnp.arange(1000), (8, 1)),
+        jnp.int32(layer),
+        jnp.int32(member),
+        jnp.ones(3),
+      )
+    ).reshape(-1)
+
   base = values(1, 1)
   for other in (values(2, 1), values(1, 2), values(2, 2)):
     assert abs(np.corrcoef(base, other)[0, 1]) < 4 / np.sqrt(base.size)
@@ -206,15 +270,16 @@ def test_members_choose_by_float32_noise_of_their_address(family, dtype):
   requests = jnp.asarray([2, 2**32 - 1, 5], jnp.uint32)
   cache = members_lib.empty_cache(config, roster, 3, 64)
   run = jax.jit(members_lib.member_states, static_argnames=("config", "keep"))
-  _, outputs = run(params, config, roster, cache, tokens, positions, requests,
-                   keep=("experts", "router_logits"))
-  keys = noise_lib.position_keys(
-      noise_lib.stream_key(11, noise_lib.ROUTING), requests, positions)
+  _, outputs = run(
+    params, config, roster, cache, tokens, positions, requests, keep=("experts", "router_logits")
+  )
+  keys = noise_lib.position_keys(noise_lib.stream_key(11, noise_lib.ROUTING), requests, positions)
   changed_by_rounding = 0
   for layer in range(config.num_layers):
     for member in range(4):
       noise = noise_lib.RoutingNoise(keys, roster.temperatures, jnp.int32(member)).perturb(
-          jnp.int32(layer), jnp.zeros((3, 40, config.num_experts)), config.experts_per_token)
+        jnp.int32(layer), jnp.zeros((3, 40, config.num_experts)), config.experts_per_token
+      )
       assert noise.dtype == jnp.float32
       logits = outputs.router_logits[layer, member]
       _, expected = jax.lax.top_k(logits + noise, config.experts_per_token)

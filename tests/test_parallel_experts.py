@@ -8,26 +8,35 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from roe_jax import experts as experts_lib, sharding
-from roe_jax.experts import parallel, trial
+from roe_jax import experts as experts_lib
+from roe_jax import sharding
+from roe_jax.experts import expert_parallel, kernel_check
 from roe_jax.params import ExpertParams
 
 L, E, D, F, A = 2, 8, 16, 12, 3
-_WEIGHTS = ExpertParams(P(None, "expert", "tensor"), P(None, "expert", "tensor"),
-                        P(None, "expert", "tensor"), P(None, "expert"))
+_WEIGHTS = ExpertParams(
+  P(None, "expert", "tensor"),
+  P(None, "expert", "tensor"),
+  P(None, "expert", "tensor"),
+  P(None, "expert"),
+)
 
 
 def mesh(expert, tensor=1, data=1):
-  return jax.make_mesh((data, expert, tensor), sharding.AXES,
-                       axis_types=(jax.sharding.AxisType.Auto,) * 3,
-                       devices=jax.devices()[:data * expert * tensor])
+  return jax.make_mesh(
+    (data, expert, tensor),
+    sharding.AXES,
+    axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    devices=jax.devices()[: data * expert * tensor],
+  )
 
 
 def weights(bias=True, dtype="float32"):
   random = np.random.RandomState(0)
   make = lambda *shape: jnp.asarray(0.5 * random.standard_normal(shape), dtype)
-  return ExpertParams(make(L, E, F, 2, D), make(L, E, F, D),
-                      *((make(L, E, F, 2), make(L, E, D)) if bias else ()))
+  return ExpertParams(
+    make(L, E, F, 2, D), make(L, E, F, D), *((make(L, E, F, 2), make(L, E, D)) if bias else ())
+  )
 
 
 def rows(n, lead=(), hot=None):
@@ -36,9 +45,11 @@ def rows(n, lead=(), hot=None):
   indices = np.argsort(random.uniform(size=(*lead, n, E)), axis=-1)[..., :A]
   if hot is not None:
     indices = np.broadcast_to(hot, indices.shape)
-  return (jnp.asarray(random.standard_normal((*lead, n, D)), jnp.float32),
-          jnp.asarray(indices, jnp.int32),
-          jnp.asarray(random.uniform(0.1, 1, (*lead, n, A)), jnp.float32))
+  return (
+    jnp.asarray(random.standard_normal((*lead, n, D)), jnp.float32),
+    jnp.asarray(indices, jnp.int32),
+    jnp.asarray(random.uniform(0.1, 1, (*lead, n, A)), jnp.float32),
+  )
 
 
 def over_devices(on, strategy, params, args, rows_split, layer=1):
@@ -47,14 +58,25 @@ def over_devices(on, strategy, params, args, rows_split, layer=1):
   row_spec = P(*lead, "expert" if rows_split else None)
 
   def part(experts, *args):
-    run = functools.partial(experts_lib.apply, parallel.biased_once(experts), layer,
-                            strategy=strategy, rows_split=rows_split)
+    run = functools.partial(
+      experts_lib.apply,
+      expert_parallel.biased_once(experts),
+      layer,
+      strategy=strategy,
+      rows_split=rows_split,
+    )
     return (jax.vmap(run) if lead else run)(*args)
 
-  specs = jax.tree.map(lambda spec, _: spec, _WEIGHTS.replace(
-      **{n: None for n in ("gate_up_bias", "down_bias") if params.down_bias is None}), params)
-  return jax.jit(sharding.by_parts(part, on, (specs, row_spec, row_spec, row_spec), row_spec))(
-      params, *args)
+  specs = jax.tree.map(
+    lambda spec, _: spec,
+    _WEIGHTS.replace(
+      **{n: None for n in ("gate_up_bias", "down_bias") if params.down_bias is None}
+    ),
+    params,
+  )
+  return jax.jit(sharding.map_shards(part, on, (specs, row_spec, row_spec, row_spec), row_spec))(
+    params, *args
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -80,7 +102,7 @@ def test_devices_together_compute_what_one_does(strategy, expert, tensor, rows_s
 @pytest.mark.parametrize("rows_split", [False, True])
 def test_members_of_a_roster_are_folded_into_the_rows(rows_split):
   params, args = weights(bias=False), rows(8, lead=(3,))
-  actual = over_devices(mesh(4, 2), "blocks", params, args, rows_split)
+  actual = over_devices(mesh(4, 2), "tiled_loop", params, args, rows_split)
   for i in range(3):
     assert_close(actual[i], on_one("dense", params, 1, *(a[i] for a in args)))
 
@@ -92,15 +114,20 @@ def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_si
   and does not get it, all values are wrong.
   """
   gather = functools.partial(jax.lax.all_gather, axis_name=axis_name)
-  begins, sizes, places = (gather(a)[:, jax.lax.axis_index(axis_name)]
-                           for a in (input_offsets, send_sizes, output_offsets))
+  begins, sizes, places = (
+    gather(a)[:, jax.lax.axis_index(axis_name)] for a in (input_offsets, send_sizes, output_offsets)
+  )
   slot = jnp.arange(len(output))
   result = output
   for operand_i, begin, size, place in zip(gather(operand), begins, sizes, places):
     found = operand_i[jnp.clip(slot - place + begin, 0, len(operand) - 1)]
     result = jnp.where(((slot >= place) & (slot < place + size))[:, None], found, result)
-  right = ((sizes == recv_sizes).all() & (jnp.minimum(begins, places) >= 0).all()
-           & (begins + sizes <= len(operand)).all() & (places + sizes <= len(output)).all())
+  right = (
+    (sizes == recv_sizes).all()
+    & (jnp.minimum(begins, places) >= 0).all()
+    & (begins + sizes <= len(operand)).all()
+    & (places + sizes <= len(output)).all()
+  )
   return jnp.where(right, result, jnp.full_like(result, -7))
 
 
@@ -108,8 +135,9 @@ def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_si
 def exchange(request, monkeypatch):
   """The name of the exchange of rows that is chosen."""
   monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
-  monkeypatch.setattr(parallel, "_ragged_is_possible",
-                      lambda *args: request.param == "exchanged_ragged")
+  monkeypatch.setattr(
+    expert_parallel, "_ragged_is_possible", lambda *args: request.param == "exchanged_ragged"
+  )
   return request.param
 
 
@@ -117,42 +145,47 @@ def exchange(request, monkeypatch):
 @pytest.mark.parametrize("room", [1, 3, 32])
 @pytest.mark.parametrize("expert,tensor", [(4, 2), (8, 1), (2, 1)])
 def test_exchanged_rows_all_come_to_their_experts(monkeypatch, exchange, expert, tensor, room, hot):
-  monkeypatch.setattr(parallel, "exchange_room", lambda *sizes: room)
+  monkeypatch.setattr(expert_parallel, "exchange_room", lambda *sizes: room)
   params, args = weights(), rows(32, hot=hot)
-  actual = over_devices(mesh(expert, tensor), "blocks", params, args, True)
+  actual = over_devices(mesh(expert, tensor), "tiled_loop", params, args, True)
   assert_close(actual, on_one("dense", params, 1, *args))
 
 
 def test_rows_without_experts_and_devices_without_rows(monkeypatch, exchange):
   """Choices of no expert, on one device for all of its rows."""
-  monkeypatch.setattr(parallel, "exchange_room", lambda *sizes: 4)
+  monkeypatch.setattr(expert_parallel, "exchange_room", lambda *sizes: 4)
   params, (x, indices, gates) = weights(), rows(32, hot=(0, 1, 6))
   none = (jnp.arange(32) % 5 == 0) | ((jnp.arange(32) >= 8) & (jnp.arange(32) < 16))
   args = x, jnp.where(none[:, None], E, indices), jnp.where(none[:, None], 0, gates)
-  actual = over_devices(mesh(4), "blocks", params, args, True)
+  actual = over_devices(mesh(4), "tiled_loop", params, args, True)
   assert_close(actual, on_one("dense", params, 1, *args))
   assert not actual[none].any()
 
 
 def test_members_are_folded_into_the_rows_that_are_exchanged(monkeypatch, exchange):
-  monkeypatch.setattr(parallel, "exchange_room", lambda n, *sizes: n // 2)
+  monkeypatch.setattr(expert_parallel, "exchange_room", lambda n, *sizes: n // 2)
   params, args = weights(bias=False), rows(16, lead=(3,))
-  actual = over_devices(mesh(4, 2), "blocks", params, args, True)
+  actual = over_devices(mesh(4, 2), "tiled_loop", params, args, True)
   for i in range(3):
     assert_close(actual[i], on_one("dense", params, 1, *(a[i] for a in args)))
 
 
 def test_devices_with_different_numbers_of_turns_wait_for_each_other(monkeypatch, exchange):
   """Only one of two groups of devices has rows that take more than one turn."""
-  monkeypatch.setattr(parallel, "exchange_room", lambda *sizes: 6)
+  monkeypatch.setattr(expert_parallel, "exchange_room", lambda *sizes: 6)
   params, (x, _, gates) = weights(), rows(64)
   # Each device's 8 rows go to two devices, or 4 of them to each.
   first, others = jnp.zeros(32, jnp.int32), jnp.arange(32, dtype=jnp.int32)
   indices = (jnp.concatenate([first, others])[:, None] + jnp.arange(A)[None]) % E
   spec = P(("data", "expert"))
-  run = jax.jit(sharding.by_parts(
-      lambda params, *args: experts_lib.apply(params, 0, *args, "blocks", rows_split=True),
-      mesh(4, data=2), (_WEIGHTS, spec, spec, spec), spec))
+  run = jax.jit(
+    sharding.map_shards(
+      lambda params, *args: experts_lib.apply(params, 0, *args, "tiled_loop", rows_split=True),
+      mesh(4, data=2),
+      (_WEIGHTS, spec, spec, spec),
+      spec,
+    )
+  )
   assert_close(run(params, x, indices, gates), on_one("dense", params, 0, x, indices, gates))
 
 
@@ -161,44 +194,51 @@ MESH = (("data", 2), ("expert", 4), ("tensor", 1))
 
 @pytest.fixture
 def tried_anew():
-  parallel.ragged_works.cache_clear()
+  expert_parallel.ragged_works.cache_clear()
   yield
-  parallel.ragged_works.cache_clear()
+  expert_parallel.ragged_works.cache_clear()
 
 
 def test_a_ragged_exchange_that_works_is_found_to_do_so(monkeypatch, tried_anew):
   monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
   # Asked while a program is traced, as the choice is.
-  jax.jit(lambda x: x if parallel.ragged_works(MESH, "bfloat16", 32, 2) else 1 / 0)(1.0)
+  jax.jit(lambda x: x if expert_parallel.ragged_works(MESH, "bfloat16", 32, 2) else 1 / 0)(1.0)
 
 
 def _shifted(operand, output, *where, **kwargs):
   return jnp.roll(emulated(operand, output, *where, **kwargs), 1, axis=0)
 
 
-@pytest.mark.parametrize("broken,reason", [
+@pytest.mark.parametrize(
+  "broken,reason",
+  [
     (jax.lax.ragged_all_to_all, "ragged-all-to-all"),  # CPUs have none
-    (_shifted, "off by")], ids=["missing", "wrong"])
+    (_shifted, "off by"),
+  ],
+  ids=["missing", "wrong"],
+)
 def test_a_ragged_exchange_that_does_not_work_is_not_used(
-    monkeypatch, caplog, tried_anew, broken, reason):
+  monkeypatch, caplog, tried_anew, broken, reason
+):
   monkeypatch.setattr(jax.lax, "ragged_all_to_all", broken)
-  assert not parallel.ragged_works(MESH, "float32", 32, 2)
+  assert not expert_parallel.ragged_works(MESH, "float32", 32, 2)
   assert reason in caplog.text and "using exchanges of one size instead" in caplog.text
 
 
 def test_processes_decide_alike(monkeypatch, caplog):
   """What works here is not used if it fails in another process of the same mesh."""
   monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(trial.multihost_utils, "process_allgather",
-                      lambda failed: np.asarray([failed, True]))
+  monkeypatch.setattr(
+    kernel_check.multihost_utils, "process_allgather", lambda failed: np.asarray([failed, True])
+  )
   found = []
 
   def works(x):
-    found.append(trial.works(lambda: 0.0, 1e-5, "it", "another"))
+    found.append(kernel_check.works(lambda: 0.0, 1e-5, "it", "another"))
     return x
 
   jax.jit(works)(1.0)
-  jax.jit(sharding.by_parts(works, mesh(2), P(), P()))(1.0)
+  jax.jit(sharding.map_shards(works, mesh(2), P(), P()))(1.0)
   assert found == [True, False] and "does not in process 1" in caplog.text
 
 
@@ -206,28 +246,33 @@ def test_processes_decide_alike(monkeypatch, caplog):
 def test_what_is_lowered_for_an_accelerator(monkeypatch, platform):
   """One exchange each of rows, choices and gates, and one of results."""
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu" if platform == "tpu" else "gpu")
-  monkeypatch.setattr(parallel, "ragged_works", lambda *args: True)
-  monkeypatch.setattr(parallel, "exchange_room", lambda *sizes: 8)
+  monkeypatch.setattr(expert_parallel, "ragged_works", lambda *args: True)
+  monkeypatch.setattr(expert_parallel, "exchange_room", lambda *sizes: 8)
   spec = P("expert")
-  run = jax.jit(sharding.by_parts(
+  run = jax.jit(
+    sharding.map_shards(
       lambda params, *args: experts_lib.apply(params, 0, *args, "dense", rows_split=True),
-      mesh(8), (_WEIGHTS, spec, spec, spec), spec))
+      mesh(8),
+      (_WEIGHTS, spec, spec, spec),
+      spec,
+    )
+  )
   text = run.trace(weights(), *rows(64)).lower(lowering_platforms=(platform,)).as_text()
-  assert text.count("@ragged_all_to_all") == 4 and "all_to_all\"" not in text
+  assert text.count("@ragged_all_to_all") == 4 and 'all_to_all"' not in text
 
 
 def test_what_is_exchanged_and_what_is_gathered():
-  assert parallel.exchange_room(127, 2, 8) == 0  # few rows
-  assert parallel.exchange_room(128, 8, 8) == 0  # of which most would go to most devices
-  assert parallel.exchange_room(128, 2, 8) == 40  # 1.25 * 128 * (1 - (7/8)^2) = 37.5
-  assert parallel.exchange_room(4096, 8, 64) == 608
+  assert expert_parallel.exchange_room(127, 2, 8) == 0  # few rows
+  assert expert_parallel.exchange_room(128, 8, 8) == 0  # of which most would go to most devices
+  assert expert_parallel.exchange_room(128, 2, 8) == 40  # 1.25 * 128 * (1 - (7/8)^2) = 37.5
+  assert expert_parallel.exchange_room(4096, 8, 64) == 608
 
 
 def test_an_exchange_moves_less_than_a_gathering():
   n, devices = 128, 8
   args = rows(n * devices)
   moved = {}
-  for room in (0, parallel.exchange_room(n, 2, devices)):
+  for room in (0, expert_parallel.exchange_room(n, 2, devices)):
     args = args[0], args[1][:, :2], args[2][:, :2]
     text = _lowered(mesh(devices), weights(bias=False), args, room)
     moved[room] = max(_rows_moved(text))
@@ -238,11 +283,11 @@ def _lowered(on, params, args, room):
   def part(params, *args):
     share = functools.partial(_dense, params)
     if room:
-      return parallel.exchanged(share, E // 8, *args, room)
-    return parallel.gathered(share, E // 8, *args)
+      return expert_parallel.exchanged(share, E // 8, *args, room)
+    return expert_parallel.gathered(share, E // 8, *args)
 
   specs = _WEIGHTS.replace(gate_up_bias=None, down_bias=None)
-  run = sharding.by_parts(part, on, (specs, P("expert"), P("expert"), P("expert")), P("expert"))
+  run = sharding.map_shards(part, on, (specs, P("expert"), P("expert"), P("expert")), P("expert"))
   return jax.jit(run).lower(params, *args).compile().as_text()
 
 

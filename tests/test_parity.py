@@ -2,18 +2,16 @@
 
 import functools
 
+import hf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import hf
 from roe_jax import cache as kv_cache
-from roe_jax import families
-from roe_jax import decode
+from roe_jax import decode, families, prefill, transformer
 from roe_jax import members as members_lib
 from roe_jax import roster as roster_lib
-from roe_jax import transformer
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -22,30 +20,44 @@ pytest.importorskip("transformers")
 TOLERANCE = 1e-5
 
 CASES = {
-    "olmoe": hf.config_json("olmoe"),
-    "olmoe_normalised": hf.config_json("olmoe", norm_topk_prob=True),
-    "olmoe_clipped": hf.config_json("olmoe", clip_qkv=0.8),
-    "olmoe_one_head_a_key": hf.config_json("olmoe", num_key_value_heads=4, rms_norm_eps=1e-3),
-    "mixtral": hf.config_json("mixtral"),
-    "mixtral_wide_heads": hf.config_json("mixtral", head_dim=12, rope_theta=1e6,
-                                         num_key_value_heads=1),
-    "mixtral_window": hf.config_json("mixtral", sliding_window=6),
-    "gpt_oss": hf.config_json("gpt_oss"),
-    "gpt_oss_hardly_clamped": hf.config_json("gpt_oss", swiglu_limit=7.0),
-    "gpt_oss_full_then_two_windows": hf.config_json(
-        "gpt_oss", num_hidden_layers=3, sliding_window=3,
-        layer_types=["full_attention", "sliding_attention", "sliding_attention"]),
-    "gpt_oss_truncated_ramp": hf.config_json("gpt_oss", rope_scaling=dict(
-        rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0,
-        beta_slow=0.5, truncate=True, attention_factor=0.9)),
-    "qwen2_moe": hf.config_json("qwen2_moe"),
-    "qwen2_moe_windows": hf.config_json("qwen2_moe", use_sliding_window=True),
-    "qwen2_moe_without_bias": hf.config_json("qwen2_moe", qkv_bias=False, norm_topk_prob=True),
-    "qwen3_moe": hf.config_json("qwen3_moe"),
-    "qwen3_moe_not_normalised": hf.config_json("qwen3_moe", norm_topk_prob=False),
-    "qwen3_moe_window": hf.config_json("qwen3_moe", use_sliding_window=True),
-    "qwen3_moe_yarn": hf.config_json("qwen3_moe", rope_scaling=dict(
-        rope_type="yarn", factor=4.0, original_max_position_embeddings=8)),
+  "olmoe": hf.config_json("olmoe"),
+  "olmoe_normalized": hf.config_json("olmoe", norm_topk_prob=True),
+  "olmoe_clipped": hf.config_json("olmoe", clip_qkv=0.8),
+  "olmoe_one_head_a_key": hf.config_json("olmoe", num_key_value_heads=4, rms_norm_eps=1e-3),
+  "mixtral": hf.config_json("mixtral"),
+  "mixtral_wide_heads": hf.config_json(
+    "mixtral", head_dim=12, rope_theta=1e6, num_key_value_heads=1
+  ),
+  "mixtral_window": hf.config_json("mixtral", sliding_window=6),
+  "gpt_oss": hf.config_json("gpt_oss"),
+  "gpt_oss_hardly_clamped": hf.config_json("gpt_oss", swiglu_limit=7.0),
+  "gpt_oss_full_then_two_windows": hf.config_json(
+    "gpt_oss",
+    num_hidden_layers=3,
+    sliding_window=3,
+    layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+  ),
+  "gpt_oss_truncated_ramp": hf.config_json(
+    "gpt_oss",
+    rope_scaling=dict(
+      rope_type="yarn",
+      factor=4.0,
+      original_max_position_embeddings=16,
+      beta_fast=4.0,
+      beta_slow=0.5,
+      truncate=True,
+      attention_factor=0.9,
+    ),
+  ),
+  "qwen2_moe": hf.config_json("qwen2_moe"),
+  "qwen2_moe_windows": hf.config_json("qwen2_moe", use_sliding_window=True),
+  "qwen2_moe_without_bias": hf.config_json("qwen2_moe", qkv_bias=False, norm_topk_prob=True),
+  "qwen3_moe": hf.config_json("qwen3_moe"),
+  "qwen3_moe_not_normalized": hf.config_json("qwen3_moe", norm_topk_prob=False),
+  "qwen3_moe_window": hf.config_json("qwen3_moe", use_sliding_window=True),
+  "qwen3_moe_yarn": hf.config_json(
+    "qwen3_moe", rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=8)
+  ),
 }
 
 
@@ -54,9 +66,11 @@ def build(case, dtype="float32"):
   """transformers' model, and this library's config and parameters."""
   hf_config = CASES[case]
   state = hf.random_state(hf_config, seed=3)
-  return (hf.to_model(hf_config, state, dtype),
-          families.from_hugging_face(hf_config, dtype=dtype),
-          hf.to_params(hf_config, state, dtype))
+  return (
+    hf.to_model(hf_config, state, dtype),
+    families.from_hugging_face(hf_config, dtype=dtype),
+    hf.to_params(hf_config, state, dtype),
+  )
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -65,10 +79,11 @@ def forward(params, config, x):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def prefill(params, config, x, start, cache):
+def prefill_piece(params, config, x, start, cache):
   positions = jnp.broadcast_to(start + jnp.arange(x.shape[1]), x.shape)
   hidden, cache, _ = transformer.run_layers(
-      params, config, transformer.embed(params, x), positions, cache, write=True)
+    params, config, transformer.embed(params, x), positions, cache, write=True
+  )
   return transformer.unembed(params, config, hidden), cache
 
 
@@ -112,8 +127,8 @@ def test_prefill_in_chunks(family, chunks):
   cache = kv_cache.empty(config, 2, 24)
   start, pieces = 0, []
   for size in chunks:
-    piece = jnp.asarray(x[:, start:start + size])
-    logits, cache = prefill(params, config, piece, start, cache)
+    piece = jnp.asarray(x[:, start : start + size])
+    logits, cache = prefill_piece(params, config, piece, start, cache)
     pieces.append(logits)
     start += size
   assert_close(jnp.concatenate(pieces, axis=1), hf.logits(model, x))
@@ -125,15 +140,23 @@ def test_decoding_token_by_token(family):
   x, lengths = tokens((3, 20)), [5, 1, 12]
   roster = roster_lib.Roster.create(config)
   ids = jnp.arange(3, dtype=jnp.uint32)
-  cache = decode.fill_cache(params, config, roster, kv_cache.empty(config, 3, 24),
-                            jnp.asarray(x), np.array(lengths) - 1, ids)
+  cache = prefill.fill_cache(
+    params,
+    config,
+    roster,
+    kv_cache.empty(config, 3, 24),
+    jnp.asarray(x),
+    np.array(lengths) - 1,
+    ids,
+  )
   expected = np.asarray(jax.nn.log_softmax(hf.logits(model, x)))
   step = jax.jit(members_lib.step, static_argnames="config")
   for offset in range(8):
     positions = np.array(lengths) - 1 + offset
     rows = np.arange(3)
-    outputs, cache = step(params, config, roster, cache, jnp.asarray(x[rows, positions]),
-                          jnp.asarray(positions), ids)
+    outputs, cache = step(
+      params, config, roster, cache, jnp.asarray(x[rows, positions]), jnp.asarray(positions), ids
+    )
     assert_close(outputs.log_probs[:, 0], expected[rows, positions])
 
 

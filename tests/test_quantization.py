@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-
 import tiny
-from roe_jax import checkpoint, decode, params as params_lib, quantization, score
+
+from roe_jax import checkpoint, decode, quantization, scoring
+from roe_jax import params as params_lib
 from roe_jax.quantization import FORMATS, Quantized, dequantize, quantize, widen
 from roe_jax.roster import Roster
 
@@ -38,10 +39,18 @@ def element(quantized, axis, i, n, d):
   return FP4[nibble] * 2.0 ** (int(scale) - 127), 2.0 ** (int(scale) - 127)
 
 
-CASES = [(f, axis, rows, width) for f in FORMATS for axis in (-1, -2)
-         for rows, width in ((64, 96), (32, 64))]
-CASES += [(f, axis, rows, width) for f in ("int8", "int4") for axis in (-1, -2)
-          for rows, width in ((3, 10), (128, 2), (1, 6), (8, 180))]
+CASES = [
+  (f, axis, rows, width)
+  for f in FORMATS
+  for axis in (-1, -2)
+  for rows, width in ((64, 96), (32, 64))
+]
+CASES += [
+  (f, axis, rows, width)
+  for f in ("int8", "int4")
+  for axis in (-1, -2)
+  for rows, width in ((3, 10), (128, 2), (1, 6), (8, 180))
+]
 CASES += [("int8", -1, 4, 7), ("int8", -2, 7, 3), ("int4", -1, 2, 320)]
 
 
@@ -51,11 +60,18 @@ def test_weights_are_rounded_to_the_nearest_and_read_alike_everywhere(format, ax
   quantized = quantize(array, format, axis)
   plain = dequantize(quantized)
   np.testing.assert_array_equal(jax.jit(widen)(jax.tree.map(jnp.asarray, quantized)), plain)
-  held = params_lib.held(jax.tree.map(jnp.asarray, quantized))  # scales as bits
+  held = params_lib.in_storage_dtype(jax.tree.map(jnp.asarray, quantized))  # scales as bits
   np.testing.assert_array_equal(widen(held), plain)
-  expected, scales = np.moveaxis(np.array([
-      [[element(quantized, axis, i, n, d) for d in range(width)] for n in range(rows)]
-      for i in range(2)]), -1, 0)
+  expected, scales = np.moveaxis(
+    np.array(
+      [
+        [[element(quantized, axis, i, n, d) for d in range(width)] for n in range(rows)]
+        for i in range(2)
+      ]
+    ),
+    -1,
+    0,
+  )
   np.testing.assert_array_equal(plain, expected.astype(np.float32))
   error, scales = np.abs(plain.astype(np.float64) - array), np.abs(scales)
   if format == "int8":
@@ -63,9 +79,12 @@ def test_weights_are_rounded_to_the_nearest_and_read_alike_everywhere(format, ax
   elif format == "int4":  # what is as large as the largest, of the other sign, is cut off
     cut = np.abs(array) > 7.4 * scales
     assert np.all(error <= np.where(cut, scales, scales / 2) * 1.00001)
-  else:  # distances of neighbours are 0.5, 1 and 2 scales, and 8 is cut off at 6
-    assert np.all(error <= scales * np.where(
-        np.abs(array) < 2 * scales, 0.25, np.where(np.abs(array) < 4 * scales, 0.5, 2)))
+  else:  # distances of neighbors are 0.5, 1 and 2 scales, and 8 is cut off at 6
+    assert np.all(
+      error
+      <= scales
+      * np.where(np.abs(array) < 2 * scales, 0.25, np.where(np.abs(array) < 4 * scales, 0.5, 2))
+    )
   assert np.all(plain[0, : rows // 2] == 0) or axis == -2
   again = quantize(plain, format, axis)
   if format != "int8":  # a scale that was rounded up is found again to a rounding
@@ -104,7 +123,8 @@ def test_mxfp4_is_widened_exactly_without_small_numbers(exponent):
   np.testing.assert_array_equal(jax.jit(widen)(quantized), exact)
   if 2 < exponent < 250:
     np.testing.assert_array_equal(
-        np.asarray(jax.jit(widen, static_argnums=1)(quantized, jnp.bfloat16), np.float32), exact)
+      np.asarray(jax.jit(widen, static_argnums=1)(quantized, jnp.bfloat16), np.float32), exact
+    )
 
 
 def test_packing_keeps_every_code():
@@ -129,11 +149,14 @@ def test_weights_too_small_for_a_scale_become_zero():
     assert not dequantize(quantize(array, format, -1)).any()
 
 
-@pytest.mark.parametrize("changes,message", [
+@pytest.mark.parametrize(
+  "changes,message",
+  [
     (dict(expert_format="mxfp4", d_model=48), "blocks of 32.*d_model 48 .*int8 or int4"),
     (dict(expert_format="mxfp4", d_expert=16), "d_expert 16"),
     (dict(expert_format="int4", d_model=31), "even d_model, got 31: take int8"),
-])
+  ],
+)
 def test_sizes_that_a_format_does_not_have_are_refused(changes, message):
   config = tiny.config("olmoe", d_expert=32).replace(**changes)
   with pytest.raises(ValueError, match=message):
@@ -160,7 +183,8 @@ def test_parameters_are_described_made_counted_and_stored(tmp_path, format):
   usual = params_lib.initialize(plain, jax.random.key(0)).layers.experts
   for name in quantization.CONTRACTED:
     ratio = np.std(widen(getattr(made.layers.experts, name))) / np.std(
-        np.asarray(getattr(usual, name), np.float32))
+      np.asarray(getattr(usual, name), np.float32)
+    )
     assert 0.5 < ratio < 2
   with pytest.raises(ValueError, match="in .* already"):
     params_lib.quantize(params, config, "int8")
@@ -169,38 +193,54 @@ def test_parameters_are_described_made_counted_and_stored(tmp_path, format):
     loaded, loaded_config = checkpoint.load(tmp_path / "c", dtype)
     assert loaded_config == config.replace(dtype=dtype or "bfloat16")
     params_lib.validate(loaded, loaded_config)
-    for one, other in zip(jax.tree.leaves(loaded.layers.experts),
-                          jax.tree.leaves(params.layers.experts)):
+    for one, other in zip(
+      jax.tree.leaves(loaded.layers.experts), jax.tree.leaves(params.layers.experts)
+    ):
       assert one.dtype == other.dtype
       np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_quantised_model_is_the_model_of_its_widened_weights(format):
+def test_a_quantized_model_is_the_model_of_its_widened_weights(format):
   plain = tiny.config("olmoe", d_expert=32, num_layers=2)
   params, config = params_lib.quantize(tiny.params(plain), plain, format)
-  widened = params.replace(layers=params.layers.replace(
-      experts=jax.tree.map(lambda w: widen(w) if quantization.is_quantized(w) else w,
-                           params.layers.experts, is_leaf=quantization.is_quantized)))
+  widened = params.replace(
+    layers=params.layers.replace(
+      experts=jax.tree.map(
+        lambda w: widen(w) if quantization.is_quantized(w) else w,
+        params.layers.experts,
+        is_leaf=quantization.is_quantized,
+      )
+    )
+  )
   texts = tiny.texts([9, 12])
   roster = Roster.create(config, 3, 0.5)
-  scores = [score.score(p, c, texts, roster=r).texts for p, c, r in (
-      (params, config, roster), (widened, plain, roster),
-      (params, config, Roster.create(config, 3, 0.5, recompute=True)))]
+  scores = [
+    scoring.score(p, c, texts, roster=r).texts
+    for p, c, r in (
+      (params, config, roster),
+      (widened, plain, roster),
+      (params, config, Roster.create(config, 3, 0.5, recompute=True)),
+    )
+  ]
   for other in scores[1:]:
     for one, two in zip(scores[0], other):
       np.testing.assert_allclose(one.log_probs, two.log_probs, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_generation_and_scores_of_a_quantised_model_agree(dtype):
+def test_generation_and_scores_of_a_quantized_model_agree(dtype):
   plain = tiny.config("olmoe", num_layers=2, dtype=dtype)
   params, config = params_lib.quantize(tiny.params(plain), plain, "int4")
   prompts = tiny.texts([5, 8])
   roster = Roster.create(config, 3, 0.5)
   generation = decode.generate(params, config, prompts, max_new_tokens=4, roster=roster)
   texts = [p + list(c.tokens) for p, c in zip(prompts, generation.completions)]
-  scores = score.score(params, config, texts, list(map(len, prompts)), roster=roster)
+  scores = scoring.score(params, config, texts, list(map(len, prompts)), roster=roster)
   for completion, scored in zip(generation.completions, scores.texts):
-    np.testing.assert_allclose(completion.log_probs, scored.log_probs[:, 0],
-                               rtol=1e-3, atol=1e-3 if dtype == "float32" else 0.05)
+    np.testing.assert_allclose(
+      completion.log_probs,
+      scored.log_probs[:, 0],
+      rtol=1e-3,
+      atol=1e-3 if dtype == "float32" else 0.05,
+    )

@@ -8,8 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from roe_jax import experts as experts_lib, numerics, params as params_lib, quantization
-from roe_jax.experts import Activation, cpu
+from roe_jax import experts as experts_lib
+from roe_jax import numerics, quantization
+from roe_jax import params as params_lib
+from roe_jax.experts import Activation, tiled_loop
 from roe_jax.params import ExpertParams
 from roe_jax.quantization import FORMATS, is_quantized
 
@@ -22,20 +24,28 @@ def weights(format, dtype="float32", biases=False, sizes=(L, E, D, F)):
   l, e, d, f = sizes
   random = np.random.RandomState(0)
   make = lambda *shape: (0.3 * random.standard_normal(shape)).astype(np.float32)
-  experts = {name: jax.tree.map(jnp.asarray, quantization.quantize(array, format, axis))
-             for (name, axis), array in zip(quantization.CONTRACTED.items(),
-                                            (make(l, e, f, 2, d), make(l, e, f, d)))}
+  experts = {
+    name: jax.tree.map(jnp.asarray, quantization.quantize(array, format, axis))
+    for (name, axis), array in zip(
+      quantization.CONTRACTED.items(), (make(l, e, f, 2, d), make(l, e, f, d))
+    )
+  }
   if biases:
-    experts |= {"gate_up_bias": jnp.asarray(make(l, e, f, 2), dtype),
-                "down_bias": jnp.asarray(make(l, e, d), dtype)}
+    experts |= {
+      "gate_up_bias": jnp.asarray(make(l, e, f, 2), dtype),
+      "down_bias": jnp.asarray(make(l, e, d), dtype),
+    }
   return ExpertParams(**experts)
 
 
 def rows(n, dtype="float32", d=D):
   random = np.random.RandomState(1)
   indices = np.argsort(random.uniform(size=(n, E)), axis=-1)[:, :A]
-  return (jnp.asarray(random.standard_normal((n, d)), dtype), jnp.asarray(indices, jnp.int32),
-          jnp.asarray(random.uniform(0.1, 1, (n, A)), jnp.float32))
+  return (
+    jnp.asarray(random.standard_normal((n, d)), dtype),
+    jnp.asarray(indices, jnp.int32),
+    jnp.asarray(random.uniform(0.1, 1, (n, A)), jnp.float32),
+  )
 
 
 def by_loop(params, layer, x, indices, gates, activation, dtype):
@@ -56,7 +66,10 @@ def by_loop(params, layer, x, indices, gates, activation, dtype):
       if activation.limit is None:
         hidden = gate / (1 + np.exp(-gate)) * up
       else:
-        gate, up = np.minimum(gate, activation.limit), np.clip(up, -activation.limit, activation.limit)
+        gate, up = (
+          np.minimum(gate, activation.limit),
+          np.clip(up, -activation.limit, activation.limit),
+        )
         hidden = (up + 1) * gate / (1 + np.exp(-activation.alpha * gate))
       out = hidden @ plain["down"][e]
       if plain["down_bias"] is not None:
@@ -73,12 +86,13 @@ def apply(strategy, activation, params, layer, *row_args):
 
 def check(strategy, params, n, dtype, activation=Activation(), d=D):
   args = rows(n, dtype, d)
-  in_float32 = strategy in (None, "blocks") or dtype == "float32"
+  in_float32 = strategy in (None, "tiled_loop") or dtype == "float32"
   for layer in range(L):
     actual = apply(strategy, activation, params, layer, *args)
     assert actual.dtype == args[0].dtype
-    expected, magnitude = by_loop(params, layer, *args, activation,
-                                  np.float32 if in_float32 else ml_dtypes.bfloat16)
+    expected, magnitude = by_loop(
+      params, layer, *args, activation, np.float32 if in_float32 else ml_dtypes.bfloat16
+    )
     error = np.abs(np.asarray(actual, np.float64) - expected)
     bound = (1 if dtype == "bfloat16" else 32) * EPSILON[dtype] * magnitude
     assert np.all(error <= bound), (error / bound).max()
@@ -101,16 +115,19 @@ def test_biases_and_the_clamped_activation(strategy, format):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_parameters_held_as_bits(format):
-  params = params_lib.held(weights(format, "bfloat16", biases=True))
+  params = params_lib.in_storage_dtype(weights(format, "bfloat16", biases=True))
   assert params.down_bias.dtype == jnp.uint16
   args = rows(9, "bfloat16")
   np.testing.assert_array_equal(
-      apply(None, CLAMPED, params, 1, *args),
-      apply(None, CLAMPED, weights(format, "bfloat16", biases=True), 1, *args))
+    apply(None, CLAMPED, params, 1, *args),
+    apply(None, CLAMPED, weights(format, "bfloat16", biases=True), 1, *args),
+  )
 
 
-@pytest.mark.parametrize("format,d,f", [
-    ("int8", 10, 7), ("int8", 7, 256), ("int4", 10, 12), ("int4", 192, 3), ("int4", 6, 320)])
+@pytest.mark.parametrize(
+  "format,d,f",
+  [("int8", 10, 7), ("int8", 7, 256), ("int4", 10, 12), ("int4", 192, 3), ("int4", 6, 320)],
+)
 def test_odd_sizes(format, d, f):
   """Groups that reach over the middle of D, that are one weight, or longer than a tile."""
   check(None, weights(format, sizes=(L, E, d, f)), 5, "float32", d=d)
@@ -120,17 +137,26 @@ def test_odd_sizes(format, d, f):
 @pytest.mark.parametrize("rows_of_tile", [1, 16, 32, 96])
 @pytest.mark.parametrize("format", FORMATS)
 def test_sizes_of_blocks_and_tiles_change_nothing(monkeypatch, blocks, rows_of_tile, format):
-  monkeypatch.setattr(cpu, "_block_size", lambda *args: blocks)
+  monkeypatch.setattr(tiled_loop, "_block_size", lambda *args: blocks)
   monkeypatch.setattr(numerics, "tile_bytes", lambda: rows_of_tile * 4 * 2 * D)
   assert numerics.tile_rows(F, 2 * D, 32) == rows_of_tile
   apply.clear_cache()
-  check("blocks", weights(format), 33, "float32")
+  check("tiled_loop", weights(format), 33, "float32")
   apply.clear_cache()
 
 
-@pytest.mark.parametrize("size,row,group,expected", [
-    (2880, 5760, 32, 16), (2880, 5760, 64, 16), (1024, 4096, 128, 32), (14336, 8192, 64, 16),
-    (768, 4096, 32, 32), (96, 1400, 32, 32), (96, 1400, 1, 48)])
+@pytest.mark.parametrize(
+  "size,row,group,expected",
+  [
+    (2880, 5760, 32, 16),
+    (2880, 5760, 64, 16),
+    (1024, 4096, 128, 32),
+    (14336, 8192, 64, 16),
+    (768, 4096, 32, 32),
+    (96, 1400, 32, 32),
+    (96, 1400, 1, 48),
+  ],
+)
 def test_tiles_are_whole_groups_or_lie_within_one(monkeypatch, size, row, group, expected):
   monkeypatch.setenv("NPROC", "1")
   rows = numerics.tile_rows(size, row, group)
@@ -142,17 +168,38 @@ def test_tiles_are_whole_groups_or_lie_within_one(monkeypatch, size, row, group,
 def test_no_more_than_a_tile_is_widened(monkeypatch, format, members):
   monkeypatch.setenv("NPROC", "1")
   config = params_lib.ModelConfig(
-      family="gpt_oss", vocab_size=8, num_layers=2, d_model=512, num_heads=1, num_kv_heads=1,
-      head_dim=2, num_experts=16, experts_per_token=A, d_expert=512, context_length=8,
-      normalize_gates=True, gates_in_model_dtype=True, qk_norm=False, expert_format=format)
+    family="gpt_oss",
+    vocab_size=8,
+    num_layers=2,
+    d_model=512,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=2,
+    num_experts=16,
+    experts_per_token=A,
+    d_expert=512,
+    context_length=8,
+    normalize_gates=True,
+    gates_in_model_dtype=True,
+    qk_norm=False,
+    expert_format=format,
+  )
   params = jax.tree.map(
-      lambda a: jax.ShapeDtypeStruct(a.shape, jnp.uint16 if a.dtype == jnp.bfloat16 else a.dtype),
-      params_lib.abstract(config).layers.experts)
+    lambda a: jax.ShapeDtypeStruct(a.shape, jnp.uint16 if a.dtype == jnp.bfloat16 else a.dtype),
+    params_lib.abstract(config).layers.experts,
+  )
   array = jax.ShapeDtypeStruct
   mapped = jax.vmap(lambda p, *a: experts_lib.apply(p, 1, *a), in_axes=(None, 0, 0, 0))
-  compiled = jax.jit(mapped).lower(
-      params, array((members, 1, 512), jnp.float32), array((members, 1, A), jnp.int32),
-      array((members, 1, A), jnp.float32)).compile()
+  compiled = (
+    jax.jit(mapped)
+    .lower(
+      params,
+      array((members, 1, 512), jnp.float32),
+      array((members, 1, A), jnp.int32),
+      array((members, 1, A), jnp.float32),
+    )
+    .compile()
+  )
   one_expert = 4 * 3 * 512 * 512
   assert compiled.memory_analysis().temp_size_in_bytes < one_expert
 
@@ -161,9 +208,11 @@ def test_no_more_than_a_tile_is_widened(monkeypatch, format, members):
 def test_accelerators_take_an_expert_at_a_time(monkeypatch, platform, blocks):
   monkeypatch.setattr(jax, "default_backend", lambda: platform)
   assert numerics.tile_rows(2880, 5760, 32) == 2880
-  assert [cpu._block_size(8 * n, 64, 2**20) for n in (1, 128, 1000)] == [(b, 1) for b in blocks]
+  assert [tiled_loop._block_size(8 * n, 64, 2**20) for n in (1, 128, 1000)] == [
+    (b, 1) for b in blocks
+  ]
   matrix = weights("mxfp4").down
-  tile, = cpu._parts(matrix, jnp.bfloat16)
+  (tile,) = tiled_loop._parts(matrix, jnp.bfloat16)
   assert tile.dtype == jnp.bfloat16 and tile.shape == (L, E, F, D)
 
 
@@ -171,6 +220,8 @@ def test_members_fold_into_rows():
   params = weights("int4")
   x, indices, gates = rows(6)
   mapped = jax.vmap(lambda *a: experts_lib.apply(params, 1, *a))(
-      x[:, None], indices[:, None], gates[:, None])
+    x[:, None], indices[:, None], gates[:, None]
+  )
   np.testing.assert_allclose(
-      mapped[:, 0], apply(None, Activation(), params, 1, x, indices, gates), rtol=1e-5, atol=1e-5)
+    mapped[:, 0], apply(None, Activation(), params, 1, x, indices, gates), rtol=1e-5, atol=1e-5
+  )

@@ -13,14 +13,28 @@ import numpy as np
 import pytest
 
 from checkpoints_convert import convert_to_hugging_face
-from roe_jax import checkpoint, params as params_lib, sharding
+from roe_jax import checkpoint, sharding
+from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.quantization import FORMATS
 
 CONFIG = ModelConfig(
-    family="olmoe", vocab_size=64, num_layers=2, d_model=64, num_heads=4, num_kv_heads=4,
-    head_dim=8, num_experts=8, experts_per_token=3, d_expert=256, context_length=64,
-    normalize_gates=False, gates_in_model_dtype=True, qk_norm=True, dtype="bfloat16")
+  family="olmoe",
+  vocab_size=64,
+  num_layers=2,
+  d_model=64,
+  num_heads=4,
+  num_kv_heads=4,
+  head_dim=8,
+  num_experts=8,
+  experts_per_token=3,
+  d_expert=256,
+  context_length=64,
+  normalize_gates=False,
+  gates_in_model_dtype=True,
+  qk_norm=True,
+  dtype="bfloat16",
+)
 TOPOLOGIES = [(1, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)]
 
 
@@ -45,8 +59,9 @@ def shardings_on(sizes, config):
 def test_what_was_written_on_any_topology_opens_on_any_other(tmp_path, format, written_on):
   config = CONFIG.replace(expert_format=format)
   params = random_params(config)
-  checkpoint.save(tmp_path / "c", jax.device_put(params, shardings_on(written_on, config)),
-                  config, piece_bytes=1)
+  checkpoint.save(
+    tmp_path / "c", jax.device_put(params, shardings_on(written_on, config)), config, piece_bytes=1
+  )
   for sizes in TOPOLOGIES:
     shardings = shardings_on(sizes, config)
     restored, found = checkpoint.load(tmp_path / "c", shardings=shardings)
@@ -59,8 +74,16 @@ def test_what_was_written_on_any_topology_opens_on_any_other(tmp_path, format, w
 # In processes of their own.
 
 # 16 layers of 26 MB.
-LARGE = CONFIG.replace(num_layers=16, vocab_size=1024, d_model=256, num_heads=8, num_kv_heads=8,
-                       head_dim=32, num_experts=16, d_expert=1024)
+LARGE = CONFIG.replace(
+  num_layers=16,
+  vocab_size=1024,
+  d_model=256,
+  num_heads=8,
+  num_kv_heads=8,
+  head_dim=32,
+  num_experts=16,
+  d_expert=1024,
+)
 PIECE = 26e6
 
 
@@ -93,11 +116,22 @@ def load(folder, kind, num_processes=1):
     port = free.getsockname()[1]
   environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
   environment["PYTHONPATH"] = str(pathlib.Path(__file__).parents[1])
-  processes = [subprocess.Popen(
-      [sys.executable, str(pathlib.Path(__file__).with_name("loading_process.py")),
-       f"--path={folder / 'large' / kind}", f"--warm_up={folder / 'small' / kind}",
-       "--mesh=data:1,expert:8,tensor:1", f"--process={i},{num_processes},{port}"],
-      stdout=subprocess.PIPE, text=True, env=environment) for i in range(num_processes)]
+  processes = [
+    subprocess.Popen(
+      [
+        sys.executable,
+        str(pathlib.Path(__file__).with_name("loading_process.py")),
+        f"--path={folder / 'large' / kind}",
+        f"--warm_up={folder / 'small' / kind}",
+        "--mesh=data:1,expert:8,tensor:1",
+        f"--process={i},{num_processes},{port}",
+      ],
+      stdout=subprocess.PIPE,
+      text=True,
+      env=environment,
+    )
+    for i in range(num_processes)
+  ]
   outputs = [p.communicate(timeout=300)[0] for p in processes]
   assert [p.returncode for p in processes] == [0] * num_processes
   return [json.loads(output) for output in outputs]
@@ -108,7 +142,7 @@ def load(folder, kind, num_processes=1):
 def test_the_host_holds_little_beside_the_parameters(models, kind, caches):
   """Devices that are the host's own hold their parts of a piece there, too."""
   folder, params = models
-  found, = load(folder, kind)
+  (found,) = load(folder, kind)
   assert found["checksum"] == checksum(params, slice(8))
   size = params_lib.num_bytes(LARGE)
   assert found["bytes_held"] > size
@@ -121,8 +155,9 @@ def test_the_host_holds_little_beside_the_parameters(models, kind, caches):
 @pytest.mark.parametrize("kind", ["checkpoint", "hub"])
 def test_a_process_reads_and_holds_what_its_devices_need(models, kind):
   whole = params_lib.num_bytes(LARGE)
-  experts = sum(x.size * x.dtype.itemsize
-                for x in jax.tree.leaves(params_lib.abstract(LARGE).layers.experts))
+  experts = sum(
+    x.size * x.dtype.itemsize for x in jax.tree.leaves(params_lib.abstract(LARGE).layers.experts)
+  )
   folder, params = models
   for i, found in enumerate(load(folder, kind, num_processes=2)):
     assert found["checksum"] == checksum(params, slice(4 * i, 4 * i + 4))

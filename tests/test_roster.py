@@ -6,14 +6,22 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-
 import numpy_roster
+import pytest
 import tiny
+
 from roe_jax import (
-    aggregation, attention, decode, noise as noise_lib, params as params_lib, reference, routing,
-    score, transformer)
+  aggregation,
+  attention,
+  decode,
+  prefill,
+  reference,
+  routing,
+  scoring,
+  transformer,
+)
 from roe_jax import members as members_lib
+from roe_jax import params as params_lib
 from roe_jax import roster as roster_lib
 from roe_jax.roster import Roster
 
@@ -30,11 +38,10 @@ def member_states(params, config, roster, keep=()):
   """All members at all positions of `TOKENS`, through the roster's cache."""
   positions = jnp.tile(jnp.arange(LENGTH), (2, 1))
   cache = members_lib.empty_cache(config, roster, 2, 16, whole=True)
-  cache, x = members_lib.prefill(params, config, roster, cache, TOKENS, positions, REQUESTS)
+  cache, x = members_lib.prefill_cache(params, config, roster, cache, TOKENS, positions, REQUESTS)
   if roster.cache == "standard":
     return x, None
-  return members_lib.member_states(params, config, roster, cache, TOKENS, positions, REQUESTS,
-                                  keep)
+  return members_lib.member_states(params, config, roster, cache, TOKENS, positions, REQUESTS, keep)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -49,9 +56,13 @@ def logits(model, roster):
 
 def by_definition(model, roster):
   config, params = model
-  return np.stack([
+  return np.stack(
+    [
       numpy_roster.member_logits(params, config, roster, np.asarray(tokens), int(request))
-      for tokens, request in zip(TOKENS, REQUESTS)], axis=1)
+      for tokens, request in zip(TOKENS, REQUESTS)
+    ],
+    axis=1,
+  )
 
 
 def assert_close(actual, expected, tolerance=TOLERANCE):
@@ -70,44 +81,56 @@ def test_members_are_those_of_the_definition(model, cache):
   # The members do differ, from each other and between the caches.
   assert np.abs(expected[1] - expected[2]).max() > 0.05 * np.abs(expected).max()
   assert_close(logits(model, roster), expected)
-  assert_close(transformer.unembed(params, config, recomputed_states(params, config, roster)),
-               expected)
+  assert_close(
+    transformer.unembed(params, config, recomputed_states(params, config, roster)), expected
+  )
 
 
-@pytest.mark.parametrize("gate_weights, cache", [
-    ("noisy", "clean"), ("clean_rescaled", "standard")])
+@pytest.mark.parametrize(
+  "gate_weights, cache", [("noisy", "clean"), ("clean_rescaled", "standard")]
+)
 def test_gate_weights_reach_the_members(olmoe, gate_weights, cache):
   roster = Roster.create(olmoe[0], 3, [0.0, 0.8, 0.4], gate_weights=gate_weights, cache=cache)
   assert_close(logits(olmoe, roster), by_definition(olmoe, roster))
 
 
-@pytest.mark.parametrize("noise, cache, gate_weights", [
-    ("gaussian", "clean", "clean"), ("uniform", "standard", "noisy"), ("swap", "clean", "noisy"),
-    ("second_expert", "standard", "clean")])
+@pytest.mark.parametrize(
+  "noise, cache, gate_weights",
+  [
+    ("gaussian", "clean", "clean"),
+    ("uniform", "standard", "noisy"),
+    ("swap", "clean", "noisy"),
+    ("second_expert", "standard", "clean"),
+  ],
+)
 def test_members_of_every_noise_are_those_of_the_definition(olmoe, noise, cache, gate_weights):
   config, params = model = olmoe
-  roster = Roster.create(config, 3, [0.0, 0.8, 0.4], seed=9, cache=cache, noise=noise,
-                         gate_weights=gate_weights)
+  roster = Roster.create(
+    config, 3, [0.0, 0.8, 0.4], seed=9, cache=cache, noise=noise, gate_weights=gate_weights
+  )
   expected = by_definition(model, roster)
   assert np.abs(expected[0] - expected[1]).max() > 0.05 * np.abs(expected).max()
   assert_close(logits(model, roster), expected)
-  assert_close(transformer.unembed(params, config, recomputed_states(params, config, roster)),
-               expected)
+  assert_close(
+    transformer.unembed(params, config, recomputed_states(params, config, roster)), expected
+  )
 
 
 def test_more_experts_per_token_are_those_of_the_definition(olmoe):
   config, params = olmoe
   more = routing.with_experts(config, config.experts_per_token + 1, "rescaled")
-  assert_close(logits((more, params), Roster.create(more)),
-               by_definition((more, params), Roster.create(more)))
+  assert_close(
+    logits((more, params), Roster.create(more)), by_definition((more, params), Roster.create(more))
+  )
 
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral"])
 def test_contrast_with_the_second_expert_is_scmoe(request, family):
   """Greedy decoding with both passes' full texts in float64 at every step."""
   config, params = request.getfixturevalue(family)
-  roster = Roster.create(config, 2, 1.0, noise="second_expert", cache="standard",
-                         aggregation="contrast")
+  roster = Roster.create(
+    config, 2, 1.0, noise="second_expert", cache="standard", aggregation="contrast"
+  )
   prompt = tiny.texts([6])[0]
   text, plain = list(prompt), []
   for _ in range(8):
@@ -124,8 +147,9 @@ def test_contrast_with_the_second_expert_is_scmoe(request, family):
 
 def test_the_two_caches_differ_in_what_members_remember(olmoe):
   clean, standard = (
-      logits(olmoe, Roster.create(olmoe[0], 3, [0.0, 0.8, 0.4], seed=9, cache=cache))
-      for cache in roster_lib.CACHES)
+    logits(olmoe, Roster.create(olmoe[0], 3, [0.0, 0.8, 0.4], seed=9, cache=cache))
+    for cache in roster_lib.CACHES
+  )
   assert_close(clean[0], standard[0])  # member 0 has no noise in either
   assert_close(clean[:, :, 0], standard[:, :, 0])  # no past at position 0
   assert np.abs(clean[1:, :, 1:] - standard[1:, :, 1:]).max() > 0.01 * np.abs(clean).max()
@@ -134,18 +158,25 @@ def test_the_two_caches_differ_in_what_members_remember(olmoe):
 # The plain model
 
 
-@pytest.mark.parametrize("settings", [
-    dict(temperatures=0.7, seed=5), dict(temperatures=[0.5, 0.0, 2.0], gate_weights="noisy"),
-    dict(temperatures=0.3, aggregation="majority", noisy_layers=(0, 3))], ids=str)
+@pytest.mark.parametrize(
+  "settings",
+  [
+    dict(temperatures=0.7, seed=5),
+    dict(temperatures=[0.5, 0.0, 2.0], gate_weights="noisy"),
+    dict(temperatures=0.3, aggregation="majority", noisy_layers=(0, 3)),
+  ],
+  ids=str,
+)
 def test_one_member_is_bitwise_the_plain_model(model, settings):
   config, params = model
   roster = Roster.create(config, 1, **settings)
   prompts = tiny.texts([5, 1, 9, 3])
-  plain, single = (decode.generate(params, config, prompts, max_new_tokens=6, roster=r)
-                   for r in (None, roster))
+  plain, single = (
+    decode.generate(params, config, prompts, max_new_tokens=6, roster=r) for r in (None, roster)
+  )
   assert plain.completions == single.completions
   texts = [p + c.tokens for p, c in zip(prompts, plain.completions)]
-  plain, single = (score.score(params, config, texts, roster=r) for r in (None, roster))
+  plain, single = (scoring.score(params, config, texts, roster=r) for r in (None, roster))
   for one, other in zip(plain.texts, single.texts):
     np.testing.assert_array_equal(one.log_probs, other.log_probs)
 
@@ -153,9 +184,10 @@ def test_one_member_is_bitwise_the_plain_model(model, settings):
 def test_the_plain_model_is_the_forward_function(model):
   config, params = model
   texts = tiny.texts([12, 12, 12, 12])
-  scores = score.score(params, config, texts)
-  log_probs = jax.nn.log_softmax(jax.jit(
-      lambda x: transformer.forward(params, config, x)[0])(jnp.asarray(texts)))
+  scores = scoring.score(params, config, texts)
+  log_probs = jax.nn.log_softmax(
+    jax.jit(lambda x: transformer.forward(params, config, x)[0])(jnp.asarray(texts))
+  )
   for row, text in enumerate(texts):
     expected = log_probs[row, jnp.arange(11), jnp.asarray(text[1:])]
     assert_close(scores.texts[row].log_probs[:, 0], expected)
@@ -204,7 +236,7 @@ def test_members_without_the_clean_one(olmoe):
   x, _ = member_states(params, config, with_clean)
   for cache, expected in (("clean", (0, 1, 2, 3)), ("standard", (1, 2, 3))):
     roster = Roster.create(config, 3, 0.7, include_clean=False, cache=cache)
-    assert roster.members == expected and not roster.is_plain
+    assert roster.members == expected and not roster.is_baseline
   # The clean member keeps the cache, and has no part in the average.
   roster = Roster.create(config, 3, 0.7, include_clean=False)
   outputs = members_lib.aggregate(params, config, roster, x)
@@ -219,14 +251,16 @@ def test_members_without_the_clean_one(olmoe):
 def test_changing_temperatures_or_seed_compiles_nothing(olmoe):
   config, params = olmoe
   prompts = tiny.texts([5, 3])
+
   def run(temperatures, seed):
     roster = Roster.create(config, 3, temperatures, seed=seed, noisy_layers=(1, 3))
     generated = decode.generate(params, config, prompts, max_new_tokens=4, roster=roster)
     texts = [p + c.tokens for p, c in zip(prompts, generated.completions)]
-    score.score(params, config, texts, roster=roster)
+    scoring.score(params, config, texts, roster=roster)
     return [c.log_probs for c in generated.completions]
+
   first = run([0, 0.5, 0.9], 0)
-  functions = (decode.decode_steps, decode.prefill_chunk, score.score_chunk)
+  functions = (decode.decode_steps, prefill.prefill_chunk, scoring.score_chunk)
   sizes = [f._cache_size() for f in functions]
   assert all(sizes)
   assert run([0, 0.0, 0.9], 0) != first
@@ -241,17 +275,20 @@ def test_changing_temperatures_or_seed_compiles_nothing(olmoe):
 def test_a_new_aggregation_is_available_by_its_name(olmoe, monkeypatch):
   config, params = olmoe
   last_member = aggregation.Aggregation(
-      lambda state, member_logits: member_logits[-1],
-      lambda state, n: jax.nn.log_softmax(state))
+    lambda state, member_logits: member_logits[-1], lambda state, n: jax.nn.log_softmax(state)
+  )
   monkeypatch.setitem(aggregation.AGGREGATIONS, "last_member", last_member)
   roster = Roster.create(config, 4, 0.7, aggregation="last_member")
   x, _ = member_states(params, config, Roster.create(config, 4, 0.7))
   outputs = members_lib.aggregate(params, config, roster, x)
   np.testing.assert_array_equal(
-      outputs.log_probs, jax.nn.log_softmax(transformer.unembed(params, config, x[-1])))
+    outputs.log_probs, jax.nn.log_softmax(transformer.unembed(params, config, x[-1]))
+  )
 
 
-@pytest.mark.parametrize("settings, message", [
+@pytest.mark.parametrize(
+  "settings, message",
+  [
     (dict(num_members=0), "num_members.*at least 1.*0"),
     (dict(num_members=2.0), "num_members"),
     (dict(num_members=True), "num_members"),
@@ -260,14 +297,17 @@ def test_a_new_aggregation_is_available_by_its_name(olmoe, monkeypatch):
     (dict(temperatures=-0.1), "negative"),
     (dict(temperatures=[0, float("nan"), 0]), "finite"),
     (dict(temperatures=float("inf")), "finite"),
-    (dict(seed=-1), "seed"), (dict(seed=2**32), "seed"),
+    (dict(seed=-1), "seed"),
+    (dict(seed=2**32), "seed"),
     (dict(cache="shared"), "cache 'shared'.*clean, standard"),
     (dict(aggregation="median"), "aggregation 'median'.*mean_probability"),
     (dict(gate_weights="soft"), "gate_weights 'soft'.*clean, noisy"),
     (dict(noisy_layers=(0, 4)), r"noisy_layers.*\(0, 3\)"),
     (dict(noisy_layers=(2, 1)), "noisy_layers"),
     (dict(temperatures=[0, 0.1, 0.1], noisy_layers=(1, 2)), "leaves out"),
-], ids=str)
+  ],
+  ids=str,
+)
 def test_wrong_settings_are_refused(settings, message):
   with pytest.raises(ValueError, match=message):
     Roster.create(tiny.config("olmoe"), **settings)
@@ -276,6 +316,7 @@ def test_wrong_settings_are_refused(settings, message):
 def test_the_noisy_stretch_is_where_temperatures_are():
   def stretch(*args, **kwargs):
     return Roster.create(tiny.config("olmoe"), *args, **kwargs).noisy_layers
+
   assert stretch(2, [0, 0.5, 0]) == (1, 2)
   assert stretch(2, [0.5, 0, 0.5]) == stretch(2, 0.5) == (0, 3)
   assert stretch(2, 0.0) == stretch(1, 0.5) == (3, 3)
@@ -286,24 +327,45 @@ def test_the_noisy_stretch_is_where_temperatures_are():
 def test_settings_are_plain_values_that_make_the_same_roster():
   config = tiny.config("olmoe")
   roster = Roster.create(
-      config, np.int64(5), [0, 0.3, 0.25], seed=2**32 - 1, include_clean=False,
-      cache="standard", recompute=True, aggregation="majority", gate_weights="noisy",
-      noise="uniform", noisy_layers=(0, 3))
+    config,
+    np.int64(5),
+    [0, 0.3, 0.25],
+    seed=2**32 - 1,
+    include_clean=False,
+    cache="standard",
+    recompute=True,
+    aggregation="majority",
+    gate_weights="noisy",
+    noise="uniform",
+    noisy_layers=(0, 3),
+  )
   settings = json.loads(json.dumps(roster.settings()))
   assert settings == dict(
-      num_members=5, temperatures=[0, 0.3, 0.25], seed=2**32 - 1, include_clean=False,
-      cache="standard", recompute=True, aggregation="majority", gate_weights="noisy",
-      noise="uniform", noisy_layers=[0, 3])
+    num_members=5,
+    temperatures=[0, 0.3, 0.25],
+    seed=2**32 - 1,
+    include_clean=False,
+    cache="standard",
+    recompute=True,
+    aggregation="majority",
+    gate_weights="noisy",
+    noise="uniform",
+    noisy_layers=[0, 3],
+  )
   again = Roster.create(config, **settings)
   assert again.settings() == settings
   np.testing.assert_array_equal(again.temperatures, roster.temperatures)
 
 
-@pytest.mark.parametrize("settings, message", [
+@pytest.mark.parametrize(
+  "settings, message",
+  [
     (dict(noise="pink"), "unknown noise 'pink'; choose one of gumbel, gaussian, uniform"),
     (dict(noise="swap", temperatures=1.5), "the probability that an expert is replaced"),
     (dict(noise="uniform_choice", temperatures=2), "that experts are chosen evenly at random"),
-    (dict(aggregation="contrast", include_clean=False), "it needs include_clean")])
+    (dict(aggregation="contrast", include_clean=False), "it needs include_clean"),
+  ],
+)
 def test_settings_that_do_not_fit_each_other_are_refused(settings, message):
   with pytest.raises(ValueError, match=message):
     Roster.create(tiny.config("olmoe"), **dict(num_members=3, temperatures=0.5) | settings)
@@ -312,23 +374,38 @@ def test_settings_that_do_not_fit_each_other_are_refused(settings, message):
 def test_a_roster_for_a_model_of_another_depth_is_refused(olmoe):
   config, params = olmoe
   other = Roster.create(config.replace(num_layers=config.num_layers + 1), 2, 0.3)
-  for use in (lambda: decode.generate(params, config, [[1]], max_new_tokens=1, roster=other),
-              lambda: next(decode.stream(params, config, [1], max_new_tokens=1, roster=other)),
-              lambda: score.score(params, config, [[1, 2]], roster=other)):
+  for use in (
+    lambda: decode.generate(params, config, [[1]], max_new_tokens=1, roster=other),
+    lambda: next(decode.stream(params, config, [1], max_new_tokens=1, roster=other)),
+    lambda: scoring.score(params, config, [[1, 2]], roster=other),
+  ):
     with pytest.raises(ValueError, match="temperatures for"):
       use()
 
 
 def budget(config, members, rows):
   """Bytes for so many members of so many rows each."""
-  return members * rows * 4 * (
-      config.vocab_size + 2 * config.experts_per_token * config.d_model
-      + config.num_heads * attention.block_slots())
+  return (
+    members
+    * rows
+    * 4
+    * (
+      config.vocab_size
+      + 2 * config.experts_per_token * config.d_model
+      + config.num_heads * attention.block_slots()
+    )
+  )
 
 
-@pytest.mark.parametrize("setting", [
+@pytest.mark.parametrize(
+  "setting",
+  [
     *(dict(aggregation=name) for name in aggregation.AGGREGATIONS),
-    dict(include_clean=False), dict(cache="standard", include_clean=False)], ids=str)
+    dict(include_clean=False),
+    dict(cache="standard", include_clean=False),
+  ],
+  ids=str,
+)
 def test_batches_of_members_are_aggregated_as_all_at_once(olmoe, setting):
   config, params = olmoe
   results = []
@@ -351,35 +428,51 @@ def test_batches_of_members_are_computed_as_all_at_once(olmoe, include_clean):
   positions = jnp.tile(jnp.arange(LENGTH), (2, 1))
   results = []
   for members in (100, 2):
-    roster = Roster.create(config, 5, [0, 0.7, 0], include_clean=include_clean,
-                           memory_budget=budget(config, members, 2 * LENGTH))
+    roster = Roster.create(
+      config,
+      5,
+      [0, 0.7, 0],
+      include_clean=include_clean,
+      memory_budget=budget(config, members, 2 * LENGTH),
+    )
     cache = members_lib.empty_cache(config, roster, 2, 16)
-    cache, _ = members_lib.prefill(params, config, roster.history(), cache, TOKENS, positions,
-                                  REQUESTS)
-    results.append(jax.jit(
-        members_lib.against_clean_cache, static_argnames=("config", "keep"))(
-            params, config, roster, cache, TOKENS, positions, REQUESTS, keep=("keys",)))
+    cache, _ = members_lib.prefill_cache(
+      params, config, roster.history(), cache, TOKENS, positions, REQUESTS
+    )
+    results.append(
+      jax.jit(members_lib.against_clean_cache, static_argnames=("config", "keep"))(
+        params, config, roster, cache, TOKENS, positions, REQUESTS, keep=("keys",)
+      )
+    )
   (one, one_kept), (other, other_kept) = results
   np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-5, atol=1e-5)
   np.testing.assert_array_equal(one.clean_tokens, other.clean_tokens)
   # The clean member's.
   np.testing.assert_allclose(one_kept.keys, other_kept.keys, rtol=1e-5, atol=1e-5)
-  np.testing.assert_allclose(one_kept.keys[2].swapaxes(1, 2), cache.keys[2][:, :, :LENGTH],
-                             rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(
+    one_kept.keys[2].swapaxes(1, 2), cache.keys[2][:, :, :LENGTH], rtol=1e-4, atol=1e-4
+  )
 
 
 def test_memory_of_scoring_does_not_grow_with_the_members():
-  config = tiny.config("olmoe", vocab_size=4096, context_length=4096, num_heads=2,
-                       num_kv_heads=2)
+  config = tiny.config("olmoe", vocab_size=4096, context_length=4096, num_heads=2, num_kv_heads=2)
   params = params_lib.abstract(config)
 
   def temporaries(n):
     roster = Roster.create(config, n, 0.5, memory_budget=8 * 2**20)
     shape = lambda s, dtype=jnp.int32: jax.ShapeDtypeStruct(s, dtype)
     cache = jax.eval_shape(lambda: members_lib.empty_cache(config, roster, 1, 4096))
-    compiled = score.score_chunk.lower(
-        params, config, roster, cache, shape((1, 128)), shape((1, 128)), shape((1,)),
-        shape((1,), jnp.uint32), shape((1,), jnp.float32)).compile()
+    compiled = scoring.score_chunk.lower(
+      params,
+      config,
+      roster,
+      cache,
+      shape((1, 128)),
+      shape((1, 128)),
+      shape((1,)),
+      shape((1,), jnp.uint32),
+      shape((1,), jnp.float32),
+    ).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
   few, many = temporaries(8), temporaries(64)
@@ -396,6 +489,6 @@ def test_layers_before_the_first_noise_share_one_standard_cache(olmoe):
   assert cache.own.keys.shape == (5, 1, 2, 2, 16, 8)
   forced = Roster.create(config, 5, [0, 0, 0.7], cache="standard", noisy_layers=(0, 3))
   texts = tiny.texts([9, 6])
-  shared, alone = (score.score(params, config, texts, roster=r).texts for r in (roster, forced))
+  shared, alone = (scoring.score(params, config, texts, roster=r).texts for r in (roster, forced))
   for one, other in zip(shared, alone):
     np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-5, atol=1e-5)

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-
 import tiny
+
 from roe_jax import noise as noise_lib
 from roe_jax import routing
 from roe_jax.families import FAMILIES
@@ -36,7 +36,8 @@ def drawn_sets(config, temperature, num_draws=40_000):
   count = config.experts_per_token
   key = noise_lib.stream_key(5, noise_lib.ROUTING)
   keys = noise_lib.position_keys(
-      key, jnp.arange(4, dtype=jnp.uint32), jnp.tile(jnp.arange(num_draws // 4), (4, 1)))
+    key, jnp.arange(4, dtype=jnp.uint32), jnp.tile(jnp.arange(num_draws // 4), (4, 1))
+  )
   noise = noise_lib.RoutingNoise(keys, jnp.full(2, temperature), jnp.int32(1))
   logits = jnp.broadcast_to(jnp.asarray(LOGITS, jnp.float32), (4, num_draws // 4, 6))
   experts, _ = routing.route(config, logits, noise.perturb(jnp.int32(1), logits, count))
@@ -82,7 +83,7 @@ def gates_by_formula(logits, noise, experts, normalize, gate_weights):
     if normalize:
       gate = gate / gate.sum()
     elif gate_weights == "clean_rescaled":
-      clean_mass = np.sort(p)[-len(chosen):].sum()
+      clean_mass = np.sort(p)[-len(chosen) :].sum()
       gate = gate * clean_mass / gate.sum()
     gates.append(gate)
   return np.array(gates)
@@ -95,26 +96,43 @@ def random_rows(num_rows=500, num_experts=8, temperature=0.7):
 
 
 @pytest.mark.parametrize("gate_weights", routing.GATE_WEIGHTS)
-@pytest.mark.parametrize("family, normalize", [
-    ("olmoe", False), ("olmoe", True), ("mixtral", True), ("gpt_oss", True),
-    ("qwen2_moe", False), ("qwen3_moe", True)])
+@pytest.mark.parametrize(
+  "family, normalize",
+  [
+    ("olmoe", False),
+    ("olmoe", True),
+    ("mixtral", True),
+    ("gpt_oss", True),
+    ("qwen2_moe", False),
+    ("qwen3_moe", True),
+  ],
+)
 def test_gates_follow_the_formulas(family, normalize, gate_weights):
   config = tiny.config(family, normalize_gates=normalize)
   logits, noise = random_rows()
   experts, gates = routing.route(
-      config, jnp.asarray(logits), jnp.asarray(logits + noise), gate_weights)
+    config, jnp.asarray(logits), jnp.asarray(logits + noise), gate_weights
+  )
   perturbed = logits + noise  # float32, as the choice is made
   np.testing.assert_array_equal(experts, np.argsort(-perturbed, axis=-1)[:, :3])
-  expected = gates_by_formula(logits.astype(np.float64), noise.astype(np.float64),
-                              np.asarray(experts), normalize, gate_weights)
+  expected = gates_by_formula(
+    logits.astype(np.float64),
+    noise.astype(np.float64),
+    np.asarray(experts),
+    normalize,
+    gate_weights,
+  )
   np.testing.assert_allclose(gates, expected, rtol=2e-6)
 
 
 def test_the_gate_rules_differ_where_they_should():
   logits, noise = map(jnp.asarray, random_rows())
+
   def gates(config):
-    return [np.asarray(routing.route(config, logits, logits + noise, w)[1])
-            for w in routing.GATE_WEIGHTS]
+    return [
+      np.asarray(routing.route(config, logits, logits + noise, w)[1]) for w in routing.GATE_WEIGHTS
+    ]
+
   clean, noisy, rescaled = gates(tiny.config("olmoe"))
   assert np.abs(noisy - clean).max() > 0.1 and np.abs(rescaled - clean).max() > 0.1
   clean, noisy, rescaled = gates(tiny.config("mixtral"))
@@ -131,12 +149,21 @@ def test_rescaled_gates_have_the_mass_of_the_clean_choice(temperature):
   np.testing.assert_allclose(rescaled.sum(-1), clean.sum(-1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("family, normalize", [
-    ("olmoe", False), ("olmoe", True), ("mixtral", True), ("gpt_oss", True),
-    ("qwen2_moe", False), ("qwen3_moe", True)])
+@pytest.mark.parametrize(
+  "family, normalize",
+  [
+    ("olmoe", False),
+    ("olmoe", True),
+    ("mixtral", True),
+    ("gpt_oss", True),
+    ("qwen2_moe", False),
+    ("qwen3_moe", True),
+  ],
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rescaled_gates_are_bitwise_the_clean_ones_where_the_clean_experts_are_chosen(
-    family, normalize, dtype):
+  family, normalize, dtype
+):
   config = tiny.config(family, normalize_gates=normalize, dtype=dtype)
   logits, noise = map(jnp.asarray, random_rows(2000, temperature=0.1))
   clean_experts, _ = routing.route(config, logits)
@@ -154,8 +181,7 @@ def test_zero_noise_is_bitwise_no_noise(family, gate_weights):
   config = tiny.config(family)
   logits = jnp.asarray(random_rows()[0])
   plain = routing.route(config, logits)
-  for actual, expected in zip(
-      routing.route(config, logits, logits + 0.0, gate_weights), plain):
+  for actual, expected in zip(routing.route(config, logits, logits + 0.0, gate_weights), plain):
     np.testing.assert_array_equal(actual, expected)
 
 
@@ -165,11 +191,15 @@ def test_an_expert_at_minus_infinity_has_no_weight(family, gate_weights):
   logits = random_rows()[0]
   alone = np.where(np.arange(8) == 5, logits, -np.inf)
   experts, gates = routing.route(
-      tiny.config(family), jnp.asarray(logits), jnp.asarray(alone), gate_weights)
+    tiny.config(family), jnp.asarray(logits), jnp.asarray(alone), gate_weights
+  )
   np.testing.assert_array_equal(experts[:, 0], 5)
   p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-  expected = {"clean": p[:, 5], "noisy": np.ones(len(p)),
-              "clean_rescaled": np.sort(p)[:, -3:].sum(1)}[gate_weights]
+  expected = {
+    "clean": p[:, 5],
+    "noisy": np.ones(len(p)),
+    "clean_rescaled": np.sort(p)[:, -3:].sum(1),
+  }[gate_weights]
   if family == "mixtral":
     expected = np.ones(len(p))
   np.testing.assert_allclose(gates, np.stack([expected, 0 * expected, 0 * expected], 1), rtol=2e-6)
@@ -185,16 +215,20 @@ def test_more_experts_are_weighted_as_asked(family, normalized, gates):
   np.testing.assert_array_equal(experts, order[:, :5])
   p = np.exp(logits.astype(np.float64))
   p = np.sort(p / p.sum(-1, keepdims=True))[:, ::-1][:, :5]
-  mass = (np.ones((len(p), 1)) if normalized or gates == "renormalized"
-          else p[:, :{"model": 5, "rescaled": 3}[gates]].sum(-1, keepdims=True))
+  mass = (
+    np.ones((len(p), 1))
+    if normalized or gates == "renormalized"
+    else p[:, : {"model": 5, "rescaled": 3}[gates]].sum(-1, keepdims=True)
+  )
   np.testing.assert_allclose(weights, p / p.sum(-1, keepdims=True) * mass, rtol=2e-6)
 
 
 def test_as_many_experts_as_before_change_nothing():
   config, logits = tiny.config("olmoe"), jnp.asarray(random_rows()[0])
   for gates in ("model", "rescaled"):
-    for actual, expected in zip(routing.route(routing.with_experts(config, 3, gates), logits),
-                                routing.route(config, logits)):
+    for actual, expected in zip(
+      routing.route(routing.with_experts(config, 3, gates), logits), routing.route(config, logits)
+    ):
       np.testing.assert_array_equal(actual, expected)
 
 
@@ -208,10 +242,15 @@ def test_a_roster_of_more_experts_keeps_the_mass_of_the_models_own(gate_weights)
   np.testing.assert_allclose(gates.sum(-1), expected.sum(-1), rtol=2e-6)
 
 
-@pytest.mark.parametrize("count, gates, message", [
+@pytest.mark.parametrize(
+  "count, gates, message",
+  [
     (9, "model", r"must lie in \[1, 8\] for a model with 8 experts, got 9"),
-    (2, "rescaled", r"must lie in \[3, 8\]"), (0, "model", r"\[1, 8\]"),
-    (4, "mean", "unknown gates 'mean'; choose one of model, rescaled, renormalized")])
+    (2, "rescaled", r"must lie in \[3, 8\]"),
+    (0, "model", r"\[1, 8\]"),
+    (4, "mean", "unknown gates 'mean'; choose one of model, rescaled, renormalized"),
+  ],
+)
 def test_impossible_numbers_of_experts_are_refused(count, gates, message):
   with pytest.raises(ValueError, match=message):
     routing.with_experts(tiny.config("olmoe"), count, gates)

@@ -19,14 +19,13 @@ def draws(sampler, seed=0, count=COUNT):
   """One token for each of `count` addresses."""
   log_probs = jnp.log(jnp.tile(jnp.asarray(PROBABILITIES, jnp.float32), (count, 1)))
   requests = jnp.arange(count, dtype=jnp.uint32) // 10
-  return np.asarray(choose(sampler, jnp.uint32(seed), log_probs, requests,
-                           jnp.arange(count) % 10))
+  return np.asarray(choose(sampler, jnp.uint32(seed), log_probs, requests, jnp.arange(count) % 10))
 
 
 def exact(temperature, top_k, top_p):
   """Temperature, then top-k, then top-p, as sets of tokens."""
   p = PROBABILITIES ** (1 / temperature)
-  order = np.argsort(-p, kind="stable")[:top_k or None]
+  order = np.argsort(-p, kind="stable")[: top_k or None]
   kept = np.zeros_like(p)
   total = p[order].sum()
   for token in order:
@@ -44,9 +43,19 @@ def p_value(tokens, probabilities):
   return scipy.stats.chisquare(observed, probabilities[use] * len(tokens)).pvalue
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p, kept", [
-    (1.0, 0, 1.0, 8), (0.6, 0, 1.0, 8), (2.0, 0, 1.0, 8), (1.0, 3, 1.0, 3),
-    (1.0, 0, 0.75, 4), (1.5, 5, 0.75, 4), (1.0, 100, 0.35, 2), (0.7, 0, 0.01, 1)])
+@pytest.mark.parametrize(
+  "temperature, top_k, top_p, kept",
+  [
+    (1.0, 0, 1.0, 8),
+    (0.6, 0, 1.0, 8),
+    (2.0, 0, 1.0, 8),
+    (1.0, 3, 1.0, 3),
+    (1.0, 0, 0.75, 4),
+    (1.5, 5, 0.75, 4),
+    (1.0, 100, 0.35, 2),
+    (0.7, 0, 0.01, 1),
+  ],
+)
 def test_tokens_follow_the_exact_distribution(temperature, top_k, top_p, kept):
   tokens = draws(Sampler.create(temperature, top_k, top_p), seed=3)
   expected = exact(temperature, top_k, top_p)
@@ -72,10 +81,13 @@ def test_a_draw_is_a_function_of_its_address():
   tokens = choose(sampler, seed, log_probs, requests, positions)
   order = jnp.asarray(random.permutation(50)[:20])
   np.testing.assert_array_equal(
-      choose(sampler, seed, log_probs[order], requests[order], positions[order]), tokens[order])
-  for other in (choose(sampler, seed + 1, log_probs, requests, positions),
-                choose(sampler, seed, log_probs, requests + 1, positions),
-                choose(sampler, seed, log_probs, requests, positions + 1)):
+    choose(sampler, seed, log_probs[order], requests[order], positions[order]), tokens[order]
+  )
+  for other in (
+    choose(sampler, seed + 1, log_probs, requests, positions),
+    choose(sampler, seed, log_probs, requests + 1, positions),
+    choose(sampler, seed, log_probs, requests, positions + 1),
+  ):
     assert np.mean(np.asarray(other) != np.asarray(tokens)) > 0.5
 
 
@@ -86,10 +98,16 @@ def test_changing_a_samplers_numbers_compiles_nothing():
   assert choose._cache_size() == size
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(temperature=-1.0), "temperature"), (dict(temperature=float("nan")), "temperature"),
-    (dict(temperature=1.0, top_k=-1), "top_k"), (dict(temperature=1.0, top_p=0.0), "top_p"),
-    (dict(temperature=1.0, top_p=1.5), "top_p")])
+@pytest.mark.parametrize(
+  "settings, message",
+  [
+    (dict(temperature=-1.0), "temperature"),
+    (dict(temperature=float("nan")), "temperature"),
+    (dict(temperature=1.0, top_k=-1), "top_k"),
+    (dict(temperature=1.0, top_p=0.0), "top_p"),
+    (dict(temperature=1.0, top_p=1.5), "top_p"),
+  ],
+)
 def test_wrong_settings_are_refused(settings, message):
   with pytest.raises(ValueError, match=message):
     Sampler.create(**settings)

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import tiny
-from roe_jax import batching, decode, score as score_lib, transformer
+
+from roe_jax import batching, decode, prefill, transformer
+from roe_jax import scoring as score_lib
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
@@ -21,18 +22,17 @@ IDS = [4, 8, 2**32 - 1, 0]
 TOLERANCE = 3e-5
 
 ROSTERS = {
-    "plain": {},
-    "clean": dict(num_members=3, temperatures=[0, 0.7, 0.4]),
-    "clean, without the clean member": dict(
-        num_members=2, temperatures=0.6, include_clean=False, gate_weights="noisy"),
-    "standard": dict(num_members=3, temperatures=0.6, cache="standard"),
-    "standard, without the clean member": dict(
-        num_members=2, temperatures=0.6, include_clean=False, cache="standard",
-        aggregation="majority"),
-    "clean, recomputed": dict(
-        num_members=3, temperatures=[0, 0.7, 0.4], recompute=True),
-    "standard, recomputed": dict(
-        num_members=3, temperatures=0.6, cache="standard", recompute=True),
+  "plain": {},
+  "clean": dict(num_members=3, temperatures=[0, 0.7, 0.4]),
+  "clean, without the clean member": dict(
+    num_members=2, temperatures=0.6, include_clean=False, gate_weights="noisy"
+  ),
+  "standard": dict(num_members=3, temperatures=0.6, cache="standard"),
+  "standard, without the clean member": dict(
+    num_members=2, temperatures=0.6, include_clean=False, cache="standard", aggregation="majority"
+  ),
+  "clean, recomputed": dict(num_members=3, temperatures=[0, 0.7, 0.4], recompute=True),
+  "standard, recomputed": dict(num_members=3, temperatures=0.6, cache="standard", recompute=True),
 }
 
 
@@ -48,8 +48,16 @@ def generated(family, name, sampled):
   config, params = tiny_model(family)
   roster = Roster.create(config, seed=6, **ROSTERS[name])
   sampler = Sampler.create(1.2, 0, 0.95) if sampled else Sampler.greedy()
-  completions = decode.generate(params, config, PROMPTS, max_new_tokens=8, roster=roster,
-                                sampler=sampler, request_ids=IDS, stop_tokens=()).completions
+  completions = decode.generate(
+    params,
+    config,
+    PROMPTS,
+    max_new_tokens=8,
+    roster=roster,
+    sampler=sampler,
+    request_ids=IDS,
+    stop_tokens=(),
+  ).completions
   return [p + c.tokens for p, c in zip(PROMPTS, completions)], completions, roster
 
 
@@ -65,8 +73,10 @@ def assert_scored_as_generated(scores, completions):
     np.testing.assert_array_equal(one.clean_greedy_tokens, completion.clean_tokens)
 
 
-@pytest.mark.parametrize("family, name", [
-    *(("olmoe", name) for name in ROSTERS), ("mixtral", "clean"), ("mixtral", "standard")])
+@pytest.mark.parametrize(
+  "family, name",
+  [*(("olmoe", name) for name in ROSTERS), ("mixtral", "clean"), ("mixtral", "standard")],
+)
 def test_scores_are_the_probabilities_that_generation_chose_from(family, name):
   texts, completions, roster = generated(family, name, sampled=True)
   whole = score(family, texts, starts=STARTS, roster=roster, request_ids=IDS)
@@ -76,18 +86,26 @@ def test_scores_are_the_probabilities_that_generation_chose_from(family, name):
 @pytest.mark.parametrize("name", ["plain", "clean", "standard"])
 def test_batches_and_chunks_do_not_matter(name):
   texts, completions, roster = generated("olmoe", name, sampled=True)
-  # In another order, with other neighbours, paddings and chunks.
+  # In another order, with other neighbors, paddings and chunks.
   order = [2, 0, 3, 1]
-  again = score("olmoe", [texts[i] for i in order], starts=[STARTS[i] for i in order],
-                roster=roster, request_ids=[IDS[i] for i in order], batch_size=2, chunk_size=3)
+  again = score(
+    "olmoe",
+    [texts[i] for i in order],
+    starts=[STARTS[i] for i in order],
+    roster=roster,
+    request_ids=[IDS[i] for i in order],
+    batch_size=2,
+    chunk_size=3,
+  )
   assert_scored_as_generated(again, [completions[i] for i in order])
 
 
 @pytest.mark.parametrize("name", ["plain", "standard"])
 def test_greedy_generation_takes_the_most_probable_tokens(name):
   texts, completions, roster = generated("olmoe", name, sampled=False)
-  scores = score("olmoe", texts, starts=STARTS, roster=roster, request_ids=IDS,
-                 output_temperatures=(1.0, 0.5))
+  scores = score(
+    "olmoe", texts, starts=STARTS, roster=roster, request_ids=IDS, output_temperatures=(1.0, 0.5)
+  )
   assert_scored_as_generated(scores, completions)
   for one, completion in zip(scores, completions):
     np.testing.assert_array_equal(one.greedy_tokens, completion.tokens)
@@ -114,12 +132,14 @@ def test_bfloat16_is_scored_as_generated(name):
   config = tiny.config("olmoe", dtype="bfloat16")
   params = tiny.params(config)
   roster = Roster.create(config, seed=6, **ROSTERS[name])
-  completions = decode.generate(params, config, PROMPTS, max_new_tokens=8, roster=roster,
-                                stop_tokens=()).completions
+  completions = decode.generate(
+    params, config, PROMPTS, max_new_tokens=8, roster=roster, stop_tokens=()
+  ).completions
   texts = [p + c.tokens for p, c in zip(PROMPTS, completions)]
   scores = score_lib.score(params, config, texts, STARTS, roster=roster).texts
-  differences = np.concatenate([
-      s.log_probs[:, 0] - c.log_probs for s, c in zip(scores, completions)])
+  differences = np.concatenate(
+    [s.log_probs[:, 0] - c.log_probs for s, c in zip(scores, completions)]
+  )
   assert np.median(np.abs(differences)) < TOLERANCE
 
 
@@ -128,10 +148,21 @@ def test_rosters_are_worth_testing():
   the settings differ from one another."""
   texts, _, _ = generated("olmoe", "clean", sampled=True)
   results = [
-      np.concatenate([s.log_probs for s in score(
-          "olmoe", texts, starts=STARTS, request_ids=IDS,
-          roster=Roster.create(tiny_model("olmoe")[0], seed=6, **ROSTERS[name]))])
-      for name in ROSTERS if "recomputed" not in name]
+    np.concatenate(
+      [
+        s.log_probs
+        for s in score(
+          "olmoe",
+          texts,
+          starts=STARTS,
+          request_ids=IDS,
+          roster=Roster.create(tiny_model("olmoe")[0], seed=6, **ROSTERS[name]),
+        )
+      ]
+    )
+    for name in ROSTERS
+    if "recomputed" not in name
+  ]
   for i in range(len(results)):
     for j in range(i):
       assert np.median(np.abs(results[i] - results[j])) > 100 * TOLERANCE
@@ -139,12 +170,17 @@ def test_rosters_are_worth_testing():
 
 def test_request_ids_and_seed_matter():
   texts, _, roster = generated("olmoe", "clean", sampled=True)
+
   def log_probs(roster, ids):
-    return np.concatenate([s.log_probs for s in score(
-        "olmoe", texts, starts=STARTS, roster=roster, request_ids=ids)])
+    return np.concatenate(
+      [s.log_probs for s in score("olmoe", texts, starts=STARTS, roster=roster, request_ids=ids)]
+    )
+
   base = log_probs(roster, IDS)
-  for other in (log_probs(roster, [i ^ 1 for i in IDS]),
-                log_probs(roster.replace(seed=jnp.uint32(7)), IDS)):
+  for other in (
+    log_probs(roster, [i ^ 1 for i in IDS]),
+    log_probs(roster.replace(seed=jnp.uint32(7)), IDS),
+  ):
     assert np.median(np.abs(base - other)) > 100 * TOLERANCE
 
 
@@ -158,16 +194,24 @@ def test_output_temperatures_rescale_the_aggregated_distribution(olmoe):
     for column, temperature in enumerate(temperatures):
       p = np.exp(logits[row, :-1] / temperature)
       expected = np.log(p[np.arange(11), text[1:]] / p.sum(-1))
-      np.testing.assert_allclose(scores.texts[row].log_probs[:, column], expected,
-                                 atol=TOLERANCE / temperature, rtol=0)
+      np.testing.assert_allclose(
+        scores.texts[row].log_probs[:, column], expected, atol=TOLERANCE / temperature, rtol=0
+      )
 
 
 def test_a_roster_is_rescaled_after_aggregation():
   """One token's probability at a temperature follows from all tokens' at 1."""
   texts, _, roster = generated("olmoe", "clean", sampled=True)
   text, vocabulary = texts[0][:6], range(61)
-  scores = score("olmoe", [text + [t] for t in vocabulary], starts=[6] * 61, roster=roster,
-                 request_ids=[4] * 61, output_temperatures=[1.0, 2.0], batch_size=61)
+  scores = score(
+    "olmoe",
+    [text + [t] for t in vocabulary],
+    starts=[6] * 61,
+    roster=roster,
+    request_ids=[4] * 61,
+    output_temperatures=[1.0, 2.0],
+    batch_size=61,
+  )
   at_one, at_two = np.array([s.log_probs[-1] for s in scores], np.float64).T
   np.testing.assert_allclose(np.exp(at_one).sum(), 1, rtol=1e-5)
   expected = at_one / 2 - np.log(np.exp(at_one / 2).sum())
@@ -203,12 +247,13 @@ def test_every_token_but_the_first_is_scored_once_in_its_window(olmoe, text, win
   assert result.num_windows == len(used)
   rows = np.zeros((len(text), 48), np.int32)  # one shape, so that it compiles once
   for row, begin in zip(rows, sorted(used)):
-    row[:len(text[begin:begin + window])] = text[begin:begin + window]
+    row[: len(text[begin : begin + window])] = text[begin : begin + window]
   log_probs = dict(zip(sorted(used), np.asarray(forward(params, config, jnp.asarray(rows)))))
   expected = np.array([-log_probs[b][t - b - 1, text[t]] for b, t in expected])
   np.testing.assert_allclose(result.nll[:, 0], expected, atol=TOLERANCE, rtol=0)
-  np.testing.assert_allclose(result.perplexity, np.exp(expected.astype(np.float64).mean()),
-                             rtol=TOLERANCE)
+  np.testing.assert_allclose(
+    result.perplexity, np.exp(expected.astype(np.float64).mean()), rtol=TOLERANCE
+  )
   assert result.settings["window"] == window and result.settings["stride"] == stride
   json.dumps(result.settings)
 
@@ -217,13 +262,16 @@ def test_every_token_but_the_first_is_scored_once_in_its_window(olmoe, text, win
 def test_a_window_that_holds_the_text_is_a_direct_score(text, length, window):
   config, params = tiny_model("olmoe")
   _, _, roster = generated("olmoe", "clean", sampled=True)
-  result = score_lib.perplexity(params, config, text[:length], window=window, roster=roster,
-                                output_temperatures=(1.0, 1.3))
-  direct = score_lib.score(params, config, [text[:length]], roster=roster,
-                           output_temperatures=(1.0, 1.3))
+  result = score_lib.perplexity(
+    params, config, text[:length], window=window, roster=roster, output_temperatures=(1.0, 1.3)
+  )
+  direct = score_lib.score(
+    params, config, [text[:length]], roster=roster, output_temperatures=(1.0, 1.3)
+  )
   np.testing.assert_array_equal(result.nll, -direct.texts[0].log_probs)
-  np.testing.assert_array_equal(np.log(result.perplexity).astype(np.float32),
-                                score_lib.mean_nll(direct).astype(np.float32))
+  np.testing.assert_array_equal(
+    np.log(result.perplexity).astype(np.float32), score_lib.mean_nll(direct).astype(np.float32)
+  )
   assert result.num_windows == 1
 
 
@@ -232,8 +280,16 @@ def test_windows_of_a_roster_have_noise_of_their_own():
   config, params = tiny_model("olmoe")
   _, _, roster = generated("olmoe", "clean", sampled=True)
   repeated = tiny.texts([8], seed=3)[0] * 4
-  result = score_lib.perplexity(params, config, repeated, window=16, stride=8, roster=roster,
-                                batch_size=1, output_temperatures=(1.0, 1.3))
+  result = score_lib.perplexity(
+    params,
+    config,
+    repeated,
+    window=16,
+    stride=8,
+    roster=roster,
+    batch_size=1,
+    output_temperatures=(1.0, 1.3),
+  )
   second, third = result.nll[15:23], result.nll[23:31]  # the same tokens and contexts
   assert np.median(np.abs(second - third)) > 100 * TOLERANCE
 
@@ -244,11 +300,25 @@ def test_candidates_for_the_last_token_are_scored_as_texts_of_their_own(name):
   candidates = [[7, 3], [5, 1, 60], [9]]
   texts = [text[:-1] + [c[0]] for text, c in zip(tiny.texts([20, 6, 9], seed=5), candidates)]
   starts, ids = [18, 4, 3], [3, 1, 4]
-  together = score("olmoe", texts, starts=starts, roster=roster, request_ids=ids,
-                   candidates=candidates, chunk_size=4, output_temperatures=(1.0, 1.7))
+  together = score(
+    "olmoe",
+    texts,
+    starts=starts,
+    roster=roster,
+    request_ids=ids,
+    candidates=candidates,
+    chunk_size=4,
+    output_temperatures=(1.0, 1.7),
+  )
   for text, start, i, found, choices in zip(texts, starts, ids, together, candidates):
-    alone = score("olmoe", [text[:-1] + [c] for c in choices], starts=[start] * len(choices),
-                  roster=roster, request_ids=[i] * len(choices), output_temperatures=(1.0, 1.7))
+    alone = score(
+      "olmoe",
+      [text[:-1] + [c] for c in choices],
+      starts=[start] * len(choices),
+      roster=roster,
+      request_ids=[i] * len(choices),
+      output_temperatures=(1.0, 1.7),
+    )
     assert found.candidate_log_probs.shape == (len(choices), 2)
     for candidate, one in zip(found.candidate_log_probs, alone):
       np.testing.assert_allclose(candidate, one.log_probs[-1], atol=TOLERANCE, rtol=0)
@@ -259,9 +329,9 @@ def test_candidates_for_the_last_token_are_scored_as_texts_of_their_own(name):
 def test_a_text_may_have_one_token_more_than_the_context(name):
   """The last token is only predicted; what comes before it is a text that fits."""
   _, _, roster = generated("olmoe", name, sampled=True)
-  text, = tiny.texts([49], seed=6)
-  whole, = score("olmoe", [text], starts=[40], roster=roster)
-  shorter, = score("olmoe", [text[:-1]], starts=[40], roster=roster)
+  (text,) = tiny.texts([49], seed=6)
+  (whole,) = score("olmoe", [text], starts=[40], roster=roster)
+  (shorter,) = score("olmoe", [text[:-1]], starts=[40], roster=roster)
   assert whole.log_probs.shape == (9, 1)
   np.testing.assert_allclose(whole.log_probs[:-1], shorter.log_probs, atol=TOLERANCE, rtol=0)
 
@@ -271,7 +341,7 @@ def test_batches_padded_to_one_shape_share_their_programs():
   roster = Roster.create(config, 2, 0.5)
   score = functools.partial(score_lib.score, params, config, roster=roster, min_shape=(4, 192))
   expected = score(tiny.texts([30, 20, 9, 30]), request_ids=[0, 1, 2, 3])
-  functions = (decode.prefill_chunk, score_lib.score_chunk)
+  functions = (prefill.prefill_chunk, score_lib.score_chunk)
   before = [f._cache_size() for f in functions]
   found = score(tiny.texts([30, 20, 9, 30])[:3], request_ids=[0, 1, 2])
   assert [f._cache_size() for f in functions] == before
@@ -295,7 +365,9 @@ def test_batches_by_length_hold_every_text_once_in_few_shapes():
 # Errors
 
 
-@pytest.mark.parametrize("texts, options, message", [
+@pytest.mark.parametrize(
+  "texts, options, message",
+  [
     ([[]], {}, "text 0 is empty"),
     ([[1] * 50], {}, "50 tokens.*context of 48"),
     ([[1, 61]], {}, "token id 61"),
@@ -310,15 +382,25 @@ def test_batches_by_length_hold_every_text_once_in_few_shapes():
     ([[1, 2]], dict(request_ids=[1, 2]), "request ids"),
     ([[1, 2]], dict(candidates=[]), "candidates for 0 of 1"),
     ([[1, 2]], dict(candidates=[[61]]), "text 0: candidate 0 holds token id 61"),
-], ids=str)
+  ],
+  ids=str,
+)
 def test_wrong_input_is_refused(texts, options, message):
   with pytest.raises(ValueError, match=message):
     score("olmoe", texts, **options)
 
 
-@pytest.mark.parametrize("length, options, message", [
-    (1, {}, "two tokens"), (9, dict(window=1), "window"), (9, dict(window=49), "window.*48"),
-    (9, dict(window=8, stride=8), "stride"), (9, dict(window=8, stride=0), "stride")], ids=str)
+@pytest.mark.parametrize(
+  "length, options, message",
+  [
+    (1, {}, "two tokens"),
+    (9, dict(window=1), "window"),
+    (9, dict(window=49), "window.*48"),
+    (9, dict(window=8, stride=8), "stride"),
+    (9, dict(window=8, stride=0), "stride"),
+  ],
+  ids=str,
+)
 def test_wrong_windows_are_refused(olmoe, length, options, message):
   with pytest.raises(ValueError, match=message):
     score_lib.perplexity(olmoe[1], olmoe[0], [1] * length, **options)
@@ -335,8 +417,9 @@ def test_a_text_scored_from_its_end_has_no_scores():
 def test_progress_and_settings():
   config, params = tiny_model("olmoe")
   counts = []
-  scores = score_lib.score(params, config, tiny.texts([3, 4, 5]), batch_size=2,
-                           on_batch=counts.append)
+  scores = score_lib.score(
+    params, config, tiny.texts([3, 4, 5]), batch_size=2, on_batch=counts.append
+  )
   assert counts == [2, 1]
   settings = json.loads(json.dumps(scores.settings))
   assert settings["roster"] == Roster.create(config).settings()

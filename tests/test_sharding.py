@@ -2,30 +2,52 @@
 
 import re
 
+import hf
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
-
-import hf
 import tiny
+
 from experiments.tasks import wordmath
 from roe_jax import (
-    assets, batching, checkpoint, decode, members, params as params_lib, presets, score, sharding,
-    transformer)
+  assets,
+  batching,
+  checkpoint,
+  decode,
+  members,
+  presets,
+  scoring,
+  sharding,
+  transformer,
+)
+from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
-from roe_jax.experts import parallel
+from roe_jax.experts import expert_parallel
 from roe_jax.quantization import FORMATS, GROUPS
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
-from roe_jax.tokenizer import Tokenizer
+from roe_jax.text.tokenizer import Tokenizer
 
 # Its sizes are such that every mesh of eight devices but tensor:8 fits.
 CONFIG = ModelConfig(
-    family="olmoe", vocab_size=64, num_layers=2, d_model=64, num_heads=4, num_kv_heads=4,
-    head_dim=8, num_experts=8, experts_per_token=3, d_expert=64, context_length=64,
-    normalize_gates=False, gates_in_model_dtype=True, qk_norm=True)
+  family="olmoe",
+  vocab_size=64,
+  num_layers=2,
+  d_model=64,
+  num_heads=4,
+  num_kv_heads=4,
+  head_dim=8,
+  num_experts=8,
+  experts_per_token=3,
+  d_expert=64,
+  context_length=64,
+  normalize_gates=False,
+  gates_in_model_dtype=True,
+  qk_norm=True,
+)
 
 
 def make_mesh(config, data=1, expert=1, tensor=1):
@@ -54,14 +76,23 @@ def test_a_spec_follows_from_the_table():
   assert even.embedding == P("tensor", None)
 
 
-@pytest.mark.parametrize("num_members,batch,expected", [
-    (8, 8, (None, ("data", "expert"))), (8, 2, ("expert", "data")), (3, 2, (None, "data")),
-    (8, 1, (("data", "expert"), None)), (2, 1, ("data", None)), (3, 1, (None, None)),
-    (3, 4, (None, ("data", "expert")))])
+@pytest.mark.parametrize(
+  "num_members,batch,expected",
+  [
+    (8, 8, (None, ("data", "expert"))),
+    (8, 2, ("expert", "data")),
+    (3, 2, (None, "data")),
+    (8, 1, (("data", "expert"), None)),
+    (2, 1, ("data", None)),
+    (3, 1, (None, None)),
+    (3, 4, (None, ("data", "expert"))),
+  ],
+)
 def test_members_take_the_mesh_that_a_small_batch_leaves(num_members, batch, expected):
   mesh = make_mesh(CONFIG, 2, 2, 2)
   hidden = sharding.spec(
-      mesh, ("members", "batch", "positions", "embed"), (num_members, batch, 1, 64))
+    mesh, ("members", "batch", "positions", "embed"), (num_members, batch, 1, 64)
+  )
   assert hidden == P(*expected, None, None)
 
 
@@ -102,19 +133,32 @@ def test_what_does_not_divide_is_an_error_that_says_what_would():
       make_mesh(CONFIG, *sizes)
 
 
-@pytest.mark.parametrize("changes,expected", [
-    ({}, (1, 8, 1)), (dict(num_experts=4), (1, 4, 2)), (dict(num_experts=6), (1, 2, 4)),
+@pytest.mark.parametrize(
+  "changes,expected",
+  [
+    ({}, (1, 8, 1)),
+    (dict(num_experts=4), (1, 4, 2)),
+    (dict(num_experts=6), (1, 2, 4)),
     (dict(num_experts=6, num_kv_heads=2), (2, 2, 2)),
-    (dict(num_experts=3, num_kv_heads=1), (8, 1, 1))])
+    (dict(num_experts=3, num_kv_heads=1), (8, 1, 1)),
+  ],
+)
 def test_a_mesh_is_chosen_from_devices_and_model(changes, expected):
   assert sharding.make_mesh(CONFIG.replace(**changes)).devices.shape == expected
 
 
-@pytest.mark.parametrize("name,devices,expected", [
-    ("mixtral-8x7b", 16, (1, 8, 2)), ("mixtral-8x7b", 32, (1, 8, 4)),
-    ("mixtral-8x7b", 64, (1, 8, 8)), ("mixtral-8x7b", 128, (2, 8, 8)),
-    ("qwen3-30b-a3b", 64, (1, 64, 1)), ("gpt-oss-120b", 64, (1, 64, 1)),
-    ("qwen1.5-moe-a2.7b", 8, (1, 4, 2))])
+@pytest.mark.parametrize(
+  "name,devices,expected",
+  [
+    ("mixtral-8x7b", 16, (1, 8, 2)),
+    ("mixtral-8x7b", 32, (1, 8, 4)),
+    ("mixtral-8x7b", 64, (1, 8, 8)),
+    ("mixtral-8x7b", 128, (2, 8, 8)),
+    ("qwen3-30b-a3b", 64, (1, 64, 1)),
+    ("gpt-oss-120b", 64, (1, 64, 1)),
+    ("qwen1.5-moe-a2.7b", 8, (1, 4, 2)),
+  ],
+)
 def test_more_devices_than_experts_share_their_widths(name, devices, expected):
   assert sharding.choose_sizes(presets.PRESETS[name], devices) == expected
 
@@ -133,14 +177,17 @@ def test_a_mesh_is_the_same_with_and_without_its_devices():
 def test_memory_decides_where_the_first_choice_does_not_fit():
   """Experts over all devices leave attention whole on each."""
   config = CONFIG.replace(num_heads=64, num_kv_heads=64)
+
   def held(sizes):
     mesh = sharding.abstract_mesh(config, 8, **dict(zip(sharding.AXES, sizes)))
-    return sharding.bytes_on_device(mesh, params_lib.abstract(config),
-                                    sharding.parameter_specs(mesh, config))
+    return sharding.bytes_on_device(
+      mesh, params_lib.abstract(config), sharding.parameter_specs(mesh, config)
+    )
+
   first, second = (1, 8, 1), (1, 4, 2)
   assert sharding.possible_sizes(config, 8)[:2] == [first, second]
   assert held(second) < held(first)
-  placed = sharding.place(tiny.params(config), config, make_mesh(config, *second))
+  placed = sharding.shard_params(tiny.params(config), config, make_mesh(config, *second))
   assert held(second) == sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(placed))
   assert sharding.choose_sizes(config, 8) == first
   assert sharding.choose_sizes(config, 8, held(first) / 0.89) == first
@@ -149,19 +196,22 @@ def test_memory_decides_where_the_first_choice_does_not_fit():
 
 
 def test_parameters_on_another_mesh_are_refused(params):
-  for mesh in (jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)),
-               jax.make_mesh((2, 2, 2), sharding.AXES, axis_types=(AxisType.Explicit,) * 3)):
+  for mesh in (
+    jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)),
+    jax.make_mesh((2, 2, 2), sharding.AXES, axis_types=(AxisType.Explicit,) * 3),
+  ):
     elsewhere = jax.device_put(params, NamedSharding(mesh, P()))
-    with pytest.raises(ValueError, match="place them with sharding.place"):
+    with pytest.raises(ValueError, match="place them with sharding.shard_params"):
       transformer.forward(elsewhere, CONFIG, jnp.zeros((1, 2), jnp.int32))
 
 
 def test_a_checkpoint_is_restored_straight_onto_the_mesh(params, tmp_path):
   checkpoint.save(tmp_path / "c", params, CONFIG)
   mesh = make_mesh(CONFIG, 1, 4, 2)
-  restored, _ = checkpoint.load(tmp_path / "c",
-                                shardings=sharding.parameter_shardings(mesh, CONFIG))
-  placed = sharding.place(params, CONFIG, mesh)
+  restored, _ = checkpoint.load(
+    tmp_path / "c", shardings=sharding.parameter_shardings(mesh, CONFIG)
+  )
+  placed = sharding.shard_params(params, CONFIG, mesh)
   for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(placed)):
     assert a.sharding == b.sharding
     np.testing.assert_array_equal(a, b)
@@ -186,8 +236,13 @@ def test_experts_of_few_bits_by_parts(expert_format):
 
 def of_few_bits(expert_format):
   """A model whose experts' width is two groups, with windows, sinks and all biases."""
-  return tiny.config("gpt_oss", vocab_size=64, d_expert=2 * GROUPS[expert_format],
-                     expert_format=expert_format, initializer_range=0.3)
+  return tiny.config(
+    "gpt_oss",
+    vocab_size=64,
+    d_expert=2 * GROUPS[expert_format],
+    expert_format=expert_format,
+    initializer_range=0.3,
+  )
 
 
 def check_forward(config, params):
@@ -196,8 +251,9 @@ def check_forward(config, params):
   forward = jax.jit(transformer.forward, static_argnames=("config", "keep"))
   expected, of_one = forward(params, config, tokens, keep=("experts", "keys"))
   mesh = make_mesh(config, 2, 2, 2)
-  actual, outputs = forward(sharding.place(params, config, mesh), config, tokens,
-                            keep=("experts", "keys"))
+  actual, outputs = forward(
+    sharding.shard_params(params, config, mesh), config, tokens, keep=("experts", "keys")
+  )
   np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
   np.testing.assert_array_equal(outputs.experts, of_one.experts)
   np.testing.assert_allclose(outputs.keys, of_one.keys, rtol=1e-4, atol=1e-4)
@@ -227,17 +283,20 @@ def on_one_device():
 
 
 def generate(params, config, prompts):
-  return decode.generate(params, config, prompts, max_new_tokens=12,
-                         roster=Roster.create(config, 4, 0.3), batch_size=2).completions
+  return decode.generate(
+    params, config, prompts, max_new_tokens=12, roster=Roster.create(config, 4, 0.3), batch_size=2
+  ).completions
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 1), (1, 8, 1), (2, 2, 2), (2, 4, 1),
-                                   (1, 2, 4)], ids=str)
+@pytest.mark.parametrize(
+  "sizes", [(1, 1, 1), (2, 1, 1), (1, 8, 1), (2, 2, 2), (2, 4, 1), (1, 2, 4)], ids=str
+)
 def test_the_embedded_model_says_the_same_on_every_mesh(on_one_device, sizes):
   prompts, config, expected = on_one_device
   mesh = make_mesh(config, *sizes)
-  params, _ = checkpoint.load(assets.path("wordmath_control"), "float32",
-                              sharding.parameter_shardings(mesh, config))
+  params, _ = checkpoint.load(
+    assets.path("wordmath_control"), "float32", sharding.parameter_shardings(mesh, config)
+  )
   before = decode.decode_steps._cache_size()
   actual = generate(params, config, prompts)
   assert decode.decode_steps._cache_size() == before + 1  # one program for all steps
@@ -247,14 +306,15 @@ def test_the_embedded_model_says_the_same_on_every_mesh(on_one_device, sizes):
 
 @pytest.mark.parametrize("cache", ["clean", "standard"])
 def test_caches_are_made_where_they_lie(params, cache):
-  placed = sharding.place(params, CONFIG, make_mesh(CONFIG, 2, 2, 2))
+  placed = sharding.shard_params(params, CONFIG, make_mesh(CONFIG, 2, 2, 2))
   roster = Roster.create(CONFIG, 3, [0, 0.5], cache=cache)
-  made = batching.made_beside(placed, members.empty_cache, CONFIG, roster, batch_size=4,
-                              capacity=128)
+  made = batching.init_sharded(
+    placed, members.empty_cache, CONFIG, roster, batch_size=4, capacity=128
+  )
   # A quarter of the texts, a half of the heads.
   for array in jax.tree.leaves(made):
     assert array.addressable_shards[0].data.shape[-4:] == (1, 2, 128, 8)
-  beside = batching.beside(placed, members.empty_cache(CONFIG, roster, 4, 128))
+  beside = batching.device_put_like(placed, members.empty_cache(CONFIG, roster, 4, 128))
   assert jax.tree.map(lambda a: a.sharding, made) == jax.tree.map(lambda a: a.sharding, beside)
 
 
@@ -266,12 +326,14 @@ def test_rosters_by_parts(params, sizes, num_members, texts, cache):
   prompts = tiny.texts([5, 9, 3, 7][:texts], 64)
 
   def run(params):
-    completions = decode.generate(params, CONFIG, prompts, max_new_tokens=8, roster=roster,
-                                  stop_tokens=()).completions
-    return completions, score.score(params, CONFIG, tiny.texts([9, 12, 4, 7][:texts], 64),
-                                    roster=roster).texts
+    completions = decode.generate(
+      params, CONFIG, prompts, max_new_tokens=8, roster=roster, stop_tokens=()
+    ).completions
+    return completions, scoring.score(
+      params, CONFIG, tiny.texts([9, 12, 4, 7][:texts], 64), roster=roster
+    ).texts
 
-  placed = sharding.place(params, CONFIG, make_mesh(CONFIG, *sizes))
+  placed = sharding.shard_params(params, CONFIG, make_mesh(CONFIG, *sizes))
   (actual, scores), (expected, expected_scores) = run(placed), run(params)
   assert all(same_tokens(a, b) for a, b in zip(actual, expected))
   for a, b in zip(scores, expected_scores):
@@ -283,29 +345,37 @@ def test_windows_and_few_bits_by_parts():
   """Texts that are longer than the window, and more of them than slots."""
   config = of_few_bits("mxfp4")
   params = params_lib.initialize(config, jax.random.key(0))
-  placed = sharding.place(params, config, make_mesh(config, 2, 2, 2))
+  placed = sharding.shard_params(params, config, make_mesh(config, 2, 2, 2))
   completions = [
-      decode.generate(p, config, tiny.texts([5, 9, 12, 7, 3], 64), max_new_tokens=8, batch_size=4,
-                      roster=Roster.create(config, 2, 0.5)).completions for p in (placed, params)]
+    decode.generate(
+      p,
+      config,
+      tiny.texts([5, 9, 12, 7, 3], 64),
+      max_new_tokens=8,
+      batch_size=4,
+      roster=Roster.create(config, 2, 0.5),
+    ).completions
+    for p in (placed, params)
+  ]
   assert all(same_tokens(a, b) for a, b in zip(*completions))
 
 
 def test_scoring_sends_rows_to_their_experts(params, monkeypatch):
   traced = []
-  exchanged = parallel.exchanged
-  monkeypatch.setattr(parallel, "EXCHANGED_ROWS", 1)
-  monkeypatch.setattr(parallel, "exchanged", lambda *a: traced.append(a) or exchanged(*a))
+  exchanged = expert_parallel.exchanged
+  monkeypatch.setattr(expert_parallel, "EXCHANGED_ROWS", 1)
+  monkeypatch.setattr(expert_parallel, "exchanged", lambda *a: traced.append(a) or exchanged(*a))
   config = CONFIG.replace(context_length=65)  # no program of another test
   texts, roster = tiny.texts([9, 12, 4, 7, 8, 5, 11, 6], 64), Roster.create(config, 2, 0.5)
-  placed = sharding.place(params, config, make_mesh(config, expert=8))
-  actual = score.score(placed, config, texts, roster=roster).texts
+  placed = sharding.shard_params(params, config, make_mesh(config, expert=8))
+  actual = scoring.score(placed, config, texts, roster=roster).texts
   assert traced
-  for a, b in zip(actual, score.score(params, config, texts, roster=roster).texts):
+  for a, b in zip(actual, scoring.score(params, config, texts, roster=roster).texts):
     np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
 
 
 def test_a_text_that_is_streamed_on_a_mesh(params):
-  placed = sharding.place(params, CONFIG, make_mesh(CONFIG, 2, 2, 2))
+  placed = sharding.shard_params(params, CONFIG, make_mesh(CONFIG, 2, 2, 2))
   arguments = dict(max_new_tokens=5, roster=Roster.create(CONFIG, 4, 0.5), stop_tokens=())
   *_, actual = decode.stream(placed, CONFIG, [3, 1, 4, 1, 5], **arguments)
   *_, expected = decode.stream(params, CONFIG, [3, 1, 4, 1, 5], **arguments)
@@ -315,8 +385,10 @@ def test_a_text_that_is_streamed_on_a_mesh(params):
 def test_recomputing_on_a_mesh(params):
   roster = Roster.create(CONFIG, 2, 0.5, recompute=True)
   texts = tiny.texts([6, 4], 64)
-  placed = sharding.place(params, CONFIG, make_mesh(CONFIG, 2, 2, 2))
-  actual, expected = (score.score(p, CONFIG, texts, roster=roster).texts for p in (placed, params))
+  placed = sharding.shard_params(params, CONFIG, make_mesh(CONFIG, 2, 2, 2))
+  actual, expected = (
+    scoring.score(p, CONFIG, texts, roster=roster).texts for p in (placed, params)
+  )
   for a, b in zip(actual, expected):
     np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
 
@@ -327,16 +399,35 @@ def test_no_weight_is_moved_between_devices(sizes, num_texts):
   """No collective of a step moves as much as a device's part of a layer's smallest matrix."""
   config = CONFIG.replace(d_model=256, head_dim=32, d_expert=256, vocab_size=512)
   mesh = make_mesh(config, *sizes)
-  placed = sharding.place(tiny.params(config), config, mesh)
+  placed = sharding.shard_params(tiny.params(config), config, mesh)
   attention = placed.layers.attention.key.addressable_shards[0].data
   expert = placed.layers.experts.down.addressable_shards[0].data
-  smallest = min(attention[0].size, expert[0, 0].size,
-                 placed.unembedding.addressable_shards[0].data.size)
-  state = decode.start(placed, config, Roster.create(config, 2, [0, 0.5]),
-                       [[1, 2, 3]] * num_texts, range(num_texts), 8, num_texts, 64)
-  text = decode.decode_steps.lower(
-      placed, config, Roster.create(config, 2, [0, 0.5]), Sampler.greedy(), state,
-      jnp.full(8, -1), np.int32(1)).compile().as_text()
+  smallest = min(
+    attention[0].size, expert[0, 0].size, placed.unembedding.addressable_shards[0].data.size
+  )
+  state = decode.start(
+    placed,
+    config,
+    Roster.create(config, 2, [0, 0.5]),
+    [[1, 2, 3]] * num_texts,
+    range(num_texts),
+    8,
+    num_texts,
+    64,
+  )
+  text = (
+    decode.decode_steps.lower(
+      placed,
+      config,
+      Roster.create(config, 2, [0, 0.5]),
+      Sampler.greedy(),
+      state,
+      jnp.full(8, -1),
+      np.int32(1),
+    )
+    .compile()
+    .as_text()
+  )
   moved = list(elements_moved(text))
   assert len(moved) > 5
   assert max(moved) < smallest
@@ -345,6 +436,9 @@ def test_no_weight_is_moved_between_devices(sizes, num_texts):
 def elements_moved(text):
   """Elements in the result of each collective of a compiled program."""
   for result in re.findall(
-      r"= (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(", text):
-    yield sum(int(np.prod([int(d) for d in shape.split(",") if d]))
-              for shape in re.findall(r"\[([\d,]*)\]", result))
+    r"= (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(", text
+  ):
+    yield sum(
+      int(np.prod([int(d) for d in shape.split(",") if d]))
+      for shape in re.findall(r"\[([\d,]*)\]", result)
+    )

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-
 import tiny
-from roe_jax import decode, numerics
+
+from roe_jax import decode, numerics, prefill
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
@@ -48,19 +48,22 @@ def schedule(counts, num_slots):
   return steps, finished
 
 
-@pytest.mark.parametrize("family, settings, options, sizes", [
+@pytest.mark.parametrize(
+  "family, settings, options, sizes",
+  [
     ("olmoe", {}, {}, ((1, 1), (2, 1), (9, 2), (3, 3))),
     ("mixtral", {}, {"sampler": Sampler.greedy()}, ((3, 1),)),
     ("mixtral", {"cache": "standard"}, {}, ((3, 2),)),
     ("olmoe", {"recompute": True}, {}, ((2, 2),)),
     ("olmoe", {"recompute": True, "cache": "standard"}, {"sampler": Sampler.greedy()}, ((2, 1),)),
-], ids=["clean", "clean greedy", "standard", "recompute", "recompute standard greedy"])
+  ],
+  ids=["clean", "clean greedy", "standard", "recompute", "recompute standard greedy"],
+)
 def test_neither_slots_nor_order_matter(request, monkeypatch, family, settings, options, sizes):
   """Each prompt is continued as if it were alone."""
   model = request.getfixturevalue(family)
   options = options | {"roster": Roster.create(model[0], 3, 0.6, seed=2, **settings)}
-  alone = [run(model, [prompt], [i], **options).completions[0]
-           for prompt, i in zip(PROMPTS, IDS)]
+  alone = [run(model, [prompt], [i], **options).completions[0] for prompt, i in zip(PROMPTS, IDS)]
   reasons = {c.finish_reason for c in alone}
   assert reasons == {"context", "length", "stop_token"} or "sampler" in options
   assert len({len(c.tokens) for c in alone}) > 2
@@ -68,8 +71,9 @@ def test_neither_slots_nor_order_matter(request, monkeypatch, family, settings, 
     monkeypatch.setattr(decode, "READY_SHARE", size // num_ready)
     assert_same(run(model, batch_size=size, **options).completions, alone)
   order = [8, 2, 0, 5, 3, 7, 1, 6, 4]
-  permuted = run(model, [PROMPTS[i] for i in order], [IDS[i] for i in order],
-                 batch_size=sizes[-1][0], **options)
+  permuted = run(
+    model, [PROMPTS[i] for i in order], [IDS[i] for i in order], batch_size=sizes[-1][0], **options
+  )
   assert_same(permuted.completions, [alone[i] for i in order])
 
 
@@ -88,7 +92,7 @@ def test_a_slot_is_refilled_at_once(olmoe, num_slots):
   assert found.occupancy == pytest.approx(sum(counts) / (steps * num_slots))
   assert found.tokens_per_second == found.tokens / found.seconds > 0
   if num_slots in (2, 3):
-    batches = [max(counts[i:i + num_slots]) for i in range(0, len(counts), num_slots)]
+    batches = [max(counts[i : i + num_slots]) for i in range(0, len(counts), num_slots)]
     assert steps < sum(batches)
 
 
@@ -101,8 +105,9 @@ def test_the_schedule_by_hand():
 def test_occupancy_counts_steps_behind_a_stop_string(olmoe):
   """A text keeps its slot until the host looks."""
   decode_text = lambda tokens: "." * len(tokens)
-  generation = run(olmoe, PROMPTS[:2], IDS[:2], stop_tokens=(), stop_strings=("...",),
-                   decode=decode_text)
+  generation = run(
+    olmoe, PROMPTS[:2], IDS[:2], stop_tokens=(), stop_strings=("...",), decode=decode_text
+  )
   assert [len(c.tokens) for c in generation.completions] == [3, 3]
   found = generation.throughput
   assert (found.tokens, found.steps, found.occupancy) == (6, NEW, 1.0)
@@ -110,6 +115,7 @@ def test_occupancy_counts_steps_behind_a_stop_string(olmoe):
 
 def test_a_finished_completion_is_handed_over_before_the_next_is_begun(olmoe):
   """What has been handed over is all that an interruption leaves."""
+
   def interrupt(index, completion):
     seen.append((index, completion))
     if len(seen) == 4:
@@ -148,7 +154,7 @@ def test_prefill_comes_in_five_lengths_at_most(monkeypatch):
     sizes.clear()
     for length in range(capacity):
       covered = 0
-      decode.fill_cache(None, None, roster, None, np.zeros((1, capacity), np.int32), length, None)
+      prefill.fill_cache(None, None, roster, None, np.zeros((1, capacity), np.int32), length, None)
       assert length <= covered <= capacity
     assert len(sizes) <= 5
 
@@ -162,9 +168,9 @@ def test_there_is_room_for_the_longest_prompt_wherever_it_comes(olmoe, monkeypat
   monkeypatch.setattr(decode, "MIN_CAPACITY", 1)
   config, _ = olmoe
   for lengths in ((3, 20, 5), (20, 3, 5), (3, 5, 20)):
-    assert decode.capacity_for(config, tiny.texts(lengths), NEW) >= 20 + NEW + 1
+    assert prefill.capacity_for(config, tiny.texts(lengths), NEW) >= 20 + NEW + 1
     # Not more than the context, and one place to point to.
-    assert decode.capacity_for(config, tiny.texts((*lengths, 47)), NEW) in range(49, 57)
+    assert prefill.capacity_for(config, tiny.texts((*lengths, 47)), NEW) in range(49, 57)
 
 
 @pytest.mark.parametrize("dtype, cache", [("bfloat16", "clean"), ("float32", "standard")])
@@ -185,6 +191,7 @@ def test_a_text_is_placed_as_it_is_and_no_other_changes(dtype, cache):
   after = decode.place(state, np.int32(2), other, np.int32(1))
   assert jax.tree.leaves(after.cache)[0].dtype == numerics.storage_dtype(dtype)
   first = jax.tree.map(lambda a: np.moveaxis(np.asarray(a, np.float32), -4, 0), after.cache)
-  for found, old, new in zip(jax.tree.leaves((first, after.replace(cache=None))), before, source,
-                             strict=True):
+  for found, old, new in zip(
+    jax.tree.leaves((first, after.replace(cache=None))), before, source, strict=True
+  ):
     np.testing.assert_array_equal(found, np.stack([old[0], old[1], new[1]]))

@@ -6,39 +6,70 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from roe_jax.presets import PRESETS
-from roe_jax.tokenizer import StreamDecoder, Tokenizer, check_vocabulary, stop_tokens
+from roe_jax.text.tokenizer import StreamDecoder, Tokenizer, check_vocabulary, stop_tokens
 
-TEXT = ("the quick brown fox jumps over the lazy dog\n" * 3 +
-        "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich. 12 + 34 = 46\n"
-        "любя, съешь щипцы — вздохнёт мэр 🙂🦊 👩‍👩‍👧 你好，世界\n")
+TEXT = (
+  "the quick brown fox jumps over the lazy dog\n"
+  * 3
+  + "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich. 12 + 34 = 46\n"
+  "любя, съешь щипцы — вздохнёт мэр 🙂🦊 👩‍👩‍👧 你好，世界\n"
+)
 
 
 def byte_level():
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
-  tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(
-      vocab_size=330, special_tokens=["<eos>", "<pad>"], show_progress=False,
-      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+  tokenizer.train_from_iterator(
+    [TEXT],
+    trainers.BpeTrainer(
+      vocab_size=330,
+      special_tokens=["<eos>", "<pad>"],
+      show_progress=False,
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    ),
+  )
   return tokenizer
 
 
 def sentence_piece():
   """Built as the tokenizers converted from SentencePiece models are."""
   words = ["the", "fox", "qu", "ick", "ü", "é", "你", "1", "2", "o", "a", "b", "c", ",", "."]
-  tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)),
-            "▁", "▁▁", "▁▁▁", *words, *("▁" + w for w in words)]
-  tokenizer = tokenizers.Tokenizer(models.BPE(
-      {t: i for i, t in enumerate(tokens)}, [("▁", "a"), ("▁", "▁")],
-      unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+  tokens = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    *(f"<0x{i:02X}>" for i in range(256)),
+    "▁",
+    "▁▁",
+    "▁▁▁",
+    *words,
+    *("▁" + w for w in words),
+  ]
+  tokenizer = tokenizers.Tokenizer(
+    models.BPE(
+      {t: i for i, t in enumerate(tokens)},
+      [("▁", "a"), ("▁", "▁")],
+      unk_token="<unk>",
+      byte_fallback=True,
+      fuse_unk=True,
+    )
+  )
   tokenizer.normalizer = normalizers.Sequence(
-      [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-  tokenizer.decoder = decoders.Sequence([
-      decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-      decoders.Strip(" ", 1, 0)])
+    [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+  )
+  tokenizer.decoder = decoders.Sequence(
+    [
+      decoders.Replace("▁", " "),
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+      decoders.Strip(" ", 1, 0),
+    ]
+  )
   tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
   tokenizer.post_processor = processors.TemplateProcessing(
-      single="<s> $A", special_tokens=[("<s>", 1)])
+    single="<s> $A", special_tokens=[("<s>", 1)]
+  )
   return tokenizer
 
 
@@ -118,8 +149,13 @@ def test_special_ids_come_from_the_first_file_that_names_them(tmp_path):
 
 def test_a_generation_config_names_all_ends(tmp_path):
   """As in GPT-OSS, whose config.json and tokenizer name one of them."""
-  write(tmp_path, byte_level(), tokenizer_config={"eos_token": "<eos>"},
-        config={"eos_token_id": 0}, generation_config={"eos_token_id": [0, 7, 5]})
+  write(
+    tmp_path,
+    byte_level(),
+    tokenizer_config={"eos_token": "<eos>"},
+    config={"eos_token_id": 0},
+    generation_config={"eos_token_id": [0, 7, 5]},
+  )
   tokenizer = Tokenizer.load(tmp_path)
   config = PRESETS["olmoe-1b-7b"].replace(eos_token_ids=(0,))
   assert tokenizer.eos_ids == stop_tokens(tokenizer, config) == (0, 7, 5)
@@ -129,25 +165,45 @@ def test_a_generation_config_names_all_ends(tmp_path):
 WRONG = {"bos_token": "<pad>", "eos_token": "<pad>", "pad_token": "<pad>"}
 
 
-@pytest.mark.parametrize("tokenizer_config, configs, ids, names", [
+@pytest.mark.parametrize(
+  "tokenizer_config, configs, ids, names",
+  [
     # OLMoE-0125-Instruct: the tokenizer names another end than the model has.
     (WRONG, {"config": {"eos_token_id": 0}}, (0, (0,), 1), ("<eos>", "<eos>", "<pad>")),
-    (WRONG, {"generation_config": {"eos_token_id": [0, 5]}, "config": {"eos_token_id": 1}},
-     (0, (0, 5), 1), ("<eos>", "<eos>", "<pad>")),
+    (
+      WRONG,
+      {"generation_config": {"eos_token_id": [0, 5]}, "config": {"eos_token_id": 1}},
+      (0, (0, 5), 1),
+      ("<eos>", "<eos>", "<pad>"),
+    ),
     # A chat model ends turns otherwise than texts, and its config knows how texts begin.
-    (WRONG, {"config": {"eos_token_id": 0, "bos_token_id": 1}},
-     (1, (0,), 1), ("<pad>", "<eos>", "<pad>")),
+    (
+      WRONG,
+      {"config": {"eos_token_id": 0, "bos_token_id": 1}},
+      (1, (0,), 1),
+      ("<pad>", "<eos>", "<pad>"),
+    ),
     # One of the model's ends, though not the first.
     (WRONG, {"config": {"eos_token_id": [0, 1]}}, (1, (0, 1), 1), ("<pad>", "<pad>", "<pad>")),
     # An end that has no name is no reason to change one.
     (WRONG, {"config": {"eos_token_id": 400}}, (1, (400,), 1), ("<pad>", "<pad>", "<pad>")),
-    ({"bos_token": {"content": "<pad>"}, "eos_token": None}, {"config": {"eos_token_id": 0}},
-     (1, (0,), None), ("<pad>", None, None)),
-    ({"eos_token": "<eos>"}, {"special_tokens_map": WRONG}, (1, (0,), 1),
-     ("<pad>", "<eos>", "<pad>")),
-])
+    (
+      {"bos_token": {"content": "<pad>"}, "eos_token": None},
+      {"config": {"eos_token_id": 0}},
+      (1, (0,), None),
+      ("<pad>", None, None),
+    ),
+    (
+      {"eos_token": "<eos>"},
+      {"special_tokens_map": WRONG},
+      (1, (0,), 1),
+      ("<pad>", "<eos>", "<pad>"),
+    ),
+  ],
+)
 def test_the_models_end_of_text_overrules_the_tokenizers(
-    tokenizer_config, configs, ids, names, tmp_path):
+  tokenizer_config, configs, ids, names, tmp_path
+):
   write(tmp_path, byte_level(), tokenizer_config=tokenizer_config, **configs)
   tokenizer = Tokenizer.load(tmp_path)
   assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == ids

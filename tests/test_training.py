@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import tiny
+
 from roe_jax import params as params_lib
-from roe_jax import training
-from roe_jax import transformer
+from roe_jax import training, transformer
 
 SETTINGS = training.TrainSettings(num_steps=40, warmup_steps=4, learning_rate=1e-2)
 OPTIONS = dict(keep=("experts", "router_logits"), strategy="padded")
@@ -42,13 +41,15 @@ def loss(config):
   """The compiled loss, with settings that may be changed."""
   compiled = jax.jit(training.loss, static_argnums=(2, 3))
   return lambda params, batch, **changes: compiled(
-      params, batch, config, dataclasses.replace(SETTINGS, **changes))
+    params, batch, config, dataclasses.replace(SETTINGS, **changes)
+  )
 
 
 def test_loss_parts_follow_their_formulas(config, params, batch, loss):
   total, parts = loss(params, batch)
-  logits, outputs = jax.jit(
-      lambda p, t: transformer.forward(p, config, t, **OPTIONS))(params, batch.tokens)
+  logits, outputs = jax.jit(lambda p, t: transformer.forward(p, config, t, **OPTIONS))(
+    params, batch.tokens
+  )
   logits, router = np.float64(logits), np.float64(outputs.router_logits)
   chosen, tokens, weights = map(np.asarray, (outputs.experts, batch.tokens, batch.weights))
 
@@ -78,7 +79,8 @@ def test_loss_parts_follow_their_formulas(config, params, batch, loss):
   assert parts["z_loss"] == pytest.approx(np.mean(z), rel=1e-5)
   assert parts["load_entropy"] == pytest.approx(np.mean(entropies), rel=1e-5)
   assert total == pytest.approx(
-      surprise / weight + 0.01 * np.mean(balance) + 0.001 * np.mean(z), rel=1e-5)
+    surprise / weight + 0.01 * np.mean(balance) + 0.001 * np.mean(z), rel=1e-5
+  )
 
 
 def test_balance_loss_is_one_when_balanced_and_e_when_collapsed():
@@ -105,9 +107,10 @@ def test_padding_has_no_influence(params, batch, loss):
 def gradients(config, params, batch):
   """The loss's gradients by expert strategy."""
   compute = jax.jit(jax.grad(training.loss, has_aux=True), static_argnums=(2, 3))
-  return {strategy: compute(params, batch, config,
-                            dataclasses.replace(SETTINGS, strategy=strategy))[0]
-          for strategy in training.STRATEGIES}
+  return {
+    strategy: compute(params, batch, config, dataclasses.replace(SETTINGS, strategy=strategy))[0]
+    for strategy in training.STRATEGIES
+  }
 
 
 def test_gradients_reach_every_parameter(batch, gradients):
@@ -120,8 +123,11 @@ def test_gradients_reach_every_parameter(batch, gradients):
 
 
 def test_strategies_have_equal_gradients(gradients):
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-               gradients["padded"], gradients["dense"])
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    gradients["padded"],
+    gradients["dense"],
+  )
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +144,7 @@ def test_steps_lower_the_loss_and_count(config, batch, new_state):
   assert int(state.step) == 40
   assert losses[0] == pytest.approx(np.log(config.vocab_size), rel=0.1)
   assert losses[-1] < 0.2 * losses[0]
-  assert metrics["learning_rate"] == pytest.approx(
-      float(training.schedule(SETTINGS)(39)), rel=1e-5)
+  assert metrics["learning_rate"] == pytest.approx(float(training.schedule(SETTINGS)(39)), rel=1e-5)
 
 
 def test_a_step_consumes_its_state(config, batch, new_state):
@@ -149,8 +154,11 @@ def test_a_step_consumes_its_state(config, batch, new_state):
 
 
 def test_learning_rate_rises_and_falls():
-  rate = training.schedule(training.TrainSettings(
-      num_steps=110, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.1))
+  rate = training.schedule(
+    training.TrainSettings(
+      num_steps=110, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.1
+    )
+  )
   for step, expected in ((0, 0.0), (5, 0.5), (10, 1.0), (60, 0.55), (110, 0.1)):
     assert rate(step) == pytest.approx(expected, abs=1e-6)
   one_step = training.schedule(training.TrainSettings(num_steps=1, learning_rate=1.0))
@@ -165,7 +173,6 @@ def test_all_but_norms_decay(config, params):
   def update(params):
     zeros = jax.tree.map(jnp.zeros_like, params)
     return optimizer.update(zeros, optimizer.init(params), params)[0]
-
 
   def check(spec, update, value):
     rate = 0.0 if spec.init == "ones" else settings.learning_rate * settings.weight_decay
@@ -189,12 +196,15 @@ def test_noise_changes_routing_by_address(params, batch, loss):
   assert cross_entropy(renamed, noise_temperature=1.0) != pytest.approx(noisy, rel=1e-4)
 
 
-@pytest.mark.parametrize("changes, message", [
+@pytest.mark.parametrize(
+  "changes, message",
+  [
     (dict(num_steps=0), "num_steps must be at least 1, got 0"),
     (dict(warmup_steps=-1), "warmup_steps must not be negative"),
     (dict(noise_temperature=-0.1), "noise_temperature must not be negative"),
     (dict(strategy="blocks"), "'blocks' cannot be trained with; choose one of padded"),
-])
+  ],
+)
 def test_settings_out_of_range(changes, message):
   with pytest.raises(ValueError, match=message):
     training.TrainSettings(**({"num_steps": 1} | changes))

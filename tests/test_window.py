@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import tiny
-from roe_jax import decode, diagnostics, members as members_lib, params as params_lib, score
-from roe_jax import transformer
+
+from roe_jax import decode, diagnostics, prefill, scoring, transformer
+from roe_jax import members as members_lib
+from roe_jax import params as params_lib
 from roe_jax.config import Yarn
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
@@ -21,16 +22,27 @@ LAYERS = {"alternating": (0, 2), "all": (0, 1, 2), "one": (1,)}
 
 
 def config(layers="alternating", family="mixtral", **changes):
-  return tiny.config(family, **(dict(
-      sliding_window=WINDOW, sliding_layers=LAYERS[layers], attention_sinks=True,
-      qkv_bias=True, output_bias=True, rope_scaling=Yarn(4.0, 8, 32.0, 1.0, False, 1.2))
-      | changes))
+  return tiny.config(
+    family,
+    **(
+      dict(
+        sliding_window=WINDOW,
+        sliding_layers=LAYERS[layers],
+        attention_sinks=True,
+        qkv_bias=True,
+        output_bias=True,
+        rope_scaling=Yarn(4.0, 8, 32.0, 1.0, False, 1.2),
+      )
+      | changes
+    ),
+  )
 
 
 def run(config, prompts=PROMPTS, ids=IDS, **options):
   options = {"max_new_tokens": NEW, "stop_tokens": (), "sampler": Sampler.create(1.0)} | options
-  return decode.generate(tiny.params(config), config, prompts, request_ids=ids,
-                         **options).completions
+  return decode.generate(
+    tiny.params(config), config, prompts, request_ids=ids, **options
+  ).completions
 
 
 def assert_same(completions, expected):
@@ -41,9 +53,13 @@ def assert_same(completions, expected):
 
 
 # Members begin to differ in the first layer, in an odd one, in an even one, nowhere.
-SETTINGS = [("alternating", "clean", [0.6] * 3), ("alternating", "clean", [0, 0.6, 0]),
-            ("alternating", "standard", [0, 0, 0.6]), ("all", "clean", [0, 0.6, 0.6]),
-            ("one", "standard", [0] * 3)]
+SETTINGS = [
+  ("alternating", "clean", [0.6] * 3),
+  ("alternating", "clean", [0, 0.6, 0]),
+  ("alternating", "standard", [0, 0, 0.6]),
+  ("all", "clean", [0, 0.6, 0.6]),
+  ("one", "standard", [0] * 3),
+]
 
 
 @pytest.mark.parametrize("layers, cache, temperatures", SETTINGS)
@@ -60,8 +76,16 @@ def test_scores_are_those_of_generation_in_chunks_of_any_size(layers, cache, tem
   generated = run(c, roster=roster)
   texts = [p + g.tokens for p, g in zip(PROMPTS, generated)]
   for chunk_size in (3, None):
-    scores = score.score(tiny.params(c), c, texts, [len(p) for p in PROMPTS], roster=roster,
-                         request_ids=IDS, chunk_size=chunk_size, batch_size=3)
+    scores = scoring.score(
+      tiny.params(c),
+      c,
+      texts,
+      [len(p) for p in PROMPTS],
+      roster=roster,
+      request_ids=IDS,
+      chunk_size=chunk_size,
+      batch_size=3,
+    )
     for found, expected in zip(scores.texts, generated):
       np.testing.assert_allclose(found.log_probs[:, 0], expected.log_probs, atol=3e-5)
       assert found.clean_greedy_tokens.tolist() == expected.clean_tokens
@@ -84,16 +108,17 @@ def test_slots_of_other_texts_and_those_used_again_do_not_matter(cache):
   alone = [run(c, [p], [i], **options)[0] for p, i in zip(PROMPTS, IDS)]
   assert_same(run(c, batch_size=2, **options), alone)
   order = [2, 4, 1, 0, 3]
-  assert_same(run(c, [PROMPTS[i] for i in order], [IDS[i] for i in order], batch_size=3,
-                  **options), [alone[i] for i in order])
+  assert_same(
+    run(c, [PROMPTS[i] for i in order], [IDS[i] for i in order], batch_size=3, **options),
+    [alone[i] for i in order],
+  )
 
 
 @pytest.mark.parametrize("cache", ["clean", "standard"])
 def test_in_bfloat16_too(cache):
   c = config("alternating", dtype="bfloat16")
   roster = Roster.create(c, 2, [0, 0.6, 0.6], cache=cache)
-  for found, expected in zip(run(c, roster=roster),
-                             run(c, roster=roster.replace(recompute=True))):
+  for found, expected in zip(run(c, roster=roster), run(c, roster=roster.replace(recompute=True))):
     np.testing.assert_allclose(found.log_probs[0], expected.log_probs[0], atol=0.1)
 
 
@@ -105,20 +130,25 @@ def test_the_plain_model_without_a_cache(layers):
   params, text = tiny.params(c), tiny.texts([40])[0]
   logits, _ = transformer.forward(params, c, jnp.asarray([text]), strategy="dense")
   log_probs = np.asarray(jax.nn.log_softmax(logits[0]))[np.arange(39), text[1:]]
-  found = score.score(params, c, [text]).texts[0].log_probs[:, 0]
+  found = scoring.score(params, c, [text]).texts[0].log_probs[:, 0]
   np.testing.assert_allclose(found, log_probs, atol=3e-5)
 
 
 def test_a_row_sees_as_far_back_as_its_layers_reach():
-  for sliding_window, layers, reach in ((5, (0, 1, 2), 12), (2, (0, 1, 2), 3), (1, (0, 1, 2), 0),
-                                        (2, (0, 2), 19)):
+  for sliding_window, layers, reach in (
+    (5, (0, 1, 2), 12),
+    (2, (0, 1, 2), 3),
+    (1, (0, 1, 2), 0),
+    (2, (0, 2), 19),
+  ):
     c = config(sliding_window=sliding_window, sliding_layers=layers)
     params, tokens = tiny.params(c), np.asarray(tiny.texts([20]))
     changed = np.repeat(tokens, 20, 0)
     changed[np.arange(20), np.arange(20)] += 1
     changed %= c.vocab_size
-    logits, _ = transformer.forward(params, c, jnp.asarray(np.concatenate([tokens, changed])),
-                                    strategy="dense")
+    logits, _ = transformer.forward(
+      params, c, jnp.asarray(np.concatenate([tokens, changed])), strategy="dense"
+    )
     seen = np.abs(logits[1:, -1] - logits[:1, -1]).max(-1) > 1e-6
     np.testing.assert_array_equal(seen, np.arange(20)[::-1] <= reach)
 
@@ -127,7 +157,8 @@ def test_gradients_with_sinks_and_windows_are_finite_and_reach_every_parameter()
   c = config()
   tokens = jnp.asarray(tiny.texts([20]))
   loss = lambda params: jnp.mean(
-      transformer.forward(params, c, tokens, strategy="dense")[0][..., :5] ** 2)
+    transformer.forward(params, c, tokens, strategy="dense")[0][..., :5] ** 2
+  )
   gradients = jax.jit(jax.grad(loss))(tiny.params(c)).layers.attention
   for gradient in jax.tree.leaves(gradients):
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
@@ -137,8 +168,9 @@ def test_routing_agreement_of_one_text_is_that_of_its_batch():
   c = config()
   params, texts = tiny.params(c), tiny.texts([40, 12])
   roster = Roster.create(c, 3, 0.5)
-  agreement = lambda texts, ids: diagnostics.routing_agreement(params, c, roster, texts,
-                                                               request_ids=ids)
+  agreement = lambda texts, ids: diagnostics.routing_agreement(
+    params, c, roster, texts, request_ids=ids
+  )
   both = agreement(texts, [0, 1])
   apart = [agreement([t], [i]) for i, t in enumerate(texts)]
   np.testing.assert_allclose(both, (39 * apart[0] + 11 * apart[1]) / 50, atol=1e-6)
@@ -160,8 +192,16 @@ def test_a_window_does_not_grow_with_the_context():
 
 def test_generation_holds_the_window_only():
   c = config("all", context_length=2048)
-  state = decode.start(tiny.params(c), c, Roster.create(c), PROMPTS[:2], [0, 1], 1500, 2,
-                       decode.capacity_for(c, PROMPTS[:2], 1500))
+  state = decode.start(
+    tiny.params(c),
+    c,
+    Roster.create(c),
+    PROMPTS[:2],
+    [0, 1],
+    1500,
+    2,
+    prefill.capacity_for(c, PROMPTS[:2], 1500),
+  )
   assert state.tokens.shape[1] > 1500
   assert state.cache.keys.size == 0
   assert state.cache.window.keys.shape == (3, 2, 2, WINDOW, 8)
@@ -171,18 +211,29 @@ def test_generation_holds_the_window_only():
 def test_no_step_copies_a_cache(cache):
   """Layers of both kinds in one loop: temporaries are smaller than a layer's keys."""
   c = config(num_heads=2, head_dim=64, sliding_window=2048, context_length=4096)
-  params = jax.eval_shape(lambda: params_lib.held(tiny.params(c)))
+  params = jax.eval_shape(lambda: params_lib.in_storage_dtype(tiny.params(c)))
   roster = Roster.create(c, 2, [0.5] * 3, cache=cache)
-  state = jax.eval_shape(lambda: decode.DecodeState(
+  state = jax.eval_shape(
+    lambda: decode.DecodeState(
       *(jnp.zeros((2, 4096), t) for t in (jnp.int32, jnp.float32, jnp.int32)),
       *(jnp.zeros(2, t) for t in (jnp.int32, jnp.int32, bool, jnp.uint32)),
-      members_lib.empty_cache(c, roster, 2, 4096)))
+      members_lib.empty_cache(c, roster, 2, 4096),
+    )
+  )
   shape = lambda *s, dtype=jnp.int32: jax.ShapeDtypeStruct(s, dtype)
   step = decode.decode_steps.lower(params, c, roster, Sampler.greedy(), state, shape(1), shape())
-  prefill = decode.prefill_chunk.lower(params, c, roster.history(), state.cache, shape(2, 8),
-                                       shape(2), shape(2, dtype=jnp.uint32), shape(2))
+  prefilling = prefill.prefill_chunk.lower(
+    params,
+    c,
+    roster.history(),
+    state.cache,
+    shape(2, 8),
+    shape(2),
+    shape(2, dtype=jnp.uint32),
+    shape(2),
+  )
   keys_of_a_window = 2 * 2 * 2048 * 64 * 4
-  for program in (step, prefill):
+  for program in (step, prefilling):
     assert program.compile().memory_analysis().temp_size_in_bytes < keys_of_a_window
 
 

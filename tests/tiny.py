@@ -1,20 +1,22 @@
 """Models small enough for tests, with weights large enough to matter."""
 
+import hf
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-import hf
 from roe_jax import params as params_lib
 from roe_jax.families import from_hugging_face
 
 
 def config(family, **changes):
   """A model with grouped query attention and room for 48 tokens."""
-  config = from_hugging_face(hf.config_json(
-      family, vocab_size=61, num_hidden_layers=3, max_position_embeddings=48))
-  sizes = dict(head_dim=8, experts_per_token=3, bos_token_id=None, pad_token_id=None,
-               eos_token_ids=())
+  config = from_hugging_face(
+    hf.config_json(family, vocab_size=61, num_hidden_layers=3, max_position_embeddings=48)
+  )
+  sizes = dict(
+    head_dim=8, experts_per_token=3, bos_token_id=None, pad_token_id=None, eos_token_ids=()
+  )
   return config.replace(**(sizes | changes))
 
 
@@ -23,8 +25,11 @@ def params(config, seed=0, scale=0.3):
   random = np.random.RandomState(seed)
 
   def value(spec):
-    array = (random.uniform(0.5, 1.5, spec.shape) if spec.init == "ones"
-             else scale * random.standard_normal(spec.shape))
+    array = (
+      random.uniform(0.5, 1.5, spec.shape)
+      if spec.init == "ones"
+      else scale * random.standard_normal(spec.shape)
+    )
     return jnp.asarray(array, config.dtype)
 
   return jax.tree.map(value, params_lib.describe(config))

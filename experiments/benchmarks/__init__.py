@@ -1,1 +1,1 @@
-"""The parts of `experiments.benchmark`."""
+"""What `experiments.benchmark` times, and how."""

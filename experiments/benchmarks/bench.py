@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import models, timing
-from roe_jax import batching, decode, members as members_lib, score
+from experiments.benchmarks import random_models, timing
+from roe_jax import batching, prefill, scoring
+from roe_jax import members as members_lib
 from roe_jax.config import ModelConfig
 from roe_jax.roster import Roster
 
@@ -25,7 +26,8 @@ SCORE_CHUNK = 64
 def decode_step(params, config, roster, cache, tokens_B, positions_B, request_ids_B):
   """One step with the greedy choice: the (donated) cache, and tokens `[B]`."""
   outputs, cache = members_lib.step(
-      params, config, roster, cache, tokens_B, positions_B, request_ids_B)
+    params, config, roster, cache, tokens_B, positions_B, request_ids_B
+  )
   return cache, jnp.argmax(outputs.log_probs[:, 0], axis=-1)
 
 
@@ -33,8 +35,15 @@ def decode_step(params, config, roster, cache, tokens_B, positions_B, request_id
 def chosen_experts(params, config, roster, cache, tokens_B, positions_B, request_ids_B):
   """Experts of all members at one position of every text, `[L, R, B, 1, A]`."""
   _, outputs = members_lib.member_states(
-      params, config, roster, cache, tokens_B[:, None], positions_B[:, None], request_ids_B,
-      keep=("experts",))
+    params,
+    config,
+    roster,
+    cache,
+    tokens_B[:, None],
+    positions_B[:, None],
+    request_ids_B,
+    keep=("experts",),
+  )
   return outputs.experts
 
 
@@ -77,11 +86,10 @@ class Bench:
 
   def __init__(self, config: ModelConfig, temperature: float, seed: int):
     self.config, self.temperature, self._seed = config, temperature, seed
-    self.params = models.random_params(config, seed)
+    self.params = random_models.random_params(config, seed)
     self._boxes = {}
 
-  def roster(self, num_members: int, temperature: float | Sequence[float],
-             **settings) -> Roster:
+  def roster(self, num_members: int, temperature: float | Sequence[float], **settings) -> Roster:
     """A roster whose members all run all layers, as the paper's do, also at τ = 0."""
     settings = {"noisy_layers": (0, self.config.num_layers), "seed": self._seed} | settings
     return Roster.create(self.config, num_members, temperature, **settings)
@@ -98,9 +106,9 @@ class Bench:
 
   def empty(self, roster: Roster, context: int, batch_size: int) -> Box:
     """A cache of the capacity that generation would choose, empty."""
-    capacity = batching.bucket(context + 1, decode.MIN_CAPACITY)
+    capacity = batching.bucket(context + 1, prefill.MIN_CAPACITY)
     cache = members_lib.empty_cache(self.config, roster, batch_size, capacity)
-    return Box(batching.beside(self.params, cache), context, batch_size)
+    return Box(batching.device_put_like(self.params, cache), context, batch_size)
 
   def clean_history(self, context: int, batch_size: int = 1) -> Box:
     """A filled Clean Cache; rosters share it, as each writes the same into it."""
@@ -121,11 +129,12 @@ class Bench:
     text = self.text(box.batch_size, box.context)
     ids = jnp.arange(box.batch_size, dtype=jnp.uint32)
     chunks = []
-    for start in range(0, box.context, decode.PREFILL_CHUNK):
-      tokens = jnp.asarray(text[:, start:start + decode.PREFILL_CHUNK])
+    for start in range(0, box.context, prefill.PREFILL_CHUNK):
+      tokens = jnp.asarray(text[:, start : start + prefill.PREFILL_CHUNK])
       starts = jnp.full(box.batch_size, start)
-      program = timing.compiled(decode.prefill_chunk, self.params, self.config, history,
-                                box.cache, tokens, starts, ids)
+      program = timing.compiled(
+        prefill.prefill_chunk, self.params, self.config, history, box.cache, tokens, starts, ids
+      )
       chunks.append((program, tokens, starts))
 
     def run(count):
@@ -139,9 +148,14 @@ class Bench:
   def _inputs(self, box):
     """Tokens, positions and request ids of steps behind the context, one for each sample."""
     positions = jnp.full(box.batch_size, box.context)
-    return [(jnp.asarray(tokens), positions,
-             jnp.arange(i * box.batch_size, (i + 1) * box.batch_size, dtype=jnp.uint32))
-            for i, tokens in enumerate(self.samples(box.batch_size))]
+    return [
+      (
+        jnp.asarray(tokens),
+        positions,
+        jnp.arange(i * box.batch_size, (i + 1) * box.batch_size, dtype=jnp.uint32),
+      )
+      for i, tokens in enumerate(self.samples(box.batch_size))
+    ]
 
   def step(self, roster: Roster, box: Box) -> Call:
     """A decode step at the first position behind the context."""
@@ -178,11 +192,17 @@ class Bench:
     size = min(SCORE_CHUNK, box.context)
     start = (box.context - size) // 2
     text = self.text(box.batch_size, box.context + 1)
-    tokens, targets = (jnp.asarray(text[:, s:s + size]) for s in (start, start + 1))
-    inputs = (tokens, targets, jnp.full(box.batch_size, start),
-              jnp.arange(box.batch_size, dtype=jnp.uint32), jnp.ones(1))
+    tokens, targets = (jnp.asarray(text[:, s : s + size]) for s in (start, start + 1))
+    inputs = (
+      tokens,
+      targets,
+      jnp.full(box.batch_size, start),
+      jnp.arange(box.batch_size, dtype=jnp.uint32),
+      jnp.ones(1),
+    )
     program = timing.compiled(
-        score.score_chunk, self.params, self.config, roster, box.cache, *inputs)
+      scoring.score_chunk, self.params, self.config, roster, box.cache, *inputs
+    )
 
     def run(count):
       for _ in range(count):
@@ -191,8 +211,9 @@ class Bench:
 
     return Call(run, timing.memory(program))
 
-  def experts_hit(self, num_members: Sequence[int], temperature: float | Sequence[float],
-                  box: Box) -> dict[int, float]:
+  def unique_experts(
+    self, num_members: Sequence[int], temperature: float | Sequence[float], box: Box
+  ) -> dict[int, float]:
     """How many different experts a step's rows choose in a layer, for each n.
 
     Mean over layers and over the tokens that steps are measured on. A member
@@ -205,5 +226,5 @@ class Bench:
       program = timing.compiled(chosen_experts, self.params, self.config, *args)
       experts = np.asarray(program(self.params, *args))
       for n in num_members:
-        found[n].append(models.distinct_experts(experts, n))
+        found[n].append(random_models.count_unique_experts(experts, n))
     return {n: float(np.mean(values)) for n, values in found.items()}

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 import dataclasses
 
-from experiments.benchmarks import bench as bench_lib, models
+from experiments.benchmarks import bench as bench_lib
+from experiments.benchmarks import random_models
 from experiments.benchmarks.bench import Bench, Call
 
 
@@ -41,7 +42,7 @@ class Case:
     parts: calls that are timed, and how often each counts.
     baseline: `(variant, n, τ, context, B)` of the case that it is compared to;
       None for what needs no comparison.
-    experts_hit: different experts chosen in a layer, mean.
+    unique_experts: different experts chosen in a layer, mean.
     floor_bytes: what must be read at least.
     tokens: that are scored.
     options: what else was settled.
@@ -54,7 +55,7 @@ class Case:
   batch_size: int
   parts: tuple[tuple[Call, int], ...]
   baseline: tuple | None = None
-  experts_hit: float | None = None
+  unique_experts: float | None = None
   floor_bytes: float | None = None
   tokens: int | None = None
   options: dict = dataclasses.field(default_factory=dict)
@@ -69,13 +70,23 @@ class Case:
     return max((call.memory for call, _ in self.parts), key=lambda m: m.get("temp_bytes", 0))
 
 
-def _step(bench: Bench, n: int, tau: float, context: int, batch_size: int, hit: float,
-          **settings) -> Case:
+def _step(
+  bench: Bench, n: int, tau: float, context: int, batch_size: int, hit: float, **settings
+) -> Case:
   """A decode step under Clean Cache whose baseline is the given one."""
   box = bench.clean_history(context, batch_size)
-  floor = models.step_bytes(bench.config, hit, context, batch_size)
-  return Case("clean", n, tau, context, batch_size, ((bench.step(bench.roster(n, tau), box), 1),),
-              experts_hit=hit, floor_bytes=floor, **settings)
+  floor = random_models.step_bytes(bench.config, hit, context, batch_size)
+  return Case(
+    "clean",
+    n,
+    tau,
+    context,
+    batch_size,
+    ((bench.step(bench.roster(n, tau), box), 1),),
+    unique_experts=hit,
+    floor_bytes=floor,
+    **settings,
+  )
 
 
 def decode(bench: Bench, sizes: Sizes) -> list[Case]:
@@ -83,10 +94,19 @@ def decode(bench: Bench, sizes: Sizes) -> list[Case]:
   measured) and at τ > 0."""
   cases, box = [], bench.clean_history(sizes.context)
   for tau in (0.0, bench.temperature):
-    hits = bench.experts_hit(sizes.num_members, tau, box)
+    hits = bench.unique_experts(sizes.num_members, tau, box)
     for n in sizes.num_members:
-      cases.append(_step(bench, n, tau, sizes.context, 1, hits[n],
-                         baseline=("clean", sizes.num_members[0], tau, sizes.context, 1)))
+      cases.append(
+        _step(
+          bench,
+          n,
+          tau,
+          sizes.context,
+          1,
+          hits[n],
+          baseline=("clean", sizes.num_members[0], tau, sizes.context, 1),
+        )
+      )
   return cases
 
 
@@ -94,9 +114,10 @@ def context(bench: Bench, sizes: Sizes) -> list[Case]:
   """Decode steps against the length of the context."""
   n, tau, cases = 16, bench.temperature, []
   for length in sizes.contexts:
-    hit = bench.experts_hit([n], tau, bench.clean_history(length))[n]
-    cases.append(_step(bench, n, tau, length, 1, hit,
-                       baseline=("clean", n, tau, sizes.contexts[0], 1)))
+    hit = bench.unique_experts([n], tau, bench.clean_history(length))[n]
+    cases.append(
+      _step(bench, n, tau, length, 1, hit, baseline=("clean", n, tau, sizes.contexts[0], 1))
+    )
   return cases
 
 
@@ -104,9 +125,18 @@ def batch(bench: Bench, sizes: Sizes) -> list[Case]:
   """Decode steps against the number of texts."""
   n, tau, cases = 8, bench.temperature, []
   for size in sizes.batch_sizes:
-    hit = bench.experts_hit([n], tau, bench.clean_history(sizes.context, size))[n]
-    cases.append(_step(bench, n, tau, sizes.context, size, hit,
-                       baseline=("clean", n, tau, sizes.context, sizes.batch_sizes[0])))
+    hit = bench.unique_experts([n], tau, bench.clean_history(sizes.context, size))[n]
+    cases.append(
+      _step(
+        bench,
+        n,
+        tau,
+        sizes.context,
+        size,
+        hit,
+        baseline=("clean", n, tau, sizes.context, sizes.batch_sizes[0]),
+      )
+    )
   return cases
 
 
@@ -120,22 +150,27 @@ def cache(bench: Bench, sizes: Sizes) -> list[Case]:
   """
   n, tau, length = 8, bench.temperature, sizes.cache_context
   box = bench.clean_history(length)
-  hit = bench.experts_hit([n], tau, box)[n]
+  hit = bench.unique_experts([n], tau, box)[n]
   clean = _step(bench, n, tau, length, 1, hit)
   clean = dataclasses.replace(clean, baseline=clean.key)
   standard = bench.roster(n, tau, cache="standard")
   own = bench.empty(standard, length, 1)
   bench.fill(standard, own).run(1)
   others = {
-      "standard": (bench.step(standard, own),
-                   models.step_bytes(bench.config, hit, length, n)),
-      "none": (bench.recomputed_step(standard, length), None),
-      "none, clean history": (bench.recomputed_step(bench.roster(n, tau), length), None),
+    "standard": (bench.step(standard, own), random_models.step_bytes(bench.config, hit, length, n)),
+    "none": (bench.recomputed_step(standard, length), None),
+    "none, clean history": (bench.recomputed_step(bench.roster(n, tau), length), None),
   }
   return [clean] + [
-      dataclasses.replace(clean, variant=name, parts=((call, 1),), floor_bytes=floor,
-                          experts_hit=hit if floor else None)
-      for name, (call, floor) in others.items()]
+    dataclasses.replace(
+      clean,
+      variant=name,
+      parts=((call, 1),),
+      floor_bytes=floor,
+      unique_experts=hit if floor else None,
+    )
+    for name, (call, floor) in others.items()
+  ]
 
 
 def late(bench: Bench, sizes: Sizes) -> list[Case]:
@@ -145,13 +180,22 @@ def late(bench: Bench, sizes: Sizes) -> list[Case]:
   first = layers // 2
   temperatures = [0.0] * first + [bench.temperature] * (layers - first)
   box = bench.clean_history(sizes.context)
-  hit = bench.experts_hit([n], temperatures, box)[n]
-  floor = models.step_bytes(bench.config, hit, sizes.context)
+  hit = bench.unique_experts([n], temperatures, box)[n]
+  floor = random_models.step_bytes(bench.config, hit, sizes.context)
   return [
-      Case(name, n, bench.temperature, sizes.context, 1,
-           ((bench.step(bench.roster(n, temperatures, noisy_layers=noisy), box), 1),),
-           ("late tiling", n, bench.temperature, sizes.context, 1), hit, floor)
-      for name, noisy in (("late tiling", (first, layers)), ("all layers", (0, layers)))]
+    Case(
+      name,
+      n,
+      bench.temperature,
+      sizes.context,
+      1,
+      ((bench.step(bench.roster(n, temperatures, noisy_layers=noisy), box), 1),),
+      ("late tiling", n, bench.temperature, sizes.context, 1),
+      hit,
+      floor,
+    )
+    for name, noisy in (("late tiling", (first, layers)), ("all layers", (0, layers)))
+  ]
 
 
 def scoring(bench: Bench, sizes: Sizes) -> list[Case]:
@@ -170,11 +214,17 @@ def scoring(bench: Bench, sizes: Sizes) -> list[Case]:
     parts = ((bench.score_chunk(bench.roster(n, tau), box), chunks),)
     if n > 1:
       parts = ((prefill, 1), *parts)
-    cases.append(Case("scoring", n, tau, length, 1, parts, ("scoring", 1, 0.0, length, 1),
-                      tokens=length))
+    cases.append(
+      Case("scoring", n, tau, length, 1, parts, ("scoring", 1, 0.0, length, 1), tokens=length)
+    )
   return cases
 
 
 SWEEPS: dict[str, Callable[[Bench, Sizes], list[Case]]] = {
-    "decode": decode, "context": context, "batch": batch, "cache": cache, "late": late,
-    "scoring": scoring}
+  "decode": decode,
+  "context": context,
+  "batch": batch,
+  "cache": cache,
+  "late": late,
+  "scoring": scoring,
+}

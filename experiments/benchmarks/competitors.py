@@ -9,13 +9,13 @@ import jax
 import numpy as np
 import torch
 
-from experiments.benchmarks import transformers_roster, transformers_stock
-from experiments.benchmarks import models
+from experiments.benchmarks import random_models, transformers_roster, transformers_stock
 from experiments.benchmarks.bench import Bench, Call
 from experiments.benchmarks.cases import Case, Sizes
 from experiments.benchmarks.transformers_roster import TransformersRoster
 from experiments.benchmarks.transformers_stock import StockRoster
-from roe_jax import members as members_lib, params as params_lib
+from roe_jax import members as members_lib
+from roe_jax import params as params_lib
 
 NUM_MEMBERS = (1, 4, 16, 32)
 # `batched_mm` gathers the weights of every row's experts: hopeless beyond this.
@@ -32,8 +32,11 @@ def runs_on(platform: str) -> bool:
 def needed_bytes(config, sizes: Sizes) -> int:
   """Memory beside roe_jax's own: the weights once more, and the members' caches."""
   copies = 2 * max(NUM_MEMBERS)  # in the making there are two
-  return (params_lib.num_bytes(config) + GATHERED_BYTES
-          + copies * models.cache_bytes(config, sizes.context + 1))
+  return (
+    params_lib.num_bytes(config)
+    + GATHERED_BYTES
+    + copies * random_models.cache_bytes(config, sizes.context + 1)
+  )
 
 
 def cases(bench: Bench, sizes: Sizes, num_cores: int) -> list[Case]:
@@ -51,17 +54,39 @@ def cases(bench: Bench, sizes: Sizes, num_cores: int) -> list[Case]:
   stock, tuned = transformers_stock.twin(model), transformers_stock.twin(model)
   rivals = _Rivals(bench, sizes.context, device, stock, tuned)
   tau, box, found = bench.temperature, bench.clean_history(sizes.context), []
-  hits = bench.experts_hit(NUM_MEMBERS, tau, box)
+  hits = bench.unique_experts(NUM_MEMBERS, tau, box)
   expected = _plain_log_probs(bench, sizes.context)
   for n in NUM_MEMBERS:
-    base = Case("roe_jax", n, tau, sizes.context, 1,
-                ((bench.step(bench.roster(n, tau), box), 1),), None, hits[n],
-                models.step_bytes(bench.config, hits[n], sizes.context))
+    base = Case(
+      "roe_jax",
+      n,
+      tau,
+      sizes.context,
+      1,
+      ((bench.step(bench.roster(n, tau), box), 1),),
+      None,
+      hits[n],
+      random_models.step_bytes(bench.config, hits[n], sizes.context),
+    )
     for name, call, options in (
-        ("roe_jax", base.parts[0][0], {}), ("transformers", *rivals.fastest_stock(n, expected)),
-        ("transformers, hand-tuned", *rivals.fastest_tuned(n, expected))):
-      found.append(Case(name, n, tau, sizes.context, 1, ((call, 1),), base.key, hits[n],
-                        base.floor_bytes, options=options))
+      ("roe_jax", base.parts[0][0], {}),
+      ("transformers", *rivals.fastest_stock(n, expected)),
+      ("transformers, hand-tuned", *rivals.fastest_tuned(n, expected)),
+    ):
+      found.append(
+        Case(
+          name,
+          n,
+          tau,
+          sizes.context,
+          1,
+          ((call, 1),),
+          base.key,
+          hits[n],
+          base.floor_bytes,
+          options=options,
+        )
+      )
   return found
 
 
@@ -72,8 +97,9 @@ def _plain_log_probs(bench, context):
 
   @jax.jit
   def run(params, cache, tokens_B):
-    positions, ids = (np.full(1, value, dtype) for value, dtype in ((context, np.int32),
-                                                                    (0, np.uint32)))
+    positions, ids = (
+      np.full(1, value, dtype) for value, dtype in ((context, np.int32), (0, np.uint32))
+    )
     outputs, _ = members_lib.step(params, config, roster, cache, tokens_B, positions, ids)
     return outputs.log_probs[:, 0]
 
@@ -92,11 +118,20 @@ class _Rivals:
 
   def fastest_stock(self, n, expected):
     """The call and its settings."""
-    names = [name for name in transformers_stock.EXPERTS
-             if name in self._implementations and not self._hopeless(name, n)]
-    return self._fastest({
+    names = [
+      name
+      for name in transformers_stock.EXPERTS
+      if name in self._implementations and not self._hopeless(name, n)
+    ]
+    return self._fastest(
+      {
         (cache, name): self._stock_roster(n, cache, name)
-        for cache in transformers_stock.CACHES for name in names}, ("cache", "experts"), expected)
+        for cache in transformers_stock.CACHES
+        for name in names
+      },
+      ("cache", "experts"),
+      expected,
+    )
 
   def fastest_tuned(self, n, expected):
     """The call and its settings."""
@@ -104,22 +139,38 @@ class _Rivals:
     runs = [(name, "eager") for name in names]
     if self._device == "cuda":
       runs += [(name, "graph") for name in names if name in CAPTURABLE]
-    return self._fastest({(name, run): self._tuned_roster(n, name, run) for name, run in runs},
-                         ("experts", "run"), expected)
+    return self._fastest(
+      {(name, run): self._tuned_roster(n, name, run) for name, run in runs},
+      ("experts", "run"),
+      expected,
+    )
 
   def _hopeless(self, name, n):
     config = self._bench.config
-    gathered = (n * config.experts_per_token * 3 * config.d_model * config.d_expert
-                * self._stock.dtype.itemsize)
+    gathered = (
+      n
+      * config.experts_per_token
+      * 3
+      * config.d_model
+      * config.d_expert
+      * self._stock.dtype.itemsize
+    )
     return name == "batched_mm" and gathered > GATHERED_BYTES
 
   def _stock_roster(self, n, cache, experts):
-    return lambda: StockRoster(self._stock, n, self._bench.temperature, experts=experts,
-                               cache=cache, capacity=self._context + 1)
+    return lambda: StockRoster(
+      self._stock,
+      n,
+      self._bench.temperature,
+      experts=experts,
+      cache=cache,
+      capacity=self._context + 1,
+    )
 
   def _tuned_roster(self, n, experts, run):
-    return lambda: TransformersRoster(self._tuned, n, self._bench.temperature, experts=experts,
-                                      capacity=self._context + 1, run=run)
+    return lambda: TransformersRoster(
+      self._tuned, n, self._bench.temperature, experts=experts, capacity=self._context + 1, run=run
+    )
 
   def _fastest(self, makers, names, expected):
     """Tries each and keeps the fastest: its call and what it is."""
@@ -138,8 +189,9 @@ class _Rivals:
         if roster.num_members == 1:
           best[1]["difference"] = float(np.abs(log_probs.cpu().numpy() - expected).max())
     if best is None:
-      raise ValueError("no implementation of the experts in transformers runs here: give "
-                       "--transformers=no")
+      raise ValueError(
+        "no implementation of the experts in transformers runs here: give --transformers=no"
+      )
     return best
 
   def _call(self, roster):

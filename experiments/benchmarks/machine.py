@@ -28,15 +28,19 @@ def pin(num_cores: int | None) -> int:
   """
   if not hasattr(os, "sched_setaffinity"):
     if num_cores is not None:
-      raise ValueError(f"--num_cores: {platform.system()} keeps no process on chosen cores; "
-                       "leave the flag out to use all")
+      raise ValueError(
+        f"--num_cores: {platform.system()} keeps no process on chosen cores; "
+        "leave the flag out to use all"
+      )
     return os.cpu_count()
   allowed = sorted(os.sched_getaffinity(0))
   if num_cores is None:
     return len(allowed)
   if not 1 <= num_cores <= len(allowed):
-    raise ValueError(f"--num_cores must lie in [1, {len(allowed)}], the cores that this process "
-                     f"may use, got {num_cores}")
+    raise ValueError(
+      f"--num_cores must lie in [1, {len(allowed)}], the cores that this process "
+      f"may use, got {num_cores}"
+    )
   os.sched_setaffinity(0, allowed[:num_cores])
   return num_cores
 
@@ -44,9 +48,14 @@ def pin(num_cores: int | None) -> int:
 def describe(num_cores: int) -> dict[str, Any]:
   """The machine as it shows in results."""
   device = jax.devices()[0]
-  return {"cpu": _cpu_model(), "cores": num_cores, "platform": device.platform,
-          "device": device.device_kind, "python": platform.python_version(),
-          "jax": jax.__version__}
+  return {
+    "cpu": _cpu_model(),
+    "cores": num_cores,
+    "platform": device.platform,
+    "device": device.device_kind,
+    "python": platform.python_version(),
+    "jax": jax.__version__,
+  }
 
 
 def _cpu_model():
@@ -60,8 +69,7 @@ def _cpu_model():
     fields.setdefault(name.strip(), value.strip())
   if "model name" not in fields:
     return platform.machine()
-  return (f"{fields['model name']} (family {fields.get('cpu family')}, model "
-          f"{fields.get('model')})")
+  return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 
 def free_bytes() -> int:

@@ -11,6 +11,7 @@ def load_nvml() -> Any | None:
   """NVML with its GPUs, or None where there is none: no package nvidia-ml-py, no driver."""
   try:
     import pynvml
+
     pynvml.nvmlInit()
     return pynvml if pynvml.nvmlDeviceGetCount() else None
   except Exception:  # of many kinds: no package, no library, no driver, no permission

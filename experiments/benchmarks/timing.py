@@ -21,8 +21,7 @@ _compiled = {}
 def compiled(function: Callable, *args: Any) -> Callable:
   """The program that a jitted function is for these arguments, compiled once."""
   leaves, tree = jax.tree.flatten(args)
-  key = function, tree, tuple(
-      (x.shape, str(x.dtype)) if hasattr(x, "shape") else x for x in leaves)
+  key = function, tree, tuple((x.shape, str(x.dtype)) if hasattr(x, "shape") else x for x in leaves)
   if key not in _compiled:
     _compiled[key] = function.lower(*args).compile()
   return _compiled[key]
@@ -73,8 +72,12 @@ class Timed:
     return time.perf_counter() - begin
 
 
-def take_turns(calls: Mapping[str, Callable[[int], None]], rounds: int, seed: int = 0,
-               on_turn: Callable[[], Any] = lambda: None) -> dict[str, np.ndarray]:
+def take_turns(
+  calls: Mapping[str, Callable[[int], None]],
+  rounds: int,
+  seed: int = 0,
+  on_turn: Callable[[], Any] = lambda: None,
+) -> dict[str, np.ndarray]:
   """Seconds of each call in each round, `[rounds]`; NaN where it took no part.
 
   In every round each call has one turn, in an order that changes: what else

@@ -49,17 +49,18 @@ RUNS = ("eager", "compile", "graph")
 # Models
 
 
-def build(config: ModelConfig, dtype: str = "float32", device: str = "cpu",
-          seed: int = 0) -> transformers.PreTrainedModel:
+def build(
+  config: ModelConfig, dtype: str = "float32", device: str = "cpu", seed: int = 0
+) -> transformers.PreTrainedModel:
   """A model of this shape with random weights, made in place on the device."""
   values = families.to_hugging_face(config)
-  values = {k: v for k, v in values.items()
-            if k not in ("model_type", "architectures", "torch_dtype")}
+  values = {
+    k: v for k, v in values.items() if k not in ("model_type", "architectures", "torch_dtype")
+  }
   kind = {"olmoe": transformers.OlmoeConfig, "mixtral": transformers.MixtralConfig}[config.family]
   hf_config = kind(**values, attn_implementation="sdpa")
   with torch.device("meta"):
-    model = transformers.AutoModelForCausalLM.from_config(
-        hf_config, dtype=getattr(torch, dtype))
+    model = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=getattr(torch, dtype))
   model.to_empty(device=device)
   # Its frequencies are no weights, and are lost with the meta device.
   rotary = model.model.rotary_emb
@@ -96,8 +97,9 @@ def _product(x_MxD: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
   return F.linear(x_MxD, weight)
 
 
-def loop_experts(self, x_MxD: torch.Tensor, experts_MxA: torch.Tensor,
-                 gates_MxA: torch.Tensor) -> torch.Tensor:
+def loop_experts(
+  self, x_MxD: torch.Tensor, experts_MxA: torch.Tensor, gates_MxA: torch.Tensor
+) -> torch.Tensor:
   """Rows sorted by expert, one expert after the other, `[M, D]`.
 
   What `grouped_mm` is on a CPU, without visits to experts that nobody chose.
@@ -120,13 +122,13 @@ def loop_experts(self, x_MxD: torch.Tensor, experts_MxA: torch.Tensor,
   return torch.zeros_like(x_MxD).index_add_(0, rows, y)
 
 
-def dense_experts(self, x_MxD: torch.Tensor, experts_MxA: torch.Tensor,
-                  gates_MxA: torch.Tensor) -> torch.Tensor:
+def dense_experts(
+  self, x_MxD: torch.Tensor, experts_MxA: torch.Tensor, gates_MxA: torch.Tensor
+) -> torch.Tensor:
   """All experts on all rows, `[M, D]`; those not chosen have a gate of zero."""
   rows, count = x_MxD.shape[0], self.num_experts
   gates = gates_MxA.new_zeros(rows, count).scatter_(1, experts_MxA, gates_MxA)
-  inner = self._apply_gate(
-      F.linear(x_MxD, self.gate_up_proj.flatten(0, 1)).view(rows, count, -1))
+  inner = self._apply_gate(F.linear(x_MxD, self.gate_up_proj.flatten(0, 1)).view(rows, count, -1))
   inner = (inner * gates[..., None]).to(x_MxD.dtype)
   return torch.bmm(inner.transpose(0, 1), self.down_proj.transpose(1, 2)).sum(0)
 
@@ -156,8 +158,12 @@ def experts_implementations(model: transformers.PreTrainedModel, num_rows: int =
   return works
 
 
-def time_each(call: Callable[[str], object], names: Sequence[str], repeats: int = 3,
-              synchronize: Callable[[], None] = lambda: None) -> dict[str, float]:
+def time_each(
+  call: Callable[[str], object],
+  names: Sequence[str],
+  repeats: int = 3,
+  synchronize: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
   """Median seconds of `call(name)` for each name, fastest first.
 
   The names take turns. Each one's first call is not counted.
@@ -189,7 +195,7 @@ def route(self, hidden_states):
   probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
   chosen = torch.topk(logits + self.noise, self.top_k, dim=-1).indices
   gates = probabilities.gather(-1, chosen)
-  # Mixtral has no such setting: it always normalises, and keeps float32 gates.
+  # Mixtral has no such setting: it always normalizes, and keeps float32 gates.
   if getattr(self, "norm_topk_prob", True):
     gates = gates / gates.sum(dim=-1, keepdim=True)
   if hasattr(self, "norm_topk_prob"):
@@ -238,7 +244,7 @@ class _Rows:
     else:
       keys.index_copy_(2, self.slots, key_BxKxMxC)
       values.index_copy_(2, self.slots, value_BxKxMxC)
-    return keys[:, :, :self.seen], values[:, :, :self.seen]
+    return keys[:, :, : self.seen], values[:, :, : self.seen]
 
 
 class TransformersRoster:
@@ -256,11 +262,20 @@ class TransformersRoster:
     prefill_experts: implementation for prefill.
   """
 
-  def __init__(self, model: transformers.PreTrainedModel, num_members: int,
-               temperatures: float | Sequence[float], *, batch_size: int = 1,
-               capacity: int = 2048, experts: str = "grouped_mm",
-               prefill_experts: str = "grouped_mm", run: str = "eager", seed: int = 0,
-               draw: Callable[[Sequence[int], int, int], torch.Tensor] | None = None):
+  def __init__(
+    self,
+    model: transformers.PreTrainedModel,
+    num_members: int,
+    temperatures: float | Sequence[float],
+    *,
+    batch_size: int = 1,
+    capacity: int = 2048,
+    experts: str = "grouped_mm",
+    prefill_experts: str = "grouped_mm",
+    run: str = "eager",
+    seed: int = 0,
+    draw: Callable[[Sequence[int], int, int], torch.Tensor] | None = None,
+  ):
     """Sets the model up.
 
     Args:
@@ -288,7 +303,8 @@ class TransformersRoster:
     self._device, self._dtype = model.device, model.dtype
     self._groups = config.num_attention_heads // config.num_key_value_heads
     self._temperatures = np.broadcast_to(
-        np.asarray(temperatures, np.float32), config.num_hidden_layers)
+      np.asarray(temperatures, np.float32), config.num_hidden_layers
+    )
     self._noisy = [l for l, t in enumerate(self._temperatures) if t > 0 and num_members > 1]
     self._scale = torch.tensor(self._temperatures[self._noisy], device=self._device)
     self._draw, self._step, self._inputs = draw, None, None
@@ -308,17 +324,23 @@ class TransformersRoster:
     attention = self.model.model.layers[0].self_attn
     with torch.inference_mode():
       self.cache = torch.zeros(
-          2, config.num_hidden_layers, self.batch_size, config.num_key_value_heads,
-          self.capacity + num_scratch, attention.head_dim,
-          dtype=self._dtype, device=self._device)
+        2,
+        config.num_hidden_layers,
+        self.batch_size,
+        config.num_key_value_heads,
+        self.capacity + num_scratch,
+        attention.head_dim,
+        dtype=self._dtype,
+        device=self._device,
+      )
 
   def _hidden(self, tokens_BxM, positions_M, rows, experts):
     """Hidden states after the last norm, `[B, M, D]`."""
     if self.model.config._experts_implementation != experts:
       self.model.set_experts_implementation(experts)
     return self.model.model(
-        input_ids=tokens_BxM, position_ids=positions_M[None], use_cache=False,
-        rows=rows).last_hidden_state
+      input_ids=tokens_BxM, position_ids=positions_M[None], use_cache=False, rows=rows
+    ).last_hidden_state
 
   @torch.inference_mode()
   def prefill(self, tokens_BxT: torch.Tensor) -> torch.Tensor:
@@ -329,8 +351,10 @@ class TransformersRoster:
     """
     self.length = tokens_BxT.shape[1]
     if tokens_BxT.shape[0] != self.batch_size or self.length > self.capacity:
-      raise ValueError(f"{list(tokens_BxT.shape)} tokens do not fit into the cache of "
-                       f"{self.batch_size} texts of {self.capacity} positions")
+      raise ValueError(
+        f"{list(tokens_BxT.shape)} tokens do not fit into the cache of "
+        f"{self.batch_size} texts of {self.capacity} positions"
+      )
     positions = torch.arange(self.length, device=self._device)
     rows = _Rows(self.cache, slice(0, self.length), self.length, None)
     return self._hidden(tokens_BxT, positions, rows, self.prefill_experts)
@@ -402,8 +426,10 @@ class TransformersRoster:
     return log_probs
 
   def _static_inputs(self):
-    self._inputs = (torch.zeros(self.batch_size, dtype=torch.long, device=self._device),
-                    torch.full((), self.length, dtype=torch.long, device=self._device))
+    self._inputs = (
+      torch.zeros(self.batch_size, dtype=torch.long, device=self._device),
+      torch.full((), self.length, dtype=torch.long, device=self._device),
+    )
     return self._inputs
 
   def _compiled(self):
@@ -427,6 +453,7 @@ class TransformersRoster:
     def replay(tokens, position):
       graph.replay()
       return log_probs.clone()  # The next step writes to the same place.
+
     return replay
 
   @torch.inference_mode()

@@ -56,8 +56,11 @@ def copy_params(params: Params, model: transformers.PreTrainedModel) -> None:
     block, attention = f"model.layers.{l}.", layers.attention
     put(block + "input_layernorm.weight", layers.attention_norm[l])
     put(block + "post_attention_layernorm.weight", layers.moe_norm[l])
-    for name, weight in (("q_proj", attention.query), ("k_proj", attention.key),
-                         ("v_proj", attention.value)):
+    for name, weight in (
+      ("q_proj", attention.query),
+      ("k_proj", attention.key),
+      ("v_proj", attention.value),
+    ):
       put(f"{block}self_attn.{name}.weight", weight[l])
     output = attention.output[l]
     put(block + "self_attn.o_proj.weight", output.reshape(-1, output.shape[-1]).T)
@@ -82,11 +85,20 @@ class StockRoster:
       changed at any time.
   """
 
-  def __init__(self, model: transformers.PreTrainedModel, num_members: int,
-               temperatures: float | Sequence[float], *, batch_size: int = 1,
-               capacity: int = 2048, experts: str = "grouped_mm", cache: str = "static",
-               prefill_experts: str = "grouped_mm", seed: int = 0,
-               draw: Callable[[Sequence[int], int, int], torch.Tensor] | None = None):
+  def __init__(
+    self,
+    model: transformers.PreTrainedModel,
+    num_members: int,
+    temperatures: float | Sequence[float],
+    *,
+    batch_size: int = 1,
+    capacity: int = 2048,
+    experts: str = "grouped_mm",
+    cache: str = "static",
+    prefill_experts: str = "grouped_mm",
+    seed: int = 0,
+    draw: Callable[[Sequence[int], int, int], torch.Tensor] | None = None,
+  ):
     """Sets the model up.
 
     Args:
@@ -108,7 +120,8 @@ class StockRoster:
     self.experts, self.prefill_experts, self.capacity = experts, prefill_experts, capacity
     self.length, self._kind, self._cache, self._draw = 0, cache, None, draw
     self._temperatures = np.broadcast_to(
-        np.asarray(temperatures, np.float32), model.config.num_hidden_layers)
+      np.asarray(temperatures, np.float32), model.config.num_hidden_layers
+    )
     torch.manual_seed(seed)
     for layer in model.model.layers:
       gate = layer.mlp.gate
@@ -119,8 +132,9 @@ class StockRoster:
     if self.model.config._experts_implementation != experts:
       self.model.set_experts_implementation(experts)
     positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
-    return self.model.model(input_ids=tokens, position_ids=positions, past_key_values=cache,
-                            use_cache=True).last_hidden_state
+    return self.model.model(
+      input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True
+    ).last_hidden_state
 
   @torch.inference_mode()
   def prefill(self, tokens_BxT: torch.Tensor) -> torch.Tensor:
@@ -132,11 +146,11 @@ class StockRoster:
       once.batch_repeat_interleave(self.num_members)
       self._cache = once
       return x
-    self._cache = transformers.StaticCache(
-        config=self.model.config, max_cache_len=self.capacity)
+    self._cache = transformers.StaticCache(config=self.model.config, max_cache_len=self.capacity)
     for l, layer in enumerate(once.layers):
-      self._cache.update(*(a.repeat_interleave(self.num_members, dim=0)
-                           for a in (layer.keys, layer.values)), l)
+      self._cache.update(
+        *(a.repeat_interleave(self.num_members, dim=0) for a in (layer.keys, layer.values)), l
+      )
     return x
 
   def _set_length(self):
@@ -182,8 +196,12 @@ class StockRoster:
     self._set_length()
     self._set_noise()
     try:
-      x = self._hidden(tokens_B.repeat_interleave(self.num_members)[:, None], self._cache,
-                       self.length, self.experts)
+      x = self._hidden(
+        tokens_B.repeat_interleave(self.num_members)[:, None],
+        self._cache,
+        self.length,
+        self.experts,
+      )
     finally:
       for layer in self.model.model.layers:
         layer.mlp.gate.noise = None

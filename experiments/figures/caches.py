@@ -18,13 +18,15 @@ Times of the first three are estimated with roe_jax.costs (H100), not measured.
 
 import dataclasses
 
-from experiments import drawing
+from experiments.analysis import drawing
 from experiments.figures import compared
 from experiments.figures.work import Command, Work
 
 TITLE = "Clean Cache against the standard cache"
-SAW = ("Its reviewers asked for Clean Cache against separate caches on every model. The paper "
-       "used either, each on other models, and compared them on none.")
+SAW = (
+  "Its reviewers asked for Clean Cache against separate caches on every model. The paper "
+  "used either, each on other models, and compared them on none."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +47,20 @@ class Config:
 
 
 CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss")} | {
-    "embedded": Config(task="wordmath", examples=60, seeds=1)}
+  "embedded": Config(task="wordmath", examples=60, seeds=1)
+}
 VARIANTS = {
-    "Clean Cache": "cache=clean",
-    "standard cache": "cache=standard",
-    "Clean Cache, without clean member": "cache=clean,include_clean=false",
-    "standard cache, without clean member": "cache=standard,include_clean=false"}
+  "Clean Cache": "cache=clean",
+  "standard cache": "cache=standard",
+  "Clean Cache, without clean member": "cache=clean,include_clean=false",
+  "standard cache, without clean member": "cache=standard,include_clean=false",
+}
 
 
 def _methods(n):
   return {"plain": "plain"} | {
-      label: f"roster:n={n - ('include_clean' in text)},{text}" for label, text in VARIANTS.items()}
+    label: f"roster:n={n - ('include_clean' in text)},{text}" for label, text in VARIANTS.items()
+  }
 
 
 def _name(checkpoint):
@@ -64,10 +69,17 @@ def _name(checkpoint):
 
 def commands(work: Work) -> list[Command]:
   config = work.config
-  return [work.compare(f"caches-{_name(checkpoint)}", [config.task],
-                       list(_methods(config.n).values()), checkpoint=checkpoint,
-                       limit=config.examples, num_seeds=config.seeds)
-          for checkpoint in work.model.checkpoints]
+  return [
+    work.compare(
+      f"caches-{_name(checkpoint)}",
+      [config.task],
+      list(_methods(config.n).values()),
+      checkpoint=checkpoint,
+      limit=config.examples,
+      num_seeds=config.seeds,
+    )
+    for checkpoint in work.model.checkpoints
+  ]
 
 
 def measure(work: Work) -> list[compared.Record]:
@@ -76,35 +88,54 @@ def measure(work: Work) -> list[compared.Record]:
     results = work.compared(f"caches-{_name(checkpoint)}")
     order = [results[m] for m in _methods(work.config.n).values()]
     labels = {m: label for label, m in _methods(work.config.n).items()}
-    found += [r | {"label": labels[r["method"]]}
-              for r in compared.records(order, order[0], model=_name(checkpoint))]
+    found += [
+      r | {"label": labels[r["method"]]}
+      for r in compared.records(order, order[0], model=_name(checkpoint))
+    ]
   return compared.corrected(found)
 
 
 def table(records: list[compared.Record]) -> str:
-  return compared.table(records, ("model", "label"), (
-      "quality", "quality_difference", "perplexity_difference", "fitted_difference", "ms_per_token",
-      "peak_bytes"))
+  return compared.table(
+    records,
+    ("model", "label"),
+    (
+      "quality",
+      "quality_difference",
+      "perplexity_difference",
+      "fitted_difference",
+      "ms_per_token",
+      "peak_bytes",
+    ),
+  )
 
 
 def findings(records: list[compared.Record]) -> str:
   told = [r | {"task": r["model"]} for r in records]
-  return " ".join([
+  return " ".join(
+    [
       compared.clear(told, "quality_difference", "task results", " points"),
-      compared.clear(told, "fitted_difference", "perplexity at fitted output temperatures")])
+      compared.clear(told, "fitted_difference", "perplexity at fitted output temperatures"),
+    ]
+  )
 
 
 def draw(records: list[compared.Record]):
   models = list(dict.fromkeys(r["model"] for r in records))
   of = {(r["model"], r["label"]): r for r in records}
-  panels = [("quality_difference", "right, difference to plain (points)"),
-            ("perplexity_difference", "perplexity, difference to plain,\nboth as they are (%)"),
-            ("fitted_difference", "perplexity, difference to plain,\nboth at fitted T (%)")]
+  panels = [
+    ("quality_difference", "right, difference to plain (points)"),
+    ("perplexity_difference", "perplexity, difference to plain,\nboth as they are (%)"),
+    ("fitted_difference", "perplexity, difference to plain,\nboth at fitted T (%)"),
+  ]
   figure, axes = drawing.axes(len(panels), width=3.6, height=3.2)
   for (measure_, title), axis in zip(panels, axes[0]):
     drawing.zero(axis)
-    drawing.dots(axis, models, {label: [compared.read(of[m, label][measure_]) for m in models]
-                                for label in VARIANTS})
+    drawing.dots(
+      axis,
+      models,
+      {label: [compared.read(of[m, label][measure_]) for m in models] for label in VARIANTS},
+    )
     axis.set_ylabel(title)
     axis.tick_params(axis="x", labelsize=8)
   drawing.legend(figure, axes[0, 0], 2)

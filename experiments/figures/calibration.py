@@ -26,19 +26,20 @@ from typing import Any
 
 import numpy as np
 
-from experiments import drawing, statistics
+from experiments.analysis import drawing, paired_statistics, report_page
+from experiments.analysis.paired_statistics import Estimate
+from experiments.evaluation.measure import OUTPUT_TEMPERATURES
 from experiments.figures import compared, likelihoods
 from experiments.figures.work import Command, Work
-from experiments.measure import OUTPUT_TEMPERATURES
-from experiments.objectives import Perplexity
-from experiments.reporting import page
-from experiments.statistics import Estimate
-from roe_jax import diagnostics, score
+from experiments.tuning.objectives import Perplexity
+from roe_jax import diagnostics, scoring
 from roe_jax.roster import Roster
 
 TITLE = "How much of the gain is calibration"
-SAW = ("Its reviewers asked which component gives the gain. The paper compares with the plain "
-       "model as it is, without an output temperature.")
+SAW = (
+  "Its reviewers asked which component gives the gain. The paper compares with the plain "
+  "model as it is, without an output temperature."
+)
 ALL = "all"
 SYSTEMS = ("plain, one T", "plain, T by class", "roster", "roster, one T", "roster, T by class")
 
@@ -72,7 +73,8 @@ class Config:
 
 MARGINS = ("firm routing", "fragile routing")
 CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss")} | {
-    "embedded": Config(task="wordmath", temperature=0.3, examples=160)}
+  "embedded": Config(task="wordmath", temperature=0.3, examples=160)
+}
 
 
 def commands(work: Work) -> list[Command]:
@@ -94,28 +96,43 @@ class Tokens:
   text: np.ndarray
 
 
-def _score(texts: likelihoods.Texts, objective: Perplexity, roster: Roster,
-           temperatures: np.ndarray, ids: range) -> Tokens:
+def _score(
+  texts: likelihoods.Texts,
+  objective: Perplexity,
+  roster: Roster,
+  temperatures: np.ndarray,
+  ids: range,
+) -> Tokens:
   # As many output temperatures in every call, so that nothing is compiled again.
   padded = np.ones(len(OUTPUT_TEMPERATURES) + 1)
-  padded[1:1 + len(temperatures)] = temperatures
-  scores = score.score(
-      texts.params, texts.config, objective.texts, objective.starts, roster=roster, request_ids=ids,
-      output_temperatures=padded, batch_size=16).texts
+  padded[1 : 1 + len(temperatures)] = temperatures
+  scores = scoring.score(
+    texts.params,
+    texts.config,
+    objective.texts,
+    objective.starts,
+    roster=roster,
+    request_ids=ids,
+    output_temperatures=padded,
+    batch_size=16,
+  ).texts
   return Tokens(
-      -np.concatenate([s.log_probs for s in scores]).astype(np.float64)[:, 1:1 + len(temperatures)],
-      np.exp(np.concatenate([s.greedy_log_probs[:, 0] for s in scores])),
-      np.repeat(np.arange(len(scores)), [len(s.log_probs) for s in scores]))
+    -np.concatenate([s.log_probs for s in scores]).astype(np.float64)[:, 1 : 1 + len(temperatures)],
+    np.exp(np.concatenate([s.greedy_log_probs[:, 0] for s in scores])),
+    np.repeat(np.arange(len(scores)), [len(s.log_probs) for s in scores]),
+  )
 
 
 def _margins(texts: likelihoods.Texts, objective: Perplexity) -> np.ndarray:
   """`[M]` smallest routing margin over layers, where each scored token is predicted."""
   plain, found = Roster.create(texts.config), []
   for first in range(0, len(objective.texts), 16):
-    some = objective.texts[first:first + 16]
+    some = objective.texts[first : first + 16]
     margins = diagnostics.routing_margins(texts.params, texts.config, plain, some)[:, 0].min(axis=0)
-    found += [row[start - 1:len(text) - 1] for row, text, start in zip(
-        margins, some, objective.starts[first:first + 16])]
+    found += [
+      row[start - 1 : len(text) - 1]
+      for row, text, start in zip(margins, some, objective.starts[first : first + 16])
+    ]
   return np.concatenate(found)
 
 
@@ -128,7 +145,7 @@ def _fit(nll: np.ndarray, chosen: np.ndarray) -> float:
   """The output temperature of some tokens; 1 where there are fewer than ten to fit on."""
   if chosen.sum() < 10:
     return 1.0
-  return statistics.fit_output_temperature(nll[chosen], OUTPUT_TEMPERATURES)
+  return paired_statistics.fit_output_temperature(nll[chosen], OUTPUT_TEMPERATURES)
 
 
 def _measure(work: Work, checkpoint: str) -> dict[str, Any]:
@@ -141,19 +158,33 @@ def _measure(work: Work, checkpoint: str) -> dict[str, Any]:
   seeds = range(work.seed, work.seed + config.seeds)
 
   def roster(seed):
-    return Roster.create(texts.config, config.n, config.temperature, seed=seed,
-                         cache=work.model.cache)
+    return Roster.create(
+      texts.config, config.n, config.temperature, seed=seed, cache=work.model.cache
+    )
 
-  on_grid = {"plain": _score(texts, fit_on, Roster.create(texts.config), OUTPUT_TEMPERATURES, fit_ids),
-             "roster": _score(texts, fit_on, roster(seeds[0]), OUTPUT_TEMPERATURES, fit_ids)}
+  on_grid = {
+    "plain": _score(texts, fit_on, Roster.create(texts.config), OUTPUT_TEMPERATURES, fit_ids),
+    "roster": _score(texts, fit_on, roster(seeds[0]), OUTPUT_TEMPERATURES, fit_ids),
+  }
   of_fit = _classes(config, on_grid["plain"].top)
-  fitted = {name: [_fit(t.nll, np.full(len(of_fit), True)),
-                   *(_fit(t.nll, of_fit == c) for c in range(len(config.classes)))]
-            for name, t in on_grid.items()}
-  reported = {"plain": [_score(texts, report_on, Roster.create(texts.config),
-                               np.array([1.0, *fitted["plain"]]), report_ids)],
-              "roster": [_score(texts, report_on, roster(seed),
-                                np.array([1.0, *fitted["roster"]]), report_ids) for seed in seeds]}
+  fitted = {
+    name: [
+      _fit(t.nll, np.full(len(of_fit), True)),
+      *(_fit(t.nll, of_fit == c) for c in range(len(config.classes))),
+    ]
+    for name, t in on_grid.items()
+  }
+  reported = {
+    "plain": [
+      _score(
+        texts, report_on, Roster.create(texts.config), np.array([1.0, *fitted["plain"]]), report_ids
+      )
+    ],
+    "roster": [
+      _score(texts, report_on, roster(seed), np.array([1.0, *fitted["roster"]]), report_ids)
+      for seed in seeds
+    ],
+  }
   plain = reported["plain"][0]
   of = _classes(config, plain.top)
   median = np.median(_margins(texts, fit_on))
@@ -163,18 +194,23 @@ def _measure(work: Work, checkpoint: str) -> dict[str, Any]:
     mean = np.mean([t.nll for t in runs], axis=0)  # over seeds
     nll[name], nll[f"{name}, one T"] = mean[:, 0], mean[:, 1]
     nll[f"{name}, T by class"] = mean[np.arange(len(of)), 2 + of]
-  groups = {ALL: np.full(len(of), True)} | {
-      label: of == c for c, label in enumerate(config.classes)} | dict(
-          zip(MARGINS, (~fragile, fragile)))
+  groups = (
+    {ALL: np.full(len(of), True)}
+    | {label: of == c for c, label in enumerate(config.classes)}
+    | dict(zip(MARGINS, (~fragile, fragile)))
+  )
 
   def by_text(values, chosen):
     return np.bincount(plain.text[chosen], values[chosen], len(report_on.texts)).tolist()
 
   return {
-      "temperatures": {name: dict(zip((ALL, *config.classes), t)) for name, t in fitted.items()},
-      "tokens": {g: by_text(np.ones(len(of)), chosen) for g, chosen in groups.items()},
-      "gain": {g: {s: by_text(nll["plain"] - nll[s], chosen) for s in SYSTEMS}
-               for g, chosen in groups.items()}}
+    "temperatures": {name: dict(zip((ALL, *config.classes), t)) for name, t in fitted.items()},
+    "tokens": {g: by_text(np.ones(len(of)), chosen) for g, chosen in groups.items()},
+    "gain": {
+      g: {s: by_text(nll["plain"] - nll[s], chosen) for s in SYSTEMS}
+      for g, chosen in groups.items()
+    },
+  }
 
 
 def measure(work: Work) -> list[dict]:
@@ -186,16 +222,24 @@ def measure(work: Work) -> list[dict]:
       counts = np.array(counts)
       if not counts.sum():
         continue
-      record = {"model": checkpoint.rpartition(":")[2], "class": group,
-                "share": float(counts.sum() / everything), "tokens": int(counts.sum()),
-                "T": m["temperatures"]["plain"].get(group)}
+      record = {
+        "model": checkpoint.rpartition(":")[2],
+        "class": group,
+        "share": float(counts.sum() / everything),
+        "tokens": int(counts.sum()),
+        "T": m["temperatures"]["plain"].get(group),
+      }
       for system in SYSTEMS:
         gain = np.array(m["gain"][group][system])
-        record[system] = dict(zip(("value", "low", "high"), statistics.bootstrap(
-            [1e3 * gain, counts], statistics.ratio)))
+        record[system] = dict(
+          zip(
+            ("value", "low", "high"),
+            paired_statistics.bootstrap([1e3 * gain, counts], paired_statistics.ratio),
+          )
+        )
       record["share of calibration"] = _share(
-          m["gain"][group]["plain, one T"], m["gain"][group]["roster, one T"],
-          record["roster, one T"])
+        m["gain"][group]["plain, one T"], m["gain"][group]["roster, one T"], record["roster, one T"]
+      )
       found.append(record)
   return found
 
@@ -204,19 +248,31 @@ def _share(plain, roster, gain):
   """The gain of the plain model's temperature in percent of the roster's with its own, or None."""
   if not gain["low"] > 0:
     return None
-  value, low, high = statistics.bootstrap(
-      [100 * np.array(plain), np.array(roster)], statistics.ratio)
+  value, low, high = paired_statistics.bootstrap(
+    [100 * np.array(plain), np.array(roster)], paired_statistics.ratio
+  )
   return {"value": value, "low": low, "high": high}
 
 
 def table(records: list[dict]) -> str:
-  rows = [[r["model"], r["class"], f"{100 * r['share']:.1f} %", f"{r['T']:.2f}" if r["T"] else "",
-           *(compared.cell(r[s], 2, True) for s in SYSTEMS),
-           compared.cell(r["share of calibration"], 0) or "not defined"] for r in records]
-  return page.table(["model", "tokens", "share", "T of plain", *SYSTEMS, "share of calibration, %"],
-                    rows) + ("\n\nGains over the plain model as it is, in thousandths of a nat per token of "
-                             "the class; 95 % bootstrap intervals over texts. T by class is fitted for each "
-                             "class of confidence.")
+  rows = [
+    [
+      r["model"],
+      r["class"],
+      f"{100 * r['share']:.1f} %",
+      f"{r['T']:.2f}" if r["T"] else "",
+      *(compared.cell(r[s], 2, True) for s in SYSTEMS),
+      compared.cell(r["share of calibration"], 0) or "not defined",
+    ]
+    for r in records
+  ]
+  return report_page.table(
+    ["model", "tokens", "share", "T of plain", *SYSTEMS, "share of calibration, %"], rows
+  ) + (
+    "\n\nGains over the plain model as it is, in thousandths of a nat per token of "
+    "the class; 95 % bootstrap intervals over texts. T by class is fitted for each "
+    "class of confidence."
+  )
 
 
 def findings(records: list[dict]) -> str:
@@ -224,12 +280,16 @@ def findings(records: list[dict]) -> str:
   for r in (r for r in records if r["class"] == ALL):
     gain = r["roster, one T"]
     if not (share := r["share of calibration"]):
-      told.append(f"{r['model']}: the roster with its own output temperature gains nothing clear "
-                  f"({gain['value']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}] thousandths of a nat "
-                  "per token), so that no share of it can be given.")
+      told.append(
+        f"{r['model']}: the roster with its own output temperature gains nothing clear "
+        f"({gain['value']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}] thousandths of a nat "
+        "per token), so that no share of it can be given."
+      )
     else:
-      told.append(f"{r['model']}: one output temperature of the plain model gains {share['value']:.0f} % "
-                  f"[{share['low']:.0f}, {share['high']:.0f}] of what the roster with its own gains.")
+      told.append(
+        f"{r['model']}: one output temperature of the plain model gains {share['value']:.0f} % "
+        f"[{share['low']:.0f}, {share['high']:.0f}] of what the roster with its own gains."
+      )
   return " ".join(told)
 
 
@@ -244,8 +304,11 @@ def draw(records: list[dict]):
       return Estimate(*(r["share"] * r[system][name] for name in ("value", "low", "high")))
 
     drawing.zero(axis)
-    drawing.dots(axis, [f"{r['class']}\n{100 * r['share']:.1f} %" for r in shown],
-                 {s: [added(r, s) for r in shown] for s in SYSTEMS})
+    drawing.dots(
+      axis,
+      [f"{r['class']}\n{100 * r['share']:.1f} %" for r in shown],
+      {s: [added(r, s) for r in shown] for s in SYSTEMS},
+    )
     axis.set_title(model, fontsize=9)
     axis.tick_params(axis="x", labelsize=8)
     axis.set_ylabel("added to the gain over plain\n(0.001 nat per token)", fontsize=8)

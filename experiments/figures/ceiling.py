@@ -31,15 +31,16 @@ import dataclasses
 import numpy as np
 import scipy.optimize
 
-from experiments import drawing, statistics
+from experiments.analysis import drawing, report_page
 from experiments.figures import compared, likelihoods
 from experiments.figures.work import Command, Work
-from experiments.reporting import page
 from roe_jax.roster import Roster
 
 TITLE = "Gain against n, and its ceiling"
-SAW = ("The paper saw the gain grow with n with diminishing returns, up to n = 64. Its "
-       "reviewers asked for the ceiling.")
+SAW = (
+  "The paper saw the gain grow with n with diminishing returns, up to n = 64. Its "
+  "reviewers asked for the ceiling."
+)
 RESAMPLES = 400  # of the fit, which takes a millisecond
 
 
@@ -63,7 +64,8 @@ class Config:
 
 
 CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss")} | {
-    "embedded": Config(task="wordmath", temperature=0.3, examples=60)}
+  "embedded": Config(task="wordmath", temperature=0.3, examples=60)
+}
 
 
 def commands(work: Work) -> list[Command]:
@@ -72,21 +74,25 @@ def commands(work: Work) -> list[Command]:
 
 def curve(n: np.ndarray, ceiling: float, a: float, b: float = 1.0) -> np.ndarray:
   """nll(n) = ceiling + a n^-b."""
-  return ceiling + a * n ** -b
+  return ceiling + a * n**-b
 
 
 def fit(n: np.ndarray, nll: np.ndarray, b: float = 1.0) -> tuple[float, float]:
   """(ceiling, a) of `curve` by least squares."""
-  design = np.stack([np.ones(len(n)), n ** -b], axis=1)
+  design = np.stack([np.ones(len(n)), n**-b], axis=1)
   found, *_ = np.linalg.lstsq(design, nll, rcond=None)
   return float(found[0]), float(found[1])
 
 
 def exponent(n: np.ndarray, nll: np.ndarray) -> float:
   """b of `curve` by least squares, between 0.1 and 3; for each b the rest is linear."""
-  return float(scipy.optimize.minimize_scalar(
-      lambda b: ((curve(n, *fit(n, nll, b), b) - nll) ** 2).sum(), bounds=(0.1, 3.0),
-      method="bounded").x)
+  return float(
+    scipy.optimize.minimize_scalar(
+      lambda b: ((curve(n, *fit(n, nll, b), b) - nll) ** 2).sum(),
+      bounds=(0.1, 3.0),
+      method="bounded",
+    ).x
+  )
 
 
 def ceiling(n: np.ndarray, nll: np.ndarray, tokens: np.ndarray) -> dict:
@@ -117,12 +123,16 @@ def ceiling(n: np.ndarray, nll: np.ndarray, tokens: np.ndarray) -> dict:
     resampled.append(limits(weights.astype(float))[1])
   low, high = np.quantile(resampled, [0.025, 0.975])
   clear = bool(low > 0 or high < 0)
-  return {"limit": {"value": float(limit), "low": float(low), "high": float(high), "clear": clear},
-          "a": found[1], "b": exponent(n[many], (nll.sum(axis=1) / tokens.sum())[many]),
-          "nll": found[0], "plain_nll": float(
-              nll[0].sum() / tokens.sum()),
-          "reached": {str(int(k)): float(100 * g / limit) for k, g in zip(n.tolist(), gains)}
-          if clear else None}
+  return {
+    "limit": {"value": float(limit), "low": float(low), "high": float(high), "clear": clear},
+    "a": found[1],
+    "b": exponent(n[many], (nll.sum(axis=1) / tokens.sum())[many]),
+    "nll": found[0],
+    "plain_nll": float(nll[0].sum() / tokens.sum()),
+    "reached": {str(int(k)): float(100 * g / limit) for k, g in zip(n.tolist(), gains)}
+    if clear
+    else None,
+  }
 
 
 def measure(work: Work) -> list[dict]:
@@ -135,15 +145,28 @@ def measure(work: Work) -> list[dict]:
     tokens = texts.reported_on.tokens
     values = {}
     for n in config.members:
-      values[n] = keep.get(f"{model}, n = {n}", texts.plain if n == 1 else lambda n=n: texts.measure(
-          lambda seed: Roster.create(texts.config, n, config.temperature, seed=seed), seeds))
+      values[n] = keep.get(
+        f"{model}, n = {n}",
+        texts.plain
+        if n == 1
+        else lambda n=n: texts.measure(
+          lambda seed: Roster.create(texts.config, n, config.temperature, seed=seed), seeds
+        ),
+      )
       label = "plain" if n == 1 else f"n = {n}"
-      found.append(likelihoods.record(values[n], values[1], tokens, label, config.task, model=model,
-                                      n=n))
+      found.append(
+        likelihoods.record(values[n], values[1], tokens, label, config.task, model=model, n=n)
+      )
     for name in ("nll", "fitted_nll"):
       nll = np.array([np.mean(values[n][name], axis=1) for n in config.members])
-      found.append({"model": model, "fit": name, "temperature": config.temperature,
-                    **ceiling(np.array(config.members, float), nll, tokens.astype(float))})
+      found.append(
+        {
+          "model": model,
+          "fit": name,
+          "temperature": config.temperature,
+          **ceiling(np.array(config.members, float), nll, tokens.astype(float)),
+        }
+      )
   return compared.corrected(found)
 
 
@@ -153,15 +176,34 @@ def _parts(records):
 
 def table(records: list[dict]) -> str:
   points, fits = _parts(records)
-  rows = [[f["model"], "at fitted T" if f["fit"] == "fitted_nll" else "as it is",
-           compared.cell(f["limit"], 2, True), f"{f['b']:.2f}",
-           *(f"{f['reached'][k]:.0f} %" if f["reached"] and k in f["reached"] else "not defined"
-             for k in _told(fits))] for f in fits]
-  return compared.table(points, ("model", "label"), (
-      "perplexity", "perplexity_difference", "fitted", "fitted_difference")) + (
-          "\n\nThe fitted ceiling, perplexity against plain in % (* its interval leaves out zero), and the "
-          "share of it that n members reach:\n\n") + page.table(
-              ["model", "", "ceiling, %", "exponent, were it fitted", *(f"n = {k}" for k in _told(fits))], rows)
+  rows = [
+    [
+      f["model"],
+      "at fitted T" if f["fit"] == "fitted_nll" else "as it is",
+      compared.cell(f["limit"], 2, True),
+      f"{f['b']:.2f}",
+      *(
+        f"{f['reached'][k]:.0f} %" if f["reached"] and k in f["reached"] else "not defined"
+        for k in _told(fits)
+      ),
+    ]
+    for f in fits
+  ]
+  return (
+    compared.table(
+      points,
+      ("model", "label"),
+      ("perplexity", "perplexity_difference", "fitted", "fitted_difference"),
+    )
+    + (
+      "\n\nThe fitted ceiling, perplexity against plain in % (* its interval leaves out zero), and the "
+      "share of it that n members reach:\n\n"
+    )
+    + report_page.table(
+      ["model", "", "ceiling, %", "exponent, were it fitted", *(f"n = {k}" for k in _told(fits))],
+      rows,
+    )
+  )
 
 
 def _told(fits):
@@ -180,30 +222,50 @@ def findings(records: list[dict]) -> str:
       continue
     most = {int(k): v for k, v in f["reached"].items()}
     enough = next((k for k in sorted(most) if most[k] >= 90), None)
-    told.append(f"{what}: the ceiling is {interval} of the perplexity"
-                + (f", of which n = {enough} reaches {most[enough]:.0f} %." if enough else "."))
+    told.append(
+      f"{what}: the ceiling is {interval} of the perplexity"
+      + (f", of which n = {enough} reaches {most[enough]:.0f} %." if enough else ".")
+    )
   return " ".join(told)
 
 
 def draw(records: list[dict]):
   points, fits = _parts(records)
   models = list(dict.fromkeys(f["model"] for f in fits))
-  kinds = [("nll", "perplexity_difference", "both as they are"),
-           ("fitted_nll", "fitted_difference", "both at fitted T")]
+  kinds = [
+    ("nll", "perplexity_difference", "both as they are"),
+    ("fitted_nll", "fitted_difference", "both at fitted T"),
+  ]
   figure, axes = drawing.axes(2, len(models), width=3.6, height=2.6)
   for model, line in zip(models, axes):
     for (name, measure_, title), axis in zip(kinds, line):
       shown = [r for r in points if r["model"] == model and r[measure_]]
       drawing.zero(axis)
       values, bars = drawing.bars([compared.read(r[measure_]) for r in shown])
-      axis.errorbar([r["n"] for r in shown], values, yerr=bars,
-                    **drawing.style(0) | {"markersize": 4}, label="measured")
+      axis.errorbar(
+        [r["n"] for r in shown],
+        values,
+        yerr=bars,
+        **drawing.style(0) | {"markersize": 4},
+        label="measured",
+      )
       f = next(f for f in fits if f["model"] == model and f["fit"] == name)
       n = np.geomspace(2, shown[-1]["n"], 60)
-      axis.plot(n, 100 * np.expm1(curve(n, f["nll"], f["a"]) - f["plain_nll"]), "-",
-                color="0.4", linewidth=1, label="fitted L + a / n")
-      axis.axhspan(f["limit"]["low"], f["limit"]["high"], color="0.9", zorder=-1,
-                   label="ceiling, 95 % interval")
+      axis.plot(
+        n,
+        100 * np.expm1(curve(n, f["nll"], f["a"]) - f["plain_nll"]),
+        "-",
+        color="0.4",
+        linewidth=1,
+        label="fitted L + a / n",
+      )
+      axis.axhspan(
+        f["limit"]["low"],
+        f["limit"]["high"],
+        color="0.9",
+        zorder=-1,
+        label="ceiling, 95 % interval",
+      )
       axis.axhline(f["limit"]["value"], color="0.4", linestyle=":", linewidth=1, label="ceiling")
       drawing.members_axis(axis, [r["n"] for r in shown])
       axis.set_title(f"{model}, {title}", fontsize=9)

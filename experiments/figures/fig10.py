@@ -16,13 +16,15 @@ of a task and a model each.
 
 import numpy as np
 
+from experiments.analysis import pictures, report_page
 from experiments.figures import searches
 from experiments.figures.work import Command, Work
-from experiments.reporting import page, pictures
 
 TITLE = "Temperatures by layer"
-SAW = ("The paper shows the τ of each layer that its searches found, one profile for each task; "
-       "not whether what differs between profiles is more than chance.")
+SAW = (
+  "The paper shows the τ of each layer that its searches found, one profile for each task; "
+  "not whether what differs between profiles is more than chance."
+)
 CONFIGS = searches.CONFIGS
 
 
@@ -42,25 +44,40 @@ def _fixed(record):
 
 def table(records: list[searches.Record]) -> str:
   layers = len(records[0]["profile"]["temperatures"])
-  rows = [[r["task"], r["profile"]["objective"]["kind"].replace("tpe", "TPE"),
-           *("fixed" if i in _fixed(r) else f"{t:.2f}"
-             for i, t in enumerate(r["profile"]["temperatures"]))] for r in records]
-  return page.table(["task", "found by", *(f"layer {i}" for i in range(layers))], rows)
+  rows = [
+    [
+      r["task"],
+      r["profile"]["objective"]["kind"].replace("tpe", "TPE"),
+      *(
+        "fixed" if i in _fixed(r) else f"{t:.2f}"
+        for i, t in enumerate(r["profile"]["temperatures"])
+      ),
+    ]
+    for r in records
+  ]
+  return report_page.table(["task", "found by", *(f"layer {i}" for i in range(layers))], rows)
 
 
 def findings(records: list[searches.Record]) -> str:
-  free = sorted(set(range(len(records[0]["profile"]["temperatures"]))).difference(
-      *map(_fixed, records)))
+  free = sorted(
+    set(range(len(records[0]["profile"]["temperatures"]))).difference(*map(_fixed, records))
+  )
   grid = np.array([r["profile"]["temperatures"] for r in records])[:, free]
-  text = (f"Mean τ of layers {free[0]} to {free[-1]}, which no search kept at 0, over "
-          f"{page.count(len(records), 'task')}: "
-          + ", ".join(f"{m:.2f}" for m in grid.mean(axis=0)) + ".")
+  text = (
+    f"Mean τ of layers {free[0]} to {free[-1]}, which no search kept at 0, over "
+    f"{report_page.count(len(records), 'task')}: "
+    + ", ".join(f"{m:.2f}" for m in grid.mean(axis=0))
+    + "."
+  )
   if len(records) > 1 and len(free) > 1:
-    text += (f" Standard deviation between tasks {grid.std(axis=0, ddof=1).mean():.2f} on average, "
-             f"between layers {grid.std(axis=1, ddof=1).mean():.2f}.")
+    text += (
+      f" Standard deviation between tasks {grid.std(axis=0, ddof=1).mean():.2f} on average, "
+      f"between layers {grid.std(axis=1, ddof=1).mean():.2f}."
+    )
   return text + " That a profile differs does not say that it matters: see transfer."
 
 
 def draw(records: list[searches.Record]):
-  return pictures.temperatures([searches.tuning(r) for r in records],
-                               [r["settings"]["fixed_layers"] for r in records])
+  return pictures.temperatures(
+    [searches.tuning(r) for r in records], [r["settings"]["fixed_layers"] for r in records]
+  )

@@ -18,13 +18,15 @@ Times of the first three are estimated with roe_jax.costs (H100), not measured.
 
 import dataclasses
 
-from experiments import drawing
+from experiments.analysis import drawing
 from experiments.figures import compared
 from experiments.figures.work import Command, Work
 
 TITLE = "Main result: plain against roster with tuned τ"
-SAW = ("The paper saw gains on nearly all of its twelve tasks, the largest for OLMoE-1B-7B, "
-       "and none on MultiArith for Mixtral and GPT-OSS; it gave no intervals.")
+SAW = (
+  "The paper saw gains on nearly all of its twelve tasks, the largest for OLMoE-1B-7B, "
+  "and none on MultiArith for Mixtral and GPT-OSS; it gave no intervals."
+)
 ROSTER = "roster, tuned τ"
 
 
@@ -41,8 +43,14 @@ def _roster(work: Work, task: str) -> str:
 
 
 def commands(work: Work) -> list[Command]:
-  return [command for task in work.model.tasks for command in (
-      work.tune(task), work.compare(f"tuned-{task}", [task], ["plain", _roster(work, task)]))]
+  return [
+    command
+    for task in work.model.tasks
+    for command in (
+      work.tune(task),
+      work.compare(f"tuned-{task}", [task], ["plain", _roster(work, task)]),
+    )
+  ]
 
 
 def measure(work: Work) -> list[compared.Record]:
@@ -50,22 +58,29 @@ def measure(work: Work) -> list[compared.Record]:
   for task in work.model.tasks:
     results = work.compared(f"tuned-{task}")
     category = work.model.category(task)
-    found += compared.records(list(results.values()), results["plain"], category=category,
-                              checkpoint=work.model.checkpoint)
+    found += compared.records(
+      list(results.values()), results["plain"], category=category, checkpoint=work.model.checkpoint
+    )
   for record in found:
     record["label"] = "plain" if record["method"] == "plain" else ROSTER
   return compared.corrected(found)
 
 
 def table(records: list[compared.Record]) -> str:
-  return compared.table(records, ("category", "task", "label", "examples"), (
-      "quality", "quality_difference", "perplexity", "fitted", "fitted_difference"))
+  return compared.table(
+    records,
+    ("category", "task", "label", "examples"),
+    ("quality", "quality_difference", "perplexity", "fitted", "fitted_difference"),
+  )
 
 
 def findings(records: list[compared.Record]) -> str:
-  return " ".join([
+  return " ".join(
+    [
       compared.clear(records, "quality_difference", "task results", " points"),
-      compared.clear(records, "fitted_difference", "perplexity at fitted output temperatures")])
+      compared.clear(records, "fitted_difference", "perplexity at fitted output temperatures"),
+    ]
+  )
 
 
 def draw(records: list[compared.Record]):
@@ -73,12 +88,22 @@ def draw(records: list[compared.Record]):
   of = {(r["task"], r["label"]): r for r in records}
   figure, axes = drawing.axes(1, 2, width=max(4.5, 1.0 * len(tasks) + 1.5), height=2.6)
   upper, lower = axes[:, 0]
-  drawing.dots(upper, tasks, {label: [compared.read(of[task, label]["quality"]) for task in tasks]
-                              for label in ("plain", ROSTER)})
+  drawing.dots(
+    upper,
+    tasks,
+    {
+      label: [compared.read(of[task, label]["quality"]) for task in tasks]
+      for label in ("plain", ROSTER)
+    },
+  )
   upper.set_ylabel("right (%)")
   drawing.zero(lower)
-  drawing.dots(lower, tasks, {"roster to plain": [
-      compared.read(of[task, ROSTER]["quality_difference"]) for task in tasks]}, 1)
+  drawing.dots(
+    lower,
+    tasks,
+    {"roster to plain": [compared.read(of[task, ROSTER]["quality_difference"]) for task in tasks]},
+    1,
+  )
   lower.set_ylabel("difference (points)")
   for axis in (upper, lower):
     axis.tick_params(axis="x", labelsize=8, rotation=20 if len(tasks) > 3 else 0)

@@ -18,14 +18,15 @@ memory and +20 % power at n = 64, on one A100 with τ = 0.
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
 
-from experiments import drawing
+from experiments.analysis import drawing, report_page
 from experiments.figures import overhead
 from experiments.figures.work import Command, Work
-from experiments.reporting import page
 
 TITLE = "Memory and power against n"
-SAW = ("The paper saw +12 % peak memory and +20 % power per token at n = 64 (OLMoE, one A100, "
-       "τ = 0, where all members read the same experts).")
+SAW = (
+  "The paper saw +12 % peak memory and +20 % power per token at n = 64 (OLMoE, one A100, "
+  "τ = 0, where all members read the same experts)."
+)
 CONFIGS = overhead.CONFIGS
 
 
@@ -42,22 +43,41 @@ def _mebibytes(value):
 
 
 def table(records: list[dict]) -> str:
-  rows = [[label, r["n"], _mebibytes(r["bytes"]), f"{r['bytes'] / lines[0]['bytes']:.2f}"
-           if r["bytes"] else "", _mebibytes(r["peak_device_bytes"]),
-           *("not available" if r[k] is None else f"{r[k]:.3g}"
-             for k in ("watts", "joules_per_token"))]
-          for label, lines in overhead.series(records).items() for r in lines]
-  return page.table(["", "n", "program, MiB", "to the smallest n", "device's peak so far, MiB",
-                     "power, W", "J per token"], rows)
+  rows = [
+    [
+      label,
+      r["n"],
+      _mebibytes(r["bytes"]),
+      f"{r['bytes'] / lines[0]['bytes']:.2f}" if r["bytes"] else "",
+      _mebibytes(r["peak_device_bytes"]),
+      *("not available" if r[k] is None else f"{r[k]:.3g}" for k in ("watts", "joules_per_token")),
+    ]
+    for label, lines in overhead.series(records).items()
+    for r in lines
+  ]
+  return report_page.table(
+    [
+      "",
+      "n",
+      "program, MiB",
+      "to the smallest n",
+      "device's peak so far, MiB",
+      "power, W",
+      "J per token",
+    ],
+    rows,
+  )
 
 
 def findings(records: list[dict]) -> str:
   told = []
   for label, lines in overhead.series(records).items():
     if lines[0]["bytes"] and len(lines) > 1:
-      told.append(f"{label}: n = {lines[-1]['n']} needs "
-                  f"{100 * (lines[-1]['bytes'] / lines[0]['bytes'] - 1):+.1f} % of memory against n = "
-                  f"{lines[0]['n']}")
+      told.append(
+        f"{label}: n = {lines[-1]['n']} needs "
+        f"{100 * (lines[-1]['bytes'] / lines[0]['bytes'] - 1):+.1f} % of memory against n = "
+        f"{lines[0]['n']}"
+      )
   text = "; ".join(told) + "." if told else "Memory is not available here."
   if all(r["watts"] is None for r in records):
     text += " Power is not available here: there is no GPU that NVML knows."
@@ -65,8 +85,10 @@ def findings(records: list[dict]) -> str:
 
 
 def draw(records: list[dict]):
-  panels = [("bytes", 2**20, "memory of the program (MiB)"),
-            ("joules_per_token", 1, "energy (J per token)")]
+  panels = [
+    ("bytes", 2**20, "memory of the program (MiB)"),
+    ("joules_per_token", 1, "energy (J per token)"),
+  ]
   there = [p for p in panels if any(r[p[0]] is not None for r in records)]
   if not there:
     return None
@@ -74,14 +96,16 @@ def draw(records: list[dict]):
   for (key, unit, title), axis in zip(there, axes[0]):
     for index, (label, lines) in enumerate(overhead.series(records).items()):
       shown = [r for r in lines if r[key] is not None]
-      axis.errorbar([r["n"] for r in shown], [r[key] / unit for r in shown], label=label,
-                    **drawing.line(index))
+      axis.errorbar(
+        [r["n"] for r in shown], [r[key] / unit for r in shown], label=label, **drawing.line(index)
+      )
     axis.set_ylabel(title)
     axis.set_ylim(0, 1.08 * max(r[key] / unit for r in records if r[key] is not None))
     drawing.members_axis(axis, sorted({r["n"] for r in records}))
   if len(there) < len(panels):
-    missing = next(title for key, _, title in panels if (key, title) not in {
-        (k, t) for k, _, t in there})
+    missing = next(
+      title for key, _, title in panels if (key, title) not in {(k, t) for k, _, t in there}
+    )
     figure.suptitle(f"{missing}: not available here", fontsize=9)
   drawing.legend(figure, axes[0, 0], 2)
   return figure

@@ -16,14 +16,15 @@ are within rounds. The paper shows latency of 128 tokens at τ = 0.
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
 
-from experiments import drawing
+from experiments.analysis import drawing, report_page
 from experiments.figures import compared, overhead
 from experiments.figures.work import Command, Work
-from experiments.reporting import page
 
 TITLE = "Latency per token against n"
-SAW = ("The paper saw latency grow little with n with a cache, and much without (OLMoE, one "
-       "A100, 128 tokens, τ = 0).")
+SAW = (
+  "The paper saw latency grow little with n with a cache, and much without (OLMoE, one "
+  "A100, 128 tokens, τ = 0)."
+)
 CONFIGS = overhead.CONFIGS
 
 
@@ -36,21 +37,38 @@ def measure(work: Work) -> list[dict]:
 
 
 def table(records: list[dict]) -> str:
-  rows = [[label, r["n"], compared.cell(r["ms_per_token"], 2), f"{r['to_one']:.2f}",
-           "" if r["experts"] is None else f"{r['experts']:.1f} of {r['num_experts']}", r["rounds"]]
-          for label, lines in overhead.series(records).items() for r in lines]
-  return page.table(["", "n", "ms per token [quartiles]", "to n = 1", "experts read", "rounds"],
-                    rows)
+  rows = [
+    [
+      label,
+      r["n"],
+      compared.cell(r["ms_per_token"], 2),
+      f"{r['to_one']:.2f}",
+      "" if r["experts"] is None else f"{r['experts']:.1f} of {r['num_experts']}",
+      r["rounds"],
+    ]
+    for label, lines in overhead.series(records).items()
+    for r in lines
+  ]
+  return report_page.table(
+    ["", "n", "ms per token [quartiles]", "to n = 1", "experts read", "rounds"], rows
+  )
 
 
 def findings(records: list[dict]) -> str:
   told = []
   for label, lines in overhead.series(records).items():
     last = lines[-1]
-    read = "" if last["experts"] is None else (
-        f", reading {last['experts']:.1f} experts of a layer in place of {lines[0]['experts']:.1f}")
-    told.append(f"{label}: n = {last['n']} takes {last['to_one']:.2f} times as long as n = "
-                f"{lines[0]['n']}{read}")
+    read = (
+      ""
+      if last["experts"] is None
+      else (
+        f", reading {last['experts']:.1f} experts of a layer in place of {lines[0]['experts']:.1f}"
+      )
+    )
+    told.append(
+      f"{label}: n = {last['n']} takes {last['to_one']:.2f} times as long as n = "
+      f"{lines[0]['n']}{read}"
+    )
   return "; ".join(told) + "."
 
 
@@ -62,7 +80,9 @@ def draw(records: list[dict]):
     values, bars = drawing.bars([compared.read(r["ms_per_token"]) for r in lines])
     axes[0, 0].errorbar([r["n"] for r in lines], values, yerr=bars, label=label, **style)
     if lines[0]["experts"] is not None:
-      axes[0, 1].errorbar([r["n"] for r in lines], [r["experts"] for r in lines], label=label, **style)
+      axes[0, 1].errorbar(
+        [r["n"] for r in lines], [r["experts"] for r in lines], label=label, **style
+      )
   axes[0, 0].set_yscale("log")
   axes[0, 0].set_ylabel("ms per token\n(median, quartiles)")
   axes[0, 1].set_ylabel("experts read\n(of a layer, in a step)")

@@ -27,15 +27,17 @@ import dataclasses
 
 import numpy as np
 
-from experiments import drawing, profiles, statistics
+from experiments.analysis import drawing, paired_statistics, report_page
+from experiments.cli import temperature_profiles
 from experiments.figures import compared, likelihoods, scaling_law
 from experiments.figures.work import Command, Work
-from experiments.reporting import page
 from roe_jax.roster import Roster
 
 TITLE = "Equivalent model size against n"
-SAW = ("The paper saw the gain in perplexity grow with n with diminishing returns; by the "
-       "scaling law with exponent 0.076, n = 32 makes OLMoE-1B-7B equal to a model of 10.5 B.")
+SAW = (
+  "The paper saw the gain in perplexity grow with n with diminishing returns; by the "
+  "scaling law with exponent 0.076, n = 32 makes OLMoE-1B-7B equal to a model of 10.5 B."
+)
 FAMILY = ("embedded:wordmath_d32", "embedded:wordmath_d64", "embedded:wordmath_control")
 FAMILY_TASK = "wordmath"
 PLAIN, FITTED = "plain", "plain, fitted T"
@@ -60,16 +62,27 @@ class Config:
 
 
 CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss")} | {
-    "embedded": Config(members=(2, 4, 8, 16, 32), trials=14, samples=30, examples=160, seeds=1)}
+  "embedded": Config(members=(2, 4, 8, 16, 32), trials=14, samples=30, examples=160, seeds=1)
+}
 
 
 def searches(work: Work) -> list[Command]:
   """A search for each n."""
   config, model = work.config, work.model
-  return [work.tune(model.text, f"text-n{n}", num_members=n, objective="perplexity",
-                    config=model.tuning.format(category="math"), num_trials=config.trials,
-                    num_samples=config.samples, num_confirm=config.samples, num_seeds=1)
-          for n in config.members]
+  return [
+    work.tune(
+      model.text,
+      f"text-n{n}",
+      num_members=n,
+      objective="perplexity",
+      config=model.tuning.format(category="math"),
+      num_trials=config.trials,
+      num_samples=config.samples,
+      num_confirm=config.samples,
+      num_seeds=1,
+    )
+    for n in config.members
+  ]
 
 
 commands = searches
@@ -83,25 +96,42 @@ def measure(work: Work) -> list[dict]:
   plain = keep.get(PLAIN, texts.plain)
   found = {PLAIN: plain}
   for n in config.members:
-    profile = profiles.read(model_profile(work, n))
-    found[f"n = {n}"] = keep.get(f"n = {n}", lambda: texts.measure(
-        lambda seed: Roster.create(texts.config, n, profile.temperatures, seed=seed,
-                                   cache=model.cache), seeds))
+    profile = temperature_profiles.read(model_profile(work, n))
+    found[f"n = {n}"] = keep.get(
+      f"n = {n}",
+      lambda: texts.measure(
+        lambda seed: Roster.create(
+          texts.config, n, profile.temperatures, seed=seed, cache=model.cache
+        ),
+        seeds,
+      ),
+    )
   size = scaling_law.num_parameters(texts.config)
   family = _family(work, keep)
-  records = [{"family": [{"model": name.rpartition(":")[2], **member}
-                         for name, member in zip(FAMILY, family["models"])],
-              "exponent": family["exponent"]}]
+  records = [
+    {
+      "family": [
+        {"model": name.rpartition(":")[2], **member}
+        for name, member in zip(FAMILY, family["models"])
+      ],
+      "exponent": family["exponent"],
+    }
+  ]
   first = np.asarray(plain["nll"], float).mean(axis=1)
   for label, m in found.items():
     for name, what in (("nll", label), ("fitted_nll", f"{label}, fitted T")):
       nll = np.asarray(m[name], float).mean(axis=1)
-      records.append({
-          "label": what, "n": 1 if label == PLAIN else int(label.removeprefix("n = ")),
+      records.append(
+        {
+          "label": what,
+          "n": 1 if label == PLAIN else int(label.removeprefix("n = ")),
           "is_fitted": name == "fitted_nll",
-          "perplexity": compared.estimate(statistics.perplexity(nll, tokens)), "size": size,
+          "perplexity": compared.estimate(paired_statistics.perplexity(nll, tokens)),
+          "size": size,
           "by_kaplan": _equivalent(first, nll, tokens, size, scaling_law.KAPLAN),
-          "by_family": _equivalent(first, nll, tokens, size, family["exponent"]["value"])})
+          "by_family": _equivalent(first, nll, tokens, size, family["exponent"]["value"]),
+        }
+      )
   return records
 
 
@@ -112,24 +142,40 @@ def model_profile(work: Work, n: int):
 
 def _equivalent(plain, nll, tokens, size, exponent):
   """The equivalent size, with its interval over texts; the exponent is taken as known."""
-  def statistic(ours, theirs, count, axis=-1):
-    return scaling_law.equivalent(size, statistics.ratio(theirs, count, axis),
-                                  statistics.ratio(ours, count, axis), exponent)
 
-  return dict(zip(("value", "low", "high"), statistics.bootstrap([nll, plain, tokens], statistic)))
+  def statistic(ours, theirs, count, axis=-1):
+    return scaling_law.equivalent(
+      size,
+      paired_statistics.ratio(theirs, count, axis),
+      paired_statistics.ratio(ours, count, axis),
+      exponent,
+    )
+
+  return dict(
+    zip(("value", "low", "high"), paired_statistics.bootstrap([nll, plain, tokens], statistic))
+  )
 
 
 def _family(work, keep):
   """The family's sizes and losses, and α with its interval over texts."""
+
   def losses():
     found = []
     for checkpoint in FAMILY:
       texts = likelihoods.Texts(
-          dataclasses.replace(work, model=dataclasses.replace(work.model, mesh=None)), checkpoint,
-          FAMILY_TASK, work.config.examples, "test")
-      found.append({"size": scaling_law.num_parameters(texts.config),
-                    "nll": [row[0] for row in texts.plain()["nll"]],
-                    "tokens": texts.reported_on.tokens.tolist()})
+        dataclasses.replace(work, model=dataclasses.replace(work.model, mesh=None)),
+        checkpoint,
+        FAMILY_TASK,
+        work.config.examples,
+        "test",
+      )
+      found.append(
+        {
+          "size": scaling_law.num_parameters(texts.config),
+          "nll": [row[0] for row in texts.plain()["nll"]],
+          "tokens": texts.reported_on.tokens.tolist(),
+        }
+      )
     return found
 
   models = keep.get("family", losses)
@@ -139,33 +185,46 @@ def _family(work, keep):
   resampled = []
   for _ in range(1000):
     chosen = rng.integers(len(tokens), size=len(tokens))
-    resampled.append(scaling_law.fit_exponent(
-        sizes, nll[:, chosen].sum(axis=1) / tokens[chosen].sum()))
+    resampled.append(
+      scaling_law.fit_exponent(sizes, nll[:, chosen].sum(axis=1) / tokens[chosen].sum())
+    )
   low, high = np.quantile(resampled, [0.025, 0.975])
   means = nll.sum(axis=1) / tokens.sum()
-  return {"models": [{"size": int(s), "nll_per_token": float(m)} for s, m in zip(sizes, means)],
-          "exponent": {"value": scaling_law.fit_exponent(sizes, means), "low": float(low),
-                       "high": float(high)}}
+  return {
+    "models": [{"size": int(s), "nll_per_token": float(m)} for s, m in zip(sizes, means)],
+    "exponent": {
+      "value": scaling_law.fit_exponent(sizes, means),
+      "low": float(low),
+      "high": float(high),
+    },
+  }
 
 
 def _size(value):
   def told(v):
     return f"{v / 1e9:.2f} B" if v >= 1e9 else f"{v / 1e6:.3g} M"
+
   return f"{told(value['value'])} [{told(value['low'])}, {told(value['high'])}]"
 
 
 def table(records: list[dict]) -> str:
   law, rows = records[0], records[1:]
-  family = page.table(
-      ["model", "non-embedding parameters", "nats per token"],
-      [[m["model"], f"{m['size']:,}", f"{m['nll_per_token']:.4f}"] for m in law["family"]])
-  main = page.table(
-      ["", "test perplexity", "equivalent size, α = 0.076", "equivalent size, fitted α"],
-      [[r["label"], compared.cell(r["perplexity"], 4), _size(r["by_kaplan"]), _size(r["by_family"])]
-       for r in rows])
+  family = report_page.table(
+    ["model", "non-embedding parameters", "nats per token"],
+    [[m["model"], f"{m['size']:,}", f"{m['nll_per_token']:.4f}"] for m in law["family"]],
+  )
+  main = report_page.table(
+    ["", "test perplexity", "equivalent size, α = 0.076", "equivalent size, fitted α"],
+    [
+      [r["label"], compared.cell(r["perplexity"], 4), _size(r["by_kaplan"]), _size(r["by_family"])]
+      for r in rows
+    ],
+  )
   e = law["exponent"]
-  return (f"{main}\n\nSizes are non-embedding parameters; the model has {rows[0]['size']:,}. The fitted "
-          f"α is {e['value']:.2f} [{e['low']:.2f}, {e['high']:.2f}], of three models:\n\n{family}")
+  return (
+    f"{main}\n\nSizes are non-embedding parameters; the model has {rows[0]['size']:,}. The fitted "
+    f"α is {e['value']:.2f} [{e['low']:.2f}, {e['high']:.2f}], of three models:\n\n{family}"
+  )
 
 
 def findings(records: list[dict]) -> str:
@@ -177,27 +236,38 @@ def findings(records: list[dict]) -> str:
   def times(record, key):
     return f"{record[key]['value'] / record['size']:.2f}"
 
-  return (f"By α = 0.076 a roster of {best['n']} equals a plain model of "
-          f"{_size(best['by_kaplan'])}, {times(best, 'by_kaplan')} times the size, and the plain model "
-          f"with one fitted output temperature equals {times(fitted, 'by_kaplan')} times its own. By "
-          f"the α of our own family, {law['value']:.2f} [{law['low']:.2f}, {law['high']:.2f}], the same "
-          f"perplexities are worth {times(best, 'by_family')} and {times(fitted, 'by_family')} times "
-          "the size.")
+  return (
+    f"By α = 0.076 a roster of {best['n']} equals a plain model of "
+    f"{_size(best['by_kaplan'])}, {times(best, 'by_kaplan')} times the size, and the plain model "
+    f"with one fitted output temperature equals {times(fitted, 'by_kaplan')} times its own. By "
+    f"the α of our own family, {law['value']:.2f} [{law['low']:.2f}, {law['high']:.2f}], the same "
+    f"perplexities are worth {times(best, 'by_family')} and {times(fitted, 'by_family')} times "
+    "the size."
+  )
 
 
 def draw(records: list[dict]):
   rows = records[1:]
   plain = rows[0]["size"]
   figure, axes = drawing.axes(2, width=4.0, height=3.2)
-  for axis, key, title in ((axes[0, 0], "by_kaplan", "α = 0.076"),
-                           (axes[0, 1], "by_family",
-                            f"α = {records[0]['exponent']['value']:.2f}, of three embedded models")):
+  for axis, key, title in (
+    (axes[0, 0], "by_kaplan", "α = 0.076"),
+    (
+      axes[0, 1],
+      "by_family",
+      f"α = {records[0]['exponent']['value']:.2f}, of three embedded models",
+    ),
+  ):
     for index, (is_fitted, label) in enumerate(((False, "as it is"), (True, "at fitted T"))):
       shown = [r for r in rows if r["is_fitted"] == is_fitted]
       values, bars = drawing.bars([compared.read(r[key]) for r in shown])
-      axis.errorbar([r["n"] * 1.04 ** (2 * index - 1) for r in shown], values / plain,
-                    yerr=bars / plain, label=label,
-                    **drawing.line(index))
+      axis.errorbar(
+        [r["n"] * 1.04 ** (2 * index - 1) for r in shown],
+        values / plain,
+        yerr=bars / plain,
+        label=label,
+        **drawing.line(index),
+      )
     axis.axhline(1, color="0.6", linewidth=0.8, zorder=0)
     drawing.members_axis(axis, sorted({r["n"] for r in rows}))
     axis.set_title(title, fontsize=9)

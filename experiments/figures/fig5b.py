@@ -21,16 +21,18 @@ Times are estimated with roe_jax.costs (H100), but for the last one.
 
 import dataclasses
 
-from experiments import app, drawing, profiles
-from experiments.benchmarks import models as random_models, timing
+from experiments.analysis import drawing, report_page
+from experiments.benchmarks import random_models, timing
+from experiments.cli import app, temperature_profiles
 from experiments.figures import compared, fig5a, overhead, scaling_law
 from experiments.figures.work import Command, Work
-from experiments.reporting import page
 from roe_jax.roster import Roster
 
 TITLE = "Cost of the roster against the equivalent larger model"
-SAW = ("The paper saw 30 % less latency and 25 % less memory for OLMoE with n = 32 than for "
-       "the model of 10.5 B that it equals.")
+SAW = (
+  "The paper saw 30 % less latency and 25 % less memory for OLMoE with n = 32 than for "
+  "the model of 10.5 B that it equals."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +57,10 @@ def _of(config: fig5a.Config, **own) -> Config:
 
 
 CONFIGS = {name: _of(fig5a.CONFIGS[name]) for name in ("olmoe", "mixtral", "gpt_oss")} | {
-    "embedded": _of(fig5a.CONFIGS["embedded"], prompts_of="wordmath", prompt_length=48,
-                    new_tokens=32, rounds=7)}
+  "embedded": _of(
+    fig5a.CONFIGS["embedded"], prompts_of="wordmath", prompt_length=48, new_tokens=32, rounds=7
+  )
+}
 
 
 def commands(work: Work) -> list[Command]:
@@ -65,17 +69,24 @@ def commands(work: Work) -> list[Command]:
 
 def _equivalents(work):
   """{(n, law): equivalent size}, of rosters as they are; what fig5a has measured is taken from it."""
-  config = fig5a.Config(**{f.name: getattr(work.config, f.name)
-                           for f in dataclasses.fields(fig5a.Config)})
+  config = fig5a.Config(
+    **{f.name: getattr(work.config, f.name) for f in dataclasses.fields(fig5a.Config)}
+  )
   rows = fig5a.measure(dataclasses.replace(work, figure="fig5a", config=config))[1:]
-  return {(r["n"], law): r[key] for r in rows if r["n"] > 1 and not r["is_fitted"]
-          for law, key in (("0.076", "by_kaplan"), ("fitted", "by_family"))}
+  return {
+    (r["n"], law): r[key]
+    for r in rows
+    if r["n"] > 1 and not r["is_fitted"]
+    for law, key in (("0.076", "by_kaplan"), ("fitted", "by_family"))
+  }
 
 
 def measure(work: Work) -> list[dict]:
   if work.model.mesh:
-    raise ValueError(f"fig5b makes larger models on one device, and {work.model.title} needs several: "
-                     "--set=mesh= is for where one is enough")
+    raise ValueError(
+      f"fig5b makes larger models on one device, and {work.model.title} needs several: "
+      "--set=mesh= is for where one is enough"
+    )
   config, sizes = work.config, _equivalents(work)
   return work.kept().get("costs", lambda: _measure(work, config, sizes))
 
@@ -83,8 +94,12 @@ def measure(work: Work) -> list[dict]:
 def _measure(work, config, sizes):
   params, model, tokenizer = app.open_model(work.model.checkpoint)
   of_overhead = overhead.Config(
-      task=config.prompts_of, prompt_length=config.prompt_length, new_tokens=config.new_tokens,
-      batch_sizes=(1,), prompts=40)
+    task=config.prompts_of,
+    prompt_length=config.prompt_length,
+    new_tokens=config.new_tokens,
+    batch_sizes=(1,),
+    prompts=40,
+  )
   prompts = overhead.prompts_of(work, of_overhead, tokenizer)
   own = scaling_law.num_parameters(model)
 
@@ -93,37 +108,54 @@ def _measure(work, config, sizes):
 
   cases = {"plain": case(params, model, Roster.create(model))}
   for n in config.members:
-    tau = profiles.read(fig5a.model_profile(work, n)).temperatures
-    cases[f"n = {n}"] = case(params, model, Roster.create(
-        model, n, tau, noisy_layers=(0, model.num_layers), cache=work.model.cache))
+    tau = temperature_profiles.read(fig5a.model_profile(work, n)).temperatures
+    cases[f"n = {n}"] = case(
+      params,
+      model,
+      Roster.create(model, n, tau, noisy_layers=(0, model.num_layers), cache=work.model.cache),
+    )
   for (n, law), size in sizes.items():
     if size["low"] > own and size["value"] <= config.largest * own:
       larger = scaling_law.resized(model, size["value"])
-      cases[f"{n}, {law}"] = case(random_models.random_params(larger), larger, Roster.create(larger))
+      cases[f"{n}, {law}"] = case(
+        random_models.random_params(larger), larger, Roster.create(larger)
+      )
   for c in cases.values():
     c.call(1)
   seconds = timing.take_turns({name: c.call for name, c in cases.items()}, config.rounds)
 
   def told(name):
     return overhead.told(seconds[name], seconds["plain"], config.new_tokens) | {
-        "bytes": cases[name].bytes}
+      "bytes": cases[name].bytes
+    }
 
   found = [{"label": "plain", "n": 1, "law": None, "size": own, **told("plain")}]
   for n in config.members:
-    found.append({"label": f"roster, n = {n}", "n": n, "law": None, "size": own, **told(f"n = {n}")})
+    found.append(
+      {"label": f"roster, n = {n}", "n": n, "law": None, "size": own, **told(f"n = {n}")}
+    )
     for law in ("0.076", "fitted"):
       name, size = f"{n}, {law}", sizes[n, law]
-      record = {"label": f"its equivalent, α {law}", "n": n, "law": law, "equivalent": size,
-                "size": int(size["value"])}
+      record = {
+        "label": f"its equivalent, α {law}",
+        "n": n,
+        "law": law,
+        "equivalent": size,
+        "size": int(size["value"]),
+      }
       if name in cases:
         record |= told(name) | {
-            "roster_to_it": timing.median_ratio(seconds[f"n = {n}"], seconds[name]),
-            "roster_bytes_to_it": cases[f"n = {n}"].bytes / cases[name].bytes
-            if cases[name].bytes else None}
+          "roster_to_it": timing.median_ratio(seconds[f"n = {n}"], seconds[name]),
+          "roster_bytes_to_it": cases[f"n = {n}"].bytes / cases[name].bytes
+          if cases[name].bytes
+          else None,
+        }
       else:
-        record["why"] = ("no larger model: the interval of the equivalent size has the model's own in it"
-                         if size["low"] <= own else
-                         f"more than {config.largest:g} times the model's size: not made")
+        record["why"] = (
+          "no larger model: the interval of the equivalent size has the model's own in it"
+          if size["low"] <= own
+          else f"more than {config.largest:g} times the model's size: not made"
+        )
       found.append(record)
   return found
 
@@ -132,13 +164,29 @@ def table(records: list[dict]) -> str:
   rows = []
   for r in records:
     measured = "ms_per_token" in r
-    rows.append([
-        r["n"], r["label"], f"{r['size']:,}", compared.cell(r["ms_per_token"], 2) if measured
-        else r["why"], f"{r['bytes'] / 2**20:.1f}" if measured and r["bytes"] else "",
+    rows.append(
+      [
+        r["n"],
+        r["label"],
+        f"{r['size']:,}",
+        compared.cell(r["ms_per_token"], 2) if measured else r["why"],
+        f"{r['bytes'] / 2**20:.1f}" if measured and r["bytes"] else "",
         f"{r['roster_to_it']:.2f}" if "roster_to_it" in r else "",
-        f"{r['roster_bytes_to_it']:.2f}" if r.get("roster_bytes_to_it") else ""])
-  return page.table(["n", "", "non-embedding parameters", "ms per token [quartiles]", "memory, MiB",
-                     "roster to it, time", "roster to it, memory"], rows)
+        f"{r['roster_bytes_to_it']:.2f}" if r.get("roster_bytes_to_it") else "",
+      ]
+    )
+  return report_page.table(
+    [
+      "n",
+      "",
+      "non-embedding parameters",
+      "ms per token [quartiles]",
+      "memory, MiB",
+      "roster to it, time",
+      "roster to it, memory",
+    ],
+    rows,
+  )
 
 
 def findings(records: list[dict]) -> str:
@@ -146,20 +194,32 @@ def findings(records: list[dict]) -> str:
   for law in ("0.076", "fitted"):
     rows = [r for r in records if r.get("law") == law]
     made = [r for r in rows if "roster_to_it" in r]
-    told.append(f"By α {law}: " + ("; ".join(
-        f"n = {r['n']} takes {r['roster_to_it']:.2f} times as long as the model that it equals, in "
-        f"{r['roster_bytes_to_it']:.2f} times its memory" if r["roster_bytes_to_it"] else
-        f"n = {r['n']} takes {r['roster_to_it']:.2f} times as long as the model that it equals"
-        for r in made) if made else "no roster equals a clearly larger model that was made") + ".")
+    told.append(
+      f"By α {law}: "
+      + (
+        "; ".join(
+          f"n = {r['n']} takes {r['roster_to_it']:.2f} times as long as the model that it equals, in "
+          f"{r['roster_bytes_to_it']:.2f} times its memory"
+          if r["roster_bytes_to_it"]
+          else f"n = {r['n']} takes {r['roster_to_it']:.2f} times as long as the model that it equals"
+          for r in made
+        )
+        if made
+        else "no roster equals a clearly larger model that was made"
+      )
+      + "."
+    )
   return " ".join(told)
 
 
 def draw(records: list[dict]):
   figure, axes = drawing.axes(2, width=4.0, height=3.2)
   measured = [r for r in records if "ms_per_token" in r]
-  series = [("roster", [r for r in measured if r["law"] is None]),
-            ("equivalent plain model, α = 0.076", [r for r in measured if r["law"] == "0.076"]),
-            ("equivalent plain model, fitted α", [r for r in measured if r["law"] == "fitted"])]
+  series = [
+    ("roster", [r for r in measured if r["law"] is None]),
+    ("equivalent plain model, α = 0.076", [r for r in measured if r["law"] == "0.076"]),
+    ("equivalent plain model, fitted α", [r for r in measured if r["law"] == "fitted"]),
+  ]
   for index, (label, rows) in enumerate(series):
     style = drawing.line(index)
     if rows:
@@ -167,8 +227,9 @@ def draw(records: list[dict]):
       axes[0, 0].errorbar([r["n"] for r in rows], values, yerr=bars, label=label, **style)
     rows = [r for r in rows if r["bytes"]]
     if rows:
-      axes[0, 1].errorbar([r["n"] for r in rows], [r["bytes"] / 2**20 for r in rows], label=label,
-                          **style)
+      axes[0, 1].errorbar(
+        [r["n"] for r in rows], [r["bytes"] / 2**20 for r in rows], label=label, **style
+      )
   axes[0, 0].set_ylabel("ms per token\n(median, quartiles)")
   axes[0, 1].set_ylabel("memory of the program (MiB)")
   for axis in axes[0]:

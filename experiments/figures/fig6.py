@@ -17,13 +17,12 @@ Times of the first three are estimated with roe_jax.costs (H100), not measured.
 
 import dataclasses
 
-from experiments import drawing
+from experiments.analysis import drawing
 from experiments.figures import compared
 from experiments.figures.work import Command, Work
 
 TITLE = "One temperature for all layers"
-SAW = ("The paper saw accuracy rise with τ, peak at a value that depends on the task, and "
-       "fall.")
+SAW = "The paper saw accuracy rise with τ, peak at a value that depends on the task, and fall."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +45,12 @@ class Config:
     return [round(self.step * (i + 1), 10) for i in range(round(self.top / self.step))]
 
 
-CONFIGS = {"olmoe": Config(), "mixtral": Config(), "gpt_oss": Config(),
-           "embedded": Config(examples=50)}
+CONFIGS = {
+  "olmoe": Config(),
+  "mixtral": Config(),
+  "gpt_oss": Config(),
+  "embedded": Config(examples=50),
+}
 
 
 def _method(tau):
@@ -56,8 +59,15 @@ def _method(tau):
 
 def commands(work: Work) -> list[Command]:
   methods = ["plain", *map(_method, work.config.temperatures)]
-  return [work.compare("sweep", list(work.model.math), methods, limit=work.config.examples,
-                       num_seeds=work.config.seeds)]
+  return [
+    work.compare(
+      "sweep",
+      list(work.model.math),
+      methods,
+      limit=work.config.examples,
+      num_seeds=work.config.seeds,
+    )
+  ]
 
 
 def measure(work: Work) -> list[compared.Record]:
@@ -68,9 +78,18 @@ def measure(work: Work) -> list[compared.Record]:
 
 
 def table(records: list[compared.Record]) -> str:
-  return compared.table(records, ("task", "τ", "examples"), (
-      "quality", "quality_difference", "perplexity", "perplexity_difference", "fitted",
-      "fitted_difference"))
+  return compared.table(
+    records,
+    ("task", "τ", "examples"),
+    (
+      "quality",
+      "quality_difference",
+      "perplexity",
+      "perplexity_difference",
+      "fitted",
+      "fitted_difference",
+    ),
+  )
 
 
 def findings(records: list[compared.Record]) -> str:
@@ -79,16 +98,21 @@ def findings(records: list[compared.Record]) -> str:
     of_task = [r for r in records if r["task"] == task]
     top = max(of_task, key=lambda r: r["quality"]["value"])
     best.append(f"{top['τ']:g} on {task}")
-  return (f"The highest shares of right answers are at τ = {', '.join(best)}, which says little by "
-          "itself, as the best of many is lucky. "
-          + compared.clear(records, "quality_difference", "task results", " points") + " "
-          + compared.clear(records, "fitted_difference", "perplexity at fitted T"))
+  return (
+    f"The highest shares of right answers are at τ = {', '.join(best)}, which says little by "
+    "itself, as the best of many is lucky. "
+    + compared.clear(records, "quality_difference", "task results", " points")
+    + " "
+    + compared.clear(records, "fitted_difference", "perplexity at fitted T")
+  )
 
 
 def draw(records: list[compared.Record]):
   tasks = list(dict.fromkeys(r["task"] for r in records))
-  rows = [("quality_difference", "right, difference\nto plain (points)"),
-          ("perplexity_difference", "perplexity, difference\nto plain (%)")]
+  rows = [
+    ("quality_difference", "right, difference\nto plain (points)"),
+    ("perplexity_difference", "perplexity, difference\nto plain (%)"),
+  ]
   rows = [row for row in rows if any(r[row[0]] for r in records)]
   figure, axes = drawing.axes(len(tasks), len(rows), width=3.0, height=2.4)
   for (measure_, title), line in zip(rows, axes):
@@ -96,13 +120,14 @@ def draw(records: list[compared.Record]):
       drawing.zero(axis)
       shown = [r for r in records if r["task"] == task and r[measure_]]
       values, bars = drawing.bars([compared.read(r[measure_]) for r in shown])
-      axis.errorbar([r["τ"] for r in shown], values, yerr=bars,
-                    **drawing.line(0))
+      axis.errorbar([r["τ"] for r in shown], values, yerr=bars, **drawing.line(0))
       axis.set_xlabel("τ of all layers (router logits)")
       axis.set_title(task, fontsize=9)
     line[0].set_ylabel(title)
-    low, high = (f(*(limit(a) for a in line)) if len(line) > 1 else limit(line[0])
-                 for f, limit in ((min, lambda a: a.get_ylim()[0]), (max, lambda a: a.get_ylim()[1])))
+    low, high = (
+      f(*(limit(a) for a in line)) if len(line) > 1 else limit(line[0])
+      for f, limit in ((min, lambda a: a.get_ylim()[0]), (max, lambda a: a.get_ylim()[1]))
+    )
     for axis in line:
       axis.set_ylim(low, high)
   return figure

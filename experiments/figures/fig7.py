@@ -20,8 +20,10 @@ from experiments.figures import searches
 from experiments.figures.work import Command, Work
 
 TITLE = "Searches of τ: math, by perplexity"
-SAW = ("The paper shows validation perplexity over the trials of its searches (50 trials on "
-       "100 samples); not how much of the best one's gain is luck.")
+SAW = (
+  "The paper shows validation perplexity over the trials of its searches (50 trials on "
+  "100 samples); not how much of the best one's gain is luck."
+)
 CONFIGS = searches.CONFIGS
 
 

@@ -18,8 +18,10 @@ from experiments.figures import searches
 from experiments.figures.work import Command, Work
 
 TITLE = "Searches of τ: common sense, by accuracy"
-SAW = ("The paper shows validation accuracy over the trials of its searches (100 trials on "
-       "300 samples); not how much of the best one's gain is luck.")
+SAW = (
+  "The paper shows validation accuracy over the trials of its searches (100 trials on "
+  "300 samples); not how much of the best one's gain is luck."
+)
 CONFIGS = searches.CONFIGS
 
 

@@ -19,8 +19,10 @@ from experiments.figures import searches
 from experiments.figures.work import Command, Work
 
 TITLE = "Searches of τ: code, by accuracy"
-SAW = ("The paper shows validation pass@1 over the trials of its searches (50 trials on "
-       "50 samples); not how much of the best one's gain is luck.")
+SAW = (
+  "The paper shows validation pass@1 over the trials of its searches (50 trials on "
+  "50 samples); not how much of the best one's gain is luck."
+)
 CONFIGS = searches.CONFIGS
 
 

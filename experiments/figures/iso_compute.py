@@ -18,13 +18,15 @@ Times of the first three are estimated with roe_jax.costs (H100), not measured.
 
 import dataclasses
 
+from experiments.analysis import pictures
 from experiments.figures import compared
 from experiments.figures.work import Command, Work
-from experiments.reporting import pictures
 
 TITLE = "At equal compute"
-SAW = ("Its reviewers asked for comparisons at equal compute: with self-consistency, best-of-n"
-       " and more experts per token. The paper has none.")
+SAW = (
+  "Its reviewers asked for comparisons at equal compute: with self-consistency, best-of-n"
+  " and more experts per token. The paper has none."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,29 +49,61 @@ class Config:
 
 
 CONFIGS = {
-    "olmoe": Config(experts=(
-        "experts:k=16,gates=model", "experts:k=16,gates=rescaled", "experts:k=16,gates=renormalized",
-        "experts:k=64,gates=rescaled")),
-    "mixtral": Config(experts=("experts:k=4", "experts:k=8")),
-    "gpt_oss": Config(experts=("experts:k=8", "experts:k=32")),
-    "embedded": Config(task="wordmath", examples=60, seeds=1, experts=(
-        "experts:k=8,gates=model", "experts:k=8,gates=rescaled", "experts:k=8,gates=renormalized",
-        "experts:k=16,gates=rescaled"))}
+  "olmoe": Config(
+    experts=(
+      "experts:k=16,gates=model",
+      "experts:k=16,gates=rescaled",
+      "experts:k=16,gates=renormalized",
+      "experts:k=64,gates=rescaled",
+    )
+  ),
+  "mixtral": Config(experts=("experts:k=4", "experts:k=8")),
+  "gpt_oss": Config(experts=("experts:k=8", "experts:k=32")),
+  "embedded": Config(
+    task="wordmath",
+    examples=60,
+    seeds=1,
+    experts=(
+      "experts:k=8,gates=model",
+      "experts:k=8,gates=rescaled",
+      "experts:k=8,gates=renormalized",
+      "experts:k=16,gates=rescaled",
+    ),
+  ),
+}
 
 
 def methods(config: Config) -> list[str]:
   """All that are compared, as `experiments.compare` spells them."""
   n = config.n
-  return ["plain", "plain+temperature", "best_plain", *config.experts, f"roster:n={n}",
-          f"roster:n={n},gate_weights=noisy", f"roster:n={n},aggregation=mean_logit",
-          f"roster:n={n - 1},include_clean=false", f"roster:n={n},cache=standard",
-          f"self_consistency:n={n}", f"best_of:n={n}", "scmoe"]
+  return [
+    "plain",
+    "plain+temperature",
+    "best_plain",
+    *config.experts,
+    f"roster:n={n}",
+    f"roster:n={n},gate_weights=noisy",
+    f"roster:n={n},aggregation=mean_logit",
+    f"roster:n={n - 1},include_clean=false",
+    f"roster:n={n},cache=standard",
+    f"self_consistency:n={n}",
+    f"best_of:n={n}",
+    "scmoe",
+  ]
 
 
 def commands(work: Work) -> list[Command]:
   config = work.config
-  return [work.compare("iso_compute", [config.task], methods(config), limit=config.examples,
-                       num_seeds=config.seeds, num_members=config.n)]
+  return [
+    work.compare(
+      "iso_compute",
+      [config.task],
+      methods(config),
+      limit=config.examples,
+      num_seeds=config.seeds,
+      num_members=config.n,
+    )
+  ]
 
 
 def measure(work: Work) -> list[compared.Record]:
@@ -79,25 +113,50 @@ def measure(work: Work) -> list[compared.Record]:
 
 
 def table(records: list[compared.Record]) -> str:
-  return compared.table(records, ("label",), (
-      "quality", "quality_difference", "fitted", "fitted_difference", "ms_per_token", "experts",
-      "peak_bytes"))
+  return compared.table(
+    records,
+    ("label",),
+    (
+      "quality",
+      "quality_difference",
+      "fitted",
+      "fitted_difference",
+      "ms_per_token",
+      "experts",
+      "peak_bytes",
+    ),
+  )
 
 
 def findings(records: list[compared.Record]) -> str:
-  return " ".join([
+  return " ".join(
+    [
       compared.clear(records, "quality_difference", "task results", " points"),
-      compared.clear(records, "fitted_difference", "perplexity at fitted output temperatures")])
+      compared.clear(records, "fitted_difference", "perplexity at fitted output temperatures"),
+    ]
+  )
 
 
 def draw(records: list[compared.Record]):
-  rows = [("right: difference\nto plain (points)", "quality_difference"),
-          ("perplexity at fitted T: difference\nto plain at fitted T (%)", "fitted_difference")]
-  costs = [("milliseconds per token", "ms_per_token", 1), ("forward FLOPs per example", "flops", 1),
-           ("experts read per layer and step", "experts", 1),
-           ("peak memory (MiB)", "peak_bytes", 2**20), ("forward rows per example", "rows", 1)]
+  rows = [
+    ("right: difference\nto plain (points)", "quality_difference"),
+    ("perplexity at fitted T: difference\nto plain at fitted T (%)", "fitted_difference"),
+  ]
+  costs = [
+    ("milliseconds per token", "ms_per_token", 1),
+    ("forward FLOPs per example", "flops", 1),
+    ("experts read per layer and step", "experts", 1),
+    ("peak memory (MiB)", "peak_bytes", 2**20),
+    ("forward rows per example", "rows", 1),
+  ]
   return pictures.differences_against_costs(
-      [(title, {r["label"]: compared.read(r[name]) for r in records
-                if r[name] or r is records[0]}) for title, name in rows],
-      [(title, {r["label"]: r[name] and r[name] / unit for r in records})
-       for title, name, unit in costs], records[0]["task"])
+    [
+      (title, {r["label"]: compared.read(r[name]) for r in records if r[name] or r is records[0]})
+      for title, name in rows
+    ],
+    [
+      (title, {r["label"]: r[name] and r[name] / unit for r in records})
+      for title, name, unit in costs
+    ],
+    records[0]["task"],
+  )

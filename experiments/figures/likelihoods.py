@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from experiments import app, statistics, tasks
-from experiments.asking import Asking
+from experiments import tasks
+from experiments.analysis import paired_statistics
+from experiments.analysis.paired_statistics import Comparison
+from experiments.cli import app
+from experiments.evaluation.measure import OUTPUT_TEMPERATURES
+from experiments.evaluation.prompts import Asking
 from experiments.figures import compared
 from experiments.figures.work import Work
-from experiments.measure import OUTPUT_TEMPERATURES
-from experiments.objectives import Perplexity
-from experiments.statistics import Comparison
-from roe_jax.chat import Chat
+from experiments.tuning.objectives import Perplexity
 from roe_jax.roster import Roster
+from roe_jax.text.chat import Chat
 
 SPLIT = "validation"
 
@@ -31,8 +33,14 @@ class Texts:
     chosen_on, reported_on: the texts as objectives, each with `tokens` `[X]`.
   """
 
-  def __init__(self, work: Work, checkpoint: str, task: str | None = None,
-               num_examples: int | None = None, reported: str = SPLIT):
+  def __init__(
+    self,
+    work: Work,
+    checkpoint: str,
+    task: str | None = None,
+    num_examples: int | None = None,
+    reported: str = SPLIT,
+  ):
     """Opens the model and reads the texts.
 
     Args:
@@ -50,23 +58,35 @@ class Texts:
     task = tasks.get(task or work.model.text)
     chats = work.chats(task.name)
     examples = task.examples(
-        SPLIT, work.data_dir, first + (count if reported == SPLIT else 0), chats)
-    rest = (examples[first:] if reported == SPLIT
-            else task.examples(reported, work.data_dir, count, chats))
+      SPLIT, work.data_dir, first + (count if reported == SPLIT else 0), chats
+    )
+    rest = (
+      examples[first:]
+      if reported == SPLIT
+      else task.examples(reported, work.data_dir, count, chats)
+    )
     if len(examples) < first or not rest:
-      raise ValueError(f"task {task.name} has {len(examples)} validation examples, too few for "
-                       f"{first} to fit output temperatures on and others to report on: "
-                       "--set=num_validation=... takes less")
+      raise ValueError(
+        f"task {task.name} has {len(examples)} validation examples, too few for "
+        f"{first} to fit output temperatures on and others to report on: "
+        "--set=num_validation=... takes less"
+      )
     self.params, self.config, tokenizer = app.open_model(checkpoint, None, work.model.mesh)
     chat = None
     if chats:
-      chat = Chat.load(app.checkpoint_path(checkpoint), tokenizer, date=work.model.chat["chat_date"],
-                       reasoning_effort=work.model.chat["reasoning_effort"])
+      chat = Chat.load(
+        app.checkpoint_path(checkpoint),
+        tokenizer,
+        date=work.model.chat["chat_date"],
+        reasoning_effort=work.model.chat["reasoning_effort"],
+      )
     asking = Asking(self.config, tokenizer, chat)
     self.chosen_on, self.reported_on = (
-        Perplexity(self.config, asking, task, some, range(start, start + len(some)),
-                   work.model.batch_size)
-        for some, start in ((examples[:first], 0), (rest, first)))
+      Perplexity(
+        self.config, asking, task, some, range(start, start + len(some)), work.model.batch_size
+      )
+      for some, start in ((examples[:first], 0), (rest, first))
+    )
 
   def tokens(self, count: int) -> list[list[int]]:
     """The first texts to report on, prompts and references, as tokens."""
@@ -75,8 +95,10 @@ class Texts:
   def value(self, roster: Roster) -> float:
     """Mean negative log-probability of a token, nats, of the texts to choose on."""
     objective = self.chosen_on
-    return float(objective.nll(self.params, roster, slice(None), np.ones(
-        len(OUTPUT_TEMPERATURES)))[:, 0].sum() / objective.tokens.sum())
+    return float(
+      objective.nll(self.params, roster, slice(None), np.ones(len(OUTPUT_TEMPERATURES)))[:, 0].sum()
+      / objective.tokens.sum()
+    )
 
   def measure(self, roster: Callable[[int], Roster], seeds: Sequence[int]) -> dict[str, Any]:
     """Likelihoods as they are, and at an output temperature fitted with the first seed.
@@ -89,22 +111,28 @@ class Texts:
       JSON: "temperature", and "nll" and "fitted_nll" `[X][S]`, nats of each text.
     """
     on_grid = self.chosen_on.nll(self.params, roster(seeds[0]), slice(None), OUTPUT_TEMPERATURES)
-    temperature = statistics.fit_output_temperature(on_grid, OUTPUT_TEMPERATURES)
+    temperature = paired_statistics.fit_output_temperature(on_grid, OUTPUT_TEMPERATURES)
     # As many output temperatures as above, so that nothing is compiled again.
     both = np.full(len(OUTPUT_TEMPERATURES), temperature)
     both[0] = 1.0
-    nll = np.stack([self.reported_on.nll(self.params, roster(seed), slice(None), both)[:, :2]
-                    for seed in seeds], axis=1)  # [X, S, 2]
-    return {"temperature": temperature, "nll": nll[..., 0].tolist(),
-            "fitted_nll": nll[..., 1].tolist()}
+    nll = np.stack(
+      [self.reported_on.nll(self.params, roster(seed), slice(None), both)[:, :2] for seed in seeds],
+      axis=1,
+    )  # [X, S, 2]
+    return {
+      "temperature": temperature,
+      "nll": nll[..., 0].tolist(),
+      "fitted_nll": nll[..., 1].tolist(),
+    }
 
   def plain(self) -> dict[str, Any]:
     """As `measure`, of the plain model."""
     return self.measure(lambda seed: Roster.create(self.config, seed=seed), [0])
 
 
-def record(found: dict[str, Any], plain: dict[str, Any], tokens: Sequence[int], label: str,
-           task: str, **also) -> compared.Record:
+def record(
+  found: dict[str, Any], plain: dict[str, Any], tokens: Sequence[int], label: str, task: str, **also
+) -> compared.Record:
   """What `Texts.measure` found as a record like those of `compared.records`.
 
   Args:
@@ -116,18 +144,35 @@ def record(found: dict[str, Any], plain: dict[str, Any], tokens: Sequence[int], 
     also: what the record says besides.
   """
   tokens = np.asarray(tokens, float)
-  ours, theirs = ({name: np.asarray(m[name], float) for name in ("nll", "fitted_nll")}
-                  for m in (found, plain))
-  is_plain = found is plain
-  comparison = None if is_plain else Comparison(
-      label, "plain", task, "perplexity", " %", len(tokens),
-      statistics.paired_perplexity(ours["fitted_nll"], theirs["fitted_nll"], tokens),
-      statistics.paired_test(ours["fitted_nll"], theirs["fitted_nll"]), 1.0)
+  ours, theirs = (
+    {name: np.asarray(m[name], float) for name in ("nll", "fitted_nll")} for m in (found, plain)
+  )
+  is_baseline = found is plain
+  comparison = (
+    None
+    if is_baseline
+    else Comparison(
+      label,
+      "plain",
+      task,
+      "perplexity",
+      " %",
+      len(tokens),
+      paired_statistics.paired_perplexity(ours["fitted_nll"], theirs["fitted_nll"], tokens),
+      paired_statistics.paired_test(ours["fitted_nll"], theirs["fitted_nll"]),
+      1.0,
+    )
+  )
   return {
-      **also, "task": task, "label": label, "examples": len(tokens),
-      "perplexity": compared.estimate(statistics.perplexity(ours["nll"], tokens)),
-      "perplexity_difference": None if is_plain else compared.estimate(
-          statistics.paired_perplexity(ours["nll"], theirs["nll"], tokens)),
-      "fitted": compared.estimate(statistics.perplexity(ours["fitted_nll"], tokens)),
-      "fitted_difference": compared.compared(comparison),
-      "output_temperature": found["temperature"]}
+    **also,
+    "task": task,
+    "label": label,
+    "examples": len(tokens),
+    "perplexity": compared.estimate(paired_statistics.perplexity(ours["nll"], tokens)),
+    "perplexity_difference": None
+    if is_baseline
+    else compared.estimate(paired_statistics.paired_perplexity(ours["nll"], theirs["nll"], tokens)),
+    "fitted": compared.estimate(paired_statistics.perplexity(ours["fitted_nll"], tokens)),
+    "fitted_difference": compared.compared(comparison),
+    "output_temperature": found["temperature"],
+  }

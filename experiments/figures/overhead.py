@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import app, tasks
+from experiments import tasks
 from experiments.benchmarks import machine, power, timing
+from experiments.cli import app
 from experiments.figures.work import Measured, Work
-from roe_jax import batching, decode, diagnostics, params as params_lib
+from roe_jax import batching, decode, diagnostics, prefill
+from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
@@ -55,8 +57,17 @@ class Config:
 
 
 CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss")} | {
-    "embedded": Config(task="wordmath", prompt_length=48, new_tokens=32, uncached=(1, 4),
-                       temperatures=(0.0, 0.3), members=(1, 4, 16, 64), batch_sizes=(1, 8), rounds=7)}
+  "embedded": Config(
+    task="wordmath",
+    prompt_length=48,
+    new_tokens=32,
+    uncached=(1, 4),
+    temperatures=(0.0, 0.3),
+    members=(1, 4, 16, 64),
+    batch_sizes=(1, 8),
+    rounds=7,
+  )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +83,14 @@ class Case:
   bytes: int | None
 
 
-def case(params: Params, config: ModelConfig, roster: Roster, prompts: Sequence[Sequence[int]],
-         batch_size: int, new_tokens: int) -> Case:
+def case(
+  params: Params,
+  config: ModelConfig,
+  roster: Roster,
+  prompts: Sequence[Sequence[int]],
+  batch_size: int,
+  new_tokens: int,
+) -> Case:
   """Writes tokens behind prompts, other ones in each call, with everything compiled.
 
   Args:
@@ -84,19 +101,22 @@ def case(params: Params, config: ModelConfig, roster: Roster, prompts: Sequence[
     batch_size: texts together.
     new_tokens: that are written; no text ends before.
   """
-  params = params_lib.held(params)  # as generation has them
+  params = params_lib.in_storage_dtype(params)  # as generation has them
   rows = batching.bucket(batch_size)
-  capacity = decode.capacity_for(config, prompts, new_tokens)
-  parts = itertools.cycle([prompts[i:i + batch_size] for i in range(
-      0, len(prompts) - batch_size + 1, batch_size)])
+  capacity = prefill.capacity_for(config, prompts, new_tokens)
+  parts = itertools.cycle(
+    [prompts[i : i + batch_size] for i in range(0, len(prompts) - batch_size + 1, batch_size)]
+  )
   stops, steps = jnp.full(4, -1, jnp.int32), jnp.int32(new_tokens)
 
   def begin():
-    return decode.start(params, config, roster, next(parts), range(batch_size), new_tokens, rows,
-                        capacity)
+    return decode.start(
+      params, config, roster, next(parts), range(batch_size), new_tokens, rows, capacity
+    )
 
-  program = timing.compiled(decode.decode_steps, params, config, roster, Sampler.greedy(), begin(),
-                            stops, steps)
+  program = timing.compiled(
+    decode.decode_steps, params, config, roster, Sampler.greedy(), begin(), stops, steps
+  )
 
   def call(count):
     for _ in range(count):
@@ -120,28 +140,36 @@ def prompts_of(work: Work, config: Config, tokenizer) -> list[list[int]]:
   """
   examples = tasks.get(config.task).examples("test", work.data_dir, config.prompts)
   encoded = [tokenizer.encode(e.prompt) for e in examples]
-  long = [e[-config.prompt_length:] for e in encoded if len(e) >= config.prompt_length]
+  long = [e[-config.prompt_length :] for e in encoded if len(e) >= config.prompt_length]
   if len(long) < max(config.batch_sizes):
-    raise ValueError(f"{len(long)} of {len(encoded)} prompts of {config.task} have "
-                     f"{config.prompt_length} tokens, fewer than a batch of "
-                     f"{max(config.batch_sizes)}: --set=prompt_length=... takes shorter ones")
+    raise ValueError(
+      f"{len(long)} of {len(encoded)} prompts of {config.task} have "
+      f"{config.prompt_length} tokens, fewer than a batch of "
+      f"{max(config.batch_sizes)}: --set=prompt_length=... takes shorter ones"
+    )
   return long
 
 
 def told(seconds: np.ndarray, first: np.ndarray, tokens: int) -> dict[str, Any]:
   """Milliseconds per token of a text (median and quartiles), and the ratio to the first case."""
   low, median, high = timing.quartiles(1e3 * seconds / tokens)
-  return {"ms_per_token": {"value": median, "low": low, "high": high},
-          "to_one": timing.median_ratio(seconds, first),
-          "rounds": int(np.isfinite(seconds).sum())}
+  return {
+    "ms_per_token": {"value": median, "low": low, "high": high},
+    "to_one": timing.median_ratio(seconds, first),
+    "rounds": int(np.isfinite(seconds).sum()),
+  }
 
 
 def measure(work: Work, config: Config) -> list[dict[str, Any]]:
   """A record for each (batch, cache, τ, n), kept for all figures that show them."""
   settings = work.settings | {"figure": "overhead", "config": dataclasses.asdict(config)}
   keep = Measured(work.root / "overhead" / "measured.jsonl", settings)
-  groups = [(batch_size, cached) for batch_size in config.batch_sizes for cached in (True, False)
-            if cached or batch_size == config.batch_sizes[0]]
+  groups = [
+    (batch_size, cached)
+    for batch_size in config.batch_sizes
+    for cached in (True, False)
+    if cached or batch_size == config.batch_sizes[0]
+  ]
   opened = None
   found = []
   for batch_size, cached in groups:
@@ -156,11 +184,14 @@ def measure(work: Work, config: Config) -> list[dict[str, Any]]:
 def _group(opened, config, batch_size, cached):
   params, model, prompts = opened
   nvml = power.load_nvml()
-  sizes = [(tau, n) for tau in config.temperatures
-           for n in (config.members if cached else config.uncached)]
+  sizes = [
+    (tau, n) for tau in config.temperatures for n in (config.members if cached else config.uncached)
+  ]
   rosters = {key: all_members(model, key[1], key[0], recompute=not cached) for key in sizes}
-  cases = {key: case(params, model, roster, prompts, batch_size, config.new_tokens)
-           for key, roster in rosters.items()}
+  cases = {
+    key: case(params, model, roster, prompts, batch_size, config.new_tokens)
+    for key, roster in rosters.items()
+  }
   for c in cases.values():
     c.call(1)  # prefill is compiled on the way
   seconds = timing.take_turns({key: c.call for key, c in cases.items()}, config.rounds)
@@ -171,17 +202,28 @@ def _group(opened, config, batch_size, cached):
     experts = None
     if cached:
       texts = prompts[:batch_size]
-      experts = float(diagnostics.unique_experts(
-          params, model, rosters[tau, n], texts, [len(t) // 2 for t in texts],
-          batch_size=batch_size).by_step.mean())
-    records.append({
-        "batch": batch_size, "cache": "Clean Cache" if cached else "no cache", "τ": tau, "n": n,
+      experts = float(
+        diagnostics.unique_experts(
+          params, model, rosters[tau, n], texts, [len(t) // 2 for t in texts], batch_size=batch_size
+        ).by_step.mean()
+      )
+    records.append(
+      {
+        "batch": batch_size,
+        "cache": "Clean Cache" if cached else "no cache",
+        "τ": tau,
+        "n": n,
         **told(spent, seconds[tau, sizes[0][1]], config.new_tokens),
-        "bytes": cases[tau, n].bytes, "watts": watts,
-        "joules_per_token": None if watts is None else watts * float(np.nanmedian(spent)) / (
-            config.new_tokens * batch_size),
-        "experts": experts, "num_experts": model.num_experts,
-        "peak_device_bytes": machine.peaks().get("peak_device_bytes")})
+        "bytes": cases[tau, n].bytes,
+        "watts": watts,
+        "joules_per_token": None
+        if watts is None
+        else watts * float(np.nanmedian(spent)) / (config.new_tokens * batch_size),
+        "experts": experts,
+        "num_experts": model.num_experts,
+        "peak_device_bytes": machine.peaks().get("peak_device_bytes"),
+      }
+    )
   return records
 
 

@@ -22,12 +22,14 @@ def num_parameters(config: ModelConfig) -> int:
   """Non-embedding parameters, all experts included."""
   params = params_lib.abstract(config.replace(expert_format=None))
   total = sum(math.prod(w.shape) for w in jax.tree.leaves(params))
-  return total - sum(math.prod(w.shape) for w in (params.embedding, params.unembedding)
-                     if w is not None)
+  return total - sum(
+    math.prod(w.shape) for w in (params.embedding, params.unembedding) if w is not None
+  )
 
 
-def equivalent(size: float, loss: float | np.ndarray, other: float | np.ndarray,
-               exponent: float) -> float | np.ndarray:
+def equivalent(
+  size: float, loss: float | np.ndarray, other: float | np.ndarray, exponent: float
+) -> float | np.ndarray:
   """The size of a model with loss `other`, where one of `size` has `loss`.
 
   Args:
@@ -52,9 +54,13 @@ def fit_exponent(sizes: np.ndarray, losses: np.ndarray) -> float:
 
 def resized(config: ModelConfig, size: float) -> ModelConfig:
   """A model of the family with about so many non-embedding parameters: all widths grow together."""
+
   def scaled(factor):
-    return config.replace(expert_format=None, d_model=round(config.d_model * factor),
-                          d_expert=round(config.d_expert * factor))
+    return config.replace(
+      expert_format=None,
+      d_model=round(config.d_model * factor),
+      d_expert=round(config.d_expert * factor),
+    )
 
   low, high = 0.05, 64.0
   for _ in range(40):

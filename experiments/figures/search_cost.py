@@ -19,14 +19,13 @@ for them.
 
 import numpy as np
 
-from experiments import confirm, drawing
+from experiments.analysis import drawing, report_page
 from experiments.figures import compared, searches
 from experiments.figures.work import Command, Work
-from experiments.reporting import page
+from experiments.tuning import confirm
 
 TITLE = "What a search costs, and what it buys"
-SAW = ("Its reviewers asked for the cost of the temperature search, which the paper does not "
-       "tell.")
+SAW = "Its reviewers asked for the cost of the temperature search, which the paper does not tell."
 CONFIGS = searches.CONFIGS
 
 
@@ -39,30 +38,46 @@ def measure(work: Work) -> list[dict]:
   for r in searches.records(work, work.model.tasks):
     tuning, cost = searches.tuning(r), r["profile"]["cost"]
     made = [t for t in tuning.trials if t["state"] in ("complete", "pruned")]
-    rows = np.cumsum([t["forward_rows"] for t in made])
-    found.append({
-        "task": r["task"], "objective": tuning.measure, "plain": tuning.plain(),
-        **{name: cost[name] for name in ("tokens", "forward_rows", "seconds", "trials", "pruned")},
-        "roster_tokens": cost["forward_rows"] / r["settings"]["num_members"],
-        "searched": searches.searched_gain(r), "fresh": searches.fresh(r), "left": _left(r),
+    rows = np.cumsum([t["forward_passes"] for t in made])
+    found.append(
+      {
+        "task": r["task"],
+        "objective": tuning.measure,
+        "plain": tuning.plain(),
+        **{
+          name: cost[name] for name in ("tokens", "forward_passes", "seconds", "trials", "pruned")
+        },
+        "roster_tokens": cost["forward_passes"] / r["settings"]["num_members"],
+        "searched": searches.searched_gain(r),
+        "fresh": searches.fresh(r),
+        "left": _left(r),
         "fresh_fitted": searches.fresh(r, fitted=True),
         "to_uniform": searches.fresh(r, confirm.TUNED, confirm.UNIFORM),
-        "equal_trials": _equal_trials(made, tuning.maximises),
-        "history": [{"forward_rows": int(spent), "best": _best(made[:i], tuning.maximises),
-                     "kind": t["kind"]} for i, (t, spent) in enumerate(zip(made, rows), 1)]})
+        "equal_trials": _equal_trials(made, tuning.maximizes),
+        "history": [
+          {
+            "forward_passes": int(spent),
+            "best": _best(made[:i], tuning.maximizes),
+            "kind": t["kind"],
+          }
+          for i, (t, spent) in enumerate(zip(made, rows), 1)
+        ],
+      }
+    )
   return found
 
 
-def _best(trials, maximises):
+def _best(trials, maximizes):
   """The best value of those that are complete."""
-  return (max if maximises else min)(
-      (t["value"] for t in trials if t["state"] == "complete"), default=None)
+  return (max if maximizes else min)(
+    (t["value"] for t in trials if t["state"] == "complete"), default=None
+  )
 
 
-def _equal_trials(made, maximises):
+def _equal_trials(made, maximizes):
   """What the sweep and the first trials of TPE, as many, came to; None if there are not so many."""
   sweep, tpe = ([t for t in made if t["kind"] == kind] for kind in ("sweep", "tpe"))
-  best = {"sweep": _best(sweep, maximises), "tpe": _best(tpe[:len(sweep)], maximises)}
+  best = {"sweep": _best(sweep, maximizes), "tpe": _best(tpe[: len(sweep)], maximizes)}
   if len(tpe) < len(sweep) or None in best.values():
     return None
   return {"trials": len(sweep), **best}
@@ -81,51 +96,100 @@ def _left(record):
 
 
 def table(records: list[dict]) -> str:
-  costs = [[r["task"], r["trials"], r["pruned"], f"{r['tokens']:,}", f"{r['forward_rows']:,}",
-            f"{r['seconds']:.0f}", f"{r['roster_tokens']:,.0f}"] for r in records]
+  costs = [
+    [
+      r["task"],
+      r["trials"],
+      r["pruned"],
+      f"{r['tokens']:,}",
+      f"{r['forward_passes']:,}",
+      f"{r['seconds']:.0f}",
+      f"{r['roster_tokens']:,.0f}",
+    ]
+    for r in records
+  ]
   bought = []
   for r in records:
     equal = r["equal_trials"]
-    bought.append([
-        r["task"], r["objective"], f"{r['searched']:+.2f}", compared.cell(r["fresh"], 2, True),
-        compared.cell(r["left"], 0), compared.cell(r["fresh_fitted"], 2, True),
-        *((f"{equal['sweep']:.4f}", f"{equal['tpe']:.4f}", equal["trials"]) if equal
-          else ("", "", "")),
-        compared.cell(r["to_uniform"], 2, True) or "the search ended with one τ"])
-  return "\n\n".join([
-      page.table(["task", "trials", "pruned", "tokens", "forward rows", "s",
-                  "as tokens of the roster"], costs),
-      page.table(["task", "objective", "to plain, searched", "to plain, fresh", "of it left, %",
-                  "fresh, at fitted T", "one τ, searched", "TPE, searched", "trials of each",
-                  "found profile to one τ, fresh"], bought),
+    bought.append(
+      [
+        r["task"],
+        r["objective"],
+        f"{r['searched']:+.2f}",
+        compared.cell(r["fresh"], 2, True),
+        compared.cell(r["left"], 0),
+        compared.cell(r["fresh_fitted"], 2, True),
+        *(
+          (f"{equal['sweep']:.4f}", f"{equal['tpe']:.4f}", equal["trials"])
+          if equal
+          else ("", "", "")
+        ),
+        compared.cell(r["to_uniform"], 2, True) or "the search ended with one τ",
+      ]
+    )
+  return "\n\n".join(
+    [
+      report_page.table(
+        ["task", "trials", "pruned", "tokens", "forward rows", "s", "as tokens of the roster"],
+        costs,
+      ),
+      report_page.table(
+        [
+          "task",
+          "objective",
+          "to plain, searched",
+          "to plain, fresh",
+          "of it left, %",
+          "fresh, at fitted T",
+          "one τ, searched",
+          "TPE, searched",
+          "trials of each",
+          "found profile to one τ, fresh",
+        ],
+        bought,
+      ),
       searches.NOTE + " Of it left: the fresh difference as a share of the searched one. One τ "
       "and TPE, searched: the best value of equally many trials of either, of which TPE's know "
-      "those of one τ."])
+      "those of one τ.",
+    ]
+  )
 
 
 def findings(records: list[dict]) -> str:
   tokens = [r["roster_tokens"] for r in records]
-  text = (f"A search costs as much as writing {min(tokens):,.0f} to {max(tokens):,.0f} tokens with "
-          "the roster. ")
+  text = (
+    f"A search costs as much as writing {min(tokens):,.0f} to {max(tokens):,.0f} tokens with "
+    "the roster. "
+  )
   left = [r["left"]["value"] for r in records if r["left"]]
   if left:
-    clear = sum(r["left"] is not None and r["left"]["low"] > 0 and r["fresh"]["clear"]
-                for r in records)
-    text += (f"Of the gain on its examples {np.median(left):.0f} % (median; {min(left):.0f} to "
-             f"{max(left):.0f} %) is there on fresh ones, where it is clear on {clear} of "
-             f"{page.count(len(records), 'task')}. ")
+    clear = sum(
+      r["left"] is not None and r["left"]["low"] > 0 and r["fresh"]["clear"] for r in records
+    )
+    text += (
+      f"Of the gain on its examples {np.median(left):.0f} % (median; {min(left):.0f} to "
+      f"{max(left):.0f} %) is there on fresh ones, where it is clear on {clear} of "
+      f"{report_page.count(len(records), 'task')}. "
+    )
   equal = [r for r in records if r["equal_trials"]]
   if equal:
     better = sum(_is_better(r, r["equal_trials"]["tpe"], r["equal_trials"]["sweep"]) for r in equal)
     worse = sum(_is_better(r, r["equal_trials"]["sweep"], r["equal_trials"]["tpe"]) for r in equal)
-    text += (f"After equally many trials TPE's best is better than the sweep's on {better} of "
-             f"{page.count(len(equal), 'task')}, and worse on {worse}, on the examples of the "
-             "search. ")
-  layered = [r["task"] for r in records if r["to_uniform"] and r["to_uniform"]["clear"]
-             and _is_better(r, r["to_uniform"]["value"], 0.0)]
+    text += (
+      f"After equally many trials TPE's best is better than the sweep's on {better} of "
+      f"{report_page.count(len(equal), 'task')}, and worse on {worse}, on the examples of the "
+      "search. "
+    )
+  layered = [
+    r["task"]
+    for r in records
+    if r["to_uniform"] and r["to_uniform"]["clear"] and _is_better(r, r["to_uniform"]["value"], 0.0)
+  ]
   said = f"on {', '.join(layered)}" if layered else "on no task"
-  return text + ("A τ for each layer is clearly better than the best one τ for all "
-                 f"{said} of {len(records)}, on fresh examples.")
+  return text + (
+    "A τ for each layer is clearly better than the best one τ for all "
+    f"{said} of {len(records)}, on fresh examples."
+  )
 
 
 def _is_better(record, value, other):
@@ -138,18 +202,26 @@ def draw(records: list[dict]):
   figure, axes = drawing.axes(columns, lines, width=3.4, height=2.8)
   for r, axis in zip(records, axes.flat):
     shown = [h for h in r["history"] if h["best"] is not None]
-    for kind, style in (("sweep", dict(color="0.45", marker="s", linestyle="--")),
-                        ("tpe", dict(color="black", marker="o", linestyle="-"))):
+    for kind, style in (
+      ("sweep", dict(color="0.45", marker="s", linestyle="--")),
+      ("tpe", dict(color="black", marker="o", linestyle="-")),
+    ):
       part = [h for h in shown if h["kind"] == kind]
-      axis.plot([h["forward_rows"] for h in part], [h["best"] for h in part], markersize=4,
-                fillstyle="none", linewidth=1, **style,
-                label=f"best so far, {kind.replace('tpe', 'TPE')}")
+      axis.plot(
+        [h["forward_passes"] for h in part],
+        [h["best"] for h in part],
+        markersize=4,
+        fillstyle="none",
+        linewidth=1,
+        **style,
+        label=f"best so far, {kind.replace('tpe', 'TPE')}",
+      )
     axis.axhline(r["plain"], color="0.4", linestyle=":", linewidth=1.2, label="without noise")
     axis.set_title(r["task"], fontsize=9)
     axis.set_xlabel("forward rows spent")
     axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     axis.set_ylabel(r["objective"])
-  for axis in axes.flat[len(records):]:
+  for axis in axes.flat[len(records) :]:
     axis.set_visible(False)
   drawing.legend(figure, axes[0, 0])
   return figure

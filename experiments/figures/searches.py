@@ -6,11 +6,11 @@ import json
 import pathlib
 from typing import Any, ClassVar
 
-from experiments import confirm, drawing, statistics
+from experiments.analysis import drawing, paired_statistics, pictures, report_page
+from experiments.analysis.run_results import Tuning
 from experiments.figures import compared
 from experiments.figures.work import Command, Work
-from experiments.reporting import page, pictures
-from experiments.reporting.results import Tuning
+from experiments.tuning import confirm
 
 Record = dict[str, Any]
 
@@ -39,24 +39,34 @@ def records(work: Work, tasks: Sequence[str]) -> list[Record]:
   found = []
   for task in tasks:
     search, folder = work.tuned(task), work.root / "tune" / task
-    found.append({
-        "task": task, "category": work.model.category(task),
+    found.append(
+      {
+        "task": task,
+        "category": work.model.category(task),
         "settings": json.loads((folder / "settings.json").read_text()),
-        "profile": search.profile, "differences": _tested(folder / "confirm", search.profile),
-        "trials": search.trials})
+        "profile": search.profile,
+        "differences": _tested(folder / "confirm", search.profile),
+        "trials": search.trials,
+      }
+    )
   return corrected(found)
 
 
 def _tested(folder: pathlib.Path, profile):
   """The differences of a confirmation with p-values, from its runs."""
   confirmed = profile["objective"]["confirmed"]
-  metrics = {name: confirm.by_example(folder / name, profile["data"]["confirmed"])
-             for name in confirmed["values"]}
+  metrics = {
+    name: confirm.by_example(folder / name, profile["data"]["confirmed"])
+    for name in confirmed["values"]
+  }
   found = []
   for d in confirmed["differences"]:
-    name = next(m for m in ("fitted_nll" if d["fitted"] else "nll", *metrics[d["of"]])
-                if m in metrics[d["of"]])
-    test = statistics.paired_test(metrics[d["of"]][name], metrics[d["to"]][name])
+    name = next(
+      m
+      for m in ("fitted_nll" if d["fitted"] else "nll", *metrics[d["of"]])
+      if m in metrics[d["of"]]
+    )
+    test = paired_statistics.paired_test(metrics[d["of"]][name], metrics[d["to"]][name])
     found.append(d | {"p": test.p})
   return found
 
@@ -68,11 +78,11 @@ def corrected(found: Sequence[Record]) -> list[Record]:
   for r in found:
     for d in r["differences"]:
       tests.setdefault(kind(d), []).append(d["p"])
-  adjusted = {k: iter(statistics.holm(p)) for k, p in tests.items()}
+  adjusted = {k: iter(paired_statistics.holm(p)) for k, p in tests.items()}
 
   def told(d):
     p = next(adjusted[kind(d)])
-    clear = p < statistics.SIGNIFICANCE and compared.read(d).is_clear
+    clear = p < paired_statistics.SIGNIFICANCE and compared.read(d).is_significant
     return d | {"adjusted": p, "clear": clear}
 
   return [r | {"differences": [told(d) for d in r["differences"]]} for r in found]
@@ -83,11 +93,13 @@ def tuning(record: Record) -> Tuning:
   return Tuning(record["task"], record["profile"], record["trials"])
 
 
-def fresh(record: Record, of: str = confirm.TUNED, to: str = confirm.PLAIN,
-          fitted: bool = False) -> dict[str, Any] | None:
+def fresh(
+  record: Record, of: str = confirm.TUNED, to: str = confirm.PLAIN, fitted: bool = False
+) -> dict[str, Any] | None:
   """A difference of the confirmation on fresh examples; None: not there."""
-  return next((d for d in record["differences"]
-               if (d["of"], d["to"], d["fitted"]) == (of, to, fitted)), None)
+  return next(
+    (d for d in record["differences"] if (d["of"], d["to"], d["fitted"]) == (of, to, fitted)), None
+  )
 
 
 def searched_gain(record: Record) -> float:
@@ -103,20 +115,46 @@ def table(found: Sequence[Record]) -> str:
   rows = []
   for r in found:
     objective, cost = r["profile"]["objective"], r["profile"]["cost"]
-    rows.append([
-        r["task"], objective["name"], f"{objective['plain']:.4f}", f"{objective['value']:.4f}",
-        f"{searched_gain(r):+.2f}", compared.cell(fresh(r), 2, True),
-        compared.cell(fresh(r, fitted=True), 2, True), cost["trials"], cost["pruned"],
-        " ".join(f"{t:.2f}" for t in r["profile"]["temperatures"])])
-  return page.table(
-      ["task", "objective", "plain", "best trial", "to plain, searched",
-       "to plain, fresh", "there at fitted T", "trials", "pruned", "τ by layer"],
-      rows) + "\n\n" + NOTE
+    rows.append(
+      [
+        r["task"],
+        objective["name"],
+        f"{objective['plain']:.4f}",
+        f"{objective['value']:.4f}",
+        f"{searched_gain(r):+.2f}",
+        compared.cell(fresh(r), 2, True),
+        compared.cell(fresh(r, fitted=True), 2, True),
+        cost["trials"],
+        cost["pruned"],
+        " ".join(f"{t:.2f}" for t in r["profile"]["temperatures"]),
+      ]
+    )
+  return (
+    report_page.table(
+      [
+        "task",
+        "objective",
+        "plain",
+        "best trial",
+        "to plain, searched",
+        "to plain, fresh",
+        "there at fitted T",
+        "trials",
+        "pruned",
+        "τ by layer",
+      ],
+      rows,
+    )
+    + "\n\n"
+    + NOTE
+  )
 
 
-NOTE = ("Differences in % of the perplexity or points of accuracy; fresh: on examples that no "
-        "trial saw, with noise seeds that none used, 95 % intervals; * is clear after Holm's "
-        "correction over the column.")
+NOTE = (
+  "Differences in % of the perplexity or points of accuracy; fresh: on examples that no "
+  "trial saw, with noise seeds that none used, 95 % intervals; * is clear after Holm's "
+  "correction over the column."
+)
 
 
 def gained(record: Record) -> bool:
@@ -128,11 +166,14 @@ def gained(record: Record) -> bool:
 def findings(found: Sequence[Record]) -> str:
   """How many gains of a search are there on fresh examples."""
   gains = [r for r in found if gained(r)]
-  kept = [r for r in gains if (d := fresh(r))["clear"] and (d["value"] < 0) == (
-      searched_gain(r) < 0)]
-  return (f"On the examples of the search the best trial is better than the plain model on "
-          f"{len(gains)} of {page.count(len(found), 'task')}; on fresh ones this is clear on "
-          f"{len(kept)}" + (f" ({', '.join(r['task'] for r in kept)})." if kept else "."))
+  kept = [
+    r for r in gains if (d := fresh(r))["clear"] and (d["value"] < 0) == (searched_gain(r) < 0)
+  ]
+  return (
+    f"On the examples of the search the best trial is better than the plain model on "
+    f"{len(gains)} of {report_page.count(len(found), 'task')}; on fresh ones this is clear on "
+    f"{len(kept)}" + (f" ({', '.join(r['task'] for r in kept)})." if kept else ".")
+  )
 
 
 def draw(found: Sequence[Record]):
@@ -142,8 +183,8 @@ def draw(found: Sequence[Record]):
   for r, axis in zip(found, axes.flat):
     pictures.trials(axis, tuning(r))
     axis.set_title(r["task"], fontsize=9)
-  for axis in axes.flat[len(found):]:
+  for axis in axes.flat[len(found) :]:
     axis.set_visible(False)
-  named = max(axes.flat[:len(found)], key=lambda a: len(a.get_legend_handles_labels()[1]))
+  named = max(axes.flat[: len(found)], key=lambda a: len(a.get_legend_handles_labels()[1]))
   drawing.legend(figure, named)
   return figure

@@ -24,15 +24,16 @@ import dataclasses
 
 import numpy as np
 
-from experiments import drawing
+from experiments.analysis import drawing, report_page
 from experiments.figures import compared, likelihoods
 from experiments.figures.work import Command, Work
-from experiments.reporting import page
 from roe_jax.roster import Roster
 
 TITLE = "Gain against sparsity"
-SAW = ("Its reviewers asked how the gain depends on sparsity. The paper has three models that "
-       "differ in all else, too.")
+SAW = (
+  "Its reviewers asked how the gain depends on sparsity. The paper has three models that "
+  "differ in all else, too."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +61,10 @@ class Config:
 
 FAMILY = ("1of16", "2of16", "4of16", "8of16", "4of8", "4of32")
 CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss")} | {
-    "embedded": Config(tuple(f"embedded:wordmath_{v}" for v in FAMILY), task="wordmath",
-                       examples=120, seeds=2)}
+  "embedded": Config(
+    tuple(f"embedded:wordmath_{v}" for v in FAMILY), task="wordmath", examples=120, seeds=2
+  )
+}
 SAME, OWN = "one τ for all", "its best τ"
 
 
@@ -75,55 +78,91 @@ def measure(work: Work) -> list[compared.Record]:
   found = []
   for checkpoint in config.checkpoints or work.model.checkpoints:
     texts = likelihoods.Texts(work, checkpoint, config.task, config.examples)
-    tokens, k, num_experts = (texts.reported_on.tokens, texts.config.experts_per_token,
-                              texts.config.num_experts)
+    tokens, k, num_experts = (
+      texts.reported_on.tokens,
+      texts.config.experts_per_token,
+      texts.config.num_experts,
+    )
 
     def roster(seed, tau, texts=texts):
       return Roster.create(texts.config, config.n, tau, seed=seed, cache=work.model.cache)
 
     plain = keep.get(f"{checkpoint}, plain", texts.plain)
-    values = [keep.get(f"{checkpoint}, τ = {t:g}", lambda t=t: texts.value(roster(work.seed, t)))
-              for t in config.temperatures]
+    values = [
+      keep.get(f"{checkpoint}, τ = {t:g}", lambda t=t: texts.value(roster(work.seed, t)))
+      for t in config.temperatures
+    ]
     best = config.temperatures[int(np.argmin(values))]
     also = {"model": checkpoint.rpartition(":")[2], "k": k, "E": num_experts}
     found.append(likelihoods.record(plain, plain, tokens, "plain", config.task, **also))
     for label, tau in ((SAME, config.temperature), (OWN, best)):
-      measured = keep.get(f"{checkpoint}, measured at {tau:g}", lambda tau=tau: texts.measure(
-          lambda seed: roster(seed, tau), seeds))
+      measured = keep.get(
+        f"{checkpoint}, measured at {tau:g}",
+        lambda tau=tau: texts.measure(lambda seed: roster(seed, tau), seeds),
+      )
       found.append(likelihoods.record(measured, plain, tokens, label, config.task, τ=tau, **also))
   return compared.corrected(found)
 
 
 def table(records: list[compared.Record]) -> str:
   shown = ("perplexity", "perplexity_difference", "fitted", "fitted_difference")
-  rows = [[r["model"], f"{r['k']} / {r['E']}", r["label"], f"{r['τ']:g}" if "τ" in r else "",
-           *(compared.COLUMNS[c][1](r) for c in shown)] for r in records]
-  return page.table(["model", "k / E", "", "τ", *(compared.COLUMNS[c][0] for c in shown)],
-                    rows) + "\n\n" + compared.NOTE
+  rows = [
+    [
+      r["model"],
+      f"{r['k']} / {r['E']}",
+      r["label"],
+      f"{r['τ']:g}" if "τ" in r else "",
+      *(compared.COLUMNS[c][1](r) for c in shown),
+    ]
+    for r in records
+  ]
+  return (
+    report_page.table(["model", "k / E", "", "τ", *(compared.COLUMNS[c][0] for c in shown)], rows)
+    + "\n\n"
+    + compared.NOTE
+  )
 
 
 def findings(records: list[compared.Record]) -> str:
-  return compared.clear([r | {"task": r["model"]} for r in records], "fitted_difference",
-                        "perplexity at fitted output temperatures")
+  return compared.clear(
+    [r | {"task": r["model"]} for r in records],
+    "fitted_difference",
+    "perplexity at fitted output temperatures",
+  )
 
 
 def draw(records: list[compared.Record]):
-  panels = [("perplexity_difference", "both as they are"), ("fitted_difference", "both at fitted T")]
-  most_k = max({r["k"] for r in records}, key=lambda k: len({r["E"] for r in records if r["k"] == k}))
-  most_e = max({r["E"] for r in records}, key=lambda e: len({r["k"] for r in records if r["E"] == e}))
-  curves = [(f"k varied, E = {most_e}", lambda r: r["E"] == most_e),
-            (f"E varied, k = {most_k}", lambda r: r["k"] == most_k)]
+  panels = [
+    ("perplexity_difference", "both as they are"),
+    ("fitted_difference", "both at fitted T"),
+  ]
+  most_k = max(
+    {r["k"] for r in records}, key=lambda k: len({r["E"] for r in records if r["k"] == k})
+  )
+  most_e = max(
+    {r["E"] for r in records}, key=lambda e: len({r["k"] for r in records if r["E"] == e})
+  )
+  curves = [
+    (f"k varied, E = {most_e}", lambda r: r["E"] == most_e),
+    (f"E varied, k = {most_k}", lambda r: r["k"] == most_k),
+  ]
   figure, axes = drawing.axes(2, 2, width=3.4, height=2.6)
   shares = sorted({r["k"] / r["E"] for r in records})
   for (measure_, title), column in zip(panels, axes.T):
     for label, axis in zip((SAME, OWN), column):
       drawing.zero(axis)
       for index, (curve, belongs) in enumerate(curves):
-        shown = sorted((r["k"] / r["E"], i) for i, r in enumerate(records)
-                       if r["label"] == label and belongs(r))
+        shown = sorted(
+          (r["k"] / r["E"], i) for i, r in enumerate(records) if r["label"] == label and belongs(r)
+        )
         values, bars = drawing.bars([compared.read(records[i][measure_]) for _, i in shown])
-        axis.errorbar([x * 1.04 ** (2 * index - 1) for x, _ in shown], values, yerr=bars,
-                      label=curve, **drawing.line(index))
+        axis.errorbar(
+          [x * 1.04 ** (2 * index - 1) for x, _ in shown],
+          values,
+          yerr=bars,
+          label=curve,
+          **drawing.line(index),
+        )
       axis.set_xscale("log", base=2)
       axis.set_xticks(shares, [f"1/{1 / s:g}" for s in shares])
       axis.minorticks_off()

@@ -5,7 +5,7 @@
 
 The paper's table has samples and trials, members n, the largest τ (T) and the layers kept
 at 0 at either end (L) for three categories and three models; see
-`experiments.tuning_configs`. Here each search also tells what it came to, on its own
+`experiments.tuning.tuning_configs`. Here each search also tells what it came to, on its own
 samples and on fresh ones, and what it cost.
 
     model      checkpoint (see models.py)              hardware               time
@@ -17,13 +17,15 @@ samples and on fresh ones, and what it cost.
 Times of the first three are estimated with roe_jax.costs (H100), not measured.
 """
 
+from experiments.analysis import report_page
 from experiments.figures import compared, searches
 from experiments.figures.work import Command, Work
-from experiments.reporting import page
 
 TITLE = "Budgets of the searches, and what they found"
-SAW = ("The paper lists budgets (math 100 samples and 50 trials, common sense 300 and 100, "
-       "code 50 and 50), not what the searches cost, nor what they are worth on other samples.")
+SAW = (
+  "The paper lists budgets (math 100 samples and 50 trials, common sense 300 and 100, "
+  "code 50 and 50), not what the searches cost, nor what they are worth on other samples."
+)
 CONFIGS = searches.CONFIGS
 
 
@@ -39,15 +41,43 @@ def table(records: list[searches.Record]) -> str:
   rows = []
   for r in records:
     settings, cost = r["settings"], r["profile"]["cost"]
-    rows.append([
-        r["category"], r["task"], settings["objective"],
-        f"{settings['num_samples']} / {settings['num_trials']}", settings["num_members"],
-        f"{settings['max_temperature']:g}", settings["fixed_layers"],
-        f"{searches.searched_gain(r):+.2f}", compared.cell(searches.fresh(r), 2, True),
-        cost["pruned"], f"{cost['tokens']:,}", f"{cost['seconds']:.0f}"])
-  return page.table(
-      ["category", "task", "objective", "samples / trials", "n", "T", "L", "to plain, searched",
-       "to plain, fresh", "pruned", "tokens", "s"], rows) + "\n\n" + searches.NOTE
+    rows.append(
+      [
+        r["category"],
+        r["task"],
+        settings["objective"],
+        f"{settings['num_samples']} / {settings['num_trials']}",
+        settings["num_members"],
+        f"{settings['max_temperature']:g}",
+        settings["fixed_layers"],
+        f"{searches.searched_gain(r):+.2f}",
+        compared.cell(searches.fresh(r), 2, True),
+        cost["pruned"],
+        f"{cost['tokens']:,}",
+        f"{cost['seconds']:.0f}",
+      ]
+    )
+  return (
+    report_page.table(
+      [
+        "category",
+        "task",
+        "objective",
+        "samples / trials",
+        "n",
+        "T",
+        "L",
+        "to plain, searched",
+        "to plain, fresh",
+        "pruned",
+        "tokens",
+        "s",
+      ],
+      rows,
+    )
+    + "\n\n"
+    + searches.NOTE
+  )
 
 
 findings = searches.findings

@@ -11,9 +11,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments import app, jsonl, runs, tasks
-from experiments.figures.models import Model
-from experiments.reporting import results as results_lib
+from experiments import tasks
+from experiments.analysis import run_results as results_lib
+from experiments.cli import app
+from experiments.figures.figure_models import Model
+from experiments.records import jsonl, runs
 
 # In a figure's folder.
 RECORDS, ABOUT, PICTURE = "records.jsonl", "about.json", "figure.png"
@@ -46,9 +48,12 @@ class Command:
 
   @property
   def arguments(self) -> list[str]:
-    return ["-m", f"experiments.{self.program}", *(
-        _flag(name, value) for name, value in self.flags if value is not None),
-            f"--output={self.output}"]
+    return [
+      "-m",
+      f"experiments.{self.program}",
+      *(_flag(name, value) for name, value in self.flags if value is not None),
+      f"--output={self.output}",
+    ]
 
   def __str__(self) -> str:
     return shlex.join(["python", *self.arguments])
@@ -65,15 +70,18 @@ class Command:
     """
     code = subprocess.run([sys.executable, *self.arguments], check=False).returncode
     if code:
-      raise ValueError(f"{self} ended with exit code {code}, see above; when that is mended, start "
-                       "this program again: it goes on from there")
+      raise ValueError(
+        f"{self} ended with exit code {code}, see above; when that is mended, start "
+        "this program again: it goes on from there"
+      )
 
 
 def _flag(name, value):
   if isinstance(value, bool):
     return f"--{name}" if value else f"--no{name}"
-  return f"--{name}=" + (",".join(map(str, value)) if isinstance(value, (list, tuple))
-                         else str(value))
+  return f"--{name}=" + (
+    ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+  )
 
 
 class Measured(jsonl.Kept):
@@ -128,9 +136,17 @@ class Work:
     model = dataclasses.asdict(self.model)
     for name in ("title", "prepare", "hardware"):
       del model[name]
-    return json.loads(json.dumps({
-        "figure": self.figure, "model": model, "seed": self.seed, "data_dir": self.data_dir,
-        "config": dataclasses.asdict(self.config)}))
+    return json.loads(
+      json.dumps(
+        {
+          "figure": self.figure,
+          "model": model,
+          "seed": self.seed,
+          "data_dir": self.data_dir,
+          "config": dataclasses.asdict(self.config),
+        }
+      )
+    )
 
   def kept(self) -> "Measured":
     """Values of the figure's own measurements, by name: those that are there are not made again."""
@@ -144,14 +160,27 @@ class Work:
       name: of its folder in `root`/tune; the task's by default.
     """
     model = self.model
-    settings = dict(
-        checkpoint=model.checkpoint, mesh=model.mesh, task=task,
+    settings = (
+      dict(
+        checkpoint=model.checkpoint,
+        mesh=model.mesh,
+        task=task,
         config=model.tuning.format(category=model.category(task)),
-        num_samples=model.num_samples, num_trials=model.num_trials,
-        num_members=model.num_members, cache=model.cache, seed=self.seed,
-        **self._of_tasks(task)) | flags
-    return Command("tune", self.root / "tune" / (name or task), tuple(settings.items()),
-                   done="confirm/*/summary.json")
+        num_samples=model.num_samples,
+        num_trials=model.num_trials,
+        num_members=model.num_members,
+        cache=model.cache,
+        seed=self.seed,
+        **self._of_tasks(task),
+      )
+      | flags
+    )
+    return Command(
+      "tune",
+      self.root / "tune" / (name or task),
+      tuple(settings.items()),
+      done="confirm/*/summary.json",
+    )
 
   def profile(self, task: str) -> pathlib.Path:
     """The profile that `tune(task)` leaves."""
@@ -160,13 +189,31 @@ class Work:
   def compare(self, name: str, task_names: list[str], methods: list[str], **flags) -> Command:
     """A comparison of methods, in `root`/compare/`name`; `flags` override those of the model."""
     model = self.model
-    settings = dict(
-        checkpoint=model.checkpoint, mesh=model.mesh, tasks=task_names, methods="; ".join(methods),
-        num_members=model.num_members, cache=model.cache, temperature_profile=model.temperature,
-        num_seeds=model.num_seeds, limit=model.num_examples, num_validation=model.num_validation,
-        batch_size=model.batch_size, seed=self.seed, **self._of_tasks(*task_names)) | flags
-    return Command("compare", self.root / "compare" / name, tuple(settings.items()),
-                   done="*/summary.json", num_done=len(methods))
+    settings = (
+      dict(
+        checkpoint=model.checkpoint,
+        mesh=model.mesh,
+        tasks=task_names,
+        methods="; ".join(methods),
+        num_members=model.num_members,
+        cache=model.cache,
+        temperature_profile=model.temperature,
+        num_seeds=model.num_seeds,
+        limit=model.num_examples,
+        num_validation=model.num_validation,
+        batch_size=model.batch_size,
+        seed=self.seed,
+        **self._of_tasks(*task_names),
+      )
+      | flags
+    )
+    return Command(
+      "compare",
+      self.root / "compare" / name,
+      tuple(settings.items()),
+      done="*/summary.json",
+      num_done=len(methods),
+    )
 
   def chats(self, *names: str) -> bool:
     """Whether tasks are asked in the model's chat format, as all are but texts to read."""

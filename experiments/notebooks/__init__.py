@@ -29,14 +29,34 @@ _ROOT = FOLDER.parents[1]
 NAMES = ("quickstart", "olmoe_colab", "reproduce_figures", "tpu")
 BESIDE = {"olmoe_colab": "jax[cuda12]", "tpu": "jax[tpu]"}  # what else is installed
 ON_CPU = ("quickstart", "reproduce_figures")
-_LINK = re.compile(r"(?P<site>https://(?:colab\.research\.google\.com/github|github\.com))"
-                   r"/(?P<repository>[\w-]+/roe_jax)/(?P<kind>blob|tree)/(?P<version>[^/]+)"
-                   r"/(?P<path>[^)\s]+)")
+_LINK = re.compile(
+  r"(?P<site>https://(?:colab\.research\.google\.com/github|github\.com))"
+  r"/(?P<repository>[\w-]+/roe_jax)/(?P<kind>blob|tree)/(?P<version>[^/]+)"
+  r"/(?P<path>[^)\s]+)"
+)
 _PACKAGES = ("roe_jax", "experiments", "checkpoints_convert")
 _WITH_DEVICES = {"jax", "roe_jax", "checkpoints_convert"}  # what computes in the notebook's process
-_LOGIC = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.For, ast.AsyncFor,
-          ast.While, ast.If, ast.IfExp, ast.Match, ast.BoolOp, ast.Try, ast.TryStar, ast.With,
-          ast.AsyncWith, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+_LOGIC = (
+  ast.FunctionDef,
+  ast.AsyncFunctionDef,
+  ast.ClassDef,
+  ast.Lambda,
+  ast.For,
+  ast.AsyncFor,
+  ast.While,
+  ast.If,
+  ast.IfExp,
+  ast.Match,
+  ast.BoolOp,
+  ast.Try,
+  ast.TryStar,
+  ast.With,
+  ast.AsyncWith,
+  ast.ListComp,
+  ast.SetComp,
+  ast.DictComp,
+  ast.GeneratorExp,
+)
 # Lines that are not Python's: programs, which `commands` finds, one expression, a variable.
 _OTHER_LINES = ("!python -m ", "!python -c ", "%env ")
 SECONDS = 300  # that a cell may take
@@ -59,16 +79,20 @@ def read(name: str) -> nbformat.NotebookNode:
 
 def badge(name: str) -> str:
   """The Markdown of the "Open in Colab" badge."""
-  return ("[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-          f"(https://colab.research.google.com/github/{REPOSITORY}/blob/{VERSION}/"
-          f"experiments/notebooks/{name}.ipynb)")
+  return (
+    "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+    f"(https://colab.research.google.com/github/{REPOSITORY}/blob/{VERSION}/"
+    f"experiments/notebooks/{name}.ipynb)"
+  )
 
 
 def install_line(name: str) -> str:
   """The first code cell."""
   beside = f' "{BESIDE[name]}"' if name in BESIDE else ""
-  return (f'%pip install -q "roe_jax[experiments] @ git+https://github.com/{REPOSITORY}@{VERSION}"'
-          + beside)
+  return (
+    f'%pip install -q "roe_jax[experiments] @ git+https://github.com/{REPOSITORY}@{VERSION}"'
+    + beside
+  )
 
 
 def links(notebook: nbformat.NotebookNode) -> list[tuple[str, str, str]]:
@@ -81,8 +105,9 @@ def rewrite(notebook: nbformat.NotebookNode, name: str) -> None:
   """Puts links and the install line as they should be."""
   for cell in notebook.cells:
     if cell.cell_type == "markdown":
-      cell.source = _LINK.sub(lambda m: m["site"] + f"/{REPOSITORY}/{m['kind']}/{VERSION}/{m['path']}",
-                              cell.source)
+      cell.source = _LINK.sub(
+        lambda m: m["site"] + f"/{REPOSITORY}/{m['kind']}/{VERSION}/{m['path']}", cell.source
+      )
   _code(notebook)[0].source = install_line(name)
 
 
@@ -132,8 +157,10 @@ def problems(name: str, notebook: nbformat.NotebookNode) -> Iterator[str]:
     yield from _missing(tree, names)
     is_taken |= name not in ON_CPU and bool(_WITH_DEVICES & set(_imported(tree)))
   if any(cell.get("outputs") for cell in code) != (name in ON_CPU):
-    yield ("outputs are stored of notebooks that run without an accelerator, and of no others: "
-           "--execute stores them")
+    yield (
+      "outputs are stored of notebooks that run without an accelerator, and of no others: "
+      "--execute stores them"
+    )
 
 
 def _imported(tree):
@@ -169,7 +196,8 @@ def _import(node, names):
       found = importlib.import_module(module)
       if isinstance(node, ast.ImportFrom):
         found = getattr(found, alias.name, None) or importlib.import_module(
-            f"{module}.{alias.name}")
+          f"{module}.{alias.name}"
+        )
       elif not alias.asname:
         found = importlib.import_module(module.partition(".")[0])
     except ImportError as error:
@@ -199,7 +227,9 @@ def _call(node, names):
     signature = inspect.signature(function)
   except (AttributeError, ValueError, TypeError):
     return
-  if any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords):
+  if any(isinstance(a, ast.Starred) for a in node.args) or any(
+    k.arg is None for k in node.keywords
+  ):
     return
   try:
     signature.bind(*node.args, **{k.arg: k.value for k in node.keywords})
@@ -210,12 +240,13 @@ def _call(node, names):
 def commands(notebook: nbformat.NotebookNode) -> list[list[str]]:
   """The programs that cells start, [module, flag, ...], of lines `!python -m MODULE FLAG ...`."""
   lines = [line for cell in _code(notebook) for line in _lines(cell)]
-  return [_without_redirection(shlex.split(line)[2:]) for line in lines
-          if line.startswith("!python -m ")]
+  return [
+    _without_redirection(shlex.split(line)[2:]) for line in lines if line.startswith("!python -m ")
+  ]
 
 
 def _without_redirection(words):
-  return words[:next((i for i, w in enumerate(words) if re.fullmatch(r"[12]?>", w)), len(words))]
+  return words[: next((i for i, w in enumerate(words) if re.fullmatch(r"[12]?>", w)), len(words))]
 
 
 def execute(name: str, folder: pathlib.Path) -> nbformat.NotebookNode:
@@ -229,15 +260,17 @@ def execute(name: str, folder: pathlib.Path) -> nbformat.NotebookNode:
   # Programs that cells start are of this interpreter and of this package.
   environment = dict(os.environ)
   for variable, first in (("PATH", pathlib.Path(sys.executable).parent), ("PYTHONPATH", _ROOT)):
-    environment[variable] = os.pathsep.join(
-        filter(None, [str(first), os.environ.get(variable)]))
+    environment[variable] = os.pathsep.join(filter(None, [str(first), os.environ.get(variable)]))
   notebook = read(name)
   install = _code(notebook)[0]
   kept, install.source = install.source, ""
   nbclient.NotebookClient(
-      notebook, timeout=SECONDS, kernel_name="python3",
-      extra_arguments=["--InteractiveShell.system_raise_on_error=True"],
-      resources={"metadata": {"path": str(folder)}}).execute(env=environment)
+    notebook,
+    timeout=SECONDS,
+    kernel_name="python3",
+    extra_arguments=["--InteractiveShell.system_raise_on_error=True"],
+    resources={"metadata": {"path": str(folder)}},
+  ).execute(env=environment)
   install.source, install.outputs, install.execution_count = kept, [], None
   for cell in notebook.cells:
     cell.metadata.pop("execution", None)  # when it was run

@@ -126,20 +126,34 @@ def run_program(program: Program | str, *, landlock: bool = True) -> Outcome:
     with tempfile.TemporaryFile() as job:
       token = secrets.token_bytes(16)
       limits = program.limits
-      pickle.dump({
-          "program": program.text, "data": program.data, "begun": _BEGUN, "token": token,
+      pickle.dump(
+        {
+          "program": program.text,
+          "data": program.data,
+          "begun": _BEGUN,
+          "token": token,
           "landlock": landlock,
           "packages": [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))],
-          "limits": {"cpu_seconds": math.ceil(limits.seconds) + 1, "open_files": 32,
-                     "memory_bytes": limits.memory_bytes, "file_bytes": limits.file_bytes}}, job)
+          "limits": {
+            "cpu_seconds": math.ceil(limits.seconds) + 1,
+            "open_files": 32,
+            "memory_bytes": limits.memory_bytes,
+            "file_bytes": limits.file_bytes,
+          },
+        },
+        job,
+      )
       job.seek(0)
       return _Run(program.limits, folder, token).run(job)
   finally:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_programs(programs: Sequence[Program | str], workers: int = 1,
-                 on_done: Callable[[int], None] = lambda index: None) -> list[Outcome]:
+def run_programs(
+  programs: Sequence[Program | str],
+  workers: int = 1,
+  on_done: Callable[[int], None] = lambda index: None,
+) -> list[Outcome]:
   """Runs programs, `workers` at a time; outcomes in the order of the programs.
 
   Args:
@@ -171,8 +185,10 @@ def check_support() -> None:
   """
   outcome = run_program(Program("import numpy", limits=Limits(seconds=60.0)))
   if not outcome.passed:
-    raise ValueError("a program that imports NumPy does not run in the sandbox "
-                     f"({outcome.reason}): {outcome.output}")
+    raise ValueError(
+      "a program that imports NumPy does not run in the sandbox "
+      f"({outcome.reason}): {outcome.output}"
+    )
 
 
 class _Run:
@@ -188,10 +204,23 @@ class _Run:
     results, results_end = os.pipe()
     try:
       process = subprocess.Popen(
-          [sys.executable, "-s", "-P", "-B", str(_RUNNER), self._folder, str(os.getpid()),
-           str(results_end)],
-          stdin=job, stdout=output_end, stderr=subprocess.STDOUT, pass_fds=(results_end,),
-          env=_environment(self._folder), start_new_session=True)
+        [
+          sys.executable,
+          "-s",
+          "-P",
+          "-B",
+          str(_RUNNER),
+          self._folder,
+          str(os.getpid()),
+          str(results_end),
+        ],
+        stdin=job,
+        stdout=output_end,
+        stderr=subprocess.STDOUT,
+        pass_fds=(results_end,),
+        env=_environment(self._folder),
+        start_new_session=True,
+      )
     finally:
       os.close(output_end)
       os.close(results_end)
@@ -275,7 +304,7 @@ class _Run:
     seconds = time.monotonic() - self._began
     end = _BEGUN + self._token
     if broken is None and code == 0 and self._answer.startswith(end):
-      return Outcome(True, "passed", output, seconds, bytes(self._answer[len(end):]))
+      return Outcome(True, "passed", output, seconds, bytes(self._answer[len(end) :]))
     if broken is None and code == -signal.SIGXCPU:
       broken = "time limit"
     elif broken is None and code < 0:
@@ -286,9 +315,17 @@ class _Run:
 
 
 def _environment(folder):
-  one_thread = dict.fromkeys(
-      ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+  one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
   kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-  return one_thread | kept | {
-      "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": folder, "TMPDIR": folder,
-      "PYTHONHASHSEED": "0", "PYTHONWARNINGS": "ignore"}
+  return (
+    one_thread
+    | kept
+    | {
+      "PATH": "/usr/bin:/bin",
+      "LANG": "C.UTF-8",
+      "HOME": folder,
+      "TMPDIR": folder,
+      "PYTHONHASHSEED": "0",
+      "PYTHONWARNINGS": "ignore",
+    }
+  )

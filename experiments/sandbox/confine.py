@@ -33,34 +33,91 @@ ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 
 # System calls: numbers on x86-64 and on AArch64, which lacks the older ones.
 ALLOWED = {
-    "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66),
-    "pread64": (17, 67), "pwrite64": (18, 68), "lseek": (8, 62), "close": (3, 57),
-    "ftruncate": (77, 46), "getdents64": (217, 61), "pipe": (22, None), "pipe2": (293, 59),
-    "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24), "poll": (7, None), "ppoll": (271, 73),
-    "select": (23, None), "pselect6": (270, 72),
-    "stat": (4, None), "fstat": (5, 80), "lstat": (6, None), "newfstatat": (262, 79),
-    "statx": (332, 291), "access": (21, None), "faccessat": (269, 48), "faccessat2": (439, 439),
-    "readlink": (89, None), "readlinkat": (267, 78), "getcwd": (79, 17), "chdir": (80, 49),
-    "umask": (95, 166),
-    "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214),
-    "mremap": (25, 216), "madvise": (28, 233),
-    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
-    "sigaltstack": (131, 132), "alarm": (37, None), "getitimer": (36, 102),
-    "setitimer": (38, 103), "nanosleep": (35, 101), "clock_nanosleep": (230, 115),
-    "restart_syscall": (219, 128), "gettimeofday": (96, 169), "clock_gettime": (228, 113),
-    "clock_getres": (229, 114), "times": (100, 153),
-    "getpid": (39, 172), "getppid": (110, 173), "gettid": (186, 178), "getpgrp": (111, None),
-    "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177),
-    "getgroups": (115, 158), "getrlimit": (97, 163), "getrusage": (98, 165), "uname": (63, 160),
-    "sysinfo": (99, 179), "sched_yield": (24, 124), "sched_getaffinity": (204, 123),
-    "getrandom": (318, 278), "futex": (202, 98), "set_tid_address": (218, 96),
-    "set_robust_list": (273, 99), "rseq": (334, 293), "arch_prctl": (158, None),
-    "exit": (60, 93), "exit_group": (231, 94),
+  "read": (0, 63),
+  "write": (1, 64),
+  "readv": (19, 65),
+  "writev": (20, 66),
+  "pread64": (17, 67),
+  "pwrite64": (18, 68),
+  "lseek": (8, 62),
+  "close": (3, 57),
+  "ftruncate": (77, 46),
+  "getdents64": (217, 61),
+  "pipe": (22, None),
+  "pipe2": (293, 59),
+  "dup": (32, 23),
+  "dup2": (33, None),
+  "dup3": (292, 24),
+  "poll": (7, None),
+  "ppoll": (271, 73),
+  "select": (23, None),
+  "pselect6": (270, 72),
+  "stat": (4, None),
+  "fstat": (5, 80),
+  "lstat": (6, None),
+  "newfstatat": (262, 79),
+  "statx": (332, 291),
+  "access": (21, None),
+  "faccessat": (269, 48),
+  "faccessat2": (439, 439),
+  "readlink": (89, None),
+  "readlinkat": (267, 78),
+  "getcwd": (79, 17),
+  "chdir": (80, 49),
+  "umask": (95, 166),
+  "mmap": (9, 222),
+  "mprotect": (10, 226),
+  "munmap": (11, 215),
+  "brk": (12, 214),
+  "mremap": (25, 216),
+  "madvise": (28, 233),
+  "rt_sigaction": (13, 134),
+  "rt_sigprocmask": (14, 135),
+  "rt_sigreturn": (15, 139),
+  "sigaltstack": (131, 132),
+  "alarm": (37, None),
+  "getitimer": (36, 102),
+  "setitimer": (38, 103),
+  "nanosleep": (35, 101),
+  "clock_nanosleep": (230, 115),
+  "restart_syscall": (219, 128),
+  "gettimeofday": (96, 169),
+  "clock_gettime": (228, 113),
+  "clock_getres": (229, 114),
+  "times": (100, 153),
+  "getpid": (39, 172),
+  "getppid": (110, 173),
+  "gettid": (186, 178),
+  "getpgrp": (111, None),
+  "getuid": (102, 174),
+  "geteuid": (107, 175),
+  "getgid": (104, 176),
+  "getegid": (108, 177),
+  "getgroups": (115, 158),
+  "getrlimit": (97, 163),
+  "getrusage": (98, 165),
+  "uname": (63, 160),
+  "sysinfo": (99, 179),
+  "sched_yield": (24, 124),
+  "sched_getaffinity": (204, 123),
+  "getrandom": (318, 278),
+  "futex": (202, 98),
+  "set_tid_address": (218, 96),
+  "set_robust_list": (273, 99),
+  "rseq": (334, 293),
+  "arch_prctl": (158, None),
+  "exit": (60, 93),
+  "exit_group": (231, 94),
 }
 OPEN, OPENAT = (2, None), (257, 56)
 IN_OWN_FOLDER = {  # what Landlock then confines to the folder
-    "open": OPEN, "openat": OPENAT, "unlink": (87, None), "unlinkat": (263, 35),
-    "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276),
+  "open": OPEN,
+  "openat": OPENAT,
+  "unlink": (87, None),
+  "unlinkat": (263, 35),
+  "rename": (82, None),
+  "renameat": (264, 38),
+  "renameat2": (316, 276),
 }
 KILL, TGKILL, FCNTL, IOCTL, PRLIMIT64 = (62, 129), (234, 131), (72, 25), (16, 29), (302, 261)
 # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC; not F_SETOWN, which signals others.
@@ -70,7 +127,13 @@ WRITING = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | getattr(os, "O_TMPFILE", 0) &
 
 # Rights of Landlock; each of its first versions knows the first so many.
 READ_FILE, READ_DIR, WRITE_FILE, REMOVE_FILE, MAKE_FILE, TRUNCATE = (
-    1 << 2, 1 << 3, 1 << 1, 1 << 5, 1 << 8, 1 << 14)
+  1 << 2,
+  1 << 3,
+  1 << 1,
+  1 << 5,
+  1 << 8,
+  1 << 14,
+)
 KNOWN_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
 LATER_RIGHTS = 16
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # on all architectures
@@ -87,8 +150,9 @@ class Unconfinable(Exception):
   """This machine cannot confine a process."""
 
 
-def confine(folder: str, packages: list[str], limits: dict[str, int], parent: int,
-            landlock: bool = True) -> None:
+def confine(
+  folder: str, packages: list[str], limits: dict[str, int], parent: int, landlock: bool = True
+) -> None:
   """Confines this process to reading Python and to plain files in `folder`.
 
   Args:
@@ -104,16 +168,21 @@ def confine(folder: str, packages: list[str], limits: dict[str, int], parent: in
   """
   machine = platform.machine()
   if sys.platform != "linux" or machine not in ARCHITECTURES:
-    raise Unconfinable(f"the system must be Linux on {' or '.join(ARCHITECTURES)}, here it is "
-                       f"{platform.system()} on {machine}")
+    raise Unconfinable(
+      f"the system must be Linux on {' or '.join(ARCHITECTURES)}, here it is "
+      f"{platform.system()} on {machine}"
+    )
   os.chdir(folder)
   _prctl(_SET_PDEATHSIG, signal.SIGKILL)
   if os.getppid() != parent:
     os._exit(1)  # it ended before it could be followed
   for kind, value in (
-      (resource.RLIMIT_CPU, limits["cpu_seconds"]), (resource.RLIMIT_AS, limits["memory_bytes"]),
-      (resource.RLIMIT_FSIZE, limits["file_bytes"]), (resource.RLIMIT_NOFILE, limits["open_files"]),
-      (resource.RLIMIT_CORE, 0)):
+    (resource.RLIMIT_CPU, limits["cpu_seconds"]),
+    (resource.RLIMIT_AS, limits["memory_bytes"]),
+    (resource.RLIMIT_FSIZE, limits["file_bytes"]),
+    (resource.RLIMIT_NOFILE, limits["open_files"]),
+    (resource.RLIMIT_CORE, 0),
+  ):
     hard = resource.getrlimit(kind)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     resource.setrlimit(kind, (value, value))
@@ -140,11 +209,22 @@ def _shut_file_system(folder, packages, version):
   if ruleset < 0:
     raise Unconfinable(f"Landlock made no rule set: {os.strerror(ctypes.get_errno())}")
   read = READ_FILE | READ_DIR
-  readable = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, "/usr", "/lib",
-              "/lib64", "/etc/ld.so.cache", "/dev/urandom", *packages}
+  readable = {
+    sys.prefix,
+    sys.base_prefix,
+    sys.exec_prefix,
+    sys.base_exec_prefix,
+    "/usr",
+    "/lib",
+    "/lib64",
+    "/etc/ld.so.cache",
+    "/dev/urandom",
+    *packages,
+  }
   rules = dict.fromkeys(readable, read) | {
-      "/dev/null": read | WRITE_FILE,
-      folder: read | WRITE_FILE | REMOVE_FILE | MAKE_FILE | TRUNCATE}
+    "/dev/null": read | WRITE_FILE,
+    folder: read | WRITE_FILE | REMOVE_FILE | MAKE_FILE | TRUNCATE,
+  }
   for path, allowed in rules.items():
     if not os.path.exists(path):
       continue
@@ -162,15 +242,19 @@ def _shut_file_system(folder, packages, version):
 
 def _become_nobody():
   if os.geteuid() != 0:
-    raise Unconfinable("the kernel has no Landlock (Linux 5.13 and later, with \"landlock\" among "
-                       "its security modules), without which only root can confine a program")
+    raise Unconfinable(
+      'the kernel has no Landlock (Linux 5.13 and later, with "landlock" among '
+      "its security modules), without which only root can confine a program"
+    )
   os.setgroups([])
   os.setresgid(NOBODY, NOBODY, NOBODY)
   os.setresuid(NOBODY, NOBODY, NOBODY)
   for path in (os.__file__, sys.prefix):
     if not os.access(path, os.R_OK):
-      raise Unconfinable(f"the kernel has no Landlock, so that programs run as the user {NOBODY}, "
-                         f"who cannot read Python in {path}: use one that all users can read")
+      raise Unconfinable(
+        f"the kernel has no Landlock, so that programs run as the user {NOBODY}, "
+        f"who cannot read Python in {path}: use one that all users can read"
+      )
 
 
 def _drop_capabilities():
@@ -196,27 +280,42 @@ def filter_code(machine: str, files: bool, pid: int) -> list[tuple[int, int, int
     pid: the only process that may be signalled.
   """
   architecture, column = ARCHITECTURES[machine]
-  code = [_load(_ARCHITECTURE), *_unless_equal(architecture, [_return(_RET_KILL)]),
-          _load(_NUMBER)]
+  code = [_load(_ARCHITECTURE), *_unless_equal(architecture, [_return(_RET_KILL)]), _load(_NUMBER)]
   for numbers in (ALLOWED | (IN_OWN_FOLDER if files else {})).values():
     code += _if_equal(numbers[column], [_return(_RET_ALLOW)])
   # A call, and which values its argument of that index may have.
   for numbers, argument, values in (
-      (KILL, 0, [pid]), (TGKILL, 0, [pid]), (FCNTL, 1, FCNTL_COMMANDS),
-      (IOCTL, 1, IOCTL_COMMANDS)):
+    (KILL, 0, [pid]),
+    (TGKILL, 0, [pid]),
+    (FCNTL, 1, FCNTL_COMMANDS),
+    (IOCTL, 1, IOCTL_COMMANDS),
+  ):
     tests = [_load(_argument(argument))]
     for value in values:
       tests += _if_equal(value, [_return(_RET_ALLOW)])
     code += _if_equal(numbers[column], [*tests, _return(_RET_EPERM)])
   # Limits may be read, not set: the pointer to new ones is null.
-  code += _if_equal(PRLIMIT64[column], [
-      _load(_argument(2)), *_unless_equal(0, [_return(_RET_EPERM)]),
-      _load(_argument(2) + 4), *_unless_equal(0, [_return(_RET_EPERM)]), _return(_RET_ALLOW)])
+  code += _if_equal(
+    PRLIMIT64[column],
+    [
+      _load(_argument(2)),
+      *_unless_equal(0, [_return(_RET_EPERM)]),
+      _load(_argument(2) + 4),
+      *_unless_equal(0, [_return(_RET_EPERM)]),
+      _return(_RET_ALLOW),
+    ],
+  )
   if not files:
     for numbers, argument in ((OPEN, 1), (OPENAT, 2)):
-      code += _if_equal(numbers[column], [
-          _load(_argument(argument)), (0x54, 0, 0, WRITING),  # bitwise and
-          *_if_equal(0, [_return(_RET_ALLOW)]), _return(_RET_EPERM)])
+      code += _if_equal(
+        numbers[column],
+        [
+          _load(_argument(argument)),
+          (0x54, 0, 0, WRITING),  # bitwise and
+          *_if_equal(0, [_return(_RET_ALLOW)]),
+          _return(_RET_EPERM),
+        ],
+      )
   return [*code, _return(_RET_EPERM)]
 
 

@@ -15,6 +15,7 @@ import traceback
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import confine  # found beside this file, as nothing else of the project is
+
 del sys.path[0]
 
 
@@ -45,7 +46,7 @@ def main():
     sys.stdout.flush()
   answer = memoryview(job["token"] + namespace.get("__result__", b""))
   while answer:
-    answer = answer[os.write(results, answer):]
+    answer = answer[os.write(results, answer) :]
   os._exit(0)  # without what the program wants to do at exit
 
 

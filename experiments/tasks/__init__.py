@@ -6,8 +6,10 @@ from experiments.tasks.llm_adapters import COMMONSENSE, MATH
 from experiments.tasks.wikitext import WIKITEXT103
 from experiments.tasks.wordmath_task import WORDMATH
 
-TASKS: dict[str, Task] = {task.name: task for task in (
-    *WORDMATH, *MATH, *COMMONSENSE, HUMAN_EVAL, HUMAN_EVAL_PLUS, WIKITEXT103)}
+TASKS: dict[str, Task] = {
+  task.name: task
+  for task in (*WORDMATH, *MATH, *COMMONSENSE, HUMAN_EVAL, HUMAN_EVAL_PLUS, WIKITEXT103)
+}
 # Why processes that read other examples than the first one do not go on.
 OTHER_DATA = "other examples than in process 0: every host must have the same data of a task"
 

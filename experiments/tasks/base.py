@@ -47,7 +47,7 @@ class Example:
 
   @property
   def kind(self) -> str:
-    """"generate", "choose" or "read"."""
+    """ "generate", "choose" or "read"."""
     if self.choices is not None:
       return "choose"
     return "generate" if self.max_new_tokens else "read"
@@ -79,8 +79,13 @@ class Task:
   runs_code: bool = False
   higher_is_better: bool = True
 
-  def examples(self, split: str, data_dir: pathlib.Path | str | None = None,
-               limit: int | None = None, chat: bool = False) -> list[Example]:
+  def examples(
+    self,
+    split: str,
+    data_dir: pathlib.Path | str | None = None,
+    limit: int | None = None,
+    chat: bool = False,
+  ) -> list[Example]:
     """The first `limit` examples of a split; all for None.
 
     Args:
@@ -102,14 +107,20 @@ class Task:
     folder = None if data_dir is None else pathlib.Path(data_dir).expanduser()
     return list(itertools.islice(self.read(split, folder, chat), limit))
 
-  def score(self, example: Example, output: Output,
-            allow_code_execution: bool = False) -> dict[str, float]:
+  def score(
+    self, example: Example, output: Output, allow_code_execution: bool = False
+  ) -> dict[str, float]:
     """The metrics of one output; see `score_all`."""
     return self.score_all([example], [output], allow_code_execution)[0]
 
-  def score_all(self, examples: Sequence[Example], outputs: Sequence[Output],
-                allow_code_execution: bool = False, workers: int = 1,
-                on_done: Callable[[], None] = lambda: None) -> list[dict[str, float]]:
+  def score_all(
+    self,
+    examples: Sequence[Example],
+    outputs: Sequence[Output],
+    allow_code_execution: bool = False,
+    workers: int = 1,
+    on_done: Callable[[], None] = lambda: None,
+  ) -> list[dict[str, float]]:
     """The metrics of each output.
 
     Args:
@@ -140,8 +151,10 @@ class Task:
     if not self.runs_code:
       return
     if not allow_code_execution:
-      raise ValueError(f"task {self.name} runs programs that the model wrote, each confined to a "
-                       "process without files and network: allow it with --allow_code_execution")
+      raise ValueError(
+        f"task {self.name} runs programs that the model wrote, each confined to a "
+        "process without files and network: allow it with --allow_code_execution"
+      )
     sandbox.check_support()
 
 
@@ -151,12 +164,15 @@ def _check_output(example, output):
   if example.choices is None:
     raise ValueError(f"{example.id}: the output must be a text, got {type(output).__name__}")
   if len(output) != len(example.choices):
-    raise ValueError(f"{example.id}: the output must be {len(example.choices)} log-probabilities, "
-                     f"one of each choice, got {len(output)}")
+    raise ValueError(
+      f"{example.id}: the output must be {len(example.choices)} log-probabilities, "
+      f"one of each choice, got {len(output)}"
+    )
 
 
 def each(score: Callable[[Example, Any], dict[str, float]]) -> Callable[..., list]:
   """A `judge` that scores outputs one after the other."""
+
   def judge(examples, outputs, workers, on_done):
     del workers
     results = []
@@ -164,6 +180,7 @@ def each(score: Callable[[Example, Any], dict[str, float]]) -> Callable[..., lis
       results.append(score(example, output))
       on_done()
     return results
+
   return judge
 
 

@@ -32,9 +32,9 @@ import pickle
 
 from experiments import sandbox
 from experiments.sandbox import Limits, Program
-from experiments.tasks import base, sources
+from experiments.tasks import base, task_data
 from experiments.tasks.sanitize import sanitize
-from experiments.tasks.sources import Source
+from experiments.tasks.task_data import Source
 
 SLICE = 0.25
 HUMAN_EVAL_SECONDS = 3.0
@@ -44,13 +44,28 @@ MEMORY_BYTES = 4 << 30
 
 # Of a completion; those of HumanEval+ end direct completions in evalplus.
 COMPLETION_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-PLUS_STOP = ("<|endoftext|>", "<|endofmask|>", "</s>", "\nif __name__", "\ndef main(", "\nprint(",
-             "\ndef ", "\nclass ", "\nimport ", "\nfrom ", "\nassert ")
+PLUS_STOP = (
+  "<|endoftext|>",
+  "<|endofmask|>",
+  "</s>",
+  "\nif __name__",
+  "\ndef main(",
+  "\nprint(",
+  "\ndef ",
+  "\nclass ",
+  "\nimport ",
+  "\nfrom ",
+  "\nassert ",
+)
 CHAT_STOP = (*PLUS_STOP[:6], "\n```\n")
-INSTRUCTION = ("Please provide a self-contained Python script that solves the following problem in "
-               "a markdown code block:")
-RESPONSE = ("Below is a Python script with a self-contained function that solves the problem and "
-            "passes corresponding tests:")
+INSTRUCTION = (
+  "Please provide a self-contained Python script that solves the following problem in "
+  "a markdown code block:"
+)
+RESPONSE = (
+  "Below is a Python script with a self-contained function that solves the problem and "
+  "passes corresponding tests:"
+)
 
 _DRIVER = pathlib.Path(__file__).with_name("plus_driver.py")
 
@@ -69,8 +84,9 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     ValueError: the numbers are out of range.
   """
   if not 1 <= k <= samples or not 0 <= correct <= samples:
-    raise ValueError(f"pass@k needs 1 <= k <= n and 0 <= c <= n, got k={k}, n={samples}, "
-                     f"c={correct}")
+    raise ValueError(
+      f"pass@k needs 1 <= k <= n and 0 <= c <= n, got k={k}, n={samples}, c={correct}"
+    )
   # From n - c < k on one factor is zero.
   return 1.0 - math.prod(max(0.0, 1.0 - k / i) for i in range(samples - correct + 1, samples + 1))
 
@@ -89,28 +105,34 @@ def solution(example: base.Example, text: str) -> str:
 
 def _helpers(problem):
   """What the prompt defines beside the function asked for."""
-  names = [node.name for node in ast.parse(problem["prompt"]).body
-           if isinstance(node, ast.FunctionDef) and node.name != problem["entry_point"]]
+  names = [
+    node.name
+    for node in ast.parse(problem["prompt"]).body
+    if isinstance(node, ast.FunctionDef) and node.name != problem["entry_point"]
+  ]
   return "\n".join(sanitize(problem["prompt"], name) for name in names)
 
 
-def _read(name: str, source: Source, plus: bool, split: str, data_dir: pathlib.Path | None,
-          chat: bool):
+def _read(
+  name: str, source: Source, plus: bool, split: str, data_dir: pathlib.Path | None, chat: bool
+):
   read = functools.partial(_example, name=name, plus=plus, chat=chat)
-  for example in sources.parse(source.rows(data_dir), read, source.name):
-    validates = sources.in_slice(example.data["task_id"], SLICE)
+  for example in task_data.parse(source.rows(data_dir), read, source.name):
+    validates = task_data.in_slice(example.data["task_id"], SLICE)
     if split == "all" or validates == (split == "validation"):
       yield example
 
 
 def _example(row, name, plus, chat):
-  problem = {key: row[key] for key in (
-      "task_id", "prompt", "entry_point", "canonical_solution")}
+  problem = {key: row[key] for key in ("task_id", "prompt", "entry_point", "canonical_solution")}
   if not all(isinstance(value, str) for value in problem.values()):
     raise ValueError("task_id, prompt, entry_point and canonical_solution must be texts")
   if plus and "plus_input" in row:
-    problem |= {"inputs": [*row["base_input"], *row["plus_input"]],
-                "base": len(row["base_input"]), "atol": row["atol"]}
+    problem |= {
+      "inputs": [*row["base_input"], *row["plus_input"]],
+      "base": len(row["base_input"]),
+      "atol": row["atol"],
+    }
   elif plus and row["entry_point"] == "find_zero":
     problem |= {"inputs": _inputs(row["test"]), "base": None, "atol": 1e-4}
   else:
@@ -119,13 +141,18 @@ def _example(row, name, plus, chat):
   messages = ()
   if chat:
     messages = (
-        {"role": "user", "content": f"{INSTRUCTION}\n```\n{row['prompt'].strip()}\n```\n"},
-        {"role": "assistant", "content": f"{RESPONSE}\n```python\n"})
+      {"role": "user", "content": f"{INSTRUCTION}\n```\n{row['prompt'].strip()}\n```\n"},
+      {"role": "assistant", "content": f"{RESPONSE}\n```python\n"},
+    )
   return base.Example(
-      id=f"{name}/{row['task_id'].rpartition('/')[2]}", prompt=prompt,
-      stop=CHAT_STOP if chat else PLUS_STOP if plus else COMPLETION_STOP,
-      max_new_tokens=768 if plus or chat else 512, reference=row["canonical_solution"],
-      messages=messages, data=problem | {"plus": plus})
+    id=f"{name}/{row['task_id'].rpartition('/')[2]}",
+    prompt=prompt,
+    stop=CHAT_STOP if chat else PLUS_STOP if plus else COMPLETION_STOP,
+    max_new_tokens=768 if plus or chat else 512,
+    reference=row["canonical_solution"],
+    messages=messages,
+    data=problem | {"plus": plus},
+  )
 
 
 def _inputs(test):
@@ -143,20 +170,26 @@ def _tested(problem, text, seconds):
 
 def _driven(problem, text, seconds, **more):
   job = {"solution": text, "entry_point": problem["entry_point"], "inputs": problem["inputs"]}
-  return Program(_DRIVER.read_text(), pickle.dumps(job | more),
-                 Limits(seconds=seconds, memory_bytes=MEMORY_BYTES))
+  return Program(
+    _DRIVER.read_text(),
+    pickle.dumps(job | more),
+    Limits(seconds=seconds, memory_bytes=MEMORY_BYTES),
+  )
 
 
 def _judge_human_eval(examples, outputs, workers, on_done):
   outcomes = sandbox.run_programs(
-      [_tested(e.data, solution(e, o), HUMAN_EVAL_SECONDS) for e, o in zip(examples, outputs)],
-      workers, lambda index: on_done())
+    [_tested(e.data, solution(e, o), HUMAN_EVAL_SECONDS) for e, o in zip(examples, outputs)],
+    workers,
+    lambda index: on_done(),
+  )
   return [{"pass@1": float(o.passed)} for o in outcomes]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reference:
   """What a reference solution did: pickled answers, not read here, and its seconds."""
+
   answers: bytes
   seconds: float
 
@@ -183,14 +216,16 @@ def _run_references(problems, workers):
   outcomes = sandbox.run_programs([programs[i] for i in missing.values()], workers)
   for (key, i), outcome in zip(missing.items(), outcomes):
     if not outcome.passed:
-      raise ValueError(f"the reference solution of {problems[i]['task_id']} does not run "
-                       f"({outcome.reason}): {outcome.output[-300:]}")
+      raise ValueError(
+        f"the reference solution of {problems[i]['task_id']} does not run "
+        f"({outcome.reason}): {outcome.output[-300:]}"
+      )
     _references[key] = _Reference(outcome.result, outcome.seconds)
   return [_references[key] for key in keys]
 
 
 def _judge_plus(examples: Sequence[base.Example], outputs, workers, on_done):
-  """"pass@1" on all inputs; "base_pass@1" on HumanEval's own, where they are told apart."""
+  """ "pass@1" on all inputs; "base_pass@1" on HumanEval's own, where they are told apart."""
   programs, owners = [], []
   references = _run_references([e.data for e in examples], workers)
   for i, (example, output, reference) in enumerate(zip(examples, outputs, references)):
@@ -200,8 +235,17 @@ def _judge_plus(examples: Sequence[base.Example], outputs, workers, on_done):
     else:
       count, own = len(problem["inputs"]), problem["base"]
       ranges = [(0, count)] if own is None else [(0, own), (own, count)]
-      groups = [_driven(problem, text, PLUS_SECONDS, reference=reference.answers, group=group,
-                        atol=problem["atol"]) for group in ranges]
+      groups = [
+        _driven(
+          problem,
+          text,
+          PLUS_SECONDS,
+          reference=reference.answers,
+          group=group,
+          atol=problem["atol"],
+        )
+        for group in ranges
+      ]
     programs += groups
     owners += [i] * len(groups)
   running = collections.Counter(owners)
@@ -215,26 +259,46 @@ def _judge_plus(examples: Sequence[base.Example], outputs, workers, on_done):
   for i, outcome in zip(owners, sandbox.run_programs(programs, workers, ended)):
     passed[i].append(outcome.passed)
   # Where there are two groups, the first is HumanEval's own inputs.
-  return [{"pass@1": float(all(p))} | ({"base_pass@1": float(p[0])} if len(p) == 2 else {})
-          for p in passed]
+  return [
+    {"pass@1": float(all(p))} | ({"base_pass@1": float(p[0])} if len(p) == 2 else {})
+    for p in passed
+  ]
 
 
 def _task(name, source, plus, judge):
   return base.Task(
-      name=name, category="code", metric="pass@1", runs_code=True, judge=judge,
-      read=functools.partial(_read, name, source, plus),
-      validation=f"a fixed slice ({100 * SLICE:.0f} %) of the problems; \"test\" is the rest")
+    name=name,
+    category="code",
+    metric="pass@1",
+    runs_code=True,
+    judge=judge,
+    read=functools.partial(_read, name, source, plus),
+    validation=f'a fixed slice ({100 * SLICE:.0f} %) of the problems; "test" is the rest',
+  )
 
 
 HUMAN_EVAL = _task(
+  "humaneval",
+  Source(
     "humaneval",
-    Source("humaneval", ("HumanEval.jsonl.gz", "HumanEval.jsonl"),
-           ({"path": "openai/openai_humaneval", "split": "test"},)),
-    plus=False, judge=_judge_human_eval)
+    ("HumanEval.jsonl.gz", "HumanEval.jsonl"),
+    ({"path": "openai/openai_humaneval", "split": "test"},),
+  ),
+  plus=False,
+  judge=_judge_human_eval,
+)
 HUMAN_EVAL_PLUS = _task(
+  "humaneval_plus",
+  Source(
     "humaneval_plus",
-    Source("humaneval_plus",
-           ("HumanEvalPlus.jsonl*", "HumanEvalPlus-v*.jsonl*", "HumanEvalPlus-Mini*.jsonl*",
-            "HumanEvalPlus-OriginFmt*.jsonl*"),
-           ({"path": "evalplus/humanevalplus", "split": "test"},)),
-    plus=True, judge=_judge_plus)
+    (
+      "HumanEvalPlus.jsonl*",
+      "HumanEvalPlus-v*.jsonl*",
+      "HumanEvalPlus-Mini*.jsonl*",
+      "HumanEvalPlus-OriginFmt*.jsonl*",
+    ),
+    ({"path": "evalplus/humanevalplus", "split": "test"},),
+  ),
+  plus=True,
+  judge=_judge_plus,
+)

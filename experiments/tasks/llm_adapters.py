@@ -24,8 +24,8 @@ by its words, in common with its test split:
   on the other side.
 """
 
-from collections.abc import Iterator
 import collections
+from collections.abc import Iterator
 import dataclasses
 import functools
 import hashlib
@@ -33,15 +33,14 @@ import math
 import pathlib
 import re
 
-from experiments.tasks import base, sources
-from experiments.tasks.sources import Row, Source
+from experiments.tasks import base, task_data
+from experiments.tasks.task_data import Row, Source
 
 TOLERANCE = 1e-3  # of numbers; some labels are such as 0.6666666666666666
 SIQA_SLICE, HELLASWAG_SLICE = 0.18, 1 / 30  # 311 of 1954 questions; about 335 of 10042
 
 _INDENT = " " * 16  # LLM-Adapters' prompt is an indented string of its program
-_GITHUB = ("https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main/dataset/"
-           "{}/test.json")
+_GITHUB = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main/dataset/{}/test.json"
 _NUMBER = re.compile(r"-?\d+\.?\d*")
 _ANNOTATION = re.compile(r"<<.*?>>")  # GSM8K's notes for a calculator
 _FORMAT = re.compile(r"Answer format: ((?:answer|ending)1(?:/(?:answer|ending)\d)+)\s*$")
@@ -67,9 +66,11 @@ class Question:
 
 def wrap(instruction: str) -> str:
   """The prompt of a plain model, with the very white space of LLM-Adapters."""
-  return ("Below is an instruction that describes a task. Write a response that appropriately "
-          f"completes the request. \n\n{_INDENT}### Instruction:\n{_INDENT}{instruction}\n\n"
-          f"{_INDENT}### Response:\n{_INDENT}")
+  return (
+    "Below is an instruction that describes a task. Write a response that appropriately "
+    f"completes the request. \n\n{_INDENT}### Instruction:\n{_INDENT}{instruction}\n\n"
+    f"{_INDENT}### Response:\n{_INDENT}"
+  )
 
 
 def extract_number(text: str) -> float | None:
@@ -103,7 +104,7 @@ def read_math(row: Row) -> Question:
   solution = _ANNOTATION.sub("", row["answer"])
   before, mark, result = solution.rpartition("#### ")
   if not mark:
-    raise ValueError("a solution must end with \"#### \" and the result")
+    raise ValueError('a solution must end with "#### " and the result')
   return _problem(row["question"], result.replace(",", ""), before + mark + result)
 
 
@@ -123,15 +124,25 @@ def read_choice(row: Row) -> Question:
   if "instruction" in row:
     match = _FORMAT.search(row["instruction"])
     if match is None:
-      raise ValueError("the instruction must end with \"Answer format: answer1/answer2...\"")
+      raise ValueError('the instruction must end with "Answer format: answer1/answer2..."')
     names = tuple(match.group(1).split("/"))
     return Question(row["instruction"], names.index(row["answer"]), names)
   if "endings" in row:
-    return _choice("ending", "ending to complete the given sentence",
-                   f"{row['activity_label']}: {row['ctx']}", row["endings"], int(row["label"]))
+    return _choice(
+      "ending",
+      "ending to complete the given sentence",
+      f"{row['activity_label']}: {row['ctx']}",
+      row["endings"],
+      int(row["label"]),
+    )
   if "answerC" in row:
-    return _choice("answer", "answer to the question", f"{row['context']} {row['question']}",
-                   [row["answerA"], row["answerB"], row["answerC"]], int(row["label"]) - 1)
+    return _choice(
+      "answer",
+      "answer to the question",
+      f"{row['context']} {row['question']}",
+      [row["answerA"], row["answerB"], row["answerC"]],
+      int(row["label"]) - 1,
+    )
   if isinstance(row.get("question"), dict):  # ARC and OBQA as their authors publish them
     stem, listed = row["question"]["stem"], row["question"]["choices"]
     texts, labels = [c["text"] for c in listed], [c["label"] for c in listed]
@@ -146,31 +157,47 @@ def _choice(word, what, question, texts, target):
     raise ValueError(f"the label must be that of one of {len(texts)} choices")
   names = tuple(f"{word}{i}" for i in range(1, len(texts) + 1))
   listed = " ".join(f"{name.capitalize()}: {text}" for name, text in zip(names, texts))
-  return Question(f"Please choose the correct {what}: {question}\n\n{listed}\n\n"
-                  f"Answer format: {'/'.join(names)}", target, names)
+  return Question(
+    f"Please choose the correct {what}: {question}\n\n{listed}\n\nAnswer format: {'/'.join(names)}",
+    target,
+    names,
+  )
 
 
 def _questions(source, reader, data_dir):
-  return sources.parse(source.rows(data_dir), reader, source.name)
+  return task_data.parse(source.rows(data_dir), reader, source.name)
 
 
-def _read(name: str, reader, test: Source, validation: Source | float, split: str,
-          data_dir: pathlib.Path | None, chat: bool) -> Iterator[base.Example]:
+def _read(
+  name: str,
+  reader,
+  test: Source,
+  validation: Source | float,
+  split: str,
+  data_dir: pathlib.Path | None,
+  chat: bool,
+) -> Iterator[base.Example]:
   """The examples of a split; `validation` is a source, or the share of a slice of the test."""
   questions = _questions(test, reader, data_dir)
   if isinstance(validation, float):
     if split != "all":
       wanted = split == "validation"
-      questions = [q for q in questions
-                   if sources.in_slice(sources.content(q.instruction), validation) == wanted]
+      questions = [
+        q
+        for q in questions
+        if task_data.in_slice(task_data.content(q.instruction), validation) == wanted
+      ]
   elif split == "validation":
-    tested = {sources.content(q.instruction) for q in questions}
-    questions = [q for q in _questions(validation, reader, data_dir)
-                 if sources.content(q.instruction) not in tested]
+    tested = {task_data.content(q.instruction) for q in questions}
+    questions = [
+      q
+      for q in _questions(validation, reader, data_dir)
+      if task_data.content(q.instruction) not in tested
+    ]
   copies = collections.Counter()
   for question in questions:
     # The same in all forms of the data, which have their own orders.
-    digest = hashlib.blake2b(sources.content(question.instruction).encode(), digest_size=6)
+    digest = hashlib.blake2b(task_data.content(question.instruction).encode(), digest_size=6)
     key = f"{name}/{digest.hexdigest()}"
     copies[key] += 1
     yield _example(f"{key}-{copies[key]}" if copies[key] > 1 else key, question, chat)
@@ -179,12 +206,17 @@ def _read(name: str, reader, test: Source, validation: Source | float, split: st
 def _example(key, question, chat):
   choices = tuple(f"the correct answer is {name}" for name in question.names) or None
   return base.Example(
-      id=key, prompt=wrap(question.instruction), choices=choices, target=question.target,
-      # LLM-Adapters takes what stands between the first and the second of these.
-      stop=("### Response:",), max_new_tokens=32 if choices else 256,
-      reference=choices[question.target] if choices else question.reference,
-      messages=({"role": "user", "content": question.instruction},) if chat else (),
-      data={"instruction": question.instruction, "names": question.names})
+    id=key,
+    prompt=wrap(question.instruction),
+    choices=choices,
+    target=question.target,
+    # LLM-Adapters takes what stands between the first and the second of these.
+    stop=("### Response:",),
+    max_new_tokens=32 if choices else 256,
+    reference=choices[question.target] if choices else question.reference,
+    messages=({"role": "user", "content": question.instruction},) if chat else (),
+    data={"instruction": question.instruction, "names": question.names},
+  )
 
 
 def _score_number(example, text):
@@ -203,61 +235,115 @@ def _hub(path, name=None, split="test"):
   return {"path": path, "split": split} | ({"name": name} if name else {})
 
 
-_GSM8K_TRAIN = Source("gsm8k/train", ("gsm8k/train.jsonl", "grade_school_math/data/train.jsonl"),
-                      (_hub("openai/gsm8k", "main", "train"),))
+_GSM8K_TRAIN = Source(
+  "gsm8k/train",
+  ("gsm8k/train.jsonl", "grade_school_math/data/train.jsonl"),
+  (_hub("openai/gsm8k", "main", "train"),),
+)
 
 
 def _math(name, files, hub):
-  read = functools.partial(_read, name, read_math, Source(f"{name}/test", files, hub),
-                           _GSM8K_TRAIN)
+  read = functools.partial(_read, name, read_math, Source(f"{name}/test", files, hub), _GSM8K_TRAIN)
   return base.Task(
-      name=name, category="math", metric="exact_match", read=read, judge=base.each(_score_number),
-      validation="GSM8K's training problems, without any whose question is in the test split")
+    name=name,
+    category="math",
+    metric="exact_match",
+    read=read,
+    judge=base.each(_score_number),
+    validation="GSM8K's training problems, without any whose question is in the test split",
+  )
 
 
 def _commonsense(name, files, hub, validation, described):
-  read = functools.partial(_read, name, read_choice, Source(f"{name}/test", files, hub),
-                           validation)
-  return base.Task(name=name, category="commonsense", metric="acc", read=read,
-                   judge=base.each(_score_choice), validation=described)
+  read = functools.partial(_read, name, read_choice, Source(f"{name}/test", files, hub), validation)
+  return base.Task(
+    name=name,
+    category="commonsense",
+    metric="acc",
+    read=read,
+    judge=base.each(_score_choice),
+    validation=described,
+  )
 
 
 def _trained(name, folder, files, hub):
   """A task with training questions to validate on; files and hub by split."""
   validation = Source(f"{name}/train", (f"{folder}/train.json", files("train")), (hub("train"),))
   return _commonsense(
-      name, (f"{folder}/test.json", files("test")), (hub("test"),), validation,
-      "its training questions, without any that is in the test split")
+    name,
+    (f"{folder}/test.json", files("test")),
+    (hub("test"),),
+    validation,
+    "its training questions, without any that is in the test split",
+  )
 
 
 def _sliced(share):
-  return (f"a fixed slice ({100 * share:.0f} %) of the public test set, chosen by the words of "
-          "the questions; \"test\" is the rest")
+  return (
+    f"a fixed slice ({100 * share:.0f} %) of the public test set, chosen by the words of "
+    'the questions; "test" is the rest'
+  )
 
 
 MATH = (
-    _math("gsm8k", ("gsm8k/test.json", "gsm8k/test.jsonl", "grade_school_math/data/test.jsonl"),
-          (_hub("openai/gsm8k", "main"),)),
-    _math("svamp", ("SVAMP/test.json", "SVAMP.json"),
-          (_hub("ChilleD/SVAMP", split="train"), _hub("ChilleD/SVAMP"))),
-    _math("addsub", ("AddSub/test.json", "AddSub.json"),
-          ({"path": "json", "data_files": _GITHUB.format("AddSub"), "split": "train"},)),
-    _math("singleeq", ("SingleEq/test.json", "SingleEq/questions.json", "SingleEq.json"),
-          ({"path": "json", "data_files": _GITHUB.format("SingleEq"), "split": "train"},)),
-    _math("multiarith", ("MultiArith/test.json", "MultiArith.json"),
-          (_hub("ChilleD/MultiArith", split="train"), _hub("ChilleD/MultiArith"))),
+  _math(
+    "gsm8k",
+    ("gsm8k/test.json", "gsm8k/test.jsonl", "grade_school_math/data/test.jsonl"),
+    (_hub("openai/gsm8k", "main"),),
+  ),
+  _math(
+    "svamp",
+    ("SVAMP/test.json", "SVAMP.json"),
+    (_hub("ChilleD/SVAMP", split="train"), _hub("ChilleD/SVAMP")),
+  ),
+  _math(
+    "addsub",
+    ("AddSub/test.json", "AddSub.json"),
+    ({"path": "json", "data_files": _GITHUB.format("AddSub"), "split": "train"},),
+  ),
+  _math(
+    "singleeq",
+    ("SingleEq/test.json", "SingleEq/questions.json", "SingleEq.json"),
+    ({"path": "json", "data_files": _GITHUB.format("SingleEq"), "split": "train"},),
+  ),
+  _math(
+    "multiarith",
+    ("MultiArith/test.json", "MultiArith.json"),
+    (_hub("ChilleD/MultiArith", split="train"), _hub("ChilleD/MultiArith")),
+  ),
 )
 
 COMMONSENSE = (
-    _trained("arc_easy", "ARC-Easy", lambda s: f"ARC-Easy-{s.capitalize()}.jsonl",
-             lambda s: _hub("allenai/ai2_arc", "ARC-Easy", s)),
-    _trained("arc_challenge", "ARC-Challenge", lambda s: f"ARC-Challenge-{s.capitalize()}.jsonl",
-             lambda s: _hub("allenai/ai2_arc", "ARC-Challenge", s)),
-    _trained("obqa", "openbookqa", lambda s: f"Main/{s}.jsonl",
-             lambda s: _hub("allenai/openbookqa", "main", s)),
-    _commonsense("siqa", ("social_i_qa/test.json",), (_hub("lighteval/siqa", split="validation"),),
-                 SIQA_SLICE, _sliced(SIQA_SLICE)),
-    _commonsense("hellaswag", ("hellaswag/test.json", "hellaswag_val.jsonl"),
-                 (_hub("Rowan/hellaswag", split="validation"),),
-                 HELLASWAG_SLICE, _sliced(HELLASWAG_SLICE)),
+  _trained(
+    "arc_easy",
+    "ARC-Easy",
+    lambda s: f"ARC-Easy-{s.capitalize()}.jsonl",
+    lambda s: _hub("allenai/ai2_arc", "ARC-Easy", s),
+  ),
+  _trained(
+    "arc_challenge",
+    "ARC-Challenge",
+    lambda s: f"ARC-Challenge-{s.capitalize()}.jsonl",
+    lambda s: _hub("allenai/ai2_arc", "ARC-Challenge", s),
+  ),
+  _trained(
+    "obqa",
+    "openbookqa",
+    lambda s: f"Main/{s}.jsonl",
+    lambda s: _hub("allenai/openbookqa", "main", s),
+  ),
+  _commonsense(
+    "siqa",
+    ("social_i_qa/test.json",),
+    (_hub("lighteval/siqa", split="validation"),),
+    SIQA_SLICE,
+    _sliced(SIQA_SLICE),
+  ),
+  _commonsense(
+    "hellaswag",
+    ("hellaswag/test.json", "hellaswag_val.jsonl"),
+    (_hub("Rowan/hellaswag", split="validation"),),
+    HELLASWAG_SLICE,
+    _sliced(HELLASWAG_SLICE),
+  ),
 )

@@ -18,7 +18,8 @@ MIN_SECONDS, FACTOR = 4.0, 4.0  # an input's limit: at least, and times the refe
 
 def is_floats(value):
   return isinstance(value, float) or (
-      isinstance(value, (list, tuple)) and all(isinstance(v, float) for v in value))
+    isinstance(value, (list, tuple)) and all(isinstance(v, float) for v in value)
+  )
 
 
 def polynomial(coefficients, x):
@@ -36,6 +37,7 @@ def agree(found, expected, atol):
   if isinstance(expected, (list, tuple)) and len(found) != len(expected):
     return False
   import numpy
+
   return bool(numpy.allclose(found, expected, rtol=1e-7, atol=atol))
 
 

@@ -83,4 +83,4 @@ def _defined(node):
 
 def _lines_of(node, lines):
   first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
-  return "\n".join(lines[first - 1:node.end_lineno])
+  return "\n".join(lines[first - 1 : node.end_lineno])

@@ -11,7 +11,7 @@ import functools
 import re
 
 from experiments.tasks import base
-from experiments.tasks.sources import Source
+from experiments.tasks.task_data import Source
 
 LENGTH, OPENING = 4000, 200  # characters
 _HEADING = re.compile(r" = [^=].* = ?\n?")
@@ -46,15 +46,18 @@ def _read(split, data_dir, chat):
   lines = [row["text"] for row in _source(split).rows(data_dir)]
   texts = [cut(piece.lstrip()) for piece in pieces(lines)]
   for i, (prompt, reference) in enumerate(text for text in texts if text[1]):
-    yield base.Example(id=f"wikitext103/{split}/{i}", prompt=prompt, reference=reference,
-                       max_new_tokens=0)
+    yield base.Example(
+      id=f"wikitext103/{split}/{i}", prompt=prompt, reference=reference, max_new_tokens=0
+    )
 
 
 @functools.cache
 def _source(split):
   return Source(
-      f"wikitext103/{split}", (f"wikitext-103-raw/wiki.{split.removesuffix('ation')}.raw",),
-      ({"path": "Salesforce/wikitext", "name": "wikitext-103-raw-v1", "split": split},))
+    f"wikitext103/{split}",
+    (f"wikitext-103-raw/wiki.{split.removesuffix('ation')}.raw",),
+    ({"path": "Salesforce/wikitext", "name": "wikitext-103-raw-v1", "split": split},),
+  )
 
 
 def _judge(examples, outputs, workers, on_done):
@@ -62,5 +65,11 @@ def _judge(examples, outputs, workers, on_done):
 
 
 WIKITEXT103 = base.Task(
-    name="wikitext103", category="language", metric="perplexity", read=_read, judge=_judge,
-    validation="its own validation articles", higher_is_better=False)
+  name="wikitext103",
+  category="language",
+  metric="perplexity",
+  read=_read,
+  judge=_judge,
+  validation="its own validation articles",
+  higher_is_better=False,
+)

@@ -79,16 +79,14 @@ def problem(split: str, index: int, seed: int = 0) -> Problem:
   result = steps[-1][3]
   worked = " ".join(f"{a}{op}{b}={c}." for a, op, b, c in steps)
   return Problem(
-      question=_story(template, values, draw),
-      answer=f"{worked} #### {result}",
-      result=result,
-      content=content,
+    question=_story(template, values, draw),
+    answer=f"{worked} #### {result}",
+    result=result,
+    content=content,
   )
 
 
-def problems(
-    split: str, count: int, seed: int = 0, start: int = 0
-) -> list[Problem]:
+def problems(split: str, count: int, seed: int = 0, start: int = 0) -> list[Problem]:
   """Returns the `count` problems from index `start` on; errors as `problem`."""
   _check_split(split)
   _check_word("count", count)
@@ -146,8 +144,7 @@ def _stream(seed, split_id, index):
   the bias of the remainder is below 1e-16.
   """
   bits = np.random.Philox(
-      key=np.array([seed, split_id], np.uint64),
-      counter=np.array([0, 0, 0, index], np.uint64),
+    key=np.array([seed, split_id], np.uint64), counter=np.array([0, 0, 0, index], np.uint64)
   )
   words = []
 
@@ -164,10 +161,7 @@ def _numbers(template, draw):
 
   A step is (left, operator, right, result).
   """
-  values = {
-      letter: low + draw(high - low + 1)
-      for letter, (low, high) in template.ranges.items()
-  }
+  values = {letter: low + draw(high - low + 1) for letter, (low, high) in template.ranges.items()}
   steps = []
   for letter, left, op, right in template.steps:
     a, b = values[left], values[right]
@@ -207,17 +201,27 @@ def _story(template, values, draw):
     if position and template.has_protagonist:
       choices += (lexicon.DISTRACTOR_ON_A,)
     sentences.insert(position, choices[draw(len(choices))])
-  (name_a, (he, He)), (name_b, _), (name_c, _), (name_d, _) = _distinct(
-      lexicon.NAMES, 4, draw
-  )
+  (name_a, (he, He)), (name_b, _), (name_c, _), (name_d, _) = _distinct(lexicon.NAMES, 4, draw)
   (item, items), (second, seconds) = _distinct(template.items, 2, draw)
   others = [plural for _, plural in lexicon.GOODS if plural != items]
   box, boxes = lexicon.CONTAINERS[draw(len(lexicon.CONTAINERS))]
   return " ".join(sentences).format(
-      A=name_a, B=name_b, C=name_c, D=name_d, he=he, He=He,
-      item=item, items=items, second=second, seconds=seconds,
-      other=others[draw(len(others))], box=box, boxes=boxes,
-      day=lexicon.DAYS[draw(len(lexicon.DAYS))], z=2 + draw(59), **values,
+    A=name_a,
+    B=name_b,
+    C=name_c,
+    D=name_d,
+    he=he,
+    He=He,
+    item=item,
+    items=items,
+    second=second,
+    seconds=seconds,
+    other=others[draw(len(others))],
+    box=box,
+    boxes=boxes,
+    day=lexicon.DAYS[draw(len(lexicon.DAYS))],
+    z=2 + draw(59),
+    **values,
   )
 
 

@@ -24,9 +24,8 @@ def _problems(split: str) -> Iterator[wordmath.Problem]:
 
 
 def kind_of(problem: wordmath.Problem) -> str:
-  """"quotients" if a step divides, else "products" if one multiplies, else "sums"."""
-  return ("quotients" if "/" in problem.content else
-          "products" if "*" in problem.content else "sums")
+  """ "quotients" if a step divides, else "products" if one multiplies, else "sums"."""
+  return "quotients" if "/" in problem.content else "products" if "*" in problem.content else "sums"
 
 
 def _read(name, kind=None):
@@ -35,10 +34,15 @@ def _read(name, kind=None):
     of_kind = (p for p in _problems(split) if kind in (None, kind_of(p)))
     for i, problem in enumerate(itertools.islice(of_kind, COUNT)):
       yield base.Example(
-          id=f"{name}/{'test' if split == 'all' else split}/{i}", prompt=wordmath.prompt(problem),
-          target=problem.result, max_new_tokens=96, reference=wordmath.completion(problem),
-          messages=({"role": "user", "content": problem.question},) if chat else (),
-          data=dataclasses.asdict(problem))
+        id=f"{name}/{'test' if split == 'all' else split}/{i}",
+        prompt=wordmath.prompt(problem),
+        target=problem.result,
+        max_new_tokens=96,
+        reference=wordmath.completion(problem),
+        messages=({"role": "user", "content": problem.question},) if chat else (),
+        data=dataclasses.asdict(problem),
+      )
+
   return read
 
 
@@ -48,21 +52,29 @@ def _read_choice(split, data_dir, chat):
     steps = wordmath.completion(problem).rpartition("=")[0] + "="
     results, target = _results(problem)
     yield base.Example(
-        id=f"wordmath_choice/{'test' if split == 'all' else split}/{i}",
-        prompt=wordmath.prompt(problem) + steps, target=target,
-        choices=tuple(f"{result}. #### {result}" for result in results),
-        messages=({"role": "user", "content": problem.question},
-                  {"role": "assistant", "content": steps.strip()}) if chat else (),
-        data=dataclasses.asdict(problem))
+      id=f"wordmath_choice/{'test' if split == 'all' else split}/{i}",
+      prompt=wordmath.prompt(problem) + steps,
+      target=target,
+      choices=tuple(f"{result}. #### {result}" for result in results),
+      messages=(
+        {"role": "user", "content": problem.question},
+        {"role": "assistant", "content": steps.strip()},
+      )
+      if chat
+      else (),
+      data=dataclasses.asdict(problem),
+    )
 
 
 def _results(problem):
   """Four results near each other, by a stable hash of the problem, and the index of the right one."""
   digest = hashlib.blake2b(problem.question.encode(), digest_size=16).digest()
-  near = sorted(_NEAR, key=lambda step: hashlib.blake2b(
-      digest + str(step).encode(), digest_size=8).digest())
-  wrong = [problem.result + step for step in near
-           if 0 < problem.result + step <= wordmath.MAX_RESULT][:3]
+  near = sorted(
+    _NEAR, key=lambda step: hashlib.blake2b(digest + str(step).encode(), digest_size=8).digest()
+  )
+  wrong = [
+    problem.result + step for step in near if 0 < problem.result + step <= wordmath.MAX_RESULT
+  ][:3]
   target = digest[0] % 4
   return [*wrong[:target], problem.result, *wrong[target:]], target
 
@@ -77,17 +89,32 @@ def _score_choice(example, output):
   return base.chosen(example, output)
 
 
-_VALIDATION = (f"the first {COUNT} generated problems of the split of that name, whose arithmetic "
-               "occurs neither in training nor in the test problems")
+_VALIDATION = (
+  f"the first {COUNT} generated problems of the split of that name, whose arithmetic "
+  "occurs neither in training nor in the test problems"
+)
 
 
 def _task(name, kind=None):
-  return base.Task(name=name, category="math", metric="exact_match", read=_read(name, kind),
-                   judge=base.each(_score), validation=_VALIDATION)
+  return base.Task(
+    name=name,
+    category="math",
+    metric="exact_match",
+    read=_read(name, kind),
+    judge=base.each(_score),
+    validation=_VALIDATION,
+  )
 
 
 WORDMATH = (
-    _task("wordmath"), *(_task(f"wordmath_{kind}", kind)
-                         for kind in ("sums", "products", "quotients")),
-    base.Task(name="wordmath_choice", category="math", metric="acc", read=_read_choice,
-              judge=base.each(_score_choice), validation=_VALIDATION))
+  _task("wordmath"),
+  *(_task(f"wordmath_{kind}", kind) for kind in ("sums", "products", "quotients")),
+  base.Task(
+    name="wordmath_choice",
+    category="math",
+    metric="acc",
+    read=_read_choice,
+    judge=base.each(_score_choice),
+    validation=_VALIDATION,
+  ),
+)

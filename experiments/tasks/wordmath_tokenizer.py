@@ -16,12 +16,9 @@ import collections
 import json
 import pathlib
 
-from absl import app
-from absl import flags
+from absl import app, flags
 import tokenizers
-from tokenizers import decoders
-from tokenizers import models
-from tokenizers import pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from experiments.tasks import wordmath
 
@@ -30,9 +27,7 @@ PADDING = "<|padding|>"
 MODEL_MAX_LENGTH = 256  # Tokens; the longest problem has about half as many.
 
 
-def build_tokenizer(
-    num_problems: int = 20000, seed: int = 0
-) -> tokenizers.Tokenizer:
+def build_tokenizer(num_problems: int = 20000, seed: int = 0) -> tokenizers.Tokenizer:
   """Builds the tokenizer from the first problems of the train split.
 
   Ids: 0 end of text (also begin of text), 1 padding, then the bytes, then the
@@ -42,10 +37,12 @@ def build_tokenizer(
   Raises:
     ValueError: if `num_problems` or `seed` is negative.
   """
-  pre_tokenizer = pre_tokenizers.Sequence([
+  pre_tokenizer = pre_tokenizers.Sequence(
+    [
       pre_tokenizers.Digits(individual_digits=True),
       pre_tokenizers.ByteLevel(add_prefix_space=False),
-  ])
+    ]
+  )
   counts = collections.Counter()
   for problem in wordmath.problems("train", num_problems, seed):
     text = wordmath.prompt(problem) + wordmath.completion(problem)
@@ -57,9 +54,7 @@ def build_tokenizer(
   tokens += [word for word, _ in words if word not in single]
   vocabulary = {token: i for i, token in enumerate(tokens)}
 
-  tokenizer = tokenizers.Tokenizer(
-      models.BPE(vocab=vocabulary, merges=[], ignore_merges=True)
-  )
+  tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
   tokenizer.pre_tokenizer = pre_tokenizer
   tokenizer.decoder = decoders.ByteLevel()
   tokenizer.add_special_tokens([END_OF_TEXT, PADDING])
@@ -72,23 +67,19 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, output: str) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   tokenizer.save(str(folder / "tokenizer.json"))
   config = {
-      "tokenizer_class": "PreTrainedTokenizerFast",
-      "bos_token": END_OF_TEXT,
-      "eos_token": END_OF_TEXT,
-      "pad_token": PADDING,
-      "clean_up_tokenization_spaces": False,
-      "model_max_length": MODEL_MAX_LENGTH,
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": END_OF_TEXT,
+    "eos_token": END_OF_TEXT,
+    "pad_token": PADDING,
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": MODEL_MAX_LENGTH,
   }
-  (folder / "tokenizer_config.json").write_text(
-      json.dumps(config, indent=2) + "\n"
-  )
+  (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def define_flags() -> None:
   flags.DEFINE_string("output", None, "Folder to write to.")
-  flags.DEFINE_integer(
-      "num_problems", 20000, "Training problems from which words are collected."
-  )
+  flags.DEFINE_integer("num_problems", 20000, "Training problems from which words are collected.")
   flags.DEFINE_integer("seed", 0, "Seed of those problems.")
 
 

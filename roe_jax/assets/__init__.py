@@ -15,9 +15,18 @@ how, and their scores.
 
 import pathlib
 
-NAMES = ("wordmath_control", "wordmath_overtrained", "wordmath_d32", "wordmath_d64",
-         "wordmath_1of16", "wordmath_2of16", "wordmath_4of16", "wordmath_8of16", "wordmath_4of8",
-         "wordmath_4of32")
+NAMES = (
+  "wordmath_control",
+  "wordmath_overtrained",
+  "wordmath_d32",
+  "wordmath_d64",
+  "wordmath_1of16",
+  "wordmath_2of16",
+  "wordmath_4of16",
+  "wordmath_8of16",
+  "wordmath_4of8",
+  "wordmath_4of32",
+)
 
 
 def path(name: str) -> pathlib.Path:

@@ -14,5 +14,10 @@ a call.
 
 from roe_jax.costs.accelerators import ACCELERATORS, Accelerator, of_kind
 from roe_jax.costs.calls import Cost, Move, Seconds, call, seconds
-from roe_jax.costs.flops import experts_hit, forward_flops, generation_flops, scoring_flops
+from roe_jax.costs.flops import (
+  expected_unique_experts,
+  forward_flops,
+  generation_flops,
+  scoring_flops,
+)
 from roe_jax.costs.memory import Memory, memory

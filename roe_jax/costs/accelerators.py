@@ -58,18 +58,24 @@ def _gpu(memory, bandwidth, flops, link, network, *kinds):
 
 
 ACCELERATORS = {
-    "v5e": _tpu(16e9, 0.819e12, 197e12, 100e9, "TPU v5 lite", "TPU v5e"),
-    "v5p": _tpu(95e9, 2.765e12, 459e12, 200e9, "TPU v5p", "TPU v5"),
-    "v6e": _tpu(32e9, 1.638e12, 918e12, 200e9, "TPU v6 lite", "TPU v6e"),
-    "t4": _gpu(16e9, 0.32e12, 8.1e12, 16e9, 3.1e9, "Tesla T4"),
-    "a100-40": _gpu(40e9, 1.555e12, 312e12, 300e9, 25e9, "NVIDIA A100-SXM4-40GB"),
-    "a100-80": _gpu(80e9, 2.039e12, 312e12, 300e9, 25e9, "NVIDIA A100-SXM4-80GB"),
-    "h100": _gpu(80e9, 3.35e12, 989e12, 450e9, 50e9, "NVIDIA H100"),
-    "h200": _gpu(141e9, 4.8e12, 989e12, 450e9, 50e9, "NVIDIA H200"),
+  "v5e": _tpu(16e9, 0.819e12, 197e12, 100e9, "TPU v5 lite", "TPU v5e"),
+  "v5p": _tpu(95e9, 2.765e12, 459e12, 200e9, "TPU v5p", "TPU v5"),
+  "v6e": _tpu(32e9, 1.638e12, 918e12, 200e9, "TPU v6 lite", "TPU v6e"),
+  "t4": _gpu(16e9, 0.32e12, 8.1e12, 16e9, 3.1e9, "Tesla T4"),
+  "a100-40": _gpu(40e9, 1.555e12, 312e12, 300e9, 25e9, "NVIDIA A100-SXM4-40GB"),
+  "a100-80": _gpu(80e9, 2.039e12, 312e12, 300e9, 25e9, "NVIDIA A100-SXM4-80GB"),
+  "h100": _gpu(80e9, 3.35e12, 989e12, 450e9, 50e9, "NVIDIA H100"),
+  "h200": _gpu(141e9, 4.8e12, 989e12, 450e9, 50e9, "NVIDIA H200"),
 }
 
 
 def of_kind(device_kind: str) -> str | None:
   """The name of an accelerator by JAX's `device_kind`; None for others, such as CPUs."""
-  return next((name for name, accelerator in ACCELERATORS.items()
-               if device_kind.startswith(accelerator.kinds)), None)
+  return next(
+    (
+      name
+      for name, accelerator in ACCELERATORS.items()
+      if device_kind.startswith(accelerator.kinds)
+    ),
+    None,
+  )

@@ -6,9 +6,10 @@ import math
 
 from jax.sharding import AbstractMesh
 
-from roe_jax import members as members_lib, sharding
+from roe_jax import members as members_lib
+from roe_jax import sharding
 from roe_jax.config import ModelConfig
-from roe_jax.experts import parallel
+from roe_jax.experts import expert_parallel
 from roe_jax.roster import Roster
 from roe_jax.sharding import EXPERT
 
@@ -56,7 +57,7 @@ class Batch:
 
   def room(self, choices: int, devices: int) -> int:
     """Rows that this device exchanges with each other one; see `parallel.exchange_room`."""
-    return parallel.exchange_room(self.rows, choices, devices) if self.rows_split else 0
+    return expert_parallel.exchange_room(self.rows, choices, devices) if self.rows_split else 0
 
   def rows_at_experts(self, choices: int, devices: int) -> int:
     """Rows that this device has while it computes its experts' share."""
@@ -64,8 +65,14 @@ class Batch:
     return room * devices if room else self.group_rows
 
 
-def batches(config: ModelConfig, roster: Roster, mesh: AbstractMesh, batch_size: int,
-            positions: int, platform: str | None = None) -> list[Batch]:
+def batches(
+  config: ModelConfig,
+  roster: Roster,
+  mesh: AbstractMesh,
+  batch_size: int,
+  positions: int,
+  platform: str | None = None,
+) -> list[Batch]:
   """The batches of a call, in their order; see `members.against_clean_cache`."""
   first, end = roster.noisy_layers[0], config.num_layers
   if roster.cache == "clean":
@@ -75,8 +82,9 @@ def batches(config: ModelConfig, roster: Roster, mesh: AbstractMesh, batch_size:
     sizes = [(len(roster.members), 1)]
   shape = batch_size, positions, config.d_model
   shared = [_batch(mesh, shape, range(first), 1, None)] if first else []
-  return shared + [_batch(mesh, shape, range(first, end), times, size)
-                   for size, times in sizes if times]
+  return shared + [
+    _batch(mesh, shape, range(first, end), times, size) for size, times in sizes if times
+  ]
 
 
 def _batch(mesh, shape, layers, times, members):
@@ -86,17 +94,26 @@ def _batch(mesh, shape, layers, times, members):
   spec = sharding.spec(mesh, names, shape if is_shared else (members, *shape))
   of_members = () if is_shared else sharding.axes_of(spec, 0)
   of_texts = sharding.axes_of(spec, 1 - is_shared)
-  of_head = sharding.axes_of(sharding.spec(
-      mesh, ("members_of_vocab", "batch_of_vocab", "positions", "embed"), (members, *shape)))
+  of_head = sharding.axes_of(
+    sharding.spec(
+      mesh, ("members_of_vocab", "batch_of_vocab", "positions", "embed"), (members, *shape)
+    )
+  )
   split = of_members + of_texts
   return Batch(
-      layers, times, is_shared,
-      texts=shape[0] // parts(mesh, of_texts), members=members // parts(mesh, of_members),
-      group_texts=shape[0] // parts(mesh, (a for a in of_texts if a != EXPERT)),
-      group_members=members // parts(mesh, (a for a in of_members if a != EXPERT)),
-      positions=shape[1], rows_split=EXPERT in split, members_split=of_members,
-      head_rows=members * shape[0] * shape[1] // parts(mesh, of_head),
-      head_gathered=tuple(a for a in split if a not in of_head))
+    layers,
+    times,
+    is_shared,
+    texts=shape[0] // parts(mesh, of_texts),
+    members=members // parts(mesh, of_members),
+    group_texts=shape[0] // parts(mesh, (a for a in of_texts if a != EXPERT)),
+    group_members=members // parts(mesh, (a for a in of_members if a != EXPERT)),
+    positions=shape[1],
+    rows_split=EXPERT in split,
+    members_split=of_members,
+    head_rows=members * shape[0] * shape[1] // parts(mesh, of_head),
+    head_gathered=tuple(a for a in split if a not in of_head),
+  )
 
 
 def parts(mesh: AbstractMesh, axes: Iterable[str]) -> int:

@@ -8,11 +8,11 @@ import jax
 from jax.sharding import AbstractMesh
 
 from roe_jax import params as params_lib
-from roe_jax.compiled import Collective
 from roe_jax.config import ModelConfig
 from roe_jax.costs import flops as flops_lib
 from roe_jax.costs.accelerators import Accelerator
 from roe_jax.costs.batches import Batch, batches, parts, vocabulary_axes
+from roe_jax.costs.hlo import Collective
 from roe_jax.roster import Roster
 from roe_jax.sharding import AXES, DATA, EXPERT, TENSOR
 
@@ -82,24 +82,38 @@ def seconds(cost: Cost, accelerator: Accelerator) -> Seconds:
   mesh, `tensor` fastest, and the slower network is used by groups that
   reach beyond a node.
   """
+
   def of(move):
     beyond = accelerator.node and move.reach > accelerator.node
     rate = accelerator.network if beyond else accelerator.link
-    return (move.collective.sent / rate
-            + accelerator.latency * math.ceil(math.log2(move.collective.devices)))
+    return move.collective.sent / rate + accelerator.latency * math.ceil(
+      math.log2(move.collective.devices)
+    )
 
-  return Seconds(cost.flops / accelerator.flops, cost.read / accelerator.bandwidth,
-                 sum(count * of(move) for move, count in cost.moves.items()))
+  return Seconds(
+    cost.flops / accelerator.flops,
+    cost.read / accelerator.bandwidth,
+    sum(count * of(move) for move, count in cost.moves.items()),
+  )
 
 
-def call(config: ModelConfig, roster: Roster, mesh: AbstractMesh, batch_size: int,
-         context: int, positions: int = 1, *, kind: str = "step",
-         overlap: float | None = None, platform: str | None = None) -> Cost:
+def call(
+  config: ModelConfig,
+  roster: Roster,
+  mesh: AbstractMesh,
+  batch_size: int,
+  context: int,
+  positions: int = 1,
+  *,
+  kind: str = "step",
+  overlap: float | None = None,
+  platform: str | None = None,
+) -> Cost:
   """One call of the model: a decode step, or a chunk of prefill or of scoring.
 
   Assumptions, beside those of `seconds`: rows spread evenly over the experts, and
   so over devices. Each expert that is hit is read once for each batch of members that
-  the memory budget holds (in truth `dense` reads all experts, and `selected` one
+  the memory budget holds (in truth `dense` reads all experts, and `gather_gemv` one
   for each row that chose it), and so is the cache, as far as rows see. Logits
   are written once and read three times. Rows that are exchanged are so in one turn,
   with all of their room (`parallel.exchanged_ragged` moves only those that there are).
@@ -113,7 +127,7 @@ def call(config: ModelConfig, roster: Roster, mesh: AbstractMesh, batch_size: in
     context: positions of each text before these.
     positions: of each text.
     kind: "step", "prefill" (without distributions) or "score".
-    overlap: see `flops.experts_hit`.
+    overlap: see `flops.unique_experts`.
     platform: JAX's name of the devices'; the backend's by default.
   """
   abstract = params_lib.abstract(config)
@@ -133,16 +147,24 @@ def call(config: ModelConfig, roster: Roster, mesh: AbstractMesh, batch_size: in
   for batch in batches(config, roster, mesh, batch_size, positions, platform):
     layers, times = len(batch.layers), batch.times
     rows_of_member = batch.group_texts * positions
-    hit = flops_lib.experts_hit(config, batch.group_members, rows_of_member, overlap)
-    seen = sum(flops_lib.seen_by(config, layer, context + p)
-               for layer in batch.layers for p in range(positions)) / positions
+    hit = flops_lib.expected_unique_experts(config, batch.group_members, rows_of_member, overlap)
+    seen = (
+      sum(
+        flops_lib.seen_by(config, layer, context + p)
+        for layer in batch.layers
+        for p in range(positions)
+      )
+      / positions
+    )
     slots = sum(flops_lib.seen_by(config, layer, context + positions - 1) for layer in batch.layers)
     cost.flops += times * (
-        batch.rows * (layers * (split_flops + 2 * router_size)
-                      + seen * flops_lib.attention_flops(config) / t)
-        + layers * batch.group_rows * expert_flops)
-    cost.weights += times * layers * (
-        (split_flops / 2 + router_size) * item + hit / e * per_expert / t)
+      batch.rows
+      * (layers * (split_flops + 2 * router_size) + seen * flops_lib.attention_flops(config) / t)
+      + layers * batch.group_rows * expert_flops
+    )
+    cost.weights += (
+      times * layers * ((split_flops / 2 + router_size) * item + hit / e * per_expert / t)
+    )
     # Each member has a cache of its own, or all read one.
     caches = 1 if roster.cache == "clean" else batch.members
     cost.cache += times * caches * batch.texts * 2 * own_heads * slots
@@ -163,7 +185,7 @@ def _move(mesh, kind, num_bytes, axes):
   """A collective along mesh axes, the largest array on a device being of so many bytes."""
   split = [a for a in AXES if a in axes and mesh.shape[a] > 1]
   # From the first device of a group to its last, as `tensor` counts fastest.
-  strides = {a: parts(mesh, AXES[i + 1:]) for i, a in enumerate(AXES)}
+  strides = {a: parts(mesh, AXES[i + 1 :]) for i, a in enumerate(AXES)}
   reach = 1 + sum((mesh.shape[a] - 1) * strides[a] for a in split)
   return Move(Collective(kind, int(num_bytes), parts(mesh, split)), reach)
 
@@ -203,5 +225,8 @@ def _layer_moves(config: ModelConfig, mesh, batch: Batch, item):
 
 def _head_moves(config, mesh, batch: Batch, vocab, item):
   """Hidden states where the vocabulary's parts are, and the softmax over these."""
-  return _moves(mesh, ("all-gather", batch.head_rows * config.d_model * item, batch.head_gathered),
-                *2 * [("all-reduce", batch.head_rows * 4, vocab)])
+  return _moves(
+    mesh,
+    ("all-gather", batch.head_rows * config.d_model * item, batch.head_gathered),
+    *2 * [("all-reduce", batch.head_rows * 4, vocab)],
+  )

@@ -4,8 +4,9 @@ from roe_jax.config import ModelConfig
 from roe_jax.roster import Roster
 
 
-def forward_flops(config: ModelConfig, roster: Roster, positions: range,
-                  predict: bool = True) -> int:
+def forward_flops(
+  config: ModelConfig, roster: Roster, positions: range, predict: bool = True
+) -> int:
   """FLOPs of a roster's matmuls at some positions of one text.
 
   A multiplication and an addition are two. Norms, softmax, rotations and the
@@ -21,20 +22,25 @@ def forward_flops(config: ModelConfig, roster: Roster, positions: range,
   """
   first, members = roster.noisy_layers[0], len(roster.members)
   once, of_members = (
-      len(positions) * len(layers) * _layer_flops(config)
-      + sum(attention_flops(config) * sum(seen_by(config, layer, p) for p in positions)
-            for layer in layers)
-      for layers in (range(first), range(first, config.num_layers)))
+    len(positions) * len(layers) * _layer_flops(config)
+    + sum(
+      attention_flops(config) * sum(seen_by(config, layer, p) for p in positions)
+      for layer in layers
+    )
+    for layers in (range(first), range(first, config.num_layers))
+  )
   head = 2 * config.vocab_size * config.d_model * len(positions) if predict else 0
   return once + members * (of_members + head)
 
 
-def generation_flops(config: ModelConfig, roster: Roster, prompt_length: int,
-                     num_new_tokens: int) -> int:
+def generation_flops(
+  config: ModelConfig, roster: Roster, prompt_length: int, num_new_tokens: int
+) -> int:
   """FLOPs of a prompt's prefill and of a step for each new token; see `forward_flops`."""
   last = prompt_length - 1
-  return (forward_flops(config, roster.history(), range(last), predict=False)
-          + forward_flops(config, roster, range(last, last + num_new_tokens)))
+  return forward_flops(config, roster.history(), range(last), predict=False) + forward_flops(
+    config, roster, range(last, last + num_new_tokens)
+  )
 
 
 def scoring_flops(config: ModelConfig, roster: Roster, length: int, start: int = 1) -> int:
@@ -43,17 +49,20 @@ def scoring_flops(config: ModelConfig, roster: Roster, length: int, start: int =
   Against a Clean Cache all positions are run twice, clean to fill it and then as a
   roster.
   """
-  filled_first = roster.cache == "clean" and not roster.is_plain
-  return (forward_flops(config, roster.history(), range(length - 1 if filled_first else start - 1),
-                        predict=False)
-          + forward_flops(config, roster, range(start - 1, length - 1)))
+  filled_first = roster.cache == "clean" and not roster.is_baseline
+  return forward_flops(
+    config, roster.history(), range(length - 1 if filled_first else start - 1), predict=False
+  ) + forward_flops(config, roster, range(start - 1, length - 1))
 
 
 def _layer_flops(config):
   """Of one position in one layer, without attention to other positions."""
-  return (projection_flops(config) + 2 * config.num_experts * config.d_model
-          + config.experts_per_token * 6 * config.d_model * config.d_expert
-          + shared_expert_flops(config))
+  return (
+    projection_flops(config)
+    + 2 * config.num_experts * config.d_model
+    + config.experts_per_token * 6 * config.d_model * config.d_expert
+    + shared_expert_flops(config)
+  )
 
 
 def projection_flops(config: ModelConfig) -> int:
@@ -78,8 +87,9 @@ def seen_by(config: ModelConfig, layer: int, position: int) -> int:
   return min(seen, config.sliding_window) if layer in config.sliding_layers else seen
 
 
-def experts_hit(config: ModelConfig, num_members: int, num_rows: int = 1,
-                overlap: float | None = None) -> float:
+def expected_unique_experts(
+  config: ModelConfig, num_members: int, num_rows: int = 1, overlap: float | None = None
+) -> float:
   """Different experts of a layer that are expected to be chosen.
 
   Without a measured overlap all rows choose uniformly and independently, by which

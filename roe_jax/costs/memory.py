@@ -5,7 +5,9 @@ import dataclasses
 import jax
 from jax.sharding import AbstractMesh
 
-from roe_jax import attention, members as members_lib, params as params_lib, sharding
+from roe_jax import attention, sharding
+from roe_jax import members as members_lib
+from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.costs.batches import batches, parts, vocabulary_axes
 from roe_jax.roster import Roster
@@ -32,9 +34,17 @@ class Memory:
     return sum(dataclasses.astuple(self))
 
 
-def memory(config: ModelConfig, roster: Roster, mesh: AbstractMesh, batch_size: int,
-           capacity: int, positions: int = 1, *, kind: str = "step",
-           platform: str | None = None) -> Memory:
+def memory(
+  config: ModelConfig,
+  roster: Roster,
+  mesh: AbstractMesh,
+  batch_size: int,
+  capacity: int,
+  positions: int = 1,
+  *,
+  kind: str = "step",
+  platform: str | None = None,
+) -> Memory:
   """What one device of a mesh holds while texts are generated or scored.
 
   Activations are estimated as the larger of two, all in float32. A block's: six
@@ -54,9 +64,11 @@ def memory(config: ModelConfig, roster: Roster, mesh: AbstractMesh, batch_size: 
     platform: JAX's name of the devices'; the backend's by default.
   """
   weights = sharding.bytes_on_device(
-      mesh, params_lib.abstract(config), sharding.parameter_specs(mesh, config))
+    mesh, params_lib.abstract(config), sharding.parameter_specs(mesh, config)
+  )
   cache = jax.eval_shape(
-      lambda: members_lib.empty_cache(config, roster, batch_size, capacity, whole=kind == "score"))
+    lambda: members_lib.empty_cache(config, roster, batch_size, capacity, whole=kind == "score")
+  )
   t = mesh.shape[TENSOR]
   a, e = config.experts_per_token, mesh.shape[EXPERT]
   slots = min(capacity, attention.block_slots(platform))
@@ -64,9 +76,12 @@ def memory(config: ModelConfig, roster: Roster, mesh: AbstractMesh, batch_size: 
   per_pair = 2 * config.d_model + 2 * config.d_expert // t
   of_vocabulary = config.vocab_size // parts(mesh, vocabulary_axes(config, mesh))
   activations = max(
-      max(batch.rows * per_row + batch.rows_at_experts(a, e) * min(a, config.num_experts // e)
-          * per_pair,
-          0 if batch.is_shared or kind == "prefill" else 4 * batch.head_rows * of_vocabulary)
-      for batch in batches(config, roster, mesh, batch_size, positions, platform))
+    max(
+      batch.rows * per_row
+      + batch.rows_at_experts(a, e) * min(a, config.num_experts // e) * per_pair,
+      0 if batch.is_shared or kind == "prefill" else 4 * batch.head_rows * of_vocabulary,
+    )
+    for batch in batches(config, roster, mesh, batch_size, positions, platform)
+  )
   held = sharding.bytes_on_device(mesh, cache, sharding.state_specs(mesh, cache))
   return Memory(weights, held, 3 * 4 * batch_size * capacity, 4 * activations)

@@ -5,16 +5,16 @@ its chosen experts, `down(activation(gate x, up x))` with biases where there are
 any, and drop nothing. They differ in how often they read an expert's weights and
 in what they can be used for:
 
-* `blocks`: a loop over the experts that were hit, each tile of whose weights
+* `tiled_loop`: a loop over the experts that were hit, each tile of whose weights
   is read once and multiplied with its rows block by block. For CPUs.
 * `dense`: every expert for every row as batched matmuls. For rosters on
   accelerators, where most experts are hit anyway.
-* `selected`: kernels over the (row, choice) pairs; for few rows on accelerators.
-* `grouped`: kernels over blocks of rows of one expert; for many rows there.
+* `gather_gemv`: kernels over the (row, choice) pairs; for few rows on accelerators.
+* `grouped_matmul`: kernels over blocks of rows of one expert; for many rows there.
 * `padded`: such blocks as one batched matmul over gathered weights.
   Differentiable; for training, and for small models.
 
-Of quantised experts `blocks`, `selected` and `grouped` widen a tile at a time;
+Of quantized experts `tiled_loop`, `gather_gemv` and `grouped_matmul` widen a tile at a time;
 `dense` and `padded` widen all experts of the layer, and are not chosen.
 """
 
@@ -25,19 +25,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from roe_jax import collectives
-from roe_jax.experts import parallel, trial
+from roe_jax.experts import expert_parallel, gather_gemv, grouped_matmul, kernel_check, tiled_loop
 from roe_jax.experts.activation import Activation
-from roe_jax.experts.batched import dense, padded
-from roe_jax.experts.cpu import blocks
-from roe_jax.experts.few_rows import selected
-from roe_jax.experts.many_rows import grouped
+from roe_jax.experts.batched_matmul import dense, padded
 from roe_jax.experts.shared import shared
-from roe_jax.numerics import from_storage
+from roe_jax.numerics import to_compute_dtype
 from roe_jax.params import ExpertParams
 from roe_jax.quantization import CONTRACTED, is_quantized, quantize, widen
 
-_FUNCTIONS = {"blocks": blocks, "dense": dense, "selected": selected, "grouped": grouped,
-              "padded": padded}
+_FUNCTIONS = {
+  "tiled_loop": tiled_loop.compute,
+  "dense": dense,
+  "gather_gemv": gather_gemv.compute,
+  "grouped_matmul": grouped_matmul.compute,
+  "padded": padded,
+}
 STRATEGIES = tuple(_FUNCTIONS)
 # Rows up to which a dense product is bound by reading the weights, on an H200.
 DENSE_ROWS = 180
@@ -46,13 +48,18 @@ DENSE_ROWS = 180
 def check_strategy(strategy: str | None) -> None:
   """Raises a ValueError for a name that is not in `STRATEGIES`."""
   if strategy is not None and strategy not in STRATEGIES:
-    raise ValueError(
-        f"unknown expert strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
+    raise ValueError(f"unknown expert strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
 
 
-def choose_strategy(num_rows: int, experts_per_token: int, num_experts: int,
-                    dtype: str = "float32", platform: str | None = None,
-                    expert_format: str | None = None, width: int = 128) -> str:
+def choose_strategy(
+  num_rows: int,
+  experts_per_token: int,
+  num_experts: int,
+  dtype: str = "float32",
+  platform: str | None = None,
+  expert_format: str | None = None,
+  width: int = 128,
+) -> str:
   """The strategy for a static number of rows on `platform` (default: the backend).
 
   A kernel is chosen only where `kernel_works` has just found that it does, and
@@ -60,13 +67,13 @@ def choose_strategy(num_rows: int, experts_per_token: int, num_experts: int,
   128: others have a layout there that XLA would change for every call.
   """
   platform = platform or jax.default_backend()
-  fallback = "dense" if expert_format is None else "blocks"
+  fallback = "dense" if expert_format is None else "tiled_loop"
   if platform == "cpu":
-    return "blocks"
+    return "tiled_loop"
   if num_rows * experts_per_token <= num_experts // 2:
-    wanted = "selected"
+    wanted = "gather_gemv"
   elif num_rows > DENSE_ROWS or expert_format is not None:
-    wanted = "grouped"
+    wanted = "grouped_matmul"
   else:
     return "dense"
   if platform == "tpu" and width % 128:
@@ -77,42 +84,58 @@ def choose_strategy(num_rows: int, experts_per_token: int, num_experts: int,
 @functools.cache
 def kernel_works(strategy: str, dtype: str, expert_format: str | None = None) -> bool:
   """Whether a strategy agrees with `dense` on this machine's device, tried on a small case."""
-  return trial.works(
-      functools.partial(_difference_to_dense, strategy, dtype, expert_format),
-      # Weights of few bits are rounded once more on TPUs.
-      tolerance=2e-2 if dtype == "bfloat16" else 1e-4,
-      what=f"the expert strategy {strategy!r} in {dtype}"
-      + (f" with experts in {expert_format}" if expert_format else ""),
-      instead=repr("blocks" if expert_format else "dense"))
+  return kernel_check.works(
+    functools.partial(_difference_to_dense, strategy, dtype, expert_format),
+    # Weights of few bits are rounded once more on TPUs.
+    tolerance=2e-2 if dtype == "bfloat16" else 1e-4,
+    what=f"the expert strategy {strategy!r} in {dtype}"
+    + (f" with experts in {expert_format}" if expert_format else ""),
+    instead=repr("tiled_loop" if expert_format else "dense"),
+  )
 
 
 def _difference_to_dense(strategy, dtype, expert_format):
   """Largest difference on a small case, relative to the largest value."""
   num_experts, d, f, rows, choices = 4, 256, 128, 32, 2
   keys = jax.random.split(jax.random.key(0), 6)
+
   def normal(key, *shape):
     return np.asarray(jax.random.normal(key, (2 * num_experts, *shape)) / 16)
+
   matrices = {"gate_up": normal(keys[0], f, 2, d), "down": normal(keys[1], f, d)}
   if expert_format is not None:
-    matrices = {name: quantize(w, expert_format, CONTRACTED[name])
-                for name, w in matrices.items()}
+    matrices = {name: quantize(w, expert_format, CONTRACTED[name]) for name, w in matrices.items()}
   else:
     matrices = {name: jnp.asarray(w, dtype) for name, w in matrices.items()}
-  weights = ExpertParams(**matrices, gate_up_bias=jnp.asarray(normal(keys[2], f, 2), dtype),
-                         down_bias=jnp.asarray(normal(keys[3], d), dtype))
+  weights = ExpertParams(
+    **matrices,
+    gate_up_bias=jnp.asarray(normal(keys[2], f, 2), dtype),
+    down_bias=jnp.asarray(normal(keys[3], d), dtype),
+  )
   x = jax.random.normal(keys[4], (rows, d), dtype)
   gates, indices = jax.lax.top_k(jax.random.uniform(keys[5], (rows, num_experts)), choices)
   actual, expected = (
-      np.asarray(jax.jit(functools.partial(
-          _compute, name, num_experts, Activation(limit=1.0, alpha=1.7)))(
-              weights, 1, x, indices, gates), np.float32)
-      for name in (strategy, "dense"))
+    np.asarray(
+      jax.jit(functools.partial(_compute, name, num_experts, Activation(limit=1.0, alpha=1.7)))(
+        weights, 1, x, indices, gates
+      ),
+      np.float32,
+    )
+    for name in (strategy, "dense")
+  )
   return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
-def apply(experts: ExpertParams, layer: jax.Array | int, x_NxD: jax.Array,
-          indices_NxA: jax.Array, gates_NxA: jax.Array, strategy: str | None = None,
-          activation: Activation = Activation(), rows_split: bool = False) -> jax.Array:
+def apply(
+  experts: ExpertParams,
+  layer: jax.Array | int,
+  x_NxD: jax.Array,
+  indices_NxA: jax.Array,
+  gates_NxA: jax.Array,
+  strategy: str | None = None,
+  activation: Activation = Activation(),
+  rows_split: bool = False,
+) -> jax.Array:
   """Gate-weighted sum of the chosen experts' outputs.
 
   Under `vmap` with shared weights, as in a roster, the mapped axis is folded
@@ -139,24 +162,26 @@ def apply(experts: ExpertParams, layer: jax.Array | int, x_NxD: jax.Array,
   check_strategy(strategy)
   l, e = jax.tree.leaves(experts.gate_up)[0].shape[:2]
   experts = jax.tree.map(lambda w: w.reshape(l * e, *w.shape[2:]), experts)
-  compute = _folding(e, activation, strategy, collectives.parts("expert"), rows_split)
+  compute = _folding(e, activation, strategy, collectives.axis_size("expert"), rows_split)
   return compute(experts, jnp.asarray(layer), x_NxD, indices_NxA, gates_NxA)
 
 
 def _of_layer(weights, layer, num_experts, dtype):
-  """One layer's experts `[E, ...]`, quantised matrices in `dtype`."""
+  """One layer's experts `[E, ...]`, quantized matrices in `dtype`."""
   sliced = jax.tree.map(
-      lambda w: jax.lax.dynamic_slice_in_dim(w, layer * num_experts, num_experts), weights)
-  return jax.tree.map(lambda w: widen(w, dtype) if is_quantized(w) else w,
-                      sliced, is_leaf=is_quantized)
+    lambda w: jax.lax.dynamic_slice_in_dim(w, layer * num_experts, num_experts), weights
+  )
+  return jax.tree.map(
+    lambda w: widen(w, dtype) if is_quantized(w) else w, sliced, is_leaf=is_quantized
+  )
 
 
 def _compute(strategy, num_experts, activation, weights, layer, x, indices, gates):
   """A strategy's function with weights in the form that it takes."""
   if strategy in ("padded", "dense") and is_quantized(weights.down):
     weights, layer = _of_layer(weights, layer, num_experts, x.dtype), 0
-  if strategy != "blocks":
-    weights = jax.tree.map(from_storage, weights)
+  if strategy != "tiled_loop":
+    weights = jax.tree.map(to_compute_dtype, weights)
   return _FUNCTIONS[strategy](num_experts, activation, weights, layer, x, indices, gates)
 
 
@@ -170,13 +195,17 @@ def _folding(num_experts, activation, strategy, devices, rows_split):
 
     def share(x, indices, gates):
       chosen = strategy or choose_strategy(
-          *indices.shape, num_experts * devices, str(x.dtype), width=width,
-          expert_format=expert_format)
-      if chosen == "selected" and devices > 1:  # reads some expert for the choice of none
+        *indices.shape,
+        num_experts * devices,
+        str(x.dtype),
+        width=width,
+        expert_format=expert_format,
+      )
+      if chosen == "gather_gemv" and devices > 1:  # reads some expert for the choice of none
         indices = jnp.minimum(indices, num_experts - 1)
       return _compute(chosen, num_experts, activation, weights, layer, x, indices, gates)
 
-    return parallel.apply(share, num_experts, x, indices, gates, rows_split)
+    return expert_parallel.apply(share, num_experts, x, indices, gates, rows_split)
 
   if strategy in ("padded", "dense"):
     return compute
@@ -186,11 +215,12 @@ def _folding(num_experts, activation, strategy, devices, rows_split):
   def _(axis_size, in_batched, weights, layer, x, indices, gates):
     if any(jax.tree.leaves(in_batched[:2])):
       raise ValueError("experts.apply can be mapped over rows, not over weights or layers")
+
     def fold(a, is_batched):
       a = a if is_batched else jnp.broadcast_to(a, (axis_size, *a.shape))
       return a.swapaxes(0, 1).reshape(-1, a.shape[-1])
-    y = folding(weights, layer,
-                *(fold(a, b) for a, b in zip((x, indices, gates), in_batched[2:])))
+
+    y = folding(weights, layer, *(fold(a, b) for a, b in zip((x, indices, gates), in_batched[2:])))
     return y.reshape(-1, axis_size, y.shape[-1]).swapaxes(0, 1), True
 
   return folding

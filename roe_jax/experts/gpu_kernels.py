@@ -2,7 +2,7 @@
 
 State of things: run in Pallas' interpret mode on CPU, lowered for CUDA, and the
 lowered kernels compiled for an H100 by Triton and ptxas, with weights in bfloat16
-and in each quantised format (no spills but of 20 bytes in mxfp4's with 64 rows in a
+and in each quantized format (no spills but of 20 bytes in mxfp4's with 64 rows in a
 block); not run or timed on a GPU.
 """
 
@@ -10,11 +10,11 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+import jax.numpy as jnp
 
-from roe_jax.experts.widening import group_of, held, num_parts, widen
+from roe_jax.experts.codes import codes_and_scales, group_of, num_parts, widen
 from roe_jax.quantization import scale_values
 
 # Powers of two, as Triton wants them, and no less than 16 in a matmul.
@@ -32,7 +32,7 @@ def apply_on_gpu(activation, experts, weights, x, interpret=False):
     weights: of all layers, with `[L·E, ...]` for the leading axes; the bias of
       `down` is not used. The matrices may be `Quantized`; Triton then wants
       D/2 and the groups to be multiples of 16.
-    x: `[K, B, D]` rows in blocks, of the dtype of weights that are not quantised;
+    x: `[K, B, D]` rows in blocks, of the dtype of weights that are not quantized;
       B is a power of two, and 16 or more.
     interpret: whether to run the kernels as JAX operations on any platform.
 
@@ -43,27 +43,45 @@ def apply_on_gpu(activation, experts, weights, x, interpret=False):
   k, b, d = x.shape
 
   def call(kernel, width, columns, dtype, sum_tile, *inputs):
-    # Blocks vary fastest, so that neighbours of one expert share a tile of its
+    # Blocks vary fastest, so that neighbors of one expert share a tile of its
     # weights in the cache.
     return pl.pallas_call(
-        functools.partial(kernel, sum_tile=sum_tile, precision=_precision(x.dtype)),
-        jax.ShapeDtypeStruct((k, b, width), dtype), grid=(k, pl.cdiv(columns, OUT_TILE)),
-        interpret=interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=4))(experts, *inputs)
+      functools.partial(kernel, sum_tile=sum_tile, precision=_precision(x.dtype)),
+      jax.ShapeDtypeStruct((k, b, width), dtype),
+      grid=(k, pl.cdiv(columns, OUT_TILE)),
+      interpret=interpret,
+      compiler_params=plgpu.CompilerParams(num_warps=4),
+    )(experts, *inputs)
 
   most = SUM_BYTES // x.dtype.itemsize
-  codes, scales, format = held(weights.gate_up)
+  codes, scales, format = codes_and_scales(weights.gate_up)
   f, _, width = codes.shape[1:]
-  # Within a tile of quantised weights those of an output have one scale.
+  # Within a tile of quantized weights those of an output have one scale.
   tile = most if scales is None else math.gcd(most, width, group_of(scales, 3, d))
   hidden = call(
-      functools.partial(_hidden_kernel, activation=activation, format=format),
-      f, f, x.dtype, tile, x, codes, scales, weights.gate_up_bias)
+    functools.partial(_hidden_kernel, activation=activation, format=format),
+    f,
+    f,
+    x.dtype,
+    tile,
+    x,
+    codes,
+    scales,
+    weights.gate_up_bias,
+  )
 
-  codes, scales, format = held(weights.down)
+  codes, scales, format = codes_and_scales(weights.down)
   tile = most if scales is None else math.gcd(most, group_of(scales, 1, f))
-  return call(functools.partial(_down_kernel, format=format), d, codes.shape[2], jnp.float32,
-              tile, hidden, codes, scales)
+  return call(
+    functools.partial(_down_kernel, format=format),
+    d,
+    codes.shape[2],
+    jnp.float32,
+    tile,
+    hidden,
+    codes,
+    scales,
+  )
 
 
 def _precision(dtype):
@@ -83,8 +101,19 @@ def _load(ref, mask):
   return plgpu.load(ref, mask=mask, other=0)
 
 
-def _hidden_kernel(experts_ref, x_ref, codes_ref, scales_ref, bias_ref, hidden_ref, *,
-                   activation, format, sum_tile, precision):
+def _hidden_kernel(
+  experts_ref,
+  x_ref,
+  codes_ref,
+  scales_ref,
+  bias_ref,
+  hidden_ref,
+  *,
+  activation,
+  format,
+  sum_tile,
+  precision,
+):
   """`activation(gate x, up x)` of one block for one tile of F.
 
   All arrays are whole, with P weights in a code: experts `[K]`, x `[K, B, D]`, codes
@@ -106,15 +135,20 @@ def _hidden_kernel(experts_ref, x_ref, codes_ref, scales_ref, bias_ref, hidden_r
   def _():
     def step(i, sums):
       d, in_d = _tile(i, sum_tile, width)
-      x = [_load(x_ref.at[block, :, _shifted(d, part * width)],
-                 jnp.broadcast_to(in_d[None, :], (b, sum_tile)))
-           for part in range(num_parts(format))]
+      x = [
+        _load(
+          x_ref.at[block, :, _shifted(d, part * width)],
+          jnp.broadcast_to(in_d[None, :], (b, sum_tile)),
+        )
+        for part in range(num_parts(format))
+      ]
       sums = list(sums)
       for c in (0, 1):
         codes = _load(codes_ref.at[expert, f, jnp.int32(c), d], in_f[:, None] & in_d[None, :])
         for part, weights in enumerate(widen(codes, format)):
-          product = plgpu.dot(x[part], weights.astype(x_ref.dtype), trans_b=True,
-                              precision=precision)
+          product = plgpu.dot(
+            x[part], weights.astype(x_ref.dtype), trans_b=True, precision=precision
+          )
           sums[c] += scaled(product, c, d.start + part * width)
       return sums
 
@@ -122,15 +156,18 @@ def _hidden_kernel(experts_ref, x_ref, codes_ref, scales_ref, bias_ref, hidden_r
     projected = jax.lax.fori_loop(0, pl.cdiv(width, sum_tile), step, [zeros, zeros])
     if bias_ref is not None:
       projected = [
-          p + _load(bias_ref.at[expert, f, jnp.int32(c)], in_f).astype(jnp.float32)[None, :]
-          for c, p in enumerate(projected)]
+        p + _load(bias_ref.at[expert, f, jnp.int32(c)], in_f).astype(jnp.float32)[None, :]
+        for c, p in enumerate(projected)
+      ]
     hidden = activation(*projected).astype(hidden_ref.dtype)
-    plgpu.store(hidden_ref.at[block, :, f], hidden,
-                mask=jnp.broadcast_to(in_f[None, :], hidden.shape))
+    plgpu.store(
+      hidden_ref.at[block, :, f], hidden, mask=jnp.broadcast_to(in_f[None, :], hidden.shape)
+    )
 
 
-def _down_kernel(experts_ref, hidden_ref, codes_ref, scales_ref, out_ref, *, format, sum_tile,
-                 precision):
+def _down_kernel(
+  experts_ref, hidden_ref, codes_ref, scales_ref, out_ref, *, format, sum_tile, precision
+):
   """One block's output for one tile of each part of D.
 
   All arrays are whole, with P weights in a code: experts `[K]`, hidden `[K, B, F]`,
@@ -151,15 +188,19 @@ def _down_kernel(experts_ref, hidden_ref, codes_ref, scales_ref, out_ref, *, for
   def _():
     def step(i, totals):
       f, in_f = _tile(i, sum_tile, width)
-      hidden = _load(hidden_ref.at[block, :, f],
-                     jnp.broadcast_to(in_f[None, :], (b, sum_tile)))
+      hidden = _load(hidden_ref.at[block, :, f], jnp.broadcast_to(in_f[None, :], (b, sum_tile)))
       codes = _load(codes_ref.at[expert, f, d], in_f[:, None] & in_d[None, :])
-      return [total + scaled(plgpu.dot(hidden, weights.astype(hidden.dtype),
-                                       precision=precision), part, f)
-              for part, (total, weights) in enumerate(zip(totals, widen(codes, format)))]
+      return [
+        total
+        + scaled(plgpu.dot(hidden, weights.astype(hidden.dtype), precision=precision), part, f)
+        for part, (total, weights) in enumerate(zip(totals, widen(codes, format)))
+      ]
 
     totals = [jnp.zeros((b, OUT_TILE), jnp.float32)] * num_parts(format)
     totals = jax.lax.fori_loop(0, pl.cdiv(width, sum_tile), step, totals)
     for part, out in enumerate(totals):
-      plgpu.store(out_ref.at[block, :, _shifted(d, part * columns)], out,
-                  mask=jnp.broadcast_to(in_d[None, :], out.shape))
+      plgpu.store(
+        out_ref.at[block, :, _shifted(d, part * columns)],
+        out,
+        mask=jnp.broadcast_to(in_d[None, :], out.shape),
+      )

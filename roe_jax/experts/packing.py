@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from roe_jax.numerics import rounded
 
 
-def plan(indices: jax.Array, num_experts: int,
-         block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def plan(
+  indices: jax.Array, num_experts: int, block: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Where each pair goes when pairs are packed into blocks of one expert.
 
   Args:

@@ -11,6 +11,6 @@ def shared(weights: SharedExpertParams, layer: jax.Array | int, x: jax.Array) ->
   """`sigmoid(gate x) * down(silu(gate_up x))` of rows `[..., D]`, in their dtype."""
   projected = project(x, weights.gate_up, layer)
   hidden = rounded(jax.nn.silu(projected[..., 0]) * projected[..., 1], x.dtype)
-  y = rounded(collectives.add(project_back(hidden, weights.down, layer), "tensor"), x.dtype)
+  y = rounded(collectives.psum(project_back(hidden, weights.down, layer), "tensor"), x.dtype)
   gate = rounded(project(x, weights.gate, layer), x.dtype)
   return rounded(jax.nn.sigmoid(gate.astype(y.dtype)) * y, x.dtype)

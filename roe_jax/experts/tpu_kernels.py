@@ -6,26 +6,26 @@ before is multiplied. Of consecutive blocks of one expert only the first has a
 tile copied, as tiles vary slowest.
 
 State of things: run in Pallas' interpret mode on CPU, and compiled for a TPU v5e
-without one, with weights in bfloat16 and in each quantised format; not run or timed
+without one, with weights in bfloat16 and in each quantized format; not run or timed
 on a TPU. Blocks of 64 rows in float32 with F = 14336 do not fit into its VMEM.
 
 For that TPU XLA lays out arguments so that the kernels can read them in place where
 the last axis, D or for four bits D/2, is a multiple of 128. Elsewhere, as with a D
-of 2880, each call copies the weights of all layers, quantised or not: there the
+of 2880, each call copies the weights of all layers, quantized or not: there the
 kernels should not be chosen as yet.
 """
 
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
 
-from roe_jax.experts.widening import held, num_parts, widen
+from roe_jax.experts.codes import codes_and_scales, num_parts, widen
 from roe_jax.quantization import scale_values
 
-# Of a tile of weights, two of which are in VMEM at a time. Quantised ones are
+# Of a tile of weights, two of which are in VMEM at a time. Quantized ones are
 # counted as they are widened.
 TILE_BYTES = 2**21
 
@@ -39,7 +39,7 @@ def apply_on_tpu(activation, experts, weights, x, interpret=False):
       one for a block that is not in use.
     weights: of all layers, with `[L·E, ...]` for the leading axes; the bias of
       `down` is not used. The matrices may be `Quantized`.
-    x: `[K, B, D]` rows in blocks, of the dtype of weights that are not quantised.
+    x: `[K, B, D]` rows in blocks, of the dtype of weights that are not quantized.
     interpret: whether to run the kernels as JAX operations on any platform.
 
   Returns:
@@ -47,16 +47,22 @@ def apply_on_tpu(activation, experts, weights, x, interpret=False):
     are not in use.
   """
   k, b, d = x.shape
-  codes, scales, format = held(weights.gate_up)
+  codes, scales, format = codes_and_scales(weights.gate_up)
   parts, (f, _, width) = num_parts(format), codes.shape[1:]
   of_block = jnp.maximum(experts, 0)
 
   def call(kernel, shape, tile, dtype, inputs, specs):
     return pl.pallas_call(
-        kernel, jax.ShapeDtypeStruct((k, *shape), dtype), interpret=interpret,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1, grid=(pl.cdiv(shape[-1], tile), k), in_specs=specs,
-            out_specs=_of_block(*shape[:-1], tile)))(experts, *inputs)
+      kernel,
+      jax.ShapeDtypeStruct((k, *shape), dtype),
+      interpret=interpret,
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(pl.cdiv(shape[-1], tile), k),
+        in_specs=specs,
+        out_specs=_of_block(*shape[:-1], tile),
+      ),
+    )(experts, *inputs)
 
   tile = _tile(f, 2 * d * x.dtype.itemsize)
   if scales is None:
@@ -69,22 +75,36 @@ def apply_on_tpu(activation, experts, weights, x, interpret=False):
   if bias is not None:  # with F last, as the hidden values have it; little next to the weights
     bias = bias[of_block].swapaxes(1, 2)
   hidden = call(
-      functools.partial(_hidden_kernel, activation=activation, format=format),
-      (b, f), tile, x.dtype,
-      (x.reshape(k, b, parts, width).swapaxes(1, 2), codes, scales, bias),
-      (_all_of_block(parts, b, width), codes_spec, scales_spec,
-       bias if bias is None else _of_block(2, tile)))
+    functools.partial(_hidden_kernel, activation=activation, format=format),
+    (b, f),
+    tile,
+    x.dtype,
+    (x.reshape(k, b, parts, width).swapaxes(1, 2), codes, scales, bias),
+    (
+      _all_of_block(parts, b, width),
+      codes_spec,
+      scales_spec,
+      bias if bias is None else _of_block(2, tile),
+    ),
+  )
 
-  codes, scales, format = held(weights.down)
+  codes, scales, format = codes_and_scales(weights.down)
   parts, width = num_parts(format), codes.shape[2]
   tile = _tile(width, parts * f * x.dtype.itemsize)
   if scales is not None:  # with each part by itself; little next to the weights, too
     scales = scales[of_block].reshape(k, -1, parts, width).swapaxes(1, 2)
   out = call(
-      functools.partial(_down_kernel, format=format), (parts, b, width), tile, jnp.float32,
-      (hidden, codes, scales),
-      (_all_of_block(b, f), _of_expert((f, tile), lambda t: (0, t)),
-       scales if scales is None else _of_block(*scales.shape[1:3], tile)))
+    functools.partial(_down_kernel, format=format),
+    (parts, b, width),
+    tile,
+    jnp.float32,
+    (hidden, codes, scales),
+    (
+      _all_of_block(b, f),
+      _of_expert((f, tile), lambda t: (0, t)),
+      scales if scales is None else _of_block(*scales.shape[1:3], tile),
+    ),
+  )
   return out.swapaxes(1, 2).reshape(k, b, d)
 
 
@@ -99,8 +119,7 @@ def _of_block(*shape):
 
 def _of_expert(shape, index):
   """A tile of the block's expert: its shape, and its place by the number of the tile."""
-  return pl.BlockSpec(
-      (None, *shape), lambda t, k, experts: (jnp.maximum(experts[k], 0), *index(t)))
+  return pl.BlockSpec((None, *shape), lambda t, k, experts: (jnp.maximum(experts[k], 0), *index(t)))
 
 
 def _tile(size, bytes_each):
@@ -111,8 +130,9 @@ def _tile(size, bytes_each):
 def _dot(x, weights, axis):
   """`[B, K]` rows times a matrix, summed over its `axis`; float32."""
   precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  return jax.lax.dot_general(x, weights, (((1,), (axis,)), ((), ())), precision=precision,
-                             preferred_element_type=jnp.float32)
+  return jax.lax.dot_general(
+    x, weights, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+  )
 
 
 def _spread(shape, axis, group, first):
@@ -128,16 +148,20 @@ def _spread(shape, axis, group, first):
 def _repeated(left, axis, right):
   """`left` summed over `axis` with `right`: scales and ones, which bfloat16 holds exactly."""
   return jax.lax.dot_general(
-      left.astype(jnp.bfloat16), right.astype(jnp.bfloat16), (((axis,), (0,)), ((), ())),
-      preferred_element_type=jnp.float32)
+    left.astype(jnp.bfloat16),
+    right.astype(jnp.bfloat16),
+    (((axis,), (0,)), ((), ())),
+    preferred_element_type=jnp.float32,
+  )
 
 
-def _hidden_kernel(experts_ref, x_ref, codes_ref, scales_ref, bias_ref, hidden_ref, *,
-                   activation, format):
+def _hidden_kernel(
+  experts_ref, x_ref, codes_ref, scales_ref, bias_ref, hidden_ref, *, activation, format
+):
   """One block's hidden values for one tile of F, with D in P parts.
 
   x `[P, B, D/P]`, bias `[2, tile]` or None, hidden `[B, tile]`. Weights that are not
-  quantised are `[tile, 2, D]`, codes `[2, tile, D/P]` and scales `[2, G, tile]`.
+  quantized are `[tile, 2, D]`, codes `[2, tile, D/P]` and scales `[2, G, tile]`.
   """
   parts, _, width = x_ref.shape
 
@@ -155,10 +179,13 @@ def _hidden_kernel(experts_ref, x_ref, codes_ref, scales_ref, bias_ref, hidden_r
   @pl.when(experts_ref[pl.program_id(1)] >= 0)
   def _():
     projected = [
-        sum(_dot(x_ref[part], scaled(weights, c, part), 1)
-            for part, weights in enumerate(unscaled(c))) for c in (0, 1)]
+      sum(
+        _dot(x_ref[part], scaled(weights, c, part), 1) for part, weights in enumerate(unscaled(c))
+      )
+      for c in (0, 1)
+    ]
     if bias_ref is not None:
-      projected = [p + bias_ref[c:c + 1].astype(jnp.float32) for c, p in enumerate(projected)]
+      projected = [p + bias_ref[c : c + 1].astype(jnp.float32) for c, p in enumerate(projected)]
     hidden_ref[...] = activation(*projected).astype(hidden_ref.dtype)
 
 

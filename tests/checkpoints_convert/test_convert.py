@@ -17,7 +17,12 @@ from safetensors.numpy import load_file, save_file
 import tokenizers
 
 from checkpoints_convert import (
-    ConversionError, cli, convert_from_hugging_face, convert_to_hugging_face, rules)
+  ConversionError,
+  cli,
+  convert_from_hugging_face,
+  convert_to_hugging_face,
+  tensor_names,
+)
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
 from roe_jax.presets import PRESETS
@@ -25,38 +30,55 @@ from roe_jax.presets import PRESETS
 BF16 = np.dtype(ml_dtypes.bfloat16)
 V, L, D, H, K, C, E, F = 40, 3, 16, 4, 2, 4, 4, 12
 HF_CONFIGS = {
-    "olmoe": dict(num_experts=E, norm_topk_prob=False),
-    "mixtral": dict(num_local_experts=E, head_dim=C, rope_theta=1e6),
+  "olmoe": dict(num_experts=E, norm_topk_prob=False),
+  "mixtral": dict(num_local_experts=E, head_dim=C, rope_theta=1e6),
 }
 
 
 def hf_config(family, num_layers=L):
   return dict(
-      model_type=family, vocab_size=V, hidden_size=D, intermediate_size=F,
-      num_hidden_layers=num_layers, num_attention_heads=H, num_key_value_heads=K,
-      num_experts_per_tok=2, max_position_embeddings=64, rms_norm_eps=1e-5,
-      eos_token_id=3, pad_token_id=1, torch_dtype="bfloat16", **HF_CONFIGS[family])
+    model_type=family,
+    vocab_size=V,
+    hidden_size=D,
+    intermediate_size=F,
+    num_hidden_layers=num_layers,
+    num_attention_heads=H,
+    num_key_value_heads=K,
+    num_experts_per_tok=2,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    eos_token_id=3,
+    pad_token_id=1,
+    torch_dtype="bfloat16",
+    **HF_CONFIGS[family],
+  )
 
 
 def hub_tensors(family, dtype=BF16, num_layers=L, seed=0):
   """Random tensors under the hub's names, written out independently of the tables."""
   generator = np.random.default_rng(seed)
   make = lambda *shape: generator.standard_normal(shape, np.float32).astype(dtype)
-  tensors = {"model.embed_tokens.weight": make(V, D), "model.norm.weight": make(D),
-             "lm_head.weight": make(V, D)}
+  tensors = {
+    "model.embed_tokens.weight": make(V, D),
+    "model.norm.weight": make(D),
+    "lm_head.weight": make(V, D),
+  }
   for i in range(num_layers):
     at = f"model.layers.{i}."
     tensors |= {
-        at + "input_layernorm.weight": make(D),
-        at + "post_attention_layernorm.weight": make(D),
-        at + "self_attn.q_proj.weight": make(H * C, D),
-        at + "self_attn.k_proj.weight": make(K * C, D),
-        at + "self_attn.v_proj.weight": make(K * C, D),
-        at + "self_attn.o_proj.weight": make(D, H * C)}
+      at + "input_layernorm.weight": make(D),
+      at + "post_attention_layernorm.weight": make(D),
+      at + "self_attn.q_proj.weight": make(H * C, D),
+      at + "self_attn.k_proj.weight": make(K * C, D),
+      at + "self_attn.v_proj.weight": make(K * C, D),
+      at + "self_attn.o_proj.weight": make(D, H * C),
+    }
     if family == "olmoe":
-      tensors |= {at + "self_attn.q_norm.weight": make(H * C),
-                  at + "self_attn.k_norm.weight": make(K * C),
-                  at + "mlp.gate.weight": make(E, D)}
+      tensors |= {
+        at + "self_attn.q_norm.weight": make(H * C),
+        at + "self_attn.k_norm.weight": make(K * C),
+        at + "mlp.gate.weight": make(E, D),
+      }
       names = "mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"
     else:
       tensors[at + "block_sparse_moe.gate.weight"] = make(E, D)
@@ -71,30 +93,34 @@ def expected_params(family, tensors, num_layers=L):
   """What the tensors mean as parameters, by name, one element formula each."""
   t = lambda i, name: np.asarray(tensors[f"model.layers.{i}.{name}.weight"])
   moe = "mlp" if family == "olmoe" else "block_sparse_moe"
-  gate, up, down = (("gate_proj", "up_proj", "down_proj") if family == "olmoe"
-                    else ("w1", "w3", "w2"))
+  gate, up, down = (
+    ("gate_proj", "up_proj", "down_proj") if family == "olmoe" else ("w1", "w3", "w2")
+  )
   expert = lambda i, e, name: t(i, f"{moe}.experts.{e}.{name}")
   layers = {
-      "attention_norm": lambda i: t(i, "input_layernorm"),
-      "attention.query": lambda i: t(i, "self_attn.q_proj").reshape(H, C, D),
-      "attention.key": lambda i: t(i, "self_attn.k_proj").reshape(K, C, D),
-      "attention.value": lambda i: t(i, "self_attn.v_proj").reshape(K, C, D),
-      "attention.output": lambda i: t(i, "self_attn.o_proj").T.reshape(H, C, D),
-      "moe_norm": lambda i: t(i, "post_attention_layernorm"),
-      "router": lambda i: t(i, moe + ".gate"),
-      "experts.gate_up": lambda i: np.stack([
-          np.stack([expert(i, e, gate), expert(i, e, up)], axis=1) for e in range(E)]),
-      "experts.down": lambda i: np.stack([expert(i, e, down).T for e in range(E)]),
+    "attention_norm": lambda i: t(i, "input_layernorm"),
+    "attention.query": lambda i: t(i, "self_attn.q_proj").reshape(H, C, D),
+    "attention.key": lambda i: t(i, "self_attn.k_proj").reshape(K, C, D),
+    "attention.value": lambda i: t(i, "self_attn.v_proj").reshape(K, C, D),
+    "attention.output": lambda i: t(i, "self_attn.o_proj").T.reshape(H, C, D),
+    "moe_norm": lambda i: t(i, "post_attention_layernorm"),
+    "router": lambda i: t(i, moe + ".gate"),
+    "experts.gate_up": lambda i: np.stack(
+      [np.stack([expert(i, e, gate), expert(i, e, up)], axis=1) for e in range(E)]
+    ),
+    "experts.down": lambda i: np.stack([expert(i, e, down).T for e in range(E)]),
   }
   if family == "olmoe":
     layers["attention.query_norm"] = lambda i: t(i, "self_attn.q_norm").reshape(H, C)
     layers["attention.key_norm"] = lambda i: t(i, "self_attn.k_norm").reshape(K, C)
   return {
-      "embedding": tensors["model.embed_tokens.weight"],
-      "final_norm": tensors["model.norm.weight"],
-      "unembedding": tensors["lm_head.weight"],
-  } | {f"layers.{name}": np.stack([make(i) for i in range(num_layers)])
-       for name, make in layers.items()}
+    "embedding": tensors["model.embed_tokens.weight"],
+    "final_norm": tensors["model.norm.weight"],
+    "unembedding": tensors["lm_head.weight"],
+  } | {
+    f"layers.{name}": np.stack([make(i) for i in range(num_layers)])
+    for name, make in layers.items()
+  }
 
 
 def write_hub(folder, family, dtype=BF16, num_shards=3, num_layers=L, seed=0):
@@ -157,20 +183,28 @@ def test_there_and_back_is_bit_exact(tmp_path, capsys, family, dtype, num_shards
   assert_same_bits(leaves, expected_params(family, tensors))
   assert checkpoint.load_provenance(tmp_path / "roe")["source"] == str(tmp_path / "hub")
 
-  code, out, errors = run(capsys, source=tmp_path / "roe", target=tmp_path / "back",
-                          to_hugging_face=True, max_shard_size="4KB")
+  code, out, errors = run(
+    capsys,
+    source=tmp_path / "roe",
+    target=tmp_path / "back",
+    to_hugging_face=True,
+    max_shard_size="4KB",
+  )
   assert (code, errors) == (0, [])
   files = sorted((tmp_path / "back").glob("*.safetensors"))
   assert len(files) > 3
   tensor_bytes = {n: t.nbytes for n, t in tensors.items()}
-  assert all(len(load_file(f)) == 1 or sum(tensor_bytes[n] for n in load_file(f)) <= 4000
-             for f in files)
+  assert all(
+    len(load_file(f)) == 1 or sum(tensor_bytes[n] for n in load_file(f)) <= 4000 for f in files
+  )
   assert_same_bits(read_hub(tmp_path / "back"), tensors)
   assert (tmp_path / "back" / "generation_config.json").exists()
   index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
   assert index["metadata"]["total_size"] == sum(tensor_bytes.values())
-  assert {f: sorted(n for n, g in index["weight_map"].items() if g == f) for f in
-          set(index["weight_map"].values())} == {f.name: sorted(load_file(f)) for f in files}
+  assert {
+    f: sorted(n for n, g in index["weight_map"].items() if g == f)
+    for f in set(index["weight_map"].values())
+  } == {f.name: sorted(load_file(f)) for f in files}
   # And it can be converted again, which checks the config that was written.
   assert run(capsys, source=tmp_path / "back", target=tmp_path / "again")[0] == 0
   assert_same_bits(load_leaves(tmp_path / "again")[0], leaves)
@@ -190,10 +224,19 @@ def test_transformers_models_convert_there_and_back(tmp_path, capsys, family):
   model.save_pretrained(tmp_path / "hub", max_shard_size="8KB")
   assert len(list((tmp_path / "hub").glob("*.safetensors"))) > 2
   assert run(capsys, source=tmp_path / "hub", target=tmp_path / "roe")[0] == 0
-  assert_same_bits(load_leaves(tmp_path / "roe")[0],
-                   expected_params(family, read_hub(tmp_path / "hub")))
-  assert run(capsys, source=tmp_path / "roe", target=tmp_path / "back", to_hugging_face=True,
-             max_shard_size="20KB")[0] == 0
+  assert_same_bits(
+    load_leaves(tmp_path / "roe")[0], expected_params(family, read_hub(tmp_path / "hub"))
+  )
+  assert (
+    run(
+      capsys,
+      source=tmp_path / "roe",
+      target=tmp_path / "back",
+      to_hugging_face=True,
+      max_shard_size="20KB",
+    )[0]
+    == 0
+  )
   again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto")
   assert again.dtype == torch.bfloat16
   for name, tensor in model.state_dict().items():
@@ -203,9 +246,14 @@ def test_transformers_models_convert_there_and_back(tmp_path, capsys, family):
       assert getattr(again.config, name) == getattr(model.config, name), name
 
 
-@pytest.mark.parametrize("stored,asked,result", [
-    (np.float32, "bfloat16", "bfloat16"), (BF16, "float32", "float32"),
-    (np.float16, "source", "float32")])
+@pytest.mark.parametrize(
+  "stored,asked,result",
+  [
+    (np.float32, "bfloat16", "bfloat16"),
+    (BF16, "float32", "float32"),
+    (np.float16, "source", "float32"),
+  ],
+)
 def test_dtype_is_cast_as_numpy_does(tmp_path, capsys, stored, asked, result):
   tensors = write_hub(tmp_path / "hub", "olmoe", stored)
   assert run(capsys, source=tmp_path / "hub", target=tmp_path / "roe", dtype=asked)[0] == 0
@@ -213,10 +261,10 @@ def test_dtype_is_cast_as_numpy_does(tmp_path, capsys, stored, asked, result):
   assert config.dtype == result
   cast = {n: t.astype(np.dtype(result)) for n, t in tensors.items()}
   assert_same_bits(leaves, expected_params("olmoe", cast))
-  run(capsys, source=tmp_path / "roe", target=tmp_path / "back", to_hugging_face=True,
-      dtype="float32")
-  assert_same_bits(read_hub(tmp_path / "back"),
-                   {n: t.astype(np.float32) for n, t in cast.items()})
+  run(
+    capsys, source=tmp_path / "roe", target=tmp_path / "back", to_hugging_face=True, dtype="float32"
+  )
+  assert_same_bits(read_hub(tmp_path / "back"), {n: t.astype(np.float32) for n, t in cast.items()})
 
 
 def edit_json(path, **changes):
@@ -246,51 +294,81 @@ def only_pickles(folder):
 def foreign_tokenizer(folder):
   vocabulary = {f"t{i}": i for i in range(V + 1)}
   tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="t0")).save(
-      str(folder / "tokenizer.json"))
+    str(folder / "tokenizer.json")
+  )
 
 
 SHARD = "model-00002-of-00003.safetensors"
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 REFUSALS = {
-    "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
-    "broken config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
-    "architecture": (lambda f: edit_json(f / "config.json", model_type="llama"),
-                     "unsupported architecture.*'llama'.*supported: olmoe, mixtral"),
-    "rope": (lambda f: edit_json(f / "config.json", rope_scaling={"rope_type": "linear"}),
-             "rope type = 'linear'"),
-    "pickles": (only_pickles, "pytorch_model.bin.*can run any code"),
-    "nothing": (lambda f: [p.unlink() for p in f.glob("model*")], "has no safetensors files"),
-    "no index": (lambda f: (f / "model.safetensors.index.json").unlink(), "but neither"),
-    "bad index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"),
-                  "is not a safetensors index"),
-    "missing shard": (lambda f: (f / SHARD).unlink(), f"lacks 1 of the 3 shards.*{SHARD}"),
-    "truncated shard": (lambda f: os.truncate(f / SHARD, (f / SHARD).stat().st_size - 1),
-                        f"{SHARD} is truncated: it has"),
-    "truncated header": (lambda f: os.truncate(f / SHARD, 50), f"{SHARD} is truncated"),
-    "empty shard": (lambda f: os.truncate(f / SHARD, 0), f"{SHARD} is not a safetensors"),
-    "longer shard": (lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes() + b"x"),
-                     f"{SHARD} is too long"),
-    "not safetensors": (lambda f: (f / SHARD).write_text("<html>404</html>"),
-                        f"{SHARD} is not a safetensors file"),
-    "index names a phantom": (lambda f: edit_index(f, lambda i: i.update(phantom=SHARD)),
-                              f"index.*names tensors that {SHARD} does not have: phantom"),
-    "not in the index": (lambda f: edit_index(f, lambda i: i.pop(Q0)),
-                         f"tensors that the index does not place there: {Q0}"),
-    "missing tensor": (lambda f: (edit_index(f, lambda i: i.pop("model.norm.weight")),
-                                  edit_shard(f, lambda t: t.pop("model.norm.weight"))),
-                       r"lacks tensors .*olmoe, 3 layers.*: model\.norm\.weight"),
-    "extra tensor": (lambda f: (edit_index(f, lambda i: i.update(extra=SHARD)),
-                                edit_shard(f, lambda t: t.update(extra=t["model.norm.weight"]))),
-                     "has tensors that a olmoe model .*: extra"),
-    "more layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=4),
-                    "lacks tensors.*4 layers.*and [0-9]+ more"),
-    "wrong shape": (lambda f: edit_json(f / "config.json", intermediate_size=F + 1),
-                    rf"has shape \[{D}, {F}\], config.json calls for \[{D}, {F + 1}\]|"
-                    rf"has shape \[{F}, {D}\], config.json calls for \[{F + 1}, {D}\]"),
-    "integers": (lambda f: edit_shard(
-        f, lambda t: t.update({"model.norm.weight": np.ones(D, np.int8)})),
-                 "model.norm.weight .*has dtype I8"),
-    "tokenizer": (foreign_tokenizer, f"ids up to {V}, .* vocabulary has {V} tokens"),
+  "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
+  "broken config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+  "architecture": (
+    lambda f: edit_json(f / "config.json", model_type="llama"),
+    "unsupported architecture.*'llama'.*supported: olmoe, mixtral",
+  ),
+  "rope": (
+    lambda f: edit_json(f / "config.json", rope_scaling={"rope_type": "linear"}),
+    "rope type = 'linear'",
+  ),
+  "pickles": (only_pickles, "pytorch_model.bin.*can run any code"),
+  "nothing": (lambda f: [p.unlink() for p in f.glob("model*")], "has no safetensors files"),
+  "no index": (lambda f: (f / "model.safetensors.index.json").unlink(), "but neither"),
+  "bad index": (
+    lambda f: (f / "model.safetensors.index.json").write_text("[]"),
+    "is not a safetensors index",
+  ),
+  "missing shard": (lambda f: (f / SHARD).unlink(), f"lacks 1 of the 3 shards.*{SHARD}"),
+  "truncated shard": (
+    lambda f: os.truncate(f / SHARD, (f / SHARD).stat().st_size - 1),
+    f"{SHARD} is truncated: it has",
+  ),
+  "truncated header": (lambda f: os.truncate(f / SHARD, 50), f"{SHARD} is truncated"),
+  "empty shard": (lambda f: os.truncate(f / SHARD, 0), f"{SHARD} is not a safetensors"),
+  "longer shard": (
+    lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes() + b"x"),
+    f"{SHARD} is too long",
+  ),
+  "not safetensors": (
+    lambda f: (f / SHARD).write_text("<html>404</html>"),
+    f"{SHARD} is not a safetensors file",
+  ),
+  "index names a phantom": (
+    lambda f: edit_index(f, lambda i: i.update(phantom=SHARD)),
+    f"index.*names tensors that {SHARD} does not have: phantom",
+  ),
+  "not in the index": (
+    lambda f: edit_index(f, lambda i: i.pop(Q0)),
+    f"tensors that the index does not place there: {Q0}",
+  ),
+  "missing tensor": (
+    lambda f: (
+      edit_index(f, lambda i: i.pop("model.norm.weight")),
+      edit_shard(f, lambda t: t.pop("model.norm.weight")),
+    ),
+    r"lacks tensors .*olmoe, 3 layers.*: model\.norm\.weight",
+  ),
+  "extra tensor": (
+    lambda f: (
+      edit_index(f, lambda i: i.update(extra=SHARD)),
+      edit_shard(f, lambda t: t.update(extra=t["model.norm.weight"])),
+    ),
+    "has tensors that a olmoe model .*: extra",
+  ),
+  "more layers": (
+    lambda f: edit_json(f / "config.json", num_hidden_layers=4),
+    "lacks tensors.*4 layers.*and [0-9]+ more",
+  ),
+  "wrong shape": (
+    lambda f: edit_json(f / "config.json", intermediate_size=F + 1),
+    rf"has shape \[{D}, {F}\], config.json calls for \[{D}, {F + 1}\]|"
+    rf"has shape \[{F}, {D}\], config.json calls for \[{F + 1}, {D}\]",
+  ),
+  "integers": (
+    lambda f: edit_shard(f, lambda t: t.update({"model.norm.weight": np.ones(D, np.int8)})),
+    "model.norm.weight .*has dtype I8",
+  ),
+  "tokenizer": (foreign_tokenizer, f"ids up to {V}, .* vocabulary has {V} tokens"),
 }
 
 
@@ -299,8 +377,7 @@ REFUSALS = {
 def test_bad_folders_are_refused_in_a_sentence(tmp_path, capsys, damage, message, dry_run):
   write_hub(tmp_path / "hub", "olmoe")
   damage(tmp_path / "hub")
-  code, out, errors = run(
-      capsys, source=tmp_path / "hub", target=tmp_path / "roe", dry_run=dry_run)
+  code, out, errors = run(capsys, source=tmp_path / "hub", target=tmp_path / "roe", dry_run=dry_run)
   assert code == 1 and len(errors) == 1
   assert re.search(message, errors[0]), errors[0]
   assert [p.name for p in tmp_path.iterdir()] == ["hub"]
@@ -312,14 +389,15 @@ def test_targets_and_arguments_are_refused_in_a_sentence(tmp_path, capsys):
   assert run(capsys, source=source, target=target)[0] == 0
   before = load_leaves(target)[0]
   for arguments, message in (
-      (dict(source=source, target=target), "exists; choose another.*--overwrite"),
-      (dict(source=source), "--target is missing"),
-      (dict(source=target, target=tmp_path / "x"), "already; .*--to_hugging_face"),
-      (dict(source=source, target=tmp_path / "x", to_hugging_face=True), "looks like a Hugging"),
-      (dict(source=target, target=source, to_hugging_face=True), "--overwrite"),
-      (dict(source=source, target=source, overwrite=True), "no manifest.json"),
-      (dict(source=tmp_path / "absent", target=tmp_path / "x"), "neither a folder nor a hub"),
-      (dict(source=target, target=tmp_path / "x", max_shard_size="5 apples"), "like 5GB")):
+    (dict(source=source, target=target), "exists; choose another.*--overwrite"),
+    (dict(source=source), "--target is missing"),
+    (dict(source=target, target=tmp_path / "x"), "already; .*--to_hugging_face"),
+    (dict(source=source, target=tmp_path / "x", to_hugging_face=True), "looks like a Hugging"),
+    (dict(source=target, target=source, to_hugging_face=True), "--overwrite"),
+    (dict(source=source, target=source, overwrite=True), "no manifest.json"),
+    (dict(source=tmp_path / "absent", target=tmp_path / "x"), "neither a folder nor a hub"),
+    (dict(source=target, target=tmp_path / "x", max_shard_size="5 apples"), "like 5GB"),
+  ):
     code, _, errors = run(capsys, **arguments)
     assert code == 1 and re.search(message, errors[0]), errors
   shutil.rmtree(source)
@@ -360,8 +438,11 @@ def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch, changed):
     tensors = write_hub(tmp_path / "hub", "olmoe", seed=1)
     os.utime(tmp_path / "hub" / SHARD, (0, 0))
   second = []
-  monkeypatch.setattr(checkpoint.Writer, "write", lambda self, piece, arrays: (
-      second.append(piece.name), write(self, piece, arrays)))
+  monkeypatch.setattr(
+    checkpoint.Writer,
+    "write",
+    lambda self, piece, arrays: (second.append(piece.name), write(self, piece, arrays)),
+  )
   convert_by_layer(tmp_path / "hub", tmp_path / "roe")
   assert written == ["top", "layers_00000_00001"]
   assert second == (written if changed else []) + ["layers_00001_00002", "layers_00002_00003"]
@@ -373,11 +454,10 @@ def test_an_interrupted_export_goes_on_after_its_last_file(tmp_path, monkeypatch
   convert_by_layer(tmp_path / "hub", tmp_path / "roe")
 
   def export(name):
-    convert_to_hugging_face(
-        str(tmp_path / "roe"), str(tmp_path / name), max_shard_bytes=4000)
+    convert_to_hugging_face(str(tmp_path / "roe"), str(tmp_path / name), max_shard_bytes=4000)
 
   export("whole")
-  taken, take, limit = [], rules.Part.take, 21
+  taken, take, limit = [], tensor_names.Part.take, 21
 
   def dying_take(self, array):
     if len(taken) == limit:
@@ -385,11 +465,12 @@ def test_an_interrupted_export_goes_on_after_its_last_file(tmp_path, monkeypatch
     taken.append(self.tensor)
     return take(self, array)
 
-  monkeypatch.setattr(rules.Part, "take", dying_take)
+  monkeypatch.setattr(tensor_names.Part, "take", dying_take)
   with pytest.raises(KeyboardInterrupt):
     export("killed")
-  there = {name for path in (tmp_path / "killed.partial").glob("*.safetensors")
-           for name in load_file(path)}
+  there = {
+    name for path in (tmp_path / "killed.partial").glob("*.safetensors") for name in load_file(path)
+  }
   assert 0 < len(there) < limit and there <= set(taken)
   taken, limit = [], None
   export("killed")
@@ -409,8 +490,15 @@ def test_memory_is_that_of_one_layer_not_of_the_model(tmp_path, monkeypatch):
   # Orbax's own bookkeeping is larger than these layers: what is traced is the
   # arrays that are alive when a piece is handed over, and none may stay. Small
   # cycles would, until they are looked for: all that was there before is left out.
-  monkeypatch.setattr(checkpoint.Writer, "write", lambda self, piece, arrays: (
-      gc.collect(), held.append(tracemalloc.get_traced_memory()), self._written.add(piece.name)))
+  monkeypatch.setattr(
+    checkpoint.Writer,
+    "write",
+    lambda self, piece, arrays: (
+      gc.collect(),
+      held.append(tracemalloc.get_traced_memory()),
+      self._written.add(piece.name),
+    ),
+  )
   gc.freeze()
   tracemalloc.start()
   try:
@@ -429,8 +517,16 @@ def test_dry_run_reports_and_writes_nothing(tmp_path, capsys):
   target = tmp_path / "roe"
   code, out, _ = run(capsys, source=tmp_path / "hub", target=target, dry_run=True)
   assert code == 0 and [p.name for p in tmp_path.iterdir()] == ["hub"]
-  for text in ("layers.experts.gate_up", f"[{L}, {E}, {F}, 2, {D}]", "bfloat16", "pieces: 2",
-               f"{L * E * D * 2 * F * 2:,}", "on disk and in memory", "devices:", "cpu 7"):
+  for text in (
+    "layers.experts.gate_up",
+    f"[{L}, {E}, {F}, 2, {D}]",
+    "bfloat16",
+    "pieces: 2",
+    f"{L * E * D * 2 * F * 2:,}",
+    "on disk and in memory",
+    "devices:",
+    "cpu 7",
+  ):
     assert text in out
   run(capsys, source=tmp_path / "hub", target=target)
   code, out, _ = run(capsys, source=target, dry_run=True, to_hugging_face=True, dtype="float32")
@@ -454,15 +550,25 @@ def test_hub_names_are_downloaded_without_foreign_files(tmp_path, capsys, monkey
   (_, _, dry), (name, revision, patterns) = calls
   assert (name, revision) == ("some/model", "main")
   matches = lambda file, patterns: any(pathlib.PurePath(file).match(p) for p in patterns)
-  wanted = [SHARD, "model.safetensors", "config.json", "model.safetensors.index.json",
-            "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
+  wanted = [
+    SHARD,
+    "model.safetensors",
+    "config.json",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+  ]
   assert all(matches(file, patterns) for file in wanted)
-  assert not any(matches(file, patterns) for file in (
-      "pytorch_model.bin", "consolidated.00.pt", "consolidated.safetensors", "README.md"))
+  assert not any(
+    matches(file, patterns)
+    for file in ("pytorch_model.bin", "consolidated.00.pt", "consolidated.safetensors", "README.md")
+  )
   assert not matches(SHARD, dry)
 
   def offline(*args, **kwargs):
     raise RuntimeError("no route to the hub\nmore")
+
   monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
   code, _, errors = run(capsys, source="some/model", target="x")
   assert code == 1 and "cannot be downloaded" in errors[0] and "no route" in errors[0]
@@ -470,26 +576,36 @@ def test_hub_names_are_downloaded_without_foreign_files(tmp_path, capsys, monkey
 
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
 def test_tables_fill_every_parameter_of_the_published_models(config):
-  rules.check_table(config)
-  names = [part.tensor for piece in checkpoint.plan_pieces(config)
-           for part in rules.parts(config, piece)]
+  tensor_names.check_table(config)
+  names = [
+    part.tensor
+    for piece in checkpoint.plan_pieces(config)
+    for part in tensor_names.parts(config, piece)
+  ]
   assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("change,message", [
+@pytest.mark.parametrize(
+  "change,message",
+  [
     (lambda table: table[:-1], "does not fill exactly: experts.down"),
     (lambda table: (*table, table[0]), "does not fill exactly: embedding"),
-    (lambda table: (*table, rules.Rule("x", "bias", "D -> D")), "fills bias")])
+    (lambda table: (*table, tensor_names.Rule("x", "bias", "D -> D")), "fills bias"),
+  ],
+)
 def test_a_table_with_a_mistake_is_found_before_any_work(monkeypatch, change, message):
-  monkeypatch.setitem(rules.FAMILIES, "olmoe", change(rules.FAMILIES["olmoe"]))
+  monkeypatch.setitem(tensor_names.FAMILIES, "olmoe", change(tensor_names.FAMILIES["olmoe"]))
   with pytest.raises(ConversionError, match=message):
-    rules.check_table(PRESETS["olmoe-1b-7b"])
+    tensor_names.check_table(PRESETS["olmoe-1b-7b"])
 
 
 def test_the_module_runs_and_fails_without_a_traceback(tmp_path):
   result = subprocess.run(
-      [sys.executable, "-m", "checkpoints_convert", f"--source={tmp_path}", "--target=x"],
-      capture_output=True, text=True)
+    [sys.executable, "-m", "checkpoints_convert", f"--source={tmp_path}", "--target=x"],
+    capture_output=True,
+    text=True,
+  )
   assert result.returncode == 1
   assert result.stderr.strip() == (
-      f"error: {tmp_path} has no config.json: it is not a Hugging Face model folder")
+    f"error: {tmp_path} has no config.json: it is not a Hugging Face model folder"
+  )

@@ -2,15 +2,17 @@
 
 import json
 
+import hf
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import hf
 from checkpoints_convert import convert_from_hugging_face, convert_to_hugging_face
 from checkpoints_convert.common import ConversionError
-from roe_jax import checkpoint, params as params_lib, transformer
+from roe_jax import checkpoint, transformer
+from roe_jax import params as params_lib
+
 
 def write_hub(folder, family, **changes):
   """A hub folder of random weights; returns its config.json and its tensors."""
@@ -61,17 +63,25 @@ def test_folders_written_by_transformers(tmp_path, family):
   assert np.abs(logits(params, config, tokens) - expected).max() < 1e-5 * np.abs(expected).max()
   convert_to_hugging_face(str(tmp_path / "roe"), str(tmp_path / "back"))
   again = transformers.AutoModelForCausalLM.from_pretrained(
-      tmp_path / "back", dtype=torch.float32, attn_implementation="eager",
-      experts_implementation="eager").eval()
+    tmp_path / "back",
+    dtype=torch.float32,
+    attn_implementation="eager",
+    experts_implementation="eager",
+  ).eval()
   np.testing.assert_array_equal(hf.logits(again, tokens), expected)
 
 
-@pytest.mark.parametrize("family, missing", [
+@pytest.mark.parametrize(
+  "family, missing",
+  [
     ("qwen2_moe", "mlp.shared_expert.up_proj.weight"),
     ("qwen2_moe", "mlp.shared_expert_gate.weight"),
     ("qwen2_moe", "self_attn.k_proj.bias"),
-    ("gpt_oss", "self_attn.sinks"), ("gpt_oss", "mlp.experts.down_proj_bias"),
-    ("qwen3_moe", "self_attn.q_norm.weight")])
+    ("gpt_oss", "self_attn.sinks"),
+    ("gpt_oss", "mlp.experts.down_proj_bias"),
+    ("qwen3_moe", "self_attn.q_norm.weight"),
+  ],
+)
 def test_a_missing_tensor_is_named(tmp_path, family, missing):
   _, tensors = write_hub(tmp_path / "hub", family)
   del tensors[f"model.layers.1.{missing}"]

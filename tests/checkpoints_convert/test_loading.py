@@ -4,15 +4,18 @@ import io
 import itertools
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from test_quantized import BF16, write_hub
+from test_quantized import config as small_config
 
 import checkpoints_convert
 from checkpoints_convert import convert_from_hugging_face, safetensors_files
-from roe_jax import checkpoint, families, params as params_lib, sharding
-from test_quantized import BF16, config as small_config, write_hub
+from roe_jax import checkpoint, families, sharding
+from roe_jax import params as params_lib
 
 MESHES = {"expert": dict(expert=4), "all": dict(data=2, expert=2, tensor=2)}
 
@@ -36,18 +39,22 @@ def shardings_of(config, mesh):
 
 
 CASES = [
-    *itertools.product(families.FAMILIES, [BF16], [{}]),
-    ("olmoe", np.dtype(np.float32), {}), ("mixtral", np.dtype(np.float16), {}),
-    ("olmoe", np.dtype(np.float32), dict(dtype="bfloat16")),
-    ("gpt_oss", BF16, dict(keep_mxfp4=True)), ("gpt_oss", BF16, dict(dtype="float32")),
-    ("gpt_oss", BF16, dict(quantize_experts="int8")),
-    ("qwen2_moe", BF16, dict(quantize_experts="int4")),
-    ("olmoe", np.dtype(np.float32), dict(quantize_experts="int8", dtype="bfloat16"))]
+  *itertools.product(families.FAMILIES, [BF16], [{}]),
+  ("olmoe", np.dtype(np.float32), {}),
+  ("mixtral", np.dtype(np.float16), {}),
+  ("olmoe", np.dtype(np.float32), dict(dtype="bfloat16")),
+  ("gpt_oss", BF16, dict(keep_mxfp4=True)),
+  ("gpt_oss", BF16, dict(dtype="float32")),
+  ("gpt_oss", BF16, dict(quantize_experts="int8")),
+  ("qwen2_moe", BF16, dict(quantize_experts="int4")),
+  ("olmoe", np.dtype(np.float32), dict(quantize_experts="int8", dtype="bfloat16")),
+]
 
 
 @pytest.mark.parametrize("family,dtype,arguments", CASES, ids=str)
 def test_loading_gives_the_bits_of_converting_and_then_loading(
-    tmp_path, monkeypatch, family, dtype, arguments):
+  tmp_path, monkeypatch, family, dtype, arguments
+):
   arguments = {"keep_mxfp4": False} | arguments
   write_hub(tmp_path / "hub", config(family), dtype)
   convert_from_hugging_face(str(tmp_path / "hub"), str(tmp_path / "roe"), **arguments)
@@ -58,20 +65,23 @@ def test_loading_gives_the_bits_of_converting_and_then_loading(
     monkeypatch.setattr(safetensors_files, "SHORTEST_RUN", shortest_run)
     shardings = shardings_of(found, mesh)
     got, got_config = checkpoints_convert.load(
-        str(tmp_path / "hub"), shardings=shardings, piece_bytes=piece_bytes, **arguments)
+      str(tmp_path / "hub"), shardings=shardings, piece_bytes=piece_bytes, **arguments
+    )
     assert got_config == found
     assert_same(got, jax.device_put(want, shardings))
   assert_same(checkpoints_convert.load(str(tmp_path / "hub"), **arguments)[0], want)
 
 
 @pytest.mark.parametrize("axis", [-1, -2])
-@pytest.mark.parametrize("arguments", [dict(keep_mxfp4=True), dict(quantize_experts="int8"), {}],
-                         ids=str)
+@pytest.mark.parametrize(
+  "arguments", [dict(keep_mxfp4=True), dict(quantize_experts="int8"), {}], ids=str
+)
 def test_any_sharding_will_do_that_keeps_the_layers_whole(tmp_path, axis, arguments):
-  """Also such as split codes within a byte's neighbours, or groups of weights."""
+  """Also such as split codes within a byte's neighbors, or groups of weights."""
   write_hub(tmp_path / "hub", config("gpt_oss"))
   load = lambda shardings: checkpoints_convert.load(
-      str(tmp_path / "hub"), shardings=shardings, **{"keep_mxfp4": False} | arguments)
+    str(tmp_path / "hub"), shardings=shardings, **{"keep_mxfp4": False} | arguments
+  )
   want, found = load(None)
   mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
 
@@ -86,18 +96,24 @@ def test_any_sharding_will_do_that_keeps_the_layers_whole(tmp_path, axis, argume
   everywhere = NamedSharding(mesh, P())
   assert_same(load(everywhere)[0], jax.device_put(want, everywhere))
   with pytest.raises(ValueError, match="splits the layer axis"):
-    load(jax.tree.map(lambda x: NamedSharding(
-        jax.make_mesh((2,), ("x",)), P("x")) if x.ndim > 2 else everywhere, want))
+    load(
+      jax.tree.map(
+        lambda x: NamedSharding(jax.make_mesh((2,), ("x",)), P("x")) if x.ndim > 2 else everywhere,
+        want,
+      )
+    )
 
 
 def test_parts_of_tensors_are_what_numpy_slices_and_their_bytes_alone_are_read(
-    tmp_path, monkeypatch):
+  tmp_path, monkeypatch
+):
   tensor = np.arange(4 * 6 * 5 * 8, dtype=np.float32).reshape(24, 40)
   save_file({"other": tensor[:3], "t": tensor}, tmp_path / "model.safetensors")
   info = safetensors_files.read_headers(tmp_path)["t"]
   counted = io_counter(monkeypatch)
-  for spans in itertools.product([(0, 4), (1, 3)], [(0, 6), (2, 3)], [(0, 5), (1, 5)],
-                                 [(0, 8), (4, 7)]):
+  for spans in itertools.product(
+    [(0, 4), (1, 3)], [(0, 6), (2, 3)], [(0, 5), (1, 5)], [(0, 8), (4, 7)]
+  ):
     counted.clear()
     found = safetensors_files.read(info, (4, 6, 5, 8), spans)
     want = tensor.reshape(4, 6, 5, 8)[tuple(slice(*span) for span in spans)]
@@ -106,9 +122,17 @@ def test_parts_of_tensors_are_what_numpy_slices_and_their_bytes_alone_are_read(
   # Runs of less than 100 bytes are not worth it: rows of 8 numbers have 32.
   monkeypatch.setattr(safetensors_files, "SHORTEST_RUN", 100)
   assert safetensors_files.widened(info, (4, 6, 5, 8), ((1, 3), (2, 3), (1, 4), (1, 8))) == (
-      (1, 3), (2, 3), (0, 5), (0, 8))
+    (1, 3),
+    (2, 3),
+    (0, 5),
+    (0, 8),
+  )
   assert safetensors_files.widened(info, (4, 6, 5, 8), ((1, 3), (2, 3), (1, 5), (0, 8))) == (
-      (1, 3), (2, 3), (1, 5), (0, 8))
+    (1, 3),
+    (2, 3),
+    (1, 5),
+    (0, 8),
+  )
 
 
 def io_counter(monkeypatch):
@@ -121,6 +145,7 @@ def io_counter(monkeypatch):
       counts.append(count)
       return count
 
-  monkeypatch.setattr(safetensors_files, "open", lambda path, mode, buffering: Counting(path, mode),
-                      raising=False)
+  monkeypatch.setattr(
+    safetensors_files, "open", lambda path, mode, buffering: Counting(path, mode), raising=False
+  )
   return counts

@@ -12,8 +12,8 @@ import time
 
 import numpy as np
 
-from experiments.objectives import Cost
-from experiments.trials import Search, Space
+from experiments.tuning.objectives import Cost
+from experiments.tuning.trials import Search, Space
 
 SPACE = Space(num_layers=4, fixed_layers=1, max_temperature=0.5)
 OPTIMUM = (0.4, 0.1)  # of layers 1 and 2
@@ -32,8 +32,9 @@ class Quadratic:
 
   name = "loss"
 
-  def __init__(self, maximize=False, noise=0.02, seconds=0.0, optimum=OPTIMUM,
-               examples=NUM_EXAMPLES):
+  def __init__(
+    self, maximize=False, noise=0.02, seconds=0.0, optimum=OPTIMUM, examples=NUM_EXAMPLES
+  ):
     rng = np.random.default_rng(0)
     self.maximize, self._seconds, self._optimum = maximize, seconds, np.array(optimum)
     self._levels = rng.normal(size=examples)
@@ -48,7 +49,7 @@ class Quadratic:
     return (-values if self.maximize else values), Cost(len(values), 2 * len(values))
 
   def exact(self, temperatures):
-    return float(((np.array(temperatures)[1:-1] - self._optimum)**2).sum())
+    return float(((np.array(temperatures)[1:-1] - self._optimum) ** 2).sum())
 
   def value(self, values):
     return float(values.mean())

@@ -8,7 +8,7 @@ import sys
 PARSE = """
 import importlib, itertools, shlex, sys
 from absl import flags
-import experiments.app  # with the flags that all programs have
+import experiments.cli.app  # with the flags that all programs have
 lines = sorted(shlex.split(line) for line in sys.stdin)
 for program, commands in itertools.groupby(lines, key=lambda words: words[0]):
   before = set(flags.FLAGS)
@@ -33,6 +33,11 @@ for program, commands in itertools.groupby(lines, key=lambda words: words[0]):
 
 def check(lines):
   """Parses `experiments.PROGRAM --flag=value ...` or `checkpoints_convert --flag=value ...`."""
-  done = subprocess.run([sys.executable, "-c", PARSE], input="\n".join(lines), text=True,
-                        capture_output=True, env=os.environ)
+  done = subprocess.run(
+    [sys.executable, "-c", PARSE],
+    input="\n".join(lines),
+    text=True,
+    capture_output=True,
+    env=os.environ,
+  )
   assert done.returncode == 0, done.stderr

@@ -11,9 +11,17 @@ import sys
 import jax
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload([
-    "checkpoints_convert.cli", "experiments.evaluate", "experiments.generate", "experiments.quantization",
-    "experiments.quickstart", "experiments.score", "experiments.train"])
+context.set_forkserver_preload(
+  [
+    "checkpoints_convert.cli",
+    "experiments.evaluate",
+    "experiments.generate",
+    "experiments.quantization_study",
+    "experiments.quickstart",
+    "experiments.score",
+    "experiments.train",
+  ]
+)
 
 
 class Run:
@@ -41,9 +49,10 @@ class Run:
     if jax.config.jax_compilation_cache_dir:  # what one process compiles serves the others
       settings["ROE_JAX_CACHE"] = jax.config.jax_compilation_cache_dir
     self._logs = logs
-    self.process = context.Process(target=_main, args=(
-        module, list(arguments), str(logs), str(folder),
-        settings | (environment or {})))
+    self.process = context.Process(
+      target=_main,
+      args=(module, list(arguments), str(logs), str(folder), settings | (environment or {})),
+    )
     self.process.start()
 
   def exit_code(self, seconds=240):
@@ -74,8 +83,17 @@ def two(module, arguments, logs, *, folders=(".", "."), own=((), ()), environmen
   if environments is None:
     arguments = [*arguments, f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2"]
     own = [[f"--process_id={i}", *more] for i, more in enumerate(own)]
-  return [Run(module, [*arguments, "--distributed", *own[i]], logs / str(i), devices=4,
-              folder=folders[i], environment=environments and environments[i]) for i in range(2)]
+  return [
+    Run(
+      module,
+      [*arguments, "--distributed", *own[i]],
+      logs / str(i),
+      devices=4,
+      folder=folders[i],
+      environment=environments and environments[i],
+    )
+    for i in range(2)
+  ]
 
 
 def free_port():

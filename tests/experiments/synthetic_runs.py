@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from experiments import runs
+from experiments.records import runs
 
 SETTINGS = {"checkpoint": "a-model", "model": "f1" * 8, "split": "test", "limit": None}
 
@@ -21,15 +21,34 @@ def answers(rng, examples, share, like=None, discordance=0.2):
   return like ^ change
 
 
-def write_run(path, name, correct, *, nll=None, fitted_nll=None, tokens=None, confidences=None,
-              fitted_confidences=None, outcomes=None, task="wordmath", metric="exact_match",
-              examples=None, costs=(), settings=None):
+def write_run(
+  path,
+  name,
+  correct,
+  *,
+  nll=None,
+  fitted_nll=None,
+  tokens=None,
+  confidences=None,
+  fitted_confidences=None,
+  outcomes=None,
+  task="wordmath",
+  metric="exact_match",
+  examples=None,
+  costs=(),
+  settings=None,
+):
   """A finished run from `[X]` or `[X, S]` arrays, and lists of events by example."""
   correct = np.asarray(correct, float)
   correct = correct[:, None] if correct.ndim == 1 else correct
   names = examples or [f"{task}/test/{i}" for i in range(len(correct))]
-  run = runs.Run(path, name, SETTINGS | {"label": name, "method": name,
-                                         "seeds": list(range(correct.shape[1]))} | (settings or {}))
+  run = runs.Run(
+    path,
+    name,
+    SETTINGS
+    | {"label": name, "method": name, "seeds": list(range(correct.shape[1]))}
+    | (settings or {}),
+  )
 
   def of(values, i, seed):
     value = np.asarray(values[i])
@@ -43,8 +62,11 @@ def write_run(path, name, correct, *, nll=None, fitted_nll=None, tokens=None, co
         if values is not None:
           metrics |= {key: float(of(values, i, seed)), "tokens": int(tokens[i])}
       line = {"task": task, "example": example, "seed": seed, "metrics": metrics}
-      for key, values in (("confidences", confidences), ("fitted_confidences", fitted_confidences),
-                          ("correct", outcomes)):
+      for key, values in (
+        ("confidences", confidences),
+        ("fitted_confidences", fitted_confidences),
+        ("correct", outcomes),
+      ):
         if values is not None:
           line[key] = np.asarray(values[i]).tolist()
       lines.append(line)
@@ -88,28 +110,77 @@ def write_tuning(path, *, layers=6, trials=30, plain=1.2, profile=True, confirme
 
   for number in range(trials):
     sweep = number < 8
-    t = ([0.0, *[0.05 * number] * (layers - 2), 0.0] if sweep else
-         [0.0, *rng.uniform(0, 0.5, layers - 2).round(3).tolist(), 0.0])
+    t = (
+      [0.0, *[0.05 * number] * (layers - 2), 0.0]
+      if sweep
+      else [0.0, *rng.uniform(0, 0.5, layers - 2).round(3).tolist(), 0.0]
+    )
     state = "pruned" if number % 5 == 4 and not sweep else "complete"
-    lines.append({"number": number, "kind": "sweep" if sweep else "tpe", "state": state,
-                  "temperatures": t, "value": plain if not any(t) else value(t), "seconds": 2.0,
-                  "tokens": 1000})
-  lines.append({"number": trials, "kind": "tpe", "state": "failed", "temperatures": t,
-                "value": None, "seconds": 0.0, "tokens": 0})
+    lines.append(
+      {
+        "number": number,
+        "kind": "sweep" if sweep else "tpe",
+        "state": state,
+        "temperatures": t,
+        "value": plain if not any(t) else value(t),
+        "seconds": 2.0,
+        "tokens": 1000,
+      }
+    )
+  lines.append(
+    {
+      "number": trials,
+      "kind": "tpe",
+      "state": "failed",
+      "temperatures": t,
+      "value": None,
+      "seconds": 0.0,
+      "tokens": 0,
+    }
+  )
   (path / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   if profile:
-    best = min((line for line in lines if line["state"] == "complete"),
-               key=lambda line: line["value"])
-    (path / "profile.json").write_text(json.dumps({
-        "temperatures": best["temperatures"], "model": {"name": "a-model"},
-        "roster": {"num_members": 8},
-        "objective": {"name": "perplexity", "value": best["value"], "plain": plain,
-                      "trial": best["number"], "confirmed": confirmed and {
-                          "examples": 100, "seeds": [1, 2], "values": {}, "differences": [
-                              {"of": "tuned", "to": "plain", "fitted": False, "value": -0.5,
-                               "low": -1.1, "high": 0.2, "clear": False}]} or None},
-        "data": {"task": "wordmath"}, "seed": 0,
-        "cost": {"tokens": 1000 * trials, "seconds": 2.0 * trials, "trials": trials}}))
+    best = min(
+      (line for line in lines if line["state"] == "complete"), key=lambda line: line["value"]
+    )
+    (path / "profile.json").write_text(
+      json.dumps(
+        {
+          "temperatures": best["temperatures"],
+          "model": {"name": "a-model"},
+          "roster": {"num_members": 8},
+          "objective": {
+            "name": "perplexity",
+            "value": best["value"],
+            "plain": plain,
+            "trial": best["number"],
+            "confirmed": (
+              confirmed
+              and {
+                "examples": 100,
+                "seeds": [1, 2],
+                "values": {},
+                "differences": [
+                  {
+                    "of": "tuned",
+                    "to": "plain",
+                    "fitted": False,
+                    "value": -0.5,
+                    "low": -1.1,
+                    "high": 0.2,
+                    "clear": False,
+                  }
+                ],
+              }
+            )
+            or None,
+          },
+          "data": {"task": "wordmath"},
+          "seed": 0,
+          "cost": {"tokens": 1000 * trials, "seconds": 2.0 * trials, "trials": trials},
+        }
+      )
+    )
   return path
 
 
@@ -122,18 +193,40 @@ def write_study(path, examples=160, seed=0):
   texts = chances(rng, logits, right, 1.8)
 
   def costs(n, seconds):
-    return [{"tokens": 2000, "forward_rows": 2000 * n, "flops": 1e9 * n, "seconds": seconds * s,
-             "expert_reads": 400 * 8 * (1 - math.exp(-n / 4)), "steps": 400,
-             "peak_bytes": (50 + n) << 20} for s in (1.0, 1.1, 0.9)]
+    return [
+      {
+        "tokens": 2000,
+        "forward_passes": 2000 * n,
+        "flops": 1e9 * n,
+        "seconds": seconds * s,
+        "unique_experts_read": 400 * 8 * (1 - math.exp(-n / 4)),
+        "steps": 400,
+        "peak_bytes": (50 + n) << 20,
+      }
+      for s in (1.0, 1.1, 0.9)
+    ]
 
   write_run(path / "plain", "plain", plain, costs=costs(1, 1.0), **texts)
-  write_run(path / "roster8", "roster, n = 8", answers(rng, examples, 0.6, plain, 0.3),
-            costs=costs(8, 2.5), settings={"roster": {"num_members": 8, "temperatures": [0.3] * 6},
-                                    "output_temperature": 1.5},
-            **chances(rng, logits, right, 1.5, 0.1))
+  write_run(
+    path / "roster8",
+    "roster, n = 8",
+    answers(rng, examples, 0.6, plain, 0.3),
+    costs=costs(8, 2.5),
+    settings={"roster": {"num_members": 8, "temperatures": [0.3] * 6}, "output_temperature": 1.5},
+    **chances(rng, logits, right, 1.5, 0.1),
+  )
   seeds = np.stack([answers(rng, examples, plain.mean(), plain, 0.1) for _ in range(3)], 1)
-  write_run(path / "experts4", "k' = 4", seeds, costs=costs(2, 1.3),
-            **chances(rng, logits, right, 1.8, 0.02))
-  write_run(path / "votes", "self-consistency, 8 votes",
-            answers(rng, examples, plain.mean() + 0.02, plain), costs=costs(8, 6.0))
+  write_run(
+    path / "experts4",
+    "k' = 4",
+    seeds,
+    costs=costs(2, 1.3),
+    **chances(rng, logits, right, 1.8, 0.02),
+  )
+  write_run(
+    path / "votes",
+    "self-consistency, 8 votes",
+    answers(rng, examples, plain.mean() + 0.02, plain),
+    costs=costs(8, 6.0),
+  )
   return path

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from experiments import app
+from experiments.cli import app
 
 
 def test_temperatures_are_read_from_numbers_lists_and_files(tmp_path):
@@ -40,8 +40,12 @@ def test_a_mesh_is_read_and_parameters_are_restored_onto_it(tiny_checkpoint, cap
   params, config = app.load_params(str(tiny_checkpoint), mesh="expert:2,tensor:2")
   assert capsys.readouterr().err == "[mesh data:1,expert:2,tensor:2]\n"
   held = params.layers.experts.down.addressable_shards[0].data
-  assert held.shape == (config.num_layers, config.num_experts // 2, config.d_expert // 2,
-                        config.d_model)
+  assert held.shape == (
+    config.num_layers,
+    config.num_experts // 2,
+    config.d_expert // 2,
+    config.d_model,
+  )
 
 
 @pytest.mark.parametrize("text", ["", "expert", "expert:x", "expert:2,expert:2", "experts:2"])

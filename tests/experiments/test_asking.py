@@ -2,31 +2,38 @@
 
 import dataclasses
 
+import chat_formats
 import numpy as np
 import pytest
-
-import chat_formats
 import tiny
-from experiments import measure, methods, objectives, tasks
-from experiments.asking import Asking
-from experiments.measure import Batch, Measurer
+
+from experiments import tasks
+from experiments.evaluation import measure, methods
+from experiments.evaluation.measure import Batch, Measurer
+from experiments.evaluation.prompts import Asking
 from experiments.tasks import Example
-from roe_jax import decode, score
-from roe_jax.chat import Chat
+from experiments.tuning import objectives
+from roe_jax import decode, scoring
 from roe_jax.completion import Completion
 from roe_jax.roster import Roster
-from roe_jax.tokenizer import Tokenizer, stop_tokens
+from roe_jax.text.chat import Chat
+from roe_jax.text.tokenizer import Tokenizer, stop_tokens
 
-EXAMPLE = Example(id="t/0", prompt="Q: 1+1?", reference=" It is 2",
-                  messages=({"role": "user", "content": "What is 1+1?"},))
+EXAMPLE = Example(
+  id="t/0",
+  prompt="Q: 1+1?",
+  reference=" It is 2",
+  messages=({"role": "user", "content": "What is 1+1?"},),
+)
 
 
 def asking(folder, name=None, system=None):
   """A small model, its way of being asked in the chat format `name`, and the chat."""
   chat_formats.write(folder, name or "olmoe")
   tokenizer = Tokenizer.load(folder)
-  config = tiny.config("olmoe", vocab_size=tokenizer.vocab_size, context_length=256,
-                       eos_token_ids=(3,))
+  config = tiny.config(
+    "olmoe", vocab_size=tokenizer.vocab_size, context_length=256, eos_token_ids=(3,)
+  )
   chat = Chat.load(folder, tokenizer) if name else None
   return config, Asking(config, tokenizer, chat, system), chat
 
@@ -58,8 +65,10 @@ def test_a_chat_is_what_its_template_makes_of_the_messages(tmp_path, name):
 
 def test_the_answer_is_read_apart_from_the_reasoning(tmp_path):
   _, ours, _ = asking(tmp_path, "thinking")
-  for written, reason, answer in (("<think>17 or 5</think>It is 5<|im_end|>", "stop_token", "It is 5"),
-                                  ("<think>17 or", "length", "")):
+  for written, reason, answer in (
+    ("<think>17 or 5</think>It is 5<|im_end|>", "stop_token", "It is 5"),
+    ("<think>17 or", "length", ""),
+  ):
     tokens = ours.tokenizer.encode(written, add_special_tokens=False)
     found = Completion(tokens, [-0.5] * len(tokens), tokens, reason, written)
     assert ours.answer(EXAMPLE, found) == answer
@@ -69,14 +78,24 @@ def test_comparisons_and_searches_ask_in_the_chat_format(tmp_path):
   config, ours, chat = asking(tmp_path, "olmoe")
   params = tiny.params(config)
   prompt = chat.prompt(EXAMPLE.messages).tokens
-  task = dataclasses.replace(tasks.get("wordmath"), judge=lambda examples, outputs, workers, done: [
-      {"exact_match": float(len(o))} for o in outputs])
+  task = dataclasses.replace(
+    tasks.get("wordmath"),
+    judge=lambda examples, outputs, workers, done: [
+      {"exact_match": float(len(o))} for o in outputs
+    ],
+  )
   example = dataclasses.replace(EXAMPLE, max_new_tokens=6)
   method = methods.parse("plain", config, Roster.create(config))
   answers = Measurer(params, ours, 1).answer(method, 0, Batch(task, [example], [3]), [1.0])
   (expected,) = decode.generate(
-      params, config, [prompt], max_new_tokens=6, stop_tokens=chat.stop_tokens,
-      decode=ours.tokenizer.decode, request_ids=[3]).completions
+    params,
+    config,
+    [prompt],
+    max_new_tokens=6,
+    stop_tokens=chat.stop_tokens,
+    decode=ours.tokenizer.decode,
+    request_ids=[3],
+  ).completions
   assert answers.texts == [prompt + expected.tokens] and answers.starts == [len(prompt)]
   assert answers.outputs == [chat.answer(chat.prompt(EXAMPLE.messages), expected).final]
   accuracy = objectives.Accuracy(config, ours, task, [example], [3], 1)
@@ -85,9 +104,10 @@ def test_comparisons_and_searches_ask_in_the_chat_format(tmp_path):
   # And references are scored behind the beginning of the answer.
   perplexity = objectives.Perplexity(config, ours, task, [example], [3], 1)
   text = prompt + ours.tokenizer.encode(" It is 2", add_special_tokens=False)
-  log_probs = score.score(params, config, [text], [len(prompt)]).texts[0].log_probs
+  log_probs = scoring.score(params, config, [text], [len(prompt)]).texts[0].log_probs
   found = perplexity.nll(params, method.roster, slice(None))
   np.testing.assert_allclose(found[0, 0], -log_probs.sum(), rtol=1e-5)
   (likelihood,) = Measurer(params, ours, 1).likelihoods(
-      method, 0, Batch(task, [example], [3]), measure.OUTPUT_TEMPERATURES)
+    method, 0, Batch(task, [example], [3]), measure.OUTPUT_TEMPERATURES
+  )
   assert likelihood.tokens == len(text) - len(prompt)

@@ -8,17 +8,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmarks import machine, models, timing
-from roe_jax import params as params_lib, quantization
+from experiments.benchmarks import machine, random_models, timing
+from roe_jax import params as params_lib
+from roe_jax import quantization
 
-TINY = models.PRESETS["tiny"]
-FLAGS = ("--preset=tiny", "--rounds=3", "--num_members=1,8", "--context=24", "--contexts=8,16",
-         "--batch_sizes=1,2", "--cache_context=24", "--score_tokens=17", "--transformers=no")
+TINY = random_models.PRESETS["tiny"]
+FLAGS = (
+  "--preset=tiny",
+  "--rounds=3",
+  "--num_members=1,8",
+  "--context=24",
+  "--contexts=8,16",
+  "--batch_sizes=1,2",
+  "--cache_context=24",
+  "--score_tokens=17",
+  "--transformers=no",
+)
 
 
 def run(*arguments):
-  return subprocess.run([sys.executable, "-m", "experiments.benchmark", *arguments],
-                        capture_output=True, text=True, env=os.environ)
+  return subprocess.run(
+    [sys.executable, "-m", "experiments.benchmark", *arguments],
+    capture_output=True,
+    text=True,
+    env=os.environ,
+  )
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +54,11 @@ def test_the_files_and_what_they_say(folder):
   assert "Decode step by cache" in (folder / "table.txt").read_text()
   found = records(folder)
   assert [(r["sweep"], r["variant"], r["num_members"], r["temperature"]) for r in found] == [
-      ("decode", "clean", 1, 0.0), ("decode", "clean", 8, 0.0), ("decode", "clean", 1, 0.5),
-      ("decode", "clean", 8, 0.5)] + [
-          ("cache", name, 8, 0.5) for name in
-          ("clean", "standard", "none", "none, clean history")]
+    ("decode", "clean", 1, 0.0),
+    ("decode", "clean", 8, 0.0),
+    ("decode", "clean", 1, 0.5),
+    ("decode", "clean", 8, 0.5),
+  ] + [("cache", name, 8, 0.5) for name in ("clean", "standard", "none", "none, clean history")]
   for r in found:
     assert r["settings"]["preset"] == "tiny" and r["settings"]["cores"] >= 1
     assert r["rounds"] == 3 and r["peak_process_bytes"] > 0
@@ -51,14 +66,19 @@ def test_the_files_and_what_they_say(folder):
 
 def test_ratios_are_those_of_the_times(folder):
   found = records(folder)
+
   def key(record):
     return [record[k] for k in ("variant", "num_members", "temperature", "context", "batch_size")]
+
   for r in found:
     seconds = np.array(r["seconds_by_round"])
     assert r["seconds"] == pytest.approx(np.median(seconds))
     assert r["seconds_low"] <= r["seconds"] <= r["seconds_high"]
-    base, = (np.array(b["seconds_by_round"]) for b in found
-             if b["sweep"] == r["sweep"] and key(b) == list(r["baseline"].values()))
+    (base,) = (
+      np.array(b["seconds_by_round"])
+      for b in found
+      if b["sweep"] == r["sweep"] and key(b) == list(r["baseline"].values())
+    )
     assert r["to_baseline"] == pytest.approx(np.median(seconds / base))
     if "floor_bytes" in r:
       floor = r["floor_bytes"] / np.array(r["bandwidth_by_round"])
@@ -70,8 +90,11 @@ def test_ratios_are_those_of_the_times(folder):
 
 
 def test_experts_hit_grow_with_noise_only(folder):
-  hit = {(r["num_members"], r["temperature"]): r["experts_hit"] for r in records(folder)
-         if r["sweep"] == "decode"}
+  hit = {
+    (r["num_members"], r["temperature"]): r["unique_experts"]
+    for r in records(folder)
+    if r["sweep"] == "decode"
+  }
   assert hit[1, 0.0] == hit[8, 0.0] == hit[1, 0.5] == TINY.experts_per_token
   assert TINY.experts_per_token < hit[8, 0.5] <= TINY.num_experts
 
@@ -86,16 +109,16 @@ def test_finished_sweeps_are_not_measured_again(folder):
 
 
 REFUSED = {
-    "--preset=huge": "value should be one of",
-    "--num_members=0,1": "--num_members must be a list of integers of at least 1",
-    "--num_members=a": "--num_members must be a comma-separated list of integers",
-    "--contexts=8,4096": "texts of 4097 tokens, the context of tiny is 4096",
-    "--temperature=0": "--temperature must be positive",
-    "--rounds=0": "--rounds must be at least 1",
-    "--sweeps=speed": "--sweeps: unknown speed",
-    "--num_cores=10000": "--num_cores must lie in [1, ",
-    "--seed=1": "holds results with seed = 0, asked for is 1",
-    "--preset=mixtral-8x7b": "needs about",
+  "--preset=huge": "value should be one of",
+  "--num_members=0,1": "--num_members must be a list of integers of at least 1",
+  "--num_members=a": "--num_members must be a comma-separated list of integers",
+  "--contexts=8,4096": "texts of 4097 tokens, the context of tiny is 4096",
+  "--temperature=0": "--temperature must be positive",
+  "--rounds=0": "--rounds must be at least 1",
+  "--sweeps=speed": "--sweeps: unknown speed",
+  "--num_cores=10000": "--num_cores must lie in [1, ",
+  "--seed=1": "holds results with seed = 0, asked for is 1",
+  "--preset=mixtral-8x7b": "needs about",
 }
 _SCRIPT = """
 import sys
@@ -119,8 +142,9 @@ def test_refusals(folder, tmp_path):
   others, said = [name for name in REFUSED if name != "--seed=1"], []
   for output, names in ((folder, ["--seed=1"]), (tmp_path, others)):
     given = ";".join(["benchmark", *FLAGS, "--sweeps=decode", f"--output={output}"])
-    done = subprocess.run([sys.executable, "-c", _SCRIPT, given, *names], capture_output=True,
-                          text=True, env=os.environ)
+    done = subprocess.run(
+      [sys.executable, "-c", _SCRIPT, given, *names], capture_output=True, text=True, env=os.environ
+    )
     said += zip(names, done.stdout.splitlines(), strict=True)
   for name, sentence in said:
     assert REFUSED[name] in sentence, name
@@ -134,36 +158,43 @@ def test_floor_bytes_by_hand():
   router = 16 * 32
   history = 2 * 32 * 20
   expected = 4 * (2 * (experts + attention + router + history) + 97 * 32)
-  assert models.step_bytes(TINY, 5.5, 20) == expected
+  assert random_models.step_bytes(TINY, 5.5, 20) == expected
   # Keys and values of fewer heads.
   grouped = TINY.replace(num_kv_heads=2)
-  assert models.step_bytes(TINY, 1, 0) - models.step_bytes(grouped, 1, 0) == 4 * 2 * 2 * 16 * 32
+  assert (
+    random_models.step_bytes(TINY, 1, 0) - random_models.step_bytes(grouped, 1, 0)
+    == 4 * 2 * 2 * 16 * 32
+  )
   # A text's keys and values; in a layer with a window only those that are seen.
-  assert models.step_bytes(TINY, 1, 20, 3) - models.step_bytes(TINY, 1, 0) == 3 * 4 * 4 * 32 * 20
+  assert (
+    random_models.step_bytes(TINY, 1, 20, 3) - random_models.step_bytes(TINY, 1, 0)
+    == 3 * 4 * 4 * 32 * 20
+  )
   window = TINY.replace(sliding_window=6, sliding_layers=(1,))
-  assert models.cache_bytes(window, 20) == 4 * 2 * 32 * (20 + 5)
+  assert random_models.cache_bytes(window, 20) == 4 * 2 * 32 * (20 + 5)
   # An expert in four bits: codes, and a bfloat16 scale for each group of 32 or 16.
   four = TINY.replace(expert_format="int4")
-  assert models.step_bytes(four, 2, 0) - models.step_bytes(four, 1, 0) == 2 * (
-      3 * 16 * 32 / 2 + 2 * (2 * 16 * 32 / 32 + 32 * 16 / 16))
+  assert random_models.step_bytes(four, 2, 0) - random_models.step_bytes(four, 1, 0) == 2 * (
+    3 * 16 * 32 / 2 + 2 * (2 * 16 * 32 / 32 + 32 * 16 / 16)
+  )
 
 
 def test_distinct_experts():
   experts = np.array([[[[[0, 1]]], [[[1, 2]]]], [[[[3, 4]]], [[[3, 4]]]]])
-  assert models.distinct_experts(experts, 1) == 2
-  assert models.distinct_experts(experts, 2) == 2.5
+  assert random_models.count_unique_experts(experts, 1) == 2
+  assert random_models.count_unique_experts(experts, 2) == 2.5
 
 
 @pytest.mark.parametrize("expert_format", ["int8", "int4"])
 def test_random_weights_in_few_bits_are_as_large(expert_format):
   config = TINY.replace(expert_format=expert_format)
-  params = models.random_params(config, seed=3)
+  params = random_models.random_params(config, seed=3)
   gate_up = quantization.widen(params.layers.experts.gate_up)
   assert abs(np.std(gate_up) / TINY.initializer_range - 1) < 0.1
 
 
 def test_random_weights():
-  params = models.random_params(TINY, seed=3)
+  params = random_models.random_params(TINY, seed=3)
   params_lib.validate(params, TINY)
   gate_up = np.asarray(params.layers.experts.gate_up)
   assert abs(gate_up.std() / TINY.initializer_range - 1) < 0.05
@@ -174,11 +205,14 @@ def test_random_weights():
 def test_turns():
   waits = {"slow": 0.03, "fast": 0.002}
   counts = dict.fromkeys(waits, 0)
+
   def call(name):
     def run(count):
       counts[name] += count
       timing.time.sleep(count * waits[name])
+
     return run
+
   seconds = timing.take_turns({name: call(name) for name in waits}, rounds=4)
   for name, wait in waits.items():
     assert seconds[name].shape == (4,)

@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import scipy.special
 
-from experiments import app, compare as program, methods, runs, tasks
-from experiments.asking import Asking
-from experiments.measure import OUTPUT_TEMPERATURES, SAMPLE_STRIDE, Batch, Measurer
-from roe_jax import decode, diagnostics, score
+from experiments import compare as program
+from experiments import tasks
+from experiments.cli import app
+from experiments.evaluation import methods
+from experiments.evaluation.measure import OUTPUT_TEMPERATURES, SAMPLE_STRIDE, Batch, Measurer
+from experiments.evaluation.prompts import Asking
+from experiments.records import runs
+from roe_jax import decode, diagnostics, scoring
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
@@ -23,10 +27,22 @@ LIMIT, BATCH = 5, 3
 
 def compare(checkpoint, output, *arguments):
   return subprocess.run(
-      [sys.executable, "-m", "experiments.compare", f"--checkpoint={checkpoint}",
-       "--temperature_profile=0.5", f"--limit={LIMIT}", f"--batch_size={BATCH}",
-       "--num_validation=3", f"--output={output}", *arguments],
-      capture_output=True, text=True, env=os.environ)
+    [
+      sys.executable,
+      "-m",
+      "experiments.compare",
+      f"--checkpoint={checkpoint}",
+      "--temperature_profile=0.5",
+      f"--limit={LIMIT}",
+      f"--batch_size={BATCH}",
+      "--num_validation=3",
+      f"--output={output}",
+      *arguments,
+    ],
+    capture_output=True,
+    text=True,
+    env=os.environ,
+  )
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +63,27 @@ def model(tiny_checkpoint):
 def of(output, name):
   """Settings, {(example, seed): line} and costs of a method's run."""
   settings, lines, _ = runs.load(output / name)
-  return (settings, {(r["example"], r["seed"]): r for r in lines},
-          runs.read_lines(output / name / runs.COSTS))
+  return (
+    settings,
+    {(r["example"], r["seed"]): r for r in lines},
+    runs.read_lines(output / name / runs.COSTS),
+  )
 
 
 def test_every_method_is_a_run_with_what_a_report_needs(output):
-  names = {"plain": ("plain", 1, 1), "plain+temperature": ("plain+temperature", 1, 1),
-           "best_plain": ("best_plain", 1, 2), "roster_n=3": ("roster", 3, 2), "self_consistency_n=3": ("self_consistency", 3, 2),
-           "scmoe": ("scmoe", 2, 1)}
+  names = {
+    "plain": ("plain", 1, 1),
+    "plain+temperature": ("plain+temperature", 1, 1),
+    "best_plain": ("best_plain", 1, 2),
+    "roster_n=3": ("roster", 3, 2),
+    "self_consistency_n=3": ("self_consistency", 3, 2),
+    "scmoe": ("scmoe", 2, 1),
+  }
   assert {p.name for p in output.iterdir()} == set(names)
   for name, (method, rows, num_seeds) in names.items():
     settings, lines, costs = of(output, name)
     assert settings["method"] == method and settings["label"]
-    assert settings["num_forward_rows_per_token"] == rows
+    assert settings["forward_passes_per_token"] == rows
     assert settings["stochastic"] == (num_seeds > 1) and settings["seeds"] == [0, 1][:num_seeds]
     assert set(lines) == {(f"wordmath/test/{i}", s) for i in range(LIMIT) for s in range(num_seeds)}
     assert all("exact_match" in line["metrics"] for line in lines.values())
@@ -74,14 +98,27 @@ def test_answers_are_those_of_the_method(output, model):
   _, lines, _ = of(output, "roster_n=3")
   for seed in (0, 1):
     texts = decode.generate(
-        params, config, prompts, max_new_tokens=96, request_ids=range(LIMIT),
-        decode=tokenizer.decode, roster=Roster.create(config, 3, 0.5, seed=seed)).completions
+      params,
+      config,
+      prompts,
+      max_new_tokens=96,
+      request_ids=range(LIMIT),
+      decode=tokenizer.decode,
+      roster=Roster.create(config, 3, 0.5, seed=seed),
+    ).completions
     assert [lines[e.id, seed]["output"] for e in examples] == [c.text for c in texts]
   _, lines, _ = of(output, "self_consistency_n=3")
   # The second sample of the last example, alone.
   alone = decode.generate(
-      params, config, prompts[4:], max_new_tokens=96, request_ids=[4 + SAMPLE_STRIDE],
-      decode=tokenizer.decode, sampler=Sampler.create(0.7), roster=Roster.create(config, seed=1))
+    params,
+    config,
+    prompts[4:],
+    max_new_tokens=96,
+    request_ids=[4 + SAMPLE_STRIDE],
+    decode=tokenizer.decode,
+    sampler=Sampler.create(0.7),
+    roster=Roster.create(config, seed=1),
+  )
   line = lines[examples[4].id, 1]
   assert line["samples"][1] == alone.completions[0].text
   assert line["output"] == line["samples"][line["picked"]] and len(set(line["samples"])) == 3
@@ -93,23 +130,35 @@ def test_costs_are_counted(output, model):
   examples = tasks.get("wordmath").examples("test", limit=BATCH)
   prompts = [tokenizer.encode(e.prompt) for e in examples]
   roster = Roster.create(config, 3, 0.5)
-  written = [c.tokens for c in decode.generate(
-      params, config, prompts, max_new_tokens=96, request_ids=range(BATCH),
-      roster=roster).completions]
+  written = [
+    c.tokens
+    for c in decode.generate(
+      params, config, prompts, max_new_tokens=96, request_ids=range(BATCH), roster=roster
+    ).completions
+  ]
   first = next(c for c in costs if c["seed"] == 0 and "steps" in c)
   assert first["tokens"] == first["tokens_written"] == sum(map(len, written))
-  assert first["forward_rows"] == 3 * first["tokens"]
+  assert first["forward_passes"] == 3 * first["tokens"]
   assert first["steps"] == max(map(len, written))
   unique = diagnostics.unique_experts(
-      params, config, roster, [p + w for p, w in zip(prompts, written)], list(map(len, prompts)),
-      range(BATCH))
-  assert first["expert_reads"] == pytest.approx(unique.by_step.mean() * first["steps"])
+    params,
+    config,
+    roster,
+    [p + w for p, w in zip(prompts, written)],
+    list(map(len, prompts)),
+    range(BATCH),
+  )
+  assert first["unique_experts_read"] == pytest.approx(unique.by_step.mean() * first["steps"])
   # By hand, of the plain model in two layers: projections to queries, keys, values
   # and back, router, two experts of three matrices, attention; and the vocabulary.
   _, _, costs = of(output, "plain")
   plain = next(c for c in costs if "steps" in c)
-  generated = [c.tokens for c in decode.generate(
-      params, config, prompts, max_new_tokens=96, request_ids=range(BATCH)).completions]
+  generated = [
+    c.tokens
+    for c in decode.generate(
+      params, config, prompts, max_new_tokens=96, request_ids=range(BATCH)
+    ).completions
+  ]
   total = 0
   for prompt, tokens in zip(prompts, generated):
     for position in range(len(prompt) - 1 + len(tokens)):
@@ -121,7 +170,7 @@ def test_costs_are_counted(output, model):
   for name in ("roster_n=3", "self_consistency_n=3"):
     settings, _, costs = of(output, name)
     samples = settings["num_samples"]
-    assert {c["forward_rows"] * samples / c["tokens_written"] for c in costs} == {3}
+    assert {c["forward_passes"] * samples / c["tokens_written"] for c in costs} == {3}
 
 
 def test_likelihoods_are_those_of_the_distribution(output, model):
@@ -129,22 +178,33 @@ def test_likelihoods_are_those_of_the_distribution(output, model):
   example = tasks.get("wordmath").examples("test", limit=LIMIT)[4]
   prompt = tokenizer.encode(example.prompt)
   text = prompt + tokenizer.encode(example.reference, add_special_tokens=False) + [0]
-  for name, roster in (("plain", Roster.create(config)),
-                       ("roster_n=3", Roster.create(config, 3, 0.5, seed=1))):
+  for name, roster in (
+    ("plain", Roster.create(config)),
+    ("roster_n=3", Roster.create(config, 3, 0.5, seed=1)),
+  ):
     _, lines, _ = of(output, name)
     fitted = json.loads((output / name / "output_temperatures.json").read_text())["wordmath"]
     assert 0.25 <= fitted["temperature"] <= 4 and fitted["examples"] == 3
     line = lines[example.id, int(roster.seed)]
-    one = score.score(params, config, [text], [len(prompt)], roster=roster, request_ids=[4],
-                      output_temperatures=(1.0, fitted["temperature"])).texts[0]
+    one = scoring.score(
+      params,
+      config,
+      [text],
+      [len(prompt)],
+      roster=roster,
+      request_ids=[4],
+      output_temperatures=(1.0, fitted["temperature"]),
+    ).texts[0]
     metrics = line["metrics"]
     assert metrics["tokens"] == len(text) - len(prompt) == len(line["correct"])
-    np.testing.assert_allclose([metrics["nll"], metrics["fitted_nll"]], -one.log_probs.sum(0),
-                               rtol=1e-4)
+    np.testing.assert_allclose(
+      [metrics["nll"], metrics["fitted_nll"]], -one.log_probs.sum(0), rtol=1e-4
+    )
     np.testing.assert_allclose(line["confidences"], np.exp(one.greedy_log_probs[:, 0]), atol=1e-4)
-    np.testing.assert_allclose(line["fitted_confidences"], np.exp(one.greedy_log_probs[:, 1]),
-                               atol=1e-4)
-    assert line["correct"] == (one.greedy_tokens == text[len(prompt):]).tolist()
+    np.testing.assert_allclose(
+      line["fitted_confidences"], np.exp(one.greedy_log_probs[:, 1]), atol=1e-4
+    )
+    assert line["correct"] == (one.greedy_tokens == text[len(prompt) :]).tolist()
   _, plain, _ = of(output, "plain")
   _, fitted, _ = of(output, "plain+temperature")
   for key, line in fitted.items():
@@ -153,15 +213,17 @@ def test_likelihoods_are_those_of_the_distribution(output, model):
   for name in ("self_consistency_n=3", "scmoe"):
     settings, lines, _ = of(output, name)
     assert settings["likelihood"].startswith("not defined")
-    assert all("nll" not in line["metrics"] and "confidences" not in line
-               for line in lines.values())
+    assert all(
+      "nll" not in line["metrics"] and "confidences" not in line for line in lines.values()
+    )
 
 
 def test_the_output_temperature_is_the_best_on_validation_examples(output):
   fitted = json.loads((output / "plain/output_temperatures.json").read_text())["wordmath"]
   best = int(np.argmin(fitted["nll"]))
   assert abs(np.log(fitted["temperature"] / fitted["grid"][best])) < np.log(
-      OUTPUT_TEMPERATURES[1] / OUTPUT_TEMPERATURES[0])
+    OUTPUT_TEMPERATURES[1] / OUTPUT_TEMPERATURES[0]
+  )
 
 
 def test_a_killed_comparison_goes_on_where_it_stopped(output, tiny_checkpoint):
@@ -173,8 +235,10 @@ def test_a_killed_comparison_goes_on_where_it_stopped(output, tiny_checkpoint):
   (path / runs.SUMMARY).unlink()
   done = compare(tiny_checkpoint, output, f"--methods={METHODS}", "--num_seeds=2")
   assert done.returncode == 0, done.stderr
-  again, first = ([json.loads(line) for line in text.splitlines()]
-                  for text in ((path / runs.EXAMPLES).read_text(), before))
+  again, first = (
+    [json.loads(line) for line in text.splitlines()]
+    for text in ((path / runs.EXAMPLES).read_text(), before)
+  )
   assert len(again) == len(first) == 2 * LIMIT
   for one, other in zip(again, first):
     assert one["output"] == other["output"]
@@ -183,11 +247,15 @@ def test_a_killed_comparison_goes_on_where_it_stopped(output, tiny_checkpoint):
   assert len(runs.read_lines(path / runs.COSTS)) == 6  # of four batches, two done twice
 
 
-@pytest.mark.parametrize("arguments, message", [
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
     (["--methods=plain;rooster"], "there is no method 'rooster'"),
     (["--temperature_profile=0"], "it is the plain model"),
     (["--tasks=wordmath,nothing"], "there is no task 'nothing'"),
-    (["--num_seeds=0"], "--num_seeds must be at least 1")])
+    (["--num_seeds=0"], "--num_seeds must be at least 1"),
+  ],
+)
 def test_bad_input_is_refused_before_any_work(tiny_checkpoint, tmp_path, arguments, message):
   done = compare(tiny_checkpoint, tmp_path, *arguments)
   assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
@@ -197,31 +265,48 @@ def test_bad_input_is_refused_before_any_work(tiny_checkpoint, tmp_path, argumen
 def test_choices_are_judged_by_their_probability(model):
   params, config, tokenizer = model
   example = tasks.Example(
-      id="choices/0", prompt="Question: Ann has 2 pears.\nAnswer:",
-      choices=(" 1", " 2 pears", " 3"), target=1, reference=" 2 pears")
+    id="choices/0",
+    prompt="Question: Ann has 2 pears.\nAnswer:",
+    choices=(" 1", " 2 pears", " 3"),
+    target=1,
+    reference=" 2 pears",
+  )
   batch = Batch(tasks.get("arc_easy"), [example], [9])
   method = methods.parse("roster:n=3,t=0.5", config, Roster.create(config))
   measurer = Measurer(params, Asking(config, tokenizer), BATCH)
   answers = measurer.answer(method, 4, batch, [1.0, 2.0])
   prompt = tokenizer.encode(example.prompt)
   texts = [prompt + tokenizer.encode(c, add_special_tokens=False) for c in example.choices]
-  sums = np.array([t.log_probs.sum(0) for t in score.score(
-      params, config, texts, [len(prompt)] * 3, roster=method.with_seed(4), request_ids=[9] * 3,
-      output_temperatures=(1.0, 2.0)).texts])
+  sums = np.array(
+    [
+      t.log_probs.sum(0)
+      for t in scoring.score(
+        params,
+        config,
+        texts,
+        [len(prompt)] * 3,
+        roster=method.with_seed(4),
+        request_ids=[9] * 3,
+        output_temperatures=(1.0, 2.0),
+      ).texts
+    ]
+  )
   np.testing.assert_allclose(answers.outputs[0], sums[:, 0], rtol=1e-4)
   likelihood = answers.likelihoods[0]
   np.testing.assert_allclose(likelihood.nll[:2], -sums[1], rtol=1e-4)
   best = int(sums[:, 0].argmax())
-  np.testing.assert_allclose(likelihood.confidences[:2, 0],
-                             scipy.special.softmax(sums, axis=0)[best], rtol=1e-3)
+  np.testing.assert_allclose(
+    likelihood.confidences[:2, 0], scipy.special.softmax(sums, axis=0)[best], rtol=1e-3
+  )
   assert likelihood.correct.tolist() == [best == 1]
   counts = [len(t) - len(prompt) for t in texts]
   assert likelihood.tokens == counts[1] and answers.cost["tokens"] == sum(counts)
-  assert answers.cost["forward_rows"] == 3 * sum(counts)
+  assert answers.cost["forward_passes"] == 3 * sum(counts)
 
 
-def test_the_plain_settings_with_most_right_answers_are_chosen_and_kept(model, tmp_path,
-                                                                        monkeypatch):
+def test_the_plain_settings_with_most_right_answers_are_chosen_and_kept(
+  model, tmp_path, monkeypatch
+):
   _, config, _ = model
   method = methods.parse("best_plain", config, Roster.create(config, 2, 0.5))
   task = tasks.get("wordmath")
@@ -234,11 +319,13 @@ def test_the_plain_settings_with_most_right_answers_are_chosen_and_kept(model, t
     def answer(self, method, seed, batch, output_temperatures):
       asked.append(method.sampler.settings())
       right = 2 if asked[-1]["temperature"] == 0.7 else 1
-      return types.SimpleNamespace(outputs=[
-          e.reference if validation.index(e) < right else "" for e in batch.examples])
+      return types.SimpleNamespace(
+        outputs=[e.reference if validation.index(e) < right else "" for e in batch.examples]
+      )
 
-  monkeypatch.setattr(program, "FLAGS", types.SimpleNamespace(
-      batch_size=2, seed=0, allow_code_execution=False))
+  monkeypatch.setattr(
+    program, "FLAGS", types.SimpleNamespace(batch_size=2, seed=0, allow_code_execution=False)
+  )
   chosen = program.choose(AtSevenTenths(), method, task, tmp_path, validation)
   assert chosen.sampler.settings() == {"temperature": 0.7, "top_k": 0, "top_p": 1.0}
   assert len(asked) == 2 * len(methods.PLAIN_SETTINGS)
@@ -248,8 +335,9 @@ def test_the_plain_settings_with_most_right_answers_are_chosen_and_kept(model, t
   assert again.sampler.settings() == chosen.sampler.settings()
 
 
-def test_default_methods_without_an_answer_are_left_out_and_others_refused(model, monkeypatch,
-                                                                           capsys):
+def test_default_methods_without_an_answer_are_left_out_and_others_refused(
+  model, monkeypatch, capsys
+):
   _, config, _ = model
   base = Roster.create(config, 4, 0.5)
   found = methods.parse_all(methods.default_texts(config, 4), config, base)

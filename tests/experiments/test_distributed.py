@@ -5,33 +5,68 @@ import os
 
 from absl.testing import flagsaver
 import numpy as np
+import programs
 import pytest
 
-import programs
-from experiments import distributed
+from experiments.cli import distributed
 from experiments.tasks import wordmath
 
 ROSTER = ("--num_members=3", "--temperature_profile=0.4", "--seed=1")
 # Of each program its flags, and the file of its results.
 PROGRAMS = {
-    "generate": (("--input=in.jsonl", "--output=out.jsonl", "--batch_size=4",
-                  "--max_new_tokens=12", *ROSTER), "out.jsonl"),
-    "score": (("--input=in.jsonl", "--output=out.jsonl", "--batch_size=4", *ROSTER), "out.jsonl"),
-    "evaluate": (("--tasks=wordmath", "--limit=10", "--output=out", "--batch_size=4",
-                  "--max_new_tokens=12", *ROSTER), "out/examples.jsonl"),
-    "compare": (("--methods=plain; roster:n=3", "--limit=10", "--num_validation=4", "--output=out",
-                 "--batch_size=4", *ROSTER), "out/roster_n=3/examples.jsonl"),
-    "tune": (("--task=wordmath", "--num_trials=4", "--num_samples=4", "--max_temperature=0.15",
-              "--num_confirm=5", "--num_seeds=2", "--num_members=3", "--output=out",
-              "--batch_size=4"), "out/confirm/tuned/examples.jsonl"),
+  "generate": (
+    ("--input=in.jsonl", "--output=out.jsonl", "--batch_size=4", "--max_new_tokens=12", *ROSTER),
+    "out.jsonl",
+  ),
+  "score": (("--input=in.jsonl", "--output=out.jsonl", "--batch_size=4", *ROSTER), "out.jsonl"),
+  "evaluate": (
+    (
+      "--tasks=wordmath",
+      "--limit=10",
+      "--output=out",
+      "--batch_size=4",
+      "--max_new_tokens=12",
+      *ROSTER,
+    ),
+    "out/examples.jsonl",
+  ),
+  "compare": (
+    (
+      "--methods=plain; roster:n=3",
+      "--limit=10",
+      "--num_validation=4",
+      "--output=out",
+      "--batch_size=4",
+      *ROSTER,
+    ),
+    "out/roster_n=3/examples.jsonl",
+  ),
+  "tune": (
+    (
+      "--task=wordmath",
+      "--num_trials=4",
+      "--num_samples=4",
+      "--max_temperature=0.15",
+      "--num_confirm=5",
+      "--num_seeds=2",
+      "--num_members=3",
+      "--output=out",
+      "--batch_size=4",
+    ),
+    "out/confirm/tuned/examples.jsonl",
+  ),
 }
 
 
 def folder_with_input(path):
   path.mkdir()
-  (path / "in.jsonl").write_text("".join(
+  (path / "in.jsonl").write_text(
+    "".join(
       json.dumps({"id": i, "prompt": wordmath.prompt(p), "continuation": wordmath.completion(p)})
-      + "\n" for i, p in enumerate(wordmath.problems("test", 10))))
+      + "\n"
+      for i, p in enumerate(wordmath.problems("test", 10))
+    )
+  )
   return path
 
 
@@ -55,13 +90,20 @@ def assert_same(found, expected):
 
 def slurm(job):
   """Variables of the two tasks of a Slurm job on this machine."""
-  return [{"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
-           "SLURM_PROCID": str(i), "SLURM_LOCALID": "0"} for i in range(2)]
+  return [
+    {
+      "SLURM_JOB_ID": str(job),
+      "SLURM_STEP_NODELIST": "localhost",
+      "SLURM_NTASKS": "2",
+      "SLURM_PROCID": str(i),
+      "SLURM_LOCALID": "0",
+    }
+    for i in range(2)
+  ]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_two_processes_one_process_and_one_device_give_the_same(
-    program, tiny_checkpoint, tmp_path):
+def test_two_processes_one_process_and_one_device_give_the_same(program, tiny_checkpoint, tmp_path):
   arguments, results = PROGRAMS[program]
   arguments = [f"--checkpoint={tiny_checkpoint}", *arguments]
   module = f"experiments.{program}"
@@ -69,12 +111,18 @@ def test_two_processes_one_process_and_one_device_give_the_same(
   (tmp_path / "elsewhere").mkdir()  # a host without input and output
   # One program takes its place from flags, the other from Slurm.
   first, second = programs.two(
-      module, [*arguments, "--mesh=data:2,expert:4"], tmp_path / "logs",
-      folders=(two, tmp_path / "elsewhere"),
-      environments=slurm(os.getpid()) if program == "score" else None)
-  alone = [programs.Run(module, arguments, tmp_path / "logs" / "device", folder=device),
-           programs.Run(module, [*arguments, "--mesh=data:2,expert:4"],
-                        tmp_path / "logs" / "mesh", folder=mesh)]
+    module,
+    [*arguments, "--mesh=data:2,expert:4"],
+    tmp_path / "logs",
+    folders=(two, tmp_path / "elsewhere"),
+    environments=slurm(os.getpid()) if program == "score" else None,
+  )
+  alone = [
+    programs.Run(module, arguments, tmp_path / "logs" / "device", folder=device),
+    programs.Run(
+      module, [*arguments, "--mesh=data:2,expert:4"], tmp_path / "logs" / "mesh", folder=mesh
+    ),
+  ]
   for run in (first, second, *alone):
     assert run.exit_code() == 0, run.errors
   expected = records(device / results)
@@ -99,10 +147,14 @@ def test_standard_output_is_that_of_the_first_process(tiny_checkpoint, tmp_path)
   assert second.output == ""
 
 
-@pytest.mark.parametrize("case, sentence", [
+@pytest.mark.parametrize(
+  "case, sentence",
+  [
     ("no input", "error: input file in.jsonl does not exist"),
     ("no checkpoint", "there is no checkpoint folder"),
-    ("other flags", "--seed is 7 here and 1 in process 0")])
+    ("other flags", "--seed is 7 here and 1 in process 0"),
+  ],
+)
 def test_what_is_wrong_with_one_process_ends_both(case, sentence, tiny_checkpoint, tmp_path):
   folders = [tmp_path / "first", tmp_path / "second"]
   for folder in folders:
@@ -111,24 +163,43 @@ def test_what_is_wrong_with_one_process_ends_both(case, sentence, tiny_checkpoin
       (folder / "checkpoint").symlink_to(tiny_checkpoint)
   arguments, _ = PROGRAMS["generate"]
   runs = programs.two(
-      "experiments.generate", ["--checkpoint=checkpoint", *arguments], tmp_path / "logs",
-      folders=folders, own=((), ("--seed=7",) if case == "other flags" else ()))
+    "experiments.generate",
+    ["--checkpoint=checkpoint", *arguments],
+    tmp_path / "logs",
+    folders=folders,
+    own=((), ("--seed=7",) if case == "other flags" else ()),
+  )
   for run in runs:
     assert run.exit_code() == 1, run.errors
     assert sentence in run.errors and "Traceback" not in run.errors
 
 
-@pytest.mark.parametrize("given, sentence", [
+@pytest.mark.parametrize(
+  "given, sentence",
+  [
     (dict(num_processes=2), "--num_processes is about several processes"),
     (dict(distributed=True, process_id=0), "--process_id needs --coordinator_address and --num"),
-    (dict(distributed=True, coordinator_address="h:1", num_processes=2, process_id=2),
-     r"--process_id must lie in \[0, 1\]"),
-    (dict(distributed=True, coordinator_address="h", num_processes=2, process_id=1),
-     "must be HOST:PORT, got 'h'"),
+    (
+      dict(distributed=True, coordinator_address="h:1", num_processes=2, process_id=2),
+      r"--process_id must lie in \[0, 1\]",
+    ),
+    (
+      dict(distributed=True, coordinator_address="h", num_processes=2, process_id=1),
+      "must be HOST:PORT, got 'h'",
+    ),
     (dict(distributed=True), "found no TPU pod, Slurm"),
-    (dict(distributed=True, coordinator_address=f"127.0.0.1:{programs.free_port()}",
-          num_processes=2, process_id=1, start_timeout=1), "no process 0 answers at"),
-])
+    (
+      dict(
+        distributed=True,
+        coordinator_address=f"127.0.0.1:{programs.free_port()}",
+        num_processes=2,
+        process_id=1,
+        start_timeout=1,
+      ),
+      "no process 0 answers at",
+    ),
+  ],
+)
 def test_flags_that_cannot_work_are_refused(given, sentence, monkeypatch):
   for name in ("SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST", "OMPI_MCA_orte_hnp_uri"):
     monkeypatch.delenv(name, raising=False)
@@ -139,6 +210,8 @@ def test_flags_that_cannot_work_are_refused(given, sentence, monkeypatch):
 
 def test_programs_of_one_process_say_why():
   distributed.FLAGS.mark_as_parsed()
-  with flagsaver.flagsaver(distributed=True), pytest.raises(
-      ValueError, match="--distributed is not for this program: it times one machine"):
+  with (
+    flagsaver.flagsaver(distributed=True),
+    pytest.raises(ValueError, match="--distributed is not for this program: it times one machine"),
+  ):
     distributed.start("it times one machine")

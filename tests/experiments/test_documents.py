@@ -4,15 +4,15 @@ import pathlib
 import re
 import shlex
 
-import pytest
-
 import command_lines
+import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 # The harness's own program takes other flags, and is tested with it.
 COMMAND = re.compile(
-    r"python -m ((?:experiments\.(?!harness)\w+|checkpoints_convert)(?: +--?[^\n`|]*)?)")
+  r"python -m ((?:experiments\.(?!harness)\w+|checkpoints_convert)(?: +--?[^\n`|]*)?)"
+)
 
 
 def commands(text):
@@ -35,8 +35,10 @@ def test_commands_have_flags_that_exist():
 
 def anchors(text):
   """What headings are linked by."""
-  return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
-          for title in re.findall(r"^#+ (.+)$", text, re.M)}
+  return {
+    re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+    for title in re.findall(r"^#+ (.+)$", text, re.M)
+  }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

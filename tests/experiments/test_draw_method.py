@@ -9,8 +9,10 @@ from experiments import draw_method
 
 
 def test_noise_changes_what_each_member_but_the_clean_one_chooses():
-  chosen = [draw_method.largest(np.add(draw_method.SCORES, noise), draw_method.NUM_CHOSEN)
-            for noise in draw_method.NOISE]
+  chosen = [
+    draw_method.largest(np.add(draw_method.SCORES, noise), draw_method.NUM_CHOSEN)
+    for noise in draw_method.NOISE
+  ]
   assert not any(draw_method.NOISE[0]) and chosen[0] == {1, 4}
   assert all(c != chosen[0] and len(c) == draw_method.NUM_CHOSEN for c in chosen[1:])
 

@@ -7,16 +7,20 @@ import sys
 
 import pytest
 
-from experiments import dry_run
-from roe_jax import params as params_lib, presets, sharding
+from experiments.cli import dry_run
+from roe_jax import params as params_lib
+from roe_jax import presets, sharding
 from roe_jax.roster import Roster
 
 MIXTRAL = presets.PRESETS["mixtral-8x7b"]
 
 
 def plan(config=MIXTRAL, members=16, **settings):
-  return dry_run.Plan(config, Roster.create(config, members, 0.3), **(
-      dict(batch_size=16, length=2048, accelerator="h100") | settings))
+  return dry_run.Plan(
+    config,
+    Roster.create(config, members, 0.3),
+    **(dict(batch_size=16, length=2048, accelerator="h100") | settings),
+  )
 
 
 def number(report, name, column=0):
@@ -67,8 +71,9 @@ def test_what_does_not_fit_says_what_would():
   assert "  fits:" in fits and f"meshes of {devices} devices that fit" in fits
   half = dry_run.report(needs_more, sharding.abstract_mesh(config, int(devices) // 2))
   assert "DOES NOT FIT" in half  # it was the least power of two
-  huge = dry_run.report(plan(config, batch_size=2 ** 20, accelerator="v5e"),
-                        sharding.abstract_mesh(config, 4))
+  huge = dry_run.report(
+    plan(config, batch_size=2**20, accelerator="v5e"), sharding.abstract_mesh(config, 4)
+  )
   assert "no mesh of up to 4096 v5e fits" in huge
 
 
@@ -84,9 +89,14 @@ def test_without_an_accelerator_there_are_no_times():
   assert "ms" not in report.split() and "fit" not in report
 
 
-@pytest.mark.parametrize("settings,sentence", [
-    (dict(length=1), "--length must lie in"), (dict(length=40000), "--length must lie in"),
-    (dict(overlap=1.5), "--overlap is a share")])
+@pytest.mark.parametrize(
+  "settings,sentence",
+  [
+    (dict(length=1), "--length must lie in"),
+    (dict(length=40000), "--length must lie in"),
+    (dict(overlap=1.5), "--overlap is a share"),
+  ],
+)
 def test_bad_settings_are_refused(settings, sentence):
   with pytest.raises(ValueError, match=sentence):
     plan(**settings)
@@ -95,13 +105,25 @@ def test_bad_settings_are_refused(settings, sentence):
 
 
 def run(program, *arguments):
-  return subprocess.run([sys.executable, "-m", f"experiments.{program}", *arguments],
-                        capture_output=True, text=True, env=os.environ)
+  return subprocess.run(
+    [sys.executable, "-m", f"experiments.{program}", *arguments],
+    capture_output=True,
+    text=True,
+    env=os.environ,
+  )
 
 
 def test_the_programs_print_it_and_read_no_parameters():
-  done = run("generate", "--checkpoint=preset:mixtral-8x7b", "--dry_run", "--accelerator=h200",
-             "--num_devices=64", "--mesh=auto", "--num_members=16", "--temperature_profile=0.2")
+  done = run(
+    "generate",
+    "--checkpoint=preset:mixtral-8x7b",
+    "--dry_run",
+    "--accelerator=h200",
+    "--num_devices=64",
+    "--mesh=auto",
+    "--num_members=16",
+    "--temperature_profile=0.2",
+  )
   assert done.returncode == 0, done.stderr
   assert "mesh     data:1,expert:8,tensor:8, 64 x h200" in done.stdout
   done = run("score", "--checkpoint=embedded:wordmath_control", "--dry_run", "--window=64")
@@ -109,11 +131,17 @@ def test_the_programs_print_it_and_read_no_parameters():
   assert "score 8 texts of 64 tokens" in done.stdout and "1 x device" in done.stdout
 
 
-@pytest.mark.parametrize("arguments,sentence", [
+@pytest.mark.parametrize(
+  "arguments,sentence",
+  [
     (["--checkpoint=preset:mixtral-8x7b", "--prompt=x"], "has sizes and no parameters"),
     (["--checkpoint=preset:mistral", "--dry_run"], "unknown preset 'mistral'; choose one of olmoe"),
-    (["--checkpoint=preset:mixtral-8x7b", "--dry_run", "--num_devices=64", "--mesh=tensor:16"],
-     "tensor may be 1, 2, 4, 8")])
+    (
+      ["--checkpoint=preset:mixtral-8x7b", "--dry_run", "--num_devices=64", "--mesh=tensor:16"],
+      "tensor may be 1, 2, 4, 8",
+    ),
+  ],
+)
 def test_bad_flags_end_with_one_sentence(arguments, sentence):
   done = run("generate", *arguments)
   assert done.returncode == 1 and "Traceback" not in done.stderr

@@ -8,11 +8,18 @@ import time
 import jax
 import numpy as np
 import pytest
-
 import tiny
-from experiments import engine as engine_lib
-from experiments.engine import Answers, Continuation, Engine, Prompt, Stopwatch, request_id
-from roe_jax import score as score_lib
+
+from experiments.evaluation import engine as engine_lib
+from experiments.evaluation.engine import (
+  Answers,
+  Continuation,
+  Engine,
+  Prompt,
+  Stopwatch,
+  request_id,
+)
+from roe_jax import scoring as score_lib
 from roe_jax.roster import Roster
 
 TOLERANCE = 3e-5  # nats, of float32 sums in another order
@@ -40,8 +47,10 @@ def requests():
   contexts = [tuple(t) for t in tiny.texts([9, 3, 20, 14, 7, 30], seed=1)]
   made = []
   for i, context in enumerate(contexts):
-    made += [Continuation(context, tokens, request_id(str(context)))
-             for tokens in ((5,), (6,), (7, i), (7, 60))]
+    made += [
+      Continuation(context, tokens, request_id(str(context)))
+      for tokens in ((5,), (6,), (7, i), (7, 60))
+    ]
   made += [Prompt(context, request_id(str(context)), 6, stop=("5",)) for context in contexts]
   return made
 
@@ -58,12 +67,13 @@ def assert_same(one, other):
     assert found.keys() == expected.keys()
     assert found["log_prob"] == pytest.approx(expected["log_prob"], abs=TOLERANCE)
     assert {k: v for k, v in found.items() if k not in ("log_prob", "cost")} == {
-        k: v for k, v in expected.items() if k not in ("log_prob", "cost")}
+      k: v for k, v in expected.items() if k not in ("log_prob", "cost")
+    }
 
 
 def test_addresses_are_bits_of_a_hash_of_the_text():
   digest = hashlib.blake2b(b"0\nWhat is 1+1?", digest_size=4).hexdigest()
-  little = "".join(digest[i:i + 2] for i in (6, 4, 2, 0))
+  little = "".join(digest[i : i + 2] for i in (6, 4, 2, 0))
   assert request_id("What is 1+1?") == int(little, 16)
   addresses = {request_id(f"question {i}", sample) for i in range(1000) for sample in range(3)}
   assert len(addresses) == 3000 and all(0 <= a < 2**32 for a in addresses)
@@ -80,9 +90,15 @@ def test_neither_order_nor_batches_nor_a_limit_matter(olmoe, roster, answered):
 def test_choices_are_scored_as_texts_of_their_own(olmoe, roster, answered):
   config, params = olmoe
   for request, answer in list(zip(*answered))[:24]:
-    scores, = score_lib.score(
-        params, config, [request.context + request.tokens], [len(request.context)], roster=roster,
-        request_ids=[request.request_id], min_shape=(4, 128)).texts
+    (scores,) = score_lib.score(
+      params,
+      config,
+      [request.context + request.tokens],
+      [len(request.context)],
+      roster=roster,
+      request_ids=[request.request_id],
+      min_shape=(4, 128),
+    ).texts
     assert answer["log_prob"] == pytest.approx(float(scores.log_probs.sum()), abs=TOLERANCE)
     assert answer["is_greedy"] == (scores.greedy_tokens.tolist() == list(request.tokens))
     assert answer["tokens"] == len(request.tokens)
@@ -105,8 +121,9 @@ def test_choices_that_differ_in_the_last_token_are_one_text(olmoe, roster, monke
 
 def test_a_sample_has_noise_and_draws_of_its_own(olmoe, roster):
   context = tuple(tiny.texts([12])[0])
-  made = [Prompt(context, request_id("context", sample), 8, sampler=(1.0, 0, 1.0))
-          for sample in (0, 1, 0)]
+  made = [
+    Prompt(context, request_id("context", sample), 8, sampler=(1.0, 0, 1.0)) for sample in (0, 1, 0)
+  ]
   first, second, again = engine(olmoe, roster).answer(made)
   assert first == again and first["text"] != second["text"]
 
@@ -145,23 +162,27 @@ def test_answers_of_other_settings_are_in_another_file(tmp_path):
   assert "k" in Answers.of(tmp_path, one) and "k" not in Answers.of(tmp_path, other)
 
 
-@pytest.mark.parametrize("settings, before, scored, prompt, generated", [
+@pytest.mark.parametrize(
+  "settings, before, scored, prompt, generated",
+  [
     # Rows of 9 tokens before 2 that are scored, and of 9 before 6 that are generated:
     # the first token's distribution comes from the context's last token.
-    (dict(num_members=1), 1, 1, 1, 1), (dict(num_members=3, temperatures=0.5), 1, 3, 1, 3),
-    (dict(num_members=3, temperatures=0.5, cache="standard"), 3, 3, 3, 3)])
+    (dict(num_members=1), 1, 1, 1, 1),
+    (dict(num_members=3, temperatures=0.5), 1, 3, 1, 3),
+    (dict(num_members=3, temperatures=0.5, cache="standard"), 3, 3, 3, 3),
+  ],
+)
 def test_forward_rows_against_counts_by_hand(olmoe, settings, before, scored, prompt, generated):
   config, _ = olmoe
   context = tuple(tiny.texts([9])[0])
-  made = [Continuation(context, (7, 1), 0), Continuation(context, (7, 2), 0),
-          Prompt(context, 0, 6)]
+  made = [Continuation(context, (7, 1), 0), Continuation(context, (7, 2), 0), Prompt(context, 0, 6)]
   answering = engine(olmoe, Roster.create(config, **settings))
   answering.answer(made)
   score, generate = answering.cost(made[:2]), answering.cost(made[2:])
   filled_first = settings["num_members"] > 1 and settings.get("cache") != "standard"
-  assert score["forward_rows"] == (10 if filled_first else 8) * before + 2 * scored
+  assert score["forward_passes"] == (10 if filled_first else 8) * before + 2 * scored
   assert score["tokens"] == 3  # one shared, and a last one each
-  assert generate["forward_rows"] == 8 * prompt + 6 * generated
+  assert generate["forward_passes"] == 8 * prompt + 6 * generated
   assert generate["tokens"] == 6
   assert 0 < score["flops"] and 0 < generate["flops"]
 
@@ -175,7 +196,7 @@ def test_experts_are_counted_where_tokens_are_predicted(olmoe, roster, answered)
     answering.answer(made)
     found = answering.experts_read(made)
     assert found["steps"] == 1 + 1 + answering.answer(made)[2]["tokens"]
-    assert bounds[0] <= found["expert_reads"] / found["steps"] <= bounds[1]
+    assert bounds[0] <= found["unique_experts_read"] / found["steps"] <= bounds[1]
   recomputing = Roster.create(config, 2, 0.5, recompute=True)
   assert engine(olmoe, recomputing).experts_read(made[:2]) == {}
 
@@ -196,8 +217,15 @@ def test_compiling_is_not_counted():
 
 def test_requests_are_known_by_all_that_their_answers_depend_on():
   prompt = Prompt((1, 2), 3, 4, ("a",), (0.0, 0, 1.0), (5,), (6,))
-  changes = dict(tokens=(1,), request_id=4, max_new_tokens=5, stop=("b",), sampler=(1.0, 0, 1.0),
-                 stop_tokens=(6,), opening=None)
+  changes = dict(
+    tokens=(1,),
+    request_id=4,
+    max_new_tokens=5,
+    stop=("b",),
+    sampler=(1.0, 0, 1.0),
+    stop_tokens=(6,),
+    opening=None,
+  )
   assert changes.keys() == {f.name for f in dataclasses.fields(Prompt)}
   keys = {engine_lib.key(dataclasses.replace(prompt, **{k: v})) for k, v in changes.items()}
   assert len(keys | {engine_lib.key(prompt)}) == len(changes) + 1

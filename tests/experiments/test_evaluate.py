@@ -8,12 +8,12 @@ import time
 import numpy as np
 import pytest
 
-from experiments import runs
-from experiments.engine import request_id
+from experiments.evaluation.engine import request_id
+from experiments.records import runs
 from experiments.tasks import wordmath
-from roe_jax import checkpoint, score
+from roe_jax import checkpoint, scoring
 from roe_jax.roster import Roster
-from roe_jax.tokenizer import Tokenizer
+from roe_jax.text.tokenizer import Tokenizer
 
 PROBLEMS = wordmath.problems("test", 10)
 CHOICE = """
@@ -36,16 +36,23 @@ def task_folder(tmp_path_factory):
   path = tmp_path_factory.mktemp("tasks")
   with (path / "data.jsonl").open("w") as file:
     for i, problem in enumerate(PROBLEMS):
-      file.write(json.dumps({"question": wordmath.prompt(problem), "choices": ["3+4=7", "12"],
-                             "label": i % 2}) + "\n")
+      file.write(
+        json.dumps(
+          {"question": wordmath.prompt(problem), "choices": ["3+4=7", "12"], "label": i % 2}
+        )
+        + "\n"
+      )
   (path / "choice.yaml").write_text(CHOICE.format(data=path / "data.jsonl"))
   return path
 
 
 def start(checkpoint_folder, *arguments):
   return subprocess.Popen(
-      [sys.executable, "-m", "experiments.evaluate", f"--checkpoint={checkpoint_folder}",
-       *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    [sys.executable, "-m", "experiments.evaluate", f"--checkpoint={checkpoint_folder}", *arguments],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
 
 
 def finished(process):
@@ -58,11 +65,20 @@ def lines(path):
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_files_of_one_that_was_not(
-    tiny_checkpoint, task_folder, tmp_path, monkeypatch):
+  tiny_checkpoint, task_folder, tmp_path, monkeypatch
+):
   monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-  arguments = ("--tasks=wordmath,choice", f"--include_path={task_folder}", "--limit=10",
-               "--num_members=2", "--temperature_profile=0.5", "--max_new_tokens=40",
-               "--batch_size=4", "--num_seeds=2", "--seed=3")
+  arguments = (
+    "--tasks=wordmath,choice",
+    f"--include_path={task_folder}",
+    "--limit=10",
+    "--num_members=2",
+    "--temperature_profile=0.5",
+    "--max_new_tokens=40",
+    "--batch_size=4",
+    "--num_seeds=2",
+    "--seed=3",
+  )
   whole, other = tmp_path / "run", tmp_path / "killed" / "run"  # a run is called as its folder
   first = finished(start(tiny_checkpoint, f"--output={whole}", *arguments))
   assert first.returncode == 0, first.stderr
@@ -70,8 +86,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_files_of_one_that_was_not(
   assert settings["method"] == "roster" and settings["seeds"] == [3, 4]
   assert settings["model"]["routers"] and settings["roster"]["num_members"] == 2
   assert [runs.key(r) for r in records] == sorted(
-      [("wordmath", f"wordmath/test/{i}", s) for i in range(10) for s in (3, 4)]
-      + [("choice", f"choice/{i}", s) for i in range(10) for s in (3, 4)])
+    [("wordmath", f"wordmath/test/{i}", s) for i in range(10) for s in (3, 4)]
+    + [("choice", f"choice/{i}", s) for i in range(10) for s in (3, 4)]
+  )
   assert "Saved" in first.stdout and "40 examples done" in first.stdout
   assert "perplexity" in first.stdout and summary["costs"]["flops"] > 0
 
@@ -82,10 +99,14 @@ def test_a_killed_run_goes_on_and_ends_with_the_files_of_one_that_was_not(
     problem = PROBLEMS[number]
     prompt = tokenizer.encode(wordmath.prompt(problem))
     text = prompt + tokenizer.encode(wordmath.completion(problem)) + [0]
-    found, = score.score(
-        params, config, [text], [len(prompt)],
-        roster=Roster.create(config, 2, 0.5, seed=record["seed"]),
-        request_ids=[request_id(wordmath.prompt(problem))]).texts
+    (found,) = scoring.score(
+      params,
+      config,
+      [text],
+      [len(prompt)],
+      roster=Roster.create(config, 2, 0.5, seed=record["seed"]),
+      request_ids=[request_id(wordmath.prompt(problem))],
+    ).texts
     assert record["metrics"]["nll"] == pytest.approx(-float(found.log_probs.sum()), abs=1e-3)
     assert record["metrics"]["tokens"] == len(text) - len(prompt)
     assert record["metrics"]["exact_match"] == wordmath.is_correct(record["output"], problem)
@@ -95,7 +116,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_files_of_one_that_was_not(
   killed = start(tiny_checkpoint, f"--output={other}", *arguments)
   cache = other / "requests"
   while killed.poll() is None and not any(
-      path.read_text().count("\n") > 4 for path in cache.glob("*.jsonl")):
+    path.read_text().count("\n") > 4 for path in cache.glob("*.jsonl")
+  ):
     time.sleep(0.01)
   killed.kill()
   finished(killed)
@@ -109,26 +131,28 @@ def test_a_killed_run_goes_on_and_ends_with_the_files_of_one_that_was_not(
       np.testing.assert_allclose(found.pop(name, []), expected.pop(name, []), rtol=1e-4)
     assert found.pop("metrics") == pytest.approx(expected.pop("metrics"), rel=1e-4)
     assert found == expected
-  costs = [[line | {"seconds": 0} for line in lines(path / "costs.jsonl")]
-           for path in (whole, other)]
+  costs = [
+    [line | {"seconds": 0} for line in lines(path / "costs.jsonl")] for path in (whole, other)
+  ]
   assert costs[0] == costs[1]
   assert [(c["task"], c["seed"]) for c in costs[0]] == [
-      (task, seed) for seed in (3, 4) for task in ("wordmath", "wordmath, references", "choice")]
+    (task, seed) for seed in (3, 4) for task in ("wordmath", "wordmath, references", "choice")
+  ]
   assert (other / "harness.json").read_text() == (whole / "harness.json").read_text()
 
 
 REFUSALS = [
-    (["--tasks=gsm8k_cott"], "there is no task 'gsm8k_cott'; did you mean gsm8k_cot"),
-    (["--tasks=paper/gsm9k"], "no task 'paper/gsm9k'; ours are wordmath, wordmath_sums"),
-    (["--tasks=paper/humaneval"], "allow it with --allow_code_execution"),
-    (["--tasks=gsm8k", "--split=validation"], "--split=validation is about our tasks, and gsm8k"),
-    (["--tasks=wordmath", "--num_fewshot=2"], "--num_fewshot is about the harness's tasks"),
-    (["--tasks=gsm8k", "--data_dir=x"], "--data_dir is about our tasks"),
-    (["--tasks=wordmath", "--system=x"], "--system is about chats"),
-    (["--tasks=wordmath", "--chat"], "has no chat template"),
-    (["--tasks=wordmath", "--max_new_tokens=128"], "wordmath/test/0: 128 new tokens leave no room"),
-    (["--tasks=paper/gsm8k", "--data_dir={empty}"], "there is no data of gsm8k"),
-    (["--tasks=wordmath", "--temperature_profile={other}"], "temperature profile is for 3 layers"),
+  (["--tasks=gsm8k_cott"], "there is no task 'gsm8k_cott'; did you mean gsm8k_cot"),
+  (["--tasks=paper/gsm9k"], "no task 'paper/gsm9k'; ours are wordmath, wordmath_sums"),
+  (["--tasks=paper/humaneval"], "allow it with --allow_code_execution"),
+  (["--tasks=gsm8k", "--split=validation"], "--split=validation is about our tasks, and gsm8k"),
+  (["--tasks=wordmath", "--num_fewshot=2"], "--num_fewshot is about the harness's tasks"),
+  (["--tasks=gsm8k", "--data_dir=x"], "--data_dir is about our tasks"),
+  (["--tasks=wordmath", "--system=x"], "--system is about chats"),
+  (["--tasks=wordmath", "--chat"], "has no chat template"),
+  (["--tasks=wordmath", "--max_new_tokens=128"], "wordmath/test/0: 128 new tokens leave no room"),
+  (["--tasks=paper/gsm8k", "--data_dir={empty}"], "there is no data of gsm8k"),
+  (["--tasks=wordmath", "--temperature_profile={other}"], "temperature profile is for 3 layers"),
 ]
 # In one process, as most of the time would go into imports.
 SCRIPT = """
@@ -153,10 +177,17 @@ def test_wrong_input_is_refused_before_parameters_are_read(tiny_checkpoint, tmp_
   profile = tmp_path / "profile.json"
   profile.write_text(json.dumps({"temperatures": [0.1, 0.2, 0.3]}))
   places = {"empty": str(tmp_path), "other": str(profile)}
-  cases = [[f"--checkpoint={tiny_checkpoint}", f"--output={tmp_path / 'run'}",
-            *(a.format(**places) for a in arguments)] for arguments, _ in REFUSALS]
-  done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(cases)], capture_output=True,
-                        text=True)
+  cases = [
+    [
+      f"--checkpoint={tiny_checkpoint}",
+      f"--output={tmp_path / 'run'}",
+      *(a.format(**places) for a in arguments),
+    ]
+    for arguments, _ in REFUSALS
+  ]
+  done = subprocess.run(
+    [sys.executable, "-c", SCRIPT, json.dumps(cases)], capture_output=True, text=True
+  )
   assert done.returncode == 0, done.stderr
   found = [json.loads(line) for line in done.stdout.splitlines()]
   for (arguments, message), error in zip(REFUSALS, found, strict=True):

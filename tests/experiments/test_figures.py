@@ -9,28 +9,42 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from statsmodels.stats.multitest import multipletests
-
 import tiny
-from experiments import runs, statistics
+
+from experiments.analysis import paired_statistics
+from experiments.analysis.run_results import Result
 from experiments.benchmarks import power, timing
 from experiments.figures import (
-    calibration, ceiling, compared, fig10, fig5b, likelihoods, models, overhead, scaling_law,
-    search_cost, searches, table1, transfer)
+  calibration,
+  ceiling,
+  compared,
+  fig5b,
+  fig10,
+  figure_models,
+  likelihoods,
+  overhead,
+  scaling_law,
+  search_cost,
+  searches,
+  table1,
+  transfer,
+)
 from experiments.figures.work import Work
-from experiments.reporting.results import Result
-from roe_jax import decode, params as params_lib, presets
+from experiments.records import runs
+from roe_jax import decode, presets
+from roe_jax import params as params_lib
 
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
-  monkeypatch.setattr(statistics, "RESAMPLES", 400)
-  monkeypatch.setattr(statistics, "FLIPS", 399)
+  monkeypatch.setattr(paired_statistics, "RESAMPLES", 400)
+  monkeypatch.setattr(paired_statistics, "FLIPS", 399)
 
 
 @pytest.mark.parametrize("exponent", [0.076, 0.5, 2.0])
 def test_the_exponent_of_a_power_law_is_found(exponent):
   sizes = np.array([1e5, 4e5, 1.6e6])
-  losses = 3.0 * sizes ** -exponent
+  losses = 3.0 * sizes**-exponent
   assert scaling_law.fit_exponent(sizes, losses) == pytest.approx(exponent)
   # The third one's loss equals that of a model of its size.
   assert scaling_law.equivalent(sizes[0], losses[0], losses[2], exponent) == pytest.approx(sizes[2])
@@ -38,8 +52,8 @@ def test_the_exponent_of_a_power_law_is_found(exponent):
 
 def test_the_papers_example_of_the_law():
   """7 B to 10.5 B at α = 0.076 is a loss that is 3 % lower."""
-  assert scaling_law.equivalent(7e9, 1.0, 1.5 ** -0.076, 0.076) == pytest.approx(10.5e9)
-  assert 1.5 ** -0.076 == pytest.approx(0.97, abs=1e-3)
+  assert scaling_law.equivalent(7e9, 1.0, 1.5**-0.076, 0.076) == pytest.approx(10.5e9)
+  assert 1.5**-0.076 == pytest.approx(0.97, abs=1e-3)
 
 
 def test_parameters_are_counted_without_embeddings_and_with_all_experts():
@@ -54,7 +68,8 @@ def test_a_resized_model_has_the_size_that_was_asked_for(factor):
   config = tiny.config("olmoe", d_model=64, d_expert=48, num_experts=16)
   wanted = factor * scaling_law.num_parameters(config)
   assert scaling_law.num_parameters(scaling_law.resized(config, wanted)) == pytest.approx(
-      wanted, rel=0.05)
+    wanted, rel=0.05
+  )
 
 
 @pytest.mark.parametrize("b", [0.6, 1.0, 1.7])
@@ -73,13 +88,16 @@ def test_shares_of_a_ceiling_are_told_where_it_is_clear():
   gain = np.where(n == 1, 0.0, 0.1 - 0.1 / n)[:, None] * tokens * random.uniform(0.5, 1.5, 80)
   found = ceiling.ceiling(n, base - gain, tokens)
   assert found["b"] == pytest.approx(1, abs=0.02) and found["limit"]["clear"]
-  assert found["limit"]["value"] == pytest.approx(100 * np.expm1(
-      -0.1 * (gain[-1] / 0.1 / (1 - 1 / 64)).sum() / tokens.sum()), rel=0.02)
+  assert found["limit"]["value"] == pytest.approx(
+    100 * np.expm1(-0.1 * (gain[-1] / 0.1 / (1 - 1 / 64)).sum() / tokens.sum()), rel=0.02
+  )
   # The last one has all but 1 / n of it.
   assert found["reached"]["64"] == pytest.approx(100 * (1 - 1 / 64), abs=1)
   noise = random.normal(0, 0.5, (len(n), 80))
   noise[0] = 0
-  assert ceiling.ceiling(n, base + noise - noise.mean(axis=1, keepdims=True), tokens)["reached"] is None
+  assert (
+    ceiling.ceiling(n, base + noise - noise.mean(axis=1, keepdims=True), tokens)["reached"] is None
+  )
 
 
 def test_classes_of_tokens_are_between_their_bounds():
@@ -92,31 +110,57 @@ def test_classes_of_tokens_are_between_their_bounds():
 def test_the_share_of_calibration_is_told_only_of_a_clear_gain():
   random = np.random.default_rng(0)
   roster = random.normal(2.0, 0.5, 100)
-  clear = dict(zip(("value", "low", "high"), statistics.bootstrap(
-      [roster, np.ones(100)], statistics.ratio)))
+  clear = dict(
+    zip(
+      ("value", "low", "high"),
+      paired_statistics.bootstrap([roster, np.ones(100)], paired_statistics.ratio),
+    )
+  )
   assert calibration._share(0.7 * roster, roster, clear)["value"] == pytest.approx(70)
   assert calibration._share(0.7 * roster, roster, clear | {"low": -0.1}) is None
 
 
 def test_differences_are_corrected_over_all_records():
   p = [0.001, 0.02, 0.03, 0.4]
-  found = compared.corrected([
-      {"quality_difference": {"value": 2.0, "low": 1.0, "high": 3.0, "p": x, "adjusted": x,
-                              "clear": True}} for x in p] + [{"quality_difference": None}])
+  found = compared.corrected(
+    [
+      {
+        "quality_difference": {
+          "value": 2.0,
+          "low": 1.0,
+          "high": 3.0,
+          "p": x,
+          "adjusted": x,
+          "clear": True,
+        }
+      }
+      for x in p
+    ]
+    + [{"quality_difference": None}]
+  )
   expected = multipletests(p, method="holm")[1]
-  assert [r["quality_difference"]["adjusted"] for r in found[:4]] == pytest.approx(expected.tolist())
+  assert [r["quality_difference"]["adjusted"] for r in found[:4]] == pytest.approx(
+    expected.tolist()
+  )
   assert [r["quality_difference"]["clear"] for r in found[:4]] == [True, False, False, False]
-  assert "1 is clear" in compared.clear([r | {"label": "x", "task": "y"} for r in found],
-                                        "quality_difference", "results")
+  assert "1 is clear" in compared.clear(
+    [r | {"label": "x", "task": "y"} for r in found], "quality_difference", "results"
+  )
 
 
 def test_a_record_of_likelihoods_is_paired_with_the_plain_model():
   random = np.random.default_rng(0)
   tokens = random.integers(5, 20, 50)
-  plain = {"temperature": 1.5, "nll": (0.2 * tokens[:, None]).tolist(),
-           "fitted_nll": (0.15 * tokens[:, None]).tolist()}
-  ours = {"temperature": 1.2, "nll": (0.18 * tokens[:, None] * [1, 1]).tolist(),
-          "fitted_nll": (0.15 * tokens[:, None] * [1.01, 0.99]).tolist()}
+  plain = {
+    "temperature": 1.5,
+    "nll": (0.2 * tokens[:, None]).tolist(),
+    "fitted_nll": (0.15 * tokens[:, None]).tolist(),
+  }
+  ours = {
+    "temperature": 1.2,
+    "nll": (0.18 * tokens[:, None] * [1, 1]).tolist(),
+    "fitted_nll": (0.15 * tokens[:, None] * [1.01, 0.99]).tolist(),
+  }
   record = likelihoods.record(ours, plain, tokens, "roster", "wordmath")
   assert record["perplexity"]["value"] == pytest.approx(np.exp(0.18))
   assert record["perplexity_difference"]["value"] == pytest.approx(100 * np.expm1(-0.02))
@@ -171,6 +215,7 @@ def test_a_case_of_overhead_writes_what_generation_writes_with_all_members(monke
       state, steps = program(*inputs)
       written.append(np.asarray(state.tokens)[:2, 6:11].tolist())
       return state, steps
+
     run.memory_analysis = program.memory_analysis
     return run
 
@@ -178,9 +223,18 @@ def test_a_case_of_overhead_writes_what_generation_writes_with_all_members(monke
   case = overhead.case(params, config, roster, prompts, 2, 5)
   case.call(2)
   assert case.bytes is None or case.bytes > 0
-  expected = [c.tokens for c in decode.generate(
-      params, config, prompts, max_new_tokens=5, roster=roster, stop_tokens=[],
-      request_ids=[0, 1, 0, 1]).completions]
+  expected = [
+    c.tokens
+    for c in decode.generate(
+      params,
+      config,
+      prompts,
+      max_new_tokens=5,
+      roster=roster,
+      stop_tokens=[],
+      request_ids=[0, 1, 0, 1],
+    ).completions
+  ]
   # The first two were taken to compile; then prompts take turns, two at a time.
   assert written == [expected[2:], expected[:2]]
 
@@ -194,8 +248,13 @@ def test_ratios_are_within_rounds():
 
 def result(name, tasks, values, nll):
   """A run with exact_match and fitted nll of each example, the same on each of some tasks."""
-  records = {t: {f"{t}/{i}": {0: {"metrics": {"exact_match": v, "fitted_nll": x, "tokens": 10}}}
-                 for i, (v, x) in enumerate(zip(values, nll))} for t in tasks}
+  records = {
+    t: {
+      f"{t}/{i}": {0: {"metrics": {"exact_match": v, "fitted_nll": x, "tokens": 10}}}
+      for i, (v, x) in enumerate(zip(values, nll))
+    }
+    for t in tasks
+  }
   return Result(None, name, {"spelled": name}, records, [], {})
 
 
@@ -205,13 +264,14 @@ def test_a_tasks_own_profile_is_compared_with_the_mean_of_the_others():
   right = {"a": np.ones(60), "b": random.integers(0, 2, 60), "c": random.integers(0, 2, 60)}
   nll = random.uniform(1, 2, 60)
   worse = {"a": 0.0, "b": 0.5, "c": 0.1}
-  found = transfer.own_and_others(
-      {t: result(t, tasks, right[t], nll + worse[t]) for t in tasks})
+  found = transfer.own_and_others({t: result(t, tasks, right[t], nll + worse[t]) for t in tasks})
   assert [r["task"] for r in found] == [*tasks, "all tasks"]
   assert found[0]["quality_difference"]["value"] == pytest.approx(
-      100 * (1 - (right["b"] + right["c"]).mean() / 2))
+    100 * (1 - (right["b"] + right["c"]).mean() / 2)
+  )
   assert [r["fitted_difference"]["value"] for r in found] == pytest.approx(
-      [100 * np.expm1(x / 10) for x in (-0.3, 0.45, -0.15, 0.0)])
+    [100 * np.expm1(x / 10) for x in (-0.3, 0.45, -0.15, 0.0)]
+  )
   # The nll differ alike on all examples of a task, and cancel over all tasks.
   assert [r["fitted_difference"]["clear"] for r in found] == [True, True, True, False]
   text = transfer.findings(found)
@@ -222,8 +282,13 @@ def test_a_tasks_own_profile_is_compared_with_the_mean_of_the_others():
 
 def write_confirmation(folder, name, nll, tokens):
   run = runs.Run(folder / name, name, {"seeds": [1]})
-  run.write([{"task": "t", "example": f"t/{i}", "seed": 1, "metrics": {"nll": x, "tokens": int(k)}}
-             for i, (x, k) in enumerate(zip(nll, tokens))], {"task": "t", "seed": 1})
+  run.write(
+    [
+      {"task": "t", "example": f"t/{i}", "seed": 1, "metrics": {"nll": x, "tokens": int(k)}}
+      for i, (x, k) in enumerate(zip(nll, tokens))
+    ],
+    {"task": "t", "seed": 1},
+  )
   run.finish()
 
 
@@ -235,11 +300,17 @@ def test_confirmations_are_tested_and_corrected_over_tasks(tmp_path):
     tuned = plain - shift + random.normal(0, 0.1, 60)
     for name, nll in (("plain", plain), ("tuned", tuned)):
       write_confirmation(tmp_path / task, name, nll, tokens)
-    d = statistics.paired_perplexity(tuned, plain, tokens)
-    profile = {"data": {"confirmed": [f"t/{i}" for i in range(60)]}, "objective": {"confirmed": {
-        "values": {"plain": {}, "tuned": {}}, "differences": [
-            {"of": "tuned", "to": "plain", "fitted": False, **dataclasses.asdict(d)}]}}}
-    expected.append(statistics.paired_test(tuned, plain).p)
+    d = paired_statistics.paired_perplexity(tuned, plain, tokens)
+    profile = {
+      "data": {"confirmed": [f"t/{i}" for i in range(60)]},
+      "objective": {
+        "confirmed": {
+          "values": {"plain": {}, "tuned": {}},
+          "differences": [{"of": "tuned", "to": "plain", "fitted": False, **dataclasses.asdict(d)}],
+        }
+      },
+    }
+    expected.append(paired_statistics.paired_test(tuned, plain).p)
     found.append({"differences": searches._tested(tmp_path / task, profile)})
   found = searches.corrected(found)
   told = [searches.fresh(r) for r in found]
@@ -251,45 +322,84 @@ def test_confirmations_are_tested_and_corrected_over_tasks(tmp_path):
 @pytest.fixture
 def search():
   """A search by perplexity of four trials, one pruned."""
-  difference = {"of": "tuned", "to": "plain", "fitted": False, "value": -0.4, "low": -0.8,
-                "high": 0.1, "p": 0.1, "adjusted": 0.1, "clear": False}
+  difference = {
+    "of": "tuned",
+    "to": "plain",
+    "fitted": False,
+    "value": -0.4,
+    "low": -0.8,
+    "high": 0.1,
+    "p": 0.1,
+    "adjusted": 0.1,
+    "clear": False,
+  }
   trial = lambda number, kind, state, temperatures, value, rows: {
-      "number": number, "kind": kind, "state": state, "temperatures": temperatures,
-      "value": value, "forward_rows": rows}
-  return {"task": "t", "category": "math", "settings": {
-      "objective": "perplexity", "num_samples": 5, "num_trials": 4, "num_members": 4,
-      "max_temperature": 0.5, "fixed_layers": 1}, "profile": {
-          "temperatures": [0.0, 0.1, 0.2, 0.0], "objective": {
-              "name": "perplexity", "value": 1.9, "plain": 2.0, "kind": "tpe"},
-          "cost": {"tokens": 30, "forward_rows": 160, "seconds": 3.0, "trials": 4, "pruned": 1,
-                   "failed": 0}},
-          "differences": [difference],
-          "trials": [trial(0, "sweep", "complete", [0.0, 0.1, 0.1, 0.0], 1.95, 50),
-                     trial(1, "tpe", "pruned", [0.0, 0.4, 0.4, 0.0], 2.5, 20),
-                     trial(2, "tpe", "complete", [0.0, 0.1, 0.2, 0.0], 1.9, 50),
-                     trial(3, "sweep", "complete", [0.0, 0.2, 0.2, 0.0], 1.92, 40)]}
+    "number": number,
+    "kind": kind,
+    "state": state,
+    "temperatures": temperatures,
+    "value": value,
+    "forward_passes": rows,
+  }
+  return {
+    "task": "t",
+    "category": "math",
+    "settings": {
+      "objective": "perplexity",
+      "num_samples": 5,
+      "num_trials": 4,
+      "num_members": 4,
+      "max_temperature": 0.5,
+      "fixed_layers": 1,
+    },
+    "profile": {
+      "temperatures": [0.0, 0.1, 0.2, 0.0],
+      "objective": {"name": "perplexity", "value": 1.9, "plain": 2.0, "kind": "tpe"},
+      "cost": {
+        "tokens": 30,
+        "forward_passes": 160,
+        "seconds": 3.0,
+        "trials": 4,
+        "pruned": 1,
+        "failed": 0,
+      },
+    },
+    "differences": [difference],
+    "trials": [
+      trial(0, "sweep", "complete", [0.0, 0.1, 0.1, 0.0], 1.95, 50),
+      trial(1, "tpe", "pruned", [0.0, 0.4, 0.4, 0.0], 2.5, 20),
+      trial(2, "tpe", "complete", [0.0, 0.1, 0.2, 0.0], 1.9, 50),
+      trial(3, "sweep", "complete", [0.0, 0.2, 0.2, 0.0], 1.92, 40),
+    ],
+  }
 
 
 def test_a_search_tells_what_is_left_on_fresh_examples(search):
   assert searches.searched_gain(search) == pytest.approx(-5) and searches.gained(search)
   assert "better than the plain model on 1 of 1 task; on fresh ones this is clear on 0." in (
-      searches.findings([search]))
+    searches.findings([search])
+  )
   text = searches.table([search])
   assert "-5.00" in text and "-0.40 [-0.80, +0.10]" in text and "0.00 0.10 0.20 0.00" in text
   assert "| 5 / 4" in table1.table([search]) and "-0.40 [-0.80, +0.10]" in table1.table([search])
-  worse = search | {"profile": search["profile"] | {
-      "objective": {"name": "accuracy", "value": 0.4, "plain": 0.5}}}
+  worse = search | {
+    "profile": search["profile"] | {"objective": {"name": "accuracy", "value": 0.4, "plain": 0.5}}
+  }
   assert not searches.gained(worse)
   assert "on 0 of 1 task" in searches.findings([worse])
 
 
 def test_a_search_costs_what_its_trials_cost(search, monkeypatch):
   monkeypatch.setattr(searches, "records", lambda work, tasks: [search])
-  model = dataclasses.replace(models.get("embedded"), math=("t",), commonsense=(), code=())
+  model = dataclasses.replace(figure_models.get("embedded"), math=("t",), commonsense=(), code=())
   work = Work("search_cost", model, search_cost.CONFIGS["embedded"], None)
   (record,) = search_cost.measure(work)
-  assert [(h["forward_rows"], h["best"]) for h in record["history"]] == [
-      (50, 1.95), (70, 1.95), (120, 1.9), (160, 1.9)]
+  assert [(h["forward_passes"], h["best"]) for h in record["history"]] == [
+    (50, 1.95),
+    (70, 1.95),
+    (120, 1.9),
+    (160, 1.9),
+  ]
   assert record["roster_tokens"] == 40  # 160 rows of four members
   # -0.4 of -5 percent; what TPE gave up is no value that it found.
   assert [record["left"][k] for k in ("value", "low", "high")] == pytest.approx([8, -2, 16])
@@ -307,8 +417,10 @@ def test_a_search_costs_what_its_trials_cost(search, monkeypatch):
 
 
 def test_layers_that_a_search_kept_at_zero_are_marked_and_not_averaged(search):
-  other = search | {"task": "u", "profile": search["profile"] | {
-      "temperatures": [0.0, 0.3, 0.4, 0.0]}}
+  other = search | {
+    "task": "u",
+    "profile": search["profile"] | {"temperatures": [0.0, 0.3, 0.4, 0.0]},
+  }
   assert fig10.table([search, other]).count("fixed") == 4
   text = fig10.findings([search, other])
   assert "layers 1 to 2, which no search kept at 0, over 2 tasks: 0.20, 0.30." in text
@@ -321,6 +433,6 @@ def test_layers_that_a_search_kept_at_zero_are_marked_and_not_averaged(search):
 
 
 def test_larger_models_are_made_on_one_device_only(tmp_path):
-  work = Work("fig5b", models.get("mixtral"), fig5b.CONFIGS["mixtral"], tmp_path)
+  work = Work("fig5b", figure_models.get("mixtral"), fig5b.CONFIGS["mixtral"], tmp_path)
   with pytest.raises(ValueError, match="needs several"):
     fig5b.measure(work)

@@ -5,25 +5,36 @@ import subprocess
 import sys
 import time
 
+import chat_formats
 import jax
 import numpy as np
 import pytest
 
-import chat_formats
 from experiments.tasks import wordmath
-from roe_jax import checkpoint, decode, params as params_lib
+from roe_jax import checkpoint, decode
+from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.roster import Roster
-from roe_jax.tokenizer import Tokenizer
+from roe_jax.text.tokenizer import Tokenizer
 
 PROMPTS = [wordmath.prompt(p) for p in wordmath.problems("test", 5)]
 
 
 def start(checkpoint_folder, *arguments):
   return subprocess.Popen(
-      [sys.executable, "-m", "experiments.generate", f"--checkpoint={checkpoint_folder}",
-       "--max_new_tokens=6", *arguments],
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    [
+      sys.executable,
+      "-m",
+      "experiments.generate",
+      f"--checkpoint={checkpoint_folder}",
+      "--max_new_tokens=6",
+      *arguments,
+    ],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
 
 
 def run(checkpoint_folder, *arguments, text=None):
@@ -41,8 +52,13 @@ def test_lines_in_lines_out_and_a_killed_run_goes_on_where_it_stopped(tiny_check
   prompts = [wordmath.prompt(p) for p in wordmath.problems("test", 24)]
   source.write_text(lines(prompts))
   # Texts end with the context of 128 tokens, in another order than they begin.
-  arguments = (f"--input={source}", "--num_members=3", "--temperature_profile=0.4",
-               "--batch_size=3", "--max_new_tokens=90")
+  arguments = (
+    f"--input={source}",
+    "--num_members=3",
+    "--temperature_profile=0.4",
+    "--batch_size=3",
+    "--max_new_tokens=90",
+  )
   first = run(tiny_checkpoint, f"--output={other}", *arguments)
   assert first.returncode == 0, first.stderr
   expected = [json.loads(line) for line in other.read_text().splitlines()]
@@ -55,8 +71,14 @@ def test_lines_in_lines_out_and_a_killed_run_goes_on_where_it_stopped(tiny_check
   params, config = checkpoint.load(tiny_checkpoint)
   tokenizer = Tokenizer.load(tiny_checkpoint)
   alone = decode.generate(
-      params, config, [tokenizer.encode(prompts[7])], max_new_tokens=90, request_ids=[7],
-      roster=Roster.create(config, 3, 0.4), decode=tokenizer.decode).completions[0]
+    params,
+    config,
+    [tokenizer.encode(prompts[7])],
+    max_new_tokens=90,
+    request_ids=[7],
+    roster=Roster.create(config, 3, 0.4),
+    decode=tokenizer.decode,
+  ).completions[0]
   assert (expected[7]["tokens"], expected[7]["text"]) == (alone.tokens, alone.text)
 
   killed = start(tiny_checkpoint, f"--output={target}", *arguments)
@@ -83,27 +105,40 @@ def test_lines_in_lines_out_and_a_killed_run_goes_on_where_it_stopped(tiny_check
 
 
 def test_a_prompt_is_streamed_to_the_terminal(tiny_checkpoint):
-  done = run(tiny_checkpoint, f"--prompt={PROMPTS[0]}", "--num_members=2",
-             "--temperature_profile=0.4", "--temperature=0.8", "--top_p=0.9")
+  done = run(
+    tiny_checkpoint,
+    f"--prompt={PROMPTS[0]}",
+    "--num_members=2",
+    "--temperature_profile=0.4",
+    "--temperature=0.8",
+    "--top_p=0.9",
+  )
   assert done.returncode == 0, done.stderr
   assert "6 tokens" in done.stderr and '"num_members": 2' in done.stderr
   for mesh in ((), ("--mesh=data:2,expert:2,tensor:2",)):
-    piped = run(tiny_checkpoint, "--num_members=2", "--temperature_profile=0.4",
-                "--temperature=0.8", "--top_p=0.9", *mesh, text=lines(PROMPTS[:1]))
+    piped = run(
+      tiny_checkpoint,
+      "--num_members=2",
+      "--temperature_profile=0.4",
+      "--temperature=0.8",
+      "--top_p=0.9",
+      *mesh,
+      text=lines(PROMPTS[:1]),
+    )
     assert piped.returncode == 0, piped.stderr
     assert json.loads(piped.stdout)["text"] + "\n" == done.stdout
 
 
 BAD_SETTINGS = {
-    "--prompt=": "prompt 0 is empty",
-    "--prompt=" + "7 " * 200: "does not fit the model's context",
-    "--prompt=x --num_members=0": "num_members must be an integer of at least 1",
-    "--prompt=x --temperature_profile=0.1,0.2,0.3": "a list of 2",
-    "--prompt=x --temperature_profile=nan": "must be finite",
-    "--prompt=x --top_p=0": "top_p",
-    "--prompt=x --output=y": "not both",
-    "--input=no_such_file": "does not exist",
-    "--prompt=x --mesh=expert:3": "expert may be 1, 2, 4",
+  "--prompt=": "prompt 0 is empty",
+  "--prompt=" + "7 " * 200: "does not fit the model's context",
+  "--prompt=x --num_members=0": "num_members must be an integer of at least 1",
+  "--prompt=x --temperature_profile=0.1,0.2,0.3": "a list of 2",
+  "--prompt=x --temperature_profile=nan": "must be finite",
+  "--prompt=x --top_p=0": "top_p",
+  "--prompt=x --output=y": "not both",
+  "--input=no_such_file": "does not exist",
+  "--prompt=x --mesh=expert:3": "expert may be 1, 2, 4",
 }
 # Runs the program once for each JSON list of arguments on standard input.
 MANY_RUNS = """
@@ -127,8 +162,13 @@ for arguments in json.load(sys.stdin):
 
 def many_runs(runs):
   """Exit code or message, output and errors of each run of the program."""
-  done = subprocess.run([sys.executable, "-c", MANY_RUNS], input=json.dumps(runs),
-                        capture_output=True, text=True, env=os.environ)
+  done = subprocess.run(
+    [sys.executable, "-c", MANY_RUNS],
+    input=json.dumps(runs),
+    capture_output=True,
+    text=True,
+    env=os.environ,
+  )
   assert done.returncode == 0, done.stderr
   results = [json.loads(line) for line in done.stdout.splitlines()]
   assert len(results) == len(runs)
@@ -142,8 +182,10 @@ def check_refused(runs, sentences):
 
 
 def test_bad_settings_end_with_one_sentence(tiny_checkpoint):
-  runs = [[f"--checkpoint={tiny_checkpoint}",
-           *([line] if "7 7" in line else line.split(" "))] for line in BAD_SETTINGS]
+  runs = [
+    [f"--checkpoint={tiny_checkpoint}", *([line] if "7 7" in line else line.split(" "))]
+    for line in BAD_SETTINGS
+  ]
   check_refused(runs, BAD_SETTINGS.values())
 
 
@@ -154,8 +196,8 @@ def test_a_folder_that_is_no_checkpoint_ends_with_one_sentence(tmp_path):
 
 
 SCRIPTS = {  # the end of a prompt, and what the model says then
-    "thinking": ("\n", ["<think>", "h", "m", "</think>", "4", ".", "<|im_end|>"]),
-    "harmony": ("t", ["<|channel|>", *"final", "<|message|>", "4", "<|return|>"]),
+  "thinking": ("\n", ["<think>", "h", "m", "</think>", "4", ".", "<|im_end|>"]),
+  "harmony": ("t", ["<|channel|>", *"final", "<|message|>", "4", "<|return|>"]),
 }
 
 
@@ -171,18 +213,32 @@ def chat_checkpoints(tmp_path_factory):
     ends = [end_of_text] + ([tokenizer.token_to_id("<|return|>")] if name == "harmony" else [])
     chat_formats.write(folder / "files", name, generation_config={"eos_token_id": ends})
     config = ModelConfig(
-        family="olmoe", vocab_size=tokenizer.get_vocab_size(), num_layers=1, d_model=64,
-        num_heads=2, num_kv_heads=2, head_dim=8, num_experts=4, experts_per_token=2, d_expert=8,
-        context_length=256, normalize_gates=False, gates_in_model_dtype=True, qk_norm=True,
-        eos_token_ids=(end_of_text,))
+      family="olmoe",
+      vocab_size=tokenizer.get_vocab_size(),
+      num_layers=1,
+      d_model=64,
+      num_heads=2,
+      num_kv_heads=2,
+      head_dim=8,
+      num_experts=4,
+      experts_per_token=2,
+      d_expert=8,
+      context_length=256,
+      normalize_gates=False,
+      gates_in_model_dtype=True,
+      qk_norm=True,
+      eos_token_ids=(end_of_text,),
+    )
     model = params_lib.initialize(config, jax.random.key(0))
     ids = [tokenizer.encode(text).ids[0] for text in (end, *script)]
     embedding = np.random.RandomState(0).choice([-1.0, 1.0], model.embedding.shape)
     unembedding = np.zeros(embedding.shape)
     unembedding[ids[1:]] = embedding[ids[:-1]]
     model = model.replace(
-        embedding=embedding.astype(np.float32), unembedding=unembedding.astype(np.float32),
-        layers=jax.tree.map(np.zeros_like, model.layers))
+      embedding=embedding.astype(np.float32),
+      unembedding=unembedding.astype(np.float32),
+      layers=jax.tree.map(np.zeros_like, model.layers),
+    )
     checkpoint.save(folder / "checkpoint", model, config, files=folder / "files")
     found[name] = folder / "checkpoint"
   return found
@@ -190,24 +246,42 @@ def chat_checkpoints(tmp_path_factory):
 
 def test_chats_from_message_to_answer(chat_checkpoints, tmp_path):
   source = tmp_path / "in.jsonl"
-  source.write_text("".join(json.dumps(request) + "\n" for request in [
-      {"id": "a", "messages": [{"role": "user", "content": "2 + 2?"}]},
-      {"prompt": "What is <think>?"},
-      {"messages": [{"role": "user", "content": "2 + 2?"},
-                    {"role": "assistant", "content": "It is\n"}]}]))
-  thinking, harmony = (
-      f"--checkpoint={chat_checkpoints[name]}" for name in ("thinking", "harmony"))
-  terminal, shown, short, lines_out, harmony_lines, stopped, dated, plain = many_runs([
+  source.write_text(
+    "".join(
+      json.dumps(request) + "\n"
+      for request in [
+        {"id": "a", "messages": [{"role": "user", "content": "2 + 2?"}]},
+        {"prompt": "What is <think>?"},
+        {
+          "messages": [
+            {"role": "user", "content": "2 + 2?"},
+            {"role": "assistant", "content": "It is\n"},
+          ]
+        },
+      ]
+    )
+  )
+  thinking, harmony = (f"--checkpoint={chat_checkpoints[name]}" for name in ("thinking", "harmony"))
+  terminal, shown, short, lines_out, harmony_lines, stopped, dated, plain = many_runs(
+    [
       [thinking, "--chat", "--prompt=2 + 2?"],
       [thinking, "--chat", "--prompt=2 + 2?", "--show_reasoning", "--system=Brief.", "--thinking"],
       [thinking, "--chat", "--prompt=2 + 2?", "--max_new_tokens=3"],
       [thinking, "--chat", f"--input={source}"],
-      [harmony, "--chat", f"--input={source}", "--chat_date=2025-01-31",
-       "--reasoning_effort=low", "--max_new_tokens=8", "--system=Be brief."],
+      [
+        harmony,
+        "--chat",
+        f"--input={source}",
+        "--chat_date=2025-01-31",
+        "--reasoning_effort=low",
+        "--max_new_tokens=8",
+        "--system=Be brief.",
+      ],
       [thinking, "--chat", "--prompt=2 + 2?", "--stop=."],
       [harmony, "--chat", "--prompt=2 + 2?", "--chat_date=2025-01-31"],
       [harmony, "--prompt=t"],
-  ])
+    ]
+  )
   settings = lambda errors: json.loads(errors.split("[settings: ")[1].split("]\n[")[0])
 
   code, out, errors = terminal
@@ -243,7 +317,10 @@ def test_chats_from_message_to_answer(chat_checkpoints, tmp_path):
   assert [r["text"] for r in records[:2]] == ["final4", "final4"]
   chat = records[0]["settings"]["chat"]
   assert (chat["date"], chat["reasoning_effort"], chat["system"]) == (
-      "2025-01-31", "low", "Be brief.")
+    "2025-01-31",
+    "low",
+    "Be brief.",
+  )
 
   assert stopped[:2] == [None, "4\n"] and "stop_string" in stopped[2]
   assert dated[:2] == [None, "4\n"] and settings(dated[2])["chat"]["date"] == "2025-01-31"
@@ -255,10 +332,16 @@ def test_lines_without_an_answer_are_null_and_counted(chat_checkpoints, tmp_path
   target = tmp_path / "out.jsonl"
   source = tmp_path / "in.jsonl"
   source.write_text(lines(["2 + 2?", "3 + 3?"]))
-  arguments = [f"--checkpoint={chat_checkpoints['harmony']}", "--chat", f"--input={source}",
-               f"--output={target}", "--max_new_tokens=4"]
+  arguments = [
+    f"--checkpoint={chat_checkpoints['harmony']}",
+    "--chat",
+    f"--input={source}",
+    f"--output={target}",
+    "--max_new_tokens=4",
+  ]
   first, again, other_day = many_runs(
-      [[*arguments, "--chat_date=2025-01-31"]] * 2 + [[*arguments, "--chat_date=2025-02-01"]])
+    [[*arguments, "--chat_date=2025-01-31"]] * 2 + [[*arguments, "--chat_date=2025-02-01"]]
+  )
   assert first[0] is None and "[2 texts ended before the answer" in first[2]
   records = [json.loads(line) for line in target.read_text().splitlines()]
   assert [(r["answer"], r["reasoning"], r["text"]) for r in records] == [(None, "", "fin")] * 2
@@ -267,33 +350,46 @@ def test_lines_without_an_answer_are_null_and_counted(chat_checkpoints, tmp_path
 
 
 BAD_CHATS = [  # checkpoint, arguments, line of input, sentence
-    ("none", ["--chat", "--prompt=x"], None, "has no chat template"),
-    ("thinking", ["--prompt=x", "--system=y"], None, "--system is about chats: give --chat"),
-    ("thinking", ["--prompt=x", "--nothinking"], None, "--thinking is about chats"),
-    ("thinking", ["--prompt=x", "--show_reasoning"], None, "--show_reasoning is about chats"),
-    ("thinking", ["--chat", "--show_reasoning"], {"prompt": "x"},
-     "--show_reasoning is about --prompt"),
-    ("thinking", ["--chat", "--prompt=x", "--nospecial_tokens"], None, "about plain prompts"),
-    ("thinking", ["--chat", "--prompt=x", "--reasoning_effort=low"], None,
-     "does not use the setting reasoning_effort"),
-    ("thinking", ["--chat", "--prompt=x", "--chat_date=2025-01-31"], None, "not use the date"),
-    ("harmony", ["--chat", "--prompt=x", "--chat_date=1.2.2025"], None, "must be YYYY-MM-DD"),
-    ("harmony", ["--chat", "--prompt=" + "x" * 200], None, "does not fit the model's context"),
-    ("refusing", ["--chat", "--prompt=x"], None, "error: --prompt: the chat template of "),
-    ("thinking", [], {"messages": "x"}, "input request 1: messages must be a list"),
-    ("thinking", [], {"messages": [{"role": "user"}]}, "message 0 must have \"role\""),
-    ("thinking", [], {"prompt": "x"}, "input request 1 must have either \"messages\""),
-    ("thinking", ["--chat"], {"prompt": "x", "messages": []}, "either \"messages\""),
-    ("thinking", [], {"prompt": "x", "messages": []}, "either \"messages\""),
-    ("thinking", ["--chat"], {"prompt_tokens": [1]}, "either \"messages\""),
-    ("thinking", ["--chat"], {"prompt": 3}, "message 0 must have \"role\""),
-    ("thinking", ["--system=y"], {"messages": [{"role": "system", "content": "x"}]},
-     "has a system message of its own"),
+  ("none", ["--chat", "--prompt=x"], None, "has no chat template"),
+  ("thinking", ["--prompt=x", "--system=y"], None, "--system is about chats: give --chat"),
+  ("thinking", ["--prompt=x", "--nothinking"], None, "--thinking is about chats"),
+  ("thinking", ["--prompt=x", "--show_reasoning"], None, "--show_reasoning is about chats"),
+  (
+    "thinking",
+    ["--chat", "--show_reasoning"],
+    {"prompt": "x"},
+    "--show_reasoning is about --prompt",
+  ),
+  ("thinking", ["--chat", "--prompt=x", "--nospecial_tokens"], None, "about plain prompts"),
+  (
+    "thinking",
+    ["--chat", "--prompt=x", "--reasoning_effort=low"],
+    None,
+    "does not use the setting reasoning_effort",
+  ),
+  ("thinking", ["--chat", "--prompt=x", "--chat_date=2025-01-31"], None, "not use the date"),
+  ("harmony", ["--chat", "--prompt=x", "--chat_date=1.2.2025"], None, "must be YYYY-MM-DD"),
+  ("harmony", ["--chat", "--prompt=" + "x" * 200], None, "does not fit the model's context"),
+  ("refusing", ["--chat", "--prompt=x"], None, "error: --prompt: the chat template of "),
+  ("thinking", [], {"messages": "x"}, "input request 1: messages must be a list"),
+  ("thinking", [], {"messages": [{"role": "user"}]}, 'message 0 must have "role"'),
+  ("thinking", [], {"prompt": "x"}, 'input request 1 must have either "messages"'),
+  ("thinking", ["--chat"], {"prompt": "x", "messages": []}, 'either "messages"'),
+  ("thinking", [], {"prompt": "x", "messages": []}, 'either "messages"'),
+  ("thinking", ["--chat"], {"prompt_tokens": [1]}, 'either "messages"'),
+  ("thinking", ["--chat"], {"prompt": 3}, 'message 0 must have "role"'),
+  (
+    "thinking",
+    ["--system=y"],
+    {"messages": [{"role": "system", "content": "x"}]},
+    "has a system message of its own",
+  ),
 ]
 
 
 def test_bad_chats_are_refused_before_the_parameters_are_read(
-    chat_checkpoints, tiny_checkpoint, tmp_path):
+  chat_checkpoints, tiny_checkpoint, tmp_path
+):
   folders = {}
   for name, folder in (chat_checkpoints | {"none": tiny_checkpoint}).items():
     folders[name] = shutil.copytree(folder, tmp_path / name)
@@ -304,7 +400,10 @@ def test_bad_chats_are_refused_before_the_parameters_are_read(
   for i, (name, arguments, line, _) in enumerate(BAD_CHATS):
     runs.append([f"--checkpoint={folders[name]}", *arguments])
     if line is not None:
-      (tmp_path / f"{i}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [
-          {"messages": [{"role": "user", "content": "x"}]}, line]))
+      (tmp_path / f"{i}.jsonl").write_text(
+        "".join(
+          json.dumps(r) + "\n" for r in [{"messages": [{"role": "user", "content": "x"}]}, line]
+        )
+      )
       runs[-1].append(f"--input={tmp_path / f'{i}.jsonl'}")
   check_refused(runs, [sentence for *_, sentence in BAD_CHATS])

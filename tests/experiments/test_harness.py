@@ -2,22 +2,23 @@
 
 import json
 
+import chat_formats
+import hf
 from lm_eval.api.instance import Instance
 import numpy as np
 import pytest
-
-import chat_formats
-import hf
 import tiny
-from experiments import engine as engine_lib, harness, harness_tasks
-from experiments.engine import Answers, Engine, request_id
+
+from experiments.evaluation import engine as engine_lib
+from experiments.evaluation import lm_eval_model, lm_eval_tasks
+from experiments.evaluation.engine import Answers, Engine, request_id
 from experiments.tasks import wordmath, wordmath_tokenizer
 from roe_jax import checkpoint
-from roe_jax.chat import Chat
 from roe_jax.completion import Completion
 from roe_jax.families import from_hugging_face
 from roe_jax.roster import Roster
-from roe_jax.tokenizer import Tokenizer
+from roe_jax.text.chat import Chat
+from roe_jax.text.tokenizer import Tokenizer
 
 CONTEXT = 64
 PROBLEMS = wordmath.problems("test", 4)
@@ -36,17 +37,29 @@ def folder(tmp_path_factory):
 def model(folder):
   """Names of a random model, and its weights."""
   vocabulary = Tokenizer.load(folder).vocab_size
-  config = hf.config_json("olmoe", vocab_size=vocabulary, max_position_embeddings=CONTEXT,
-                          bos_token_id=None, eos_token_id=0, pad_token_id=1)
+  config = hf.config_json(
+    "olmoe",
+    vocab_size=vocabulary,
+    max_position_embeddings=CONTEXT,
+    bos_token_id=None,
+    eos_token_id=0,
+    pad_token_id=1,
+  )
   return config, hf.random_state(config)
 
 
 def adapter(folder, model, batch_size=3, **settings):
   config = from_hugging_face(model[0])
   tokenizer = Tokenizer.load(folder)
-  lm = harness.RosterLM("name", config, tokenizer)
-  lm.engine = Engine(hf.to_params(*model), config, tokenizer, Roster.create(config, **settings),
-                     Answers(), batch_size=batch_size)
+  lm = lm_eval_model.RosterLM("name", config, tokenizer)
+  lm.engine = Engine(
+    hf.to_params(*model),
+    config,
+    tokenizer,
+    Roster.create(config, **settings),
+    Answers(),
+    batch_size=batch_size,
+  )
   return lm
 
 
@@ -62,9 +75,15 @@ def theirs(folder, model):
     pytest.importorskip(needed)
   transformers = pytest.importorskip("transformers")
   from lm_eval.models.huggingface import HFLM
+
   tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder))
-  return HFLM(pretrained=hf.to_model(*model), tokenizer=tokenizer, batch_size=3,
-              max_length=CONTEXT, device="cpu")
+  return HFLM(
+    pretrained=hf.to_model(*model),
+    tokenizer=tokenizer,
+    batch_size=3,
+    max_length=CONTEXT,
+    device="cpu",
+  )
 
 
 def instances(kind, arguments, task="task"):
@@ -74,16 +93,23 @@ def instances(kind, arguments, task="task"):
 def pairs():
   """Contexts and continuations: choices, white space at the seam, none at all, too long ones."""
   made = [(q, f" {choice}") for q in QUESTIONS for choice in ("12+5=17", "12+5=18", "7", "8")]
-  made += [(QUESTIONS[0] + "  ", "3*4=12"), ("", QUESTIONS[1]), ("Question: Ann", "'s pears."),
-           (" ".join(QUESTIONS), wordmath.completion(PROBLEMS[0])), (" ".join(QUESTIONS), " 5")]
+  made += [
+    (QUESTIONS[0] + "  ", "3*4=12"),
+    ("", QUESTIONS[1]),
+    ("Question: Ann", "'s pears."),
+    (" ".join(QUESTIONS), wordmath.completion(PROBLEMS[0])),
+    (" ".join(QUESTIONS), " 5"),
+  ]
   return made
 
 
 def test_likelihoods_are_those_of_the_harness_with_transformers(ours, theirs):
   expected = theirs.loglikelihood(instances("loglikelihood", pairs()), disable_tqdm=True)
   # What a model of transformers would say itself, so that some are greedy.
-  greedy = theirs.generate_until(instances("generate_until", [
-      (q, {"until": [], "max_gen_toks": 3}) for q in QUESTIONS]), disable_tqdm=True)
+  greedy = theirs.generate_until(
+    instances("generate_until", [(q, {"until": [], "max_gen_toks": 3}) for q in QUESTIONS]),
+    disable_tqdm=True,
+  )
   more = [(q, text) for q, text in zip(QUESTIONS, greedy) if text.strip()]
   expected += theirs.loglikelihood(instances("loglikelihood", more), disable_tqdm=True)
   found = ours.loglikelihood(instances("loglikelihood", pairs() + more))
@@ -95,8 +121,9 @@ def test_likelihoods_are_those_of_the_harness_with_transformers(ours, theirs):
 def test_rolling_likelihoods_are_those_of_the_harness_with_transformers(ours, theirs):
   texts = [(QUESTIONS[0],), (" ".join(QUESTIONS),), ("a",)]
   found = ours.loglikelihood_rolling(instances("loglikelihood_rolling", texts))
-  expected = theirs.loglikelihood_rolling(instances("loglikelihood_rolling", texts),
-                                          disable_tqdm=True)
+  expected = theirs.loglikelihood_rolling(
+    instances("loglikelihood_rolling", texts), disable_tqdm=True
+  )
   np.testing.assert_allclose(found, expected, atol=1e-4)
   assert len(ours.windows(*texts[1])) > 2
 
@@ -105,23 +132,26 @@ def test_generated_texts_are_those_of_the_harness_with_transformers(ours, theirs
   wanted = [(q, {"until": ["\n"], "max_gen_toks": 12}) for q in QUESTIONS]
   plain = theirs.generate_until(instances("generate_until", wanted), disable_tqdm=True)
   stop = plain[1][4]  # a letter that stands in one of the texts
-  wanted += [(q, {"until": [stop, "\n"], "max_gen_toks": 12, "do_sample": False})
-             for q in QUESTIONS]
+  wanted += [
+    (q, {"until": [stop, "\n"], "max_gen_toks": 12, "do_sample": False}) for q in QUESTIONS
+  ]
   wanted += [(" ".join(QUESTIONS), {"until": "\n", "max_gen_toks": 40})]
   expected = theirs.generate_until(instances("generate_until", wanted), disable_tqdm=True)
   found = ours.generate_until(instances("generate_until", wanted))
   assert found == expected
-  assert found[5] == plain[1][:plain[1].index(stop)]
+  assert found[5] == plain[1][: plain[1].index(stop)]
 
 
 def test_a_roster_answers_the_same_whatever_the_order_the_batches_and_the_other_requests(
-    folder, model, ours):
+  folder, model, ours
+):
   settings = dict(num_members=3, temperatures=0.5)
   made = pairs()
   all_at_once = adapter(folder, model, **settings).loglikelihood(instances("loglikelihood", made))
   some = made[9:2:-1]
   found = adapter(folder, model, batch_size=2, **settings).loglikelihood(
-      instances("loglikelihood", some, task="another"))
+    instances("loglikelihood", some, task="another")
+  )
   np.testing.assert_allclose([f[0] for f in found], [f[0] for f in all_at_once[9:2:-1]], atol=1e-4)
   plain = ours.loglikelihood(instances("loglikelihood", made))
   assert max(abs(a[0] - b[0]) for a, b in zip(plain, all_at_once)) > 0.01
@@ -141,10 +171,14 @@ def test_repeats_are_samples_of_their_own_and_equal_questions_are_not(folder, mo
   assert first == other != second
 
 
-@pytest.mark.parametrize("settings, message", [
+@pytest.mark.parametrize(
+  "settings, message",
+  [
     ({"max_gen_toks": CONTEXT}, "64 new tokens leave no room.*context of 64.*--max_new_tokens"),
     ({"penalty_alpha": 0.6}, "penalty_alpha, which are not known here; there are temperature"),
-    ({"num_beams": 4}, "num_beams")])
+    ({"num_beams": 4}, "num_beams"),
+  ],
+)
 def test_wrong_generation_settings_are_refused(ours, settings, message):
   with pytest.raises(ValueError, match=message):
     ours.prompt(QUESTIONS[0], {"until": [], **settings})
@@ -157,7 +191,7 @@ def test_chats_are_prompts_of_the_template_that_end_with_its_turn(tmp_path, name
   tokenizer = Tokenizer.load(tmp_path)
   config = tiny.config("olmoe", vocab_size=tokenizer.vocab_size, context_length=256)
   chat = Chat.load(tmp_path, tokenizer)
-  lm = harness.RosterLM(str(tmp_path), config, tokenizer, chat)
+  lm = lm_eval_model.RosterLM(str(tmp_path), config, tokenizer, chat)
   messages = [{"role": "user", "content": "What is 1+1?"}]
   for said in (messages, [*messages, {"role": "assistant", "content": "It is"}]):
     prompt = lm.prompt(lm.apply_chat_template(said), {"until": ["5"], "max_gen_toks": 9})
@@ -167,7 +201,7 @@ def test_chats_are_prompts_of_the_template_that_end_with_its_turn(tmp_path, name
     assert prompt.stop_tokens == chat.stop_tokens
   assert lm.chat_template(True) == chat_formats.TEMPLATES[name]
   # Without a chat from the beginning, as the harness's own program asks for it.
-  late = harness.RosterLM(str(tmp_path), config, tokenizer)
+  late = lm_eval_model.RosterLM(str(tmp_path), config, tokenizer)
   assert late.prompt(late.apply_chat_template(said), {"until": ["5"], "max_gen_toks": 9}) == prompt
 
 
@@ -184,26 +218,37 @@ def test_the_answer_of_a_chat_is_what_follows_the_reasoning(tmp_path, monkeypatc
       on_finished(i, Completion(tokens, [-0.5] * len(tokens), tokens, reason, text))
 
   monkeypatch.setattr(engine_lib.decode, "generate", generate)
-  lm = harness.RosterLM(str(tmp_path), config, tokenizer, Chat.load(tmp_path, tokenizer))
+  lm = lm_eval_model.RosterLM(str(tmp_path), config, tokenizer, Chat.load(tmp_path, tokenizer))
   lm.engine = Engine(None, config, tokenizer, Roster.create(config), Answers())
   contexts = [lm.apply_chat_template([{"role": "user", "content": text}]) for text in ("bb", "a")]
-  found = lm.generate_until(instances("generate_until", [
-      (context, {"until": [], "max_gen_toks": 9}) for context in contexts]))
+  found = lm.generate_until(
+    instances(
+      "generate_until", [(context, {"until": [], "max_gen_toks": 9}) for context in contexts]
+    )
+  )
   assert sorted(found) == ["", "It is 5"]
 
 
 def test_the_harnesss_program_finds_the_model_by_name(tiny_checkpoint):
   from lm_eval.api.registry import get_model
+
   lm = get_model("roe_jax").create_from_arg_string(
-      f"checkpoint={tiny_checkpoint},num_members=2,temperatures=0.5;0.25,gate_weights=noisy",
-      {"batch_size": 2, "max_batch_size": None, "device": None})
-  assert isinstance(lm, harness.RosterLM)
-  found, = lm.loglikelihood(instances("loglikelihood", [(QUESTIONS[0], " 12")]))
+    f"checkpoint={tiny_checkpoint},num_members=2,temperatures=0.5;0.25,gate_weights=noisy",
+    {"batch_size": 2, "max_batch_size": None, "device": None},
+  )
+  assert isinstance(lm, lm_eval_model.RosterLM)
+  (found,) = lm.loglikelihood(instances("loglikelihood", [(QUESTIONS[0], " 12")]))
   params, config = checkpoint.load(tiny_checkpoint)
   tokenizer = Tokenizer.load(tiny_checkpoint)
-  other = harness.RosterLM(str(tiny_checkpoint), config, tokenizer)
-  other.engine = Engine(params, config, tokenizer, Roster.create(
-      config, 2, [0.5, 0.25], gate_weights="noisy"), Answers(), batch_size=2)
+  other = lm_eval_model.RosterLM(str(tiny_checkpoint), config, tokenizer)
+  other.engine = Engine(
+    params,
+    config,
+    tokenizer,
+    Roster.create(config, 2, [0.5, 0.25], gate_weights="noisy"),
+    Answers(),
+    batch_size=2,
+  )
   assert other.loglikelihood(instances("loglikelihood", [(QUESTIONS[0], " 12")])) == [found]
   with pytest.raises(ValueError, match="unknown model_args temperature; the roster's settings are"):
     get_model("roe_jax").create_from_arg_string(f"checkpoint={tiny_checkpoint},temperature=1")
@@ -225,13 +270,13 @@ fewshot_split: train
 doc_to_text: "{{{{question}}}}"
 """
 TASKS = {
-    "choice": """
+  "choice": """
 output_type: multiple_choice
 doc_to_choice: "{{choices}}"
 doc_to_target: label
 metric_list: [{metric: acc}, {metric: acc_norm}]
 """,
-    "written": """
+  "written": """
 output_type: generate_until
 doc_to_target: "{{answer}}"
 generation_kwargs: {until: ["\\n"], max_gen_toks: 6}
@@ -240,19 +285,19 @@ filter_list:
   - {name: whole, filter: [{function: take_first}]}
   - {name: digits, filter: [{function: regex, regex_pattern: "([0-9]+)"}, {function: take_first}]}
 """,
-    "rolling": """
+  "rolling": """
 output_type: loglikelihood_rolling
 doc_to_target: "{{question}}"
 metric_list: [{metric: word_perplexity}]
 """,
-    "code": """
+  "code": """
 unsafe_code: true
 output_type: generate_until
 doc_to_target: "{{answer}}"
 generation_kwargs: {until: ["\\n"], max_gen_toks: 6}
 metric_list: [{metric: !function code.passed, aggregation: mean, higher_is_better: true}]
 """,
-    "unconfined": """
+  "unconfined": """
 unsafe_code: true
 output_type: generate_until
 doc_to_target: "{{answer}}"
@@ -276,9 +321,17 @@ def task_folder(tmp_path_factory):
   path = tmp_path_factory.mktemp("tasks")
   with (path / "data.jsonl").open("w") as file:
     for i, problem in enumerate(wordmath.problems("test", 5)):
-      file.write(json.dumps({
-          "question": wordmath.prompt(problem), "choices": ["12", "3+4=7", "9-2=7."],
-          "label": i % 3, "answer": problem.answer}) + "\n")
+      file.write(
+        json.dumps(
+          {
+            "question": wordmath.prompt(problem),
+            "choices": ["12", "3+4=7", "9-2=7."],
+            "label": i % 3,
+            "answer": problem.answer,
+          }
+        )
+        + "\n"
+      )
   for name, text in TASKS.items():
     (path / f"{name}.yaml").write_text(HEAD.format(name=name, data=path / "data.jsonl") + text)
   (path / "code.py").write_text(CODE)
@@ -286,19 +339,22 @@ def task_folder(tmp_path_factory):
 
 
 def load(task_folder, *names, **settings):
-  return harness_tasks.load(names, str(task_folder), include_defaults=False, **settings)
+  return lm_eval_tasks.load(names, str(task_folder), include_defaults=False, **settings)
 
 
 def test_tasks_of_a_local_folder(task_folder, ours, monkeypatch):
   monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
   loaded = load(task_folder, "choice", "written", "rolling")
-  harness_tasks.check(ours, loaded)
-  results = harness_tasks.run(ours, loaded, limit=4)
-  lines = {name: list(harness_tasks.records(ours, name, task, results["samples"][name], seed=7))
-           for name, task in loaded["tasks"].items()}
+  lm_eval_tasks.check(ours, loaded)
+  results = lm_eval_tasks.run(ours, loaded, limit=4)
+  lines = {
+    name: list(lm_eval_tasks.records(ours, name, task, results["samples"][name], seed=7))
+    for name, task in loaded["tasks"].items()
+  }
   for name, records in lines.items():
     assert [(r["task"], r["example"], r["seed"]) for r in records] == [
-        (name, f"{name}/{i}", 7) for i in range(4)]
+      (name, f"{name}/{i}", 7) for i in range(4)
+    ]
   for i, record in enumerate(lines["choice"]):
     choices = [" 12", " 3+4=7", " 9-2=7."]
     found = ours.loglikelihood(instances("loglikelihood", [(QUESTIONS[i], c) for c in choices]))
@@ -307,17 +363,21 @@ def test_tasks_of_a_local_folder(task_folder, ours, monkeypatch):
     assert record["metrics"]["acc"] == (np.argmax(log_probs) == i % 3)
     assert record["correct"] == [np.argmax(log_probs) == i % 3]
     assert record["confidences"][0] == pytest.approx(
-        np.exp(log_probs.max()) / np.exp(log_probs).sum())
+      np.exp(log_probs.max()) / np.exp(log_probs).sum()
+    )
     assert record["metrics"]["nll"] == -log_probs[i % 3]
     assert record["metrics"]["tokens"] == len(ours.tok_encode(choices[i % 3]))
   assert results["results"]["choice"]["acc,none"] == np.mean(
-      [r["metrics"]["acc"] for r in lines["choice"]])
-  texts = ours.generate_until(instances("generate_until", [
-      (q, {"until": ["\n"], "max_gen_toks": 6}) for q in QUESTIONS]))
+    [r["metrics"]["acc"] for r in lines["choice"]]
+  )
+  texts = ours.generate_until(
+    instances("generate_until", [(q, {"until": ["\n"], "max_gen_toks": 6}) for q in QUESTIONS])
+  )
   assert [r["outputs"] for r in lines["written"]] == [[[text]] for text in texts]
   assert lines["written"][0]["metrics"].keys() == {"exact_match,whole", "exact_match,digits"}
   rolling = ours.loglikelihood_rolling(
-      instances("loglikelihood_rolling", [(q,) for q in QUESTIONS]))
+    instances("loglikelihood_rolling", [(q,) for q in QUESTIONS])
+  )
   assert [r["metrics"]["nll"] for r in lines["rolling"]] == [-r for r in rolling]
   assert lines["rolling"][0]["metrics"]["tokens"] == len(ours.tok_encode(QUESTIONS[0]))
 
@@ -327,19 +387,22 @@ def test_examples_are_shown_as_asked_and_do_not_depend_on_the_limit(task_folder,
   contexts = []
   for limit in (2, 4):
     for _ in range(2):
-      results = harness_tasks.run(ours, loaded, limit=limit)
+      results = lm_eval_tasks.run(ours, loaded, limit=limit)
       contexts.append([s["arguments"][0][0] for s in results["samples"]["choice"]])
   assert contexts[0] == contexts[1] == contexts[2][:2] == contexts[3][:2]
   assert all(context.count("Question:") == 2 for context in contexts[3])
 
 
-@pytest.mark.parametrize("name, settings, message", [
+@pytest.mark.parametrize(
+  "name, settings, message",
+  [
     ("choise", {}, "no task 'choise'; did you mean choice"),
     ("paper/gsm", dict(others=["paper/gsm8k"]), "did you mean paper/gsm8k"),
     ("code", {}, "task code runs programs.*--allow_code_execution"),
     ("unconfined", {}, "task unconfined runs programs.*--allow_code_execution"),
     ("unconfined", dict(allow_code_execution=True), "without a sandbox.*paper/humaneval"),
-])
+  ],
+)
 def test_wrong_tasks_are_refused(task_folder, name, settings, message):
   with pytest.raises(ValueError, match=message):
     load(task_folder, name, **settings)
@@ -347,7 +410,8 @@ def test_wrong_tasks_are_refused(task_folder, name, settings, message):
 
 def test_data_that_cannot_be_had_are_told(task_folder, tmp_path):
   (tmp_path / "lost.yaml").write_text(
-      HEAD.format(name="lost", data=tmp_path / "nowhere.jsonl") + TASKS["choice"])
+    HEAD.format(name="lost", data=tmp_path / "nowhere.jsonl") + TASKS["choice"]
+  )
   with pytest.raises(ValueError, match="task lost cannot be loaded.*--include_path"):
     load(tmp_path, "lost")
 
@@ -356,10 +420,10 @@ def test_a_task_that_asks_for_too_many_tokens_is_refused_before_it_runs(task_fol
   loaded = load(task_folder, "written")
   loaded["tasks"]["written"].set_config("generation_kwargs", {"max_gen_toks": 64}, update=True)
   with pytest.raises(ValueError, match="task written: 64 new tokens"):
-    harness_tasks.check(ours, loaded)
+    lm_eval_tasks.check(ours, loaded)
 
 
 def test_programs_of_the_harnesss_tasks_run_in_the_sandbox(task_folder, ours):
   loaded = load(task_folder, "code", allow_code_execution=True)
-  results = harness_tasks.run(ours, loaded, limit=1)
+  results = lm_eval_tasks.run(ours, loaded, limit=1)
   assert results["results"]["code"]["passed,none"] == pytest.approx(1 / 3)

@@ -11,36 +11,73 @@ from experiments import tasks
 from experiments.tasks import human_eval, plus_driver
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="programs are confined by the Linux kernel")
+  sys.platform != "linux", reason="programs are confined by the Linux kernel"
+)
 
 
 def problem(number, entry_point, prompt, solution, test, base, plus, atol=0):
-  shared = {"task_id": f"HumanEval/{number}", "prompt": prompt, "entry_point": entry_point,
-            "canonical_solution": solution}
-  return (shared | {"test": test},
-          shared | {"base_input": base, "plus_input": plus, "atol": atol, "contract": ""})
+  shared = {
+    "task_id": f"HumanEval/{number}",
+    "prompt": prompt,
+    "entry_point": entry_point,
+    "canonical_solution": solution,
+  }
+  return (
+    shared | {"test": test},
+    shared | {"base_input": base, "plus_input": plus, "atol": atol, "contract": ""},
+  )
 
 
 PROBLEMS = [
-    problem(1, "double", 'def double(x):\n    """ Returns twice x. """\n', "    return 2 * x\n",
-            "\n\ndef check(candidate):\n    assert candidate(2) == 4\n"
-            "    assert candidate(0) == 0\n",
-            [[2], [0]], [[-3], ["ab"], [1.5]]),
-    problem(2, "third", 'def third(x):\n    """ Returns a third of x, about. """\n',
-            "    return x / 3\n",
-            "\n\ndef check(candidate):\n    assert abs(candidate(1) - 0.3333333) < 1e-6\n",
-            [[1]], [[10], [2.5]], 1e-4),
-    problem(3, "decode", 'def encode(s):\n    """ Reverses. """\n    return s[::-1]\n\n\n'
-            'def decode(s):\n    """ Undoes encode. """\n', "    return s[::-1]\n",
-            "\n\ndef check(candidate):\n    assert candidate(encode('abc')) == 'abc'\n",
-            [["cba"]], [[""], ["aab"]]),
-    problem(32, "find_zero", 'import math\n\n\ndef find_zero(xs: list):\n'
-            '    """ A zero of the polynomial with coefficients xs. """\n',
-            "    return -xs[0] / xs[1]\n",
-            "\n\ndef check(candidate):\n    assert candidate([1, 2]) == -0.5\n",
-            [[[1, 2]]], [[[-6, 3]], [[5, 1, 0]]], 1e-4),
-    problem(5, "count", 'def count(n):\n    """ Counts to n. """\n', "    return list(range(n))\n",
-            "\n\ndef check(candidate):\n    assert candidate(2) == [0, 1]\n", [[2]], [[0], [5]]),
+  problem(
+    1,
+    "double",
+    'def double(x):\n    """ Returns twice x. """\n',
+    "    return 2 * x\n",
+    "\n\ndef check(candidate):\n    assert candidate(2) == 4\n    assert candidate(0) == 0\n",
+    [[2], [0]],
+    [[-3], ["ab"], [1.5]],
+  ),
+  problem(
+    2,
+    "third",
+    'def third(x):\n    """ Returns a third of x, about. """\n',
+    "    return x / 3\n",
+    "\n\ndef check(candidate):\n    assert abs(candidate(1) - 0.3333333) < 1e-6\n",
+    [[1]],
+    [[10], [2.5]],
+    1e-4,
+  ),
+  problem(
+    3,
+    "decode",
+    'def encode(s):\n    """ Reverses. """\n    return s[::-1]\n\n\n'
+    'def decode(s):\n    """ Undoes encode. """\n',
+    "    return s[::-1]\n",
+    "\n\ndef check(candidate):\n    assert candidate(encode('abc')) == 'abc'\n",
+    [["cba"]],
+    [[""], ["aab"]],
+  ),
+  problem(
+    32,
+    "find_zero",
+    "import math\n\n\ndef find_zero(xs: list):\n"
+    '    """ A zero of the polynomial with coefficients xs. """\n',
+    "    return -xs[0] / xs[1]\n",
+    "\n\ndef check(candidate):\n    assert candidate([1, 2]) == -0.5\n",
+    [[[1, 2]]],
+    [[[-6, 3]], [[5, 1, 0]]],
+    1e-4,
+  ),
+  problem(
+    5,
+    "count",
+    'def count(n):\n    """ Counts to n. """\n',
+    "    return list(range(n))\n",
+    "\n\ndef check(candidate):\n    assert candidate(2) == [0, 1]\n",
+    [[2]],
+    [[0], [5]],
+  ),
 ]
 
 
@@ -64,8 +101,9 @@ def references():
   return [p["canonical_solution"] for p, _ in PROBLEMS]
 
 
-@pytest.mark.parametrize("n,c,k", [
-    (5, 0, 1), (5, 5, 1), (5, 2, 1), (6, 3, 2), (7, 1, 7), (8, 6, 3)])
+@pytest.mark.parametrize(
+  "n,c,k", [(5, 0, 1), (5, 5, 1), (5, 2, 1), (6, 3, 2), (7, 1, 7), (8, 6, 3)]
+)
 def test_pass_at_k_is_the_share_of_all_choices_of_k_samples_with_a_correct_one(n, c, k):
   chosen = list(itertools.combinations([True] * c + [False] * (n - c), k))
   expected = sum(map(any, chosen)) / len(chosen)
@@ -93,12 +131,22 @@ def test_reference_solutions_pass_as_a_chat_writes_them(name, data_dir):
 
 
 def test_wrong_and_odd_solutions_fail(data_dir):
-  texts = ["    return 3 * x\n", "    return None\n", "    raise ValueError\n", "    return 1.0\n",
-           "    return [0, 1\n"]
+  texts = [
+    "    return 3 * x\n",
+    "    return None\n",
+    "    raise ValueError\n",
+    "    return 1.0\n",
+    "    return [0, 1\n",
+  ]
   assert scores("humaneval", data_dir, texts) == [0.0] * 5
   assert scores("humaneval_plus", data_dir, texts) == [0.0] * 5
-  texts = ["    exit(0)\n", "    import os; os._exit(0)\n", "    return\n\nraise SystemExit(0)",
-           "    while True: pass\n", "    return range(n)\n"]
+  texts = [
+    "    exit(0)\n",
+    "    import os; os._exit(0)\n",
+    "    return\n\nraise SystemExit(0)",
+    "    while True: pass\n",
+    "    return range(n)\n",
+  ]
   assert scores("humaneval", data_dir, texts) == [0.0] * 5
 
 
@@ -120,13 +168,27 @@ def test_close_floats_and_any_zero_are_right(data_dir):
   assert scores("humaneval_plus", data_dir, texts)[1:4:2] == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("found,expected,atol,same", [
-    (1, 1, 0, True), (1, 2, 0, False), ("a", "a", 0, True), (1, 1.0, 0, True),
-    (1.0 + 5e-7, 1.0, 0, True), (1.0 + 5e-6, 1.0, 0, False), (1.0 + 5e-6, 1.0, 1e-5, True),
-    ([1.0, 2.0 + 5e-7], [1.0, 2.0], 0, True), ([1.0], [1.0, 2.0], 0, False),
-    ((1.0 + 1e-9,), [1.0], 0, False), ([1.0 + 1e-9, 2], [1.0, 2], 0, False),
-    ([1.0 + 1e-9, 2], [1.0, 2], 1e-6, True), (None, 1.0, 0, False), ([], [], 0, True),
-    (1e9 + 50, 1e9, 0, True), (1e9 + 500, 1e9, 0, False)])
+@pytest.mark.parametrize(
+  "found,expected,atol,same",
+  [
+    (1, 1, 0, True),
+    (1, 2, 0, False),
+    ("a", "a", 0, True),
+    (1, 1.0, 0, True),
+    (1.0 + 5e-7, 1.0, 0, True),
+    (1.0 + 5e-6, 1.0, 0, False),
+    (1.0 + 5e-6, 1.0, 1e-5, True),
+    ([1.0, 2.0 + 5e-7], [1.0, 2.0], 0, True),
+    ([1.0], [1.0, 2.0], 0, False),
+    ((1.0 + 1e-9,), [1.0], 0, False),
+    ([1.0 + 1e-9, 2], [1.0, 2], 0, False),
+    ([1.0 + 1e-9, 2], [1.0, 2], 1e-6, True),
+    (None, 1.0, 0, False),
+    ([], [], 0, True),
+    (1e9 + 50, 1e9, 0, True),
+    (1e9 + 500, 1e9, 0, False),
+  ],
+)
 def test_values_agree_as_in_evalplus(found, expected, atol, same):
   assert plus_driver.agree(found, expected, atol) == same
 
@@ -151,10 +213,12 @@ def test_a_solution_that_changes_its_arguments_is_compared_with_the_unchanged(da
 
 def test_plus_in_the_form_of_human_eval_is_read_too(tmp_path):
   rows = [p for p, _ in PROBLEMS]
-  broken = ("import math\ndef _poly(xs, x):\n  return 0\n\ndef check(candidate):\n"
-            "    inputs = [[[1, 2]], [[-6, 3]]]\n    results = [-0.5, 2.0]\n"
-            "    for i, (inp, exp) in enumerate(zip(inputs, results)):\n"
-            "        assert _poly(*candidate(*inp), inp) <= 0.0001\n")
+  broken = (
+    "import math\ndef _poly(xs, x):\n  return 0\n\ndef check(candidate):\n"
+    "    inputs = [[[1, 2]], [[-6, 3]]]\n    results = [-0.5, 2.0]\n"
+    "    for i, (inp, exp) in enumerate(zip(inputs, results)):\n"
+    "        assert _poly(*candidate(*inp), inp) <= 0.0001\n"
+  )
   rows[2] = rows[2] | {"test": "\ndef check(candidate):\n    assert candidate('cba') == 'abc'\n"}
   rows[3] = rows[3] | {"test": broken}
   lines = "".join(json.dumps(r) + "\n" for r in rows)
@@ -179,8 +243,9 @@ def test_prompts_are_the_authors(data_dir):
   chat = tasks.get("humaneval_plus").examples("all", data_dir, chat=True)[0]
   user, assistant = chat.messages
   assert user["content"] == (
-      "Please provide a self-contained Python script that solves the following problem in a "
-      'markdown code block:\n```\ndef double(x):\n    """ Returns twice x. """\n```\n')
+    "Please provide a self-contained Python script that solves the following problem in a "
+    'markdown code block:\n```\ndef double(x):\n    """ Returns twice x. """\n```\n'
+  )
   assert assistant["content"].endswith("passes corresponding tests:\n```python\n")
   assert "\n```\n" in chat.stop
 
@@ -189,9 +254,13 @@ def test_both_tasks_validate_on_the_same_problems_and_test_on_the_others(tmp_pat
   for plus, name in ((0, "HumanEval"), (1, "HumanEvalPlus")):
     rows = [PROBLEMS[0][plus] | {"task_id": f"HumanEval/{i}"} for i in range(164)]
     (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-  ids = {name: [[e.id.split("/")[1] for e in tasks.get(name).examples(split, tmp_path)]
-                for split in ("validation", "test", "all")]
-         for name in ("humaneval", "humaneval_plus")}
+  ids = {
+    name: [
+      [e.id.split("/")[1] for e in tasks.get(name).examples(split, tmp_path)]
+      for split in ("validation", "test", "all")
+    ]
+    for name in ("humaneval", "humaneval_plus")
+  }
   validation, test, everything = ids["humaneval"]
   assert ids["humaneval"] == ids["humaneval_plus"]
   assert len(validation) == 54 and not set(validation) & set(test)

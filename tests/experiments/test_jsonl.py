@@ -3,16 +3,19 @@ import json
 
 import pytest
 
-from experiments import jsonl
+from experiments.records import jsonl
 
 REQUESTS = [{"id": i, "prompt": f"p{i}"} for i in range(3)]
 
 
-@pytest.mark.parametrize("lines, sentence", [
+@pytest.mark.parametrize(
+  "lines, sentence",
+  [
     (["{"], "line 1 is not valid JSON"),
     (["{}", "[]"], "line 2 must be a JSON object"),
     ([""], "no line"),
-])
+  ],
+)
 def test_bad_lines_are_refused(lines, sentence):
   with pytest.raises(ValueError, match=sentence):
     jsonl.parse(lines)
@@ -43,7 +46,8 @@ def test_results_go_on_after_a_torn_line(tmp_path):
     results.write(2, {"x": 2})
   records = [json.loads(line) for line in path.read_text().splitlines()]
   assert [(r["index"], r["id"], r["x"], r["settings"]) for r in records] == [
-      (i, i, i, {"n": 1}) for i in range(3)]
+    (i, i, i, {"n": 1}) for i in range(3)
+  ]
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
@@ -105,8 +109,15 @@ def test_results_of_other_work_are_kept_and_refused(tmp_path):
     with pytest.raises(ValueError, match="other requests or settings"):
       jsonl.Results(str(path), requests, settings)
   record = json.loads(before)
-  for bad in ([record, record], [record | {"index": 3}], [record | {"index": -1} | REQUESTS[-1]],
-              [record | {"index": 1}], [record | {"index": None}], [{"settings": {"n": 1}}], [7]):
+  for bad in (
+    [record, record],
+    [record | {"index": 3}],
+    [record | {"index": -1} | REQUESTS[-1]],
+    [record | {"index": 1}],
+    [record | {"index": None}],
+    [{"settings": {"n": 1}}],
+    [7],
+  ):
     path.write_text("".join(json.dumps(r) + "\n" for r in bad))
     with pytest.raises(ValueError, match="other requests or settings"):
       jsonl.Results(str(path), REQUESTS, {"n": 1})

@@ -5,9 +5,9 @@ import time
 
 import jax
 import numpy as np
+import programs
 import pytest
 
-import programs
 from experiments.tasks import wordmath
 from roe_jax import checkpoint
 
@@ -16,9 +16,13 @@ TAU = "--temperature_profile=0.4"
 
 
 def problems(path, count):
-  path.write_text("".join(
+  path.write_text(
+    "".join(
       json.dumps({"id": i, "prompt": wordmath.prompt(p), "continuation": wordmath.completion(p)})
-      + "\n" for i, p in enumerate(wordmath.problems("test", count))))
+      + "\n"
+      for i, p in enumerate(wordmath.problems("test", count))
+    )
+  )
   return path
 
 
@@ -65,24 +69,32 @@ def same_bytes(*names):
   def check(found, expected):
     for name in names:
       assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+
   return check
 
 
 def without_times(value):
   """JSON without what was timed."""
   if isinstance(value, dict):
-    return {k: without_times(v) for k, v in value.items()
-            if k not in ("tokens_per_second", "cost", "rate", "seconds")}
+    return {
+      k: without_times(v)
+      for k, v in value.items()
+      if k not in ("tokens_per_second", "cost", "rate", "seconds")
+    }
   return [without_times(v) for v in value] if isinstance(value, list) else value
 
 
 def same_but_for_times(*names):
   def check(found, expected):
     for name in names:
-      ours, theirs = ([json.loads(line) for line in text.splitlines()]
-                      if name.endswith("jsonl") else json.loads(text)
-                      for text in ((f / name).read_text() for f in (found, expected)))
+      ours, theirs = (
+        [json.loads(line) for line in text.splitlines()]
+        if name.endswith("jsonl")
+        else json.loads(text)
+        for text in ((f / name).read_text() for f in (found, expected))
+      )
       assert without_times(ours) == without_times(theirs), name
+
   return check
 
 
@@ -96,33 +108,75 @@ def same_parameters(found, expected):
 # Module and flags ({folder} is where results go, {inputs} where inputs are), the file that
 # grows, and what is compared in the end.
 CASES = {
-    "score of lines": (
-        "experiments.score", ["--checkpoint={checkpoint}", "--input={inputs}/lines.jsonl",
-                              "--output={folder}/out.jsonl", "--batch_size=4", MEMBERS, TAU],
-        "out.jsonl", same_bytes("out.jsonl")),
-    "score of a text": (
-        "experiments.score", ["--checkpoint={checkpoint}", "--text={inputs}/text",
-                              "--output={folder}/out.json", "--batch_size=2", "--window=64",
-                              MEMBERS, TAU],
-        "out.json.windows.jsonl", same_bytes("out.json", "out.json.windows.jsonl")),
-    "quickstart": (
-        "experiments.quickstart", ["--checkpoints={checkpoint}", MEMBERS, "--output={folder}",
-                                   "--num_problems=5", "--num_validation=4", "--batch_size=3"],
-        "measured.jsonl", same_but_for_times("measured.jsonl", "results.json")),
-    "quantization": (
-        "experiments.quantization", ["--checkpoints={checkpoint}", "--formats=bfloat16,int4",
-                                     MEMBERS, "--num_problems=3", "--num_validation=3",
-                                     "--sweep=0.2,0.6", "--batch_size=3", "--output={folder}"],
-        "measured.jsonl", same_bytes("measured.jsonl", "results.json", "table.md")),
-    "convert": (
-        "checkpoints_convert", ["--source={checkpoint}", "--target={folder}/int4",
-                                "--quantize_experts=int4"],
-        None, lambda found, expected: same_parameters(found / "int4", expected / "int4")),
-    "convert back": (
-        "checkpoints_convert", ["--source={checkpoint}", "--target={folder}/hf",
-                                "--to_hugging_face", "--max_shard_size=8KB"],
-        None, lambda found, expected: same_bytes(
-            *(f"hf/{p.name}" for p in (expected / "hf").iterdir()))(found, expected)),
+  "score of lines": (
+    "experiments.score",
+    [
+      "--checkpoint={checkpoint}",
+      "--input={inputs}/lines.jsonl",
+      "--output={folder}/out.jsonl",
+      "--batch_size=4",
+      MEMBERS,
+      TAU,
+    ],
+    "out.jsonl",
+    same_bytes("out.jsonl"),
+  ),
+  "score of a text": (
+    "experiments.score",
+    [
+      "--checkpoint={checkpoint}",
+      "--text={inputs}/text",
+      "--output={folder}/out.json",
+      "--batch_size=2",
+      "--window=64",
+      MEMBERS,
+      TAU,
+    ],
+    "out.json.windows.jsonl",
+    same_bytes("out.json", "out.json.windows.jsonl"),
+  ),
+  "quickstart": (
+    "experiments.quickstart",
+    [
+      "--checkpoints={checkpoint}",
+      MEMBERS,
+      "--output={folder}",
+      "--num_problems=5",
+      "--num_validation=4",
+      "--batch_size=3",
+    ],
+    "measured.jsonl",
+    same_but_for_times("measured.jsonl", "results.json"),
+  ),
+  "quantization": (
+    "experiments.quantization_study",
+    [
+      "--checkpoints={checkpoint}",
+      "--formats=bfloat16,int4",
+      MEMBERS,
+      "--num_problems=3",
+      "--num_validation=3",
+      "--sweep=0.2,0.6",
+      "--batch_size=3",
+      "--output={folder}",
+    ],
+    "measured.jsonl",
+    same_bytes("measured.jsonl", "results.json", "table.md"),
+  ),
+  "convert": (
+    "checkpoints_convert",
+    ["--source={checkpoint}", "--target={folder}/int4", "--quantize_experts=int4"],
+    None,
+    lambda found, expected: same_parameters(found / "int4", expected / "int4"),
+  ),
+  "convert back": (
+    "checkpoints_convert",
+    ["--source={checkpoint}", "--target={folder}/hf", "--to_hugging_face", "--max_shard_size=8KB"],
+    None,
+    lambda found, expected: same_bytes(*(f"hf/{p.name}" for p in (expected / "hf").iterdir()))(
+      found, expected
+    ),
+  ),
 }
 
 
@@ -130,21 +184,28 @@ CASES = {
 def inputs(tmp_path_factory):
   folder = tmp_path_factory.mktemp("inputs")
   problems(folder / "lines.jsonl", 18)
-  (folder / "text").write_text(" ".join(
-      wordmath.prompt(p) + wordmath.completion(p) for p in wordmath.problems("test", 9)))
+  (folder / "text").write_text(
+    " ".join(wordmath.prompt(p) + wordmath.completion(p) for p in wordmath.problems("test", 9))
+  )
   return folder
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_program_that_is_killed_finishes_with_the_same_results(
-    case, tiny_checkpoint, inputs, tmp_path):
+  case, tiny_checkpoint, inputs, tmp_path
+):
   module, arguments, grows, check = CASES[case]
 
   def start(name):
     (tmp_path / name).mkdir(exist_ok=True)
     return programs.Run(
-        module, [a.format(checkpoint=tiny_checkpoint, inputs=inputs, folder=tmp_path / name)
-                 for a in arguments], tmp_path / "logs" / name)
+      module,
+      [
+        a.format(checkpoint=tiny_checkpoint, inputs=inputs, folder=tmp_path / name)
+        for a in arguments
+      ],
+      tmp_path / "logs" / name,
+    )
 
   def kill(runs, rng):
     # The converter gives the target its name when it is complete, and then refuses to
@@ -155,20 +216,33 @@ def test_a_program_that_is_killed_finishes_with_the_same_results(
   began = time.monotonic()
   whole = start("whole")
   assert whole.exit_code() == 0, whole.errors
-  kill_until_done(lambda: [start("killed")], kill, grows and tmp_path / "killed" / grows,
-                  kills=3, seed=list(CASES).index(case), seconds=time.monotonic() - began)
+  kill_until_done(
+    lambda: [start("killed")],
+    kill,
+    grows and tmp_path / "killed" / grows,
+    kills=3,
+    seed=list(CASES).index(case),
+    seconds=time.monotonic() - began,
+  )
   check(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_where_one_of_two_processes_is_killed_both_end_and_go_on(
-    tiny_checkpoint, inputs, tmp_path):
-  arguments = [f"--checkpoint={tiny_checkpoint}", f"--input={inputs / 'lines.jsonl'}",
-               "--batch_size=4", "--max_new_tokens=30", MEMBERS, TAU]
+def test_where_one_of_two_processes_is_killed_both_end_and_go_on(tiny_checkpoint, inputs, tmp_path):
+  arguments = [
+    f"--checkpoint={tiny_checkpoint}",
+    f"--input={inputs / 'lines.jsonl'}",
+    "--batch_size=4",
+    "--max_new_tokens=30",
+    MEMBERS,
+    TAU,
+  ]
 
   def start(name):
     return programs.two(
-        "experiments.generate", [*arguments, f"--output={tmp_path / name}", "--host_timeout=5",
-                                 "--mesh=data:2,expert:4"], tmp_path / "logs")
+      "experiments.generate",
+      [*arguments, f"--output={tmp_path / name}", "--host_timeout=5", "--mesh=data:2,expert:4"],
+      tmp_path / "logs",
+    )
 
   def kill_one_of_two(runs, rng):
     killed = int(rng.integers(2))
@@ -180,13 +254,17 @@ def test_where_one_of_two_processes_is_killed_both_end_and_go_on(
     assert time.monotonic() - began < 30
     return False
 
-  programs.run("experiments.generate", [*arguments, f"--output={tmp_path / 'whole.jsonl'}"],
-               tmp_path / "logs" / "whole")
+  programs.run(
+    "experiments.generate",
+    [*arguments, f"--output={tmp_path / 'whole.jsonl'}"],
+    tmp_path / "logs" / "whole",
+  )
   grows = tmp_path / "killed.jsonl"
-  kill_until_done(lambda: start("killed.jsonl"), kill_one_of_two, grows, kills=2, seed=0,
-                  seconds=5)
-  whole, found = ([json.loads(line) for line in path.read_text().splitlines()]
-                  for path in (tmp_path / "whole.jsonl", grows))
+  kill_until_done(lambda: start("killed.jsonl"), kill_one_of_two, grows, kills=2, seed=0, seconds=5)
+  whole, found = (
+    [json.loads(line) for line in path.read_text().splitlines()]
+    for path in (tmp_path / "whole.jsonl", grows)
+  )
   assert [r["index"] for r in found] == list(range(18))
   for one, other in zip(found, whole, strict=True):
     np.testing.assert_allclose(one.pop("log_probs"), other.pop("log_probs"), atol=1e-5)

@@ -5,10 +5,9 @@ import re
 import shlex
 import subprocess
 
+import command_lines
 import pytest
 import yaml
-
-import command_lines
 
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "launch"
 SHELL = sorted([*FOLDER.glob("*.sh"), *FOLDER.glob("*.sbatch")])
@@ -19,8 +18,12 @@ def shell_commands(path):
   """Every `python -m PROGRAM --flag ...` of a script, comments left out."""
   lines = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
   text = "\n".join(lines).replace("\\\n", " ")
-  return [" ".join(match.groups()) for match in re.finditer(
-      rf"python3? -m {PROGRAM}((?: +--\w+(?:=(?:\"[^\"]*\"|[^\s\"]*))?)+)", text)]
+  return [
+    " ".join(match.groups())
+    for match in re.finditer(
+      rf"python3? -m {PROGRAM}((?: +--\w+(?:=(?:\"[^\"]*\"|[^\s\"]*))?)+)", text
+    )
+  ]
 
 
 def yaml_commands():

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from experiments import meshes
-from roe_jax import diagnostics, members, params as params_lib, transformer
+from roe_jax import diagnostics, members, transformer
+from roe_jax import params as params_lib
 from roe_jax.roster import Roster
 
 SETTINGS = dict(num_members=2, temperature=0.3, seed=0)
@@ -22,8 +23,14 @@ def test_200_problems_are_solved_alike_on_every_mesh():
 
   `python -m experiments.meshes` does it for both models and more members.
   """
-  results = meshes.measure("embedded:wordmath_control", meshes.MESHES, rounds=0, num_problems=200,
-                           max_new_tokens=64, **SETTINGS)
+  results = meshes.measure(
+    "embedded:wordmath_control",
+    meshes.MESHES,
+    rounds=0,
+    num_problems=200,
+    max_new_tokens=64,
+    **SETTINGS,
+  )
   assert [found["devices"] for found in results.values()] == [1, 2, 8, 8, 8]
   _, *others = results.values()
   for found in others:
@@ -40,8 +47,9 @@ def test_200_problems_are_solved_alike_on_every_mesh():
 
 @pytest.fixture(scope="module")
 def model():
-  return meshes.open_model("embedded:wordmath_control", "data:1", num_problems=2,
-                           max_new_tokens=12, **SETTINGS)
+  return meshes.open_model(
+    "embedded:wordmath_control", "data:1", num_problems=2, max_new_tokens=12, **SETTINGS
+  )
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +74,7 @@ def test_what_is_the_same_is_found_to_be(model, completions):
 def test_another_token_that_is_no_tie_is_reported_with_how_much_worse_it_is(model, completions):
   worse = completions[1].tokens[3] + 1
   found = meshes.compare(model, completions, [completions[0], altered(completions[1], 3, worse)])
-  tie, = found.parted
+  (tie,) = found.parted
   assert (tie.text, tie.place, tie.tokens) == (1, 3, (completions[1].tokens[3], worse))
   assert model.gap(1, completions[1].tokens[:3], tie.tokens[:1] * 2) == 0 < 0.1 < tie.gap
   assert not found.is_same and found.num_identical == 1
@@ -76,7 +84,7 @@ def test_another_token_that_is_no_tie_is_reported_with_how_much_worse_it_is(mode
 def test_another_log_probability_is_no_rounding_unless_experts_tie(model, completions, monkeypatch):
   other = [altered(completions[0], 5, change=3e-5), completions[1]]
   found = meshes.compare(model, completions, other)
-  outlier, = found.outliers
+  (outlier,) = found.outliers
   assert (outlier.text, outlier.place) == (0, 5)
   assert outlier.difference == pytest.approx(3e-5, rel=0.1)
   assert outlier.margin > meshes.ROUTING_TOLERANCE and not found.is_same
@@ -90,8 +98,9 @@ def test_margins_are_distances_between_chosen_and_other_experts(model):
   margins = diagnostics.routing_margins(model.params, model.config, model.roster, [text], [7])
   assert margins.shape == (4, 2, 1, 9)
   tokens, positions = jnp.asarray([text]), jnp.arange(9)[None]
-  _, outputs = transformer.forward(params_lib.held(model.params), model.config, tokens,
-                                   keep=("router_logits",))
+  _, outputs = transformer.forward(
+    params_lib.in_storage_dtype(model.params), model.config, tokens, keep=("router_logits",)
+  )
   for member in range(2):  # in the first layer the members differ in their noise only
     noise = members.routing_noise(model.roster, jnp.asarray([7], jnp.uint32), positions, member)
     ranked = np.sort(noise.perturb(0, outputs.router_logits[0], 4)[0])[:, ::-1]
@@ -99,16 +108,30 @@ def test_margins_are_distances_between_chosen_and_other_experts(model):
   ranked = np.sort(outputs.router_logits[:, 0])[..., ::-1]
   np.testing.assert_allclose(margins[:, 0, 0], ranked[..., 3] - ranked[..., 4], atol=1e-5)
   with pytest.raises(ValueError, match="need a Clean Cache"):
-    diagnostics.routing_margins(model.params, model.config,
-                                Roster.create(model.config, 2, 0.3, cache="standard"), [text])
+    diagnostics.routing_margins(
+      model.params, model.config, Roster.create(model.config, 2, 0.3, cache="standard"), [text]
+    )
 
 
 def test_the_program_writes_a_table_and_says_what_it_found(tmp_path):
   done = subprocess.run(
-      [sys.executable, "-m", "experiments.meshes", f"--output={tmp_path}", "--num_problems=4",
-       "--checkpoints=embedded:wordmath_control", "--mesh=data:1", "--mesh=data:2,tensor:2",
-       "--max_new_tokens=8", "--rounds=1", "--num_members=2"],
-      capture_output=True, text=True, env=os.environ)
+    [
+      sys.executable,
+      "-m",
+      "experiments.meshes",
+      f"--output={tmp_path}",
+      "--num_problems=4",
+      "--checkpoints=embedded:wordmath_control",
+      "--mesh=data:1",
+      "--mesh=data:2,tensor:2",
+      "--max_new_tokens=8",
+      "--rounds=1",
+      "--num_members=2",
+    ],
+    capture_output=True,
+    text=True,
+    env=os.environ,
+  )
   assert done.returncode == 0, done.stderr
   assert "The same as on data:1 everywhere" in done.stdout
   found = json.loads((tmp_path / "results.json").read_text())["models"]["embedded:wordmath_control"]

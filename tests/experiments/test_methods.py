@@ -5,9 +5,10 @@ import json
 
 import numpy as np
 import pytest
-
 import tiny
-from experiments import methods, tasks
+
+from experiments import tasks
+from experiments.evaluation import methods
 from roe_jax.completion import Completion
 from roe_jax.roster import Roster
 
@@ -34,7 +35,10 @@ def test_a_roster_takes_the_temperatures_of_a_profile(tmp_path):
   folder.mkdir()
   paths = {}
   for name, temperatures in (
-      ("profile", [0.1, 0.2, 0.3]), ("other", [0, 0, 0]), ("long", [0.1] * 4)):
+    ("profile", [0.1, 0.2, 0.3]),
+    ("other", [0, 0, 0]),
+    ("long", [0.1] * 4),
+  ):
     paths[name] = folder / f"{name}.json"
     paths[name].write_text(json.dumps({"temperatures": temperatures}))
   method = parse(f"roster: n = 4, profile = {paths['profile']}")
@@ -43,12 +47,14 @@ def test_a_roster_takes_the_temperatures_of_a_profile(tmp_path):
   assert method.text == f"roster:n=4,profile={paths['profile']}"
   assert not np.any(parse(f"roster:profile={paths['other']}").roster.temperatures)
   both = methods.parse_all(
-      [f"roster:profile={paths[n]}" for n in ("profile", "other")], CONFIG, BASE)
+    [f"roster:profile={paths[n]}" for n in ("profile", "other")], CONFIG, BASE
+  )
   assert [m.label for m in both] == ["roster, n = 8, τ of a task", "roster, n = 8, τ of other"]
   for text, message in (
-      (f"roster:profile={paths['long']}", "for 4 layers, and the model given has 3"),
-      (f"roster:t=0.1,profile={paths['profile']}", "from t or from profile: give one of them"),
-      (f"roster:profile={folder / 'none.json'}", "there is no temperature profile .*none.json")):
+    (f"roster:profile={paths['long']}", "for 4 layers, and the model given has 3"),
+    (f"roster:t=0.1,profile={paths['profile']}", "from t or from profile: give one of them"),
+    (f"roster:profile={folder / 'none.json'}", "there is no temperature profile .*none.json"),
+  ):
     with pytest.raises(ValueError, match=message):
       parse(text)
 
@@ -56,14 +62,14 @@ def test_a_roster_takes_the_temperatures_of_a_profile(tmp_path):
 def test_more_experts_change_the_model_and_not_the_roster():
   method = parse("experts:k=8,gates=rescaled")
   assert (method.config.experts_per_token, method.config.gate_mass_experts) == (8, 3)
-  assert method.roster.is_plain and not method.is_stochastic and method.rows_per_token == 1
+  assert method.roster.is_baseline and not method.is_stochastic and method.passes_per_token == 1
   assert parse("experts").config.experts_per_token == 6  # twice the model's
 
 
 def test_sampling_methods_have_their_sampler():
   method = parse("self_consistency:n=5,temperature=0.4")
   assert method.sampler.settings()["temperature"] == pytest.approx(0.4)
-  assert method.num_samples == method.rows_per_token == 5 and method.roster.is_plain
+  assert method.num_samples == method.passes_per_token == 5 and method.roster.is_baseline
   assert parse("best_of").num_samples == 8  # as many as the roster has members
   assert parse("plain").sampler.is_greedy and parse("plain+temperature").sampler.is_greedy
   assert parse("plain:temperature=0.5").output_temperature == 0.5
@@ -72,41 +78,70 @@ def test_sampling_methods_have_their_sampler():
 def test_scmoe_is_a_strong_and_a_weak_pass():
   roster = parse("scmoe").roster.settings()
   assert (roster["num_members"], roster["noise"], roster["cache"], roster["aggregation"]) == (
-      2, "second_expert", "standard", "contrast")
+    2,
+    "second_expert",
+    "standard",
+    "contrast",
+  )
   assert roster["temperatures"] == [1.0] * 3
 
 
-@pytest.mark.parametrize("text, stochastic", [
-    ("plain", False), ("plain:temperature=0.7", True), ("plain+temperature", False),
-    ("roster:n=2", True), ("experts:k=6", False), ("self_consistency", True), ("best_of", True),
-    ("scmoe", False)])
+@pytest.mark.parametrize(
+  "text, stochastic",
+  [
+    ("plain", False),
+    ("plain:temperature=0.7", True),
+    ("plain+temperature", False),
+    ("roster:n=2", True),
+    ("experts:k=6", False),
+    ("self_consistency", True),
+    ("best_of", True),
+    ("scmoe", False),
+  ],
+)
 def test_methods_with_chance_are_marked(text, stochastic):
   assert parse(text).is_stochastic == stochastic
 
 
 def test_likelihoods_are_defined_where_there_is_a_distribution():
-  for text in ("plain", "plain:temperature=0.7", "roster", "roster:aggregation=majority",
-               "experts:k=4"):
+  for text in (
+    "plain",
+    "plain:temperature=0.7",
+    "roster",
+    "roster:aggregation=majority",
+    "experts:k=4",
+  ):
     assert parse(text).no_likelihood is None
     assert parse(text).fits_temperature == (text != "plain:temperature=0.7")
   for text in ("self_consistency", "best_of", "scmoe", "plain:temperature=0.7,top_p=0.9"):
     assert parse(text).no_likelihood.startswith("not defined")
 
 
-@pytest.mark.parametrize("text, message", [
+@pytest.mark.parametrize(
+  "text, message",
+  [
     ("rooster", "there is no method 'rooster'; there are plain, plain.temperature, best_plain"),
     ("roster:m=4", "'m=4' is not SETTING=VALUE with a new one of the settings of roster: n, t,"),
-    ("roster:n", "'n' is not SETTING=VALUE"), ("roster:n=2,n=3", "'n=3' is not SETTING=VALUE"),
-    ("scmoe:beta=1", "settings of scmoe: none"), ("roster:", "'' is not SETTING=VALUE"),
-    ("roster:n=two", "n cannot be 'two'"), ("roster:include_clean=no", "cannot be 'no'"),
-    ("roster:n=1", "it is the plain model"), ("roster:t=0", "it is the plain model"),
-    ("roster:t=-1", "finite and not negative"), ("roster:noise=pink", "unknown noise 'pink'"),
+    ("roster:n", "'n' is not SETTING=VALUE"),
+    ("roster:n=2,n=3", "'n=3' is not SETTING=VALUE"),
+    ("scmoe:beta=1", "settings of scmoe: none"),
+    ("roster:", "'' is not SETTING=VALUE"),
+    ("roster:n=two", "n cannot be 'two'"),
+    ("roster:include_clean=no", "cannot be 'no'"),
+    ("roster:n=1", "it is the plain model"),
+    ("roster:t=0", "it is the plain model"),
+    ("roster:t=-1", "finite and not negative"),
+    ("roster:noise=pink", "unknown noise 'pink'"),
     ("roster:noise=swap,t=2", "probability that an expert is replaced"),
     ("roster:aggregation=contrast,include_clean=false", "needs include_clean"),
-    ("experts:k=17", r"must lie in \[1, 16\]"), ("experts:gates=big", "unknown gates 'big'"),
+    ("experts:k=17", r"must lie in \[1, 16\]"),
+    ("experts:gates=big", "unknown gates 'big'"),
     ("self_consistency:n=1", "n of at least 2 samples"),
-    ("best_of:temperature=0", "a temperature above 0"), ("plain:top_p=0", "top_p must lie"),
-    ("plain:temperature=-1", "sampling temperature must be finite")])
+    ("best_of:temperature=0", "a temperature above 0"),
+    ("plain:top_p=0", "top_p must lie"),
+    ("plain:temperature=-1", "sampling temperature must be finite"),
+  ],
+)
 def test_what_is_no_method_is_refused_in_a_sentence(text, message):
   with pytest.raises(ValueError, match=message):
     parse(text)
@@ -124,9 +159,10 @@ def test_default_methods_have_the_forward_rows_of_the_roster_or_one(family, n):
   base = Roster.create(config, n, 0.3)
   found = methods.parse_all(methods.default_texts(config, n), config, base)
   for method in found:
-    expected = {"plain": 1, "plain+temperature": 1, "best_plain": 1, "experts": 1,
-                  "scmoe": 2}.get(method.name, n)
-    assert method.rows_per_token == expected, method.text
+    expected = {"plain": 1, "plain+temperature": 1, "best_plain": 1, "experts": 1, "scmoe": 2}.get(
+      method.name, n
+    )
+    assert method.passes_per_token == expected, method.text
   assert {m.name for m in found} == set(methods.METHODS)
 
 
@@ -155,8 +191,11 @@ def completion(text, *log_probs):
 
 
 def test_answers_are_picked_by_number_and_by_probability():
-  samples = [completion(" 1+1=2. #### 2", -0.1, -0.1), completion(" #### 3", -3.0),
-             completion(" 2+1=3. #### 3", -1.0, -1.0)]
+  samples = [
+    completion(" 1+1=2. #### 2", -0.1, -0.1),
+    completion(" #### 3", -3.0),
+    completion(" 2+1=3. #### 3", -1.0, -1.0),
+  ]
   task = tasks.get("wordmath")
   texts = [sample.text for sample in samples]
   assert parse("self_consistency:n=3").pick(task, samples, texts) == 1

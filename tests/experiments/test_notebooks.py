@@ -7,13 +7,13 @@ import configparser
 import re
 import shlex
 
+import chat_formats
+import command_lines
 import jax
 import nbclient
 import nbformat
 import pytest
 
-import chat_formats
-import command_lines
 from experiments import notebooks
 from roe_jax import checkpoint, params
 from roe_jax.config import ModelConfig
@@ -34,14 +34,19 @@ def test_notebooks_are_as_they_should_be(name):
 
 
 def test_all_commands_have_flags_that_exist():
-  lines = [shlex.join([c[0], *c[1:]]) for name in notebooks.NAMES
-           for c in notebooks.commands(notebooks.read(name))]
+  lines = [
+    shlex.join([c[0], *c[1:]])
+    for name in notebooks.NAMES
+    for c in notebooks.commands(notebooks.read(name))
+  ]
   assert len(lines) >= 10
   command_lines.check(lines)
 
 
 def test_a_command_with_a_flag_that_does_not_exist_is_found():
-  notebook = with_cell("tpu", "!python -m experiments.generate --checkpoint=x \\\n  --members=8 2> log.txt")
+  notebook = with_cell(
+    "tpu", "!python -m experiments.generate --checkpoint=x \\\n  --members=8 2> log.txt"
+  )
   lines = [shlex.join(c) for c in notebooks.commands(notebook)[-1:]]
   with pytest.raises(AssertionError, match="members"):
     command_lines.check(lines)
@@ -52,11 +57,17 @@ def test_notebooks_that_need_no_accelerator_run_from_a_clean_kernel(name, tmp_pa
   monkeypatch.delenv("XLA_FLAGS")  # eight devices are the tests' own
   stored = notebooks.read(name)
   executed = notebooks.execute(name, tmp_path)
-  kinds = [sorted(key for output in cell.outputs for key in output.get("data", {}))
-           for cell in executed.cells if cell.cell_type == "code"]
+  kinds = [
+    sorted(key for output in cell.outputs for key in output.get("data", {}))
+    for cell in executed.cells
+    if cell.cell_type == "code"
+  ]
   assert any("image/png" in kind for kind in kinds)
-  assert kinds == [sorted(key for output in cell.outputs for key in output.get("data", {}))
-                   for cell in stored.cells if cell.cell_type == "code"]
+  assert kinds == [
+    sorted(key for output in cell.outputs for key in output.get("data", {}))
+    for cell in stored.cells
+    if cell.cell_type == "code"
+  ]
 
 
 @pytest.fixture
@@ -64,12 +75,26 @@ def small_olmoe(tmp_path, monkeypatch):
   """A random model of OLMoE's kind as ./olmoe, with a chat template."""
   files = chat_formats.write(tmp_path / "files", "olmoe")
   config = ModelConfig(
-      family="olmoe", vocab_size=chat_formats.tokenizer("olmoe").get_vocab_size(), num_layers=2,
-      d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, num_experts=8, experts_per_token=2,
-      d_expert=8, context_length=128, normalize_gates=False, gates_in_model_dtype=True,
-      qk_norm=True, initializer_range=0.3, eos_token_ids=(256,))
-  checkpoint.save(tmp_path / "olmoe", params.initialize(config, jax.random.key(0)), config,
-                  files=files)
+    family="olmoe",
+    vocab_size=chat_formats.tokenizer("olmoe").get_vocab_size(),
+    num_layers=2,
+    d_model=16,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+    num_experts=8,
+    experts_per_token=2,
+    d_expert=8,
+    context_length=128,
+    normalize_gates=False,
+    gates_in_model_dtype=True,
+    qk_norm=True,
+    initializer_range=0.3,
+    eos_token_ids=(256,),
+  )
+  checkpoint.save(
+    tmp_path / "olmoe", params.initialize(config, jax.random.key(0)), config, files=files
+  )
   (tmp_path / "results/report").mkdir(parents=True)  # what a program before left
   (tmp_path / "results/report/report.md").write_text("# Report")
   monkeypatch.chdir(tmp_path)
@@ -100,7 +125,9 @@ def test_stored_outputs_name_no_folder_of_a_machine():
     assert not re.search(r"/(root|home|Users|work|tmp)/", text), name
 
 
-@pytest.mark.parametrize("source,problem", [
+@pytest.mark.parametrize(
+  "source,problem",
+  [
     ("for i in range(3):\n  print(i)", r"has logic \(For\)"),
     ("[x for x in (1, 2)]", r"has logic \(ListComp\)"),
     ("def f():\n  pass", r"has logic \(FunctionDef\)"),
@@ -110,7 +137,10 @@ def test_stored_outputs_name_no_folder_of_a_machine():
     ("from experiments import drawing\ndrawing.zeros(1)", "there is no drawing.zeros"),
     ("print(", "does not compile"),
     ("import no.module.of.this.name; from roe_jax.no_module import x", "no_module"),
-    ("!pip install x", "a line is none of"), ("%run x.py", "a line is none of")])
+    ("!pip install x", "a line is none of"),
+    ("%run x.py", "a line is none of"),
+  ],
+)
 def test_what_is_wrong_with_a_cell_is_found(source, problem):
   found = list(notebooks.problems("quickstart", with_cell("quickstart", source)))
   assert len(found) >= 1 and any(re.search(problem, text) for text in found), found
@@ -128,7 +158,8 @@ def test_links_and_install_lines_of_another_version_are_found_and_rewritten():
   right = [cell.source for cell in notebook.cells]
   for cell in notebook.cells[:1] + notebook.cells[-4:]:
     cell.source = cell.source.replace(notebooks.VERSION, "v0.0.1").replace(
-        notebooks.REPOSITORY, "else/roe_jax")
+      notebooks.REPOSITORY, "else/roe_jax"
+    )
   notebook.cells[1].source = "%pip install roe_jax"
   found = list(notebooks.problems("tpu", notebook))
   assert len(found) == 2 + len(notebooks.links(notebook)), found
@@ -153,7 +184,9 @@ def test_outputs_that_are_not_stored_are_found():
   for cell in notebook.cells:
     if cell.cell_type == "code":
       cell.outputs = []
-  assert ["--execute stores them" in p for p in notebooks.problems("quickstart", notebook)] == [True]
+  assert ["--execute stores them" in p for p in notebooks.problems("quickstart", notebook)] == [
+    True
+  ]
 
 
 def test_an_unknown_notebook_is_refused():

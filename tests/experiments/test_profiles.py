@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-
-from experiments import app, profiles
-from experiments.profiles import Profile
-from roe_jax import checkpoint, params as params_lib
-from roe_jax.roster import Roster
 import tiny
+
+from experiments.cli import app, temperature_profiles
+from experiments.cli.temperature_profiles import Profile
+from roe_jax import checkpoint
+from roe_jax import params as params_lib
+from roe_jax.roster import Roster
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,14 @@ def profile(model):
   params, config = model
   roster = Roster.create(config, 5, [0.0, 0.25], cache="standard", gate_weights="noisy")
   return Profile(
-      (0.0, 0.25), profiles.model_of("tiny", config, params), profiles.roster_of(roster),
-      {"name": "perplexity", "value": 1.5}, {"task": "wordmath"}, 3, {"seconds": 2.5, "trials": 7})
+    (0.0, 0.25),
+    temperature_profiles.model_of("tiny", config, params),
+    temperature_profiles.roster_of(roster),
+    {"name": "perplexity", "value": 1.5},
+    {"task": "wordmath"},
+    3,
+    {"seconds": 2.5, "trials": 7},
+  )
 
 
 @pytest.fixture
@@ -36,17 +43,22 @@ def parsed():
   """`parsed(*arguments)` parses the flags of a program; they are put away afterwards."""
   values = flags.FlagValues()
   original = app.flags.FLAGS
+
   def parse(*arguments):
     if "checkpoint" not in values:
       for define in (app.define_model_flags, app.define_roster_flags):
         define()
     values([sys.argv[0], "--checkpoint=unused", *arguments])
+
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(app.flags, "FLAGS", values)
     for kind in ("string", "enum", "integer", "bool"):
       define = getattr(flags, f"DEFINE_{kind}")
-      patch.setattr(app.flags, f"DEFINE_{kind}",
-                    lambda *a, define=define, **k: define(*a, **k, flag_values=values))
+      patch.setattr(
+        app.flags,
+        f"DEFINE_{kind}",
+        lambda *a, define=define, **k: define(*a, **k, flag_values=values),
+      )
     yield parse
   assert app.flags.FLAGS is original
 
@@ -58,11 +70,12 @@ def write(profile, path):
 
 def test_a_profile_comes_back_as_it_was_written(profile, tmp_path):
   write(profile, tmp_path / "p.json")
-  assert profiles.read(tmp_path / "p.json") == profile
+  assert temperature_profiles.read(tmp_path / "p.json") == profile
 
 
 def test_a_roster_takes_a_profiles_settings_except_where_flags_are_given(
-    profile, model, tmp_path, parsed):
+  profile, model, tmp_path, parsed
+):
   argument = write(profile, tmp_path / "p.json")
   parsed(argument)
   roster = app.roster_from_flags(model[1])
@@ -84,32 +97,39 @@ def test_a_list_of_temperatures_alone_is_a_profile_of_any_model(model, tmp_path,
 def test_the_fingerprint_is_the_hash_of_the_routers_in_bfloat16(model):
   router = np.asarray(model[0].layers.router)
   expected = hashlib.sha256(router.astype(ml_dtypes.bfloat16).tobytes()).hexdigest()
-  assert profiles.fingerprint(model[0]) == expected
+  assert temperature_profiles.fingerprint(model[0]) == expected
 
 
 def test_the_fingerprint_ignores_dtype_format_and_devices(tiny_checkpoint, model, olmoe):
-  expected = profiles.fingerprint(model[0])
+  expected = temperature_profiles.fingerprint(model[0])
   for options in ({"dtype": "bfloat16"}, {"mesh": "expert:2,tensor:2,data:2"}):
-    assert profiles.fingerprint(app.load_params(str(tiny_checkpoint), **options)[0]) == expected
+    assert (
+      temperature_profiles.fingerprint(app.load_params(str(tiny_checkpoint), **options)[0])
+      == expected
+    )
   config, params = olmoe
-  quantised = params_lib.quantize(params, config, "int8")[0]
-  assert profiles.fingerprint(quantised) == profiles.fingerprint(params)
+  quantized = params_lib.quantize(params, config, "int8")[0]
+  assert temperature_profiles.fingerprint(quantized) == temperature_profiles.fingerprint(params)
 
 
 def test_the_fingerprint_sees_weights_and_biases_of_routers():
   config = tiny.config("gpt_oss")
   params = tiny.params(config)
-  found = {profiles.fingerprint(params)}
+  found = {temperature_profiles.fingerprint(params)}
   for name in ("router", "router_bias"):
     array = getattr(params.layers, name)
     changed = array.at[(0,) * array.ndim].add(1)
-    found.add(profiles.fingerprint(
-        params.replace(layers=params.layers.replace(**{name: changed}))))
+    found.add(
+      temperature_profiles.fingerprint(
+        params.replace(layers=params.layers.replace(**{name: changed}))
+      )
+    )
   assert len(found) == 3
 
 
 def test_another_models_sizes_are_refused_before_its_parameters_are_read(
-    profile, model, tmp_path, parsed):
+  profile, model, tmp_path, parsed
+):
   parsed(write(profile, tmp_path / "p.json"))
   for changes in ({"num_layers": 3}, {"num_experts": 8}, {"vocab_size": 7}):
     with pytest.raises(ValueError, match="is for tiny, olmoe with 2 layers of 4 experts") as error:
@@ -123,7 +143,8 @@ def test_a_profile_whose_list_is_too_short_for_its_own_model_is_refused(profile,
 
 
 def test_other_routers_of_the_same_sizes_are_refused_when_parameters_are_loaded(
-    profile, model, tiny_checkpoint, tmp_path, parsed):
+  profile, model, tiny_checkpoint, tmp_path, parsed
+):
   parsed(write(profile, tmp_path / "p.json"))
   app.load_params(str(tiny_checkpoint))
   params, config = model
@@ -139,12 +160,15 @@ def test_other_routers_of_the_same_sizes_are_refused_when_parameters_are_loaded(
 
 def test_experts_do_not_matter_to_a_profile(profile, model):
   params, _ = model
-  changed = params.replace(layers=params.layers.replace(
-      experts=jax.tree.map(jnp.zeros_like, params.layers.experts)))
+  changed = params.replace(
+    layers=params.layers.replace(experts=jax.tree.map(jnp.zeros_like, params.layers.experts))
+  )
   profile.check_routers(changed)
 
 
-@pytest.mark.parametrize("damage,message", [
+@pytest.mark.parametrize(
+  "damage,message",
+  [
     (lambda text: text[:-20], "not a temperature profile"),
     (lambda text: "\x00" + text, "not a temperature profile"),
     (lambda text: text.replace("0.25", "-0.25"), "not negative"),
@@ -154,9 +178,10 @@ def test_experts_do_not_matter_to_a_profile(profile, model):
     (lambda text: text.replace('"gate_weights"', '"gates"'), "see its gates"),
     (lambda text: json.dumps(json.loads(text) | {"model": 3}), "see its model"),
     (lambda text: json.dumps(json.loads(text) | {"temperatures": "12"}), "list of numbers"),
-])
+  ],
+)
 def test_a_damaged_profile_is_refused(profile, tmp_path, damage, message):
   path = tmp_path / "p.json"
   path.write_text(damage(profile.to_json()))
   with pytest.raises(ValueError, match=message):
-    profiles.read(path)
+    temperature_profiles.read(path)

@@ -6,18 +6,29 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import quantization
-from experiments.statistics import Difference
-from roe_jax import checkpoint, params as params_lib
+from experiments import quantization_study
+from experiments.analysis.paired_statistics import Difference
+from roe_jax import checkpoint
+from roe_jax import params as params_lib
 
 
 def run(*arguments):
-  return subprocess.run([sys.executable, "-m", "experiments.quantization", *arguments],
-                        capture_output=True, text=True, env=os.environ)
+  return subprocess.run(
+    [sys.executable, "-m", "experiments.quantization_study", *arguments],
+    capture_output=True,
+    text=True,
+    env=os.environ,
+  )
 
 
-SMALL = ("--formats=bfloat16,int4", "--num_members=3", "--num_problems=3",
-         "--num_validation=3", "--sweep=0.2,0.6", "--batch_size=3")
+SMALL = (
+  "--formats=bfloat16,int4",
+  "--num_members=3",
+  "--num_problems=3",
+  "--num_validation=3",
+  "--sweep=0.2,0.6",
+  "--batch_size=3",
+)
 
 
 def test_the_whole_program_on_a_random_model(tiny_checkpoint, tmp_path):
@@ -32,8 +43,10 @@ def test_the_whole_program_on_a_random_model(tiny_checkpoint, tmp_path):
   for r in rows:
     format = None if r["format"] == "bfloat16" else r["format"]
     assert r["model_bytes"] == params_lib.num_bytes(config.replace(expert_format=format))
-    assert np.allclose(r["roster_to_16_bits"]["value"],
-                       100 * (r["roster_perplexity"] / plain["roster_perplexity"] - 1))
+    assert np.allclose(
+      r["roster_to_16_bits"]["value"],
+      100 * (r["roster_perplexity"] / plain["roster_perplexity"] - 1),
+    )
     assert len(r["sweep"]) == 2 and r["best_temperature"] in (0.2, 0.6)
     assert len(r["router_agreement"]) == len(r["noisy_agreement"]) == 2
   assert plain["expert_bytes"] > int4["expert_bytes"]
@@ -54,10 +67,16 @@ def test_the_whole_program_on_a_random_model(tiny_checkpoint, tmp_path):
   assert again[0] == plain and again[1]["perplexity"] > int4["perplexity"]
 
 
-@pytest.mark.parametrize("argument,message", [
-    ("--formats=int8", "must begin with bfloat16"), ("--formats=bfloat16,fp8", "some of int8"),
-    ("--formats=bfloat16,mxfp4", "blocks of 32"), ("--num_members=1", "at least 2"),
-    ("--num_problems=0", "at least 1")])
+@pytest.mark.parametrize(
+  "argument,message",
+  [
+    ("--formats=int8", "must begin with bfloat16"),
+    ("--formats=bfloat16,fp8", "some of int8"),
+    ("--formats=bfloat16,mxfp4", "blocks of 32"),
+    ("--num_members=1", "at least 2"),
+    ("--num_problems=0", "at least 1"),
+  ],
+)
 def test_bad_settings_are_refused_before_any_work(tiny_checkpoint, tmp_path, argument, message):
   done = run(f"--checkpoints={tiny_checkpoint}", f"--output={tmp_path}", argument)
   assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
@@ -67,18 +86,30 @@ def test_bad_settings_are_refused_before_any_work(tiny_checkpoint, tmp_path, arg
 def test_shared_experts():
   baseline = np.array([[[0, 1], [2, 3]], [[0, 1], [4, 5]]])
   chosen = np.array([[[1, 0], [2, 3]], [[0, 2], [1, 2]]])
-  assert quantization.shared_experts(chosen, baseline).tolist() == [1, 0.25]
+  assert quantization_study.shared_experts(chosen, baseline).tolist() == [1, 0.25]
 
 
 def test_a_summary_compares_the_sweeps_best_with_that_of_16_bits():
   def measured(sweep):
-    return dict(expert_bytes=1, model_bytes=1, experts=[[[0, 1]]], router_gap=[1.0],
-                noisy_agreement=[1.0], plain=[1.0, 1.0], roster=[1.0, 1.0],
-                sweep_plain=[1.0, 1.0], sweep=sweep)
-  texts = quantization.Encoded([], [[1], [1]], [[1, 2, 3], [1, 2, 3]])
-  rows = quantization.summarize(
-      {"bfloat16": measured([[0.9, 0.9], [1.0, 1.0]]), "int4": measured([[1.0, 1.0], [0.8, 0.8]])},
-      texts, texts, [0.1, 0.2])
+    return dict(
+      expert_bytes=1,
+      model_bytes=1,
+      experts=[[[0, 1]]],
+      router_gap=[1.0],
+      noisy_agreement=[1.0],
+      plain=[1.0, 1.0],
+      roster=[1.0, 1.0],
+      sweep_plain=[1.0, 1.0],
+      sweep=sweep,
+    )
+
+  texts = quantization_study.Encoded([], [[1], [1]], [[1, 2, 3], [1, 2, 3]])
+  rows = quantization_study.summarize(
+    {"bfloat16": measured([[0.9, 0.9], [1.0, 1.0]]), "int4": measured([[1.0, 1.0], [0.8, 0.8]])},
+    texts,
+    texts,
+    [0.1, 0.2],
+  )
   assert [r["best_temperature"] for r in rows] == [0.1, 0.2]
   assert rows[0]["tuned_again"].value == 0
   assert np.isclose(rows[1]["tuned_again"].value, 100 * np.expm1(-0.1))

@@ -5,14 +5,25 @@ import sys
 
 
 def run(*arguments):
-  return subprocess.run([sys.executable, "-m", "experiments.quickstart", *arguments],
-                        capture_output=True, text=True, env=os.environ)
+  return subprocess.run(
+    [sys.executable, "-m", "experiments.quickstart", *arguments],
+    capture_output=True,
+    text=True,
+    env=os.environ,
+  )
 
 
 def test_the_whole_program_on_a_random_model(tiny_checkpoint, tmp_path):
-  done = run(f"--checkpoints={tiny_checkpoint}", "--num_members=1", "--num_members=3",
-             "--temperature_profile=0.5", "--num_problems=5", "--num_validation=4",
-             "--batch_size=3", f"--output={tmp_path}")
+  done = run(
+    f"--checkpoints={tiny_checkpoint}",
+    "--num_members=1",
+    "--num_members=3",
+    "--temperature_profile=0.5",
+    "--num_problems=5",
+    "--num_validation=4",
+    "--batch_size=3",
+    f"--output={tmp_path}",
+  )
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / "results.json").read_text())["checkpoint"]
   plain, one, three = found["rows"]

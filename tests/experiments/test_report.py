@@ -7,16 +7,17 @@ import sys
 import matplotlib.image
 import numpy as np
 import pytest
-
 import synthetic_runs as synthetic
-from experiments import report, statistics
-from experiments.reporting import analysis, page, pictures, results as results_lib
+
+from experiments import report
+from experiments.analysis import comparisons, paired_statistics, pictures, report_page
+from experiments.analysis import run_results as results_lib
 
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
-  monkeypatch.setattr(statistics, "RESAMPLES", 400)
-  monkeypatch.setattr(statistics, "FLIPS", 399)
+  monkeypatch.setattr(paired_statistics, "RESAMPLES", 400)
+  monkeypatch.setattr(paired_statistics, "FLIPS", 399)
 
 
 def write_report(output, runs=(), tune=(), baseline="plain"):
@@ -62,8 +63,8 @@ def study(tmp_path_factory):
 def whole(study):
   """The page of all that there is, with its folder."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(statistics, "RESAMPLES", 400)
-    patch.setattr(statistics, "FLIPS", 399)
+    patch.setattr(paired_statistics, "RESAMPLES", 400)
+    patch.setattr(paired_statistics, "FLIPS", 399)
     text, line = write_report(study / "report", [f"{study}/runs/*"], [f"{study}/tune/*"])
   return text, line, study / "report"
 
@@ -73,8 +74,11 @@ def test_a_page_has_whole_tables_and_pictures_that_are_there(whole):
   assert check_markdown(text, folder) > 40
   for name in ("cost-wordmath", "reliability-wordmath", "temperatures", "history-gsm8k"):
     assert f"({name}.png)" in text and f"({name}.pdf)" in text
-  assert re.fullmatch(r"Saved .*report.md with 4 pictures: 4 runs, 1 tuning, \d+ of 11 "
-                      r"comparisons clear\.", line)
+  assert re.fullmatch(
+    r"Saved .*report.md with 4 pictures: 4 runs, 1 tuning, \d+ of 11 "
+    r"comparisons clear\.",
+    line,
+  )
 
 
 def test_what_is_much_better_is_called_so_and_what_is_equal_is_not(whole):
@@ -100,15 +104,19 @@ def test_perplexity_is_judged_against_the_fitted_plain_model(whole):
 def test_calibration_is_told_before_and_after_with_the_name_of_its_error(whole):
   text = section(whole[0], "Calibration")
   assert "ECE, equal-mass" in text and "ECE, equal-width" in text
-  before, after = (float(re.search(rf"\| {name} +\| 3200 +\| [^|]+\| ([\d.]+)", text).group(1))
-                   for name in ("plain", "plain, fitted T"))
+  before, after = (
+    float(re.search(rf"\| {name} +\| 3200 +\| [^|]+\| ([\d.]+)", text).group(1))
+    for name in ("plain", "plain, fitted T")
+  )
   assert after < 0.5 * before
 
 
 def test_costs_are_for_an_example(whole):
   text = section(whole[0], "Cost")
-  cells = [c.strip() for c in next(
-      line for line in text.splitlines() if "roster, n = 8" in line).split("|")]
+  cells = [
+    c.strip()
+    for c in next(line for line in text.splitlines() if "roster, n = 8" in line).split("|")
+  ]
   assert cells[3:5] == ["800", "300"]  # 2000 tokens in 2.5 s; 3 x 16000 rows for 160
   assert float(cells[5]) == pytest.approx(3 * 8e9 / 160, rel=0.01)
   assert float(cells[6]) == pytest.approx(8 * (1 - np.exp(-2)), rel=0.01)
@@ -119,8 +127,9 @@ def test_the_same_runs_in_another_order_give_the_same_figures(study):
   names = ("plain", "roster8", "votes")
   for output, order in (("once", names), ("again", names[::-1])):
     write_report(study / output, [f"{study}/runs/{name}" for name in order])
-  once, again = (json.loads((study / output / "comparisons.json").read_text())
-                 for output in ("once", "again"))
+  once, again = (
+    json.loads((study / output / "comparisons.json").read_text()) for output in ("once", "again")
+  )
   assert len(once) == 6 and sorted(map(str, once)) == sorted(map(str, again))
 
 
@@ -135,11 +144,14 @@ def test_ten_points_more_on_400_examples_are_clear_and_none_are_not(tmp_path):
   found = {"better": 0, "same": 0}
   for trial in range(30):
     plain = synthetic.answers(rng, 400, 0.5)
-    runs = loaded(tmp_path / str(trial), plain=plain,
-                  better=synthetic.answers(rng, 400, plain.mean() + 0.1, plain),
-                  same=synthetic.answers(rng, 400, plain.mean(), plain))
-    for line in analysis.quality(runs, runs[0])[1:]:
-      found[line.result.label] += line.comparison.is_clear
+    runs = loaded(
+      tmp_path / str(trial),
+      plain=plain,
+      better=synthetic.answers(rng, 400, plain.mean() + 0.1, plain),
+      same=synthetic.answers(rng, 400, plain.mean(), plain),
+    )
+    for line in comparisons.quality(runs, runs[0])[1:]:
+      found[line.result.label] += line.comparison.is_significant
   assert found["better"] >= 27 and found["same"] <= 3
 
 
@@ -148,11 +160,14 @@ def test_a_table_of_many_equal_methods_shows_one_as_better_in_few_cases(tmp_path
   errors = uncorrected = 0
   for trial in range(40):
     plain = synthetic.answers(rng, 200, 0.5)
-    runs = loaded(tmp_path / str(trial), plain=plain, **{
-        f"method{i}": synthetic.answers(rng, 200, plain.mean(), plain) for i in range(8)})
-    comparisons = [line.comparison for line in analysis.quality(runs, runs[0])[1:]]
-    errors += any(c.is_clear for c in comparisons)
-    uncorrected += any(c.test.p < 0.05 for c in comparisons)
+    runs = loaded(
+      tmp_path / str(trial),
+      plain=plain,
+      **{f"method{i}": synthetic.answers(rng, 200, plain.mean(), plain) for i in range(8)},
+    )
+    found = [line.comparison for line in comparisons.quality(runs, runs[0])[1:]]
+    errors += any(c.is_significant for c in found)
+    uncorrected += any(c.test.p < 0.05 for c in found)
   assert errors <= 6  # more in 0.1 % of cases, at 5 %
   assert uncorrected > errors
 
@@ -182,12 +197,18 @@ def test_a_tuning_alone_makes_a_page(tmp_path):
   assert "| x        | objective   | 31" in text
 
 
-@pytest.mark.parametrize("value, text", [
-    ([0.3] * 6, "0.3 (6 times)"), ([0.0, 0.25], "[0.0, 0.25]"), (1.1608729895, "1.16087"),
-    ([f"t/{i}" for i in range(60)], "t/0 ... t/59 (60)"), ({"a": {"b": None}}, "a b null"),
-])
+@pytest.mark.parametrize(
+  "value, text",
+  [
+    ([0.3] * 6, "0.3 (6 times)"),
+    ([0.0, 0.25], "[0.0, 0.25]"),
+    (1.1608729895, "1.16087"),
+    ([f"t/{i}" for i in range(60)], "t/0 ... t/59 (60)"),
+    ({"a": {"b": None}}, "a b null"),
+  ],
+)
 def test_settings_are_told_in_one_short_line(value, text):
-  assert page._inline(value) == text
+  assert report_page._inline(value) == text
 
 
 def test_without_the_fitted_plain_model_no_claim_is_made(tmp_path):
@@ -198,8 +219,9 @@ def test_without_the_fitted_plain_model_no_claim_is_made(tmp_path):
   unfitted = {k: v for k, v in texts.items() if not k.startswith("fitted")}
   plain = synthetic.answers(rng, 60, 0.5)
   synthetic.write_run(tmp_path / "plain", "plain", plain, **unfitted)
-  synthetic.write_run(tmp_path / "roster", "roster", plain,
-                      **synthetic.chances(rng, logits, right, 1.2))
+  synthetic.write_run(
+    tmp_path / "roster", "roster", plain, **synthetic.chances(rng, logits, right, 1.2)
+  )
   text, _ = write_report(tmp_path / "out", [f"{tmp_path}/*"])
   perplexity = section(text, "Perplexity and output temperature")
   assert "none: plain at its fitted T is not measured" in perplexity
@@ -213,14 +235,17 @@ def test_examples_are_paired_by_what_they_are_called_and_missing_ones_are_counte
   plain = synthetic.answers(rng, 50, 0.5)
   synthetic.write_run(tmp_path / "plain", "plain", plain)
   order = rng.permutation(50)[:40]  # another order, ten missing
-  synthetic.write_run(tmp_path / "same", "same", plain[order],
-                      examples=[f"wordmath/test/{i}" for i in order])
+  synthetic.write_run(
+    tmp_path / "same", "same", plain[order], examples=[f"wordmath/test/{i}" for i in order]
+  )
   runs = results_lib.load_runs([f"{tmp_path}/*"])
-  line = analysis.quality(runs, runs[0])[1]
-  assert line.comparison.difference == statistics.Difference(0.0, 0.0, 0.0)
+  line = comparisons.quality(runs, runs[0])[1]
+  assert line.comparison.difference == paired_statistics.Difference(0.0, 0.0, 0.0)
   assert (line.examples, line.missing) == (40, 10)
-  assert ("wordmath: 10 examples that only one of same and plain has left out; 40 paired."
-          in page.quality_section(analysis.quality(runs, runs[0]), runs[0]))
+  assert (
+    "wordmath: 10 examples that only one of same and plain has left out; 40 paired."
+    in report_page.quality_section(comparisons.quality(runs, runs[0]), runs[0])
+  )
 
 
 def test_other_events_than_the_baselines_are_shown_and_not_compared(tmp_path):
@@ -228,20 +253,26 @@ def test_other_events_than_the_baselines_are_shown_and_not_compared(tmp_path):
   plain = synthetic.answers(rng, 40, 0.5)
   logits = np.abs(rng.normal(1.0, 2.0, (40, 10)))
   right = rng.random(logits.shape) < 1 / (1 + np.exp(-logits))
-  synthetic.write_run(tmp_path / "plain", "plain", plain,
-                      **synthetic.chances(rng, logits, right, 2.0))
-  synthetic.write_run(tmp_path / "votes", "votes", plain, confidences=rng.random((40, 1)),
-                      outcomes=plain[:, None])
+  synthetic.write_run(
+    tmp_path / "plain", "plain", plain, **synthetic.chances(rng, logits, right, 2.0)
+  )
+  synthetic.write_run(
+    tmp_path / "votes", "votes", plain, confidences=rng.random((40, 1)), outcomes=plain[:, None]
+  )
   text, _ = write_report(tmp_path / "out", [f"{tmp_path}/*"])
-  assert ("Not compared, as they have other events than plain: votes on wordmath."
-          in section(text, "Calibration"))
+  assert "Not compared, as they have other events than plain: votes on wordmath." in section(
+    text, "Calibration"
+  )
 
 
-@pytest.mark.parametrize("settings, task, message", [
+@pytest.mark.parametrize(
+  "settings, task, message",
+  [
     ({"model": "other"}, "wordmath", "their model differs \\(other, f1f1"),
     ({"split": "validation"}, "wordmath", "their split differs \\(validation, test\\)"),
     ({}, "gsm8k", "no task in common \\(gsm8k; wordmath\\)"),
-])
+  ],
+)
 def test_runs_that_are_not_comparable_are_refused(tmp_path, settings, task, message):
   answers = np.ones(5)
   synthetic.write_run(tmp_path / "a", "plain", answers)
@@ -259,11 +290,16 @@ def test_runs_of_other_examples_are_refused(tmp_path):
 
 
 def test_a_model_is_known_by_its_routers_and_a_missing_setting_is_not_another(tmp_path):
-  for name, model in (("plain", {"name": "x", "experts_per_token": 2, "routers": "abc"}),
-                      ("k4", {"name": "./x", "experts_per_token": 4, "routers": "abc"}),
-                      ("none", None), ("chat", {"routers": "abc"}), ("other", {"routers": "abd"})):
-    settings = {"model": model} | ({"chat": {}} if name == "chat" else
-                                   {"chat": None} if name == "plain" else {})
+  for name, model in (
+    ("plain", {"name": "x", "experts_per_token": 2, "routers": "abc"}),
+    ("k4", {"name": "./x", "experts_per_token": 4, "routers": "abc"}),
+    ("none", None),
+    ("chat", {"routers": "abc"}),
+    ("other", {"routers": "abd"}),
+  ):
+    settings = {"model": model} | (
+      {"chat": {}} if name == "chat" else {"chat": None} if name == "plain" else {}
+    )
     synthetic.write_run(tmp_path / name, name, np.ones(3), settings=settings)
   runs = {r.label: r for r in results_lib.load_runs([f"{tmp_path}/*"])}
   results_lib.check_comparable([runs["k4"], runs["none"]], runs["plain"])
@@ -276,10 +312,15 @@ def test_a_model_is_known_by_its_routers_and_a_missing_setting_is_not_another(tm
 def test_a_metric_of_the_harness_is_found_behind_its_filter(tmp_path):
   rng = np.random.default_rng(6)
   for name in ("plain", "b"):
-    synthetic.write_run(tmp_path / name, name, synthetic.answers(rng, 30, 0.5),
-                        metric="exact_match,strict-match", task="gsm8k")
+    synthetic.write_run(
+      tmp_path / name,
+      name,
+      synthetic.answers(rng, 30, 0.5),
+      metric="exact_match,strict-match",
+      task="gsm8k",
+    )
   runs = results_lib.load_runs([f"{tmp_path}/*"])
-  lines = analysis.quality(runs, runs[1])
+  lines = comparisons.quality(runs, runs[1])
   assert lines[0].metric == "exact_match,strict-match"
   assert lines[0].comparison.measure == "exact match (strict-match)"
 
@@ -294,8 +335,10 @@ def test_perplexities_of_other_texts_are_refused(tmp_path):
 def test_what_is_not_there_is_told(tmp_path):
   synthetic.write_run(tmp_path / "a", "first", np.ones(3))
   synthetic.write_run(tmp_path / "b", "first", np.ones(3))
-  for patterns, message in (([f"{tmp_path}/x*"], "finds no folder of a run"),
-                            ([f"{tmp_path}/x"], "is not the folder of a run: it has no examples")):
+  for patterns, message in (
+    ([f"{tmp_path}/x*"], "finds no folder of a run"),
+    ([f"{tmp_path}/x"], "is not the folder of a run: it has no examples"),
+  ):
     with pytest.raises(FileNotFoundError, match=message):
       results_lib.load_runs(patterns)
   with pytest.raises(FileNotFoundError, match="is not the folder of a tuning"):
@@ -316,8 +359,12 @@ def test_a_picture_against_cost_draws_every_method_in_every_panel(study):
   runs = results_lib.load_runs([f"{study}/runs/*"])
   baseline = results_lib.find_baseline(runs, "plain")
   figure = pictures.quality_against_cost(
-      analysis.quality(runs, baseline), analysis.likelihood(runs, baseline),
-      analysis.costs(runs), "plain", "wordmath")
+    comparisons.quality(runs, baseline),
+    comparisons.likelihood(runs, baseline),
+    comparisons.costs(runs),
+    "plain",
+    "wordmath",
+  )
   assert [len(axis.containers) for axis in figure.axes] == [4] * 5 + [3] * 5
   for axis in figure.axes:
     assert axis.get_xlabel()
@@ -330,7 +377,7 @@ def test_a_picture_against_cost_draws_every_method_in_every_panel(study):
 
 def test_the_history_has_the_best_so_far_and_the_pruned(tmp_path):
   synthetic.write_tuning(tmp_path / "x")
-  tuning, = results_lib.load_tunings([str(tmp_path / "x")])
+  (tuning,) = results_lib.load_tunings([str(tmp_path / "x")])
   figure = pictures.history(tuning)
   lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
   assert len(lines["pruned (estimate)"].get_xdata()) == 5
@@ -346,14 +393,20 @@ def test_the_command_line_writes_a_page_and_refuses_in_a_sentence(tmp_path):
   synthetic.write_tuning(tmp_path / "x")
 
   def call(*flags):
-    return subprocess.run([sys.executable, "-m", "experiments.report", *flags],
-                          capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[2])
+    return subprocess.run(
+      [sys.executable, "-m", "experiments.report", *flags],
+      capture_output=True,
+      text=True,
+      cwd=pathlib.Path(__file__).parents[2],
+    )
 
   done = call(f"--tune={tmp_path}/*", f"--output={tmp_path}/out")
   assert done.returncode == 0, done.stderr
   assert done.stdout.strip().splitlines()[-1].startswith(f"Saved {tmp_path}/out/report.md with 2")
-  assert f"python -m experiments.report '--tune={tmp_path}/*'" in (
-      tmp_path / "out" / "report.md").read_text()
+  assert (
+    f"python -m experiments.report '--tune={tmp_path}/*'"
+    in (tmp_path / "out" / "report.md").read_text()
+  )
   assert json.loads((tmp_path / "out" / "comparisons.json").read_text()) == []
   refused = call()
   assert refused.returncode == 1

@@ -6,14 +6,16 @@ import types
 
 from absl import flags
 import matplotlib
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from experiments import figures, reproduce
-from experiments.figures import models, page, work
+from experiments.figures import figure_models, results_page, work
 from experiments.figures.work import Command, Work
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -29,10 +31,13 @@ def measured():
 @pytest.fixture
 def one_figure(monkeypatch, measured):
   """A figure without programs, called fig3."""
+
   def measure(work):
     measured.append(work.figure)
-    return [{"n": size, "value": work.kept().get(f"n = {size}", lambda: size * work.config.step)}
-            for size in work.config.sizes]
+    return [
+      {"n": size, "value": work.kept().get(f"n = {size}", lambda: size * work.config.step)}
+      for size in work.config.sizes
+    ]
 
   def draw(records):
     figure, axis = plt.subplots()
@@ -40,11 +45,17 @@ def one_figure(monkeypatch, measured):
     return figure
 
   module = types.SimpleNamespace(
-      TITLE="A title", SAW="What was seen.", CONFIGS={m: Config() for m in models.MODELS},
-      commands=lambda work: [], measure=measure, draw=draw,
-      table=lambda records: "| n | value |\n|---|---|\n" + "\n".join(
-          f"| {r['n']} | {r['value']} |" for r in records),
-      findings=lambda records: f"{len(records)} sizes.")
+    TITLE="A title",
+    SAW="What was seen.",
+    CONFIGS={m: Config() for m in figure_models.MODELS},
+    commands=lambda work: [],
+    measure=measure,
+    draw=draw,
+    table=lambda records: (
+      "| n | value |\n|---|---|\n" + "\n".join(f"| {r['n']} | {r['value']} |" for r in records)
+    ),
+    findings=lambda records: f"{len(records)} sizes.",
+  )
   monkeypatch.setattr(figures, "get", lambda name: module)
   return module
 
@@ -52,12 +63,14 @@ def one_figure(monkeypatch, measured):
 @pytest.fixture
 def run(monkeypatch):
   """The program with its flags."""
+
   def with_flags(*arguments):
     values = flags.FlagValues()
     reproduce.define_flags(values)
     values(["reproduce", *arguments])
     monkeypatch.setattr(reproduce, "FLAGS", values)
     reproduce.main([])
+
   return with_flags
 
 
@@ -72,10 +85,10 @@ def test_groups_of_figures_are_in_their_order_and_once():
 @pytest.mark.parametrize("name", figures.NAMES)
 def test_every_figure_has_what_a_figure_has(name):
   module = figures.get(name)
-  assert set(module.CONFIGS) == set(models.MODELS)
+  assert set(module.CONFIGS) == set(figure_models.MODELS)
   for text in (module.__doc__, module.TITLE, module.SAW):
     assert text and len(text) > 10
-  for model in models.MODELS.values():
+  for model in figure_models.MODELS.values():
     assert model.name in module.__doc__, f"the docstring does not say what {model.name} needs"
     work = Work(name, model, module.CONFIGS[model.name], pathlib.Path("root"))
     assert json.dumps(work.settings)
@@ -85,26 +98,34 @@ def test_every_figure_has_what_a_figure_has(name):
 
 def test_settings_are_overridden_wherever_they_are():
   model, config = reproduce.overridden(
-      [models.get("embedded"), Config()],
-      ["sizes=4;8", "step=0.1", "num_examples=7", "math=gsm8k;svamp"])
+    [figure_models.get("embedded"), Config()],
+    ["sizes=4;8", "step=0.1", "num_examples=7", "math=gsm8k;svamp"],
+  )
   assert config == Config((4, 8), 0.1)
   assert model.num_examples == 7 and model.math == ("gsm8k", "svamp")
 
 
-@pytest.mark.parametrize("given,message", [
-    ("n=3", "must be NAME=VALUE with one of .*step"), ("step", "must be NAME=VALUE"),
-    ("step=many", "the value must be like 0.05"), ("sizes=a;b", r"must be like \(1, 2\)")])
+@pytest.mark.parametrize(
+  "given,message",
+  [
+    ("n=3", "must be NAME=VALUE with one of .*step"),
+    ("step", "must be NAME=VALUE"),
+    ("step=many", "the value must be like 0.05"),
+    ("sizes=a;b", r"must be like \(1, 2\)"),
+  ],
+)
 def test_wrong_settings_are_refused(given, message):
   with pytest.raises(ValueError, match=message):
     reproduce.overridden([Config()], [given])
 
 
 def test_a_command_is_what_one_types(tmp_path):
-  work = Work("fig3", models.get("olmoe"), Config(), tmp_path)
+  work = Work("fig3", figure_models.get("olmoe"), Config(), tmp_path)
   command = work.tune("gsm8k")
   assert str(command) == (
-      "python -m experiments.tune --checkpoint=olmoe --task=gsm8k --config=paper_math_olmoe "
-      f"--num_members=32 --cache=clean --seed=0 --output={tmp_path}/tune/gsm8k")
+    "python -m experiments.tune --checkpoint=olmoe --task=gsm8k --config=paper_math_olmoe "
+    f"--num_members=32 --cache=clean --seed=0 --output={tmp_path}/tune/gsm8k"
+  )
   assert command.name == "tune/gsm8k" and not command.is_done
   compared = str(work.compare("x", ["gsm8k", "svamp"], ["plain", "roster:n=4"], chat=False))
   assert "--tasks=gsm8k,svamp '--methods=plain; roster:n=4'" in compared and "--nochat" in compared
@@ -124,10 +145,9 @@ def test_a_command_that_fails_is_told(tmp_path):
     Command("tune", tmp_path, (("task", "gsm9k"), ("checkpoint", "nowhere")), "x").run()
 
 
-def test_commands_of_several_figures_run_once_and_are_not_two_of_one_folder(
-    one_figure, tmp_path):
+def test_commands_of_several_figures_run_once_and_are_not_two_of_one_folder(one_figure, tmp_path):
   one_figure.commands = lambda work: [work.tune("wordmath")]
-  works = [Work(f, models.get("embedded"), Config(), tmp_path) for f in ("fig3", "fig10")]
+  works = [Work(f, figure_models.get("embedded"), Config(), tmp_path) for f in ("fig3", "fig10")]
   assert len(reproduce.all_commands(works)) == 1
   one_figure.commands = lambda work: [work.tune("wordmath", num_trials=len(work.figure))]
   with pytest.raises(ValueError, match="two figures want .*wordmath of different commands"):
@@ -135,7 +155,8 @@ def test_commands_of_several_figures_run_once_and_are_not_two_of_one_folder(
 
 
 def test_a_figure_leaves_records_a_table_a_picture_and_what_it_was_made_with(
-    run, one_figure, measured, tmp_path, capsys):
+  run, one_figure, measured, tmp_path, capsys
+):
   given = ("--figure=fig3", "--model=embedded", f"--output={tmp_path}", "--set=step=0.5")
   run(*given, f"--page={tmp_path / 'RESULTS.md'}")
   folder = tmp_path / "embedded" / "fig3"
@@ -144,15 +165,26 @@ def test_a_figure_leaves_records_a_table_a_picture_and_what_it_was_made_with(
   assert (folder / "figure.png").stat().st_size > 3000 and (folder / "figure.pdf").exists()
   about = json.loads((folder / "about.json").read_text())
   assert about["findings"] == "2 sizes." and about["seeds"] == [0, 1]
-  assert about["command"] == ("python -m experiments.reproduce --figure=fig3 --model=embedded "
-                              f"--set=step=0.5 --output={tmp_path}")
+  assert about["command"] == (
+    "python -m experiments.reproduce --figure=fig3 --model=embedded "
+    f"--set=step=0.5 --output={tmp_path}"
+  )
   assert about["machine"]["cores"] >= 1
   text = (tmp_path / "RESULTS.md").read_text()
-  for part in ("### fig3: A title", "What was seen.", "2 sizes.", "| 2 | 1.0 |",
-               "docs/results/embedded/fig3/figure.png", about["date"], "seeds 0, 1"):
+  for part in (
+    "### fig3: A title",
+    "What was seen.",
+    "2 sizes.",
+    "| 2 | 1.0 |",
+    "docs/results/embedded/fig3/figure.png",
+    about["date"],
+    "seeds 0, 1",
+  ):
     assert part in text, part
   kept = tmp_path / "docs/results/embedded"
-  assert (kept / "fig3/figure.png").exists() and page.text(kept, models.get("embedded")) == text
+  assert (kept / "fig3/figure.png").exists() and results_page.text(
+    kept, figure_models.get("embedded")
+  ) == text
   # Again: it is drawn, and nothing is measured.
   (folder / "figure.png").unlink()
   run(*given)
@@ -164,7 +196,7 @@ def test_a_figure_leaves_records_a_table_a_picture_and_what_it_was_made_with(
 def test_the_results_page_is_what_its_records_say():
   root = pathlib.Path(reproduce.__file__).parents[1]
   written = (root / "RESULTS.md").read_text()
-  assert written == page.text(root / "docs/results/embedded", models.get("embedded"))
+  assert written == results_page.text(root / "docs/results/embedded", figure_models.get("embedded"))
   for name in figures.NAMES:
     assert f"### {name}: " in written
   readme = (root / "README.md").read_text()
@@ -184,7 +216,7 @@ def test_every_figure_is_drawn_of_its_records(name):
     picture.canvas.draw()
     pixels = np.asarray(picture.canvas.buffer_rgba())[..., :3]
     assert 0.003 < (pixels.mean(axis=-1) < 230).mean() < 0.7, "it looks empty"
-    assert (pixels == pixels[..., :1]).all(), "it has colours"
+    assert (pixels == pixels[..., :1]).all(), "it has colors"
     plt.close(picture)
 
 
@@ -233,6 +265,8 @@ def test_tasks_are_looked_at_before_anything_runs(run, one_figure, tmp_path):
 
 def test_a_model_that_is_not_there_is_told_how_to_make(run, one_figure, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(FileNotFoundError, match="made by `python -m checkpoints_convert "
-                     "--source=openai/gpt-oss-20b.*--checkpoint"):
+  with pytest.raises(
+    FileNotFoundError,
+    match="made by `python -m checkpoints_convert --source=openai/gpt-oss-20b.*--checkpoint",
+  ):
     run("--figure=fig3", "--model=gpt_oss", f"--output={tmp_path}")

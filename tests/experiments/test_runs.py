@@ -1,8 +1,6 @@
-import json
-
 import pytest
 
-from experiments import runs
+from experiments.records import runs
 
 
 def record(example, seed=0, correct=1.0, task="t"):

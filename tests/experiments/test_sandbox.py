@@ -32,7 +32,8 @@ pickle.dump(vars(outcome), sys.stdout.buffer)
 """
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="programs are confined by the Linux kernel")
+  sys.platform != "linux", reason="programs are confined by the Linux kernel"
+)
 
 
 def public_python():
@@ -42,9 +43,15 @@ def public_python():
   """
   for python in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
     try:
-      found = subprocess.run([python, "-c", "import sys; print(sys.version_info >= (3, 11))"],
-                             user=confine.NOBODY, group=confine.NOBODY, extra_groups=[],
-                             capture_output=True, text=True, cwd="/")
+      found = subprocess.run(
+        [python, "-c", "import sys; print(sys.version_info >= (3, 11))"],
+        user=confine.NOBODY,
+        group=confine.NOBODY,
+        extra_groups=[],
+        capture_output=True,
+        text=True,
+        cwd="/",
+      )
     except OSError:
       continue
     if found.stdout.strip() == "True":
@@ -59,7 +66,7 @@ def run(request):
     python, options, identity = sys.executable, {}, {}
   else:
     if os.geteuid() != 0:
-      pytest.skip("needs root; as \"this user\" an ordinary one has been tried")
+      pytest.skip('needs root; as "this user" an ordinary one has been tried')
     python = public_python()
     if python is None:
       pytest.skip("needs a Python of 3.11 or later that all users can read")
@@ -69,14 +76,19 @@ def run(request):
       identity = {"user": confine.NOBODY, "group": confine.NOBODY, "extra_groups": []}
   folder = pathlib.Path(tempfile.mkdtemp())
   folder.chmod(0o755)
-  shutil.copytree(PACKAGE, folder / "experiments" / "sandbox",
-                  ignore=shutil.ignore_patterns("__pycache__"))
+  shutil.copytree(
+    PACKAGE, folder / "experiments" / "sandbox", ignore=shutil.ignore_patterns("__pycache__")
+  )
 
   def run(text, **limits):
     done = subprocess.run(
-        [python, "-B", "-c", HELPER, str(folder)], capture_output=True, cwd="/",
-        input=pickle.dumps((text, {"seconds": 5.0} | limits, options)),
-        env={"SECRET": SECRET, "PATH": "/usr/bin:/bin"}, **identity)
+      [python, "-B", "-c", HELPER, str(folder)],
+      capture_output=True,
+      cwd="/",
+      input=pickle.dumps((text, {"seconds": 5.0} | limits, options)),
+      env={"SECRET": SECRET, "PATH": "/usr/bin:/bin"},
+      **identity,
+    )
     assert done.returncode == 0, done.stderr.decode()
     return sandbox.Outcome(**pickle.loads(done.stdout))
 
@@ -126,14 +138,22 @@ def test_a_program_that_runs_to_its_end_passes(run):
   assert outcome.output == "45\n" and outcome.result == b"kept"
 
 
-@pytest.mark.parametrize("end", [
-    "assert 1 == 2", "raise KeyboardInterrupt", "import sys; sys.exit(0)",
-    "import os; os._exit(0)", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
-    "import os; os.kill(os.getpid(), 40)", "def broken(:",
+@pytest.mark.parametrize(
+  "end",
+  [
+    "assert 1 == 2",
+    "raise KeyboardInterrupt",
+    "import sys; sys.exit(0)",
+    "import os; os._exit(0)",
+    "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+    "import os; os.kill(os.getpid(), 40)",
+    "def broken(:",
     "import sys; print('passed'); sys.stdout.flush(); raise SystemExit",
     "import os; os.closerange(0, 64); os._exit(0)",
     "import atexit, os; atexit.register(os._exit, 0); exit(0)",
-    "import ctypes; ctypes.string_at(0)"])
+    "import ctypes; ctypes.string_at(0)",
+  ],
+)
 def test_a_program_that_ends_before_its_end_does_not_pass(run, end):
   outcome = run(end)
   assert not outcome.passed and outcome.reason != "passed"
@@ -152,7 +172,8 @@ def test_an_endless_loop_is_ended(run):
 
 
 def test_a_program_that_ignores_signals_and_sleeps_is_ended(run):
-  outcome = run("""
+  outcome = run(
+    """
 import signal, time
 for s in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
   signal.signal(s, signal.SIG_IGN)
@@ -161,23 +182,36 @@ while True:
     time.sleep(60)
   except BaseException:
     pass
-""", seconds=0.5)
+""",
+    seconds=0.5,
+  )
   assert outcome.reason == "time limit"
 
 
 def test_a_program_that_shuts_its_output_and_goes_on_is_ended(run):
   assert run("import os\nos.closerange(0, 64)\nwhile True: pass", seconds=0.5).reason == (
-      "time limit")
+    "time limit"
+  )
 
 
 def test_no_process_and_no_thread_is_started(run):
-  assert not_refused(run, [
-      "os.fork()", "os.forkpty()", "subprocess.run(['/bin/true'])",
-      "os.execv('/bin/true', ['true'])",
-      "os.posix_spawn('/bin/true', ['true'], {})", "threading.Thread(target=print).start()",
-      "os.system('true') and 1 / 0",  # the shell does not start, which is told by a number
-      "ctypes.CDLL(None).vfork() == -1 and 1 / 0"],
-      "(PermissionError, RuntimeError, ZeroDivisionError)") == "[]"
+  assert (
+    not_refused(
+      run,
+      [
+        "os.fork()",
+        "os.forkpty()",
+        "subprocess.run(['/bin/true'])",
+        "os.execv('/bin/true', ['true'])",
+        "os.posix_spawn('/bin/true', ['true'], {})",
+        "threading.Thread(target=print).start()",
+        "os.system('true') and 1 / 0",  # the shell does not start, which is told by a number
+        "ctypes.CDLL(None).vfork() == -1 and 1 / 0",
+      ],
+      "(PermissionError, RuntimeError, ZeroDivisionError)",
+    )
+    == "[]"
+  )
 
 
 def test_a_fork_bomb_stays_one_process(run):
@@ -222,30 +256,57 @@ def test_a_memory_hog_gets_no_more_than_its_limit(run):
 
 
 def test_limits_cannot_be_changed(run):
-  assert not_refused(run, [
-      "resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)",
-      "resource.setrlimit(resource.RLIMIT_CPU, (1000, 1000))",
-      "resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (10**6, 10**6))"],
-      "(ValueError, PermissionError)") == "[]"
+  assert (
+    not_refused(
+      run,
+      [
+        "resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)",
+        "resource.setrlimit(resource.RLIMIT_CPU, (1000, 1000))",
+        "resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (10**6, 10**6))",
+      ],
+      "(ValueError, PermissionError)",
+    )
+    == "[]"
+  )
 
 
 def test_nothing_outside_of_its_folder_is_written_or_removed(run, victim):
-  assert not_refused(run, [
-      "open(victim, 'w')", "open(victim, 'a')", "open(victim, 'r+')", "os.remove(victim)",
-      "os.truncate(victim, 0)", "os.rename(victim, victim + '2')", "os.chmod(victim, 0)",
-      "os.utime(victim)", "os.link(victim, victim + '2')", "os.symlink('/', victim + '2')",
-      "os.mkdir(victim + '2')", "open(victim + '2', 'x')", "os.mkfifo(victim + '2')",
-      "os.link(victim, 'here')", "os.rename(victim, 'here')",
-      "os.setxattr(victim, 'user.a', b'b')",
-      "os.open(os.path.dirname(victim), os.O_TMPFILE | os.O_WRONLY)",
-      "os.mkdir('a-folder-in-its-own')", "os.symlink(victim, 'here')"],
-      victim=str(victim)) == "[]"
+  assert (
+    not_refused(
+      run,
+      [
+        "open(victim, 'w')",
+        "open(victim, 'a')",
+        "open(victim, 'r+')",
+        "os.remove(victim)",
+        "os.truncate(victim, 0)",
+        "os.rename(victim, victim + '2')",
+        "os.chmod(victim, 0)",
+        "os.utime(victim)",
+        "os.link(victim, victim + '2')",
+        "os.symlink('/', victim + '2')",
+        "os.mkdir(victim + '2')",
+        "open(victim + '2', 'x')",
+        "os.mkfifo(victim + '2')",
+        "os.link(victim, 'here')",
+        "os.rename(victim, 'here')",
+        "os.setxattr(victim, 'user.a', b'b')",
+        "os.open(os.path.dirname(victim), os.O_TMPFILE | os.O_WRONLY)",
+        "os.mkdir('a-folder-in-its-own')",
+        "os.symlink(victim, 'here')",
+      ],
+      victim=str(victim),
+    )
+    == "[]"
+  )
 
 
 def test_homes_and_the_project_are_not_written(run):
-  files = [str(folder / "written-by-a-sandboxed-program") for folder in (
-      pathlib.Path.home(), PACKAGE, pathlib.Path("/tmp"), pathlib.Path("/dev/shm"))
-      if folder.is_dir()]
+  files = [
+    str(folder / "written-by-a-sandboxed-program")
+    for folder in (pathlib.Path.home(), PACKAGE, pathlib.Path("/tmp"), pathlib.Path("/dev/shm"))
+    if folder.is_dir()
+  ]
   assert not_refused(run, [f"open({file!r}, 'w')" for file in files]) == "[]"
   assert not any(map(os.path.exists, files))
 
@@ -258,8 +319,9 @@ def test_a_secret_of_its_parents_user_is_not_read(run):
   secret.chmod(0o600)
   os.chown(secret, run.user, -1)
   try:
-    assert not_refused(run, ["open(secret)", "os.open(secret, os.O_RDONLY)"],
-                       secret=str(secret)) == "[]"
+    assert (
+      not_refused(run, ["open(secret)", "os.open(secret, os.O_RDONLY)"], secret=str(secret)) == "[]"
+    )
   finally:
     shutil.rmtree(folder)
 
@@ -268,18 +330,24 @@ def test_its_folder_is_empty_and_its_own_and_removed(run):
   outcome = run("import os\nprint(os.getcwd(), os.listdir('.') if os.access('.', 4) else [])")
   folder, content = outcome.output.split(maxsplit=1)
   assert content.strip() == "[]" and not os.path.exists(folder)
-  outcome = run("open('a', 'w').write('b')\nassert open('a').read() == 'b'\n"
-                "import os\nos.rename('a', 'c')\nos.remove('c')\nopen('left', 'w')")
+  outcome = run(
+    "open('a', 'w').write('b')\nassert open('a').read() == 'b'\n"
+    "import os\nos.rename('a', 'c')\nos.remove('c')\nopen('left', 'w')"
+  )
   assert outcome.passed == run.writes_files
   if not run.writes_files:
     assert "PermissionError" in outcome.output
 
 
-@pytest.mark.parametrize("text,reason", [
+@pytest.mark.parametrize(
+  "text,reason",
+  [
     ("open('big', 'wb').write(bytes(1 << 20))", "exception"),
     ("open('big', 'wb').truncate(1 << 20)", "exception"),
     ("for i in range(10**6): open(f'{i}', 'w').close()", "file limit"),
-    ("while True:\n  for i in range(50): open(f'{i}', 'wb').write(bytes(90_000))", "file limit")])
+    ("while True:\n  for i in range(50): open(f'{i}', 'wb').write(bytes(90_000))", "file limit"),
+  ],
+)
 def test_files_are_limited_in_size_and_number_and_together(run, text, reason):
   outcome = run(text, file_bytes=100_000, folder_bytes=1 << 20, files=80)
   assert not outcome.passed
@@ -288,17 +356,28 @@ def test_files_are_limited_in_size_and_number_and_together(run, text, reason):
 
 
 def test_a_hidden_hoard_of_removed_files_is_limited_by_descriptors(run):
-  outcome = run("import os\nhoard = []\nfor i in range(100):\n  hoard.append(open(f'{i}', 'wb'))\n"
-                "  os.remove(f'{i}')")
+  outcome = run(
+    "import os\nhoard = []\nfor i in range(100):\n  hoard.append(open(f'{i}', 'wb'))\n"
+    "  os.remove(f'{i}')"
+  )
   assert not outcome.passed and "Error" in outcome.output
 
 
 def test_no_connection_arrives(run):
   with socket.create_server(("127.0.0.1", 0)) as server:
-    assert not_refused(run, [
-        "socket.create_connection(('127.0.0.1', port), 1)",
-        "socket.socket(socket.AF_INET, socket.SOCK_DGRAM)", "socket.socket(socket.AF_UNIX)",
-        "socket.socketpair()"], port=server.getsockname()[1]) == "[]"
+    assert (
+      not_refused(
+        run,
+        [
+          "socket.create_connection(('127.0.0.1', port), 1)",
+          "socket.socket(socket.AF_INET, socket.SOCK_DGRAM)",
+          "socket.socket(socket.AF_UNIX)",
+          "socket.socketpair()",
+        ],
+        port=server.getsockname()[1],
+      )
+      == "[]"
+    )
     server.settimeout(0.1)
     with pytest.raises(TimeoutError):
       server.accept()
@@ -320,30 +399,56 @@ print(os.environ)
 
 
 def test_only_itself_can_be_signalled(run):
-  assert not_refused(run, [
-      *(f"os.kill({whom}, signal.SIGWINCH)"
-        for whom in ("os.getppid()", "-1", "0", "-os.getpgrp()", "1")),
-      "os.killpg(0, signal.SIGWINCH)",
-      "signal.pidfd_send_signal(os.pidfd_open(os.getppid()), signal.SIGWINCH)",
-      # What is ready to be read on a descriptor can be told to its owner, by any signal.
-      "fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())"]) == "[]"
-  itself = run("import os, signal\ngot = []\n"
-               "signal.signal(signal.SIGUSR1, lambda *a: got.append(1))\n"
-               "os.kill(os.getpid(), signal.SIGUSR1)\nassert got")
+  assert (
+    not_refused(
+      run,
+      [
+        *(
+          f"os.kill({whom}, signal.SIGWINCH)"
+          for whom in ("os.getppid()", "-1", "0", "-os.getpgrp()", "1")
+        ),
+        "os.killpg(0, signal.SIGWINCH)",
+        "signal.pidfd_send_signal(os.pidfd_open(os.getppid()), signal.SIGWINCH)",
+        # What is ready to be read on a descriptor can be told to its owner, by any signal.
+        "fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())",
+      ],
+    )
+    == "[]"
+  )
+  itself = run(
+    "import os, signal\ngot = []\n"
+    "signal.signal(signal.SIGUSR1, lambda *a: got.append(1))\n"
+    "os.kill(os.getpid(), signal.SIGUSR1)\nassert got"
+  )
   assert itself.passed
 
 
 def test_nothing_else_of_the_system_is_within_reach(run):
-  assert not_refused(run, [
-      "os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
-      "os.sched_setaffinity(os.getppid(), {0})", "os.setuid(0)", "os.setresuid(0, 0, 0)",
-      "os.nice(1)", "os.memfd_create('m')", "os.setsid()", "os.getxattr('/', 'a')",
-      "os.chroot('/')", "os.chown('/dev/null', 0, 0)"]) == "[]"
+  assert (
+    not_refused(
+      run,
+      [
+        "os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
+        "os.sched_setaffinity(os.getppid(), {0})",
+        "os.setuid(0)",
+        "os.setresuid(0, 0, 0)",
+        "os.nice(1)",
+        "os.memfd_create('m')",
+        "os.setsid()",
+        "os.getxattr('/', 'a')",
+        "os.chroot('/')",
+        "os.chown('/dev/null', 0, 0)",
+      ],
+    )
+    == "[]"
+  )
 
 
 def test_its_input_is_empty(run):
-  outcome = run("import sys, os\nassert sys.stdin.read() == '' and os.read(0, 10) == b''\n"
-                "try:\n  input()\nexcept EOFError:\n  pass\nelse:\n  raise SystemExit")
+  outcome = run(
+    "import sys, os\nassert sys.stdin.read() == '' and os.read(0, 10) == b''\n"
+    "try:\n  input()\nexcept EOFError:\n  pass\nelse:\n  raise SystemExit"
+  )
   assert outcome.passed, outcome
 
 
@@ -359,9 +464,11 @@ def test_a_huge_result_is_refused(run):
 
 
 def test_what_is_written_where_results_are_read_is_no_success(run):
-  outcome = run("import os\nfor i in range(3, 32):\n  try:\n"
-                "    os.write(i, b'confined\\n' + bytes(16))\n"
-                "  except OSError:\n    pass\nos._exit(0)")
+  outcome = run(
+    "import os\nfor i in range(3, 32):\n  try:\n"
+    "    os.write(i, b'confined\\n' + bytes(16))\n"
+    "  except OSError:\n    pass\nos._exit(0)"
+  )
   assert not outcome.passed
 
 
@@ -377,10 +484,16 @@ def test_results_do_not_depend_on_random_hashes(run):
 
 def test_its_process_dies_with_its_parent(tmp_path):
   parent = subprocess.Popen(
-      [sys.executable, "-c", "from experiments import sandbox\n"
-       "sandbox.run_program(sandbox.Program('import os\\nopen(\"started\", \"w\")\\n"
-       "while True: pass', limits=sandbox.Limits(seconds=20)))"],
-      cwd=PACKAGE.parent.parent, env=os.environ | {"TMPDIR": str(tmp_path)})
+    [
+      sys.executable,
+      "-c",
+      "from experiments import sandbox\n"
+      'sandbox.run_program(sandbox.Program(\'import os\\nopen("started", "w")\\n'
+      "while True: pass', limits=sandbox.Limits(seconds=20)))",
+    ],
+    cwd=PACKAGE.parent.parent,
+    env=os.environ | {"TMPDIR": str(tmp_path)},
+  )
   try:
     deadline = time.monotonic() + 30
     while not list(tmp_path.glob("*/started")):
@@ -397,8 +510,11 @@ def test_its_process_dies_with_its_parent(tmp_path):
 
 
 def _children(pid):
-  return [int(c) for task in pathlib.Path(f"/proc/{pid}/task").iterdir()
-          for c in (task / "children").read_text().split()]
+  return [
+    int(c)
+    for task in pathlib.Path(f"/proc/{pid}/task").iterdir()
+    for c in (task / "children").read_text().split()
+  ]
 
 
 def _state(pid):
@@ -413,8 +529,10 @@ def test_several_run_at_once_and_keep_their_order():
   ended, here = {}, threading.get_ident()
   began = time.monotonic()
   outcomes = sandbox.run_programs(
-      [Program(barrier % i) for i in range(6)], workers=6,
-      on_done=lambda i: ended.update({i: threading.get_ident()}))
+    [Program(barrier % i) for i in range(6)],
+    workers=6,
+    on_done=lambda i: ended.update({i: threading.get_ident()}),
+  )
   assert time.monotonic() - began < 5.0
   assert [o.result for o in outcomes] == [b"%d" % i for i in range(6)]
   assert ended == dict.fromkeys(range(6), here)
@@ -427,6 +545,7 @@ def test_data_reach_the_program():
 
 def test_packages_of_this_python_are_there():
   import numpy
+
   outcome = sandbox.run_program("import numpy\n__result__ = numpy.__version__.encode()")
   assert outcome.result.decode() == numpy.__version__, outcome
   sandbox.check_support()
@@ -442,8 +561,9 @@ def test_a_process_that_cannot_confine_itself_runs_nothing(monkeypatch, tmp_path
   folder = tmp_path / "sandbox"
   shutil.copytree(PACKAGE, folder)
   source = (folder / "confine.py").read_text()
-  (folder / "confine.py").write_text(source.replace('"x86_64":', '"z80":').replace(
-      '"aarch64":', '"6502":'))
+  (folder / "confine.py").write_text(
+    source.replace('"x86_64":', '"z80":').replace('"aarch64":', '"6502":')
+  )
   monkeypatch.setattr(sandbox, "_RUNNER", folder / "runner.py")
   with pytest.raises(ValueError, match="cannot be confined on this machine: the system must be"):
     sandbox.run_program(f"open({str(tmp_path / 'ran')!r}, 'w')")

@@ -21,7 +21,7 @@ def verdict(code, architecture, number, *arguments):
     if operation == 0x06:
       return {0x80000000: "kill", 0x00050001: "refuse", 0x7FFF0000: "allow"}[operand]
     if operation == 0x20:
-      loaded = int.from_bytes(data[operand:operand + 4], "little")
+      loaded = int.from_bytes(data[operand : operand + 4], "little")
     elif operation == 0x54:
       loaded &= operand
     else:
@@ -31,17 +31,46 @@ def verdict(code, architecture, number, *arguments):
 
 # Numbers on the two architectures, from the kernel's tables; None where there is no such call.
 REFUSED = {
-    "clone": (56, 220), "clone3": (435, 435), "fork": (57, None), "vfork": (58, None),
-    "execve": (59, 221), "execveat": (322, 281), "socket": (41, 198), "socketpair": (53, 199),
-    "connect": (42, 203), "ptrace": (101, 117), "process_vm_readv": (310, 270),
-    "tkill": (200, 130), "rt_sigqueueinfo": (129, 138), "pidfd_send_signal": (424, 424),
-    "io_uring_setup": (425, 425), "setrlimit": (160, 164), "prctl": (157, 167),
-    "seccomp": (317, 277), "mount": (165, 40), "unshare": (272, 97), "setns": (308, 268),
-    "chmod": (90, None), "fchmodat": (268, 53), "truncate": (76, 45), "mkdir": (83, None),
-    "mkdirat": (258, 34), "linkat": (265, 37), "symlinkat": (266, 36), "mknodat": (259, 33),
-    "shmget": (29, 194), "memfd_create": (319, 279), "setuid": (105, 146), "bpf": (321, 280),
-    "keyctl": (250, 219), "setsid": (112, 157), "setpriority": (141, 140), "openat2": (437, 437),
-    "no such call": (9999, 9999), "read of the x32 interface": (0x40000000, None)}
+  "clone": (56, 220),
+  "clone3": (435, 435),
+  "fork": (57, None),
+  "vfork": (58, None),
+  "execve": (59, 221),
+  "execveat": (322, 281),
+  "socket": (41, 198),
+  "socketpair": (53, 199),
+  "connect": (42, 203),
+  "ptrace": (101, 117),
+  "process_vm_readv": (310, 270),
+  "tkill": (200, 130),
+  "rt_sigqueueinfo": (129, 138),
+  "pidfd_send_signal": (424, 424),
+  "io_uring_setup": (425, 425),
+  "setrlimit": (160, 164),
+  "prctl": (157, 167),
+  "seccomp": (317, 277),
+  "mount": (165, 40),
+  "unshare": (272, 97),
+  "setns": (308, 268),
+  "chmod": (90, None),
+  "fchmodat": (268, 53),
+  "truncate": (76, 45),
+  "mkdir": (83, None),
+  "mkdirat": (258, 34),
+  "linkat": (265, 37),
+  "symlinkat": (266, 36),
+  "mknodat": (259, 33),
+  "shmget": (29, 194),
+  "memfd_create": (319, 279),
+  "setuid": (105, 146),
+  "bpf": (321, 280),
+  "keyctl": (250, 219),
+  "setsid": (112, 157),
+  "setpriority": (141, 140),
+  "openat2": (437, 437),
+  "no such call": (9999, 9999),
+  "read of the x32 interface": (0x40000000, None),
+}
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
@@ -65,7 +94,8 @@ def test_the_filter_refuses_and_allows_on_both_architectures(machine, files):
   assert [of(confine.FCNTL, 5, command) for command in (8, 10, 15)] == ["refuse"] * 3  # owners
   assert of(confine.IOCTL, 0, 0x5401) == "allow" and of(confine.IOCTL, 0, 0x5412) == "refuse"
   assert [of(confine.PRLIMIT64, 0, 9, new) for new in (0, 1, 1 << 40)] == (
-      ["allow", "refuse", "refuse"])
+    ["allow", "refuse", "refuse"]
+  )
   assert of(confine.OPENAT, 0, 0, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY) == "allow"
   for flags in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC, os.O_TMPFILE):
     assert of(confine.OPENAT, 0, 0, flags) == ("allow" if files else "refuse")

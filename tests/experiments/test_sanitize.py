@@ -19,19 +19,26 @@ def longest_by_trying_all(text):
   return best
 
 
-@pytest.mark.parametrize("text", [
-    "", "no program at all, is it?", "x = 1", "x = (\n1\n\ny = 2\nz = 3",
+@pytest.mark.parametrize(
+  "text",
+  [
+    "",
+    "no program at all, is it?",
+    "x = 1",
+    "x = (\n1\n\ny = 2\nz = 3",
     "Here it is:\n```python\ndef f(x):\n  return x\n```\nHope that helps!",
     "def f(x):\n  '''Doc.\n\n  return x\n\ndef g(y):\n  return y",
     "a = 1\nb = 2\n)\nc = 3\nd = 4\ne = 5\n]\nf = 6",
     "import a\n  import b\nimport c\nimport d\ntry:\n  x = 1\n\ny = 2",
     "def f():\nreturn 1\ndef g():\n  return 2\n\n\n\nh = [1,\n  2\n  3]\n\nk = 1",
     "if x:\n  y\nelse\n  z\nfor i in j:\n  k\n",
-])
+  ],
+)
 def test_the_longest_program_is_the_one_that_trying_all_runs_of_lines_finds(text):
   found, expected = longest_program(text), longest_by_trying_all(text)
   assert [l for l in found.split("\n") if l.strip()] == [
-      l for l in expected.split("\n") if l.strip()]
+    l for l in expected.split("\n") if l.strip()
+  ]
 
 
 def test_what_the_function_needs_is_kept_and_nothing_else():
@@ -64,7 +71,9 @@ if __name__ == "__main__":
   solve([2])
 ```
 This runs in linear time."""
-  assert sanitize(text, "solve") == """import math
+  assert (
+    sanitize(text, "solve")
+    == """import math
 from typing import List
 LIMIT = 3
 @staticmethod
@@ -75,6 +84,7 @@ class Pair:
 def solve(xs: List[int]) -> int:
   pair = Pair()
   return math.floor(sum(helper(x) for x in xs))"""
+  )
 
 
 def test_the_first_definition_of_a_name_counts():

@@ -6,18 +6,28 @@ import sys
 import numpy as np
 import pytest
 
-from roe_jax import checkpoint, score
+from roe_jax import checkpoint, scoring
 from roe_jax.roster import Roster
-from roe_jax.tokenizer import Tokenizer
+from roe_jax.text.tokenizer import Tokenizer
 
 PAIRS = [("Tom has 3 pens.", " He buys 4."), ("A boat goes 12 miles.", " 12*3=36. #### 36")]
 
 
 def run(folder, *arguments):
   return subprocess.run(
-      [sys.executable, "-m", "experiments.score", f"--checkpoint={folder}", "--num_members=3",
-       "--temperature_profile=0.4", *arguments],
-      capture_output=True, text=True, env=os.environ)
+    [
+      sys.executable,
+      "-m",
+      "experiments.score",
+      f"--checkpoint={folder}",
+      "--num_members=3",
+      "--temperature_profile=0.4",
+      *arguments,
+    ],
+    capture_output=True,
+    text=True,
+    env=os.environ,
+  )
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +40,13 @@ def model(tiny_checkpoint):
 def test_continuations_are_scored_as_by_the_library(tiny_checkpoint, model, tmp_path, mesh):
   params, config, tokenizer, roster = model
   source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-  source.write_text("".join(
-      json.dumps({"prompt": p, "continuation": c}) + "\n" for p, c in PAIRS))
+  source.write_text("".join(json.dumps({"prompt": p, "continuation": c}) + "\n" for p, c in PAIRS))
   done = run(tiny_checkpoint, f"--input={source}", f"--output={target}", *mesh)
   assert done.returncode == 0, done.stderr
   prompts, ends = zip(*[[tokenizer.encode(t) for t in pair] for pair in PAIRS])
-  expected = score.score(params, config, [p + c for p, c in zip(prompts, ends)],
-                         [len(p) for p in prompts], roster=roster)
+  expected = scoring.score(
+    params, config, [p + c for p, c in zip(prompts, ends)], [len(p) for p in prompts], roster=roster
+  )
   records = [json.loads(line) for line in target.read_text().splitlines()]
   for record, text, end in zip(records, expected.texts, ends, strict=True):
     np.testing.assert_allclose(record["log_probs"], text.log_probs[:, 0], atol=1e-4)
@@ -49,12 +59,16 @@ def test_a_texts_perplexity_is_printed_beside_the_plain_models(tiny_checkpoint, 
   params, config, tokenizer, roster = model
   text = " ".join(p + c for p, c in PAIRS) * 3
   (tmp_path / "text.txt").write_text(text)
-  done = run(tiny_checkpoint, f"--text={tmp_path / 'text.txt'}", "--window=32",
-             f"--output={tmp_path / 'found.json'}")
+  done = run(
+    tiny_checkpoint,
+    f"--text={tmp_path / 'text.txt'}",
+    "--window=32",
+    f"--output={tmp_path / 'found.json'}",
+  )
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / "found.json").read_text())
   for name, setting in (("plain", None), ("roster", roster)):
-    expected = score.perplexity(params, config, tokenizer.encode(text), window=32, roster=setting)
+    expected = scoring.perplexity(params, config, tokenizer.encode(text), window=32, roster=setting)
     assert found[name]["perplexity"] == pytest.approx(expected.perplexity[0], rel=1e-4)
     assert f"{name}: perplexity" in done.stdout
   assert found["roster"]["settings"]["roster"]["num_members"] == 3
@@ -63,8 +77,9 @@ def test_a_texts_perplexity_is_printed_beside_the_plain_models(tiny_checkpoint, 
 def test_bad_input_ends_with_one_sentence(tiny_checkpoint, tmp_path):
   (tmp_path / "in.jsonl").write_text('{"prompt": "a", "continuation": ""}\n')
   for arguments, sentence in (
-      ([f"--input={tmp_path / 'in.jsonl'}"], "is empty"),
-      ([f"--text={tmp_path / 'no.txt'}"], "does not exist")):
+    ([f"--input={tmp_path / 'in.jsonl'}"], "is empty"),
+    ([f"--text={tmp_path / 'no.txt'}"], "does not exist"),
+  ):
     done = run(tiny_checkpoint, *arguments)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert sentence in done.stderr.strip().splitlines()[-1]

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from checkpoints_convert import convert_to_hugging_face
-from experiments import app, sources
+from experiments.cli import app, checkpoints
 from roe_jax import assets, checkpoint, decode, presets
-from roe_jax.chat import Chat
-from roe_jax.tokenizer import Tokenizer
+from roe_jax.text.chat import Chat
+from roe_jax.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_a_hub_name_is_downloaded_in_two_steps(tiny_checkpoint, hub_folder, tmp_
 
 
 def test_what_is_no_model_gets_a_sentence(tmp_path, monkeypatch):
-  assert sources.path("embedded:wordmath_control") == assets.path("wordmath_control")
+  assert checkpoints.path("embedded:wordmath_control") == assets.path("wordmath_control")
   with pytest.raises(ValueError, match="'nothing' is neither a folder nor a hub name like org"):
     app.load_config("hf:nothing")
   (tmp_path / "config.json").write_text('{"model_type": "llama"}')
@@ -88,9 +88,19 @@ def test_what_is_no_model_gets_a_sentence(tmp_path, monkeypatch):
 
 def test_a_program_continues_texts_with_it(tiny_checkpoint, hub_folder):
   done = subprocess.run(
-      [sys.executable, "-m", "experiments.generate", f"--checkpoint={hub_folder}",
-       "--max_new_tokens=6", "--mesh=expert:2"],
-      input='{"prompt": "Tom has 3 pens."}\n', capture_output=True, text=True, env=os.environ)
+    [
+      sys.executable,
+      "-m",
+      "experiments.generate",
+      f"--checkpoint={hub_folder}",
+      "--max_new_tokens=6",
+      "--mesh=expert:2",
+    ],
+    input='{"prompt": "Tom has 3 pens."}\n',
+    capture_output=True,
+    text=True,
+    env=os.environ,
+  )
   assert done.returncode == 0, done.stderr
   assert "[read straight from Hugging Face files in " in done.stderr
   params, config = checkpoint.load(tiny_checkpoint)

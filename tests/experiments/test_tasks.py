@@ -10,20 +10,38 @@ import types
 import pytest
 
 from experiments import tasks
-from experiments.tasks import base, llm_adapters, sources
+from experiments.tasks import base, llm_adapters, task_data
 
 MATH = ("gsm8k", "svamp", "addsub", "singleeq", "multiarith")
 COMMONSENSE = ("arc_easy", "arc_challenge", "obqa", "siqa", "hellaswag")
-FOLDERS = dict(zip(MATH + COMMONSENSE, (
-    "gsm8k", "SVAMP", "AddSub", "SingleEq", "MultiArith", "ARC-Easy", "ARC-Challenge", "openbookqa",
-    "social_i_qa", "hellaswag")))
+FOLDERS = dict(
+  zip(
+    MATH + COMMONSENSE,
+    (
+      "gsm8k",
+      "SVAMP",
+      "AddSub",
+      "SingleEq",
+      "MultiArith",
+      "ARC-Easy",
+      "ARC-Challenge",
+      "openbookqa",
+      "social_i_qa",
+      "hellaswag",
+    ),
+  )
+)
 
 
 def choice(question, word="answer", target=2):
-  return {"instruction": f"Please choose the correct answer to the question: {question}\n\n"
-                         f"{word.capitalize()}1: yes {word.capitalize()}2: no\n\n"
-                         f"Answer format: {word}1/{word}2",
-          "input": "", "output": "", "answer": f"{word}{target}"}
+  return {
+    "instruction": f"Please choose the correct answer to the question: {question}\n\n"
+    f"{word.capitalize()}1: yes {word.capitalize()}2: no\n\n"
+    f"Answer format: {word}1/{word}2",
+    "input": "",
+    "output": "",
+    "answer": f"{word}{target}",
+  }
 
 
 def number(question, answer="12.0"):
@@ -45,9 +63,13 @@ def data_dir(tmp_path):
       rows = [choice(f"Is {i} a training number of {name}?") for i in range(5)]
       rows.append(choice(f"is 7 a number of {name}"))  # as in the test, but for its signs
       (target / "train.json").write_text(json.dumps(rows))
-  solutions = [{"question": f"Ben has {i} plums and 2 more. How many?",
-                "answer": f"He has {i}+2=<<{i}+2={i + 2}>>{i + 2}.\n#### {1000 + i:,}"}
-               for i in range(5)]
+  solutions = [
+    {
+      "question": f"Ben has {i} plums and 2 more. How many?",
+      "answer": f"He has {i}+2=<<{i}+2={i + 2}>>{i + 2}.\n#### {1000 + i:,}",
+    }
+    for i in range(5)
+  ]
   solutions.append({"question": "Ann has 3 pears of svamp.  How many?", "answer": "#### 3"})
   (tmp_path / "gsm8k").mkdir()
   (tmp_path / "gsm8k" / "train.jsonl").write_text("".join(json.dumps(s) + "\n" for s in solutions))
@@ -56,19 +78,34 @@ def data_dir(tmp_path):
 
 def test_the_twelve_tasks_of_the_paper_and_ours_are_there():
   assert list(tasks.TASKS) == [
-      "wordmath", "wordmath_sums", "wordmath_products", "wordmath_quotients", "wordmath_choice",
-      *MATH, *COMMONSENSE, "humaneval", "humaneval_plus", "wikitext103"]
+    "wordmath",
+    "wordmath_sums",
+    "wordmath_products",
+    "wordmath_quotients",
+    "wordmath_choice",
+    *MATH,
+    *COMMONSENSE,
+    "humaneval",
+    "humaneval_plus",
+    "wikitext103",
+  ]
   for name, task in tasks.TASKS.items():
     assert task.name == name and task.category in base.CATEGORIES
     assert task.higher_is_better == (name != "wikitext103")
     assert task.runs_code == (task.category == "code") and len(task.validation) > 20
   assert {(t.category, t.metric) for t in tasks.TASKS.values()} == {
-      ("math", "exact_match"), ("math", "acc"), ("commonsense", "acc"), ("code", "pass@1"),
-      ("language", "perplexity")}
+    ("math", "exact_match"),
+    ("math", "acc"),
+    ("commonsense", "acc"),
+    ("code", "pass@1"),
+    ("language", "perplexity"),
+  }
 
 
 def test_an_unknown_task_is_refused_with_those_that_there_are():
-  with pytest.raises(ValueError, match="there is no task 'gsm9k'; there are wordmath, wordmath_sums, "):
+  with pytest.raises(
+    ValueError, match="there is no task 'gsm9k'; there are wordmath, wordmath_sums, "
+  ):
     tasks.get("gsm9k")
 
 
@@ -76,29 +113,60 @@ def test_the_prompt_has_the_white_space_of_llm_adapters():
   lines = llm_adapters.wrap("What is 1+1?").split("\n")
   indent = " " * 16
   assert lines == [
-      "Below is an instruction that describes a task. Write a response that appropriately "
-      "completes the request. ", "", indent + "### Instruction:", indent + "What is 1+1?", "",
-      indent + "### Response:", indent]
+    "Below is an instruction that describes a task. Write a response that appropriately "
+    "completes the request. ",
+    "",
+    indent + "### Instruction:",
+    indent + "What is 1+1?",
+    "",
+    indent + "### Response:",
+    indent,
+  ]
 
 
-@pytest.mark.parametrize("text,expected", [
-    ("The answer is 18.", 18.0), ("It is $1,234.50 in all", 1234.5), ("2+3=5, so -7", -7.0),
-    ("3 of them, and then 4 of 5", 5.0), ("none", None), ("", None), ("5-3", -3.0),
-    ("10 %.", 10.0)])
+@pytest.mark.parametrize(
+  "text,expected",
+  [
+    ("The answer is 18.", 18.0),
+    ("It is $1,234.50 in all", 1234.5),
+    ("2+3=5, so -7", -7.0),
+    ("3 of them, and then 4 of 5", 5.0),
+    ("none", None),
+    ("", None),
+    ("5-3", -3.0),
+    ("10 %.", 10.0),
+  ],
+)
 def test_the_last_number_is_the_answer(text, expected):
   assert llm_adapters.extract_number(text) == expected
 
 
-@pytest.mark.parametrize("text,expected", [
-    ("the correct answer is answer3", "answer3"), ("answer1 or answer2", "answer1"),
-    ("ending4.", "ending4"), ("Answer 2", None), ("answer6", None), ("", None)])
+@pytest.mark.parametrize(
+  "text,expected",
+  [
+    ("the correct answer is answer3", "answer3"),
+    ("answer1 or answer2", "answer1"),
+    ("ending4.", "ending4"),
+    ("Answer 2", None),
+    ("answer6", None),
+    ("", None),
+  ],
+)
 def test_the_first_choice_named_is_the_answer(text, expected):
   assert llm_adapters.extract_choice(text) == expected
 
 
-@pytest.mark.parametrize("label,text,correct", [
-    ("0.6666666666666666", "0.667", 1.0), ("0.6666666666666666", "0.668", 0.0),
-    ("576.0", "so 576", 1.0), ("4", "4.0", 1.0), ("4", "5", 0.0), ("4", "no idea", 0.0)])
+@pytest.mark.parametrize(
+  "label,text,correct",
+  [
+    ("0.6666666666666666", "0.667", 1.0),
+    ("0.6666666666666666", "0.668", 0.0),
+    ("576.0", "so 576", 1.0),
+    ("4", "4.0", 1.0),
+    ("4", "5", 0.0),
+    ("4", "no idea", 0.0),
+  ],
+)
 def test_numbers_are_right_within_a_thousandth(data_dir, label, text, correct):
   (data_dir / "dataset/AddSub/test.json").write_text(json.dumps([number("How many?", label)]))
   task = tasks.get("addsub")
@@ -109,7 +177,8 @@ def test_numbers_are_right_within_a_thousandth(data_dir, label, text, correct):
 def test_a_math_example_is_a_text_to_write(data_dir):
   example = tasks.get("gsm8k").examples("test", data_dir, limit=1)[0]
   assert example.kind == "generate" and example.prompt == llm_adapters.wrap(
-      "Ann has 0 pears of gsm8k. How many?")
+    "Ann has 0 pears of gsm8k. How many?"
+  )
   assert example.target == 0.0 and example.max_new_tokens == 256
   assert example.reference is None  # what LLM-Adapters has there is a model's, often wrong
 
@@ -126,7 +195,7 @@ def test_a_commonsense_example_is_a_choice_by_probability(data_dir):
   assert task.score(example, "the correct answer is ending1") == {"acc": 0.0}
 
 
-def test_lengths_matter_to_the_normalised_accuracy_only_and_ties_go_to_the_first():
+def test_lengths_matter_to_the_normalized_accuracy_only_and_ties_go_to_the_first():
   example = base.Example(id="a", prompt="", choices=("é", "abcd", "xy"), target=1)
   assert base.chosen(example, [-3.0, -4.0, -3.5]) == {"acc": 0.0, "acc_norm": 1.0}
   assert base.chosen(dataclasses.replace(example, target=0), [-3.0, -9.0, -3.0])["acc"] == 1.0
@@ -157,8 +226,9 @@ def test_a_chat_gets_the_bare_instruction(data_dir):
 @pytest.mark.parametrize("name", MATH + COMMONSENSE)
 def test_validation_and_test_have_no_question_in_common(name, data_dir):
   split = {s: tasks.get(name).examples(s, data_dir) for s in ("validation", "test", "all")}
-  words = {s: {sources.content(e.data["instruction"]) for e in found}
-           for s, found in split.items()}
+  words = {
+    s: {task_data.content(e.data["instruction"]) for e in found} for s, found in split.items()
+  }
   assert words["validation"] and not words["validation"] & words["test"]
   ids = {s: [e.id for e in found] for s, found in split.items()}
   assert all(len(set(found)) == len(found) for found in ids.values())
@@ -179,8 +249,7 @@ def test_copies_of_a_question_are_kept_on_one_side_with_names_of_their_own(data_
   for examples in (validation, test):
     ids = [e.id for e in examples]
     assert len(set(ids)) == len(ids)
-    assert {i for i in ids if i.endswith("-2")} == {
-        f"{i}-2" for i in ids if not i.endswith("-2")}
+    assert {i for i in ids if i.endswith("-2")} == {f"{i}-2" for i in ids if not i.endswith("-2")}
   assert len(validation) + len(test) == 200
 
 
@@ -201,13 +270,16 @@ def test_gsm8ks_human_solutions_are_the_references_and_right(data_dir):
 
 
 QUESTION = {
-    "llm_adapters": number("Tim had 2 cats. He got 3. How many?", "5"),
-    "gsm8k": {"question": "Tim had 2 cats. He got 3. How many?", "answer": "2+3=5\n#### 5"},
-    "svamp": {"Body": "Tim had 2 cats. He got 3", "Question": "How many?", "Answer": 5.0},
-    "svamp with its stop": {"Body": "Tim had 2 cats. He got 3. ", "Question": "How many?",
-                            "Answer": 5},
-    "mawps": {"sQuestion": "Tim had 2 cats. He got 3. How many?", "lSolutions": [5.0]},
-    "multiarith": {"question": "Tim had 2 cats. He got 3. How many?", "final_ans": "5"},
+  "llm_adapters": number("Tim had 2 cats. He got 3. How many?", "5"),
+  "gsm8k": {"question": "Tim had 2 cats. He got 3. How many?", "answer": "2+3=5\n#### 5"},
+  "svamp": {"Body": "Tim had 2 cats. He got 3", "Question": "How many?", "Answer": 5.0},
+  "svamp with its stop": {
+    "Body": "Tim had 2 cats. He got 3. ",
+    "Question": "How many?",
+    "Answer": 5,
+  },
+  "mawps": {"sQuestion": "Tim had 2 cats. He got 3. How many?", "lSolutions": [5.0]},
+  "multiarith": {"question": "Tim had 2 cats. He got 3. How many?", "final_ans": "5"},
 }
 
 
@@ -217,17 +289,25 @@ def test_all_forms_of_word_problems_read_the_same(form):
   assert question.instruction == "Tim had 2 cats. He got 3. How many?" and question.target == 5.0
 
 
-ASKED = ("Please choose the correct answer to the question: Which is red?\n\nAnswer1: grass "
-         "Answer2: blood Answer3: snow\n\nAnswer format: answer1/answer2/answer3")
+ASKED = (
+  "Please choose the correct answer to the question: Which is red?\n\nAnswer1: grass "
+  "Answer2: blood Answer3: snow\n\nAnswer format: answer1/answer2/answer3"
+)
 LISTED = [{"text": t, "label": l} for t, l in zip(("grass", "blood", "snow"), "ABC")]
 HUB = {"text": ["grass", "blood", "snow"], "label": ["1", "2", "3"]}
 CHOICE = {
-    "llm_adapters": {"instruction": ASKED, "answer": "answer2"},
-    "arc": {"question": {"stem": "Which is red?", "choices": LISTED}, "answerKey": "B"},
-    "arc of the hub": {"question": "Which is red?", "choices": HUB, "answerKey": "2"},
-    "obqa of the hub": {"question_stem": "Which is red?", "choices": HUB, "answerKey": "2"},
-    "siqa": {"context": "Which", "question": "is red?", "answerA": "grass", "answerB": "blood",
-             "answerC": "snow", "label": "2"},
+  "llm_adapters": {"instruction": ASKED, "answer": "answer2"},
+  "arc": {"question": {"stem": "Which is red?", "choices": LISTED}, "answerKey": "B"},
+  "arc of the hub": {"question": "Which is red?", "choices": HUB, "answerKey": "2"},
+  "obqa of the hub": {"question_stem": "Which is red?", "choices": HUB, "answerKey": "2"},
+  "siqa": {
+    "context": "Which",
+    "question": "is red?",
+    "answerA": "grass",
+    "answerB": "blood",
+    "answerC": "snow",
+    "label": "2",
+  },
 }
 
 
@@ -238,18 +318,32 @@ def test_all_forms_of_choices_read_the_same(form):
 
 
 def test_hellaswag_reads_as_in_llm_adapters():
-  question = llm_adapters.read_choice({
-      "activity_label": "Cooking", "ctx": "[header] Eggs [step] He", "label": "1",
-      "endings": ["sleeps.", "cooks."]})
+  question = llm_adapters.read_choice(
+    {
+      "activity_label": "Cooking",
+      "ctx": "[header] Eggs [step] He",
+      "label": "1",
+      "endings": ["sleeps.", "cooks."],
+    }
+  )
   assert question == llm_adapters.Question(
-      "Please choose the correct ending to complete the given sentence: Cooking: [header] Eggs "
-      "[step] He\n\nEnding1: sleeps. Ending2: cooks.\n\nAnswer format: ending1/ending2",
-      1, ("ending1", "ending2"))
+    "Please choose the correct ending to complete the given sentence: Cooking: [header] Eggs "
+    "[step] He\n\nEnding1: sleeps. Ending2: cooks.\n\nAnswer format: ending1/ending2",
+    1,
+    ("ending1", "ending2"),
+  )
 
 
-@pytest.mark.parametrize("row", [
-    {}, {"question": "?", "answer": "no mark"}, {"instruction": "?", "answer": "many"},
-    {"sQuestion": "?", "lSolutions": []}, {"instruction": "?", "answer": "nan"}])
+@pytest.mark.parametrize(
+  "row",
+  [
+    {},
+    {"question": "?", "answer": "no mark"},
+    {"instruction": "?", "answer": "many"},
+    {"sQuestion": "?", "lSolutions": []},
+    {"instruction": "?", "answer": "nan"},
+  ],
+)
 def test_rows_that_are_no_word_problems_are_shown(data_dir, row):
   rows = [number("How many?", "1"), row]
   (data_dir / "dataset/SingleEq/test.json").write_text(json.dumps(rows))
@@ -257,10 +351,17 @@ def test_rows_that_are_no_word_problems_are_shown(data_dir, row):
     tasks.get("singleeq").examples("test", data_dir)
 
 
-@pytest.mark.parametrize("row", [
-    {}, {"instruction": "Which?", "answer": "answer1"}, choice("?") | {"answer": "answer3"},
-    CHOICE["siqa"] | {"label": "4"}, CHOICE["siqa"] | {"label": ""},
-    CHOICE["arc"] | {"answerKey": "D"}])
+@pytest.mark.parametrize(
+  "row",
+  [
+    {},
+    {"instruction": "Which?", "answer": "answer1"},
+    choice("?") | {"answer": "answer3"},
+    CHOICE["siqa"] | {"label": "4"},
+    CHOICE["siqa"] | {"label": ""},
+    CHOICE["arc"] | {"answerKey": "D"},
+  ],
+)
 def test_rows_that_are_no_choices_are_shown(data_dir, row):
   (data_dir / "dataset/ARC-Easy/test.json").write_text(json.dumps([row]))
   with pytest.raises(ValueError, match="row 0 of arc_easy/test is in none of its public formats"):
@@ -276,13 +377,16 @@ def test_files_are_found_in_all_their_public_names_and_packings(tmp_path):
   assert len(tasks.get("svamp").examples("test", str(tmp_path))) == 1
   with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
     file.write(line)
-  assert sources.read(tmp_path / "rows.jsonl.gz") == [CHOICE["arc"]]
+  assert task_data.read(tmp_path / "rows.jsonl.gz") == [CHOICE["arc"]]
 
 
 def test_missing_data_are_named(tmp_path, data_dir):
   (data_dir / "dataset/SVAMP/test.json").unlink()
-  with pytest.raises(FileNotFoundError, match=r"no data of svamp/test in .* or below: a file "
-                                              r"SVAMP/test.json or SVAMP.json is expected"):
+  with pytest.raises(
+    FileNotFoundError,
+    match=r"no data of svamp/test in .* or below: a file "
+    r"SVAMP/test.json or SVAMP.json is expected",
+  ):
     tasks.get("svamp").examples("test", data_dir)
   with pytest.raises(FileNotFoundError, match="there is no folder"):
     tasks.get("svamp").examples("test", tmp_path / "nowhere")
@@ -311,8 +415,10 @@ def test_data_come_from_the_hub_by_name(monkeypatch):
 
   monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
   examples = tasks.get("multiarith").examples("test")
-  assert asked == [{"path": "ChilleD/MultiArith", "split": "train"},
-                   {"path": "ChilleD/MultiArith", "split": "test"}]
+  assert asked == [
+    {"path": "ChilleD/MultiArith", "split": "train"},
+    {"path": "ChilleD/MultiArith", "split": "test"},
+  ]
   assert [e.data["instruction"] for e in examples] == ["train?", "test?"]
 
 
@@ -321,8 +427,9 @@ def test_a_hub_out_of_reach_is_said_with_what_helps(monkeypatch):
     raise ConnectionError("no network")
 
   monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-  with pytest.raises(ValueError, match="addsub/test could not be read from json of the hub .*no "
-                                       "network.*--data_dir"):
+  with pytest.raises(
+    ValueError, match="addsub/test could not be read from json of the hub .*no network.*--data_dir"
+  ):
     tasks.get("addsub").examples("test")
   monkeypatch.setitem(sys.modules, "datasets", None)
   with pytest.raises(ValueError, match="needs the package datasets"):
@@ -339,9 +446,9 @@ def test_every_task_names_public_sources():
 
 def test_a_slice_has_its_share_and_follows_from_the_key_alone():
   keys = [f"key {i}" for i in range(4000)]
-  inside = [k for k in keys if sources.in_slice(k, 0.25)]
+  inside = [k for k in keys if task_data.in_slice(k, 0.25)]
   assert len(inside) == pytest.approx(1000, abs=4 * (4000 * 0.25 * 0.75) ** 0.5)
-  assert set(inside) <= {k for k in keys if sources.in_slice(k, 0.5)}
+  assert set(inside) <= {k for k in keys if task_data.in_slice(k, 0.5)}
 
 
 def test_wordmath_is_a_task_like_the_others():
@@ -356,11 +463,13 @@ def test_wordmath_is_a_task_like_the_others():
 
 def test_kinds_of_wordmath_part_its_problems():
   whole = tasks.get("wordmath").examples("test", limit=60)
-  kinds = {kind: {e.prompt for e in tasks.get(f"wordmath_{kind}").examples("test", limit=60)}
-           for kind in ("sums", "products", "quotients")}
+  kinds = {
+    kind: {e.prompt for e in tasks.get(f"wordmath_{kind}").examples("test", limit=60)}
+    for kind in ("sums", "products", "quotients")
+  }
   for example in whole:
     operators = set(re.findall(r"[-+*/](?=\d+=)", example.reference))
-    kind = ("quotients" if "/" in operators else "products" if "*" in operators else "sums")
+    kind = "quotients" if "/" in operators else "products" if "*" in operators else "sums"
     assert [k for k, prompts in kinds.items() if example.prompt in prompts] == [kind]
 
 
@@ -370,8 +479,9 @@ def test_a_choice_of_wordmath_has_one_right_result_among_four():
     results = [int(c.partition(".")[0]) for c in e.choices]
     expression = re.search(r"(\d+)([-+*/])(\d+)=$", e.prompt)
     left, right = int(expression[1]), int(expression[3])
-    value = {"+": left + right, "-": left - right, "*": left * right,
-             "/": left // right}[expression[2]]
+    value = {"+": left + right, "-": left - right, "*": left * right, "/": left // right}[
+      expression[2]
+    ]
     assert results.index(value) == e.target and len(set(results)) == 4 and min(results) > 0
     assert tasks.get("wordmath_choice").score(e, e.choices[e.target]) == {"acc": 1.0}
     assert tasks.get("wordmath_choice").score(e, e.choices[e.target - 1]) == {"acc": 0.0}
@@ -380,14 +490,25 @@ def test_a_choice_of_wordmath_has_one_right_result_among_four():
 
 def test_wikitext_is_cut_at_paragraphs_and_articles(tmp_path):
   paragraphs = [f" {'word ' * 300}{i} . \n" for i in range(7)]
-  lines = [" \n", " = First = \n", " \n", *paragraphs[:5], " = Second article = \n", *paragraphs[5:]]
+  lines = [
+    " \n",
+    " = First = \n",
+    " \n",
+    *paragraphs[:5],
+    " = Second article = \n",
+    *paragraphs[5:],
+  ]
   folder = tmp_path / "wikitext-103-raw"
   folder.mkdir()
   (folder / "wiki.valid.raw").write_text("".join(lines))
   examples = tasks.get("wikitext103").examples("validation", tmp_path)
   # 1500 characters each: two in a piece, but for the last of an article.
   assert [[int(w) for w in (e.prompt + e.reference).split() if w.isdigit()] for e in examples] == [
-      [0, 1], [2, 3], [4], [5, 6]]
+    [0, 1],
+    [2, 3],
+    [4],
+    [5, 6],
+  ]
   for e in examples:
     assert e.kind == "read" and e.reference.startswith(" ") and 200 <= len(e.prompt) < 210
   assert examples[3].prompt.startswith("= Second article =")

@@ -10,14 +10,15 @@ import time
 
 import jax
 import numpy as np
+import programs
 import pytest
 import tokenizers
 
-import programs
-from experiments import batches, configs, train
+from experiments import train
 from experiments.tasks import wordmath, wordmath_tokenizer
+from experiments.training import configs, training_batches
 from roe_jax import assets, checkpoint
-from roe_jax.tokenizer import Tokenizer
+from roe_jax.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +31,14 @@ def config(tokenizer):
   """25 steps, a state every 10; the fixed set of problems is seen several times."""
   config = configs.load("wordmath_tiny")
   return config.replace(
-      model=config.model.replace(vocab_size=tokenizer.get_vocab_size()),
-      settings=dataclasses.replace(config.settings, num_steps=25), num_problems=30,
-      log_every=5, save_every=10, evaluate_every=15, evaluation_problems=4)
+    model=config.model.replace(vocab_size=tokenizer.get_vocab_size()),
+    settings=dataclasses.replace(config.settings, num_steps=25),
+    num_problems=30,
+    log_every=5,
+    save_every=10,
+    evaluate_every=15,
+    evaluation_problems=4,
+  )
 
 
 def records(folder, *without):
@@ -45,11 +51,11 @@ def equal(first, second):
 
 
 def test_a_batch_holds_the_problems_of_its_places(tokenizer):
-  make = batches.TrainingBatches(tokenizer, batch_size=3, seed=5, pad_id=1)
+  make = training_batches.TrainingBatches(tokenizer, batch_size=3, seed=5, pad_id=1)
   seen = []
-  for step in range(batches.WINDOW):
+  for step in range(training_batches.WINDOW):
     batch = make(step)
-    assert batch.tokens.shape[1] % batches.MULTIPLE == 0
+    assert batch.tokens.shape[1] % training_batches.MULTIPLE == 0
     for tokens, weights, place in zip(batch.tokens, batch.weights, batch.ids):
       problem = wordmath.problem("train", int(place), 5)
       end = int((weights > 0).sum())
@@ -59,14 +65,14 @@ def test_a_batch_holds_the_problems_of_its_places(tokenizer):
       assert tokens[end - 1] == tokenizer.token_to_id("<|endoftext|>")
       assert np.all(weights[start:end] == 1) and np.all(tokens[end:] == 1)
       seen.append(int(place))
-  assert sorted(seen) == list(range(3 * batches.WINDOW))
+  assert sorted(seen) == list(range(3 * training_batches.WINDOW))
   # Any step on its own is what it is in a run.
-  alone = batches.TrainingBatches(tokenizer, batch_size=3, seed=5, pad_id=1)(7)
+  alone = training_batches.TrainingBatches(tokenizer, batch_size=3, seed=5, pad_id=1)(7)
   assert equal(alone, make(7))
 
 
 def test_every_epoch_has_each_problem_once_in_its_own_order(tokenizer):
-  make = batches.TrainingBatches(tokenizer, batch_size=3, num_problems=10, seed=5)
+  make = training_batches.TrainingBatches(tokenizer, batch_size=3, num_problems=10, seed=5)
   epochs = [[make.problem_index(10 * e + i) for i in range(10)] for e in range(3)]
   assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
   assert epochs[0] != epochs[1] != epochs[2]
@@ -74,9 +80,10 @@ def test_every_epoch_has_each_problem_once_in_its_own_order(tokenizer):
 
 def _make_fast(monkeypatch):
   """One shape of batches to compile for, and no evaluation."""
-  monkeypatch.setattr(batches, "MULTIPLE", 128)
-  monkeypatch.setattr(train, "evaluate", lambda params, *_: {
-      "score": float(np.abs(params.final_norm).sum())})
+  monkeypatch.setattr(training_batches, "MULTIPLE", 128)
+  monkeypatch.setattr(
+    train, "evaluate", lambda params, *_: {"score": float(np.abs(params.final_norm).sum())}
+  )
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +95,7 @@ def whole_run(config, tokenizer, tmp_path_factory):
     return folder, *train.train(config, folder, tokenizer)
 
 
-def test_a_killed_run_ends_as_one_that_was_not(
-    config, tokenizer, whole_run, tmp_path, monkeypatch):
+def test_a_killed_run_ends_as_one_that_was_not(config, tokenizer, whole_run, tmp_path, monkeypatch):
   _make_fast(monkeypatch)
   folder, whole, _ = whole_run
   take_step, calls = train.training.train_step, []
@@ -112,8 +118,14 @@ def test_a_killed_run_ends_as_one_that_was_not(
   timings = ("seconds", "tokens_per_second")
   expected = records(folder, *timings)
   assert [(r["step"], r["kind"]) for r in expected] == [
-      (5, "training"), (10, "training"), (15, "training"), (15, "evaluation"),
-      (20, "training"), (25, "training"), (25, "evaluation")]
+    (5, "training"),
+    (10, "training"),
+    (15, "training"),
+    (15, "evaluation"),
+    (20, "training"),
+    (25, "training"),
+    (25, "evaluation"),
+  ]
   assert records(tmp_path, *timings) == expected
   assert last["tokens"] == expected[-2]["tokens"]
   assert sorted(p.name for p in (tmp_path / "states").iterdir()) == ["20", "25"]
@@ -127,7 +139,8 @@ def _train(config, folder, tokenizer_file, cache):
 
 
 def test_a_run_killed_for_real_at_random_moments_ends_as_one_that_was_not(
-    config, tokenizer, whole_run, tmp_path):
+  config, tokenizer, whole_run, tmp_path
+):
   folder, whole, _ = whole_run
   tokenizer.save(str(tmp_path / "tokenizer.json"))
   run = tmp_path / "run"
@@ -136,8 +149,9 @@ def test_a_run_killed_for_real_at_random_moments_ends_as_one_that_was_not(
 
   def start():
     process = programs.context.Process(
-        target=_train, args=(config, run, str(tmp_path / "tokenizer.json"),
-                             jax.config.jax_compilation_cache_dir))
+      target=_train,
+      args=(config, run, str(tmp_path / "tokenizer.json"), jax.config.jax_compilation_cache_dir),
+    )
     process.start()
     return process
 
@@ -160,15 +174,17 @@ def test_a_run_killed_for_real_at_random_moments_ends_as_one_that_was_not(
 
 
 def test_the_checkpoint_holds_rounded_weights_and_their_scores(
-    config, tokenizer, whole_run, tmp_path, monkeypatch):
-  monkeypatch.setattr(batches, "MULTIPLE", 128)
+  config, tokenizer, whole_run, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(training_batches, "MULTIPLE", 128)
   _, state, last = whole_run
   train.finish(config, tmp_path, tokenizer, state, last, "the command")
 
   params, loaded = checkpoint.load(tmp_path / "model", dtype="float32")
   assert checkpoint.load_config(tmp_path / "model").dtype == "bfloat16"
-  assert equal(params, jax.tree.map(
-      lambda w: np.asarray(w.astype("bfloat16").astype("float32")), state.params))
+  assert equal(
+    params, jax.tree.map(lambda w: np.asarray(w.astype("bfloat16").astype("float32")), state.params)
+  )
   provenance = checkpoint.load_provenance(tmp_path / "model")
   scores = train.evaluate(params, config.replace(model=loaded), tokenizer)
   assert 1 < scores["validation_perplexity"] < config.model.vocab_size
@@ -191,21 +207,28 @@ def test_a_folder_belongs_to_one_config(config, tmp_path):
     train.check_output(tmp_path / "other", config)
 
 
-@pytest.mark.parametrize("arguments, sentence", [
+@pytest.mark.parametrize(
+  "arguments, sentence",
+  [
     (["--config=nothing"], "unknown training config 'nothing'; there are wordmath_control"),
     (["--config=wordmath_tiny", "--steps=0"], "num_steps must be at least 1, got 0"),
-])
+  ],
+)
 def test_errors_are_one_sentence(arguments, sentence, tmp_path):
   done = subprocess.run(
-      [sys.executable, "-m", "experiments.train", f"--output={tmp_path / 'run'}", *arguments],
-      capture_output=True, text=True, env=os.environ)
+    [sys.executable, "-m", "experiments.train", f"--output={tmp_path / 'run'}", *arguments],
+    capture_output=True,
+    text=True,
+    env=os.environ,
+  )
   assert done.returncode == 1
   assert sentence in done.stderr and "Traceback" not in done.stderr
   assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("changes", [
-    dict(batch_size=0), dict(save_every=0), dict(num_problems=0), dict(seed=-1)])
+@pytest.mark.parametrize(
+  "changes", [dict(batch_size=0), dict(save_every=0), dict(num_problems=0), dict(seed=-1)]
+)
 def test_configs_out_of_range(config, changes):
   with pytest.raises(ValueError, match=next(iter(changes))):
     config.replace(**changes)

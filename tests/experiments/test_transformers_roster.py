@@ -2,12 +2,12 @@
 
 import functools
 
+import hf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import hf
 from roe_jax import cache as kv_cache
 from roe_jax import families
 from roe_jax import members as members_lib
@@ -22,7 +22,7 @@ from experiments.benchmarks import transformers_roster  # noqa: E402
 # another order.
 TOLERANCE = 3e-5
 FAMILIES = ("olmoe", "mixtral")
-CASES = FAMILIES + ("olmoe_normalised",)
+CASES = FAMILIES + ("olmoe_normalized",)
 TEMPERATURES = [0.7, 0.4]
 LENGTH = 12
 TOKENS = np.random.RandomState(1).randint(0, hf.SMALL["vocab_size"], (2, LENGTH))
@@ -31,7 +31,7 @@ REQUESTS = jnp.asarray([3, 2**32 - 2], jnp.uint32)
 
 def settings(case):
   family = case.split("_")[0]
-  changes = {"norm_topk_prob": True} if case == "olmoe_normalised" else {}
+  changes = {"norm_topk_prob": True} if case == "olmoe_normalized" else {}
   hf_config = hf.config_json(family, **changes)
   return hf_config, families.from_hugging_face(hf_config, dtype="float32")
 
@@ -42,7 +42,8 @@ def make(case, num_members=3, temperatures=TEMPERATURES, **options):
   model = transformers_roster.build(config)
   transformers_roster.load_params(model, hf.random_state(hf_config, seed=3))
   return transformers_roster.TransformersRoster(
-      model, num_members, temperatures, batch_size=2, capacity=16, **options)
+    model, num_members, temperatures, batch_size=2, capacity=16, **options
+  )
 
 
 def steps(roster, first=4):
@@ -75,16 +76,21 @@ def all_noise(case):
       noise = members_lib.routing_noise(roster, REQUESTS, positions_BxT, member)
       no_logits = jnp.zeros((*positions_BxT.shape, config.num_experts))
       return noise.perturb(layer, no_logits, config.experts_per_token)
+
     by_member = jax.vmap(of_member, in_axes=(0, None), out_axes=1)
     return jax.vmap(by_member, in_axes=(None, 0))(
-        jnp.arange(roster.num_members), jnp.arange(config.num_layers))
+      jnp.arange(roster.num_members), jnp.arange(config.num_layers)
+    )
+
   return np.array(draw(jnp.tile(jnp.arange(LENGTH), (2, 1))))
 
 
 def roe_jax_noise(case):
   """The same in the form that `TransformersRoster` takes."""
+
   def draw(members, start, length):
-    return torch.tensor(all_noise(case)[:, :, list(members), start:start + length])
+    return torch.tensor(all_noise(case)[:, :, list(members), start : start + length])
+
   return draw
 
 
@@ -97,11 +103,10 @@ def roe_jax_log_probs(case):
   def run(params):
     positions = jnp.tile(jnp.arange(LENGTH), (2, 1))
     cache = kv_cache.empty(config, 2, 16)
-    cache, _ = members_lib.prefill(
-        params, config, roster, cache, TOKENS, positions, REQUESTS)
-    x, _ = members_lib.member_states(
-        params, config, roster, cache, TOKENS, positions, REQUESTS)
+    cache, _ = members_lib.prefill_cache(params, config, roster, cache, TOKENS, positions, REQUESTS)
+    x, _ = members_lib.member_states(params, config, roster, cache, TOKENS, positions, REQUESTS)
     return members_lib.aggregate(params, config, roster, x).log_probs
+
   return np.asarray(run(hf.to_params(hf_config, hf.random_state(hf_config, seed=3))))
 
 
@@ -128,8 +133,7 @@ def test_steps_are_those_of_roe_jax(case):
 def test_scores_are_those_of_roe_jax(family, rows_per_chunk):
   roster = make(family, draw=roe_jax_noise(family))
   scores = roster.score(torch.tensor(TOKENS), rows_per_chunk)
-  chosen = np.take_along_axis(
-      roe_jax_log_probs(family)[:, :-1], TOKENS[:, 1:, None], axis=-1)
+  chosen = np.take_along_axis(roe_jax_log_probs(family)[:, :-1], TOKENS[:, 1:, None], axis=-1)
   assert_close(scores, chosen[..., 0])
 
 
@@ -189,5 +193,6 @@ def test_its_own_noise_is_gumbel_and_spares_member_0():
 def test_times_are_sorted():
   waits = {"slow": 0.02, "fast": 0.001}
   times = transformers_roster.time_each(
-      lambda name: transformers_roster.time.sleep(waits[name]), list(waits))
+    lambda name: transformers_roster.time.sleep(waits[name]), list(waits)
+  )
   assert list(times) == ["fast", "slow"]

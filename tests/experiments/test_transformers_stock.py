@@ -4,7 +4,6 @@ import functools
 
 import numpy as np
 import pytest
-
 import test_transformers_roster as other
 
 torch = pytest.importorskip("torch")
@@ -23,8 +22,13 @@ def model(case):
 
 def make(case, num_members=3, temperatures=other.TEMPERATURES, **options):
   return transformers_stock.StockRoster(
-      transformers_stock.twin(model(case)), num_members, temperatures, batch_size=2,
-      capacity=16, **options)
+    transformers_stock.twin(model(case)),
+    num_members,
+    temperatures,
+    batch_size=2,
+    capacity=16,
+    **options,
+  )
 
 
 @pytest.mark.parametrize("case", other.CASES)

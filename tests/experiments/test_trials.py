@@ -5,13 +5,13 @@ import signal
 import subprocess
 import sys
 
+import closed_form
+from closed_form import BATCHES, OPTIMUM, SPACE, Quadratic
 import numpy as np
 import pytest
 
-from experiments import trials
-from experiments.trials import Search, Space, TRIALS
-import closed_form
-from closed_form import BATCHES, OPTIMUM, SPACE, Quadratic
+from experiments.tuning import trials
+from experiments.tuning.trials import TRIALS, Search, Space
 
 
 def searched(folder, num_trials, prune=False, objective=None, space=SPACE, batches=BATCHES):
@@ -23,8 +23,11 @@ def searched(folder, num_trials, prune=False, objective=None, space=SPACE, batch
 
 def start(folder, num_trials, seconds):
   return subprocess.Popen(
-      [sys.executable, closed_form.__file__, str(folder), str(num_trials), str(seconds)],
-      stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    [sys.executable, closed_form.__file__, str(folder), str(num_trials), str(seconds)],
+    stdout=subprocess.PIPE,
+    text=True,
+    env=os.environ | {"PYTHONPATH": os.getcwd()},
+  )
 
 
 @pytest.mark.parametrize("maximize", [False, True])
@@ -35,7 +38,8 @@ def test_the_search_finds_the_optimum_of_a_closed_form(tmp_path, maximize):
   # The best uniform τ is known, too, and by how much it is worse.
   assert uniform.temperatures[1] == pytest.approx(np.mean(OPTIMUM))
   assert abs(best.value - uniform.value) == pytest.approx(
-      objective.exact(uniform.temperatures), abs=0.005)
+    objective.exact(uniform.temperatures), abs=0.005
+  )
 
 
 def test_the_first_and_last_layers_stay_at_zero_and_the_others_within_bounds(tmp_path):
@@ -77,7 +81,7 @@ def test_all_trials_are_written_with_what_they_cost(tmp_path):
   lines = [json.loads(line) for line in (tmp_path / TRIALS).read_text().splitlines()]
   assert [line["number"] for line in lines] == list(range(11))
   for line in lines:
-    assert line["examples"] == line["tokens"] == 40 and line["forward_rows"] == 80
+    assert line["examples"] == line["tokens"] == 40 and line["forward_passes"] == 80
     assert line["seconds"] >= 0 and line["state"] == "complete"
   assert len(objective.calls) == 4 * 11
 
@@ -86,20 +90,26 @@ def test_the_best_of_equal_trials_is_the_first(tmp_path):
   class Flat(Quadratic):
     def exact(self, temperatures):
       return 0.0
+
   search, _ = searched(tmp_path, 11, objective=Flat(noise=0.0))
   assert search.best().number == 0
 
 
 @pytest.mark.parametrize("maximize", [False, True])
 def test_pruning_saves_work_and_keeps_the_winner(tmp_path, maximize):
-  """The best uniform τ is 0.25; noise is as large as the differences between neighbours."""
+  """The best uniform τ is 0.25; noise is as large as the differences between neighbors."""
   saved = []
   for i in range(3):
     objective = Quadratic(maximize, noise=0.1, examples=100)
     order = np.random.default_rng(i).permutation(100)
     objective._levels, objective._slopes = objective._levels[order], objective._slopes[order]
-    search, _ = searched(tmp_path / str(i), 10, prune=True, objective=objective,
-                         batches=[slice(j, j + 10) for j in range(0, 100, 10)])
+    search, _ = searched(
+      tmp_path / str(i),
+      10,
+      prune=True,
+      objective=objective,
+      batches=[slice(j, j + 10) for j in range(0, 100, 10)],
+    )
     assert search.best().temperatures[1] == 0.25
     states = {t.state for t in search.trials()}
     measured = sum(t.examples for t in search.trials())
@@ -116,8 +126,9 @@ def test_a_pruned_trial_is_told_as_if_the_rest_differed_as_what_it_saw(tmp_path)
   assert pruned
   for trial in pruned:
     assert trial.examples < 40
-    assert trial.value == pytest.approx(objective._levels.mean() + objective.exact(
-        trial.temperatures))
+    assert trial.value == pytest.approx(
+      objective._levels.mean() + objective.exact(trial.temperatures)
+    )
   assert search.best().temperatures[1] == 0.25
 
 
@@ -128,9 +139,11 @@ def test_few_trials_that_are_no_worse_are_given_up_and_most_that_are(maximize):
     for _ in range(400):
       best = rng.normal(size=100)
       values = best + rng.normal(size=100) + (-worse if maximize else worse)
-      given_up += any(trials.is_hopeless(values[:seen], best, maximize, 9)
-                      for seen in range(10, 100, 10))
+      given_up += any(
+        trials.is_hopeless(values[:seen], best, maximize, 9) for seen in range(10, 100, 10)
+      )
     return given_up / 400
+
   assert share_given_up(0.0) < trials.PRUNING_ERROR
   assert share_given_up(0.5) > 0.9
   assert share_given_up(-0.5) == 0
@@ -163,12 +176,12 @@ def test_a_killed_search_ends_as_one_that_was_not(tmp_path):
   assert len(lost) == 1
   search.run(Quadratic(), BATCHES, prune=False)
   made = search.trials()
-  assert [t for t in made if t.state == "failed"] == [
-      t for t in made if t.number == lost[0].number]
+  assert [t for t in made if t.state == "failed"] == [t for t in made if t.number == lost[0].number]
   whole, _ = searched(tmp_path / "whole", 14)
   # Same temperatures, same values, same best; only the lost one has another number.
   assert [(t.temperatures, t.value) for t in made if t.state == "complete"] == [
-      (t.temperatures, t.value) for t in whole.trials()]
+    (t.temperatures, t.value) for t in whole.trials()
+  ]
   assert search.best().value == whole.best().value
   assert not list((tmp_path / "killed" / "running").iterdir())
 
@@ -208,14 +221,21 @@ def test_a_model_without_finite_values_is_an_error(tmp_path):
   class Broken(Quadratic):
     def measure(self, temperatures, part):
       return np.full(part.stop - part.start, np.nan), closed_form.Cost()
+
   with pytest.raises(ValueError, match=r"no finite loss at τ = \[0.0, 0.05"):
     searched(tmp_path, 11, objective=Broken())
 
 
-@pytest.mark.parametrize("space,message", [
-    ((4, 2, 0.5), "it may be 0 to 1, got 2"), ((5, -1, 0.5), "0 to 2, got -1"),
-    ((4, 0, 0.0), "above 0, got 0"), ((4, 0, float("nan")), "finite"),
-    ((4, 0, -0.1), "above 0, got -0.1")])
+@pytest.mark.parametrize(
+  "space,message",
+  [
+    ((4, 2, 0.5), "it may be 0 to 1, got 2"),
+    ((5, -1, 0.5), "0 to 2, got -1"),
+    ((4, 0, 0.0), "above 0, got 0"),
+    ((4, 0, float("nan")), "finite"),
+    ((4, 0, -0.1), "above 0, got -0.1"),
+  ],
+)
 def test_a_space_without_room_is_refused(space, message):
   with pytest.raises(ValueError, match=message):
     Space(*space)

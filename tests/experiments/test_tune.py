@@ -10,22 +10,41 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import (
-    app, confirm, objectives, profiles, runs, statistics, tasks, tune, tuning_configs)
-from experiments.asking import Asking
+from experiments import tasks, tune
+from experiments.analysis import paired_statistics
+from experiments.cli import app, temperature_profiles
+from experiments.evaluation.prompts import Asking
+from experiments.records import runs
 from experiments.tasks import base
-from experiments.trials import Search, Space
-from roe_jax import checkpoint, decode, score
+from experiments.tuning import confirm, objectives, tuning_configs
+from experiments.tuning.trials import Search, Space
+from roe_jax import checkpoint, decode, scoring
 from roe_jax.roster import Roster
-from roe_jax.tokenizer import Tokenizer
+from roe_jax.text.tokenizer import Tokenizer
 
-SMALL = ("--task=wordmath", "--num_members=3", "--max_temperature=0.15", "--num_trials=5",
-         "--num_samples=5", "--num_confirm=4", "--num_seeds=2", "--batch_size=3", "--noprune")
+SMALL = (
+  "--task=wordmath",
+  "--num_members=3",
+  "--max_temperature=0.15",
+  "--num_trials=5",
+  "--num_samples=5",
+  "--num_confirm=4",
+  "--num_seeds=2",
+  "--batch_size=3",
+  "--noprune",
+)
 
 
 def command(folder, output, *arguments):
-  return [sys.executable, "-m", "experiments.tune", f"--checkpoint={folder}", f"--output={output}",
-          *SMALL, *arguments]
+  return [
+    sys.executable,
+    "-m",
+    "experiments.tune",
+    f"--checkpoint={folder}",
+    f"--output={output}",
+    *SMALL,
+    *arguments,
+  ]
 
 
 def run(*arguments):
@@ -53,8 +72,10 @@ def tuned(tiny_checkpoint, tmp_path_factory):
 def texts_of(model, split_examples):
   _, config, tokenizer = model
   prompts = [tokenizer.encode(e.prompt) for e in split_examples]
-  texts = [p + tokenizer.encode(e.reference) + [config.eos_token_ids[0]]
-           for p, e in zip(prompts, split_examples)]
+  texts = [
+    p + tokenizer.encode(e.reference) + [config.eos_token_ids[0]]
+    for p, e in zip(prompts, split_examples)
+  ]
   return texts, [len(p) for p in prompts]
 
 
@@ -62,16 +83,20 @@ def nll_of(model, examples, roster, ids):
   """Independent of `objectives`: one text at a time."""
   params, config, _ = model
   texts, starts = texts_of(model, examples)
-  return np.array([
-      -score.score(params, config, [text], [start], roster=roster,
-                   request_ids=[i]).texts[0].log_probs.sum(dtype=float)
-      for text, start, i in zip(texts, starts, ids)])
+  return np.array(
+    [
+      -scoring.score(params, config, [text], [start], roster=roster, request_ids=[i])
+      .texts[0]
+      .log_probs.sum(dtype=float)
+      for text, start, i in zip(texts, starts, ids)
+    ]
+  )
 
 
 def test_the_profile_is_that_of_the_best_trial_and_names_model_roster_data_and_cost(tuned, model):
   done, output = tuned
   params, config, _ = model
-  profile = profiles.read(output / "profile.json")
+  profile = temperature_profiles.read(output / "profile.json")
   trials = lines(output / "trials.jsonl")
   assert [t["kind"] for t in trials] == 3 * ["sweep"] + 2 * ["tpe"]
   best = min(trials, key=lambda t: t["value"])
@@ -82,9 +107,11 @@ def test_the_profile_is_that_of_the_best_trial_and_names_model_roster_data_and_c
   profile.check_sizes(config)
   profile.check_routers(params)
   assert profile.seed == 0 and profile.data["searched"] == [
-      f"wordmath/validation/{i}" for i in range(5)]
+    f"wordmath/validation/{i}" for i in range(5)
+  ]
   assert profile.cost["trials"] == 5 and profile.cost["seconds"] == pytest.approx(
-      sum(t["seconds"] for t in trials))
+    sum(t["seconds"] for t in trials)
+  )
   assert "5 trials (0 pruned)" in done.stdout.splitlines()[-1]
 
 
@@ -98,16 +125,15 @@ def test_a_trials_value_is_the_perplexity_of_the_references_with_the_searchs_noi
     nll = nll_of(model, examples, roster, range(5))
     assert trial["value"] == pytest.approx(np.exp(nll.sum() / count), rel=1e-5)
     assert trial["tokens"] == count
-    assert trial["forward_rows"] == sum(map(len, texts)) - 5 + 3 * count
+    assert trial["forward_passes"] == sum(map(len, texts)) - 5 + 3 * count
   plain = nll_of(model, examples, Roster.create(model[1]), range(5))
-  objective = profiles.read(output / "profile.json").objective
+  objective = temperature_profiles.read(output / "profile.json").objective
   assert objective["plain"] == pytest.approx(np.exp(plain.sum() / count), rel=1e-5)
 
 
-def test_the_winner_is_confirmed_on_fresh_problems_with_fresh_noise_paired_with_plain(
-    tuned, model):
+def test_the_winner_is_confirmed_on_fresh_problems_with_fresh_noise_paired_with_plain(tuned, model):
   done, output = tuned
-  profile = profiles.read(output / "profile.json")
+  profile = temperature_profiles.read(output / "profile.json")
   confirmed = profile.objective["confirmed"]
   assert confirmed["examples"] == 4 and confirmed["seeds"] == [1, 2]
   assert not set(profile.data["searched"]) & set(profile.data["confirmed"])
@@ -115,15 +141,22 @@ def test_the_winner_is_confirmed_on_fresh_problems_with_fresh_noise_paired_with_
   texts, starts = texts_of(model, examples)
   tokens = np.array([len(t) - s for t, s in zip(texts, starts)])
   plain = nll_of(model, examples, Roster.create(model[1]), range(5, 9))
-  seeds = [nll_of(model, examples, Roster.create(model[1], 3, profile.temperatures, seed=seed),
-                  range(5, 9)) for seed in (1, 2)]
+  seeds = [
+    nll_of(
+      model, examples, Roster.create(model[1], 3, profile.temperatures, seed=seed), range(5, 9)
+    )
+    for seed in (1, 2)
+  ]
   for seed, nll in zip((1, 2), seeds):
     records = runs.load(output / "confirm" / "tuned")[1]
     found = [r["metrics"]["nll"] for r in records if r["seed"] == seed]
     np.testing.assert_allclose(found, nll, rtol=1e-5)
-  expected = statistics.paired_perplexity(np.mean(seeds, axis=0), plain, tokens)
-  found = next(d for d in confirmed["differences"]
-               if (d["of"], d["to"], d["fitted"]) == ("tuned", "plain", False))
+  expected = paired_statistics.paired_perplexity(np.mean(seeds, axis=0), plain, tokens)
+  found = next(
+    d
+    for d in confirmed["differences"]
+    if (d["of"], d["to"], d["fitted"]) == ("tuned", "plain", False)
+  )
   assert found["value"] == pytest.approx(expected.value, rel=1e-3, abs=1e-3)
   assert found["low"] == pytest.approx(expected.low, rel=1e-2, abs=1e-3)
   assert f"{found['value']:+.2f} [" in done.stdout
@@ -137,14 +170,14 @@ def test_fitted_output_temperatures_come_from_the_problems_of_the_search(tuned, 
   examples = tasks.get("wordmath").examples("validation", limit=5)
   texts, starts = texts_of(model, examples)
   grid = confirm.OUTPUT_TEMPERATURES
-  scores = score.score(params, config, texts, starts, output_temperatures=grid)
+  scores = scoring.score(params, config, texts, starts, output_temperatures=grid)
   nll = np.array([-t.log_probs.sum(axis=0, dtype=float) for t in scores.texts])
   settings, records, _ = runs.load(tuned[1] / "confirm" / "plain")
-  fitted = statistics.fit_output_temperature(nll, grid)
+  fitted = paired_statistics.fit_output_temperature(nll, grid)
   assert settings["output_temperature"] == pytest.approx(fitted, rel=1e-3)
   fresh = tasks.get("wordmath").examples("validation", limit=9)[5:]
   texts, starts = texts_of(model, fresh)
-  scores = score.score(params, config, texts, starts, output_temperatures=[fitted])
+  scores = scoring.score(params, config, texts, starts, output_temperatures=[fitted])
   for record, text in zip(records, scores.texts):
     assert record["metrics"]["fitted_nll"] == pytest.approx(-text.log_probs.sum(), rel=1e-3)
 
@@ -152,15 +185,25 @@ def test_fitted_output_temperatures_come_from_the_problems_of_the_search(tuned, 
 def test_other_programs_take_the_profile_with_its_roster(tuned, tiny_checkpoint, tmp_path):
   (tmp_path / "in.jsonl").write_text('{"prompt": "7", "continuation": " 8"}\n')
   done = subprocess.run(
-      [sys.executable, "-m", "experiments.score", f"--checkpoint={tiny_checkpoint}",
-       f"--input={tmp_path / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}",
-       f"--temperature_profile={tuned[1] / 'profile.json'}"],
-      capture_output=True, text=True, env=os.environ)
+    [
+      sys.executable,
+      "-m",
+      "experiments.score",
+      f"--checkpoint={tiny_checkpoint}",
+      f"--input={tmp_path / 'in.jsonl'}",
+      f"--output={tmp_path / 'out.jsonl'}",
+      f"--temperature_profile={tuned[1] / 'profile.json'}",
+    ],
+    capture_output=True,
+    text=True,
+    env=os.environ,
+  )
   assert done.returncode == 0, done.stderr
   roster = lines(tmp_path / "out.jsonl")[0]["settings"]["roster"]
   assert roster["num_members"] == 3
   assert roster["temperatures"] == pytest.approx(
-      profiles.read(tuned[1] / "profile.json").temperatures, abs=1e-6)
+    temperature_profiles.read(tuned[1] / "profile.json").temperatures, abs=1e-6
+  )
 
 
 def test_a_finished_search_is_told_again_and_other_settings_are_refused(tuned, tiny_checkpoint):
@@ -175,11 +218,17 @@ def test_a_finished_search_is_told_again_and_other_settings_are_refused(tuned, t
 
 
 def test_two_workers_killed_and_started_again_end_as_one_that_was_not(
-    tuned, tiny_checkpoint, tmp_path):
+  tuned, tiny_checkpoint, tmp_path
+):
   output = tmp_path / "killed"
   arguments = command(tiny_checkpoint, output, "--num_workers=2")
-  process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                             env=os.environ, start_new_session=True)
+  process = subprocess.Popen(
+    arguments,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+    env=os.environ,
+    start_new_session=True,
+  )
   deadline = time.monotonic() + 240
   while not (output / "trials.jsonl").exists():
     assert time.monotonic() < deadline and process.poll() is None
@@ -191,10 +240,11 @@ def test_two_workers_killed_and_started_again_end_as_one_that_was_not(
   expected = lines(tuned[1] / "trials.jsonl")
   found = [t for t in lines(output / "trials.jsonl") if t["state"] == "complete"]
   assert len(found) == len(expected) == 5
-  by_sweep = lambda trials: {t["temperatures"][0]: t["value"] for t in trials
-                             if t["kind"] == "sweep"}
+  by_sweep = lambda trials: {
+    t["temperatures"][0]: t["value"] for t in trials if t["kind"] == "sweep"
+  }
   assert by_sweep(found) == by_sweep(expected)
-  profile = profiles.read(output / "profile.json")
+  profile = temperature_profiles.read(output / "profile.json")
   assert profile.objective["value"] == min(t["value"] for t in found)
   assert profile.objective["confirmed"]["examples"] == 4
 
@@ -203,14 +253,21 @@ def test_two_workers_killed_and_started_again_end_as_one_that_was_not(
 def perplexity(model):
   _, config, tokenizer = model
   task = tasks.get("wordmath")
-  return objectives.Perplexity(config, Asking(config, tokenizer), task, task.examples("validation", limit=6),
-                               range(6), batch_size=3)
+  return objectives.Perplexity(
+    config,
+    Asking(config, tokenizer),
+    task,
+    task.examples("validation", limit=6),
+    range(6),
+    batch_size=3,
+  )
 
 
 def test_equal_temperatures_have_equal_values_bit_for_bit(model, perplexity):
   params, config, _ = model
   measure = lambda t: perplexity.measure(
-      params, Roster.create(config, 3, t, noisy_layers=(0, 2)), slice(0, 3))[0]
+    params, Roster.create(config, 3, t, noisy_layers=(0, 2)), slice(0, 3)
+  )[0]
   first, other, again = measure(0.3), measure(0.2), measure([0.3, 0.3])
   assert first.tolist() == again.tolist() and first.tolist() != other.tolist()
 
@@ -236,8 +293,12 @@ def test_only_the_first_trial_compiles(model, perplexity, tmp_path):
   jax.clear_caches()
   programs, counts = app.CompiledPrograms(), []
   search = Search(tmp_path, Space(2, 0, 0.2), 7, maximize=False)
-  search.run(Counting(), [slice(0, 3), slice(3, 6)], prune=False,
-             on_trial=lambda: counts.append(programs.count))
+  search.run(
+    Counting(),
+    [slice(0, 3), slice(3, 6)],
+    prune=False,
+    on_trial=lambda: counts.append(programs.count),
+  )
   assert counts[0] > 0 and counts == 7 * counts[:1]
 
 
@@ -246,46 +307,79 @@ def test_accuracy_of_written_answers(model):
   task = tasks.get("wordmath")
   examples = task.examples("validation", limit=3)
   # A task on which a random model is right now and then: long completions.
-  judged = base.Task("length", "math", "long", None, base.each(
-      lambda e, output: {"long": float(len(output))}), "")
-  objective = objectives.Accuracy(config, Asking(config, tokenizer), judged, examples,
-                                  range(7, 10), 2)
+  judged = base.Task(
+    "length", "math", "long", None, base.each(lambda e, output: {"long": float(len(output))}), ""
+  )
+  objective = objectives.Accuracy(
+    config, Asking(config, tokenizer), judged, examples, range(7, 10), 2
+  )
   roster = Roster.create(config, 3, 0.5, seed=4)
   values, cost = objective.measure(params, roster, slice(1, 3))
   for value, example, i in zip(values, examples[1:], (8, 9)):
     prompt = tokenizer.encode(example.prompt)
-    alone = decode.generate(params, config, [prompt], max_new_tokens=example.max_new_tokens,
-                            roster=roster, request_ids=[i], decode=tokenizer.decode)
+    alone = decode.generate(
+      params,
+      config,
+      [prompt],
+      max_new_tokens=example.max_new_tokens,
+      roster=roster,
+      request_ids=[i],
+      decode=tokenizer.decode,
+    )
     assert value == len(alone.completions[0].text)
-  assert objective.value(values) == values.mean() and cost.forward_rows > 3 * cost.tokens > 0
+  assert objective.value(values) == values.mean() and cost.forward_passes > 3 * cost.tokens > 0
 
 
 def test_accuracy_of_chosen_answers(model):
   params, config, tokenizer = model
-  examples = [base.Example(id=f"q/{i}", prompt=f"{i} pens", choices=(" a", " 12 boats.", " 7"),
-                           target=i % 3) for i in range(3)]
+  examples = [
+    base.Example(id=f"q/{i}", prompt=f"{i} pens", choices=(" a", " 12 boats.", " 7"), target=i % 3)
+    for i in range(3)
+  ]
   task = base.Task("choices", "commonsense", "acc", None, base.each(base.chosen), "")
-  objective = objectives.Accuracy(config, Asking(config, tokenizer), task, examples, range(3),
-                                  batch_size=4)
+  objective = objectives.Accuracy(
+    config, Asking(config, tokenizer), task, examples, range(3), batch_size=4
+  )
   roster = Roster.create(config, 3, 0.5)
   values, cost = objective.measure(params, roster, slice(0, 3))
   expected = []
   for i, e in enumerate(examples):
     prompt = tokenizer.encode(e.prompt)
-    sums = [score.score(params, config, [prompt + tokenizer.encode(c)], [len(prompt)],
-                        roster=roster, request_ids=[i]).texts[0].log_probs.sum()
-            for c in e.choices]
+    sums = [
+      scoring.score(
+        params,
+        config,
+        [prompt + tokenizer.encode(c)],
+        [len(prompt)],
+        roster=roster,
+        request_ids=[i],
+      )
+      .texts[0]
+      .log_probs.sum()
+      for c in e.choices
+    ]
     expected.append(float(np.argmax(sums) == e.target))
   assert values.tolist() == expected and cost.tokens == 3 * sum(
-      len(tokenizer.encode(c)) for c in examples[0].choices)
+    len(tokenizer.encode(c)) for c in examples[0].choices
+  )
 
 
 def test_what_is_not_clear_is_not_called_better():
   def told(low, high):
-    difference = {"of": "tuned", "to": "plain", "fitted": False, "value": (low + high) / 2,
-                  "low": low, "high": high, "clear": low > 0 or high < 0}
-    return confirm.told({"values": {"plain": {"value": 0.5}, "tuned": {"value": 0.6}},
-                         "differences": [difference]}, "accuracy")
+    difference = {
+      "of": "tuned",
+      "to": "plain",
+      "fitted": False,
+      "value": (low + high) / 2,
+      "low": low,
+      "high": high,
+      "clear": low > 0 or high < 0,
+    }
+    return confirm.told(
+      {"values": {"plain": {"value": 0.5}, "tuned": {"value": 0.6}}, "differences": [difference]},
+      "accuracy",
+    )
+
   assert "No clear difference in accuracy" in told(-1, 3)
   assert "clearly better than the plain model" in told(1, 3)
   assert "clearly worse than the plain model" in told(-3, -1)
@@ -293,10 +387,17 @@ def test_what_is_not_clear_is_not_called_better():
 
 def test_a_small_split_is_halved_and_repeated_questions_confirm_nothing(monkeypatch, capsys):
   questions = ["a", "b", "c", "d", "a", "e", "f"]
-  task = base.Task("few", "math", "acc", lambda split, folder, chat: (
-      base.Example(id=f"{split}/{i}", prompt=q) for i, q in enumerate(questions)), None, "")
-  given = types.SimpleNamespace(num_confirm=None, data_dir=None, chat=False,
-                                max_new_tokens=None)
+  task = base.Task(
+    "few",
+    "math",
+    "acc",
+    lambda split, folder, chat: (
+      base.Example(id=f"{split}/{i}", prompt=q) for i, q in enumerate(questions)
+    ),
+    None,
+    "",
+  )
+  given = types.SimpleNamespace(num_confirm=None, data_dir=None, chat=False, max_new_tokens=None)
   monkeypatch.setattr(tune, "FLAGS", given)
   count, examples, fresh = tune.choose_examples(task, 50)
   assert (count, len(examples), fresh) == (3, 7, [3, 5, 6])
@@ -314,23 +415,24 @@ def test_the_papers_budgets():
   assert (c.num_samples, c.num_trials, c.objective) == (300, 100, "accuracy")
   assert (c.num_members, c.max_temperature, c.fixed_layers, c.cache) == (64, 0.3, 3, "standard")
   assert tuning_configs.load("paper_math_olmoe") == tuning_configs.TuningConfig(
-      "perplexity", 100, 50, 32, 0.5, 1, "clean")
+    "perplexity", 100, 50, 32, 0.5, 1, "clean"
+  )
 
 
 REFUSED = {
-    ("--max_temperature=0",): "max_temperature must be finite and above 0",
-    ("--max_temperature=nan",): "max_temperature must be finite",
-    ("--fixed_layers=1",): "it may be 0 to 0, got 1",
-    ("--num_trials=2",): "num_trials must be at least 3",
-    ("--config=paper_math_gpt5",): "unknown tuning config 'paper_math_gpt5'",
-    ("--config=paper_math_olmoe",): "it may be 0 to 0, got 1",  # two layers are too few for L = 1
-    ("--task=gsm9k",): "gsm9k",
-    ("--num_members=1",): "the plain model alone has no temperatures",
-    ("--num_samples=900", "--num_confirm=200"): "too few for --num_samples=900 and",
-    ("--num_confirm=0",): "--num_confirm must be at least 1",
-    ("--temperature_profile=0.3",): "leave it out",
-    ("--seed=4294967295",): "seed must lie in",
-    ("--checkpoint=embedded:nothing",): "nothing",
+  ("--max_temperature=0",): "max_temperature must be finite and above 0",
+  ("--max_temperature=nan",): "max_temperature must be finite",
+  ("--fixed_layers=1",): "it may be 0 to 0, got 1",
+  ("--num_trials=2",): "num_trials must be at least 3",
+  ("--config=paper_math_gpt5",): "unknown tuning config 'paper_math_gpt5'",
+  ("--config=paper_math_olmoe",): "it may be 0 to 0, got 1",  # two layers are too few for L = 1
+  ("--task=gsm9k",): "gsm9k",
+  ("--num_members=1",): "the plain model alone has no temperatures",
+  ("--num_samples=900", "--num_confirm=200"): "too few for --num_samples=900 and",
+  ("--num_confirm=0",): "--num_confirm must be at least 1",
+  ("--temperature_profile=0.3",): "leave it out",
+  ("--seed=4294967295",): "seed must lie in",
+  ("--checkpoint=embedded:nothing",): "nothing",
 }
 MANY_RUNS = """
 import json, sys
@@ -351,8 +453,13 @@ for arguments in json.load(sys.stdin):
 
 def test_bad_settings_are_refused_before_any_work(tiny_checkpoint, tmp_path):
   given = [command(tiny_checkpoint, tmp_path / "output", *a)[3:] for a in REFUSED]
-  done = subprocess.run([sys.executable, "-c", MANY_RUNS], input=json.dumps(given),
-                        capture_output=True, text=True, env=os.environ)
+  done = subprocess.run(
+    [sys.executable, "-c", MANY_RUNS],
+    input=json.dumps(given),
+    capture_output=True,
+    text=True,
+    env=os.environ,
+  )
   assert done.returncode == 0, done.stderr
   for line, sentence in zip(done.stdout.splitlines(), REFUSED.values(), strict=True):
     assert json.loads(line).startswith("error: ") and sentence in line

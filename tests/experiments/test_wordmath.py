@@ -9,17 +9,11 @@ import numpy as np
 import pytest
 import tokenizers
 
-from experiments.tasks import wordmath
+from experiments.tasks import wordmath, wordmath_tokenizer
 from experiments.tasks import wordmath_templates as templates
-from experiments.tasks import wordmath_tokenizer
 
 COUNT = 3000
-OPERATORS = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": operator.floordiv,
-}
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +116,7 @@ def test_questions_are_closed_and_well_formed(by_split):
   assert len(words) <= 260
 
 
-def test_two_fifths_have_one_distractor_outside_their_content(
-    by_split, monkeypatch
-):
+def test_two_fifths_have_one_distractor_outside_their_content(by_split, monkeypatch):
   monkeypatch.setattr(wordmath, "DISTRACTOR_PERCENT", 0)
   without = wordmath.problems("train", COUNT)
   extra = []
@@ -132,9 +124,8 @@ def test_two_fifths_have_one_distractor_outside_their_content(
     assert problem.content == plain.content
     assert problem.answer == plain.answer
     numbers, sentences = (
-        len(re.findall(pattern, problem.question))
-        - len(re.findall(pattern, plain.question))
-        for pattern in (r"\d+", r"[.?]")
+      len(re.findall(pattern, problem.question)) - len(re.findall(pattern, plain.question))
+      for pattern in (r"\d+", r"[.?]")
     )
     assert numbers == sentences and numbers in (0, 1)
     extra.append(numbers)
@@ -163,42 +154,42 @@ def test_prompt_and_completion():
 
 
 @pytest.mark.parametrize(
-    "text, number",
-    [
-        (" 12+5=17. #### 17", 17),
-        ("####8", 8),
-        ("#### 007\nQuestion: Ann", 7),
-        ("#### 3. #### 4", 3),
-        ("#### 5.", 5),
-        ("#### 0", 0),
-        ("", None),
-        ("17", None),
-        ("### 17", None),
-        ("####", None),
-        ("#### x 17", None),
-        ("#### -3", None),
-        ("#### 1.5", None),
-        ("#### 1,200", None),
-        ("#### ٣", None),
-        ("#### " + "9" * 5000, None),
-    ],
+  "text, number",
+  [
+    (" 12+5=17. #### 17", 17),
+    ("####8", 8),
+    ("#### 007\nQuestion: Ann", 7),
+    ("#### 3. #### 4", 3),
+    ("#### 5.", 5),
+    ("#### 0", 0),
+    ("", None),
+    ("17", None),
+    ("### 17", None),
+    ("####", None),
+    ("#### x 17", None),
+    ("#### -3", None),
+    ("#### 1.5", None),
+    ("#### 1,200", None),
+    ("#### ٣", None),
+    ("#### " + "9" * 5000, None),
+  ],
 )
 def test_extract(text, number):
   assert wordmath.extract(text) == number
 
 
 @pytest.mark.parametrize(
-    "call, message",
-    [
-        (lambda: wordmath.problem("dev", 0), "split must be one of"),
-        (lambda: wordmath.problem("test", -1), "index must be an integer"),
-        (lambda: wordmath.problem("test", 1.0), "index must be an integer"),
-        (lambda: wordmath.problem("test", 0, -1), "seed must be an integer"),
-        (lambda: wordmath.problem("test", 0, 2**64), "seed must be"),
-        (lambda: wordmath.problems("dev", 0), "split must be one of"),
-        (lambda: wordmath.problems("test", -1), "count must be an integer"),
-        (lambda: wordmath.problems("test", 1, start=-1), "start must be"),
-    ],
+  "call, message",
+  [
+    (lambda: wordmath.problem("dev", 0), "split must be one of"),
+    (lambda: wordmath.problem("test", -1), "index must be an integer"),
+    (lambda: wordmath.problem("test", 1.0), "index must be an integer"),
+    (lambda: wordmath.problem("test", 0, -1), "seed must be an integer"),
+    (lambda: wordmath.problem("test", 0, 2**64), "seed must be"),
+    (lambda: wordmath.problems("dev", 0), "split must be one of"),
+    (lambda: wordmath.problems("test", -1), "count must be an integer"),
+    (lambda: wordmath.problems("test", 1, start=-1), "start must be"),
+  ],
 )
 def test_bad_arguments(call, message):
   with pytest.raises(ValueError, match=message):
@@ -206,16 +197,16 @@ def test_bad_arguments(call, message):
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        " ",
-        "Ann has 12 pears.",
-        "  two  spaces\n\n\tand a tab ",
-        "unknown zyzzyva's words, 3.14e-5 #### -7",
-        "naïve 東京 🙂 ٣٤ é\u0301 \u200b\x00",
-        "<|endoftext",
-    ],
+  "text",
+  [
+    "",
+    " ",
+    "Ann has 12 pears.",
+    "  two  spaces\n\n\tand a tab ",
+    "unknown zyzzyva's words, 3.14e-5 #### -7",
+    "naïve 東京 🙂 ٣٤ é\u0301 \u200b\x00",
+    "<|endoftext",
+  ],
 )
 def test_tokenizer_is_lossless(tokenizer, text):
   ids = tokenizer.encode(text).ids
@@ -225,8 +216,24 @@ def test_tokenizer_is_lossless(tokenizer, text):
 def test_words_and_digits_are_single_tokens(tokenizer):
   encoding = tokenizer.encode("Question: Ann has 120 pears.\nAnswer: #### 120")
   assert [tokenizer.decode([i]) for i in encoding.ids] == [
-      "Question", ":", " Ann", " has", " ", "1", "2", "0", " pears", ".", "\n",
-      "Answer", ":", " ####", " ", "1", "2", "0",
+    "Question",
+    ":",
+    " Ann",
+    " has",
+    " ",
+    "1",
+    "2",
+    "0",
+    " pears",
+    ".",
+    "\n",
+    "Answer",
+    ":",
+    " ####",
+    " ",
+    "1",
+    "2",
+    "0",
   ]
   assert not [t for t in tokenizer.get_vocab() if re.search(r"\d\d", t)]
 

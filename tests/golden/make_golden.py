@@ -10,19 +10,18 @@ Weights are not stored: `hf.random_state` makes them from the stored config.
 import json
 import pathlib
 
+import hf
 import numpy as np
 
-import hf
-
 CASES = {
-    "olmoe": hf.config_json("olmoe"),
-    "olmoe_normalised_clipped": hf.config_json("olmoe", norm_topk_prob=True, clip_qkv=0.8),
-    "mixtral": hf.config_json("mixtral"),
-    "mixtral_wide_heads": hf.config_json("mixtral", head_dim=12, rope_theta=1e6),
-    "gpt_oss": hf.config_json("gpt_oss"),
-    "qwen2_moe": hf.config_json("qwen2_moe"),
-    "qwen2_moe_windows": hf.config_json("qwen2_moe", use_sliding_window=True),
-    "qwen3_moe": hf.config_json("qwen3_moe"),
+  "olmoe": hf.config_json("olmoe"),
+  "olmoe_normalized_clipped": hf.config_json("olmoe", norm_topk_prob=True, clip_qkv=0.8),
+  "mixtral": hf.config_json("mixtral"),
+  "mixtral_wide_heads": hf.config_json("mixtral", head_dim=12, rope_theta=1e6),
+  "gpt_oss": hf.config_json("gpt_oss"),
+  "qwen2_moe": hf.config_json("qwen2_moe"),
+  "qwen2_moe_windows": hf.config_json("qwen2_moe", use_sliding_window=True),
+  "qwen3_moe": hf.config_json("qwen3_moe"),
 }
 
 
@@ -31,8 +30,12 @@ def main():
   tokens = np.random.RandomState(1).randint(0, hf.SMALL["vocab_size"], (2, 16))
   for name, config in CASES.items():
     model = hf.to_model(config, hf.random_state(config))
-    np.savez_compressed(folder / f"{name}.npz", config=json.dumps(config), tokens=tokens,
-                        logits=hf.logits(model, tokens))
+    np.savez_compressed(
+      folder / f"{name}.npz",
+      config=json.dumps(config),
+      tokens=tokens,
+      logits=hf.logits(model, tokens),
+    )
 
 
 if __name__ == "__main__":

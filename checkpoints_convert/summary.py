@@ -1,0 +1,83 @@
+"""What a conversion would do, as a table."""
+
+import math
+import os
+import pathlib
+
+import jax
+
+from checkpoints_convert import hub
+from roe_jax import checkpoint
+from roe_jax import params as params_lib
+from roe_jax.config import ModelConfig
+
+
+def describe_source(
+  source: str,
+  dtype: str,
+  revision: str | None,
+  quantize_experts: str | None = None,
+  keep_mxfp4: bool = False,
+) -> str:
+  """The report on a Hugging Face source; from the hub it reads the config alone.
+
+  The arguments are those of `convert_from_hugging_face`.
+
+  Raises:
+    ConversionError, ValueError: the source cannot be converted.
+  """
+  if pathlib.Path(source).expanduser().is_dir():
+    opened = hub.open_source(hub.find(source), dtype, quantize_experts, keep_mxfp4)
+    config, stored = opened.config, ", ".join(opened.stored_dtypes)
+  else:
+    config = hub.load_config(
+      source,
+      dtype=dtype,
+      quantize_experts=quantize_experts,
+      keep_mxfp4=keep_mxfp4,
+      revision=revision,
+    )
+    stored = "known only after the download"
+  return f"source: {source} (dtypes in its files: {stored})\n" + describe(config)
+
+
+def describe(config: ModelConfig) -> str:
+  """Parameters, pieces, sizes, and the devices that are there."""
+  rows = [("parameter", "shape", "dtype", "bytes")]
+  leaves = checkpoint.named_leaves(params_lib.abstract(config))
+  for name, leaf in leaves.items():
+    rows.append((name, str(list(leaf.shape)), str(leaf.dtype), f"{_num_bytes(leaf):,}"))
+  widths = [max(len(row[i]) for row in rows) for i in range(4)]
+  lines = [
+    f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}".rstrip()
+    for a, b, c, d in rows
+  ]
+  pieces = checkpoint.plan_pieces(config)
+  largest = max(sum(map(_num_bytes, checkpoint.piece_shapes(config, p).values())) for p in pieces)
+  total = params_lib.num_bytes(config)
+  experts = f", experts in {config.expert_format}" if config.expert_format else ""
+  lines += [
+    "",
+    f"model: {config.family}, {params_lib.count(config):,} parameters in {config.dtype}{experts}",
+    f"pieces: {len(pieces)}, the largest {_gib(largest)}",
+    f"on disk and in memory: {_gib(total)}; while loading at most {_gib(total + largest)}",
+    f"host memory: {_gib(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}",
+    "devices:",
+    *(f"  {_device(device)}" for device in jax.devices()),
+  ]
+  return "\n".join(lines)
+
+
+def _num_bytes(array: jax.ShapeDtypeStruct) -> int:
+  return math.prod(array.shape) * array.dtype.itemsize
+
+
+def _gib(size: int) -> str:
+  return f"{size / 2**30:.2f} GiB"
+
+
+def _device(device: jax.Device) -> str:
+  statistics = device.memory_stats() or {}
+  limit = statistics.get("bytes_limit")
+  memory = f"{_gib(limit)} usable" if limit else "memory not known"
+  return f"{device.device_kind} {device.id}: {memory}"

@@ -1,0 +1,360 @@
+"""Which hub tensor is which part of which parameter: one table for each family.
+
+A rule's pattern reads like `"D (H C) -> H C D"`: to the left the axes of the
+hub tensor, where parentheses merge axes; to the right where they go in one
+layer's parameter. There, `expert` is the index of the rule's expert, and a
+number is an index of its own: `"F D -> expert F 1 D"` is the second half of a
+fused projection. Letters are axis sizes (see `ModelConfig`; G is the shared
+expert's width, U the two of gate and up, I one, M and N the blocks of 32 in D
+and in F). Every pattern is a reordering, so that it can be read backwards
+without loss.
+
+Where a family's experts come in two forms, the config that the rules are read
+with is that of the files: its `expert_format` says which form they have.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import math
+import re
+
+import numpy as np
+
+from checkpoints_convert import mxfp4
+from checkpoints_convert.common import ConversionError, Spans
+from roe_jax.checkpoint import Piece, piece_shapes
+from roe_jax.config import ModelConfig
+from roe_jax.quantization import pack, unpack
+
+_TILE = 256  # of the first two axes, when a tensor is transposed
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """One kind of hub tensor.
+
+  Attributes:
+    tensor: its name, with `{layer}` and `{expert}` where it has them.
+    parameter: the parameter's name in its piece (`checkpoint.piece_shapes`).
+    pattern: see the module.
+    when: a field of `ModelConfig` without which a model lacks the tensor.
+    unless: a field of `ModelConfig` with which it does.
+    stored: "numbers" of any floating-point dtype; "bytes" that stay as they are;
+      or "blocks" of codes of 4 bits (see `mxfp4`), which the parameter holds as
+      halves of its last axis, and the pattern speaks of as if each were a byte.
+  """
+
+  tensor: str
+  parameter: str
+  pattern: str
+  when: str | None = None
+  unless: str | None = None
+  stored: str = "numbers"
+
+
+_COMMON = (
+  Rule("model.embed_tokens.weight", "embedding", "V D -> V D"),
+  Rule("model.norm.weight", "final_norm", "D -> D"),
+  Rule("lm_head.weight", "unembedding", "V D -> V D"),
+  Rule("model.layers.{layer}.input_layernorm.weight", "attention_norm", "D -> D"),
+  Rule("model.layers.{layer}.post_attention_layernorm.weight", "moe_norm", "D -> D"),
+  Rule("model.layers.{layer}.self_attn.q_proj.weight", "attention.query", "(H C) D -> H C D"),
+  Rule("model.layers.{layer}.self_attn.k_proj.weight", "attention.key", "(K C) D -> K C D"),
+  Rule("model.layers.{layer}.self_attn.v_proj.weight", "attention.value", "(K C) D -> K C D"),
+  Rule("model.layers.{layer}.self_attn.o_proj.weight", "attention.output", "D (H C) -> H C D"),
+)
+
+
+def _experts(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+  """A router and separate matrices for each expert, under a family's names."""
+  expert = block + ".experts.{expert}."
+  return (
+    Rule(block + ".gate.weight", "router", "E D -> E D"),
+    Rule(f"{expert}{gate}.weight", "experts.gate_up", "F D -> expert F 0 D"),
+    Rule(f"{expert}{up}.weight", "experts.gate_up", "F D -> expert F 1 D"),
+    Rule(f"{expert}{down}.weight", "experts.down", "D F -> expert F D"),
+  )
+
+
+_QKV_BIASES = (
+  Rule(
+    "model.layers.{layer}.self_attn.q_proj.bias",
+    "attention.query_bias",
+    "(H C) -> H C",
+    when="qkv_bias",
+  ),
+  Rule(
+    "model.layers.{layer}.self_attn.k_proj.bias",
+    "attention.key_bias",
+    "(K C) -> K C",
+    when="qkv_bias",
+  ),
+  Rule(
+    "model.layers.{layer}.self_attn.v_proj.bias",
+    "attention.value_bias",
+    "(K C) -> K C",
+    when="qkv_bias",
+  ),
+)
+_MLP_EXPERTS = _experts("model.layers.{layer}.mlp", "gate_proj", "up_proj", "down_proj")
+
+_EXPERTS = "model.layers.{layer}.mlp.experts."
+_GPT_OSS_EXPERTS = (
+  Rule(
+    _EXPERTS + "gate_up_proj", "experts.gate_up", "E D (F U) -> E F U D", unless="expert_format"
+  ),
+  Rule(_EXPERTS + "down_proj", "experts.down", "E F D -> E F D", unless="expert_format"),
+  Rule(
+    _EXPERTS + "gate_up_proj_blocks",
+    "experts.gate_up.codes",
+    "E (F U) D -> E F U D",
+    when="expert_format",
+    stored="blocks",
+  ),
+  Rule(
+    _EXPERTS + "gate_up_proj_scales",
+    "experts.gate_up.scales",
+    "E (F U) M -> E F U M",
+    when="expert_format",
+    stored="bytes",
+  ),
+  Rule(
+    _EXPERTS + "down_proj_blocks",
+    "experts.down.codes",
+    "E D F -> E F D",
+    when="expert_format",
+    stored="blocks",
+  ),
+  Rule(
+    _EXPERTS + "down_proj_scales",
+    "experts.down.scales",
+    "E D N -> E N D",
+    when="expert_format",
+    stored="bytes",
+  ),
+  Rule(_EXPERTS + "gate_up_proj_bias", "experts.gate_up_bias", "E (F U) -> E F U"),
+  Rule(_EXPERTS + "down_proj_bias", "experts.down_bias", "E D -> E D"),
+)
+
+FAMILIES: dict[str, tuple[Rule, ...]] = {
+  "olmoe": (
+    *_COMMON,
+    Rule("model.layers.{layer}.self_attn.q_norm.weight", "attention.query_norm", "(H C) -> H C"),
+    Rule("model.layers.{layer}.self_attn.k_norm.weight", "attention.key_norm", "(K C) -> K C"),
+    *_MLP_EXPERTS,
+  ),
+  "mixtral": (*_COMMON, *_experts("model.layers.{layer}.block_sparse_moe", "w1", "w3", "w2")),
+  "gpt_oss": (
+    *_COMMON,
+    *_QKV_BIASES,
+    Rule("model.layers.{layer}.self_attn.o_proj.bias", "attention.output_bias", "D -> D"),
+    Rule("model.layers.{layer}.self_attn.sinks", "attention.sinks", "H -> H"),
+    Rule("model.layers.{layer}.mlp.router.weight", "router", "E D -> E D"),
+    Rule("model.layers.{layer}.mlp.router.bias", "router_bias", "E -> E"),
+    *_GPT_OSS_EXPERTS,
+  ),
+  "qwen2_moe": (
+    *_COMMON,
+    *_QKV_BIASES,
+    *_MLP_EXPERTS,
+    Rule(
+      "model.layers.{layer}.mlp.shared_expert.gate_proj.weight",
+      "shared_expert.gate_up",
+      "G D -> G 0 D",
+    ),
+    Rule(
+      "model.layers.{layer}.mlp.shared_expert.up_proj.weight",
+      "shared_expert.gate_up",
+      "G D -> G 1 D",
+    ),
+    Rule(
+      "model.layers.{layer}.mlp.shared_expert.down_proj.weight", "shared_expert.down", "D G -> G D"
+    ),
+    Rule("model.layers.{layer}.mlp.shared_expert_gate.weight", "shared_expert.gate", "I D -> I D"),
+  ),
+  "qwen3_moe": (
+    *_COMMON,
+    Rule("model.layers.{layer}.self_attn.q_norm.weight", "attention.query_norm", "C -> C"),
+    Rule("model.layers.{layer}.self_attn.k_norm.weight", "attention.key_norm", "C -> C"),
+    *_MLP_EXPERTS,
+  ),
+}
+
+
+class Part:
+  """One hub tensor and the part of a piece's parameter that it is.
+
+  Attributes:
+    tensor: the full name in the hub file.
+    shape: the shape there.
+    split: the same with merged axes apart.
+    parameter: the parameter's name in the piece.
+    is_bytes: whether the tensor is uint8, rather than floating-point numbers.
+  """
+
+  def __init__(
+    self, rule: Rule, sizes: dict[str, int], row: int | None, layer: int | None, expert: int | None
+  ):
+    source, target = rule.pattern.split(" -> ")
+    groups = [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w+", source)]
+    axes = [axis for group in groups for axis in group]
+    self.tensor = rule.tensor.format(layer=layer, expert=expert)
+    self.parameter = rule.parameter
+    self.shape = tuple(math.prod(sizes[a] for a in group) for group in groups)
+    self.is_bytes = rule.stored != "numbers"
+    self._in_blocks = rule.stored == "blocks"
+    if self._in_blocks:
+      self.shape = (*self.shape[:-1], self.shape[-1] // 32, 16)
+    self._sizes = tuple(sizes[a] for a in axes)
+    self.split = self._sizes
+    if self._in_blocks:
+      self.split = (*self._sizes[:-1], *self.shape[-2:])
+    order = [axes.index(token) for token in target.split() if token in axes]
+    self._inverse = tuple(order.index(i) for i in range(len(axes)))
+    self._index = () if row is None else (row,)
+    self._index += tuple(
+      expert if token == "expert" else slice(None) if token in axes else int(token)
+      for token in target.split()
+    )
+
+  def region(self, window: Spans) -> Spans | None:
+    """What a part of the parameter holds of the hub tensor, whose axes are `split`.
+
+    Args:
+      window: the part. Of codes it has the last axis whole, as neighbors in the
+        hub's blocks lie far apart in it, and whole blocks.
+
+    Returns:
+      None if it holds nothing.
+    """
+    if any(
+      not isinstance(i, slice) and not start <= i < stop
+      for i, (start, stop) in zip(self._index, window)
+    ):
+      return None
+    own = [span for i, span in zip(self._index, window) if isinstance(i, slice)]
+    if self._in_blocks:
+      own[-1] = tuple(2 * end for end in own[-1])
+    spans = [own[i] for i in self._inverse]
+    if self._in_blocks:
+      start, stop = spans[-1]
+      spans[-1:] = [(start // 32, stop // 32), (0, 16)]
+    return tuple(spans)
+
+  def fill(self, parameter: np.ndarray, tensor: np.ndarray, window: Spans | None = None) -> None:
+    """Writes the hub tensor into its part of the parameter, casting to its dtype.
+
+    Args:
+      parameter: to write to: all of it, or its window.
+      tensor: the hub tensor, or its `region` of the window.
+      window: the part of the parameter that is given, if not all of it.
+    """
+    index, sizes = self._index, self._sizes
+    if window is not None:
+      index = tuple(
+        i if isinstance(i, slice) else i - start for i, (start, _) in zip(index, window)
+      )
+      sizes = tensor.shape
+      if self._in_blocks:
+        sizes = (*sizes[:-2], 32 * sizes[-2])
+    if not self._in_blocks:
+      self._copy(tensor.reshape(sizes), parameter[index].transpose(self._inverse))
+      return
+    # One expert at a time, as codes that are not packed take twice the memory.
+    for blocks, codes in zip(tensor, parameter[index]):
+      loose = np.empty((*codes.shape[:-1], 2 * codes.shape[-1]), np.uint8)
+      _copy_by_tiles(mxfp4.from_blocks(blocks).reshape(sizes[1:]), self._of_expert(loose))
+      codes[...] = pack(loose)
+
+  def take(self, parameter: np.ndarray) -> np.ndarray:
+    """The hub tensor out of the parameter: the inverse of `fill`."""
+    tensor = np.empty(self.shape, parameter.dtype)
+    part = parameter[self._index]
+    if not self._in_blocks:
+      self._copy(part.transpose(self._inverse), tensor.reshape(self._sizes))
+      return tensor
+    for blocks, codes in zip(tensor, part):
+      loose = np.empty(self._sizes[1:], np.uint8)
+      _copy_by_tiles(self._of_expert(unpack(codes)), loose)
+      blocks[...] = mxfp4.to_blocks(loose.reshape(len(blocks), -1))
+    return tensor
+
+  def _of_expert(self, loose: np.ndarray) -> np.ndarray:
+    """The codes of one expert, which leads both orders, in the hub tensor's order."""
+    return loose.transpose([i - 1 for i in self._inverse[1:]])
+
+  def _copy(self, source: np.ndarray, target: np.ndarray) -> None:
+    if self._inverse == tuple(range(len(self._inverse))):
+      target[...] = source
+    elif self._inverse[0] == 0:
+      for one, other in zip(source, target):
+        _copy_by_tiles(one, other)
+    else:
+      _copy_by_tiles(source, target)
+
+
+def _copy_by_tiles(source: np.ndarray, target: np.ndarray) -> None:
+  # Transposing a large matrix in one go misses the cache at every element and
+  # takes ten times as long.
+  for i in range(0, source.shape[0], _TILE):
+    for j in range(0, source.shape[1], _TILE):
+      target[i : i + _TILE, j : j + _TILE] = source[i : i + _TILE, j : j + _TILE]
+
+
+def parts(config: ModelConfig, piece: Piece) -> Iterator[Part]:
+  """All hub tensors of a piece, of files in the form that the config says."""
+  sizes = {
+    "V": config.vocab_size,
+    "D": config.d_model,
+    "H": config.num_heads,
+    "K": config.num_kv_heads,
+    "C": config.head_dim,
+    "E": config.num_experts,
+    "F": config.d_expert,
+    "G": config.d_shared_expert,
+    "U": 2,
+    "I": 1,
+    "M": config.d_model // 32,
+    "N": config.d_expert // 32,
+  }
+  layers = range(piece.start, piece.stop) if piece.num_layers else (None,)
+  for layer in layers:
+    for rule in FAMILIES[config.family]:
+      if (
+        ("{layer}" in rule.tensor) == (layer is None)
+        or (rule.when and not getattr(config, rule.when))
+        or (rule.unless and getattr(config, rule.unless))
+      ):
+        continue
+      row = None if layer is None else layer - piece.start
+      experts = range(config.num_experts) if "{expert}" in rule.tensor else (None,)
+      for expert in experts:
+        yield Part(rule, sizes, row, layer, expert)
+
+
+def check_table(config: ModelConfig) -> None:
+  """Checks that the family's table fills every parameter of the model, once.
+
+  Raises:
+    ConversionError: the table and the model's parameters do not agree.
+  """
+  if config.family not in FAMILIES:
+    raise ConversionError(
+      f"there is no conversion table for the family {config.family!r}; there are "
+      f"tables for {', '.join(FAMILIES)}"
+    )
+  for piece in (Piece("top"), Piece("one layer", 0, 1)):
+    shapes = piece_shapes(config, piece)
+    filled = dict.fromkeys(shapes, 0)
+    for part in parts(config, piece):
+      if part.parameter not in filled:
+        raise ConversionError(
+          f"the table of {config.family} fills {part.parameter}, which a "
+          f"{config.family} model does not have"
+        )
+      filled[part.parameter] += math.prod(part.shape)
+    wrong = [name for name, size in filled.items() if size != math.prod(shapes[name].shape)]
+    if wrong:
+      raise ConversionError(
+        f"the table of {config.family} does not fill exactly: {', '.join(wrong)}"
+      )

@@ -1,0 +1,317 @@
+"""Runs and tuning folders as a report reads them, and whether they may be compared."""
+
+from collections.abc import Sequence
+import dataclasses
+import glob
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from experiments.analysis.calibration_error import Events
+from experiments.records import runs
+
+# Metrics that are a task's result, in the order in which they are looked for.
+QUALITY = ("exact_match", "acc", "pass@1")
+NLL, FITTED_NLL, TOKENS = "nll", "fitted_nll", "tokens"
+# Settings that must be equal in runs that are compared, where both have them.
+SAME = ("split", "chat", "system", "num_fewshot")
+TEMPERATURES = "output_temperatures.json"
+PROFILE, TRIALS = "profile.json", "trials.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """A finished run.
+
+  Attributes:
+    path: its folder.
+    label: what it is called in tables, unique in a report.
+    settings: its settings.json.
+    records: {task: {example: {seed: line of examples.jsonl}}}.
+    costs: lines of costs.jsonl.
+    output_temperatures: {task: that of `FITTED_NLL`}, where they are recorded.
+  """
+
+  path: pathlib.Path
+  label: str
+  settings: dict[str, Any]
+  records: dict[str, dict[str, dict[int, dict[str, Any]]]]
+  costs: list[dict[str, Any]]
+  output_temperatures: dict[str, float]
+
+  @property
+  def model(self) -> str | None:
+    """The fingerprint of the model, or None: not recorded."""
+    model = self.settings.get("model")
+    return str(model.get("routers")) if isinstance(model, dict) else model
+
+  def seeds(self, task: str) -> list[int]:
+    return sorted(set().union(*self.records.get(task, {}).values()))
+
+  def examples(self, task: str, *names: str) -> list[str]:
+    """Those that have all metrics or arrays named under all seeds, in order."""
+    seeds = self.seeds(task)
+    return sorted(
+      example
+      for example, lines in self.records.get(task, {}).items()
+      if all(
+        seed in lines and all(n in lines[seed]["metrics"] or n in lines[seed] for n in names)
+        for seed in seeds
+      )
+    )
+
+  def metrics(self, task: str) -> list[str]:
+    """Names of the metrics of any example, in their order."""
+    return list(
+      dict.fromkeys(
+        name
+        for lines in self.records.get(task, {}).values()
+        for line in lines.values()
+        for name in line["metrics"]
+      )
+    )
+
+  def values(self, task: str, metric: str, examples: Sequence[str]) -> np.ndarray:
+    """`[X, S]` values of a metric, by example and seed; `[X]` for one seed."""
+    seeds, lines = self.seeds(task), self.records[task]
+    table = np.array([[lines[e][s]["metrics"][metric] for s in seeds] for e in examples], float)
+    return table[:, 0] if len(seeds) == 1 else table
+
+  def events(self, task: str, examples: Sequence[str], confidences: str) -> Events:
+    """Confidences of examples and what came of them, those of all seeds together."""
+    seeds, lines = self.seeds(task), self.records[task]
+    return Events.of(
+      [np.concatenate([lines[e][s][confidences] for s in seeds]) for e in examples],
+      [np.concatenate([lines[e][s]["correct"] for s in seeds]) for e in examples],
+      len(seeds),
+    )
+
+  def cost(self, task: str, name: str) -> float | None:
+    """A cost of a task summed over its lines, the largest of a peak; None: not measured."""
+    found = [
+      line[name] for line in self.costs if line.get("task") == task and line.get(name) is not None
+    ]
+    if not found:
+      return None
+    return float(max(found) if name.startswith("peak_") else sum(found))
+
+  def num_lines(self, task: str) -> int:
+    """How many examples were done, each seed counted."""
+    return sum(map(len, self.records[task].values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+  """What `experiments.tune` left.
+
+  Attributes:
+    name: what it is called in tables, unique in a report.
+    profile: its profile.json, empty if there is none yet.
+    trials: lines of trials.jsonl, by number.
+    command: that began it, if it is known.
+  """
+
+  name: str
+  profile: dict[str, Any]
+  trials: list[dict[str, Any]]
+  command: str | None = None
+
+  @property
+  def measure(self) -> str:
+    """What was optimized."""
+    return str(self.profile.get("objective", {}).get("name", "objective"))
+
+  @property
+  def maximizes(self) -> bool:
+    return self.measure.startswith("acc")
+
+  def complete(self) -> list[dict[str, Any]]:
+    return [t for t in self.trials if t["state"] == "complete" and t["value"] is not None]
+
+  def plain(self) -> float | None:
+    """The value without any noise: the profile's, or of the trial whose τ are all 0."""
+    found = self.profile.get("objective", {}).get("plain")
+    return (
+      found
+      if found is not None
+      else next((t["value"] for t in self.complete() if not any(t["temperatures"])), None)
+    )
+
+
+def load_runs(patterns: Sequence[str]) -> list[Result]:
+  """The runs in folders; of a pattern with * those folders that hold one.
+
+  Raises:
+    FileNotFoundError: a folder holds no finished run, or a pattern finds none.
+    ValueError: a line is not what a run holds.
+  """
+  results = [_load(path) for path in _folders(patterns, runs.EXAMPLES, "run")]
+  for called in (lambda r: r.path.name, lambda r: str(r.path)):  # if labels are not unique
+    labels = [r.label for r in results]
+    results = [
+      r if labels.count(r.label) == 1 else dataclasses.replace(r, label=f"{r.label} ({called(r)})")
+      for r in results
+    ]
+  return results
+
+
+def _load(path):
+  settings, lines, _ = runs.load(path)
+  records: dict[str, dict[str, dict[int, Any]]] = {}
+  for number, line in enumerate(lines, 1):
+    try:
+      task, example, seed = runs.key(line)
+      if not isinstance(line["metrics"], dict):
+        raise TypeError
+    except (KeyError, TypeError, ValueError) as error:
+      raise ValueError(
+        f"line {number} of {path / runs.EXAMPLES} is not one of a run: it needs "
+        '"task", "example", "seed" and "metrics"'
+      ) from error
+    records.setdefault(task, {}).setdefault(example, {})[seed] = line
+  label = str(settings.get("label") or settings.get("name") or path.name)
+  temperatures = {task: settings.get("output_temperature") for task in records}
+  if (path / TEMPERATURES).is_file():
+    fitted = json.loads((path / TEMPERATURES).read_text())
+    temperatures |= {task: found["temperature"] for task, found in fitted.items()}
+  return Result(
+    path,
+    label,
+    settings,
+    records,
+    runs.read_lines(path / runs.COSTS),
+    {task: t for task, t in temperatures.items() if t is not None},
+  )
+
+
+def load_tunings(patterns: Sequence[str]) -> list[Tuning]:
+  """The tuning folders that patterns name.
+
+  Raises:
+    FileNotFoundError: a folder has no trials, or a pattern finds none.
+    ValueError: a file is not what `experiments.tune` writes.
+  """
+  paths = _folders(patterns, TRIALS, "tuning")
+  names = [path.name for path in paths]
+  return [
+    _load_tuning(path, name if names.count(name) == 1 else str(path))
+    for path, name in zip(paths, names)
+  ]
+
+
+def _load_tuning(path, name):
+  try:
+    profile = json.loads((path / PROFILE).read_text()) if (path / PROFILE).is_file() else {}
+    trials = sorted(runs.read_lines(path / TRIALS), key=lambda t: t["number"])
+    for trial in trials:
+      trial["state"], trial["value"], list(trial["temperatures"])
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"{path} is not the folder of a tuning: its {PROFILE} or {TRIALS} cannot be "
+      f"read ({type(error).__name__}: {error})"
+    ) from error
+  settings = path / runs.SETTINGS
+  command = json.loads(settings.read_text()).get(runs.COMMAND) if settings.is_file() else None
+  return Tuning(name, profile, trials, command)
+
+
+def _folders(patterns, holding, what):
+  found = []
+  for pattern in patterns:
+    paths = sorted(map(pathlib.Path, glob.glob(pattern))) if glob.has_magic(pattern) else None
+    here = (
+      [p for p in paths if (p / holding).is_file()]
+      if paths is not None
+      else [pathlib.Path(pattern)]
+    )
+    if not here:
+      raise FileNotFoundError(f"{pattern} finds no folder of a {what} (one with {holding})")
+    if paths is None and not (here[0] / holding).is_file():
+      raise FileNotFoundError(f"{pattern} is not the folder of a {what}: it has no {holding}")
+    found += [p for p in here if p.resolve() not in {f.resolve() for f in found}]
+  return found
+
+
+def find_baseline(results: Sequence[Result], name: str) -> Result:
+  """The run that others are compared with, by label, name, method or folder.
+
+  Raises:
+    ValueError: none or several are called so.
+  """
+  names = (
+    lambda r: r.label,
+    lambda r: r.settings.get("name"),
+    lambda r: r.path.name,
+    lambda r: r.settings.get("method"),
+  )
+  for called in names:
+    found = [r for r in results if called(r) == name]
+    if len(found) == 1:
+      return found[0]
+    if found:
+      raise ValueError(
+        f"--baseline={name} is what {len(found)} runs are called: name one of "
+        f"{', '.join(r.label for r in found)}"
+      )
+  raise ValueError(f"--baseline={name} is none of the runs {', '.join(r.label for r in results)}")
+
+
+def check_comparable(results: Sequence[Result], baseline: Result) -> None:
+  """Refuses runs whose differences would not be those of their methods.
+
+  Raises:
+    ValueError: another model, split or form of the prompt; no task in common, or
+      no example of a task that both have.
+  """
+  for result in results:
+    if not result.records.keys() & baseline.records.keys():
+      raise ValueError(
+        f"{result.path} cannot be compared with {baseline.path}: they have no task in common "
+        f"({', '.join(sorted(result.records))}; {', '.join(sorted(baseline.records))})"
+      )
+    compared = [
+      (name, *(r.settings[name] for r in (result, baseline)))
+      for name in SAME
+      if name in result.settings and name in baseline.settings
+    ]
+    if result.model and baseline.model:
+      compared.append(("model", result.model, baseline.model))
+    for name, theirs, ours in compared:
+      if theirs != ours:
+        raise ValueError(
+          f"{result.path} cannot be compared with {baseline.path}: their {name} differs "
+          f"({_short(theirs)}, {_short(ours)}); report them apart"
+        )
+    for task in result.records.keys() & baseline.records.keys():
+      if not result.records[task].keys() & baseline.records[task].keys():
+        raise ValueError(
+          f"{result.path} cannot be compared with {baseline.path}: they have no example of "
+          f"{task} in common; run both with the same --split, --limit and data"
+        )
+
+
+def _short(value):
+  text = value if isinstance(value, str) else json.dumps(value)
+  return text if len(text) <= 40 else text[:37] + "..."
+
+
+def paired(
+  result: Result, ours: Sequence[str], baseline: Result, theirs: Sequence[str], task: str
+) -> list[str]:
+  """Examples of which a run has all that `ours` names, and the baseline all that `theirs` does."""
+  others = set(baseline.examples(task, *theirs))
+  return [e for e in result.examples(task, *ours) if e in others]
+
+
+def quality_metric(results: Sequence[Result], task: str) -> str | None:
+  """The metric by which a task is judged, 1 if right and 0 if wrong.
+
+  The first of `QUALITY` that the runs have. The harness's metrics may have a filter
+  behind a comma ("exact_match,strict-match"): of several the first one.
+  """
+  found = list(dict.fromkeys(name for r in results for name in r.metrics(task)))
+  return next(
+    (name for wanted in QUALITY for name in found if name.partition(",")[0] == wanted), None
+  )

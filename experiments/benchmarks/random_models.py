@@ -1,0 +1,127 @@
+"""The shapes that are measured, random weights for them, and what a step must read."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from roe_jax import params as params_lib
+from roe_jax import presets, quantization
+from roe_jax.config import ModelConfig
+from roe_jax.params import Params
+
+_OLMOE = dict(
+  family="olmoe", normalize_gates=False, gates_in_model_dtype=True, qk_norm=True, dtype="float32"
+)
+PRESETS = {
+  "tiny": ModelConfig(
+    vocab_size=97,
+    num_layers=2,
+    d_model=32,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=8,
+    num_experts=16,
+    experts_per_token=4,
+    d_expert=16,
+    context_length=4096,
+    initializer_range=0.1,
+    **_OLMOE,
+  ),
+  "laptop": ModelConfig(
+    vocab_size=50304,
+    num_layers=8,
+    d_model=1024,
+    num_heads=16,
+    num_kv_heads=16,
+    head_dim=64,
+    num_experts=64,
+    experts_per_token=8,
+    d_expert=512,
+    context_length=4096,
+    **_OLMOE,
+  ),
+  **presets.PRESETS,
+}
+# Prime, so that a matrix or an expert begins where no other one does.
+_NUM_NORMALS = 1_000_003
+
+
+def random_params(config: ModelConfig, seed: int = 0) -> Params:
+  """Random weights, made on the device leaf by leaf, in the form that programs take.
+
+  The same million normal values over and over, as drawing billions takes long
+  on a CPU. Time depends on the values only through the choice of experts,
+  which is as varied as with all different ones.
+  """
+  specs, treedef = jax.tree.flatten(params_lib.describe(config))
+  of_normals, of_codes = jax.random.split(jax.random.key(seed))
+  normals = jax.random.normal(of_normals, (_NUM_NORMALS,), jnp.float32)
+  codes = jax.random.bits(of_codes, (_NUM_NORMALS,), jnp.uint8)
+
+  def value(spec):
+    dtype = jnp.dtype(spec.dtype or config.dtype)
+    deviation = config.initializer_range * spec.scale
+    if spec.init == "ones":
+      return jnp.ones(spec.shape, dtype)
+    if spec.init == "scales":
+      scale = quantization.typical_scale(config.expert_format, deviation)
+      return jnp.full(spec.shape, scale, dtype)
+    size = math.prod(spec.shape)
+    values = codes if spec.init == "codes" else deviation * normals
+    return jnp.tile(values.astype(dtype), -(-size // _NUM_NORMALS))[:size].reshape(spec.shape)
+
+  return params_lib.in_storage_dtype(
+    jax.tree.unflatten(treedef, [jax.jit(value, static_argnums=0)(s) for s in specs])
+  )
+
+
+def cache_bytes(config: ModelConfig, context: int) -> int:
+  """Keys and values that a row at this position sees in all layers."""
+  sliding = len(config.sliding_layers)
+  seen = (config.num_layers - sliding) * context
+  if sliding:
+    seen += sliding * min(context, config.sliding_window - 1)
+  return 2 * seen * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
+
+
+def step_bytes(
+  config: ModelConfig, unique_experts: float, context: int, num_texts: int = 1
+) -> float:
+  """Bytes that a decode step cannot do without reading.
+
+  The experts that some member of some text chose, once each; all attention
+  matrices, routers, shared experts and the head; the keys and values that are
+  seen. Norms, biases and rows of the embedding are left out: they are small.
+
+  Args:
+    config: the model's architecture.
+    unique_experts: distinct experts, mean over layers.
+    context: positions before the step.
+    num_texts: texts (and members, if each has its own history).
+  """
+  params = params_lib.abstract(config)
+  layers, attention = params.layers, params.layers.attention
+
+  def size(*trees):
+    return sum(math.prod(w.shape) * w.dtype.itemsize for w in jax.tree.leaves(trees))
+
+  return (
+    size(layers.experts.gate_up, layers.experts.down) * unique_experts / config.num_experts
+    + size(
+      attention.query,
+      attention.key,
+      attention.value,
+      attention.output,
+      layers.router,
+      layers.shared_expert,
+      params.unembedding,
+    )
+    + num_texts * cache_bytes(config, context)
+  )
+
+
+def count_unique_experts(experts_LxRxBxTxA: np.ndarray, num_members: int) -> float:
+  """How many different experts the first members of all texts chose, mean over layers."""
+  return float(np.mean([len(np.unique(layer[:num_members])) for layer in experts_LxRxBxTxA]))

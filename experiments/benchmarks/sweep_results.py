@@ -1,0 +1,142 @@
+"""From times to lines of results, and the folder that keeps them."""
+
+from collections.abc import Callable, Sequence
+import datetime
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmarks import machine, timing
+from experiments.benchmarks.cases import Case
+from experiments.cli import app
+
+KEY = ("variant", "num_members", "temperature", "context", "batch_size")
+
+
+def measure(
+  cases: Sequence[Case],
+  rounds: int,
+  bandwidth: Callable[[int], None],
+  bandwidth_bytes: int,
+  seed: int = 0,
+  on_turn: Callable[[], Any] = lambda: None,
+) -> list[dict[str, Any]]:
+  """Times all cases of a sweep in turns; one record for each.
+
+  Args:
+    cases: of one sweep.
+    rounds: turns of each case; slow ones take fewer.
+    bandwidth: reads memory so many times, as `timing.Timed` calls it.
+    bandwidth_bytes: how much each time.
+    seed: of the order of turns.
+    on_turn: see `timing.take_turns`.
+  """
+  calls = {"": bandwidth}
+  for case in cases:
+    calls |= {str(id(call)): call.run for call, _ in case.parts}
+  times = timing.take_turns(calls, rounds, seed, on_turn)
+  rate = bandwidth_bytes / times[""]
+  seconds = {
+    case.key: sum(weight * times[str(id(call))] for call, weight in case.parts) for case in cases
+  }
+  return [_record(case, seconds, rate) for case in cases]
+
+
+def num_calls(cases: Sequence[Case]) -> int:
+  """How many calls take turns, that of the memory included."""
+  return 1 + len({id(call) for case in cases for call, _ in case.parts})
+
+
+def _record(case, seconds, rate):
+  own = seconds[case.key]
+  low, median, high = timing.quartiles(own)
+  record = (
+    dict(zip(KEY, case.key))
+    | case.options
+    | {
+      "rounds": int(np.sum(np.isfinite(own))),
+      "seconds": median,
+      "seconds_low": low,
+      "seconds_high": high,
+      "seconds_by_round": _plain(own),
+      "bandwidth": timing.quartiles(rate)[1],
+      "bandwidth_by_round": _plain(rate),
+    }
+  )
+  if case.baseline is not None:
+    record["baseline"] = dict(zip(KEY, case.baseline))
+    record["to_baseline"] = timing.median_ratio(own, seconds[case.baseline])
+  if case.unique_experts is not None:
+    record["unique_experts"] = case.unique_experts
+  if case.floor_bytes is not None:
+    record["floor_bytes"] = case.floor_bytes
+    record["floor_seconds"] = timing.quartiles(case.floor_bytes / rate)[1]
+    record["to_floor"] = timing.median_ratio(own, case.floor_bytes / rate)
+  if case.tokens is not None:
+    record["tokens_per_second"] = case.tokens / median
+  return record | case.memory | machine.peaks()
+
+
+def _plain(values):
+  return [None if np.isnan(v) else float(v) for v in values]
+
+
+class Folder:
+  """Finished sweeps in `results.jsonl`, one line for each case.
+
+  Lines are written a sweep at a time, so that what is there is whole.
+
+  Attributes:
+    records: of all finished sweeps, in the order of their measurement.
+  """
+
+  def __init__(self, path: pathlib.Path, settings: dict[str, Any]):
+    """Reads what is there.
+
+    Args:
+      path: the folder.
+      settings: flags and machine, which go with every line.
+
+    Raises:
+      ValueError: the folder holds results of other settings.
+    """
+    self._path = path / "results.jsonl"
+    self._settings = json.loads(json.dumps(settings))
+    self.records = []
+    if not self._path.exists():
+      return
+    try:
+      self.records = [json.loads(line) for line in self._path.read_text().splitlines()]
+      kept = [record["settings"] for record in self.records]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+      raise ValueError(
+        f"{self._path} is not a file of this program: give another --output, or remove it"
+      ) from error
+    for other in kept:
+      changed = [
+        name for name in {**other, **self._settings} if other.get(name) != self._settings.get(name)
+      ]
+      if changed:
+        name = changed[0]
+        raise ValueError(
+          f"{self._path} holds results with {name} = {other.get(name)!r}, asked for is "
+          f"{self._settings.get(name)!r}: give another --output, or remove it"
+        )
+
+  def has(self, sweep: str) -> bool:
+    """Whether the sweep is finished."""
+    return any(record["sweep"] == sweep for record in self.records)
+
+  def add(self, sweep: str, records: Sequence[dict[str, Any]]) -> None:
+    """Writes a finished sweep."""
+    date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    self.records += [
+      {"sweep": sweep} | record | {"date": date, "settings": self._settings} for record in records
+    ]
+    app.write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in self.records))
+
+  def of(self, sweep: str) -> list[dict[str, Any]]:
+    """The records of one sweep."""
+    return [record for record in self.records if record["sweep"] == sweep]

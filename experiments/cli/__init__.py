@@ -1,0 +1,1 @@
+"""The command line: shared flags, checkpoints by name, several processes, dry runs, temperature profiles."""

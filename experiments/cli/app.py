@@ -1,0 +1,487 @@
+"""What all programs here share: start-up, errors, model and roster flags."""
+
+from collections.abc import Callable, Sequence
+import math
+import os
+import pathlib
+import sys
+
+from absl import app, flags, logging
+import jax
+
+from experiments.cli import checkpoints, distributed, temperature_profiles
+from experiments.cli import dry_run as dry_run_lib
+from experiments.cli.checkpoints import EMBEDDED
+from experiments.cli.distributed import (
+  broadcast,
+  check_same,
+  from_first_process,
+  in_all_processes,
+  is_first_process,
+)
+from experiments.cli.temperature_profiles import Profile
+from experiments.evaluation.prompts import Asking
+from roe_jax import assets, costs, noise, presets, routing, sharding
+from roe_jax.aggregation import AGGREGATIONS
+from roe_jax.config import ModelConfig
+from roe_jax.experts import STRATEGIES
+from roe_jax.params import Params
+from roe_jax.roster import CACHES, MEMORY_BUDGET, Roster
+from roe_jax.text import tokenizer as tokenizer_lib
+from roe_jax.text.chat import Chat
+from roe_jax.text.tokenizer import Tokenizer
+
+
+def run(main: Callable[[Sequence[str]], None], not_distributed: str | None = None) -> None:
+  """Runs a program; an error in its input becomes one sentence and exit code 1.
+
+  Args:
+    main: does its work.
+    not_distributed: why --distributed is refused, if it is.
+  """
+
+  def guarded(argv):
+    if len(argv) > 1:
+      raise app.UsageError(f"unexpected argument {argv[1]!r}: settings are given as --name=value")
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)  # Orbax tells every step at INFO
+    use_compilation_cache()
+    programs = CompiledPrograms()
+    try:
+      distributed.start(not_distributed)
+      with distributed.only_first_prints():
+        main(argv)
+        print(f"[{programs}]", file=sys.stderr)
+      distributed.finish()
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+      sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+      sys.exit(130)
+    except jax.errors.JaxRuntimeError:
+      if distributed.num_processes() > 1:
+        print(
+          "[if another process has ended, this error follows from it; start all of them again "
+          "with the same flags to go on]",
+          file=sys.stderr,
+        )
+      raise
+
+  app.run(guarded)
+
+
+class CompiledPrograms:
+  """Counts the programs that JAX compiles from now on, or takes from its cache."""
+
+  def __init__(self):
+    self.count, self.seconds, self.cached = 0, 0.0, 0
+    jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+    jax.monitoring.register_event_listener(self._on_event)
+
+  def _on_duration(self, event, seconds, **kwargs):
+    if event == "/jax/core/compile/backend_compile_duration":  # of cached ones too
+      self.count += 1
+      self.seconds += seconds
+
+  def _on_event(self, event, **kwargs):
+    self.cached += event == "/jax/compilation_cache/cache_hits"
+
+  def __str__(self):
+    return (
+      f"{self.count} programs in {self.seconds:.1f} s: {self.count - self.cached} compiled, "
+      f"{self.cached} from the compilation cache"
+    )
+
+
+def use_compilation_cache() -> None:
+  """Keeps compiled programs between runs, in ROE_JAX_CACHE or ~/.cache/roe_jax."""
+  folder = os.environ.get("ROE_JAX_CACHE") or pathlib.Path.home() / ".cache" / "roe_jax"
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  seconds = os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 0.5)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", float(seconds))
+
+
+def define_model_flags(default: str | None = None) -> None:
+  flags.DEFINE_string(
+    "checkpoint",
+    default,
+    "Folder of a roe_jax checkpoint; a Hugging Face folder or "
+    f'"{checkpoints.HUB}org/name" on its hub, which are read without conversion; or an embedded '
+    "model: " + ", ".join(EMBEDDED + name for name in assets.NAMES) + ".",
+    required=default is None,
+  )
+  flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Dtype to compute in; the checkpoint's own by default."
+  )
+  define_mesh_flag()
+
+
+def define_mesh_flag() -> None:
+  flags.DEFINE_string(
+    "mesh",
+    None,
+    'Devices to run on, as sizes of mesh axes such as "expert:4,tensor:2" or '
+    '"data:2,expert:4" (texts, experts, heads and widths), or "auto" for all devices, '
+    "which is the default with --distributed; one device otherwise. Results depend on it by "
+    "rounding only.",
+  )
+
+
+def define_dry_run_flags() -> None:
+  """Flags of programs that call `dry_run` where --dry_run is given."""
+  flags.DEFINE_bool(
+    "dry_run",
+    False,
+    "Print what the run would need and cost on each device, and do nothing. "
+    '--checkpoint may then be "preset:" and one of: ' + ", ".join(presets.PRESETS) + ".",
+  )
+  flags.DEFINE_enum(
+    "accelerator",
+    None,
+    list(costs.ACCELERATORS),
+    "Devices that --dry_run is for; by default those of this machine, if they are among these.",
+  )
+  flags.DEFINE_integer(
+    "num_devices",
+    None,
+    "How many --dry_run has for --mesh; by default as many "
+    "as the mesh needs, or this machine has for --mesh=auto.",
+  )
+  flags.DEFINE_integer(
+    "length",
+    None,
+    "Tokens of a text in --dry_run, its prompt included; 2048 (or the model's context) by default.",
+  )
+  flags.DEFINE_float(
+    "overlap",
+    None,
+    "The share of a noisy member's experts that the clean one "
+    "chooses, too, in --dry_run; by default all choose uniformly.",
+  )
+
+
+def define_chat_flags() -> None:
+  flags.DEFINE_bool(
+    "chat",
+    False,
+    "Whether prompts are messages to an instruct model, rendered "
+    "by the checkpoint's chat template.",
+  )
+  flags.DEFINE_string("system", None, "A system message before each chat.")
+  flags.DEFINE_enum(
+    "reasoning_effort",
+    None,
+    ["low", "medium", "high"],
+    "How long the model is to reason; the chat template's default if absent.",
+  )
+  flags.DEFINE_bool(
+    "thinking",
+    None,
+    "Whether the model is to think before it answers; the chat template's default if absent.",
+  )
+  flags.DEFINE_string(
+    "chat_date",
+    None,
+    "YYYY-MM-DD, the day that a chat template tells the "
+    "model; today if absent, and then results depend on the day.",
+  )
+
+
+def define_limit_flag() -> None:
+  flags.DEFINE_integer(
+    "max_new_tokens",
+    None,
+    "Tokens that an answer may have, reasoning included; by default what its task says.",
+    lower_bound=1,
+  )
+
+
+def asking(config: ModelConfig, tokenizer: Tokenizer) -> Asking:
+  """How the flags of `define_chat_flags` put examples to the model of --checkpoint.
+
+  Raises:
+    ValueError: a flag is about chats, and --chat is not given; or there is no chat template.
+  """
+  f = flags.FLAGS
+  if not f.chat:
+    for name in ("system", "reasoning_effort", "thinking", "chat_date"):
+      if f[name].value is not None:
+        raise ValueError(f"--{name} is about chats: give --chat with it")
+    return Asking(config, tokenizer)
+
+  def load(date):
+    return Chat.load(
+      checkpoint_path(f.checkpoint),
+      tokenizer,
+      date=date,
+      reasoning_effort=f.reasoning_effort,
+      enable_thinking=f.thinking,
+    )
+
+  # Several processes have the day of the first one.
+  return Asking(
+    config, tokenizer, load(broadcast(load(f.chat_date).settings.get("date"))), f.system
+  )
+
+
+def define_roster_flags(num_members: int = 1) -> None:
+  flags.DEFINE_integer("num_members", num_members, "n, how many distributions are averaged.")
+  flags.DEFINE_string(
+    "temperature_profile",
+    "0",
+    "Router temperature τ: one number for all layers, a comma-separated list with one for "
+    'each layer, or a JSON file with the list under "temperatures", such as '
+    "experiments.tune writes, whose roster settings hold for flags not given.",
+  )
+  flags.DEFINE_integer("seed", 0, "Of the routing noise and of sampling.")
+  flags.DEFINE_enum("cache", "clean", CACHES, "Whose history the members see.")
+  flags.DEFINE_bool("recompute", False, "Do without a cache: slow, for comparison.")
+  flags.DEFINE_enum(
+    "aggregation",
+    "mean_probability",
+    list(AGGREGATIONS),
+    "How the members' distributions become one.",
+  )
+  flags.DEFINE_enum(
+    "gate_weights",
+    routing.CLEAN,
+    routing.GATE_WEIGHTS,
+    "What the chosen experts are weighted with.",
+  )
+  flags.DEFINE_enum(
+    "noise", noise.GUMBEL, list(noise.FAMILIES), "What chooses the noisy members' experts."
+  )
+  flags.DEFINE_bool("include_clean", True, "Whether the noise-free member is averaged.")
+  flags.DEFINE_enum(
+    "expert_strategy",
+    None,
+    STRATEGIES,
+    "How experts are computed; by platform and sizes by default.",
+  )
+  flags.DEFINE_integer(
+    "memory_budget_mb",
+    MEMORY_BUDGET >> 20,
+    "What the activations of the members computed together may take, roughly, in MiB.",
+  )
+
+
+def parse_temperatures(text: str) -> float | list[float]:
+  """The value of --temperature_profile; process 0 reads the file.
+
+  Raises:
+    ValueError: neither numbers nor a JSON file with "temperatures".
+  """
+  found = _numbers_or_profile(text)
+  return list(found.temperatures) if isinstance(found, Profile) else found
+
+
+def _numbers_or_profile(text: str) -> float | list[float] | Profile:
+  try:
+    values = [float(part) for part in text.split(",")]
+    return values[0] if len(values) == 1 else values
+  except ValueError:
+    return from_first_process(lambda: _read_temperatures(text))
+
+
+def _read_temperatures(text):
+  path = pathlib.Path(text)
+  if not path.is_file():
+    raise ValueError(
+      f"--temperature_profile={text!r} is neither a number, a comma-separated list of "
+      "numbers, nor an existing JSON file"
+    )
+  return temperature_profiles.read(path)
+
+
+def roster_from_flags(config: ModelConfig) -> Roster:
+  """The roster that the flags of `define_roster_flags` ask for.
+
+  Settings that come with a temperature profile hold where no flag is given.
+
+  Raises:
+    ValueError: a setting is out of its range, or the profile is for a model of
+      other sizes.
+  """
+  f = flags.FLAGS
+  temperatures = _numbers_or_profile(f.temperature_profile)
+  settings = {name: f[name].value for name in temperature_profiles.ROSTER_SETTINGS}
+  if isinstance(temperatures, Profile):
+    temperatures.check_sizes(config)
+    settings |= {k: v for k, v in temperatures.roster.items() if not f[k].present}
+    temperatures = temperatures.temperatures
+  return Roster.create(
+    config,
+    temperatures=temperatures,
+    seed=f.seed,
+    expert_strategy=f.expert_strategy,
+    memory_budget=f.memory_budget_mb << 20,
+    **settings,
+  )
+
+
+def check_profile(params: Params) -> None:
+  """Checks the profile that --temperature_profile names, if any, against parameters.
+
+  `load_params` does so for those it loads.
+
+  Raises:
+    ValueError: the profile is another model's.
+  """
+  if "temperature_profile" in flags.FLAGS:
+    found = _numbers_or_profile(flags.FLAGS["temperature_profile"].value)
+    if isinstance(found, Profile):
+      found.check_routers(params)
+
+
+def checkpoint_path(name: str) -> pathlib.Path:
+  """The folder that --checkpoint names; see `sources.path`."""
+  return checkpoints.path(name)
+
+
+def load_config(name: str) -> ModelConfig:
+  """The config of what --checkpoint names; see `sources.load_config`.
+
+  Raises:
+    FileNotFoundError: no complete checkpoint is there.
+    ValueError: its config is malformed; processes find different ones.
+  """
+  config = in_all_processes(lambda: checkpoints.load_config(name))
+  check_same(
+    config.to_json(),
+    f"the checkpoint {name} is another model than in process 0: every "
+    "host must see the same checkpoint under the same path",
+  )
+  return config
+
+
+def load_tokenizer(name: str, config: ModelConfig) -> Tokenizer:
+  """The tokenizer of a checkpoint.
+
+  Raises:
+    ValueError: it does not fit the config.
+  """
+  tokenizer = in_all_processes(lambda: Tokenizer.load(checkpoint_path(name)))
+  tokenizer_lib.check_vocabulary(tokenizer, config)
+  return tokenizer
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+  """The value of --mesh as sizes by axis; none for "auto".
+
+  Raises:
+    ValueError: it names no sizes of axes.
+  """
+  sizes = {}
+  for part in text.split(",") if text != "auto" else ():
+    axis, _, size = part.strip().partition(":")
+    if axis not in sharding.AXES or axis in sizes or not size.isdecimal():
+      raise ValueError(
+        f'--mesh={text!r} is neither "auto" nor a size for some of the axes '
+        f'{", ".join(sharding.AXES)}, such as "expert:4,tensor:2"'
+      )
+    sizes[axis] = int(size)
+  return sizes
+
+
+def dry_run(
+  config: ModelConfig,
+  roster: Roster,
+  *,
+  batch_size: int,
+  length: int | None = None,
+  scoring: bool = False,
+) -> None:
+  """Prints what a run would need and cost, as the flags of `define_dry_run_flags` ask for.
+
+  Args:
+    config: of the model, see `load_config`.
+    roster: the settings.
+    batch_size: texts together.
+    length: tokens of a text, its prompt included; --length by default.
+    scoring: whether texts are scored, or else generated.
+
+  Raises:
+    ValueError: a flag does not fit, or the mesh does not fit the model.
+  """
+  f = flags.FLAGS
+  if f.dtype is not None:
+    config = config.replace(dtype=f.dtype)
+  accelerator = f.accelerator
+  if accelerator is None:
+    accelerator = costs.of_kind(jax.devices()[0].device_kind)
+  plan = dry_run_lib.Plan(
+    config,
+    roster,
+    batch_size,
+    f.length or length or min(2048, config.context_length),
+    scoring,
+    accelerator,
+    f.overlap,
+  )
+  sizes = {"data": 1} if f.mesh is None else parse_mesh(f.mesh)
+  num_devices = f.num_devices
+  if num_devices is None:
+    num_devices = math.prod(sizes.values()) if sizes else len(jax.devices())
+  print(
+    dry_run_lib.report(
+      plan,
+      sharding.abstract_mesh(
+        config, num_devices, **sizes, memory=plan.device and plan.device.memory
+      ),
+    )
+  )
+
+
+def load_params(
+  name: str, dtype: str | None = None, mesh: str | None = None
+) -> tuple[Params, ModelConfig]:
+  """Parameters and config of a checkpoint, each device's part straight to it.
+
+  Args:
+    name: the value of --checkpoint.
+    dtype: the value of --dtype.
+    mesh: the value of --mesh; with --distributed all devices by default.
+
+  Raises:
+    ValueError: it is not a complete checkpoint, the mesh does not fit the
+      model or the devices, or the temperature profile is another model's.
+  """
+  shardings = None
+  folder = in_all_processes(lambda: checkpoints.path(name, weights=True))
+  if distributed.num_processes() > 1:
+    mesh = mesh or "auto"
+  if mesh is not None:
+    config = load_config(str(folder))
+    devices = sharding.make_mesh(config, **parse_mesh(mesh))
+    if distributed.num_processes() > 1 and devices.size < jax.device_count():
+      raise ValueError(
+        f"--mesh={mesh} has {devices.size} devices and the processes have "
+        f"{jax.device_count()}: with --distributed it must have all of them"
+      )
+    sizes = ",".join(f"{axis}:{size}" for axis, size in devices.shape.items())
+    print(f"[mesh {sizes}]", file=sys.stderr)
+    shardings = sharding.parameter_shardings(devices, config)
+  params, config = checkpoints.load(folder, dtype, shardings)
+  check_profile(params)
+  return params, config
+
+
+def open_model(
+  name: str, dtype: str | None = None, mesh: str | None = None
+) -> tuple[Params, ModelConfig, Tokenizer]:
+  """Parameters, config and tokenizer of a checkpoint; see `load_params`.
+
+  Raises:
+    ValueError: it is not a complete checkpoint with a tokenizer that fits.
+  """
+  tokenizer = load_tokenizer(name, load_config(name))
+  return *load_params(name, dtype, mesh), tokenizer
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+  """Replaces a file as a whole, so that no reader ever sees half of it; in process 0 only."""
+  if not is_first_process():
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(path.name + ".partial")
+  temporary.write_text(text)
+  temporary.replace(path)

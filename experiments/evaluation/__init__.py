@@ -1,0 +1,1 @@
+"""From task examples to answers and likelihoods: prompts, engine, lm-eval adapter, methods."""

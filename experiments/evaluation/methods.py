@@ -1,0 +1,404 @@
+"""The methods that `experiments.compare` sets against each other, as one table.
+
+A method is written as its name, and settings behind a colon:
+
+    plain                                   greedy; also plain:temperature=0.7,top_p=0.95
+    plain+temperature                       its output temperature fitted on validation examples
+    best_plain                              that of `PLAIN_SETTINGS` which does best on these
+    roster:n=8,t=0.3,aggregation=mean_logit any of n, t (or profile=FILE with the τ of each layer),
+                                            cache, aggregation, include_clean, gate_weights, noise
+    experts:k=16,gates=rescaled             the plain model with k experts per token
+    self_consistency:n=8,temperature=0.7    n samples of the plain model; the answer that most give
+    best_of:n=8,temperature=0.7             n samples; the one of highest probability
+    scmoe                                   contrast with a pass of second-best experts
+
+What is not given comes from `METHODS`, and for a roster from the program's flags.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+import dataclasses
+import pathlib
+import re
+from typing import Any
+
+import jax.numpy as jnp
+
+from experiments import tasks
+from experiments.cli import temperature_profiles
+from experiments.tasks import llm_adapters, wordmath
+from experiments.tasks.wordmath_task import WORDMATH
+from roe_jax import routing
+from roe_jax.completion import Completion
+from roe_jax.config import ModelConfig
+from roe_jax.roster import Roster
+from roe_jax.sampling import Sampler
+
+PLAIN, FITTED, BEST_PLAIN, ROSTER, EXPERTS, VOTE, BEST, SCMOE = (
+  "plain",
+  "plain+temperature",
+  "best_plain",
+  "roster",
+  "experts",
+  "self_consistency",
+  "best_of",
+  "scmoe",
+)
+SAMPLING = dict(temperature=0.7, top_k=0, top_p=1.0)
+# Settings of the plain model among which `BEST_PLAIN` chooses, greedy first.
+PLAIN_SETTINGS = tuple(
+  dict(temperature=temperature, top_k=0, top_p=top_p)
+  for temperature, top_p in ((0.0, 1.0), (0.3, 1.0), (0.7, 1.0), (0.7, 0.95), (1.0, 1.0))
+)
+# Settings of each method, with their defaults; None: the program's flags say, or the model.
+METHODS: dict[str, dict[str, Any]] = {
+  PLAIN: SAMPLING | dict(temperature=0.0),
+  FITTED: {},
+  BEST_PLAIN: {},
+  ROSTER: dict(
+    n=None,
+    t=None,
+    profile=None,
+    cache=None,
+    aggregation=None,
+    include_clean=None,
+    gate_weights=None,
+    noise=None,
+  ),
+  EXPERTS: dict(k=None, gates="model"),
+  VOTE: dict(n=None, **SAMPLING),
+  BEST: dict(n=None, **SAMPLING),
+  SCMOE: {},
+}
+_ROSTER_NAMES = {"n": "num_members", "t": "temperatures"}
+_TYPES = dict(
+  n=int,
+  k=int,
+  top_k=int,
+  t=float,
+  temperature=float,
+  top_p=float,
+  include_clean=lambda text: {"true": True, "false": False}[text],
+)
+
+# What the answers are that samples vote for; of other tasks nothing is extracted.
+EXTRACT: dict[str, Callable[[str], Hashable | None]] = {
+  **{task.name: wordmath.extract for task in WORDMATH if task.metric == "exact_match"},
+  **{task.name: llm_adapters.extract_number for task in llm_adapters.MATH},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A way of getting answers from a model.
+
+  Attributes:
+    name: a key of `METHODS`.
+    text: as it was written, without blanks at its separators.
+    label: what it is called in tables.
+    config: the model's architecture, as the method uses it.
+    roster: how its distributions are made; its seed is the first noise seed.
+    sampler: how tokens are chosen from them.
+    num_samples: texts that are written for each example, of which one is picked.
+    profile: that its temperatures come from, or None.
+  """
+
+  name: str
+  text: str
+  label: str
+  config: ModelConfig
+  roster: Roster
+  sampler: Sampler
+  num_samples: int = 1
+  profile: temperature_profiles.Profile | None = None
+
+  @property
+  def folder(self) -> str:
+    """The text as the name of a folder."""
+    return re.sub(r"[^\w.=+-]+", "_", self.text)
+
+  @property
+  def passes_per_token(self) -> int:
+    """Rows that pass through the model for each position of the answer."""
+    return self.num_samples * len(self.roster.members)
+
+  @property
+  def is_stochastic(self) -> bool:
+    """Whether answers depend on the seed."""
+    noisy = not self.roster.is_baseline and self.roster.noise != "second_expert"
+    return noisy or not self.sampler.is_greedy or self.name == BEST_PLAIN
+
+  @property
+  def no_likelihood(self) -> str | None:
+    """Why it gives reference texts no probability, or None."""
+    if self.name == BEST_PLAIN:
+      return "not defined: its settings are chosen by the answers they give"
+    if self.num_samples > 1:
+      return "not defined: an answer is picked among samples, and no distribution says how likely"
+    if self.roster.aggregation == "contrast":
+      return "not defined: tokens that the clean member finds improbable have none"
+    if not self.sampler.is_greedy and (int(self.sampler.top_k) or float(self.sampler.top_p) < 1):
+      return "not defined: tokens that sampling cuts off have none"
+    return None
+
+  @property
+  def output_temperature(self) -> float:
+    """That of its own distribution, before any is fitted."""
+    return 1.0 if self.sampler.is_greedy else float(self.sampler.temperature)
+
+  @property
+  def fits_temperature(self) -> bool:
+    """Whether an output temperature is fitted: where it has a distribution at 1.
+
+    A sampler's temperature is its own, and fitted it is the plain model's.
+    """
+    return not self.no_likelihood and self.sampler.is_greedy
+
+  def with_seed(self, seed: int) -> Roster:
+    return self.roster.replace(seed=jnp.asarray(seed, jnp.uint32))
+
+  def with_sampling(self, settings: dict[str, Any]) -> "Method":
+    """The method with the settings of `Sampler.create`."""
+    return dataclasses.replace(self, sampler=Sampler.create(**settings))
+
+  def check_task(self, task: tasks.Task, kind: str) -> None:
+    """Refuses a task that the method has no answer to.
+
+    Args:
+      task: the task.
+      kind: of its examples, see `tasks.Example.kind`.
+
+    Raises:
+      ValueError: it has none.
+    """
+    if kind == "read":
+      raise ValueError(
+        f"the examples of task {task.name} are texts to read, and methods are "
+        "compared by their answers: leave it out"
+      )
+    if kind == "choose" and self.no_likelihood:
+      raise ValueError(
+        f"task {task.name} takes the most probable of given choices, and the probability of a "
+        f"text under {self.text} is {self.no_likelihood}; leave one of them out"
+      )
+    if self.name == VOTE and task.name not in EXTRACT:
+      raise ValueError(
+        f"{self.text} votes on the number in an answer, and there is none to extract in task "
+        f"{task.name} (there is in {', '.join(EXTRACT)}); leave one of them out"
+      )
+
+  def pick(self, task: tasks.Task, samples: Sequence[Completion], texts: Sequence[str]) -> int:
+    """Which of the samples of an example is the answer, given what each of them answers."""
+    if self.name == VOTE:
+      return vote([EXTRACT[task.name](text) for text in texts])
+    return max(range(len(samples)), key=lambda i: sum(samples[i].log_probs))
+
+
+def vote(answers: Sequence[Hashable | None]) -> int:
+  """The first index of the most frequent answer; ties go to the one that came first.
+
+  None, where no answer could be extracted, wins only if there is nothing else.
+  """
+  votes = Counter(a for a in answers if a is not None)
+  return answers.index(votes.most_common(1)[0][0]) if votes else 0
+
+
+def parse(text: str, config: ModelConfig, base: Roster) -> Method:
+  """The method that a text names.
+
+  Args:
+    text: see the module.
+    config: the model's architecture.
+    base: roster with the settings of the program's flags.
+
+  Raises:
+    ValueError: it names none, or a setting is unknown or out of its range.
+  """
+  text = re.sub(r"\s*([:,=+])\s*", r"\1", text.strip())
+  name, colon, rest = text.partition(":")
+  if name not in METHODS:
+    raise ValueError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
+  given = {}
+  for part in rest.split(",") if colon else ():
+    key, equals, value = part.partition("=")
+    if not equals or key not in METHODS[name] or key in given:
+      known = ", ".join(METHODS[name]) or "none"
+      raise ValueError(
+        f"method {text!r}: {part!r} is not SETTING=VALUE with a new one of the "
+        f"settings of {name}: {known}"
+      )
+    try:
+      given[key] = _TYPES.get(key, str)(value)
+    except (KeyError, ValueError):
+      raise ValueError(f"method {text!r}: {key} cannot be {value!r}") from None
+  try:
+    return _MAKERS[name](name, text, config, base, METHODS[name] | given, given)
+  except ValueError as error:
+    raise ValueError(f"method {text!r}: {error}") from error
+
+
+def _plain_roster(config, base):
+  return Roster.create(
+    config,
+    seed=int(base.seed),
+    expert_strategy=base.expert_strategy,
+    memory_budget=base.memory_budget,
+  )
+
+
+def _plain(name, text, config, base, settings, given):
+  labels = {FITTED: "plain, fitted output temperature", BEST_PLAIN: "plain, best settings"}
+  label = labels.get(name) or ", ".join(
+    ["plain", *(f"{key} {value:g}" for key, value in given.items())]
+  )
+  sampler = Sampler.create(**settings) if name == PLAIN else Sampler.greedy()
+  return Method(name, text, label, config, _plain_roster(config, base), sampler)
+
+
+def _roster(name, text, config, base, settings, given):
+  values = {
+    key: getattr(base, key)
+    for key in (
+      "num_members",
+      "temperatures",
+      "cache",
+      "aggregation",
+      "include_clean",
+      "gate_weights",
+      "noise",
+    )
+  }
+  values |= {_ROSTER_NAMES.get(key, key): value for key, value in given.items() if key != "profile"}
+  profile = None
+  if settings["profile"]:
+    if settings["t"] is not None:
+      raise ValueError("temperatures come from t or from profile: give one of them")
+    path = pathlib.Path(settings["profile"])
+    if not path.is_file():
+      raise ValueError(f"there is no temperature profile {path}")
+    profile = temperature_profiles.read(path)
+    profile.check_sizes(config)
+    values["temperatures"] = profile.temperatures
+  roster = Roster.create(
+    config,
+    seed=int(base.seed),
+    expert_strategy=base.expert_strategy,
+    memory_budget=base.memory_budget,
+    **values,
+  )
+  # A search may have found that no noise is best; its profile is taken at its word.
+  if roster.is_baseline or not (profile or bool(jnp.any(roster.temperatures > 0))):
+    raise ValueError(
+      "it is the plain model: give a roster n of at least 2, and router "
+      "temperatures with t=... or --temperature_profile"
+    )
+  told = {
+    "t": "τ = {:g}",
+    "cache": "{} cache",
+    "aggregation": "{}",
+    "gate_weights": "{} gates",
+    "noise": "{} noise",
+    "include_clean": "with clean member" if roster.include_clean else "without clean member",
+  }
+  parts = [told[key].format(given[key]).replace("_", " ") for key in told if key in given]
+  # `experiments.tune` calls all of its profiles profile.json.
+  source = [f"τ of {path.stem if path.stem != 'profile' else path.parent.name}"] if profile else []
+  label = ", ".join([f"roster, n = {roster.num_members}", *source, *parts])
+  return Method(name, text, label, config, roster, Sampler.greedy(), profile=profile)
+
+
+def _experts(name, text, config, base, settings, given):
+  own = config.experts_per_token
+  k = min(2 * own, config.num_experts) if settings["k"] is None else settings["k"]
+  changed = routing.with_experts(config, k, settings["gates"])
+  gates = {"model": "", "rescaled": ", gates as of {}", "renormalized": ", gates sum to 1"}
+  label = f"{k} experts" + gates[settings["gates"]].format(own)
+  return Method(name, text, label, changed, _plain_roster(changed, base), Sampler.greedy())
+
+
+def _sampled(name, text, config, base, settings, given):
+  n = base.num_members if settings["n"] is None else settings["n"]
+  sampler = Sampler.create(**{key: settings[key] for key in SAMPLING})
+  if n < 2 or sampler.is_greedy:
+    raise ValueError(
+      f"it needs n of at least 2 samples and a temperature above 0, got {n} at "
+      f"{settings['temperature']:g}"
+    )
+  label = f"self-consistency, {n} samples" if name == VOTE else f"best of {n} samples"
+  label += "".join(f", {key} {given[key]:g}" for key in SAMPLING if key in given)
+  return Method(name, text, label, config, _plain_roster(config, base), sampler, n)
+
+
+def _scmoe(name, text, config, base, settings, given):
+  # Of two members one is clean, and of the other only the second-best experts are left.
+  roster = Roster.create(
+    config,
+    2,
+    1.0,
+    noise="second_expert",
+    cache="standard",
+    aggregation="contrast",
+    seed=int(base.seed),
+    expert_strategy=base.expert_strategy,
+    memory_budget=base.memory_budget,
+  )
+  return Method(name, text, "SCMoE", config, roster, Sampler.greedy())
+
+
+_MAKERS: dict[str, Callable[..., Method]] = {
+  PLAIN: _plain,
+  FITTED: _plain,
+  BEST_PLAIN: _plain,
+  ROSTER: _roster,
+  EXPERTS: _experts,
+  VOTE: _sampled,
+  BEST: _sampled,
+  SCMOE: _scmoe,
+}
+
+
+def default_texts(config: ModelConfig, n: int) -> list[str]:
+  """Methods at the forward rows of a roster of n, and cheaper ones beside them.
+
+  A roster without its clean member has n - 1 others, as the clean one still writes
+  the cache. As a forward row with more experts is a dearer one, their numbers are
+  twice the model's, and that at which a row has the experts of n (as far as there
+  are so many).
+  """
+  own, most = config.experts_per_token, config.num_experts
+  rules = ["model"] if config.normalize_gates else list(routing.EXTRA_GATES)
+  experts = [f"{EXPERTS}:k={min(2 * own, most)},gates={rule}" for rule in rules]
+  if n > 2 and 2 * own < most:
+    experts.append(
+      f"{EXPERTS}:k={min(n * own, most)},gates="
+      + ("model" if config.normalize_gates else "rescaled")
+    )
+  return [
+    PLAIN,
+    FITTED,
+    BEST_PLAIN,
+    *experts,
+    f"{ROSTER}:n={n}",
+    f"{ROSTER}:n={n},gate_weights=noisy",
+    f"{ROSTER}:n={n},aggregation=mean_logit",
+    f"{ROSTER}:n={n - 1},include_clean=false",
+    f"{ROSTER}:n={n},cache=standard",
+    f"{VOTE}:n={n}",
+    f"{BEST}:n={n}",
+    SCMOE,
+  ]
+
+
+def parse_all(texts: Sequence[str], config: ModelConfig, base: Roster) -> list[Method]:
+  """The methods that texts name.
+
+  Raises:
+    ValueError: see `parse`; or two are the same.
+  """
+  found = [parse(text, config, base) for text in texts]
+  for what in ("folder", "label"):
+    names = [getattr(method, what) for method in found]
+    twice = [method.text for method, name in zip(found, names) if names.count(name) > 1]
+    if twice:
+      raise ValueError(f"the methods {' and '.join(twice)} are the same, or called the same")
+  return found

@@ -1,0 +1,1 @@
+"""Files of results that grow line by line and survive a kill."""

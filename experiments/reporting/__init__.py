@@ -1,1 +1,0 @@
-"""The parts of `experiments.report`: what it reads, compares, writes and draws."""

@@ -1,0 +1,1 @@
+"""Training of the embedded models: batches and configs."""

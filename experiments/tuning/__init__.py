@@ -1,0 +1,1 @@
+"""The search for temperature profiles: objectives, trials, confirmation on fresh data."""

@@ -1,0 +1,364 @@
+"""The search for temperatures: trials of one study, made by one or more processes.
+
+The study lies in SQLite (Optuna). Whoever opens it takes trials until the budget,
+which all share, is spent. A worker holds a file lock while it makes a trial; the
+system frees it when the worker ends, however it ends, so that a trial whose lock
+is free and which is not finished was lost, and is made again. (SQLite needs file
+locks that work, too.) Every change of hands is made under one more lock.
+
+Trials see the same examples in the same order with the same noise. After every
+batch a trial that is worse than the best one so far by a signed-rank test on the
+examples that it has seen is given up. It then counts as if it differed from the
+best one on the other examples as on those, so that the sampler learns from it,
+too. (Optuna's WilcoxonPruner makes the same test, but wants a transaction for each
+example, which takes longer than a small model does.)
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import pathlib
+import time
+from typing import Any, Protocol
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+import scipy.stats
+
+from experiments.cli import app
+from experiments.tuning.objectives import Cost
+
+STEP = 0.05  # of the sweep
+# The share of trials no worse than the best one that may be given up by mistake.
+PRUNING_ERROR = 0.05
+MIN_EXAMPLES = 8  # before the first test
+TRIALS = "trials.jsonl"
+
+_STUDY = "temperatures"
+_VALUES, _MADE = "values", "made"  # attributes of trials
+_POLL_SECONDS = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+  """Which τ are tried: 0 in the first and last layers, and [0, T] in the others.
+
+  Attributes:
+    num_layers: L of the model.
+    fixed_layers: how many of the first, and as many of the last, stay at 0.
+    max_temperature: T.
+  """
+
+  num_layers: int
+  fixed_layers: int
+  max_temperature: float
+
+  def __post_init__(self):
+    if not 0 <= 2 * self.fixed_layers < self.num_layers:
+      raise ValueError(
+        f"fixed_layers must leave at least one of the model's {self.num_layers} layers between "
+        f"the first and the last so many: it may be 0 to {(self.num_layers - 1) // 2}, got "
+        f"{self.fixed_layers}"
+      )
+    if not (math.isfinite(self.max_temperature) and self.max_temperature > 0):
+      raise ValueError(f"max_temperature must be finite and above 0, got {self.max_temperature}")
+
+  @property
+  def noisy_layers(self) -> tuple[int, int]:
+    """The stretch of layers that may have noise, as `Roster.create` takes it."""
+    return self.fixed_layers, self.num_layers - self.fixed_layers
+
+  @property
+  def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
+    return {
+      _parameter(layer): optuna.distributions.FloatDistribution(0.0, self.max_temperature)
+      for layer in range(*self.noisy_layers)
+    }
+
+  def temperatures(self, params: dict[str, float]) -> list[float]:
+    """`[L]` τ of each layer."""
+    return [params.get(_parameter(layer), 0.0) for layer in range(self.num_layers)]
+
+  def sweep(self) -> list[float]:
+    """One τ for all layers in steps of `STEP` up to T; T alone if it is smaller."""
+    count = math.floor(self.max_temperature / STEP + 1e-6)
+    return [round(STEP * i, 6) for i in range(1, count + 1)] or [self.max_temperature]
+
+
+def _parameter(layer):
+  return f"layer_{layer}"
+
+
+def check_budget(space: Space, num_trials: int) -> None:
+  """Checks that there are trials enough for the sweep.
+
+  Raises:
+    ValueError: there are not.
+  """
+  if num_trials < len(space.sweep()):
+    raise ValueError(
+      f"num_trials must be at least {len(space.sweep())}, the steps of {STEP} up to "
+      f"{space.max_temperature} with which a search begins; got {num_trials}"
+    )
+
+
+class Objective(Protocol):
+  """What a search optimizes."""
+
+  name: str
+  maximize: bool
+
+  def measure(self, temperatures: Sequence[float], part: slice) -> tuple[np.ndarray, Cost]:
+    """`[X]` numbers of a stretch of the examples, and what measuring them took."""
+
+  def value(self, values: np.ndarray) -> float:
+    """The objective, from the numbers of all examples; it grows with their mean."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """A trial as told to others; a line of `trials.jsonl`.
+
+  Attributes:
+    number: in the order of their making.
+    kind: "sweep" or "tpe".
+    state: "complete"; "pruned": given up after some of the examples;
+      "failed": its worker was lost, and it was made again under another number;
+      "running".
+    temperatures: τ of each layer.
+    value: the objective, estimated if pruned; None if failed or running.
+    examples: that were measured.
+    seconds: wall time, with what had to be compiled.
+    tokens, forward_passes: see `objectives.Cost`.
+  """
+
+  number: int
+  kind: str
+  state: str
+  temperatures: list[float]
+  value: float | None
+  examples: int = 0
+  seconds: float = 0.0
+  tokens: int = 0
+  forward_passes: int = 0
+
+
+class Search:
+  """A study that is being made, or made further.
+
+  Args:
+    folder: of the study; made if it is not there.
+    space: which τ are tried.
+    num_trials: the budget in trials, of which the sweep's are the first.
+    maximize: whether the objective is to be large.
+    seed: of the sampler.
+
+  Raises:
+    ValueError: a setting is out of its range.
+  """
+
+  def __init__(
+    self, folder: pathlib.Path, space: Space, num_trials: int, maximize: bool, seed: int = 0
+  ):
+    check_budget(space, num_trials)
+    self.folder, self.space, self.maximize = folder, space, maximize
+    self.num_trials, self._seed = num_trials, seed
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    (folder / "running").mkdir(parents=True, exist_ok=True)
+    with self.locked():
+      # Writers of one file take turns.
+      storage = optuna.storages.RDBStorage(
+        f"sqlite:///{folder / 'study.db'}", engine_kwargs={"connect_args": {"timeout": 300}}
+      )
+      self._study = optuna.create_study(
+        storage=storage,
+        study_name=_STUDY,
+        load_if_exists=True,
+        direction="maximize" if maximize else "minimize",
+      )
+      for temperature in space.sweep()[len(self._study.get_trials(deepcopy=False)) :]:
+        self._study.enqueue_trial(
+          dict.fromkeys(space.distributions, temperature), user_attrs={"kind": "sweep"}
+        )
+
+  def trials(self) -> list[Trial]:
+    """All trials that were begun, by number."""
+    return [
+      self._told(t) for t in self._study.get_trials(deepcopy=False) if t.state != TrialState.WAITING
+    ]
+
+  @property
+  def num_finished(self) -> int:
+    return sum(t.state in ("complete", "pruned") for t in self.trials())
+
+  def best(self, kind: str | None = None) -> Trial | None:
+    """The best complete trial (of a kind), the first of those that are equal."""
+    done = [t for t in self.trials() if t.state == "complete" and kind in (None, t.kind)]
+    sign = -1 if self.maximize else 1
+    return min(done, key=lambda t: (sign * t.value, t.number), default=None)
+
+  def run(
+    self,
+    objective: Objective,
+    batches: Sequence[slice],
+    prune: bool = True,
+    on_trial: Callable[[], None] = lambda: None,
+  ) -> None:
+    """Makes trials until the budget is spent and those of other workers are finished.
+
+    Args:
+      objective: what is optimized.
+      batches: the examples in stretches.
+      prune: whether hopeless trials are given up.
+      on_trial: called after every trial, and while others are waited for.
+    """
+    while True:
+      with self._next() as trial:
+        if trial is not None:
+          self._make(trial, objective, batches, prune)
+      if trial is None:
+        if self.num_finished >= self.num_trials:
+          return
+        time.sleep(_POLL_SECONDS)
+      on_trial()
+
+  def export(self) -> None:
+    """Writes `trials.jsonl` anew."""
+    app.write_atomically(
+      self.folder / TRIALS, "".join(json.dumps(dataclasses.asdict(t)) + "\n" for t in self.trials())
+    )
+
+  @contextlib.contextmanager
+  def _next(self) -> Iterator[optuna.Trial | None]:
+    """The next trial, which is this worker's alone; None while there is none to make."""
+    with contextlib.ExitStack() as held:
+      with self.locked():
+        trial = self._claimed()
+        if trial is not None:
+          path = self._lock_of(trial.number)
+          held.enter_context(lock_on(path))
+          held.callback(path.unlink)
+      yield trial
+
+  def _claimed(self):
+    trials = self._study.get_trials(deepcopy=False)
+    for trial in trials:
+      if trial.state == TrialState.RUNNING and _is_free(self._lock_of(trial.number)):
+        self._study.tell(trial.number, state=TrialState.FAIL)
+        self._lock_of(trial.number).unlink()
+        self._study.add_trial(
+          optuna.create_trial(
+            state=TrialState.WAITING,
+            params=trial.params,
+            distributions=trial.distributions,
+            user_attrs=trial.user_attrs,
+            system_attrs=trial.system_attrs,
+          )
+        )
+    trials = self._study.get_trials(deepcopy=False)
+    begun = sum(t.state in (TrialState.COMPLETE, TrialState.RUNNING) for t in trials)
+    if begun >= self.num_trials:
+      return None
+    # Each trial has randomness of its own, so that it does not matter which process makes it.
+    seed = int(np.random.SeedSequence([self._seed, begun]).generate_state(1)[0])
+    self._study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+    return self._study.ask(self.space.distributions)
+
+  def _make(self, trial, objective, batches, prune):
+    begin, cost, values = time.perf_counter(), Cost(), np.empty(0)
+    temperatures, pruned = self.space.temperatures(trial.params), False
+    best = self._values_of_best() if prune else None
+    for batch in batches:
+      found, batch_cost = objective.measure(temperatures, batch)
+      values, cost = np.concatenate([values, found]), cost + batch_cost
+      if not np.all(np.isfinite(found)):
+        raise ValueError(f"the model gives no finite {objective.name} at τ = {temperatures}")
+      if best is not None and batch is not batches[-1]:
+        pruned = is_hopeless(values, best, self.maximize, len(batches) - 1)
+        if pruned:
+          break
+    seen = len(values)
+    if pruned:
+      values = np.concatenate([values, best[seen:] + np.mean(values - best[:seen])])
+    trial.set_user_attr(_VALUES, values.tolist())
+    trial.set_user_attr(
+      _MADE,
+      {
+        "state": "pruned" if pruned else "complete",
+        "examples": seen,
+        "seconds": time.perf_counter() - begin,
+        **dataclasses.asdict(cost),
+      },
+    )
+    with self.locked():  # or who looks for lost trials may take it for one
+      self._study.tell(trial, objective.value(values))
+      self.export()
+
+  def _values_of_best(self):
+    best = self.best()
+    if best is not None:
+      return np.array(self._study.get_trials(deepcopy=False)[best.number].user_attrs[_VALUES])
+
+  def _told(self, trial: FrozenTrial) -> Trial:
+    state = "failed" if trial.state == TrialState.FAIL else "running"
+    return Trial(
+      **{
+        "number": trial.number,
+        "kind": trial.user_attrs.get("kind", "tpe"),
+        "state": state,
+        "value": trial.value,
+        "temperatures": self.space.temperatures(trial.params),
+        **(trial.user_attrs.get(_MADE, {}) if trial.state == TrialState.COMPLETE else {}),
+      }
+    )
+
+  def locked(self) -> contextlib.AbstractContextManager[Any]:
+    """Whoever holds it is alone with the folder's files."""
+    return lock_on(self.folder / "lock")
+
+  def _lock_of(self, number):
+    return self.folder / "running" / str(number)
+
+
+def is_hopeless(values: np.ndarray, best: np.ndarray, maximize: bool, looks: int) -> bool:
+  """Whether a trial is clearly worse than the best one, on the examples seen so far.
+
+  It is worse in the mean, and by the one-sided signed-rank test (Wilcoxon, 1945)
+  at such a level that of trials which are no worse at most `PRUNING_ERROR` are
+  given up in all looks together (Bonferroni), where differences are symmetric.
+
+  Args:
+    values: `[X']` of the trial.
+    best: `[X]` of the best one, beginning with the same examples.
+    maximize: whether large values are good.
+    looks: how often this is asked about a trial at most.
+  """
+  if len(values) < MIN_EXAMPLES:
+    return False
+  worse = (values - best[: len(values)]) * (-1 if maximize else 1)
+  if worse.mean() <= 0:
+    return False
+  # Half of the zeros count on either side: many examples may be equally right.
+  test = scipy.stats.wilcoxon(worse, alternative="greater", zero_method="zsplit")
+  return bool(test.pvalue < PRUNING_ERROR / looks)
+
+
+@contextlib.contextmanager
+def lock_on(path: pathlib.Path) -> Iterator[None]:
+  """A lock that at most one process holds; a process that ends gives it back."""
+  with open(path, "w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
+def _is_free(path):
+  with open(path, "w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return False
+  return True

@@ -1,0 +1,96 @@
+"""Settings of tuning by name: the budgets of the paper, and a small one to try.
+
+    python -m experiments.tune --config=paper_math_olmoe --checkpoint=olmoe --task=gsm8k \\
+        --output=results/tune/olmoe-gsm8k
+
+`paper_CATEGORY_MODEL` is what arXiv 2509.17238 (Table 1) gave a category of tasks
+on a model. "trials x examples" are of one search, and there is one for each task:
+
+    CATEGORY      tasks                                          objective    trials x examples
+    math          gsm8k, addsub, svamp, multiarith, singleeq     perplexity          50 x 100
+    commonsense   siqa, obqa, hellaswag, arc_easy, arc_challenge accuracy           100 x 300
+    code          humaneval, humaneval_plus                      accuracy            50 x 50
+
+    MODEL         n    cache      T: math, commonsense, code     L: math, commonsense, code
+    olmoe         32   clean         0.5,  0.5, 0.5                 1, 3, 1
+    mixtral       64   standard      0.25, 0.3, 0.25                5, 3, 5
+    gpt_oss       64   standard      0.2,  0.2, 0.2                 5, 5, 5
+
+The paper reports gains with the profiles found on nearly all of the twelve tasks,
+largest for OLMoE and none on MultiArith for Mixtral and GPT-OSS, in figures
+without intervals; it says neither what a search costs nor how its result does on
+fresh problems of the validation split, which is what `experiments.tune` adds.
+
+    python -m experiments.tune --config=wordmath --checkpoint=embedded:wordmath_overtrained \\
+        --task=wordmath --output=results/tune/wordmath
+
+takes a few minutes on two CPU cores.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+  """A search: every field is a flag of `experiments.tune`, which overrides it.
+
+  Attributes:
+    objective: a name in `objectives.OBJECTIVES`.
+    num_samples: validation examples that trials see.
+    num_trials: temperature profiles that are tried.
+    num_members: n.
+    max_temperature: T; every τ lies in [0, T].
+    fixed_layers: L; the first and last L layers keep τ = 0.
+    cache: of the roster.
+  """
+
+  objective: str = "perplexity"
+  num_samples: int = 100
+  num_trials: int = 50
+  num_members: int = 8
+  max_temperature: float = 0.5
+  fixed_layers: int = 0
+  cache: str = "clean"
+
+
+_CATEGORIES = {
+  "math": dict(objective="perplexity", num_samples=100, num_trials=50),
+  "commonsense": dict(objective="accuracy", num_samples=300, num_trials=100),
+  "code": dict(objective="accuracy", num_samples=50, num_trials=50),
+}
+# n, cache, and (T, L) by category.
+_MODELS = {
+  "olmoe": (32, "clean", {"math": (0.5, 1), "commonsense": (0.5, 3), "code": (0.5, 1)}),
+  "mixtral": (64, "standard", {"math": (0.25, 5), "commonsense": (0.3, 3), "code": (0.25, 5)}),
+  "gpt_oss": (64, "standard", {"math": (0.2, 5), "commonsense": (0.2, 5), "code": (0.2, 5)}),
+}
+CONFIGS: dict[str, TuningConfig] = {
+  "wordmath": TuningConfig(num_samples=60, num_trials=30),
+  # The paper's categories in small, for tasks of the embedded models.
+  "embedded_math": TuningConfig(num_samples=50, num_trials=24),
+  "embedded_commonsense": TuningConfig(objective="accuracy", num_samples=50, num_trials=24),
+  "embedded_code": TuningConfig(objective="accuracy", num_samples=50, num_trials=24),
+} | {
+  f"paper_{category}_{model}": TuningConfig(
+    **budget,
+    num_members=n,
+    cache=cache,
+    max_temperature=bounds[category][0],
+    fixed_layers=bounds[category][1],
+  )
+  for category, budget in _CATEGORIES.items()
+  for model, (n, cache, bounds) in _MODELS.items()
+}
+
+
+def load(name: str | None) -> TuningConfig:
+  """The config of that name; the defaults for None.
+
+  Raises:
+    ValueError: there is none.
+  """
+  if name is None:
+    return TuningConfig()
+  if name not in CONFIGS:
+    raise ValueError(f"unknown tuning config {name!r}; there are {', '.join(CONFIGS)}")
+  return CONFIGS[name]

@@ -1,0 +1,265 @@
+"""Kernels over the selected experts, for few rows on an accelerator.
+
+With one or a few rows, as in decoding, the time is that of reading weights. The
+kernels here read the weights of each selected expert where they lie, once a
+(row, choice) pair, and write only hidden values and partial outputs.
+
+State of things: the GPU's kernels were run in Pallas' interpret mode on CPU,
+lowered for CUDA, and compiled for an H100 by Triton and ptxas, with weights in
+bfloat16 and in each quantized format (weights and codes in 16-byte loads, no
+spills); not run or timed on a GPU. For TPUs see `tpu_kernels`.
+"""
+
+import functools
+import math
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+import jax.numpy as jnp
+
+from roe_jax.experts.activation import Activation
+from roe_jax.experts.codes import codes_and_scales, group_of, num_parts, widen
+from roe_jax.experts.packing import combine
+from roe_jax.experts.tpu_kernels import apply_on_tpu
+from roe_jax.params import ExpertParams
+from roe_jax.quantization import scale_values
+
+# Tiles of the GPU's kernels in weights, powers of two as Triton wants them. A program
+# keeps a float32 sum for each element of a tile, 32 a thread of 4 warps. One row of 8
+# choices in OLMoE (D = 2048, F = 1024) makes 512 programs of either kernel, 4 for
+# each of the 132 multiprocessors of an H100 or H200.
+HIDDEN_TILE = (16, 256)  # of F and of D, which is summed over in steps
+DOWN_TILE = (32, 128)  # of F, which is summed over in steps, and of D
+DOWN_SPLIT = 256  # how much of F one program sums over
+
+
+def compute(
+  num_experts: int,
+  activation: Activation,
+  weights: ExpertParams,
+  layer: jax.Array | int,
+  x: jax.Array,
+  indices: jax.Array,
+  gates: jax.Array,
+) -> jax.Array:
+  """Gate-weighted sum of the chosen experts' outputs, one pair at a time.
+
+  Args:
+    num_experts: E, the experts of one layer.
+    activation: between the projections.
+    weights: of all layers, with `[L·E, ...]` for the leading axes; the matrices may
+      be `Quantized`.
+    layer: int32 scalar; may be traced.
+    x: `[N, D]` rows, float32 or bfloat16, the dtype of weights that are not
+      quantized.
+    indices: `[N, A]` int32 chosen experts of each row, in `[0, E)`.
+    gates: `[N, A]` float32 weights of the chosen experts.
+
+  Returns:
+    `[N, D]`, dtype of `x`; products are accumulated in float32. It has no
+    derivative and no batching rule, and wants `check_vma=False` in a `shard_map`.
+  """
+
+  def pairs(kernel):
+    return functools.partial(by_pairs, kernel, num_experts, activation)
+
+  return jax.lax.platform_dependent(
+    weights,
+    jnp.asarray(layer, jnp.int32),
+    x,
+    indices,
+    gates,
+    cuda=pairs(on_gpu),
+    rocm=pairs(on_gpu),
+    tpu=pairs(on_tpu),
+    default=pairs(functools.partial(on_gpu, interpret=True)),
+  )
+
+
+def by_pairs(kernel, num_experts, activation, weights, layer, x, indices, gates):
+  """`gather_gemv` with `kernel(activation, experts [N, A], weights, x) -> [N, A, D]`."""
+  experts = layer * num_experts + indices
+  out = kernel(activation, experts, weights, x)
+  if weights.down_bias is not None:
+    out += weights.down_bias[experts]
+  return combine(out, gates, x.dtype)
+
+
+def on_tpu(activation, experts, weights, x, interpret=False):
+  """The TPU's kernels: blocks of one row. Arguments and result as of `on_gpu`."""
+  (n, a), d = experts.shape, x.shape[1]
+  rows = jnp.broadcast_to(x[:, None], (n, a, d)).reshape(n * a, 1, d)
+  out = apply_on_tpu(activation, experts.reshape(n * a), weights, rows, interpret)
+  return out.reshape(n, a, d)
+
+
+def on_gpu(activation, experts, weights, x, interpret=False):
+  """The GPU's kernels, through the Triton lowering of Pallas.
+
+  Args:
+    activation: between the projections.
+    experts: `[N, A]` int32 indices into the leading axis of the weights.
+    weights: of all layers; the bias of `down` is not used.
+    x: `[N, D]`.
+    interpret: whether to run the kernels as JAX operations on any platform.
+
+  Returns:
+    `[N, A, D]` float32, without the bias of `down`.
+  """
+  (n, d), a = x.shape, experts.shape[1]
+  experts, pairs = experts.reshape(n * a), n * a
+
+  def call(kernel, shape, dtype, grid, *inputs):
+    # Tiles vary fastest, so that programs that run together read what lies together.
+    return pl.pallas_call(
+      kernel,
+      jax.ShapeDtypeStruct(shape, dtype),
+      grid=(*grid, pairs),
+      interpret=interpret,
+      compiler_params=plgpu.CompilerParams(num_warps=4),
+      name=f"selected_experts{kernel.func.__name__}",
+    )(experts, *inputs)
+
+  codes, scales, format = codes_and_scales(weights.gate_up)
+  parts, (f, _, width) = num_parts(format), codes.shape[1:]
+  columns = min(HIDDEN_TILE[1] // parts, pl.next_power_of_2(width))
+  # Within a piece of the columns the weights of each part have one scale.
+  piece = columns if scales is None else math.gcd(columns, width, group_of(scales, 3, d))
+  tiles = (min(HIDDEN_TILE[0], pl.next_power_of_2(f)), columns // piece, piece)
+  hidden = call(
+    functools.partial(_hidden_kernel, activation=activation, format=format, choices=a, tiles=tiles),
+    (pairs, f),
+    x.dtype,
+    (pl.cdiv(f, tiles[0]),),
+    x,
+    codes,
+    scales,
+    weights.gate_up_bias,
+  )
+
+  codes, scales, format = codes_and_scales(weights.down)
+  parts, width, splits = num_parts(format), codes.shape[2], pl.cdiv(f, DOWN_SPLIT)
+  # Within a tile the weights of a column have one scale.
+  tiles = (
+    math.gcd(min(DOWN_TILE[0], pl.next_power_of_2(f)), group_of(scales, 1, f)),
+    min(DOWN_TILE[1] // parts, pl.next_power_of_2(width)),
+  )
+  partial = call(
+    functools.partial(_down_kernel, format=format, tiles=tiles),
+    (pairs, splits, d),
+    jnp.float32,
+    (pl.cdiv(width, tiles[1]), splits),
+    hidden,
+    codes,
+    scales,
+  )
+  return partial.reshape(n, a, splits, d).sum(2)
+
+
+def _tile(index, size, limit):
+  """The index of a tile as a slice, and which of its elements lie below `limit`."""
+  return pl.ds(index * size, size), index * size + jnp.arange(size) < limit
+
+
+def _shifted(tile, by):
+  return pl.ds(tile.start + by, tile.size)
+
+
+def _load(ref, mask):
+  """What `ref` points to, with zeros where `mask` is false."""
+  return plgpu.load(ref, mask=mask, other=0)
+
+
+def _hidden_kernel(
+  experts_ref,
+  x_ref,
+  codes_ref,
+  scales_ref,
+  bias_ref,
+  hidden_ref,
+  *,
+  activation,
+  format,
+  choices,
+  tiles,
+):
+  """`activation(gate x, up x)` of one pair for one tile of F.
+
+  All arrays are whole, with P weights in a code: experts `[N·A]`, x `[N, D]`, codes
+  `[L·E, F, 2, D/P]`, scales `[L·E, F, 2, G]` or None, bias `[L·E, F, 2]` or None,
+  and hidden `[N·A, F]`. Nothing but the tiles that are loaded leaves main memory.
+
+  The tiles are of F, of pieces of a row of codes, and of a piece.
+  """
+  pair, expert = pl.program_id(1), experts_ref[pl.program_id(1)]
+  (_, d), width, (_, pieces, piece) = x_ref.shape, codes_ref.shape[3], tiles
+  f, in_f = _tile(pl.program_id(0), tiles[0], hidden_ref.shape[1])
+  rows = f.start + jnp.arange(tiles[0])[:, None]
+
+  def scaled(weights, c, first, mask):
+    if scales_ref is None:
+      return weights.astype(jnp.float32)
+    groups = first // group_of(scales_ref, 3, d)
+    scales = _load(scales_ref.at[expert, rows, jnp.int32(c), groups], mask)
+    return weights * scale_values(scales)[..., None]
+
+  def step(i, sums):
+    first = piece * (i * pieces + jnp.arange(pieces)[None, :])
+    columns = first[..., None] + jnp.arange(piece)[None, None, :]
+    in_d = columns < width
+    mask = in_f[:, None, None] & in_d
+    sums = list(sums)
+    # The sum over D within a tile waits until the end: in the loop it would be
+    # an exchange between threads.
+    for c in (0, 1):
+      codes = _load(codes_ref.at[expert, rows[..., None], jnp.int32(c), columns], mask)
+      for part, weights in enumerate(widen(codes, format)):
+        x = _load(x_ref.at[pair // choices, part * width + columns], in_d).astype(jnp.float32)
+        sums[c] += x * scaled(weights, c, part * width + first, in_f[:, None] & (first < width))
+    return sums
+
+  zeros = jnp.zeros(tiles, jnp.float32)
+  sums = jax.lax.fori_loop(0, pl.cdiv(width, pieces * piece), step, [zeros, zeros])
+  projected = [total.sum(2).sum(1) for total in sums]
+  if bias_ref is not None:
+    projected = [
+      p + _load(bias_ref.at[expert, f, jnp.int32(c)], in_f).astype(jnp.float32)
+      for c, p in enumerate(projected)
+    ]
+  hidden = activation(*projected)
+  plgpu.store(hidden_ref.at[pair, f], hidden.astype(hidden_ref.dtype), mask=in_f)
+
+
+def _down_kernel(experts_ref, hidden_ref, codes_ref, scales_ref, partial_ref, *, format, tiles):
+  """One pair's output for one tile of each part of D, summed over `DOWN_SPLIT` of F.
+
+  All arrays are whole, with P weights in a code: experts `[N·A]`, hidden `[N·A, F]`,
+  codes `[L·E, F, D/P]`, scales `[L·E, G, D]` or None, and partial `[N·A, splits, D]`.
+  """
+  split, pair = pl.program_id(1), pl.program_id(2)
+  expert, steps = experts_ref[pair], DOWN_SPLIT // tiles[0]
+  _, width, columns = codes_ref.shape
+  d, in_d = _tile(pl.program_id(0), tiles[1], columns)
+
+  def scaled(weights, part, f):
+    if scales_ref is None:
+      return weights.astype(jnp.float32)
+    group = f.start // group_of(scales_ref, 1, width)
+    scales = _load(
+      scales_ref.at[expert, group, _shifted(d, part * columns)], in_d & (f.start < width)
+    )
+    return weights * scale_values(scales)[None, :]
+
+  def step(i, totals):
+    f, in_f = _tile(split * steps + i, tiles[0], width)
+    hidden = _load(hidden_ref.at[pair, f], in_f).astype(jnp.float32)[:, None]
+    codes = _load(codes_ref.at[expert, f, d], in_f[:, None] & in_d[None, :])
+    return [
+      total + hidden * scaled(weights, part, f)
+      for part, (total, weights) in enumerate(zip(totals, widen(codes, format)))
+    ]
+
+  totals = [jnp.zeros(tiles, jnp.float32)] * num_parts(format)
+  for part, total in enumerate(jax.lax.fori_loop(0, steps, step, totals)):
+    plgpu.store(partial_ref.at[pair, split, _shifted(d, part * columns)], total.sum(0), mask=in_d)

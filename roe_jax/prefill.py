@@ -1,0 +1,75 @@
+"""Prefill: fills the KV cache with a prompt or a history, in chunks of few shapes."""
+
+from collections.abc import Sequence
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from roe_jax import batching
+from roe_jax import members as members_lib
+from roe_jax.cache import KVCache
+from roe_jax.config import ModelConfig
+from roe_jax.params import Params
+from roe_jax.roster import Roster
+
+PREFILL_CHUNK = 256
+# Room is cheap and compiling is not: short texts share one shape.
+MIN_CAPACITY = 128
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def prefill_chunk(
+  params: Params,
+  config: ModelConfig,
+  roster: Roster,
+  cache: KVCache,
+  tokens_BxT: jax.Array,
+  starts_B: jax.Array,
+  request_ids_B: jax.Array,
+  lengths_B: jax.Array | None = None,
+) -> KVCache:
+  """Puts T tokens from `starts_B` on into the (donated) cache."""
+  positions = starts_B[:, None] + jnp.arange(tokens_BxT.shape[1])[None]
+  return members_lib.prefill_cache(
+    params, config, roster, cache, tokens_BxT, positions, request_ids_B, lengths_B
+  )[0]
+
+
+def fill_cache(
+  params: Params,
+  config: ModelConfig,
+  roster: Roster,
+  cache: KVCache,
+  tokens_BxS: jax.Array,
+  lengths: np.ndarray | int,
+  request_ids_B: jax.Array,
+) -> KVCache:
+  """Prefills positions below each row's length, or one of all rows, in chunks of few shapes."""
+  start, longest = 0, int(np.max(lengths))
+  lengths_B = jnp.asarray(np.broadcast_to(np.int32(lengths), tokens_BxS.shape[:1]))
+  while start < longest:
+    size = min(
+      PREFILL_CHUNK, batching.power_of_two(longest - start, 32), tokens_BxS.shape[1] - start
+    )
+    cache = prefill_chunk(
+      params,
+      config,
+      roster.history(),
+      cache,
+      tokens_BxS[:, start : start + size],
+      jnp.full(tokens_BxS.shape[0], start),
+      request_ids_B,
+      lengths_B,
+    )
+    start += size
+  return cache
+
+
+def capacity_for(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+  """Positions that hold any of the prompts with its completion, as one of few sizes."""
+  longest = max(map(len, prompts), default=0)
+  # One more than the longest text, so that rows that are done have a place to
+  # point to.
+  return batching.bucket(min(longest + max_new_tokens, config.context_length) + 1, MIN_CAPACITY)
