@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from checkpoints_convert import hub
 from checkpoints_convert.common import ConversionError, check_space
-from checkpoints_convert.recode import recode
+from checkpoints_convert.expert_formats import recode
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig

@@ -13,7 +13,7 @@ import numpy as np
 
 from checkpoints_convert import hub, safetensors_files, tensor_names
 from checkpoints_convert.common import Spans
-from checkpoints_convert.recode import recode
+from checkpoints_convert.expert_formats import recode
 from roe_jax.checkpoint import Piece, piece_shapes
 from roe_jax.quantization import CONTRACTED, group_size
 

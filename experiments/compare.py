@@ -29,7 +29,7 @@ from experiments import tasks
 from experiments.analysis import paired_statistics
 from experiments.cli import app, temperature_profiles
 from experiments.evaluation import methods as methods_lib
-from experiments.evaluation.measure import OUTPUT_TEMPERATURES, SAMPLE_STRIDE, Batch, Measurer
+from experiments.evaluation.measurer import OUTPUT_TEMPERATURES, SAMPLE_STRIDE, Batch, Measurer
 from experiments.evaluation.methods import BEST_PLAIN, FITTED, PLAIN_SETTINGS, Method
 from experiments.evaluation.prompts import Asking
 from experiments.records import runs

@@ -375,7 +375,7 @@ def main(argv) -> None:
   config = app.load_config(FLAGS.checkpoint)
   roster = app.roster_from_flags(config)
   if FLAGS.dry_run:
-    app.dry_run(config, roster, batch_size=FLAGS.batch_size)
+    app.print_dry_run(config, roster, batch_size=FLAGS.batch_size)
     return
   tokenizer = app.load_tokenizer(FLAGS.checkpoint, config)
   chat = (
@@ -459,10 +459,10 @@ def main(argv) -> None:
     if loaded:
       by_seed[str(seed)] = evaluate_theirs(lm, loaded, run, seed)
       app.write_atomically(output / HARNESS, json.dumps(by_seed, indent=2, default=str) + "\n")
-  report(run, works, by_seed, len(lm.truncated))
+  print_report(run, works, by_seed, len(lm.truncated))
 
 
-def report(run: runs.Run, works: list[Work], by_seed: dict[str, Any], truncated: int) -> None:
+def print_report(run: runs.Run, works: list[Work], by_seed: dict[str, Any], truncated: int) -> None:
   """Finishes a run, and prints its table and one line that sums it up."""
   summary = run.finish()
   if not app.is_first_process():

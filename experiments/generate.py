@@ -327,7 +327,7 @@ def main(argv) -> None:
   config = app.load_config(FLAGS.checkpoint)
   roster = app.roster_from_flags(config)
   if FLAGS.dry_run:
-    app.dry_run(config, roster, batch_size=FLAGS.batch_size)
+    app.print_dry_run(config, roster, batch_size=FLAGS.batch_size)
     return
   tokenizer = app.load_tokenizer(FLAGS.checkpoint, config)
   requests = jsonl.read(FLAGS.input) if FLAGS.prompt is None else [{"prompt": FLAGS.prompt}]

@@ -203,7 +203,7 @@ def open_model(
   )
 
 
-def compare(
+def compare_completions(
   first: Model, expected: Sequence[Completion], actual: Sequence[Completion]
 ) -> Comparison:
   """Completions on another mesh beside those of the first."""
@@ -246,7 +246,7 @@ class Steps:
     self._stop_tokens = jnp.full(8, -1)
     self._begin = jax.device_get((self._state.lengths, self._state.done))
     program = self._lower().compile()
-    self.collectives = hlo.collectives(program.as_text())
+    self.collectives = hlo.count_collectives(program.as_text())
     self.memory = timing.memory(program)
 
   def _lower(self):
@@ -370,7 +370,7 @@ def measure(
     steps[mesh] = Steps(model)
     results[mesh] = {"devices": model.params.final_norm.sharding.num_devices, **costs(steps[mesh])}
     if model is not first:
-      comparison = compare(first, expected, completions)
+      comparison = compare_completions(first, expected, completions)
       results[mesh] |= {"comparison": dataclasses.asdict(comparison), "same": comparison.is_same}
     on_turn()
   if rounds:

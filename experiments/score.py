@@ -186,7 +186,9 @@ def main(argv) -> None:
   config = app.load_config(FLAGS.checkpoint)
   roster = app.roster_from_flags(config)
   if FLAGS.dry_run:
-    app.dry_run(config, roster, batch_size=FLAGS.batch_size, length=FLAGS.window, scoring=True)
+    app.print_dry_run(
+      config, roster, batch_size=FLAGS.batch_size, length=FLAGS.window, scoring=True
+    )
     return
   params, config, tokenizer = app.open_model(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
   if FLAGS.text is not None:

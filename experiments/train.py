@@ -167,7 +167,7 @@ def exact_match(params, config, tokenizer, problems) -> float:
   )
 
 
-def evaluate(params, config: configs.TrainingConfig, tokenizer) -> dict[str, float]:
+def validate(params, config: configs.TrainingConfig, tokenizer) -> dict[str, float]:
   """Scores on validation problems, and the perplexity of problems trained on."""
   validation = wordmath.problems("validation", config.evaluation_problems)
   seen = wordmath.problems(
@@ -209,7 +209,7 @@ def machine() -> str:
   return f"{cpu}, {cores} core{'s' if cores > 1 else ''}{accelerator}"
 
 
-def train(
+def run(
   config: configs.TrainingConfig, output: pathlib.Path, tokenizer: tokenizers.Tokenizer
 ) -> tuple[training.TrainState, dict]:
   """Trains from the last saved state in `output`, or from the beginning.
@@ -276,7 +276,7 @@ def train(
         if not np.isfinite(values["loss"]):
           raise ValueError(f"the loss is {values['loss']} at step {step}: lower --learning_rate")
       if step % config.evaluate_every == 0 or step == num_steps:
-        scores = evaluate(state.params, config, tokenizer)
+        scores = validate(state.params, config, tokenizer)
         metrics.write({"step": step, "kind": "evaluation", **scores, "seconds": seconds()})
         progress.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
         mark = tokens, seconds()
@@ -296,7 +296,7 @@ def finish(
 ) -> None:
   """Writes the checkpoint `output/model`: bfloat16 weights and their own scores."""
   stored = jax.tree.map(lambda w: w.astype(jnp.bfloat16), state.params)
-  scores = evaluate(jax.tree.map(lambda w: w.astype(config.model.dtype), stored), config, tokenizer)
+  scores = validate(jax.tree.map(lambda w: w.astype(config.model.dtype), stored), config, tokenizer)
   files = output / "tokenizer"
   wordmath_tokenizer.save_tokenizer(tokenizer, str(files))
   checkpoint.save(
@@ -333,7 +333,7 @@ def main(argv) -> None:
       f"the tokenizer has {tokenizer.get_vocab_size()} tokens, and the model of "
       f"{FLAGS.config} {config.model.vocab_size}"
     )
-  state, last = train(config, output, tokenizer)
+  state, last = run(config, output, tokenizer)
   finish(config, output, tokenizer, state, last, command())
 
 

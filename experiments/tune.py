@@ -464,7 +464,7 @@ def more_workers(output: pathlib.Path):
         worker.wait()
 
 
-def tune(params: Params, work: Work, search: Search | None) -> None:
+def run_search(params: Params, work: Work, search: Search | None) -> None:
   """Makes what is missing of a search, which the first process has, and writes its profile."""
   model = temperature_profiles.model_of(FLAGS.checkpoint, work.config, params)
   path = work.output / PROFILE
@@ -519,7 +519,7 @@ def finished(work: Work) -> Profile | None:
   return profile if profile and profile.objective["confirmed"] else None
 
 
-def report(profile: Profile, work: Work) -> None:
+def print_report(profile: Profile, work: Work) -> None:
   """Prints what was found, and one line in the end."""
   objective, cost, confirmed = profile.objective, profile.cost, profile.objective["confirmed"]
   print(f"τ by layer: {', '.join(f'{t:.3f}' for t in profile.temperatures)}")
@@ -544,9 +544,9 @@ def main(argv) -> None:
   if app.from_first_process(lambda: finished(work) is None):
     with more_workers(work.output):
       params, _ = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
-      tune(params, work, search)
+      run_search(params, work, search)
   if app.is_first_process():
-    report(finished(work), work)
+    print_report(finished(work), work)
 
 
 def program() -> None:

@@ -99,7 +99,8 @@ def main(cases):
           "temporaries": found.temp_size_in_bytes,
           "narrow": narrow_results(text),
           "collectives": [
-            dataclasses.asdict(c) | {"count": count} for c, count in hlo.collectives(text).items()
+            dataclasses.asdict(c) | {"count": count}
+            for c, count in hlo.count_collectives(text).items()
           ],
         }
       )

@@ -153,7 +153,7 @@ def test_collectives_are_counted_as_often_as_they_run():
   run = jax.jit(jax.shard_map(part, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
   text = run.lower(jax.ShapeDtypeStruct((64, 16), jnp.float32)).compile().as_text()
   size = 8 * 16 * 4
-  assert hlo.collectives(text) == Counter(
+  assert hlo.count_collectives(text) == Counter(
     {
       Collective("all-reduce", size, 4): 5,
       Collective("all-reduce", size, 8): 6,
@@ -163,7 +163,7 @@ def test_collectives_are_counted_as_often_as_they_run():
     }
   )
   with pytest.raises(ValueError, match="not the text of a compiled program"):
-    hlo.collectives("")
+    hlo.count_collectives("")
 
 
 def test_groups_are_read_in_every_form():
@@ -175,7 +175,7 @@ def test_groups_are_read_in_every_form():
     "mesh['axis_0'=2,'axis_1'=3], device_ids=([2,3]T(1,0)) {'axis_1'}",
   ):
     text = "ENTRY %main () -> f32[] {\n" + line.format(groups) + "\n}"
-    assert hlo.collectives(text) == Counter({Collective("all-gather", 32, 3): 1}), groups
+    assert hlo.count_collectives(text) == Counter({Collective("all-gather", 32, 3): 1}), groups
 
 
 def test_a_ring_sends_all_but_the_own_part():

@@ -382,7 +382,7 @@ def parse_mesh(text: str) -> dict[str, int]:
   return sizes
 
 
-def dry_run(
+def print_dry_run(
   config: ModelConfig,
   roster: Roster,
   *,

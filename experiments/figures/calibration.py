@@ -28,7 +28,7 @@ import numpy as np
 
 from experiments.analysis import drawing, paired_statistics, report_page
 from experiments.analysis.paired_statistics import Estimate
-from experiments.evaluation.measure import OUTPUT_TEMPERATURES
+from experiments.evaluation.measurer import OUTPUT_TEMPERATURES
 from experiments.figures import compared, likelihoods
 from experiments.figures.work import Command, Work
 from experiments.tuning.objectives import Perplexity

@@ -95,7 +95,7 @@ def exponent(n: np.ndarray, nll: np.ndarray) -> float:
   )
 
 
-def ceiling(n: np.ndarray, nll: np.ndarray, tokens: np.ndarray) -> dict:
+def fit_ceiling(n: np.ndarray, nll: np.ndarray, tokens: np.ndarray) -> dict:
   """The fit to n >= 2, as differences to the plain model's perplexity, with intervals over texts.
 
   Args:
@@ -164,7 +164,7 @@ def measure(work: Work) -> list[dict]:
           "model": model,
           "fit": name,
           "temperature": config.temperature,
-          **ceiling(np.array(config.members, float), nll, tokens.astype(float)),
+          **fit_ceiling(np.array(config.members, float), nll, tokens.astype(float)),
         }
       )
   return compared.corrected(found)

@@ -56,11 +56,11 @@ def records(results: Sequence[Result], baseline: Result, **also) -> list[Record]
           "seeds": result.seeds(task),
           "metric": q.metric if q else None,
           "quality": estimate(q and q.value),
-          "quality_difference": compared(q and q.comparison),
+          "quality_difference": as_json(q and q.comparison),
           "perplexity": estimate(as_it_is and as_it_is.perplexity),
           "perplexity_difference": estimate(as_it_is and as_it_is.to_plain),
           "fitted": estimate(fitted and fitted.perplexity),
-          "fitted_difference": compared(fitted and fitted.comparison),
+          "fitted_difference": as_json(fitted and fitted.comparison),
           "output_temperature": result.output_temperatures.get(task),
           "ms_per_token": cost.tokens_per_second and 1e3 / cost.tokens_per_second,
           "flops": cost.flops,
@@ -92,7 +92,7 @@ def estimate(e: Estimate | None) -> dict[str, float] | None:
   return None if e is None else {"value": e.value, "low": e.low, "high": e.high}
 
 
-def compared(c: Comparison | None) -> dict[str, Any] | None:
+def as_json(c: Comparison | None) -> dict[str, Any] | None:
   """A comparison as JSON."""
   return (
     None

@@ -66,7 +66,7 @@ CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss")} | {
 }
 
 
-def searches(work: Work) -> list[Command]:
+def run_searches(work: Work) -> list[Command]:
   """A search for each n."""
   config, model = work.config, work.model
   return [
@@ -85,7 +85,7 @@ def searches(work: Work) -> list[Command]:
   ]
 
 
-commands = searches
+commands = run_searches
 
 
 def measure(work: Work) -> list[dict]:

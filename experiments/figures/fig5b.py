@@ -64,7 +64,7 @@ CONFIGS = {name: _of(fig5a.CONFIGS[name]) for name in ("olmoe", "mixtral", "gpt_
 
 
 def commands(work: Work) -> list[Command]:
-  return fig5a.searches(work)
+  return fig5a.run_searches(work)
 
 
 def _equivalents(work):

@@ -14,7 +14,7 @@ from experiments import tasks
 from experiments.analysis import paired_statistics
 from experiments.analysis.paired_statistics import Comparison
 from experiments.cli import app
-from experiments.evaluation.measure import OUTPUT_TEMPERATURES
+from experiments.evaluation.measurer import OUTPUT_TEMPERATURES
 from experiments.evaluation.prompts import Asking
 from experiments.figures import compared
 from experiments.figures.work import Work
@@ -173,6 +173,6 @@ def record(
     if is_baseline
     else compared.estimate(paired_statistics.paired_perplexity(ours["nll"], theirs["nll"], tokens)),
     "fitted": compared.estimate(paired_statistics.perplexity(ours["fitted_nll"], tokens)),
-    "fitted_difference": compared.compared(comparison),
+    "fitted_difference": compared.as_json(comparison),
     "output_temperature": found["temperature"],
   }

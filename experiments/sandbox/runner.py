@@ -14,7 +14,7 @@ import sys
 import traceback
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import confine  # found beside this file, as nothing else of the project is
+import confinement  # found beside this file, as nothing else of the project is
 
 del sys.path[0]
 
@@ -24,8 +24,8 @@ def main():
   job = pickle.load(sys.stdin.buffer)
   sys.path += [path for path in job["packages"] if path not in sys.path]
   try:
-    confine.confine(folder, job["packages"], job["limits"], parent, job["landlock"])
-  except (confine.Unconfinable, OSError) as error:
+    confinement.confine(folder, job["packages"], job["limits"], parent, job["landlock"])
+  except (confinement.Unconfinable, OSError) as error:
     os.write(results, str(error).encode())
     return
   null = os.open(os.devnull, os.O_RDONLY)

@@ -33,7 +33,7 @@ import pickle
 from experiments import sandbox
 from experiments.sandbox import Limits, Program
 from experiments.tasks import base, task_data
-from experiments.tasks.sanitize import sanitize
+from experiments.tasks.sanitizer import sanitize
 from experiments.tasks.task_data import Source
 
 SLICE = 0.25

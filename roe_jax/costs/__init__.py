@@ -20,4 +20,4 @@ from roe_jax.costs.flops import (
   generation_flops,
   scoring_flops,
 )
-from roe_jax.costs.memory import Memory, memory
+from roe_jax.costs.footprint import Memory, memory

@@ -11,8 +11,8 @@ from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.costs import flops as flops_lib
 from roe_jax.costs.accelerators import Accelerator
-from roe_jax.costs.batches import Batch, batches, parts, vocabulary_axes
 from roe_jax.costs.hlo import Collective
+from roe_jax.costs.member_batches import Batch, batches, parts, vocabulary_axes
 from roe_jax.roster import Roster
 from roe_jax.sharding import AXES, DATA, EXPERT, TENSOR
 

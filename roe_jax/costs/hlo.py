@@ -47,7 +47,7 @@ _CALLED = re.compile(
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
-def collectives(text: str) -> Counter[Collective]:
+def count_collectives(text: str) -> Counter[Collective]:
   """How often each collective is done in one run of a compiled program.
 
   Loops count as often as the compiler knows them to run, and once where it does

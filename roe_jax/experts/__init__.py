@@ -28,7 +28,7 @@ from roe_jax import collectives
 from roe_jax.experts import expert_parallel, gather_gemv, grouped_matmul, kernel_check, tiled_loop
 from roe_jax.experts.activation import Activation
 from roe_jax.experts.batched_matmul import dense, padded
-from roe_jax.experts.shared import shared
+from roe_jax.experts.shared_expert import shared
 from roe_jax.numerics import to_compute_dtype
 from roe_jax.params import ExpertParams
 from roe_jax.quantization import CONTRACTED, is_quantized, quantize, widen

@@ -9,7 +9,7 @@ import tiny
 
 from experiments import tasks
 from experiments.evaluation import measure, methods
-from experiments.evaluation.measure import Batch, Measurer
+from experiments.evaluation.measurer import Batch, Measurer
 from experiments.evaluation.prompts import Asking
 from experiments.tasks import Example
 from experiments.tuning import objectives

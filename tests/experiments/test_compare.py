@@ -14,7 +14,7 @@ from experiments import compare as program
 from experiments import tasks
 from experiments.cli import app
 from experiments.evaluation import methods
-from experiments.evaluation.measure import OUTPUT_TEMPERATURES, SAMPLE_STRIDE, Batch, Measurer
+from experiments.evaluation.measurer import OUTPUT_TEMPERATURES, SAMPLE_STRIDE, Batch, Measurer
 from experiments.evaluation.prompts import Asking
 from experiments.records import runs
 from roe_jax import decode, diagnostics, scoring

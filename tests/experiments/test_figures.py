@@ -86,7 +86,7 @@ def test_shares_of_a_ceiling_are_told_where_it_is_clear():
   tokens = random.integers(10, 30, 80).astype(float)
   base = tokens * 0.2
   gain = np.where(n == 1, 0.0, 0.1 - 0.1 / n)[:, None] * tokens * random.uniform(0.5, 1.5, 80)
-  found = ceiling.ceiling(n, base - gain, tokens)
+  found = ceiling.fit_ceiling(n, base - gain, tokens)
   assert found["b"] == pytest.approx(1, abs=0.02) and found["limit"]["clear"]
   assert found["limit"]["value"] == pytest.approx(
     100 * np.expm1(-0.1 * (gain[-1] / 0.1 / (1 - 1 / 64)).sum() / tokens.sum()), rel=0.02
@@ -96,7 +96,8 @@ def test_shares_of_a_ceiling_are_told_where_it_is_clear():
   noise = random.normal(0, 0.5, (len(n), 80))
   noise[0] = 0
   assert (
-    ceiling.ceiling(n, base + noise - noise.mean(axis=1, keepdims=True), tokens)["reached"] is None
+    ceiling.fit_ceiling(n, base + noise - noise.mean(axis=1, keepdims=True), tokens)["reached"]
+    is None
   )
 
 

@@ -66,14 +66,16 @@ def altered(completion, place, token=None, change=0.0):
 
 
 def test_what_is_the_same_is_found_to_be(model, completions):
-  found = meshes.compare(model, completions, completions)
+  found = meshes.compare_completions(model, completions, completions)
   assert found.is_same and found.difference == 0 and not found.parted
   assert found.num_tokens == sum(len(c.tokens) for c in completions)
 
 
 def test_another_token_that_is_no_tie_is_reported_with_how_much_worse_it_is(model, completions):
   worse = completions[1].tokens[3] + 1
-  found = meshes.compare(model, completions, [completions[0], altered(completions[1], 3, worse)])
+  found = meshes.compare_completions(
+    model, completions, [completions[0], altered(completions[1], 3, worse)]
+  )
   (tie,) = found.parted
   assert (tie.text, tie.place, tie.tokens) == (1, 3, (completions[1].tokens[3], worse))
   assert model.gap(1, completions[1].tokens[:3], tie.tokens[:1] * 2) == 0 < 0.1 < tie.gap
@@ -83,7 +85,7 @@ def test_another_token_that_is_no_tie_is_reported_with_how_much_worse_it_is(mode
 
 def test_another_log_probability_is_no_rounding_unless_experts_tie(model, completions, monkeypatch):
   other = [altered(completions[0], 5, change=3e-5), completions[1]]
-  found = meshes.compare(model, completions, other)
+  found = meshes.compare_completions(model, completions, other)
   (outlier,) = found.outliers
   assert (outlier.text, outlier.place) == (0, 5)
   assert outlier.difference == pytest.approx(3e-5, rel=0.1)

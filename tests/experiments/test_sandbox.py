@@ -18,7 +18,7 @@ import time
 import pytest
 
 from experiments import sandbox
-from experiments.sandbox import Program, confine
+from experiments.sandbox import Program, confinement
 
 SECRET = "a-secret-of-the-parent"
 PACKAGE = pathlib.Path(sandbox.__file__).parent
@@ -45,8 +45,8 @@ def public_python():
     try:
       found = subprocess.run(
         [python, "-c", "import sys; print(sys.version_info >= (3, 11))"],
-        user=confine.NOBODY,
-        group=confine.NOBODY,
+        user=confinement.NOBODY,
+        group=confinement.NOBODY,
         extra_groups=[],
         capture_output=True,
         text=True,
@@ -73,7 +73,7 @@ def run(request):
     options, identity = {"landlock": False}, {}
     if request.param == "an ordinary user":
       options = {}
-      identity = {"user": confine.NOBODY, "group": confine.NOBODY, "extra_groups": []}
+      identity = {"user": confinement.NOBODY, "group": confinement.NOBODY, "extra_groups": []}
   folder = pathlib.Path(tempfile.mkdtemp())
   folder.chmod(0o755)
   shutil.copytree(
@@ -552,16 +552,16 @@ def test_packages_of_this_python_are_there():
 
 
 def test_a_machine_that_cannot_confine_is_refused(monkeypatch, tmp_path):
-  monkeypatch.setattr(confine, "ARCHITECTURES", {})
-  with pytest.raises(confine.Unconfinable, match="the system must be Linux on"):
-    confine.confine(str(tmp_path), [], {}, os.getppid())
+  monkeypatch.setattr(confinement, "ARCHITECTURES", {})
+  with pytest.raises(confinement.Unconfinable, match="the system must be Linux on"):
+    confinement.confine(str(tmp_path), [], {}, os.getppid())
 
 
 def test_a_process_that_cannot_confine_itself_runs_nothing(monkeypatch, tmp_path):
   folder = tmp_path / "sandbox"
   shutil.copytree(PACKAGE, folder)
-  source = (folder / "confine.py").read_text()
-  (folder / "confine.py").write_text(
+  source = (folder / "confinement.py").read_text()
+  (folder / "confinement.py").write_text(
     source.replace('"x86_64":', '"z80":').replace('"aarch64":', '"6502":')
   )
   monkeypatch.setattr(sandbox, "_RUNNER", folder / "runner.py")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from experiments.sandbox import confine
+from experiments.sandbox import confinement
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the filter is for Linux")
 
@@ -76,8 +76,8 @@ REFUSED = {
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 @pytest.mark.parametrize("files", [True, False])
 def test_the_filter_refuses_and_allows_on_both_architectures(machine, files):
-  architecture, column = confine.ARCHITECTURES[machine]
-  code = confine.filter_code(machine, files, pid=77)
+  architecture, column = confinement.ARCHITECTURES[machine]
+  code = confinement.filter_code(machine, files, pid=77)
   assert len(code) < 4096  # the kernel's limit
 
   def of(numbers, *arguments):
@@ -87,18 +87,18 @@ def test_the_filter_refuses_and_allows_on_both_architectures(machine, files):
     if numbers[column] is not None:
       assert of(numbers) == "refuse", name
   for name in ("read", "write", "mmap", "futex", "exit_group", "clock_gettime"):
-    assert of(confine.ALLOWED[name]) == "allow", name
-  assert [of(confine.KILL, p, 9) for p in (77, 78, 0, 2**64 - 1)] == ["allow"] + ["refuse"] * 3
-  assert of(confine.TGKILL, 77, 77, 6) == "allow" and of(confine.TGKILL, 78, 78, 6) == "refuse"
-  assert of(confine.FCNTL, 5, 3) == "allow"
-  assert [of(confine.FCNTL, 5, command) for command in (8, 10, 15)] == ["refuse"] * 3  # owners
-  assert of(confine.IOCTL, 0, 0x5401) == "allow" and of(confine.IOCTL, 0, 0x5412) == "refuse"
-  assert [of(confine.PRLIMIT64, 0, 9, new) for new in (0, 1, 1 << 40)] == (
+    assert of(confinement.ALLOWED[name]) == "allow", name
+  assert [of(confinement.KILL, p, 9) for p in (77, 78, 0, 2**64 - 1)] == ["allow"] + ["refuse"] * 3
+  assert of(confinement.TGKILL, 77, 77, 6) == "allow" and of(confinement.TGKILL, 78, 78, 6) == "refuse"
+  assert of(confinement.FCNTL, 5, 3) == "allow"
+  assert [of(confinement.FCNTL, 5, command) for command in (8, 10, 15)] == ["refuse"] * 3  # owners
+  assert of(confinement.IOCTL, 0, 0x5401) == "allow" and of(confinement.IOCTL, 0, 0x5412) == "refuse"
+  assert [of(confinement.PRLIMIT64, 0, 9, new) for new in (0, 1, 1 << 40)] == (
     ["allow", "refuse", "refuse"]
   )
-  assert of(confine.OPENAT, 0, 0, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY) == "allow"
+  assert of(confinement.OPENAT, 0, 0, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY) == "allow"
   for flags in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC, os.O_TMPFILE):
-    assert of(confine.OPENAT, 0, 0, flags) == ("allow" if files else "refuse")
-  assert of(confine.IN_OWN_FOLDER["unlinkat"]) == ("allow" if files else "refuse")
-  other = confine.ARCHITECTURES["aarch64" if machine == "x86_64" else "x86_64"][0]
+    assert of(confinement.OPENAT, 0, 0, flags) == ("allow" if files else "refuse")
+  assert of(confinement.IN_OWN_FOLDER["unlinkat"]) == ("allow" if files else "refuse")
+  other = confinement.ARCHITECTURES["aarch64" if machine == "x86_64" else "x86_64"][0]
   assert verdict(code, other, 0) == verdict(code, 0x40000003, 1) == "kill"  # 32-bit x86, too

@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 
-from experiments.tasks.sanitize import longest_program, sanitize
+from experiments.tasks.sanitizer import longest_program, sanitize
 
 
 def longest_by_trying_all(text):

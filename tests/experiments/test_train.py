@@ -92,7 +92,7 @@ def whole_run(config, tokenizer, tmp_path_factory):
   folder = tmp_path_factory.mktemp("whole")
   with pytest.MonkeyPatch.context() as monkeypatch:
     _make_fast(monkeypatch)
-    return folder, *train.train(config, folder, tokenizer)
+    return folder, *train.run(config, folder, tokenizer)
 
 
 def test_a_killed_run_ends_as_one_that_was_not(config, tokenizer, whole_run, tmp_path, monkeypatch):
@@ -108,10 +108,10 @@ def test_a_killed_run_ends_as_one_that_was_not(config, tokenizer, whole_run, tmp
 
   monkeypatch.setattr(train.training, "train_step", dying)
   with pytest.raises(KeyboardInterrupt):
-    train.train(config, tmp_path, tokenizer)
+    train.run(config, tmp_path, tokenizer)
   with (tmp_path / "metrics.jsonl").open("a") as file:
     file.write('{"step": 20, "ki')
-  resumed, last = train.train(config, tmp_path, tokenizer)
+  resumed, last = train.run(config, tmp_path, tokenizer)
   assert len(calls) == 18 + 15
   assert equal(resumed, whole)
 
@@ -135,7 +135,7 @@ def _train(config, folder, tokenizer_file, cache):
   jax.config.update("jax_compilation_cache_dir", cache)
   with pytest.MonkeyPatch.context() as monkeypatch:
     _make_fast(monkeypatch)
-    train.train(config, folder, tokenizers.Tokenizer.from_file(tokenizer_file))
+    train.run(config, folder, tokenizers.Tokenizer.from_file(tokenizer_file))
 
 
 def test_a_run_killed_for_real_at_random_moments_ends_as_one_that_was_not(
@@ -168,7 +168,7 @@ def test_a_run_killed_for_real_at_random_moments_ends_as_one_that_was_not(
   assert last.exitcode == 0
   with pytest.MonkeyPatch.context() as monkeypatch:
     _make_fast(monkeypatch)
-    assert equal(train.train(config, run, tokenizer)[0], whole)
+    assert equal(train.run(config, run, tokenizer)[0], whole)
   timings = ("seconds", "tokens_per_second")
   assert records(run, *timings) == records(folder, *timings)
 
@@ -186,7 +186,7 @@ def test_the_checkpoint_holds_rounded_weights_and_their_scores(
     params, jax.tree.map(lambda w: np.asarray(w.astype("bfloat16").astype("float32")), state.params)
   )
   provenance = checkpoint.load_provenance(tmp_path / "model")
-  scores = train.evaluate(params, config.replace(model=loaded), tokenizer)
+  scores = train.validate(params, config.replace(model=loaded), tokenizer)
   assert 1 < scores["validation_perplexity"] < config.model.vocab_size
   assert 0 <= scores["validation_exact_match"] <= 1
   assert {k: provenance["scores"][k] for k in scores} == scores

@@ -9,7 +9,7 @@ from roe_jax import attention, sharding
 from roe_jax import members as members_lib
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
-from roe_jax.costs.batches import batches, parts, vocabulary_axes
+from roe_jax.costs.member_batches import batches, parts, vocabulary_axes
 from roe_jax.roster import Roster
 from roe_jax.sharding import EXPERT, TENSOR
 
