@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from experiments.benchmarks import bench as bench_lib
 from experiments.benchmarks import machine, random_models, sweep_results, sweeps, tables
-from experiments.benchmarks.cases import Sizes
+from experiments.benchmarks.sweeps import Sizes
 from experiments.cli import app
 from roe_jax import params as params_lib
 from roe_jax.config import DTYPES, ModelConfig

@@ -11,7 +11,7 @@ import torch
 
 from experiments.benchmarks import random_models, transformers_roster, transformers_stock
 from experiments.benchmarks.bench import Bench, Call
-from experiments.benchmarks.cases import Case, Sizes
+from experiments.benchmarks.sweeps import Case, Sizes
 from experiments.benchmarks.transformers_roster import TransformersRoster
 from experiments.benchmarks.transformers_stock import StockRoster
 from roe_jax import members as members_lib

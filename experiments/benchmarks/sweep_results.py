@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmarks import machine, timing
-from experiments.benchmarks.cases import Case
+from experiments.benchmarks.sweeps import Case
 from experiments.cli import app
 
 KEY = ("variant", "num_members", "temperature", "context", "batch_size")

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from experiments import tasks
-from experiments.evaluation import measure, methods
+from experiments.evaluation import measurer, methods
 from experiments.evaluation.measurer import Batch, Measurer
 from experiments.evaluation.prompts import Asking
 from experiments.tasks import Example
@@ -108,6 +108,6 @@ def test_comparisons_and_searches_ask_in_the_chat_format(tmp_path):
   found = perplexity.nll(params, method.roster, slice(None))
   np.testing.assert_allclose(found[0, 0], -log_probs.sum(), rtol=1e-5)
   (likelihood,) = Measurer(params, ours, 1).likelihoods(
-    method, 0, Batch(task, [example], [3]), measure.OUTPUT_TEMPERATURES
+    method, 0, Batch(task, [example], [3]), measurer.OUTPUT_TEMPERATURES
   )
   assert likelihood.tokens == len(text) - len(prompt)

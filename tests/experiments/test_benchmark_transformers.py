@@ -6,7 +6,7 @@ pytest.importorskip("transformers")
 
 from experiments.benchmarks import bench as bench_lib
 from experiments.benchmarks import competitors, random_models
-from experiments.benchmarks.cases import Sizes
+from experiments.benchmarks.sweeps import Sizes
 
 
 def test_the_same_model_in_transformers(monkeypatch):
