@@ -7,6 +7,7 @@ from checkpoints_convert import hub, reading
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
+from roe_jax.model_formats import ModelFormat
 from roe_jax.params import Params
 
 PIECE_BYTES = 64 << 20  # nothing is gained by more, as no piece is a file of its own
@@ -63,3 +64,12 @@ def load(
       return arrays
 
     return checkpoint.assemble(config, pieces, read, shardings), config
+
+
+HUGGING_FACE = ModelFormat(
+  f"a Hugging Face folder, {hub.HUB}org/name[@revision]",
+  lambda name: name.startswith(hub.HUB) or hub.is_hugging_face(name),
+  lambda name, weights: hub.find(name, weights=weights),
+  hub.load_config,
+  lambda name, dtype, shardings: load(name, dtype or "source", shardings),
+)
