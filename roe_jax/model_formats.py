@@ -108,8 +108,9 @@ def load_config(name: PathLike) -> ModelConfig:
 
 def load_tokenizer(name: PathLike) -> Tokenizer:
   """Loads the tokenizer of a model and checks it against the config; see `open_model`."""
+  config = load_config(name)
   tokenizer = Tokenizer.load(find_folder(name))
-  check_vocabulary(tokenizer, load_config(name))
+  check_vocabulary(tokenizer, config)
   return tokenizer
 
 
