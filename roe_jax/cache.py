@@ -12,8 +12,7 @@ from roe_jax.numerics import storage_dtype, to_storage_dtype
 NO_POSITION = np.iinfo(np.int32).max
 
 
-@struct.dataclass
-class Window:
+class Window(struct.PyTreeNode):
   """Keys (rotated) and values of the last positions; position p lies in slot p mod S.
 
   Which position a slot holds is said beside it, so that what has been
@@ -33,8 +32,7 @@ class Window:
     return self.keys.shape[-2]
 
 
-@struct.dataclass
-class KVCache:
+class KVCache(struct.PyTreeNode):
   """Keys (rotated) and values; slot s holds position s.
 
   Slots at or beyond a row's length hold rubbish that no row ever reads, since
@@ -56,8 +54,7 @@ class KVCache:
     return self.keys.shape[-2]
 
 
-@struct.dataclass
-class LayerLocation:
+class LayerLocation(struct.PyTreeNode):
   """Where the keys and values of a layer lie in a cache.
 
   Attributes:

@@ -34,8 +34,7 @@ SEGMENT = 32
 READY_SHARE = 4
 
 
-@struct.dataclass
-class DecodeState:
+class DecodeState(struct.PyTreeNode):
   """Texts in B slots while they grow.
 
   Attributes:

@@ -24,8 +24,7 @@ from roe_jax.params import Params
 from roe_jax.roster import Roster
 
 
-@struct.dataclass
-class RosterOutputs:
+class RosterOutputs(struct.PyTreeNode):
   """What the members made of each position.
 
   Attributes:
@@ -38,8 +37,7 @@ class RosterOutputs:
   clean_tokens: jax.Array
 
 
-@struct.dataclass
-class StandardCache:
+class StandardCache(struct.PyTreeNode):
   """The standard cache: what members share, and what is each one's own.
 
   Attributes:

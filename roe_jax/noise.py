@@ -133,8 +133,7 @@ PROBABILITIES = {
 }
 
 
-@struct.dataclass
-class RoutingNoise:
+class RoutingNoise(struct.PyTreeNode):
   """Noise on the routers of one roster member.
 
   Attributes:

@@ -22,8 +22,7 @@ from roe_jax.quantization import Quantized, group_size, typical_scale
 # C head width, E experts, F expert width, V vocabulary.
 
 
-@struct.dataclass
-class AttentionParams:
+class AttentionParams(struct.PyTreeNode):
   """Attention of all layers; what a model does not have is None."""
 
   query: Any  # [L, H, C, D]
@@ -39,8 +38,7 @@ class AttentionParams:
   sinks: Any = None  # [L, H]
 
 
-@struct.dataclass
-class ExpertParams:
+class ExpertParams(struct.PyTreeNode):
   """Experts of all layers; the matrices are arrays or `Quantized`.
 
   The two leading axes stay apart so that E can be sharded; as `[L·E, ...]`,
@@ -55,8 +53,7 @@ class ExpertParams:
   down_bias: Any = None  # [L, E, D]
 
 
-@struct.dataclass
-class SharedExpertParams:
+class SharedExpertParams(struct.PyTreeNode):
   """The expert of every layer that all tokens pass through, of inner width G."""
 
   gate_up: Any  # [L, G, 2, D]
@@ -64,8 +61,7 @@ class SharedExpertParams:
   gate: Any  # [L, 1, D]: its sigmoid weights the output
 
 
-@struct.dataclass
-class LayerParams:
+class LayerParams(struct.PyTreeNode):
   """All blocks, stacked on a leading layer axis."""
 
   attention_norm: Any  # [L, D]
@@ -77,8 +73,7 @@ class LayerParams:
   shared_expert: SharedExpertParams | None = None
 
 
-@struct.dataclass
-class Params:
+class Params(struct.PyTreeNode):
   embedding: Any  # [V, D]
   layers: LayerParams
   final_norm: Any  # [D]

@@ -30,8 +30,7 @@ _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _TILE_ELEMENTS = 2**20  # of what is worked on at a time: more would leave the cache
 
 
-@struct.dataclass
-class Quantized:
+class Quantized(struct.PyTreeNode):
   """A matrix of experts in few bits: weight = code * scale of its group.
 
   Attributes:

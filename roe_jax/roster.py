@@ -28,8 +28,7 @@ CACHES = ("clean", "standard")
 MEMORY_BUDGET = 256 * 2**20
 
 
-@struct.dataclass
-class Roster:
+class Roster(struct.PyTreeNode):
   """What makes a model's forward pass a roster; made by `Roster.create`.
 
   Temperatures and seed are traced: changing them compiles nothing.

@@ -10,8 +10,7 @@ import numpy as np
 from roe_jax import noise as noise_lib
 
 
-@struct.dataclass
-class Sampler:
+class Sampler(struct.PyTreeNode):
   """Greedy choice, or sampling with temperature, top-k and top-p.
 
   Made by `Sampler.greedy` or `Sampler.create`; the numbers are traced.

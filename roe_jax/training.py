@@ -71,8 +71,7 @@ class TrainSettings:
       )
 
 
-@struct.dataclass
-class Batch:
+class Batch(struct.PyTreeNode):
   """Texts to train on, padded on the right.
 
   Attributes:
@@ -88,8 +87,7 @@ class Batch:
   ids: jax.Array
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
   """Everything a step changes.
 
   Attributes:

@@ -19,8 +19,7 @@ from roe_jax.numerics import add, add_bias, project, rms_norm, rounded, to_compu
 from roe_jax.params import LayerParams, Params
 
 
-@struct.dataclass
-class BlockOutputs:
+class BlockOutputs(struct.PyTreeNode):
   """What a block yields beside the hidden states; `[L, ...]` from `run_layers`.
 
   Attributes:
