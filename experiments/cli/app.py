@@ -19,6 +19,7 @@ from experiments.cli.distributed import (
   in_all_processes,
   is_first_process,
 )
+from experiments.cli.distributed import progress as progress
 from experiments.cli.temperature_profiles import Profile
 from experiments.evaluation.prompts import Asking
 from roe_jax import assets, costs, noise, presets, routing, sharding
