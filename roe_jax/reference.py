@@ -15,7 +15,7 @@ from roe_jax.config import ModelConfig
 from roe_jax.experts import Activation, shared
 from roe_jax.numerics import add, einsum, rounded, to_compute_dtype
 from roe_jax.params import Params
-from roe_jax.quantization import is_quantized, widen
+from roe_jax.quantization import dequantize, is_quantized
 
 
 def member_states(
@@ -67,7 +67,9 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
   layers = params.layers
   experts = jax.tree.map(lambda w: w[layer], layers.experts)
   experts = jax.tree.map(
-    lambda w: widen(w) if is_quantized(w) else to_compute_dtype(w), experts, is_leaf=is_quantized
+    lambda w: dequantize(w) if is_quantized(w) else to_compute_dtype(w),
+    experts,
+    is_leaf=is_quantized,
   )
   cos, sin = attention.rotation(config, positions)
   normed = transformer.norm(config, x, layers.attention_norm[layer])

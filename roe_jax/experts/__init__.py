@@ -31,7 +31,7 @@ from roe_jax.experts.batched_matmul import dense, padded
 from roe_jax.experts.shared_expert import shared
 from roe_jax.numerics import to_compute_dtype
 from roe_jax.params import ExpertParams
-from roe_jax.quantization import CONTRACTED, is_quantized, quantize, widen
+from roe_jax.quantization import CONTRACTED, dequantize, is_quantized, quantize
 
 _FUNCTIONS = {
   "tiled_loop": tiled_loop.compute,
@@ -172,7 +172,7 @@ def _of_layer(weights, layer, num_experts, dtype):
     lambda w: jax.lax.dynamic_slice_in_dim(w, layer * num_experts, num_experts), weights
   )
   return jax.tree.map(
-    lambda w: widen(w, dtype) if is_quantized(w) else w, sliced, is_leaf=is_quantized
+    lambda w: dequantize(w, dtype) if is_quantized(w) else w, sliced, is_leaf=is_quantized
   )
 
 
