@@ -97,7 +97,7 @@ def test_prefill_in_chunks_shorter_and_longer_than_the_window(monkeypatch, chunk
   c = config()
   roster = Roster.create(c, 2, [0, 0.6, 0.6], cache=cache)
   expected = run(c, roster=roster)
-  monkeypatch.setattr(decode, "PREFILL_CHUNK", chunk)
+  monkeypatch.setattr(prefill, "PREFILL_CHUNK", chunk)
   assert_same(run(c, roster=roster), expected)
 
 

@@ -1,12 +1,10 @@
 """The program that compares methods, on a small random model."""
 
 import json
-import os
-import subprocess
-import sys
 import types
 
 import numpy as np
+import programs
 import pytest
 import scipy.special
 
@@ -26,22 +24,15 @@ LIMIT, BATCH = 5, 3
 
 
 def compare(checkpoint, output, *arguments):
-  return subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "experiments.compare",
-      f"--checkpoint={checkpoint}",
-      "--temperature_profile=0.5",
-      f"--limit={LIMIT}",
-      f"--batch_size={BATCH}",
-      "--num_validation=3",
-      f"--output={output}",
-      *arguments,
-    ],
-    capture_output=True,
-    text=True,
-    env=os.environ,
+  return programs.call(
+    "experiments.compare",
+    f"--checkpoint={checkpoint}",
+    "--temperature_profile=0.5",
+    f"--limit={LIMIT}",
+    f"--batch_size={BATCH}",
+    "--num_validation=3",
+    f"--output={output}",
+    *arguments,
   )
 
 
@@ -50,8 +41,8 @@ def output(tiny_checkpoint, tmp_path_factory):
   """The folder of a comparison with two noise seeds."""
   folder = tmp_path_factory.mktemp("compare")
   done = compare(tiny_checkpoint, folder, f"--methods={METHODS}", "--num_seeds=2")
-  assert done.returncode == 0, done.stderr
-  assert "Saved 6 runs" in done.stdout and "not defined" in done.stdout
+  assert done.returncode == 0, done.errors
+  assert "Saved 6 runs" in done.output and "not defined" in done.output
   return folder
 
 
@@ -234,7 +225,7 @@ def test_a_killed_comparison_goes_on_where_it_stopped(output, tiny_checkpoint):
   (path / runs.EXAMPLES).write_text("".join(kept) + '{"task": "word')  # torn
   (path / runs.SUMMARY).unlink()
   done = compare(tiny_checkpoint, output, f"--methods={METHODS}", "--num_seeds=2")
-  assert done.returncode == 0, done.stderr
+  assert done.returncode == 0, done.errors
   again, first = (
     [json.loads(line) for line in text.splitlines()]
     for text in ((path / runs.EXAMPLES).read_text(), before)
@@ -258,7 +249,7 @@ def test_a_killed_comparison_goes_on_where_it_stopped(output, tiny_checkpoint):
 )
 def test_bad_input_is_refused_before_any_work(tiny_checkpoint, tmp_path, arguments, message):
   done = compare(tiny_checkpoint, tmp_path, *arguments)
-  assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+  assert done.returncode == 1 and message in done.errors and "Traceback" not in done.errors
   assert not list(tmp_path.iterdir())
 
 
