@@ -129,7 +129,7 @@ def run_layers(
     strategy: see `experts.apply`.
     lengths_B: int32; what lies at or beyond a row's length is not put into the
       window of sliding layers. All is by default.
-    rows_split: see `experts.parallel`; set where a mesh's devices run their parts.
+    rows_split: see `experts.expert_parallel`; set where a mesh's devices run their parts.
 
   Returns:
     Hidden states after the stretch, the cache (written, if asked), and the
@@ -209,7 +209,7 @@ def _run_layers_sharded(
   of_outputs = {"keys": own, "values": own, "experts": chosen, "router_logits": chosen}
 
   def part(layers, x, positions_BxT, cache, noise, lengths_B):
-    layers = layers.replace(experts=experts.parallel.biased_once(layers.experts))
+    layers = layers.replace(experts=experts.expert_parallel.biased_once(layers.experts))
     x, written, outputs = run_layers(
       Params(None, layers, None, None),
       config,

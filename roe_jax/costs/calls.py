@@ -201,7 +201,7 @@ def _embedding_moves(config, mesh, num_rows, vocab, item):
 
 
 def _layer_moves(config: ModelConfig, mesh, batch: Batch, item):
-  """Of one layer: see `transformer._block` and `experts.parallel`."""
+  """Of one layer: see `transformer._block` and `experts.expert_parallel`."""
   sums = batch.rows * config.d_model * 4
   wanted = [("all-reduce", sums, (TENSOR,))]  # of attention
   if config.d_shared_expert:
