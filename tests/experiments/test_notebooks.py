@@ -131,7 +131,7 @@ def test_stored_outputs_name_no_folder_of_a_machine():
     ("roe_jax.generate_all()", "there is no roe_jax.generate_all"),
     ("roe_jax.load('x', datatype='float32')", "unexpected keyword argument 'datatype'"),
     ("from roe_jax import nothing_of_this_name", "nothing_of_this_name"),
-    ("from experiments import drawing\ndrawing.zeros(1)", "there is no drawing.zeros"),
+    ("from experiments.analysis import drawing\ndrawing.zeros(1)", "there is no drawing.zeros"),
     ("print(", "does not compile"),
     ("import no.module.of.this.name; from roe_jax.no_module import x", "no_module"),
     ("!pip install x", "a line is none of"),
