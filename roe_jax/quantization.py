@@ -5,7 +5,7 @@ of weights that share a scale runs along the axis that the matrix is contracted
 over: D for `gate_up`, F for `down`.
 
 What makes and reads whole matrices on the host is numpy (`quantize`,
-`dequantize`); `widen` is for programs, which widen a tile at a time.
+`dequantize_on_host`); `dequantize` is for programs, which widen a tile at a time.
 """
 
 import math
@@ -76,7 +76,7 @@ def typical_scale(format: str, stddev: float) -> float | int:
   return stddev / (74 if format == "int8" else 4.6)
 
 
-def widen(matrix: Quantized, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+def dequantize(matrix: Quantized, dtype: jnp.dtype = jnp.float32) -> jax.Array:
   """The weights `[..., N, D]` of codes and scales as programs hold them.
 
   Args:
@@ -87,11 +87,11 @@ def widen(matrix: Quantized, dtype: jnp.dtype = jnp.float32) -> jax.Array:
       mxfp4 exactly, too. Weights below 2^-126, the least normal number, are zero
       where the platform makes them so; exponents of mxfp4 may be up to 253.
   """
-  return jnp.concatenate([p.astype(dtype) for p in widen_parts(matrix)], axis=-1)
+  return jnp.concatenate([p.astype(dtype) for p in dequantize_parts(matrix)], axis=-1)
 
 
-def widen_parts(matrix: Quantized) -> list[jax.Array]:
-  """`widen` in float32, by the stretches of D that codes of 4 bits hold in a byte.
+def dequantize_parts(matrix: Quantized) -> list[jax.Array]:
+  """`dequantize` in float32, by the stretches of D that codes of 4 bits hold in a byte.
 
   One loop over both of them takes XLA's CPU backend ten times as long.
 
@@ -100,25 +100,44 @@ def widen_parts(matrix: Quantized) -> list[jax.Array]:
   """
   *lead, rows, width = matrix.codes.shape
   row_groups, groups = matrix.scales.shape[-2:]
-  parts = values(matrix.codes, matrix.format)
+  parts = decode_codes(matrix.codes, matrix.format)
   # Neighbors that share a scale; they must not reach into the other part.
   run = math.gcd(len(parts) * width // groups, width)
   scales = jnp.repeat(matrix.scales, len(parts) * width // run // groups, axis=-1)
 
   def spread(scales):
-    grouped = scale_values(scales)[..., :, None, :, None]
+    grouped = decode_scales(scales)[..., :, None, :, None]
     shape = (*lead, row_groups, rows // row_groups, width // run, run)
     return jnp.broadcast_to(grouped, shape).reshape(*lead, rows, width)
 
   return [part * spread(s) for part, s in zip(parts, jnp.split(scales, len(parts), axis=-1))]
 
 
-def values(codes: jax.Array, format: str) -> list[jax.Array]:
-  """The weights of each part of the codes, without their scales, in float32.
+def codes_and_scales(matrix: Any) -> tuple[jax.Array, jax.Array | None, str | None]:
+  """Returns codes, scales and format; for an array, the array itself and two None."""
+  if isinstance(matrix, Quantized):
+    return matrix.codes, matrix.scales, matrix.format
+  return matrix, None, None
 
-  Those of mxfp4 are halves of FP4's. bfloat16 holds them all exactly. Like
-  `scale_values`, it has only operations that Pallas lowers for GPUs and TPUs.
+
+def weights_per_scale(scales: jax.Array | None, axis: int, size: int) -> int:
+  """Returns how many of the `size` weights along an axis share a scale; all without scales."""
+  return size if scales is None else size // scales.shape[axis]
+
+
+def weights_per_code(format: str | None) -> int:
+  return 2 if format in ("int4", "mxfp4") else 1
+
+
+def decode_codes(codes: jax.Array, format: str | None) -> list[jax.Array]:
+  """Returns the unscaled weights of codes: one array, or of 4-bit formats two halves of D.
+
+  The weights are float32, exact in bfloat16, and for mxfp4 half of the FP4 values.
+  An unquantized tile (`format` None) is returned as is. Like `decode_scales`, this
+  uses only operations that Pallas lowers for GPUs and TPUs.
   """
+  if format is None:
+    return [codes]
   if format == "int8":
     return [codes.astype(jnp.float32)]
   codes = codes.astype(jnp.int32)
@@ -135,7 +154,7 @@ def _half_fp4(nibbles):
   return jax.lax.bitcast_convert_type(bits | (nibbles & 8) << 28, jnp.float32)
 
 
-def scale_values(scales: jax.Array) -> jax.Array:
+def decode_scales(scales: jax.Array) -> jax.Array:
   """float32 scales, those of mxfp4 doubled: 2^-127 is no normal number."""
   if scales.dtype == jnp.uint8:
     bits = (scales.astype(jnp.int32) + 1) << 23
@@ -195,7 +214,7 @@ def quantize(array: np.ndarray, format: str, axis: int) -> Quantized:
   return Quantized(codes, scales, format)
 
 
-def dequantize(matrix: Quantized, dtype: np.dtype = np.dtype(np.float32)) -> np.ndarray:
+def dequantize_on_host(matrix: Quantized, dtype: np.dtype = np.dtype(np.float32)) -> np.ndarray:
   """The weights `[..., N, D]` in `dtype` of codes and scales on the host.
 
   Exact in float32, and for mxfp4 in bfloat16, but for weights that they do not hold.

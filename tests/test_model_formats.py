@@ -14,7 +14,6 @@ from roe_jax import assets, checkpoint, model_formats, sharding
 from roe_jax.model_formats import ModelFormat
 from roe_jax.text.tokenizer import Tokenizer
 
-
 HUB_FOLDER = assets.path("wordmath_d32")
 
 

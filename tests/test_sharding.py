@@ -359,9 +359,11 @@ def test_windows_and_few_bits_by_parts():
 
 def test_scoring_sends_rows_to_their_experts(params, monkeypatch):
   traced = []
-  exchanged = expert_parallel.exchanged
-  monkeypatch.setattr(expert_parallel, "EXCHANGED_ROWS", 1)
-  monkeypatch.setattr(expert_parallel, "exchanged", lambda *a: traced.append(a) or exchanged(*a))
+  exchanged = expert_parallel.via_all_to_all
+  monkeypatch.setattr(expert_parallel, "MIN_EXCHANGED_TOKENS", 1)
+  monkeypatch.setattr(
+    expert_parallel, "via_all_to_all", lambda *a: traced.append(a) or exchanged(*a)
+  )
   config = CONFIG.replace(context_length=65)  # no program of another test
   texts, roster = tiny.texts([9, 12, 4, 7, 8, 5, 11, 6], 64), Roster.create(config, 2, 0.5)
   placed = sharding.shard_params(params, config, make_mesh(config, expert=8))

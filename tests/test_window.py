@@ -97,7 +97,7 @@ def test_prefill_in_chunks_shorter_and_longer_than_the_window(monkeypatch, chunk
   c = config()
   roster = Roster.create(c, 2, [0, 0.6, 0.6], cache=cache)
   expected = run(c, roster=roster)
-  monkeypatch.setattr(decode, "PREFILL_CHUNK", chunk)
+  monkeypatch.setattr(prefill, "PREFILL_CHUNK", chunk)
   assert_same(run(c, roster=roster), expected)
 
 
@@ -204,7 +204,7 @@ def test_generation_holds_the_window_only():
   )
   assert state.tokens.shape[1] > 1500
   assert state.cache.keys.size == 0
-  assert state.cache.window.keys.shape == (3, 2, 2, WINDOW, 8)
+  assert state.cache.sliding.keys.shape == (3, 2, 2, WINDOW, 8)
 
 
 @pytest.mark.parametrize("cache", ["clean", "standard"])

@@ -13,7 +13,7 @@ a call.
 """
 
 from roe_jax.costs.accelerators import ACCELERATORS, Accelerator, of_kind
-from roe_jax.costs.calls import Cost, Move, Seconds, call, seconds
+from roe_jax.costs.calls import DeviceCost, MeshCollective, Seconds, call, seconds
 from roe_jax.costs.flops import (
   expected_unique_experts,
   forward_flops,

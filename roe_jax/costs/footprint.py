@@ -9,7 +9,7 @@ from roe_jax import attention, sharding
 from roe_jax import members as members_lib
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
-from roe_jax.costs.member_batches import batches, parts, vocabulary_axes
+from roe_jax.costs.member_batches import batches, num_shards, vocabulary_axes
 from roe_jax.roster import Roster
 from roe_jax.sharding import EXPERT, TENSOR
 
@@ -74,12 +74,12 @@ def memory(
   slots = min(capacity, attention.block_slots(platform))
   per_row = 6 * config.d_model + config.num_heads // t * (2 * config.head_dim + slots)
   per_pair = 2 * config.d_model + 2 * config.d_expert // t
-  of_vocabulary = config.vocab_size // parts(mesh, vocabulary_axes(config, mesh))
+  of_vocabulary = config.vocab_size // num_shards(mesh, vocabulary_axes(config, mesh))
   activations = max(
     max(
       batch.rows * per_row
-      + batch.rows_at_experts(a, e) * min(a, config.num_experts // e) * per_pair,
-      0 if batch.is_shared or kind == "prefill" else 4 * batch.head_rows * of_vocabulary,
+      + batch.tokens_at_experts(a, e) * min(a, config.num_experts // e) * per_pair,
+      0 if batch.is_shared or kind == "prefill" else 4 * batch.head_tokens * of_vocabulary,
     )
     for batch in batches(config, roster, mesh, batch_size, positions, platform)
   )

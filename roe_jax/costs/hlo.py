@@ -1,4 +1,4 @@
-"""What a compiled program moves between devices, read from its text."""
+"""What a compiled program sends between devices, read from its text."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ class Collective:
   devices: int
 
   @property
-  def sent(self) -> float:
+  def bytes_sent(self) -> float:
     """Bytes that a device sends, with the array going round a ring of its group.
 
     A reduction for all is one to parts and a gathering of these.

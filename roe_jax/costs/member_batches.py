@@ -15,7 +15,7 @@ from roe_jax.sharding import EXPERT
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class MemberBatch:
   """Members that are computed together, as one device of a mesh takes part in it.
 
   Attributes:
@@ -25,13 +25,13 @@ class Batch:
       members have in common.
     texts: how many texts' rows (and caches) are on this device.
     members: how many members' rows are.
-    group_texts, group_members: the same of the devices along `expert` together,
+    group_sequences, group_members: the same of the devices along `expert` together,
       which compute each other's rows.
     positions: of each text and member.
-    rows_split: whether those devices hold different rows.
-    members_split: mesh axes along which devices hold different members.
-    head_rows: rows on this device where distributions are computed.
-    head_gathered: mesh axes along which rows were split until there.
+    tokens_sharded: whether those devices hold different rows.
+    member_axes: mesh axes along which devices hold different members.
+    head_tokens: rows on this device where distributions are computed.
+    head_gather_axes: mesh axes along which rows were split until there.
   """
 
   layers: range
@@ -39,30 +39,32 @@ class Batch:
   is_shared: bool
   texts: int
   members: int
-  group_texts: int
+  group_sequences: int
   group_members: int
   positions: int
-  rows_split: bool
-  members_split: tuple[str, ...]
-  head_rows: int
-  head_gathered: tuple[str, ...]
+  tokens_sharded: bool
+  member_axes: tuple[str, ...]
+  head_tokens: int
+  head_gather_axes: tuple[str, ...]
 
   @property
   def rows(self) -> int:
     return self.members * self.texts * self.positions
 
   @property
-  def group_rows(self) -> int:
-    return self.group_members * self.group_texts * self.positions
+  def group_tokens(self) -> int:
+    return self.group_members * self.group_sequences * self.positions
 
   def room(self, choices: int, devices: int) -> int:
-    """Rows that this device exchanges with each other one; see `parallel.exchange_room`."""
-    return expert_parallel.exchange_room(self.rows, choices, devices) if self.rows_split else 0
+    """Rows that this device exchanges with each other one; see `parallel.exchange_capacity`."""
+    return (
+      expert_parallel.exchange_capacity(self.rows, choices, devices) if self.tokens_sharded else 0
+    )
 
-  def rows_at_experts(self, choices: int, devices: int) -> int:
+  def tokens_at_experts(self, choices: int, devices: int) -> int:
     """Rows that this device has while it computes its experts' share."""
     room = self.room(choices, devices)
-    return room * devices if room else self.group_rows
+    return room * devices if room else self.group_tokens
 
 
 def batches(
@@ -72,7 +74,7 @@ def batches(
   batch_size: int,
   positions: int,
   platform: str | None = None,
-) -> list[Batch]:
+) -> list[MemberBatch]:
   """The batches of a call, in their order; see `members.against_clean_cache`."""
   first, end = roster.noisy_layers[0], config.num_layers
   if roster.cache == "clean":
@@ -100,23 +102,23 @@ def _batch(mesh, shape, layers, times, members):
     )
   )
   split = of_members + of_texts
-  return Batch(
+  return MemberBatch(
     layers,
     times,
     is_shared,
-    texts=shape[0] // parts(mesh, of_texts),
-    members=members // parts(mesh, of_members),
-    group_texts=shape[0] // parts(mesh, (a for a in of_texts if a != EXPERT)),
-    group_members=members // parts(mesh, (a for a in of_members if a != EXPERT)),
+    texts=shape[0] // num_shards(mesh, of_texts),
+    members=members // num_shards(mesh, of_members),
+    group_sequences=shape[0] // num_shards(mesh, (a for a in of_texts if a != EXPERT)),
+    group_members=members // num_shards(mesh, (a for a in of_members if a != EXPERT)),
     positions=shape[1],
-    rows_split=EXPERT in split,
-    members_split=of_members,
-    head_rows=members * shape[0] * shape[1] // parts(mesh, of_head),
-    head_gathered=tuple(a for a in split if a not in of_head),
+    tokens_sharded=EXPERT in split,
+    member_axes=of_members,
+    head_tokens=members * shape[0] * shape[1] // num_shards(mesh, of_head),
+    head_gather_axes=tuple(a for a in split if a not in of_head),
   )
 
 
-def parts(mesh: AbstractMesh, axes: Iterable[str]) -> int:
+def num_shards(mesh: AbstractMesh, axes: Iterable[str]) -> int:
   """Into how many parts mesh axes split an array."""
   return math.prod(mesh.shape[a] for a in axes)
 

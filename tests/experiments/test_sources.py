@@ -1,15 +1,13 @@
 """Hugging Face models as --checkpoint, without conversion."""
 
 import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import huggingface_hub
 import jax
 import numpy as np
+import programs
 import pytest
 
 from checkpoints_convert import convert_to_hugging_face
@@ -90,23 +88,16 @@ def test_what_is_no_model_gets_a_sentence(tmp_path, monkeypatch):
 
 
 def test_a_program_continues_texts_with_it(tiny_checkpoint, hub_folder):
-  done = subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "experiments.generate",
-      f"--checkpoint={hub_folder}",
-      "--max_new_tokens=6",
-      "--mesh=expert:2",
-    ],
-    input='{"prompt": "Tom has 3 pens."}\n',
-    capture_output=True,
-    text=True,
-    env=os.environ,
+  done = programs.call(
+    "experiments.generate",
+    f"--checkpoint={hub_folder}",
+    "--max_new_tokens=6",
+    "--mesh=expert:2",
+    stdin='{"prompt": "Tom has 3 pens."}\n',
   )
-  assert done.returncode == 0, done.stderr
-  assert "[read Hugging Face files in " in done.stderr
+  assert done.returncode == 0, done.errors
+  assert "[read Hugging Face files in " in done.errors
   params, config = checkpoint.load(tiny_checkpoint)
   tokenizer = Tokenizer.load(tiny_checkpoint)
   want = decode.generate(params, config, [tokenizer.encode("Tom has 3 pens.")], max_new_tokens=6)
-  assert json.loads(done.stdout)["tokens"] == list(want.completions[0].tokens)
+  assert json.loads(done.output)["tokens"] == list(want.completions[0].tokens)
