@@ -13,11 +13,11 @@ import tiny
 
 from experiments.tasks import wordmath
 from roe_jax import (
-  assets,
   batching,
   checkpoint,
   decode,
   members,
+  model_formats,
   presets,
   scoring,
   sharding,
@@ -29,7 +29,6 @@ from roe_jax.experts import expert_parallel
 from roe_jax.quantization import FORMATS, GROUPS
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
-from roe_jax.text.tokenizer import Tokenizer
 
 # Its sizes are such that every mesh of eight devices but tensor:8 fits.
 CONFIG = ModelConfig(
@@ -275,9 +274,7 @@ def same_tokens(actual, expected, tolerance=1e-5):
 
 @pytest.fixture(scope="module")
 def on_one_device():
-  path = assets.path("wordmath_control")
-  params, config = checkpoint.load(path, "float32")
-  tokenizer = Tokenizer.load(path)
+  params, config, tokenizer = model_formats.open_model("embedded:wordmath_control", "float32")
   prompts = [tokenizer.encode(wordmath.prompt(p)) for p in wordmath.problems("test", 3)]
   return prompts, config, generate(params, config, prompts)
 
@@ -294,8 +291,8 @@ def generate(params, config, prompts):
 def test_the_embedded_model_says_the_same_on_every_mesh(on_one_device, sizes):
   prompts, config, expected = on_one_device
   mesh = make_mesh(config, *sizes)
-  params, _ = checkpoint.load(
-    assets.path("wordmath_control"), "float32", sharding.parameter_shardings(mesh, config)
+  params, _ = model_formats.load_params(
+    "embedded:wordmath_control", "float32", sharding.parameter_shardings(mesh, config)
   )
   before = decode.decode_steps._cache_size()
   actual = generate(params, config, prompts)
