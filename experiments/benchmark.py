@@ -26,7 +26,8 @@ import jax
 from tqdm import tqdm
 
 from experiments.benchmarks import bench as bench_lib
-from experiments.benchmarks import machine, random_models, sweep_results, sweeps, tables
+from experiments.benchmarks import machine, random_models, sweep_results, tables
+from experiments.benchmarks import sweeps as sweeps_lib
 from experiments.benchmarks.sweeps import Sizes
 from experiments.cli import app
 from roe_jax import params as params_lib
@@ -34,7 +35,7 @@ from roe_jax.config import DTYPES, ModelConfig
 from roe_jax.quantization import FORMATS
 
 FLAGS = flags.FLAGS
-SWEEPS = (*sweeps.SWEEPS, "transformers")
+SWEEPS = (*sweeps_lib.SWEEPS, "transformers")
 RIVAL_FAMILIES = ("olmoe", "mixtral")
 
 
@@ -198,7 +199,7 @@ def run(
 
       todo = competitors.cases(bench, sizes, num_cores)
     else:
-      todo = sweeps.SWEEPS[sweep](bench, sizes)
+      todo = sweeps_lib.SWEEPS[sweep](bench, sizes)
     bar.set_description(sweep)
     bar.reset(FLAGS.rounds * sweep_results.num_calls(todo))
     return sweep_results.measure(todo, FLAGS.rounds, bandwidth, read_bytes, FLAGS.seed, bar.update)

@@ -6,7 +6,7 @@
 
 --text: a file of plain text; the perplexity over strided windows is printed (and
 written to --output as JSON, and the tokens' negative log-probabilities to
-OUTPUT.windows.jsonl as batches finish) beside that of the plain model. Otherwise --input
+OUTPUT.windows.jsonl as batches finish) beside that of the baseline. Otherwise --input
 (or standard input) holds one JSON object a line with "prompt" and "continuation"
 (text, or ids as "prompt_tokens" and "continuation_tokens"), and the summed
 log-probability of each continuation, whether it is the greedy one, and its
@@ -51,7 +51,7 @@ def define_flags() -> None:
 
 
 def text_perplexity(params, config, tokenizer, roster: Roster) -> None:
-  """Prints the perplexity of --text with the plain model and with the roster."""
+  """Prints the perplexity of --text with the baseline and with the roster."""
   tokens = tokenizer.encode(app.from_first_process(_read_text), FLAGS.special_tokens)
   cut = scoring.windows(config, tokens, FLAGS.window, FLAGS.stride)
   common = {"window": cut.window, "stride": cut.stride}
@@ -67,7 +67,7 @@ def text_perplexity(params, config, tokenizer, roster: Roster) -> None:
     },
   )
   results = {}
-  for name, setting in {"plain": Roster.create(config), "roster": roster}.items():
+  for name, setting in {"baseline": Roster.create(config), "roster": roster}.items():
     if name == "roster" and roster.is_baseline:
       continue
     nll = []
@@ -95,7 +95,7 @@ def text_perplexity(params, config, tokenizer, roster: Roster) -> None:
       f"of {cut.window}, stride {cut.stride}"
     )
   if "roster" in results:
-    change = results["roster"]["perplexity"] / results["plain"]["perplexity"] - 1
+    change = results["roster"]["perplexity"] / results["baseline"]["perplexity"] - 1
     print(f"difference: {100 * change:+.3f} %")
   if FLAGS.output:
     app.write_atomically(

@@ -42,7 +42,7 @@ from tqdm import tqdm
 from experiments import tasks
 from experiments.cli import app, temperature_profiles
 from experiments.cli.temperature_profiles import Profile
-from experiments.evaluation.prompts import Asking
+from experiments.evaluation.prompts import PromptBuilder
 from experiments.records import runs
 from experiments.tuning import confirm, trials, tuning_configs
 from experiments.tuning.objectives import OBJECTIVES, Cost, Objective
@@ -134,7 +134,7 @@ class Work:
     settings: from the config and the flags.
     roster: settings of the roster.
     space: which τ are tried.
-    asked: how the model is, see `Asking.settings`.
+    asked: how the model is, see `PromptBuilder.settings`.
     searched: the objective on the examples that trials see.
     fresh: on those of the confirmation.
   """
@@ -228,11 +228,11 @@ def prepare() -> Work:
   task = tasks.get(FLAGS.task)
   count, examples, fresh = choose_examples(task, settings.num_samples)
   settings = dataclasses.replace(settings, num_samples=count)
-  asking = app.asking(config, app.load_tokenizer(FLAGS.checkpoint, config))
+  prompt_builder = app.prompt_builder(config, app.load_tokenizer(FLAGS.checkpoint, config))
   searched, fresh = (
     OBJECTIVES[settings.objective](
       config,
-      asking,
+      prompt_builder,
       task,
       [examples[i] for i in ids],
       ids,
@@ -242,7 +242,14 @@ def prepare() -> Work:
     for ids in (range(count), fresh)
   )
   work = Work(
-    pathlib.Path(FLAGS.output), config, settings, roster, space, asking.settings, searched, fresh
+    pathlib.Path(FLAGS.output),
+    config,
+    settings,
+    roster,
+    space,
+    prompt_builder.settings,
+    searched,
+    fresh,
   )
   work.make_roster(0.0, FLAGS.seed + FLAGS.num_seeds)
   return work
@@ -265,7 +272,7 @@ def choose_examples(
   """
   confirms = FLAGS.num_confirm or num_samples
   examples = app.in_all_processes(
-    lambda: Asking.limited(
+    lambda: PromptBuilder.limited(
       task.examples(SPLIT, FLAGS.data_dir, num_samples + confirms, FLAGS.chat), FLAGS.max_new_tokens
     )
   )

@@ -6,6 +6,8 @@ roe_jax.generate(params, config, prompts, roster=roster, max_new_tokens=64)
 roe_jax.perplexity(params, config, text, roster=roster)
 """
 
+import importlib.metadata
+
 from roe_jax.aggregation import AGGREGATIONS
 from roe_jax.checkpoint import load, load_config, save
 from roe_jax.completion import Completion, Generation, Throughput
@@ -23,6 +25,11 @@ from roe_jax.text.chat import Chat
 from roe_jax.text.tokenizer import StreamDecoder, Tokenizer
 from roe_jax.transformer import forward
 
+try:
+  __version__ = importlib.metadata.version("roe_jax")
+except importlib.metadata.PackageNotFoundError:  # a source tree that was not installed
+  __version__ = "0+unknown"
+
 __all__ = [
   "AGGREGATIONS",
   "GATE_WEIGHTS",
@@ -38,6 +45,7 @@ __all__ = [
   "StreamDecoder",
   "Throughput",
   "Tokenizer",
+  "__version__",
   "forward",
   "from_hugging_face",
   "generate",

@@ -74,10 +74,10 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
   cos, sin = attention.rotation(config, positions)
   normed = transformer.norm(config, x, layers.attention_norm[layer])
   query, key, value = attention.project(config, params.layers.attention, layer, normed, cos, sin)
-  reach = config.sliding_window if layer in config.sliding_layers else None
+  window = config.sliding_window if layer in config.sliding_layers else None
   sinks = layers.attention.sinks
   sinks = None if sinks is None else to_compute_dtype(sinks[layer])
-  heads = _attend(query, key, value, *(history or (key, value)), sinks, reach)
+  heads = _attend(query, key, value, *(history or (key, value)), sinks, window)
   x = add(x, attention.output(params.layers.attention, layer, heads))
   normed = transformer.norm(config, x, layers.moe_norm[layer])
   logits = transformer.router_logits(config, layers, layer, normed)
@@ -99,11 +99,11 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
   return add(x, y), (key, value)
 
 
-def _attend(query, own_key, own_value, keys, values, sinks, reach):
+def _attend(query, own_key, own_value, keys, values, sinks, window):
   """Causal attention whose diagonal is the row's own key and value.
 
   Sinks `[H]` are one more column, without a value; a row sees no further back
-  than `reach` positions, its own included.
+  than `window` positions, its own included.
   """
   b, t, h, c = query.shape
   groups = h // own_key.shape[2]
@@ -119,8 +119,8 @@ def _attend(query, own_key, own_value, keys, values, sinks, reach):
     precision=jax.lax.Precision.HIGHEST,
   )
   diagonal, earlier = jnp.eye(t, dtype=bool), jnp.tri(t, k=-1, dtype=bool)
-  if reach is not None:
-    earlier &= ~jnp.tri(t, k=-reach, dtype=bool)
+  if window is not None:
+    earlier &= ~jnp.tri(t, k=-window, dtype=bool)
   scores = jnp.where(diagonal, own[..., None], scores) / jnp.sqrt(jnp.float32(c))
   scores = jnp.where(diagonal | earlier, scores, -jnp.inf)
   if sinks is not None:

@@ -204,7 +204,7 @@ def test_generation_holds_the_window_only():
   )
   assert state.tokens.shape[1] > 1500
   assert state.cache.keys.size == 0
-  assert state.cache.window.keys.shape == (3, 2, 2, WINDOW, 8)
+  assert state.cache.sliding.keys.shape == (3, 2, 2, WINDOW, 8)
 
 
 @pytest.mark.parametrize("cache", ["clean", "standard"])

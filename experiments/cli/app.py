@@ -21,7 +21,7 @@ from experiments.cli.distributed import (
 )
 from experiments.cli.distributed import progress as progress
 from experiments.cli.temperature_profiles import Profile
-from experiments.evaluation.prompts import Asking
+from experiments.evaluation.prompts import PromptBuilder
 from roe_jax import assets, costs, noise, presets, routing, sharding
 from roe_jax.aggregation import AGGREGATIONS
 from roe_jax.config import ModelConfig
@@ -196,7 +196,7 @@ def define_limit_flag() -> None:
   )
 
 
-def asking(config: ModelConfig, tokenizer: Tokenizer) -> Asking:
+def prompt_builder(config: ModelConfig, tokenizer: Tokenizer) -> PromptBuilder:
   """How the flags of `define_chat_flags` put examples to the model of --checkpoint.
 
   Raises:
@@ -207,7 +207,7 @@ def asking(config: ModelConfig, tokenizer: Tokenizer) -> Asking:
     for name in ("system", "reasoning_effort", "thinking", "chat_date"):
       if f[name].value is not None:
         raise ValueError(f"--{name} is about chats: give --chat with it")
-    return Asking(config, tokenizer)
+    return PromptBuilder(config, tokenizer)
 
   def load(date):
     return Chat.load(
@@ -219,7 +219,7 @@ def asking(config: ModelConfig, tokenizer: Tokenizer) -> Asking:
     )
 
   # Several processes have the day of the first one.
-  return Asking(
+  return PromptBuilder(
     config, tokenizer, load(broadcast(load(f.chat_date).settings.get("date"))), f.system
   )
 

@@ -58,7 +58,7 @@ VARIANTS = {
 
 
 def _methods(n):
-  return {"plain": "plain"} | {
+  return {"plain": "baseline"} | {
     label: f"roster:n={n - ('include_clean' in text)},{text}" for label, text in VARIANTS.items()
   }
 

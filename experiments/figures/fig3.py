@@ -48,7 +48,7 @@ def commands(work: Work) -> list[Command]:
     for task in work.model.tasks
     for command in (
       work.tune(task),
-      work.compare(f"tuned-{task}", [task], ["plain", _roster(work, task)]),
+      work.compare(f"tuned-{task}", [task], ["baseline", _roster(work, task)]),
     )
   ]
 
@@ -59,10 +59,13 @@ def measure(work: Work) -> list[compared.Record]:
     results = work.compared(f"tuned-{task}")
     category = work.model.category(task)
     found += compared.records(
-      list(results.values()), results["plain"], category=category, checkpoint=work.model.checkpoint
+      list(results.values()),
+      results["baseline"],
+      category=category,
+      checkpoint=work.model.checkpoint,
     )
   for record in found:
-    record["label"] = "plain" if record["method"] == "plain" else ROSTER
+    record["label"] = "plain" if record["method"] == "baseline" else ROSTER
   return compared.corrected(found)
 
 

@@ -58,7 +58,7 @@ def _method(tau):
 
 
 def commands(work: Work) -> list[Command]:
-  methods = ["plain", *map(_method, work.config.temperatures)]
+  methods = ["baseline", *map(_method, work.config.temperatures)]
   return [
     work.compare(
       "sweep",
@@ -72,8 +72,8 @@ def commands(work: Work) -> list[Command]:
 
 def measure(work: Work) -> list[compared.Record]:
   results = work.compared("sweep")
-  tau = {"plain": 0.0} | {_method(t): t for t in work.config.temperatures}
-  found = compared.records(list(results.values()), results["plain"])
+  tau = {"baseline": 0.0} | {_method(t): t for t in work.config.temperatures}
+  found = compared.records(list(results.values()), results["baseline"])
   return sorted((r | {"τ": tau[r["method"]]} for r in found), key=lambda r: (r["task"], r["τ"]))
 
 

@@ -77,9 +77,9 @@ def methods(config: Config) -> list[str]:
   """All that are compared, as `experiments.compare` spells them."""
   n = config.n
   return [
-    "plain",
-    "plain+temperature",
-    "best_plain",
+    "baseline",
+    "baseline+temperature",
+    "best_baseline",
     *config.experts,
     f"roster:n={n}",
     f"roster:n={n},gate_weights=noisy",

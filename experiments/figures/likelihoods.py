@@ -15,7 +15,7 @@ from experiments.analysis import paired_statistics
 from experiments.analysis.paired_statistics import Comparison
 from experiments.cli import app
 from experiments.evaluation.measurer import OUTPUT_TEMPERATURES
-from experiments.evaluation.prompts import Asking
+from experiments.evaluation.prompts import PromptBuilder
 from experiments.figures import compared
 from experiments.figures.work import Work
 from experiments.tuning.objectives import Perplexity
@@ -80,10 +80,15 @@ class Texts:
         date=work.model.chat["chat_date"],
         reasoning_effort=work.model.chat["reasoning_effort"],
       )
-    asking = Asking(self.config, tokenizer, chat)
+    prompt_builder = PromptBuilder(self.config, tokenizer, chat)
     self.chosen_on, self.reported_on = (
       Perplexity(
-        self.config, asking, task, some, range(start, start + len(some)), work.model.batch_size
+        self.config,
+        prompt_builder,
+        task,
+        some,
+        range(start, start + len(some)),
+        work.model.batch_size,
       )
       for some, start in ((examples[:first], 0), (rest, first))
     )

@@ -63,7 +63,7 @@ def commands(work: Work) -> list[Command]:
     work.compare(
       "transfer",
       list(work.model.tasks),
-      [PLAIN, *_methods(work).values()],
+      ["baseline", *_methods(work).values()],
       limit=work.config.examples,
       num_seeds=work.config.seeds,
     )
@@ -72,8 +72,8 @@ def commands(work: Work) -> list[Command]:
 
 def measure(work: Work) -> list[dict]:
   results, methods = work.compared("transfer"), _methods(work)
-  sources = {method: source for source, method in methods.items()} | {PLAIN: PLAIN}
-  found = compared.records([results[method] for method in sources], results[PLAIN])
+  sources = {method: source for source, method in methods.items()} | {"baseline": PLAIN}
+  found = compared.records([results[method] for method in sources], results["baseline"])
   found = [r | {"tuned_for": sources[r["method"]]} for r in found]
   found.sort(key=lambda r: work.model.tasks.index(r["task"]))
   return found + own_and_others(

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from experiments.evaluation.prompts import Asking
+from experiments.evaluation.prompts import PromptBuilder
 from experiments.tasks import Example, Task
 from roe_jax import batching, decode, scoring
 from roe_jax.config import ModelConfig
@@ -54,7 +54,7 @@ class _Texts:
 
   @classmethod
   def of(cls, pairs: Iterable[tuple[list[int], int]], ids: Sequence[int]) -> "_Texts":
-    """From pairs of tokens and start, as `Asking` gives them."""
+    """From pairs of tokens and start, as `PromptBuilder` gives them."""
     tokens, starts = zip(*pairs)
     return cls(list(tokens), list(starts), list(ids))
 
@@ -90,7 +90,7 @@ class Perplexity:
   def __init__(
     self,
     config: ModelConfig,
-    asking: Asking,
+    prompt_builder: PromptBuilder,
     task: Task,
     examples: Sequence[Example],
     ids: Sequence[int],
@@ -101,7 +101,7 @@ class Perplexity:
 
     Args:
       config: the model's architecture.
-      asking: how it is asked.
+      prompt_builder: how it is asked.
       task: the task.
       examples: of it.
       ids: address of each example's noise.
@@ -119,7 +119,7 @@ class Perplexity:
         "would be the objective: give --objective=accuracy"
       )
     self.examples = examples
-    self._texts = _Texts.of(map(asking.with_reference, examples), ids)
+    self._texts = _Texts.of(map(prompt_builder.with_reference, examples), ids)
     batching.check_tokens(config, self._texts.tokens, what="text of example")
     self.texts, self.starts = self._texts.tokens, self._texts.starts
     self.tokens = self._texts.counts
@@ -169,7 +169,7 @@ class Accuracy:
   def __init__(
     self,
     config: ModelConfig,
-    asking: Asking,
+    prompt_builder: PromptBuilder,
     task: Task,
     examples: Sequence[Example],
     ids: Sequence[int],
@@ -185,19 +185,19 @@ class Accuracy:
     task.check_allowed(allow_code_execution)
     self.examples = examples
     self.metric = task.metric
-    self._task, self._allowed, self._asking = task, allow_code_execution, asking
+    self._task, self._allowed, self._prompt_builder = task, allow_code_execution, prompt_builder
     self._config, self._batch_size = config, batch_size
     if any(e.kind != examples[0].kind for e in examples):
       raise ValueError(f"task {task.name} mixes questions with and without choices")
     if examples[0].kind == "choose":
       self._texts = [
-        _Texts.of([asking.with_text(e, c) for c in e.choices], [i] * len(e.choices))
+        _Texts.of([prompt_builder.with_text(e, c) for c in e.choices], [i] * len(e.choices))
         for e, i in zip(examples, ids)
       ]
       for e, texts in zip(examples, self._texts):
         batching.check_tokens(config, texts.tokens, what=f"{e.id}: choice")
     else:
-      self._prompts, self._ids = [asking.prompt(e) for e in examples], list(ids)
+      self._prompts, self._ids = [prompt_builder.prompt(e) for e in examples], list(ids)
       batching.check_tokens(config, self._prompts, room=1, what="prompt of example")
       if len({(e.stop, e.max_new_tokens) for e in examples}) > 1:
         raise ValueError(f"the examples of task {task.name} differ in their stop strings or limits")
@@ -238,16 +238,18 @@ class Accuracy:
       prompts,
       max_new_tokens=first.max_new_tokens,
       roster=roster,
-      stop_tokens=self._asking.stop_tokens,
+      stop_tokens=self._prompt_builder.stop_tokens,
       stop_strings=first.stop,
-      decode=self._asking.tokenizer.decode,
+      decode=self._prompt_builder.tokenizer.decode,
       request_ids=self._ids[part],
       batch_size=self._batch_size,
     )
     tokens, members = found.throughput.tokens, len(roster.members)
     prefilled = sum(map(len, prompts)) - len(prompts)
     prefilled *= members if roster.cache == "standard" else 1
-    answers = [self._asking.answer(e, c) for e, c in zip(self.examples[part], found.completions)]
+    answers = [
+      self._prompt_builder.answer(e, c) for e, c in zip(self.examples[part], found.completions)
+    ]
     return answers, Cost(tokens, prefilled + tokens * members)
 
   def value(self, values: np.ndarray) -> float:

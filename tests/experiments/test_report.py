@@ -74,7 +74,7 @@ def test_a_page_has_whole_tables_and_pictures_that_are_there(whole):
     assert f"({name}.png)" in text and f"({name}.pdf)" in text
   assert re.fullmatch(
     r"Saved .*report.md with 4 pictures: 4 runs, 1 tuning, \d+ of 11 "
-    r"comparisons clear\.",
+    r"comparisons significant\.",
     line,
   )
 

@@ -58,7 +58,7 @@ def test_a_texts_perplexity_is_printed_beside_the_plain_models(tiny_checkpoint, 
   )
   assert done.returncode == 0, done.errors
   found = json.loads((tmp_path / "found.json").read_text())
-  for name, setting in (("plain", None), ("roster", roster)):
+  for name, setting in (("baseline", None), ("roster", roster)):
     expected = scoring.perplexity(params, config, tokenizer.encode(text), window=32, roster=setting)
     assert found[name]["perplexity"] == pytest.approx(expected.perplexity[0], rel=1e-4)
     assert f"{name}: perplexity" in done.output

@@ -12,7 +12,7 @@ import pytest
 from experiments import tasks, tune
 from experiments.analysis import paired_statistics
 from experiments.cli import app, temperature_profiles
-from experiments.evaluation.prompts import Asking
+from experiments.evaluation.prompts import PromptBuilder
 from experiments.records import runs
 from experiments.tasks import base
 from experiments.tuning import confirm, objectives, tuning_configs
@@ -233,7 +233,7 @@ def perplexity(model):
   task = tasks.get("wordmath")
   return objectives.Perplexity(
     config,
-    Asking(config, tokenizer),
+    PromptBuilder(config, tokenizer),
     task,
     task.examples("validation", limit=6),
     range(6),
@@ -289,7 +289,7 @@ def test_accuracy_of_written_answers(model):
     "length", "math", "long", None, base.each(lambda e, output: {"long": float(len(output))}), ""
   )
   objective = objectives.Accuracy(
-    config, Asking(config, tokenizer), judged, examples, range(7, 10), 2
+    config, PromptBuilder(config, tokenizer), judged, examples, range(7, 10), 2
   )
   roster = Roster.create(config, 3, 0.5, seed=4)
   values, cost = objective.measure(params, roster, slice(1, 3))
@@ -316,7 +316,7 @@ def test_accuracy_of_chosen_answers(model):
   ]
   task = base.Task("choices", "commonsense", "acc", None, base.each(base.chosen), "")
   objective = objectives.Accuracy(
-    config, Asking(config, tokenizer), task, examples, range(3), batch_size=4
+    config, PromptBuilder(config, tokenizer), task, examples, range(3), batch_size=4
   )
   roster = Roster.create(config, 3, 0.5)
   values, cost = objective.measure(params, roster, slice(0, 3))
