@@ -204,7 +204,7 @@ def _collectives(mesh, *wanted):
 def _layer_collectives(config: ModelConfig, mesh, batch: MemberBatch, item):
   """Collectives of one layer; see `transformer._block` and `experts.expert_parallel`."""
   sums = batch.tokens * config.d_model * 4
-  wanted = [("all-reduce", sums, (TENSOR,))]  # of attention
+  wanted: list[tuple[str, float, tuple[str, ...]]] = [("all-reduce", sums, (TENSOR,))]  # attention
   if config.d_shared_expert:
     wanted.append(("all-reduce", sums, (TENSOR,)))
   if config.qk_norm and not config.qk_norm_per_head:

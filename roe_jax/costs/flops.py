@@ -80,8 +80,8 @@ def attention_flops(config: ModelConfig) -> int:
 
 def window_size(config: ModelConfig, layer: int, position: int) -> int:
   """Returns how many positions a token attends to in a layer, including itself."""
-  attended = position + 1
-  return min(attended, config.sliding_window) if layer in config.sliding_layers else attended
+  window = config.sliding_window if layer in config.sliding_layers else None
+  return position + 1 if window is None else min(position + 1, window)
 
 
 def expected_unique_experts(
