@@ -225,7 +225,7 @@ def test_a_quantized_model_is_the_model_of_its_widened_weights(format):
   texts = tiny.texts([9, 12])
   roster = Roster.create(config, 3, 0.5)
   scores = [
-    scoring.score(p, c, texts, roster=r).texts
+    scoring.score(p, c, texts, roster=r).sequences
     for p, c, r in (
       (params, config, roster),
       (widened, plain, roster),
@@ -246,7 +246,7 @@ def test_generation_and_scores_of_a_quantized_model_agree(dtype):
   generation = decode.generate(params, config, prompts, max_new_tokens=4, roster=roster)
   texts = [p + list(c.tokens) for p, c in zip(prompts, generation.completions)]
   scores = scoring.score(params, config, texts, list(map(len, prompts)), roster=roster)
-  for completion, scored in zip(generation.completions, scores.texts):
+  for completion, scored in zip(generation.completions, scores.sequences):
     np.testing.assert_allclose(
       completion.log_probs,
       scored.log_probs[:, 0],
