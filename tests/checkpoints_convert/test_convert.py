@@ -601,7 +601,9 @@ def test_a_hub_name_may_have_a_revision(source, revision, want, tmp_path, monkey
 
 
 def test_a_hub_name_with_two_revisions_or_an_empty_one_is_refused():
-  with pytest.raises(ConversionError, match="some/model@v1 names a revision and so does --revision=v2"):
+  with pytest.raises(
+    ConversionError, match="some/model@v1 names a revision and so does --revision=v2"
+  ):
     hub.find("some/model@v1", "v2")
   with pytest.raises(ConversionError, match="neither a folder nor a hub name"):
     hub.find("some/model@")
