@@ -381,7 +381,7 @@ def main(argv) -> None:
   if FLAGS.dry_run:
     app.print_dry_run(config, roster, batch_size=FLAGS.batch_size)
     return
-  tokenizer = app.load_tokenizer(FLAGS.checkpoint, config)
+  tokenizer = app.load_tokenizer(FLAGS.checkpoint)
   chat = (
     Chat.load(
       app.checkpoint_path(FLAGS.checkpoint),

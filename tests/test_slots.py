@@ -188,7 +188,7 @@ def test_a_text_is_placed_as_it_is_and_no_other_changes(dtype, cache):
 
   state, before = start(PROMPTS[:3], IDS[:3])
   other, source = start(PROMPTS[3:5], IDS[3:5])
-  after = decode.place(state, np.int32(2), other, np.int32(1))
+  after = decode.insert_sequence(state, np.int32(2), other, np.int32(1))
   assert jax.tree.leaves(after.cache)[0].dtype == numerics.storage_dtype(dtype)
   first = jax.tree.map(lambda a: np.moveaxis(np.asarray(a, np.float32), -4, 0), after.cache)
   for found, old, new in zip(
