@@ -1,1 +1,1 @@
-"""Notebooks that open in Colab. They call the library and its programs and define nothing themselves."""
+"""Notebooks that open in Colab; they call the library and its programs and define nothing."""
