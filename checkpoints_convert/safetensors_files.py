@@ -1,7 +1,8 @@
-"""Reading and writing folders of safetensors files, one tensor or a part of one at a time.
+"""Reads and writes folders of safetensors files, one tensor or part of a tensor at a time.
 
-Files are read with plain reads instead of memory maps, so that what was read
-does not stay in the process's memory; headers are checked before any tensor is.
+The safetensors library maps files into memory, where what was read stays resident, and writes only
+whole files from tensors that are all in memory. Here files are read with plain reads and written
+tensor by tensor. All headers are checked before any tensor is read.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,6 +10,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -25,14 +27,14 @@ _DTYPES = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100 << 20
-# Where a part of a tensor is strewn in shorter runs, reading all of it is faster.
+# If a part of a tensor is scattered in shorter runs of bytes, reading all of it is faster.
 SHORTEST_RUN = 64 << 10
 _AGAIN = "download the model again"
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-  """Where a tensor lies: `offset` bytes into `file`."""
+  """The location of a tensor: `offset` bytes into `file`."""
 
   name: str
   file: pathlib.Path
@@ -46,12 +48,12 @@ class TensorInfo:
 
 
 def widened(info: TensorInfo, shape: tuple[int, ...], spans: Spans) -> Spans:
-  """What is read for a part of a tensor: all of an axis whose part has short runs of bytes.
+  """Widens a part of a tensor to whole axes where its runs of bytes would be too short.
 
   Args:
     info: the tensor.
-    shape: its shape, perhaps with merged axes apart.
-    spans: of these axes.
+    shape: its shape, where merged axes may be split.
+    spans: the part to read, by axis.
   """
   return tuple(
     span if (span[1] - span[0]) * stride >= SHORTEST_RUN else (0, size)
@@ -60,19 +62,19 @@ def widened(info: TensorInfo, shape: tuple[int, ...], spans: Spans) -> Spans:
 
 
 def read(info: TensorInfo, shape: tuple[int, ...], spans: Spans) -> np.ndarray:
-  """A part of a tensor in its own dtype, of which only the bytes are read.
+  """Reads a part of a tensor in its own dtype, and only the bytes of that part.
 
   Args:
     info: the tensor.
-    shape: its shape, perhaps with merged axes apart.
-    spans: of these axes.
+    shape: its shape, where merged axes may be split.
+    spans: the part to read, by axis.
 
   Raises:
-    ConversionError: the file has become shorter since its header was read.
+    ConversionError: the file became shorter after its header was read.
   """
   array = np.empty([stop - start for start, stop in spans], info.dtype)
   cut = [i for i, (span, size) in enumerate(zip(spans, shape)) if span != (0, size)]
-  outer = cut[-1] if cut else 0  # behind this axis all is one run of bytes
+  outer = cut[-1] if cut else 0  # the axes after this one are one run of bytes
   strides = _strides(info, shape)
   with open(info.file, "rb", buffering=0) as file:
     for index in np.ndindex(array.shape[:outer]):
@@ -80,7 +82,7 @@ def read(info: TensorInfo, shape: tuple[int, ...], spans: Spans) -> np.ndarray:
         info.offset
         + sum((i + start) * stride for i, (start, _), stride in zip((*index, 0), spans, strides))
       )
-      target = memoryview(array[index].reshape(-1).view(np.uint8))
+      target = _bytes(array[index])
       while target:
         count = file.readinto(target)
         if not count:
@@ -89,17 +91,21 @@ def read(info: TensorInfo, shape: tuple[int, ...], spans: Spans) -> np.ndarray:
   return array
 
 
+def _bytes(array: np.ndarray) -> memoryview:
+  return memoryview(array.reshape(-1).view(np.uint8).data)
+
+
 def _strides(info, shape):
-  """Bytes from one index of each axis to the next."""
+  """Returns the number of bytes from one index of each axis to the next."""
   return [info.dtype.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
 def read_headers(folder: pathlib.Path) -> dict[str, TensorInfo]:
-  """All tensors of a folder, after checking that its files are whole.
+  """Returns all tensors of a folder, after checking that its files are complete.
 
   Raises:
-    ConversionError: no safetensors, a shard that is missing, truncated or
-      malformed, or an index that disagrees with the shards.
+    ConversionError: there are no safetensors, a shard is missing, truncated or malformed, or the
+      index contradicts the shards.
   """
   if (folder / INDEX_FILE).is_file():
     return _read_shards(folder)
@@ -116,8 +122,8 @@ def read_headers(folder: pathlib.Path) -> dict[str, TensorInfo]:
   )
   if pickles:
     raise ConversionError(
-      f"{folder} has its weights only as pickles ({some(pickles)}), and reading a pickle "
-      "can run any code that its author put there: get the model as safetensors"
+      f"{folder} has its weights only as pickles ({some(pickles)}), which can run arbitrary code "
+      "when they are read: download the model as safetensors"
     )
   raise ConversionError(f"{folder} has no safetensors files")
 
@@ -133,7 +139,7 @@ def _read_shards(folder: pathlib.Path) -> dict[str, TensorInfo]:
   missing = [p.name for p in paths if not p.is_file()]
   if missing:
     raise ConversionError(
-      f"{folder} lacks {len(missing)} of the {len(shards)} shards that its index names "
+      f"{folder} lacks {len(missing)} of the {len(shards)} shards in its index "
       f"({some(missing)}): {_AGAIN}"
     )
   tensors = {}
@@ -142,12 +148,12 @@ def _read_shards(folder: pathlib.Path) -> dict[str, TensorInfo]:
     promised = {name for name, shard in index.items() if shard == path.name}
     if promised - set(found):
       raise ConversionError(
-        f"the index of {folder} names tensors that {path.name} does not have: "
+        f"the index of {folder} lists tensors that {path.name} does not have: "
         f"{some(promised - set(found))}"
       )
     if set(found) - promised:
       raise ConversionError(
-        f"{path} has tensors that the index does not place there: {some(set(found) - promised)}"
+        f"{path} has tensors that the index does not list there: {some(set(found) - promised)}"
       )
     tensors |= found
   return tensors
@@ -162,7 +168,7 @@ def _read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
     text = file.read(length)
   if len(text) < length:
     raise ConversionError(
-      f"{path} is truncated: it has {size} bytes and its header alone {length}: {_AGAIN}"
+      f"{path} is truncated: it has {size} bytes, but its header alone has {length}: {_AGAIN}"
     )
   start = 8 + length
   tensors, expected = {}, start
@@ -178,7 +184,7 @@ def _read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
       info = TensorInfo(name, path, start + begin, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
       if begin < 0 or end - begin != info.num_bytes:
         raise ConversionError(
-          f"{name} in {path} has {end - begin} bytes, its shape {list(info.shape)} needs "
+          f"{name} in {path} has {end - begin} bytes, but its shape {list(info.shape)} requires "
           f"{info.num_bytes}: {_AGAIN}"
         )
       tensors[name] = info
@@ -190,21 +196,21 @@ def _read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
   if size != expected:
     what = "truncated" if size < expected else "too long"
     raise ConversionError(
-      f"{path} is {what}: it has {size} bytes, its header describes {expected}: {_AGAIN}"
+      f"{path} is {what}: it has {size} bytes, but its header describes {expected}: {_AGAIN}"
     )
   return tensors
 
 
-# Shape and dtype of a tensor.
+# The shape and dtype of a tensor.
 Form = tuple[tuple[int, ...], np.dtype]
 
 
 def plan_shards(
   tensors: Iterable[tuple[str, Form]], max_shard_bytes: int
 ) -> list[tuple[str, dict[str, Form]]]:
-  """File names with the tensors' forms in each, in order.
+  """Returns file names with the forms of their tensors, in order.
 
-  A shard is at most `max_shard_bytes`, or has one tensor only.
+  A shard has at most `max_shard_bytes`, or only one tensor.
   """
   shards: list[dict[str, Form]] = []
   filled = 0
@@ -230,17 +236,17 @@ def _num_bytes(form: Form) -> int:
 def write_shards(
   folder: pathlib.Path, shards: list[tuple[str, dict[str, Form]]], arrays: Iterator[np.ndarray]
 ) -> None:
-  """Writes planned shards that are not there yet, and their index if there are several.
+  """Writes the shards that do not exist yet, and an index if there are several shards.
 
   Args:
-    folder: to write into.
-    shards: as `plan_shards` planned them.
-    arrays: the tensors of the shards that are not there, in the planned order; each
-      is released once written.
+    folder: the folder to write into.
+    shards: shards as `plan_shards` returns them.
+    arrays: the tensors of the missing shards in order; each is released after it is written.
   """
   total = 0
   for file_name, forms in shards:
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, (shape, dtype) in forms.items():
       end = offset + _num_bytes((shape, dtype))
       header[name] = {
@@ -260,7 +266,7 @@ def write_shards(
       for form in forms.values():
         array = next(arrays)
         assert (array.shape, array.dtype) == form, (array.shape, array.dtype, form)
-        file.write(memoryview(array.reshape(-1).view(np.uint8)))
+        file.write(_bytes(array))
         del array
     unfinished.rename(folder / file_name)
   if len(shards) > 1:

@@ -1,4 +1,4 @@
-"""What a conversion would do, as a table."""
+"""Describes what a conversion would write."""
 
 import math
 import os
@@ -9,6 +9,7 @@ import jax
 from checkpoints_convert import hub
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
+from roe_jax.checkpoint_folder import piece_num_bytes
 from roe_jax.config import ModelConfig
 
 
@@ -19,9 +20,9 @@ def describe_source(
   quantize_experts: str | None = None,
   keep_mxfp4: bool = False,
 ) -> str:
-  """The report on a Hugging Face source; from the hub it reads the config alone.
+  """Describes a Hugging Face source; of a hub name only the config is read.
 
-  The arguments are those of `convert_from_hugging_face`.
+  For the arguments see `convert_from_hugging_face`.
 
   Raises:
     ConversionError, ValueError: the source cannot be converted.
@@ -37,12 +38,12 @@ def describe_source(
       keep_mxfp4=keep_mxfp4,
       revision=revision,
     )
-    stored = "known only after the download"
+    stored = "unknown before the download"
   return f"source: {source} (dtypes in its files: {stored})\n" + describe(config)
 
 
 def describe(config: ModelConfig) -> str:
-  """Parameters, pieces, sizes, and the devices that are there."""
+  """Describes the parameters, pieces and sizes of a model, and this machine's devices."""
   rows = [("parameter", "shape", "dtype", "bytes")]
   leaves = checkpoint.named_leaves(params_lib.abstract(config))
   for name, leaf in leaves.items():
@@ -53,7 +54,7 @@ def describe(config: ModelConfig) -> str:
     for a, b, c, d in rows
   ]
   pieces = checkpoint.plan_pieces(config)
-  largest = max(sum(map(_num_bytes, checkpoint.piece_shapes(config, p).values())) for p in pieces)
+  largest = max(piece_num_bytes(config, piece) for piece in pieces)
   total = params_lib.num_bytes(config)
   experts = f", experts in {config.expert_format}" if config.expert_format else ""
   lines += [
@@ -76,8 +77,8 @@ def _gib(size: int) -> str:
   return f"{size / 2**30:.2f} GiB"
 
 
-def _device(device: jax.Device) -> str:
+def _device(device) -> str:
   statistics = device.memory_stats() or {}
   limit = statistics.get("bytes_limit")
-  memory = f"{_gib(limit)} usable" if limit else "memory not known"
+  memory = f"{_gib(limit)} usable" if limit else "memory unknown"
   return f"{device.device_kind} {device.id}: {memory}"
