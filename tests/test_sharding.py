@@ -328,7 +328,7 @@ def test_rosters_by_parts(params, sizes, num_members, texts, cache):
     ).completions
     return completions, scoring.score(
       params, CONFIG, tiny.texts([9, 12, 4, 7][:texts], 64), roster=roster
-    ).texts
+    ).sequences
 
   placed = sharding.shard_params(params, CONFIG, make_mesh(CONFIG, *sizes))
   (actual, scores), (expected, expected_scores) = run(placed), run(params)
@@ -367,9 +367,9 @@ def test_scoring_sends_rows_to_their_experts(params, monkeypatch):
   config = CONFIG.replace(context_length=65)  # no program of another test
   texts, roster = tiny.texts([9, 12, 4, 7, 8, 5, 11, 6], 64), Roster.create(config, 2, 0.5)
   placed = sharding.shard_params(params, config, make_mesh(config, expert=8))
-  actual = scoring.score(placed, config, texts, roster=roster).texts
+  actual = scoring.score(placed, config, texts, roster=roster).sequences
   assert traced
-  for a, b in zip(actual, scoring.score(params, config, texts, roster=roster).texts):
+  for a, b in zip(actual, scoring.score(params, config, texts, roster=roster).sequences):
     np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
 
 
@@ -386,7 +386,7 @@ def test_recomputing_on_a_mesh(params):
   texts = tiny.texts([6, 4], 64)
   placed = sharding.shard_params(params, CONFIG, make_mesh(CONFIG, 2, 2, 2))
   actual, expected = (
-    scoring.score(p, CONFIG, texts, roster=roster).texts for p in (placed, params)
+    scoring.score(p, CONFIG, texts, roster=roster).sequences for p in (placed, params)
   )
   for a, b in zip(actual, expected):
     np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
