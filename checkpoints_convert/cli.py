@@ -82,7 +82,7 @@ def _convert(values: flags.FlagValues) -> None:
     )
   from_checkpoint = values.quantize_experts and quantize_checkpoint.is_checkpoint(values.source)
   if values.dry_run and not (values.to_hugging_face or from_checkpoint):
-    print(summary.describe_source(values.source, values.dtype, values.revision, **formats))
+    print(summary.describe_source(values.source, values.revision, dtype=values.dtype, **formats))
     return
   if values.dry_run:
     if from_checkpoint:
@@ -94,27 +94,15 @@ def _convert(values: flags.FlagValues) -> None:
     return
   # Conversion needs no accelerator; without this, JAX would allocate its memory.
   jax.config.update("jax_platforms", "cpu")
+  arguments = dict(dtype=values.dtype, overwrite=values.overwrite)
   if values.to_hugging_face:
-    config = convert_to_hugging_face(
-      values.source,
-      values.target,
-      dtype=values.dtype,
-      overwrite=values.overwrite,
-      max_shard_bytes=max_shard_bytes,
-    )
+    arguments |= dict(max_shard_bytes=max_shard_bytes)
+    config = convert_to_hugging_face(values.source, values.target, **arguments)
   elif from_checkpoint:
-    config = quantize_checkpoint.convert(
-      values.source, values.target, dtype=values.dtype, overwrite=values.overwrite, **formats
-    )
+    config = quantize_checkpoint.convert(values.source, values.target, **arguments, **formats)
   else:
-    config = convert_from_hugging_face(
-      values.source,
-      values.target,
-      dtype=values.dtype,
-      revision=values.revision,
-      overwrite=values.overwrite,
-      **formats,
-    )
+    arguments |= dict(revision=values.revision, **formats)
+    config = convert_from_hugging_face(values.source, values.target, **arguments)
   experts = f", experts in {config.expert_format}" if config.expert_format else ""
   print(
     f"wrote {values.target}: {config.family}, {config.num_layers} layers, {config.dtype}" + experts

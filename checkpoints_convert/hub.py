@@ -17,7 +17,7 @@ from roe_jax import checkpoint
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.families import FAMILIES, from_hugging_face
-from roe_jax.text.tokenizer import Tokenizer, check_vocabulary
+from roe_jax.text.tokenizer import Tokenizer, check_vocabulary, read_json
 
 HUB = "hf:"
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -85,7 +85,7 @@ def find(source: str, revision: str | None = None, weights: bool = True) -> path
     return pathlib.Path(
       huggingface_hub.snapshot_download(name, revision=at or revision, allow_patterns=patterns)
     )
-  except Exception as error:  # many kinds, all of them reasons for not getting it
+  except Exception as error:  # downloads fail with many types of exceptions
     reason = str(error).strip().split("\n")[0]
     # The hub answers alike for models that are absent, private or gated.
     if isinstance(error, huggingface_hub.errors.RepositoryNotFoundError):
@@ -94,8 +94,7 @@ def find(source: str, revision: str | None = None, weights: bool = True) -> path
         "`hf auth login` or set HF_TOKEN"
       )
     raise ConversionError(
-      f"there is no local folder {source}, and it cannot be downloaded as a model from "
-      f"the hub: {reason}"
+      f"{source} is not a local folder and cannot be downloaded from the hub: {reason}"
     ) from error
 
 
@@ -109,22 +108,15 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
   """Parses `config.json`.
 
   Raises:
-    ConversionError: it is missing or malformed.
+    ConversionError, ValueError: it is missing or malformed.
   """
-  path = folder / "config.json"
-  if not path.is_file():
-    if (folder / checkpoint.CONFIG_FILE).is_file():
-      raise ConversionError(
-        f"{folder} is already a roe_jax checkpoint: to convert it back, add --to_hugging_face"
-      )
-    raise ConversionError(f"{folder} has no config.json: it is not a Hugging Face model folder")
-  try:
-    values = json.loads(path.read_text())
-  except ValueError as error:
-    raise ConversionError(f"{path} is not valid JSON: {error}") from error
-  if not isinstance(values, dict):
-    raise ConversionError(f"{path} must contain a JSON object")
-  return values
+  if (folder / "config.json").is_file():
+    return read_json(folder / "config.json")
+  if (folder / checkpoint.CONFIG_FILE).is_file():
+    raise ConversionError(
+      f"{folder} is already a roe_jax checkpoint: to convert it back, add --to_hugging_face"
+    )
+  raise ConversionError(f"{folder} has no config.json: it is not a Hugging Face model folder")
 
 
 def open_source(

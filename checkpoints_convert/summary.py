@@ -3,42 +3,34 @@
 import math
 import os
 import pathlib
+from typing import Any
 
 import jax
 
-from checkpoints_convert import hub
+from checkpoints_convert import hub, safetensors_files
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
 from roe_jax.checkpoint_folder import piece_num_bytes
 from roe_jax.config import ModelConfig
 
 
-def describe_source(
-  source: str,
-  dtype: str,
-  revision: str | None,
-  quantize_experts: str | None = None,
-  keep_mxfp4: bool = False,
-) -> str:
+def describe_source(source: str, revision: str | None, **options: Any) -> str:
   """Describes a Hugging Face source; of a hub name only the config is read.
 
-  For the arguments see `convert_from_hugging_face`.
+  Args:
+    source: a local folder, or a hub name.
+    revision: branch, tag or commit on the hub.
+    **options: see `hub.open_source`.
 
   Raises:
     ConversionError, ValueError: the source cannot be converted.
   """
-  if pathlib.Path(source).expanduser().is_dir():
-    opened = hub.open_source(hub.find(source), dtype, quantize_experts, keep_mxfp4)
-    config, stored = opened.config, ", ".join(opened.stored_dtypes)
-  else:
-    config = hub.load_config(
-      source,
-      dtype=dtype,
-      quantize_experts=quantize_experts,
-      keep_mxfp4=keep_mxfp4,
-      revision=revision,
-    )
-    stored = "unknown before the download"
+  config = hub.load_config(source, revision=revision, **options)
+  stored = "unknown before the download"
+  folder = pathlib.Path(source).expanduser()
+  if folder.is_dir():
+    dtypes = {info.dtype.name for info in safetensors_files.read_headers(folder).values()}
+    stored = ", ".join(sorted(dtypes))
   return f"source: {source} (dtypes in its files: {stored})\n" + describe(config)
 
 

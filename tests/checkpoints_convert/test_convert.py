@@ -323,17 +323,20 @@ REFUSALS = {
   "missing shard": (lambda f: (f / SHARD).unlink(), f"lacks 1 of the 3 shards.*{SHARD}"),
   "truncated shard": (
     lambda f: os.truncate(f / SHARD, (f / SHARD).stat().st_size - 1),
-    f"{SHARD} is truncated: it has",
+    f"{SHARD} is not a complete .*not fully covered.*: download",
   ),
-  "truncated header": (lambda f: os.truncate(f / SHARD, 50), f"{SHARD} is truncated"),
-  "empty shard": (lambda f: os.truncate(f / SHARD, 0), f"{SHARD} is not a safetensors"),
+  "truncated header": (
+    lambda f: os.truncate(f / SHARD, 50),
+    f"{SHARD} is not a complete .*header length",
+  ),
+  "empty shard": (lambda f: os.truncate(f / SHARD, 0), f"{SHARD} is not a complete .*too small"),
   "longer shard": (
     lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes() + b"x"),
-    f"{SHARD} is too long",
+    f"{SHARD} is not a complete .*not fully covered",
   ),
   "not safetensors": (
     lambda f: (f / SHARD).write_text("<html>404</html>"),
-    f"{SHARD} is not a safetensors file",
+    f"{SHARD} is not a complete",
   ),
   "index names a phantom": (
     lambda f: edit_index(f, lambda i: i.update(phantom=SHARD)),
