@@ -11,6 +11,8 @@ import pytest
 from experiments.tasks import wordmath
 from roe_jax import checkpoint
 
+pytestmark = pytest.mark.slow
+
 MEMBERS = "--num_members=3"
 TAU = "--temperature_profile=0.4"
 
@@ -69,31 +71,6 @@ def same_bytes(*names):
   def check(found, expected):
     for name in names:
       assert (found / name).read_bytes() == (expected / name).read_bytes(), name
-
-  return check
-
-
-def without_times(value):
-  """JSON without what was timed."""
-  if isinstance(value, dict):
-    return {
-      k: without_times(v)
-      for k, v in value.items()
-      if k not in ("tokens_per_second", "cost", "rate", "seconds")
-    }
-  return [without_times(v) for v in value] if isinstance(value, list) else value
-
-
-def same_but_for_times(*names):
-  def check(found, expected):
-    for name in names:
-      ours, theirs = (
-        [json.loads(line) for line in text.splitlines()]
-        if name.endswith("jsonl")
-        else json.loads(text)
-        for text in ((f / name).read_text() for f in (found, expected))
-      )
-      assert without_times(ours) == without_times(theirs), name
 
   return check
 
@@ -160,7 +137,7 @@ CASES = {
       MEMBERS,
       "--num_problems=3",
       "--num_validation=3",
-      "--sweep=0.2,0.6",
+      "--sweep=0.2",
       "--batch_size=3",
       "--output={folder}",
     ],
@@ -224,7 +201,7 @@ def test_a_program_that_is_killed_finishes_with_the_same_results(
     lambda: [start("killed")],
     kill,
     grows and tmp_path / "killed" / grows,
-    kills=3,
+    kills=2,
     seed=list(CASES).index(case),
     seconds=time.monotonic() - began,
   )
@@ -236,7 +213,7 @@ def test_where_one_of_two_processes_is_killed_both_end_and_go_on(tiny_checkpoint
     f"--checkpoint={tiny_checkpoint}",
     f"--input={inputs / 'lines.jsonl'}",
     "--batch_size=4",
-    "--max_new_tokens=30",
+    "--max_new_tokens=20",
     MEMBERS,
     TAU,
   ]

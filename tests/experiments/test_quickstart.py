@@ -5,6 +5,8 @@ import pytest
 
 from experiments.records import runs
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_whole_program_on_a_random_model(tiny_checkpoint, tmp_path):
   arguments = (
