@@ -3,7 +3,7 @@
 import numpy as np
 
 from roe_jax.config import ModelConfig
-from roe_jax.quantization import CONTRACTED, Quantized, dequantize, quantize
+from roe_jax.quantization import CONTRACTED, Quantized, dequantize_on_host, quantize
 
 
 def recode(
@@ -26,7 +26,7 @@ def recode(
   for matrix, axis in CONTRACTED.items():
     name = f"experts.{matrix}"
     if source.expert_format and f"{name}.codes" in arrays:
-      arrays[name] = dequantize(
+      arrays[name] = dequantize_on_host(
         Quantized(arrays.pop(f"{name}.codes"), arrays.pop(f"{name}.scales"), source.expert_format),
         decoded,
       )

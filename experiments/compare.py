@@ -11,7 +11,7 @@ Methods take turns on each batch, in an order that changes: whatever else the
 machine does falls on all of them alike. What is timed are the answers, without
 compiling; likelihoods and the experts that were read (of the first batch of a
 task) are found in passes of their own. A method's output temperature is fitted, and the
-best plain settings are chosen, on validation examples with the first noise seed.
+best baseline settings are chosen, on validation examples with the first noise seed.
 """
 
 from collections.abc import Iterator
@@ -30,14 +30,14 @@ from experiments.analysis import paired_statistics
 from experiments.cli import app, temperature_profiles
 from experiments.evaluation import methods as methods_lib
 from experiments.evaluation.measurer import OUTPUT_TEMPERATURES, SAMPLE_STRIDE, Batch, Measurer
-from experiments.evaluation.methods import BEST_PLAIN, FITTED, PLAIN_SETTINGS, Method
-from experiments.evaluation.prompts import Asking
+from experiments.evaluation.methods import BASELINE_SETTINGS, BEST_BASELINE, FITTED, Method
+from experiments.evaluation.prompts import PromptBuilder
 from experiments.records import runs
 
 FLAGS = flags.FLAGS
 TEMPERATURES = "output_temperatures.json"
-SETTINGS = "plain_settings.json"
-COSTS_TOLD = {
+SETTINGS = "baseline_settings.json"
+COST_DESCRIPTIONS = {
   "tokens": "of the answers",
   "forward_passes": "tokens written times members; prompts aside",
   "flops": "of prompts and answers, see roe_jax.costs",
@@ -55,7 +55,7 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "methods",
     None,
-    'Methods, separated by semicolons, such as "plain; '
+    'Methods, separated by semicolons, such as "baseline; '
     'roster:n=8,t=0.3; self_consistency:n=8"; see experiments/evaluation/methods.py. By '
     "default those of equal forward rows for --num_members.",
   )
@@ -118,7 +118,7 @@ def check_methods(found: list[Method], examples: dict[str, list[tasks.Example]])
   return kept
 
 
-def settings_of(method: Method, model: str, asking: Asking) -> dict:
+def settings_of(method: Method, model: str, prompt_builder: PromptBuilder) -> dict:
   """The settings.json of its run."""
   f = FLAGS
   kept = {} if not f.data_dir else {"data_dir": f.data_dir}
@@ -138,7 +138,7 @@ def settings_of(method: Method, model: str, asking: Asking) -> dict:
     "tasks": f.tasks,
     "limit": f.limit,
     "split": f.split,
-    **asking.settings,
+    **prompt_builder.settings,
     "max_new_tokens": f.max_new_tokens,
     "seeds": seeds_of(method),
     "batch_size": f.batch_size,
@@ -148,7 +148,7 @@ def settings_of(method: Method, model: str, asking: Asking) -> dict:
     "of tasks with choices, of the right one",
     "calibration": "the most probable token at each place of the reference text; of tasks with "
     "choices, the most probable of them",
-    "costs": COSTS_TOLD,
+    "costs": COST_DESCRIPTIONS,
     **kept,
   }
 
@@ -206,13 +206,13 @@ def choose(
 
   What was chosen is kept in the run's folder.
   """
-  if method.name != BEST_PLAIN:
+  if method.name != BEST_BASELINE:
     return method
   path = folder / SETTINGS
   known = app.from_first_process(lambda: json.loads(path.read_text()) if path.is_file() else {})
   if task.name not in known:
     values = []
-    for settings in PLAIN_SETTINGS:
+    for settings in BASELINE_SETTINGS:
       outputs = [
         output
         for batch in batches(task, validation)
@@ -226,9 +226,9 @@ def choose(
       values.append(float(np.mean([m[task.metric] for m in metrics])))
     known[task.name] = {
       "tried": [
-        {**settings, task.metric: value} for settings, value in zip(PLAIN_SETTINGS, values)
+        {**settings, task.metric: value} for settings, value in zip(BASELINE_SETTINGS, values)
       ],
-      "chosen": PLAIN_SETTINGS[int(np.argmax(values))],
+      "chosen": BASELINE_SETTINGS[int(np.argmax(values))],
     }
     app.write_atomically(path, json.dumps(known, indent=2) + "\n")
   return method.with_sampling(known[task.name]["chosen"])
@@ -333,7 +333,7 @@ def main(argv) -> None:
     task.check_allowed(FLAGS.allow_code_execution)
   config = app.load_config(FLAGS.checkpoint)
   base = app.roster_from_flags(config)
-  asking = app.asking(config, app.load_tokenizer(FLAGS.checkpoint, config))
+  prompt_builder = app.prompt_builder(config, app.load_tokenizer(FLAGS.checkpoint))
   texts = (
     methods_lib.default_texts(config, base.num_members)
     if FLAGS.methods is None
@@ -343,7 +343,7 @@ def main(argv) -> None:
 
   def read(split, limit):
     examples = {
-      t.name: Asking.limited(
+      t.name: PromptBuilder.limited(
         t.examples(split, FLAGS.data_dir, limit, FLAGS.chat), FLAGS.max_new_tokens
       )
       for t in wanted
@@ -369,10 +369,11 @@ def main(argv) -> None:
   for method in found:
     if method.profile:
       method.profile.check_routers(params)
-  measurer = Measurer(params, asking, FLAGS.batch_size)
+  measurer = Measurer(params, prompt_builder, FLAGS.batch_size)
   model, output = temperature_profiles.fingerprint(params), pathlib.Path(FLAGS.output)
   opened = {
-    m.text: runs.Run(output / m.folder, m.text, settings_of(m, model, asking)) for m in found
+    m.text: runs.Run(output / m.folder, m.text, settings_of(m, model, prompt_builder))
+    for m in found
   }
   total = sum(len(seeds_of(m)) for m in found) * sum(map(len, examples.values()))
   with tqdm(total=total, unit="example", file=sys.stderr) as bar:

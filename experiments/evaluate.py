@@ -109,7 +109,7 @@ def define_flags() -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class PreparedTask:
   """One of our tasks with its requests.
 
   Attributes:
@@ -159,7 +159,7 @@ def check_flags() -> tuple[list[str], list[str]]:
   return ours, theirs
 
 
-def prepare(lm: RosterLM, name: str) -> Work:
+def prepare(lm: RosterLM, name: str) -> PreparedTask:
   """The requests of one of our tasks.
 
   Raises:
@@ -188,38 +188,41 @@ def prepare(lm: RosterLM, name: str) -> Work:
       )
     except ValueError as error:
       raise ValueError(f"{example.id}: {error}") from error
-  return Work(name, task, examples, requests, references)
+  return PreparedTask(name, task, examples, requests, references)
 
 
-def evaluate_ours(lm: RosterLM, work: Work, run: runs.Run, seed: int) -> None:
+def evaluate_ours(lm: RosterLM, prepared: PreparedTask, run: runs.Run, seed: int) -> None:
   """Answers and scores the examples of one of our tasks, and writes what came of them."""
-  if all((work.name, e.id, seed) in run.done for e in work.examples):
+  if all((prepared.name, e.id, seed) in run.done for e in prepared.examples):
     return
-  label = f"{work.name}, seed {seed}"
-  answers = iter(lm.answers(label, [r for requests in work.requests for r in requests]))
-  answers = [[next(answers) for _ in requests] for requests in work.requests]
-  wanted = [r for r in work.references if r is not None]
+  label = f"{prepared.name}, seed {seed}"
+  answers = iter(lm.answers(label, [r for requests in prepared.requests for r in requests]))
+  answers = [[next(answers) for _ in requests] for requests in prepared.requests]
+  wanted = [r for r in prepared.references if r is not None]
   referred = iter(lm.answers(f"{label}, references", wanted) if wanted else ())
   outputs = [
     found[0]["text"] if example.choices is None else [a["log_prob"] for a in found]
-    for example, found in zip(work.examples, answers)
+    for example, found in zip(prepared.examples, answers)
   ]
 
   def score():  # in one process: another one's clock could judge otherwise
     with tqdm(
-      total=len(outputs), desc=f"{label}, scoring", file=sys.stderr, disable=not work.task.runs_code
+      total=len(outputs),
+      desc=f"{label}, scoring",
+      file=sys.stderr,
+      disable=not prepared.task.runs_code,
     ) as bar:
-      return work.task.score_all(
-        work.examples, outputs, FLAGS.allow_code_execution, FLAGS.workers, bar.update
+      return prepared.task.score_all(
+        prepared.examples, outputs, FLAGS.allow_code_execution, FLAGS.workers, bar.update
       )
 
   metrics = app.from_first_process(score)
   records = []
-  for i, (example, output) in enumerate(zip(work.examples, outputs)):
-    if work.references[i] is not None:
+  for i, (example, output) in enumerate(zip(prepared.examples, outputs)):
+    if prepared.references[i] is not None:
       found = next(referred)
       metrics[i] |= {"nll": -found["log_prob"], "tokens": found["tokens"]}
-    record = {"task": work.name, "example": example.id, "seed": seed, "metrics": metrics[i]}
+    record = {"task": prepared.name, "example": example.id, "seed": seed, "metrics": metrics[i]}
     if example.choices is None:
       confidence = np.exp(answers[i][0]["log_prob"])
       record |= {"output": output, "finish_reason": answers[i][0]["finish_reason"]}
@@ -227,11 +230,12 @@ def evaluate_ours(lm: RosterLM, work: Work, run: runs.Run, seed: int) -> None:
       confidence = scipy.special.softmax(output).max()
       record["log_probs"] = output
     records.append(
-      record | {"confidences": [float(confidence)], "correct": [metrics[i][work.task.metric] == 1]}
+      record
+      | {"confidences": [float(confidence)], "correct": [metrics[i][prepared.task.metric] == 1]}
     )
-  write(lm, run, seed, work.name, label, records)
+  write(lm, run, seed, prepared.name, label, records)
   if wanted:
-    write(lm, run, seed, f"{work.name}, references", f"{label}, references", [])
+    write(lm, run, seed, f"{prepared.name}, references", f"{label}, references", [])
 
 
 def write(
@@ -269,11 +273,11 @@ def evaluate_theirs(
   }
 
 
-def rows_of_ours(records: list[dict[str, Any]], work: Work) -> list[list[Any]]:
+def rows_of_ours(records: list[dict[str, Any]], prepared: PreparedTask) -> list[list[Any]]:
   """Rows of the table: metric, value, its standard error, and spread between seeds."""
-  lines = [r for r in records if r["task"] == work.name]
+  lines = [r for r in records if r["task"] == prepared.name]
   seeds = sorted({r["seed"] for r in lines})
-  ids = [e.id for e in work.examples]
+  ids = [e.id for e in prepared.examples]
 
   def values(metric):  # [X, S]
     found = {(r["example"], r["seed"]): r["metrics"].get(metric, np.nan) for r in lines}
@@ -282,12 +286,12 @@ def rows_of_ours(records: list[dict[str, Any]], work: Work) -> list[list[Any]]:
   rows = []
   for metric in sorted(
     set().union(*(r["metrics"] for r in lines)) - {"nll", "tokens"},
-    key=lambda m: m != work.task.metric,
+    key=lambda m: m != prepared.task.metric,
   ):
     by_seed = values(metric)
     rows.append(
       [
-        work.name,
+        prepared.name,
         metric,
         by_seed.mean(),
         _error(by_seed.mean(axis=1)),
@@ -302,7 +306,7 @@ def rows_of_ours(records: list[dict[str, Any]], work: Work) -> list[list[Any]]:
     by_seed = np.exp(nll.sum(axis=0) / tokens.sum(axis=0))
     rows.append(
       [
-        work.name,
+        prepared.name,
         "perplexity",
         np.exp(nll.sum() / tokens.sum()),
         _perplexity_error(nll.sum(axis=1), tokens.sum(axis=1)),
@@ -377,7 +381,7 @@ def main(argv) -> None:
   if FLAGS.dry_run:
     app.print_dry_run(config, roster, batch_size=FLAGS.batch_size)
     return
-  tokenizer = app.load_tokenizer(FLAGS.checkpoint, config)
+  tokenizer = app.load_tokenizer(FLAGS.checkpoint)
   chat = (
     Chat.load(
       app.checkpoint_path(FLAGS.checkpoint),
@@ -401,7 +405,7 @@ def main(argv) -> None:
     return loaded
 
   loaded = app.in_all_processes(load)
-  works = app.in_all_processes(lambda: [prepare(lm, name) for name in ours])
+  prepared_tasks = app.in_all_processes(lambda: [prepare(lm, name) for name in ours])
 
   params, config = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
   output = pathlib.Path(FLAGS.output)
@@ -410,7 +414,7 @@ def main(argv) -> None:
     "model": temperature_profiles.model_of(FLAGS.checkpoint, config, params),
     "dtype": config.dtype,
   }
-  method = "plain" if roster.is_baseline else "roster"
+  method = "baseline" if roster.is_baseline else "roster"
   run = runs.Run(
     output,
     output.name,
@@ -454,21 +458,23 @@ def main(argv) -> None:
       stopwatch=stopwatch,
     )
     lm.requests.clear()
-    for work in works:
-      evaluate_ours(lm, work, run, seed)
+    for prepared in prepared_tasks:
+      evaluate_ours(lm, prepared, run, seed)
     if loaded:
       by_seed[str(seed)] = evaluate_theirs(lm, loaded, run, seed)
       app.write_atomically(output / HARNESS, json.dumps(by_seed, indent=2, default=str) + "\n")
-  print_report(run, works, by_seed, len(lm.truncated))
+  print_report(run, prepared_tasks, by_seed, len(lm.truncated))
 
 
-def print_report(run: runs.Run, works: list[Work], by_seed: dict[str, Any], truncated: int) -> None:
+def print_report(
+  run: runs.Run, prepared_tasks: list[PreparedTask], by_seed: dict[str, Any], truncated: int
+) -> None:
   """Finishes a run, and prints its table and one line that sums it up."""
   summary = run.finish()
   if not app.is_first_process():
     return
   records = runs.read_lines(run.path / runs.EXAMPLES)
-  rows = [row for work in works for row in rows_of_ours(records, work)]
+  rows = [row for prepared in prepared_tasks for row in rows_of_ours(records, prepared)]
   rows += rows_of_theirs(by_seed, summary["tasks"])
   print(
     tabulate.tabulate(
@@ -488,7 +494,7 @@ def print_report(run: runs.Run, works: list[Work], by_seed: dict[str, Any], trun
   print(
     f"Saved {run.path}: {len(summary['tasks'])} tasks, {lines} examples done; "
     f"{cost['tokens']:.0f} tokens in {cost['seconds']:.1f} s without compilation, "
-    f"{cost['forward_passes']:.0f} forward rows, {cost['flops']:.3g} FLOPs"
+    f"{cost['forward_passes']:.0f} forward passes, {cost['flops']:.3g} FLOPs"
   )
 
 

@@ -71,7 +71,7 @@ def define_flags() -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class GenerationInputs:
   """What is to be generated, checked before the parameters are loaded.
 
   Attributes:
@@ -144,7 +144,7 @@ def messages_of(request: dict[str, Any], what: str) -> list[dict[str, Any]]:
 
 def prepare(
   requests: list[dict[str, Any]], config, tokenizer: Tokenizer, roster: Roster, sampler: Sampler
-) -> Work:
+) -> GenerationInputs:
   """Turns requests into prompts, and refuses what is wrong with them."""
   chat = open_chat(requests, tokenizer)
   stop_tokens = tokenizer_lib.stop_tokens(tokenizer, config)
@@ -178,7 +178,7 @@ def prepare(
     settings["chat"] = chat.settings | {"system": FLAGS.system}
   batching.check_tokens(config, tokens, room=1)
   settings["stop_tokens"] = list(stop_tokens)
-  return Work(requests, tokens, chat, prompts, stop_tokens, settings)
+  return GenerationInputs(requests, tokens, chat, prompts, stop_tokens, settings)
 
 
 class Printer:
@@ -204,22 +204,22 @@ class Printer:
 
 
 def stream_to_terminal(
-  params, config, tokenizer, roster: Roster, sampler: Sampler, work: Work
+  params, config, tokenizer, roster: Roster, sampler: Sampler, inputs: GenerationInputs
 ) -> None:
   """Continues --prompt, printing text as it comes and a summary to stderr."""
   text, completion, begin, first = "", None, time.perf_counter(), None
-  reader = work.chat.reader(work.prompts[0]) if work.chat else None
+  reader = inputs.chat.reader(inputs.prompts[0]) if inputs.chat else None
   decoder = StreamDecoder(tokenizer)
   printer, reasoning = Printer(sys.stdout), Printer(sys.stderr)
   count = 0
   for completion in decode.stream(
     params,
     config,
-    work.tokens[0],
+    inputs.tokens[0],
     max_new_tokens=FLAGS.max_new_tokens,
     roster=roster,
     sampler=sampler,
-    stop_tokens=work.stop_tokens,
+    stop_tokens=inputs.stop_tokens,
     stop_strings=FLAGS.stop,
     decode=tokenizer.decode,
   ):
@@ -238,8 +238,8 @@ def stream_to_terminal(
       if FLAGS.show_reasoning:
         reasoning.show(found.reasoning)
     printer.show(text)
-  if work.chat:
-    show_answer(work, completion, printer, reasoning)
+  if inputs.chat:
+    show_answer(inputs, completion, printer, reasoning)
   else:
     printer.show(completion.text, done=True)
   # The first token waits for compilation; the rate is that of the others.
@@ -248,14 +248,14 @@ def stream_to_terminal(
   print(
     f"[{count} tokens, {completion.finish_reason}; first after {first - begin:.1f} s, then "
     f"{rate:.1f} tokens/s; {changed} chosen differently from the clean member]\n"
-    f"[settings: {json.dumps(work.settings)}]",
+    f"[settings: {json.dumps(inputs.settings)}]",
     file=sys.stderr,
   )
 
 
-def show_answer(work: Work, completion, printer: Printer, reasoning: Printer) -> None:
+def show_answer(inputs: GenerationInputs, completion, printer: Printer, reasoning: Printer) -> None:
   """Prints what is left of an answer, or says why there is none."""
-  found = work.chat.answer(work.prompts[0], completion, FLAGS.stop)
+  found = inputs.chat.answer(inputs.prompts[0], completion, FLAGS.stop)
   if FLAGS.show_reasoning and found.reasoning:
     reasoning.show(found.reasoning, done=True)
   if found.final is not None:
@@ -273,12 +273,14 @@ def show_answer(work: Work, completion, printer: Printer, reasoning: Printer) ->
     )
 
 
-def complete_lines(params, config, tokenizer, roster: Roster, sampler: Sampler, work: Work) -> None:
+def complete_lines(
+  params, config, tokenizer, roster: Roster, sampler: Sampler, inputs: GenerationInputs
+) -> None:
   """Continues the prompts of --input, writing each result when it is finished."""
   with (
-    jsonl.Results(FLAGS.output, work.requests, work.settings) as results,
+    jsonl.Results(FLAGS.output, inputs.requests, inputs.settings) as results,
     app.progress(
-      total=len(work.requests), initial=len(work.requests) - len(results.missing), unit="prompt"
+      total=len(inputs.requests), initial=len(inputs.requests) - len(results.missing), unit="prompt"
     ) as bar,
   ):
     indices = results.missing
@@ -286,7 +288,7 @@ def complete_lines(params, config, tokenizer, roster: Roster, sampler: Sampler, 
 
     def write(position, completion):
       nonlocal unanswered
-      answer = work.answer(indices[position], completion)
+      answer = inputs.answer(indices[position], completion)
       unanswered += answer.get("answer", "") is None
       results.write(indices[position], dataclasses.asdict(completion) | answer)
       bar.update()
@@ -294,11 +296,11 @@ def complete_lines(params, config, tokenizer, roster: Roster, sampler: Sampler, 
     throughput = decode.generate(
       params,
       config,
-      [work.tokens[i] for i in indices],
+      [inputs.tokens[i] for i in indices],
       max_new_tokens=FLAGS.max_new_tokens,
       roster=roster,
       sampler=sampler,
-      stop_tokens=work.stop_tokens,
+      stop_tokens=inputs.stop_tokens,
       stop_strings=FLAGS.stop,
       decode=tokenizer.decode,
       request_ids=indices,
@@ -329,12 +331,12 @@ def main(argv) -> None:
   if FLAGS.dry_run:
     app.print_dry_run(config, roster, batch_size=FLAGS.batch_size)
     return
-  tokenizer = app.load_tokenizer(FLAGS.checkpoint, config)
+  tokenizer = app.load_tokenizer(FLAGS.checkpoint)
   requests = jsonl.read(FLAGS.input) if FLAGS.prompt is None else [{"prompt": FLAGS.prompt}]
-  work = prepare(requests, config, tokenizer, roster, sampler)
+  inputs = prepare(requests, config, tokenizer, roster, sampler)
   params, config = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
   run = complete_lines if FLAGS.prompt is None else stream_to_terminal
-  run(params, config, tokenizer, roster, sampler, work)
+  run(params, config, tokenizer, roster, sampler, inputs)
 
 
 def program() -> None:

@@ -1,6 +1,6 @@
 """Turns runs and tunings into one page with tables and pictures.
 
-  python -m experiments.report --runs='results/compare/*,results/olmoe-n32' --baseline=plain \\
+  python -m experiments.report --runs='results/compare/*,results/olmoe-n32' \\
       --tune='results/tune/*' --output=results/report
 
 --runs are folders of finished runs (see `runs`), --tune folders of `experiments.tune`;
@@ -38,7 +38,7 @@ def define_flags() -> None:
   flags.DEFINE_list("tune", [], "Folders of tunings, or patterns with * for several.")
   flags.DEFINE_string(
     "baseline",
-    "plain",
+    "baseline",
     "The run that the others are compared with: its label, name, folder or method.",
   )
   flags.DEFINE_string("output", "results/report", "Folder of the page.")
@@ -142,11 +142,11 @@ def write(
     if line.comparison
   ]
   app.write_atomically(output / "comparisons.json", json.dumps(compared, indent=2) + "\n")
-  clear = sum(c["is_significant"] for c in compared)
+  significant = sum(c["is_significant"] for c in compared)
   return (
     f"Saved {output}/report.md with {report_page.count(sum(map(len, drawn.values())), 'picture')}: "
-    f"{report_page.count(len(runs), 'run')}, {report_page.count(len(tunings), 'tuning')}, {clear} of "
-    f"{report_page.count(len(compared), 'comparison')} clear."
+    f"{report_page.count(len(runs), 'run')}, {report_page.count(len(tunings), 'tuning')}, {significant} of "
+    f"{report_page.count(len(compared), 'comparison')} significant."
   )
 
 

@@ -6,7 +6,7 @@
 
 --text: a file of plain text; the perplexity over strided windows is printed (and
 written to --output as JSON, and the tokens' negative log-probabilities to
-OUTPUT.windows.jsonl as batches finish) beside that of the plain model. Otherwise --input
+OUTPUT.windows.jsonl as batches finish) beside that of the baseline. Otherwise --input
 (or standard input) holds one JSON object a line with "prompt" and "continuation"
 (text, or ids as "prompt_tokens" and "continuation_tokens"), and the summed
 log-probability of each continuation, whether it is the greedy one, and its
@@ -51,7 +51,7 @@ def define_flags() -> None:
 
 
 def text_perplexity(params, config, tokenizer, roster: Roster) -> None:
-  """Prints the perplexity of --text with the plain model and with the roster."""
+  """Prints the perplexity of --text with the baseline and with the roster."""
   tokens = tokenizer.encode(app.from_first_process(_read_text), FLAGS.special_tokens)
   cut = scoring.windows(config, tokens, FLAGS.window, FLAGS.stride)
   common = {"window": cut.window, "stride": cut.stride}
@@ -67,18 +67,18 @@ def text_perplexity(params, config, tokenizer, roster: Roster) -> None:
     },
   )
   results = {}
-  for name, setting in {"plain": Roster.create(config), "roster": roster}.items():
+  for name, setting in {"baseline": Roster.create(config), "roster": roster}.items():
     if name == "roster" and roster.is_baseline:
       continue
     nll = []
-    with app.progress(desc=name, unit="window", total=len(cut.texts)) as bar:
-      for first in range(0, len(cut.texts), FLAGS.batch_size):
-        batch = range(first, min(first + FLAGS.batch_size, len(cut.texts)))
+    with app.progress(desc=name, unit="window", total=len(cut.sequences)) as bar:
+      for first in range(0, len(cut.sequences), FLAGS.batch_size):
+        batch = range(first, min(first + FLAGS.batch_size, len(cut.sequences)))
         nll += kept.get(
           f"{name}, windows from {first} on",
           lambda: [
             (-t.log_probs[:, 0]).tolist()
-            for t in score_batch(params, config, cut.texts, cut.starts, setting, batch)
+            for t in score_batch(params, config, cut.sequences, cut.starts, setting, batch)
           ],
         )
         bar.update(len(batch))
@@ -87,15 +87,15 @@ def text_perplexity(params, config, tokenizer, roster: Roster) -> None:
     results[name] = {
       "perplexity": perplexity,
       "tokens": len(nll),
-      "windows": len(cut.texts),
+      "windows": len(cut.sequences),
       "settings": common | {"roster": setting.settings(), "model": dataclasses.asdict(config)},
     }
     print(
-      f"{name}: perplexity {perplexity:.4f} over {len(nll)} tokens in {len(cut.texts)} windows "
+      f"{name}: perplexity {perplexity:.4f} over {len(nll)} tokens in {len(cut.sequences)} windows "
       f"of {cut.window}, stride {cut.stride}"
     )
   if "roster" in results:
-    change = results["roster"]["perplexity"] / results["plain"]["perplexity"] - 1
+    change = results["roster"]["perplexity"] / results["baseline"]["perplexity"] - 1
     print(f"difference: {100 * change:+.3f} %")
   if FLAGS.output:
     app.write_atomically(
@@ -113,7 +113,7 @@ def _read_text() -> str:
 
 def score_batch(
   params, config, texts, starts, roster: Roster, batch: Sequence[int]
-) -> list[scoring.TextScore]:
+) -> list[scoring.SequenceScore]:
   """Scores the texts of a batch, given by their indices, which are their request ids."""
   return scoring.score(
     params,
@@ -123,7 +123,7 @@ def score_batch(
     roster=roster,
     request_ids=batch,
     batch_size=FLAGS.batch_size,
-  ).texts
+  ).sequences
 
 
 def continuations(params, config, tokenizer, roster: Roster) -> None:

@@ -41,7 +41,7 @@ from tqdm import tqdm
 from experiments import tasks
 from experiments.cli import app, temperature_profiles
 from experiments.cli.temperature_profiles import Profile
-from experiments.evaluation.prompts import Asking
+from experiments.evaluation.prompts import PromptBuilder
 from experiments.records import runs
 from experiments.tuning import confirm, trials, tuning_configs
 from experiments.tuning.objectives import OBJECTIVES, Objective, Usage
@@ -100,7 +100,7 @@ class SearchSetup:
     tuning: settings of --config and the flags.
     roster: settings of the roster.
     space: the search space.
-    prompts: prompt settings, see `Asking.settings`.
+    prompts: prompt settings, see `PromptBuilder.settings`.
     searched: the objective on the search examples.
     fresh: the objective on the confirmation's examples.
   """
@@ -192,11 +192,11 @@ def prepare() -> SearchSetup:
   task = tasks.get(FLAGS.task)
   count, examples, fresh = choose_examples(task, tuning.num_samples)
   tuning = dataclasses.replace(tuning, num_samples=count)
-  asking = app.asking(config, app.load_tokenizer(FLAGS.checkpoint, config))
+  builder = app.prompt_builder(config, app.load_tokenizer(FLAGS.checkpoint))
   searched, fresh = (
     OBJECTIVES[tuning.objective](
       config,
-      asking,
+      builder,
       task,
       [examples[i] for i in ids],
       ids,
@@ -206,7 +206,7 @@ def prepare() -> SearchSetup:
     for ids in (range(count), fresh)
   )
   setup = SearchSetup(
-    pathlib.Path(FLAGS.output), config, tuning, roster, space, asking.settings, searched, fresh
+    pathlib.Path(FLAGS.output), config, tuning, roster, space, builder.settings, searched, fresh
   )
   setup.make_roster(0.0, FLAGS.seed + FLAGS.num_seeds)
   return setup
@@ -228,7 +228,7 @@ def choose_examples(
   """
   confirms = FLAGS.num_confirm or num_samples
   examples = app.in_all_processes(
-    lambda: Asking.limited(
+    lambda: PromptBuilder.limited(
       task.examples(SPLIT, FLAGS.data_dir, num_samples + confirms, FLAGS.chat), FLAGS.max_new_tokens
     )
   )
@@ -356,11 +356,8 @@ def confirm_best(params: Params, search: Search | None, setup: SearchSetup, mode
     lambda: [t and t.temperatures for t in (search.best(), search.best("sweep"))]
   )
   seeds = range(FLAGS.seed + 1, FLAGS.seed + 1 + FLAGS.num_seeds)
-  candidates = [
-    confirm.Candidate(
-      confirm.BASELINE, lambda seed: Roster.create(setup.config, seed=seed), seeds[:1]
-    )
-  ]
+  baseline = lambda seed: Roster.create(setup.config, seed=seed)
+  candidates = [confirm.Candidate(confirm.BASELINE, baseline, seeds[:1])]
   for name, temperatures in ((confirm.TUNED, best), (confirm.UNIFORM, uniform)):
     if name == confirm.TUNED or temperatures not in (None, best):
       candidates.append(

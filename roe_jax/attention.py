@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from roe_jax import cache as kv_cache
 from roe_jax import collectives, numerics
-from roe_jax.cache import NO_POSITION, KVCache, LayerLocation, Window
+from roe_jax.cache import NO_POSITION, KVCache, LayerLocation, SlidingCache
 from roe_jax.config import ModelConfig
 from roe_jax.numerics import add, add_bias, einsum, multiply, rms_norm, rounded, to_compute_dtype
 from roe_jax.params import AttentionParams
@@ -105,7 +105,7 @@ def attend_in_layer(
   value_BxTxKxC: jax.Array,
   positions_BxT: jax.Array,
   cache: KVCache | None,
-  place: LayerLocation,
+  location: LayerLocation,
   write: bool,
   lengths_B: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
@@ -123,40 +123,42 @@ def attend_in_layer(
     cache: see `transformer.run_layers`.
     place: of the layer.
     write: whether to put keys and values into the cache.
-    lengths_B: see `cache.write_window`.
+    lengths_B: see `cache.write_sliding`.
 
   Returns:
     `[B, T, H, C]`, dtype of `query`, and the cache.
   """
   sinks = None if weights.sinks is None else to_compute_dtype(weights.sinks[layer])
-  slides, index = place.slides, place.index
+  is_sliding, index = location.is_sliding, location.index
   rows = query_BxTxHxC, key_BxTxKxC, value_BxTxKxC, positions_BxT
   if cache is None:
-    reach = None if slides is False else jnp.where(slides, config.sliding_window, NO_POSITION)
-    return attend(*rows, sinks_H=sinks, reach=reach), None
-  if write and slides is not True:
+    window = (
+      None if is_sliding is False else jnp.where(is_sliding, config.sliding_window, NO_POSITION)
+    )
+    return attend(*rows, sinks_H=sinks, window=window), None
+  if write and is_sliding is not True:
     # What a cache of other layers lacks is dropped.
-    elsewhere = jnp.where(slides, len(cache.keys), index) if slides is not False else index
+    elsewhere = jnp.where(is_sliding, len(cache.keys), index) if is_sliding is not False else index
     cache = kv_cache.write(cache, key_BxTxKxC, value_BxTxKxC, positions_BxT[:, 0], elsewhere)
 
   def to_all():
     return attend(*rows, cache, index, sinks)
 
   def to_window():
-    return attend(*rows, cache.window, index, sinks, config.sliding_window, among=write)
+    return attend(*rows, cache.sliding, index, sinks, config.sliding_window, attend_to_new=write)
 
-  if isinstance(slides, bool):
-    heads = to_window() if slides else to_all()
+  if isinstance(is_sliding, bool):
+    heads = to_window() if is_sliding else to_all()
   else:
-    heads = jax.lax.cond(slides, to_window, to_all)
-  if write and slides is not False:
+    heads = jax.lax.cond(is_sliding, to_window, to_all)
+  if write and is_sliding is not False:
     # Always true: XLA copies the window, unless the write depends on what has
     # been computed from it.
     after_reading = (heads[0, 0, 0, 0] <= jnp.inf) | jnp.isnan(heads[0, 0, 0, 0])
-    elsewhere = jnp.where(slides & after_reading, index, len(cache.window.keys))
+    elsewhere = jnp.where(is_sliding & after_reading, index, len(cache.sliding.keys))
     cache = cache.replace(
-      window=kv_cache.write_window(
-        cache.window, key_BxTxKxC, value_BxTxKxC, positions_BxT[:, 0], elsewhere, lengths_B
+      sliding=kv_cache.write_sliding(
+        cache.sliding, key_BxTxKxC, value_BxTxKxC, positions_BxT[:, 0], elsewhere, lengths_B
       )
     )
   return heads, cache
@@ -167,11 +169,11 @@ def attend(
   own_key_BxTxKxC: jax.Array,
   own_value_BxTxKxC: jax.Array,
   positions_BxT: jax.Array,
-  cache: KVCache | Window | None = None,
+  cache: KVCache | SlidingCache | None = None,
   layer: jax.Array | int = 0,
   sinks_H: jax.Array | None = None,
-  reach: jax.Array | int | None = None,
-  among: bool = False,
+  window: jax.Array | int | None = None,
+  attend_to_new: bool = False,
 ) -> jax.Array:
   """Attention of each row to slots below its position, and to itself.
 
@@ -189,8 +191,8 @@ def attend(
       Differentiable then.
     layer: of the cache.
     sinks_H: scores of each head that take part in the softmax without a value.
-    reach: how many positions a row sees, its own included; all by default.
-    among: whether rows see each other beside a cache.
+    window: how many positions a row sees, its own included; all by default.
+    attend_to_new: whether rows see each other beside a cache.
 
   Returns:
     `[B, T, H, C]`, dtype of `query`.
@@ -204,7 +206,7 @@ def attend(
   def visible(positions):
     """`[B, T, S]` from positions `[B, 1, S]`."""
     below = positions < positions_BxT[..., None]
-    return below if reach is None else below & (positions > positions_BxT[..., None] - reach)
+    return below if window is None else below & (positions > positions_BxT[..., None] - window)
 
   def add(carry, keys, values, visible):
     peak, total, mixed = carry
@@ -240,8 +242,8 @@ def attend(
     if block == cache.capacity:
       carry = add_block(0, carry)
     else:
-      carry = jax.lax.fori_loop(*_blocks(cache, positions_BxT, reach, block), add_block, carry)
-  if cache is None or (among and t > 1):
+      carry = jax.lax.fori_loop(*_blocks(cache, positions_BxT, window, block), add_block, carry)
+  if cache is None or (attend_to_new and t > 1):
     carry = add(
       carry,
       own_key_BxTxKxC.swapaxes(1, 2),
@@ -259,13 +261,13 @@ def _block(array, layer, start, block):
   return jax.lax.dynamic_slice(array, (layer, 0, 0, start, 0), (1, b, k, block, c))[0]
 
 
-def _blocks(cache, positions_BxT, reach, block):
+def _blocks(cache, positions_BxT, window, block):
   """The first block of slots that any row sees, and the one after the last."""
   end = jnp.max(positions_BxT)
   if isinstance(cache, KVCache):
     return 0, -(-end // block)
   # As long as no slot has been used again, slot s holds position s.
-  oldest = jnp.maximum(0, jnp.min(positions_BxT) - reach + 1)
+  oldest = jnp.maximum(0, jnp.min(positions_BxT) - window + 1)
   first = jnp.where(end <= cache.capacity, oldest // block, 0)
   return first, -(-jnp.minimum(end, cache.capacity) // block)
 

@@ -12,7 +12,7 @@ from roe_jax.numerics import storage_dtype, to_storage_dtype
 NO_POSITION = np.iinfo(np.int32).max
 
 
-class Window(struct.PyTreeNode):
+class SlidingCache(struct.PyTreeNode):
   """Keys (rotated) and values of the last positions; position p lies in slot p mod S.
 
   Which position a slot holds is said beside it, so that what has been
@@ -42,12 +42,12 @@ class KVCache(struct.PyTreeNode):
     keys, values: `[L, B, K, S, C]`, in the storage dtype of the model's: what
       attention contracts lies in the last two axes, so that no step transposes
       the cache. Of the layers that see all positions.
-    window: of the sliding layers; None where the model has none.
+    sliding: of the sliding layers; None where the model has none.
   """
 
   keys: jax.Array
   values: jax.Array
-  window: Window | None = None
+  sliding: SlidingCache | None = None
 
   @property
   def capacity(self) -> int:
@@ -58,42 +58,42 @@ class LayerLocation(struct.PyTreeNode):
   """Where the keys and values of a layer lie in a cache.
 
   Attributes:
-    slides: whether it is a sliding layer; bool `[]` where layers of both kinds
+    is_sliding: whether it is a sliding layer; bool `[]` where layers of both kinds
       take turns in one program.
     index: among the cache's layers of this kind, `[]` int32.
   """
 
-  slides: jax.Array | bool
+  is_sliding: jax.Array | bool
   index: jax.Array | int
 
 
 def layer_location(
-  config: ModelConfig, layer: jax.Array | int, stretch: tuple[int, int], offset: int = 0
+  config: ModelConfig, layer: jax.Array | int, layer_range: tuple[int, int], offset: int = 0
 ) -> LayerLocation:
-  """The place of a layer (may be traced) out of a stretch `(first, end)`.
+  """The place of a layer (may be traced) out of a range `(first, end)`.
 
   Args:
     config: the model's architecture.
     layer: its index in the model.
-    stretch: the layers that it is one of.
+    layer_range: the layers that it is one of.
     offset: the layer that the cache begins with.
   """
-  slides = _slides(config)
-  if not slides.any():
+  is_sliding = _is_sliding(config)
+  if not is_sliding.any():
     return LayerLocation(False, layer - offset)
   index = np.where(
-    slides,
-    slides.cumsum() - 1 - slides[:offset].sum(),
-    (~slides).cumsum() - 1 - (~slides[:offset]).sum(),
+    is_sliding,
+    is_sliding.cumsum() - 1 - is_sliding[:offset].sum(),
+    (~is_sliding).cumsum() - 1 - (~is_sliding[:offset]).sum(),
   )
-  kinds = set(slides[slice(*stretch)].tolist())
+  kinds = set(is_sliding[slice(*layer_range)].tolist())
   return LayerLocation(
-    kinds.pop() if len(kinds) == 1 else jnp.asarray(slides)[layer],
+    kinds.pop() if len(kinds) == 1 else jnp.asarray(is_sliding)[layer],
     jnp.asarray(index, jnp.int32)[layer],
   )
 
 
-def _slides(config):
+def _is_sliding(config):
   """Whether each layer is a sliding one, `[L]` bool."""
   return np.isin(np.arange(config.num_layers), config.sliding_layers)
 
@@ -115,14 +115,14 @@ def empty(
     whole: whether sliding layers hold as many positions as the others, and not
       only those that the next one sees.
   """
-  slides = _slides(config)[slice(*(layers or (0, config.num_layers)))]
-  cache = KVCache(*_zeros(config, int((~slides).sum()), batch_size, capacity))
+  is_sliding = _is_sliding(config)[slice(*(layers or (0, config.num_layers)))]
+  cache = KVCache(*_zeros(config, int((~is_sliding).sum()), batch_size, capacity))
   if not config.sliding_layers:
     return cache
   kept = capacity if whole else min(capacity, config.sliding_window)
-  keys, values = _zeros(config, int(slides.sum()), batch_size, kept)
+  keys, values = _zeros(config, int(is_sliding.sum()), batch_size, kept)
   positions = jnp.full((len(keys), batch_size, 1, kept, 1), NO_POSITION, jnp.int32)
-  return cache.replace(window=Window(keys, values, positions))
+  return cache.replace(sliding=SlidingCache(keys, values, positions))
 
 
 def _zeros(config, num_layers, batch_size, capacity):
@@ -157,21 +157,21 @@ def write(
   )
 
 
-def write_window(
-  window: Window,
+def write_sliding(
+  cache: SlidingCache,
   keys: jax.Array,
   values: jax.Array,
   starts_B: jax.Array,
   layer: jax.Array | None = None,
   lengths_B: jax.Array | None = None,
-) -> Window:
+) -> SlidingCache:
   """Puts T new keys and values in the place of the oldest.
 
   Of more than there are slots the last are kept. What lies at or beyond a row's
   length is dropped: it would take the place of what that row still sees.
 
   Args:
-    window: `[L, B, K, S, C]`.
+    cache: `[L, B, K, S, C]`.
     keys, values: see `write`.
     starts_B: int32, position of the first.
     layer: see `write`.
@@ -182,14 +182,14 @@ def write_window(
   ends = starts_B + count
   if lengths_B is not None:
     ends = jnp.minimum(ends, lengths_B)
-  kept = (positions < ends[:, None]) & (positions >= ends[:, None] - window.capacity)
+  kept = (positions < ends[:, None]) & (positions >= ends[:, None] - cache.capacity)
   # Slots beyond the capacity are dropped; each is another one.
-  slots = jnp.where(kept, positions % window.capacity, window.capacity + positions)
+  slots = jnp.where(kept, positions % cache.capacity, cache.capacity + positions)
   positions = jnp.broadcast_to(positions[..., None, None], (*keys.shape[:-2], 1, 1))
-  return Window(
-    _put(window.keys, keys, slots, layer),
-    _put(window.values, values, slots, layer),
-    _put(window.positions, positions, slots, layer),
+  return SlidingCache(
+    _put(cache.keys, keys, slots, layer),
+    _put(cache.values, values, slots, layer),
+    _put(cache.positions, positions, slots, layer),
   )
 
 
@@ -197,11 +197,13 @@ def write_step(
   config: ModelConfig, cache: KVCache, keys: jax.Array, values: jax.Array, positions_B: jax.Array
 ) -> KVCache:
   """Puts all layers' keys and values `[L, B, 1, K, C]` of one position into a cache."""
-  slides = _slides(config)
-  if not slides.any():
+  is_sliding = _is_sliding(config)
+  if not is_sliding.any():
     return write(cache, keys, values, positions_B)
-  cache = write(cache, keys[~slides], values[~slides], positions_B)
-  return cache.replace(window=write_window(cache.window, keys[slides], values[slides], positions_B))
+  cache = write(cache, keys[~is_sliding], values[~is_sliding], positions_B)
+  return cache.replace(
+    sliding=write_sliding(cache.sliding, keys[is_sliding], values[is_sliding], positions_B)
+  )
 
 
 def _put(held, new, slots_BxT, layer):

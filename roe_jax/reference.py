@@ -15,7 +15,7 @@ from roe_jax.config import ModelConfig
 from roe_jax.experts import Activation, shared
 from roe_jax.numerics import add, einsum, rounded, to_compute_dtype
 from roe_jax.params import Params
-from roe_jax.quantization import is_quantized, widen
+from roe_jax.quantization import dequantize, is_quantized
 
 
 def member_states(
@@ -67,15 +67,17 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
   layers = params.layers
   experts = jax.tree.map(lambda w: w[layer], layers.experts)
   experts = jax.tree.map(
-    lambda w: widen(w) if is_quantized(w) else to_compute_dtype(w), experts, is_leaf=is_quantized
+    lambda w: dequantize(w) if is_quantized(w) else to_compute_dtype(w),
+    experts,
+    is_leaf=is_quantized,
   )
   cos, sin = attention.rotation(config, positions)
   normed = transformer.norm(config, x, layers.attention_norm[layer])
   query, key, value = attention.project(config, params.layers.attention, layer, normed, cos, sin)
-  reach = config.sliding_window if layer in config.sliding_layers else None
+  window = config.sliding_window if layer in config.sliding_layers else None
   sinks = layers.attention.sinks
   sinks = None if sinks is None else to_compute_dtype(sinks[layer])
-  heads = _attend(query, key, value, *(history or (key, value)), sinks, reach)
+  heads = _attend(query, key, value, *(history or (key, value)), sinks, window)
   x = add(x, attention.output(params.layers.attention, layer, heads))
   normed = transformer.norm(config, x, layers.moe_norm[layer])
   logits = transformer.router_logits(config, layers, layer, normed)
@@ -97,11 +99,11 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
   return add(x, y), (key, value)
 
 
-def _attend(query, own_key, own_value, keys, values, sinks, reach):
+def _attend(query, own_key, own_value, keys, values, sinks, window):
   """Causal attention whose diagonal is the row's own key and value.
 
   Sinks `[H]` are one more column, without a value; a row sees no further back
-  than `reach` positions, its own included.
+  than `window` positions, its own included.
   """
   b, t, h, c = query.shape
   groups = h // own_key.shape[2]
@@ -117,8 +119,8 @@ def _attend(query, own_key, own_value, keys, values, sinks, reach):
     precision=jax.lax.Precision.HIGHEST,
   )
   diagonal, earlier = jnp.eye(t, dtype=bool), jnp.tri(t, k=-1, dtype=bool)
-  if reach is not None:
-    earlier &= ~jnp.tri(t, k=-reach, dtype=bool)
+  if window is not None:
+    earlier &= ~jnp.tri(t, k=-window, dtype=bool)
   scores = jnp.where(diagonal, own[..., None], scores) / jnp.sqrt(jnp.float32(c))
   scores = jnp.where(diagonal | earlier, scores, -jnp.inf)
   if sinks is not None:

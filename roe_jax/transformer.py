@@ -99,7 +99,7 @@ def run_layers(
   lift: Callable = lambda block: block,
   strategy: str | None = None,
   lengths_B: jax.Array | None = None,
-  rows_split: bool = False,
+  tokens_sharded: bool = False,
 ) -> tuple[jax.Array, KVCache | None, BlockOutputs]:
   """Runs a stretch of blocks on hidden states.
 
@@ -129,7 +129,7 @@ def run_layers(
     strategy: see `experts.apply`.
     lengths_B: int32; what lies at or beyond a row's length is not put into the
       window of sliding layers. All is by default.
-    rows_split: see `experts.parallel`; set where a mesh's devices run their parts.
+    tokens_sharded: see `experts.expert_parallel`; set where a mesh's devices run their parts.
 
   Returns:
     Hidden states after the stretch, the cache (written, if asked), and the
@@ -179,7 +179,7 @@ def run_layers(
         write,
         strategy,
         lengths_B,
-        rows_split,
+        tokens_sharded,
       )
       return (
         x,
@@ -209,7 +209,7 @@ def _run_layers_sharded(
   of_outputs = {"keys": own, "values": own, "experts": chosen, "router_logits": chosen}
 
   def part(layers, x, positions_BxT, cache, noise, lengths_B):
-    layers = layers.replace(experts=experts.parallel.biased_once(layers.experts))
+    layers = layers.replace(experts=experts.expert_parallel.bias_on_one_device(layers.experts))
     x, written, outputs = run_layers(
       Params(None, layers, None, None),
       config,
@@ -220,7 +220,7 @@ def _run_layers_sharded(
       write=write,
       keep=keep,
       lengths_B=lengths_B,
-      rows_split=sharding.EXPERT in sharding.axes_of(hidden),
+      tokens_sharded=sharding.EXPERT in sharding.axes_of(hidden),
       **options,
     )
     # Keys and values are wanted of the first member, which the first device has.
@@ -268,7 +268,7 @@ def _block(
   write,
   strategy,
   lengths_B,
-  rows_split,
+  tokens_sharded,
 ):
   """Pre-norm attention and MoE; returns hidden states, written cache and outputs."""
   normed = norm(config, x, layers.attention_norm[layer])
@@ -301,7 +301,7 @@ def _block(
     gates.reshape(b * t, -1),
     strategy,
     Activation(config.swiglu_limit, config.swiglu_alpha),
-    rows_split,
+    tokens_sharded,
   ).reshape(b, t, d)
   if layers.shared_expert is not None:
     y = add(y, experts.shared(layers.shared_expert, layer, normed))

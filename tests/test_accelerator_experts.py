@@ -12,9 +12,16 @@ import numpy as np
 import pytest
 
 from roe_jax.experts import gather_gemv, gpu_kernels, grouped_matmul, packing, tpu_kernels
-from roe_jax.experts.codes import codes_and_scales, num_parts, widen
 from roe_jax.params import ExpertParams
-from roe_jax.quantization import FORMATS, Quantized, group_size, scale_values
+from roe_jax.quantization import (
+  FORMATS,
+  Quantized,
+  codes_and_scales,
+  decode_codes,
+  decode_scales,
+  group_size,
+  weights_per_code,
+)
 
 # No power of two among the widths.
 L, E, D, F, A = 3, 5, 20, 12, 3
@@ -105,13 +112,15 @@ def test_widening_of_every_code():
     ("int4", np.where(numbers < 8, numbers, numbers - 16)),
     ("mxfp4", expert_loop.E2M1 / 2),
   ):  # its scales are doubled
-    low, high = widen(codes, format)
+    low, high = decode_codes(codes, format)
     np.testing.assert_array_equal(low, np.tile(expected, 16))
     np.testing.assert_array_equal(high, np.repeat(expected, 16))
-  np.testing.assert_array_equal(widen(codes.astype(np.int8), "int8")[0], codes.astype(np.int8))
+  np.testing.assert_array_equal(
+    decode_codes(codes.astype(np.int8), "int8")[0], codes.astype(np.int8)
+  )
   exponents = np.arange(1, 255).astype(np.uint8)
   np.testing.assert_array_equal(
-    scale_values(jnp.minimum(exponents, 253)),
+    decode_scales(jnp.minimum(exponents, 253)),
     2.0 ** (np.minimum(exponents, 253).astype(np.float64) - 126),
   )
 
@@ -187,7 +196,7 @@ def abstract_matrix(format, shape, axis, dtype):
   if format is None:
     return jax.ShapeDtypeStruct(shape, dtype)
   groups = [s // group_size(format, s) if i == axis else s for i, s in enumerate(shape)]
-  codes = (*shape[:-1], shape[-1] // num_parts(format))
+  codes = (*shape[:-1], shape[-1] // weights_per_code(format))
   return Quantized(
     jax.ShapeDtypeStruct(codes, "int8" if format == "int8" else "uint8"),
     jax.ShapeDtypeStruct(groups, "uint8" if format == "mxfp4" else "bfloat16"),
@@ -269,7 +278,7 @@ def test_accelerators_are_given_two_kernels_that_read_the_weights(
   hidden, width = matrices[1].shape[1:]
   for line in text.splitlines():
     if not any(s in line for s in ("custom_call", "func.func", "stablehlo.transpose")):
-      for columns in (width, width * num_parts(format)):
+      for columns in (width, width * weights_per_code(format)):
         assert f"{hidden}x2x{columns}x" not in line and f"{hidden}x{columns}x" not in line
 
 

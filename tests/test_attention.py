@@ -8,7 +8,7 @@ import tiny
 
 from roe_jax import attention, numerics, transformer
 from roe_jax import cache as kv_cache
-from roe_jax.cache import KVCache, Window
+from roe_jax.cache import KVCache, SlidingCache
 from roe_jax.config import Yarn
 
 B, T, S, H, K, C = 2, 5, 9, 4, 2, 8
@@ -115,13 +115,13 @@ def test_gradients_without_a_cache_are_those_of_the_formula():
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-def by_definition(query, keys, values, positions, sinks, reach):
+def by_definition(query, keys, values, positions, sinks, window):
   """Float64 attention of rows to `keys[b, k, p]` of all positions p that they see."""
   query, keys, values, sinks = (np.asarray(a, np.float64) for a in (query, keys, values, sinks))
   out = np.zeros(query.shape)
   for b, t, h in np.ndindex(*query.shape[:3]):
     k, position = h // (H // K), int(positions[b, t])
-    seen = slice(max(0, position - reach + 1), position + 1)
+    seen = slice(max(0, position - window + 1), position + 1)
     scores = np.append(keys[b, k, seen] @ query[b, t, h] / np.sqrt(C), sinks[h])
     weights = np.exp(scores - scores.max())
     out[b, t, h] = weights[:-1] @ values[b, k, seen] / weights.sum()
@@ -141,28 +141,28 @@ def text(seed=0):
   ]
 
 
-def attend_in_window(window, query, keys, values, first, count, reach, sinks=SINKS, **options):
+def attend_in_window(cache, query, keys, values, first, count, window, sinks=SINKS, **options):
   """Rows of the texts from positions `first` `[B]` on."""
   positions = jnp.asarray(np.asarray(first)[:, None] + np.arange(count))
   rows = lambda a: jnp.stack([x[p] for x, p in zip(a, positions)])
   own = query, keys.swapaxes(1, 2), values.swapaxes(1, 2)
   found = attention.attend(
-    *map(rows, own), positions, window, 1, jnp.asarray(sinks, jnp.float32), reach, **options
+    *map(rows, own), positions, cache, 1, jnp.asarray(sinks, jnp.float32), window, **options
   )
   np.testing.assert_allclose(
-    found, by_definition(rows(query), keys, values, positions, sinks, reach), rtol=1e-4, atol=1e-5
+    found, by_definition(rows(query), keys, values, positions, sinks, window), rtol=1e-4, atol=1e-5
   )
 
 
 def filled_window(capacity, keys, values, lengths):
   """The second of three layers holds the last positions below `lengths`."""
-  empty = Window(
+  empty = SlidingCache(
     *(
       jnp.full((3, B, n, capacity, c), v)
       for n, c, v in ((K, C, 1e30), (K, C, 1e30), (1, 1, kv_cache.NO_POSITION))
     )
   )
-  return kv_cache.write_window(
+  return kv_cache.write_sliding(
     empty,
     keys.swapaxes(1, 2),
     values.swapaxes(1, 2),
@@ -172,36 +172,40 @@ def filled_window(capacity, keys, values, lengths):
   )
 
 
-@pytest.mark.parametrize("reach, capacity", [(4, 4), (4, 6), (9, 9), (1, 1), (4, TEXT), (99, TEXT)])
-def test_a_row_sees_the_last_positions_of_a_window_and_a_sink(block, reach, capacity):
+@pytest.mark.parametrize(
+  "window, capacity", [(4, 4), (4, 6), (9, 9), (1, 1), (4, TEXT), (99, TEXT)]
+)
+def test_a_row_sees_the_last_positions_of_a_window_and_a_sink(block, window, capacity):
   query, keys, values = text()
   for lengths in ([0, 3], [17, 8], [22, 22]):
-    window = filled_window(capacity, keys, values, lengths)
-    attend_in_window(window, query, keys, values, lengths, 1, reach)
-    attend_in_window(window, query, keys, values, lengths, TEXT - max(lengths), reach, among=True)
+    cache = filled_window(capacity, keys, values, lengths)
+    attend_in_window(cache, query, keys, values, lengths, 1, window)
+    attend_in_window(
+      cache, query, keys, values, lengths, TEXT - max(lengths), window, attend_to_new=True
+    )
 
 
 def test_rows_of_a_filled_text_are_run_beside_each_other(block):
   """All positions are held: later ones are there already, and are not seen."""
   query, keys, values = text()
-  window = filled_window(TEXT, keys, values, [TEXT, TEXT])
+  cache = filled_window(TEXT, keys, values, [TEXT, TEXT])
   for first, count in (([0, 0], TEXT), ([3, 15], 8), ([22, 0], 1)):
-    attend_in_window(window, query, keys, values, first, count, 4)
+    attend_in_window(cache, query, keys, values, first, count, 4)
 
 
 def test_blocks_of_a_filled_text_that_no_row_reaches_are_not_read(monkeypatch):
   monkeypatch.setattr(attention, "block_slots", lambda: 2)
   query, keys, values = text()
-  window = filled_window(TEXT, keys, values, [TEXT, TEXT])
-  poisoned = window.replace(
-    values=window.values.at[:, :, :, :8].set(jnp.nan).at[:, :, :, 18:].set(jnp.nan)
+  cache = filled_window(TEXT, keys, values, [TEXT, TEXT])
+  poisoned = cache.replace(
+    values=cache.values.at[:, :, :, :8].set(jnp.nan).at[:, :, :, 18:].set(jnp.nan)
   )
   attend_in_window(poisoned, query, keys, values, [12, 13], 4, 5)
 
 
-@pytest.mark.parametrize("reach", [None, 1, 4, 99])
-def test_rows_without_a_cache_see_each_other_and_a_sink(reach):
-  attend_in_window(None, *text(), [0, 0], TEXT, TEXT if reach is None else reach)
+@pytest.mark.parametrize("window", [None, 1, 4, 99])
+def test_rows_without_a_cache_see_each_other_and_a_sink(window):
+  attend_in_window(None, *text(), [0, 0], TEXT, TEXT if window is None else window)
 
 
 @pytest.mark.parametrize("size", [-1e4, 1e4])
@@ -231,7 +235,7 @@ def test_gradients_with_sinks_and_a_window_are_those_of_the_formula():
 
   def ours(query, keys, values, sinks):
     return attention.attend(
-      query, keys.swapaxes(1, 2), values.swapaxes(1, 2), positions, sinks_H=sinks, reach=4
+      query, keys.swapaxes(1, 2), values.swapaxes(1, 2), positions, sinks_H=sinks, window=4
     )
 
   arguments = query, keys, values, jnp.asarray(SINKS, jnp.float32)

@@ -56,29 +56,29 @@ SLIDING = tiny.config("olmoe", num_layers=6, sliding_window=4, sliding_layers=(1
 def test_an_empty_window_is_as_long_as_rows_see_or_as_the_text():
   cache = kv_cache.empty(SLIDING, 5, 7)
   assert cache.keys.shape == (3, 5, 2, 7, 8)
-  assert cache.window.keys.shape == cache.window.values.shape == (3, 5, 2, 4, 8)
-  assert cache.window.positions.shape == (3, 5, 1, 4, 1)
-  assert (cache.window.positions == kv_cache.NO_POSITION).all()
-  assert kv_cache.empty(SLIDING, 5, 7, whole=True).window.capacity == 7
-  assert kv_cache.empty(SLIDING, 5, 3).window.capacity == 3
-  assert kv_cache.empty(SLIDING, 5, 7, (2, 5)).window.keys.shape[0] == 1
-  assert kv_cache.empty(CONFIG, 5, 7).window is None
+  assert cache.sliding.keys.shape == cache.sliding.values.shape == (3, 5, 2, 4, 8)
+  assert cache.sliding.positions.shape == (3, 5, 1, 4, 1)
+  assert (cache.sliding.positions == kv_cache.NO_POSITION).all()
+  assert kv_cache.empty(SLIDING, 5, 7, whole=True).sliding.capacity == 7
+  assert kv_cache.empty(SLIDING, 5, 3).sliding.capacity == 3
+  assert kv_cache.empty(SLIDING, 5, 7, (2, 5)).sliding.keys.shape[0] == 1
+  assert kv_cache.empty(CONFIG, 5, 7).sliding is None
 
 
 def test_the_place_of_a_layer_counts_its_kind_from_the_first_of_the_cache():
-  def places(layers, stretch, offset):
+  def places(layers, layer_range, offset):
     found = [
-      kv_cache.layer_location(SLIDING, jnp.int32(layer), stretch, offset) for layer in layers
+      kv_cache.layer_location(SLIDING, jnp.int32(layer), layer_range, offset) for layer in layers
     ]
-    return [(bool(p.slides), int(p.index)) for p in found]
+    return [(bool(p.is_sliding), int(p.index)) for p in found]
 
   whole = [(False, 0), (True, 0), (True, 1), (False, 1), (False, 2), (True, 2)]
   assert places(range(6), (0, 6), 0) == whole
   assert places(range(1, 6), (1, 6), 1) == [(True, 0), (True, 1), (False, 0), (False, 1), (True, 2)]
   assert places(range(4, 6), (4, 6), 2) == [(False, 1), (True, 1)]
-  # Known before running where a stretch is of one kind.
-  assert kv_cache.layer_location(SLIDING, jnp.int32(3), (3, 5)).slides is False
-  assert kv_cache.layer_location(SLIDING, jnp.int32(1), (1, 3)).slides is True
+  # Known before running where a range is of one kind.
+  assert kv_cache.layer_location(SLIDING, jnp.int32(3), (3, 5)).is_sliding is False
+  assert kv_cache.layer_location(SLIDING, jnp.int32(1), (1, 3)).is_sliding is True
   assert kv_cache.layer_location(CONFIG, 2, (0, 3), 1) == kv_cache.LayerLocation(False, 1)
 
 
@@ -87,8 +87,8 @@ def test_a_window_holds_the_last_positions_below_the_length(chunks):
   lengths = np.array([19, 0, 5, 13])
   random = np.random.RandomState(0)
   keys, values = (random.standard_normal((4, 21, 2, 8)).astype(np.float32) for _ in range(2))
-  write = jax.jit(kv_cache.write_window)
-  window, start = kv_cache.empty(SLIDING, 4, 32).window, 0
+  write = jax.jit(kv_cache.write_sliding)
+  window, start = kv_cache.empty(SLIDING, 4, 32).sliding, 0
   for count in chunks:
     new = (jnp.asarray(a[:, start : start + count]) for a in (keys, values))
     window = write(window, *new, jnp.full(4, start), jnp.int32(1), jnp.asarray(lengths))
@@ -112,13 +112,13 @@ def test_one_step_is_put_into_layers_of_both_kinds():
   for row, position in enumerate([3, 6]):
     for arrays, layers, slot in (
       (found, (0, 3, 4), position),
-      (found.window, (1, 2, 5), position % 4),
+      (found.sliding, (1, 2, 5), position % 4),
     ):
       new = keys[jnp.asarray(layers), row, 0]
       np.testing.assert_array_equal(arrays.keys[:, row, :, slot], new)
       np.testing.assert_array_equal(arrays.values[:, row, :, slot], 2 * new)
-    assert (found.window.positions[:, row, 0, position % 4, 0] == position).all()
-  assert np.count_nonzero(found.keys) == np.count_nonzero(found.window.keys) == 3 * 2 * 16
+    assert (found.sliding.positions[:, row, 0, position % 4, 0] == position).all()
+  assert np.count_nonzero(found.keys) == np.count_nonzero(found.sliding.keys) == 3 * 2 * 16
 
 
 def test_members_share_one_cache_without_copies():

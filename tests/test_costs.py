@@ -179,9 +179,9 @@ def test_groups_are_read_in_every_form():
 
 
 def test_a_ring_sends_all_but_the_own_part():
-  assert Collective("all-gather", 800, 8).sent == 700
-  assert Collective("all-reduce", 800, 8).sent == 1400
-  assert Collective("collective-permute", 800, 2).sent == 800
+  assert Collective("all-gather", 800, 8).bytes_sent == 700
+  assert Collective("all-reduce", 800, 8).bytes_sent == 1400
+  assert Collective("collective-permute", 800, 2).bytes_sent == 800
 
 
 # Programs of published sizes, compiled for 64 devices. Of scoring, Mixtral's rows are
@@ -221,7 +221,7 @@ def test_bytes_on_a_device_are_those_of_compiled_programs(programs, case):
     kind=kind,
   )
   # A chunk of scoring is given the tokens of its positions only.
-  held = expected.weights + expected.cache + (expected.texts if kind == "step" else 0)
+  held = expected.weights + expected.cache + (expected.tokens if kind == "step" else 0)
   assert found["arguments"] == pytest.approx(held, rel=1e-3)
   assert expected.activations / 1.5 < found["temporaries"] < 1.5 * expected.activations + 2**25
   assert found["arguments"] + found["temporaries"] == pytest.approx(expected.total, rel=0.1)
@@ -246,8 +246,8 @@ def test_collectives_are_those_of_compiled_programs_and_move_no_weights(programs
   collectives = Counter(
     {Collective(c["kind"], c["num_bytes"], c["devices"]): c["count"] for c in found["collectives"]}
   )
-  sent = sum(c.sent * count for c, count in collectives.items())
-  assert 0 <= collectives.total() - expected.num_moves <= 8
-  assert sent == pytest.approx(expected.sent, rel=0.02)
+  sent = sum(c.bytes_sent * count for c, count in collectives.items())
+  assert 0 <= collectives.total() - expected.num_collectives <= 8
+  assert sent == pytest.approx(expected.bytes_sent, rel=0.02)
   # Weights are held in 8 or 16 bits; nothing else is moved in these but embedded tokens.
   assert found["narrow"] == [f"{texts},{positions},{config.d_model}"]

@@ -211,7 +211,7 @@ def test_choice_of_strategy(monkeypatch):
   assert (
     choice(1, 8, 64, "float32", "cpu") == choice(1000, 8, 64, "bfloat16", "cpu") == "tiled_loop"
   )
-  monkeypatch.setattr(experts_lib, "kernel_works", lambda *args: True)
+  monkeypatch.setattr(experts_lib, "kernel_passes", lambda *args: True)
   assert choice(1, 8, 64, "bfloat16", "cpu", "int4") == "tiled_loop"
   # A layout that a TPU's kernel would have changed.
   assert choice(1, 8, 64, "bfloat16", "tpu", None, 2880) == "dense"
@@ -222,7 +222,7 @@ def test_choice_of_strategy(monkeypatch):
     assert choice(4, 8, 64, "bfloat16", platform) == "gather_gemv"
     assert choice(5, 8, 64, "bfloat16", platform) == "dense"
     assert choice(181, 8, 64, "bfloat16", platform) == "grouped_matmul"
-  monkeypatch.setattr(experts_lib, "kernel_works", lambda *args: False)
+  monkeypatch.setattr(experts_lib, "kernel_passes", lambda *args: False)
   assert {choice(n, 8, 64, "bfloat16", "gpu") for n in (1, 100, 1000)} == {"dense"}
   assert {choice(n, 8, 64, "bfloat16", "gpu", "int8") for n in (1, 100, 1000)} == {"tiled_loop"}
 
@@ -231,9 +231,9 @@ def test_choice_of_strategy(monkeypatch):
 @pytest.mark.parametrize("strategy", ["gather_gemv", "grouped_matmul"])
 def test_a_kernel_is_used_only_if_it_works(strategy, expert_format, monkeypatch):
   def works():
-    return experts_lib.kernel_works(strategy, "float32", expert_format)
+    return experts_lib.kernel_passes(strategy, "float32", expert_format)
 
-  experts_lib.kernel_works.cache_clear()
+  experts_lib.kernel_passes.cache_clear()
   # Called while a program is traced, as the choice is.
   jax.jit(lambda x: x if works() else 1 / 0)(1.0)
 
@@ -241,14 +241,14 @@ def test_a_kernel_is_used_only_if_it_works(strategy, expert_format, monkeypatch)
     raise RuntimeError("no such instruction")
 
   for broken in (raising, lambda *args: 1.01 * experts_lib.dense(*args)):
-    experts_lib.kernel_works.cache_clear()
+    experts_lib.kernel_passes.cache_clear()
     monkeypatch.setitem(experts_lib._FUNCTIONS, strategy, broken)
     assert not works()
-  experts_lib.kernel_works.cache_clear()
+  experts_lib.kernel_passes.cache_clear()
 
 
 def test_an_unknown_strategy_is_refused():
-  with pytest.raises(ValueError, match="'fast'.*blocks, dense, selected, grouped, padded"):
+  with pytest.raises(ValueError, match="'fast'.*tiled_loop, dense, gather_gemv, grouped_matmul"):
     experts_lib.apply(weights(), 0, *rows(1), "fast")
 
 

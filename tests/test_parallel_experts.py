@@ -52,18 +52,18 @@ def rows(n, lead=(), hot=None):
   )
 
 
-def over_devices(on, strategy, params, args, rows_split, layer=1):
+def over_devices(on, strategy, params, args, tokens_sharded, layer=1):
   """`experts.apply` by parts, on a mesh; a leading axis of the rows is mapped."""
   lead = (None,) * (args[0].ndim - 2)
-  row_spec = P(*lead, "expert" if rows_split else None)
+  row_spec = P(*lead, "expert" if tokens_sharded else None)
 
   def part(experts, *args):
     run = functools.partial(
       experts_lib.apply,
-      expert_parallel.biased_once(experts),
+      expert_parallel.bias_on_one_device(experts),
       layer,
       strategy=strategy,
-      rows_split=rows_split,
+      tokens_sharded=tokens_sharded,
     )
     return (jax.vmap(run) if lead else run)(*args)
 
@@ -89,20 +89,20 @@ def assert_close(actual, expected):
   assert np.abs(expected).max() > 0.1
 
 
-@pytest.mark.parametrize("rows_split", [False, True])
+@pytest.mark.parametrize("tokens_sharded", [False, True])
 @pytest.mark.parametrize("expert,tensor", [(8, 1), (2, 2), (1, 4)])
 @pytest.mark.parametrize("strategy", experts_lib.STRATEGIES)
-def test_devices_together_compute_what_one_does(strategy, expert, tensor, rows_split):
+def test_devices_together_compute_what_one_does(strategy, expert, tensor, tokens_sharded):
   params, args = weights(), rows(16)
   expected = on_one("dense", params, 1, *args)
-  actual = over_devices(mesh(expert, tensor), strategy, params, args, rows_split and expert > 1)
+  actual = over_devices(mesh(expert, tensor), strategy, params, args, tokens_sharded and expert > 1)
   assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("rows_split", [False, True])
-def test_members_of_a_roster_are_folded_into_the_rows(rows_split):
+@pytest.mark.parametrize("tokens_sharded", [False, True])
+def test_members_of_a_roster_are_folded_into_the_rows(tokens_sharded):
   params, args = weights(bias=False), rows(8, lead=(3,))
-  actual = over_devices(mesh(4, 2), "tiled_loop", params, args, rows_split)
+  actual = over_devices(mesh(4, 2), "tiled_loop", params, args, tokens_sharded)
   for i in range(3):
     assert_close(actual[i], on_one("dense", params, 1, *(a[i] for a in args)))
 
@@ -131,12 +131,12 @@ def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_si
   return jnp.where(right, result, jnp.full_like(result, -7))
 
 
-@pytest.fixture(params=["exchanged", "exchanged_ragged"])
+@pytest.fixture(params=["via_all_to_all", "via_ragged_all_to_all"])
 def exchange(request, monkeypatch):
   """The name of the exchange of rows that is chosen."""
   monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
   monkeypatch.setattr(
-    expert_parallel, "_ragged_is_possible", lambda *args: request.param == "exchanged_ragged"
+    expert_parallel, "_ragged_is_possible", lambda *args: request.param == "via_ragged_all_to_all"
   )
   return request.param
 
@@ -145,7 +145,7 @@ def exchange(request, monkeypatch):
 @pytest.mark.parametrize("room", [1, 3, 32])
 @pytest.mark.parametrize("expert,tensor", [(4, 2), (8, 1), (2, 1)])
 def test_exchanged_rows_all_come_to_their_experts(monkeypatch, exchange, expert, tensor, room, hot):
-  monkeypatch.setattr(expert_parallel, "exchange_room", lambda *sizes: room)
+  monkeypatch.setattr(expert_parallel, "exchange_capacity", lambda *sizes: room)
   params, args = weights(), rows(32, hot=hot)
   actual = over_devices(mesh(expert, tensor), "tiled_loop", params, args, True)
   assert_close(actual, on_one("dense", params, 1, *args))
@@ -153,7 +153,7 @@ def test_exchanged_rows_all_come_to_their_experts(monkeypatch, exchange, expert,
 
 def test_rows_without_experts_and_devices_without_rows(monkeypatch, exchange):
   """Choices of no expert, on one device for all of its rows."""
-  monkeypatch.setattr(expert_parallel, "exchange_room", lambda *sizes: 4)
+  monkeypatch.setattr(expert_parallel, "exchange_capacity", lambda *sizes: 4)
   params, (x, indices, gates) = weights(), rows(32, hot=(0, 1, 6))
   none = (jnp.arange(32) % 5 == 0) | ((jnp.arange(32) >= 8) & (jnp.arange(32) < 16))
   args = x, jnp.where(none[:, None], E, indices), jnp.where(none[:, None], 0, gates)
@@ -163,7 +163,7 @@ def test_rows_without_experts_and_devices_without_rows(monkeypatch, exchange):
 
 
 def test_members_are_folded_into_the_rows_that_are_exchanged(monkeypatch, exchange):
-  monkeypatch.setattr(expert_parallel, "exchange_room", lambda n, *sizes: n // 2)
+  monkeypatch.setattr(expert_parallel, "exchange_capacity", lambda n, *sizes: n // 2)
   params, args = weights(bias=False), rows(16, lead=(3,))
   actual = over_devices(mesh(4, 2), "tiled_loop", params, args, True)
   for i in range(3):
@@ -172,7 +172,7 @@ def test_members_are_folded_into_the_rows_that_are_exchanged(monkeypatch, exchan
 
 def test_devices_with_different_numbers_of_turns_wait_for_each_other(monkeypatch, exchange):
   """Only one of two groups of devices has rows that take more than one turn."""
-  monkeypatch.setattr(expert_parallel, "exchange_room", lambda *sizes: 6)
+  monkeypatch.setattr(expert_parallel, "exchange_capacity", lambda *sizes: 6)
   params, (x, _, gates) = weights(), rows(64)
   # Each device's 8 rows go to two devices, or 4 of them to each.
   first, others = jnp.zeros(32, jnp.int32), jnp.arange(32, dtype=jnp.int32)
@@ -180,7 +180,7 @@ def test_devices_with_different_numbers_of_turns_wait_for_each_other(monkeypatch
   spec = P(("data", "expert"))
   run = jax.jit(
     sharding.map_shards(
-      lambda params, *args: experts_lib.apply(params, 0, *args, "tiled_loop", rows_split=True),
+      lambda params, *args: experts_lib.apply(params, 0, *args, "tiled_loop", tokens_sharded=True),
       mesh(4, data=2),
       (_WEIGHTS, spec, spec, spec),
       spec,
@@ -194,15 +194,15 @@ MESH = (("data", 2), ("expert", 4), ("tensor", 1))
 
 @pytest.fixture
 def tried_anew():
-  expert_parallel.ragged_works.cache_clear()
+  expert_parallel.ragged_passes.cache_clear()
   yield
-  expert_parallel.ragged_works.cache_clear()
+  expert_parallel.ragged_passes.cache_clear()
 
 
 def test_a_ragged_exchange_that_works_is_found_to_do_so(monkeypatch, tried_anew):
   monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
   # Asked while a program is traced, as the choice is.
-  jax.jit(lambda x: x if expert_parallel.ragged_works(MESH, "bfloat16", 32, 2) else 1 / 0)(1.0)
+  jax.jit(lambda x: x if expert_parallel.ragged_passes(MESH, "bfloat16", 32, 2) else 1 / 0)(1.0)
 
 
 def _shifted(operand, output, *where, **kwargs):
@@ -221,7 +221,7 @@ def test_a_ragged_exchange_that_does_not_work_is_not_used(
   monkeypatch, caplog, tried_anew, broken, reason
 ):
   monkeypatch.setattr(jax.lax, "ragged_all_to_all", broken)
-  assert not expert_parallel.ragged_works(MESH, "float32", 32, 2)
+  assert not expert_parallel.ragged_passes(MESH, "float32", 32, 2)
   assert reason in caplog.text and "using exchanges of one size instead" in caplog.text
 
 
@@ -234,7 +234,7 @@ def test_processes_decide_alike(monkeypatch, caplog):
   found = []
 
   def works(x):
-    found.append(kernel_check.works(lambda: 0.0, 1e-5, "it", "another"))
+    found.append(kernel_check.passes(lambda: 0.0, 1e-5, "it", "another"))
     return x
 
   jax.jit(works)(1.0)
@@ -246,12 +246,12 @@ def test_processes_decide_alike(monkeypatch, caplog):
 def test_what_is_lowered_for_an_accelerator(monkeypatch, platform):
   """One exchange each of rows, choices and gates, and one of results."""
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu" if platform == "tpu" else "gpu")
-  monkeypatch.setattr(expert_parallel, "ragged_works", lambda *args: True)
-  monkeypatch.setattr(expert_parallel, "exchange_room", lambda *sizes: 8)
+  monkeypatch.setattr(expert_parallel, "ragged_passes", lambda *args: True)
+  monkeypatch.setattr(expert_parallel, "exchange_capacity", lambda *sizes: 8)
   spec = P("expert")
   run = jax.jit(
     sharding.map_shards(
-      lambda params, *args: experts_lib.apply(params, 0, *args, "dense", rows_split=True),
+      lambda params, *args: experts_lib.apply(params, 0, *args, "dense", tokens_sharded=True),
       mesh(8),
       (_WEIGHTS, spec, spec, spec),
       spec,
@@ -262,17 +262,17 @@ def test_what_is_lowered_for_an_accelerator(monkeypatch, platform):
 
 
 def test_what_is_exchanged_and_what_is_gathered():
-  assert expert_parallel.exchange_room(127, 2, 8) == 0  # few rows
-  assert expert_parallel.exchange_room(128, 8, 8) == 0  # of which most would go to most devices
-  assert expert_parallel.exchange_room(128, 2, 8) == 40  # 1.25 * 128 * (1 - (7/8)^2) = 37.5
-  assert expert_parallel.exchange_room(4096, 8, 64) == 608
+  assert expert_parallel.exchange_capacity(127, 2, 8) == 0  # few rows
+  assert expert_parallel.exchange_capacity(128, 8, 8) == 0  # of which most would go to most devices
+  assert expert_parallel.exchange_capacity(128, 2, 8) == 40  # 1.25 * 128 * (1 - (7/8)^2) = 37.5
+  assert expert_parallel.exchange_capacity(4096, 8, 64) == 608
 
 
 def test_an_exchange_moves_less_than_a_gathering():
   n, devices = 128, 8
   args = rows(n * devices)
   moved = {}
-  for room in (0, expert_parallel.exchange_room(n, 2, devices)):
+  for room in (0, expert_parallel.exchange_capacity(n, 2, devices)):
     args = args[0], args[1][:, :2], args[2][:, :2]
     text = _lowered(mesh(devices), weights(bias=False), args, room)
     moved[room] = max(_rows_moved(text))
@@ -283,8 +283,8 @@ def _lowered(on, params, args, room):
   def part(params, *args):
     share = functools.partial(_dense, params)
     if room:
-      return expert_parallel.exchanged(share, E // 8, *args, room)
-    return expert_parallel.gathered(share, E // 8, *args)
+      return expert_parallel.via_all_to_all(share, E // 8, *args, room)
+    return expert_parallel.via_all_gather(share, E // 8, *args)
 
   specs = _WEIGHTS.replace(gate_up_bias=None, down_bias=None)
   run = sharding.map_shards(part, on, (specs, P("expert"), P("expert"), P("expert")), P("expert"))

@@ -9,7 +9,7 @@ import tiny
 
 from roe_jax import checkpoint, decode, quantization, scoring
 from roe_jax import params as params_lib
-from roe_jax.quantization import FORMATS, Quantized, dequantize, quantize, widen
+from roe_jax.quantization import FORMATS, Quantized, dequantize, dequantize_on_host, quantize
 from roe_jax.roster import Roster
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -58,10 +58,10 @@ CASES += [("int8", -1, 4, 7), ("int8", -2, 7, 3), ("int4", -1, 2, 320)]
 def test_weights_are_rounded_to_the_nearest_and_read_alike_everywhere(format, axis, rows, width):
   array = matrix(rows, width)
   quantized = quantize(array, format, axis)
-  plain = dequantize(quantized)
-  np.testing.assert_array_equal(jax.jit(widen)(jax.tree.map(jnp.asarray, quantized)), plain)
+  plain = dequantize_on_host(quantized)
+  np.testing.assert_array_equal(jax.jit(dequantize)(jax.tree.map(jnp.asarray, quantized)), plain)
   held = params_lib.in_storage_dtype(jax.tree.map(jnp.asarray, quantized))  # scales as bits
-  np.testing.assert_array_equal(widen(held), plain)
+  np.testing.assert_array_equal(dequantize(held), plain)
   expected, scales = np.moveaxis(
     np.array(
       [
@@ -88,7 +88,7 @@ def test_weights_are_rounded_to_the_nearest_and_read_alike_everywhere(format, ax
   assert np.all(plain[0, : rows // 2] == 0) or axis == -2
   again = quantize(plain, format, axis)
   if format != "int8":  # a scale that was rounded up is found again to a rounding
-    np.testing.assert_array_equal(dequantize(again), plain)
+    np.testing.assert_array_equal(dequantize_on_host(again), plain)
 
 
 def test_all_levels_are_used():
@@ -103,12 +103,21 @@ def test_mxfp4_rounds_to_the_nearest_of_its_values_and_ties_to_even():
   exact = np.array(FP4[:8])
   values = np.linspace(0, 7.99, 32 * 100).astype(np.float32).reshape(100, 32)
   values[:, 0] = 4  # the scale is one
-  got = dequantize(quantize(values, "mxfp4", -1))
+  got = dequantize_on_host(quantize(values, "mxfp4", -1))
   nearest = np.abs(values[..., None] - exact).min(-1)
   np.testing.assert_array_equal(np.abs(got - values), nearest.astype(np.float32))
   ties = np.zeros((1, 32), np.float32)
   ties[0, :8] = 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, -5
-  assert dequantize(quantize(ties, "mxfp4", -1))[0, :8].tolist() == [0, 1, 1, 2, 2, 4, 4, -4]
+  assert dequantize_on_host(quantize(ties, "mxfp4", -1))[0, :8].tolist() == [
+    0,
+    1,
+    1,
+    2,
+    2,
+    4,
+    4,
+    -4,
+  ]
 
 
 @pytest.mark.parametrize("exponent", [0, 1, 2, 64, 127, 200, 253])
@@ -118,12 +127,12 @@ def test_mxfp4_is_widened_exactly_without_small_numbers(exponent):
   nibbles = np.concatenate([codes & 15, codes >> 4], axis=-1)
   with np.errstate(over="ignore"):
     exact = np.ldexp(np.array(FP4)[nibbles], exponent - 127).astype(np.float32)
-    np.testing.assert_array_equal(dequantize(quantized), exact)
+    np.testing.assert_array_equal(dequantize_on_host(quantized), exact)
   exact[np.abs(exact) < np.finfo(np.float32).tiny] = 0  # XLA's CPU backend has no others
-  np.testing.assert_array_equal(jax.jit(widen)(quantized), exact)
+  np.testing.assert_array_equal(jax.jit(dequantize)(quantized), exact)
   if 2 < exponent < 250:
     np.testing.assert_array_equal(
-      np.asarray(jax.jit(widen, static_argnums=1)(quantized, jnp.bfloat16), np.float32), exact
+      np.asarray(jax.jit(dequantize, static_argnums=1)(quantized, jnp.bfloat16), np.float32), exact
     )
 
 
@@ -146,7 +155,7 @@ def test_weights_that_are_not_finite_are_refused(format, value):
 def test_weights_too_small_for_a_scale_become_zero():
   array = np.full((32, 64), 1e-39, np.float32)
   for format in ("int8", "int4"):
-    assert not dequantize(quantize(array, format, -1)).any()
+    assert not dequantize_on_host(quantize(array, format, -1)).any()
 
 
 @pytest.mark.parametrize(
@@ -154,7 +163,7 @@ def test_weights_too_small_for_a_scale_become_zero():
   [
     (dict(expert_format="mxfp4", d_model=48), "blocks of 32.*d_model 48 .*int8 or int4"),
     (dict(expert_format="mxfp4", d_expert=16), "d_expert 16"),
-    (dict(expert_format="int4", d_model=31), "even d_model, got 31: take int8"),
+    (dict(expert_format="int4", d_model=31), "even d_model, got 31: use int8"),
   ],
 )
 def test_sizes_that_a_format_does_not_have_are_refused(changes, message):
@@ -182,7 +191,7 @@ def test_parameters_are_described_made_counted_and_stored(tmp_path, format):
   params_lib.validate(made, config)
   usual = params_lib.initialize(plain, jax.random.key(0)).layers.experts
   for name in quantization.CONTRACTED:
-    ratio = np.std(widen(getattr(made.layers.experts, name))) / np.std(
+    ratio = np.std(dequantize(getattr(made.layers.experts, name))) / np.std(
       np.asarray(getattr(usual, name), np.float32)
     )
     assert 0.5 < ratio < 2
@@ -207,7 +216,7 @@ def test_a_quantized_model_is_the_model_of_its_widened_weights(format):
   widened = params.replace(
     layers=params.layers.replace(
       experts=jax.tree.map(
-        lambda w: widen(w) if quantization.is_quantized(w) else w,
+        lambda w: dequantize(w) if quantization.is_quantized(w) else w,
         params.layers.experts,
         is_leaf=quantization.is_quantized,
       )
@@ -216,7 +225,7 @@ def test_a_quantized_model_is_the_model_of_its_widened_weights(format):
   texts = tiny.texts([9, 12])
   roster = Roster.create(config, 3, 0.5)
   scores = [
-    scoring.score(p, c, texts, roster=r).texts
+    scoring.score(p, c, texts, roster=r).sequences
     for p, c, r in (
       (params, config, roster),
       (widened, plain, roster),
@@ -237,7 +246,7 @@ def test_generation_and_scores_of_a_quantized_model_agree(dtype):
   generation = decode.generate(params, config, prompts, max_new_tokens=4, roster=roster)
   texts = [p + list(c.tokens) for p, c in zip(prompts, generation.completions)]
   scores = scoring.score(params, config, texts, list(map(len, prompts)), roster=roster)
-  for completion, scored in zip(generation.completions, scores.texts):
+  for completion, scored in zip(generation.completions, scores.sequences):
     np.testing.assert_allclose(
       completion.log_probs,
       scored.log_probs[:, 0],

@@ -54,7 +54,7 @@ def by_loop(params, layer, x, indices, gates, activation, dtype):
   for name in params.__dataclass_fields__:
     w = getattr(params, name)
     if is_quantized(w):  # in the dtype that they are widened to
-      w = quantization.dequantize(jax.tree.map(np.asarray, w)).astype(dtype)
+      w = quantization.dequantize_on_host(jax.tree.map(np.asarray, w)).astype(dtype)
     plain[name] = None if w is None else np.asarray(w, np.float64)[layer]
   x, gates = np.asarray(x, np.float64), np.asarray(gates, np.float64)
   y, magnitude = np.zeros_like(x), np.zeros_like(x)

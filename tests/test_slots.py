@@ -148,7 +148,7 @@ def test_prefill_comes_in_five_lengths_at_most(monkeypatch):
     sizes.add(tokens.shape[1])
     covered += tokens.shape[1]
 
-  monkeypatch.setattr(decode, "prefill_chunk", prefill_chunk)
+  monkeypatch.setattr(prefill, "prefill_chunk", prefill_chunk)
   roster = Roster.create(tiny.config("olmoe"))
   for capacity in (128, 160, 448, 1280):
     sizes.clear()
@@ -165,7 +165,7 @@ def test_no_prompts_need_no_time(olmoe):
 
 
 def test_there_is_room_for_the_longest_prompt_wherever_it_comes(olmoe, monkeypatch):
-  monkeypatch.setattr(decode, "MIN_CAPACITY", 1)
+  monkeypatch.setattr(prefill, "MIN_CAPACITY", 1)
   config, _ = olmoe
   for lengths in ((3, 20, 5), (20, 3, 5), (3, 5, 20)):
     assert prefill.capacity_for(config, tiny.texts(lengths), NEW) >= 20 + NEW + 1
@@ -188,7 +188,7 @@ def test_a_text_is_placed_as_it_is_and_no_other_changes(dtype, cache):
 
   state, before = start(PROMPTS[:3], IDS[:3])
   other, source = start(PROMPTS[3:5], IDS[3:5])
-  after = decode.place(state, np.int32(2), other, np.int32(1))
+  after = decode.insert_sequence(state, np.int32(2), other, np.int32(1))
   assert jax.tree.leaves(after.cache)[0].dtype == numerics.storage_dtype(dtype)
   first = jax.tree.map(lambda a: np.moveaxis(np.asarray(a, np.float32), -4, 0), after.cache)
   for found, old, new in zip(

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 from roe_jax import batching, costs, decode, members, prefill, scoring, sharding
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
-from roe_jax.costs import Cost, Memory
+from roe_jax.costs import DeviceCost, Memory
 from roe_jax.roster import Roster
 
 # Of a device's memory, what is counted on; the rest is for the platform and the
@@ -117,7 +117,7 @@ class Plan:
     prefill = of(self.roster.history(), self.prefill_positions, "prefill")
     return dataclasses.replace(most, activations=max(most.activations, prefill.activations))
 
-  def prefill(self, mesh: AbstractMesh) -> Cost:
+  def prefill(self, mesh: AbstractMesh) -> DeviceCost:
     """Of one chunk of all texts, in the middle of them."""
     return costs.call(
       self.config,
@@ -131,7 +131,7 @@ class Plan:
       platform=self.platform,
     )
 
-  def call(self, mesh: AbstractMesh) -> Cost:
+  def call(self, mesh: AbstractMesh) -> DeviceCost:
     """Of the last step, or of a chunk of scoring in the middle of the texts."""
     context = self.length // 2 if self.scoring else self.length - 1
     return costs.call(
@@ -212,7 +212,7 @@ def _bytes(plan, mesh):
   if not plan.scoring:
     ready = max(1, plan.batch_size // decode.READY_SHARE)
     lines[f"cache of {ready} prompts held ready"] = found.cache * ready // plan.batch_size
-  return lines | {"tokens": found.texts, "activations, about": found.activations}
+  return lines | {"tokens": found.tokens, "activations, about": found.activations}
 
 
 def _total(plan, mesh):
@@ -244,8 +244,8 @@ def _work(plan, mesh) -> Iterator[str]:
   yield line("TFLOPs of a device", [c.flops / 1e12 for c in calls])
   for name in ("weights", "cache", "logits"):
     yield line(f"GB of {name} read", [getattr(c, name) / 1e9 for c in calls])
-  yield line("collectives", [c.num_moves for c in calls], 0)
-  yield line("GB that a device sends in them", [c.sent / 1e9 for c in calls])
+  yield line("collectives", [c.num_collectives for c in calls], 0)
+  yield line("GB that a device sends in them", [c.bytes_sent / 1e9 for c in calls])
   if plan.device:
     yield from _times(plans, mesh, calls, line)
   yield line("GFLOPs of a token, all devices", [_token_flops(p) / 1e9 for p in plans])

@@ -292,7 +292,7 @@ class Engine:
         candidates=[list(last) for last in lasts],
         batch_size=self.batch_size,
         min_shape=(rows, positions),
-      ).texts
+      ).sequences
       seconds = self._stopwatch.lap() / len(missing)
       answers = {}
       for text, start, last, scores in zip(tokens, starts, lasts, found):

@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 
 from experiments.cli import app
 from experiments.evaluation.methods import Method
-from experiments.evaluation.prompts import Asking
+from experiments.evaluation.prompts import PromptBuilder
 from experiments.tasks import Example, Task
 from roe_jax import batching, costs, decode, diagnostics, prefill, scoring, sharding
 from roe_jax.params import Params
@@ -91,8 +91,8 @@ class Answers:
 class Measurer:
   """A model with the way it is asked, and methods to be measured on it."""
 
-  def __init__(self, params: Params, asking: Asking, batch_size: int):
-    self._params, self._asking, self._batch_size = params, asking, batch_size
+  def __init__(self, params: Params, prompt_builder: PromptBuilder, batch_size: int):
+    self._params, self._prompt_builder, self._batch_size = params, prompt_builder, batch_size
     self._programs = app.CompiledPrograms()
 
   def answer(
@@ -115,7 +115,7 @@ class Measurer:
 
   def _generate(self, method, seed, batch):
     config, roster, n = method.config, method.with_seed(seed), method.num_samples
-    prompts = [self._asking.prompt(e) for e in batch.examples] * n
+    prompts = [self._prompt_builder.prompt(e) for e in batch.examples] * n
     ids = [i + SAMPLE_STRIDE * sample for sample in range(n) for i in batch.ids]
     limit = max(e.max_new_tokens for e in batch.examples)
     slots = n * self._batch_size
@@ -127,9 +127,9 @@ class Measurer:
         max_new_tokens=limit,
         roster=roster,
         sampler=method.sampler,
-        stop_tokens=self._asking.stop_tokens,
+        stop_tokens=self._prompt_builder.stop_tokens,
         stop_strings=batch.examples[0].stop,
-        decode=self._asking.tokenizer.decode,
+        decode=self._prompt_builder.tokenizer.decode,
         request_ids=ids,
         batch_size=slots,
       )
@@ -137,7 +137,7 @@ class Measurer:
     outputs, details = [], []
     for i, example in enumerate(batch.examples):
       samples = found.completions[i :: len(batch.examples)]
-      texts = [self._asking.answer(example, sample) for sample in samples]
+      texts = [self._prompt_builder.answer(example, sample) for sample in samples]
       picked = method.pick(batch.task, samples, texts) if n > 1 else 0
       outputs.append(texts[picked])
       details.append(
@@ -177,7 +177,7 @@ class Measurer:
   def _choose(self, method, seed, batch, output_temperatures):
     roster = method.with_seed(seed)
     texts, starts = zip(
-      *(self._asking.with_text(e, choice) for e in batch.examples for choice in e.choices)
+      *(self._prompt_builder.with_text(e, choice) for e in batch.examples for choice in e.choices)
     )
     ids = [i for e, i in zip(batch.examples, batch.ids) for _ in e.choices]
     run = functools.partial(self._scores, method, roster, texts, starts, ids, output_temperatures)
@@ -235,7 +235,7 @@ class Measurer:
     if batch.examples[0].kind == "choose":
       return self.answer(method, seed, batch, output_temperatures).likelihoods
     if has:
-      texts, starts = zip(*(self._asking.with_reference(batch.examples[i]) for i in has))
+      texts, starts = zip(*(self._prompt_builder.with_reference(batch.examples[i]) for i in has))
       scores = self._scores(
         method,
         method.with_seed(seed),
@@ -286,7 +286,7 @@ class Measurer:
       output_temperatures=padded,
       batch_size=self._batch_size,
     )
-    return found.texts
+    return found.sequences
 
   def _mesh(self, config):
     return sharding.mesh_of(self._params.embedding) or sharding.abstract_mesh(config, 1)

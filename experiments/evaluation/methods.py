@@ -2,13 +2,13 @@
 
 A method is written as its name, and settings behind a colon:
 
-    plain                                   greedy; also plain:temperature=0.7,top_p=0.95
-    plain+temperature                       its output temperature fitted on validation examples
-    best_plain                              that of `PLAIN_SETTINGS` which does best on these
+    baseline                                greedy; also baseline:temperature=0.7,top_p=0.95
+    baseline+temperature                    its output temperature fitted on validation examples
+    best_baseline                           that of `BASELINE_SETTINGS` which does best on these
     roster:n=8,t=0.3,aggregation=mean_logit any of n, t (or profile=FILE with the τ of each layer),
                                             cache, aggregation, include_clean, gate_weights, noise
-    experts:k=16,gates=rescaled             the plain model with k experts per token
-    self_consistency:n=8,temperature=0.7    n samples of the plain model; the answer that most give
+    experts:k=16,gates=rescaled             the baseline with k experts per token
+    self_consistency:n=8,temperature=0.7    n samples of the baseline; the answer that most give
     best_of:n=8,temperature=0.7             n samples; the one of highest probability
     scmoe                                   contrast with a pass of second-best experts
 
@@ -34,10 +34,10 @@ from roe_jax.config import ModelConfig
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
-PLAIN, FITTED, BEST_PLAIN, ROSTER, EXPERTS, VOTE, BEST, SCMOE = (
-  "plain",
-  "plain+temperature",
-  "best_plain",
+BASELINE, FITTED, BEST_BASELINE, ROSTER, EXPERTS, VOTE, BEST, SCMOE = (
+  "baseline",
+  "baseline+temperature",
+  "best_baseline",
   "roster",
   "experts",
   "self_consistency",
@@ -45,16 +45,16 @@ PLAIN, FITTED, BEST_PLAIN, ROSTER, EXPERTS, VOTE, BEST, SCMOE = (
   "scmoe",
 )
 SAMPLING = dict(temperature=0.7, top_k=0, top_p=1.0)
-# Settings of the plain model among which `BEST_PLAIN` chooses, greedy first.
-PLAIN_SETTINGS = tuple(
+# Settings of the baseline among which `BEST_BASELINE` chooses, greedy first.
+BASELINE_SETTINGS = tuple(
   dict(temperature=temperature, top_k=0, top_p=top_p)
   for temperature, top_p in ((0.0, 1.0), (0.3, 1.0), (0.7, 1.0), (0.7, 0.95), (1.0, 1.0))
 )
 # Settings of each method, with their defaults; None: the program's flags say, or the model.
 METHODS: dict[str, dict[str, Any]] = {
-  PLAIN: SAMPLING | dict(temperature=0.0),
+  BASELINE: SAMPLING | dict(temperature=0.0),
   FITTED: {},
-  BEST_PLAIN: {},
+  BEST_BASELINE: {},
   ROSTER: dict(
     n=None,
     t=None,
@@ -126,12 +126,12 @@ class Method:
   def is_stochastic(self) -> bool:
     """Whether answers depend on the seed."""
     noisy = not self.roster.is_baseline and self.roster.noise != "second_expert"
-    return noisy or not self.sampler.is_greedy or self.name == BEST_PLAIN
+    return noisy or not self.sampler.is_greedy or self.name == BEST_BASELINE
 
   @property
   def no_likelihood(self) -> str | None:
     """Why it gives reference texts no probability, or None."""
-    if self.name == BEST_PLAIN:
+    if self.name == BEST_BASELINE:
       return "not defined: its settings are chosen by the answers they give"
     if self.num_samples > 1:
       return "not defined: an answer is picked among samples, and no distribution says how likely"
@@ -150,7 +150,7 @@ class Method:
   def fits_temperature(self) -> bool:
     """Whether an output temperature is fitted: where it has a distribution at 1.
 
-    A sampler's temperature is its own, and fitted it is the plain model's.
+    A sampler's temperature is its own, and fitted it is the baseline's.
     """
     return not self.no_likelihood and self.sampler.is_greedy
 
@@ -237,7 +237,7 @@ def parse(text: str, config: ModelConfig, base: Roster) -> Method:
     raise ValueError(f"method {text!r}: {error}") from error
 
 
-def _plain_roster(config, base):
+def _baseline_roster(config, base):
   return Roster.create(
     config,
     seed=int(base.seed),
@@ -246,13 +246,13 @@ def _plain_roster(config, base):
   )
 
 
-def _plain(name, text, config, base, settings, given):
-  labels = {FITTED: "plain, fitted output temperature", BEST_PLAIN: "plain, best settings"}
+def _baseline(name, text, config, base, settings, given):
+  labels = {FITTED: "baseline, fitted output temperature", BEST_BASELINE: "baseline, best settings"}
   label = labels.get(name) or ", ".join(
-    ["plain", *(f"{key} {value:g}" for key, value in given.items())]
+    ["baseline", *(f"{key} {value:g}" for key, value in given.items())]
   )
-  sampler = Sampler.create(**settings) if name == PLAIN else Sampler.greedy()
-  return Method(name, text, label, config, _plain_roster(config, base), sampler)
+  sampler = Sampler.create(**settings) if name == BASELINE else Sampler.greedy()
+  return Method(name, text, label, config, _baseline_roster(config, base), sampler)
 
 
 def _roster(name, text, config, base, settings, given):
@@ -289,7 +289,7 @@ def _roster(name, text, config, base, settings, given):
   # A search may have found that no noise is best; its profile is taken at its word.
   if roster.is_baseline or not (profile or bool(jnp.any(roster.temperatures > 0))):
     raise ValueError(
-      "it is the plain model: give a roster n of at least 2, and router "
+      "it is the baseline: give a roster n of at least 2, and router "
       "temperatures with t=... or --temperature_profile"
     )
   told = {
@@ -313,7 +313,7 @@ def _experts(name, text, config, base, settings, given):
   changed = routing.with_experts(config, k, settings["gates"])
   gates = {"model": "", "rescaled": ", gates as of {}", "renormalized": ", gates sum to 1"}
   label = f"{k} experts" + gates[settings["gates"]].format(own)
-  return Method(name, text, label, changed, _plain_roster(changed, base), Sampler.greedy())
+  return Method(name, text, label, changed, _baseline_roster(changed, base), Sampler.greedy())
 
 
 def _sampled(name, text, config, base, settings, given):
@@ -326,7 +326,7 @@ def _sampled(name, text, config, base, settings, given):
     )
   label = f"self-consistency, {n} samples" if name == VOTE else f"best of {n} samples"
   label += "".join(f", {key} {given[key]:g}" for key in SAMPLING if key in given)
-  return Method(name, text, label, config, _plain_roster(config, base), sampler, n)
+  return Method(name, text, label, config, _baseline_roster(config, base), sampler, n)
 
 
 def _scmoe(name, text, config, base, settings, given):
@@ -346,9 +346,9 @@ def _scmoe(name, text, config, base, settings, given):
 
 
 _MAKERS: dict[str, Callable[..., Method]] = {
-  PLAIN: _plain,
-  FITTED: _plain,
-  BEST_PLAIN: _plain,
+  BASELINE: _baseline,
+  FITTED: _baseline,
+  BEST_BASELINE: _baseline,
   ROSTER: _roster,
   EXPERTS: _experts,
   VOTE: _sampled,
@@ -374,9 +374,9 @@ def default_texts(config: ModelConfig, n: int) -> list[str]:
       + ("model" if config.normalize_gates else "rescaled")
     )
   return [
-    PLAIN,
+    BASELINE,
     FITTED,
-    BEST_PLAIN,
+    BEST_BASELINE,
     *experts,
     f"{ROSTER}:n={n}",
     f"{ROSTER}:n={n},gate_weights=noisy",

@@ -16,7 +16,7 @@ from roe_jax.text.chat import Chat, Prompt
 from roe_jax.text.tokenizer import Tokenizer
 
 
-class Asking:
+class PromptBuilder:
   """A model's way of being asked.
 
   Attributes:

@@ -14,7 +14,7 @@ from experiments import tasks
 from experiments.analysis import comparisons, paired_statistics
 from experiments.cli import app
 from experiments.evaluation.measurer import OUTPUT_TEMPERATURES
-from experiments.evaluation.prompts import Asking
+from experiments.evaluation.prompts import PromptBuilder
 from experiments.figures import compared
 from experiments.figures.figure_run import FigureRun
 from experiments.tuning.objectives import Perplexity
@@ -74,10 +74,10 @@ class ReferenceScorer:
         date=run.model.chat["chat_date"],
         reasoning_effort=run.model.chat["reasoning_effort"],
       )
-    asking = Asking(self.config, tokenizer, chat)
+    builder = PromptBuilder(self.config, tokenizer, chat)
     self.choose_on, self.report_on = (
       Perplexity(
-        self.config, asking, task, some, range(start, start + len(some)), run.model.batch_size
+        self.config, builder, task, some, range(start, start + len(some)), run.model.batch_size
       )
       for some, start in ((examples[:first], 0), (rest, first))
     )

@@ -1,17 +1,18 @@
 """Notebooks that open in Colab, and what is asked of them.
 
 A notebook calls the library: its cells hold no logic. The first cell has the "Open in Colab"
-badge, the first code cell installs one version of this package, and outputs are stored of those
+badge, the first code cell installs this package from `REF`, and outputs are stored of those
 that need no accelerator. In the others the notebook's own process comes last: one process at a
 time can have a TPU, and it keeps most of a GPU's memory, so that a program started after it fails.
 `problems` tells what is wrong with one; `execute` runs it from a clean kernel:
 
     python -m experiments.notebooks --execute=quickstart,reproduce_figures
-    python -m experiments.notebooks --rewrite     # links and install lines, after a release
+    python -m experiments.notebooks --rewrite     # links and install lines, after a change of REF
 """
 
 import ast
 from collections.abc import Iterator
+import configparser
 import importlib
 import inspect
 import os
@@ -23,11 +24,16 @@ from typing import Any
 
 import nbformat
 
-REPOSITORY, VERSION = "roe-jax/roe_jax", "v0.1.0"
 FOLDER = pathlib.Path(__file__).resolve().parent
 _ROOT = FOLDER.parents[1]
+_SETUP = configparser.ConfigParser()
+_SETUP.read(_ROOT / "setup.cfg")
+REPOSITORY = _SETUP["metadata"]["url"].removeprefix("https://github.com/")
+REF = "main"  # the branch or tag that notebooks install and link to
 NAMES = ("quickstart", "olmoe_colab", "reproduce_figures", "tpu")
-BESIDE = {"olmoe_colab": "jax[cuda12]", "tpu": "jax[tpu]"}  # what else is installed
+# JAX 0.10.2 keeps Colab's numpy 2.1.3, so the runtime need not restart; 0.12 needs numpy 2.2.
+JAX_RANGE = ">=0.10.2,<0.11"
+JAX = {"olmoe_colab": "jax[cuda12]", "tpu": "jax[tpu]"}  # "jax", on CPUs, for the others
 ON_CPU = ("quickstart", "reproduce_figures")
 _LINK = re.compile(
   r"(?P<site>https://(?:colab\.research\.google\.com/github|github\.com))"
@@ -81,17 +87,16 @@ def badge(name: str) -> str:
   """The Markdown of the "Open in Colab" badge."""
   return (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-    f"(https://colab.research.google.com/github/{REPOSITORY}/blob/{VERSION}/"
+    f"(https://colab.research.google.com/github/{REPOSITORY}/blob/{REF}/"
     f"experiments/notebooks/{name}.ipynb)"
   )
 
 
 def install_line(name: str) -> str:
   """The first code cell."""
-  beside = f' "{BESIDE[name]}"' if name in BESIDE else ""
   return (
-    f'%pip install -q "roe_jax[experiments] @ git+https://github.com/{REPOSITORY}@{VERSION}"'
-    + beside
+    f'%pip install -q "roe_jax[experiments] @ git+https://github.com/{REPOSITORY}@{REF}" '
+    f'"{JAX.get(name, "jax")}{JAX_RANGE}"'
   )
 
 
@@ -106,7 +111,7 @@ def rewrite(notebook: nbformat.NotebookNode, name: str) -> None:
   for cell in notebook.cells:
     if cell.cell_type == "markdown":
       cell.source = _LINK.sub(
-        lambda m: m["site"] + f"/{REPOSITORY}/{m['kind']}/{VERSION}/{m['path']}", cell.source
+        lambda m: m["site"] + f"/{REPOSITORY}/{m['kind']}/{REF}/{m['path']}", cell.source
       )
   _code(notebook)[0].source = install_line(name)
 
@@ -133,7 +138,7 @@ def problems(name: str, notebook: nbformat.NotebookNode) -> Iterator[str]:
   if not code or code[0].source.strip() != install_line(name):
     yield "the first code cell is not " + install_line(name)
   for repository, version, where in links(notebook):
-    if (repository, version) != (REPOSITORY, VERSION):
+    if (repository, version) != (REPOSITORY, REF):
       yield f"a link leads to {repository} at {version}: {where}"
     elif not (_ROOT / where).exists():
       yield f"a link leads to a file that is not there: {where}"

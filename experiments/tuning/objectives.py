@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from experiments.evaluation.prompts import Asking
+from experiments.evaluation.prompts import PromptBuilder
 from experiments.tasks import Example, Task
 from roe_jax import batching, decode, scoring
 from roe_jax.config import ModelConfig
@@ -51,7 +51,7 @@ class _Sequences:
 
   @classmethod
   def of(cls, pairs: Iterable[tuple[list[int], int]], ids: Sequence[int]) -> "_Sequences":
-    """Makes sequences from pairs of tokens and start, as `Asking` returns them."""
+    """Makes sequences from pairs of tokens and start, as `PromptBuilder` returns them."""
     tokens, starts = zip(*pairs)
     return cls(list(tokens), list(starts), list(ids))
 
@@ -87,7 +87,7 @@ class Perplexity:
   def __init__(
     self,
     config: ModelConfig,
-    asking: Asking,
+    prompt_builder: PromptBuilder,
     task: Task,
     examples: Sequence[Example],
     ids: Sequence[int],
@@ -98,7 +98,7 @@ class Perplexity:
 
     Args:
       config: the model's architecture.
-      asking: how it is asked.
+      prompt_builder: for the task's prompts.
       task: the task.
       examples: of the task.
       ids: address of each example's noise.
@@ -116,7 +116,7 @@ class Perplexity:
         "needs: give --objective=accuracy"
       )
     self.examples = examples
-    self._sequences = _Sequences.of(map(asking.with_reference, examples), ids)
+    self._sequences = _Sequences.of(map(prompt_builder.with_reference, examples), ids)
     batching.check_tokens(config, self._sequences.tokens, what="text of example")
     self.texts, self.starts = self._sequences.tokens, self._sequences.starts
     self.tokens = self._sequences.counts
@@ -145,7 +145,7 @@ class Perplexity:
       output_temperatures=output_temperatures,
       batch_size=self._batch_size,
     )
-    return np.stack([-t.log_probs.sum(axis=0, dtype=np.float64) for t in scores.texts])
+    return np.stack([-t.log_probs.sum(axis=0, dtype=np.float64) for t in scores.sequences])
 
   def value(self, values: np.ndarray) -> float:
     """Returns the perplexity of all examples, from the value of each."""
@@ -166,7 +166,7 @@ class Accuracy:
   def __init__(
     self,
     config: ModelConfig,
-    asking: Asking,
+    prompt_builder: PromptBuilder,
     task: Task,
     examples: Sequence[Example],
     ids: Sequence[int],
@@ -182,19 +182,19 @@ class Accuracy:
     task.check_allowed(allow_code_execution)
     self.examples = examples
     self.metric = task.metric
-    self._task, self._allowed, self._asking = task, allow_code_execution, asking
+    self._task, self._allowed, self._builder = task, allow_code_execution, prompt_builder
     self._config, self._batch_size = config, batch_size
     if any(e.kind != examples[0].kind for e in examples):
       raise ValueError(f"task {task.name} mixes questions with and without choices")
     if examples[0].kind == "choose":
       self._choices = [
-        _Sequences.of([asking.with_text(e, c) for c in e.choices], [i] * len(e.choices))
+        _Sequences.of([prompt_builder.with_text(e, c) for c in e.choices], [i] * len(e.choices))
         for e, i in zip(examples, ids)
       ]
       for e, choices in zip(examples, self._choices):
         batching.check_tokens(config, choices.tokens, what=f"{e.id}: choice")
     else:
-      self._prompts, self._ids = [asking.prompt(e) for e in examples], list(ids)
+      self._prompts, self._ids = [prompt_builder.prompt(e) for e in examples], list(ids)
       batching.check_tokens(config, self._prompts, room=1, what="prompt of example")
       if len({(e.stop, e.max_new_tokens) for e in examples}) > 1:
         raise ValueError(f"the examples of task {task.name} differ in their stop strings or limits")
@@ -224,7 +224,7 @@ class Accuracy:
       request_ids=sequences.ids,
       batch_size=self._batch_size,
     )
-    sums = iter([float(t.log_probs.sum(dtype=np.float64)) for t in scores.texts])
+    sums = iter([float(t.log_probs.sum(dtype=np.float64)) for t in scores.sequences])
     return [[next(sums) for _ in t.tokens] for t in by_example], sequences.usage(roster)
 
   def _generate(self, params, roster, part):
@@ -235,16 +235,16 @@ class Accuracy:
       prompts,
       max_new_tokens=first.max_new_tokens,
       roster=roster,
-      stop_tokens=self._asking.stop_tokens,
+      stop_tokens=self._builder.stop_tokens,
       stop_strings=first.stop,
-      decode=self._asking.tokenizer.decode,
+      decode=self._builder.tokenizer.decode,
       request_ids=self._ids[part],
       batch_size=self._batch_size,
     )
     tokens, members = found.throughput.tokens, len(roster.members)
     prefilled = sum(map(len, prompts)) - len(prompts)
     prefilled *= members if roster.cache == "standard" else 1
-    answers = [self._asking.answer(e, c) for e, c in zip(self.examples[part], found.completions)]
+    answers = [self._builder.answer(e, c) for e, c in zip(self.examples[part], found.completions)]
     return answers, Usage(tokens, prefilled + tokens * members)
 
   def value(self, values: np.ndarray) -> float:

@@ -183,11 +183,8 @@ class Search:
 
   def trials(self) -> list[Trial]:
     """Returns all started trials, by number."""
-    return [
-      self._describe(t)
-      for t in self._study.get_trials(deepcopy=False)
-      if t.state != TrialState.WAITING
-    ]
+    found = self._study.get_trials(deepcopy=False)
+    return [self._describe(t) for t in found if t.state != TrialState.WAITING]
 
   @property
   def num_finished(self) -> int:

@@ -31,7 +31,7 @@ from roe_jax.experts.batched_matmul import dense, padded
 from roe_jax.experts.shared_expert import shared
 from roe_jax.numerics import to_compute_dtype
 from roe_jax.params import ExpertParams
-from roe_jax.quantization import CONTRACTED, is_quantized, quantize, widen
+from roe_jax.quantization import CONTRACTED, dequantize, is_quantized, quantize
 
 _FUNCTIONS = {
   "tiled_loop": tiled_loop.compute,
@@ -42,7 +42,7 @@ _FUNCTIONS = {
 }
 STRATEGIES = tuple(_FUNCTIONS)
 # Rows up to which a dense product is bound by reading the weights, on an H200.
-DENSE_ROWS = 180
+MAX_DENSE_TOKENS = 180
 
 
 def check_strategy(strategy: str | None) -> None:
@@ -62,7 +62,7 @@ def choose_strategy(
 ) -> str:
   """The strategy for a static number of rows on `platform` (default: the backend).
 
-  A kernel is chosen only where `kernel_works` has just found that it does, and
+  A kernel is chosen only where `kernel_passes` has just found that it does, and
   on TPUs only for weights whose last axis has a `width` that is a multiple of
   128: others have a layout there that XLA would change for every call.
   """
@@ -72,19 +72,19 @@ def choose_strategy(
     return "tiled_loop"
   if num_rows * experts_per_token <= num_experts // 2:
     wanted = "gather_gemv"
-  elif num_rows > DENSE_ROWS or expert_format is not None:
+  elif num_rows > MAX_DENSE_TOKENS or expert_format is not None:
     wanted = "grouped_matmul"
   else:
     return "dense"
   if platform == "tpu" and width % 128:
     return fallback
-  return wanted if kernel_works(wanted, dtype, expert_format) else fallback
+  return wanted if kernel_passes(wanted, dtype, expert_format) else fallback
 
 
 @functools.cache
-def kernel_works(strategy: str, dtype: str, expert_format: str | None = None) -> bool:
+def kernel_passes(strategy: str, dtype: str, expert_format: str | None = None) -> bool:
   """Whether a strategy agrees with `dense` on this machine's device, tried on a small case."""
-  return kernel_check.works(
+  return kernel_check.passes(
     functools.partial(_difference_to_dense, strategy, dtype, expert_format),
     # Weights of few bits are rounded once more on TPUs.
     tolerance=2e-2 if dtype == "bfloat16" else 1e-4,
@@ -134,7 +134,7 @@ def apply(
   gates_NxA: jax.Array,
   strategy: str | None = None,
   activation: Activation = Activation(),
-  rows_split: bool = False,
+  tokens_sharded: bool = False,
 ) -> jax.Array:
   """Gate-weighted sum of the chosen experts' outputs.
 
@@ -151,7 +151,7 @@ def apply(
     gates_NxA: float32 weights of the chosen experts.
     strategy: one of `STRATEGIES`, or None to choose by platform and shapes.
     activation: between the projections.
-    rows_split: see `parallel.apply`.
+    tokens_sharded: see `parallel.apply`.
 
   Returns:
     `[N, D]`, dtype of `x_NxD`; products are accumulated in float32.
@@ -162,7 +162,7 @@ def apply(
   check_strategy(strategy)
   l, e = jax.tree.leaves(experts.gate_up)[0].shape[:2]
   experts = jax.tree.map(lambda w: w.reshape(l * e, *w.shape[2:]), experts)
-  compute = _folding(e, activation, strategy, collectives.axis_size("expert"), rows_split)
+  compute = _folding(e, activation, strategy, collectives.axis_size("expert"), tokens_sharded)
   return compute(experts, jnp.asarray(layer), x_NxD, indices_NxA, gates_NxA)
 
 
@@ -172,7 +172,7 @@ def _of_layer(weights, layer, num_experts, dtype):
     lambda w: jax.lax.dynamic_slice_in_dim(w, layer * num_experts, num_experts), weights
   )
   return jax.tree.map(
-    lambda w: widen(w, dtype) if is_quantized(w) else w, sliced, is_leaf=is_quantized
+    lambda w: dequantize(w, dtype) if is_quantized(w) else w, sliced, is_leaf=is_quantized
   )
 
 
@@ -186,7 +186,7 @@ def _compute(strategy, num_experts, activation, weights, layer, x, indices, gate
 
 
 @functools.cache
-def _folding(num_experts, activation, strategy, devices, rows_split):
+def _folding(num_experts, activation, strategy, devices, tokens_sharded):
   """The strategy's function with a vmap rule that folds the mapped axis into rows."""
 
   def compute(weights, layer, x, indices, gates):
@@ -205,7 +205,7 @@ def _folding(num_experts, activation, strategy, devices, rows_split):
         indices = jnp.minimum(indices, num_experts - 1)
       return _compute(chosen, num_experts, activation, weights, layer, x, indices, gates)
 
-    return expert_parallel.apply(share, num_experts, x, indices, gates, rows_split)
+    return expert_parallel.apply(share, num_experts, x, indices, gates, tokens_sharded)
 
   if strategy in ("padded", "dense"):
     return compute

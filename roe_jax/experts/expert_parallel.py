@@ -7,10 +7,10 @@ rows are in one of two states, and what is done follows from it:
 * All devices along `expert` hold the same rows. Each computes what its own
   experts add to each row, and a sum over devices completes it.
 * Each holds rows of its own. Few are gathered first, and of the sums each device
-  gets those of its rows back (`gathered`). Many are sent to where their experts
+  gets those of its rows back (`via_all_gather`). Many are sent to where their experts
   are, and the results back, if that moves less: as many as there are
-  (`exchanged_ragged`) where the backend can do so, else arrays of one size
-  (`exchanged`).
+  (`via_ragged_all_to_all`) where the backend can do so, else arrays of one size
+  (`via_all_to_all`).
 
 No choice is ever dropped. A choice of another device's expert becomes that of
 no expert: index E (of this device), gate 0. It sorts behind all others.
@@ -34,10 +34,10 @@ Share = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 # Rows on each device from which on sending them to their experts is considered,
 # the room for each device in units of what uniform routing sends there, and the
-# part of all rows that may be moved at most: `gathered` moves all of them.
-EXCHANGED_ROWS = 128
-ROOM = 1.25
-EXCHANGED_PART = 0.75
+# part of all rows that may be moved at most: `via_all_gather` moves all of them.
+MIN_EXCHANGED_TOKENS = 128
+CAPACITY_FACTOR = 1.25
+MAX_EXCHANGED_FRACTION = 0.75
 
 
 def apply(
@@ -46,7 +46,7 @@ def apply(
   x: jax.Array,
   indices: jax.Array,
   gates: jax.Array,
-  rows_split: bool,
+  tokens_sharded: bool,
 ) -> jax.Array:
   """The gate-weighted sum over the experts of all devices; `share` itself on one.
 
@@ -56,7 +56,7 @@ def apply(
     x: `[N, D]` rows.
     indices: `[N, A]` int32 chosen experts among those of all devices.
     gates: `[N, A]` float32.
-    rows_split: whether the devices along `expert` hold different rows.
+    tokens_sharded: whether the devices along `expert` hold different rows.
 
   Returns:
     `[N, D]`, dtype of `x`; the devices' shares are added in float32.
@@ -64,30 +64,30 @@ def apply(
   devices = collectives.axis_size("expert")
   if devices * collectives.axis_size("tensor") == 1:
     return share(x, indices, gates)
-  if not rows_split:
+  if not tokens_sharded:
     y = _own_share(share, num_experts, x, indices, gates)
     return rounded(collectives.psum(y, "expert", "tensor"), x.dtype)
-  if room := exchange_room(*indices.shape, devices):
-    exchange = exchanged_ragged if _ragged_is_possible(x, indices) else exchanged
+  if room := exchange_capacity(*indices.shape, devices):
+    exchange = via_ragged_all_to_all if _ragged_is_possible(x, indices) else via_all_to_all
     y = exchange(share, num_experts, x, indices, gates, room)
   else:
-    y = gathered(share, num_experts, x, indices, gates)
+    y = via_all_gather(share, num_experts, x, indices, gates)
   return rounded(collectives.psum(y, "tensor"), x.dtype)
 
 
-def exchange_room(num_rows: int, choices: int, devices: int) -> int:
+def exchange_capacity(num_rows: int, choices: int, devices: int) -> int:
   """Rows that a device has room for of each other one; 0 where all are gathered.
 
   With uniform routing a row has an expert on a given device with probability
   `1 - (1 - 1/devices)^choices`.
   """
-  part = ROOM * (1 - (1 - 1 / devices) ** choices)
-  if num_rows < EXCHANGED_ROWS or part > EXCHANGED_PART:
+  part = CAPACITY_FACTOR * (1 - (1 - 1 / devices) ** choices)
+  if num_rows < MIN_EXCHANGED_TOKENS or part > MAX_EXCHANGED_FRACTION:
     return 0
   return min(num_rows, -(-int(part * num_rows) // 8) * 8)
 
 
-def gathered(
+def via_all_gather(
   share: Share, num_experts: int, x: jax.Array, indices: jax.Array, gates: jax.Array
 ) -> jax.Array:
   """`[N, D]` float32 sums of this device's rows, by way of the rows of all devices."""
@@ -95,7 +95,7 @@ def gathered(
   return jax.lax.psum_scatter(_own_share(share, num_experts, *rows), "expert", tiled=True)
 
 
-def exchanged(
+def via_all_to_all(
   share: Share, num_experts: int, x: jax.Array, indices: jax.Array, gates: jax.Array, room: int
 ) -> jax.Array:
   """`[N, D]` float32 sums of this device's rows, by way of the devices of their experts.
@@ -131,15 +131,15 @@ def exchanged(
   return y
 
 
-def exchanged_ragged(
+def via_ragged_all_to_all(
   share: Share, num_experts: int, x: jax.Array, indices: jax.Array, gates: jax.Array, room: int
 ) -> jax.Array:
-  """As `exchanged`, but no more is sent than the rows that there are.
+  """As `via_all_to_all`, but no more is sent than the rows that there are.
 
   Each device orders its rows by where they go, and tells all others how many go
   to each. What comes to a device, one sender after the other, it takes in
   stretches of `room` rows for each device, whoever sends them: one, unless more
-  come to some device than to all of them in `exchanged`, which never takes fewer.
+  come to some device than to all of them in `via_all_to_all`, which never takes fewer.
   To take all at once would need room for the rows of all devices, as if they
   were gathered.
 
@@ -193,8 +193,8 @@ def exchanged_ragged(
 
 
 @functools.cache
-def ragged_works(mesh: tuple[tuple[str, int], ...], dtype: str, width: int, choices: int) -> bool:
-  """Whether `exchanged_ragged` agrees with `exchanged` on these devices, tried on few rows.
+def ragged_passes(mesh: tuple[tuple[str, int], ...], dtype: str, width: int, choices: int) -> bool:
+  """Whether `via_ragged_all_to_all` agrees with `via_all_to_all`, tried on a few tokens.
 
   Args:
     mesh: names and sizes of the mesh's axes.
@@ -202,7 +202,7 @@ def ragged_works(mesh: tuple[tuple[str, int], ...], dtype: str, width: int, choi
     width: D.
     choices: A.
   """
-  return kernel_check.works(
+  return kernel_check.passes(
     functools.partial(_difference_to_exchanged, mesh, jnp.dtype(dtype), width, choices),
     1e-5,
     what="exchanging as many rows as there are (`ragged_all_to_all`)",
@@ -213,7 +213,7 @@ def ragged_works(mesh: tuple[tuple[str, int], ...], dtype: str, width: int, choi
 def _ragged_is_possible(x, indices):
   """Whether this backend has it; that of CPUs does not."""
   mesh = jax.sharding.get_abstract_mesh()
-  return jax.default_backend() != "cpu" and ragged_works(
+  return jax.default_backend() != "cpu" and ragged_passes(
     tuple(mesh.shape.items()), str(x.dtype), x.shape[1], indices.shape[1]
   )
 
@@ -242,7 +242,7 @@ def _difference_to_exchanged(mesh, dtype, width, choices):
     gates = jax.random.uniform(keys[2], (16, choices))
     actual, expected = (
       exchange(share, choices, x, indices, gates, room=2)
-      for exchange in (exchanged_ragged, exchanged)
+      for exchange in (via_ragged_all_to_all, via_all_to_all)
     )
     return jax.lax.pmax(jnp.abs(actual - expected).max() / jnp.abs(expected).max(), names)
 
@@ -254,7 +254,7 @@ def _difference_to_exchanged(mesh, dtype, width, choices):
   )
 
 
-def biased_once(experts: ExpertParams) -> ExpertParams:
+def bias_on_one_device(experts: ExpertParams) -> ExpertParams:
   """The experts with their last bias on one of the devices that share their width."""
   bias = experts.down_bias
   if bias is None or collectives.axis_size("tensor") == 1:

@@ -19,11 +19,16 @@ from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
 from roe_jax.experts.activation import Activation
-from roe_jax.experts.codes import codes_and_scales, group_of, num_parts, widen
 from roe_jax.experts.packing import combine
 from roe_jax.experts.tpu_kernels import apply_on_tpu
 from roe_jax.params import ExpertParams
-from roe_jax.quantization import scale_values
+from roe_jax.quantization import (
+  codes_and_scales,
+  decode_codes,
+  decode_scales,
+  weights_per_code,
+  weights_per_scale,
+)
 
 # Tiles of the GPU's kernels in weights, powers of two as Triton wants them. A program
 # keeps a float32 sum for each element of a tile, 32 a thread of 4 warps. One row of 8
@@ -122,10 +127,10 @@ def on_gpu(activation, experts, weights, x, interpret=False):
     )(experts, *inputs)
 
   codes, scales, format = codes_and_scales(weights.gate_up)
-  parts, (f, _, width) = num_parts(format), codes.shape[1:]
+  parts, (f, _, width) = weights_per_code(format), codes.shape[1:]
   columns = min(HIDDEN_TILE[1] // parts, pl.next_power_of_2(width))
   # Within a piece of the columns the weights of each part have one scale.
-  piece = columns if scales is None else math.gcd(columns, width, group_of(scales, 3, d))
+  piece = columns if scales is None else math.gcd(columns, width, weights_per_scale(scales, 3, d))
   tiles = (min(HIDDEN_TILE[0], pl.next_power_of_2(f)), columns // piece, piece)
   hidden = call(
     functools.partial(_hidden_kernel, activation=activation, format=format, choices=a, tiles=tiles),
@@ -139,10 +144,10 @@ def on_gpu(activation, experts, weights, x, interpret=False):
   )
 
   codes, scales, format = codes_and_scales(weights.down)
-  parts, width, splits = num_parts(format), codes.shape[2], pl.cdiv(f, DOWN_SPLIT)
+  parts, width, splits = weights_per_code(format), codes.shape[2], pl.cdiv(f, DOWN_SPLIT)
   # Within a tile the weights of a column have one scale.
   tiles = (
-    math.gcd(min(DOWN_TILE[0], pl.next_power_of_2(f)), group_of(scales, 1, f)),
+    math.gcd(min(DOWN_TILE[0], pl.next_power_of_2(f)), weights_per_scale(scales, 1, f)),
     min(DOWN_TILE[1] // parts, pl.next_power_of_2(width)),
   )
   partial = call(
@@ -200,9 +205,9 @@ def _hidden_kernel(
   def scaled(weights, c, first, mask):
     if scales_ref is None:
       return weights.astype(jnp.float32)
-    groups = first // group_of(scales_ref, 3, d)
+    groups = first // weights_per_scale(scales_ref, 3, d)
     scales = _load(scales_ref.at[expert, rows, jnp.int32(c), groups], mask)
-    return weights * scale_values(scales)[..., None]
+    return weights * decode_scales(scales)[..., None]
 
   def step(i, sums):
     first = piece * (i * pieces + jnp.arange(pieces)[None, :])
@@ -214,7 +219,7 @@ def _hidden_kernel(
     # an exchange between threads.
     for c in (0, 1):
       codes = _load(codes_ref.at[expert, rows[..., None], jnp.int32(c), columns], mask)
-      for part, weights in enumerate(widen(codes, format)):
+      for part, weights in enumerate(decode_codes(codes, format)):
         x = _load(x_ref.at[pair // choices, part * width + columns], in_d).astype(jnp.float32)
         sums[c] += x * scaled(weights, c, part * width + first, in_f[:, None] & (first < width))
     return sums
@@ -245,11 +250,11 @@ def _down_kernel(experts_ref, hidden_ref, codes_ref, scales_ref, partial_ref, *,
   def scaled(weights, part, f):
     if scales_ref is None:
       return weights.astype(jnp.float32)
-    group = f.start // group_of(scales_ref, 1, width)
+    group = f.start // weights_per_scale(scales_ref, 1, width)
     scales = _load(
       scales_ref.at[expert, group, _shifted(d, part * columns)], in_d & (f.start < width)
     )
-    return weights * scale_values(scales)[None, :]
+    return weights * decode_scales(scales)[None, :]
 
   def step(i, totals):
     f, in_f = _tile(split * steps + i, tiles[0], width)
@@ -257,9 +262,9 @@ def _down_kernel(experts_ref, hidden_ref, codes_ref, scales_ref, partial_ref, *,
     codes = _load(codes_ref.at[expert, f, d], in_f[:, None] & in_d[None, :])
     return [
       total + hidden * scaled(weights, part, f)
-      for part, (total, weights) in enumerate(zip(totals, widen(codes, format)))
+      for part, (total, weights) in enumerate(zip(totals, decode_codes(codes, format)))
     ]
 
-  totals = [jnp.zeros(tiles, jnp.float32)] * num_parts(format)
+  totals = [jnp.zeros(tiles, jnp.float32)] * weights_per_code(format)
   for part, total in enumerate(jax.lax.fori_loop(0, steps, step, totals)):
     plgpu.store(partial_ref.at[pair, split, _shifted(d, part * columns)], total.sum(0), mask=in_d)

@@ -14,8 +14,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
-from roe_jax.experts.codes import codes_and_scales, group_of, num_parts, widen
-from roe_jax.quantization import scale_values
+from roe_jax.quantization import (
+  codes_and_scales,
+  decode_codes,
+  decode_scales,
+  weights_per_code,
+  weights_per_scale,
+)
 
 # Powers of two, as Triton wants them, and no less than 16 in a matmul.
 OUT_TILE = 64  # of the columns that a program computes
@@ -57,7 +62,7 @@ def apply_on_gpu(activation, experts, weights, x, interpret=False):
   codes, scales, format = codes_and_scales(weights.gate_up)
   f, _, width = codes.shape[1:]
   # Within a tile of quantized weights those of an output have one scale.
-  tile = most if scales is None else math.gcd(most, width, group_of(scales, 3, d))
+  tile = most if scales is None else math.gcd(most, width, weights_per_scale(scales, 3, d))
   hidden = call(
     functools.partial(_hidden_kernel, activation=activation, format=format),
     f,
@@ -71,7 +76,7 @@ def apply_on_gpu(activation, experts, weights, x, interpret=False):
   )
 
   codes, scales, format = codes_and_scales(weights.down)
-  tile = most if scales is None else math.gcd(most, group_of(scales, 1, f))
+  tile = most if scales is None else math.gcd(most, weights_per_scale(scales, 1, f))
   return call(
     functools.partial(_down_kernel, format=format),
     d,
@@ -127,9 +132,9 @@ def _hidden_kernel(
   def scaled(product, c, first):
     if scales_ref is None:
       return product
-    group = first // group_of(scales_ref, 3, model_width)
+    group = first // weights_per_scale(scales_ref, 3, model_width)
     scales = _load(scales_ref.at[expert, f, jnp.int32(c), group], in_f)
-    return product * scale_values(scales)[None, :]
+    return product * decode_scales(scales)[None, :]
 
   @pl.when(expert >= 0)
   def _():
@@ -140,12 +145,12 @@ def _hidden_kernel(
           x_ref.at[block, :, _shifted(d, part * width)],
           jnp.broadcast_to(in_d[None, :], (b, sum_tile)),
         )
-        for part in range(num_parts(format))
+        for part in range(weights_per_code(format))
       ]
       sums = list(sums)
       for c in (0, 1):
         codes = _load(codes_ref.at[expert, f, jnp.int32(c), d], in_f[:, None] & in_d[None, :])
-        for part, weights in enumerate(widen(codes, format)):
+        for part, weights in enumerate(decode_codes(codes, format)):
           product = plgpu.dot(
             x[part], weights.astype(x_ref.dtype), trans_b=True, precision=precision
           )
@@ -180,9 +185,9 @@ def _down_kernel(
   def scaled(product, part, f):
     if scales_ref is None:
       return product
-    group = f.start // group_of(scales_ref, 1, width)
+    group = f.start // weights_per_scale(scales_ref, 1, width)
     scales = _load(scales_ref.at[expert, group, _shifted(d, part * columns)], in_d)
-    return product * scale_values(scales)[None, :]
+    return product * decode_scales(scales)[None, :]
 
   @pl.when(expert >= 0)
   def _():
@@ -193,10 +198,10 @@ def _down_kernel(
       return [
         total
         + scaled(plgpu.dot(hidden, weights.astype(hidden.dtype), precision=precision), part, f)
-        for part, (total, weights) in enumerate(zip(totals, widen(codes, format)))
+        for part, (total, weights) in enumerate(zip(totals, decode_codes(codes, format)))
       ]
 
-    totals = [jnp.zeros((b, OUT_TILE), jnp.float32)] * num_parts(format)
+    totals = [jnp.zeros((b, OUT_TILE), jnp.float32)] * weights_per_code(format)
     totals = jax.lax.fori_loop(0, pl.cdiv(width, sum_tile), step, totals)
     for part, out in enumerate(totals):
       plgpu.store(

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 
-def works(difference: Callable[[], float], tolerance: float, what: str, instead: str) -> bool:
+def passes(difference: Callable[[], float], tolerance: float, what: str, instead: str) -> bool:
   """Whether a way differs from another one by no more than a tolerance; else warns.
 
   Inside of a `shard_map` of several processes all find the same: it works for

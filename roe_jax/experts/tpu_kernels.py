@@ -22,8 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from roe_jax.experts.codes import codes_and_scales, num_parts, widen
-from roe_jax.quantization import scale_values
+from roe_jax.quantization import codes_and_scales, decode_codes, decode_scales, weights_per_code
 
 # Of a tile of weights, two of which are in VMEM at a time. Quantized ones are
 # counted as they are widened.
@@ -48,7 +47,7 @@ def apply_on_tpu(activation, experts, weights, x, interpret=False):
   """
   k, b, d = x.shape
   codes, scales, format = codes_and_scales(weights.gate_up)
-  parts, (f, _, width) = num_parts(format), codes.shape[1:]
+  parts, (f, _, width) = weights_per_code(format), codes.shape[1:]
   of_block = jnp.maximum(experts, 0)
 
   def call(kernel, shape, tile, dtype, inputs, specs):
@@ -89,7 +88,7 @@ def apply_on_tpu(activation, experts, weights, x, interpret=False):
   )
 
   codes, scales, format = codes_and_scales(weights.down)
-  parts, width = num_parts(format), codes.shape[2]
+  parts, width = weights_per_code(format), codes.shape[2]
   tile = _tile(width, parts * f * x.dtype.itemsize)
   if scales is not None:  # with each part by itself; little next to the weights, too
     scales = scales[of_block].reshape(k, -1, parts, width).swapaxes(1, 2)
@@ -166,14 +165,14 @@ def _hidden_kernel(
   parts, _, width = x_ref.shape
 
   def unscaled(c):
-    return widen(codes_ref[:, c] if scales_ref is None else codes_ref[c], format)
+    return decode_codes(codes_ref[:, c] if scales_ref is None else codes_ref[c], format)
 
   def scaled(weights, c, part):
     if scales_ref is None:
       return weights
     groups = scales_ref.shape[1]
     spread = _spread((groups, width), 1, parts * width // groups, part * width)
-    scales = _repeated(scale_values(scales_ref[c]), 0, spread)
+    scales = _repeated(decode_scales(scales_ref[c]), 0, spread)
     return (weights * scales).astype(x_ref.dtype)
 
   @pl.when(experts_ref[pl.program_id(1)] >= 0)
@@ -202,10 +201,10 @@ def _down_kernel(experts_ref, hidden_ref, codes_ref, scales_ref, out_ref, *, for
       return weights
     groups = scales_ref.shape[1]
     spread = _spread((width, groups), 0, width // groups, 0)
-    scales = _repeated(spread, 1, scale_values(scales_ref[part]))
+    scales = _repeated(spread, 1, decode_scales(scales_ref[part]))
     return (weights * scales).astype(hidden_ref.dtype)
 
   @pl.when(experts_ref[pl.program_id(1)] >= 0)
   def _():
-    for part, weights in enumerate(widen(codes_ref[...], format)):
+    for part, weights in enumerate(decode_codes(codes_ref[...], format)):
       out_ref[part] = _dot(hidden_ref[...], scaled(weights, part), 0)

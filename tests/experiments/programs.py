@@ -7,6 +7,7 @@ import pathlib
 import runpy
 import socket
 import sys
+import tempfile
 
 import jax
 
@@ -14,35 +15,45 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
   [
     "checkpoints_convert.cli",
+    "experiments.benchmark",
     "experiments.evaluate",
     "experiments.generate",
+    "experiments.meshes",
     "experiments.quantization_study",
     "experiments.quickstart",
+    "experiments.report",
+    "experiments.reproduce",
     "experiments.score",
     "experiments.train",
+    "experiments.tune",
   ]
 )
 
 
 class Run:
-  """A program that runs: `python -m MODULE ARGUMENTS`.
+  """A running program: `python -m MODULE ARGUMENTS`, the leader of its process group.
 
   Attributes:
     process: a `multiprocessing.Process`.
   """
 
-  def __init__(self, module, arguments, logs, *, devices=8, folder=".", environment=None):
+  def __init__(
+    self, module, arguments, logs=None, *, devices=8, folder=".", environment=None, stdin=""
+  ):
     """Starts it.
 
     Args:
-      module: its name.
+      module: its name, or Python code of several lines.
       arguments: its flags.
-      logs: a folder for what it prints.
-      devices: that it sees.
+      logs: a folder for what it prints; a new one by default.
+      devices: number of devices it sees.
       folder: where it runs.
       environment: variables to set.
+      stdin: text of its standard input.
     """
+    logs = pathlib.Path(tempfile.mkdtemp()) if logs is None else logs
     logs.mkdir(parents=True, exist_ok=True)
+    (logs / "input").write_text(stdin)
     flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
     flags.append(f"--xla_force_host_platform_device_count={devices}")
     settings = {"XLA_FLAGS": " ".join(flags), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -64,12 +75,23 @@ class Run:
     return self.process.exitcode
 
   @property
+  def returncode(self):
+    return self.exit_code()
+
+  @property
   def output(self):
     return (self._logs / "output").read_text()
 
   @property
   def errors(self):
     return (self._logs / "errors").read_text()
+
+
+def call(module, *arguments, **settings):
+  """Runs a program to its end, whatever it is; see `Run`."""
+  done = Run(module, arguments, **settings)
+  done.exit_code()
+  return done
 
 
 def run(*arguments, **settings):
@@ -103,14 +125,22 @@ def free_port():
 
 
 def _main(module, arguments, logs, folder, environment):
-  for name, descriptor in (("output", 1), ("errors", 2)):
-    file = os.open(pathlib.Path(logs, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, descriptor)
+  os.setsid()
+  for name, descriptor, flags in (
+    ("input", 0, os.O_RDONLY),
+    ("output", 1, os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+    ("errors", 2, os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+  ):
+    os.dup2(os.open(pathlib.Path(logs, name), flags), descriptor)
+  sys.stdin = open(0, closefd=False)
   os.environ.update(environment)
   os.chdir(folder)
-  sys.argv = [module, *arguments]
+  sys.argv = ["-c" if "\n" in module else module, *arguments]
   try:
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if "\n" in module:
+      exec(compile(module, "script", "exec"), {"__name__": "__main__"})
+    else:
+      runpy.run_module(module, run_name="__main__", alter_sys=True)
   finally:
     sys.stdout.flush()
     atexit._run_exitfuncs()  # which multiprocessing leaves out

@@ -10,7 +10,7 @@ import tiny
 from experiments import tasks
 from experiments.evaluation import measurer, methods
 from experiments.evaluation.measurer import Batch, Measurer
-from experiments.evaluation.prompts import Asking
+from experiments.evaluation.prompts import PromptBuilder
 from experiments.tasks import Example
 from experiments.tuning import objectives
 from roe_jax import decode, scoring
@@ -27,7 +27,7 @@ EXAMPLE = Example(
 )
 
 
-def asking(folder, name=None, system=None):
+def prompt_builder(folder, name=None, system=None):
   """A small model, its way of being asked in the chat format `name`, and the chat."""
   chat_formats.write(folder, name or "olmoe")
   tokenizer = Tokenizer.load(folder)
@@ -35,11 +35,11 @@ def asking(folder, name=None, system=None):
     "olmoe", vocab_size=tokenizer.vocab_size, context_length=256, eos_token_ids=(3,)
   )
   chat = Chat.load(folder, tokenizer) if name else None
-  return config, Asking(config, tokenizer, chat, system), chat
+  return config, PromptBuilder(config, tokenizer, chat, system), chat
 
 
 def test_a_plain_prompt_ends_with_its_reference_and_the_end_of_text(tmp_path):
-  config, plain, _ = asking(tmp_path)
+  config, plain, _ = prompt_builder(tmp_path)
   prompt = plain.tokenizer.encode(EXAMPLE.prompt)
   text = plain.tokenizer.encode(" It is 2", add_special_tokens=False)
   assert plain.prompt(EXAMPLE) == prompt and plain.settings == {"chat": None, "system": None}
@@ -53,7 +53,7 @@ def test_a_plain_prompt_ends_with_its_reference_and_the_end_of_text(tmp_path):
 
 @pytest.mark.parametrize("name", ["olmoe", "thinking"])
 def test_a_chat_is_what_its_template_makes_of_the_messages(tmp_path, name):
-  _, ours, chat = asking(tmp_path, name, system="Be brief.")
+  _, ours, chat = prompt_builder(tmp_path, name, system="Be brief.")
   prompt = chat.prompt([{"role": "system", "content": "Be brief."}, *EXAMPLE.messages]).tokens
   assert ours.prompt(EXAMPLE) == prompt
   text = ours.tokenizer.encode(" It is 2", add_special_tokens=False)
@@ -64,7 +64,7 @@ def test_a_chat_is_what_its_template_makes_of_the_messages(tmp_path, name):
 
 
 def test_the_answer_is_read_apart_from_the_reasoning(tmp_path):
-  _, ours, _ = asking(tmp_path, "thinking")
+  _, ours, _ = prompt_builder(tmp_path, "thinking")
   for written, reason, answer in (
     ("<think>17 or 5</think>It is 5<|im_end|>", "stop_token", "It is 5"),
     ("<think>17 or", "length", ""),
@@ -75,7 +75,7 @@ def test_the_answer_is_read_apart_from_the_reasoning(tmp_path):
 
 
 def test_comparisons_and_searches_ask_in_the_chat_format(tmp_path):
-  config, ours, chat = asking(tmp_path, "olmoe")
+  config, ours, chat = prompt_builder(tmp_path, "olmoe")
   params = tiny.params(config)
   prompt = chat.prompt(EXAMPLE.messages).tokens
   task = dataclasses.replace(
@@ -85,7 +85,7 @@ def test_comparisons_and_searches_ask_in_the_chat_format(tmp_path):
     ],
   )
   example = dataclasses.replace(EXAMPLE, max_new_tokens=6)
-  method = methods.parse("plain", config, Roster.create(config))
+  method = methods.parse("baseline", config, Roster.create(config))
   answers = Measurer(params, ours, 1).answer(method, 0, Batch(task, [example], [3]), [1.0])
   (expected,) = decode.generate(
     params,
@@ -104,7 +104,7 @@ def test_comparisons_and_searches_ask_in_the_chat_format(tmp_path):
   # And references are scored behind the beginning of the answer.
   perplexity = objectives.Perplexity(config, ours, task, [example], [3], 1)
   text = prompt + ours.tokenizer.encode(" It is 2", add_special_tokens=False)
-  log_probs = scoring.score(params, config, [text], [len(prompt)]).texts[0].log_probs
+  log_probs = scoring.score(params, config, [text], [len(prompt)]).sequences[0].log_probs
   found = perplexity.nll(params, method.roster, slice(None))
   np.testing.assert_allclose(found[0, 0], -log_probs.sum(), rtol=1e-5)
   (likelihood,) = Measurer(params, ours, 1).likelihoods(

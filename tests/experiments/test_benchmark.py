@@ -1,11 +1,9 @@
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 
 from experiments.benchmarks import machine, random_models, timing
@@ -27,12 +25,7 @@ FLAGS = (
 
 
 def run(*arguments):
-  return subprocess.run(
-    [sys.executable, "-m", "experiments.benchmark", *arguments],
-    capture_output=True,
-    text=True,
-    env=os.environ,
-  )
+  return programs.call("experiments.benchmark", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +33,8 @@ def folder(tmp_path_factory):
   """A folder of results of the sweeps that take least time to compile."""
   path = tmp_path_factory.mktemp("benchmark")
   done = run(*FLAGS, "--sweeps=decode,cache", f"--output={path}")
-  assert done.returncode == 0, done.stderr
-  assert "times as long as with Clean Cache" in done.stdout
+  assert done.returncode == 0, done.errors
+  assert "times as long as with Clean Cache" in done.output
   return path
 
 
@@ -103,7 +96,7 @@ def test_finished_sweeps_are_not_measured_again(folder):
   before = (folder / "results.jsonl").read_text()
   (folder / "table.txt").unlink()
   done = run(*FLAGS, "--sweeps=decode,cache", f"--output={folder}")
-  assert done.returncode == 0, done.stderr
+  assert done.returncode == 0, done.errors
   assert (folder / "results.jsonl").read_text() == before
   assert (folder / "table.txt").exists()
 
@@ -112,7 +105,7 @@ REFUSED = {
   "--preset=huge": "value should be one of",
   "--num_members=0,1": "--num_members must be a list of integers of at least 1",
   "--num_members=a": "--num_members must be a comma-separated list of integers",
-  "--contexts=8,4096": "texts of 4097 tokens, the context of tiny is 4096",
+  "--contexts=8,4096": "sequences of 4097 tokens, but the context length of tiny is 4096",
   "--temperature=0": "--temperature must be positive",
   "--rounds=0": "--rounds must be at least 1",
   "--sweeps=speed": "--sweeps: unknown speed",
@@ -142,10 +135,8 @@ def test_refusals(folder, tmp_path):
   others, said = [name for name in REFUSED if name != "--seed=1"], []
   for output, names in ((folder, ["--seed=1"]), (tmp_path, others)):
     given = ";".join(["benchmark", *FLAGS, "--sweeps=decode", f"--output={output}"])
-    done = subprocess.run(
-      [sys.executable, "-c", _SCRIPT, given, *names], capture_output=True, text=True, env=os.environ
-    )
-    said += zip(names, done.stdout.splitlines(), strict=True)
+    done = programs.call(_SCRIPT, given, *names)
+    said += zip(names, done.output.splitlines(), strict=True)
   for name, sentence in said:
     assert REFUSED[name] in sentence, name
   assert not list(tmp_path.iterdir())
@@ -189,7 +180,7 @@ def test_distinct_experts():
 def test_random_weights_in_few_bits_are_as_large(expert_format):
   config = TINY.replace(expert_format=expert_format)
   params = random_models.random_params(config, seed=3)
-  gate_up = quantization.widen(params.layers.experts.gate_up)
+  gate_up = quantization.dequantize(params.layers.experts.gate_up)
   assert abs(np.std(gate_up) / TINY.initializer_range - 1) < 0.1
 
 

@@ -1,12 +1,10 @@
 """The program that compares methods, on a small random model."""
 
 import json
-import os
-import subprocess
-import sys
 import types
 
 import numpy as np
+import programs
 import pytest
 import scipy.special
 
@@ -15,33 +13,26 @@ from experiments import tasks
 from experiments.cli import app
 from experiments.evaluation import methods
 from experiments.evaluation.measurer import OUTPUT_TEMPERATURES, SAMPLE_STRIDE, Batch, Measurer
-from experiments.evaluation.prompts import Asking
+from experiments.evaluation.prompts import PromptBuilder
 from experiments.records import runs
 from roe_jax import decode, diagnostics, scoring
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
-METHODS = "plain; plain+temperature; best_plain; roster:n=3; self_consistency:n=3; scmoe"
+METHODS = "baseline; baseline+temperature; best_baseline; roster:n=3; self_consistency:n=3; scmoe"
 LIMIT, BATCH = 5, 3
 
 
 def compare(checkpoint, output, *arguments):
-  return subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "experiments.compare",
-      f"--checkpoint={checkpoint}",
-      "--temperature_profile=0.5",
-      f"--limit={LIMIT}",
-      f"--batch_size={BATCH}",
-      "--num_validation=3",
-      f"--output={output}",
-      *arguments,
-    ],
-    capture_output=True,
-    text=True,
-    env=os.environ,
+  return programs.call(
+    "experiments.compare",
+    f"--checkpoint={checkpoint}",
+    "--temperature_profile=0.5",
+    f"--limit={LIMIT}",
+    f"--batch_size={BATCH}",
+    "--num_validation=3",
+    f"--output={output}",
+    *arguments,
   )
 
 
@@ -50,8 +41,8 @@ def output(tiny_checkpoint, tmp_path_factory):
   """The folder of a comparison with two noise seeds."""
   folder = tmp_path_factory.mktemp("compare")
   done = compare(tiny_checkpoint, folder, f"--methods={METHODS}", "--num_seeds=2")
-  assert done.returncode == 0, done.stderr
-  assert "Saved 6 runs" in done.stdout and "not defined" in done.stdout
+  assert done.returncode == 0, done.errors
+  assert "Saved 6 runs" in done.output and "not defined" in done.output
   return folder
 
 
@@ -72,9 +63,9 @@ def of(output, name):
 
 def test_every_method_is_a_run_with_what_a_report_needs(output):
   names = {
-    "plain": ("plain", 1, 1),
-    "plain+temperature": ("plain+temperature", 1, 1),
-    "best_plain": ("best_plain", 1, 2),
+    "baseline": ("baseline", 1, 1),
+    "baseline+temperature": ("baseline+temperature", 1, 1),
+    "best_baseline": ("best_baseline", 1, 2),
     "roster_n=3": ("roster", 3, 2),
     "self_consistency_n=3": ("self_consistency", 3, 2),
     "scmoe": ("scmoe", 2, 1),
@@ -151,7 +142,7 @@ def test_costs_are_counted(output, model):
   assert first["unique_experts_read"] == pytest.approx(unique.by_step.mean() * first["steps"])
   # By hand, of the plain model in two layers: projections to queries, keys, values
   # and back, router, two experts of three matrices, attention; and the vocabulary.
-  _, _, costs = of(output, "plain")
+  _, _, costs = of(output, "baseline")
   plain = next(c for c in costs if "steps" in c)
   generated = [
     c.tokens
@@ -179,7 +170,7 @@ def test_likelihoods_are_those_of_the_distribution(output, model):
   prompt = tokenizer.encode(example.prompt)
   text = prompt + tokenizer.encode(example.reference, add_special_tokens=False) + [0]
   for name, roster in (
-    ("plain", Roster.create(config)),
+    ("baseline", Roster.create(config)),
     ("roster_n=3", Roster.create(config, 3, 0.5, seed=1)),
   ):
     _, lines, _ = of(output, name)
@@ -194,7 +185,7 @@ def test_likelihoods_are_those_of_the_distribution(output, model):
       roster=roster,
       request_ids=[4],
       output_temperatures=(1.0, fitted["temperature"]),
-    ).texts[0]
+    ).sequences[0]
     metrics = line["metrics"]
     assert metrics["tokens"] == len(text) - len(prompt) == len(line["correct"])
     np.testing.assert_allclose(
@@ -205,8 +196,8 @@ def test_likelihoods_are_those_of_the_distribution(output, model):
       line["fitted_confidences"], np.exp(one.greedy_log_probs[:, 1]), atol=1e-4
     )
     assert line["correct"] == (one.greedy_tokens == text[len(prompt) :]).tolist()
-  _, plain, _ = of(output, "plain")
-  _, fitted, _ = of(output, "plain+temperature")
+  _, plain, _ = of(output, "baseline")
+  _, fitted, _ = of(output, "baseline+temperature")
   for key, line in fitted.items():
     assert line["metrics"]["nll"] == pytest.approx(plain[key]["metrics"]["fitted_nll"], rel=1e-5)
     assert "fitted_nll" not in line["metrics"] and line["output"] == plain[key]["output"]
@@ -219,7 +210,7 @@ def test_likelihoods_are_those_of_the_distribution(output, model):
 
 
 def test_the_output_temperature_is_the_best_on_validation_examples(output):
-  fitted = json.loads((output / "plain/output_temperatures.json").read_text())["wordmath"]
+  fitted = json.loads((output / "baseline/output_temperatures.json").read_text())["wordmath"]
   best = int(np.argmin(fitted["nll"]))
   assert abs(np.log(fitted["temperature"] / fitted["grid"][best])) < np.log(
     OUTPUT_TEMPERATURES[1] / OUTPUT_TEMPERATURES[0]
@@ -234,7 +225,7 @@ def test_a_killed_comparison_goes_on_where_it_stopped(output, tiny_checkpoint):
   (path / runs.EXAMPLES).write_text("".join(kept) + '{"task": "word')  # torn
   (path / runs.SUMMARY).unlink()
   done = compare(tiny_checkpoint, output, f"--methods={METHODS}", "--num_seeds=2")
-  assert done.returncode == 0, done.stderr
+  assert done.returncode == 0, done.errors
   again, first = (
     [json.loads(line) for line in text.splitlines()]
     for text in ((path / runs.EXAMPLES).read_text(), before)
@@ -250,15 +241,15 @@ def test_a_killed_comparison_goes_on_where_it_stopped(output, tiny_checkpoint):
 @pytest.mark.parametrize(
   "arguments, message",
   [
-    (["--methods=plain;rooster"], "there is no method 'rooster'"),
-    (["--temperature_profile=0"], "it is the plain model"),
+    (["--methods=baseline;rooster"], "there is no method 'rooster'"),
+    (["--temperature_profile=0"], "it is the baseline"),
     (["--tasks=wordmath,nothing"], "there is no task 'nothing'"),
     (["--num_seeds=0"], "--num_seeds must be at least 1"),
   ],
 )
 def test_bad_input_is_refused_before_any_work(tiny_checkpoint, tmp_path, arguments, message):
   done = compare(tiny_checkpoint, tmp_path, *arguments)
-  assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+  assert done.returncode == 1 and message in done.errors and "Traceback" not in done.errors
   assert not list(tmp_path.iterdir())
 
 
@@ -273,7 +264,7 @@ def test_choices_are_judged_by_their_probability(model):
   )
   batch = Batch(tasks.get("arc_easy"), [example], [9])
   method = methods.parse("roster:n=3,t=0.5", config, Roster.create(config))
-  measurer = Measurer(params, Asking(config, tokenizer), BATCH)
+  measurer = Measurer(params, PromptBuilder(config, tokenizer), BATCH)
   answers = measurer.answer(method, 4, batch, [1.0, 2.0])
   prompt = tokenizer.encode(example.prompt)
   texts = [prompt + tokenizer.encode(c, add_special_tokens=False) for c in example.choices]
@@ -288,7 +279,7 @@ def test_choices_are_judged_by_their_probability(model):
         roster=method.with_seed(4),
         request_ids=[9] * 3,
         output_temperatures=(1.0, 2.0),
-      ).texts
+      ).sequences
     ]
   )
   np.testing.assert_allclose(answers.outputs[0], sums[:, 0], rtol=1e-4)
@@ -304,11 +295,11 @@ def test_choices_are_judged_by_their_probability(model):
   assert answers.cost["forward_passes"] == 3 * sum(counts)
 
 
-def test_the_plain_settings_with_most_right_answers_are_chosen_and_kept(
+def test_the_baseline_settings_with_most_right_answers_are_chosen_and_kept(
   model, tmp_path, monkeypatch
 ):
   _, config, _ = model
-  method = methods.parse("best_plain", config, Roster.create(config, 2, 0.5))
+  method = methods.parse("best_baseline", config, Roster.create(config, 2, 0.5))
   task = tasks.get("wordmath")
   validation = task.examples("validation", limit=3)
   asked = []
@@ -328,8 +319,8 @@ def test_the_plain_settings_with_most_right_answers_are_chosen_and_kept(
   )
   chosen = program.choose(AtSevenTenths(), method, task, tmp_path, validation)
   assert chosen.sampler.settings() == {"temperature": 0.7, "top_k": 0, "top_p": 1.0}
-  assert len(asked) == 2 * len(methods.PLAIN_SETTINGS)
-  kept = json.loads((tmp_path / "plain_settings.json").read_text())["wordmath"]
+  assert len(asked) == 2 * len(methods.BASELINE_SETTINGS)
+  kept = json.loads((tmp_path / "baseline_settings.json").read_text())["wordmath"]
   assert [round(3 * t["exact_match"]) for t in kept["tried"]] == [1, 1, 2, 2, 1]
   again = program.choose(None, method, task, tmp_path, validation)
   assert again.sampler.settings() == chosen.sampler.settings()
@@ -344,8 +335,8 @@ def test_default_methods_without_an_answer_are_left_out_and_others_refused(
   examples = {"arc_easy": [tasks.Example("a", "?", choices=("x", "y"), target=0)]}
   monkeypatch.setattr(program, "FLAGS", types.SimpleNamespace(methods=None))
   kept = [m.name for m in program.check_methods(found, examples)]
-  assert {"plain", "roster", "experts"} <= set(kept)
-  assert not {"self_consistency", "best_of", "scmoe", "best_plain"} & set(kept)
+  assert {"baseline", "roster", "experts"} <= set(kept)
+  assert not {"self_consistency", "best_of", "scmoe", "best_baseline"} & set(kept)
   assert "[without SCMoE: task arc_easy takes the most probable" in capsys.readouterr().err
   monkeypatch.setattr(program, "FLAGS", types.SimpleNamespace(methods="scmoe"))
   with pytest.raises(ValueError, match="leave one of them out"):

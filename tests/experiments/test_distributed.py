@@ -32,7 +32,7 @@ PROGRAMS = {
   ),
   "compare": (
     (
-      "--methods=plain; roster:n=3",
+      "--methods=baseline; roster:n=3",
       "--limit=10",
       "--num_validation=4",
       "--output=out",

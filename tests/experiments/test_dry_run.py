@@ -1,10 +1,8 @@
 """Reports of --dry_run: sizes that are known from elsewhere, and what does not fit."""
 
-import os
 import re
-import subprocess
-import sys
 
+import programs
 import pytest
 
 from experiments.cli import dry_run
@@ -105,12 +103,7 @@ def test_bad_settings_are_refused(settings, sentence):
 
 
 def run(program, *arguments):
-  return subprocess.run(
-    [sys.executable, "-m", f"experiments.{program}", *arguments],
-    capture_output=True,
-    text=True,
-    env=os.environ,
-  )
+  return programs.call(f"experiments.{program}", *arguments)
 
 
 def test_the_programs_print_it_and_read_no_parameters():
@@ -124,11 +117,11 @@ def test_the_programs_print_it_and_read_no_parameters():
     "--num_members=16",
     "--temperature_profile=0.2",
   )
-  assert done.returncode == 0, done.stderr
-  assert "mesh     data:1,expert:8,tensor:8, 64 x h200" in done.stdout
+  assert done.returncode == 0, done.errors
+  assert "mesh     data:1,expert:8,tensor:8, 64 x h200" in done.output
   done = run("score", "--checkpoint=embedded:wordmath_control", "--dry_run", "--window=64")
-  assert done.returncode == 0, done.stderr
-  assert "score 8 texts of 64 tokens" in done.stdout and "1 x device" in done.stdout
+  assert done.returncode == 0, done.errors
+  assert "score 8 texts of 64 tokens" in done.output and "1 x device" in done.output
 
 
 @pytest.mark.parametrize(
@@ -144,5 +137,5 @@ def test_the_programs_print_it_and_read_no_parameters():
 )
 def test_bad_flags_end_with_one_sentence(arguments, sentence):
   done = run("generate", *arguments)
-  assert done.returncode == 1 and "Traceback" not in done.stderr
-  assert sentence in done.stderr.strip().splitlines()[-1]
+  assert done.returncode == 1 and "Traceback" not in done.errors
+  assert sentence in done.errors.strip().splitlines()[-1]

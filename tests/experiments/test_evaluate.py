@@ -1,11 +1,10 @@
 """The program that evaluates: from flags to a run's files."""
 
 import json
-import subprocess
-import sys
 import time
 
 import numpy as np
+import programs
 import pytest
 
 from experiments.evaluation.engine import request_id
@@ -47,17 +46,7 @@ def task_folder(tmp_path_factory):
 
 
 def start(checkpoint_folder, *arguments):
-  return subprocess.Popen(
-    [sys.executable, "-m", "experiments.evaluate", f"--checkpoint={checkpoint_folder}", *arguments],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-
-
-def finished(process):
-  out, errors = process.communicate()
-  return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+  return programs.Run("experiments.evaluate", [f"--checkpoint={checkpoint_folder}", *arguments])
 
 
 def lines(path):
@@ -80,8 +69,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_files_of_one_that_was_not(
     "--seed=3",
   )
   whole, other = tmp_path / "run", tmp_path / "killed" / "run"  # a run is called as its folder
-  first = finished(start(tiny_checkpoint, f"--output={whole}", *arguments))
-  assert first.returncode == 0, first.stderr
+  first = start(tiny_checkpoint, f"--output={whole}", *arguments)
+  assert first.returncode == 0, first.errors
   settings, records, summary = runs.load(whole)
   assert settings["method"] == "roster" and settings["seeds"] == [3, 4]
   assert settings["model"]["routers"] and settings["roster"]["num_members"] == 2
@@ -89,8 +78,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_files_of_one_that_was_not(
     [("wordmath", f"wordmath/test/{i}", s) for i in range(10) for s in (3, 4)]
     + [("choice", f"choice/{i}", s) for i in range(10) for s in (3, 4)]
   )
-  assert "Saved" in first.stdout and "40 examples done" in first.stdout
-  assert "perplexity" in first.stdout and summary["costs"]["flops"] > 0
+  assert "Saved" in first.output and "40 examples done" in first.output
+  assert "perplexity" in first.output and summary["costs"]["flops"] > 0
 
   params, config = checkpoint.load(tiny_checkpoint)
   tokenizer = Tokenizer.load(tiny_checkpoint)
@@ -106,7 +95,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_files_of_one_that_was_not(
       [len(prompt)],
       roster=Roster.create(config, 2, 0.5, seed=record["seed"]),
       request_ids=[request_id(wordmath.prompt(problem))],
-    ).texts
+    ).sequences
     assert record["metrics"]["nll"] == pytest.approx(-float(found.log_probs.sum()), abs=1e-3)
     assert record["metrics"]["tokens"] == len(text) - len(prompt)
     assert record["metrics"]["exact_match"] == wordmath.is_correct(record["output"], problem)
@@ -115,17 +104,17 @@ def test_a_killed_run_goes_on_and_ends_with_the_files_of_one_that_was_not(
 
   killed = start(tiny_checkpoint, f"--output={other}", *arguments)
   cache = other / "requests"
-  while killed.poll() is None and not any(
+  while killed.process.is_alive() and not any(
     path.read_text().count("\n") > 4 for path in cache.glob("*.jsonl")
   ):
     time.sleep(0.01)
-  killed.kill()
-  finished(killed)
+  killed.process.kill()
+  killed.process.join()
   there = sum(path.read_text().count("\n") for path in cache.glob("*.jsonl"))
   assert there < sum(path.read_text().count("\n") for path in (whole / "requests").glob("*.jsonl"))
-  second = finished(start(tiny_checkpoint, f"--output={other}", *arguments))
-  assert second.returncode == 0, second.stderr
-  assert second.stdout.partition("Saved")[0] == first.stdout.partition("Saved")[0]
+  second = start(tiny_checkpoint, f"--output={other}", *arguments)
+  assert second.returncode == 0, second.errors
+  assert second.output.partition("Saved")[0] == first.output.partition("Saved")[0]
   for found, expected in zip(runs.load(other)[1], records, strict=True):
     for name in ("confidences", "log_probs"):
       np.testing.assert_allclose(found.pop(name, []), expected.pop(name, []), rtol=1e-4)
@@ -158,7 +147,8 @@ REFUSALS = [
 SCRIPT = """
 import sys, json
 from absl import flags
-from experiments import app, evaluate
+from experiments import evaluate
+from experiments.cli import app
 evaluate.define_flags()
 app.load_params = lambda *_: sys.exit("parameters were read")
 for arguments in json.loads(sys.argv[1]):
@@ -185,11 +175,9 @@ def test_wrong_input_is_refused_before_parameters_are_read(tiny_checkpoint, tmp_
     ]
     for arguments, _ in REFUSALS
   ]
-  done = subprocess.run(
-    [sys.executable, "-c", SCRIPT, json.dumps(cases)], capture_output=True, text=True
-  )
-  assert done.returncode == 0, done.stderr
-  found = [json.loads(line) for line in done.stdout.splitlines()]
+  done = programs.call(SCRIPT, json.dumps(cases))
+  assert done.returncode == 0, done.errors
+  found = [json.loads(line) for line in done.output.splitlines()]
   for (arguments, message), error in zip(REFUSALS, found, strict=True):
     assert message in error, arguments
   assert not (tmp_path / "run").exists()

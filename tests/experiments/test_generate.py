@@ -1,13 +1,11 @@
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 
 import chat_formats
 import jax
 import numpy as np
+import programs
 import pytest
 
 from experiments.tasks import wordmath
@@ -20,27 +18,15 @@ from roe_jax.text.tokenizer import Tokenizer
 PROMPTS = [wordmath.prompt(p) for p in wordmath.problems("test", 5)]
 
 
-def start(checkpoint_folder, *arguments):
-  return subprocess.Popen(
-    [
-      sys.executable,
-      "-m",
-      "experiments.generate",
-      f"--checkpoint={checkpoint_folder}",
-      "--max_new_tokens=6",
-      *arguments,
-    ],
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+def start(checkpoint_folder, *arguments, stdin=""):
+  arguments = [f"--checkpoint={checkpoint_folder}", "--max_new_tokens=6", *arguments]
+  return programs.Run("experiments.generate", arguments, stdin=stdin)
 
 
-def run(checkpoint_folder, *arguments, text=None):
-  process = start(checkpoint_folder, *arguments)
-  out, errors = process.communicate(text)
-  return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+def run(checkpoint_folder, *arguments, text=""):
+  done = start(checkpoint_folder, *arguments, stdin=text)
+  done.exit_code()
+  return done
 
 
 def lines(prompts):
@@ -60,13 +46,13 @@ def test_lines_in_lines_out_and_a_killed_run_goes_on_where_it_stopped(tiny_check
     "--max_new_tokens=90",
   )
   first = run(tiny_checkpoint, f"--output={other}", *arguments)
-  assert first.returncode == 0, first.stderr
+  assert first.returncode == 0, first.errors
   expected = [json.loads(line) for line in other.read_text().splitlines()]
   assert [(r["index"], r["id"]) for r in expected] == [(i, f"p{i}") for i in range(24)]
   assert expected[0]["settings"]["roster"]["num_members"] == 3
   tokens = sum(len(r["tokens"]) for r in expected)
-  assert f"[24 prompts: {tokens} tokens in " in first.stderr
-  assert "% of the slots running" in first.stderr
+  assert f"[24 prompts: {tokens} tokens in " in first.errors
+  assert "% of the slots running" in first.errors
 
   params, config = checkpoint.load(tiny_checkpoint)
   tokenizer = Tokenizer.load(tiny_checkpoint)
@@ -82,18 +68,18 @@ def test_lines_in_lines_out_and_a_killed_run_goes_on_where_it_stopped(tiny_check
   assert (expected[7]["tokens"], expected[7]["text"]) == (alone.tokens, alone.text)
 
   killed = start(tiny_checkpoint, f"--output={target}", *arguments)
-  while killed.poll() is None and not (target.exists() and target.read_text().count("\n") >= 4):
+  while killed.process.is_alive() and not (target.exists() and target.read_text().count("\n") >= 4):
     time.sleep(0.001)
-  killed.kill()
-  killed.communicate()
+  killed.process.kill()
+  killed.process.join()
   there = target.read_text().count("\n")
   assert 4 <= there < 24
   with target.open("a") as file:  # as if it had been killed within a line
     file.write('{"index": 9, "id": "p9", "tok')
   second = run(tiny_checkpoint, f"--output={target}", *arguments)
-  assert second.returncode == 0, second.stderr
-  assert f"already holds {there} of 24" in second.stderr
-  assert f"[{24 - there} prompts: " in second.stderr
+  assert second.returncode == 0, second.errors
+  assert f"already holds {there} of 24" in second.errors
+  assert f"[{24 - there} prompts: " in second.errors
   found = [json.loads(line) for line in target.read_text().splitlines()]
   for one, record in zip(found, expected, strict=True):
     np.testing.assert_allclose(one.pop("log_probs"), record.pop("log_probs"), atol=1e-4)
@@ -101,7 +87,7 @@ def test_lines_in_lines_out_and_a_killed_run_goes_on_where_it_stopped(tiny_check
 
   refused = run(tiny_checkpoint, f"--output={target}", *arguments, "--seed=1")
   assert refused.returncode == 1
-  assert "other requests or settings" in refused.stderr
+  assert "other requests or settings" in refused.errors
 
 
 def test_a_prompt_is_streamed_to_the_terminal(tiny_checkpoint):
@@ -113,8 +99,8 @@ def test_a_prompt_is_streamed_to_the_terminal(tiny_checkpoint):
     "--temperature=0.8",
     "--top_p=0.9",
   )
-  assert done.returncode == 0, done.stderr
-  assert "6 tokens" in done.stderr and '"num_members": 2' in done.stderr
+  assert done.returncode == 0, done.errors
+  assert "6 tokens" in done.errors and '"num_members": 2' in done.errors
   for mesh in ((), ("--mesh=data:2,expert:2,tensor:2",)):
     piped = run(
       tiny_checkpoint,
@@ -125,8 +111,8 @@ def test_a_prompt_is_streamed_to_the_terminal(tiny_checkpoint):
       *mesh,
       text=lines(PROMPTS[:1]),
     )
-    assert piped.returncode == 0, piped.stderr
-    assert json.loads(piped.stdout)["text"] + "\n" == done.stdout
+    assert piped.returncode == 0, piped.errors
+    assert json.loads(piped.output)["text"] + "\n" == done.output
 
 
 BAD_SETTINGS = {
@@ -145,7 +131,8 @@ MANY_RUNS = """
 import contextlib, io, json, sys
 from absl import flags
 from absl.testing import flagsaver
-from experiments import app, generate
+from experiments import generate
+from experiments.cli import app
 generate.define_flags()
 for arguments in json.load(sys.stdin):
   with flagsaver.flagsaver():
@@ -162,15 +149,9 @@ for arguments in json.load(sys.stdin):
 
 def many_runs(runs):
   """Exit code or message, output and errors of each run of the program."""
-  done = subprocess.run(
-    [sys.executable, "-c", MANY_RUNS],
-    input=json.dumps(runs),
-    capture_output=True,
-    text=True,
-    env=os.environ,
-  )
-  assert done.returncode == 0, done.stderr
-  results = [json.loads(line) for line in done.stdout.splitlines()]
+  done = programs.call(MANY_RUNS, stdin=json.dumps(runs))
+  assert done.returncode == 0, done.errors
+  results = [json.loads(line) for line in done.output.splitlines()]
   assert len(results) == len(runs)
   return results
 
@@ -191,8 +172,8 @@ def test_bad_settings_end_with_one_sentence(tiny_checkpoint):
 
 def test_a_folder_that_is_no_checkpoint_ends_with_one_sentence(tmp_path):
   done = run(tmp_path, "--prompt=x")
-  assert done.returncode == 1 and "Traceback" not in done.stderr
-  assert str(tmp_path) in done.stderr
+  assert done.returncode == 1 and "Traceback" not in done.errors
+  assert str(tmp_path) in done.errors
 
 
 SCRIPTS = {  # the end of a prompt, and what the model says then

@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 
 from experiments import meshes
@@ -116,26 +114,19 @@ def test_margins_are_distances_between_chosen_and_other_experts(model):
 
 
 def test_the_program_writes_a_table_and_says_what_it_found(tmp_path):
-  done = subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "experiments.meshes",
-      f"--output={tmp_path}",
-      "--num_problems=4",
-      "--checkpoints=embedded:wordmath_control",
-      "--mesh=data:1",
-      "--mesh=data:2,tensor:2",
-      "--max_new_tokens=8",
-      "--rounds=1",
-      "--num_members=2",
-    ],
-    capture_output=True,
-    text=True,
-    env=os.environ,
+  done = programs.call(
+    "experiments.meshes",
+    f"--output={tmp_path}",
+    "--num_problems=4",
+    "--checkpoints=embedded:wordmath_control",
+    "--mesh=data:1",
+    "--mesh=data:2,tensor:2",
+    "--max_new_tokens=8",
+    "--rounds=1",
+    "--num_members=2",
   )
-  assert done.returncode == 0, done.stderr
-  assert "The same as on data:1 everywhere" in done.stdout
+  assert done.returncode == 0, done.errors
+  assert "The same as on data:1 everywhere" in done.output
   found = json.loads((tmp_path / "results.json").read_text())["models"]["embedded:wordmath_control"]
   assert found["data:2,tensor:2"]["comparison"]["num_identical"] == 4
   assert len(found["data:1"]["seconds"]) == 3

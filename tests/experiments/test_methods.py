@@ -71,8 +71,8 @@ def test_sampling_methods_have_their_sampler():
   assert method.sampler.settings()["temperature"] == pytest.approx(0.4)
   assert method.num_samples == method.passes_per_token == 5 and method.roster.is_baseline
   assert parse("best_of").num_samples == 8  # as many as the roster has members
-  assert parse("plain").sampler.is_greedy and parse("plain+temperature").sampler.is_greedy
-  assert parse("plain:temperature=0.5").output_temperature == 0.5
+  assert parse("baseline").sampler.is_greedy and parse("baseline+temperature").sampler.is_greedy
+  assert parse("baseline:temperature=0.5").output_temperature == 0.5
 
 
 def test_scmoe_is_a_strong_and_a_weak_pass():
@@ -89,9 +89,9 @@ def test_scmoe_is_a_strong_and_a_weak_pass():
 @pytest.mark.parametrize(
   "text, stochastic",
   [
-    ("plain", False),
-    ("plain:temperature=0.7", True),
-    ("plain+temperature", False),
+    ("baseline", False),
+    ("baseline:temperature=0.7", True),
+    ("baseline+temperature", False),
     ("roster:n=2", True),
     ("experts:k=6", False),
     ("self_consistency", True),
@@ -105,22 +105,25 @@ def test_methods_with_chance_are_marked(text, stochastic):
 
 def test_likelihoods_are_defined_where_there_is_a_distribution():
   for text in (
-    "plain",
-    "plain:temperature=0.7",
+    "baseline",
+    "baseline:temperature=0.7",
     "roster",
     "roster:aggregation=majority",
     "experts:k=4",
   ):
     assert parse(text).no_likelihood is None
-    assert parse(text).fits_temperature == (text != "plain:temperature=0.7")
-  for text in ("self_consistency", "best_of", "scmoe", "plain:temperature=0.7,top_p=0.9"):
+    assert parse(text).fits_temperature == (text != "baseline:temperature=0.7")
+  for text in ("self_consistency", "best_of", "scmoe", "baseline:temperature=0.7,top_p=0.9"):
     assert parse(text).no_likelihood.startswith("not defined")
 
 
 @pytest.mark.parametrize(
   "text, message",
   [
-    ("rooster", "there is no method 'rooster'; there are plain, plain.temperature, best_plain"),
+    (
+      "rooster",
+      "there is no method 'rooster'; there are baseline, baseline.temperature, best_baseline",
+    ),
     ("roster:m=4", "'m=4' is not SETTING=VALUE with a new one of the settings of roster: n, t,"),
     ("roster:n", "'n' is not SETTING=VALUE"),
     ("roster:n=2,n=3", "'n=3' is not SETTING=VALUE"),
@@ -128,8 +131,8 @@ def test_likelihoods_are_defined_where_there_is_a_distribution():
     ("roster:", "'' is not SETTING=VALUE"),
     ("roster:n=two", "n cannot be 'two'"),
     ("roster:include_clean=no", "cannot be 'no'"),
-    ("roster:n=1", "it is the plain model"),
-    ("roster:t=0", "it is the plain model"),
+    ("roster:n=1", "it is the baseline"),
+    ("roster:t=0", "it is the baseline"),
     ("roster:t=-1", "finite and not negative"),
     ("roster:noise=pink", "unknown noise 'pink'"),
     ("roster:noise=swap,t=2", "probability that an expert is replaced"),
@@ -138,8 +141,8 @@ def test_likelihoods_are_defined_where_there_is_a_distribution():
     ("experts:gates=big", "unknown gates 'big'"),
     ("self_consistency:n=1", "n of at least 2 samples"),
     ("best_of:temperature=0", "a temperature above 0"),
-    ("plain:top_p=0", "top_p must lie"),
-    ("plain:temperature=-1", "sampling temperature must be finite"),
+    ("baseline:top_p=0", "top_p must lie"),
+    ("baseline:temperature=-1", "sampling temperature must be finite"),
   ],
 )
 def test_what_is_no_method_is_refused_in_a_sentence(text, message):
@@ -148,8 +151,8 @@ def test_what_is_no_method_is_refused_in_a_sentence(text, message):
 
 
 def test_the_same_method_twice_is_refused():
-  with pytest.raises(ValueError, match="plain and plain are the same"):
-    methods.parse_all(["plain", "roster", "plain"], CONFIG, BASE)
+  with pytest.raises(ValueError, match="baseline and baseline are the same"):
+    methods.parse_all(["baseline", "roster", "baseline"], CONFIG, BASE)
 
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral"])
@@ -159,9 +162,13 @@ def test_default_methods_have_the_forward_rows_of_the_roster_or_one(family, n):
   base = Roster.create(config, n, 0.3)
   found = methods.parse_all(methods.default_texts(config, n), config, base)
   for method in found:
-    expected = {"plain": 1, "plain+temperature": 1, "best_plain": 1, "experts": 1, "scmoe": 2}.get(
-      method.name, n
-    )
+    expected = {
+      "baseline": 1,
+      "baseline+temperature": 1,
+      "best_baseline": 1,
+      "experts": 1,
+      "scmoe": 2,
+    }.get(method.name, n)
     assert method.passes_per_token == expected, method.text
   assert {m.name for m in found} == set(methods.METHODS)
 

@@ -1,9 +1,7 @@
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
+import programs
 import pytest
 
 from experiments import quantization_study
@@ -13,12 +11,7 @@ from roe_jax import params as params_lib
 
 
 def run(*arguments):
-  return subprocess.run(
-    [sys.executable, "-m", "experiments.quantization_study", *arguments],
-    capture_output=True,
-    text=True,
-    env=os.environ,
-  )
+  return programs.call("experiments.quantization_study", *arguments)
 
 
 SMALL = (
@@ -34,7 +27,7 @@ SMALL = (
 def test_the_whole_program_on_a_random_model(tiny_checkpoint, tmp_path):
   arguments = (f"--checkpoints={tiny_checkpoint}", f"--output={tmp_path}", *SMALL)
   done = run(*arguments)
-  assert done.returncode == 0, done.stderr
+  assert done.returncode == 0, done.errors
   result = json.loads((tmp_path / "results.json").read_text())
   rows = result["models"]["checkpoint"]
   plain, int4 = rows
@@ -54,7 +47,7 @@ def test_the_whole_program_on_a_random_model(tiny_checkpoint, tmp_path):
   # Noise-free routing in the first layer does not depend on any expert.
   assert int4["router_agreement"][0] == 1
   assert plain["to_16_bits"] == {"value": 0, "low": 0, "high": 0}
-  assert (tmp_path / "table.md").read_text() in done.stdout and "| int4 " in done.stdout
+  assert (tmp_path / "table.md").read_text() in done.output and "| int4 " in done.output
 
   # Again, it takes what is there and ends with the same.
   path = tmp_path / "measured.jsonl"
@@ -79,7 +72,7 @@ def test_the_whole_program_on_a_random_model(tiny_checkpoint, tmp_path):
 )
 def test_bad_settings_are_refused_before_any_work(tiny_checkpoint, tmp_path, argument, message):
   done = run(f"--checkpoints={tiny_checkpoint}", f"--output={tmp_path}", argument)
-  assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+  assert done.returncode == 1 and message in done.errors and "Traceback" not in done.errors
   assert not list(tmp_path.iterdir())
 
 

@@ -1,16 +1,10 @@
 import json
-import os
-import subprocess
-import sys
+
+import programs
 
 
 def run(*arguments):
-  return subprocess.run(
-    [sys.executable, "-m", "experiments.quickstart", *arguments],
-    capture_output=True,
-    text=True,
-    env=os.environ,
-  )
+  return programs.call("experiments.quickstart", *arguments)
 
 
 def test_the_whole_program_on_a_random_model(tiny_checkpoint, tmp_path):
@@ -24,7 +18,7 @@ def test_the_whole_program_on_a_random_model(tiny_checkpoint, tmp_path):
     "--batch_size=3",
     f"--output={tmp_path}",
   )
-  assert done.returncode == 0, done.stderr
+  assert done.returncode == 0, done.errors
   found = json.loads((tmp_path / "results.json").read_text())["checkpoint"]
   plain, one, three = found["rows"]
   # n = 1 is the plain model.
@@ -38,11 +32,11 @@ def test_the_whole_program_on_a_random_model(tiny_checkpoint, tmp_path):
   assert len(found["routing_agreement"]) == 2
   assert 0 < min(found["routing_agreement"]) <= max(found["routing_agreement"]) < 1
   assert (tmp_path / "quickstart.png").read_bytes()[:4] == b"\x89PNG"
-  assert "roster, n = 3" in done.stdout and "clean member alone would choose" in done.stdout
-  assert (tmp_path / "table.txt").read_text() in done.stdout
+  assert "roster, n = 3" in done.output and "clean member alone would choose" in done.output
+  assert (tmp_path / "table.txt").read_text() in done.output
 
 
 def test_bad_settings_are_refused_before_any_work(tiny_checkpoint, tmp_path):
   done = run(f"--checkpoints={tiny_checkpoint}", "--num_members=0", f"--output={tmp_path}")
-  assert done.returncode == 1 and "Traceback" not in done.stderr
+  assert done.returncode == 1 and "Traceback" not in done.errors
   assert not list(tmp_path.iterdir())

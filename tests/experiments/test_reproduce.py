@@ -127,8 +127,10 @@ def test_a_command_is_what_one_types(tmp_path):
     f"--num_members=32 --cache=clean --seed=0 --output={tmp_path}/tune/gsm8k"
   )
   assert command.name == "tune/gsm8k" and not command.is_done
-  compared = str(work.compare("x", ["gsm8k", "svamp"], ["plain", "roster:n=4"], chat=False))
-  assert "--tasks=gsm8k,svamp '--methods=plain; roster:n=4'" in compared and "--nochat" in compared
+  compared = str(work.compare("x", ["gsm8k", "svamp"], ["baseline", "roster:n=4"], chat=False))
+  assert (
+    "--tasks=gsm8k,svamp '--methods=baseline; roster:n=4'" in compared and "--nochat" in compared
+  )
 
 
 def test_a_command_is_done_when_all_of_its_files_are_there(tmp_path):

@@ -89,10 +89,14 @@ def test_the_filter_refuses_and_allows_on_both_architectures(machine, files):
   for name in ("read", "write", "mmap", "futex", "exit_group", "clock_gettime"):
     assert of(confinement.ALLOWED[name]) == "allow", name
   assert [of(confinement.KILL, p, 9) for p in (77, 78, 0, 2**64 - 1)] == ["allow"] + ["refuse"] * 3
-  assert of(confinement.TGKILL, 77, 77, 6) == "allow" and of(confinement.TGKILL, 78, 78, 6) == "refuse"
+  assert (
+    of(confinement.TGKILL, 77, 77, 6) == "allow" and of(confinement.TGKILL, 78, 78, 6) == "refuse"
+  )
   assert of(confinement.FCNTL, 5, 3) == "allow"
   assert [of(confinement.FCNTL, 5, command) for command in (8, 10, 15)] == ["refuse"] * 3  # owners
-  assert of(confinement.IOCTL, 0, 0x5401) == "allow" and of(confinement.IOCTL, 0, 0x5412) == "refuse"
+  assert (
+    of(confinement.IOCTL, 0, 0x5401) == "allow" and of(confinement.IOCTL, 0, 0x5412) == "refuse"
+  )
   assert [of(confinement.PRLIMIT64, 0, 9, new) for new in (0, 1, 1 << 40)] == (
     ["allow", "refuse", "refuse"]
   )

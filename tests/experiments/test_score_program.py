@@ -1,9 +1,7 @@
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
+import programs
 import pytest
 
 from roe_jax import checkpoint, scoring
@@ -14,19 +12,12 @@ PAIRS = [("Tom has 3 pens.", " He buys 4."), ("A boat goes 12 miles.", " 12*3=36
 
 
 def run(folder, *arguments):
-  return subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "experiments.score",
-      f"--checkpoint={folder}",
-      "--num_members=3",
-      "--temperature_profile=0.4",
-      *arguments,
-    ],
-    capture_output=True,
-    text=True,
-    env=os.environ,
+  return programs.call(
+    "experiments.score",
+    f"--checkpoint={folder}",
+    "--num_members=3",
+    "--temperature_profile=0.4",
+    *arguments,
   )
 
 
@@ -42,13 +33,13 @@ def test_continuations_are_scored_as_by_the_library(tiny_checkpoint, model, tmp_
   source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
   source.write_text("".join(json.dumps({"prompt": p, "continuation": c}) + "\n" for p, c in PAIRS))
   done = run(tiny_checkpoint, f"--input={source}", f"--output={target}", *mesh)
-  assert done.returncode == 0, done.stderr
+  assert done.returncode == 0, done.errors
   prompts, ends = zip(*[[tokenizer.encode(t) for t in pair] for pair in PAIRS])
   expected = scoring.score(
     params, config, [p + c for p, c in zip(prompts, ends)], [len(p) for p in prompts], roster=roster
   )
   records = [json.loads(line) for line in target.read_text().splitlines()]
-  for record, text, end in zip(records, expected.texts, ends, strict=True):
+  for record, text, end in zip(records, expected.sequences, ends, strict=True):
     np.testing.assert_allclose(record["log_probs"], text.log_probs[:, 0], atol=1e-4)
     assert record["log_prob"] == pytest.approx(sum(record["log_probs"]))
     assert record["tokens"] == end
@@ -65,12 +56,12 @@ def test_a_texts_perplexity_is_printed_beside_the_plain_models(tiny_checkpoint, 
     "--window=32",
     f"--output={tmp_path / 'found.json'}",
   )
-  assert done.returncode == 0, done.stderr
+  assert done.returncode == 0, done.errors
   found = json.loads((tmp_path / "found.json").read_text())
-  for name, setting in (("plain", None), ("roster", roster)):
+  for name, setting in (("baseline", None), ("roster", roster)):
     expected = scoring.perplexity(params, config, tokenizer.encode(text), window=32, roster=setting)
     assert found[name]["perplexity"] == pytest.approx(expected.perplexity[0], rel=1e-4)
-    assert f"{name}: perplexity" in done.stdout
+    assert f"{name}: perplexity" in done.output
   assert found["roster"]["settings"]["roster"]["num_members"] == 3
 
 
@@ -81,5 +72,5 @@ def test_bad_input_ends_with_one_sentence(tiny_checkpoint, tmp_path):
     ([f"--text={tmp_path / 'no.txt'}"], "does not exist"),
   ):
     done = run(tiny_checkpoint, *arguments)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert sentence in done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.errors
+    assert sentence in done.errors.strip().splitlines()[-1]

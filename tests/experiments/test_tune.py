@@ -1,19 +1,18 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import types
 
 import jax
 import numpy as np
+import programs
 import pytest
 
 from experiments import tasks, tune
 from experiments.analysis import paired_statistics
 from experiments.cli import app, temperature_profiles
-from experiments.evaluation.prompts import Asking
+from experiments.evaluation.prompts import PromptBuilder
 from experiments.records import runs
 from experiments.tasks import base
 from experiments.tuning import confirm, objectives, tuning_configs
@@ -36,19 +35,11 @@ SMALL = (
 
 
 def command(folder, output, *arguments):
-  return [
-    sys.executable,
-    "-m",
-    "experiments.tune",
-    f"--checkpoint={folder}",
-    f"--output={output}",
-    *SMALL,
-    *arguments,
-  ]
+  return [f"--checkpoint={folder}", f"--output={output}", *SMALL, *arguments]
 
 
 def run(*arguments):
-  return subprocess.run(command(*arguments), capture_output=True, text=True, env=os.environ)
+  return programs.call("experiments.tune", *command(*arguments))
 
 
 def lines(path):
@@ -65,7 +56,7 @@ def tuned(tiny_checkpoint, tmp_path_factory):
   """A finished search, what it printed, and its folder."""
   output = tmp_path_factory.mktemp("tuned") / "output"
   done = run(tiny_checkpoint, output)
-  assert done.returncode == 0, done.stderr
+  assert done.returncode == 0, done.errors
   return done, output
 
 
@@ -86,7 +77,7 @@ def nll_of(model, examples, roster, ids):
   return np.array(
     [
       -scoring.score(params, config, [text], [start], roster=roster, request_ids=[i])
-      .texts[0]
+      .sequences[0]
       .log_probs.sum(dtype=float)
       for text, start, i in zip(texts, starts, ids)
     ]
@@ -112,7 +103,7 @@ def test_the_profile_is_that_of_the_best_trial_and_names_model_roster_data_and_c
   assert profile.cost["trials"] == 5 and profile.cost["seconds"] == pytest.approx(
     sum(t["seconds"] for t in trials)
   )
-  assert "5 trials (0 pruned)" in done.stdout.splitlines()[-1]
+  assert "5 trials (0 pruned)" in done.output.splitlines()[-1]
 
 
 def test_a_trials_value_is_the_perplexity_of_the_references_with_the_searchs_noise(tuned, model):
@@ -159,7 +150,7 @@ def test_the_winner_is_confirmed_on_fresh_problems_with_fresh_noise_paired_with_
   )
   assert found["value"] == pytest.approx(expected.value, rel=1e-3, abs=1e-3)
   assert found["low"] == pytest.approx(expected.low, rel=1e-2, abs=1e-3)
-  assert f"{found['value']:+.2f} [" in done.stdout
+  assert f"{found['value']:+.2f} [" in done.output
   settings, _, summary = runs.load(output / "confirm" / "plain")
   assert settings["method"] == "plain" and settings["model"] == profile.model["routers"]
   assert summary["costs"]["tokens"] == tokens.sum()
@@ -171,34 +162,27 @@ def test_fitted_output_temperatures_come_from_the_problems_of_the_search(tuned, 
   texts, starts = texts_of(model, examples)
   grid = confirm.OUTPUT_TEMPERATURES
   scores = scoring.score(params, config, texts, starts, output_temperatures=grid)
-  nll = np.array([-t.log_probs.sum(axis=0, dtype=float) for t in scores.texts])
+  nll = np.array([-t.log_probs.sum(axis=0, dtype=float) for t in scores.sequences])
   settings, records, _ = runs.load(tuned[1] / "confirm" / "plain")
   fitted = paired_statistics.fit_output_temperature(nll, grid)
   assert settings["output_temperature"] == pytest.approx(fitted, rel=1e-3)
   fresh = tasks.get("wordmath").examples("validation", limit=9)[5:]
   texts, starts = texts_of(model, fresh)
   scores = scoring.score(params, config, texts, starts, output_temperatures=[fitted])
-  for record, text in zip(records, scores.texts):
+  for record, text in zip(records, scores.sequences):
     assert record["metrics"]["fitted_nll"] == pytest.approx(-text.log_probs.sum(), rel=1e-3)
 
 
 def test_other_programs_take_the_profile_with_its_roster(tuned, tiny_checkpoint, tmp_path):
   (tmp_path / "in.jsonl").write_text('{"prompt": "7", "continuation": " 8"}\n')
-  done = subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "experiments.score",
-      f"--checkpoint={tiny_checkpoint}",
-      f"--input={tmp_path / 'in.jsonl'}",
-      f"--output={tmp_path / 'out.jsonl'}",
-      f"--temperature_profile={tuned[1] / 'profile.json'}",
-    ],
-    capture_output=True,
-    text=True,
-    env=os.environ,
+  done = programs.call(
+    "experiments.score",
+    f"--checkpoint={tiny_checkpoint}",
+    f"--input={tmp_path / 'in.jsonl'}",
+    f"--output={tmp_path / 'out.jsonl'}",
+    f"--temperature_profile={tuned[1] / 'profile.json'}",
   )
-  assert done.returncode == 0, done.stderr
+  assert done.returncode == 0, done.errors
   roster = lines(tmp_path / "out.jsonl")[0]["settings"]["roster"]
   assert roster["num_members"] == 3
   assert roster["temperatures"] == pytest.approx(
@@ -210,11 +194,11 @@ def test_a_finished_search_is_told_again_and_other_settings_are_refused(tuned, t
   done, output = tuned
   before = (output / "profile.json").read_text()
   again = run(tiny_checkpoint, output)
-  assert again.returncode == 0 and again.stdout == done.stdout
+  assert again.returncode == 0 and again.output == done.output
   assert (output / "profile.json").read_text() == before
   other = run(tiny_checkpoint, output, "--num_samples=4", "--seed=1")
-  assert other.returncode == 1 and "other settings (num_samples, seed)" in other.stderr
-  assert "Traceback" not in other.stderr and not other.stdout
+  assert other.returncode == 1 and "other settings (num_samples, seed)" in other.errors
+  assert "Traceback" not in other.errors and not other.output
 
 
 def test_two_workers_killed_and_started_again_end_as_one_that_was_not(
@@ -222,21 +206,15 @@ def test_two_workers_killed_and_started_again_end_as_one_that_was_not(
 ):
   output = tmp_path / "killed"
   arguments = command(tiny_checkpoint, output, "--num_workers=2")
-  process = subprocess.Popen(
-    arguments,
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.DEVNULL,
-    env=os.environ,
-    start_new_session=True,
-  )
+  process = programs.Run("experiments.tune", arguments).process
   deadline = time.monotonic() + 240
   while not (output / "trials.jsonl").exists():
-    assert time.monotonic() < deadline and process.poll() is None
+    assert time.monotonic() < deadline and process.is_alive()
     time.sleep(0.05)
   os.killpg(process.pid, signal.SIGKILL)
-  process.wait()
+  process.join()
   done = run(tiny_checkpoint, output, "--num_workers=2")
-  assert done.returncode == 0, done.stderr
+  assert done.returncode == 0, done.errors
   expected = lines(tuned[1] / "trials.jsonl")
   found = [t for t in lines(output / "trials.jsonl") if t["state"] == "complete"]
   assert len(found) == len(expected) == 5
@@ -255,7 +233,7 @@ def perplexity(model):
   task = tasks.get("wordmath")
   return objectives.Perplexity(
     config,
-    Asking(config, tokenizer),
+    PromptBuilder(config, tokenizer),
     task,
     task.examples("validation", limit=6),
     range(6),
@@ -311,7 +289,7 @@ def test_accuracy_of_written_answers(model):
     "length", "math", "long", None, base.each(lambda e, output: {"long": float(len(output))}), ""
   )
   objective = objectives.Accuracy(
-    config, Asking(config, tokenizer), judged, examples, range(7, 10), 2
+    config, PromptBuilder(config, tokenizer), judged, examples, range(7, 10), 2
   )
   roster = Roster.create(config, 3, 0.5, seed=4)
   values, cost = objective.measure(params, roster, slice(1, 3))
@@ -338,7 +316,7 @@ def test_accuracy_of_chosen_answers(model):
   ]
   task = base.Task("choices", "commonsense", "acc", None, base.each(base.chosen), "")
   objective = objectives.Accuracy(
-    config, Asking(config, tokenizer), task, examples, range(3), batch_size=4
+    config, PromptBuilder(config, tokenizer), task, examples, range(3), batch_size=4
   )
   roster = Roster.create(config, 3, 0.5)
   values, cost = objective.measure(params, roster, slice(0, 3))
@@ -354,7 +332,7 @@ def test_accuracy_of_chosen_answers(model):
         roster=roster,
         request_ids=[i],
       )
-      .texts[0]
+      .sequences[0]
       .log_probs.sum()
       for c in e.choices
     ]
@@ -438,7 +416,8 @@ MANY_RUNS = """
 import json, sys
 from absl import flags
 from absl.testing import flagsaver
-from experiments import app, tune
+from experiments import tune
+from experiments.cli import app
 tune.define_flags()
 for arguments in json.load(sys.stdin):
   with flagsaver.flagsaver():
@@ -452,15 +431,9 @@ for arguments in json.load(sys.stdin):
 
 
 def test_bad_settings_are_refused_before_any_work(tiny_checkpoint, tmp_path):
-  given = [command(tiny_checkpoint, tmp_path / "output", *a)[3:] for a in REFUSED]
-  done = subprocess.run(
-    [sys.executable, "-c", MANY_RUNS],
-    input=json.dumps(given),
-    capture_output=True,
-    text=True,
-    env=os.environ,
-  )
-  assert done.returncode == 0, done.stderr
-  for line, sentence in zip(done.stdout.splitlines(), REFUSED.values(), strict=True):
+  given = [command(tiny_checkpoint, tmp_path / "output", *a) for a in REFUSED]
+  done = programs.call(MANY_RUNS, stdin=json.dumps(given))
+  assert done.returncode == 0, done.errors
+  for line, sentence in zip(done.output.splitlines(), REFUSED.values(), strict=True):
     assert json.loads(line).startswith("error: ") and sentence in line
   assert not (tmp_path / "output").exists()
