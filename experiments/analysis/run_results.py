@@ -193,7 +193,7 @@ def load_tunings(patterns: Sequence[str]) -> list[Tuning]:
     FileNotFoundError: a folder has no trials, or a pattern matches none.
     ValueError: a file was not written by `experiments.tune`.
   """
-  paths = _folders(patterns, TRIALS, "tuning")
+  paths = _folders(patterns, TRIALS, "search")
   names = [path.name for path in paths]
   return [
     _load_tuning(path, name if names.count(name) == 1 else str(path))
