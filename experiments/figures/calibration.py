@@ -283,7 +283,7 @@ def draw(records: list[dict]):
       return Estimate(*(r["share"] * r[system][name] for name in ("value", "low", "high")))
 
     drawing.zero(axis)
-    names = [r["class"].replace(" routing", "\nrouting") for r in shown]
+    names = [r["class"].replace(" routing margin", "\nmargin") for r in shown]
     groups = [f"{name}\n{100 * r['share']:.1f} %" for name, r in zip(names, shown)]
     drawing.dots(axis, groups, {s: [contribution(r, s) for r in shown] for s in SYSTEMS})
     axis.set_title(model, fontsize=9)
