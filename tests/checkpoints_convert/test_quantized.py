@@ -16,6 +16,8 @@ from roe_jax import checkpoint, families, quantization
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 
+pytestmark = pytest.mark.slow
+
 BF16 = np.dtype(ml_dtypes.bfloat16)
 L, D, F, E = 2, 64, 32, 3
 FP4 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]

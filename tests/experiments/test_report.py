@@ -11,6 +11,8 @@ from experiments import report
 from experiments.analysis import comparisons, paired_statistics, pictures, report_page
 from experiments.analysis import run_results as results_lib
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):

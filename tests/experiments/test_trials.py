@@ -13,6 +13,8 @@ import pytest
 from experiments.tuning import trials
 from experiments.tuning.trials import TRIALS, Search, Space
 
+pytestmark = pytest.mark.slow
+
 
 def searched(folder, num_trials, prune=False, objective=None, space=SPACE, batches=BATCHES):
   objective = objective or Quadratic()
