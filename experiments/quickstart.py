@@ -93,7 +93,7 @@ def table(rows: list[dict]) -> str:
       [
         f"roster, n = {r['num_members']}" if i else "baseline (n = 1)",
         f"{r['perplexity'].perplexity.value:.4f}",
-        _interval(r["perplexity"].to_plain, 2),
+        _interval(r["perplexity"].difference, 2),
         f"{r['temperature']:.2f}",
         f"{r['fitted'].perplexity.value:.4f}",
         _compared(r["fitted"].comparison, 2),
@@ -134,8 +134,8 @@ def findings(rows: list[dict]) -> str:
   return "\n".join(
     [
       f"Perplexity: the roster of {n} changes it by "
-      f"{_interval(largest['perplexity'].to_plain, 2)} %; a single output temperature on the "
-      f"baseline changes it by {_interval(baseline['fitted'].to_plain, 2)} %.",
+      f"{_interval(largest['perplexity'].difference, 2)} %; a single output temperature on the "
+      f"baseline changes it by {_interval(baseline['fitted'].difference, 2)} %.",
       f"With an output temperature fitted to both, the roster changes it by "
       f"{_interval(fitted.difference, 2)} % ({verdict(fitted)}).",
       f"Accuracy: the roster of {n} changes it by {_interval(accuracy.difference, 1)} points "
@@ -211,8 +211,8 @@ def draw(models: dict[str, list[dict]]) -> plt.Figure:
     n = [r["num_members"] for r in rows]
     compared = [r["accuracy"].comparison for r in rows]
     for axis, differences, label, style in (
-      (left, [r["perplexity"].to_plain for r in rows], "output temperature T = 1", {}),
-      (left, [r["fitted"].to_plain for r in rows], "output temperature fitted", {"color": "0.5"}),
+      (left, [r["perplexity"].difference for r in rows], "output temperature T = 1", {}),
+      (left, [r["fitted"].difference for r in rows], "output temperature fitted", {"color": "0.5"}),
       (middle, [c and c.difference for c in compared], None, {}),
     ):
       values, bars = drawing.bars([d or zero for d in differences])
@@ -263,7 +263,7 @@ def main(argv) -> None:
   print("\n" + text)
   app.write_atomically(output / "table.txt", text)
   if app.is_first_process():
-    drawing.save(draw(models), output / "quickstart")
+    drawing.save(draw(models), output / "quickstart", kinds=["png"])
   print(
     f"Saved {output}/quickstart.png, table.txt and all answers; {time.perf_counter() - begin:.0f} "
     f"s. More on them: python -m experiments.report --runs='{output / name}/*'"
