@@ -370,7 +370,7 @@ def test_formats_that_cannot_be_are_refused_in_a_sentence(tmp_path, capsys):
   hub, few = tmp_path / "hub", tmp_path / "few"
   assert run(capsys, source=hub, target=few, quantize_experts="int4")[0] == 0
   for arguments, message in (
-    (dict(source=tmp_path / "odd", quantize_experts="int4"), "even d_model, got 51: take int8"),
+    (dict(source=tmp_path / "odd", quantize_experts="int4"), "even d_model, got 51: use int8"),
     (dict(source=hub, keep_mxfp4=True), "--keep_mxfp4 is for experts in MXFP4"),
     (dict(source=few, quantize_experts="int8"), "are in int4 already"),
     (dict(source=few, to_hugging_face=True, quantize_experts="int8"), "writes none: leave"),
