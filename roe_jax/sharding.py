@@ -360,7 +360,7 @@ def write(
   )
 
 
-def put_row(
+def copy_slot(
   into: jax.Array, source: jax.Array, axis: int, slot: jax.Array, source_slot: jax.Array
 ) -> jax.Array:
   """A text's row of an array of a state, put into that array of another state.
