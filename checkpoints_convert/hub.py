@@ -80,7 +80,7 @@ def find(source: str, revision: str | None = None, weights: bool = True) -> path
   name, at = match.groups()
   if at and revision and at != revision:
     raise ConversionError(f"{source} names a revision and so does --revision={revision}: give one")
-  import huggingface_hub  # here, because local folders need no hub
+  import huggingface_hub.errors  # here, because local folders need no hub
 
   patterns = [*_OTHER_PATTERNS, *(_WEIGHT_PATTERNS if weights else ())]
   try:
@@ -89,6 +89,12 @@ def find(source: str, revision: str | None = None, weights: bool = True) -> path
     )
   except Exception as error:  # many kinds, all of them reasons for not getting it
     reason = str(error).strip().split("\n")[0]
+    # The hub answers alike for models that are absent, private or gated.
+    if isinstance(error, huggingface_hub.errors.RepositoryNotFoundError):
+      reason += (
+        "; check the name; for a gated or private model, request access on its page, then run "
+        "`hf auth login` or set HF_TOKEN"
+      )
     raise ConversionError(
       f"there is no local folder {source}, and it cannot be downloaded as a model from "
       f"the hub: {reason}"

@@ -163,7 +163,7 @@ def test_weights_too_small_for_a_scale_become_zero():
   [
     (dict(expert_format="mxfp4", d_model=48), "blocks of 32.*d_model 48 .*int8 or int4"),
     (dict(expert_format="mxfp4", d_expert=16), "d_expert 16"),
-    (dict(expert_format="int4", d_model=31), "even d_model, got 31: take int8"),
+    (dict(expert_format="int4", d_model=31), "even d_model, got 31: use int8"),
   ],
 )
 def test_sizes_that_a_format_does_not_have_are_refused(changes, message):
