@@ -93,7 +93,7 @@ def tokens_within_budget(
   per_token = 4 * (
     config.vocab_size
     + 2 * config.experts_per_token * config.d_model
-    + config.num_heads * attention.block_slots(platform)
+    + config.num_heads * attention.block_size(platform)
   )
   return max(1, memory_budget // per_token)
 

@@ -50,7 +50,7 @@ RULES: dict[str, tuple[tuple[str, ...], ...]] = {
   **dict.fromkeys(
     (
       "layers embed embed_packed embed_groups head_dim gate_up shared_gate routed_experts "
-      "positions choices slots one_head"
+      "positions choices cache_positions one_head"
     ).split(),
     ((),),
   ),
@@ -268,7 +268,7 @@ def state_specs(mesh: Mesh | AbstractMesh, state: Any) -> Any:
       return PartitionSpec()
     heads = "one_head" if array.shape[-3] == 1 else "kv_heads"
     lead = ("layers",) * (array.ndim - 4)
-    return spec(mesh, (*lead, "batch", heads, "slots", "head_dim"), array.shape)
+    return spec(mesh, (*lead, "batch", heads, "cache_positions", "head_dim"), array.shape)
 
   return jax.tree.map(of, state)
 
