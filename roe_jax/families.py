@@ -14,7 +14,6 @@ from roe_jax.config import ModelConfig, Yarn
 _REQUIRED = object()
 
 
-@dataclasses.dataclass(frozen=True)
 class Key:
   """The `config.json` key of a `ModelConfig` field.
 
@@ -23,12 +22,8 @@ class Key:
     default: the value that transformers assumes if the key is missing or null.
   """
 
-  names: tuple[str, ...]
-  default: Any = _REQUIRED
-
-
-def _key(*names: str, default: Any = _REQUIRED) -> Key:
-  return Key(names, default)
+  def __init__(self, *names: str, default: Any = _REQUIRED):
+    self.names, self.default = names, default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,22 +58,22 @@ class Family:
 
 
 COMMON_KEYS = {
-  "vocab_size": _key("vocab_size"),
-  "num_layers": _key("num_hidden_layers"),
-  "d_model": _key("hidden_size"),
-  "num_heads": _key("num_attention_heads"),
-  "experts_per_token": _key("num_experts_per_tok"),
-  "context_length": _key("max_position_embeddings"),
-  "initializer_range": _key("initializer_range", default=0.02),
-  "bos_token_id": _key("bos_token_id", default=None),
-  "pad_token_id": _key("pad_token_id", default=None),
+  "vocab_size": Key("vocab_size"),
+  "num_layers": Key("num_hidden_layers"),
+  "d_model": Key("hidden_size"),
+  "num_heads": Key("num_attention_heads"),
+  "experts_per_token": Key("num_experts_per_tok"),
+  "context_length": Key("max_position_embeddings"),
+  "initializer_range": Key("initializer_range", default=0.02),
+  "bos_token_id": Key("bos_token_id", default=None),
+  "pad_token_id": Key("pad_token_id", default=None),
 }
-_EPSILON_5 = _key("rms_norm_eps", default=1e-5)
-_EPSILON_6 = _key("rms_norm_eps", default=1e-6)
-_EXPERTS = _key("num_experts", "num_local_experts")
-_LOCAL_EXPERTS = _key("num_local_experts", "num_experts")
-_HEAD_DIM = _key("head_dim", default=None)  # default: d_model / num_heads
-_NORMALIZE = _key("norm_topk_prob", default=False)
+_EPSILON_5 = Key("rms_norm_eps", default=1e-5)
+_EPSILON_6 = Key("rms_norm_eps", default=1e-6)
+_EXPERTS = Key("num_experts", "num_local_experts")
+_LOCAL_EXPERTS = Key("num_local_experts", "num_experts")
+_HEAD_DIM = Key("head_dim", default=None)  # default: d_model / num_heads
+_NORMALIZE = Key("norm_topk_prob", default=False)
 _ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 
 FAMILIES = {
@@ -86,9 +81,9 @@ FAMILIES = {
     "OlmoeForCausalLM",
     keys={
       "num_experts": _EXPERTS,
-      "d_expert": _key("intermediate_size"),
+      "d_expert": Key("intermediate_size"),
       "normalize_gates": _NORMALIZE,
-      "clip_qkv": _key("clip_qkv", default=None),
+      "clip_qkv": Key("clip_qkv", default=None),
       "rms_norm_eps": _EPSILON_5,
     },
     fixed={"gates_in_model_dtype": True, "qk_norm": True},
@@ -99,7 +94,7 @@ FAMILIES = {
     "MixtralForCausalLM",
     keys={
       "num_experts": _LOCAL_EXPERTS,
-      "d_expert": _key("intermediate_size"),
+      "d_expert": Key("intermediate_size"),
       "head_dim": _HEAD_DIM,
       "rms_norm_eps": _EPSILON_5,
     },
@@ -111,11 +106,11 @@ FAMILIES = {
     "GptOssForCausalLM",
     keys={
       "num_experts": _LOCAL_EXPERTS,
-      "d_expert": _key("intermediate_size"),
+      "d_expert": Key("intermediate_size"),
       "head_dim": _HEAD_DIM,
       "rms_norm_eps": _EPSILON_5,
-      "swiglu_limit": _key("swiglu_limit", default=7.0),
-      "swiglu_alpha": _key("swiglu_alpha", default=1.702),
+      "swiglu_limit": Key("swiglu_limit", default=7.0),
+      "swiglu_alpha": Key("swiglu_alpha", default=1.702),
     },
     fixed={
       "normalize_gates": True,
@@ -138,10 +133,10 @@ FAMILIES = {
     "Qwen2MoeForCausalLM",
     keys={
       "num_experts": _EXPERTS,
-      "d_expert": _key("moe_intermediate_size"),
-      "d_shared_expert": _key("shared_expert_intermediate_size"),
+      "d_expert": Key("moe_intermediate_size"),
+      "d_shared_expert": Key("shared_expert_intermediate_size"),
       "normalize_gates": _NORMALIZE,
-      "qkv_bias": _key("qkv_bias", default=True),
+      "qkv_bias": Key("qkv_bias", default=True),
       "head_dim": _HEAD_DIM,
       "rms_norm_eps": _EPSILON_6,
     },
@@ -154,7 +149,7 @@ FAMILIES = {
     "Qwen3MoeForCausalLM",
     keys={
       "num_experts": _EXPERTS,
-      "d_expert": _key("moe_intermediate_size"),
+      "d_expert": Key("moe_intermediate_size"),
       "normalize_gates": _NORMALIZE,
       "head_dim": _HEAD_DIM,
       "rms_norm_eps": _EPSILON_6,

@@ -67,17 +67,10 @@ def compute(
   def pairs(kernel):
     return functools.partial(by_pairs, kernel, num_experts, activation)
 
-  return jax.lax.platform_dependent(
-    weights,
-    jnp.asarray(layer, jnp.int32),
-    x,
-    indices,
-    gates,
-    cuda=pairs(on_gpu),
-    rocm=pairs(on_gpu),
-    tpu=pairs(on_tpu),
-    default=pairs(functools.partial(on_gpu, interpret=True)),
-  )
+  kernels = {"cuda": pairs(on_gpu), "rocm": pairs(on_gpu), "tpu": pairs(on_tpu)}
+  default = pairs(functools.partial(on_gpu, interpret=True))
+  inputs = weights, jnp.asarray(layer, jnp.int32), x, indices, gates
+  return jax.lax.platform_dependent(*inputs, **kernels, default=default)
 
 
 def by_pairs(kernel, num_experts, activation, weights, layer, x, indices, gates):
@@ -130,16 +123,11 @@ def on_gpu(activation, experts, weights, x, interpret=False):
   # Within a piece of the columns, the weights of each half share a scale.
   piece = columns if scales is None else math.gcd(columns, width, weights_per_scale(scales, 3, d))
   tiles = (min(HIDDEN_TILE[0], pl.next_power_of_2(f)), columns // piece, piece)
-  hidden = call(
-    functools.partial(_hidden_kernel, activation=activation, format=format, choices=a, tiles=tiles),
-    (pairs, f),
-    x.dtype,
-    (pl.cdiv(f, tiles[0]),),
-    x,
-    codes,
-    scales,
-    weights.gate_up_bias,
+  kernel = functools.partial(
+    _hidden_kernel, activation=activation, format=format, choices=a, tiles=tiles
   )
+  inputs = x, codes, scales, weights.gate_up_bias
+  hidden = call(kernel, (pairs, f), x.dtype, (pl.cdiv(f, tiles[0]),), *inputs)
 
   codes, scales, format = codes_and_scales(weights.down)
   parts, width, splits = weights_per_code(format), codes.shape[2], pl.cdiv(f, DOWN_SPLIT)
@@ -148,15 +136,9 @@ def on_gpu(activation, experts, weights, x, interpret=False):
     math.gcd(min(DOWN_TILE[0], pl.next_power_of_2(f)), weights_per_scale(scales, 1, f)),
     min(DOWN_TILE[1] // parts, pl.next_power_of_2(width)),
   )
-  partial = call(
-    functools.partial(_down_kernel, format=format, tiles=tiles),
-    (pairs, splits, d),
-    jnp.float32,
-    (pl.cdiv(width, tiles[1]), splits),
-    hidden,
-    codes,
-    scales,
-  )
+  kernel = functools.partial(_down_kernel, format=format, tiles=tiles)
+  shape, grid = (pairs, splits, d), (pl.cdiv(width, tiles[1]), splits)
+  partial = call(kernel, shape, jnp.float32, grid, hidden, codes, scales)
   return partial.reshape(n, a, splits, d).sum(2)
 
 

@@ -60,30 +60,13 @@ def apply_on_gpu(activation, experts, weights, x, interpret=False):
   f, _, width = codes.shape[1:]
   # Within a tile, quantized weights of one output share a scale.
   tile = most if scales is None else math.gcd(most, width, weights_per_scale(scales, 3, d))
-  hidden = call(
-    functools.partial(_hidden_kernel, activation=activation, format=format),
-    f,
-    f,
-    x.dtype,
-    tile,
-    x,
-    codes,
-    scales,
-    weights.gate_up_bias,
-  )
+  kernel = functools.partial(_hidden_kernel, activation=activation, format=format)
+  hidden = call(kernel, f, f, x.dtype, tile, x, codes, scales, weights.gate_up_bias)
 
   codes, scales, format = codes_and_scales(weights.down)
   tile = most if scales is None else math.gcd(most, weights_per_scale(scales, 1, f))
-  return call(
-    functools.partial(_down_kernel, format=format),
-    d,
-    codes.shape[2],
-    jnp.float32,
-    tile,
-    hidden,
-    codes,
-    scales,
-  )
+  kernel = functools.partial(_down_kernel, format=format)
+  return call(kernel, d, codes.shape[2], jnp.float32, tile, hidden, codes, scales)
 
 
 def _precision(dtype):

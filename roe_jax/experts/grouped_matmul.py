@@ -51,17 +51,9 @@ def compute(
     default = blocks(functools.partial(apply_on_gpu, interpret=True))
   else:
     default = functools.partial(by_ragged_dot, num_experts, activation)
-  return jax.lax.platform_dependent(
-    weights,
-    jnp.asarray(layer, jnp.int32),
-    x,
-    indices,
-    gates,
-    cuda=blocks(apply_on_gpu),
-    rocm=blocks(apply_on_gpu),
-    tpu=blocks(apply_on_tpu),
-    default=default,
-  )
+  gpu, tpu = blocks(apply_on_gpu), blocks(apply_on_tpu)
+  inputs = weights, jnp.asarray(layer, jnp.int32), x, indices, gates
+  return jax.lax.platform_dependent(*inputs, cuda=gpu, rocm=gpu, tpu=tpu, default=default)
 
 
 def by_blocks(kernel, num_experts, activation, weights, layer, x, indices, gates):

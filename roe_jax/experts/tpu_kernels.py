@@ -69,37 +69,21 @@ def apply_on_tpu(activation, experts, weights, x, interpret=False):
   bias = weights.gate_up_bias
   if bias is not None:  # with F last, as in the hidden values; small compared to the weights
     bias = bias[of_block].swapaxes(1, 2)
-  hidden = call(
-    functools.partial(_hidden_kernel, activation=activation, format=format),
-    (b, f),
-    tile,
-    x.dtype,
-    (x.reshape(k, b, parts, width).swapaxes(1, 2), codes, scales, bias),
-    (
-      _all_of_block(parts, b, width),
-      codes_spec,
-      scales_spec,
-      bias if bias is None else _of_block(2, tile),
-    ),
-  )
+  bias_spec = bias if bias is None else _of_block(2, tile)
+  kernel = functools.partial(_hidden_kernel, activation=activation, format=format)
+  inputs = x.reshape(k, b, parts, width).swapaxes(1, 2), codes, scales, bias
+  specs = _all_of_block(parts, b, width), codes_spec, scales_spec, bias_spec
+  hidden = call(kernel, (b, f), tile, x.dtype, inputs, specs)
 
   codes, scales, format = codes_and_scales(weights.down)
   parts, width = weights_per_code(format), codes.shape[2]
   tile = _tile(width, parts * f * x.dtype.itemsize)
   if scales is not None:  # one array per half of D; also small
     scales = scales[of_block].reshape(k, -1, parts, width).swapaxes(1, 2)
-  out = call(
-    functools.partial(_down_kernel, format=format),
-    (parts, b, width),
-    tile,
-    jnp.float32,
-    (hidden, codes, scales),
-    (
-      _all_of_block(b, f),
-      _of_expert((f, tile), lambda t: (0, t)),
-      scales if scales is None else _of_block(*scales.shape[1:3], tile),
-    ),
-  )
+  scales_spec = scales if scales is None else _of_block(*scales.shape[1:3], tile)
+  specs = _all_of_block(b, f), _of_expert((f, tile), lambda t: (0, t)), scales_spec
+  kernel = functools.partial(_down_kernel, format=format)
+  out = call(kernel, (parts, b, width), tile, jnp.float32, (hidden, codes, scales), specs)
   return out.swapaxes(1, 2).reshape(k, b, d)
 
 
