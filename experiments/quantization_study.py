@@ -332,7 +332,7 @@ def main(argv) -> None:
     for t in (FLAGS.temperature, *sweep):
       Roster.create(config, FLAGS.num_members, t, seed=FLAGS.seed)
   output, settings = pathlib.Path(FLAGS.output), _settings()
-  kept = jsonl.Kept(output / "measured.jsonl", settings)
+  kept = jsonl.SavedValues(output / "measured.jsonl", settings)
   texts, summary = [], {}
   texts_of_one = 2 * FLAGS.num_problems + (1 + len(sweep)) * FLAGS.num_validation
   with app.progress(

@@ -419,7 +419,7 @@ def draw(results: dict[str, tuple[list[dict], np.ndarray]], path: pathlib.Path) 
 def run_model(
   name: str, keep: Callable[[str, Callable], Any], bar: tqdm
 ) -> tuple[list[dict], np.ndarray, str, dict]:
-  """All measurements on one model; `keep` is that of `jsonl.Kept`."""
+  """All measurements on one model; `keep` is that of `jsonl.SavedValues`."""
   params, config, tokenizer = app.open_model(name, "float32", FLAGS.mesh)
   temperatures = app.parse_temperatures(FLAGS.temperature_profile)
   eos = config.eos_token_ids[0]
@@ -474,7 +474,7 @@ def main(argv) -> None:
       Roster.create(config, n, app.parse_temperatures(FLAGS.temperature_profile), seed=FLAGS.seed)
   output = pathlib.Path(FLAGS.output)
   begin = time.perf_counter()
-  kept = jsonl.Kept(
+  kept = jsonl.SavedValues(
     output / "measured.jsonl",
     {"temperatures": app.parse_temperatures(FLAGS.temperature_profile)}
     | {

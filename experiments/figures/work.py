@@ -84,7 +84,7 @@ def _flag(name, value):
   )
 
 
-class Measured(jsonl.Kept):
+class Measured(jsonl.SavedValues):
   """Values that show, on a bar, which of them is being made."""
 
   def __init__(self, path: pathlib.Path, settings: dict[str, Any]):

@@ -175,7 +175,10 @@ def test_repeats_are_samples_of_their_own_and_equal_questions_are_not(folder, mo
   "settings, message",
   [
     ({"max_gen_toks": CONTEXT}, "64 new tokens leave no room.*context of 64.*--max_new_tokens"),
-    ({"penalty_alpha": 0.6}, "penalty_alpha, which are not known here; there are temperature"),
+    (
+      {"penalty_alpha": 0.6},
+      "unsupported generation settings penalty_alpha: supported are temperature",
+    ),
     ({"num_beams": 4}, "num_beams"),
   ],
 )
@@ -396,7 +399,7 @@ def test_examples_are_shown_as_asked_and_do_not_depend_on_the_limit(task_folder,
 @pytest.mark.parametrize(
   "name, settings, message",
   [
-    ("choise", {}, "no task 'choise'; did you mean choice"),
+    ("choise", {}, "unknown task 'choise': did you mean choice"),
     ("paper/gsm", dict(others=["paper/gsm8k"]), "did you mean paper/gsm8k"),
     ("code", {}, "task code runs programs.*--allow_code_execution"),
     ("unconfined", {}, "task unconfined runs programs.*--allow_code_execution"),

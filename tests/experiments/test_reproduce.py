@@ -243,7 +243,7 @@ def test_other_settings_need_another_folder(run, one_figure, tmp_path):
   given = ("--figure=fig3", "--model=embedded", f"--output={tmp_path}")
   run(*given)
   for other in ("step=0.5", "num_examples=3"):
-    with pytest.raises(ValueError, match="holds a run with other settings"):
+    with pytest.raises(ValueError, match="has a run with other settings"):
       run(*given, f"--set={other}")
 
 
