@@ -19,7 +19,8 @@ from roe_jax.config import ModelConfig
 from roe_jax.families import FAMILIES, from_hugging_face
 from roe_jax.text.tokenizer import Tokenizer, check_vocabulary
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB = "hf:"
+_HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 # Not "*.safetensors": some repositories hold the weights a second time under
 # other names.
 _WEIGHT_PATTERNS = ("model.safetensors", "model-*.safetensors")
@@ -57,32 +58,43 @@ class Source:
 
 
 def find(source: str, revision: str | None = None, weights: bool = True) -> pathlib.Path:
-  """The folder of `source`, downloaded if it is a hub name like `org/model`.
+  """Returns the folder of `source`, downloaded if it is a hub name.
 
   Args:
-    source: a local folder, or a hub name.
-    revision: branch, tag or commit on the hub.
-    weights: whether to download the weights, too.
+    source: a local folder, or a hub name: `org/name` or `org/name@revision`, optionally with
+      `hf:` in front.
+    revision: branch, tag or commit on the hub, if the name has none.
+    weights: whether to download the weights too.
 
   Raises:
-    ConversionError: neither, or the download fails.
+    ConversionError: `source` is neither, or the download fails.
   """
   folder = pathlib.Path(source).expanduser()
   if folder.is_dir():
     return folder
-  if not _HUB_NAME.fullmatch(source) or folder.exists():
+  match = _HUB_NAME.fullmatch(source.removeprefix(HUB))
+  if not match or folder.exists():
     raise ConversionError(
-      f"the source {source!r} is neither a folder nor a hub name like org/model"
+      f"the source {source!r} is neither a folder nor a hub name like org/name or org/name@revision"
     )
-  import huggingface_hub  # here, because local folders need no hub
+  name, at = match.groups()
+  if at and revision and at != revision:
+    raise ConversionError(f"{source} names a revision and so does --revision={revision}: give one")
+  import huggingface_hub.errors  # here, because local folders need no hub
 
   patterns = [*_OTHER_PATTERNS, *(_WEIGHT_PATTERNS if weights else ())]
   try:
     return pathlib.Path(
-      huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=patterns)
+      huggingface_hub.snapshot_download(name, revision=at or revision, allow_patterns=patterns)
     )
   except Exception as error:  # many kinds, all of them reasons for not getting it
     reason = str(error).strip().split("\n")[0]
+    # The hub answers alike for models that are absent, private or gated.
+    if isinstance(error, huggingface_hub.errors.RepositoryNotFoundError):
+      reason += (
+        "; check the name; for a gated or private model, request access on its page, then run "
+        "`hf auth login` or set HF_TOKEN"
+      )
     raise ConversionError(
       f"there is no local folder {source}, and it cannot be downloaded as a model from "
       f"the hub: {reason}"

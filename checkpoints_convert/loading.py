@@ -7,9 +7,11 @@ from checkpoints_convert import hub, reading
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
+from roe_jax.model_formats import ModelFormat
 from roe_jax.params import Params
 
 PIECE_BYTES = 64 << 20  # nothing is gained by more, as no piece is a file of its own
+_SMALL = 1 << 28  # bytes that are read in less than a second or two: no progress bar
 
 
 def load(
@@ -22,7 +24,7 @@ def load(
   revision: str | None = None,
   piece_bytes: int = PIECE_BYTES,
 ) -> tuple[Params, ModelConfig]:
-  """What converting and then `roe_jax.load` would give, bit by bit, with nothing written.
+  """What converting and then `checkpoint.load` would give, bit by bit, with nothing written.
 
   A process reads of the files what its devices hold: of experts that are tensors
   of their own no other, of a tensor that is split along its rows only these, of one
@@ -34,7 +36,7 @@ def load(
   Args:
     source: a local Hugging Face folder, or a hub name.
     dtype: "float32", "bfloat16", or "source" for that of the files.
-    shardings: of the parameters, as for `roe_jax.load`. The config that they are
+    shardings: of the parameters, as for `checkpoint.load`. The config that they are
       made for is that of `load_config` with the same arguments.
     quantize_experts: "int8", "int4" or None.
     keep_mxfp4: whether experts in MXFP4 stay so, or are decoded to `dtype`; by
@@ -54,7 +56,7 @@ def load(
     unit="B",
     unit_scale=True,
     desc="reading",
-    disable=jax.process_index() > 0,
+    disable=jax.process_index() > 0 or params_lib.num_bytes(config) < _SMALL,
   ) as progress:
 
     def read(piece, placed):
@@ -63,3 +65,12 @@ def load(
       return arrays
 
     return checkpoint.assemble(config, pieces, read, shardings), config
+
+
+HUGGING_FACE = ModelFormat(
+  f"a Hugging Face folder, {hub.HUB}org/name[@revision]",
+  lambda name: name.startswith(hub.HUB) or hub.is_hugging_face(name),
+  lambda name, weights: hub.find(name, weights=weights),
+  hub.load_config,
+  lambda name, dtype, shardings: load(name, dtype or "source", shardings),
+)

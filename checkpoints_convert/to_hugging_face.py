@@ -1,10 +1,11 @@
-"""A roe_jax checkpoint back to a Hugging Face folder."""
+"""Writes a model as a Hugging Face folder."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import json
 import math
 import pathlib
 import shutil
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -13,11 +14,16 @@ from checkpoints_convert import quantize_checkpoint, safetensors_files, tensor_n
 from checkpoints_convert.common import check_space
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
+from roe_jax.checkpoint import Piece
 from roe_jax.config import ModelConfig
 from roe_jax.families import to_hugging_face
+from roe_jax.params import Params
 
 MAX_SHARD_BYTES = 5 * 10**9
 _MARKER = "unfinished_conversion.json"
+
+# Yields the pieces of the given names with their arrays.
+_Read = Callable[[list[str]], Iterable[tuple[Piece, Mapping[str, Any]]]]
 
 
 def convert_to_hugging_face(
@@ -28,17 +34,17 @@ def convert_to_hugging_face(
   overwrite: bool = False,
   max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> ModelConfig:
-  """Converts and returns the model's config.
+  """Converts a roe_jax checkpoint and returns the model's config.
 
-  Interrupted, and called again, it goes on after the last finished file.
+  An interrupted conversion resumes after the last finished file when it is called again.
 
   Args:
     source: a roe_jax checkpoint.
     target: the folder to write, which `transformers` can load.
     dtype: "float32", "bfloat16", or "source" for the checkpoint's own. Experts in
-      MXFP4 stay so.
-    overwrite: whether an existing Hugging Face folder at `target` is replaced.
-    max_shard_bytes: how large a safetensors file may become.
+      MXFP4 stay in MXFP4.
+    overwrite: whether to replace an existing Hugging Face folder at `target`.
+    max_shard_bytes: maximum size of a safetensors file.
 
   Raises:
     ConversionError, ValueError: the model has no Hugging Face form.
@@ -49,57 +55,112 @@ def convert_to_hugging_face(
   config = checkpoint.load_config(source)
   if dtype != "source":
     config = config.replace(dtype=dtype)
+  pieces = checkpoint.load_pieces(source)
+  read = lambda names: checkpoint.iterate_pieces(source, names)
+  fingerprint = quantize_checkpoint.fingerprint(source)
+  _write(target, config, pieces, read, source, fingerprint, max_shard_bytes)
+  return config
+
+
+def save_hugging_face(
+  target: str | pathlib.Path,
+  params: Params,
+  config: ModelConfig,
+  *,
+  files: str | pathlib.Path | None = None,
+  provenance: Mapping[str, Any] | None = None,
+  overwrite: bool = False,
+) -> None:
+  """Writes `params` (in `config.dtype`) as a Hugging Face folder.
+
+  Args:
+    target: the folder to write, which `transformers` can load.
+    params: the parameters.
+    config: their config.
+    files: a folder from which `checkpoint.COMPANION_FILES` (the tokenizer's) are copied.
+    provenance: JSON values for `manifest.json`: where the model came from.
+    overwrite: whether to replace an existing Hugging Face folder at `target`.
+
+  Raises:
+    ConversionError, ValueError: the model has no Hugging Face form.
+    FileExistsError: the target exists.
+  """
+  checkpoint.check_target(target, overwrite, "config.json")
+  params_lib.validate(params, config)
+  pieces = checkpoint.plan_pieces(config)
+  read = lambda names: ((p, checkpoint.piece_arrays(params, p)) for p in pieces if p.name in names)
+  manifest = None if provenance is None else {"provenance": provenance}
+  _write(target, config, pieces, read, files, manifest=manifest)
+
+
+def _write(
+  target: str | pathlib.Path,
+  config: ModelConfig,
+  pieces: Iterable[Piece],
+  read: _Read,
+  files: str | pathlib.Path | None,
+  fingerprint: str = "",
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+  manifest: dict[str, Any] | None = None,
+) -> None:
+  """Writes the folder, resuming unfinished work of the same fingerprint unless that is empty."""
   hf_config = to_hugging_face(config)
   tensor_names.check_table(config)
+  parts = {piece.name: list(tensor_names.parts(config, piece)) for piece in pieces}
   tensors = [
-    (part.tensor, (part.shape, _dtype(config, part)))
-    for piece in checkpoint.load_pieces(source)
-    for part in tensor_names.parts(config, piece)
+    (part.tensor, (part.shape, _dtype(config, part))) for found in parts.values() for part in found
   ]
   shards = safetensors_files.plan_shards(tensors, max_shard_bytes)
   plan = json.dumps(
     {
-      "source": quantize_checkpoint.fingerprint(source),
+      "source": fingerprint,
       "config": config.to_json(),
       "shards": [[name, list(forms)] for name, forms in shards],
     }
   )
   partial = checkpoint.partial_folder(target)
   marker = partial / _MARKER
-  if not (marker.is_file() and marker.read_text() == plan):
+  if not (fingerprint and marker.is_file() and marker.read_text() == plan):
     checkpoint.start_partial(target, _MARKER, plan)
   missing = {tensor for name, forms in shards if not (partial / name).exists() for tensor in forms}
   sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in tensors}
-  check_space(target, sum(sizes[name] for name in missing))
+  needed = sum(sizes[name] for name in missing)
+  check_space(str(target), needed)
+  parts = {
+    name: own
+    for name, found in parts.items()
+    if (own := [part for part in found if part.tensor in missing])
+  }
   with tqdm(
-    total=params_lib.num_bytes(config), unit="B", unit_scale=True, desc="converting"
+    total=params_lib.num_bytes(config),
+    initial=sum(sizes.values()) - needed,
+    unit="B",
+    unit_scale=True,
+    desc="converting",
+    disable=not fingerprint,
   ) as progress:
-    progress.update(sum(size for name, size in sizes.items() if name not in missing))
-    safetensors_files.write_shards(partial, shards, _arrays(source, config, missing, progress))
-  for name in checkpoint.COMPANION_FILES:
-    if (pathlib.Path(source) / name).is_file():
-      shutil.copyfile(pathlib.Path(source) / name, partial / name)
-  (partial / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+    safetensors_files.write_shards(partial, shards, _tensors(config, parts, read, progress))
+  if files is not None:
+    for name in checkpoint.COMPANION_FILES:
+      if (pathlib.Path(files) / name).is_file():
+        shutil.copyfile(pathlib.Path(files) / name, partial / name)
+  for name, values in (("config.json", hf_config), (checkpoint.MANIFEST_FILE, manifest)):
+    if values is not None:
+      (partial / name).write_text(json.dumps(values, indent=2) + "\n")
   checkpoint.publish(target)
   (pathlib.Path(target) / _MARKER).unlink()
-  return config
 
 
 def _dtype(config: ModelConfig, part: tensor_names.Part) -> np.dtype:
   return np.dtype(np.uint8 if part.is_bytes else config.dtype)
 
 
-def _arrays(
-  source: str, config: ModelConfig, tensors: set[str], progress: tqdm
+def _tensors(
+  config: ModelConfig, parts: dict[str, list[tensor_names.Part]], read: _Read, progress: tqdm
 ) -> Iterator[np.ndarray]:
-  parts = {
-    piece.name: [part for part in tensor_names.parts(config, piece) if part.tensor in tensors]
-    for piece in checkpoint.load_pieces(source)
-  }
-  wanted = [name for name, found in parts.items() if found]
-  for piece, arrays in checkpoint.iterate_pieces(source, wanted):
+  for piece, arrays in read(list(parts)):
     for part in parts[piece.name]:
-      array = part.take(arrays[part.parameter]).astype(_dtype(config, part), copy=False)
+      array = part.take(np.asarray(arrays[part.parameter])).astype(_dtype(config, part), copy=False)
       progress.update(array.nbytes)
       yield array
       del array

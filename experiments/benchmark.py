@@ -1,19 +1,18 @@
-"""What a roster costs, measured.
+"""Measures what a roster costs.
 
   python -m experiments.benchmark --preset=laptop
   python -m experiments.benchmark --preset=laptop --num_cores=1 --output=benchmark_one_core
   python -m experiments.benchmark --preset=olmoe-1b-7b     (GPU or TPU, 16 GB)
   python -m experiments.benchmark --preset=mixtral-8x7b    (96 GB)
 
-Times decode steps and scoring of models with random weights against n, τ, context,
-batch and cache, in rounds in which all cases of a sweep take turns with a measurement
-of the memory's bandwidth. A step is compared to its floor: the time to read once what
-it cannot do without (the different experts that its members choose, attention, head,
-keys and values that it sees). Where torch and transformers are installed, the same
-model does the same roster in them.
+Times decode steps and scoring of models with random weights against n, τ, context length, batch
+size and cache. The cases of a sweep take turns in each round, along with a measurement of memory
+bandwidth. The floor of a step is the time to read once what it needs: its unique active experts,
+attention, the output head, and the keys and values it attends to. Where torch and transformers
+are installed, the same model and roster run in transformers too.
 
-Under --output: table.txt (also printed), results.jsonl with a line for each case, and
-cost.png. Started again with the same flags, finished sweeps are not measured again.
+Writes table.txt (also printed), results.jsonl (one line per case) and cost.png to --output.
+Rerun with the same flags, it keeps finished sweeps.
 """
 
 import importlib.util
@@ -26,8 +25,7 @@ import jax
 from tqdm import tqdm
 
 from experiments.benchmarks import bench as bench_lib
-from experiments.benchmarks import machine, random_models, sweep_results, tables
-from experiments.benchmarks import sweeps as sweeps_lib
+from experiments.benchmarks import machine, random_models, sweep_results, sweeps, tables
 from experiments.benchmarks.sweeps import Sizes
 from experiments.cli import app
 from roe_jax import params as params_lib
@@ -35,45 +33,45 @@ from roe_jax.config import DTYPES, ModelConfig
 from roe_jax.quantization import FORMATS
 
 FLAGS = flags.FLAGS
-SWEEPS = (*sweeps_lib.SWEEPS, "transformers")
-RIVAL_FAMILIES = ("olmoe", "mixtral")
+SWEEPS = (*sweeps.SWEEPS, "transformers")
+COMPETING_FAMILIES = ("olmoe", "mixtral")
 
 
 def define_flags() -> None:
   flags.DEFINE_enum("preset", "laptop", list(random_models.PRESETS), "Shape of the model.")
-  flags.DEFINE_enum("dtype", None, DTYPES, "Of weights and activations; the preset's by default.")
+  flags.DEFINE_enum(
+    "dtype", None, DTYPES, "Dtype of weights and activations; the preset's by default."
+  )
   flags.DEFINE_enum(
     "expert_format",
     None,
     ["none", *FORMATS],
-    "What the experts' weights are held in; the preset's by default.",
+    "Storage format of the expert weights; the preset's by default.",
   )
-  flags.DEFINE_list("sweeps", list(SWEEPS), "What to measure.")
+  flags.DEFINE_list("sweeps", list(SWEEPS), "Sweeps to run.")
   flags.DEFINE_list(
-    "num_members",
-    ["1", "2", "4", "8", "16", "32", "64"],
-    "Roster sizes n of the sweep of decoding.",
+    "num_members", ["1", "2", "4", "8", "16", "32", "64"], "Roster sizes n of the decode sweep."
   )
   flags.DEFINE_float("temperature", 0.5, "Router temperature τ of the noisy rosters.")
-  flags.DEFINE_integer("context", 128, "Positions before a step, in sweeps of other things.")
-  flags.DEFINE_list("contexts", ["128", "512", "2048"], "Of the sweep of contexts.")
-  flags.DEFINE_list("batch_sizes", ["1", "4", "16"], "Of the sweep of batches.")
-  flags.DEFINE_integer("cache_context", 512, "Positions before a step where caches are compared.")
-  flags.DEFINE_integer("score_tokens", 512, "Length of the text that is scored.")
-  flags.DEFINE_integer("rounds", 7, "Turns of each case.")
+  flags.DEFINE_integer("context", 128, "Positions before a step, except in the next three flags.")
+  flags.DEFINE_list("contexts", ["128", "512", "2048"], "Context lengths of the context sweep.")
+  flags.DEFINE_integer("cache_context", 512, "Positions before a step in the cache sweep.")
+  flags.DEFINE_integer("score_tokens", 512, "Length of the scored sequence in tokens.")
+  flags.DEFINE_list("batch_sizes", ["1", "4", "16"], "Batch sizes of the batch sweep.")
+  flags.DEFINE_integer("rounds", 7, "Times that each case is timed.")
   flags.DEFINE_integer("num_cores", None, "CPU cores to use; all by default.")
   flags.DEFINE_enum(
     "transformers",
     "auto",
     ["auto", "no"],
-    "Whether to compare with transformers: where it is installed, or not.",
+    "Whether to compare with transformers: if it is installed (auto), or never (no).",
   )
-  flags.DEFINE_integer("seed", 0, "Of weights, tokens, noise and the order of turns.")
-  flags.DEFINE_string("output", "benchmark", "Folder of the results.")
+  flags.DEFINE_integer("seed", 0, "Seed for weights, tokens, noise and the order of cases.")
+  flags.DEFINE_string("output", "benchmark", "Folder for the results.")
 
 
 def _numbers(name: str) -> tuple[int, ...]:
-  """The value of a list flag, in ascending order."""
+  """Returns the integers of a list flag in ascending order."""
   try:
     values = sorted({int(text) for text in FLAGS[name].value})
   except ValueError as error:
@@ -88,10 +86,10 @@ def _numbers(name: str) -> tuple[int, ...]:
 
 
 def sizes_from_flags(config: ModelConfig) -> Sizes:
-  """The sizes of all sweeps.
+  """Returns the sizes of all sweeps.
 
   Raises:
-    ValueError: one is out of its range.
+    ValueError: if one is out of range.
   """
   sizes = Sizes(
     _numbers("num_members"),
@@ -108,8 +106,9 @@ def sizes_from_flags(config: ModelConfig) -> Sizes:
   )
   if longest > config.context_length:
     raise ValueError(
-      f"the flags ask for texts of {longest} tokens, the context of "
-      f"{FLAGS.preset} is {config.context_length}"
+      f"the flags need sequences of {longest} tokens, but the context length of {FLAGS.preset} is "
+      f"{config.context_length}: give a smaller --context, --contexts, --cache_context or "
+      "--score_tokens"
     )
   if FLAGS.rounds < 1:
     raise ValueError(f"--rounds must be at least 1, got {FLAGS.rounds}")
@@ -121,7 +120,7 @@ def sizes_from_flags(config: ModelConfig) -> Sizes:
 
 
 def config_from_flags() -> ModelConfig:
-  """The preset with the dtype and the format that are asked for."""
+  """Returns the preset with the dtype and expert format of the flags."""
   config = random_models.PRESETS[FLAGS.preset]
   if FLAGS.dtype:
     config = config.replace(dtype=FLAGS.dtype)
@@ -133,29 +132,28 @@ def config_from_flags() -> ModelConfig:
 
 
 def chosen_sweeps(config: ModelConfig) -> list[str]:
-  """The sweeps that are asked for and can be run."""
+  """Returns the requested sweeps that can run, and prints why others cannot."""
   unknown = [name for name in FLAGS.sweeps if name not in SWEEPS]
   if unknown or not FLAGS.sweeps:
     raise ValueError(
       f"--sweeps: unknown {', '.join(unknown) or 'nothing'}; choose from {', '.join(SWEEPS)}"
     )
-  sweeps = [name for name in SWEEPS if name in FLAGS.sweeps]
+  chosen = [name for name in SWEEPS if name in FLAGS.sweeps]
+  if "transformers" not in chosen or FLAGS.transformers == "no":
+    return [name for name in chosen if name != "transformers"]
   missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-  if "transformers" in sweeps and (missing or FLAGS.transformers == "no"):
-    sweeps.remove("transformers")
-    if missing and FLAGS.transformers == "auto":
-      print(f"Not compared with transformers: {' and '.join(missing)} not installed.")
-  if "transformers" in sweeps and (config.expert_format or config.family not in RIVAL_FAMILIES):
-    sweeps.remove("transformers")
-    print(
-      "Not compared with transformers: its rosters here are made for "
-      f"{' and '.join(RIVAL_FAMILIES)} with experts that are not quantized."
-    )
-  return sweeps
+  if missing:
+    obstacle = f"{' and '.join(missing)} not installed"
+  elif config.expert_format or config.family not in COMPETING_FAMILIES:
+    obstacle = f"only {' and '.join(COMPETING_FAMILIES)} without quantized experts can be"
+  else:
+    return chosen
+  print(f"Not compared with transformers: {obstacle}.")
+  return [name for name in chosen if name != "transformers"]
 
 
-def needed_bytes(config: ModelConfig, sizes: Sizes, sweeps: list[str]) -> int:
-  """Rough memory of the run: weights, the largest sweep's caches, activations."""
+def needed_bytes(config: ModelConfig, sizes: Sizes, chosen: list[str]) -> int:
+  """Estimates the memory of the run: weights, the largest sweep's caches, activations."""
   positions = {
     "decode": sizes.context,
     "context": sum(sizes.contexts),
@@ -165,10 +163,10 @@ def needed_bytes(config: ModelConfig, sizes: Sizes, sweeps: list[str]) -> int:
     "scoring": sizes.score_tokens,
     "transformers": sizes.context,
   }
-  # Capacity is rounded up; a cache is donated, so that there is one of each.
-  caches = random_models.cache_bytes(config, int(1.25 * max(positions[s] for s in sweeps)) + 256)
+  # Capacities are rounded up. Caches are donated, so there is one of each.
+  caches = random_models.cache_bytes(config, int(1.25 * max(positions[s] for s in chosen)) + 256)
   needed = params_lib.num_bytes(config) + caches + 2 * 2**28
-  if "transformers" in sweeps:
+  if "transformers" in chosen:
     from experiments.benchmarks import competitors
 
     needed += competitors.needed_bytes(config, sizes)
@@ -178,12 +176,12 @@ def needed_bytes(config: ModelConfig, sizes: Sizes, sweeps: list[str]) -> int:
 def run(
   config: ModelConfig,
   sizes: Sizes,
-  sweeps: list[str],
+  chosen: list[str],
   folder: sweep_results.Folder,
   num_cores: int,
   bar: tqdm,
 ) -> None:
-  """Measures the sweeps that the folder does not hold."""
+  """Runs the chosen sweeps and adds their results to the folder."""
   bar.set_description("random weights")
   bench = bench_lib.Bench(config, FLAGS.temperature, FLAGS.seed)
   read, read_bytes = machine.bandwidth_call()
@@ -199,12 +197,12 @@ def run(
 
       todo = competitors.cases(bench, sizes, num_cores)
     else:
-      todo = sweeps_lib.SWEEPS[sweep](bench, sizes)
+      todo = sweeps.SWEEPS[sweep](bench, sizes)
     bar.set_description(sweep)
     bar.reset(FLAGS.rounds * sweep_results.num_calls(todo))
     return sweep_results.measure(todo, FLAGS.rounds, bandwidth, read_bytes, FLAGS.seed, bar.update)
 
-  for sweep in sweeps:
+  for sweep in chosen:
     folder.add(sweep, measure(sweep))
     bench.forget()
 
@@ -213,23 +211,21 @@ def main(argv) -> None:
   del argv
   begin = time.perf_counter()
   config = config_from_flags()
-  sizes, sweeps = sizes_from_flags(config), chosen_sweeps(config)
+  sizes, chosen = sizes_from_flags(config), chosen_sweeps(config)
   num_cores = machine.pin(FLAGS.num_cores)
-  if "transformers" in sweeps:
-    # torch needs the same device's memory.
+  if "transformers" in chosen:
+    # JAX must leave memory of the device to torch.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   output = pathlib.Path(FLAGS.output)
   described = machine.describe(num_cores)
-  if "transformers" in sweeps:
+  if "transformers" in chosen:
     from experiments.benchmarks import competitors
 
     if not competitors.runs_on(described["platform"]):
-      print(
-        f"Not compared with transformers: torch here does not run on this {described['platform']}."
-      )
-      sweeps.remove("transformers")
-  if not sweeps:
-    raise ValueError("nothing is left to measure: name other --sweeps")
+      print(f"Not compared with transformers: torch cannot use this {described['platform']}.")
+      chosen.remove("transformers")
+  if not chosen:
+    raise ValueError("no sweep is left to run: give other --sweeps")
   folder = sweep_results.Folder(
     output,
     {
@@ -250,18 +246,18 @@ def main(argv) -> None:
     | {"dtype": config.dtype, "expert_format": config.expert_format}
     | described,
   )
-  todo = [sweep for sweep in sweeps if not folder.has(sweep)]
+  todo = [sweep for sweep in chosen if not folder.has(sweep)]
   if todo:
     needed, free = needed_bytes(config, sizes, todo), machine.free_bytes()
     if needed > free:
       raise ValueError(
-        f"{FLAGS.preset} needs about {needed / 2**30:.1f} GiB with these flags, "
-        f"{free / 2**30:.1f} GiB are free: take a smaller preset, fewer --sweeps or "
+        f"{FLAGS.preset} needs about {needed / 2**30:.1f} GiB with these flags and "
+        f"{free / 2**30:.1f} GiB are free: give a smaller --preset, fewer --sweeps or "
         "--transformers=no"
       )
     with tqdm(unit="turn") as bar:
       run(config, sizes, todo, folder, num_cores, bar)
-  experts = f", experts in {config.expert_format}" if config.expert_format else ""
+  experts = f", {config.expert_format} experts" if config.expert_format else ""
   title = (
     f"{FLAGS.preset} with random weights, {config.dtype}{experts}; {described['cpu']}, "
     f"{num_cores} core{'s' if num_cores > 1 else ''}"
@@ -269,8 +265,8 @@ def main(argv) -> None:
     + f"; jax {jax.__version__}"
   )
   text = (
-    f"{title}\nMedians of {FLAGS.rounds} rounds, in brackets quartiles; ratios are medians "
-    f"of those within rounds.\n\n{tables.table(folder, SWEEPS)}\n{tables.summary(folder)}\n"
+    f"{title}\nMedians of {FLAGS.rounds} rounds with quartiles in brackets. A ratio is the median "
+    f"of the ratios within rounds.\n\n{tables.table(folder, SWEEPS)}\n{tables.summary(folder)}\n"
   )
   print("\n" + text)
   app.write_atomically(output / "table.txt", text)

@@ -334,7 +334,7 @@ def main(argv) -> None:
     task.check_allowed(FLAGS.allow_code_execution)
   config = app.load_config(FLAGS.checkpoint)
   base = app.roster_from_flags(config)
-  prompt_builder = app.prompt_builder(config, app.load_tokenizer(FLAGS.checkpoint, config))
+  prompt_builder = app.prompt_builder(config, app.load_tokenizer(FLAGS.checkpoint))
   texts = (
     methods_lib.default_texts(config, base.num_members)
     if FLAGS.methods is None

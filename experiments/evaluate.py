@@ -365,7 +365,7 @@ def main(argv) -> None:
   if FLAGS.dry_run:
     app.print_dry_run(config, roster, batch_size=FLAGS.batch_size)
     return
-  tokenizer = app.load_tokenizer(FLAGS.checkpoint, config)
+  tokenizer = app.load_tokenizer(FLAGS.checkpoint)
   chat = app.load_chat(tokenizer)
   lm = RosterLM(FLAGS.checkpoint, config, tokenizer, chat, FLAGS.max_new_tokens)
 

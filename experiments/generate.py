@@ -305,7 +305,7 @@ def main(argv) -> None:
   if FLAGS.dry_run:
     app.print_dry_run(config, roster, batch_size=FLAGS.batch_size)
     return
-  tokenizer = app.load_tokenizer(FLAGS.checkpoint, config)
+  tokenizer = app.load_tokenizer(FLAGS.checkpoint)
   requests = jsonl.read(FLAGS.input) if FLAGS.prompt is None else [{"prompt": FLAGS.prompt}]
   inputs = prepare(requests, config, tokenizer, roster, sampler)
   params, config = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)

@@ -173,7 +173,7 @@ class Model:
       2 * [len(prefix)],
       roster=self.roster,
       request_ids=[text, text],
-    ).texts
+    ).sequences
     return float(first.log_probs[0, 0] - other.log_probs[0, 0])
 
   def margin(self, text: int, before: Sequence[int]) -> float:

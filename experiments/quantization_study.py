@@ -75,7 +75,7 @@ def nll_of(
   scores = scoring.score(
     params, config, problems.texts, problems.starts, roster=roster, batch_size=batch_size
   )
-  return np.array([-t.log_probs.sum(dtype=np.float64) for t in scores.texts])
+  return np.array([-t.log_probs.sum(dtype=np.float64) for t in scores.sequences])
 
 
 def routing(

@@ -126,7 +126,7 @@ def score_problems(
     output_temperatures=OUTPUT_TEMPERATURES,
     batch_size=FLAGS.batch_size,
   )
-  nll = -np.concatenate([t.log_probs for t in scores.texts])
+  nll = -np.concatenate([t.log_probs for t in scores.sequences])
   temperature = paired_statistics.fit_output_temperature(nll, OUTPUT_TEMPERATURES)
   # As many output temperatures as above, so that nothing is compiled again.
   both = np.full(len(OUTPUT_TEMPERATURES), temperature)
@@ -140,7 +140,7 @@ def score_problems(
     output_temperatures=both,
     batch_size=FLAGS.batch_size,
   )
-  sums = np.array([-t.log_probs[:, :2].sum(axis=0, dtype=np.float64) for t in scores.texts])
+  sums = np.array([-t.log_probs[:, :2].sum(axis=0, dtype=np.float64) for t in scores.sequences])
   return {
     "output_temperature": float(temperature),
     "nll": sums[:, 0].tolist(),

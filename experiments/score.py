@@ -72,14 +72,14 @@ def text_perplexity(params, config, tokenizer, roster: Roster) -> None:
     if name == "roster" and roster.is_baseline:
       continue
     nll = []
-    with app.progress(desc=name, unit="window", total=len(cut.texts)) as bar:
-      for first in range(0, len(cut.texts), FLAGS.batch_size):
-        batch = range(first, min(first + FLAGS.batch_size, len(cut.texts)))
+    with app.progress(desc=name, unit="window", total=len(cut.sequences)) as bar:
+      for first in range(0, len(cut.sequences), FLAGS.batch_size):
+        batch = range(first, min(first + FLAGS.batch_size, len(cut.sequences)))
         nll += kept.get(
           f"{name}, windows from {first} on",
           lambda: [
             (-t.log_probs[:, 0]).tolist()
-            for t in score_batch(params, config, cut.texts, cut.starts, setting, batch)
+            for t in score_batch(params, config, cut.sequences, cut.starts, setting, batch)
           ],
         )
         bar.update(len(batch))
@@ -88,11 +88,11 @@ def text_perplexity(params, config, tokenizer, roster: Roster) -> None:
     results[name] = {
       "perplexity": perplexity,
       "tokens": len(nll),
-      "windows": len(cut.texts),
+      "windows": len(cut.sequences),
       "settings": common | {"roster": setting.settings(), "model": dataclasses.asdict(config)},
     }
     print(
-      f"{name}: perplexity {perplexity:.4f} over {len(nll)} tokens in {len(cut.texts)} windows "
+      f"{name}: perplexity {perplexity:.4f} over {len(nll)} tokens in {len(cut.sequences)} windows "
       f"of {cut.window}, stride {cut.stride}"
     )
   if "roster" in results:
@@ -114,7 +114,7 @@ def _read_text() -> str:
 
 def score_batch(
   params, config, sequences, starts, roster: Roster, batch: Sequence[int]
-) -> list[scoring.TextScore]:
+) -> list[scoring.SequenceScore]:
   """Scores the sequences with the indices `batch`, which are also their request ids."""
   return scoring.score(
     params,
@@ -124,7 +124,7 @@ def score_batch(
     roster=roster,
     request_ids=batch,
     batch_size=FLAGS.batch_size,
-  ).texts
+  ).sequences
 
 
 def continuations(params, config, tokenizer, roster: Roster) -> None:

@@ -29,10 +29,11 @@ from orbax.checkpoint import v1 as ocp
 import tokenizers
 from tqdm import tqdm
 
+from checkpoints_convert import save_hugging_face
 from experiments.cli import app
 from experiments.tasks import wordmath, wordmath_tokenizer
 from experiments.training import configs, training_batches
-from roe_jax import checkpoint, decode, training, transformer
+from roe_jax import decode, training, transformer
 
 FLAGS = flags.FLAGS
 
@@ -294,12 +295,12 @@ def finish(
   last: dict,
   command: str,
 ) -> None:
-  """Writes the checkpoint `output/model`: bfloat16 weights and their own scores."""
+  """Writes `output/model` as a Hugging Face folder: bfloat16 weights, their scores in the manifest."""
   stored = jax.tree.map(lambda w: w.astype(jnp.bfloat16), state.params)
   scores = validate(jax.tree.map(lambda w: w.astype(config.model.dtype), stored), config, tokenizer)
   files = output / "tokenizer"
   wordmath_tokenizer.save_tokenizer(tokenizer, str(files))
-  checkpoint.save(
+  save_hugging_face(
     output / "model",
     stored,
     config.model.replace(dtype="bfloat16"),

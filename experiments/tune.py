@@ -228,7 +228,7 @@ def prepare() -> Work:
   task = tasks.get(FLAGS.task)
   count, examples, fresh = choose_examples(task, settings.num_samples)
   settings = dataclasses.replace(settings, num_samples=count)
-  prompt_builder = app.prompt_builder(config, app.load_tokenizer(FLAGS.checkpoint, config))
+  prompt_builder = app.prompt_builder(config, app.load_tokenizer(FLAGS.checkpoint))
   searched, fresh = (
     OBJECTIVES[settings.objective](
       config,

@@ -1,6 +1,6 @@
 """Roster of Experts (arXiv 2509.17238): one MoE model as an ensemble at inference.
 
-params, config = roe_jax.load("path/to/checkpoint")
+params, config, tokenizer = roe_jax.open_model("path/or/hf:org/name")
 roster = roe_jax.Roster.create(config, num_members=16, temperatures=0.3)
 roe_jax.generate(params, config, prompts, roster=roster, max_new_tokens=64)
 roe_jax.perplexity(params, config, text, roster=roster)
@@ -9,11 +9,12 @@ roe_jax.perplexity(params, config, text, roster=roster)
 import importlib.metadata
 
 from roe_jax.aggregation import AGGREGATIONS
-from roe_jax.checkpoint import load, load_config, save
+from roe_jax.checkpoint import save
 from roe_jax.completion import Completion, Generation, Throughput
 from roe_jax.config import ModelConfig
 from roe_jax.decode import generate, stream
 from roe_jax.families import from_hugging_face, to_hugging_face
+from roe_jax.model_formats import find_folder, load_config, load_params, open_model
 from roe_jax.params import Params, initialize
 from roe_jax.presets import PRESETS
 from roe_jax.roster import Roster
@@ -46,12 +47,14 @@ __all__ = [
   "Throughput",
   "Tokenizer",
   "__version__",
+  "find_folder",
   "forward",
   "from_hugging_face",
   "generate",
   "initialize",
-  "load",
   "load_config",
+  "load_params",
+  "open_model",
   "perplexity",
   "save",
   "stream",

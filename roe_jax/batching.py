@@ -28,15 +28,15 @@ def power_of_two(size: int, minimum: int = 1) -> int:
 
 
 def by_length(lengths: Sequence[int], size: int, minimum: int) -> list[tuple[list[int], int]]:
-  """Batches of texts of similar lengths, longest first, so that memory runs out at once or never.
+  """Batches of sequences of similar lengths, longest first, so that memory runs out at once or never.
 
   Args:
-    lengths: of the texts.
+    lengths: of the sequences.
     size: of a batch, at most.
     minimum: positions of the smallest batches.
 
   Returns:
-    Indices of each batch's texts, and the positions that they are to be padded
+    Indices of each batch's sequences, and the positions that they are to be padded
     to: a power of two, the same for many batches.
   """
   order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -48,13 +48,13 @@ def by_length(lengths: Sequence[int], size: int, minimum: int) -> list[tuple[lis
 
 
 def check_tokens(
-  config: ModelConfig, texts: Sequence[Sequence[int]], *, room: int = 0, what: str = "prompt"
+  config: ModelConfig, sequences: Sequence[Sequence[int]], *, room: int = 0, what: str = "prompt"
 ) -> None:
-  """Checks texts before any work starts.
+  """Checks sequences before any work starts.
 
   Args:
     config: the model they are for.
-    texts: token ids.
+    sequences: token ids.
     room: how many positions must be left in the context behind each; -1 where
       the last token needs none.
     what: what to call a text in errors.
@@ -63,7 +63,7 @@ def check_tokens(
     ValueError: a text is empty, too long, or holds a token id outside the
       vocabulary.
   """
-  for i, text in enumerate(texts):
+  for i, text in enumerate(sequences):
     if len(text) == 0:
       raise ValueError(f"{what} {i} is empty: at least one token is needed (a BOS token will do)")
     if len(text) + room > config.context_length:
@@ -80,10 +80,10 @@ def check_tokens(
       )
 
 
-def pad(texts: Sequence[Sequence[int]], num_rows: int, length: int) -> jax.Array:
-  """Texts as int32 `[num_rows, length]`, zeros to the right and below."""
-  array = np.zeros((num_rows, length), np.int32)
-  for row, text in zip(array, texts):
+def pad(sequences: Sequence[Sequence[int]], batch_size: int, length: int) -> jax.Array:
+  """Texts as int32 `[batch_size, length]`, zeros to the right and below."""
+  array = np.zeros((batch_size, length), np.int32)
+  for row, text in zip(array, sequences):
     row[: len(text)] = text
   return jnp.asarray(array)
 
@@ -133,7 +133,7 @@ def request_ids(given: Sequence[int] | None, count: int) -> list[int]:
   if given is None:
     return list(range(count))
   if len(given) != count:
-    raise ValueError(f"got {len(given)} request ids for {count} texts")
+    raise ValueError(f"got {len(given)} request ids for {count} sequences")
   for i in given:
     if not 0 <= i < 2**32:
       raise ValueError(f"request ids must lie in [0, 2**32), got {i}")

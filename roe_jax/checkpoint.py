@@ -37,6 +37,7 @@ from roe_jax.checkpoint_folder import (
   check_target,
   named_leaves,
   partial_folder,
+  piece_arrays,
   piece_leaves,
   piece_shapes,
   plan_pieces,
@@ -207,10 +208,7 @@ def save(
     path, config, files=files, provenance=provenance, piece_bytes=piece_bytes, overwrite=overwrite
   ) as writer:
     for piece in writer.pieces:
-      leaves = piece_leaves(params, piece)
-      if piece.num_layers:
-        leaves = {n: x[piece.start : piece.stop] for n, x in leaves.items()}
-      writer.write(piece, leaves)
+      writer.write(piece, piece_arrays(params, piece))
 
 
 def load_config(path: PathLike) -> ModelConfig:

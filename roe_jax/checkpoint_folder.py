@@ -95,6 +95,14 @@ def piece_leaves(params: Params, piece: Piece) -> dict[str, Any]:
   return named_leaves(params.replace(layers=None))
 
 
+def piece_arrays(params: Params, piece: Piece) -> dict[str, Any]:
+  """The arrays of a piece out of the parameters of the whole model."""
+  leaves = piece_leaves(params, piece)
+  if not piece.num_layers:
+    return leaves
+  return {name: leaf[piece.start : piece.stop] for name, leaf in leaves.items()}
+
+
 def read_manifest(path: PathLike) -> dict[str, Any]:
   """The manifest of a complete checkpoint.
 

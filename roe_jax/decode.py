@@ -25,7 +25,7 @@ from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
-from roe_jax.stopping import OpenText, Stops
+from roe_jax.stopping import OpenSequence, Stops
 
 # At most this many steps between looks at stop strings.
 SEGMENT = 32
@@ -198,7 +198,7 @@ class _Slots:
     max_new_tokens: int,
     num_slots: int,
   ):
-    self.texts: list[OpenText | None] = [None] * num_slots
+    self.sequences: list[OpenSequence | None] = [None] * num_slots
     self.waiting = deque(range(len(prompts)))
     self.steps = self.slot_steps = 0
     self._model = params_lib.in_storage_dtype(params), config, roster
@@ -212,25 +212,25 @@ class _Slots:
   @property
   def unfinished(self) -> bool:
     """Whether any prompt is in a slot or waits for one."""
-    return bool(self.waiting or self._ready or any(self.texts))
+    return bool(self.waiting or self._ready or any(self.sequences))
 
   def fill(self) -> None:
     """Takes waiting prompts into all free slots, while there are any."""
     if self._state is None:
-      indices, self._state = self._prefilled(len(self.texts))
+      indices, self._state = self._prefilled(len(self.sequences))
       for slot, index in enumerate(indices):
-        self.texts[slot] = self._opened(index)
-    for slot, text in enumerate(self.texts):
+        self.sequences[slot] = self._opened(index)
+    for slot, text in enumerate(self.sequences):
       if text is None and (self.waiting or self._ready):
         if not self._ready:
           self._ready_state = None  # its memory is the next one's
-          indices, self._ready_state = self._prefilled(max(1, len(self.texts) // READY_SHARE))
+          indices, self._ready_state = self._prefilled(max(1, len(self.sequences) // READY_SHARE))
           self._ready.extend(enumerate(indices))
         ready, index = self._ready.popleft()
         self._state = insert_sequence(
           self._state, np.int32(slot), self._ready_state, np.int32(ready)
         )
-        self.texts[slot] = self._opened(index)
+        self.sequences[slot] = self._opened(index)
 
   def _prefilled(self, num_slots):
     """The next prompts, and a state of so many slots that holds them."""
@@ -245,7 +245,7 @@ class _Slots:
     )
 
   def _opened(self, index):
-    return OpenText(index, len(self._prompts[index]), self._stops)
+    return OpenSequence(index, len(self._prompts[index]), self._stops)
 
   def advance(self, num_steps: int) -> None:
     """Decodes until a text ends, or for `num_steps`."""
@@ -258,7 +258,7 @@ class _Slots:
       stopped = np.array(
         [
           text is not None and text.hits_stop_string(*row)
-          for text, *row in zip(self.texts, tokens, lengths)
+          for text, *row in zip(self.sequences, tokens, lengths)
         ]
       )
       self._state = self._state.replace(done=self._state.done | jnp.asarray(stopped))
@@ -267,11 +267,11 @@ class _Slots:
     """Completions of the texts that have ended, with their prompts' indices; frees their slots."""
     state = self._fetched()
     ended = []
-    for slot, text in enumerate(self.texts):
+    for slot, text in enumerate(self.sequences):
       if text is not None and state.done[slot]:
         ended.append((text.index, self._completion(slot, state)))
         self.slot_steps += int(state.lengths[slot]) - text.start
-        self.texts[slot] = None
+        self.sequences[slot] = None
     return ended
 
   def completion(self, slot: int) -> Completion:
@@ -282,7 +282,7 @@ class _Slots:
     return jax.device_get(self._state.replace(cache=None))
 
   def _completion(self, slot, state):
-    return self.texts[slot].completion(
+    return self.sequences[slot].completion(
       state.tokens[slot],
       state.log_probs[slot],
       state.clean_tokens[slot],
@@ -371,7 +371,7 @@ def generate(
   throughput = Throughput(
     sum(len(c.tokens) for c in completions),
     slots.steps,
-    slots.slot_steps / max(1, slots.steps * len(slots.texts)),
+    slots.slot_steps / max(1, slots.steps * len(slots.sequences)),
     time.perf_counter() - begin,
   )
   return Generation(

@@ -20,7 +20,7 @@ def routing_agreement(
   params: Params,
   config: ModelConfig,
   roster: Roster,
-  texts: Sequence[Sequence[int]],
+  sequences: Sequence[Sequence[int]],
   starts: Sequence[int] | None = None,
   request_ids: Sequence[int] | None = None,
 ) -> np.ndarray:
@@ -34,7 +34,7 @@ def routing_agreement(
     params: the model's parameters.
     config: its architecture.
     roster: a Clean Cache roster with at least one noisy member.
-    texts: token ids, one batch.
+    sequences: token ids, one batch.
     starts: see `score.score`.
     request_ids: see `decode.generate`.
 
@@ -47,10 +47,10 @@ def routing_agreement(
   """
   if roster.cache != "clean" or roster.recompute or roster.members == (0,):
     raise ValueError("routing agreement needs a Clean Cache roster with a noisy member")
-  starts = [1] * len(texts) if starts is None else starts
-  shared_BxT = _at_all_positions(_shared_experts, params, config, roster, texts, request_ids)
+  starts = [1] * len(sequences) if starts is None else starts
+  shared_BxT = _at_all_positions(_shared_experts, params, config, roster, sequences, request_ids)
   wanted = np.zeros(shared_BxT.shape[1:], bool)
-  for row, text, start in zip(wanted, texts, starts):
+  for row, text, start in zip(wanted, sequences, starts):
     row[start - 1 : len(text) - 1] = True
   return shared_BxT.astype(np.float64)[:, wanted].mean(axis=1)
 
@@ -59,7 +59,7 @@ def routing_margins(
   params: Params,
   config: ModelConfig,
   roster: Roster,
-  texts: Sequence[Sequence[int]],
+  sequences: Sequence[Sequence[int]],
   request_ids: Sequence[int] | None = None,
 ) -> np.ndarray:
   """How far each member's choice of experts is from another one.
@@ -72,7 +72,7 @@ def routing_margins(
     params: the model's parameters.
     config: its architecture, with more experts than are chosen.
     roster: a Clean Cache roster.
-    texts: token ids, one batch.
+    sequences: token ids, one batch.
     request_ids: see `decode.generate`.
 
   Returns:
@@ -84,8 +84,8 @@ def routing_margins(
   """
   if roster.cache != "clean" or roster.recompute:
     raise ValueError("routing margins need a Clean Cache roster")
-  margins = _at_all_positions(_margins, params, config, roster, texts, request_ids)
-  return margins[:, :, : len(texts), : max(map(len, texts))]
+  margins = _at_all_positions(_margins, params, config, roster, sequences, request_ids)
+  return margins[:, :, : len(sequences), : max(map(len, sequences))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class UniqueExperts:
 
   Attributes:
     by_position: `[L]` float64, by the members at one position, mean over positions.
-    by_step: `[L]` float64, by the members of all texts that decode together, mean
+    by_step: `[L]` float64, by the members of all sequences that decode together, mean
       over steps.
     num_steps: how many those are.
   """
@@ -108,7 +108,7 @@ def unique_experts(
   params: Params,
   config: ModelConfig,
   roster: Roster,
-  texts: Sequence[Sequence[int]],
+  sequences: Sequence[Sequence[int]],
   starts: Sequence[int] | None = None,
   request_ids: Sequence[int] | None = None,
   batch_size: int = 16,
@@ -118,34 +118,36 @@ def unique_experts(
   Counted are the positions from which the tokens at `starts` and after are
   predicted, and all experts that are computed there, those with a gate of zero
   (`noise="second_expert"`) and the clean member's where it writes the cache only,
-  too. The first such positions of all texts are the first step, and so on: what
-  decoding the texts side by side comes to.
+  too. The first such positions of all sequences are the first step, and so on: what
+  decoding the sequences side by side comes to.
 
   Args:
     params: the model's parameters.
     config: its architecture.
     roster: one with a cache.
-    texts: token ids.
+    sequences: token ids.
     starts: see `score.score`.
     request_ids: see `decode.generate`.
-    batch_size: texts computed together; what is counted does not depend on it.
+    batch_size: sequences computed together; what is counted does not depend on it.
 
   Raises:
     ValueError: the roster has no cache; a text cannot be scored, or no token is.
   """
   if roster.recompute:
     raise ValueError("unique experts are counted for rosters with a cache, not with recompute")
-  starts = [1] * len(texts) if starts is None else list(starts)
-  num_steps = max(len(t) - s for t, s in zip(texts, starts))
+  starts = [1] * len(sequences) if starts is None else list(starts)
+  num_steps = max(len(t) - s for t, s in zip(sequences, starts))
   if num_steps < 1:
-    raise ValueError("no token is predicted: unique experts need texts longer than their starts")
-  ids = batching.request_ids(request_ids, len(texts))
+    raise ValueError(
+      "no token is predicted: unique experts need sequences longer than their starts"
+    )
+  ids = batching.request_ids(request_ids, len(sequences))
   steps = np.zeros((config.num_layers, num_steps, config.num_experts), bool)
   positions = []
-  for first in range(0, len(texts), batch_size):
+  for first in range(0, len(sequences), batch_size):
     batch = slice(first, first + batch_size)
-    hit = _at_all_positions(_hit_experts, params, config, roster, texts[batch], ids[batch])
-    for row, (text, start) in enumerate(zip(texts[batch], starts[batch])):
+    hit = _at_all_positions(_hit_experts, params, config, roster, sequences[batch], ids[batch])
+    for row, (text, start) in enumerate(zip(sequences[batch], starts[batch])):
       of_text = hit[:, row, start - 1 : len(text) - 1]
       steps[:, : of_text.shape[1]] |= of_text
       positions.append(of_text.sum(axis=-1))
@@ -154,16 +156,16 @@ def unique_experts(
   )
 
 
-def _at_all_positions(compute, params, config, roster, texts, request_ids):
-  """`compute` on a filled cache and all positions of texts, as a numpy array."""
+def _at_all_positions(compute, params, config, roster, sequences, request_ids):
+  """`compute` on a filled cache and all positions of sequences, as a numpy array."""
   params = params_lib.in_storage_dtype(params)
-  batching.check_tokens(config, texts, what="text")
-  ids = np.zeros(batching.bucket(len(texts)), np.uint32)
-  ids[: len(texts)] = batching.request_ids(request_ids, len(texts))
+  batching.check_tokens(config, sequences, what="text")
+  ids = np.zeros(batching.bucket(len(sequences)), np.uint32)
+  ids[: len(sequences)] = batching.request_ids(request_ids, len(sequences))
   ids = jnp.asarray(ids)
-  longest = max(map(len, texts))
+  longest = max(map(len, sequences))
   capacity = batching.bucket(longest, prefill.MIN_CAPACITY)
-  tokens = batching.pad(texts, len(ids), capacity)
+  tokens = batching.pad(sequences, len(ids), capacity)
   cache = batching.init_sharded(
     params,
     members_lib.empty_cache,

@@ -83,7 +83,9 @@ def cache_bytes(
   return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(shapes))
 
 
-def rows_within(config: ModelConfig, memory_budget: int, platform: str | None = None) -> int:
+def tokens_within_budget(
+  config: ModelConfig, memory_budget: int, platform: str | None = None
+) -> int:
   """How many rows (members times positions) a memory budget holds, at least one.
 
   A row's activations are counted as its logits, the experts' outputs in and
@@ -227,13 +229,13 @@ def member_states(
     over layers: `keys` and `values` of the clean member `[L, B, T, K, C]`,
     `experts` `[L, R, B, T, A]` and `router_logits` `[L, R, B, T, E]` of all.
   """
-  rows = _Rows(params, config, roster, cache, positions_BxT, request_ids_B)
+  rows = _CleanCachePass(params, config, roster, cache, positions_BxT, request_ids_B)
   x, shared = rows.shared_layers(tokens_BxT, keep)
   return rows.member_layers(x, shared, jnp.asarray(roster.members), keep)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
+class _CleanCachePass:
   """Positions to be run against a Clean Cache."""
 
   params: Params
@@ -321,7 +323,7 @@ def against_clean_cache(
   Returns:
     The outputs, and those of the clean member's `BlockOutputs` asked for.
   """
-  rows = _Rows(params, config, roster, cache, positions_BxT, request_ids_B)
+  rows = _CleanCachePass(params, config, roster, cache, positions_BxT, request_ids_B)
   x, shared = rows.shared_layers(tokens_BxT, keep)
   first, others = _batches(config, roster, tokens_BxT.size)
   states, outputs = rows.member_layers(x, shared, first, keep)
@@ -348,15 +350,15 @@ def aggregate(
   return _finish(roster, total, clean_tokens)
 
 
-def _batches(config, roster, rows_per_member):
+def _batches(config, roster, tokens_per_member):
   """Members `[R1]` that come first, and batches of equally many others `[X, R2]`."""
   members = np.asarray(roster.members)
-  first, *others = batch_sizes(config, roster, rows_per_member)
+  first, *others = batch_sizes(config, roster, tokens_per_member)
   return jnp.asarray(members[:first]), jnp.asarray(members[first:].reshape(others))
 
 
 def batch_sizes(
-  config: ModelConfig, roster: Roster, rows_per_member: int, platform: str | None = None
+  config: ModelConfig, roster: Roster, tokens_per_member: int, platform: str | None = None
 ) -> tuple[int, int, int]:
   """How the members are computed against a Clean Cache: so many of them first,
   then so many batches of so many others.
@@ -364,11 +366,11 @@ def batch_sizes(
   Args:
     config: the model's architecture.
     roster: the settings.
-    rows_per_member: texts times positions.
-    platform: see `rows_within`.
+    tokens_per_member: texts times positions.
+    platform: see `tokens_within_budget`.
   """
   members = roster.members
-  most = max(1, rows_within(config, roster.memory_budget, platform) // rows_per_member)
+  most = max(1, tokens_within_budget(config, roster.memory_budget, platform) // tokens_per_member)
   count = -(-len(members) // most)
   size = -(-len(members) // count)
   first = len(members) - (count - 1) * size

@@ -8,7 +8,7 @@ whatever the size of the tile.
 On CPUs XLA copies what is sliced from a stack before it is multiplied. There
 the matrices are walked tile by tile, so that the copy stays in the core's
 cache (measured: 1.5 times the time to read the weights, against 2.2). The same
-walk widens weights that are held as bfloat16 bits (`storage_dtype`). Where XLA
+loop also converts weights that are held as bfloat16 bits (`storage_dtype`). Where XLA
 spreads every operation over several cores, tiles are larger: it takes longer to
 hand out a small one than to compute it.
 """
@@ -39,7 +39,7 @@ def einsum(subscripts: str, x: jax.Array, weights: jax.Array) -> jax.Array:
   others in front, XLA's CPU backend fails on some bfloat16 dots.
   """
   if weights.dtype == jnp.uint16:
-    weights = widen(weights)
+    weights = bits_to_float32(weights)
   if weights.dtype == jnp.float32:
     x = x.astype(jnp.float32)
   precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -114,7 +114,7 @@ def add_bias(x: jax.Array, bias: jax.Array | None, layer: jax.Array | int) -> ja
   return x + jnp.broadcast_to(to_compute_dtype(bias[layer]).astype(jnp.float32), x.shape)
 
 
-def widen(held: jax.Array) -> jax.Array:
+def bits_to_float32(held: jax.Array) -> jax.Array:
   """float32 values of what is held as bfloat16 bits."""
   return jax.lax.bitcast_convert_type(held.astype(jnp.uint32) << 16, jnp.float32)
 
@@ -138,7 +138,7 @@ def project(x: jax.Array, weights: jax.Array, layer: jax.Array | int) -> jax.Arr
     part = einsum("...d,td->...t", x, tile)
     return jax.lax.dynamic_update_slice_in_dim(y, part, start, y.ndim - 1)
 
-  y = walk(
+  y = loop_over_tiles(
     weights.reshape(-1, weights.shape[-1]),
     layer * size,
     size,
@@ -169,7 +169,7 @@ def project_back(x: jax.Array, weights: jax.Array, layer: jax.Array | int) -> ja
     part = jax.lax.dynamic_slice_in_dim(x, start, rows, x.ndim - 1)
     return y + einsum("...t,td->...d", part, tile)
 
-  return walk(
+  return loop_over_tiles(
     weights.reshape(size * weights.shape[0], -1),
     layer * size,
     size,
@@ -179,7 +179,7 @@ def project_back(x: jax.Array, weights: jax.Array, layer: jax.Array | int) -> ja
   )
 
 
-def walk(
+def loop_over_tiles(
   weights: Any, first: jax.Array | int, size: int, rows: int, add: Callable, y: jax.Array
 ) -> jax.Array:
   """Goes over `size` rows of matrices in tiles of `rows`.

@@ -1,8 +1,7 @@
-"""The parameters: one description, from which all else follows.
+"""Model parameters: one description from which everything else is derived.
 
-`describe(config)` is a `Params` tree whose leaves are `ParamSpec`s (shape,
-logical axes, initializer). Abstract arrays, initial values and logical axes
-are read off it, so that none of them can disagree.
+`describe(config)` returns a `Params` tree of `ParamSpec`s (shape, logical axes,
+initializer). Abstract arrays, initial values and logical axes all come from it.
 """
 
 import dataclasses
@@ -23,13 +22,13 @@ from roe_jax.quantization import Quantized, group_size, typical_scale
 
 
 class AttentionParams(struct.PyTreeNode):
-  """Attention of all layers; what a model does not have is None."""
+  """Attention of all layers; None for parameters that the model does not have."""
 
   query: Any  # [L, H, C, D]
   key: Any  # [L, K, C, D]
   value: Any  # [L, K, C, D]
   output: Any  # [L, H, C, D]
-  query_norm: Any = None  # [L, H, C]; [L, C] if each head is normalized by itself
+  query_norm: Any = None  # [L, H, C]; [L, C] if each head is normalized separately
   key_norm: Any = None  # [L, K, C]; [L, C]
   query_bias: Any = None  # [L, H, C]
   key_bias: Any = None  # [L, K, C]
@@ -41,20 +40,19 @@ class AttentionParams(struct.PyTreeNode):
 class ExpertParams(struct.PyTreeNode):
   """Experts of all layers; the matrices are arrays or `Quantized`.
 
-  The two leading axes stay apart so that E can be sharded; as `[L·E, ...]`,
-  which the layer loop indexes with `l·E + e`, they are a free reshape. A
-  stretch of F is contiguous in both arrays, so that an expert can be computed
-  tile by tile.
+  L and E are separate axes so that E can be sharded; the layer loop reshapes them to
+  `[L·E, ...]` for free and indexes with `l·E + e`. A tile of F is contiguous in both
+  matrices, so that an expert can be computed tile by tile.
   """
 
-  gate_up: Any  # [L, E, F, 2, D]: a row of the gate projection, then of the up projection
+  gate_up: Any  # [L, E, F, 2, D]: gate and up projections interleaved along F
   down: Any  # [L, E, F, D]
   gate_up_bias: Any = None  # [L, E, F, 2]
   down_bias: Any = None  # [L, E, D]
 
 
 class SharedExpertParams(struct.PyTreeNode):
-  """The expert of every layer that all tokens pass through, of inner width G."""
+  """The shared expert of every layer, which all tokens pass through; inner width G."""
 
   gate_up: Any  # [L, G, 2, D]
   down: Any  # [L, G, D]
@@ -82,15 +80,15 @@ class Params(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-  """Shape, logical axis names (one for each dimension), initializer and dtype.
+  """Description of one parameter array.
 
   Attributes:
     shape: the array's shape.
-    axes: logical axis names, as long as `shape`.
-    init: "ones"; "normal", scaled by `scale`; "codes", any bits; or "scales",
-      such that codes of any bits are about as large as normal weights.
+    axes: logical axis names, one per dimension.
+    init: "ones", "normal", "codes" (random bits), or "scales" (such that random codes
+      have the standard deviation of "normal").
     scale: factor on the config's `initializer_range`.
-    dtype: its name; None for that of the config.
+    dtype: dtype name; None for the config's dtype.
   """
 
   shape: tuple[int, ...]
@@ -101,14 +99,14 @@ class ParamSpec:
 
   def __post_init__(self):
     if len(self.shape) != len(self.axes):
-      raise ValueError(f"shape {self.shape} and axes {self.axes} differ in length")
+      raise ValueError(f"shape {self.shape} and axes {self.axes} must have equal lengths")
 
 
 def describe(config: ModelConfig) -> Params:
-  """A `Params` tree of `ParamSpec`s for `config`.
+  """Returns a `Params` tree of `ParamSpec`s.
 
   Raises:
-    ValueError: experts of these sizes do not exist in the config's format.
+    ValueError: the config's expert format cannot hold experts of its sizes.
   """
   if config.expert_format is not None:
     quantization.check_sizes(config.expert_format, config.d_model, config.d_expert)
@@ -134,36 +132,33 @@ def describe(config: ModelConfig) -> Params:
     return spec(*axes, init=init) if present else None
 
   def matrix(*axes, contracted, scale=1.0):
-    """An expert's matrix in the config's format."""
+    """Describes an expert matrix in the config's format."""
     kind = config.expert_format
     if kind is None:
       return spec(*axes, scale=scale)
-    if kind != "int8":
-      sizes["embed_packed"] = config.d_model // 2
+    sizes["embed_packed"] = config.d_model // 2
     groups = contracted + "_groups"
     sizes[groups] = sizes[contracted] // group_size(kind, sizes[contracted])
+    width, codes_dtype = ("embed", "int8") if kind == "int8" else ("embed_packed", "uint8")
+    scale_axes = (groups if a == contracted else a for a in axes)
+    scales_dtype = "uint8" if kind == "mxfp4" else "bfloat16"
     return Quantized(
-      spec(
-        *axes[:-1],
-        "embed" if kind == "int8" else "embed_packed",
-        init="codes",
-        dtype="int8" if kind == "int8" else "uint8",
-      ),
-      spec(
-        *(groups if a == contracted else a for a in axes),
-        init="scales",
-        scale=scale,
-        dtype="uint8" if kind == "mxfp4" else "bfloat16",
-      ),
+      spec(*axes[:-1], width, init="codes", dtype=codes_dtype),
+      spec(*scale_axes, init="scales", scale=scale, dtype=scales_dtype),
       kind,
     )
 
   def normed(heads):
     return ("head_dim",) if config.qk_norm_per_head else (heads, "head_dim")
 
-  # Projections that write to the residual stream start smaller, so that its
-  # variance does not grow with depth.
+  # Projections into the residual stream are initialized smaller, so that its variance does
+  # not grow with depth.
   residual = 1.0 / math.sqrt(2.0 * config.num_layers)
+  shared_expert = SharedExpertParams(
+    gate_up=spec("layers", "shared_mlp", "gate_up", "embed"),
+    down=spec("layers", "shared_mlp", "embed", scale=residual),
+    gate=spec("layers", "shared_gate", "embed"),
+  )
   return Params(
     embedding=spec("vocab", "embed"),
     layers=LayerParams(
@@ -192,13 +187,7 @@ def describe(config: ModelConfig) -> Params:
         down_bias=spec_if(config.expert_bias, "layers", "experts", "embed"),
       ),
       router_bias=spec_if(config.router_bias, "layers", "routed_experts"),
-      shared_expert=None
-      if not config.d_shared_expert
-      else SharedExpertParams(
-        gate_up=spec("layers", "shared_mlp", "gate_up", "embed"),
-        down=spec("layers", "shared_mlp", "embed", scale=residual),
-        gate=spec("layers", "shared_gate", "embed"),
-      ),
+      shared_expert=shared_expert if config.d_shared_expert else None,
     ),
     final_norm=spec("embed", init="ones"),
     unembedding=spec("vocab", "embed"),
@@ -206,7 +195,7 @@ def describe(config: ModelConfig) -> Params:
 
 
 def abstract(config: ModelConfig) -> Params:
-  """`jax.ShapeDtypeStruct` leaves: what a checkpoint holds."""
+  """Returns a `Params` tree of `jax.ShapeDtypeStruct`s, as stored in a checkpoint."""
   return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, _dtype(config, s)), describe(config))
 
 
@@ -215,12 +204,12 @@ def _dtype(config, spec):
 
 
 def logical_axes(config: ModelConfig) -> Params:
-  """A `Params` tree of tuples of logical axis names."""
+  """Returns a `Params` tree of tuples of logical axis names."""
   return jax.tree.map(lambda s: s.axes, describe(config))
 
 
 def initialize(config: ModelConfig, key: jax.Array) -> Params:
-  """Random parameters; `key` is consumed."""
+  """Returns random parameters; `key` is consumed."""
   specs, treedef = jax.tree.flatten(describe(config))
 
   def value(spec, key):
@@ -239,40 +228,35 @@ def initialize(config: ModelConfig, key: jax.Array) -> Params:
 
 
 def quantize(params: Params, config: ModelConfig, format: str) -> tuple[Params, ModelConfig]:
-  """The model with its experts' matrices in another format, and its config.
+  """Quantizes the experts' matrices and returns the new parameters and config.
 
   Args:
-    params: parameters whose experts are not quantized.
-    config: of the model.
+    params: parameters with unquantized experts.
+    config: the model's config.
     format: one of `quantization.FORMATS`.
 
   Raises:
-    ValueError: the experts are quantized already, or do not exist in the format.
+    ValueError: the experts are already quantized, or the format cannot hold their sizes.
   """
   if config.expert_format is not None:
     raise ValueError(
-      f"the experts are in {config.expert_format} already: quantize the "
-      "parameters that they were made from"
+      f"the experts are in {config.expert_format} already: quantize the original parameters"
     )
   config = config.replace(expert_format=format)
   describe(config)  # checks the sizes
-  experts = params.layers.experts
-  experts = experts.replace(
-    **{
-      name: jax.tree.map(
-        jnp.asarray, quantization.quantize(np.asarray(getattr(experts, name)), format, axis)
-      )
-      for name, axis in quantization.CONTRACTED.items()
-    }
-  )
-  return params.replace(layers=params.layers.replace(experts=experts)), config
+  experts, quantized = params.layers.experts, {}
+  for name, axis in quantization.CONTRACTED.items():
+    matrix = quantization.quantize(np.asarray(getattr(experts, name)), format, axis)
+    quantized[name] = jax.tree.map(jnp.asarray, matrix)
+  layers = params.layers.replace(experts=experts.replace(**quantized))
+  return params.replace(layers=layers), config
 
 
 def in_storage_dtype(params: Params) -> Params:
-  """The parameters in the form that programs take on this platform.
+  """Returns the parameters in the storage dtype of this platform, without copying.
 
-  On CPUs bfloat16 arrays as uint16 arrays of their bits, without a copy (see
-  `numerics.storage_dtype`); all else as it is.
+  On CPUs bfloat16 arrays become uint16 arrays of their bits (see
+  `numerics.storage_dtype`); everything else is unchanged.
   """
   return jax.tree.map(_in_storage_dtype, params)
 
@@ -289,13 +273,13 @@ def _in_storage_dtype(array):
 
 
 def count(config: ModelConfig) -> int:
-  """Number of parameters, however many bits each of them has."""
-  plain = config.replace(expert_format=None)
-  return sum(math.prod(s.shape) for s in jax.tree.leaves(describe(plain)))
+  """Returns the number of parameters, regardless of quantization."""
+  unquantized = describe(config.replace(expert_format=None))
+  return sum(math.prod(s.shape) for s in jax.tree.leaves(unquantized))
 
 
 def num_bytes(config: ModelConfig) -> int:
-  """Bytes of the parameters."""
+  """Returns the size of the parameters in bytes."""
   return sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(abstract(config)))
 
 
@@ -303,7 +287,7 @@ def validate(params: Params, config: ModelConfig) -> None:
   """Checks every leaf against `config`.
 
   Raises:
-    ValueError: a leaf is missing, superfluous, or of another shape or dtype.
+    ValueError: a leaf is missing or unexpected, or has the wrong shape or dtype.
   """
   expected = abstract(config)
   if jax.tree.structure(params) != jax.tree.structure(expected):

@@ -1,11 +1,10 @@
-"""Experts' matrices in eight or four bits, widened where they are used.
+"""Expert matrices quantized to eight or four bits.
 
-Both matrices of an expert have the model width D last (see `params`); a group
-of weights that share a scale runs along the axis that the matrix is contracted
-over: D for `gate_up`, F for `down`.
+Both matrices of an expert have the model width D last (see `params`). A group of
+weights that share a scale runs along the contracted axis: D for `gate_up`, F for `down`.
 
-What makes and reads whole matrices on the host is numpy (`quantize`,
-`dequantize_on_host`); `dequantize` is for programs, which widen a tile at a time.
+`quantize` and `dequantize_on_host` process whole matrices with numpy; `dequantize` runs
+inside programs, tile by tile.
 """
 
 import math
@@ -17,28 +16,28 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-# Weights that share a scale, at most: the largest common divisor with the axis' size.
+# Maximum group size; the actual one is its greatest common divisor with the axis size.
 GROUPS = {"int8": 128, "int4": 64, "mxfp4": 32}
 FORMATS = tuple(GROUPS)
-# The axis of each of an expert's matrices that it is contracted over.
+# Contracted axis of each expert matrix.
 CONTRACTED = {"gate_up": -1, "down": -2}
-# FP4 (E2M1) by code.
+# FP4 (E2M1) values by code.
 _FP4_VALUES = np.array(
   [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32
 )
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_TILE_ELEMENTS = 2**20  # of what is worked on at a time: more would leave the cache
+_TILE_ELEMENTS = 2**20  # elements processed at a time on the host, so that they stay in cache
 
 
 class Quantized(struct.PyTreeNode):
-  """A matrix of experts in few bits: weight = code * scale of its group.
+  """A quantized expert matrix: weight = code * scale of its group.
 
   Attributes:
-    codes: int8 `[..., D]`; in the formats of four bits uint8 `[..., D/2]`,
-      where byte j holds element j in its low and element j + D/2 in its high
-      half: a number in two's complement (int4), or a code of FP4 (mxfp4).
-    scales: one for each group: bfloat16, for mxfp4 uint8 exponents with a bias
-      of 127. Of `gate_up` `[L, E, F, 2, D/group]`, of `down` `[L, E, F/group, D]`.
+    codes: int8 `[..., D]`; for 4-bit formats uint8 `[..., D/2]`, where byte j holds
+      element j in its low half and element j + D/2 in its high half, in two's
+      complement (int4) or as an FP4 code (mxfp4).
+    scales: one per group, bfloat16; for mxfp4 uint8 exponents with bias 127. Shape
+      `[L, E, F, 2, D/group]` for `gate_up`, `[L, E, F/group, D]` for `down`.
     format: one of `FORMATS`.
   """
 
@@ -52,65 +51,65 @@ def is_quantized(leaf: Any) -> bool:
 
 
 def group_size(format: str, size: int) -> int:
-  """Weights that share a scale along an axis of this size."""
+  """Returns how many weights share a scale along an axis of this size."""
   return math.gcd(GROUPS[format], size)
 
 
 def check_sizes(format: str, d_model: int, d_expert: int) -> None:
-  """Raises a ValueError if experts of this size do not exist in the format."""
+  """Raises a ValueError if the format cannot hold experts of this size."""
   if format == "mxfp4" and (d_model % 32 or d_expert % 32):
     raise ValueError(
-      f"mxfp4 has blocks of 32 weights, and the experts' d_model {d_model} and d_expert "
-      f"{d_expert} are not both multiples of 32: take int8 or int4"
+      f"mxfp4 has blocks of 32 weights, but d_model {d_model} and d_expert {d_expert} are not "
+      "both multiples of 32: use int8 or int4"
     )
   if format != "int8" and d_model % 2:
     raise ValueError(
-      f"{format} packs two weights in a byte and needs an even d_model, got {d_model}: take int8"
+      f"{format} packs two weights per byte and needs an even d_model, got {d_model}: use int8"
     )
 
 
 def typical_scale(format: str, stddev: float) -> float | int:
-  """The scale with which codes of random bits have about this standard deviation."""
+  """Returns the scale at which uniformly random codes have about this standard deviation."""
   if format == "mxfp4":
     return 127 + round(math.log2(stddev / 2.9))
   return stddev / (74 if format == "int8" else 4.6)
 
 
 def dequantize(matrix: Quantized, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-  """The weights `[..., N, D]` of codes and scales as programs hold them.
+  """Returns the weights `[..., N, D]` of a quantized matrix inside a program.
 
   Args:
-    matrix: codes `[..., N, D or D/2]`, of whole experts or of a tile, and scales
-      with the same axes, each shorter by the size of its groups. bfloat16 scales
-      may be held as their bits (see `numerics.storage_dtype`).
-    dtype: of the weights. They are computed in float32; bfloat16 holds those of
-      mxfp4 exactly, too. Weights below 2^-126, the least normal number, are zero
-      where the platform makes them so; exponents of mxfp4 may be up to 253.
+    matrix: codes `[..., N, D or D/2]` of whole experts or a tile, and scales with the
+      same axes divided by their group sizes. bfloat16 scales may be in their storage
+      dtype (see `numerics.storage_dtype`).
+    dtype: dtype of the result, computed in float32. bfloat16 is exact for mxfp4.
+      Subnormal weights (below 2^-126) are zero on platforms that flush them; mxfp4
+      exponents may be up to 253.
   """
   return jnp.concatenate([p.astype(dtype) for p in dequantize_parts(matrix)], axis=-1)
 
 
 def dequantize_parts(matrix: Quantized) -> list[jax.Array]:
-  """`dequantize` in float32, by the stretches of D that codes of 4 bits hold in a byte.
+  """Like `dequantize` in float32, but separately for the halves of D that share a byte.
 
-  One loop over both of them takes XLA's CPU backend ten times as long.
+  One loop over both halves takes XLA's CPU backend ten times as long.
 
   Returns:
-    One array `[..., N, D]`, or two `[..., N, D/2]`.
+    One array `[..., N, D]`, or for 4-bit formats two `[..., N, D/2]`.
   """
   *lead, rows, width = matrix.codes.shape
   row_groups, groups = matrix.scales.shape[-2:]
   parts = decode_codes(matrix.codes, matrix.format)
-  # Neighbors that share a scale; they must not reach into the other part.
+  # Length of a run of weights with one scale; it must not cross into the other half.
   run = math.gcd(len(parts) * width // groups, width)
   scales = jnp.repeat(matrix.scales, len(parts) * width // run // groups, axis=-1)
 
-  def spread(scales):
+  def broadcast(scales):
     grouped = decode_scales(scales)[..., :, None, :, None]
     shape = (*lead, row_groups, rows // row_groups, width // run, run)
     return jnp.broadcast_to(grouped, shape).reshape(*lead, rows, width)
 
-  return [part * spread(s) for part, s in zip(parts, jnp.split(scales, len(parts), axis=-1))]
+  return [part * broadcast(s) for part, s in zip(parts, jnp.split(scales, len(parts), axis=-1))]
 
 
 def codes_and_scales(matrix: Any) -> tuple[jax.Array, jax.Array | None, str | None]:
@@ -147,15 +146,15 @@ def decode_codes(codes: jax.Array, format: str | None) -> list[jax.Array]:
 
 
 def _half_fp4(nibbles):
-  """Half the values of FP4 by their bits, which needs no table and no small number."""
+  """Returns half the FP4 values from their bits, without a table or subnormal numbers."""
   magnitude, quarter = nibbles & 7, 125 << 23
-  # From code 2 on, a code is the last bits of the exponent and the first of the mantissa.
+  # From code 2 up, a code is the low bits of the exponent and the high bit of the mantissa.
   bits = jnp.where(magnitude < 2, -magnitude & quarter, (magnitude << 22) + quarter)
   return jax.lax.bitcast_convert_type(bits | (nibbles & 8) << 28, jnp.float32)
 
 
 def decode_scales(scales: jax.Array) -> jax.Array:
-  """float32 scales, those of mxfp4 doubled: 2^-127 is no normal number."""
+  """Returns float32 scales; mxfp4 scales are doubled, since 2^-127 is subnormal."""
   if scales.dtype == jnp.uint8:
     bits = (scales.astype(jnp.int32) + 1) << 23
   elif scales.dtype == jnp.uint16:
@@ -166,37 +165,38 @@ def decode_scales(scales: jax.Array) -> jax.Array:
 
 
 def quantize(array: np.ndarray, format: str, axis: int) -> Quantized:
-  """Weights in the format, rounded to nearest, on the host.
+  """Quantizes weights on the host, rounding to nearest.
 
-  A scale is the least with which the largest weight of its group is not cut off
-  (int8, rounded up to bfloat16); an eighth of that weight, so that it becomes -8
-  and a weight as large of the other sign is cut off at 7 (int4, rounded to
-  bfloat16); or the power of two of the OCP Microscaling specification 1.0, with
-  which weights of more than 6 scales become 6 (mxfp4). Groups of zeros have
-  scale zero.
+  The scale of a group is: for int8, the smallest (rounded up to bfloat16) that does not
+  clip the largest weight; for int4, minus an eighth of the largest weight (rounded to
+  bfloat16), which becomes -8 while an equally large weight of the other sign is clipped
+  to 7; for mxfp4, the power of two of the OCP Microscaling specification 1.0, which clips
+  weights above 6 scales to 6. Groups of zeros have scale zero.
 
   Args:
     array: `[..., N, D]` weights, float32 or bfloat16.
     format: one of `FORMATS`.
-    axis: -1 or -2, the one that is contracted; groups run along it.
+    axis: the contracted axis, -1 or -2; groups run along it.
 
   Raises:
-    ValueError: a weight is not finite, or the sizes are not the format's.
+    ValueError: a weight is not finite, or the format does not support the sizes.
   """
   *lead, rows, width = array.shape
   size = array.shape[axis]
   group = group_size(format, size)
   if format == "mxfp4" and group != 32:
-    raise ValueError(f"mxfp4 has blocks of 32 weights, got {size} along the contracted axis")
+    raise ValueError(f"mxfp4 has blocks of 32 weights: cannot divide an axis of {size}")
   if format != "int8" and width % 2:
-    raise ValueError(f"{format} packs two weights in a byte, got {width} along the last axis")
+    raise ValueError(
+      f"{format} packs two weights per byte: cannot halve an axis of {width}"
+    )
   groups = (rows, width // group) if axis == -1 else (rows // group, width)
   is_int8, is_mxfp4 = format == "int8", format == "mxfp4"
   codes = np.empty(
     (*lead, rows, width if is_int8 else width // 2), np.int8 if is_int8 else np.uint8
   )
   scales = np.empty((*lead, *groups), np.uint8 if is_mxfp4 else _BFLOAT16)
-  height, along = (1, 3) if axis == -1 else (group, 1)  # rows with the same scales
+  height, along = (1, 3) if axis == -1 else (group, 1)  # rows that share scales
   flat = (
     array.reshape(-1, height, width),
     codes.reshape(-1, height, codes.shape[-1]),
@@ -215,15 +215,15 @@ def quantize(array: np.ndarray, format: str, axis: int) -> Quantized:
 
 
 def dequantize_on_host(matrix: Quantized, dtype: np.dtype = np.dtype(np.float32)) -> np.ndarray:
-  """The weights `[..., N, D]` in `dtype` of codes and scales on the host.
+  """Returns the weights `[..., N, D]` of a quantized matrix, computed with numpy.
 
-  Exact in float32, and for mxfp4 in bfloat16, but for weights that they do not hold.
+  Exact in float32, and for mxfp4 also in bfloat16, within the range of the dtype.
   """
   *lead, rows, width = matrix.codes.shape
   row_groups, groups = matrix.scales.shape[-2:]
   width *= 1 if matrix.format == "int8" else 2
   weights = np.empty((*lead, rows, width), dtype)
-  height = rows // row_groups  # rows with the same scales
+  height = rows // row_groups  # rows that share scales
   flat = weights.reshape(-1, height, width)
   codes = matrix.codes.reshape(len(flat), height, -1)
   scales = matrix.scales.reshape(len(flat), 1, groups, 1)
@@ -244,44 +244,44 @@ def dequantize_on_host(matrix: Quantized, dtype: np.dtype = np.dtype(np.float32)
 
 
 def pack(nibbles: np.ndarray) -> np.ndarray:
-  """uint8 `[..., D]` codes of 4 bits to `[..., D/2]`, two in a byte."""
+  """Packs 4-bit codes, uint8 `[..., D]`, into bytes `[..., D/2]`."""
   low, high = np.split(nibbles, 2, axis=-1)
   return low | high << 4
 
 
 def unpack(codes: np.ndarray) -> np.ndarray:
-  """The inverse of `pack`."""
+  """Inverts `pack`."""
   return np.concatenate([codes & 15, codes >> 4], axis=-1)
 
 
 def to_float32(array: np.ndarray) -> np.ndarray:
-  """float32 values; of bfloat16 faster than by `astype`."""
+  """Converts to float32, from bfloat16 faster than `astype`."""
   if array.dtype == _BFLOAT16:
     return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
   return array.astype(np.float32)
 
 
 def _encode_int8(weights, axis):
-  """Codes and scales of float32 groups along an axis, which the scales have as one."""
+  """Returns codes and scales of float32 weights in groups along an axis (kept, of size 1)."""
   scales = np.abs(weights).max(axis=axis, keepdims=True) / np.float32(127)
   bits = np.ascontiguousarray(scales).view(np.uint32)
-  scales = _checked((bits + 0xFFFF & 0xFFFF0000).view(np.float32))
-  return np.clip(np.rint(_divided(weights, scales)), -127, 127).astype(np.int8), scales
+  scales = _flush_subnormal((bits + 0xFFFF & 0xFFFF0000).view(np.float32))
+  return np.clip(np.rint(_divide(weights, scales)), -127, 127).astype(np.int8), scales
 
 
 def _encode_int4(weights, axis):
   low, high = (f(weights, axis=axis, keepdims=True) for f in (np.min, np.max))
   scales = np.where(high > -low, high, low) / np.float32(-8)
-  scales = _checked(scales.astype(_BFLOAT16).astype(np.float32))
-  codes = np.clip(np.rint(_divided(weights, scales)), -8, 7).astype(np.int8)
+  scales = _flush_subnormal(scales.astype(_BFLOAT16).astype(np.float32))
+  codes = np.clip(np.rint(_divide(weights, scales)), -8, 7).astype(np.int8)
   return codes.view(np.uint8) & 15, scales
 
 
 def _encode_mxfp4(weights, axis):
-  largest = _checked(np.abs(weights).max(axis=axis, keepdims=True))
-  exponents = np.clip(np.frexp(largest)[1] - 3, -127, 127)  # the largest becomes 4 to 8
+  largest = _flush_subnormal(np.abs(weights).max(axis=axis, keepdims=True))
+  exponents = np.clip(np.frexp(largest)[1] - 3, -127, 127)  # scales the largest to [4, 8)
   magnitudes = np.abs(weights) * np.ldexp(np.float32(1), -exponents)
-  # Ties go to the even code.
+  # Round half to even.
   codes = sum((magnitudes > bound).astype(np.uint8) for bound in (0.25, 1.25, 2.5, 5))
   codes += sum((magnitudes >= bound).astype(np.uint8) for bound in (0.75, 1.75, 3.5))
   scales = np.where(largest > 0, exponents + 127, 0).astype(np.uint8)
@@ -291,12 +291,12 @@ def _encode_mxfp4(weights, axis):
 _ENCODERS = {"int8": _encode_int8, "int4": _encode_int4, "mxfp4": _encode_mxfp4}
 
 
-def _checked(scales):
-  """Scales, zero where they are no normal numbers."""
+def _flush_subnormal(scales):
+  """Returns the scales with subnormal ones flushed to zero."""
   if not np.isfinite(scales).all():
-    raise ValueError("the experts have weights that are not finite and cannot be quantized")
+    raise ValueError("the experts cannot be quantized: some weights are not finite")
   return np.where(np.abs(scales) < np.finfo(np.float32).tiny, np.float32(0), scales)
 
 
-def _divided(weights, scales):
+def _divide(weights, scales):
   return weights / np.where(scales == 0, np.float32(1), scales)

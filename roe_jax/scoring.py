@@ -1,4 +1,4 @@
-"""Teacher-forced scoring: log-probabilities of given texts, and perplexity."""
+"""Teacher-forced scoring: log-probabilities of given sequences, and perplexity."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -20,7 +20,7 @@ from roe_jax.roster import Roster
 
 
 @dataclasses.dataclass(frozen=True)
-class TextScore:
+class SequenceScore:
   """Scores of one text's tokens from its start on.
 
   Attributes:
@@ -42,9 +42,9 @@ class TextScore:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """Scores in the order of the texts, and the settings that made them."""
+  """Scores in the order of the sequences, and the settings that made them."""
 
-  texts: list[TextScore]
+  sequences: list[SequenceScore]
   settings: dict[str, Any]
 
 
@@ -130,7 +130,7 @@ def _filled_first(roster):
 def score(
   params: Params,
   config: ModelConfig,
-  texts: Sequence[Sequence[int]],
+  sequences: Sequence[Sequence[int]],
   starts: Sequence[int] | None = None,
   *,
   roster: Roster | None = None,
@@ -152,7 +152,7 @@ def score(
   Args:
     params: the model's parameters.
     config: its architecture.
-    texts: token ids.
+    sequences: token ids.
     starts: index of the first token scored in each text, at least 1 (the first
       token has no predecessor to predict it); 1 by default.
     roster: the settings; the plain model by default.
@@ -161,12 +161,12 @@ def score(
       (renormalized); the calibration of one temperature is read off a grid.
     candidates: tokens that are scored, too, in the place of each text's last one:
       choices that differ in their last token cost as much as one.
-    batch_size: texts scored together.
+    batch_size: sequences scored together.
     min_shape: rows and positions that a batch is padded to at least, so that
       batches of different sizes and lengths share compiled programs.
     chunk_size: positions scored together; by default what the roster's memory
       budget holds.
-    on_batch: called with the number of texts in each finished batch.
+    on_batch: called with the number of sequences in each finished batch.
 
   Raises:
     ValueError: a text is empty, too long or outside the vocabulary, or a
@@ -175,16 +175,16 @@ def score(
   params = params_lib.in_storage_dtype(params)
   roster = roster or Roster.create(config)
   roster.check(config)
-  batching.check_tokens(config, texts, room=-1, what="text")
+  batching.check_tokens(config, sequences, room=-1, what="text")
   if candidates is not None:
-    if len(candidates) != len(texts):
-      raise ValueError(f"got candidates for {len(candidates)} of {len(texts)} texts")
+    if len(candidates) != len(sequences):
+      raise ValueError(f"got candidates for {len(candidates)} of {len(sequences)} sequences")
     for i, some in enumerate(candidates):
       batching.check_tokens(config, [[token] for token in some], what=f"text {i}: candidate")
-  starts = [1] * len(texts) if starts is None else list(starts)
-  if len(starts) != len(texts):
-    raise ValueError(f"got {len(starts)} starts for {len(texts)} texts")
-  for i, (text, start) in enumerate(zip(texts, starts)):
+  starts = [1] * len(sequences) if starts is None else list(starts)
+  if len(starts) != len(sequences):
+    raise ValueError(f"got {len(starts)} starts for {len(sequences)} sequences")
+  for i, (text, start) in enumerate(zip(sequences, starts)):
     if not 1 <= start <= len(text):
       raise ValueError(
         f"the first scored token of text {i} must have an index in [1, {len(text)}], got {start}"
@@ -200,14 +200,14 @@ def score(
     )
   if batch_size < 1 or (chunk_size is not None and chunk_size < 1):
     raise ValueError("batch_size and chunk_size must be at least 1")
-  ids = batching.request_ids(request_ids, len(texts))
+  ids = batching.request_ids(request_ids, len(sequences))
   scored = []
-  for first in range(0, len(texts), batch_size):
+  for first in range(0, len(sequences), batch_size):
     batch = slice(first, first + batch_size)
     scored += _score_batch(
       params,
       config,
-      texts[batch],
+      sequences[batch],
       starts[batch],
       roster,
       ids[batch],
@@ -216,7 +216,7 @@ def score(
       min_shape,
       chunk_size,
     )
-    on_batch(len(texts[batch]))
+    on_batch(len(sequences[batch]))
   return Scores(
     scored,
     {
@@ -230,7 +230,7 @@ def score(
 def _score_batch(
   params,
   config,
-  texts,
+  sequences,
   starts,
   roster,
   request_ids,
@@ -239,31 +239,31 @@ def _score_batch(
   min_shape,
   chunk_size,
 ):
-  num_rows = batching.bucket(len(texts), min_shape[0])
-  longest = max(map(len, texts))
+  batch_size = batching.bucket(len(sequences), min_shape[0])
+  longest = max(map(len, sequences))
   capacity = batching.bucket(longest - 1, min_shape[1])
-  tokens = batching.pad(texts, num_rows, capacity + 1)
-  ids = np.zeros(num_rows, np.uint32)
-  ids[: len(texts)] = request_ids
+  tokens = batching.pad(sequences, batch_size, capacity + 1)
+  ids = np.zeros(batch_size, np.uint32)
+  ids[: len(sequences)] = request_ids
   ids = jnp.asarray(ids)
-  counts = [0] * len(texts) if candidates is None else [len(c) for c in candidates]
+  counts = [0] * len(sequences) if candidates is None else [len(c) for c in candidates]
   if candidates is not None:
-    candidates = batching.pad(candidates, num_rows, batching.power_of_two(max(counts)))
+    candidates = batching.pad(candidates, batch_size, batching.power_of_two(max(counts)))
   cache = batching.init_sharded(
     params,
     members_lib.empty_cache,
     config,
     roster,
-    batch_size=num_rows,
+    batch_size=batch_size,
     capacity=capacity,
     whole=_filled_first(roster),
   )
   # The token at index i is predicted at position i - 1.
-  offsets = np.zeros(num_rows, np.int32)
-  ends = np.zeros(num_rows, np.int32)
-  ends[: len(texts)] = [len(t) - 1 for t in texts]
-  begins = np.zeros(num_rows, np.int32)
-  begins[: len(texts)] = [s - 1 for s in starts]
+  offsets = np.zeros(batch_size, np.int32)
+  ends = np.zeros(batch_size, np.int32)
+  ends[: len(sequences)] = [len(t) - 1 for t in sequences]
+  begins = np.zeros(batch_size, np.int32)
+  begins[: len(sequences)] = [s - 1 for s in starts]
   if roster.recompute:
     chunk_size = capacity
   elif _filled_first(roster):
@@ -272,9 +272,9 @@ def _score_batch(
     )
     offsets = begins
   needed = int(np.max(ends - offsets))
-  chunk = chunk_size or default_chunk_size(config, roster, num_rows, needed)
-  found = [[] for _ in texts]
-  earliest = int(begins[: len(texts)].min())
+  chunk = chunk_size or default_chunk_size(config, roster, batch_size, needed)
+  found = [[] for _ in sequences]
+  earliest = int(begins[: len(sequences)].min())
   for step in range(0, needed, chunk):
     if not (roster.recompute or _filled_first(roster)) and step + chunk <= earliest:
       cache = prefill.prefill_chunk(
@@ -303,7 +303,7 @@ def _score_batch(
       candidates,
     )
     results = [np.asarray(r) for r in results]
-    for row in range(len(texts)):
+    for row in range(len(sequences)):
       low = max(0, begins[row] - offsets[row] - step)
       high = min(chunk, ends[row] - offsets[row] - step)
       if low < high:
@@ -314,13 +314,13 @@ def _score_batch(
 def _joined(pieces, num_temperatures, num_candidates):
   if not pieces:
     none, no_tokens = np.zeros((0, num_temperatures), np.float32), np.zeros(0, np.int32)
-    return TextScore(none, no_tokens, none, no_tokens, none)
+    return SequenceScore(none, no_tokens, none, no_tokens, none)
   *parts, candidates = (np.concatenate(part) for part in zip(*pieces))
-  return TextScore(*parts, candidates[-1, :num_candidates])
+  return SequenceScore(*parts, candidates[-1, :num_candidates])
 
 
 def default_chunk_size(
-  config: ModelConfig, roster: Roster, num_rows: int, needed: int, platform: str | None = None
+  config: ModelConfig, roster: Roster, batch_size: int, needed: int, platform: str | None = None
 ) -> int:
   """How many positions are scored together.
 
@@ -330,12 +330,12 @@ def default_chunk_size(
   Args:
     config: the model's architecture.
     roster: the settings.
-    num_rows: texts scored together.
+    batch_size: sequences scored together.
     needed: positions of the longest of them.
-    platform: see `members.rows_within`.
+    platform: see `members.tokens_within_budget`.
   """
-  within = members_lib.rows_within(config, roster.memory_budget, platform)
-  fitting = max(1, within // num_rows)
+  within = members_lib.tokens_within_budget(config, roster.memory_budget, platform)
+  fitting = max(1, within // batch_size)
   return min(
     prefill.PREFILL_CHUNK,
     1 << (fitting.bit_length() - 1),
@@ -345,16 +345,16 @@ def default_chunk_size(
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-  """A long text cut into texts that `score` can take.
+  """A long text cut into sequences that `score` can take.
 
   Attributes:
-    texts: token ids of each window.
+    sequences: token ids of each window.
     starts: where each begins to score.
     window: tokens in a window.
     stride: tokens from one window's start to the next.
   """
 
-  texts: list[list[int]]
+  sequences: list[list[int]]
   starts: list[int]
   window: int
   stride: int
@@ -378,15 +378,15 @@ def windows(
     raise ValueError(f"stride must lie in [1, {window - 1}] (less than the window), got {stride}")
   if len(text) < 2:
     raise ValueError(f"a perplexity needs at least two tokens, got {len(text)}")
-  texts, starts, scored_to = [], [], 1
+  sequences, starts, scored_to = [], [], 1
   for begin in range(0, len(text), stride):
     end = min(begin + window, len(text))
-    texts.append(list(text[begin:end]))
+    sequences.append(list(text[begin:end]))
     starts.append(scored_to - begin)
     scored_to = end
     if end == len(text):
       break
-  return Windows(texts, starts, window, stride)
+  return Windows(sequences, starts, window, stride)
 
 
 def perplexity(
@@ -431,7 +431,7 @@ def perplexity(
   scores = score(
     params,
     config,
-    cut.texts,
+    cut.sequences,
     cut.starts,
     roster=roster,
     output_temperatures=output_temperatures,
@@ -439,18 +439,18 @@ def perplexity(
     chunk_size=chunk_size,
     on_batch=on_batch,
   )
-  nll = -np.concatenate([s.log_probs for s in scores.texts])
+  nll = -np.concatenate([s.log_probs for s in scores.sequences])
   return Perplexity(
     np.exp(nll.mean(axis=0, dtype=np.float64)),
     nll,
-    len(cut.texts),
+    len(cut.sequences),
     scores.settings | {"window": cut.window, "stride": cut.stride},
   )
 
 
 def mean_nll(scores: Scores) -> np.ndarray:
   """Mean negative log-probability over all scored tokens, `[G]`, nats."""
-  nll = -np.concatenate([s.log_probs for s in scores.texts])
+  nll = -np.concatenate([s.log_probs for s in scores.sequences])
   if not math.prod(nll.shape):
     raise ValueError("no token was scored")
   return nll.mean(axis=0, dtype=np.float64)

@@ -93,7 +93,7 @@ def spec(mesh: Mesh | AbstractMesh, axes: Sequence[str], shape: Sequence[int]) -
   return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in split))
 
 
-def axes_of(spec: Sequence[Any], *positions: int) -> tuple[str, ...]:
+def axes_of(spec: PartitionSpec | Sequence[Any], *positions: int) -> tuple[str, ...]:
   """The mesh axes that a `PartitionSpec` names, at these positions or at all."""
   names = [spec[p] for p in positions] if positions else spec
   return tuple(a for n in names if n is not None for a in ((n,) if isinstance(n, str) else n))

@@ -60,7 +60,7 @@ class Stops:
     return min((i for i in map(text.find, self.strings) if i >= 0), default=None)
 
 
-class OpenText:
+class OpenSequence:
   """One text while it grows: looks for stop strings, and is cut at the first.
 
   Attributes:

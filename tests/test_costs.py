@@ -221,7 +221,7 @@ def test_bytes_on_a_device_are_those_of_compiled_programs(programs, case):
     kind=kind,
   )
   # A chunk of scoring is given the tokens of its positions only.
-  held = expected.weights + expected.cache + (expected.texts if kind == "step" else 0)
+  held = expected.weights + expected.cache + (expected.tokens if kind == "step" else 0)
   assert found["arguments"] == pytest.approx(held, rel=1e-3)
   assert expected.activations / 1.5 < found["temporaries"] < 1.5 * expected.activations + 2**25
   assert found["arguments"] + found["temporaries"] == pytest.approx(expected.total, rel=0.1)

@@ -109,7 +109,7 @@ def test_storage_keeps_every_bfloat16():
   finite = np.isfinite(np.asarray(values, np.float32))
   np.testing.assert_array_equal(numerics.to_storage_dtype(values, bits)[finite], bits[finite])
   np.testing.assert_array_equal(
-    numerics.widen(bits)[finite], np.asarray(values, np.float32)[finite]
+    numerics.bits_to_float32(bits)[finite], np.asarray(values, np.float32)[finite]
   )
   x = jnp.float32(1.0 + 2**-9 + 2**-16)
   assert numerics.to_storage_dtype(x, bits) == numerics.to_storage_dtype(

@@ -163,7 +163,7 @@ def test_weights_too_small_for_a_scale_become_zero():
   [
     (dict(expert_format="mxfp4", d_model=48), "blocks of 32.*d_model 48 .*int8 or int4"),
     (dict(expert_format="mxfp4", d_expert=16), "d_expert 16"),
-    (dict(expert_format="int4", d_model=31), "even d_model, got 31: take int8"),
+    (dict(expert_format="int4", d_model=31), "even d_model, got 31: use int8"),
   ],
 )
 def test_sizes_that_a_format_does_not_have_are_refused(changes, message):
@@ -225,7 +225,7 @@ def test_a_quantized_model_is_the_model_of_its_widened_weights(format):
   texts = tiny.texts([9, 12])
   roster = Roster.create(config, 3, 0.5)
   scores = [
-    scoring.score(p, c, texts, roster=r).texts
+    scoring.score(p, c, texts, roster=r).sequences
     for p, c, r in (
       (params, config, roster),
       (widened, plain, roster),
@@ -246,7 +246,7 @@ def test_generation_and_scores_of_a_quantized_model_agree(dtype):
   generation = decode.generate(params, config, prompts, max_new_tokens=4, roster=roster)
   texts = [p + list(c.tokens) for p, c in zip(prompts, generation.completions)]
   scores = scoring.score(params, config, texts, list(map(len, prompts)), roster=roster)
-  for completion, scored in zip(generation.completions, scores.texts):
+  for completion, scored in zip(generation.completions, scores.sequences):
     np.testing.assert_allclose(
       completion.log_probs,
       scored.log_probs[:, 0],

@@ -177,7 +177,7 @@ def test_one_member_is_bitwise_the_plain_model(model, settings):
   assert plain.completions == single.completions
   texts = [p + c.tokens for p, c in zip(prompts, plain.completions)]
   plain, single = (scoring.score(params, config, texts, roster=r) for r in (None, roster))
-  for one, other in zip(plain.texts, single.texts):
+  for one, other in zip(plain.sequences, single.sequences):
     np.testing.assert_array_equal(one.log_probs, other.log_probs)
 
 
@@ -190,7 +190,7 @@ def test_the_plain_model_is_the_forward_function(model):
   )
   for row, text in enumerate(texts):
     expected = log_probs[row, jnp.arange(11), jnp.asarray(text[1:])]
-    assert_close(scores.texts[row].log_probs[:, 0], expected)
+    assert_close(scores.sequences[row].log_probs[:, 0], expected)
 
 
 @pytest.mark.parametrize("family, cache", [("olmoe", "clean"), ("mixtral", "standard")])
@@ -489,6 +489,8 @@ def test_layers_before_the_first_noise_share_one_standard_cache(olmoe):
   assert cache.own.keys.shape == (5, 1, 2, 2, 16, 8)
   forced = Roster.create(config, 5, [0, 0, 0.7], cache="standard", noisy_layers=(0, 3))
   texts = tiny.texts([9, 6])
-  shared, alone = (scoring.score(params, config, texts, roster=r).texts for r in (roster, forced))
+  shared, alone = (
+    scoring.score(params, config, texts, roster=r).sequences for r in (roster, forced)
+  )
   for one, other in zip(shared, alone):
     np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-5, atol=1e-5)

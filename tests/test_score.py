@@ -63,7 +63,7 @@ def generated(family, name, sampled):
 
 def score(family, texts, **options):
   config, params = tiny_model(family)
-  return score_lib.score(params, config, texts, **options).texts
+  return score_lib.score(params, config, texts, **options).sequences
 
 
 def assert_scored_as_generated(scores, completions):
@@ -136,7 +136,7 @@ def test_bfloat16_is_scored_as_generated(name):
     params, config, PROMPTS, max_new_tokens=8, roster=roster, stop_tokens=()
   ).completions
   texts = [p + c.tokens for p, c in zip(PROMPTS, completions)]
-  scores = score_lib.score(params, config, texts, STARTS, roster=roster).texts
+  scores = score_lib.score(params, config, texts, STARTS, roster=roster).sequences
   differences = np.concatenate(
     [s.log_probs[:, 0] - c.log_probs for s, c in zip(scores, completions)]
   )
@@ -195,7 +195,7 @@ def test_output_temperatures_rescale_the_aggregated_distribution(olmoe):
       p = np.exp(logits[row, :-1] / temperature)
       expected = np.log(p[np.arange(11), text[1:]] / p.sum(-1))
       np.testing.assert_allclose(
-        scores.texts[row].log_probs[:, column], expected, atol=TOLERANCE / temperature, rtol=0
+        scores.sequences[row].log_probs[:, column], expected, atol=TOLERANCE / temperature, rtol=0
       )
 
 
@@ -268,7 +268,7 @@ def test_a_window_that_holds_the_text_is_a_direct_score(text, length, window):
   direct = score_lib.score(
     params, config, [text[:length]], roster=roster, output_temperatures=(1.0, 1.3)
   )
-  np.testing.assert_array_equal(result.nll, -direct.texts[0].log_probs)
+  np.testing.assert_array_equal(result.nll, -direct.sequences[0].log_probs)
   np.testing.assert_array_equal(
     np.log(result.perplexity).astype(np.float32), score_lib.mean_nll(direct).astype(np.float32)
   )
@@ -345,7 +345,7 @@ def test_batches_padded_to_one_shape_share_their_programs():
   before = [f._cache_size() for f in functions]
   found = score(tiny.texts([30, 20, 9, 30])[:3], request_ids=[0, 1, 2])
   assert [f._cache_size() for f in functions] == before
-  for one, other in zip(found.texts, expected.texts):
+  for one, other in zip(found.sequences, expected.sequences):
     np.testing.assert_array_equal(one.log_probs, other.log_probs)
 
 

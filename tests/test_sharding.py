@@ -13,11 +13,11 @@ import tiny
 
 from experiments.tasks import wordmath
 from roe_jax import (
-  assets,
   batching,
   checkpoint,
   decode,
   members,
+  model_formats,
   presets,
   scoring,
   sharding,
@@ -29,7 +29,6 @@ from roe_jax.experts import expert_parallel
 from roe_jax.quantization import FORMATS, GROUPS
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
-from roe_jax.text.tokenizer import Tokenizer
 
 # Its sizes are such that every mesh of eight devices but tensor:8 fits.
 CONFIG = ModelConfig(
@@ -275,9 +274,7 @@ def same_tokens(actual, expected, tolerance=1e-5):
 
 @pytest.fixture(scope="module")
 def on_one_device():
-  path = assets.path("wordmath_control")
-  params, config = checkpoint.load(path, "float32")
-  tokenizer = Tokenizer.load(path)
+  params, config, tokenizer = model_formats.open_model("embedded:wordmath_control", "float32")
   prompts = [tokenizer.encode(wordmath.prompt(p)) for p in wordmath.problems("test", 3)]
   return prompts, config, generate(params, config, prompts)
 
@@ -294,8 +291,8 @@ def generate(params, config, prompts):
 def test_the_embedded_model_says_the_same_on_every_mesh(on_one_device, sizes):
   prompts, config, expected = on_one_device
   mesh = make_mesh(config, *sizes)
-  params, _ = checkpoint.load(
-    assets.path("wordmath_control"), "float32", sharding.parameter_shardings(mesh, config)
+  params, _ = model_formats.load_params(
+    "embedded:wordmath_control", "float32", sharding.parameter_shardings(mesh, config)
   )
   before = decode.decode_steps._cache_size()
   actual = generate(params, config, prompts)
@@ -331,7 +328,7 @@ def test_rosters_by_parts(params, sizes, num_members, texts, cache):
     ).completions
     return completions, scoring.score(
       params, CONFIG, tiny.texts([9, 12, 4, 7][:texts], 64), roster=roster
-    ).texts
+    ).sequences
 
   placed = sharding.shard_params(params, CONFIG, make_mesh(CONFIG, *sizes))
   (actual, scores), (expected, expected_scores) = run(placed), run(params)
@@ -370,9 +367,9 @@ def test_scoring_sends_rows_to_their_experts(params, monkeypatch):
   config = CONFIG.replace(context_length=65)  # no program of another test
   texts, roster = tiny.texts([9, 12, 4, 7, 8, 5, 11, 6], 64), Roster.create(config, 2, 0.5)
   placed = sharding.shard_params(params, config, make_mesh(config, expert=8))
-  actual = scoring.score(placed, config, texts, roster=roster).texts
+  actual = scoring.score(placed, config, texts, roster=roster).sequences
   assert traced
-  for a, b in zip(actual, scoring.score(params, config, texts, roster=roster).texts):
+  for a, b in zip(actual, scoring.score(params, config, texts, roster=roster).sequences):
     np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
 
 
@@ -389,7 +386,7 @@ def test_recomputing_on_a_mesh(params):
   texts = tiny.texts([6, 4], 64)
   placed = sharding.shard_params(params, CONFIG, make_mesh(CONFIG, 2, 2, 2))
   actual, expected = (
-    scoring.score(p, CONFIG, texts, roster=roster).texts for p in (placed, params)
+    scoring.score(p, CONFIG, texts, roster=roster).sequences for p in (placed, params)
   )
   for a, b in zip(actual, expected):
     np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)

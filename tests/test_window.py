@@ -86,7 +86,7 @@ def test_scores_are_those_of_generation_in_chunks_of_any_size(layers, cache, tem
       chunk_size=chunk_size,
       batch_size=3,
     )
-    for found, expected in zip(scores.texts, generated):
+    for found, expected in zip(scores.sequences, generated):
       np.testing.assert_allclose(found.log_probs[:, 0], expected.log_probs, atol=3e-5)
       assert found.clean_greedy_tokens.tolist() == expected.clean_tokens
 
@@ -130,7 +130,7 @@ def test_the_plain_model_without_a_cache(layers):
   params, text = tiny.params(c), tiny.texts([40])[0]
   logits, _ = transformer.forward(params, c, jnp.asarray([text]), strategy="dense")
   log_probs = np.asarray(jax.nn.log_softmax(logits[0]))[np.arange(39), text[1:]]
-  found = scoring.score(params, c, [text]).texts[0].log_probs[:, 0]
+  found = scoring.score(params, c, [text]).sequences[0].log_probs[:, 0]
   np.testing.assert_allclose(found, log_probs, atol=3e-5)
 
 

@@ -1,4 +1,4 @@
-"""The table and the picture."""
+"""The tables and the figure of the benchmark."""
 
 from collections.abc import Sequence
 import pathlib
@@ -14,25 +14,25 @@ from experiments.benchmarks import timing
 from experiments.benchmarks.sweep_results import Folder
 
 TITLES = {
-  "decode": "Decode step against n (to base: to the smallest n)",
-  "context": "Decode step against context length (to base: to the shortest)",
-  "batch": "Decode step against the number of texts (to base: to the smallest batch)",
-  "cache": "Decode step by cache (to base: to Clean Cache)",
-  "late": "Noise in the second half of the layers only (to base: to late tiling)",
-  "scoring": "Scoring a text (to base: to the plain model)",
-  "transformers": "Decode step beside transformers (to base: to roe_jax at the same n)",
+  "decode": "Decode step by roster size n (ratio: to the smallest n)",
+  "context": "Decode step by context length (ratio: to the shortest)",
+  "batch": "Decode step by batch size (ratio: to the smallest)",
+  "cache": "Decode step by cache (ratio: to Clean Cache)",
+  "late": "Noise in the second half of the layers only (ratio: to members sharing the first half)",
+  "scoring": "Scoring a sequence (ratio: to the baseline)",
+  "transformers": "Decode step compared with transformers (ratio: to roe_jax at the same n)",
 }
 _COLUMNS = (
   ("", "variant", "{}"),
   ("n", "num_members", "{}"),
   ("τ", "temperature", "{:g}"),
   ("context", "context", "{}"),
-  ("texts", "batch_size", "{}"),
+  ("batch\nsize", "batch_size", "{}"),
   ("ms", "seconds", None),
-  ("to base", "to_baseline", "{:.2f}"),
-  ("experts\nhit", "unique_experts", "{:.1f}"),
+  ("ratio", "to_baseline", "{:.2f}"),
+  ("unique active\nexperts", "unique_experts", "{:.1f}"),
   ("floor,\nms", "floor_seconds", None),
-  ("to\nfloor", "to_floor", "{:.2f}"),
+  ("ratio to\nfloor", "to_floor", "{:.2f}"),
   ("tokens\nper s", "tokens_per_second", "{:.0f}"),
   ("temporaries,\nMiB", "temp_bytes", None),
   ("rounds", "rounds", "{}"),
@@ -59,7 +59,7 @@ def _milliseconds(seconds):
 
 
 def table(folder: Folder, order: Sequence[str]) -> str:
-  """The tables of all finished sweeps."""
+  """Returns the tables of all finished sweeps."""
   parts = []
   for sweep in order:
     records = folder.of(sweep)
@@ -68,7 +68,7 @@ def table(folder: Folder, order: Sequence[str]) -> str:
     columns = [c for c in _COLUMNS if any(c[1] in r for r in records)]
     rows = [[_cell(r, name, form) for _, name, form in columns] for r in records]
     parts.append(
-      f"{TITLES[sweep]}; memory read at "
+      f"{TITLES[sweep]}; memory bandwidth "
       f"{np.median([r['bandwidth'] for r in records]) / 1e9:.1f} GB/s\n"
       + tabulate.tabulate(
         rows,
@@ -82,34 +82,32 @@ def table(folder: Folder, order: Sequence[str]) -> str:
 
 
 def _remarks(sweep, records):
-  """Sentences under a table."""
+  """Sentences below a table."""
   if sweep == "cache":
     by_name = {r["variant"]: r for r in records}
     none = by_name["none"]
     return [
       f"Without a cache a token at context {none['context']} takes "
-      f"{none['to_baseline']:.0f} times as long as with Clean Cache "
-      f"(n = {none['num_members']}); with a clean history computed once for all members, "
+      f"{none['to_baseline']:.0f} times as long as with Clean Cache (n = {none['num_members']}), "
+      "and with a clean history computed once for all members "
       f"{by_name['none, clean history']['to_baseline']:.1f} times."
     ]
   if sweep == "transformers":
-    chosen = {}
-    for r in records:
-      if "experts" in r:
-        what = ", ".join(str(r[k]) for k in ("experts", "cache", "run") if k in r)
-        chosen.setdefault(r["variant"], []).append(f"({what}) at n = {r['num_members']}")
-    differences = [r["difference"] for r in records if "difference" in r]
+    chosen = [
+      f"{r['experts']} with a {r['cache']} cache at n = {r['num_members']}"
+      for r in records
+      if r["variant"] == "transformers"
+    ]
+    difference = next(r["difference"] for r in records if "difference" in r)
     return [
-      "Fastest in a trial. "
-      + "; ".join(f"{name}: {', '.join(what)}" for name, what in chosen.items())
-      + ".",
-      f"Largest difference of log-probabilities to roe_jax at n = 1: {max(differences):.1e}.",
+      f"Fastest in transformers: {', '.join(chosen)}. Largest difference of its "
+      f"log-probabilities from those of roe_jax at n = 1: {difference:.1e}."
     ]
   return []
 
 
 def summary(folder: Folder) -> str:
-  """Peak memory so far, as far as it is known."""
+  """Returns a sentence on peak memory, as far as the platform reports it."""
   last = folder.records[-1]
   parts = [f"{last['peak_process_bytes'] / 2**30:.2f} GiB of the process"]
   if "peak_device_bytes" in last:
@@ -118,7 +116,7 @@ def summary(folder: Folder) -> str:
 
 
 def draw(folder: Folder, title: str, path: pathlib.Path) -> None:
-  """Cost against n, beside how many experts the members choose together."""
+  """Draws the cost of a decode step and the number of unique active experts against n."""
   records = folder.of("decode")
   if not records:
     return
@@ -138,9 +136,16 @@ def draw(folder: Folder, title: str, path: pathlib.Path) -> None:
     color="black",
     linewidth=0.8,
     linestyle=":",
-    label=f"floor: memory read once, τ = {temperatures[-1]:g}",
+    label=f"floor: each weight read once, τ = {temperatures[-1]:g}",
   )
-  _draw_rivals(left, folder.of("transformers"))
+  if competing := [r for r in folder.of("transformers") if r["variant"] == "transformers"]:
+    base = np.array(folder.of("transformers")[0]["seconds_by_round"], float)
+    left.plot(
+      [r["num_members"] for r in competing],
+      [timing.median_ratio(np.array(r["seconds_by_round"], float), base) for r in competing],
+      label=f"transformers, τ = {competing[0]['temperature']:g}",
+      **dict(color="0.35", marker="x", linestyle="-.", linewidth=1),
+    )
   every = sorted({r["num_members"] for r in records})
   for axis in (left, right):
     axis.set_xscale("log", base=2)
@@ -149,8 +154,8 @@ def draw(folder: Folder, title: str, path: pathlib.Path) -> None:
     axis.set_xlabel("roster members n")
     axis.set_ylim(bottom=0)
     axis.spines[["top", "right"]].set_visible(False)
-  left.set_ylabel(f"time of a decode step (n = {every[0]} of roe_jax is 1)")
-  right.set_ylabel("different experts chosen in a layer")
+  left.set_ylabel(f"time of a decode step / that of roe_jax at n = {every[0]}")
+  right.set_ylabel("unique active experts per layer")
   figure.legend(
     *left.get_legend_handles_labels(),
     loc="outside lower center",
@@ -162,22 +167,3 @@ def draw(folder: Folder, title: str, path: pathlib.Path) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=150)
   plt.close(figure)
-
-
-def _draw_rivals(axis, records):
-  """The rosters in transformers, relative to roe_jax's smallest n beside them."""
-  if not records:
-    return
-  base = np.array(records[0]["seconds_by_round"], float)
-  styles = {
-    "transformers": dict(color="0.35", marker="x", linestyle="-.", linewidth=1),
-    "transformers, hand-tuned": dict(color="0.35", marker="+", linestyle="-", linewidth=1),
-  }
-  for name, style in styles.items():
-    of_name = [r for r in records if r["variant"] == name]
-    axis.plot(
-      [r["num_members"] for r in of_name],
-      [timing.median_ratio(np.array(r["seconds_by_round"], float), base) for r in of_name],
-      label=f"{name}, τ = {records[0]['temperature']:g}",
-      **style,
-    )

@@ -1,46 +1,54 @@
-"""A roster in Hugging Face transformers as one would first write it.
+"""A roster in Hugging Face transformers as a user would first write it.
 
-The modules of transformers as they are. Noise is patched into the routers, the
-prompt runs once, and the members are rows of the batch, each with a copy of the
-prompt's cache; after each step the clean member's new key and value replace
-those of the others (Clean Cache). `experiments.benchmarks.transformers_roster` is the
-same roster with all that can be gained around the modules.
+The modules of transformers are unchanged. Noise is patched into the routers, the prompt runs
+once, and the members are sequences of the batch, each with a copy of the prompt's cache. After
+each step the clean member's new key and value replace those of the others (Clean Cache).
 
 Needs torch and transformers 5. Axis letters are those of roe_jax.
 """
 
 from collections.abc import Callable, Sequence
-import copy
 import math
 import types
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 import transformers
 
-from experiments.benchmarks import transformers_roster
+from roe_jax import families
+from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 
-# Those of transformers alone.
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
 CACHES = ("static", "dynamic")
 
 
-def twin(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-  """Another model with the same weights in the same memory.
-
-  For what patches modules, which it does to its own model then.
-  """
-  return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+def build(
+  config: ModelConfig, dtype: str = "float32", device: str = "cpu"
+) -> transformers.PreTrainedModel:
+  """Returns a model of this shape on the device, with uninitialized weights."""
+  values = families.to_hugging_face(config)
+  values = {
+    k: v for k, v in values.items() if k not in ("model_type", "architectures", "torch_dtype")
+  }
+  kind = {"olmoe": transformers.OlmoeConfig, "mixtral": transformers.MixtralConfig}[config.family]
+  hf_config = kind(**values, attn_implementation="sdpa")
+  with torch.device("meta"):
+    model = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=getattr(torch, dtype))
+  model.to_empty(device=device)
+  # The rotary frequencies are not weights: to_empty leaves them uninitialized.
+  model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+  return model.eval()
 
 
 @torch.inference_mode()
 def copy_params(params: Params, model: transformers.PreTrainedModel) -> None:
-  """Copies roe_jax's weights into a model of the same shape, array by array."""
+  """Copies roe_jax's weights into a model of the same shape, one array at a time."""
   targets = dict(model.named_parameters())
 
   def put(name, array):
-    array = np.array(array)  # a copy: torch wants none that cannot be written
+    array = np.array(array)  # torch needs a writable copy
     if array.dtype.itemsize == 2:  # bfloat16, or its bits
       source = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     else:
@@ -56,12 +64,9 @@ def copy_params(params: Params, model: transformers.PreTrainedModel) -> None:
     block, attention = f"model.layers.{l}.", layers.attention
     put(block + "input_layernorm.weight", layers.attention_norm[l])
     put(block + "post_attention_layernorm.weight", layers.moe_norm[l])
-    for name, weight in (
-      ("q_proj", attention.query),
-      ("k_proj", attention.key),
-      ("v_proj", attention.value),
-    ):
-      put(f"{block}self_attn.{name}.weight", weight[l])
+    put(block + "self_attn.q_proj.weight", attention.query[l])
+    put(block + "self_attn.k_proj.weight", attention.key[l])
+    put(block + "self_attn.v_proj.weight", attention.value[l])
     output = attention.output[l]
     put(block + "self_attn.o_proj.weight", output.reshape(-1, output.shape[-1]).T)
     if attention.query_norm is not None:
@@ -71,18 +76,36 @@ def copy_params(params: Params, model: transformers.PreTrainedModel) -> None:
     put(block + "mlp.experts.gate_up_proj", layers.experts.gate_up[l].swapaxes(1, 2))
     put(block + "mlp.experts.down_proj", layers.experts.down[l].swapaxes(1, 2))
   if targets:
-    raise ValueError(f"roe_jax has no weights for {', '.join(targets)}")
+    raise ValueError(f"roe_jax has no weights for {', '.join(targets)} of this model")
+
+
+def route(self, hidden_states):
+  """Forward function of a router whose choice is noisy and whose gates are clean.
+
+  `self.noise` is `[B·R, E]` float32, or None for the router of transformers.
+  """
+  if self.noise is None:
+    return type(self).forward(self, hidden_states)
+  logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+  probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
+  chosen = torch.topk(logits + self.noise, self.top_k, dim=-1).indices
+  gates = probabilities.gather(-1, chosen)
+  # Mixtral has no such setting: it always normalizes, and keeps float32 gates.
+  if getattr(self, "norm_topk_prob", True):
+    gates = gates / gates.sum(dim=-1, keepdim=True)
+  if hasattr(self, "norm_topk_prob"):
+    gates = gates.to(logits.dtype)
+  return logits, gates, chosen
 
 
 class StockRoster:
-  """A roster over texts of equal length, with mean probability and clean gates.
+  """A roster over sequences of equal length, with mean probability and clean gates.
 
-  It patches the model's routers. `TransformersRoster` has the same methods.
+  It patches the model's routers.
 
   Attributes:
     length: number of positions in the cache; may be set back after a step.
-    experts: implementation for the members' rows, one of `EXPERTS`; may be
-      changed at any time.
+    experts: implementation for decode steps, one of `EXPERTS`; may be changed at any time.
   """
 
   def __init__(
@@ -95,9 +118,8 @@ class StockRoster:
     capacity: int = 2048,
     experts: str = "grouped_mm",
     cache: str = "static",
-    prefill_experts: str = "grouped_mm",
     seed: int = 0,
-    draw: Callable[[Sequence[int], int, int], torch.Tensor] | None = None,
+    draw: Callable[[int], torch.Tensor] | None = None,
   ):
     """Sets the model up.
 
@@ -105,19 +127,18 @@ class StockRoster:
       model: an OLMoE or Mixtral model.
       num_members: n; member 0 is noise-free.
       temperatures: τ, one number or one for each layer.
-      batch_size: B, texts run together.
-      capacity: positions that a static cache has room for; it is read whole.
+      batch_size: B, sequences decoded together.
+      capacity: positions of a static cache, all of which are read in each step.
       experts: see the class.
-      cache: "static" writes into arrays of the capacity, "dynamic" makes new
-        and longer ones in each step.
-      prefill_experts: implementation for prefill.
-      seed: of torch's default generator.
-      draw: see `TransformersRoster`.
+      cache: "static" writes into arrays of the capacity, "dynamic" allocates longer ones in
+        each step.
+      seed: seed for torch's default generator.
+      draw: returns the noise of a position times τ, `[L, B, R, E]`; torch's noise by default.
     """
     if cache not in CACHES:
-      raise ValueError(f"unknown cache {cache!r}; choose one of {', '.join(CACHES)}")
+      raise ValueError(f"unknown cache {cache!r}: choose one of {', '.join(CACHES)}")
     self.model, self.num_members, self.batch_size = model, num_members, batch_size
-    self.experts, self.prefill_experts, self.capacity = experts, prefill_experts, capacity
+    self.experts, self.capacity = experts, capacity
     self.length, self._kind, self._cache, self._draw = 0, cache, None, draw
     self._temperatures = np.broadcast_to(
       np.asarray(temperatures, np.float32), model.config.num_hidden_layers
@@ -125,10 +146,10 @@ class StockRoster:
     torch.manual_seed(seed)
     for layer in model.model.layers:
       gate = layer.mlp.gate
-      gate.noise, gate.forward = None, types.MethodType(transformers_roster.route, gate)
+      gate.noise, gate.forward = None, types.MethodType(route, gate)
 
   def _hidden(self, tokens, cache, start, experts):
-    """Hidden states after the last norm of rows of tokens from `start` on."""
+    """Hidden states after the last norm, of tokens from position `start`."""
     if self.model.config._experts_implementation != experts:
       self.model.set_experts_implementation(experts)
     positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
@@ -138,9 +159,9 @@ class StockRoster:
 
   @torch.inference_mode()
   def prefill(self, tokens_BxT: torch.Tensor) -> torch.Tensor:
-    """The texts' clean pass, `[B, T, D]`; gives each member a copy of its cache."""
+    """Runs the sequences once and gives each member a copy of the cache; `[B, T, D]`."""
     once = transformers.DynamicCache(config=self.model.config)
-    x = self._hidden(tokens_BxT, once, 0, self.prefill_experts)
+    x = self._hidden(tokens_BxT, once, 0, "grouped_mm")
     self.length = tokens_BxT.shape[1]
     if self._kind == "dynamic":
       once.batch_repeat_interleave(self.num_members)
@@ -154,7 +175,7 @@ class StockRoster:
     return x
 
   def _set_length(self):
-    """Makes the cache end where `length` says."""
+    """Makes the cache end at `length`."""
     if self._kind == "dynamic":
       surplus = self._cache.get_seq_length() - self.length
       if surplus:
@@ -164,25 +185,24 @@ class StockRoster:
         layer.cumulative_length.fill_(self.length)
 
   def _set_noise(self):
-    """Draws the noise of a step, or takes it from `draw`."""
-    members, drawn = range(self.num_members), None
-    if self._draw is not None:
-      drawn = self._draw(members, self.length, 1)
+    """Sets the routers' noise for one step."""
+    drawn = self._draw(self.length) if self._draw else None
     for l, (layer, temperature) in enumerate(zip(self.model.model.layers, self._temperatures)):
       gate = layer.mlp.gate
       if temperature == 0 or self.num_members == 1:
         continue
       if drawn is None:
         shape = (self.batch_size, self.num_members, gate.num_experts)
+        # Minus the logarithm of an exponential variable is a Gumbel variable.
         noise = torch.empty(shape, device=self.model.device).exponential_().log_()
         noise *= -float(temperature)
       else:
-        noise = drawn[l][:, :, 0]
+        noise = drawn[l]
       noise[:, 0] = 0.0
       gate.noise = noise.reshape(-1, gate.num_experts)
 
   def _share(self):
-    """Gives all members the clean one's new key and value."""
+    """Gives all members the clean member's new key and value."""
     for layer in self._cache.layers:
       for array in (layer.keys, layer.values):
         new = array.unflatten(0, (self.batch_size, self.num_members))[..., self.length, :]
@@ -190,18 +210,14 @@ class StockRoster:
 
   @torch.inference_mode()
   def step(self, tokens_B: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities `[B, V]` float32 of what follows; keeps the clean keys and values."""
+    """Returns log-probabilities `[B, V]` float32 of the next token and extends the cache."""
     if self._kind == "static" and self.length >= self.capacity:
-      raise ValueError(f"the cache is full: it has room for {self.capacity} positions")
+      raise ValueError(f"the cache is full: its capacity is {self.capacity} positions")
     self._set_length()
     self._set_noise()
     try:
-      x = self._hidden(
-        tokens_B.repeat_interleave(self.num_members)[:, None],
-        self._cache,
-        self.length,
-        self.experts,
-      )
+      tokens = tokens_B.repeat_interleave(self.num_members)[:, None]
+      x = self._hidden(tokens, self._cache, self.length, self.experts)
     finally:
       for layer in self.model.model.layers:
         layer.mlp.gate.noise = None

@@ -5,13 +5,14 @@ import math
 import os
 import pathlib
 import sys
+import time
 
 from absl import app, flags, logging
 import jax
 
-from experiments.cli import checkpoints, distributed, temperature_profiles
+import checkpoints_convert
+from experiments.cli import distributed, temperature_profiles
 from experiments.cli import dry_run as dry_run_lib
-from experiments.cli.checkpoints import EMBEDDED
 from experiments.cli.distributed import (
   broadcast,
   check_same,
@@ -22,15 +23,17 @@ from experiments.cli.distributed import (
 from experiments.cli.distributed import progress as progress
 from experiments.cli.temperature_profiles import Profile
 from experiments.evaluation.prompts import PromptBuilder
-from roe_jax import assets, costs, noise, presets, routing, sharding
+from roe_jax import assets, costs, model_formats, noise, presets, routing, sharding
 from roe_jax.aggregation import AGGREGATIONS
 from roe_jax.config import ModelConfig
 from roe_jax.experts import STRATEGIES
+from roe_jax.model_formats import EMBEDDED
 from roe_jax.params import Params
 from roe_jax.roster import CACHES, MEMORY_BUDGET, Roster
-from roe_jax.text import tokenizer as tokenizer_lib
 from roe_jax.text.chat import Chat
 from roe_jax.text.tokenizer import Tokenizer
+
+PRESET = "preset:"
 
 
 def run(main: Callable[[Sequence[str]], None], not_distributed: str | None = None) -> None:
@@ -105,8 +108,8 @@ def define_model_flags(default: str | None = None) -> None:
   flags.DEFINE_string(
     "checkpoint",
     default,
-    "Model: a folder with a roe_jax or Hugging Face checkpoint, "
-    f'"{checkpoints.HUB}org/name" for one on the Hugging Face hub, or an embedded model: '
+    "Model to load: the folder of a roe_jax checkpoint, a Hugging Face folder, "
+    "hf:org/name[@revision] on the Hugging Face hub, or an embedded model: "
     + ", ".join(EMBEDDED + name for name in assets.NAMES)
     + ".",
     required=default is None,
@@ -348,19 +351,30 @@ def check_profile(params: Params) -> None:
       found.check_routers(params)
 
 
-def checkpoint_path(name: str) -> pathlib.Path:
-  """The folder that --checkpoint names; see `sources.path`."""
-  return checkpoints.path(name)
+def checkpoint_path(name: str, weights: bool = False) -> pathlib.Path:
+  """Returns the folder that --checkpoint names; see `model_formats.find_folder`.
+
+  Raises:
+    FileNotFoundError, ValueError: there is no such model; or it is a preset.
+  """
+  if name.startswith(PRESET):
+    raise ValueError(f"--checkpoint={name} has sizes but no parameters: give --dry_run with it")
+  return model_formats.find_folder(name, weights)
 
 
 def load_config(name: str) -> ModelConfig:
-  """The config of what --checkpoint names; see `sources.load_config`.
+  """Loads the config of the model, or the preset, that --checkpoint names.
 
   Raises:
-    FileNotFoundError: no complete checkpoint is there.
-    ValueError: its config is malformed; processes find different ones.
+    FileNotFoundError: there is no complete model of that name.
+    ValueError: the preset is unknown, the config malformed, or not the same in all processes.
   """
-  config = in_all_processes(lambda: checkpoints.load_config(name))
+  if name.startswith(PRESET):
+    name = name.removeprefix(PRESET)
+    if name not in presets.PRESETS:
+      raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(presets.PRESETS)}")
+    return presets.PRESETS[name]
+  config = in_all_processes(lambda: model_formats.load_config(name))
   check_same(
     config.to_json(),
     f"the checkpoint {name} is another model than in process 0: every "
@@ -369,15 +383,14 @@ def load_config(name: str) -> ModelConfig:
   return config
 
 
-def load_tokenizer(name: str, config: ModelConfig) -> Tokenizer:
-  """The tokenizer of a checkpoint.
+def load_tokenizer(name: str) -> Tokenizer:
+  """Loads the tokenizer of the model that --checkpoint names; see `model_formats`.
 
   Raises:
-    ValueError: it does not fit the config.
+    FileNotFoundError, ValueError: there is none, or it does not fit the config.
   """
-  tokenizer = in_all_processes(lambda: Tokenizer.load(checkpoint_path(name)))
-  tokenizer_lib.check_vocabulary(tokenizer, config)
-  return tokenizer
+  checkpoint_path(name)  # rejects presets
+  return in_all_processes(lambda: model_formats.load_tokenizer(name))
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -450,23 +463,23 @@ def print_dry_run(
 def load_params(
   name: str, dtype: str | None = None, mesh: str | None = None
 ) -> tuple[Params, ModelConfig]:
-  """Parameters and config of a checkpoint, each device's part straight to it.
+  """Loads parameters and config, and each device reads only its part.
 
   Args:
     name: the value of --checkpoint.
     dtype: the value of --dtype.
-    mesh: the value of --mesh; with --distributed all devices by default.
+    mesh: the value of --mesh; all devices by default with --distributed.
 
   Raises:
-    ValueError: it is not a complete checkpoint, the mesh does not fit the
+    FileNotFoundError, ValueError: there is no complete model, the mesh does not fit the
       model or the devices, or the temperature profile is another model's.
   """
   shardings = None
-  folder = in_all_processes(lambda: checkpoints.path(name, weights=True))
+  folder = str(in_all_processes(lambda: checkpoint_path(name, weights=True)))
   if distributed.num_processes() > 1:
     mesh = mesh or "auto"
   if mesh is not None:
-    config = load_config(str(folder))
+    config = load_config(folder)
     devices = sharding.make_mesh(config, **parse_mesh(mesh))
     if distributed.num_processes() > 1 and devices.size < jax.device_count():
       raise ValueError(
@@ -476,7 +489,14 @@ def load_params(
     sizes = ",".join(f"{axis}:{size}" for axis, size in devices.shape.items())
     print(f"[mesh {sizes}]", file=sys.stderr)
     shardings = sharding.parameter_shardings(devices, config)
-  params, config = checkpoints.load(folder, dtype, shardings)
+  begin = time.perf_counter()
+  params, config = jax.block_until_ready(model_formats.load_params(folder, dtype, shardings))
+  if checkpoints_convert.is_hugging_face(folder) and not name.startswith(EMBEDDED):
+    print(
+      f"[read Hugging Face files in {time.perf_counter() - begin:.1f} s; to convert them, also to "
+      f"int8 or int4: python -m checkpoints_convert --source={folder} --target=NEW_FOLDER]",
+      file=sys.stderr,
+    )
   check_profile(params)
   return params, config
 
@@ -484,12 +504,8 @@ def load_params(
 def open_model(
   name: str, dtype: str | None = None, mesh: str | None = None
 ) -> tuple[Params, ModelConfig, Tokenizer]:
-  """Parameters, config and tokenizer of a checkpoint; see `load_params`.
-
-  Raises:
-    ValueError: it is not a complete checkpoint with a tokenizer that fits.
-  """
-  tokenizer = load_tokenizer(name, load_config(name))
+  """Loads parameters, config and tokenizer; see `load_params` and `load_tokenizer`."""
+  tokenizer = load_tokenizer(name)
   return *load_params(name, dtype, mesh), tokenizer
 
 

@@ -187,7 +187,7 @@ def _bytes(plan, mesh):
   if not plan.scoring:
     ready = max(1, plan.batch_size // decode.READY_SHARE)
     lines[f"KV cache of {ready} prefilled prompts"] = found.cache * ready // plan.batch_size
-  return lines | {"tokens": found.texts, "activations, about": found.activations}
+  return lines | {"tokens": found.tokens, "activations, about": found.activations}
 
 
 def _total(plan, mesh):

@@ -103,7 +103,7 @@ def key(request: Request) -> str:
 
 
 class Answers:
-  """Answers by the keys of their requests, in a JSON lines file; its first line has the settings."""
+  """Answers by request key, in a JSON lines file whose first line has the settings."""
 
   def __init__(self, path: pathlib.Path | None = None, settings: dict[str, Any] | None = None):
     """Opens or creates the file; without a path, answers stay in memory."""
@@ -281,7 +281,7 @@ class Engine:
         candidates=[list(last) for last in lasts],
         batch_size=self.batch_size,
         min_shape=(slots, positions),
-      ).texts
+      ).sequences
       seconds = self._stopwatch.lap() / len(missing)
       answers = {}
       for sequence, start, last, scores in zip(tokens, starts, lasts, found):

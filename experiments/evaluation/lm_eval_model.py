@@ -281,7 +281,7 @@ class RegisteredRosterLM(RosterLM):
     else:
       temperatures = app.parse_temperatures(str(temperatures).replace(";", ","))
     made = Roster.create(config, temperatures=temperatures, seed=seed, **roster)
-    tokenizer = app.load_tokenizer(checkpoint, config)
+    tokenizer = app.load_tokenizer(checkpoint)
     super().__init__(checkpoint, config, tokenizer)
     params, config = app.load_params(checkpoint, dtype, mesh)
     if profile:

@@ -265,7 +265,7 @@ class Measurer:
       output_temperatures=padded,
       batch_size=self._batch_size,
     )
-    return found.texts
+    return found.sequences
 
   def _mesh(self, config):
     return sharding.mesh_of(self._params.embedding) or sharding.abstract_mesh(config, 1)

@@ -115,7 +115,7 @@ def _score(
     request_ids=ids,
     output_temperatures=padded,
     batch_size=16,
-  ).texts
+  ).sequences
   return Tokens(
     -np.concatenate([s.log_probs for s in scores]).astype(np.float64)[:, 1 : 1 + len(temperatures)],
     np.exp(np.concatenate([s.greedy_log_probs[:, 0] for s in scores])),

@@ -215,7 +215,7 @@ class SavedValues:
     return name in self._values
 
   def get(self, name: str, compute: Callable[[], Any]) -> Any:
-    """Returns the JSON value `name`; computes it in all processes if missing, and keeps process 0's."""
+    """Returns the JSON value `name`; if missing, all processes compute it and keep process 0's."""
     if name not in self._values:
       value = json.loads(json.dumps(app.broadcast(compute())))
       if self._path:

@@ -148,7 +148,7 @@ class Perplexity:
       output_temperatures=output_temperatures,
       batch_size=self._batch_size,
     )
-    return np.stack([-t.log_probs.sum(axis=0, dtype=np.float64) for t in scores.texts])
+    return np.stack([-t.log_probs.sum(axis=0, dtype=np.float64) for t in scores.sequences])
 
   def value(self, values: np.ndarray) -> float:
     """The perplexity of all examples, from the value of each."""
@@ -227,7 +227,7 @@ class Accuracy:
       request_ids=texts.ids,
       batch_size=self._batch_size,
     )
-    sums = iter([float(t.log_probs.sum(dtype=np.float64)) for t in scores.texts])
+    sums = iter([float(t.log_probs.sum(dtype=np.float64)) for t in scores.sequences])
     return [[next(sums) for _ in t.tokens] for t in by_example], texts.cost(roster)
 
   def _generate(self, params, roster, part):

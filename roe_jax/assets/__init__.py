@@ -1,4 +1,4 @@
-"""The embedded models: small MoEs of this project's own, as checkpoint folders.
+"""The embedded models: small MoEs trained by this project, as Hugging Face folders.
 
 * `wordmath_control`: well trained; every problem of its training was new.
 * `wordmath_overtrained`: the same architecture, trained on few problems again
@@ -9,8 +9,7 @@
   experts.
 
 All are OLMoE-like, speak the `wordmath` task of `experiments.tasks` only, and
-are made by `python -m experiments.train`; `checkpoint.load_provenance` tells
-how, and their scores.
+are made by `python -m experiments.train`; `manifest.json` has the command and the scores.
 """
 
 import pathlib
@@ -30,7 +29,7 @@ NAMES = (
 
 
 def path(name: str) -> pathlib.Path:
-  """The checkpoint folder of an embedded model, for `checkpoint.load`.
+  """Returns the folder of an embedded model.
 
   Raises:
     ValueError: there is no embedded model of that name.

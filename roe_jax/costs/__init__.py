@@ -1,15 +1,12 @@
-"""What a call of the model costs: arithmetic, memory, reading and communication.
+"""An analytical model of what one call of the model costs on a mesh of devices.
 
-A small analytical model of the programs here on a mesh of N devices, for
-planning runs on machines that are not at hand, and for the FLOPs that an
-evaluation reports. Nothing is allocated or compiled. Bytes of arrays and how
-they lie follow from the descriptions that the programs themselves go by
-(`params.describe`, `members.empty_cache`, `sharding.spec`) and are exact; what
-else is assumed is said where it is.
+Use it to plan runs on machines you do not have, and to report the FLOPs of an
+evaluation. Nothing is allocated or compiled. Array sizes and layouts come from the
+same descriptions that the programs use (`params.describe`, `members.empty_cache`,
+`sharding.spec`) and are exact; other assumptions are stated where they are made.
 
-`forward_flops`, `generation_flops` and `scoring_flops` count for one text.
-`memory` and `call` are for one device of a mesh, and `seconds` makes a time of
-a call.
+`forward_flops`, `generation_flops` and `scoring_flops` count one sequence. `memory`
+and `call` describe one device of a mesh; `seconds` bounds the time of a call.
 """
 
 from roe_jax.costs.accelerators import ACCELERATORS, Accelerator, of_kind

@@ -1,21 +1,20 @@
-"""Figures of accelerators, for estimates of time and memory (see `calls`).
+"""Data-sheet numbers of accelerators, for estimates of time and memory (see `calls`).
 
-Memory, its bandwidth and the peak of bfloat16 matmuls without sparsity are those
-of the vendors' data sheets:
+Memory, its bandwidth and peak dense bfloat16 FLOPs are from the vendors' data sheets:
 
-* TPUs: Google Cloud's pages "TPU v5e", "TPU v5p" and "TPU v6e". These give the
-  links of a chip together, in both directions: 400, 1200 and 800 GB/s on tori of
-  2, 3 and 2 dimensions. A collective along one mesh axis is taken to use one
-  dimension, so that a device sends a half of a dimension's share: 100, 200, 200.
-* GPUs: NVIDIA's data sheets of the SXM modules. NVLink is given there in both
-  directions, 600 GB/s (A100) and 900 (H100, H200); a device sends half of it, to
-  the eight of its node. Beyond them one 400 Gb/s port for each GPU is assumed, as
-  in DGX H100 (200 Gb/s in DGX A100).
-* T4: the same of its PCIe card, one direction of 16 lanes of PCIe 3.0, and 25 Gb/s
-  beyond. It has no bfloat16 units, and XLA computes in float32 there: its peak is meant.
+* TPUs: Google Cloud's pages "TPU v5e", "TPU v5p" and "TPU v6e". They state all links of
+  a chip in both directions: 400, 1200 and 800 GB/s on tori of 2, 3 and 2 dimensions. A
+  collective along one mesh axis is assumed to use one dimension, so a device sends at
+  half of a dimension's rate: 100, 200 and 200 GB/s.
+* GPUs: NVIDIA's data sheets of the SXM modules. NVLink is stated in both directions,
+  600 GB/s (A100) and 900 (H100, H200); a device sends at half of it within its node of
+  eight. Between nodes, one 400 Gb/s port per GPU is assumed, as in DGX H100 (200 Gb/s
+  in DGX A100).
+* T4: the PCIe card, one direction of 16 lanes of PCIe 3.0, and 25 Gb/s between nodes. It
+  has no bfloat16 units and XLA computes in float32 there, so its peak is the float32 one.
 
-The latencies are assumptions: the order of magnitude of one message, by which a
-small collective over g devices takes log2(g) times as long.
+Latencies are assumptions: the order of magnitude of one message. A small collective over
+g devices takes log2(g) times as long.
 """
 
 import dataclasses
@@ -23,19 +22,18 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-  """One device, and how it is joined to others.
+  """One device and its interconnect.
 
   Attributes:
     memory: bytes.
-    bandwidth: of the memory, bytes per second.
-    flops: peak of bfloat16 matmuls, per second.
-    link: bytes per second that a device sends to others of its node in a
-      collective.
-    node: devices joined by links; 0 is all.
-    network: bytes per second that it sends beyond its node.
-    latency: seconds of one message.
-    platform: JAX's name for it.
-    kinds: beginnings of JAX's `device_kind`.
+    bandwidth: memory bandwidth, bytes per second.
+    flops: peak FLOPs per second of bfloat16 matmuls.
+    link: bytes per second that a device sends within its node in a collective.
+    node: devices per node; 0 for unlimited.
+    network: bytes per second that a device sends to other nodes.
+    latency: seconds per message.
+    platform: JAX's platform name.
+    kinds: prefixes of JAX's `device_kind`.
   """
 
   memory: float
@@ -70,12 +68,5 @@ ACCELERATORS = {
 
 
 def of_kind(device_kind: str) -> str | None:
-  """The name of an accelerator by JAX's `device_kind`; None for others, such as CPUs."""
-  return next(
-    (
-      name
-      for name, accelerator in ACCELERATORS.items()
-      if device_kind.startswith(accelerator.kinds)
-    ),
-    None,
-  )
+  """Returns the accelerator's name for a JAX `device_kind`; None for others, such as CPUs."""
+  return next((n for n, a in ACCELERATORS.items() if device_kind.startswith(a.kinds)), None)

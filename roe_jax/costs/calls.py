@@ -1,4 +1,4 @@
-"""What one device of a mesh does in a call of the model, and how long that takes."""
+"""What one device of a mesh does in a call of the model, and a bound on its time."""
 
 from collections import Counter
 import dataclasses
@@ -16,17 +16,22 @@ from roe_jax.costs.member_batches import MemberBatch, batches, num_shards, vocab
 from roe_jax.roster import Roster
 from roe_jax.sharding import AXES, DATA, EXPERT, TENSOR
 
-# Collectives of a few bytes by which a step keeps what all devices hold (tokens,
-# lengths) where texts lie on some of them, as counted in compiled programs.
+# Collectives of a few bytes by which a step replicates its state (tokens, lengths) when
+# sequences are sharded, as counted in compiled programs.
 STATE_COLLECTIVES = 12
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshCollective:
-  """A collective, and over how many devices of the mesh each of its groups reaches."""
+  """A collective on a mesh.
+
+  Attributes:
+    collective: its kind, bytes and group size.
+    span: devices from the first to the last of a group, in mesh order.
+  """
 
   collective: Collective
-  reach: int
+  span: int
 
 
 @dataclasses.dataclass
@@ -35,10 +40,10 @@ class DeviceCost:
 
   Attributes:
     flops: of matmuls.
-    weights: bytes of weights that are read.
-    cache: bytes of the cache that are read.
-    logits: bytes of logits that are written and read.
-    collectives: how often each collective is done.
+    weights: bytes of weights read.
+    cache: bytes of the cache read.
+    logits: bytes of logits written and read.
+    collectives: how often each collective runs.
   """
 
   flops: float = 0
@@ -53,7 +58,7 @@ class DeviceCost:
 
   @property
   def bytes_sent(self) -> float:
-    return sum(count * move.collective.bytes_sent for move, count in self.collectives.items())
+    return sum(count * c.collective.bytes_sent for c, count in self.collectives.items())
 
   @property
   def num_collectives(self) -> int:
@@ -62,7 +67,7 @@ class DeviceCost:
 
 @dataclasses.dataclass(frozen=True)
 class Seconds:
-  """The time of a call by its parts; arithmetic and reading overlap, all else does not."""
+  """The time of a call; arithmetic and reading overlap, communication does not."""
 
   arithmetic: float
   reading: float
@@ -74,26 +79,23 @@ class Seconds:
 
 
 def seconds(cost: DeviceCost, accelerator: Accelerator) -> Seconds:
-  """A bound from the accelerator's figures.
+  """Bounds the time of a call by the accelerator's data-sheet numbers.
 
-  Arithmetic at its peak, reading at its bandwidth, each collective with its array
-  going round a ring, after a latency that grows with the logarithm of the group.
-  Collectives overlap with nothing. Devices follow each other as in the
-  mesh, `tensor` fastest, and the slower network is used by groups that
-  reach beyond a node.
+  Assumes peak arithmetic, full memory bandwidth, and ring collectives that overlap with
+  nothing, each after a latency of log2(group size) messages. Devices are numbered in mesh
+  order with `tensor` fastest; groups that span more than a node use the slower network.
   """
 
-  def of(move):
-    beyond = accelerator.node and move.reach > accelerator.node
-    rate = accelerator.network if beyond else accelerator.link
-    return move.collective.bytes_sent / rate + accelerator.latency * math.ceil(
-      math.log2(move.collective.devices)
-    )
+  def collective_time(c: MeshCollective) -> float:
+    between_nodes = accelerator.node and c.span > accelerator.node
+    rate = accelerator.network if between_nodes else accelerator.link
+    messages = math.ceil(math.log2(c.collective.devices))
+    return c.collective.bytes_sent / rate + accelerator.latency * messages
 
   return Seconds(
     cost.flops / accelerator.flops,
     cost.bytes_read / accelerator.bandwidth,
-    sum(count * of(move) for move, count in cost.collectives.items()),
+    sum(count * collective_time(c) for c, count in cost.collectives.items()),
   )
 
 
@@ -109,26 +111,26 @@ def call(
   overlap: float | None = None,
   platform: str | None = None,
 ) -> DeviceCost:
-  """One call of the model: a decode step, or a chunk of prefill or of scoring.
+  """Returns the cost of one call: a decode step, or a chunk of prefill or scoring.
 
-  Assumptions, beside those of `seconds`: rows spread evenly over the experts, and
-  so over devices. Each expert that is hit is read once for each batch of members that
-  the memory budget holds (in truth `dense` reads all experts, and `gather_gemv` one
-  for each row that chose it), and so is the cache, as far as rows see. Logits
-  are written once and read three times. Rows that are exchanged are so in one turn,
-  with all of their room (`parallel.via_ragged_all_to_all` sends only those that there are).
-  Activations are neither written nor read.
+  Assumptions, in addition to those of `seconds`: tokens are spread evenly over experts,
+  and so over devices. Each unique active expert is read once per batch of members that
+  fits the memory budget (in fact `dense` reads all experts, and `gather_gemv` one per
+  token and choice); so is the cache, within the attention window. Logits are written once
+  and read three times. An all-to-all exchange of tokens takes one round at full capacity
+  (`expert_parallel.via_ragged_all_to_all` sends only actual tokens). Activations are
+  neither read nor written.
 
   Args:
     config: the model's architecture.
-    roster: the settings; of a prefill `Roster.history()`.
-    mesh: of `sharding.make_mesh` or `sharding.abstract_mesh`.
-    batch_size: texts together.
-    context: positions of each text before these.
-    positions: of each text.
+    roster: its settings; `Roster.history()` for a prefill.
+    mesh: from `sharding.make_mesh` or `sharding.abstract_mesh`.
+    batch_size: sequences.
+    context: positions of each sequence before this call.
+    positions: positions of each sequence in this call.
     kind: "step", "prefill" (without distributions) or "score".
-    overlap: see `flops.unique_experts`.
-    platform: JAX's name of the devices'; the backend's by default.
+    overlap: see `flops.expected_unique_experts`.
+    platform: JAX's name of the devices' platform; by default the backend's.
   """
   abstract = params_lib.abstract(config)
   item = abstract.final_norm.dtype.itemsize
@@ -138,95 +140,85 @@ def call(
   vocab = vocabulary_axes(config, mesh)
   head_size = config.vocab_size * config.d_model // num_shards(mesh, vocab)
   router_size = config.num_experts * config.d_model
-  split_flops = (flops_lib.projection_flops(config) + flops_lib.shared_expert_flops(config)) / t
+  sharded_flops = (flops_lib.projection_flops(config) + flops_lib.shared_expert_flops(config)) / t
   expert_flops = config.experts_per_token * 6 * config.d_model * config.d_expert / (e * t)
-  own_heads = config.num_kv_heads * config.head_dim * item / t  # a position's keys
-  cost = DeviceCost(collectives=_embedding_moves(config, mesh, batch_size * positions, vocab, item))
-  if kind == "step" and num_shards(mesh, (DATA, EXPERT)) > 1:
-    cost.collectives[_move(mesh, "all-gather", 4 * batch_size, (DATA, EXPERT))] += STATE_COLLECTIVES
+  key_bytes = config.num_kv_heads * config.head_dim * item / t  # of a position's keys
+  tokens = batch_size * positions
+  if tokens % mesh.shape[DATA] == 0:
+    tokens //= mesh.shape[DATA]
+  embedded = ("all-reduce", tokens * config.d_model * item, vocab)
+  cost = DeviceCost(collectives=_collectives(mesh, embedded))
+  if kind == "step":
+    state = _collectives(mesh, ("all-gather", 4 * batch_size, (DATA, EXPERT)))
+    cost.collectives += Counter(dict.fromkeys(state, STATE_COLLECTIVES))
   for batch in batches(config, roster, mesh, batch_size, positions, platform):
     layers, times = len(batch.layers), batch.times
-    rows_of_member = batch.group_sequences * positions
-    hit = flops_lib.expected_unique_experts(config, batch.group_members, rows_of_member, overlap)
-    seen = (
-      sum(
-        flops_lib.seen_by(config, layer, context + p)
-        for layer in batch.layers
-        for p in range(positions)
-      )
-      / positions
+    unique_experts = flops_lib.expected_unique_experts(
+      config, batch.group_members, batch.group_sequences * positions, overlap
     )
-    slots = sum(flops_lib.seen_by(config, layer, context + positions - 1) for layer in batch.layers)
+    windows = [
+      sum(flops_lib.window_size(config, layer, context + p) for layer in batch.layers)
+      for p in range(positions)
+    ]
+    attention_flops = sum(windows) / positions * flops_lib.attention_flops(config) / t
     cost.flops += times * (
-      batch.rows
-      * (layers * (split_flops + 2 * router_size) + seen * flops_lib.attention_flops(config) / t)
+      batch.tokens * (layers * (sharded_flops + 2 * router_size) + attention_flops)
       + layers * batch.group_tokens * expert_flops
     )
-    cost.weights += (
-      times * layers * ((split_flops / 2 + router_size) * item + hit / e * per_expert / t)
-    )
-    # Each member has a cache of its own, or all read one.
+    dense_bytes = (sharded_flops / 2 + router_size) * item
+    cost.weights += times * layers * (dense_bytes + unique_experts / e * per_expert / t)
+    # Members share the clean cache, or each has its own.
     caches = 1 if roster.cache == "clean" else batch.members
-    cost.cache += times * caches * batch.texts * 2 * own_heads * slots
-    collectives = _layer_moves(config, mesh, batch, item)
-    found = Counter({move: layers * count for move, count in collectives.items()})
+    cost.cache += times * caches * batch.sequences * 2 * key_bytes * windows[-1]
+    found = Counter()
+    for c, count in _layer_collectives(config, mesh, batch, item).items():
+      found[c] += layers * count
     if kind == "step" and batch.member_axes:
-      found[_move(mesh, "all-reduce", layers * batch.texts * own_heads, batch.member_axes)] += 2
+      written = ("all-reduce", layers * batch.sequences * key_bytes, batch.member_axes)
+      found += _collectives(mesh, written, written)
     if kind != "prefill" and not batch.is_shared:
       cost.flops += times * 2 * batch.head_tokens * head_size
       cost.weights += times * head_size * item
       cost.logits += times * 4 * 4 * batch.head_tokens * config.vocab_size / num_shards(mesh, vocab)
-      found += _head_moves(config, mesh, batch, vocab, item)
-    cost.collectives += Counter({move: times * count for move, count in found.items()})
+      # Hidden states go to all shards of the vocabulary, and a softmax reduces over these.
+      hidden = ("all-gather", batch.head_tokens * config.d_model * item, batch.head_gather_axes)
+      softmax = ("all-reduce", batch.head_tokens * 4, vocab)
+      found += _collectives(mesh, hidden, softmax, softmax)
+    for c, count in found.items():
+      cost.collectives[c] += times * count
   return cost
 
 
-def _move(mesh, kind, num_bytes, axes):
-  """A collective along mesh axes, the largest array on a device being of so many bytes."""
-  split = [a for a in AXES if a in axes and mesh.shape[a] > 1]
-  # From the first device of a group to its last, as `tensor` counts fastest.
+def _collectives(mesh, *wanted):
+  """Counts those `(kind, bytes of the largest array, mesh axes)` with more than one device."""
+  # How many devices apart the neighbors along an axis are; `tensor` varies fastest.
   strides = {a: num_shards(mesh, AXES[i + 1 :]) for i, a in enumerate(AXES)}
-  reach = 1 + sum((mesh.shape[a] - 1) * strides[a] for a in split)
-  return MeshCollective(Collective(kind, int(num_bytes), num_shards(mesh, split)), reach)
+  found = Counter()
+  for kind, num_bytes, axes in wanted:
+    if (devices := num_shards(mesh, axes)) > 1:
+      span = 1 + sum((mesh.shape[a] - 1) * strides[a] for a in axes)
+      found[MeshCollective(Collective(kind, int(num_bytes), devices), span)] += 1
+  return found
 
 
-def _moves(mesh, *wanted):
-  """Those of `(kind, bytes, axes)` that are between more than one device."""
-  return Counter(_move(mesh, *w) for w in wanted if num_shards(mesh, w[-1]) > 1)
-
-
-def _embedding_moves(config, mesh, num_rows, vocab, item):
-  rows = num_rows // mesh.shape[DATA] if num_rows % mesh.shape[DATA] == 0 else num_rows
-  return _moves(mesh, ("all-reduce", rows * config.d_model * item, vocab))
-
-
-def _layer_moves(config: ModelConfig, mesh, batch: MemberBatch, item):
-  """Of one layer: see `transformer._block` and `experts.expert_parallel`."""
-  sums = batch.rows * config.d_model * 4
-  wanted = [("all-reduce", sums, (TENSOR,))]  # of attention
+def _layer_collectives(config: ModelConfig, mesh, batch: MemberBatch, item):
+  """Collectives of one layer; see `transformer._block` and `experts.expert_parallel`."""
+  sums = batch.tokens * config.d_model * 4
+  wanted: list[tuple[str, float, tuple[str, ...]]] = [("all-reduce", sums, (TENSOR,))]  # attention
   if config.d_shared_expert:
     wanted.append(("all-reduce", sums, (TENSOR,)))
   if config.qk_norm and not config.qk_norm_per_head:
-    wanted += 2 * [("all-reduce", batch.rows * 4, (TENSOR,))]
+    wanted += 2 * [("all-reduce", batch.tokens * 4, (TENSOR,))]
   if not batch.tokens_sharded:
-    return _moves(mesh, *wanted, ("all-reduce", sums, (EXPERT, TENSOR)))
+    return _collectives(mesh, *wanted, ("all-reduce", sums, (EXPERT, TENSOR)))
   e, a = mesh.shape[EXPERT], config.experts_per_token
   wanted.append(("all-reduce", sums, (TENSOR,)))
-  rows = batch.tokens_at_experts(a, e)
-  if batch.room(a, e):
-    kinds = "all-to-all", "all-to-all"
+  if batch.exchange_capacity(a, e):
+    scatter, reduce = "all-to-all", "all-to-all"
     wanted.append(("all-reduce", 4, AXES))
   else:
-    kinds = "all-gather", "reduce-scatter"
-  sent = (config.d_model * item, a * 4, a * 4)  # rows, their experts, their gates
-  wanted += [(kinds[0], rows * size, (EXPERT,)) for size in sent]
-  return _moves(mesh, *wanted, (kinds[1], rows * config.d_model * 4, (EXPERT,)))
-
-
-def _head_moves(config, mesh, batch: MemberBatch, vocab, item):
-  """Hidden states where the vocabulary's parts are, and the softmax over these."""
-  return _moves(
-    mesh,
-    ("all-gather", batch.head_tokens * config.d_model * item, batch.head_gather_axes),
-    *2 * [("all-reduce", batch.head_tokens * 4, vocab)],
-  )
+    scatter, reduce = "all-gather", "reduce-scatter"
+  tokens = batch.tokens_at_experts(a, e)
+  for size in (config.d_model * item, a * 4, a * 4):  # hidden states, expert indices, gates
+    wanted.append((scatter, tokens * size, (EXPERT,)))
+  return _collectives(mesh, *wanted, (reduce, tokens * config.d_model * 4, (EXPERT,)))

@@ -1,4 +1,4 @@
-"""FLOPs of a roster for one text, and how many experts its rows choose."""
+"""FLOPs of a roster for one sequence, and the expected number of unique active experts."""
 
 from roe_jax.config import ModelConfig
 from roe_jax.roster import Roster
@@ -7,36 +7,34 @@ from roe_jax.roster import Roster
 def forward_flops(
   config: ModelConfig, roster: Roster, positions: range, predict: bool = True
 ) -> int:
-  """FLOPs of a roster's matmuls at some positions of one text.
+  """Counts the FLOPs of a roster's matmuls at some positions of one sequence.
 
-  A multiplication and an addition are two. Norms, softmax, rotations and the
-  noise are left out. Layers before the first noise are computed once for all
-  members.
+  A multiply-add is two FLOPs. Norms, softmax, rotary embeddings and noise are not
+  counted. Layers before the first noise are counted once for all members.
 
   Args:
     config: the model's architecture.
-    roster: the settings. One that recomputes is counted as if it had a cache.
-    positions: consecutive; each sees those before it, in sliding layers the last
-      of them, and itself.
-    predict: whether distributions are computed, or the cache is filled only.
+    roster: its settings; a recomputing roster is counted as if it had a cache.
+    positions: consecutive positions; each attends to the earlier ones in its window
+      and to itself.
+    predict: whether next-token distributions are computed, or only the cache.
   """
   first, members = roster.noisy_layers[0], len(roster.members)
-  once, of_members = (
-    len(positions) * len(layers) * _layer_flops(config)
-    + sum(
-      attention_flops(config) * sum(seen_by(config, layer, p) for p in positions)
-      for layer in layers
-    )
-    for layers in (range(first), range(first, config.num_layers))
-  )
+
+  def layers_flops(layers: range) -> int:
+    attended = sum(window_size(config, layer, p) for layer in layers for p in positions)
+    return len(positions) * len(layers) * _layer_flops(config) + attended * attention_flops(config)
+
   head = 2 * config.vocab_size * config.d_model * len(positions) if predict else 0
-  return once + members * (of_members + head)
+  return layers_flops(range(first)) + members * (
+    layers_flops(range(first, config.num_layers)) + head
+  )
 
 
 def generation_flops(
   config: ModelConfig, roster: Roster, prompt_length: int, num_new_tokens: int
 ) -> int:
-  """FLOPs of a prompt's prefill and of a step for each new token; see `forward_flops`."""
+  """Counts the FLOPs of prefilling a prompt and decoding new tokens; see `forward_flops`."""
   last = prompt_length - 1
   return forward_flops(config, roster.history(), range(last), predict=False) + forward_flops(
     config, roster, range(last, last + num_new_tokens)
@@ -44,10 +42,9 @@ def generation_flops(
 
 
 def scoring_flops(config: ModelConfig, roster: Roster, length: int, start: int = 1) -> int:
-  """FLOPs of scoring a text's tokens from index `start` on; see `forward_flops`.
+  """Counts the FLOPs of scoring a sequence's tokens from index `start`; see `forward_flops`.
 
-  Against a Clean Cache all positions are run twice, clean to fill it and then as a
-  roster.
+  With the clean cache all positions run twice: clean to fill the cache, then as a roster.
   """
   filled_first = roster.cache == "clean" and not roster.is_baseline
   return forward_flops(
@@ -56,7 +53,7 @@ def scoring_flops(config: ModelConfig, roster: Roster, length: int, start: int =
 
 
 def _layer_flops(config):
-  """Of one position in one layer, without attention to other positions."""
+  """FLOPs per position and layer, without attention scores and values."""
   return (
     projection_flops(config)
     + 2 * config.num_experts * config.d_model
@@ -66,49 +63,48 @@ def _layer_flops(config):
 
 
 def projection_flops(config: ModelConfig) -> int:
-  """Of one position in one layer: to queries, keys and values, and back."""
+  """Query, key, value and output projections, per position and layer."""
   return 4 * config.d_model * config.head_dim * (config.num_heads + config.num_kv_heads)
 
 
 def shared_expert_flops(config: ModelConfig) -> int:
-  """Of one position in one layer; 0 without such an expert."""
+  """The shared expert, per position and layer; 0 without one."""
   width = config.d_shared_expert
   return (6 * width + 2) * config.d_model if width else 0
 
 
 def attention_flops(config: ModelConfig) -> int:
-  """Scores and mixed values of one position and one that it sees."""
+  """Attention scores and values, per layer and pair of query and key position."""
   return 4 * config.num_heads * config.head_dim
 
 
-def seen_by(config: ModelConfig, layer: int, position: int) -> int:
-  """How many positions a row sees in a layer, itself included."""
-  seen = position + 1
-  return min(seen, config.sliding_window) if layer in config.sliding_layers else seen
+def window_size(config: ModelConfig, layer: int, position: int) -> int:
+  """Returns how many positions a token attends to in a layer, including itself."""
+  window = config.sliding_window if layer in config.sliding_layers else None
+  return position + 1 if window is None else min(position + 1, window)
 
 
 def expected_unique_experts(
-  config: ModelConfig, num_members: int, num_rows: int = 1, overlap: float | None = None
+  config: ModelConfig, num_members: int, num_tokens: int = 1, overlap: float | None = None
 ) -> float:
-  """Different experts of a layer that are expected to be chosen.
+  """Returns the expected number of unique active experts of a layer.
 
-  Without a measured overlap all rows choose uniformly and independently, by which
-  `E (1 - (1 - A/E)^rows)` are hit. Of all ways of independent rows that
-  is the most; real routing is skewed, and members of one row are alike. With an
-  overlap, noisy members choose that share of their experts among the clean
-  member's A, and the others uniformly among the rest; rows stay independent.
+  Without a measured overlap all tokens of all members choose uniformly and
+  independently, which activates `E (1 - (1 - A/E)^(tokens · members))` experts: the maximum
+  over independent routings, since real routing is skewed and the members of one token are
+  correlated. With an overlap, noisy members choose that fraction of their experts among
+  the clean member's A and the rest uniformly from the others; tokens stay independent.
 
   Args:
     config: the model's architecture.
-    num_members: of the roster, the clean one among them.
-    num_rows: texts times positions.
-    overlap: between 0 and 1, the share of a noisy member's experts that the clean
-      member has chosen, too.
+    num_members: roster members, including the clean one.
+    num_tokens: sequences times positions.
+    overlap: fraction of a noisy member's experts that the clean member also chose, in [0, 1].
   """
   e, a = config.num_experts, config.experts_per_token
   if overlap is None:
     overlap = a / e
-  of_row = a
+  per_token = a
   if a < e:
-    of_row += (e - a) * (1 - (1 - (1 - overlap) * a / (e - a)) ** (num_members - 1))
-  return e * (1 - (1 - of_row / e) ** num_rows)
+    per_token += (e - a) * (1 - (1 - (1 - overlap) * a / (e - a)) ** (num_members - 1))
+  return e * (1 - (1 - per_token / e) ** num_tokens)

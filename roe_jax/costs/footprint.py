@@ -1,4 +1,4 @@
-"""What one device of a mesh holds."""
+"""Memory on one device of a mesh."""
 
 import dataclasses
 
@@ -20,13 +20,13 @@ class Memory:
 
   Attributes:
     weights, cache: exact.
-    texts: tokens, their log-probabilities and the clean member's choices; exact.
+    tokens: tokens, their log-probabilities and the clean member's choices; exact.
     activations: an estimate, see `memory`.
   """
 
   weights: int
   cache: int
-  texts: int
+  tokens: int
   activations: int
 
   @property
@@ -45,23 +45,23 @@ def memory(
   kind: str = "step",
   platform: str | None = None,
 ) -> Memory:
-  """What one device of a mesh holds while texts are generated or scored.
+  """Returns the memory of one device of a mesh while generating or scoring.
 
-  Activations are estimated as the larger of two, all in float32. A block's: six
-  arrays of hidden states, queries and attention's output, scores of one block of
-  slots; and for each pair of a row and an expert that may be this device's its
-  input, its output and twice its inner values. The distributions': four arrays of
-  logits. Programs compiled for CPUs took 0.7 to 1.4 times that, and up to 32 MiB more.
+  Activations are estimated as the larger of two sums, all in float32. In a block: six
+  arrays of hidden states, queries, attention outputs and the scores of one block of cache
+  positions; and for each pair of a token and an expert on this device its input, its
+  output and twice its hidden values. For the next-token distributions: four arrays of
+  logits. Programs compiled for CPUs took 0.7 to 1.4 times that, plus up to 32 MiB.
 
   Args:
     config: the model's architecture.
-    roster: the settings.
-    mesh: of `sharding.make_mesh` or `sharding.abstract_mesh`.
-    batch_size: texts together.
-    capacity: positions that the cache holds.
-    positions: of each text that are computed together.
+    roster: its settings.
+    mesh: from `sharding.make_mesh` or `sharding.abstract_mesh`.
+    batch_size: sequences.
+    capacity: cache positions.
+    positions: positions of each sequence in one call.
     kind: "step", "prefill" or "score", see `calls.call`.
-    platform: JAX's name of the devices'; the backend's by default.
+    platform: JAX's name of the devices' platform; by default the backend's.
   """
   weights = sharding.bytes_on_device(
     mesh, params_lib.abstract(config), sharding.parameter_specs(mesh, config)
@@ -69,19 +69,15 @@ def memory(
   cache = jax.eval_shape(
     lambda: members_lib.empty_cache(config, roster, batch_size, capacity, whole=kind == "score")
   )
-  t = mesh.shape[TENSOR]
-  a, e = config.experts_per_token, mesh.shape[EXPERT]
-  slots = min(capacity, attention.block_slots(platform))
-  per_row = 6 * config.d_model + config.num_heads // t * (2 * config.head_dim + slots)
-  per_pair = 2 * config.d_model + 2 * config.d_expert // t
-  of_vocabulary = config.vocab_size // num_shards(mesh, vocabulary_axes(config, mesh))
-  activations = max(
-    max(
-      batch.rows * per_row
-      + batch.tokens_at_experts(a, e) * min(a, config.num_experts // e) * per_pair,
-      0 if batch.is_shared or kind == "prefill" else 4 * batch.head_tokens * of_vocabulary,
-    )
-    for batch in batches(config, roster, mesh, batch_size, positions, platform)
-  )
-  held = sharding.bytes_on_device(mesh, cache, sharding.state_specs(mesh, cache))
-  return Memory(weights, held, 3 * 4 * batch_size * capacity, 4 * activations)
+  t, e, a = mesh.shape[TENSOR], mesh.shape[EXPERT], config.experts_per_token
+  cache_block = min(capacity, attention.block_slots(platform))
+  per_token = 6 * config.d_model + config.num_heads // t * (2 * config.head_dim + cache_block)
+  per_pair = min(a, config.num_experts // e) * (2 * config.d_model + 2 * config.d_expert // t)
+  vocab = config.vocab_size // num_shards(mesh, vocabulary_axes(config, mesh))
+  activations = 0
+  for batch in batches(config, roster, mesh, batch_size, positions, platform):
+    block = batch.tokens * per_token + batch.tokens_at_experts(a, e) * per_pair
+    logits = 0 if batch.is_shared or kind == "prefill" else 4 * batch.head_tokens * vocab
+    activations = max(activations, block, logits)
+  cache_bytes = sharding.bytes_on_device(mesh, cache, sharding.state_specs(mesh, cache))
+  return Memory(weights, cache_bytes, 3 * 4 * batch_size * capacity, 4 * activations)

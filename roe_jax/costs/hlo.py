@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its text."""
+"""Counts the collectives of a compiled program from its HLO text."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """A collective operation as one device takes part in it.
+  """A collective operation, as seen by one device.
 
   Attributes:
     kind: one of `KINDS`.
-    num_bytes: of the whole array that is gathered, reduced, scattered,
-      exchanged or sent.
-    devices: how many take part in a group.
+    num_bytes: size of the whole array that is gathered, reduced, scattered,
+      exchanged or permuted.
+    devices: group size.
   """
 
   kind: str
@@ -26,17 +26,14 @@ class Collective:
 
   @property
   def bytes_sent(self) -> float:
-    """Bytes that a device sends, with the array going round a ring of its group.
-
-    A reduction for all is one to parts and a gathering of these.
-    """
+    """Bytes that a device sends in a ring; an all-reduce is a reduce-scatter and all-gather."""
     if self.kind == "collective-permute":
       return self.num_bytes
-    turns = 2 if self.kind == "all-reduce" else 1
-    return turns * self.num_bytes * (self.devices - 1) / self.devices
+    rounds = 2 if self.kind == "all-reduce" else 1
+    return rounds * self.num_bytes * (self.devices - 1) / self.devices
 
 
-# The result, and the kind, of a line that is a collective.
+# Result type and kind of a collective instruction.
 RESULT = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) .*\{$")
@@ -48,14 +45,17 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 def count_collectives(text: str) -> Counter[Collective]:
-  """How often each collective is done in one run of a compiled program.
+  """Counts how often each collective runs in a compiled program.
 
-  Loops count as often as the compiler knows them to run, and once where it does
-  not: that of `decode.decode_steps` is one step, and an exchange of rows
-  one turn. Of a conditional all branches are counted.
+  Loop bodies count once per known trip, and once where the compiler does not know the
+  trip count: `decode.decode_steps` counts as one step, and an all-to-all exchange of
+  tokens as one round. All branches of a conditional are counted.
 
   Args:
-    text: of `jax.stages.Compiled.as_text`.
+    text: the HLO text from `jax.stages.Compiled.as_text`.
+
+  Raises:
+    ValueError: the text has no entry computation.
   """
   found: dict[str, Counter] = {}
   called: dict[str, list[tuple[str, int]]] = {}
@@ -80,12 +80,12 @@ def count_collectives(text: str) -> Counter[Collective]:
     return totals[name]
 
   if entry is None:
-    raise ValueError("this is not the text of a compiled program: it has no entry")
+    raise ValueError("this is not the text of a compiled program: it has no ENTRY computation")
   return total(entry)
 
 
 def _calls(line) -> Iterator[tuple[str, int]]:
-  """The computations that an instruction calls, and how often."""
+  """Yields the computations that an instruction calls, and how often."""
   trips = _TRIPS.search(line)
   times = int(trips[1]) if trips else 1
   for one, several in _CALLED.findall(line):
@@ -103,7 +103,7 @@ def _collective(line, result, kind):
 
 
 def _group_size(line):
-  """Devices in a group, from each of the forms in which XLA prints groups."""
+  """Returns the group size from any of the forms in which XLA prints groups."""
   if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
     return match[1].count(",") + 1
   if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
@@ -111,4 +111,4 @@ def _group_size(line):
   if match := re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{((?:'[^']*'(?:, ?)?)+)\}", line):
     sizes = dict(re.findall(r"'([^']*)'=(\d+)", match[1]))
     return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']*)'", match[2]))
-  return 2  # of a permutation, which has pairs instead
+  return 2  # a permutation has pairs instead of groups

@@ -1,4 +1,4 @@
-"""Which rows a device of a mesh computes: members of a roster, texts, positions."""
+"""Which tokens one device of a mesh computes: roster members, sequences, positions."""
 
 from collections.abc import Iterable
 import dataclasses
@@ -16,28 +16,28 @@ from roe_jax.sharding import EXPERT
 
 @dataclasses.dataclass(frozen=True)
 class MemberBatch:
-  """Members that are computed together, as one device of a mesh takes part in it.
+  """Roster members that are computed together, as seen by one device of a mesh.
 
   Attributes:
-    layers: those they are computed in.
-    times: how many such batches follow each other.
+    layers: layers they run through.
+    times: how many such batches run one after the other.
     is_shared: whether these are the hidden states before the first noise, which all
-      members have in common.
-    texts: how many texts' rows (and caches) are on this device.
-    members: how many members' rows are.
-    group_sequences, group_members: the same of the devices along `expert` together,
-      which compute each other's rows.
-    positions: of each text and member.
-    tokens_sharded: whether those devices hold different rows.
-    member_axes: mesh axes along which devices hold different members.
-    head_tokens: rows on this device where distributions are computed.
-    head_gather_axes: mesh axes along which rows were split until there.
+      members share.
+    sequences: sequences on this device.
+    members: members on this device.
+    group_sequences, group_members: the same for the devices along `expert` together, which
+      compute experts for each other's tokens.
+    positions: positions per sequence and member.
+    tokens_sharded: whether the devices along `expert` hold different tokens.
+    member_axes: mesh axes that shard the members.
+    head_tokens: tokens on this device where next-token distributions are computed.
+    head_gather_axes: mesh axes along which tokens are gathered before that.
   """
 
   layers: range
   times: int
   is_shared: bool
-  texts: int
+  sequences: int
   members: int
   group_sequences: int
   group_members: int
@@ -48,23 +48,22 @@ class MemberBatch:
   head_gather_axes: tuple[str, ...]
 
   @property
-  def rows(self) -> int:
-    return self.members * self.texts * self.positions
+  def tokens(self) -> int:
+    return self.members * self.sequences * self.positions
 
   @property
   def group_tokens(self) -> int:
     return self.group_members * self.group_sequences * self.positions
 
-  def room(self, choices: int, devices: int) -> int:
-    """Rows that this device exchanges with each other one; see `parallel.exchange_capacity`."""
-    return (
-      expert_parallel.exchange_capacity(self.rows, choices, devices) if self.tokens_sharded else 0
-    )
+  def exchange_capacity(self, choices: int, devices: int) -> int:
+    """Tokens exchanged with each other device; see `expert_parallel.exchange_capacity`."""
+    if not self.tokens_sharded:
+      return 0
+    return expert_parallel.exchange_capacity(self.tokens, choices, devices)
 
   def tokens_at_experts(self, choices: int, devices: int) -> int:
-    """Rows that this device has while it computes its experts' share."""
-    room = self.room(choices, devices)
-    return room * devices if room else self.group_tokens
+    """Tokens on this device while it applies its experts."""
+    return self.exchange_capacity(choices, devices) * devices or self.group_tokens
 
 
 def batches(
@@ -75,7 +74,7 @@ def batches(
   positions: int,
   platform: str | None = None,
 ) -> list[MemberBatch]:
-  """The batches of a call, in their order; see `members.against_clean_cache`."""
+  """Returns the batches of a call in order; see `members.against_clean_cache`."""
   first, end = roster.noisy_layers[0], config.num_layers
   if roster.cache == "clean":
     size, *others = members_lib.batch_sizes(config, roster, batch_size * positions, platform)
@@ -90,39 +89,36 @@ def batches(
 
 
 def _batch(mesh, shape, layers, times, members):
-  is_shared = members is None  # such states have no axis of members
+  is_shared = members is None  # shared hidden states have no member axis
   members = members or 1
   names = ("members", "batch", "positions", "embed")[is_shared:]
   spec = sharding.spec(mesh, names, shape if is_shared else (members, *shape))
-  of_members = () if is_shared else sharding.axes_of(spec, 0)
-  of_texts = sharding.axes_of(spec, 1 - is_shared)
-  of_head = sharding.axes_of(
-    sharding.spec(
-      mesh, ("members_of_vocab", "batch_of_vocab", "positions", "embed"), (members, *shape)
-    )
-  )
-  split = of_members + of_texts
+  member_axes = () if is_shared else sharding.axes_of(spec, 0)
+  sequence_axes = sharding.axes_of(spec, 1 - is_shared)
+  head_names = ("members_of_vocab", "batch_of_vocab", "positions", "embed")
+  head_axes = sharding.axes_of(sharding.spec(mesh, head_names, (members, *shape)))
+  token_axes = member_axes + sequence_axes
   return MemberBatch(
     layers,
     times,
     is_shared,
-    texts=shape[0] // num_shards(mesh, of_texts),
-    members=members // num_shards(mesh, of_members),
-    group_sequences=shape[0] // num_shards(mesh, (a for a in of_texts if a != EXPERT)),
-    group_members=members // num_shards(mesh, (a for a in of_members if a != EXPERT)),
+    sequences=shape[0] // num_shards(mesh, sequence_axes),
+    members=members // num_shards(mesh, member_axes),
+    group_sequences=shape[0] // num_shards(mesh, (a for a in sequence_axes if a != EXPERT)),
+    group_members=members // num_shards(mesh, (a for a in member_axes if a != EXPERT)),
     positions=shape[1],
-    tokens_sharded=EXPERT in split,
-    member_axes=of_members,
-    head_tokens=members * shape[0] * shape[1] // num_shards(mesh, of_head),
-    head_gather_axes=tuple(a for a in split if a not in of_head),
+    tokens_sharded=EXPERT in token_axes,
+    member_axes=member_axes,
+    head_tokens=members * shape[0] * shape[1] // num_shards(mesh, head_axes),
+    head_gather_axes=tuple(a for a in token_axes if a not in head_axes),
   )
 
 
 def num_shards(mesh: AbstractMesh, axes: Iterable[str]) -> int:
-  """Into how many parts mesh axes split an array."""
+  """Returns into how many shards mesh axes divide an array."""
   return math.prod(mesh.shape[a] for a in axes)
 
 
 def vocabulary_axes(config: ModelConfig, mesh: AbstractMesh) -> tuple[str, ...]:
-  """The mesh axes that split the vocabulary."""
+  """Returns the mesh axes that shard the vocabulary."""
   return sharding.axes_of(sharding.spec(mesh, ("vocab",), (config.vocab_size,)))

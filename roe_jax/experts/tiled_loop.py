@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from roe_jax.experts.packing import block_size, combine
-from roe_jax.numerics import einsum, num_cores, rounded, tile_rows, to_compute_dtype, walk
+from roe_jax.numerics import (
+  einsum,
+  loop_over_tiles,
+  num_cores,
+  rounded,
+  tile_rows,
+  to_compute_dtype,
+)
 from roe_jax.quantization import dequantize, dequantize_parts, is_quantized
 
 # A step of the inner loop should have so many multiplications that what
@@ -75,7 +82,7 @@ def compute(num_experts, activation, weights, layer, x, indices, gates):
       )
 
     first_row = (layer * num_experts + expert) * width
-    return walk(matrices, first_row, width, rows_of_tile, add, sorted_y)
+    return loop_over_tiles(matrices, first_row, width, rows_of_tile, add, sorted_y)
 
   sorted_y = jnp.zeros((pairs + block, d), jnp.float32)
   if weights.down_bias is not None:

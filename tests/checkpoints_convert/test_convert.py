@@ -7,9 +7,10 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+import types
 
 from absl import flags
-import huggingface_hub
+import huggingface_hub.errors
 import ml_dtypes
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from checkpoints_convert import (
   cli,
   convert_from_hugging_face,
   convert_to_hugging_face,
+  hub,
   tensor_names,
 )
 from roe_jax import checkpoint
@@ -572,6 +574,50 @@ def test_hub_names_are_downloaded_without_foreign_files(tmp_path, capsys, monkey
   monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
   code, _, errors = run(capsys, source="some/model", target="x")
   assert code == 1 and "cannot be downloaded" in errors[0] and "no route" in errors[0]
+
+
+@pytest.mark.parametrize(
+  "source,revision,want",
+  [
+    ("some/model", None, None),
+    ("some/model", "v1", "v1"),
+    ("some/model@v1", None, "v1"),
+    ("some/model@refs/pr/3", None, "refs/pr/3"),
+    ("some/model@v1", "v1", "v1"),
+  ],
+)
+def test_a_hub_name_may_have_a_revision(source, revision, want, tmp_path, monkeypatch):
+  write_hub(tmp_path, "mixtral")
+  calls = []
+
+  def snapshot_download(name, *, revision, allow_patterns):
+    calls.append((name, revision))
+    return str(tmp_path)
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+  assert hub.find(source, revision) == tmp_path
+  assert hub.load_config(source, revision=revision).family == "mixtral"
+  assert calls == [("some/model", want)] * 2
+
+
+def test_a_hub_name_with_two_revisions_or_an_empty_one_is_refused():
+  with pytest.raises(
+    ConversionError, match="some/model@v1 names a revision and so does --revision=v2"
+  ):
+    hub.find("some/model@v1", "v2")
+  with pytest.raises(ConversionError, match="neither a folder nor a hub name"):
+    hub.find("some/model@")
+
+
+def test_a_model_that_the_hub_hides_gets_advice(monkeypatch):
+  response = types.SimpleNamespace(headers={}, request=None)
+
+  def snapshot_download(name, **kwargs):
+    raise huggingface_hub.errors.GatedRepoError("401 Client Error.\nmore", response=response)
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+  with pytest.raises(ConversionError, match=r"401 Client Error\.; .*gated.*`hf auth login`"):
+    hub.find("some/model")
 
 
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)

@@ -104,7 +104,7 @@ def test_comparisons_and_searches_ask_in_the_chat_format(tmp_path):
   # And references are scored behind the beginning of the answer.
   perplexity = objectives.Perplexity(config, ours, task, [example], [3], 1)
   text = prompt + ours.tokenizer.encode(" It is 2", add_special_tokens=False)
-  log_probs = scoring.score(params, config, [text], [len(prompt)]).texts[0].log_probs
+  log_probs = scoring.score(params, config, [text], [len(prompt)]).sequences[0].log_probs
   found = perplexity.nll(params, method.roster, slice(None))
   np.testing.assert_allclose(found[0, 0], -log_probs.sum(), rtol=1e-5)
   (likelihood,) = Measurer(params, ours, 1).likelihoods(

@@ -185,7 +185,7 @@ def test_likelihoods_are_those_of_the_distribution(output, model):
       roster=roster,
       request_ids=[4],
       output_temperatures=(1.0, fitted["temperature"]),
-    ).texts[0]
+    ).sequences[0]
     metrics = line["metrics"]
     assert metrics["tokens"] == len(text) - len(prompt) == len(line["correct"])
     np.testing.assert_allclose(
@@ -279,7 +279,7 @@ def test_choices_are_judged_by_their_probability(model):
         roster=method.with_seed(4),
         request_ids=[9] * 3,
         output_temperatures=(1.0, 2.0),
-      ).texts
+      ).sequences
     ]
   )
   np.testing.assert_allclose(answers.outputs[0], sums[:, 0], rtol=1e-4)

@@ -98,7 +98,7 @@ def test_choices_are_scored_as_texts_of_their_own(olmoe, roster, answered):
       roster=roster,
       request_ids=[request.request_id],
       min_shape=(4, 128),
-    ).texts
+    ).sequences
     assert answer["log_prob"] == pytest.approx(float(scores.log_probs.sum()), abs=TOLERANCE)
     assert answer["is_greedy"] == (scores.greedy_tokens.tolist() == list(request.tokens))
     assert answer["tokens"] == len(request.tokens)

@@ -95,7 +95,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_files_of_one_that_was_not(
       [len(prompt)],
       roster=Roster.create(config, 2, 0.5, seed=record["seed"]),
       request_ids=[request_id(wordmath.prompt(problem))],
-    ).texts
+    ).sequences
     assert record["metrics"]["nll"] == pytest.approx(-float(found.log_probs.sum()), abs=1e-3)
     assert record["metrics"]["tokens"] == len(text) - len(prompt)
     assert record["metrics"]["exact_match"] == wordmath.is_correct(record["output"], problem)

@@ -129,7 +129,7 @@ def test_stored_outputs_name_no_folder_of_a_machine():
     ("[x for x in (1, 2)]", r"has logic \(ListComp\)"),
     ("def f():\n  pass", r"has logic \(FunctionDef\)"),
     ("roe_jax.generate_all()", "there is no roe_jax.generate_all"),
-    ("roe_jax.load('x', datatype='float32')", "unexpected keyword argument 'datatype'"),
+    ("roe_jax.open_model('x', datatype='float32')", "unexpected keyword argument 'datatype'"),
     ("from roe_jax import nothing_of_this_name", "nothing_of_this_name"),
     ("from experiments.analysis import drawing\ndrawing.zeros(1)", "there is no drawing.zeros"),
     ("print(", "does not compile"),

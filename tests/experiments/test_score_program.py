@@ -39,7 +39,7 @@ def test_continuations_are_scored_as_by_the_library(tiny_checkpoint, model, tmp_
     params, config, [p + c for p, c in zip(prompts, ends)], [len(p) for p in prompts], roster=roster
   )
   records = [json.loads(line) for line in target.read_text().splitlines()]
-  for record, text, end in zip(records, expected.texts, ends, strict=True):
+  for record, text, end in zip(records, expected.sequences, ends, strict=True):
     np.testing.assert_allclose(record["log_probs"], text.log_probs[:, 0], atol=1e-4)
     assert record["log_prob"] == pytest.approx(sum(record["log_probs"]))
     assert record["tokens"] == end

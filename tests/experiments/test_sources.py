@@ -11,7 +11,7 @@ import programs
 import pytest
 
 from checkpoints_convert import convert_to_hugging_face
-from experiments.cli import app, checkpoints
+from experiments.cli import app
 from roe_jax import assets, checkpoint, decode, presets
 from roe_jax.text.chat import Chat
 from roe_jax.text.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ def test_a_hub_name_is_downloaded_in_two_steps(tiny_checkpoint, hub_folder, tmp_
   monkeypatch.chdir(tmp_path)
   want, config = checkpoint.load(tiny_checkpoint)
   assert app.load_config("hf:some/model") == config
-  app.load_tokenizer("hf:some/model", config)
+  app.load_tokenizer("hf:some/model")
   (arrived / "chat_template.jinja").write_text("{{ messages[0].content }}")
   assert Chat.load(app.checkpoint_path("hf:some/model"), Tokenizer.load(arrived))
   assert not list(arrived.glob("*.safetensors"))
@@ -69,13 +69,16 @@ def test_a_hub_name_is_downloaded_in_two_steps(tiny_checkpoint, hub_folder, tmp_
 
 
 def test_what_is_no_model_gets_a_sentence(tmp_path, monkeypatch):
-  assert checkpoints.path("embedded:wordmath_control") == assets.path("wordmath_control")
-  with pytest.raises(ValueError, match="'nothing' is neither a folder nor a hub name like org"):
+  assert app.checkpoint_path("embedded:wordmath_control") == assets.path("wordmath_control")
+  with pytest.raises(ValueError, match="'hf:nothing' is neither a folder nor a hub name like org"):
     app.load_config("hf:nothing")
   (tmp_path / "config.json").write_text('{"model_type": "llama"}')
   with pytest.raises(ValueError, match="unsupported architecture.*'llama'"):
     app.load_config(str(tmp_path))
-  with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
+  with pytest.raises(
+    FileNotFoundError,
+    match="there is no model .*absent'.*: give a roe_jax checkpoint folder, a Hugging",
+  ):
     app.load_config(str(tmp_path / "absent"))
   assert app.load_config("preset:olmoe-1b-7b") == presets.PRESETS["olmoe-1b-7b"]
   with pytest.raises(ValueError, match="unknown preset 'olmo'; choose one of .*olmoe-1b-7b"):
@@ -93,7 +96,7 @@ def test_a_program_continues_texts_with_it(tiny_checkpoint, hub_folder):
     stdin='{"prompt": "Tom has 3 pens."}\n',
   )
   assert done.returncode == 0, done.errors
-  assert "[read straight from Hugging Face files in " in done.errors
+  assert "[read Hugging Face files in " in done.errors
   params, config = checkpoint.load(tiny_checkpoint)
   tokenizer = Tokenizer.load(tiny_checkpoint)
   want = decode.generate(params, config, [tokenizer.encode("Tom has 3 pens.")], max_new_tokens=6)

@@ -14,8 +14,8 @@ import tokenizers
 from experiments import train
 from experiments.tasks import wordmath, wordmath_tokenizer
 from experiments.training import configs, training_batches
-from roe_jax import assets, checkpoint
-from roe_jax.text.tokenizer import Tokenizer
+import roe_jax
+from roe_jax import assets
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +170,10 @@ def test_a_run_killed_for_real_at_random_moments_ends_as_one_that_was_not(
   assert records(run, *timings) == records(folder, *timings)
 
 
+def provenance_of(folder):
+  return json.loads((folder / "manifest.json").read_text())["provenance"]
+
+
 def test_the_checkpoint_holds_rounded_weights_and_their_scores(
   config, tokenizer, whole_run, tmp_path, monkeypatch
 ):
@@ -177,12 +181,12 @@ def test_the_checkpoint_holds_rounded_weights_and_their_scores(
   _, state, last = whole_run
   train.finish(config, tmp_path, tokenizer, state, last, "the command")
 
-  params, loaded = checkpoint.load(tmp_path / "model", dtype="float32")
-  assert checkpoint.load_config(tmp_path / "model").dtype == "bfloat16"
+  params, loaded, saved_tokenizer = roe_jax.open_model(tmp_path / "model", dtype="float32")
+  assert roe_jax.load_config(tmp_path / "model").dtype == "bfloat16"
   assert equal(
     params, jax.tree.map(lambda w: np.asarray(w.astype("bfloat16").astype("float32")), state.params)
   )
-  provenance = checkpoint.load_provenance(tmp_path / "model")
+  provenance = provenance_of(tmp_path / "model")
   scores = train.validate(params, config.replace(model=loaded), tokenizer)
   assert 1 < scores["validation_perplexity"] < config.model.vocab_size
   assert 0 <= scores["validation_exact_match"] <= 1
@@ -190,7 +194,7 @@ def test_the_checkpoint_holds_rounded_weights_and_their_scores(
   assert provenance["command"] == "the command"
   assert provenance["steps"] == 25 and provenance["tokens"] == last["tokens"] > 0
   text = wordmath.prompt(wordmath.problem("test", 0))
-  assert Tokenizer.load(tmp_path / "model").encode(text) == tokenizer.encode(text).ids
+  assert saved_tokenizer.encode(text) == tokenizer.encode(text).ids
 
 
 def test_a_folder_belongs_to_one_config(config, tmp_path):
@@ -233,13 +237,13 @@ def test_every_config_loads():
 
 @pytest.mark.parametrize("name", assets.NAMES)
 def test_embedded_models_are_what_their_configs_make(name):
-  provenance = checkpoint.load_provenance(assets.path(name))
+  provenance = provenance_of(assets.path(name))
   config = re.search(r"--config=(\S+)", provenance["command"])[1]
   expected = configs.load(config)
   made = json.loads(json.dumps(dataclasses.asdict(expected)))
   made["model"] = {k: made["model"][k] for k in provenance["config"]["model"]}  # those it had then
   assert made == provenance["config"]
-  assert checkpoint.load_config(assets.path(name)) == expected.model.replace(dtype="bfloat16")
+  assert roe_jax.load_config(f"embedded:{name}") == expected.model.replace(dtype="bfloat16")
 
 
 def test_embedded_models_have_a_folder_each():

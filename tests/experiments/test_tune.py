@@ -77,7 +77,7 @@ def nll_of(model, examples, roster, ids):
   return np.array(
     [
       -scoring.score(params, config, [text], [start], roster=roster, request_ids=[i])
-      .texts[0]
+      .sequences[0]
       .log_probs.sum(dtype=float)
       for text, start, i in zip(texts, starts, ids)
     ]
@@ -162,14 +162,14 @@ def test_fitted_output_temperatures_come_from_the_problems_of_the_search(tuned, 
   texts, starts = texts_of(model, examples)
   grid = confirm.OUTPUT_TEMPERATURES
   scores = scoring.score(params, config, texts, starts, output_temperatures=grid)
-  nll = np.array([-t.log_probs.sum(axis=0, dtype=float) for t in scores.texts])
+  nll = np.array([-t.log_probs.sum(axis=0, dtype=float) for t in scores.sequences])
   settings, records, _ = runs.load(tuned[1] / "confirm" / "plain")
   fitted = paired_statistics.fit_output_temperature(nll, grid)
   assert settings["output_temperature"] == pytest.approx(fitted, rel=1e-3)
   fresh = tasks.get("wordmath").examples("validation", limit=9)[5:]
   texts, starts = texts_of(model, fresh)
   scores = scoring.score(params, config, texts, starts, output_temperatures=[fitted])
-  for record, text in zip(records, scores.texts):
+  for record, text in zip(records, scores.sequences):
     assert record["metrics"]["fitted_nll"] == pytest.approx(-text.log_probs.sum(), rel=1e-3)
 
 
@@ -332,7 +332,7 @@ def test_accuracy_of_chosen_answers(model):
         roster=roster,
         request_ids=[i],
       )
-      .texts[0]
+      .sequences[0]
       .log_probs.sum()
       for c in e.choices
     ]
