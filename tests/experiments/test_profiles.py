@@ -174,9 +174,9 @@ def test_experts_do_not_matter_to_a_profile(profile, model):
     (lambda text: text.replace("0.25", "-0.25"), "non-negative"),
     (lambda text: text.replace("0.25", "NaN"), "finite"),
     (lambda text: text.replace("0.25", '"a"'), "not a temperature profile"),
-    (lambda text: text.replace('"routers"', '"rooters"'), "see its routers"),
-    (lambda text: text.replace('"gate_weights"', '"gates"'), "see its gates"),
-    (lambda text: json.dumps(json.loads(text) | {"model": 3}), "see its model"),
+    (lambda text: text.replace('"routers"', '"rooters"'), "check its routers"),
+    (lambda text: text.replace('"gate_weights"', '"gates"'), "check its gates"),
+    (lambda text: json.dumps(json.loads(text) | {"model": 3}), "check its model"),
     (lambda text: json.dumps(json.loads(text) | {"temperatures": "12"}), "list of numbers"),
   ],
 )
