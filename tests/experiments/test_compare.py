@@ -243,7 +243,7 @@ def test_a_killed_comparison_goes_on_where_it_stopped(output, tiny_checkpoint):
   [
     (["--methods=baseline;rooster"], "unknown method 'rooster'"),
     (["--temperature_profile=0"], "it is the baseline"),
-    (["--tasks=wordmath,nothing"], "there is no task 'nothing'"),
+    (["--tasks=wordmath,nothing"], "unknown task 'nothing'"),
     (["--num_seeds=0"], "--num_seeds must be at least 1"),
   ],
 )

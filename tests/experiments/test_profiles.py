@@ -177,7 +177,7 @@ def test_experts_do_not_matter_to_a_profile(profile, model):
     (lambda text: text.replace('"routers"', '"rooters"'), "check its routers"),
     (lambda text: text.replace('"gate_weights"', '"gates"'), "check its gates"),
     (lambda text: json.dumps(json.loads(text) | {"model": 3}), "check its model"),
-    (lambda text: json.dumps(json.loads(text) | {"temperatures": "12"}), "list of numbers"),
+    (lambda text: json.dumps(json.loads(text) | {"temperatures": "12"}), "list of non-negative"),
   ],
 )
 def test_a_damaged_profile_is_refused(profile, tmp_path, damage, message):

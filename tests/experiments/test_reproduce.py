@@ -260,7 +260,7 @@ def test_tasks_are_looked_at_before_anything_runs(run, one_figure, tmp_path):
   one_figure.commands = lambda work: [work.tune(task) for task in work.model.code]
   with pytest.raises(ValueError, match="allow it with --allow_code_execution"):
     run(*given, "--set=code=humaneval")
-  with pytest.raises(FileNotFoundError, match="there is no data of gsm8k"):
+  with pytest.raises(FileNotFoundError, match="no data of gsm8k"):
     run(*given, "--set=code=gsm8k", f"--data_dir={tmp_path}")
   assert not (tmp_path / "x").exists()
 
