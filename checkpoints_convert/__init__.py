@@ -1,7 +1,7 @@
-"""Hugging Face safetensors to roe_jax checkpoints and back, and straight onto devices.
+"""Converts Hugging Face models to roe_jax checkpoints and back, and loads them directly.
 
-The tensor names of every model family are one table in `rules`; all else
-follows from it. Run as `python -m checkpoints_convert`.
+`tensor_names` has one table for each model family, from which everything else follows. Run it as
+`python -m checkpoints_convert`.
 """
 
 from checkpoints_convert.common import ConversionError
@@ -21,5 +21,5 @@ __all__ = [
   "save_hugging_face",
 ]
 
-# Installed packages are found by their entry points; this is for a checkout that is not installed.
+# The entry point in setup.cfg does this too, but only for an installed package.
 model_formats.register("hugging_face", HUGGING_FACE)

@@ -1,4 +1,4 @@
-"""A piece of a checkpoint with its experts in another format."""
+"""Converts the experts in a piece of a checkpoint to another format."""
 
 import numpy as np
 
@@ -9,14 +9,14 @@ from roe_jax.quantization import CONTRACTED, Quantized, dequantize_on_host, quan
 def recode(
   arrays: dict[str, np.ndarray], source: ModelConfig, target: ModelConfig
 ) -> dict[str, np.ndarray]:
-  """The arrays of a piece in the expert format of `target`.
+  """Returns the arrays of a piece in the expert format of `target`.
 
-  What is decoded comes in the dtype of `target`; to be quantized again, in
-  bfloat16, which holds mxfp4 exactly.
+  Decoded matrices have the dtype of `target`. Matrices that are quantized again are decoded to
+  bfloat16, which represents MXFP4 exactly.
 
   Args:
-    arrays: named as in `checkpoint.piece_shapes` of `source`; experts' matrices
-      are taken out of it.
+    arrays: named as in `checkpoint.piece_shapes` of `source`; the experts' matrices are removed
+      from it.
     source: the config of the arrays.
     target: the config of the result.
   """

@@ -1,13 +1,8 @@
-"""A Hugging Face folder to a roe_jax checkpoint."""
-
-import math
-
-from tqdm import tqdm
+"""Converts a Hugging Face folder to a roe_jax checkpoint."""
 
 from checkpoints_convert import hub, reading
-from checkpoints_convert.common import check_space
+from checkpoints_convert.common import write_pieces
 from roe_jax import checkpoint
-from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 
 
@@ -22,19 +17,19 @@ def convert_from_hugging_face(
   overwrite: bool = False,
   piece_bytes: int = checkpoint.PIECE_BYTES,
 ) -> ModelConfig:
-  """Converts and returns the model's config.
+  """Converts a model and returns its config.
 
-  An interrupted conversion, called again, goes on after the last finished piece.
+  An interrupted conversion resumes after the last finished piece when it is called again.
 
   Args:
-    source: a local Hugging Face folder, or a hub name.
+    source: a local Hugging Face folder, or a hub name; see `hub.find`.
     target: the checkpoint folder to write.
     dtype: "float32", "bfloat16" or "source"; see `hub.open_source`.
     quantize_experts: "int8", "int4" or None; see `hub.open_source`.
     keep_mxfp4: see `hub.open_source`.
     revision: branch, tag or commit on the hub.
-    overwrite: whether an existing checkpoint at `target` is replaced.
-    piece_bytes: how large a piece of several layers may become.
+    overwrite: whether to replace an existing checkpoint at `target`.
+    piece_bytes: maximum size of a piece of several layers.
 
   Raises:
     ConversionError, ValueError: the source cannot be converted.
@@ -42,39 +37,22 @@ def convert_from_hugging_face(
   """
   checkpoint.check_target(target, overwrite, checkpoint.MANIFEST_FILE)
   opened = hub.open_source(hub.find(source, revision), dtype, quantize_experts, keep_mxfp4)
-  config = opened.config
   provenance = {
     "source": source,
     "revision": revision,
     "source_dtypes": list(opened.stored_dtypes),
-    "dtype": config.dtype,
-    "expert_format": config.expert_format,
+    "dtype": opened.config.dtype,
+    "expert_format": opened.config.expert_format,
   }
   writer = checkpoint.Writer(
     target,
-    config,
+    opened.config,
     files=opened.folder,
     provenance=provenance,
     fingerprint=opened.fingerprint,
     piece_bytes=piece_bytes,
     overwrite=overwrite,
   )
-  missing = [p for p in writer.pieces if not writer.is_written(p)]
-  check_space(target, sum(_piece_bytes(config, p) for p in missing))
-  with (
-    writer,
-    tqdm(
-      total=params_lib.num_bytes(config), unit="B", unit_scale=True, desc="converting"
-    ) as progress,
-  ):
-    for piece in writer.pieces:
-      if piece in missing:
-        writer.write(piece, reading.read(opened, piece))
-      progress.update(_piece_bytes(config, piece))
-  return config
-
-
-def _piece_bytes(config: ModelConfig, piece: checkpoint.Piece) -> int:
-  return sum(
-    math.prod(s.shape) * s.dtype.itemsize for s in checkpoint.piece_shapes(config, piece).values()
-  )
+  read = lambda names: ((p, reading.read(opened, p)) for p in writer.pieces if p.name in names)
+  write_pieces(writer, read, "converting")
+  return opened.config

@@ -1,4 +1,4 @@
-"""Hugging Face folders: found or downloaded, checked, and described; no tensor is read."""
+"""Finds or downloads Hugging Face folders and checks them without reading tensors."""
 
 from collections.abc import Collection
 import dataclasses
@@ -17,12 +17,11 @@ from roe_jax import checkpoint
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.families import FAMILIES, from_hugging_face
-from roe_jax.text.tokenizer import Tokenizer, check_vocabulary
+from roe_jax.text.tokenizer import Tokenizer, check_vocabulary, read_json
 
 HUB = "hf:"
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
-# Not "*.safetensors": some repositories hold the weights a second time under
-# other names.
+# Not "*.safetensors": some repositories contain the weights a second time under other names.
 _WEIGHT_PATTERNS = ("model.safetensors", "model-*.safetensors")
 _OTHER_PATTERNS = ("*.json", "*.jinja", "tokenizer*")
 
@@ -32,11 +31,10 @@ class Source:
   """A Hugging Face folder that was checked and can be read.
 
   Attributes:
-    folder: where it lies.
-    stored: config of the model in the expert format of the files, with the dtype
-      that it will be read as.
-    config: of the model that it will be read as.
-    tensors: of its shards, by name; exactly those that the model needs.
+    folder: its path.
+    stored: the config with the expert format of the files and the dtype of `config`.
+    config: the config of the model that is read.
+    tensors: the tensors in its shards by name; exactly those that the model needs.
     stored_dtypes: names of the dtypes in the shards.
   """
 
@@ -48,7 +46,7 @@ class Source:
 
   @property
   def fingerprint(self) -> str:
-    """Changes if the files may have, which are known by size and time, or the config."""
+    """A hash that changes with the config, and with the size or time of a file."""
     files = {}
     for info in self.tensors.values():
       status = info.file.stat()
@@ -87,7 +85,7 @@ def find(source: str, revision: str | None = None, weights: bool = True) -> path
     return pathlib.Path(
       huggingface_hub.snapshot_download(name, revision=at or revision, allow_patterns=patterns)
     )
-  except Exception as error:  # many kinds, all of them reasons for not getting it
+  except Exception as error:  # downloads fail with many types of exceptions
     reason = str(error).strip().split("\n")[0]
     # The hub answers alike for models that are absent, private or gated.
     if isinstance(error, huggingface_hub.errors.RepositoryNotFoundError):
@@ -96,37 +94,29 @@ def find(source: str, revision: str | None = None, weights: bool = True) -> path
         "`hf auth login` or set HF_TOKEN"
       )
     raise ConversionError(
-      f"there is no local folder {source}, and it cannot be downloaded as a model from "
-      f"the hub: {reason}"
+      f"{source} is not a local folder and cannot be downloaded from the hub: {reason}"
     ) from error
 
 
 def is_hugging_face(folder: str | pathlib.Path) -> bool:
-  """Whether a folder is a Hugging Face model rather than a roe_jax checkpoint."""
+  """Whether a folder is a Hugging Face model, as opposed to a roe_jax checkpoint."""
   folder = pathlib.Path(folder).expanduser()
   return (folder / "config.json").is_file() and not (folder / checkpoint.CONFIG_FILE).is_file()
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-  """The parsed `config.json`.
+  """Parses `config.json`.
 
   Raises:
-    ConversionError: it is missing or malformed.
+    ConversionError, ValueError: it is missing or malformed.
   """
-  path = folder / "config.json"
-  if not path.is_file():
-    if (folder / checkpoint.CONFIG_FILE).is_file():
-      raise ConversionError(
-        f"{folder} is a roe_jax checkpoint already; to convert it back, add --to_hugging_face"
-      )
-    raise ConversionError(f"{folder} has no config.json: it is not a Hugging Face model folder")
-  try:
-    values = json.loads(path.read_text())
-  except ValueError as error:
-    raise ConversionError(f"{path} is not valid JSON: {error}") from error
-  if not isinstance(values, dict):
-    raise ConversionError(f"{path} must hold a JSON object")
-  return values
+  if (folder / "config.json").is_file():
+    return read_json(folder / "config.json")
+  if (folder / checkpoint.CONFIG_FILE).is_file():
+    raise ConversionError(
+      f"{folder} is already a roe_jax checkpoint: to convert it back, add --to_hugging_face"
+    )
+  raise ConversionError(f"{folder} has no config.json: it is not a Hugging Face model folder")
 
 
 def open_source(
@@ -135,15 +125,15 @@ def open_source(
   quantize_experts: str | None = None,
   keep_mxfp4: bool | None = False,
 ) -> Source:
-  """Checks everything that can be checked without reading a tensor.
+  """Checks everything that can be checked without reading tensors.
 
   Args:
     folder: the Hugging Face folder.
-    dtype: of the parameters. "source" keeps the tensors' own; where it cannot
-      be kept (float16, or several) it is float32, which holds them all exactly.
-    quantize_experts: a format that the experts are quantized to, or None.
-    keep_mxfp4: whether experts in MXFP4 stay so, or are decoded to `dtype`; None:
-      they stay so where there are any and they are not quantized.
+    dtype: dtype of the parameters. "source" keeps the dtype of the tensors; if that is impossible
+      (float16, or several dtypes) it means float32, which represents all of them exactly.
+    quantize_experts: the format to quantize the experts to, or None.
+    keep_mxfp4: whether to keep experts in MXFP4 or to decode them to `dtype`; None keeps them if
+      there are any and they are not quantized.
 
   Raises:
     ConversionError, ValueError: the folder cannot be converted.
@@ -166,26 +156,26 @@ def open_source(
 def target_config(
   source: str, stored: ModelConfig, quantize_experts: str | None, keep_mxfp4: bool | None
 ) -> ModelConfig:
-  """The config of what is written, or loaded.
+  """Returns the config of the model that is written or loaded.
 
   Args:
-    source: its name.
-    stored: its config, with the expert format of its files.
+    source: the name of the source, for error messages.
+    stored: the config with the expert format of the files.
     quantize_experts: see `open_source`.
     keep_mxfp4: see `open_source`.
 
   Raises:
-    ConversionError, ValueError: the experts cannot have the format asked for.
+    ConversionError, ValueError: the experts cannot be stored in the requested format.
   """
   if keep_mxfp4 is None:
     keep_mxfp4 = stored.expert_format == "mxfp4" and not quantize_experts
   if keep_mxfp4 and quantize_experts:
     raise ConversionError(
-      f"--keep_mxfp4 and --quantize_experts={quantize_experts} exclude each other: give one"
+      f"--keep_mxfp4 and --quantize_experts={quantize_experts} exclude each other: give only one"
     )
   if keep_mxfp4 and stored.expert_format != "mxfp4":
     raise ConversionError(
-      f"--keep_mxfp4 is for experts in MXFP4, and those of {source} are not: leave it out"
+      f"--keep_mxfp4 is for experts in MXFP4, but the experts of {source} are not: leave it out"
     )
   config = stored.replace(expert_format="mxfp4" if keep_mxfp4 else quantize_experts)
   params_lib.describe(config)  # checks the sizes
@@ -200,10 +190,10 @@ def load_config(
   keep_mxfp4: bool | None = None,
   revision: str | None = None,
 ) -> ModelConfig:
-  """The config of what a source is read as; the weights of a hub name are not downloaded.
+  """Loads the config of the model that `load` loads, without downloading weights.
 
-  For the arguments see `open_source`. What is on the hub is believed to be as
-  its config.json says.
+  For the arguments see `open_source`. The config.json of a model on the hub is trusted, because its
+  tensors cannot be checked without a download.
 
   Raises:
     ConversionError, ValueError: the source cannot be read.
@@ -217,15 +207,12 @@ def load_config(
 
 
 def own_dtype(stored_dtypes: Collection[str]) -> str:
-  """The dtype that holds all numbers in the files; bytes are not numbers."""
+  """Returns the dtype that represents all numbers in the files; uint8 holds codes, not numbers."""
   return "bfloat16" if set(stored_dtypes) - {"uint8"} == {"bfloat16"} else "float32"
 
 
 def _expert_format(folder, config, tensors):
-  """The experts' format by the tensors that are there, whatever config.json says.
-
-  If there are none of any form, what config.json says.
-  """
+  """Infers the experts' format from the tensors, or takes it from config.json if it has none."""
   layers = checkpoint.Piece("", 0, config.num_layers)
   names = {
     f: {part.tensor for part in tensor_names.parts(config.replace(expert_format=f), layers)}
@@ -236,8 +223,8 @@ def _expert_format(folder, config, tensors):
   forms = [f for f, own in found.items() if own]
   if len(names) > 1 and len(forms) > 1:
     raise ConversionError(
-      f"{folder} has experts in two forms ({' and '.join(some(found[f], 1) for f in forms)}): "
-      "it mixes two downloads or was half converted; get the model again"
+      f"{folder} has experts in two forms ({' and '.join(some(found[f], 1) for f in forms)}), "
+      "so it mixes two downloads or was partly converted: download the model again"
     )
   return forms[0] if len(names) > 1 and forms else config.expert_format
 
@@ -255,23 +242,23 @@ def _check_tensors(
     model += f", experts in {config.expert_format}"
   if set(expected) - set(tensors):
     raise ConversionError(
-      f"{folder} lacks tensors that its config.json ({model}) calls for: "
+      f"{folder} lacks tensors that its config.json ({model}) requires: "
       f"{some(set(expected) - set(tensors))}"
     )
   if set(tensors) - set(expected):
     raise ConversionError(
-      f"{folder} has tensors that a {config.family} model with its config.json does not "
-      f"have: {some(set(tensors) - set(expected))}"
+      f"{folder} has tensors that a {config.family} model with its config.json does not have: "
+      f"{some(set(tensors) - set(expected))}"
     )
   for name, part in expected.items():
     found = tensors[name]
     if found.shape != part.shape:
       raise ConversionError(
-        f"{name} in {found.file} has shape {list(found.shape)}, config.json "
-        f"calls for {list(part.shape)}"
+        f"{name} in {found.file} has shape {list(found.shape)}, but config.json requires "
+        f"{list(part.shape)}"
       )
     if (found.dtype == np.uint8) != part.is_bytes:
       raise ConversionError(
-        f"{name} in {found.file} has dtype {found.dtype}, a {config.family} model has "
-        f"{'uint8' if part.is_bytes else 'floating-point numbers'} there"
+        f"{name} in {found.file} has dtype {found.dtype}, but a {config.family} model requires "
+        f"{'uint8' if part.is_bytes else 'floating-point numbers'}"
       )

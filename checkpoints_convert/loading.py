@@ -1,4 +1,4 @@
-"""Parameters straight from a Hugging Face folder, for those who only want to look."""
+"""Loads parameters from Hugging Face files onto devices, without a conversion."""
 
 import jax
 from tqdm import tqdm
@@ -10,8 +10,8 @@ from roe_jax.config import ModelConfig
 from roe_jax.model_formats import ModelFormat
 from roe_jax.params import Params
 
-PIECE_BYTES = 64 << 20  # nothing is gained by more, as no piece is a file of its own
-_SMALL = 1 << 28  # bytes that are read in less than a second or two: no progress bar
+PIECE_BYTES = 64 << 20  # larger pieces would not be faster, because they are not files
+_SMALL = 1 << 28  # bytes; smaller models load without a progress bar
 
 
 def load(
@@ -24,29 +24,27 @@ def load(
   revision: str | None = None,
   piece_bytes: int = PIECE_BYTES,
 ) -> tuple[Params, ModelConfig]:
-  """What converting and then `checkpoint.load` would give, bit by bit, with nothing written.
+  """Loads exactly what converting and then `checkpoint.load` would load, without writing files.
 
-  A process reads of the files what its devices hold: of experts that are tensors
-  of their own no other, of a tensor that is split along its rows only these, of one
-  that is split within its rows all. Layers go to the devices in pieces of 64 MiB or
-  one layer. Beside the parameters, the devices have their part of one piece, and
-  the host what they hold of one parameter in one piece (twice, if experts are
-  decoded or quantized on the way) and one hub tensor.
+  A process reads only what its devices hold: of separate experts only its own, of a tensor that is
+  split along its rows only these rows, but of a tensor that is split within its rows all of it.
+  Layers are sent to the devices in pieces of 64 MiB or one layer. In addition to the parameters,
+  the devices hold their part of one piece, and the host holds their part of one parameter in one
+  piece (twice, if experts are decoded or quantized) and one hub tensor.
 
   Args:
     source: a local Hugging Face folder, or a hub name.
-    dtype: "float32", "bfloat16", or "source" for that of the files.
-    shardings: of the parameters, as for `checkpoint.load`. The config that they are
-      made for is that of `load_config` with the same arguments.
+    dtype: "float32", "bfloat16", or "source" for the dtype of the files.
+    shardings: see `checkpoint.load`; made for the config that `load_config` returns for the same
+      arguments.
     quantize_experts: "int8", "int4" or None.
-    keep_mxfp4: whether experts in MXFP4 stay so, or are decoded to `dtype`; by
-      default they stay so unless they are quantized.
+    keep_mxfp4: whether to keep experts in MXFP4 or to decode them to `dtype`; kept by default
+      unless they are quantized.
     revision: branch, tag or commit on the hub.
-    piece_bytes: how large a piece of several layers may become.
+    piece_bytes: maximum size of a piece of several layers.
 
   Raises:
-    ConversionError, ValueError: the source cannot be read, or a sharding splits the
-      layer axis.
+    ConversionError, ValueError: the source cannot be read, or a sharding splits the layer axis.
   """
   opened = hub.open_source(hub.find(source, revision), dtype, quantize_experts, keep_mxfp4)
   config = opened.config

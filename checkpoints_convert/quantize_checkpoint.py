@@ -1,38 +1,34 @@
-"""A roe_jax checkpoint to one with its experts in fewer bits."""
+"""Quantizes the experts of a roe_jax checkpoint."""
 
 import hashlib
 import json
-import math
 import pathlib
 
-from tqdm import tqdm
-
 from checkpoints_convert import hub
-from checkpoints_convert.common import ConversionError, check_space
+from checkpoints_convert.common import ConversionError, write_pieces
 from checkpoints_convert.expert_formats import recode
 from roe_jax import checkpoint
-from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 
 
 def is_checkpoint(source: str) -> bool:
-  """Whether the source is a roe_jax checkpoint rather than a Hugging Face model."""
+  """Whether the source is a roe_jax checkpoint, as opposed to a Hugging Face model."""
   return (pathlib.Path(source).expanduser() / checkpoint.CONFIG_FILE).is_file()
 
 
 def target_config(
   source: str, dtype: str, quantize_experts: str, keep_mxfp4: bool = False
 ) -> ModelConfig:
-  """The config of what `convert` writes.
+  """Returns the config of what `convert` writes.
 
   Raises:
-    ConversionError, ValueError: the experts cannot have the format asked for.
+    ConversionError, ValueError: the experts cannot be stored in the requested format.
   """
   stored = checkpoint.load_config(source)
   if stored.expert_format not in (None, "mxfp4"):
     raise ConversionError(
-      f"the experts of {source} are in {stored.expert_format} already: quantize the "
-      "checkpoint or the Hugging Face model that it was made from"
+      f"the experts of {source} are already in {stored.expert_format}: quantize the checkpoint or "
+      "the Hugging Face model that it was made from"
     )
   if dtype != "source":
     stored = stored.replace(dtype=dtype)
@@ -48,14 +44,13 @@ def convert(
   keep_mxfp4: bool = False,
   overwrite: bool = False,
 ) -> ModelConfig:
-  """Quantizes the experts piece by piece; returns the config of what was written.
+  """Quantizes the experts piece by piece and returns the config of what was written.
 
-  Interrupted, and called again, it goes on after the last finished piece. For the
-  arguments see `from_hugging_face.convert_from_hugging_face`; the source is a
-  checkpoint.
+  An interrupted conversion resumes after the last finished piece when it is called again. The
+  source is a checkpoint; for the other arguments see `convert_from_hugging_face`.
 
   Raises:
-    ConversionError, ValueError: the experts cannot have the format asked for.
+    ConversionError, ValueError: the experts cannot be stored in the requested format.
     FileNotFoundError: the source is not a complete checkpoint.
     FileExistsError: the target exists.
   """
@@ -76,32 +71,20 @@ def convert(
     pieces=checkpoint.load_pieces(source),
     overwrite=overwrite,
   )
-  missing = {p.name for p in writer.pieces if not writer.is_written(p)}
-  sizes = {
-    p.name: sum(
-      math.prod(s.shape) * s.dtype.itemsize for s in checkpoint.piece_shapes(config, p).values()
-    )
-    for p in writer.pieces
-  }
-  check_space(target, sum(sizes[name] for name in missing))
-  with (
-    writer,
-    tqdm(
-      total=params_lib.num_bytes(config), unit="B", unit_scale=True, desc="quantizing"
-    ) as progress,
-  ):
-    progress.update(sum(size for name, size in sizes.items() if name not in missing))
-    for piece, arrays in checkpoint.iterate_pieces(source, missing):
-      arrays = recode(arrays, stored, config)
+
+  def read(names):
+    for piece, arrays in checkpoint.iterate_pieces(source, names):
       shapes = checkpoint.piece_shapes(config, piece)
-      writer.write(piece, {n: a.astype(shapes[n].dtype, copy=False) for n, a in arrays.items()})
-      progress.update(sizes[piece.name])
-      del arrays  # or they would stay while the next piece is read
+      arrays = recode(arrays, stored, config)
+      yield piece, {n: a.astype(shapes[n].dtype, copy=False) for n, a in arrays.items()}
+      del arrays  # or they would stay in memory while the next piece is read
+
+  write_pieces(writer, read, "quantizing")
   return config
 
 
 def fingerprint(source: str) -> str:
-  """Of a checkpoint; changes if its manifest or the time of that does."""
+  """Returns a hash of a checkpoint that changes with its manifest or the manifest's time."""
   manifest = pathlib.Path(source) / checkpoint.MANIFEST_FILE
   facts = [str(manifest.resolve()), manifest.stat().st_mtime_ns, manifest.read_text()]
   return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

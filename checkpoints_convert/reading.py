@@ -1,8 +1,7 @@
-"""Pieces of a model out of a Hugging Face folder: whole, or what devices hold of them.
+"""Reads pieces of a model from a Hugging Face folder: whole, or only what devices hold of them.
 
-A *window* is a box in the parameters of a piece, with a span (start, stop) for
-each axis. All that is read is windows; which bytes of which hub tensors they are
-follows from `rules`.
+A *window* is a box in a parameter of a piece, with a span (start, stop) for each axis. All reads
+are of windows; `tensor_names` says which parts of which hub tensors they are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ _WIDTH = 2  # the axis of F in the experts' matrices [L, E, F, ...], their codes
 
 
 def read(source: hub.Source, piece: Piece) -> dict[str, np.ndarray]:
-  """The piece's arrays on the host, read in the order of the files."""
+  """Reads a piece's arrays to the host, in the order of the files."""
   windows = {name: [_whole(s.shape)] for name, s in piece_shapes(source.stored, piece).items()}
   arrays = {name: parts[0] for name, parts in _fill(source, piece, windows).items()}
   return recode(arrays, source.stored, source.config)
@@ -31,18 +30,17 @@ def read(source: hub.Source, piece: Piece) -> dict[str, np.ndarray]:
 def read_sharded(
   source: hub.Source, piece: Piece, placed: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-  """The piece's arrays on devices, where each process reads what its devices hold.
+  """Reads a piece's arrays onto devices; each process reads only what its devices hold.
 
-  At a time the host has, of one parameter, what this process' devices hold (of
-  experts that are decoded or quantized: before and after), and of one hub tensor
-  what is read of it.
+  At any time, the host holds this process's part of one parameter (before and after decoding or
+  quantizing experts) and what is read of one hub tensor.
 
   Args:
-    source: what is read.
-    piece: of it.
+    source: the source to read.
+    piece: the piece to read.
     placed: the arrays, named as in `piece_shapes`, with their shardings.
   """
-  together: dict[str, list[str]] = {}  # codes and scales are made of the same weights
+  together: dict[str, list[str]] = {}  # codes and scales come from the same weights
   for name in placed:
     together.setdefault(_stem(name), []).append(name)
   arrays = {}
@@ -52,7 +50,7 @@ def read_sharded(
 
 
 def _stem(name):
-  """The name without what a matrix of experts is stored as."""
+  """Returns the name of a matrix of experts without the suffix of its codes or scales."""
   return name.removesuffix(".codes").removesuffix(".scales")
 
 
@@ -61,7 +59,7 @@ def _whole(shape):
 
 
 def _read_parameter_sharded(source, piece, stem, placed):
-  """`read_sharded` of one parameter."""
+  """Reads one parameter as `read_sharded`."""
   stored = {n: s for n, s in piece_shapes(source.stored, piece).items() if _stem(n) == stem}
   shapes = {n: s.shape for n, s in placed.items()}
   spans = {
@@ -108,14 +106,14 @@ def _read_parameter_sharded(source, piece, stem, placed):
 
 
 def _box(source, stem, sizes, parts, factors):
-  """Spans of layers, experts and F that hold a device's parts of a matrix.
+  """Returns the spans of layers, experts and F that contain a device's parts of a matrix.
 
   Args:
-    source: what is read.
-    stem: the matrix.
-    sizes: of these axes.
-    parts: {name: (shape, the device's spans)} of the matrix or its codes and scales.
-    factors: what a row of any of the matrix' forms stands for in rows of F.
+    source: the source to read.
+    stem: the name of the matrix.
+    sizes: the sizes of these axes.
+    parts: {name: (shape, the device's spans)} of the matrix, or of its codes and scales.
+    factors: how many rows of F a row of each form of the matrix represents.
   """
   box = []
   for axis, size in enumerate(sizes):
@@ -135,13 +133,13 @@ def _box(source, stem, sizes, parts, factors):
     and _MATRICES[stem] == -2
     and (group_size(format, stop - start) != group_size(format, size))
   ):
-    start, stop = 0, size  # or the groups of this part would be others
+    start, stop = 0, size  # otherwise this part would be quantized in different groups
   box[_WIDTH] = start, stop
   return tuple(box)
 
 
 def _scaled(box, sizes, shape):
-  """The box as spans of an array whose axes may be shorter, and more."""
+  """Scales the box to an array whose first axes may be shorter, and adds its other axes whole."""
   scaled = [(a * n // size, b * n // size) for (a, b), size, n in zip(box, sizes, shape)]
   return (*scaled, *_whole(shape[len(box) :]))
 
@@ -149,7 +147,7 @@ def _scaled(box, sizes, shape):
 def _fill(
   source: hub.Source, piece: Piece, windows: Mapping[str, Sequence[Spans]]
 ) -> dict[str, list[np.ndarray]]:
-  """Windows of parameters in the form of the files; what several share is read once."""
+  """Reads windows of parameters in the form of the files; shared parts are read once."""
   shapes = piece_shapes(source.stored, piece)
   arrays = {}
   for name, of_name in windows.items():
@@ -164,14 +162,15 @@ def _fill(
   ]
   for info, part in sorted(parts, key=lambda p: (p[0].file, p[0].offset)):
     regions = [part.region(spans) for spans in windows[part.parameter]]
-    reads: dict[Spans, list[int]] = {}
+    reads: dict[Spans, list[tuple[int, Spans]]] = {}
     for i, region in enumerate(regions):
       if region is not None:
-        reads.setdefault(safetensors_files.widened(info, part.split, region), []).append(i)
+        spans = safetensors_files.widened(info, part.split, region)
+        reads.setdefault(spans, []).append((i, region))
     for spans, users in reads.items():
       tensor = safetensors_files.read(info, part.split, spans)
-      for i in users:
-        own = tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(regions[i], spans))
+      for i, region in users:
+        own = tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(region, spans))
         part.fill(arrays[part.parameter][i], tensor[own], windows[part.parameter][i])
       del tensor
   return arrays

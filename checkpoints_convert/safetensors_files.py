@@ -1,7 +1,8 @@
-"""Reading and writing folders of safetensors files, one tensor or a part of one at a time.
+"""Reads and writes folders of safetensors files, one tensor or part of a tensor at a time.
 
-Files are read with plain reads instead of memory maps, so that what was read
-does not stay in the process's memory; headers are checked before any tensor is.
+The safetensors library maps files into memory, where what was read stays resident, and writes only
+whole files from tensors that are all in memory. So it only checks the headers here, before any
+tensor is read; files are read with plain reads and written tensor by tensor.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,9 +10,11 @@ import dataclasses
 import json
 import math
 import pathlib
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+import safetensors
 
 from checkpoints_convert.common import ConversionError, Spans, some
 
@@ -24,15 +27,14 @@ _DTYPES = {
   "U8": np.dtype(np.uint8),
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_HEADER_BYTES = 100 << 20
-# Where a part of a tensor is strewn in shorter runs, reading all of it is faster.
+# If a part of a tensor is scattered in shorter runs of bytes, reading all of it is faster.
 SHORTEST_RUN = 64 << 10
 _AGAIN = "download the model again"
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-  """Where a tensor lies: `offset` bytes into `file`."""
+  """The location of a tensor: `offset` bytes into `file`."""
 
   name: str
   file: pathlib.Path
@@ -40,18 +42,14 @@ class TensorInfo:
   shape: tuple[int, ...]
   dtype: np.dtype
 
-  @property
-  def num_bytes(self) -> int:
-    return math.prod(self.shape) * self.dtype.itemsize
-
 
 def widened(info: TensorInfo, shape: tuple[int, ...], spans: Spans) -> Spans:
-  """What is read for a part of a tensor: all of an axis whose part has short runs of bytes.
+  """Widens a part of a tensor to whole axes where its runs of bytes would be too short.
 
   Args:
     info: the tensor.
-    shape: its shape, perhaps with merged axes apart.
-    spans: of these axes.
+    shape: its shape, where merged axes may be split.
+    spans: the part to read, by axis.
   """
   return tuple(
     span if (span[1] - span[0]) * stride >= SHORTEST_RUN else (0, size)
@@ -60,19 +58,19 @@ def widened(info: TensorInfo, shape: tuple[int, ...], spans: Spans) -> Spans:
 
 
 def read(info: TensorInfo, shape: tuple[int, ...], spans: Spans) -> np.ndarray:
-  """A part of a tensor in its own dtype, of which only the bytes are read.
+  """Reads a part of a tensor in its own dtype, and only the bytes of that part.
 
   Args:
     info: the tensor.
-    shape: its shape, perhaps with merged axes apart.
-    spans: of these axes.
+    shape: its shape, where merged axes may be split.
+    spans: the part to read, by axis.
 
   Raises:
-    ConversionError: the file has become shorter since its header was read.
+    ConversionError: the file became shorter after its header was read.
   """
   array = np.empty([stop - start for start, stop in spans], info.dtype)
   cut = [i for i, (span, size) in enumerate(zip(spans, shape)) if span != (0, size)]
-  outer = cut[-1] if cut else 0  # behind this axis all is one run of bytes
+  outer = cut[-1] if cut else 0  # the axes after this one are one run of bytes
   strides = _strides(info, shape)
   with open(info.file, "rb", buffering=0) as file:
     for index in np.ndindex(array.shape[:outer]):
@@ -80,7 +78,7 @@ def read(info: TensorInfo, shape: tuple[int, ...], spans: Spans) -> np.ndarray:
         info.offset
         + sum((i + start) * stride for i, (start, _), stride in zip((*index, 0), spans, strides))
       )
-      target = memoryview(array[index].reshape(-1).view(np.uint8))
+      target = _bytes(array[index])
       while target:
         count = file.readinto(target)
         if not count:
@@ -89,17 +87,21 @@ def read(info: TensorInfo, shape: tuple[int, ...], spans: Spans) -> np.ndarray:
   return array
 
 
+def _bytes(array: np.ndarray) -> memoryview:
+  return memoryview(array.reshape(-1).view(np.uint8).data)
+
+
 def _strides(info, shape):
-  """Bytes from one index of each axis to the next."""
+  """Returns the number of bytes from one index of each axis to the next."""
   return [info.dtype.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
 def read_headers(folder: pathlib.Path) -> dict[str, TensorInfo]:
-  """All tensors of a folder, after checking that its files are whole.
+  """Returns all tensors of a folder, after checking that its files are complete.
 
   Raises:
-    ConversionError: no safetensors, a shard that is missing, truncated or
-      malformed, or an index that disagrees with the shards.
+    ConversionError: there are no safetensors, a shard is missing, truncated or malformed, or the
+      index contradicts the shards.
   """
   if (folder / INDEX_FILE).is_file():
     return _read_shards(folder)
@@ -116,8 +118,8 @@ def read_headers(folder: pathlib.Path) -> dict[str, TensorInfo]:
   )
   if pickles:
     raise ConversionError(
-      f"{folder} has its weights only as pickles ({some(pickles)}), and reading a pickle "
-      "can run any code that its author put there: get the model as safetensors"
+      f"{folder} has its weights only as pickles ({some(pickles)}), which can run arbitrary code "
+      "when they are read: download the model as safetensors"
     )
   raise ConversionError(f"{folder} has no safetensors files")
 
@@ -133,7 +135,7 @@ def _read_shards(folder: pathlib.Path) -> dict[str, TensorInfo]:
   missing = [p.name for p in paths if not p.is_file()]
   if missing:
     raise ConversionError(
-      f"{folder} lacks {len(missing)} of the {len(shards)} shards that its index names "
+      f"{folder} lacks {len(missing)} of the {len(shards)} shards in its index "
       f"({some(missing)}): {_AGAIN}"
     )
   tensors = {}
@@ -142,69 +144,50 @@ def _read_shards(folder: pathlib.Path) -> dict[str, TensorInfo]:
     promised = {name for name, shard in index.items() if shard == path.name}
     if promised - set(found):
       raise ConversionError(
-        f"the index of {folder} names tensors that {path.name} does not have: "
+        f"the index of {folder} lists tensors that {path.name} does not have: "
         f"{some(promised - set(found))}"
       )
     if set(found) - promised:
       raise ConversionError(
-        f"{path} has tensors that the index does not place there: {some(set(found) - promised)}"
+        f"{path} has tensors that the index does not list there: {some(set(found) - promised)}"
       )
     tensors |= found
   return tensors
 
 
 def _read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
-  size = path.stat().st_size
+  try:
+    with safetensors.safe_open(path, "np"):
+      pass  # checks the header, and that the tensors cover the file
+  except safetensors.SafetensorError as error:
+    raise ConversionError(
+      f"{path} is not a complete safetensors file ({error}): {_AGAIN}"
+    ) from error
   with open(path, "rb") as file:
     length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > _MAX_HEADER_BYTES:
-      raise ConversionError(f"{path} is not a safetensors file: {_AGAIN}")
-    text = file.read(length)
-  if len(text) < length:
-    raise ConversionError(
-      f"{path} is truncated: it has {size} bytes and its header alone {length}: {_AGAIN}"
-    )
-  start = 8 + length
-  tensors, expected = {}, start
-  try:
-    header = json.loads(text)
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-      begin, end = entry["data_offsets"]
-      if entry["dtype"] not in _DTYPES:
-        raise ConversionError(
-          f"{name} in {path} has dtype {entry['dtype']}; supported: {', '.join(_DTYPES)}"
-        )
-      info = TensorInfo(name, path, start + begin, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
-      if begin < 0 or end - begin != info.num_bytes:
-        raise ConversionError(
-          f"{name} in {path} has {end - begin} bytes, its shape {list(info.shape)} needs "
-          f"{info.num_bytes}: {_AGAIN}"
-        )
-      tensors[name] = info
-      expected = max(expected, start + end)
-  except ConversionError:
-    raise
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ConversionError(f"{path} has a malformed safetensors header: {_AGAIN}") from error
-  if size != expected:
-    what = "truncated" if size < expected else "too long"
-    raise ConversionError(
-      f"{path} is {what}: it has {size} bytes, its header describes {expected}: {_AGAIN}"
-    )
+    header = json.loads(file.read(length))
+  header.pop("__metadata__", None)
+  tensors = {}
+  for name, entry in header.items():
+    if entry["dtype"] not in _DTYPES:
+      raise ConversionError(
+        f"{name} in {path} has dtype {entry['dtype']}; supported: {', '.join(_DTYPES)}"
+      )
+    offset = 8 + length + entry["data_offsets"][0]
+    tensors[name] = TensorInfo(name, path, offset, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
   return tensors
 
 
-# Shape and dtype of a tensor.
+# The shape and dtype of a tensor.
 Form = tuple[tuple[int, ...], np.dtype]
 
 
 def plan_shards(
   tensors: Iterable[tuple[str, Form]], max_shard_bytes: int
 ) -> list[tuple[str, dict[str, Form]]]:
-  """File names with the tensors' forms in each, in order.
+  """Returns file names with the forms of their tensors, in order.
 
-  A shard is at most `max_shard_bytes`, or has one tensor only.
+  A shard has at most `max_shard_bytes`, or only one tensor.
   """
   shards: list[dict[str, Form]] = []
   filled = 0
@@ -230,17 +213,17 @@ def _num_bytes(form: Form) -> int:
 def write_shards(
   folder: pathlib.Path, shards: list[tuple[str, dict[str, Form]]], arrays: Iterator[np.ndarray]
 ) -> None:
-  """Writes planned shards that are not there yet, and their index if there are several.
+  """Writes the shards that do not exist yet, and an index if there are several shards.
 
   Args:
-    folder: to write into.
-    shards: as `plan_shards` planned them.
-    arrays: the tensors of the shards that are not there, in the planned order; each
-      is released once written.
+    folder: the folder to write into.
+    shards: shards as `plan_shards` returns them.
+    arrays: the tensors of the missing shards in order; each is released after it is written.
   """
   total = 0
   for file_name, forms in shards:
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, (shape, dtype) in forms.items():
       end = offset + _num_bytes((shape, dtype))
       header[name] = {
@@ -260,7 +243,7 @@ def write_shards(
       for form in forms.values():
         array = next(arrays)
         assert (array.shape, array.dtype) == form, (array.shape, array.dtype, form)
-        file.write(memoryview(array.reshape(-1).view(np.uint8)))
+        file.write(_bytes(array))
         del array
     unfinished.rename(folder / file_name)
   if len(shards) > 1:

@@ -1,48 +1,41 @@
-"""What a conversion would do, as a table."""
+"""Describes what a conversion would write."""
 
 import math
 import os
 import pathlib
+from typing import Any
 
 import jax
 
-from checkpoints_convert import hub
+from checkpoints_convert import hub, safetensors_files
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
+from roe_jax.checkpoint_folder import piece_num_bytes
 from roe_jax.config import ModelConfig
 
 
-def describe_source(
-  source: str,
-  dtype: str,
-  revision: str | None,
-  quantize_experts: str | None = None,
-  keep_mxfp4: bool = False,
-) -> str:
-  """The report on a Hugging Face source; from the hub it reads the config alone.
+def describe_source(source: str, revision: str | None, **options: Any) -> str:
+  """Describes a Hugging Face source; of a hub name only the config is read.
 
-  The arguments are those of `convert_from_hugging_face`.
+  Args:
+    source: a local folder, or a hub name.
+    revision: branch, tag or commit on the hub.
+    **options: see `hub.open_source`.
 
   Raises:
     ConversionError, ValueError: the source cannot be converted.
   """
-  if pathlib.Path(source).expanduser().is_dir():
-    opened = hub.open_source(hub.find(source), dtype, quantize_experts, keep_mxfp4)
-    config, stored = opened.config, ", ".join(opened.stored_dtypes)
-  else:
-    config = hub.load_config(
-      source,
-      dtype=dtype,
-      quantize_experts=quantize_experts,
-      keep_mxfp4=keep_mxfp4,
-      revision=revision,
-    )
-    stored = "known only after the download"
+  config = hub.load_config(source, revision=revision, **options)
+  stored = "unknown before the download"
+  folder = pathlib.Path(source).expanduser()
+  if folder.is_dir():
+    dtypes = {info.dtype.name for info in safetensors_files.read_headers(folder).values()}
+    stored = ", ".join(sorted(dtypes))
   return f"source: {source} (dtypes in its files: {stored})\n" + describe(config)
 
 
 def describe(config: ModelConfig) -> str:
-  """Parameters, pieces, sizes, and the devices that are there."""
+  """Describes the parameters, pieces and sizes of a model, and this machine's devices."""
   rows = [("parameter", "shape", "dtype", "bytes")]
   leaves = checkpoint.named_leaves(params_lib.abstract(config))
   for name, leaf in leaves.items():
@@ -53,7 +46,7 @@ def describe(config: ModelConfig) -> str:
     for a, b, c, d in rows
   ]
   pieces = checkpoint.plan_pieces(config)
-  largest = max(sum(map(_num_bytes, checkpoint.piece_shapes(config, p).values())) for p in pieces)
+  largest = max(piece_num_bytes(config, piece) for piece in pieces)
   total = params_lib.num_bytes(config)
   experts = f", experts in {config.expert_format}" if config.expert_format else ""
   lines += [
@@ -76,8 +69,8 @@ def _gib(size: int) -> str:
   return f"{size / 2**30:.2f} GiB"
 
 
-def _device(device: jax.Device) -> str:
+def _device(device) -> str:
   statistics = device.memory_stats() or {}
   limit = statistics.get("bytes_limit")
-  memory = f"{_gib(limit)} usable" if limit else "memory not known"
+  memory = f"{_gib(limit)} usable" if limit else "memory unknown"
   return f"{device.device_kind} {device.id}: {memory}"

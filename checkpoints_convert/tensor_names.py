@@ -1,22 +1,21 @@
-"""Which hub tensor is which part of which parameter: one table for each family.
+"""Maps hub tensors to parts of parameters, with one table for each model family.
 
-A rule's pattern reads like `"D (H C) -> H C D"`: to the left the axes of the
-hub tensor, where parentheses merge axes; to the right where they go in one
-layer's parameter. There, `expert` is the index of the rule's expert, and a
-number is an index of its own: `"F D -> expert F 1 D"` is the second half of a
-fused projection. Letters are axis sizes (see `ModelConfig`; G is the shared
-expert's width, U the two of gate and up, I one, M and N the blocks of 32 in D
-and in F). Every pattern is a reordering, so that it can be read backwards
-without loss.
+The pattern of a rule, like `"D (H C) -> H C D"`, has the axes of the hub tensor on its left, where
+parentheses merge axes, and the axes of one layer's parameter on its right. There, `expert` is the
+index of the rule's expert, and a number is an index: `"F D -> expert F 1 D"` is the second half of
+a fused projection. Letters are axis sizes (see `ModelConfig`; G is the shared expert's width, U the
+pair gate and up, I one, M and N the blocks of 32 in D and in F). Every pattern is a permutation, so
+it can be inverted without loss.
 
-Where a family's experts come in two forms, the config that the rules are read
-with is that of the files: its `expert_format` says which form they have.
+Where a family stores experts in two forms, the rules apply to the config of the files, whose
+`expert_format` says which form they have.
 """
 
 from collections.abc import Iterator
 import dataclasses
 import math
 import re
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +25,7 @@ from roe_jax.checkpoint import Piece, piece_shapes
 from roe_jax.config import ModelConfig
 from roe_jax.quantization import pack, unpack
 
-_TILE = 256  # of the first two axes, when a tensor is transposed
+_TILE = 256  # tile size of the first two axes when transposing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +33,14 @@ class Rule:
   """One kind of hub tensor.
 
   Attributes:
-    tensor: its name, with `{layer}` and `{expert}` where it has them.
+    tensor: its name, with placeholders `{layer}` and `{expert}`.
     parameter: the parameter's name in its piece (`checkpoint.piece_shapes`).
-    pattern: see the module.
-    when: a field of `ModelConfig` without which a model lacks the tensor.
-    unless: a field of `ModelConfig` with which it does.
-    stored: "numbers" of any floating-point dtype; "bytes" that stay as they are;
-      or "blocks" of codes of 4 bits (see `mxfp4`), which the parameter holds as
-      halves of its last axis, and the pattern speaks of as if each were a byte.
+    pattern: see the module docstring.
+    when: a field of `ModelConfig`; the tensor exists only if it is set.
+    unless: a field of `ModelConfig`; the tensor exists only if it is not set.
+    stored: "numbers" of any floating-point dtype; "bytes" that are copied unchanged; or "blocks"
+      of 4-bit codes (see `mxfp4`), which the parameter packs in pairs along its last axis. The
+      pattern describes unpacked codes.
   """
 
   tensor: str
@@ -52,24 +51,28 @@ class Rule:
   stored: str = "numbers"
 
 
+_LAYER = "model.layers.{layer}."
+_ATTENTION = _LAYER + "self_attn."
+_MLP = _LAYER + "mlp."
+
 _COMMON = (
   Rule("model.embed_tokens.weight", "embedding", "V D -> V D"),
   Rule("model.norm.weight", "final_norm", "D -> D"),
   Rule("lm_head.weight", "unembedding", "V D -> V D"),
-  Rule("model.layers.{layer}.input_layernorm.weight", "attention_norm", "D -> D"),
-  Rule("model.layers.{layer}.post_attention_layernorm.weight", "moe_norm", "D -> D"),
-  Rule("model.layers.{layer}.self_attn.q_proj.weight", "attention.query", "(H C) D -> H C D"),
-  Rule("model.layers.{layer}.self_attn.k_proj.weight", "attention.key", "(K C) D -> K C D"),
-  Rule("model.layers.{layer}.self_attn.v_proj.weight", "attention.value", "(K C) D -> K C D"),
-  Rule("model.layers.{layer}.self_attn.o_proj.weight", "attention.output", "D (H C) -> H C D"),
+  Rule(_LAYER + "input_layernorm.weight", "attention_norm", "D -> D"),
+  Rule(_LAYER + "post_attention_layernorm.weight", "moe_norm", "D -> D"),
+  Rule(_ATTENTION + "q_proj.weight", "attention.query", "(H C) D -> H C D"),
+  Rule(_ATTENTION + "k_proj.weight", "attention.key", "(K C) D -> K C D"),
+  Rule(_ATTENTION + "v_proj.weight", "attention.value", "(K C) D -> K C D"),
+  Rule(_ATTENTION + "o_proj.weight", "attention.output", "D (H C) -> H C D"),
 )
 
 
 def _experts(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
-  """A router and separate matrices for each expert, under a family's names."""
-  expert = block + ".experts.{expert}."
+  """Returns the rules of a router and of separate matrices for each expert."""
+  expert = block + "experts.{expert}."
   return (
-    Rule(block + ".gate.weight", "router", "E D -> E D"),
+    Rule(block + "gate.weight", "router", "E D -> E D"),
     Rule(f"{expert}{gate}.weight", "experts.gate_up", "F D -> expert F 0 D"),
     Rule(f"{expert}{up}.weight", "experts.gate_up", "F D -> expert F 1 D"),
     Rule(f"{expert}{down}.weight", "experts.down", "D F -> expert F D"),
@@ -77,119 +80,73 @@ def _experts(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
 
 
 _QKV_BIASES = (
-  Rule(
-    "model.layers.{layer}.self_attn.q_proj.bias",
-    "attention.query_bias",
-    "(H C) -> H C",
-    when="qkv_bias",
-  ),
-  Rule(
-    "model.layers.{layer}.self_attn.k_proj.bias",
-    "attention.key_bias",
-    "(K C) -> K C",
-    when="qkv_bias",
-  ),
-  Rule(
-    "model.layers.{layer}.self_attn.v_proj.bias",
-    "attention.value_bias",
-    "(K C) -> K C",
-    when="qkv_bias",
-  ),
+  Rule(_ATTENTION + "q_proj.bias", "attention.query_bias", "(H C) -> H C", when="qkv_bias"),
+  Rule(_ATTENTION + "k_proj.bias", "attention.key_bias", "(K C) -> K C", when="qkv_bias"),
+  Rule(_ATTENTION + "v_proj.bias", "attention.value_bias", "(K C) -> K C", when="qkv_bias"),
 )
-_MLP_EXPERTS = _experts("model.layers.{layer}.mlp", "gate_proj", "up_proj", "down_proj")
+_MLP_EXPERTS = _experts(_MLP, "gate_proj", "up_proj", "down_proj")
 
-_EXPERTS = "model.layers.{layer}.mlp.experts."
+
+def _mxfp4(tensor: str, parameter: str, pattern: str, stored: str) -> Rule:
+  return Rule(_MLP + tensor, parameter, pattern, when="expert_format", stored=stored)
+
+
+_GATE_UP, _DOWN = _MLP + "experts.gate_up_proj", _MLP + "experts.down_proj"
 _GPT_OSS_EXPERTS = (
-  Rule(
-    _EXPERTS + "gate_up_proj", "experts.gate_up", "E D (F U) -> E F U D", unless="expert_format"
-  ),
-  Rule(_EXPERTS + "down_proj", "experts.down", "E F D -> E F D", unless="expert_format"),
-  Rule(
-    _EXPERTS + "gate_up_proj_blocks",
-    "experts.gate_up.codes",
-    "E (F U) D -> E F U D",
-    when="expert_format",
-    stored="blocks",
-  ),
-  Rule(
-    _EXPERTS + "gate_up_proj_scales",
-    "experts.gate_up.scales",
-    "E (F U) M -> E F U M",
-    when="expert_format",
-    stored="bytes",
-  ),
-  Rule(
-    _EXPERTS + "down_proj_blocks",
-    "experts.down.codes",
-    "E D F -> E F D",
-    when="expert_format",
-    stored="blocks",
-  ),
-  Rule(
-    _EXPERTS + "down_proj_scales",
-    "experts.down.scales",
-    "E D N -> E N D",
-    when="expert_format",
-    stored="bytes",
-  ),
-  Rule(_EXPERTS + "gate_up_proj_bias", "experts.gate_up_bias", "E (F U) -> E F U"),
-  Rule(_EXPERTS + "down_proj_bias", "experts.down_bias", "E D -> E D"),
+  Rule(_GATE_UP, "experts.gate_up", "E D (F U) -> E F U D", unless="expert_format"),
+  Rule(_DOWN, "experts.down", "E F D -> E F D", unless="expert_format"),
+  _mxfp4("experts.gate_up_proj_blocks", "experts.gate_up.codes", "E (F U) D -> E F U D", "blocks"),
+  _mxfp4("experts.gate_up_proj_scales", "experts.gate_up.scales", "E (F U) M -> E F U M", "bytes"),
+  _mxfp4("experts.down_proj_blocks", "experts.down.codes", "E D F -> E F D", "blocks"),
+  _mxfp4("experts.down_proj_scales", "experts.down.scales", "E D N -> E N D", "bytes"),
+  Rule(_GATE_UP + "_bias", "experts.gate_up_bias", "E (F U) -> E F U"),
+  Rule(_DOWN + "_bias", "experts.down_bias", "E D -> E D"),
 )
 
 FAMILIES: dict[str, tuple[Rule, ...]] = {
   "olmoe": (
     *_COMMON,
-    Rule("model.layers.{layer}.self_attn.q_norm.weight", "attention.query_norm", "(H C) -> H C"),
-    Rule("model.layers.{layer}.self_attn.k_norm.weight", "attention.key_norm", "(K C) -> K C"),
+    Rule(_ATTENTION + "q_norm.weight", "attention.query_norm", "(H C) -> H C"),
+    Rule(_ATTENTION + "k_norm.weight", "attention.key_norm", "(K C) -> K C"),
     *_MLP_EXPERTS,
   ),
-  "mixtral": (*_COMMON, *_experts("model.layers.{layer}.block_sparse_moe", "w1", "w3", "w2")),
+  "mixtral": (*_COMMON, *_experts(_LAYER + "block_sparse_moe.", "w1", "w3", "w2")),
   "gpt_oss": (
     *_COMMON,
     *_QKV_BIASES,
-    Rule("model.layers.{layer}.self_attn.o_proj.bias", "attention.output_bias", "D -> D"),
-    Rule("model.layers.{layer}.self_attn.sinks", "attention.sinks", "H -> H"),
-    Rule("model.layers.{layer}.mlp.router.weight", "router", "E D -> E D"),
-    Rule("model.layers.{layer}.mlp.router.bias", "router_bias", "E -> E"),
+    Rule(_ATTENTION + "o_proj.bias", "attention.output_bias", "D -> D"),
+    Rule(_ATTENTION + "sinks", "attention.sinks", "H -> H"),
+    Rule(_MLP + "router.weight", "router", "E D -> E D"),
+    Rule(_MLP + "router.bias", "router_bias", "E -> E"),
     *_GPT_OSS_EXPERTS,
   ),
   "qwen2_moe": (
     *_COMMON,
     *_QKV_BIASES,
     *_MLP_EXPERTS,
-    Rule(
-      "model.layers.{layer}.mlp.shared_expert.gate_proj.weight",
-      "shared_expert.gate_up",
-      "G D -> G 0 D",
-    ),
-    Rule(
-      "model.layers.{layer}.mlp.shared_expert.up_proj.weight",
-      "shared_expert.gate_up",
-      "G D -> G 1 D",
-    ),
-    Rule(
-      "model.layers.{layer}.mlp.shared_expert.down_proj.weight", "shared_expert.down", "D G -> G D"
-    ),
-    Rule("model.layers.{layer}.mlp.shared_expert_gate.weight", "shared_expert.gate", "I D -> I D"),
+    Rule(_MLP + "shared_expert.gate_proj.weight", "shared_expert.gate_up", "G D -> G 0 D"),
+    Rule(_MLP + "shared_expert.up_proj.weight", "shared_expert.gate_up", "G D -> G 1 D"),
+    Rule(_MLP + "shared_expert.down_proj.weight", "shared_expert.down", "D G -> G D"),
+    Rule(_MLP + "shared_expert_gate.weight", "shared_expert.gate", "I D -> I D"),
   ),
   "qwen3_moe": (
     *_COMMON,
-    Rule("model.layers.{layer}.self_attn.q_norm.weight", "attention.query_norm", "C -> C"),
-    Rule("model.layers.{layer}.self_attn.k_norm.weight", "attention.key_norm", "C -> C"),
+    Rule(_ATTENTION + "q_norm.weight", "attention.query_norm", "C -> C"),
+    Rule(_ATTENTION + "k_norm.weight", "attention.key_norm", "C -> C"),
     *_MLP_EXPERTS,
   ),
 }
 
 
 class Part:
-  """One hub tensor and the part of a piece's parameter that it is.
+  """A hub tensor and the part of a piece's parameter that it fills.
 
   Attributes:
     tensor: the full name in the hub file.
-    shape: the shape there.
-    split: the same with merged axes apart.
+    shape: the shape in the hub file.
+    split: the shape with merged axes split.
     parameter: the parameter's name in the piece.
-    is_bytes: whether the tensor is uint8, rather than floating-point numbers.
+    is_bytes: whether the tensor is uint8, as opposed to floating-point.
   """
 
   def __init__(
@@ -211,28 +168,28 @@ class Part:
       self.split = (*self._sizes[:-1], *self.shape[-2:])
     order = [axes.index(token) for token in target.split() if token in axes]
     self._inverse = tuple(order.index(i) for i in range(len(axes)))
-    self._index = () if row is None else (row,)
+    self._index: tuple[Any, ...] = () if row is None else (row,)
     self._index += tuple(
       expert if token == "expert" else slice(None) if token in axes else int(token)
       for token in target.split()
     )
 
   def region(self, window: Spans) -> Spans | None:
-    """What a part of the parameter holds of the hub tensor, whose axes are `split`.
+    """Returns the part of the hub tensor, with axes `split`, that a part of the parameter holds.
 
     Args:
-      window: the part. Of codes it has the last axis whole, as neighbors in the
-        hub's blocks lie far apart in it, and whole blocks.
+      window: the part of the parameter. Of 4-bit codes it must contain whole blocks and the
+        whole last axis, because neighbors in the hub's blocks are far apart in it.
 
     Returns:
-      None if it holds nothing.
+      The part of the hub tensor, or None if `window` holds nothing of it.
     """
     if any(
       not isinstance(i, slice) and not start <= i < stop
       for i, (start, stop) in zip(self._index, window)
     ):
       return None
-    own = [span for i, span in zip(self._index, window) if isinstance(i, slice)]
+    own: list[Any] = [span for i, span in zip(self._index, window) if isinstance(i, slice)]
     if self._in_blocks:
       own[-1] = tuple(2 * end for end in own[-1])
     spans = [own[i] for i in self._inverse]
@@ -242,12 +199,12 @@ class Part:
     return tuple(spans)
 
   def fill(self, parameter: np.ndarray, tensor: np.ndarray, window: Spans | None = None) -> None:
-    """Writes the hub tensor into its part of the parameter, casting to its dtype.
+    """Writes the hub tensor into its part of the parameter, casting to the parameter's dtype.
 
     Args:
-      parameter: to write to: all of it, or its window.
+      parameter: the parameter, or its `window`.
       tensor: the hub tensor, or its `region` of the window.
-      window: the part of the parameter that is given, if not all of it.
+      window: the part of the parameter that is given; all of it by default.
     """
     index, sizes = self._index, self._sizes
     if window is not None:
@@ -260,14 +217,14 @@ class Part:
     if not self._in_blocks:
       self._copy(tensor.reshape(sizes), parameter[index].transpose(self._inverse))
       return
-    # One expert at a time, as codes that are not packed take twice the memory.
+    # One expert at a time, because unpacked codes take twice the memory.
     for blocks, codes in zip(tensor, parameter[index]):
       loose = np.empty((*codes.shape[:-1], 2 * codes.shape[-1]), np.uint8)
       _copy_by_tiles(mxfp4.from_blocks(blocks).reshape(sizes[1:]), self._of_expert(loose))
       codes[...] = pack(loose)
 
   def take(self, parameter: np.ndarray) -> np.ndarray:
-    """The hub tensor out of the parameter: the inverse of `fill`."""
+    """Extracts the hub tensor from the parameter; the inverse of `fill`."""
     tensor = np.empty(self.shape, parameter.dtype)
     part = parameter[self._index]
     if not self._in_blocks:
@@ -280,7 +237,7 @@ class Part:
     return tensor
 
   def _of_expert(self, loose: np.ndarray) -> np.ndarray:
-    """The codes of one expert, which leads both orders, in the hub tensor's order."""
+    """Transposes one expert's codes to the hub tensor's order; experts lead in both orders."""
     return loose.transpose([i - 1 for i in self._inverse[1:]])
 
   def _copy(self, source: np.ndarray, target: np.ndarray) -> None:
@@ -294,15 +251,14 @@ class Part:
 
 
 def _copy_by_tiles(source: np.ndarray, target: np.ndarray) -> None:
-  # Transposing a large matrix in one go misses the cache at every element and
-  # takes ten times as long.
+  # Transposing a large matrix at once misses the cache at every element: ten times slower.
   for i in range(0, source.shape[0], _TILE):
     for j in range(0, source.shape[1], _TILE):
       target[i : i + _TILE, j : j + _TILE] = source[i : i + _TILE, j : j + _TILE]
 
 
 def parts(config: ModelConfig, piece: Piece) -> Iterator[Part]:
-  """All hub tensors of a piece, of files in the form that the config says."""
+  """Yields all hub tensors of a piece, for files in the expert format of the config."""
   sizes = {
     "V": config.vocab_size,
     "D": config.d_model,
@@ -333,15 +289,15 @@ def parts(config: ModelConfig, piece: Piece) -> Iterator[Part]:
 
 
 def check_table(config: ModelConfig) -> None:
-  """Checks that the family's table fills every parameter of the model, once.
+  """Checks that the family's table fills every parameter of the model exactly once.
 
   Raises:
-    ConversionError: the table and the model's parameters do not agree.
+    ConversionError: the table does not match the model's parameters.
   """
   if config.family not in FAMILIES:
     raise ConversionError(
-      f"there is no conversion table for the family {config.family!r}; there are "
-      f"tables for {', '.join(FAMILIES)}"
+      f"there is no table of tensor names for the family {config.family!r}; there are tables for "
+      f"{', '.join(FAMILIES)}"
     )
   for piece in (Piece("top"), Piece("one layer", 0, 1)):
     shapes = piece_shapes(config, piece)

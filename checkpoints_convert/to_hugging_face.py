@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import json
 import math
 import pathlib
-import shutil
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from checkpoints_convert.common import check_space
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
 from roe_jax.checkpoint import Piece
+from roe_jax.checkpoint_folder import copy_companion_files
 from roe_jax.config import ModelConfig
 from roe_jax.families import to_hugging_face
 from roe_jax.params import Params
@@ -77,7 +77,7 @@ def save_hugging_face(
     target: the folder to write, which `transformers` can load.
     params: the parameters.
     config: their config.
-    files: a folder from which `checkpoint.COMPANION_FILES` (the tokenizer's) are copied.
+    files: a folder from which the tokenizer's files are copied (`COMPANION_FILES`).
     provenance: JSON values for `manifest.json`: where the model came from.
     overwrite: whether to replace an existing Hugging Face folder at `target`.
 
@@ -140,10 +140,7 @@ def _write(
     disable=not fingerprint,
   ) as progress:
     safetensors_files.write_shards(partial, shards, _tensors(config, parts, read, progress))
-  if files is not None:
-    for name in checkpoint.COMPANION_FILES:
-      if (pathlib.Path(files) / name).is_file():
-        shutil.copyfile(pathlib.Path(files) / name, partial / name)
+  copy_companion_files(files, partial)
   for name, values in (("config.json", hf_config), (checkpoint.MANIFEST_FILE, manifest)):
     if values is not None:
       (partial / name).write_text(json.dumps(values, indent=2) + "\n")
@@ -164,4 +161,4 @@ def _tensors(
       progress.update(array.nbytes)
       yield array
       del array
-    del arrays  # or they would stay while the next piece is read
+    del arrays  # or they would stay in memory while the next piece is read

@@ -223,7 +223,7 @@ def summarize(
 
 def _interval(difference: paired_statistics.Difference) -> str:
   return f"{difference.value:+.2f}% [{difference.low:+.2f}, {difference.high:+.2f}]" + (
-    " *" if difference.is_significant else ""
+    " *" if difference.excludes_zero else ""
   )
 
 

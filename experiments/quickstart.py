@@ -216,7 +216,7 @@ def solve_problems(
 
 def _interval(difference: paired_statistics.Difference, unit: str) -> str:
   return f"{difference.value:+.2f}{unit} [{difference.low:+.2f}, {difference.high:+.2f}]" + (
-    " *" if difference.is_significant else ""
+    " *" if difference.excludes_zero else ""
   )
 
 
@@ -296,7 +296,7 @@ def verdict(rows: list[dict]) -> str:
   n = largest["num_members"]
 
   def clear(difference, unit):
-    if not difference.is_significant:
+    if not difference.excludes_zero:
       return f"makes no clear difference to the {unit}"
     return f"{'lowers' if difference.value < 0 else 'raises'} the {unit} clearly"
 

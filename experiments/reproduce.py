@@ -1,23 +1,21 @@
-"""Makes the figures and tables of the paper, and those that its reviewers asked for.
+"""Reproduces the paper's figures and tables, and makes those that its reviewers asked for.
 
     python -m experiments.reproduce --figure=fig6 --model=embedded
     python -m experiments.reproduce --figure=fig3,fig10 --model=olmoe
     python -m experiments.reproduce --figure=all --model=embedded --page=RESULTS.md
+    python -m experiments.reproduce --model=embedded --page=RESULTS.md  # only redraws
 
-What a figure shows, what it needs and how long it takes is told in its file in
-`experiments/figures`, and where its model comes from in `experiments/figures/figure_models.py`.
---output/MODEL/FIGURE then holds
+Each figure is described in its file in `experiments/figures`, times are in the package's
+docstring, and models in `figure_models`. --output/MODEL/FIGURE contains
 
-* `records.jsonl`, what was found, one JSON object a line;
+* `records.jsonl`: the results, one JSON object per line;
 * `figure.png` and `figure.pdf`, readable in gray, and `table.md`, also printed;
 * `about.json`: command, date, seeds, machine, versions and seconds.
 
-Most of the work is done by other programs (`tune`, `compare`, ...), whose folders lie
-in --output/MODEL, too, and are shared by figures; --dry_run prints their commands,
-which may as well be run on other machines. Killed and started again, all goes on; a
-figure that is complete is only drawn anew.
---set overrides settings of a model or of a figure, as in
---set=num_examples=20,num_members=4.
+Most of the work is done by other programs (`tune`, `compare`), whose folders are also in
+--output/MODEL and shared by figures; --dry_run prints their commands, which may be run on other
+machines. When rerun, the program resumes; complete figures are only redrawn. --set overrides
+settings of a model or a figure: --set=num_examples=20,num_members=4.
 """
 
 from collections.abc import Iterable
@@ -38,82 +36,57 @@ from experiments.analysis import drawing
 from experiments.benchmarks import machine
 from experiments.cli import app
 from experiments.figures import figure_models, results_page
-from experiments.figures.work import ABOUT, RECORDS, Command, Work, read_records, write_records
+from experiments.figures.figure_run import (
+  ABOUT,
+  RECORDS,
+  Command,
+  FigureRun,
+  read_records,
+  write_records,
+)
 from experiments.records import runs
 
 FLAGS = flags.FLAGS
 
 
 def define_flags(values: flags.FlagValues = FLAGS) -> None:
-  flags.DEFINE_list(
-    "figure",
-    None,
-    'Figures, or "all", "paper" or "reviewers": ' + ", ".join(figures.NAMES) + ".",
-    required=True,
-    flag_values=values,
-  )
-  flags.DEFINE_enum(
-    "model",
-    None,
-    list(figure_models.MODELS),
-    "What they are made of.",
-    required=True,
-    flag_values=values,
-  )
-  flags.DEFINE_list(
-    "checkpoint",
-    None,
-    "Checkpoints in place of the model's, as other programs take them.",
-    flag_values=values,
-  )
-  flags.DEFINE_list(
-    "set",
-    [],
-    "NAME=VALUE: settings of the model or the figure that differ; "
-    "values with commas take semicolons.",
-    flag_values=values,
-  )
-  flags.DEFINE_integer("seed", 0, "The first noise seed.", flag_values=values)
-  flags.DEFINE_string(
-    "data_dir", None, "Folder with the tasks' files; see experiments/tasks.", flag_values=values
-  )
-  flags.DEFINE_bool(
-    "allow_code_execution",
-    False,
-    "Let tasks run programs that the model wrote.",
-    flag_values=values,
-  )
-  flags.DEFINE_bool(
-    "dry_run", False, "Print the commands that would run, and do nothing.", flag_values=values
-  )
-  flags.DEFINE_string("output", "results/reproduce", "Folder of all figures.", flag_values=values)
-  flags.DEFINE_string(
-    "page",
-    None,
-    "Also write this Markdown page of all figures of the model "
-    "that are there; their records and pictures go to docs/results beside it.",
-    flag_values=values,
-  )
+  def define(kind, name, default, *args, **settings):
+    getattr(flags, f"DEFINE_{kind}")(name, default, *args, flag_values=values, **settings)
+
+  names = ", ".join(figures.NAMES)
+  define("list", "figure", [], f'Figures to make: "all", "paper", "reviewers", or {names}.')
+  models = list(figure_models.MODELS)
+  define("enum", "model", None, models, "Model to make figures of.", required=True)
+  define("list", "checkpoint", None, "Checkpoints to use instead of the model's.")
+  settings = "Overrides of the model's or figure's settings, as NAME=VALUE; tuples use semicolons."
+  define("list", "set", [], settings)
+  define("integer", "seed", 0, "First noise seed.")
+  define("string", "data_dir", None, "Folder with the tasks' files; see experiments/tasks.")
+  define("bool", "allow_code_execution", False, "Allow tasks to run programs the model wrote.")
+  define("bool", "dry_run", False, "Only print the commands that would run.")
+  define("string", "output", "results/reproduce", "Folder for all figures.")
+  page = "Markdown page to write from all of the model's records, which are kept in docs/results"
+  define("string", "page", None, f"{page} next to it. Pictures are redrawn.")
 
 
 def figure_names(wanted: list[str]) -> list[str]:
-  """The figures that --figure names, in their order.
+  """Returns the figures given by --figure, in their order.
 
   Raises:
-    ValueError: one of them does not exist.
+    ValueError: unknown name.
   """
   groups = {"all": figures.NAMES, "paper": figures.PAPER, "reviewers": figures.REVIEWERS}
-  found = [name for text in wanted for name in groups.get(text, (text,))]
+  found = [name for group in wanted for name in groups.get(group, (group,))]
   for name in found:
     figures.get(name)
   return sorted(set(found), key=figures.NAMES.index)
 
 
 def overridden(settings: list[object], given: list[str]) -> list[object]:
-  """Dataclasses with the values that --set gives, each wherever there is a field of its name.
+  """Overrides the fields of dataclasses by --set, wherever there is a field of that name.
 
   Raises:
-    ValueError: no field is called so, or the value is not of its kind.
+    ValueError: no field has that name, or the value has the wrong type.
   """
   named = [{f.name for f in dataclasses.fields(s)} for s in settings]
   for text in given:
@@ -133,7 +106,7 @@ def overridden(settings: list[object], given: list[str]) -> list[object]:
 
 
 def _parse(text, value, old):
-  """`value` as what `old` is: numbers for numbers, tuples with semicolons."""
+  """Parses `value` to the type of `old`; tuples use semicolons."""
   try:
     if isinstance(old, tuple):
       kind = type(old[0]) if old else str
@@ -147,55 +120,45 @@ def _parse(text, value, old):
     raise ValueError(f"--set={text}: the value must be like {old!r}") from None
 
 
-def make_works() -> list[Work]:
-  """The figures that flags ask for, checked.
+def make_figure_runs(names: list[str]) -> list[FigureRun]:
+  """Returns the figures of these names as the flags set them.
 
   Raises:
-    ValueError: a flag is wrong.
+    ValueError: wrong flags.
   """
-  names = figure_names(FLAGS.figure)
   model = figure_models.get(FLAGS.model)
   if FLAGS.checkpoint:
     model = dataclasses.replace(model, checkpoints=tuple(FLAGS.checkpoint), prepare=())
   configs = [figures.get(name).CONFIGS[FLAGS.model] for name in names]
   model, *configs = overridden([model, *configs], FLAGS.set)
-  return [
-    Work(
-      name,
-      model,
-      config,
-      pathlib.Path(FLAGS.output) / FLAGS.model,
-      FLAGS.seed,
-      FLAGS.data_dir,
-      FLAGS.allow_code_execution,
-    )
-    for name, config in zip(names, configs)
-  ]
+  root = pathlib.Path(FLAGS.output) / FLAGS.model
+  data = FLAGS.seed, FLAGS.data_dir, FLAGS.allow_code_execution
+  return [FigureRun(name, model, config, root, *data) for name, config in zip(names, configs)]
 
 
 def check_checkpoints(model: figure_models.Model) -> None:
-  """Refuses a model that is not there.
+  """Checks that the model exists.
 
   Raises:
-    FileNotFoundError: with the command that makes it.
+    FileNotFoundError: it does not; the message has the command that makes it.
   """
   for checkpoint in model.checkpoints:
     try:
       app.load_config(checkpoint)
     except FileNotFoundError as error:
       raise FileNotFoundError(
-        f"{error}; {model.title} is made by `{'` and `'.join(model.prepare)}`, or name a folder "
+        f"{error}; make {model.title} with `{'` and `'.join(model.prepare)}`, or give a folder "
         "with --checkpoint"
         if model.prepare
         else str(error)
       ) from error
 
 
-def check_tasks(works: list[Work], commands: list[Command]) -> None:
-  """Refuses tasks whose data cannot be had, or that run programs without leave.
+def check_tasks(figure_runs: list[FigureRun], commands: list[Command]) -> None:
+  """Checks that tasks have data, and may run programs if they need to.
 
   Raises:
-    ValueError, FileNotFoundError: as `tasks.Task.examples` and `check_allowed`.
+    ValueError, FileNotFoundError: see `tasks.Task.examples` and `check_allowed`.
   """
   names = {
     name
@@ -204,7 +167,7 @@ def check_tasks(works: list[Work], commands: list[Command]) -> None:
     if flag in ("task", "tasks")
     for name in ([value] if isinstance(value, str) else value)
   }
-  names |= {work.config.task for work in works if hasattr(work.config, "task")}
+  names |= {run.config.task for run in figure_runs if hasattr(run.config, "task")}
   for name in sorted(names):
     task = tasks.get(name)
     task.check_allowed(FLAGS.allow_code_execution)
@@ -212,26 +175,28 @@ def check_tasks(works: list[Work], commands: list[Command]) -> None:
       task.examples(split, FLAGS.data_dir, 1)
 
 
-def all_commands(works: list[Work]) -> list[Command]:
-  """The programs that figures need, those that several need once."""
+def all_commands(figure_runs: list[FigureRun]) -> list[Command]:
+  """Returns the programs that figures need, without repetitions."""
   found = {}
-  for work in works:
-    for command in figures.get(work.figure).commands(work):
+  for run in figure_runs:
+    for command in figures.commands(run):
       first = found.setdefault(command.output, command)
       if first != command:
-        raise ValueError(f"two figures want {command.output} of different commands")
+        raise ValueError(
+          f"two figures need {command.output} from different commands: run each alone"
+        )
   return list(found.values())
 
 
 class Stopwatch:
-  """Seconds that programs and figures took, kept in a file; of what is cut off, too."""
+  """Seconds spent on programs and figures, saved to a file, including interrupted ones."""
 
   def __init__(self, path: pathlib.Path):
     self._path = path
 
   @contextlib.contextmanager
   def __call__(self, name: str):
-    """Times what is done inside, and adds it to what `name` took before."""
+    """Times the context and adds it to the time of `name` so far."""
     begin = time.perf_counter()
     try:
       yield
@@ -247,86 +212,77 @@ class Stopwatch:
     return json.loads(self._path.read_text()) if self._path.is_file() else {}
 
 
-def finish(work: Work, stopwatch: Stopwatch) -> str:
-  """Measures, tells and draws a figure; returns its table."""
-  module = figures.get(work.figure)
-  work.folder.mkdir(parents=True, exist_ok=True)
-  runs.claim(work.folder, work.settings)
-  about = work.folder / ABOUT
-  if about.is_file():  # to be drawn anew: what is measured is there
-    records = read_records(work.folder / RECORDS)
+def finish(run: FigureRun, stopwatch: Stopwatch) -> str:
+  """Measures a figure if needed, writes and draws it, and returns its table."""
+  figure = figures.get(run.figure)
+  run.folder.mkdir(parents=True, exist_ok=True)
+  runs.claim(run.folder, run.settings)
+  path = run.folder / ABOUT
+  if path.is_file():
+    about, records = json.loads(path.read_text()), read_records(run.folder / RECORDS)
   else:
-    with stopwatch(work.figure):
-      records = module.measure(work)
-    write_records(work.folder / RECORDS, records)
-  text = module.table(records)
-  app.write_atomically(work.folder / "table.md", text + "\n")
-  picture = module.draw(records)
-  if picture is not None:
-    drawing.save(picture, work.folder / "figure")
-  known = (
-    json.loads(about.read_text())
-    if about.is_file()
-    else {
-      "figure": work.figure,
-      "model": work.model.title,
-      "command": _command(work),
+    with stopwatch(run.figure):
+      records = figure.measure(run)
+    write_records(run.folder / RECORDS, records)
+    about = {
+      "figure": run.figure,
+      "model": run.model.title,
+      "command": _command(run),
       "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
       "machine": machine.describe(num_cores()),
-      "seconds": stopwatch.total([work.figure, *(c.name for c in module.commands(work))]),
+      "seconds": stopwatch.total([run.figure, *(c.name for c in figures.commands(run))]),
     }
-  )
-  app.write_atomically(
-    about,
-    json.dumps(known | {"seeds": work.seeds, "findings": module.findings(records)}, indent=2)
-    + "\n",
-  )
-  return text
+  table = figure.table(records)
+  app.write_atomically(run.folder / "table.md", table + "\n")
+  picture = figure.draw(records)
+  if picture is not None:
+    drawing.save(picture, run.folder / "figure")
+  about |= {"seeds": run.seeds, "findings": figure.findings(records)}
+  app.write_atomically(path, json.dumps(about, indent=2) + "\n")
+  return table
 
 
 def num_cores() -> int:
-  """How many this process may use."""
+  """Returns the number of cores this process may use."""
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def _command(work):
-  """What makes this figure alone."""
+def _command(run):
+  """Returns the command that makes this figure alone."""
   given = {
     name: FLAGS[name].value
     for name in ("checkpoint", "set", "seed", "data_dir", "allow_code_execution", "output")
     if FLAGS[name].present
   }
-  told = [
-    f"--{name}={','.join(value) if isinstance(value, list) else value}"
-    for name, value in given.items()
-  ]
+  given = {"figure": run.figure, "model": FLAGS.model} | given
   return shlex.join(
-    [
-      "python",
-      "-m",
-      "experiments.reproduce",
-      f"--figure={work.figure}",
-      f"--model={FLAGS.model}",
-      *told,
-    ]
+    ["python", "-m", "experiments.reproduce"]
+    + [f"--{k}={','.join(v) if isinstance(v, list) else v}" for k, v in given.items()]
   )
 
 
 def main(argv) -> None:
   del argv
-  works = make_works()
-  commands = all_commands(works)
+  if not FLAGS.figure and not FLAGS.page:
+    raise ValueError("there is nothing to make: give --figure, --page or both")
+  if names := figure_names(FLAGS.figure):
+    make_figures(make_figure_runs(names))
+  if FLAGS.page and not FLAGS.dry_run:
+    root = pathlib.Path(FLAGS.output) / FLAGS.model
+    print(results_page.write(pathlib.Path(FLAGS.page), root, figure_models.get(FLAGS.model)))
+
+
+def make_figures(figure_runs: list[FigureRun]) -> None:
+  """Runs the programs that figures need, and finishes the figures."""
+  commands = all_commands(figure_runs)
   if FLAGS.dry_run:
-    for command in commands:
-      print(command)
+    print("\n".join(map(str, commands)))
     return
-  model = works[0].model
-  check_checkpoints(model)
-  check_tasks(works, [c for c in commands if not c.is_done])
-  root = works[0].root
+  check_checkpoints(figure_runs[0].model)
+  check_tasks(figure_runs, [c for c in commands if not c.is_done])
+  root, settings = figure_runs[0].root, figure_runs[0].settings
   root.mkdir(parents=True, exist_ok=True)
-  settings = {k: v for k, v in works[0].settings.items() if k not in ("figure", "config")}
-  runs.claim(root, settings)
+  runs.claim(root, {k: v for k, v in settings.items() if k not in ("figure", "config")})
   stopwatch = Stopwatch(root / "seconds.json")
   for number, command in enumerate(commands, 1):
     if command.is_done:
@@ -334,22 +290,17 @@ def main(argv) -> None:
     print(f"[{number}/{len(commands)}] {command}", file=sys.stderr)
     with stopwatch(command.name):
       command.run()
-  for work in works:
-    text = finish(work, stopwatch)
-    print(f"\n{figures.get(work.figure).TITLE}\n\n{text}\n")
-  print(f"Saved {', '.join(work.figure for work in works)} in {root}.")
-  if FLAGS.page:
-    print(results_page.write(pathlib.Path(FLAGS.page), root, model))
+  for run in figure_runs:
+    table = finish(run, stopwatch)
+    print(f"\n{figures.get(run.figure).TITLE}\n\n{table}\n")
+  print(f"Saved {', '.join(run.figure for run in figure_runs)} in {root}.")
 
 
 def program() -> None:
   """Runs this program with the command line's flags."""
   define_flags()
-  app.run(
-    main,
-    not_distributed="it starts other programs: --dry_run prints their commands, which "
-    "take --distributed",
-  )
+  reason = "it starts other programs: --dry_run prints their commands, which take --distributed"
+  app.run(main, not_distributed=reason)
 
 
 if __name__ == "__main__":

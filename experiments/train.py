@@ -295,7 +295,7 @@ def finish(
   last: dict,
   command: str,
 ) -> None:
-  """Writes `output/model` as a Hugging Face folder: bfloat16 weights, their scores in the manifest."""
+  """Writes the Hugging Face folder `output/model`: bfloat16 weights, with scores in the manifest."""
   stored = jax.tree.map(lambda w: w.astype(jnp.bfloat16), state.params)
   scores = validate(jax.tree.map(lambda w: w.astype(config.model.dtype), stored), config, tokenizer)
   files = output / "tokenizer"

@@ -1,10 +1,9 @@
-"""Saving and loading of parameters, with config and tokenizer files beside.
+"""Saves and loads checkpoints: parameters, config, and tokenizer files.
 
-Every piece of a checkpoint (see `checkpoint_folder`) is an Orbax checkpoint of
-its own, so that a model can be written and read with one piece in memory at a
-time, although in memory all layers are one stacked array. The folder is built
-as `CKPT.partial` and renamed when it is complete; what an interrupted `Writer`
-has finished is kept and not redone.
+Each piece of a checkpoint (see `checkpoint_folder`) is an Orbax checkpoint of its own, so that
+reading and writing need memory for one piece at a time, although the loaded layers are stacked
+arrays. The folder is built as `CKPT.partial` and renamed when it is complete; a `Writer` keeps
+the finished pieces of an interrupted run.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -20,13 +19,13 @@ from typing import Any
 
 from flax import traverse_util
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from roe_jax import params as params_lib
 from roe_jax.checkpoint_folder import (
-  COMPANION_FILES,
   CONFIG_FILE,
   FORMAT,
   MANIFEST_FILE,
@@ -35,6 +34,7 @@ from roe_jax.checkpoint_folder import (
   PathLike,
   Piece,
   check_target,
+  copy_companion_files,
   named_leaves,
   partial_folder,
   piece_arrays,
@@ -54,11 +54,11 @@ _CHUNK_BYTES = 32 << 20
 class Writer:
   """Writes a checkpoint piece by piece.
 
-  As a context manager it calls `finish` on a normal exit; on an exception it
-  leaves `PATH.partial`, which a Writer with the same arguments continues.
+  As a context manager it calls `finish` on a normal exit; on an exception it leaves
+  `PATH.partial`, from which a Writer with the same arguments resumes.
 
   Attributes:
-    pieces: what is to be written, in the order of `plan_pieces`.
+    pieces: the pieces to write, in the order of `plan_pieces`.
   """
 
   def __init__(
@@ -73,19 +73,18 @@ class Writer:
     pieces: tuple[Piece, ...] | None = None,
     overwrite: bool = False,
   ):
-    """Creates or continues `PATH.partial`.
+    """Creates `PATH.partial` or resumes from it.
 
     Args:
       path: the folder to write.
-      config: of the model; `config.dtype` is the dtype on disk.
+      config: the model's config; `config.dtype` is the dtype on disk.
       files: a folder from which `COMPANION_FILES` are copied.
-      provenance: JSON values kept in the manifest: where this came from.
-      fingerprint: identifies the parameters' origin; unfinished work of
-        another fingerprint, config or plan is discarded, not continued. An
-        empty one never continues anything.
-      piece_bytes: how large a piece of several layers may become.
-      pieces: instead of that, those of another checkpoint.
-      overwrite: whether an existing checkpoint at `path` is replaced.
+      provenance: JSON values for the manifest: where the parameters came from.
+      fingerprint: identifies the origin of the parameters; unfinished work of another
+        fingerprint, config or plan is discarded. An empty one never resumes.
+      piece_bytes: maximum size of a piece of several layers.
+      pieces: the pieces of another checkpoint, to be used in place of `piece_bytes`.
+      overwrite: whether to replace an existing checkpoint at `path`.
 
     Raises:
       FileExistsError: `path` exists and may not be replaced.
@@ -95,7 +94,6 @@ class Writer:
     self.pieces = pieces or plan_pieces(config, piece_bytes)
     self._files = None if files is None else pathlib.Path(files)
     self._provenance = dict(provenance or {})
-    self._overwrite = overwrite
     check_target(self.path, overwrite, MANIFEST_FILE)
     self._partial = partial_folder(self.path)
     self._params = self._partial / "params"
@@ -117,30 +115,30 @@ class Writer:
     self._written = {p.name for p in self.pieces if self._is_complete(p)}
 
   def is_written(self, piece: Piece) -> bool:
-    """Whether the piece is complete, here or in the run that is continued."""
+    """Whether the piece is complete, in this run or an earlier one."""
     return piece.name in self._written
 
   def write(self, piece: Piece, arrays: Mapping[str, jax.Array | np.ndarray]) -> None:
     """Writes one piece, with names, shapes and dtypes as in `piece_shapes`.
 
     Raises:
-      ValueError: the arrays are not those of the piece, or it is written.
+      ValueError: the arrays are not those of the piece, or the piece is already written.
     """
     if self.is_written(piece):
       raise ValueError(f"the piece {piece.name} is already written")
     expected = piece_shapes(self.config, piece)
     _check_leaves(f"the piece {piece.name}", arrays, expected)
     with _saving_context():
-      # Only pieces that a killed run left half-written can be in the way.
+      # Overwrites only a piece that a killed run left half-written.
       ocp.save(
-        self._params / piece.name,
+        str(self._params / piece.name),
         traverse_util.unflatten_dict(dict(arrays), sep="."),
         overwrite=True,
       )
     self._written.add(piece.name)
 
   def finish(self) -> None:
-    """Completes the folder and gives it its name.
+    """Completes the folder and renames it to its final name.
 
     Raises:
       ValueError: pieces are missing.
@@ -152,21 +150,14 @@ class Writer:
       for stray in self._params.iterdir():
         if stray.name not in self._written:
           shutil.rmtree(stray)
-      for name in COMPANION_FILES if self._files else ():
-        if (self._files / name).is_file():
-          shutil.copyfile(self._files / name, self._partial / name)
+      copy_companion_files(self._files, self._partial)
       (self._partial / CONFIG_FILE).write_text(self.config.to_json())
-      (self._partial / MANIFEST_FILE).write_text(
-        json.dumps(
-          {
-            "format": FORMAT,
-            "pieces": [dataclasses.asdict(p) for p in self.pieces],
-            "provenance": self._provenance,
-          },
-          indent=2,
-        )
-        + "\n"
-      )
+      manifest = {
+        "format": FORMAT,
+        "pieces": [dataclasses.asdict(p) for p in self.pieces],
+        "provenance": self._provenance,
+      }
+      (self._partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
       publish(self.path)
       (self.path / PLAN_FILE).unlink()
     self._sync("finish")
@@ -182,7 +173,7 @@ class Writer:
 
   def _sync(self, name: str) -> None:
     if jax.process_count() > 1:
-      ocp.multihost.sync_global_processes(f"roe_jax_checkpoint_{name}")
+      multihost_utils.sync_global_devices(f"roe_jax_checkpoint_{name}")
 
   def __enter__(self) -> "Writer":
     return self
@@ -212,10 +203,10 @@ def save(
 
 
 def load_config(path: PathLike) -> ModelConfig:
-  """The model config of a checkpoint.
+  """Loads the model config of a checkpoint.
 
   Raises:
-    FileNotFoundError: no complete checkpoint is there.
+    FileNotFoundError: there is no complete checkpoint.
     ValueError: the config is malformed.
   """
   read_manifest(path)
@@ -223,12 +214,12 @@ def load_config(path: PathLike) -> ModelConfig:
 
 
 def load_provenance(path: PathLike) -> dict[str, Any]:
-  """What the manifest says about the checkpoint's origin."""
+  """Returns the origin of a checkpoint, as recorded in its manifest."""
   return read_manifest(path)["provenance"]
 
 
 def load_pieces(path: PathLike) -> tuple[Piece, ...]:
-  """The pieces of a checkpoint, "top" first; raises as `load`."""
+  """Returns the pieces of a checkpoint, "top" first; raises as `load`."""
   return _open(path)[1]
 
 
@@ -237,24 +228,23 @@ def load(
 ) -> tuple[Params, ModelConfig]:
   """Reads a checkpoint onto devices, piece by piece.
 
-  Each device reads its part only, in whole chunks of at most 32 MiB, none of which
-  has two experts. Beside the parameters, devices have their part of one piece (256
-  MiB, or one layer if that is more, unless it was written in others), and the host
-  has two more of these and 200 MB of caches of Orbax at most.
+  Each device reads only its part, in whole chunks of at most 32 MiB; no chunk contains two
+  experts. In addition to the parameters, devices hold their part of one piece (by default 256 MiB,
+  or one layer if that is larger), and the host at most two more pieces and 200 MB of Orbax caches.
 
   Args:
     path: the checkpoint folder.
-    dtype: to restore in; that of the checkpoint by default.
-    shardings: of the stacked arrays, a `Params` tree or one for all; each
-      device reads only its part. The default is the default device.
+    dtype: dtype to restore in; the checkpoint's own by default.
+    shardings: of the stacked arrays, a `Params` tree or one for all; the default device by
+      default.
 
   Returns:
-    The parameters, and the config with its `dtype` as restored.
+    The parameters, and the config with `dtype` as restored.
 
   Raises:
-    FileNotFoundError: no complete checkpoint is there, or a piece is missing.
-    ValueError: the folder contradicts its config, a piece is damaged, or a
-      sharding splits the layer axis.
+    FileNotFoundError: there is no complete checkpoint, or a piece is missing.
+    ValueError: the folder contradicts its config, a piece is damaged, or a sharding splits the
+      layer axis.
   """
   stored, pieces = _open(path)
   config = stored if dtype is None else stored.replace(dtype=dtype)
@@ -268,31 +258,30 @@ def assemble(
   read: Callable[[Piece, dict[str, jax.ShapeDtypeStruct]], dict[str, jax.Array]],
   shardings: Params | jax.sharding.Sharding | None = None,
 ) -> Params:
-  """Parameters on devices out of pieces that are read one after the other.
+  """Assembles parameters on devices from pieces that are read one after the other.
 
   Args:
-    config: of the parameters.
-    pieces: as `plan_pieces` plans them.
-    read: `read(piece, arrays)` is what it is given, with values: the arrays of
-      `piece_shapes` with their shardings.
+    config: config of the parameters.
+    pieces: pieces as `plan_pieces` returns them.
+    read: `read(piece, arrays)` returns the arrays of `piece_shapes`, given as
+      `ShapeDtypeStruct`s with shardings.
     shardings: see `load`.
 
   Raises:
-    ValueError: the shardings are not those of such parameters.
+    ValueError: the shardings do not match the parameters.
   """
   abstract = params_lib.abstract(config)
   treedef = jax.tree.structure(abstract)
-  if shardings is None:
-    shardings = jnp.zeros(()).sharding
-  if isinstance(shardings, jax.sharding.Sharding):
-    shardings = jax.tree.unflatten(treedef, [shardings] * treedef.num_leaves)
-  if jax.tree.structure(shardings) != treedef:
+  tree: Any = jnp.zeros(()).sharding if shardings is None else shardings
+  if isinstance(tree, jax.sharding.Sharding):
+    tree = jax.tree.unflatten(treedef, [tree] * treedef.num_leaves)
+  if jax.tree.structure(tree) != treedef:
     raise ValueError(
       f"shardings must be one Sharding or a Params tree like the model's {treedef}, "
-      f"got {jax.tree.structure(shardings)}"
+      f"got {jax.tree.structure(tree)}"
     )
 
-  placements = piece_leaves(shardings, pieces[1])
+  placements = piece_leaves(tree, pieces[1])
   stacked = _with_shardings(piece_leaves(abstract, pieces[1]), placements)
   for name, leaf in stacked.items():
     if leaf.sharding.shard_shape(leaf.shape)[0] != leaf.shape[0]:
@@ -300,7 +289,7 @@ def assemble(
         f"the sharding of layers.{name} splits the layer axis, which a device "
         f"must hold whole: {leaf.sharding}"
       )
-  top = _with_shardings(piece_shapes(config, pieces[0]), piece_leaves(shardings, pieces[0]))
+  top = _with_shardings(piece_shapes(config, pieces[0]), piece_leaves(tree, pieces[0]))
   leaves = read(pieces[0], top)
   if len(pieces) == 2:
     layers = read(pieces[1], stacked)
@@ -321,10 +310,10 @@ def assemble(
 
 
 def _release_freed_memory() -> None:
-  """Hands what was freed back to the system, where the C library is glibc.
+  """Returns freed memory to the system, where the C library is glibc.
 
-  It keeps an arena for each thread that reads: without this a model of 700 MB on
-  eight devices of the host left 350 MB in them, with it 30.
+  glibc keeps an arena for each reading thread: loading a model of 700 MB onto eight host devices
+  left 350 MB in them without this call, and 30 MB with it.
   """
   library = ctypes.CDLL(None) if sys.platform == "linux" else None
   if hasattr(library, "malloc_trim"):
@@ -338,7 +327,7 @@ def iterate_pieces(
 
   Args:
     path: the checkpoint folder.
-    names: of the pieces; by default all.
+    names: names of the pieces to read; all by default.
 
   Raises: as `load`.
   """
@@ -346,75 +335,69 @@ def iterate_pieces(
   for piece in pieces:
     if names is not None and piece.name not in names:
       continue
-    shapes = piece_shapes(config, piece)
-    # Orbax restores to the host where the abstract leaf is a numpy array; a
-    # broadcast scalar is one without the memory.
-    yield (
-      piece,
-      _read(
-        path, piece, {n: np.broadcast_to(np.zeros((), s.dtype), s.shape) for n, s in shapes.items()}
-      ),
-    )
+    # Orbax restores to the host where the abstract leaf is a numpy array; a broadcast scalar is a
+    # numpy array that takes no memory.
+    like = lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape)
+    yield piece, _read(path, piece, jax.tree.map(like, piece_shapes(config, piece)))
 
 
 def _check_leaves(what, got, expected):
   if set(got) != set(expected):
     raise ValueError(
       f"{what} lacks the parameters {sorted(set(expected) - set(got))} and has "
-      f"unknown ones {sorted(set(got) - set(expected))}"
+      f"unknown parameters {sorted(set(got) - set(expected))}"
     )
   for name, want in expected.items():
     if got[name].shape != want.shape or got[name].dtype != want.dtype:
       raise ValueError(
-        f"{what}: {name} is {got[name].dtype}{list(got[name].shape)}, the model "
-        f"config expects {want.dtype}{list(want.shape)}"
+        f"{what}: {name} is {got[name].dtype}{list(got[name].shape)}, but the model config "
+        f"expects {want.dtype}{list(want.shape)}"
       )
 
 
 def _saving_context() -> ocp.Context:
-  """How arrays are stored.
+  """Returns how Orbax stores arrays.
 
-  Uncompressed (weights compress by a fifth at a third of the speed); in chunks,
-  so that a device reads little beside its part: one expert is never in a chunk
-  with another.
+  Uncompressed, because weights compress by only a fifth at a third of the speed; and in chunks
+  with at most one expert each, so that a device reads little more than its part.
   """
   storage = ocp.options.ArrayOptions.Saving.StorageOptions
 
-  def storage_options(key_path, value):
+  def storage_options(key, value):
     del value
-    by_expert = any(getattr(k, "key", None) == "experts" for k in key_path)
+    by_expert = any(getattr(k, "key", None) == "experts" for k in key)
     return storage(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0, 1) if by_expert else None)
 
   context = ocp.Context()
   context.array.saving.use_compression = False
   context.array.saving.scoped_storage_options_creator = storage_options
-  # `save` blocks, so that nothing changes the arrays while they are written.
+  # No copies are needed: `save` blocks, so nothing changes the arrays while they are written.
   context.memory.deepcopy_host_arrays = False
   return context
 
 
 def _open(path: PathLike) -> tuple[ModelConfig, tuple[Piece, ...]]:
-  """Config and pieces, after checking every piece against the config."""
+  """Returns the config and the pieces, after checking every piece against the config."""
   manifest = read_manifest(path)
   config = load_config(path)
   pieces = tuple(Piece(**p) for p in manifest["pieces"])
   bounds = [0, *(p.stop for p in pieces[1:])]
   if pieces[0].num_layers or bounds != [*(p.start for p in pieces[1:]), config.num_layers]:
     raise ValueError(
-      f"the pieces of the checkpoint {path} are {[p.name for p in pieces]}, which is not "
-      f'"top" and then the {config.num_layers} layers of its config in order'
+      f"the pieces of the checkpoint {path} are {[p.name for p in pieces]}, not "
+      f'"top" followed by the {config.num_layers} layers of its config in order'
     )
   for piece in pieces:
     if not _piece_folder(path, piece).is_dir():
       raise FileNotFoundError(
-        f"the checkpoint {path} lacks its piece params/{piece.name}: copy, save or convert it again"
+        f"the checkpoint {path} has no piece params/{piece.name}: copy, save or convert it again"
       )
     _check_piece(path, piece, config)
   return config, pieces
 
 
 def _check_piece(path: PathLike, piece: Piece, config: ModelConfig) -> None:
-  """Compares the piece's own description with the config; reads no array."""
+  """Compares the metadata of a piece with the config, without reading arrays."""
   with _reading(path, piece) as folder:
     found = traverse_util.flatten_dict(ocp.metadata(folder).metadata, sep=".")
   _check_leaves(
@@ -433,17 +416,17 @@ def _read(path: PathLike, piece: Piece, abstract: dict[str, Any]) -> dict[str, A
 
 
 @contextlib.contextmanager
-def _reading(path: PathLike, piece: Piece) -> Iterator[pathlib.Path]:
-  """Yields the piece's folder; turns what Orbax raises into one sentence."""
+def _reading(path: PathLike, piece: Piece) -> Iterator[str]:
+  """Yields the piece's folder and turns Orbax's exceptions into one sentence."""
   try:
-    yield _piece_folder(path, piece)
+    yield str(_piece_folder(path, piece))
   except (RuntimeError, MemoryError):
-    raise  # a lack of memory, not of a file
-  except Exception as error:  # damaged files raise all kinds, even a bare Exception
+    raise  # out of memory, not a damaged file
+  except Exception as error:  # damaged files raise many types, even a bare Exception
     reason = str(error).strip().split("\n")[0][:200]
     raise ValueError(
-      f"the piece params/{piece.name} of the checkpoint {path} cannot be read, the folder "
-      f"is damaged: copy, save or convert it again ({type(error).__name__}: {reason})"
+      f"the piece params/{piece.name} of the checkpoint {path} is damaged and cannot be read: "
+      f"copy, save or convert it again ({type(error).__name__}: {reason})"
     ) from error
 
 
@@ -456,5 +439,5 @@ def _with_shardings(shapes, shardings):
 
 def _insert(stacked, part, start):
   return jax.tree.map(
-    lambda whole, rows: jax.lax.dynamic_update_slice_in_dim(whole, rows, start, 0), stacked, part
+    lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, start, 0), stacked, part
   )

@@ -27,10 +27,14 @@ jax.config.update("jax_debug_key_reuse", True)
 
 
 def pytest_configure(config):
-  """Compiled programs are kept between runs, beside pytest's own cache."""
+  """Keeps compiled programs between tests, the programs they start, and runs."""
   if getattr(config, "cache", None) is not None:
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    folder = str(config.cache.mkdir("jax"))
+    jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # For programs in processes of their own, which often run one after the other.
+    os.environ["ROE_JAX_CACHE"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 @pytest.fixture(scope="module", autouse=True)

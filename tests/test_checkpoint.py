@@ -247,7 +247,7 @@ def test_an_existing_target_is_replaced_only_if_asked_and_a_checkpoint(saved, tm
 
   (tmp_path / "thesis").mkdir()
   (tmp_path / "thesis" / "text").write_text("precious")
-  with pytest.raises(FileExistsError, match="not what this program writes"):
+  with pytest.raises(FileExistsError, match="this program did not write it"):
     checkpoint.save(tmp_path / "thesis", other, OLMOE, overwrite=True)
   (tmp_path / "thesis").rename(tmp_path / "d.partial")
   with pytest.raises(FileExistsError, match="move it away"):
@@ -276,7 +276,7 @@ def truncate_data(path):
     (
       lambda p: (p / "model_config.json").rename(p / "config.json"),
       FileNotFoundError,
-      "looks like a Hugging Face folder.*checkpoints_convert --source=",
+      "is a Hugging Face folder.*checkpoints_convert --source=",
     ),
     (lambda p: (p / "manifest.json").unlink(), FileNotFoundError, "has no manifest.json"),
     (lambda p: (p / "manifest.json").write_text("[]"), ValueError, "not a checkpoint manifest"),
@@ -284,7 +284,7 @@ def truncate_data(path):
     (
       lambda p: shutil.rmtree(p / "params/layers_00002_00004"),
       FileNotFoundError,
-      "lacks its piece params/layers_00002_00004",
+      "has no piece params/layers_00002_00004",
     ),
     (
       lambda p: edit_json(p / "model_config.json", d_expert=9),
@@ -294,7 +294,7 @@ def truncate_data(path):
     (
       lambda p: edit_json(p / "model_config.json", qk_norm=False),
       ValueError,
-      "unknown ones .'attention.key_norm'",
+      "unknown parameters .'attention.key_norm'",
     ),
     (lambda p: edit_json(p / "model_config.json", num_layers=6), ValueError, "6 layers"),
     (lambda p: edit_json(p / "model_config.json", num_heads="x"), ValueError, "num_heads"),

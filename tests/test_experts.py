@@ -47,8 +47,10 @@ def apply(strategy, params, layer, *row_args, activation=PLAIN):
 STRATEGIES = experts_lib.STRATEGIES
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("n", [1, 7, 33])  # one; few; many, and no multiple of a block
+# One token; few; many, and no multiple of a block.
+@pytest.mark.parametrize(
+  "n, dtype", [(1, "bfloat16"), (7, "float32"), (33, "bfloat16"), (33, "float32")]
+)
 @pytest.mark.parametrize("strategy", [*STRATEGIES, None])
 @every_activation
 def test_strategies_agree_with_a_loop(activation, strategy, n, dtype):

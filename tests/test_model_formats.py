@@ -62,7 +62,7 @@ def test_embedded_models_open_by_name():
     ("allenai/OLMoE", r"no model 'allenai/OLMoE' \(did you mean hf:allenai/OLMoE\?\)"),
     ("allenai/OLMoE@main", r"did you mean hf:allenai/OLMoE@main\?"),
     ("empty", r"the folder empty has no model: give .*hf:org/name\[@revision\], or embedded:NAME"),
-    ("killed", r"killed\.partial is an unfinished one"),
+    ("killed", r"killed\.partial is an unfinished checkpoint"),
   ],
 )
 def test_an_unknown_name_gets_the_accepted_forms(tmp_path, monkeypatch, name, message):

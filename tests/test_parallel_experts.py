@@ -13,6 +13,8 @@ from roe_jax import sharding
 from roe_jax.experts import expert_parallel, kernel_check
 from roe_jax.params import ExpertParams
 
+pytestmark = pytest.mark.slow
+
 L, E, D, F, A = 2, 8, 16, 12, 3
 _WEIGHTS = ExpertParams(
   P(None, "expert", "tensor"),
@@ -141,9 +143,9 @@ def exchange(request, monkeypatch):
   return request.param
 
 
-@pytest.mark.parametrize("hot", [None, (0, 1, 2), (7, 0, 6), (4, 5, 3)], ids=str)
-@pytest.mark.parametrize("room", [1, 3, 32])
-@pytest.mark.parametrize("expert,tensor", [(4, 2), (8, 1), (2, 1)])
+@pytest.mark.parametrize("hot", [None, (0, 1, 2), (7, 0, 6)], ids=str)
+@pytest.mark.parametrize("room", [1, 3])
+@pytest.mark.parametrize("expert,tensor", [(4, 2), (8, 1)])
 def test_exchanged_rows_all_come_to_their_experts(monkeypatch, exchange, expert, tensor, room, hot):
   monkeypatch.setattr(expert_parallel, "exchange_capacity", lambda *sizes: room)
   params, args = weights(), rows(32, hot=hot)

@@ -13,6 +13,8 @@ from roe_jax import decode, families, prefill, transformer
 from roe_jax import members as members_lib
 from roe_jax import roster as roster_lib
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 

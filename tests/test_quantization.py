@@ -12,6 +12,8 @@ from roe_jax import params as params_lib
 from roe_jax.quantization import FORMATS, Quantized, dequantize, dequantize_on_host, quantize
 from roe_jax.roster import Roster
 
+pytestmark = pytest.mark.slow
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FP4 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
 

@@ -75,7 +75,11 @@ def assert_scored_as_generated(scores, completions):
 
 @pytest.mark.parametrize(
   "family, name",
-  [*(("olmoe", name) for name in ROSTERS), ("mixtral", "clean"), ("mixtral", "standard")],
+  [
+    *(("olmoe", name) for name in ("plain", "clean", "standard, recomputed")),
+    ("mixtral", "clean, without the clean member"),
+    ("mixtral", "standard, without the clean member"),
+  ],
 )
 def test_scores_are_the_probabilities_that_generation_chose_from(family, name):
   texts, completions, roster = generated(family, name, sampled=True)
@@ -125,7 +129,7 @@ def test_caches_generate_what_recomputing_does(name):
     assert one.clean_tokens == other.clean_tokens
 
 
-@pytest.mark.parametrize("name", ["clean", "standard", "clean, recomputed"])
+@pytest.mark.parametrize("name", ["clean", "standard"])
 def test_bfloat16_is_scored_as_generated(name):
   """Whatever is rounded, is rounded alike; other experts at near ties, after
   float32 sums in another order, may befall a few tokens."""
@@ -294,7 +298,7 @@ def test_windows_of_a_roster_have_noise_of_their_own():
   assert np.median(np.abs(second - third)) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", list(ROSTERS))
+@pytest.mark.parametrize("name", ["plain", "clean", "standard", "clean, recomputed"])
 def test_candidates_for_the_last_token_are_scored_as_texts_of_their_own(name):
   _, _, roster = generated("olmoe", name, sampled=True)
   candidates = [[7, 3], [5, 1, 60], [9]]
@@ -325,7 +329,7 @@ def test_candidates_for_the_last_token_are_scored_as_texts_of_their_own(name):
     np.testing.assert_allclose(found.log_probs, alone[0].log_probs, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["plain", "clean", "standard", "clean, recomputed"])
+@pytest.mark.parametrize("name", ["plain", "clean", "clean, recomputed"])
 def test_a_text_may_have_one_token_more_than_the_context(name):
   """The last token is only predicted; what comes before it is a text that fits."""
   _, _, roster = generated("olmoe", name, sampled=True)

@@ -9,6 +9,8 @@ from roe_jax import decode, numerics, prefill
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
+pytestmark = pytest.mark.slow
+
 # Some end at the context (48 tokens), some at a stop token, some at the limit.
 PROMPTS = tiny.texts([5, 1, 46, 9, 3, 45, 17, 2, 36])
 IDS = [40, 11, 2**32 - 1, 0, 7, 3, 500, 12, 9]
@@ -51,13 +53,11 @@ def schedule(counts, num_slots):
 @pytest.mark.parametrize(
   "family, settings, options, sizes",
   [
-    ("olmoe", {}, {}, ((1, 1), (2, 1), (9, 2), (3, 3))),
-    ("mixtral", {}, {"sampler": Sampler.greedy()}, ((3, 1),)),
-    ("mixtral", {"cache": "standard"}, {}, ((3, 2),)),
+    ("olmoe", {}, {}, ((2, 1), (9, 2))),
+    ("mixtral", {"cache": "standard"}, {"sampler": Sampler.greedy()}, ((3, 2),)),
     ("olmoe", {"recompute": True}, {}, ((2, 2),)),
-    ("olmoe", {"recompute": True, "cache": "standard"}, {"sampler": Sampler.greedy()}, ((2, 1),)),
   ],
-  ids=["clean", "clean greedy", "standard", "recompute", "recompute standard greedy"],
+  ids=["clean", "standard greedy", "recompute"],
 )
 def test_neither_slots_nor_order_matter(request, monkeypatch, family, settings, options, sizes):
   """Each prompt is continued as if it were alone."""

@@ -13,6 +13,8 @@ from roe_jax.config import Yarn
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
+pytestmark = pytest.mark.slow
+
 WINDOW = 5
 # The ring wraps several times within the longest of them, and never in the shortest.
 PROMPTS = tiny.texts([31, 1, 4, 17, 6])
@@ -52,13 +54,11 @@ def assert_same(completions, expected):
     np.testing.assert_allclose(one.log_probs, other.log_probs, atol=3e-5)
 
 
-# Members begin to differ in the first layer, in an odd one, in an even one, nowhere.
+# Members begin to differ in an odd layer, in an even one, in a sliding one.
 SETTINGS = [
-  ("alternating", "clean", [0.6] * 3),
   ("alternating", "clean", [0, 0.6, 0]),
   ("alternating", "standard", [0, 0, 0.6]),
-  ("all", "clean", [0, 0.6, 0.6]),
-  ("one", "standard", [0] * 3),
+  ("all", "clean", [0.6, 0.6, 0.6]),
 ]
 
 
@@ -69,7 +69,7 @@ def test_generation_is_that_without_a_cache(layers, cache, temperatures):
   assert_same(run(c, roster=roster), run(c, roster=roster.replace(recompute=True)))
 
 
-@pytest.mark.parametrize("layers, cache, temperatures", SETTINGS[1:4])
+@pytest.mark.parametrize("layers, cache, temperatures", SETTINGS[:2])
 def test_scores_are_those_of_generation_in_chunks_of_any_size(layers, cache, temperatures):
   c = config(layers)
   roster = Roster.create(c, 3, temperatures, seed=2, cache=cache)
@@ -91,8 +91,7 @@ def test_scores_are_those_of_generation_in_chunks_of_any_size(layers, cache, tem
       assert found.clean_greedy_tokens.tolist() == expected.clean_tokens
 
 
-@pytest.mark.parametrize("cache", ["clean", "standard"])
-@pytest.mark.parametrize("chunk", [3, 16])
+@pytest.mark.parametrize("chunk, cache", [(3, "clean"), (16, "standard")])
 def test_prefill_in_chunks_shorter_and_longer_than_the_window(monkeypatch, chunk, cache):
   c = config()
   roster = Roster.create(c, 2, [0, 0.6, 0.6], cache=cache)
@@ -101,10 +100,9 @@ def test_prefill_in_chunks_shorter_and_longer_than_the_window(monkeypatch, chunk
   assert_same(run(c, roster=roster), expected)
 
 
-@pytest.mark.parametrize("cache", ["clean", "standard"])
-def test_slots_of_other_texts_and_those_used_again_do_not_matter(cache):
+def test_slots_of_other_texts_and_those_used_again_do_not_matter():
   c = config()
-  options = {"roster": Roster.create(c, 3, [0, 0.6, 0.6], cache=cache)}
+  options = {"roster": Roster.create(c, 3, [0, 0.6, 0.6])}
   alone = [run(c, [p], [i], **options)[0] for p, i in zip(PROMPTS, IDS)]
   assert_same(run(c, batch_size=2, **options), alone)
   order = [2, 4, 1, 0, 3]
@@ -114,10 +112,9 @@ def test_slots_of_other_texts_and_those_used_again_do_not_matter(cache):
   )
 
 
-@pytest.mark.parametrize("cache", ["clean", "standard"])
-def test_in_bfloat16_too(cache):
+def test_in_bfloat16_too():
   c = config("alternating", dtype="bfloat16")
-  roster = Roster.create(c, 2, [0, 0.6, 0.6], cache=cache)
+  roster = Roster.create(c, 2, [0, 0.6, 0.6])
   for found, expected in zip(run(c, roster=roster), run(c, roster=roster.replace(recompute=True))):
     np.testing.assert_allclose(found.log_probs[0], expected.log_probs[0], atol=0.1)
 

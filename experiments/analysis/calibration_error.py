@@ -1,8 +1,8 @@
-"""Whether probabilities mean what they say: expected calibration error and Brier score.
+"""Expected calibration error and Brier score.
 
-An example has one or several events (its answer, or each token of it), each with
-the probability that was given to what was chosen ("confidence") and whether that
-was right. Examples are what is resampled, with all of their events.
+An example has one or more events (its answer, or each of its tokens), each with the
+probability of what was chosen ("confidence") and whether it was right. Examples are
+resampled with all of their events.
 """
 
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ class Events:
   """Confidences and outcomes by example.
 
   Attributes:
-    confidences: `[N]` probabilities, all examples' events one after another.
+    confidences: `[N]` probabilities, the events of all examples concatenated.
     correct: `[N]` bool.
-    example: `[N]` int, the index of the example that an event belongs to.
+    example: `[N]` int, index of each event's example.
     num_examples: X.
-    num_seeds: S, how many seeds' events an example has; it counts as one example.
+    num_seeds: S, seeds per example; their events count as one example.
   """
 
   confidences: np.ndarray
@@ -43,7 +43,7 @@ class Events:
     correct: Sequence[Sequence[bool]],
     num_seeds: int = 1,
   ) -> "Events":
-    """From one list for each example.
+    """Makes events from one list per example.
 
     Raises:
       ValueError: lists of different lengths, no event, or no probabilities.
@@ -65,20 +65,20 @@ class Events:
     )
 
   def sums(self, values: np.ndarray) -> np.ndarray:
-    """`[X]` sums of `values` `[N]` over each example's events, means over seeds."""
+    """Returns `[X]` sums of `values` `[N]` over each example's events, averaged over seeds."""
     return np.bincount(self.example, values, self.num_examples) / self.num_seeds
 
   @property
   def counts(self) -> np.ndarray:
-    """`[X]` how many events each example has."""
+    """`[X]` events of each example."""
     return self.sums(np.ones_like(self.confidences))
 
 
 def bins(confidences: np.ndarray, kind: str = MASS, count: int = BINS) -> np.ndarray:
-  """The bin of each event, `[N]` int in [0, count).
+  """Returns the bin of each event, `[N]` int in [0, count).
 
-  Bins of equal mass hold equally many events, as far as equal confidences, which
-  stay together, allow; bins of equal width split [0, 1].
+  Equal-mass bins hold equally many events, except that equal confidences stay together;
+  equal-width bins split [0, 1].
   """
   if kind == WIDTH:
     return np.minimum((confidences * count).astype(int), count - 1)
@@ -88,10 +88,10 @@ def bins(confidences: np.ndarray, kind: str = MASS, count: int = BINS) -> np.nda
 
 @functools.lru_cache(maxsize=1)
 def _weights(num_examples):
-  """[resamples, X]: how often each example is in each resample.
+  """Returns [resamples, X] counts of each example in each resample.
 
-  All that follows is made of sums over examples, and one product with this matrix
-  gives those of all resamples and bins.
+  All statistics below are sums over examples; one product with this matrix gives them for
+  all resamples and bins.
   """
   rng = np.random.default_rng(0)
   uniform = np.full(num_examples, 1 / num_examples)
@@ -104,20 +104,19 @@ def _weights(num_examples):
 
 
 def _gaps(events, kind):
-  """[X, K] sums of confidence minus outcome in each bin in use, as shares of all events."""
+  """Returns [X, K] sums of confidence minus outcome per used bin, as shares of all events."""
   where = bins(events.confidences, kind)
   gap = (events.confidences - events.correct) * events.num_seeds / len(where)
   return np.stack([events.sums(np.where(where == b, gap, 0.0)) for b in np.unique(where)], 1)
 
 
 def expected_calibration_error(events: Events, kind: str = MASS) -> Estimate:
-  """Mean distance of a bin's mean confidence from its share of right outcomes (ECE).
+  """Returns the ECE: mean distance between a bin's mean confidence and its accuracy.
 
-  Guo et al. (2017), with equal-width bins; Nguyen and O'Connor (2015), with
-  equal-mass ones. A resample's ECE is larger than the sample's, as that is than
-  the truth, so that the interval is the reversed percentile one ("basic"), over
-  examples, in fixed bins; and it begins at 0 where the ECE is one that resampling
-  alone gives in 95 % of cases to a model without any gap.
+  Guo et al. (2017) use equal-width bins, Nguyen and O'Connor (2015) equal-mass ones. A
+  resample's ECE exceeds the sample's just as that exceeds the truth, so the interval is the
+  reversed percentile ("basic") one, over examples, with fixed bins. It begins at 0 if a
+  perfectly calibrated model would reach this ECE by resampling alone in 5 % of cases.
   """
   gaps = _gaps(events, kind)
   value, resampled, chance = _resample(gaps)
@@ -127,10 +126,10 @@ def expected_calibration_error(events: Events, kind: str = MASS) -> Estimate:
 
 
 def paired_calibration_error(events: Events, baseline: Events, kind: str = MASS) -> Difference:
-  """Difference of two ECEs on the same examples; each has its own bins.
+  """Returns the difference of two ECEs on the same examples; each has its own bins.
 
   Raises:
-    ValueError: not the same number of examples.
+    ValueError: different numbers of examples.
   """
   _check_paired(events, baseline)
   (ours, ours_resampled, _), (theirs, theirs_resampled, _) = (
@@ -140,7 +139,7 @@ def paired_calibration_error(events: Events, baseline: Events, kind: str = MASS)
 
 
 def _resample(gaps):
-  """The ECE, those of resamples, and those of their deviations alone."""
+  """Returns the ECE, those of resamples, and those of their deviations alone."""
   total = gaps.sum(axis=0)
   resampled = _weights(len(gaps)) @ gaps
   return (
@@ -151,7 +150,7 @@ def _resample(gaps):
 
 
 def _basic(value, resampled):
-  """Reversed percentiles."""
+  """Returns reversed percentiles."""
   tail = (1 - paired_statistics.CONFIDENCE) / 2
   low, high = np.quantile(resampled, [1 - tail, tail])
   return float(2 * value - low), float(2 * value - high)
@@ -162,17 +161,17 @@ def _squares(events):
 
 
 def brier(events: Events) -> Estimate:
-  """Mean squared distance of confidence and outcome (Brier, 1950), over events."""
+  """Returns the mean squared distance of confidence and outcome over events (Brier, 1950)."""
   return Estimate(
     *paired_statistics.bootstrap([_squares(events), events.counts], paired_statistics.ratio)
   )
 
 
 def paired_brier(events: Events, baseline: Events) -> tuple[Difference, paired_statistics.Test]:
-  """Difference of two Brier scores on the same examples, and its sign-flip test.
+  """Returns the difference of two Brier scores on the same examples, and its sign-flip test.
 
   Raises:
-    ValueError: not the same numbers of examples and events.
+    ValueError: different numbers of examples or events.
   """
   _check_paired(events, baseline)
   if not np.array_equal(events.counts, baseline.counts):
@@ -193,11 +192,11 @@ def _check_paired(events, baseline):
 
 @dataclasses.dataclass(frozen=True)
 class Reliability:
-  """The points of a reliability diagram, one for each bin in use, by confidence.
+  """The points of a reliability diagram, one per used bin, by confidence.
 
   Attributes:
     confidence: `[K]` mean confidence.
-    correct: K shares of right outcomes, with intervals over examples.
+    correct: K accuracies, with intervals over examples.
     count: `[K]` events.
   """
 
@@ -207,7 +206,7 @@ class Reliability:
 
 
 def reliability(events: Events, kind: str = MASS, count: int = 10) -> Reliability:
-  """How often events of about the same confidence were right."""
+  """Returns the accuracy of events of similar confidence."""
   where = bins(events.confidences, kind, count)
   used = np.unique(where)
   tail = (1 - paired_statistics.CONFIDENCE) / 2

@@ -1,4 +1,4 @@
-"""How pictures are drawn here: readable in gray, PNG for pages, PDF for print."""
+"""Plotting style: readable in gray, PNG for pages, PDF for print."""
 
 from collections.abc import Sequence
 import pathlib
@@ -11,24 +11,25 @@ import numpy as np
 
 from experiments.analysis.paired_statistics import Estimate
 
-# Of series, in their order: told apart by shape first, then by shade.
+# Series differ by marker first, then by shade.
 MARKERS = "osD^vP*X<>ph"
 SHADES = ("black", "0.45", "0.7")
 SIZE = 3.4  # inches, of a panel
 
 
-def save(figure: plt.Figure, path: pathlib.Path) -> None:
-  """Writes a figure as PATH.png and PATH.pdf, without the time of its making."""
+def save(figure: plt.Figure, path: pathlib.Path, kinds: Sequence[str] = ("png", "pdf")) -> None:
+  """Saves a figure as PATH.KIND without timestamps, and closes it."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path.with_name(path.name + ".png"), dpi=150)
-  figure.savefig(path.with_name(path.name + ".pdf"), metadata={"CreationDate": None})
+  for kind in kinds:
+    metadata = {"CreationDate": None} if kind == "pdf" else None
+    figure.savefig(path.with_name(f"{path.name}.{kind}"), dpi=150, metadata=metadata)
   plt.close(figure)
 
 
 def axes(
   columns: int, rows: int = 1, width: float = SIZE, height: float = SIZE
 ) -> tuple[plt.Figure, np.ndarray]:
-  """A figure and its `[rows, columns]` axes, each of that size in inches."""
+  """Makes a figure and its `[rows, columns]` axes, each of that size in inches."""
   figure, grid = plt.subplots(
     rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False
   )
@@ -37,8 +38,21 @@ def axes(
   return figure, grid
 
 
+def panels(
+  titles: Sequence[str], columns: int, width: float, height: float
+) -> tuple[plt.Figure, list[plt.Axes]]:
+  """Makes a figure with a titled panel per title, in at most `columns` columns."""
+  columns = min(columns, len(titles))
+  figure, grid = axes(columns, -(-len(titles) // columns), width, height)
+  for axis in grid.flat[len(titles) :]:
+    axis.set_visible(False)
+  for axis, title in zip(grid.flat, titles):
+    axis.set_title(title, fontsize=9)
+  return figure, list(grid.flat[: len(titles)])
+
+
 def style(index: int) -> dict:
-  """Arguments of `errorbar` for points of series `index`, without a line."""
+  """Returns arguments of `errorbar` for points of series `index`, without a line."""
   shade = SHADES[index // len(MARKERS) % len(SHADES)]
   return dict(
     marker=MARKERS[index % len(MARKERS)],
@@ -52,7 +66,7 @@ def style(index: int) -> dict:
 
 
 def line(index: int) -> dict:
-  """Arguments of `errorbar` for series `index`, points joined by a line."""
+  """Returns arguments of `errorbar` for series `index`, points joined by a line."""
   return style(index) | {
     "linestyle": ("-", "--", ":", "-.")[index % 4],
     "linewidth": 1,
@@ -61,14 +75,19 @@ def line(index: int) -> dict:
 
 
 def bars(estimates: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray]:
-  """Values of estimates, and `[2, X]` lengths of their error bars downwards and upwards."""
-  values = np.array([e.value for e in estimates])
-  low, high = np.array([e.low for e in estimates]), np.array([e.high for e in estimates])
+  """Returns values of estimates, and `[2, X]` lengths of their error bars below and above."""
+  values, low, high = np.array([(e.value, e.low, e.high) for e in estimates]).reshape(-1, 3).T
   return values, np.maximum(0, [values - low, high - values])
 
 
+def errorbars(axis: plt.Axes, x: Sequence[float], estimates: Sequence[Estimate], **settings):
+  """Draws estimates with their intervals; `settings` as of `errorbar`."""
+  values, lengths = bars(estimates)
+  return axis.errorbar(x, values, yerr=lengths, **settings)
+
+
 def members_axis(axis: plt.Axes, numbers: Sequence[int]) -> None:
-  """An x axis of roster sizes, in powers of two, each of `numbers` named."""
+  """Makes the x axis one of roster sizes, in powers of two, each of `numbers` labeled."""
   axis.set_xscale("log", base=2)
   axis.set_xticks(numbers, [str(n) for n in numbers])
   axis.minorticks_off()
@@ -81,38 +100,33 @@ def dots(
   series: dict[str, Sequence[Estimate | None]],
   first_style: int = 0,
 ) -> None:
-  """Estimates with error bars, a column of the x axis for each group, series side by side.
+  """Draws estimates with error bars, a column of the x axis per group, series next to each other.
 
   Args:
     axis: where.
     groups: names on the x axis.
     series: for each label an estimate, or None, of each group.
-    first_style: number of the first series' style.
+    first_style: index of the first series' style.
   """
   width = min(0.8, 0.22 * len(series))
-  places = np.linspace(-width / 2, width / 2, len(series)) if len(series) > 1 else [0.0]
-  for index, ((label, estimates), aside) in enumerate(zip(series.items(), places)):
-    there = [(x + aside, e) for x, e in enumerate(estimates) if e is not None]
-    if there:
-      values, lengths = bars([e for _, e in there])
-      axis.errorbar(
-        [x for x, _ in there], values, yerr=lengths, label=label, **style(first_style + index)
-      )
+  offsets = np.linspace(-width / 2, width / 2, len(series)) if len(series) > 1 else [0.0]
+  for index, ((label, estimates), offset) in enumerate(zip(series.items(), offsets)):
+    shown = [(x + offset, e) for x, e in enumerate(estimates) if e is not None]
+    if shown:
+      errorbars(axis, *zip(*shown), label=label, **style(first_style + index))
   axis.set_xticks(range(len(groups)), groups)
   axis.set_xlim(-0.6, len(groups) - 0.4)
+  axis.tick_params(axis="x", labelsize=8)
 
 
 def zero(axis: plt.Axes) -> None:
-  """A line where there is no difference."""
+  """Draws a line at zero difference."""
   axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
 
 
 def legend(figure: plt.Figure, axis: plt.Axes, columns: int = 3) -> None:
-  """The legend of one of the axes under the whole figure."""
+  """Puts the legend of one of the axes below the whole figure."""
+  handles, labels = axis.get_legend_handles_labels()
   figure.legend(
-    *axis.get_legend_handles_labels(),
-    loc="outside lower center",
-    ncols=columns,
-    frameon=False,
-    fontsize=8,
+    handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
   )

@@ -1,15 +1,14 @@
-"""Paired comparisons: intervals, tests, their correction over a table, and power.
+"""Paired comparisons: intervals, tests, multiple-testing correction, and power.
 
-Results of one method are `[X]`, one number for each example, or `[X, S]` with
-one for each of S noise seeds. Seeds are averaged first, within each example;
-then examples are what is resampled, or what signs are flipped of. As every
-example has noise of its own, the intervals hold both the choice of examples and
-what noise the seeds leave after averaging.
+Results of one method are `[X]`, one number per example, or `[X, S]` with one per noise seed.
+Seeds are averaged within each example first; examples are then the unit of the bootstrap and
+of sign flips. Since every example draws its own noise, the intervals cover both the choice
+of examples and the noise that remains after averaging over seeds.
 
-Intervals are percentile intervals of the bootstrap. In simulations with 400
-examples they and BCa intervals both covered the truth in 93 to 96 % of cases;
-with 100 examples and long-tailed likelihoods in 90 and 93 %. For that the BCa
-interval takes a jackknife, and it does not exist where no resample differs.
+Intervals are percentile bootstrap intervals. In simulations with 400 examples both they and
+BCa intervals covered the truth in 93 to 96 % of cases; with 100 examples and long-tailed
+likelihoods in 90 and 93 %. BCa would need a jackknife and is undefined where no resample
+differs.
 """
 
 from collections.abc import Sequence
@@ -45,26 +44,22 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Difference(Estimate):
-  """A difference to a baseline on the same examples, with its interval."""
+  """A difference from a baseline on the same examples, with its interval."""
 
   @property
-  def is_significant(self) -> bool:
-    """Whether the interval leaves out zero."""
+  def excludes_zero(self) -> bool:
+    """Whether the interval excludes zero (without correction for multiple tests)."""
     return self.low > 0 or self.high < 0
 
 
 def over_seeds(values: np.ndarray) -> np.ndarray:
-  """`[X]` means over seeds of `[X, S]`; `[X]` as it is."""
+  """Averages `[X, S]` over seeds to `[X]`; returns `[X]` unchanged."""
   values = np.asarray(values, float)
   return values if values.ndim == 1 else values.mean(axis=1)
 
 
 def between_seeds(values: np.ndarray) -> float | None:
-  """Standard deviation of the seeds' means over examples; None for one seed.
-
-  Args:
-    values: `[X]` or `[X, S]`.
-  """
+  """Returns the standard deviation of the seeds' means of `[X]` or `[X, S]`; None for one seed."""
   values = np.asarray(values, float)
   if values.ndim == 1 or values.shape[1] < 2:
     return None
@@ -72,30 +67,30 @@ def between_seeds(values: np.ndarray) -> float | None:
 
 
 def accuracy(correct: np.ndarray) -> Estimate:
-  """Share of right answers in percent.
+  """Returns the accuracy in percent.
 
   Args:
-    correct: bool `[X]` or `[X, S]`, by problem; or a score from 0 to 1.
+    correct: bool `[X]` or `[X, S]`, or a score from 0 to 1.
   """
   return Estimate(*bootstrap((100.0 * over_seeds(correct),), _mean))
 
 
 def paired_accuracy(correct: np.ndarray, baseline: np.ndarray) -> Difference:
-  """Difference of two accuracies on the same problems, in percentage points.
+  """Returns the difference of two accuracies on the same problems, in percentage points.
 
   Args:
-    correct: bool `[X]` or `[X, S]`, by problem; or a score from 0 to 1.
-    baseline: likewise.
+    correct: bool `[X]` or `[X, S]`, or a score from 0 to 1.
+    baseline: same shape.
   """
   return Difference(*bootstrap((100.0 * (over_seeds(correct) - over_seeds(baseline)),), _mean))
 
 
 def perplexity(nll: np.ndarray, tokens: np.ndarray) -> Estimate:
-  """exp(sum of nll / sum of tokens) over all texts.
+  """Returns exp(sum of nll / sum of tokens) over all sequences.
 
   Args:
-    nll: `[X]` or `[X, S]` summed negative log-probability of each text, nats.
-    tokens: `[X]` number of scored tokens of each text.
+    nll: `[X]` or `[X, S]` summed negative log-probability of each sequence, nats.
+    tokens: `[X]` number of scored tokens of each sequence.
   """
   return Estimate(
     *bootstrap(
@@ -105,12 +100,12 @@ def perplexity(nll: np.ndarray, tokens: np.ndarray) -> Estimate:
 
 
 def paired_perplexity(nll: np.ndarray, baseline: np.ndarray, tokens: np.ndarray) -> Difference:
-  """Relative difference of two perplexities on the same texts, in percent.
+  """Returns the relative difference of two perplexities on the same sequences, in percent.
 
   Args:
-    nll: `[X]` or `[X, S]` summed negative log-probability of each text, nats.
-    baseline: likewise.
-    tokens: `[X]` number of scored tokens of each text.
+    nll: `[X]` or `[X, S]` summed negative log-probability of each sequence, nats.
+    baseline: same shape.
+    tokens: `[X]` number of scored tokens of each sequence.
   """
   return Difference(
     *bootstrap(
@@ -125,17 +120,17 @@ def _mean(values, axis=-1):
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray, axis: int = -1) -> np.ndarray:
-  """Sum over sum, which examples of different lengths are resampled as."""
+  """Returns sum / sum, the statistic for examples of different lengths."""
   return numerator.sum(axis=axis) / denominator.sum(axis=axis)
 
 
 def bootstrap(
   samples: Sequence[np.ndarray], statistic, method: str = "percentile"
 ) -> tuple[float, float, float]:
-  """A statistic of examples and the bounds of its 95 % interval.
+  """Returns a statistic of examples and the bounds of its 95 % interval.
 
   Args:
-    samples: arrays `[X]` that are resampled together.
+    samples: arrays `[X]`, resampled together.
     statistic: function of such arrays, vectorized over leading axes, with `axis`.
     method: of `scipy.stats.bootstrap`.
   """
@@ -158,13 +153,13 @@ def bootstrap(
 
 @dataclasses.dataclass(frozen=True)
 class Test:
-  """What a two-sided paired test found.
+  """The result of a two-sided paired test.
 
   Attributes:
     name: "McNemar" (exact) or "sign-flip".
     p: its p-value.
-    discordance: mean squared difference of an example; of right and wrong
-      answers, the share of examples where the two differ.
+    discordance: mean squared difference per example; for right and wrong answers, the
+      share of examples where the two differ.
   """
 
   name: str
@@ -173,22 +168,21 @@ class Test:
 
 
 def paired_test(values: np.ndarray, baseline: np.ndarray) -> Test:
-  """Tests that two methods do the same on average.
+  """Tests the hypothesis that two methods do equally well on average.
 
-  McNemar's exact test where every example was answered once, right or wrong, on
-  both sides: among the examples where they differ each is as often the right
-  one (a binomial test). Else, for several seeds or likelihoods, a permutation
-  test that swaps the two methods example by example, which flips the sign of the
-  difference; all flips of up to 16 examples that differ, 99,999 random ones of more.
+  Uses McNemar's exact test if every example has one right or wrong answer on both sides: a
+  binomial test on the examples where the two differ. Otherwise (several seeds, likelihoods)
+  a permutation test that swaps the methods within examples, i.e. flips the sign of the
+  difference: all flips for up to 16 examples that differ, else 99,999 random ones.
 
   Args:
     values: `[X]` or `[X, S]`.
-    baseline: likewise.
+    baseline: same shape.
   """
   values, baseline = over_seeds(values), over_seeds(baseline)
   difference = values - baseline
   discordance = float(np.mean(difference**2))
-  # Examples without a difference have none whatever the sign.
+  # Examples without a difference have none under either sign.
   difference = difference[np.abs(difference) > ROUNDING * np.abs(baseline).mean()]
   binary = np.isin(np.concatenate([values, baseline]), (0.0, 1.0)).all()
   name = "McNemar" if binary else "sign-flip"
@@ -202,7 +196,7 @@ def paired_test(values: np.ndarray, baseline: np.ndarray) -> Test:
 
 
 def _sign_flip(difference):
-  """As scipy.stats.permutation_test, which takes several times as long for a sum."""
+  """Same as scipy.stats.permutation_test, which takes several times as long for a sum."""
   size, observed = len(difference), abs(difference.sum())
   least = observed - 1e-9 * np.abs(difference).sum()  # the same sum in another order
 
@@ -221,10 +215,9 @@ def _sign_flip(difference):
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-  """Holm's adjusted p-values: tables whose p below 0.05 are called clear err in 5 % of cases.
+  """Returns Holm's adjusted p-values, which bound the family-wise error rate (Holm, 1979).
 
-  Holm (1979). The smallest of m is multiplied by m, the next by m - 1, ..., and none
-  becomes smaller than one before it.
+  The smallest of m is multiplied by m, the next by m - 1, ..., and made monotone.
   """
   p = np.asarray(p_values, float)
   order = np.argsort(p)
@@ -236,24 +229,22 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def detectable_difference(
   examples: int, discordance: float, power: float = POWER, significance: float = SIGNIFICANCE
 ) -> float:
-  """The smallest true difference that a paired test finds with some power.
+  """Returns the smallest true difference that a paired test detects with some power.
 
-  Connor's formula (Biometrics 43, 1987) for McNemar's test, solved for the
-  difference d: `d √X = z_α √ψ + z_β √(ψ - d²)` with the discordance ψ. Where ψ
-  is less than the d that it gives (few examples differ at all), ψ = d: the
-  smallest difference that is found if all examples that differ do so in one
-  direction. It holds for seed averages, too, whose mean square is ψ.
+  Connor's formula (Biometrics 43, 1987) for McNemar's test, solved for the difference d:
+  `d √X = z_α √ψ + z_β √(ψ - d²)` with the discordance ψ. If ψ is less than the resulting d
+  (few examples differ at all), ψ = d: all examples that differ do so in one direction. It
+  also holds for seed averages, whose mean square is ψ.
 
   Args:
     examples: X.
     discordance: ψ, from `Test.discordance` or assumed.
-    power: probability to find it.
-    significance: of the two-sided test; of one comparison among m in a table
-      about 0.05 / m, before any other is found.
+    power: probability of detecting it.
+    significance: of the two-sided test; about 0.05 / m for one of m comparisons.
 
   Returns:
-    The difference, as a share of examples (0.01 is one percentage point); 1 if
-    there are too few examples for any.
+    The difference as a share of examples (0.01 is one percentage point); 1 if there are too
+    few examples for any.
   """
   z_alpha, z_beta = scipy.stats.norm.isf(significance / 2), scipy.stats.norm.ppf(power)
 
@@ -265,14 +256,14 @@ def detectable_difference(
 
 
 def detectable_from_interval(difference: Estimate, power: float = POWER) -> float:
-  """As `detectable_difference`, from an interval's width, in its unit."""
+  """Same as `detectable_difference`, from an interval's width, in its unit."""
   z = scipy.stats.norm.isf((1 - CONFIDENCE) / 2)
   return (difference.high - difference.low) / (2 * z) * (z + float(scipy.stats.norm.ppf(power)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """One method beside the baseline on one task: a line of a table.
+  """One method against the baseline on one task: a row of a table.
 
   Attributes:
     method: its label.
@@ -280,10 +271,10 @@ class Comparison:
     task: the task.
     measure: what is compared, as in a sentence ("accuracy", "perplexity").
     unit: of the difference: " points", " %", or none.
-    examples: X, how many both have.
+    examples: X, the examples that both have.
     difference: with its interval.
     test: the test.
-    adjusted: p-value after Holm's correction over the table.
+    adjusted: p-value after Holm's correction over the table; see `corrected`.
   """
 
   method: str
@@ -294,21 +285,21 @@ class Comparison:
   examples: int
   difference: Difference
   test: Test
-  adjusted: float
+  adjusted: float = 1.0
 
   @property
   def is_significant(self) -> bool:
-    """Whether the corrected test and the interval both leave out no difference."""
-    return self.adjusted < SIGNIFICANCE and self.difference.is_significant
+    """Whether p < 0.05 after Holm's correction and the interval excludes zero."""
+    return self.adjusted < SIGNIFICANCE and self.difference.excludes_zero
 
   @property
   def verdict(self) -> str:
     if not self.is_significant:
-      return "no clear difference"
+      return "no significant difference"
     return "higher" if self.difference.value > 0 else "lower"
 
   def sentence(self) -> str:
-    """What was found, as a sentence."""
+    """Describes the result in a sentence."""
     d, places = self.difference, {" points": 1, " %": 2}.get(self.unit, 4)
     p = "p < 0.001" if self.adjusted < 0.001 else f"p = {self.adjusted:.3f}"
     figures = (
@@ -317,7 +308,7 @@ class Comparison:
     )
     if not self.is_significant:
       return (
-        f"{self.task}: no clear difference between {self.method} and {self.baseline} in "
+        f"{self.task}: no significant difference between {self.method} and {self.baseline} in "
         f"{self.measure} ({figures})."
       )
     verb = "raises" if d.value > 0 else "lowers"
@@ -325,20 +316,20 @@ class Comparison:
 
 
 def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
-  """The lines of one table with Holm's correction over all of them."""
+  """Returns the rows of one table with Holm's correction over all of them."""
   adjusted = holm([c.test.p for c in comparisons])
   return [dataclasses.replace(c, adjusted=a) for c, a in zip(comparisons, adjusted)]
 
 
 def fit_output_temperature(nll: np.ndarray, temperatures: np.ndarray) -> float:
-  """The output temperature with the lowest total nll, from a grid.
+  """Returns the output temperature with the lowest total nll, from a grid.
 
-  The minimum of a parabola through the best grid point and its neighbors in
-  log-temperature; the grid's edge, if the best point lies there.
+  This is the minimum of a parabola through the best grid point and its neighbors in
+  log-temperature, or the grid's edge if the best point lies there.
 
   Args:
     nll: `[X, G]` negative log-probabilities.
-    temperatures: `[G]`, increasing.
+    temperatures: `[G]`, ascending.
   """
   total = nll.sum(axis=0, dtype=np.float64)
   best = int(np.argmin(total))

@@ -12,29 +12,27 @@ from experiments.analysis import calibration_error, comparisons, drawing
 from experiments.analysis.paired_statistics import Difference
 from experiments.analysis.run_results import Tuning
 
-FLAT = 0.01  # percent or points: what is less is not made to look large
-
-
+FLAT = 0.01  # percent or points: smaller differences are not magnified
 COSTS = (
   ("milliseconds per token", lambda c: c.tokens_per_second and 1e3 / c.tokens_per_second),
   ("forward FLOPs per example", lambda c: c.flops),
-  ("experts read per layer and step", lambda c: c.experts),
+  ("unique active experts per layer and step", lambda c: c.unique_experts),
   ("peak memory (MiB)", lambda c: c.peak_bytes and c.peak_bytes / 2**20),
-  ("forward rows per example", lambda c: c.rows),
+  ("forward passes per example", lambda c: c.forward_passes),
 )
 
 
 def quality_against_cost(
   quality: Sequence[comparisons.Quality],
   likelihoods: Sequence[comparisons.Likelihood],
-  costs: Sequence[comparisons.Cost],
+  costs: Sequence[comparisons.RunCost],
   baseline: str,
   task: str,
 ) -> plt.Figure | None:
-  """Differences to the baseline against each cost that was measured; None without any.
+  """Draws differences from the baseline against each measured cost; None without any.
 
-  The upper row is the task's metric; the lower one perplexity, with output
-  temperatures fitted on both sides.
+  The upper row is the task's metric, the lower one perplexity with output temperatures fitted
+  on both sides.
   """
   by_label = {c.result.label: c for c in costs if c.task == task}
   panels = [(name, cost) for name, cost in COSTS if any(map(cost, by_label.values()))]
@@ -46,14 +44,14 @@ def quality_against_cost(
   }
   if len(compared) > 1:
     measure = next(q.comparison.measure for q in quality if q.task == task and q.comparison)
-    rows.append((f"{measure}: difference to\n{baseline} (points)", compared))
+    rows.append((f"{measure}: difference\nfrom {baseline} (points)", compared))
   fitted = {
     l.result.label: l.comparison.difference if l.comparison else None
     for l in likelihoods
     if l.task == task and l.fitted
   }
   if any(fitted.values()):
-    rows.append((f"perplexity at fitted T: difference\nto {baseline} at fitted T (%)", fitted))
+    rows.append((f"perplexity at fitted T: difference\nfrom {baseline} at fitted T (%)", fitted))
   return differences_against_costs(
     rows, [(name, {label: cost(c) for label, c in by_label.items()}) for name, cost in panels], task
   )
@@ -64,11 +62,11 @@ def differences_against_costs(
   costs: Sequence[tuple[str, dict[str, float | None]]],
   task: str,
 ) -> plt.Figure | None:
-  """A row of panels for each measure, one for each cost; None without any.
+  """Draws a row of panels per measure, one panel per cost; None without any.
 
   Args:
-    rows: (what is measured, {label: difference to the baseline; None for itself}).
-    costs: (the cost, {label: it, or None}).
+    rows: (measure, {label: difference from the baseline; None for the baseline}).
+    costs: (cost, {label: value or None}).
     task: for the title.
   """
   costs = [(name, of) for name, of in costs if any(of.values())]
@@ -82,19 +80,17 @@ def differences_against_costs(
     for (name, of), axis in zip(costs, line):
       drawing.zero(axis)
       shown = sorted((x, label) for label in differences if (x := of.get(label)))
-      for (x, label), aside in zip(shown, _aside([x for x, _ in shown])):
-        d = differences[label]
-        y, bars = drawing.bars([d or Difference(0.0, 0.0, 0.0)])
-        handles[label] = axis.errorbar(
+      for (x, label), offset in zip(shown, _offsets([x for x, _ in shown])):
+        d = differences[label] or Difference(0.0, 0.0, 0.0)
+        handles[label] = drawing.errorbars(
+          axis,
           [x],
-          y,
-          yerr=bars,
+          [d],
           label=label,
           **drawing.style(labels.index(label)),
-          transform=offset_copy(axis.transData, figure, x=aside, units="points"),
+          transform=offset_copy(axis.transData, figure, x=offset, units="points"),
         )
-        # What stands aside of its data is not looked at for the limits.
-        axis.update_datalim([(x, y[0] - extent) for extent in (bars[0, 0], -bars[1, 0])])
+        axis.update_datalim([(x, d.low), (x, d.high)])  # artists with an offset do not count
       axis.autoscale_view()
       _log_scale(axis)
       if np.abs(axis.get_ylim()).max() < FLAT:
@@ -115,8 +111,8 @@ def differences_against_costs(
   return figure
 
 
-def _aside(costs):
-  """Points by which each of ascending costs steps aside, so that no interval hides another."""
+def _offsets(costs):
+  """Returns offsets in points for ascending costs, so that no interval hides another."""
   groups = []
   for i, x in enumerate(costs):
     if i and x < 1.02 * costs[i - 1]:
@@ -127,12 +123,12 @@ def _aside(costs):
 
 
 def _log_scale(axis):
-  """A logarithmic x axis, with labels that do not run into each other."""
+  """Makes the x axis logarithmic, with labels that do not overlap."""
   low, high = axis.dataLim.intervalx
   if high > 1.5 * low:
     axis.set_xscale("log")
     axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    if high < 30 * low:  # no more than one power of ten would be named
+    if high < 30 * low:  # at most one power of ten would be labeled
       axis.xaxis.set_major_locator(matplotlib.ticker.FixedLocator(np.geomspace(low, high, 4)))
       axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
       axis.xaxis.set_major_formatter(
@@ -145,12 +141,12 @@ def _log_scale(axis):
 def temperatures(
   tunings: Sequence[Tuning], fixed: Sequence[int] | None = None
 ) -> plt.Figure | None:
-  """τ of each layer of each profile, as a map; None without a profile.
+  """Draws each temperature profile as a row of a heat map; None without a profile.
 
   Args:
-    tunings: that left the profiles.
-    fixed: how many layers at either end each of them kept at 0, which are marked; None: it
-      is not known.
+    tunings: the searches.
+    fixed: number of layers at either end that each search kept at 0, which are hatched;
+      None: unknown.
   """
   profiles = [(t.name, t.profile["temperatures"]) for t in tunings if t.profile.get("temperatures")]
   if not profiles:
@@ -197,52 +193,33 @@ def temperatures(
 
 
 def trials(axis: plt.Axes, tuning: Tuning) -> None:
-  """Trials of a tuning in their order: the sweep, what TPE proposed, what was pruned."""
+  """Draws a search's trials in order: the sweep, those of TPE, and pruned ones."""
   complete = tuning.complete()
-  kinds = (("sweep", "s", "0.45"), ("tpe", "o", "black"))
-  for kind, marker, shade in kinds:
-    found = [t for t in complete if t.get("kind", "tpe") == kind]
-    if found:
-      axis.plot(
-        [t["number"] for t in found],
-        [t["value"] for t in found],
-        marker,
-        color=shade,
-        markersize=4,
-        fillstyle="none",
-        label=f"trial ({kind.replace('tpe', 'TPE')})",
-      )
-  pruned = [t for t in tuning.trials if t["state"] == "pruned" and t["value"] is not None]
-  if pruned:
-    axis.plot(
-      [t["number"] for t in pruned],
-      [t["value"] for t in pruned],
-      "x",
-      color="0.6",
-      markersize=4,
-      label="pruned (estimate)",
-    )
+  series = [
+    (f"trial ({kind.replace('tpe', 'TPE')})", marker, shade, of_kind)
+    for kind, marker, shade in (("sweep", "s", "0.45"), ("tpe", "o", "black"))
+    if (of_kind := [t for t in complete if t.get("kind", "tpe") == kind])
+  ]
+  if pruned := [t for t in tuning.trials if t["state"] == "pruned" and t["value"] is not None]:
+    series.append(("pruned (estimate)", "x", "0.6", pruned))
+  for label, marker, shade, found in series:
+    points = zip(*((t["number"], t["value"]) for t in found))
+    axis.plot(*points, marker, color=shade, markersize=4, fillstyle="none", label=label)
   best = (np.maximum if tuning.maximizes else np.minimum).accumulate([t["value"] for t in complete])
-  axis.step(
-    [t["number"] for t in complete],
-    best,
-    where="post",
-    color="black",
-    linewidth=1.2,
-    label="best so far",
-  )
-  _without_noise(axis, tuning)
+  numbers = [t["number"] for t in complete]
+  axis.step(numbers, best, where="post", color="black", linewidth=1.2, label="best so far")
+  _draw_baseline(axis, tuning)
   axis.set_xlabel("trial")
   axis.set_ylabel(tuning.measure)
 
 
-def _without_noise(axis, tuning):
-  if (plain := tuning.plain()) is not None:
-    axis.axhline(plain, color="0.4", linestyle=":", linewidth=1.2, label="without noise")
+def _draw_baseline(axis, tuning):
+  if (baseline := tuning.baseline()) is not None:
+    axis.axhline(baseline, color="0.4", linestyle=":", linewidth=1.2, label="baseline")
 
 
 def history(tuning: Tuning) -> plt.Figure | None:
-  """Trials of a tuning in their order, and the sweep of one τ; None without a trial."""
+  """Draws a search's trials, and its sweep of one τ; None without a trial."""
   complete = tuning.complete()
   if not complete:
     return None
@@ -251,34 +228,31 @@ def history(tuning: Tuning) -> plt.Figure | None:
   trials(axes[0, 0], tuning)
   if len(sweep) > 2:
     axes[0, 1].plot(*zip(*sweep), "s-", color="0.3", markersize=4, fillstyle="none", linewidth=1)
-    _without_noise(axes[0, 1], tuning)
-    axes[0, 1].set_xlabel("router temperature τ, one for all layers")
+    _draw_baseline(axes[0, 1], tuning)
+    axes[0, 1].set_xlabel("router temperature τ of all layers")
     axes[0, 1].set_ylabel(tuning.measure)
-  figure.suptitle(f"{tuning.name}: on the examples of the search", fontsize=10)
+  figure.suptitle(f"{tuning.name}: on the search examples", fontsize=10)
   drawing.legend(figure, axes[0, 0])
   return figure
 
 
 def reliability(lines: Sequence[comparisons.Calibration], task: str) -> plt.Figure | None:
-  """Share of right events against confidence, a panel for each run; None without any."""
+  """Draws reliability diagrams, a panel per run; None without any."""
   lines = [line for line in lines if line.task == task]
   labels = list(dict.fromkeys(line.result.label for line in lines))
   if not labels:
     return None
-  columns = min(4, len(labels))
-  figure, axes = drawing.axes(columns, -(-len(labels) // columns), width=2.8, height=2.8)
-  for axis in axes.flat[len(labels) :]:
-    axis.set_visible(False)
+  figure, axes = drawing.panels([textwrap.fill(label, 30) for label in labels], 4, 2.8, 2.8)
   low = np.floor(10 * min(line.events.confidences.min() for line in lines)) / 10
-  for label, axis in zip(labels, axes.flat):
+  handles = {}
+  for label, axis in zip(labels, axes):
     axis.plot([low, 1], [low, 1], color="0.6", linewidth=0.8, linestyle=":")
     for line in (l for l in lines if l.result.label == label):
       points = calibration_error.reliability(line.events)
-      y, bars = drawing.bars(points.correct)
-      axis.errorbar(
+      drawing.errorbars(
+        axis,
         points.confidence,
-        y,
-        yerr=bars,
+        points.correct,
         capsize=2,
         elinewidth=0.8,
         markersize=4,
@@ -287,18 +261,16 @@ def reliability(lines: Sequence[comparisons.Calibration], task: str) -> plt.Figu
         color="0.5" if line.fitted else "black",
         markerfacecolor="white" if line.fitted else "black",
         linestyle="--" if line.fitted else "-",
-        label="at fitted output temperature" if line.fitted else "as it is",
+        label="at fitted output temperature" if line.fitted else "at T = 1",
       )
-    axis.set_title(textwrap.fill(label, 30), fontsize=9)
     axis.set_xlabel("confidence")
-    axis.set_ylabel("share right")
-  bottom = min(axis.get_ylim()[0] for axis in axes.flat[: len(labels)])
-  handles = {}
-  for axis in axes.flat[: len(labels)]:
-    axis.set_ylim(bottom, 1.03)
+    axis.set_ylabel("accuracy")
     handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
+  bottom = min(axis.get_ylim()[0] for axis in axes)
+  for axis in axes:
+    axis.set_ylim(bottom, 1.03)
   figure.legend(
     handles.values(), handles, loc="outside lower center", frameon=False, fontsize=8, ncols=2
   )
-  figure.suptitle(f"{task}: reliability, ten bins of equal mass, 95 % intervals", fontsize=10)
+  figure.suptitle(f"{task}: reliability, ten equal-mass bins, 95 % intervals", fontsize=10)
   return figure

@@ -1,6 +1,6 @@
-"""The page of a report: Markdown from the lines of `analysis`."""
+"""The page of a report: Markdown from the rows of `comparisons`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import json
 from typing import Any
 
@@ -15,9 +15,23 @@ NOT_MEASURED = "not measured"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-  """A Markdown table; what a cell holds is never taken for markup of the table."""
+  """Formats a Markdown table; cells are escaped."""
   clean = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
   return tabulate.tabulate(clean, header, tablefmt="pipe", disable_numparse=True)
+
+
+def table_of(records: Sequence[Any], columns: dict[str, str | Callable[[Any], Any]]) -> str:
+  """Formats a Markdown table with a row per record.
+
+  Args:
+    records: dictionaries or objects.
+    columns: {header: key of a dictionary, or a function of a record that returns the cell}.
+  """
+  cells = [
+    [r[column] if isinstance(column, str) else column(r) for column in columns.values()]
+    for r in records
+  ]
+  return table(list(columns), cells)
 
 
 def estimate(e: Estimate | None, places: int, unit: str = "") -> str:
@@ -40,273 +54,192 @@ def number(value: float | None, spec: str = ".3g") -> str:
   return NOT_MEASURED if value is None else format(value, spec)
 
 
+def mebibytes(value: float | None, spec: str = ".3g") -> str:
+  return number(value and value / 2**20, spec)
+
+
 def count(n: int, thing: str) -> str:
   return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
 
 
-def compared(lines: Sequence[Any]) -> str:
-  """How many lines of a table have a test."""
-  return count(sum(line.comparison is not None for line in lines), "test")
+def _tests(rows: Sequence[Any]) -> str:
+  """Returns "N tests" for the rows of a table."""
+  return count(sum(row.comparison is not None for row in rows), "test")
 
 
-def _verdict(comparison: Comparison | None) -> list[str]:
-  if comparison is None:
-    return ["", "", ""]
-  return [p_value(comparison.test.p), p_value(comparison.adjusted), comparison.verdict]
+def _of_comparison(column: Callable[[Comparison], Any]) -> Callable[[Any], Any]:
+  """Makes a column of `table_of` from a function of a row's comparison; "" without one."""
+  return lambda row: column(row.comparison) if row.comparison else ""
 
 
-def quality_section(lines: Sequence[comparisons.Quality], baseline: Result) -> str:
-  if not lines:
-    return f"Results of tasks are {NOT_MEASURED}."
-  rows = []
-  for line in lines:
-    c = line.comparison
-    rows.append(
-      [
-        line.task,
-        line.result.label,
-        line.metric,
-        line.examples,
-        len(line.result.seeds(line.task)),
-        estimate(line.value, 1),
-        "" if line.between is None else f"{line.between:.2f}",
-        difference(c.difference, 1) if c else "",
-        c.test.name if c else "",
-        *_verdict(c),
-      ]
-    )
-  text = table(
-    [
-      "task",
-      "method",
-      "metric",
-      "examples",
-      "seeds",
-      "%",
-      "± between seeds",
-      f"to {baseline.label}, points",
-      "test",
-      "p",
-      "adjusted p",
-      "verdict",
-    ],
-    rows,
-  )
+P_VALUES = {
+  "p": _of_comparison(lambda c: p_value(c.test.p)),
+  "adjusted p": _of_comparison(lambda c: p_value(c.adjusted)),
+}
+
+
+def quality_section(rows: Sequence[comparisons.Quality], baseline: Result) -> str:
+  if not rows:
+    return f"Task results are {NOT_MEASURED}."
+  columns = {
+    "task": lambda r: r.task,
+    "method": lambda r: r.result.label,
+    "metric": lambda r: r.metric,
+    "examples": lambda r: r.examples,
+    "seeds": lambda r: len(r.result.seeds(r.task)),
+    "%": lambda r: estimate(r.value, 1),
+    "± between seeds": lambda r: "" if r.between is None else f"{r.between:.2f}",
+    f"difference from {baseline.label} (points)": _of_comparison(
+      lambda c: difference(c.difference, 1)
+    ),
+    "test": _of_comparison(lambda c: c.test.name),
+    **P_VALUES,
+    "verdict": _of_comparison(lambda c: c.verdict),
+  }
   notes = [
-    "In brackets 95 % bootstrap intervals over examples; the metric of each example is first "
-    "averaged over noise seeds. ± is the standard deviation of the seeds' means. Differences "
-    "are on the same examples. Tests: McNemar's exact one where every example was answered "
-    "once, a sign-flip permutation test over examples otherwise; adjusted p: Holm's correction "
-    f"over the {compared(lines)} of this table. A verdict needs an adjusted p below 0.05 and an "
-    "interval without zero."
+    "Brackets: 95 % bootstrap intervals over examples; each example's metric is first averaged "
+    "over noise seeds. ±: standard deviation of the seeds' means. Differences are paired by "
+    "example. Tests: McNemar's exact test if every example was answered once, otherwise a "
+    "sign-flip permutation test over examples. Adjusted p: Holm's correction over the "
+    f"{_tests(rows)} of this table. A difference is significant if adjusted p < 0.05 and its "
+    "interval excludes zero."
   ]
   notes += [
-    f"{line.task}: {count(line.missing, 'example')} that only one of {line.result.label} "
-    f"and {line.comparison.baseline} has left out; {line.examples} paired."
-    for line in lines
-    if line.missing and line.comparison
+    f"{row.task}: left out {count(row.missing, 'example')} that only one of {row.result.label} "
+    f"and {row.comparison.baseline} has; {row.examples} paired."
+    for row in rows
+    if row.missing and row.comparison
   ]
-  return "\n\n".join([text, *notes])
+  return "\n\n".join([table_of(rows, columns), *notes])
 
 
-def likelihood_section(lines: Sequence[comparisons.Likelihood], baseline: Result) -> str:
-  if not lines:
+def likelihood_section(rows: Sequence[comparisons.Likelihood], baseline: Result) -> str:
+  if not rows:
     return f"Perplexities of reference texts are {NOT_MEASURED}."
-  has_fit = {line.task for line in lines if line.fitted and line.result is baseline}
-  rows = []
-  for line in lines:
-    c = line.comparison
-    is_baseline = line.result is baseline
-    rows.append(
-      [
-        line.task,
-        comparisons.label(line.result, line.fitted),
-        "" if not line.fitted else number(line.result.output_temperatures.get(line.task)),
-        line.examples,
-        estimate(line.perplexity, 4),
-        "" if line.between is None else f"{line.between:.4f}",
-        difference(line.to_plain, 2),
-        difference(c.difference, 2) if c else "",
-        *(
-          _verdict(c)
-          if c or is_baseline
-          else ["", "", f"none: {baseline.label} at its fitted T is {NOT_MEASURED}"]
-        ),
-      ]
-    )
-  text = table(
-    [
-      "task",
-      "method",
-      "T",
-      "examples",
-      "perplexity",
-      "± between seeds",
-      f"to {baseline.label}, %",
-      f"to {baseline.label} at fitted T, %",
-      "p",
-      "adjusted p",
-      f"verdict, to {baseline.label} at fitted T",
-    ],
-    rows,
-  )
+  has_fit = {row.task for row in rows if row.fitted and row.result is baseline}
+  no_verdict = f"none: {baseline.label} at its fitted T is {NOT_MEASURED}"
+  columns = {
+    "task": lambda r: r.task,
+    "method": lambda r: comparisons.label(r.result, r.fitted),
+    "T": lambda r: number(r.result.output_temperatures.get(r.task)) if r.fitted else "",
+    "examples": lambda r: r.examples,
+    "perplexity": lambda r: estimate(r.perplexity, 4),
+    "± between seeds": lambda r: "" if r.between is None else f"{r.between:.4f}",
+    f"difference from {baseline.label} (%)": lambda r: difference(r.difference, 2),
+    f"difference from {baseline.label} at fitted T (%)": _of_comparison(
+      lambda c: difference(c.difference, 2)
+    ),
+    **P_VALUES,
+    f"verdict against {baseline.label} at fitted T": lambda r: (
+      r.comparison.verdict if r.comparison else "" if r.result is baseline else no_verdict
+    ),
+  }
   notes = [
-    "A model that is too sure of itself gains from anything that flattens its distribution, an "
-    "output temperature as well as a roster. Verdicts are therefore against "
-    f"{baseline.label} with its output temperature T fitted on validation data; sign-flip tests "
-    f"over examples with Holm's correction over the {compared(lines)} of this table. Lower is "
-    "better."
+    "Anything that flattens its distribution helps an overconfident model, an output temperature "
+    f"as well as a roster. Verdicts are therefore against {baseline.label} with its output "
+    "temperature T fitted on validation data; sign-flip tests over examples with Holm's "
+    f"correction over the {_tests(rows)} of this table. Lower is better."
   ]
-  missing = sorted({line.task for line in lines} - has_fit)
+  missing = sorted({row.task for row in rows} - has_fit)
   if missing:
     notes.append(
       f"**{baseline.label} at a fitted output temperature is {NOT_MEASURED} for "
       f"{', '.join(missing)}: without it no claim about perplexity can be made there.**"
     )
-  return "\n\n".join([text, *notes])
+  return "\n\n".join([table_of(rows, columns), *notes])
 
 
-def calibration_section(lines: Sequence[comparisons.Calibration], baseline: Result) -> str:
-  if not lines:
-    return f"Calibration is {NOT_MEASURED}: the runs hold no confidences."
-  rows, differences = [], []
-  for line in lines:
-    name, c = comparisons.label(line.result, line.fitted), line.comparison
-    rows.append(
-      [
-        line.task,
-        name,
-        len(line.events.confidences),
-        estimate(line.nll, 4),
-        estimate(line.error, 4),
-        estimate(line.width_error, 4),
-        estimate(line.brier, 4),
-      ]
-    )
-    if c:
-      differences.append(
-        [
-          line.task,
-          name,
-          difference(line.error_difference, 4),
-          difference(c.difference, 4),
-          *_verdict(c),
-        ]
-      )
-  ece = f"ECE, {calibration_error.MASS}"
+def calibration_section(rows: Sequence[comparisons.Calibration], baseline: Result) -> str:
+  if not rows:
+    return f"Calibration is {NOT_MEASURED}: the runs have no confidences."
+  names = {"task": lambda r: r.task, "method": lambda r: comparisons.label(r.result, r.fitted)}
+  columns = names | {
+    "events": lambda r: len(r.events.confidences),
+    "NLL per token (nats)": lambda r: estimate(r.nll, 4),
+    f"ECE, {calibration_error.MASS}": lambda r: estimate(r.error, 4),
+    f"ECE, {calibration_error.WIDTH}": lambda r: estimate(r.width_error, 4),
+    "Brier score": lambda r: estimate(r.brier, 4),
+  }
   parts = [
-    table(
-      [
-        "task",
-        "method",
-        "events",
-        "NLL per token, nats",
-        ece,
-        f"ECE, {calibration_error.WIDTH}",
-        "Brier score",
-      ],
-      rows,
-    ),
-    f"ECE with {calibration_error.BINS} bins; where this page speaks of ECE alone it is that of "
-    f"{calibration_error.MASS} bins. Its intervals are reversed percentile ones, and begin at 0 "
-    "where a calibrated model would show as much. Events of one example (and of its "
-    "seeds) are resampled together.",
+    table_of(rows, columns),
+    f"ECE with {calibration_error.BINS} bins; ECE alone means {calibration_error.MASS} bins. Its "
+    "intervals are reversed percentile intervals, and begin at 0 where a calibrated model would "
+    "show as much. Events of one example (and of its seeds) are resampled together.",
   ]
-  if differences:
-    at_fitted = f"to {baseline.label} at fitted T"
+  if tested := [row for row in rows if row.comparison]:
+    at_fitted = f"difference from {baseline.label} at fitted T"
+    columns = names | {
+      f"ECE: {at_fitted}": lambda r: difference(r.error_difference, 4),
+      f"Brier score: {at_fitted}": lambda r: difference(r.comparison.difference, 4),
+      **P_VALUES,
+      "verdict on the Brier score": lambda r: r.comparison.verdict,
+    }
     parts += [
-      table(
-        [
-          "task",
-          "method",
-          f"ECE, {at_fitted}",
-          f"Brier score, {at_fitted}",
-          "p",
-          "adjusted p",
-          "verdict on the Brier score",
-        ],
-        differences,
-      ),
-      "Lower is better. ECEs have no per-example values that could be swapped, so that "
-      "their differences have an interval, but no test.",
+      table_of(tested, columns),
+      "Lower is better. An ECE has no per-example values to swap, so its differences have an "
+      "interval but no test.",
     ]
-  fitted = {line.task for line in lines if line.fitted and line.result is baseline}
-  for task in sorted({line.task for line in lines} - fitted):
-    parts.append(
-      f"**{task}: confidences of {baseline.label} at a fitted output temperature are "
-      f"{NOT_MEASURED}: without them no claim about calibration can be made.**"
-    )
+  fitted = {row.task for row in rows if row.fitted and row.result is baseline}
+  parts += [
+    f"**{task}: confidences of {baseline.label} at a fitted output temperature are "
+    f"{NOT_MEASURED}: without them no claim about calibration can be made.**"
+    for task in sorted({row.task for row in rows} - fitted)
+  ]
   others = [
-    f"{comparisons.label(line.result, line.fitted)} on {line.task}"
-    for line in lines
-    if line.task in fitted and line.result is not baseline and not line.comparison
+    f"{comparisons.label(row.result, row.fitted)} on {row.task}"
+    for row in rows
+    if row.task in fitted and row.result is not baseline and not row.comparison
   ]
   if others:
     parts.append(
-      f"Not compared, as they have other events than {baseline.label}: {', '.join(others)}."
+      f"Not compared, since their events differ from those of {baseline.label}: "
+      f"{', '.join(others)}."
     )
   return "\n\n".join(parts)
 
 
-def cost_section(lines: Sequence[comparisons.Cost]) -> str:
-  rows = [
-    [
-      line.task,
-      line.result.label,
-      number(line.tokens_per_second, ".4g"),
-      number(line.rows, ".4g"),
-      number(line.flops),
-      number(line.experts),
-      number(None if line.peak_bytes is None else line.peak_bytes / 2**20, ".4g"),
-    ]
-    for line in lines
-  ]
-  return "\n\n".join(
-    [
-      table(
-        [
-          "task",
-          "method",
-          "tokens/s",
-          "forward rows per example",
-          "forward FLOPs per example",
-          "experts read per layer and step",
-          "peak memory, MiB",
-        ],
-        rows,
-      ),
-      "Tokens per second are medians over stretches of work. Rows and FLOPs are those that one "
-      "example with one seed took. Experts are the different ones that a layer reads in a step, "
-      "means over layers and steps.",
-    ]
+def cost_section(rows: Sequence[comparisons.RunCost]) -> str:
+  columns = {
+    "task": lambda r: r.task,
+    "method": lambda r: r.result.label,
+    "tokens/s": lambda r: number(r.tokens_per_second, ".4g"),
+    "forward passes per example": lambda r: number(r.forward_passes, ".4g"),
+    "forward FLOPs per example": lambda r: number(r.flops),
+    "unique active experts per layer and step": lambda r: number(r.unique_experts),
+    "peak memory (MiB)": lambda r: mebibytes(r.peak_bytes, ".4g"),
+  }
+  return (
+    table_of(rows, columns) + "\n\nTokens per second are medians over batches. Forward passes "
+    "(tokens x members) and FLOPs are per example and seed. Unique active experts are means over "
+    "layers and steps."
   )
 
 
 def power_section(
-  lines: Sequence[comparisons.Power], likelihoods: Sequence[comparisons.Likelihood]
+  rows: Sequence[comparisons.Power], likelihoods: Sequence[comparisons.Likelihood]
 ) -> str:
   sentences = [
-    f"{p.task}: with {p.examples} examples, of which {100 * p.discordance:.1f} % differ (mean "
-    f"squared difference in {p.measure} of the method that differs most), one comparison sees "
-    f"true differences of {p.points:.1f} points and more with {100 * paired_statistics.POWER:.0f} % "
-    f"power, and at the strictest level of Holm's correction {p.corrected_points:.1f} points."
-    for p in lines
+    f"{p.task}: with {p.examples} examples and a discordance of {100 * p.discordance:.1f} % (mean "
+    f"squared difference in {p.measure}, of the method that differs most), one comparison detects "
+    f"true differences of {p.points:.1f} points or more with {100 * paired_statistics.POWER:.0f} % "
+    f"power; at the strictest level of Holm's correction, {p.corrected_points:.1f} points."
+    for p in rows
   ]
   widest: dict[str, float] = {}
-  for line in likelihoods:
-    if line.comparison:
-      seen = paired_statistics.detectable_from_interval(line.comparison.difference)
-      widest[line.task] = max(widest.get(line.task, 0.0), seen)
+  for row in likelihoods:
+    if row.comparison:
+      seen = paired_statistics.detectable_from_interval(row.comparison.difference)
+      widest[row.task] = max(widest.get(row.task, 0.0), seen)
   sentences += [
-    f"{task}: relative differences of perplexity of {seen:.2f} % and more, from the "
-    "widest interval of its table, before correction."
+    f"{task}: relative differences in perplexity of at least {seen:.2f} %, from the widest "
+    "interval of its table, before correction."
     for task, seen in widest.items()
   ]
   if not sentences:
-    return "Nothing is compared, so that nothing can be said about power."
+    return "There are no comparisons, hence no statement about power."
   return "\n".join(f"* {s}" for s in sentences) + (
-    '\n\n"No clear difference" says that a difference of this size would probably have been '
-    "seen, not that the methods are equal."
+    '\n\n"No significant difference" means that a difference of this size would probably have '
+    "been detected, not that the methods are equal."
   )
 
 
@@ -316,57 +249,48 @@ def findings(
   calibrations: Sequence[comparisons.Calibration],
   baseline: Result | None,
 ) -> str:
-  """What is significant, in sentences made from the figures."""
+  """Describes the significant differences in sentences."""
   if baseline is None:
-    return "No runs are compared here."
+    return "No runs are compared."
   parts = []
-  for what, lines in (
+  for what, rows in (
     ("task results", quality),
     ("perplexities", likelihoods),
     ("Brier scores", calibrations),
   ):
-    comparisons = [line.comparison for line in lines if line.comparison]
+    comparisons = [row.comparison for row in rows if row.comparison]
     if not comparisons:
-      parts.append(
-        f"No {what} are compared"
-        + (
-          f": those of {baseline.label} at a fitted output temperature, or of others beside it, "
-          f"are {NOT_MEASURED}."
-          if lines is not quality
-          else "."
-        )
-      )
+      missing = f": they are {NOT_MEASURED} for {baseline.label} at a fitted output temperature, "
+      missing += "or for all other methods"
+      parts.append(f"No {what} are compared{'' if rows is quality else missing}.")
       continue
     against = comparisons[0].baseline
-    clear = [c for c in comparisons if c.is_significant]
+    significant = [c for c in comparisons if c.is_significant]
     uncorrected = [
       c for c in comparisons if not c.is_significant and c.test.p < paired_statistics.SIGNIFICANCE
     ]
-    if clear:
+    if significant:
       parts.append(
         f"Of {count(len(comparisons), 'comparison')} of {what} with {against}, "
-        f"{len(clear)} {'is' if len(clear) == 1 else 'are'} clear:\n\n"
-        + "\n".join(f"* {c.sentence()}" for c in clear)
+        f"{len(significant)} {'is' if len(significant) == 1 else 'are'} significant:\n\n"
+        + "\n".join(f"* {c.sentence()}" for c in significant)
       )
     else:
       parts.append(
-        f"No clear difference from {against} in {what}, in {count(len(comparisons), 'comparison')}."
+        f"No significant difference from {against} in {what}, in "
+        f"{count(len(comparisons), 'comparison')}."
       )
     if uncorrected:
       parts.append(
-        f"Without the correction another {len(uncorrected)} would have p < 0.05, which "
-        "is no finding."
+        f"Without correction another {len(uncorrected)} would have p < 0.05; that is no finding."
       )
-  for line in likelihoods:
-    if line.result is baseline and line.fitted:
-      d = line.to_plain
-      verb = (
-        "makes no clear difference to"
-        if not d.is_significant
-        else ("lowers" if d.value < 0 else "raises")
-      )
+  for row in likelihoods:
+    if row.result is baseline and row.fitted:
+      d = row.difference
+      verb = "lowers" if d.value < 0 else "raises"
       parts.append(
-        f"{line.task}: one fitted output temperature {verb} the perplexity of "
+        f"{row.task}: one fitted output temperature "
+        f"{verb if d.excludes_zero else 'does not significantly change'} the perplexity of "
         f"{baseline.label} ({difference(d, 2, ' %')})."
       )
   return "\n\n".join(parts)
@@ -374,93 +298,57 @@ def findings(
 
 def tuning_section(tunings: Sequence[Tuning]) -> str:
   if not tunings:
-    return f"Tuning is {NOT_MEASURED}: no folder was given."
-  rows = []
-  for t in tunings:
-    complete = t.complete()
-    values = [trial["value"] for trial in complete]
-    best = None if not values else (max if t.maximizes else min)(values)
-    states = [trial["state"] for trial in t.trials]
-    total = lambda name: sum(trial.get(name) or 0 for trial in t.trials)
-    rows.append(
-      [
-        t.name,
-        t.measure,
-        len(t.trials),
-        states.count("pruned"),
-        states.count("failed"),
-        number(t.plain(), ".5g"),
-        number(best, ".5g"),
-        number(total("tokens"), ".0f"),
-        number(total("seconds"), ".0f"),
-      ]
-    )
+    return f"Tuning is {NOT_MEASURED}: give folders with --tune."
+  states = lambda t: [trial["state"] for trial in t.trials]
+  total = lambda t, name: number(sum(trial.get(name) or 0 for trial in t.trials), ".0f")
+  best = lambda t: (max if t.maximizes else min)((x["value"] for x in t.complete()), default=None)
+  columns = {
+    "search": lambda t: t.name,
+    "objective": lambda t: t.measure,
+    "trials": lambda t: len(t.trials),
+    "pruned": lambda t: states(t).count("pruned"),
+    "failed": lambda t: states(t).count("failed"),
+    "baseline": lambda t: number(t.baseline(), ".5g"),
+    "best trial": lambda t: number(best(t), ".5g"),
+    "tokens": lambda t: total(t, "tokens"),
+    "seconds": lambda t: total(t, "seconds"),
+  }
   parts = [
-    table(
-      [
-        "tuning",
-        "objective",
-        "trials",
-        "pruned",
-        "failed",
-        "without noise",
-        "best seen",
-        "tokens",
-        "seconds",
-      ],
-      rows,
-    ),
-    "The best of many trials on the examples that it was chosen by is too good: only a "
-    "confirmation with fresh noise and fresh examples counts.",
+    table_of(tunings, columns),
+    "The best of many trials looks too good on the examples that selected it: only a "
+    "confirmation on fresh examples with fresh noise counts.",
   ]
   confirmed = [(t, t.profile.get("objective", {}).get("confirmed")) for t in tunings]
-  rows = []
-  for t, found in confirmed:
-    for d in found["differences"] if found else ():
-      interval = Difference(d["value"], d["low"], d["high"])
-      rows.append(
-        [
-          t.name,
-          d["of"],
-          d["to"],
-          "yes" if d["fitted"] else "no",
-          found["examples"],
-          difference(interval, 2, " points" if t.maximizes else " %"),
-          "yes" if interval.is_significant else "no",
-        ]
-      )
-  if rows:
+  found = [(t, c["examples"], d) for t, c in confirmed if c for d in c["differences"]]
+  if found:
+    interval = lambda d: Difference(d["value"], d["low"], d["high"])
+    columns = {
+      "search": lambda r: r[0].name,
+      "method": lambda r: r[2]["of"],
+      "against": lambda r: r[2]["to"],
+      "output T fitted to both": lambda r: "yes" if r[2]["fitted"] else "no",
+      "examples": lambda r: r[1],
+      "difference": lambda r: difference(interval(r[2]), 2, " points" if r[0].maximizes else " %"),
+      "interval excludes zero": lambda r: "yes" if interval(r[2]).excludes_zero else "no",
+    }
     parts += [
-      table(
-        [
-          "tuning",
-          "of",
-          "to",
-          "output T fitted to both",
-          "examples",
-          "difference",
-          "interval leaves out zero",
-        ],
-        rows,
-      ),
-      "Confirmation on fresh examples with fresh noise, not corrected for several looks: "
-      "a report on the runs of the confirmation is.",
+      table_of(found, columns),
+      "Confirmation on fresh examples with fresh noise, not corrected for multiple tests: a "
+      "report on the confirmation's runs is.",
     ]
-  parts += [f"{t.name}: confirmation {NOT_MEASURED}." for t, found in confirmed if not found]
+  parts += [f"{t.name}: confirmation {NOT_MEASURED}." for t, c in confirmed if not c]
   return "\n\n".join(parts)
 
 
 def settings_section(results: Sequence[Result], tunings: Sequence[Tuning], command: str) -> str:
-  """What all runs share, in what they differ, and how to make it again."""
+  """Lists the settings that all runs share, those that differ, and the commands."""
   flat = [_flatten({k: v for k, v in r.settings.items() if k != runs.COMMAND}) for r in results]
   names = sorted(set().union(*flat)) if flat else []
   shared = {n: flat[0].get(n) for n in names if all(f.get(n) == flat[0].get(n) for f in flat)}
   parts = []
   if shared:
-    parts += [
-      "The same in all runs:",
-      table(["setting", "value"], [[n, _inline(v)] for n, v in shared.items()]),
-    ]
+    rows = [[n, _inline(v)] for n, v in shared.items()]
+    parts += ["The same in all runs:", table(["setting", "value"], rows)]
   differing = [n for n in names if n not in shared and n not in ("name", "label")]
   if differing:
     parts += [
@@ -476,15 +364,14 @@ def settings_section(results: Sequence[Result], tunings: Sequence[Tuning], comma
   if lacking:
     parts.append(f"The fingerprint of the model is not recorded for {', '.join(lacking)}.")
   for t in tunings:
-    told = {
-      name: t.profile[name]
-      for name in ("model", "roster", "objective", "data", "cost")
-      if t.profile.get(name)
+    names = ("model", "roster", "objective", "data", "cost")
+    shown = {name: t.profile[name] for name in names if t.profile.get(name)}
+    shown |= {
+      "objective": {k: v for k, v in shown.get("objective", {}).items() if k != "confirmed"}
     }
-    told |= {"objective": {k: v for k, v in told.get("objective", {}).items() if k != "confirmed"}}
     parts.append(
-      f"Tuning {t.name}: "
-      + "; ".join(f"{k}: {_inline(v)}" for k, v in told.items())
+      f"Search {t.name}: "
+      + "; ".join(f"{k}: {_inline(v)}" for k, v in shown.items())
       + f"; seed {_inline(t.profile.get('seed'))}."
     )
   return "\n\n".join(
@@ -503,16 +390,12 @@ def _flatten(settings, prefix=""):
 
 
 def _inline(value):
-  """A setting in one line; equal numbers of all layers as one, of many names the ends."""
-  if (
-    isinstance(value, list)
-    and len(value) > 1
-    and isinstance(value[0], float)
-    and all(v == value[0] for v in value)
-  ):
-    return f"{_inline(value[0])} ({len(value)} times)"
-  if isinstance(value, list) and len(value) > 4 and isinstance(value[0], str):
-    return f"{value[0]} ... {value[-1]} ({len(value)})"
+  """Formats a setting in one line, shortening equal τ of all layers and long lists of names."""
+  if isinstance(value, list) and len(value) > 1:
+    if isinstance(value[0], float) and all(v == value[0] for v in value):
+      return f"{_inline(value[0])} ({len(value)} times)"
+    if len(value) > 4 and isinstance(value[0], str):
+      return f"{value[0]} ... {value[-1]} ({len(value)})"
   if isinstance(value, float):
     return f"{value:.6g}"
   if isinstance(value, dict):
@@ -521,5 +404,5 @@ def _inline(value):
 
 
 def picture(name: str, caption: str) -> str:
-  """A picture beside the page, with its caption and its form for print."""
+  """Formats a picture with its caption and a link to its PDF."""
   return f"![{caption}]({name}.png)\n\n*{caption}* ([PDF]({name}.pdf))"

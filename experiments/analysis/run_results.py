@@ -1,4 +1,4 @@
-"""Runs and tuning folders as a report reads them, and whether they may be compared."""
+"""Loads runs and searches for reports, and checks that runs are comparable."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -12,10 +12,10 @@ import numpy as np
 from experiments.analysis.calibration_error import Events
 from experiments.records import runs
 
-# Metrics that are a task's result, in the order in which they are looked for.
+# Metrics that are a task's result, in order of preference.
 QUALITY = ("exact_match", "acc", "pass@1")
 NLL, FITTED_NLL, TOKENS = "nll", "fitted_nll", "tokens"
-# Settings that must be equal in runs that are compared, where both have them.
+# Settings that must be equal in compared runs, where both have them.
 SAME = ("split", "chat", "system", "num_fewshot")
 TEMPERATURES = "output_temperatures.json"
 PROFILE, TRIALS = "profile.json", "trials.jsonl"
@@ -27,11 +27,11 @@ class Result:
 
   Attributes:
     path: its folder.
-    label: what it is called in tables, unique in a report.
+    label: its name in tables, unique in a report.
     settings: its settings.json.
     records: {task: {example: {seed: line of examples.jsonl}}}.
     costs: lines of costs.jsonl.
-    output_temperatures: {task: that of `FITTED_NLL`}, where they are recorded.
+    output_temperatures: {task: output temperature of `FITTED_NLL`}, where recorded.
   """
 
   path: pathlib.Path
@@ -43,7 +43,7 @@ class Result:
 
   @property
   def model(self) -> str | None:
-    """The fingerprint of the model, or None: not recorded."""
+    """The fingerprint of the model; None: not recorded."""
     model = self.settings.get("model")
     return str(model.get("routers")) if isinstance(model, dict) else model
 
@@ -51,7 +51,7 @@ class Result:
     return sorted(set().union(*self.records.get(task, {}).values()))
 
   def examples(self, task: str, *names: str) -> list[str]:
-    """Those that have all metrics or arrays named under all seeds, in order."""
+    """Returns the examples that have all named metrics or arrays for all seeds, sorted."""
     seeds = self.seeds(task)
     return sorted(
       example
@@ -63,7 +63,7 @@ class Result:
     )
 
   def metrics(self, task: str) -> list[str]:
-    """Names of the metrics of any example, in their order."""
+    """Returns the names of the metrics of any example, in order."""
     return list(
       dict.fromkeys(
         name
@@ -74,13 +74,13 @@ class Result:
     )
 
   def values(self, task: str, metric: str, examples: Sequence[str]) -> np.ndarray:
-    """`[X, S]` values of a metric, by example and seed; `[X]` for one seed."""
+    """Returns `[X, S]` values of a metric by example and seed; `[X]` for one seed."""
     seeds, lines = self.seeds(task), self.records[task]
     table = np.array([[lines[e][s]["metrics"][metric] for s in seeds] for e in examples], float)
     return table[:, 0] if len(seeds) == 1 else table
 
   def events(self, task: str, examples: Sequence[str], confidences: str) -> Events:
-    """Confidences of examples and what came of them, those of all seeds together."""
+    """Returns confidences and outcomes of examples, over all seeds."""
     seeds, lines = self.seeds(task), self.records[task]
     return Events.of(
       [np.concatenate([lines[e][s][confidences] for s in seeds]) for e in examples],
@@ -89,7 +89,7 @@ class Result:
     )
 
   def cost(self, task: str, name: str) -> float | None:
-    """A cost of a task summed over its lines, the largest of a peak; None: not measured."""
+    """Returns a cost of a task: the sum, or the maximum of a peak; None: not measured."""
     found = [
       line[name] for line in self.costs if line.get("task") == task and line.get(name) is not None
     ]
@@ -98,19 +98,19 @@ class Result:
     return float(max(found) if name.startswith("peak_") else sum(found))
 
   def num_lines(self, task: str) -> int:
-    """How many examples were done, each seed counted."""
+    """Returns the number of examples, each seed counted."""
     return sum(map(len, self.records[task].values()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-  """What `experiments.tune` left.
+  """The results of a search by `experiments.tune`.
 
   Attributes:
-    name: what it is called in tables, unique in a report.
-    profile: its profile.json, empty if there is none yet.
+    name: its name in tables, unique in a report.
+    profile: its profile.json; empty if there is none yet.
     trials: lines of trials.jsonl, by number.
-    command: that began it, if it is known.
+    command: that started it, if known.
   """
 
   name: str
@@ -120,7 +120,7 @@ class Tuning:
 
   @property
   def measure(self) -> str:
-    """What was optimized."""
+    """The objective's name."""
     return str(self.profile.get("objective", {}).get("name", "objective"))
 
   @property
@@ -130,9 +130,9 @@ class Tuning:
   def complete(self) -> list[dict[str, Any]]:
     return [t for t in self.trials if t["state"] == "complete" and t["value"] is not None]
 
-  def plain(self) -> float | None:
-    """The value without any noise: the profile's, or of the trial whose τ are all 0."""
-    found = self.profile.get("objective", {}).get("plain")
+  def baseline(self) -> float | None:
+    """Returns the baseline's objective: the profile's, or that of a trial with all τ 0."""
+    found = self.profile.get("objective", {}).get("baseline")
     return (
       found
       if found is not None
@@ -141,17 +141,17 @@ class Tuning:
 
 
 def load_runs(patterns: Sequence[str]) -> list[Result]:
-  """The runs in folders; of a pattern with * those folders that hold one.
+  """Loads the runs in folders; a pattern with * stands for the matching folders with a run.
 
   Raises:
-    FileNotFoundError: a folder holds no finished run, or a pattern finds none.
-    ValueError: a line is not what a run holds.
+    FileNotFoundError: a folder has no finished run, or a pattern matches none.
+    ValueError: a line is not a record of a run.
   """
   results = [_load(path) for path in _folders(patterns, runs.EXAMPLES, "run")]
-  for called in (lambda r: r.path.name, lambda r: str(r.path)):  # if labels are not unique
+  for name_of in (lambda r: r.path.name, lambda r: str(r.path)):  # if labels are not unique
     labels = [r.label for r in results]
     results = [
-      r if labels.count(r.label) == 1 else dataclasses.replace(r, label=f"{r.label} ({called(r)})")
+      r if labels.count(r.label) == 1 else dataclasses.replace(r, label=f"{r.label} ({name_of(r)})")
       for r in results
     ]
   return results
@@ -167,7 +167,7 @@ def _load(path):
         raise TypeError
     except (KeyError, TypeError, ValueError) as error:
       raise ValueError(
-        f"line {number} of {path / runs.EXAMPLES} is not one of a run: it needs "
+        f"line {number} of {path / runs.EXAMPLES} is not a record of a run: it needs "
         '"task", "example", "seed" and "metrics"'
       ) from error
     records.setdefault(task, {}).setdefault(example, {})[seed] = line
@@ -187,13 +187,13 @@ def _load(path):
 
 
 def load_tunings(patterns: Sequence[str]) -> list[Tuning]:
-  """The tuning folders that patterns name.
+  """Loads the searches in folders or patterns.
 
   Raises:
-    FileNotFoundError: a folder has no trials, or a pattern finds none.
-    ValueError: a file is not what `experiments.tune` writes.
+    FileNotFoundError: a folder has no trials, or a pattern matches none.
+    ValueError: a file was not written by `experiments.tune`.
   """
-  paths = _folders(patterns, TRIALS, "tuning")
+  paths = _folders(patterns, TRIALS, "search")
   names = [path.name for path in paths]
   return [
     _load_tuning(path, name if names.count(name) == 1 else str(path))
@@ -209,7 +209,7 @@ def _load_tuning(path, name):
       trial["state"], trial["value"], list(trial["temperatures"])
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(
-      f"{path} is not the folder of a tuning: its {PROFILE} or {TRIALS} cannot be "
+      f"{path} is not the folder of a search: its {PROFILE} or {TRIALS} cannot be "
       f"read ({type(error).__name__}: {error})"
     ) from error
   settings = path / runs.SETTINGS
@@ -235,10 +235,10 @@ def _folders(patterns, holding, what):
 
 
 def find_baseline(results: Sequence[Result], name: str) -> Result:
-  """The run that others are compared with, by label, name, method or folder.
+  """Returns the run that others are compared with, by label, name, folder or method.
 
   Raises:
-    ValueError: none or several are called so.
+    ValueError: no run or several runs match.
   """
   names = (
     lambda r: r.label,
@@ -246,24 +246,26 @@ def find_baseline(results: Sequence[Result], name: str) -> Result:
     lambda r: r.path.name,
     lambda r: r.settings.get("method"),
   )
-  for called in names:
-    found = [r for r in results if called(r) == name]
+  for name_of in names:
+    found = [r for r in results if name_of(r) == name]
     if len(found) == 1:
       return found[0]
     if found:
       raise ValueError(
-        f"--baseline={name} is what {len(found)} runs are called: name one of "
+        f"--baseline={name} matches {len(found)} runs: give one of "
         f"{', '.join(r.label for r in found)}"
       )
-  raise ValueError(f"--baseline={name} is none of the runs {', '.join(r.label for r in results)}")
+  raise ValueError(
+    f"--baseline={name} matches none of the runs: give one of {', '.join(r.label for r in results)}"
+  )
 
 
 def check_comparable(results: Sequence[Result], baseline: Result) -> None:
-  """Refuses runs whose differences would not be those of their methods.
+  """Checks that differences between runs are due to their methods.
 
   Raises:
-    ValueError: another model, split or form of the prompt; no task in common, or
-      no example of a task that both have.
+    ValueError: another model, split or prompt format; no task in common, or no example in
+      common of a task.
   """
   for result in results:
     if not result.records.keys() & baseline.records.keys():
@@ -282,7 +284,7 @@ def check_comparable(results: Sequence[Result], baseline: Result) -> None:
       if theirs != ours:
         raise ValueError(
           f"{result.path} cannot be compared with {baseline.path}: their {name} differs "
-          f"({_short(theirs)}, {_short(ours)}); report them apart"
+          f"({_short(theirs)}, {_short(ours)}); report them separately"
         )
     for task in result.records.keys() & baseline.records.keys():
       if not result.records[task].keys() & baseline.records[task].keys():
@@ -300,16 +302,16 @@ def _short(value):
 def paired(
   result: Result, ours: Sequence[str], baseline: Result, theirs: Sequence[str], task: str
 ) -> list[str]:
-  """Examples of which a run has all that `ours` names, and the baseline all that `theirs` does."""
+  """Returns examples for which the run has all of `ours` and the baseline all of `theirs`."""
   others = set(baseline.examples(task, *theirs))
   return [e for e in result.examples(task, *ours) if e in others]
 
 
 def quality_metric(results: Sequence[Result], task: str) -> str | None:
-  """The metric by which a task is judged, 1 if right and 0 if wrong.
+  """Returns a task's main metric, 1 if right and 0 if wrong.
 
-  The first of `QUALITY` that the runs have. The harness's metrics may have a filter
-  behind a comma ("exact_match,strict-match"): of several the first one.
+  This is the first of `QUALITY` that the runs have. The harness's metrics may have a filter
+  after a comma ("exact_match,strict-match"); the first of several is taken.
   """
   found = list(dict.fromkeys(name for r in results for name in r.metrics(task)))
   return next(

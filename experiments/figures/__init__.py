@@ -1,33 +1,44 @@
-"""The figures and tables of the paper, and those that its reviewers asked for: one file each.
+"""The paper's figures and tables, and those that its reviewers asked for: one module each.
 
-A file has
+A figure has
 
-* a docstring: what the paper saw or the reviewers asked, and for each model the
-  checkpoint to convert, the hardware and the time it takes;
-* `TITLE`, and `SAW`: in a sentence or two, what the paper saw, or who asked what;
-* `CONFIGS`: {model: settings of its own}, a frozen dataclass;
-* `commands(work)`: the programs to run first, see `work.Command`;
-* `measure(work)`: what they came to, or own measurements, as a list of JSON objects;
-* `table(records)`: Markdown, `findings(records)`: what the intervals say, in sentences,
-  and `draw(records)`: a picture, or None where the table says all.
+* `TITLE`, and `BACKGROUND`: in a sentence or two, what the paper reports or who asked what;
+* `CONFIGS`: {model: its settings}, a frozen dataclass;
+* `commands(run)`, if other programs run first: see `figure_run.Command`;
+* `measure(run)`: their results, or its own measurements, as a list of JSON objects;
+* `table(records)` in Markdown, `findings(records)` in sentences, and `draw(records)`: a
+  picture, or None if the table is enough.
+
+Minutes on the hardware in `figure_models`, without searches shared with fig7, fig8 and fig9
+(which fig3, fig10, table1, search_cost and transfer use). The embedded models' are measured,
+the others are estimated with `roe_jax.costs` (H100):
+
+                    olmoe   mixtral   gpt_oss   embedded
+    fig3               30        60        30          3
+    fig4a, fig4b       15        25        20          2
+    fig5a             100        80        40          6
+    fig5b (+ fig5a)    15         -         -        0.5
+    fig6               35        80        40          4
+    fig7               20        20        10          3
+    fig8               30        30        20          2
+    fig9               15        25        15          1
+    calibration         5        10         5          2
+    iso_compute        25        50        30          8
+    caches             10        20        10          4
+    ceiling            35        40        20         11
+    sparsity            5        10         5          5
+    transfer           45       100        50          4
+    noise_families     10        10         5          9
 """
 
 import importlib
 from types import ModuleType
+from typing import Any
 
-PAPER = (
-  "fig3",
-  "fig4a",
-  "fig4b",
-  "fig5a",
-  "fig5b",
-  "fig6",
-  "fig7",
-  "fig8",
-  "fig9",
-  "fig10",
-  "table1",
-)
+from experiments.figures.figure_run import Command, FigureRun
+
+SEARCHES = ("fig7", "fig8", "fig9")
+PAPER = ("fig3", "fig4a", "fig4b", "fig5a", "fig5b", "fig6", *SEARCHES, "fig10", "table1")
 REVIEWERS = (
   "calibration",
   "iso_compute",
@@ -41,12 +52,19 @@ REVIEWERS = (
 NAMES = PAPER + REVIEWERS
 
 
-def get(name: str) -> ModuleType:
-  """The module of a figure.
+def get(name: str) -> ModuleType | Any:
+  """Returns the module of a figure, or an object with the same attributes.
 
   Raises:
-    ValueError: there is none of that name.
+    ValueError: unknown name.
   """
   if name not in NAMES:
-    raise ValueError(f"there is no figure {name!r}; there are {', '.join(NAMES)}")
+    raise ValueError(f"unknown figure {name!r}: give one of {', '.join(NAMES)}")
+  if name in SEARCHES:
+    return importlib.import_module(f"{__name__}.searches").FIGURES[name]
   return importlib.import_module(f"{__name__}.{name}")
+
+
+def commands(run: FigureRun) -> list[Command]:
+  """Returns the programs that run before a figure is measured."""
+  return getattr(get(run.figure), "commands", lambda run: [])(run)

@@ -1,24 +1,15 @@
-"""How much of the gain is calibration, by class of token.
+"""How much of the gain is calibration, by token class.
 
     python -m experiments.reproduce --figure=calibration --model=olmoe --data_dir=data
 
-Plain model and roster, each as it is, with one output temperature, and with one for each
-class of tokens, all fitted on other texts. Classes are fixed before looking: by the
-probability of the plain model's own best token ("confident" to "open"), and by how far its
-routers are from another choice ("firm" and "fragile" at the median of the texts that are
-fitted on: the smallest margin over layers between the last expert that is chosen and the
-first that is not). Gains are nats per token of the class, against the plain model as it is.
-What one temperature of the plain model gains, as a share of what the roster with its own
-gains, is the share of calibration; it is not defined where the roster gains nothing clear.
-
-    model      checkpoint (see models.py)              hardware               time
-    olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       5 minutes
-    mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    10 minutes
-    gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     5 minutes
-    embedded   ships with the package (both models)    one CPU core           2 minutes
-
-Times of the first three are estimated with roe_jax.costs (H100), not measured. Its
-reviewers asked which component gives the gain.
+Baseline and roster, each at T = 1, with one output temperature, and with one per class of
+tokens, all fitted on other texts. Classes are fixed in advance: by the baseline's probability
+p of its most probable token, and by the routing margin (the difference in router logits
+between the last chosen expert and the best one not chosen, minimum over layers), below or
+above its median on the texts fitted on. Gains are in nats per token of the class, relative to
+the baseline at T = 1. The share of calibration is the gain of one output temperature on the
+baseline relative to that of the roster with its own, undefined where the roster's is not
+significantly positive.
 """
 
 import dataclasses
@@ -29,19 +20,26 @@ import numpy as np
 from experiments.analysis import drawing, paired_statistics, report_page
 from experiments.analysis.paired_statistics import Estimate
 from experiments.evaluation.measurer import OUTPUT_TEMPERATURES
-from experiments.figures import compared, likelihoods
-from experiments.figures.work import Command, Work
+from experiments.figures import compared, figure_models, likelihoods
+from experiments.figures.figure_run import FigureRun
 from experiments.tuning.objectives import Perplexity
 from roe_jax import diagnostics, scoring
 from roe_jax.roster import Roster
 
 TITLE = "How much of the gain is calibration"
-SAW = (
-  "Its reviewers asked which component gives the gain. The paper compares with the plain "
-  "model as it is, without an output temperature."
+BACKGROUND = (
+  "Its reviewers asked which component gives the gain. The paper compares with the baseline "
+  "without an output temperature."
 )
-ALL = "all"
-SYSTEMS = ("plain, one T", "plain, T by class", "roster", "roster, one T", "roster, T by class")
+ALL = "all tokens"
+SYSTEMS = (
+  "baseline, one T",
+  "baseline, T by class",
+  "roster",
+  "roster, one T",
+  "roster, T by class",
+)
+MARGINS = ("large routing margin", "small routing margin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +50,8 @@ class Config:
     task: whose reference texts are scored.
     n: members.
     temperature: τ of all layers.
-    bounds: of the classes, probabilities of the plain model's best token, descending.
-    examples: on which is reported.
+    bounds: of the classes: probabilities of the baseline's best token, descending.
+    examples: to report on.
     seeds: noise seeds.
   """
 
@@ -66,24 +64,19 @@ class Config:
 
   @property
   def classes(self) -> list[str]:
-    """Of tokens by confidence, from sure to open."""
-    edges = [1.0, *self.bounds, 0.0]
-    return [f"p {low:g} to {high:g}" for high, low in zip(edges, edges[1:])]
+    """Names of the classes of tokens by confidence, descending."""
+    between = [f"{low:g} ≤ p < {high:g}" for high, low in zip(self.bounds, self.bounds[1:])]
+    return [f"p ≥ {self.bounds[0]:g}", *between, f"p < {self.bounds[-1]:g}"]
 
 
-MARGINS = ("firm routing", "fragile routing")
-CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss")} | {
-  "embedded": Config(task="wordmath", temperature=0.3, examples=160)
-}
-
-
-def commands(work: Work) -> list[Command]:
-  return []
+CONFIGS = figure_models.configs(
+  Config(), embedded=Config(task="wordmath", temperature=0.3, examples=160)
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-  """Scored tokens of texts, one after the other.
+  """Scored tokens of texts, concatenated.
 
   Attributes:
     nll: `[M, G]` nats at each output temperature.
@@ -97,18 +90,18 @@ class Tokens:
 
 
 def _score(
-  texts: likelihoods.Texts,
+  scorer: likelihoods.ReferenceScorer,
   objective: Perplexity,
   roster: Roster,
   temperatures: np.ndarray,
   ids: range,
 ) -> Tokens:
-  # As many output temperatures in every call, so that nothing is compiled again.
+  # As many output temperatures in every call, to reuse the compiled program.
   padded = np.ones(len(OUTPUT_TEMPERATURES) + 1)
   padded[1 : 1 + len(temperatures)] = temperatures
   scores = scoring.score(
-    texts.params,
-    texts.config,
+    scorer.params,
+    scorer.config,
     objective.texts,
     objective.starts,
     roster=roster,
@@ -123,195 +116,182 @@ def _score(
   )
 
 
-def _margins(texts: likelihoods.Texts, objective: Perplexity) -> np.ndarray:
-  """`[M]` smallest routing margin over layers, where each scored token is predicted."""
-  plain, found = Roster.create(texts.config), []
+def _margins(scorer: likelihoods.ReferenceScorer, objective: Perplexity) -> np.ndarray:
+  """Returns `[M]` smallest routing margins over layers, where each scored token is predicted."""
+  baseline, found = Roster.create(scorer.config), []
   for first in range(0, len(objective.texts), 16):
     some = objective.texts[first : first + 16]
-    margins = diagnostics.routing_margins(texts.params, texts.config, plain, some)[:, 0].min(axis=0)
+    margins = diagnostics.routing_margins(scorer.params, scorer.config, baseline, some)
     found += [
-      row[start - 1 : len(text) - 1]
-      for row, text, start in zip(margins, some, objective.starts[first : first + 16])
+      margin[start - 1 : len(text) - 1]
+      for margin, text, start in zip(
+        margins[:, 0].min(axis=0), some, objective.starts[first : first + 16]
+      )
     ]
   return np.concatenate(found)
 
 
 def _classes(config: Config, top: np.ndarray) -> np.ndarray:
-  """`[M]` index of each token's class."""
+  """Returns the `[M]` index of each token's class."""
   return np.searchsorted(-np.array(config.bounds), -top, side="left")
 
 
 def _fit(nll: np.ndarray, chosen: np.ndarray) -> float:
-  """The output temperature of some tokens; 1 where there are fewer than ten to fit on."""
+  """Returns the output temperature of the chosen tokens; 1 for fewer than ten."""
   if chosen.sum() < 10:
     return 1.0
   return paired_statistics.fit_output_temperature(nll[chosen], OUTPUT_TEMPERATURES)
 
 
-def _measure(work: Work, checkpoint: str) -> dict[str, Any]:
-  """JSON: "tokens" {class: [X]}, "gain" {class: {system: [X]}} nats summed over the tokens of a text."""
-  config = work.config
-  texts = likelihoods.Texts(work, checkpoint, config.task, config.examples)
-  fit_on, report_on = texts.chosen_on, texts.reported_on
+def _measure(run: FigureRun, checkpoint: str) -> dict[str, Any]:
+  """Returns "tokens" {class: [X]} and "gain" {class: {system: [X]}}, nats summed over a text."""
+  config = run.config
+  scorer = likelihoods.ReferenceScorer(run, checkpoint, config.task, config.examples)
+  fit_on, report_on = scorer.choose_on, scorer.report_on
   fit_ids = range(len(fit_on.texts))
   report_ids = range(len(fit_ids), len(fit_ids) + len(report_on.texts))
-  seeds = range(work.seed, work.seed + config.seeds)
-
-  def roster(seed):
-    return Roster.create(
-      texts.config, config.n, config.temperature, seed=seed, cache=work.model.cache
-    )
-
-  on_grid = {
-    "plain": _score(texts, fit_on, Roster.create(texts.config), OUTPUT_TEMPERATURES, fit_ids),
-    "roster": _score(texts, fit_on, roster(seeds[0]), OUTPUT_TEMPERATURES, fit_ids),
+  seeds = range(run.seed, run.seed + config.seeds)
+  rosters = {
+    "baseline": [Roster.create(scorer.config)],
+    "roster": [
+      Roster.create(scorer.config, config.n, config.temperature, seed=s, cache=run.model.cache)
+      for s in seeds
+    ],
   }
-  of_fit = _classes(config, on_grid["plain"].top)
+  on_grid = {
+    name: _score(scorer, fit_on, of_seeds[0], OUTPUT_TEMPERATURES, fit_ids)
+    for name, of_seeds in rosters.items()
+  }
+  of_fit = _classes(config, on_grid["baseline"].top)
+  every = np.full(len(of_fit), True)
   fitted = {
-    name: [
-      _fit(t.nll, np.full(len(of_fit), True)),
-      *(_fit(t.nll, of_fit == c) for c in range(len(config.classes))),
-    ]
+    name: [_fit(t.nll, every), *(_fit(t.nll, of_fit == c) for c in range(len(config.classes)))]
     for name, t in on_grid.items()
   }
   reported = {
-    "plain": [
-      _score(
-        texts, report_on, Roster.create(texts.config), np.array([1.0, *fitted["plain"]]), report_ids
-      )
-    ],
-    "roster": [
-      _score(texts, report_on, roster(seed), np.array([1.0, *fitted["roster"]]), report_ids)
-      for seed in seeds
-    ],
+    name: [
+      _score(scorer, report_on, roster, np.array([1.0, *fitted[name]]), report_ids)
+      for roster in of_seeds
+    ]
+    for name, of_seeds in rosters.items()
   }
-  plain = reported["plain"][0]
-  of = _classes(config, plain.top)
-  median = np.median(_margins(texts, fit_on))
-  fragile = _margins(texts, report_on) < median
+  baseline = reported["baseline"][0]
+  of = _classes(config, baseline.top)
+  small = _margins(scorer, report_on) < np.median(_margins(scorer, fit_on))
   nll = {}
-  for name, runs in reported.items():
-    mean = np.mean([t.nll for t in runs], axis=0)  # over seeds
+  for name, of_seeds in reported.items():
+    mean = np.mean([t.nll for t in of_seeds], axis=0)
     nll[name], nll[f"{name}, one T"] = mean[:, 0], mean[:, 1]
     nll[f"{name}, T by class"] = mean[np.arange(len(of)), 2 + of]
   groups = (
     {ALL: np.full(len(of), True)}
     | {label: of == c for c, label in enumerate(config.classes)}
-    | dict(zip(MARGINS, (~fragile, fragile)))
+    | dict(zip(MARGINS, (~small, small)))
   )
 
   def by_text(values, chosen):
-    return np.bincount(plain.text[chosen], values[chosen], len(report_on.texts)).tolist()
+    return np.bincount(baseline.text[chosen], values[chosen], len(report_on.texts)).tolist()
 
   return {
     "temperatures": {name: dict(zip((ALL, *config.classes), t)) for name, t in fitted.items()},
     "tokens": {g: by_text(np.ones(len(of)), chosen) for g, chosen in groups.items()},
     "gain": {
-      g: {s: by_text(nll["plain"] - nll[s], chosen) for s in SYSTEMS}
+      g: {s: by_text(nll["baseline"] - nll[s], chosen) for s in SYSTEMS}
       for g, chosen in groups.items()
     },
   }
 
 
-def measure(work: Work) -> list[dict]:
-  keep, found = work.kept(), []
-  for checkpoint in work.model.checkpoints:
-    m = keep.get(checkpoint, lambda: _measure(work, checkpoint))
-    everything = np.sum(m["tokens"][ALL])
+def measure(run: FigureRun) -> list[dict]:
+  keep, found = run.measurements(), []
+  for checkpoint in run.model.checkpoints:
+    m = keep.get(checkpoint, lambda: _measure(run, checkpoint))
+    total = np.sum(m["tokens"][ALL])
     for group, counts in m["tokens"].items():
-      counts = np.array(counts)
+      counts, gains = np.array(counts), m["gain"][group]
       if not counts.sum():
         continue
       record = {
         "model": checkpoint.rpartition(":")[2],
         "class": group,
-        "share": float(counts.sum() / everything),
+        "share": float(counts.sum() / total),
         "tokens": int(counts.sum()),
-        "T": m["temperatures"]["plain"].get(group),
+        "T": m["temperatures"]["baseline"].get(group),
       }
-      for system in SYSTEMS:
-        gain = np.array(m["gain"][group][system])
-        record[system] = dict(
-          zip(
-            ("value", "low", "high"),
-            paired_statistics.bootstrap([1e3 * gain, counts], paired_statistics.ratio),
-          )
-        )
-      record["share of calibration"] = _share(
-        m["gain"][group]["plain, one T"], m["gain"][group]["roster, one T"], record["roster, one T"]
-      )
+      record |= {system: _ratio(1e3 * np.array(gains[system]), counts) for system in SYSTEMS}
+      one_t = [gains[f"{name}, one T"] for name in ("baseline", "roster")]
+      record["share of calibration"] = _share(*one_t, record["roster, one T"])
       found.append(record)
   return found
 
 
-def _share(plain, roster, gain):
-  """The gain of the plain model's temperature in percent of the roster's with its own, or None."""
-  if not gain["low"] > 0:
-    return None
-  value, low, high = paired_statistics.bootstrap(
-    [100 * np.array(plain), np.array(roster)], paired_statistics.ratio
-  )
-  return {"value": value, "low": low, "high": high}
+def _ratio(numerator, denominator):
+  samples = [numerator, np.array(denominator)]
+  return compared.estimate(paired_statistics.bootstrap(samples, paired_statistics.ratio))
+
+
+def _share(baseline, roster, gain):
+  """Returns the gain of the baseline's T in percent of the roster's with its own T, or None."""
+  return _ratio(100 * np.array(baseline), roster) if gain["low"] > 0 else None
 
 
 def table(records: list[dict]) -> str:
-  rows = [
-    [
-      r["model"],
-      r["class"],
-      f"{100 * r['share']:.1f} %",
-      f"{r['T']:.2f}" if r["T"] else "",
-      *(compared.cell(r[s], 2, True) for s in SYSTEMS),
-      compared.cell(r["share of calibration"], 0) or "not defined",
-    ]
-    for r in records
-  ]
-  return report_page.table(
-    ["model", "tokens", "share", "T of plain", *SYSTEMS, "share of calibration, %"], rows
-  ) + (
-    "\n\nGains over the plain model as it is, in thousandths of a nat per token of "
-    "the class; 95 % bootstrap intervals over texts. T by class is fitted for each "
-    "class of confidence."
+  columns = {
+    "model": "model",
+    "tokens": "class",
+    "share": lambda r: f"{100 * r['share']:.1f} %",
+    "T of baseline": lambda r: f"{r['T']:.2f}" if r["T"] else "",
+    **{s: lambda r, s=s: compared.cell(r[s], 2, True) for s in SYSTEMS},
+    "share of calibration (%)": lambda r: (
+      compared.cell(r["share of calibration"], 0) or "undefined"
+    ),
+  }
+  return (
+    f"{report_page.table_of(records, columns)}\n\nGains over the baseline at T = 1, in 0.001 nat "
+    "per token of the class, with 95 % bootstrap intervals over texts. p: the baseline's "
+    "probability of its most probable token. Routing margin: difference in router logits between "
+    "the last chosen expert and the best one not chosen, minimum over layers; large: at least the "
+    "median. T by class is fitted for each class of p."
   )
 
 
 def findings(records: list[dict]) -> str:
-  told = []
+  sentences = []
   for r in (r for r in records if r["class"] == ALL):
-    gain = r["roster, one T"]
-    if not (share := r["share of calibration"]):
-      told.append(
-        f"{r['model']}: the roster with its own output temperature gains nothing clear "
-        f"({gain['value']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}] thousandths of a nat "
-        "per token), so that no share of it can be given."
-      )
-    else:
-      told.append(
-        f"{r['model']}: one output temperature of the plain model gains {share['value']:.0f} % "
+    if share := r["share of calibration"]:
+      sentences.append(
+        f"{r['model']}: one output temperature on the baseline gains {share['value']:.0f} % "
         f"[{share['low']:.0f}, {share['high']:.0f}] of what the roster with its own gains."
       )
-  return " ".join(told)
+    else:
+      sentences.append(
+        f"{r['model']}: the roster with its own output temperature has no significant gain "
+        f"({compared.interval(r['roster, one T'])} x 0.001 nat per token), so its share of "
+        "calibration is undefined."
+      )
+  return " ".join(sentences)
 
 
 def draw(records: list[dict]):
-  """Gains times the share of the class: what each class adds to the gain of all tokens."""
-  models = list(dict.fromkeys(r["model"] for r in records))
-  figure, axes = drawing.axes(1, len(models), width=7.4, height=2.6)
+  """Draws each class's contribution to the gain: its gain times its share of tokens."""
+  models = compared.unique(records, "model")
+  figure, axes = drawing.axes(1, len(models), width=7.8, height=2.7)
   for model, axis in zip(models, axes[:, 0]):
     shown = [r for r in records if r["model"] == model]
 
-    def added(r, system):
+    def contribution(r, system):
       return Estimate(*(r["share"] * r[system][name] for name in ("value", "low", "high")))
 
     drawing.zero(axis)
-    drawing.dots(
-      axis,
-      [f"{r['class']}\n{100 * r['share']:.1f} %" for r in shown],
-      {s: [added(r, s) for r in shown] for s in SYSTEMS},
-    )
+    names = [r["class"].replace(" routing margin", "\nmargin") for r in shown]
+    groups = [f"{name}\n{100 * r['share']:.1f} %" for name, r in zip(names, shown)]
+    drawing.dots(axis, groups, {s: [contribution(r, s) for r in shown] for s in SYSTEMS})
     axis.set_title(model, fontsize=9)
-    axis.tick_params(axis="x", labelsize=8)
-    axis.set_ylabel("added to the gain over plain\n(0.001 nat per token)", fontsize=8)
-  axes[-1, 0].set_xlabel("class of tokens, and its share of all")
+    axis.set_ylabel("contribution to the gain over\nthe baseline (0.001 nat/token)", fontsize=8)
+  axes[-1, 0].set_xlabel(
+    "token class and its share; p: the baseline's probability of its most probable token; routing\n"
+    "margin: logit difference between the last chosen expert and the best one not chosen",
+    fontsize=8,
+  )
   drawing.legend(figure, axes[0, 0], 5)
   return figure

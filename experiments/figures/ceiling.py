@@ -2,28 +2,18 @@
 
     python -m experiments.reproduce --figure=ceiling --model=olmoe --data_dir=data
 
-Perplexity of reference texts with rosters of 1, 2, 4, ... 256 members, with the same noise:
-the members of a smaller roster are the first ones of a larger. What can be expected is
-this. Members 1, 2, ... are exchangeable, so the mean of n of them converges; -log of a mean
-of n exchangeable probabilities has the expectation L + a / n + O(1 / n^2) (a second-order
-expansion about the limit: the variance of a mean falls as 1 / n). The clean member, one of
-n, adds terms of the same order. So
+Perplexity of reference texts with rosters of 1, 2, 4, ... 256 members and the same noise: the
+members of a smaller roster are the first ones of a larger roster. Members 1, 2, ... are
+exchangeable, so their mean over n converges; -log of a mean of n exchangeable probabilities
+has the expectation L + a / n + O(1 / n^2) (second-order expansion about the limit: the
+variance of a mean falls as 1 / n). The clean member, one of n, adds terms of the same order. So
 
     nll(n) = L + a / n
 
-is fitted by least squares to the points of n >= 2. Intervals of the ceiling L come from the
-bootstrap over texts, fitted anew on each resample. What the exponent of n would be, were it
-fitted, too, is shown beside it; far from 1, the expansion does not hold yet, or noise hides
-it. Both as they are and at the output temperature of each n. The paper stops at n = 64 and
-sees diminishing returns; its reviewers asked for the ceiling.
-
-    model      checkpoint (see models.py)              hardware               time
-    olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       35 minutes
-    mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    40 minutes
-    gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     20 minutes
-    embedded   ships with the package                  one CPU core           11 minutes
-
-Times of the first three are estimated with roe_jax.costs (H100), not measured.
+is fitted by least squares to the points with n >= 2. Intervals of the ceiling L come from the
+bootstrap over texts, refitting each resample. The exponent of n, if fitted as well, is also
+shown: far from 1, the expansion does not hold yet, or noise hides it. All at T = 1 and at the
+fitted output temperature of each n.
 """
 
 import dataclasses
@@ -32,13 +22,13 @@ import numpy as np
 import scipy.optimize
 
 from experiments.analysis import drawing, report_page
-from experiments.figures import compared, likelihoods
-from experiments.figures.work import Command, Work
+from experiments.figures import compared, figure_models, likelihoods
+from experiments.figures.figure_run import FigureRun
 from roe_jax.roster import Roster
 
 TITLE = "Gain against n, and its ceiling"
-SAW = (
-  "The paper saw the gain grow with n with diminishing returns, up to n = 64. Its "
+BACKGROUND = (
+  "The paper reports a gain that grows with n with diminishing returns, up to n = 64. Its "
   "reviewers asked for the ceiling."
 )
 RESAMPLES = 400  # of the fit, which takes a millisecond
@@ -52,7 +42,7 @@ class Config:
     task: whose reference texts are scored.
     members: n, ascending from 1.
     temperature: τ of all layers.
-    examples: on which is reported.
+    examples: to report on.
     seeds: noise seeds.
   """
 
@@ -63,29 +53,29 @@ class Config:
   seeds: int = 1
 
 
-CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss")} | {
-  "embedded": Config(task="wordmath", temperature=0.3, examples=60)
+CONFIGS = figure_models.configs(
+  Config(), embedded=Config(task="wordmath", temperature=0.3, examples=60)
+)
+KINDS = {
+  "nll": ("perplexity_difference", "at T = 1"),
+  "fitted_nll": ("fitted_difference", "at fitted T"),
 }
 
 
-def commands(work: Work) -> list[Command]:
-  return []
-
-
 def curve(n: np.ndarray, ceiling: float, a: float, b: float = 1.0) -> np.ndarray:
-  """nll(n) = ceiling + a n^-b."""
+  """Returns nll(n) = ceiling + a n^-b."""
   return ceiling + a * n**-b
 
 
 def fit(n: np.ndarray, nll: np.ndarray, b: float = 1.0) -> tuple[float, float]:
-  """(ceiling, a) of `curve` by least squares."""
+  """Fits (ceiling, a) of `curve` by least squares."""
   design = np.stack([np.ones(len(n)), n**-b], axis=1)
   found, *_ = np.linalg.lstsq(design, nll, rcond=None)
   return float(found[0]), float(found[1])
 
 
 def exponent(n: np.ndarray, nll: np.ndarray) -> float:
-  """b of `curve` by least squares, between 0.1 and 3; for each b the rest is linear."""
+  """Fits b of `curve` in [0.1, 3] by least squares; for each b the rest is linear."""
   return float(
     scipy.optimize.minimize_scalar(
       lambda b: ((curve(n, *fit(n, nll, b), b) - nll) ** 2).sum(),
@@ -96,7 +86,7 @@ def exponent(n: np.ndarray, nll: np.ndarray) -> float:
 
 
 def fit_ceiling(n: np.ndarray, nll: np.ndarray, tokens: np.ndarray) -> dict:
-  """The fit to n >= 2, as differences to the plain model's perplexity, with intervals over texts.
+  """Fits the ceiling to n >= 2, as a difference from the baseline's perplexity.
 
   Args:
     n: `[N]` roster sizes, 1 first.
@@ -104,9 +94,9 @@ def fit_ceiling(n: np.ndarray, nll: np.ndarray, tokens: np.ndarray) -> dict:
     tokens: `[X]`.
 
   Returns:
-    JSON: "limit" (percent of the plain perplexity), "reached" {n: share of the
-    limit in percent}, or None where the limit's interval has zero in it; "a", and "b",
-    the exponent were it fitted, too.
+    JSON: "limit" (percent of the baseline's perplexity, with its interval over texts),
+    "reached" {n: percent of the limit}, or None if the limit is not significant; "a", and
+    "b", the exponent if fitted as well.
   """
   rng = np.random.default_rng(0)
   many = n >= 2
@@ -116,57 +106,45 @@ def fit_ceiling(n: np.ndarray, nll: np.ndarray, tokens: np.ndarray) -> dict:
     found = fit(n[many], means[many])
     return found, 100 * np.expm1(found[0] - means[0]), 100 * np.expm1(means - means[0])
 
-  found, limit, gains = limits(np.ones(len(tokens)))
+  (ceiling, a), limit, gains = limits(np.ones(len(tokens)))
   resampled = []
   for _ in range(RESAMPLES):
     weights = np.bincount(rng.integers(len(tokens), size=len(tokens)), minlength=len(tokens))
     resampled.append(limits(weights.astype(float))[1])
-  low, high = np.quantile(resampled, [0.025, 0.975])
-  clear = bool(low > 0 or high < 0)
+  low, high = map(float, np.quantile(resampled, [0.025, 0.975]))
+  significant = low > 0 or high < 0
+  reached = {str(int(k)): float(100 * g / limit) for k, g in zip(n.tolist(), gains)}
   return {
-    "limit": {"value": float(limit), "low": float(low), "high": float(high), "clear": clear},
-    "a": found[1],
+    "limit": {"value": float(limit), "low": low, "high": high, "significant": significant},
+    "a": a,
     "b": exponent(n[many], (nll.sum(axis=1) / tokens.sum())[many]),
-    "nll": found[0],
-    "plain_nll": float(nll[0].sum() / tokens.sum()),
-    "reached": {str(int(k)): float(100 * g / limit) for k, g in zip(n.tolist(), gains)}
-    if clear
-    else None,
+    "nll": ceiling,
+    "baseline_nll": float(nll[0].sum() / tokens.sum()),
+    "reached": reached if significant else None,
   }
 
 
-def measure(work: Work) -> list[dict]:
-  config, keep = work.config, work.kept()
-  seeds = range(work.seed, work.seed + config.seeds)
+def measure(run: FigureRun) -> list[dict]:
+  config, keep = run.config, run.measurements()
+  seeds = range(run.seed, run.seed + config.seeds)
   found = []
-  for checkpoint in work.model.checkpoints:
+  for checkpoint in run.model.checkpoints:
     model = checkpoint.rpartition(":")[2]
-    texts = likelihoods.Texts(work, checkpoint, config.task, config.examples)
-    tokens = texts.reported_on.tokens
+    scorer = likelihoods.ReferenceScorer(run, checkpoint, config.task, config.examples)
+    tokens = scorer.report_on.tokens
     values = {}
     for n in config.members:
-      values[n] = keep.get(
-        f"{model}, n = {n}",
-        texts.plain
-        if n == 1
-        else lambda n=n: texts.measure(
-          lambda seed: Roster.create(texts.config, n, config.temperature, seed=seed), seeds
-        ),
-      )
-      label = "plain" if n == 1 else f"n = {n}"
+      roster = lambda seed, n=n: Roster.create(scorer.config, n, config.temperature, seed=seed)
+      make = scorer.baseline if n == 1 else lambda: scorer.measure(roster, seeds)
+      values[n] = keep.get(f"{model}, n = {n}", make)
+      label = "baseline" if n == 1 else f"n = {n}"
       found.append(
         likelihoods.record(values[n], values[1], tokens, label, config.task, model=model, n=n)
       )
-    for name in ("nll", "fitted_nll"):
-      nll = np.array([np.mean(values[n][name], axis=1) for n in config.members])
-      found.append(
-        {
-          "model": model,
-          "fit": name,
-          "temperature": config.temperature,
-          **fit_ceiling(np.array(config.members, float), nll, tokens.astype(float)),
-        }
-      )
+    for kind in KINDS:
+      nll = np.array([np.mean(values[n][kind], axis=1) for n in config.members])
+      fitted = fit_ceiling(np.array(config.members, float), nll, tokens.astype(float))
+      found.append({"model": model, "fit": kind, "temperature": config.temperature, **fitted})
   return compared.corrected(found)
 
 
@@ -176,99 +154,62 @@ def _parts(records):
 
 def table(records: list[dict]) -> str:
   points, fits = _parts(records)
-  rows = [
-    [
-      f["model"],
-      "at fitted T" if f["fit"] == "fitted_nll" else "as it is",
-      compared.cell(f["limit"], 2, True),
-      f"{f['b']:.2f}",
-      *(
-        f"{f['reached'][k]:.0f} %" if f["reached"] and k in f["reached"] else "not defined"
-        for k in _told(fits)
-      ),
-    ]
-    for f in fits
-  ]
+  known = set().union(*(f["reached"] or () for f in fits))
+
+  def reached(k):
+    return lambda f: f"{f['reached'][k]:.0f} %" if f["reached"] else "undefined"
+
+  columns = {
+    "model": "model",
+    "": lambda f: KINDS[f["fit"]][1],
+    "ceiling (%)": lambda f: compared.cell(f["limit"], 2, True),
+    "exponent if fitted": lambda f: f"{f['b']:.2f}",
+    **{f"n = {k}": reached(k) for k in ("2", "8", "32", "128") if k in known},
+  }
   return (
-    compared.table(
-      points,
-      ("model", "label"),
-      ("perplexity", "perplexity_difference", "fitted", "fitted_difference"),
-    )
-    + (
-      "\n\nThe fitted ceiling, perplexity against plain in % (* its interval leaves out zero), and the "
-      "share of it that n members reach:\n\n"
-    )
-    + report_page.table(
-      ["model", "", "ceiling, %", "exponent, were it fitted", *(f"n = {k}" for k in _told(fits))],
-      rows,
-    )
+    compared.table(points, ("model", "label"), compared.LIKELIHOOD)
+    + "\n\nThe fitted ceiling of the difference in perplexity from the baseline (*: its interval "
+    "excludes zero), and the share of it that n members reach:\n\n"
+    + report_page.table_of(fits, columns)
   )
 
 
-def _told(fits):
-  known = [k for f in fits for k in (f["reached"] or {})]
-  return [k for k in ("2", "8", "32", "128") if k in known]
-
-
 def findings(records: list[dict]) -> str:
-  told = []
+  sentences = []
   for f in _parts(records)[1]:
-    what = f"{f['model']}, {'at fitted T' if f['fit'] == 'fitted_nll' else 'as it is'}"
-    limit = f["limit"]
-    interval = f"{limit['value']:+.2f} % [{limit['low']:+.2f}, {limit['high']:+.2f}]"
+    what = f"{f['model']}, {KINDS[f['fit']][1]}"
+    limit = compared.interval(f["limit"], 2, " %")
     if not f["reached"]:
-      told.append(f"{what}: no ceiling that differs clearly from the plain model ({interval}).")
+      sentences.append(
+        f"{what}: no ceiling that differs significantly from the baseline ({limit})."
+      )
       continue
     most = {int(k): v for k, v in f["reached"].items()}
     enough = next((k for k in sorted(most) if most[k] >= 90), None)
-    told.append(
-      f"{what}: the ceiling is {interval} of the perplexity"
-      + (f", of which n = {enough} reaches {most[enough]:.0f} %." if enough else ".")
-    )
-  return " ".join(told)
+    reach = f"; n = {enough} reaches {most[enough]:.0f} % of it" if enough else ""
+    sentences.append(f"{what}: the ceiling is {limit} perplexity{reach}.")
+  return " ".join(sentences)
 
 
 def draw(records: list[dict]):
   points, fits = _parts(records)
-  models = list(dict.fromkeys(f["model"] for f in fits))
-  kinds = [
-    ("nll", "perplexity_difference", "both as they are"),
-    ("fitted_nll", "fitted_difference", "both at fitted T"),
-  ]
+  models = compared.unique(fits, "model")
   figure, axes = drawing.axes(2, len(models), width=3.6, height=2.6)
-  for model, line in zip(models, axes):
-    for (name, measure_, title), axis in zip(kinds, line):
-      shown = [r for r in points if r["model"] == model and r[measure_]]
+  for model, row in zip(models, axes):
+    for (kind, (name, title)), axis in zip(KINDS.items(), row):
       drawing.zero(axis)
-      values, bars = drawing.bars([compared.read(r[measure_]) for r in shown])
-      axis.errorbar(
-        [r["n"] for r in shown],
-        values,
-        yerr=bars,
-        **drawing.style(0) | {"markersize": 4},
-        label="measured",
-      )
-      f = next(f for f in fits if f["model"] == model and f["fit"] == name)
-      n = np.geomspace(2, shown[-1]["n"], 60)
-      axis.plot(
-        n,
-        100 * np.expm1(curve(n, f["nll"], f["a"]) - f["plain_nll"]),
-        "-",
-        color="0.4",
-        linewidth=1,
-        label="fitted L + a / n",
-      )
-      axis.axhspan(
-        f["limit"]["low"],
-        f["limit"]["high"],
-        color="0.9",
-        zorder=-1,
-        label="ceiling, 95 % interval",
-      )
-      axis.axhline(f["limit"]["value"], color="0.4", linestyle=":", linewidth=1, label="ceiling")
-      drawing.members_axis(axis, [r["n"] for r in shown])
-      axis.set_title(f"{model}, {title}", fontsize=9)
-    line[0].set_ylabel("perplexity, difference\nto plain (%)")
+      shown = [r for r in points if r["model"] == model and r[name]]
+      numbers, style = [r["n"] for r in shown], drawing.style(0) | {"markersize": 4}
+      compared.draw_line(axis, numbers, [r[name] for r in shown], label="measured", **style)
+      f = next(f for f in fits if f["model"] == model and f["fit"] == kind)
+      n, limit = np.geomspace(2, numbers[-1], 60), f["limit"]
+      fitted = 100 * np.expm1(curve(n, f["nll"], f["a"]) - f["baseline_nll"])
+      axis.plot(n, fitted, "-", color="0.4", linewidth=1, label="fitted L + a / n")
+      interval = dict(color="0.9", zorder=-1, label="ceiling L, 95 % interval")
+      axis.axhspan(limit["low"], limit["high"], **interval)
+      axis.axhline(limit["value"], color="0.4", linestyle=":", linewidth=1, label="ceiling L")
+      drawing.members_axis(axis, numbers)
+      axis.set_title(f"{model}, both {title}", fontsize=9)
+    row[0].set_ylabel(compared.PERPLEXITY_AXIS)
   drawing.legend(figure, axes[0, 0], 4)
   return figure

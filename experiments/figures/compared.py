@@ -1,33 +1,37 @@
-"""Records of figures that are made of comparisons, and how they are told."""
+"""Records of figures that compare methods with the baseline: tables and sentences of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.analysis import comparisons, paired_statistics, report_page
+from experiments.analysis import comparisons, drawing, paired_statistics, report_page
 from experiments.analysis.paired_statistics import Comparison, Difference, Estimate
 from experiments.analysis.run_results import Result
 
 Record = dict[str, Any]
 
+QUALITY_AXIS = "task result: difference\nfrom baseline (points)"
+PERPLEXITY_AXIS = "perplexity: difference\nfrom baseline (%)"
+FITTED_AXIS = "perplexity at fitted T: difference\nfrom baseline at fitted T (%)"
+
 
 def records(results: Sequence[Result], baseline: Result, **also) -> list[Record]:
-  """A record for each run and task, paired by example with the baseline.
+  """Returns a record per run and task, paired by example with the baseline.
 
-  Holm's correction is over the runs and tasks given, for accuracies and perplexities each.
+  Holm's correction is over the given runs and tasks, for task results and for perplexities.
 
   Args:
-    results: the runs, the baseline among them.
-    baseline: the plain model.
-    also: what each record says besides.
+    results: the runs, including the baseline.
+    baseline: the run of the baseline.
+    **also: further fields of each record.
 
   Returns:
-    Records with "task", "method" (as it was spelled), "label", "examples", "seeds";
+    Records with "task", "method" (as given), "label", "examples", "seeds";
     "metric", "quality" (percent) and "quality_difference" (points); "perplexity" and
     "perplexity_difference" (percent, both at output temperature 1); "fitted" and
     "fitted_difference" (percent, both at fitted output temperatures) and
-    "output_temperature"; "ms_per_token", "flops", "rows" (of an example), "experts" (of a
-    layer, by step), "peak_bytes". Estimates are {"value", "low", "high"}, differences
-    have "p", "adjusted" and "clear" besides; what was not measured is None.
+    "output_temperature"; "ms_per_token", "flops", "forward_passes" (per example),
+    "unique_experts" (per layer and step), "peak_bytes". Estimates are {"value", "low",
+    "high"}, tested differences also have "p", "adjusted" and "significant"; None: not measured.
   """
   quality = {(q.task, q.result.label): q for q in comparisons.quality(results, baseline)}
   likelihood = {
@@ -40,12 +44,8 @@ def records(results: Sequence[Result], baseline: Result, **also) -> list[Record]
       if task not in result.records:
         continue
       key = (task, result.label)
-      q, as_it_is, fitted = (
-        quality.get(key),
-        likelihood.get((*key, False)),
-        likelihood.get((*key, True)),
-      )
-      cost = costs[key]
+      q, cost = quality.get(key), costs[key]
+      unfitted, fitted = (likelihood.get((*key, is_fitted)) for is_fitted in (False, True))
       found.append(
         {
           **also,
@@ -57,15 +57,15 @@ def records(results: Sequence[Result], baseline: Result, **also) -> list[Record]
           "metric": q.metric if q else None,
           "quality": estimate(q and q.value),
           "quality_difference": as_json(q and q.comparison),
-          "perplexity": estimate(as_it_is and as_it_is.perplexity),
-          "perplexity_difference": estimate(as_it_is and as_it_is.to_plain),
+          "perplexity": estimate(unfitted and unfitted.perplexity),
+          "perplexity_difference": estimate(unfitted and unfitted.difference),
           "fitted": estimate(fitted and fitted.perplexity),
           "fitted_difference": as_json(fitted and fitted.comparison),
           "output_temperature": result.output_temperatures.get(task),
           "ms_per_token": cost.tokens_per_second and 1e3 / cost.tokens_per_second,
           "flops": cost.flops,
-          "rows": cost.rows,
-          "experts": cost.experts,
+          "forward_passes": cost.forward_passes,
+          "unique_experts": cost.unique_experts,
           "peak_bytes": cost.peak_bytes,
         }
       )
@@ -73,101 +73,143 @@ def records(results: Sequence[Result], baseline: Result, **also) -> list[Record]
 
 
 def corrected(found: Sequence[Record]) -> list[Record]:
-  """Records with Holm's correction over all of them, for each measure that is tested."""
+  """Returns records with Holm's correction over all of them, for each tested measure."""
   found = [dict(r) for r in found]
   for measure in ("quality_difference", "fitted_difference"):
-    had = [r for r in found if r.get(measure)]
-    adjusted = paired_statistics.holm([r[measure]["p"] for r in had])
-    for r, p in zip(had, adjusted):
-      d = read(r[measure])
-      r[measure] = r[measure] | {
-        "adjusted": p,
-        "clear": p < paired_statistics.SIGNIFICANCE and d.is_significant,
-      }
+    tested = [r for r in found if r.get(measure)]
+    for r, d in zip(tested, holm([r[measure] for r in tested])):
+      r[measure] = d
   return found
 
 
-def estimate(e: Estimate | None) -> dict[str, float] | None:
-  """An estimate or a difference as JSON."""
+def holm(differences: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Returns differences with "adjusted" by Holm's correction over their "p", and "significant"."""
+  return [
+    d | {"adjusted": p, "significant": p < paired_statistics.SIGNIFICANCE and read(d).excludes_zero}
+    for d, p in zip(differences, paired_statistics.holm([d["p"] for d in differences]))
+  ]
+
+
+def estimate(e: Estimate | tuple[float, float, float] | None) -> dict[str, float] | None:
+  """Returns an estimate, or (value, low, high), as JSON."""
+  if isinstance(e, tuple):
+    e = Estimate(*e)
   return None if e is None else {"value": e.value, "low": e.low, "high": e.high}
 
 
 def as_json(c: Comparison | None) -> dict[str, Any] | None:
-  """A comparison as JSON."""
-  return (
-    None
-    if c is None
-    else estimate(c.difference) | {"p": c.test.p, "adjusted": c.adjusted, "clear": c.is_significant}
-  )
+  """Returns a comparison as JSON."""
+  if c is None:
+    return None
+  tested = {"p": c.test.p, "adjusted": c.adjusted, "significant": c.is_significant}
+  return estimate(c.difference) | tested
 
 
 def read(value: dict[str, Any] | None) -> Difference | None:
-  """What `estimate` or `compared` wrote; as a Difference, whose interval may be asked."""
+  """Returns the estimate or difference that was written as JSON."""
   return value and Difference(value["value"], value["low"], value["high"])
 
 
+def interval(value: dict[str, Any], places: int = 2, unit: str = "") -> str:
+  """Formats a difference for a sentence."""
+  return report_page.difference(read(value), places, unit)
+
+
 def cell(value: dict[str, Any] | None, places: int, signed: bool = False) -> str:
-  """An estimate in a table; a clear difference has a star."""
+  """Formats an estimate for a table; a significant difference gets a star."""
   if value is None:
     return ""
-  told = report_page.difference if signed else report_page.estimate
-  return told(read(value), places) + (" *" if value.get("clear") else "")
+  formatted = (report_page.difference if signed else report_page.estimate)(read(value), places)
+  return formatted + (" *" if value.get("significant") else "")
 
 
-COLUMNS = {
-  "quality": ("right, %", lambda r: cell(r["quality"], 1)),
-  "quality_difference": ("to plain, points", lambda r: cell(r["quality_difference"], 1, True)),
+COLUMNS: dict[str, tuple[str, Callable[[Record], str]]] = {
+  "quality": ("task result (%)", lambda r: cell(r["quality"], 1)),
+  "quality_difference": (
+    "difference from baseline (points)",
+    lambda r: cell(r["quality_difference"], 1, True),
+  ),
   "perplexity": ("perplexity", lambda r: cell(r["perplexity"], 4)),
-  "perplexity_difference": ("to plain, %", lambda r: cell(r["perplexity_difference"], 2, True)),
-  "fitted": ("at fitted T", lambda r: cell(r["fitted"], 4)),
-  "fitted_difference": ("to plain at fitted T, %", lambda r: cell(r["fitted_difference"], 2, True)),
+  "perplexity_difference": (
+    "difference from baseline (%)",
+    lambda r: cell(r["perplexity_difference"], 2, True),
+  ),
+  "fitted": ("perplexity at fitted T", lambda r: cell(r["fitted"], 4)),
+  "fitted_difference": (
+    "difference from baseline at fitted T (%)",
+    lambda r: cell(r["fitted_difference"], 2, True),
+  ),
   "ms_per_token": ("ms per token", lambda r: report_page.number(r["ms_per_token"])),
-  "experts": ("experts read", lambda r: report_page.number(r["experts"])),
-  "peak_bytes": ("MiB", lambda r: report_page.number(r["peak_bytes"] and r["peak_bytes"] / 2**20)),
+  "unique_experts": ("unique active experts", lambda r: report_page.number(r["unique_experts"])),
+  "peak_bytes": ("memory (MiB)", lambda r: report_page.mebibytes(r["peak_bytes"])),
 }
+LIKELIHOOD = ("perplexity", "perplexity_difference", "fitted", "fitted_difference")
 NOTE = (
-  "In brackets 95 % bootstrap intervals over examples, differences on the same examples; "
-  "* is clear after Holm's correction over the table."
+  "Brackets: 95 % bootstrap intervals over examples, differences paired by example; *: "
+  "significant after Holm's correction over the table."
 )
 
 
-def table(found: Sequence[Record], first: Sequence[str], columns: Sequence[str]) -> str:
-  """A Markdown table of records; columns that no record has are left out.
+def table(
+  found: Sequence[Record], first: Sequence[str] | dict[str, Any], columns: Sequence[str]
+) -> str:
+  """Formats a Markdown table of records; columns that no record has are left out.
 
   Args:
     found: the records.
-    first: fields shown as they are.
+    first: leading fields shown as they are, or columns of `report_page.table_of`.
     columns: keys of `COLUMNS`.
   """
-  columns = [c for c in columns if any(r.get(c) is not None for r in found)]
-  rows = [[*(r[name] for name in first), *(COLUMNS[c][1](r) for c in columns)] for r in found]
-  return report_page.table([*first, *(COLUMNS[c][0] for c in columns)], rows) + "\n\n" + NOTE
+  leading = first if isinstance(first, dict) else {name: name for name in first}
+  shown = dict(COLUMNS[c] for c in columns if any(r.get(c) is not None for r in found))
+  return report_page.table_of(found, leading | shown) + "\n\n" + NOTE
 
 
-def clear(found: Sequence[Record], measure: str, what: str, unit: str = " %") -> str:
-  """Which differences are clear, as a sentence.
+def findings(found: Sequence[Record], measures: Sequence[str] = ("quality", "fitted")) -> str:
+  """Describes the significant differences of task results and fitted perplexities."""
+  return " ".join(_findings(found, f"{measure}_difference") for measure in measures)
 
-  Args:
-    found: the records.
-    measure: such as "fitted_difference".
-    what: that in words.
-    unit: of the difference.
-  """
-  had = [r for r in found if r.get(measure) is not None]
-  if not had:
+
+def _findings(found, measure):
+  what, unit = {
+    "quality_difference": ("task results", " points"),
+    "fitted_difference": ("perplexity at fitted output temperatures", " %"),
+  }[measure]
+  tested = [r for r in found if r.get(measure) is not None]
+  if not tested:
     return f"Differences in {what} were not measured."
-  told = [
-    f"{r['label']} on {r['task']} {r[measure]['value']:+.2f}{unit} "
-    f"[{r[measure]['low']:+.2f}, {r[measure]['high']:+.2f}]"
-    for r in had
-    if r[measure].get("clear")
+  significant = [
+    f"{r['label']} on {r['task']} {interval(r[measure], 2, unit)}"
+    for r in tested
+    if r[measure].get("significant")
   ]
-  if not told:
-    return (
-      f"Of {report_page.count(len(had), 'difference')} to the plain model in {what} none is clear "
-      "after Holm's correction."
-    )
+  number = f"{len(significant)} {'is' if len(significant) == 1 else 'are'}"
   return (
-    f"Of {report_page.count(len(had), 'difference')} to the plain model in {what} {len(told)} "
-    f"{'is' if len(told) == 1 else 'are'} clear after Holm's correction: " + "; ".join(told) + "."
+    f"Of {report_page.count(len(tested), 'difference')} from the baseline in {what}, "
+    f"{number if significant else 'none is'} significant after Holm's correction"
+    + (": " if significant else "")
+    + "; ".join(significant)
+    + "."
   )
+
+
+def by_model(found: Sequence[Record]) -> list[Record]:
+  """Returns records with the model in place of the task, for figures of several models."""
+  return [r | {"task": r["model"]} for r in found]
+
+
+def unique(found: Sequence[Record], name: str) -> list[Any]:
+  """Returns the values of a field, in order."""
+  return list(dict.fromkeys(r[name] for r in found))
+
+
+def draw_dots(axis, title: str, groups: Sequence[str], series: dict[str, Sequence[Any]]) -> None:
+  """Draws differences (as JSON) with error bars, a column per group; see `drawing.dots`."""
+  drawing.zero(axis)
+  drawing.dots(axis, groups, {label: list(map(read, of)) for label, of in series.items()})
+  axis.set_ylabel(title)
+
+
+def draw_line(axis, x: Sequence[float], values: Sequence[dict[str, Any]], **settings) -> None:
+  """Draws estimates (as JSON) with error bars; see `drawing.errorbars`."""
+  drawing.errorbars(axis, x, list(map(read, values)), **settings)

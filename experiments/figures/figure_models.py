@@ -1,34 +1,32 @@
-"""The models that figures are made of: where they come from, and what they are asked."""
+"""The models that figures are made of: checkpoints, tasks and budgets."""
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A model of the paper, or the embedded ones in its place.
+  """A model of the paper, or the embedded models in its place.
 
   Attributes:
-    name: as --model names it.
-    title: as pages name it.
-    checkpoints: as --checkpoint names them; the first is the one that all figures are
-      made of, and some take the others, too.
+    name: as in --model.
+    title: as on pages.
+    checkpoints: as in --checkpoint; all figures use the first one, some the others, too.
     prepare: commands that make the checkpoints; none if they ship with the package.
-    hardware: on which figures take the time that their docstrings tell.
-    math, commonsense, code: tasks that take the paper's tasks' places in its
-      categories; see `experiments.tasks`.
+    hardware: which `figures`' times refer to.
+    math, commonsense, code: tasks of the paper's categories; see `experiments.tasks`.
     text: the task whose perplexity stands for the model's (fig. 5).
-    tuning: tuning config of a category, with {category}; see
-      `experiments.tuning.tuning_configs`.
+    tuning: tuning config, with {category}; see `experiments.tuning.tuning_configs`.
     num_members: n.
     cache: of the roster.
     temperature: the uniform τ where none is tuned.
-    mesh: of devices, as --mesh names it; None: one device.
-    chat: of a model that is asked in its chat format, the flags of that; None: plain prompts.
+    mesh: of devices, as in --mesh; None: one device.
+    chat: flags of the chat format; None: plain prompts.
     num_seeds: noise seeds.
     num_examples: test examples of each task; None: all.
-    num_validation: validation examples on which output temperatures are fitted.
+    num_validation: validation examples for fitting output temperatures.
     num_samples, num_trials: of a search; None: those of the tuning config.
-    batch_size: examples done together.
+    batch_size: examples per batch.
   """
 
   name: str
@@ -59,11 +57,11 @@ class Model:
 
   @property
   def tasks(self) -> tuple[str, ...]:
-    """Of all categories, in the paper's order."""
+    """The tasks of all categories, in the paper's order."""
     return self.math + self.commonsense + self.code
 
   def category(self, task: str) -> str:
-    """The category of a task; of the text, whose perplexity is tuned, that of math."""
+    """Returns the category of a task; math for `text`, which is tuned by perplexity, too."""
     return next((c for c in CATEGORIES if task in getattr(self, c)), "math")
 
 
@@ -147,13 +145,16 @@ MODELS: dict[str, Model] = {
 
 
 def get(name: str) -> Model:
-  """The model of that name.
+  """Returns the model of that name.
 
   Raises:
-    ValueError: there is none.
+    ValueError: unknown name.
   """
   if name not in MODELS:
-    raise ValueError(
-      f"there is no model {name!r} to make figures of; there are {', '.join(MODELS)}"
-    )
+    raise ValueError(f"unknown model {name!r}: figures are made of {', '.join(MODELS)}")
   return MODELS[name]
+
+
+def configs(paper: Any, embedded: Any) -> dict[str, Any]:
+  """Returns a figure's settings by model: one for the paper's, one for the embedded models."""
+  return {name: embedded if name == "embedded" else paper for name in MODELS}

@@ -1,31 +1,22 @@
-"""Equal compute: a roster against what as many forward rows could be spent on otherwise.
+"""Equal compute: a roster against other uses of as many forward passes.
 
     python -m experiments.reproduce --figure=iso_compute --model=olmoe --data_dir=data
 
-Self-consistency and the most probable of n samples, more experts per token, the plain model
-with a fitted output temperature or its best sampling settings, rosters that average
-otherwise, and SCMoE, each with what it costs. The paper compared with the plain model only;
-its reviewers asked for this.
-
-    model      checkpoint (see models.py)              hardware               time
-    olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       25 minutes
-    mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    50 minutes
-    gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     30 minutes
-    embedded   ships with the package                  one CPU core           8 minutes
-
-Times of the first three are estimated with roe_jax.costs (H100), not measured.
+Self-consistency and the most probable of n samples, more experts per token, the baseline with
+a fitted output temperature or its best sampling settings, rosters with other averages, and
+SCMoE, each with its cost.
 """
 
 import dataclasses
 
 from experiments.analysis import pictures
 from experiments.figures import compared
-from experiments.figures.work import Command, Work
+from experiments.figures.figure_run import Command, FigureRun
 
 TITLE = "At equal compute"
-SAW = (
-  "Its reviewers asked for comparisons at equal compute: with self-consistency, best-of-n"
-  " and more experts per token. The paper has none."
+BACKGROUND = (
+  "Its reviewers asked for comparisons at equal compute: with self-consistency, best-of-n and "
+  "more experts per token. The paper compares only with the baseline."
 )
 
 
@@ -35,7 +26,7 @@ class Config:
 
   Attributes:
     task: the task.
-    n: members, and samples of those methods that sample.
+    n: members, or samples of sampling methods.
     examples: of the test split.
     seeds: noise seeds.
     experts: methods with more experts per token.
@@ -48,33 +39,22 @@ class Config:
   experts: tuple[str, ...] = ()
 
 
+def _experts(some, many):
+  rules = ("model", "rescaled", "renormalized")
+  some = [f"experts:k={some},gates={gates}" for gates in rules]
+  return (*some, f"experts:k={many},gates=rescaled")
+
+
 CONFIGS = {
-  "olmoe": Config(
-    experts=(
-      "experts:k=16,gates=model",
-      "experts:k=16,gates=rescaled",
-      "experts:k=16,gates=renormalized",
-      "experts:k=64,gates=rescaled",
-    )
-  ),
+  "olmoe": Config(experts=_experts(16, 64)),
   "mixtral": Config(experts=("experts:k=4", "experts:k=8")),
   "gpt_oss": Config(experts=("experts:k=8", "experts:k=32")),
-  "embedded": Config(
-    task="wordmath",
-    examples=60,
-    seeds=1,
-    experts=(
-      "experts:k=8,gates=model",
-      "experts:k=8,gates=rescaled",
-      "experts:k=8,gates=renormalized",
-      "experts:k=16,gates=rescaled",
-    ),
-  ),
+  "embedded": Config(task="wordmath", examples=60, seeds=1, experts=_experts(8, 16)),
 }
 
 
 def methods(config: Config) -> list[str]:
-  """All that are compared, as `experiments.compare` spells them."""
+  """Returns the methods, as given to `experiments.compare`."""
   n = config.n
   return [
     "baseline",
@@ -92,71 +72,47 @@ def methods(config: Config) -> list[str]:
   ]
 
 
-def commands(work: Work) -> list[Command]:
-  config = work.config
-  return [
-    work.compare(
-      "iso_compute",
-      [config.task],
-      methods(config),
-      limit=config.examples,
-      num_seeds=config.seeds,
-      num_members=config.n,
-    )
-  ]
+def commands(run: FigureRun) -> list[Command]:
+  config = run.config
+  flags = dict(limit=config.examples, num_seeds=config.seeds, num_members=config.n)
+  return [run.compare("iso_compute", [config.task], methods(config), **flags)]
 
 
-def measure(work: Work) -> list[compared.Record]:
-  results = work.compared("iso_compute")
-  order = [results[m] for m in methods(work.config)]
+def measure(run: FigureRun) -> list[compared.Record]:
+  results = run.compared("iso_compute")
+  order = [results[m] for m in methods(run.config)]
   return compared.records(order, order[0])
 
 
 def table(records: list[compared.Record]) -> str:
-  return compared.table(
-    records,
-    ("label",),
-    (
-      "quality",
-      "quality_difference",
-      "fitted",
-      "fitted_difference",
-      "ms_per_token",
-      "experts",
-      "peak_bytes",
-    ),
-  )
+  columns = ("quality", "quality_difference", "fitted", "fitted_difference")
+  costs = ("ms_per_token", "unique_experts", "peak_bytes")
+  return compared.table(records, {"method": "label"}, (*columns, *costs))
 
 
-def findings(records: list[compared.Record]) -> str:
-  return " ".join(
-    [
-      compared.clear(records, "quality_difference", "task results", " points"),
-      compared.clear(records, "fitted_difference", "perplexity at fitted output temperatures"),
-    ]
-  )
+findings = compared.findings
 
 
 def draw(records: list[compared.Record]):
-  rows = [
-    ("right: difference\nto plain (points)", "quality_difference"),
-    ("perplexity at fitted T: difference\nto plain at fitted T (%)", "fitted_difference"),
-  ]
-  costs = [
-    ("milliseconds per token", "ms_per_token", 1),
-    ("forward FLOPs per example", "flops", 1),
-    ("experts read per layer and step", "experts", 1),
-    ("peak memory (MiB)", "peak_bytes", 2**20),
-    ("forward rows per example", "rows", 1),
-  ]
+  measures = {
+    "quality_difference": compared.QUALITY_AXIS,
+    "fitted_difference": compared.FITTED_AXIS,
+  }
+  costs = {
+    "ms_per_token": ("milliseconds per token", 1),
+    "flops": ("forward FLOPs per example", 1),
+    "unique_experts": ("unique active experts per layer and step", 1),
+    "peak_bytes": ("peak memory (MiB)", 2**20),
+    "forward_passes": ("forward passes per example", 1),
+  }
   return pictures.differences_against_costs(
     [
-      (title, {r["label"]: compared.read(r[name]) for r in records if r[name] or r is records[0]})
-      for title, name in rows
+      (title, {r["label"]: compared.read(r[m]) for r in records if r[m] or r is records[0]})
+      for m, title in measures.items()
     ],
     [
       (title, {r["label"]: r[name] and r[name] / unit for r in records})
-      for title, name, unit in costs
+      for name, (title, unit) in costs.items()
     ],
     records[0]["task"],
   )

@@ -1,8 +1,8 @@
 """Likelihoods of a task's reference texts under rosters, measured in this process.
 
-Texts are validation examples, as not all tasks' test examples have references: output
-temperatures, and whatever else is chosen, come from the first of them, and what is reported
-from the others, or from test examples where it is asked for.
+The texts are validation examples, since not all tasks' test examples have references: output
+temperatures and other choices are made on the first of them, and results are reported on the
+others, or on test examples if asked for.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 
 from experiments import tasks
-from experiments.analysis import paired_statistics
-from experiments.analysis.paired_statistics import Comparison
+from experiments.analysis import comparisons, paired_statistics
 from experiments.cli import app
 from experiments.evaluation.measurer import OUTPUT_TEMPERATURES
 from experiments.evaluation.prompts import PromptBuilder
 from experiments.figures import compared
-from experiments.figures.work import Work
+from experiments.figures.figure_run import FigureRun
 from experiments.tuning.objectives import Perplexity
 from roe_jax.roster import Roster
 from roe_jax.text.chat import Chat
@@ -25,88 +24,72 @@ from roe_jax.text.chat import Chat
 SPLIT = "validation"
 
 
-class Texts:
-  """A model with texts of a task, on which to choose and on which to report.
+class ReferenceScorer:
+  """A model with a task's reference texts, some to choose on and some to report on.
 
   Attributes:
     params, config: of the model.
-    chosen_on, reported_on: the texts as objectives, each with `tokens` `[X]`.
+    choose_on, report_on: the texts as objectives, each with `tokens` `[X]`.
   """
 
   def __init__(
     self,
-    work: Work,
+    run: FigureRun,
     checkpoint: str,
     task: str | None = None,
     num_examples: int | None = None,
-    reported: str = SPLIT,
+    split: str = SPLIT,
   ):
     """Opens the model and reads the texts.
 
     Args:
-      work: the figure.
-      checkpoint: as --checkpoint names it.
+      run: the figure.
+      checkpoint: as in --checkpoint.
       task: the model's text by default.
-      num_examples: on which is reported; the model's by default.
-      reported: their split.
+      num_examples: to report on; the model's by default.
+      split: of the examples to report on.
 
     Raises:
-      ValueError: there are too few examples, or they have no references.
+      ValueError: too few examples, or they have no references.
     """
-    count = num_examples or work.model.num_examples or 1000
-    first = work.model.num_validation
-    task = tasks.get(task or work.model.text)
-    chats = work.chats(task.name)
-    examples = task.examples(
-      SPLIT, work.data_dir, first + (count if reported == SPLIT else 0), chats
-    )
-    rest = (
-      examples[first:]
-      if reported == SPLIT
-      else task.examples(reported, work.data_dir, count, chats)
-    )
+    count = num_examples or run.model.num_examples or 1000
+    first = run.model.num_validation
+    task = tasks.get(task or run.model.text)
+    chats = run.uses_chat(task.name)
+    same = split == SPLIT
+    examples = task.examples(SPLIT, run.data_dir, first + count * same, chats)
+    rest = examples[first:] if same else task.examples(split, run.data_dir, count, chats)
     if len(examples) < first or not rest:
       raise ValueError(
         f"task {task.name} has {len(examples)} validation examples, too few for "
         f"{first} to fit output temperatures on and others to report on: "
-        "--set=num_validation=... takes less"
+        "use fewer with --set=num_validation=..."
       )
-    self.params, self.config, tokenizer = app.open_model(checkpoint, None, work.model.mesh)
+    self.params, self.config, tokenizer = app.open_model(checkpoint, None, run.model.mesh)
     chat = None
     if chats:
       chat = Chat.load(
         app.checkpoint_path(checkpoint),
         tokenizer,
-        date=work.model.chat["chat_date"],
-        reasoning_effort=work.model.chat["reasoning_effort"],
+        date=run.model.chat["chat_date"],
+        reasoning_effort=run.model.chat["reasoning_effort"],
       )
-    prompt_builder = PromptBuilder(self.config, tokenizer, chat)
-    self.chosen_on, self.reported_on = (
+    builder = PromptBuilder(self.config, tokenizer, chat)
+    self.choose_on, self.report_on = (
       Perplexity(
-        self.config,
-        prompt_builder,
-        task,
-        some,
-        range(start, start + len(some)),
-        work.model.batch_size,
+        self.config, builder, task, some, range(start, start + len(some)), run.model.batch_size
       )
       for some, start in ((examples[:first], 0), (rest, first))
     )
 
-  def tokens(self, count: int) -> list[list[int]]:
-    """The first texts to report on, prompts and references, as tokens."""
-    return self.reported_on.texts[:count]
-
   def value(self, roster: Roster) -> float:
-    """Mean negative log-probability of a token, nats, of the texts to choose on."""
-    objective = self.chosen_on
-    return float(
-      objective.nll(self.params, roster, slice(None), np.ones(len(OUTPUT_TEMPERATURES)))[:, 0].sum()
-      / objective.tokens.sum()
-    )
+    """Returns the mean nats per token of the texts to choose on."""
+    objective = self.choose_on
+    nll = objective.nll(self.params, roster, slice(None), np.ones(len(OUTPUT_TEMPERATURES)))
+    return float(nll[:, 0].sum() / objective.tokens.sum())
 
   def measure(self, roster: Callable[[int], Roster], seeds: Sequence[int]) -> dict[str, Any]:
-    """Likelihoods as they are, and at an output temperature fitted with the first seed.
+    """Measures likelihoods at T = 1 and at an output temperature fitted with the first seed.
 
     Args:
       roster: makes the roster of a noise seed.
@@ -115,13 +98,13 @@ class Texts:
     Returns:
       JSON: "temperature", and "nll" and "fitted_nll" `[X][S]`, nats of each text.
     """
-    on_grid = self.chosen_on.nll(self.params, roster(seeds[0]), slice(None), OUTPUT_TEMPERATURES)
+    on_grid = self.choose_on.nll(self.params, roster(seeds[0]), slice(None), OUTPUT_TEMPERATURES)
     temperature = paired_statistics.fit_output_temperature(on_grid, OUTPUT_TEMPERATURES)
-    # As many output temperatures as above, so that nothing is compiled again.
+    # As many output temperatures as above, to reuse the compiled program.
     both = np.full(len(OUTPUT_TEMPERATURES), temperature)
     both[0] = 1.0
     nll = np.stack(
-      [self.reported_on.nll(self.params, roster(seed), slice(None), both)[:, :2] for seed in seeds],
+      [self.report_on.nll(self.params, roster(seed), slice(None), both)[:, :2] for seed in seeds],
       axis=1,
     )  # [X, S, 2]
     return {
@@ -130,53 +113,46 @@ class Texts:
       "fitted_nll": nll[..., 1].tolist(),
     }
 
-  def plain(self) -> dict[str, Any]:
-    """As `measure`, of the plain model."""
+  def baseline(self) -> dict[str, Any]:
+    """Same as `measure`, for the baseline."""
     return self.measure(lambda seed: Roster.create(self.config, seed=seed), [0])
 
 
 def record(
-  found: dict[str, Any], plain: dict[str, Any], tokens: Sequence[int], label: str, task: str, **also
+  found: dict[str, Any],
+  baseline: dict[str, Any],
+  tokens: Sequence[int],
+  label: str,
+  task: str,
+  **also,
 ) -> compared.Record:
-  """What `Texts.measure` found as a record like those of `compared.records`.
+  """Returns a record like those of `compared.records`, of what a `ReferenceScorer` measured.
 
   Args:
-    found: of the roster, or of the plain model itself.
-    plain: of the plain model.
+    found: of the roster, or the baseline itself.
+    baseline: of the baseline.
     tokens: `[X]` of each text.
-    label: what it is called.
+    label: its name in tables.
     task: the task.
-    also: what the record says besides.
+    **also: further fields.
   """
   tokens = np.asarray(tokens, float)
   ours, theirs = (
-    {name: np.asarray(m[name], float) for name in ("nll", "fitted_nll")} for m in (found, plain)
+    {name: np.asarray(m[name], float) for name in ("nll", "fitted_nll")} for m in (found, baseline)
   )
-  is_baseline = found is plain
-  comparison = (
-    None
-    if is_baseline
-    else Comparison(
-      label,
-      "plain",
-      task,
-      "perplexity",
-      " %",
-      len(tokens),
-      paired_statistics.paired_perplexity(ours["fitted_nll"], theirs["fitted_nll"], tokens),
-      paired_statistics.paired_test(ours["fitted_nll"], theirs["fitted_nll"]),
-      1.0,
+  difference = comparison = None
+  if found is not baseline:
+    difference = paired_statistics.paired_perplexity(ours["nll"], theirs["nll"], tokens)
+    comparison = comparisons.compare_perplexities(
+      label, "baseline", task, ours["fitted_nll"], theirs["fitted_nll"], tokens
     )
-  )
   return {
     **also,
     "task": task,
     "label": label,
     "examples": len(tokens),
     "perplexity": compared.estimate(paired_statistics.perplexity(ours["nll"], tokens)),
-    "perplexity_difference": None
-    if is_baseline
-    else compared.estimate(paired_statistics.paired_perplexity(ours["nll"], theirs["nll"], tokens)),
+    "perplexity_difference": compared.estimate(difference),
     "fitted": compared.estimate(paired_statistics.perplexity(ours["fitted_nll"], tokens)),
     "fitted_difference": compared.as_json(comparison),
     "output_temperature": found["temperature"],

@@ -1,10 +1,10 @@
-"""What writing tokens with rosters takes: time, memory, power and experts, for figures 4 and 5b.
+"""Time, memory, power and active experts of generation with rosters, for figures 4 and 5b.
 
-A call writes so many tokens behind prompts, prefill included, with what had to be compiled
-left out; calls take turns in an order that changes, each round on other prompts, and ratios
-are within rounds. Prompts are cut on the left to one length, so that one program serves all
-of them. At τ = 0 all members are computed, as in the paper, but choose the same experts: it
-hides what a roster reads when its members differ, which is why τ > 0 stands beside it.
+A call generates tokens after prompts, including prefill but not compilation. Calls take turns
+in changing order, each round on other prompts, and ratios are within rounds. Prompts are
+truncated on the left to one length, so that one program serves all of them. At τ = 0 all
+members are computed, as in the paper, but use the same experts, which hides what a roster
+reads when its members differ; hence τ > 0 is measured, too.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,8 @@ import numpy as np
 from experiments import tasks
 from experiments.benchmarks import machine, power, timing
 from experiments.cli import app
-from experiments.figures.work import Measured, Work
+from experiments.figures import figure_models
+from experiments.figures.figure_run import FigureRun, Measurements
 from roe_jax import batching, decode, diagnostics, prefill
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
@@ -34,14 +35,14 @@ class Config:
 
   Attributes:
     task: whose prompts are continued.
-    prompts: how many, the first of the test split.
-    prompt_length: tokens that are left of each.
-    new_tokens: that are written behind each.
+    prompts: number of prompts, the first of the test split.
+    prompt_length: tokens kept of each.
+    new_tokens: tokens generated after each.
     members: n, ascending from 1.
-    uncached: n that are measured without a cache, for one text at a time.
+    uncached: n measured without a cache, one sequence at a time.
     temperatures: τ of all layers.
-    batch_sizes: texts together.
-    rounds: turns of each call.
+    batch_sizes: sequences per batch.
+    rounds: calls of each case.
   """
 
   seeds: ClassVar[int] = 1
@@ -56,8 +57,9 @@ class Config:
   rounds: int = 10
 
 
-CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss")} | {
-  "embedded": Config(
+CONFIGS = figure_models.configs(
+  Config(),
+  embedded=Config(
     task="wordmath",
     prompt_length=48,
     new_tokens=32,
@@ -66,17 +68,17 @@ CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss")} | {
     members=(1, 4, 16, 64),
     batch_sizes=(1, 8),
     rounds=7,
-  )
-}
+  ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A way of writing tokens.
+  """A compiled way of generating tokens.
 
   Attributes:
-    call: `call(count)` does it so many times.
-    bytes: of the compiled program: arguments and temporaries; None: not told.
+    call: `call(count)` runs it `count` times.
+    bytes: arguments and temporaries of the compiled program; None: not reported.
   """
 
   call: Callable[[int], None]
@@ -91,18 +93,18 @@ def case(
   batch_size: int,
   new_tokens: int,
 ) -> Case:
-  """Writes tokens behind prompts, other ones in each call, with everything compiled.
+  """Compiles generation after prompts, which take turns from call to call.
 
   Args:
     params: the model's parameters.
     config: its architecture.
     roster: the settings.
     prompts: token ids, all of one length.
-    batch_size: texts together.
-    new_tokens: that are written; no text ends before.
+    batch_size: sequences per batch.
+    new_tokens: tokens generated for every sequence.
   """
-  params = params_lib.in_storage_dtype(params)  # as generation has them
-  rows = batching.bucket(batch_size)
+  params = params_lib.in_storage_dtype(params)  # as in generation
+  slots = batching.bucket(batch_size)
   capacity = prefill.capacity_for(config, prompts, new_tokens)
   parts = itertools.cycle(
     [prompts[i : i + batch_size] for i in range(0, len(prompts) - batch_size + 1, batch_size)]
@@ -111,7 +113,7 @@ def case(
 
   def begin():
     return decode.start(
-      params, config, roster, next(parts), range(batch_size), new_tokens, rows, capacity
+      params, config, roster, next(parts), range(batch_size), new_tokens, slots, capacity
     )
 
   program = timing.compiled(
@@ -128,42 +130,42 @@ def case(
 
 
 def all_members(config: ModelConfig, n: int, tau: float, **settings) -> Roster:
-  """A roster whose members run all layers, also at τ = 0."""
+  """Makes a roster whose members run all layers, even at τ = 0."""
   return Roster.create(config, n, tau, noisy_layers=(0, config.num_layers), **settings)
 
 
-def prompts_of(work: Work, config: Config, tokenizer) -> list[list[int]]:
-  """Prompts cut on the left to one length; those that are shorter are left out.
+def prompts_of(run: FigureRun, config: Config, tokenizer) -> list[list[int]]:
+  """Returns prompts truncated on the left to one length, without shorter ones.
 
   Raises:
-    ValueError: too few are long enough.
+    ValueError: too few prompts are long enough.
   """
-  examples = tasks.get(config.task).examples("test", work.data_dir, config.prompts)
+  examples = tasks.get(config.task).examples("test", run.data_dir, config.prompts)
   encoded = [tokenizer.encode(e.prompt) for e in examples]
   long = [e[-config.prompt_length :] for e in encoded if len(e) >= config.prompt_length]
   if len(long) < max(config.batch_sizes):
     raise ValueError(
-      f"{len(long)} of {len(encoded)} prompts of {config.task} have "
-      f"{config.prompt_length} tokens, fewer than a batch of "
-      f"{max(config.batch_sizes)}: --set=prompt_length=... takes shorter ones"
+      f"{len(long)} of {len(encoded)} prompts of {config.task} have {config.prompt_length} tokens, "
+      f"fewer than a batch of {max(config.batch_sizes)}: allow shorter ones with "
+      "--set=prompt_length=..."
     )
   return long
 
 
-def told(seconds: np.ndarray, first: np.ndarray, tokens: int) -> dict[str, Any]:
-  """Milliseconds per token of a text (median and quartiles), and the ratio to the first case."""
+def timings(seconds: np.ndarray, first: np.ndarray, tokens: int) -> dict[str, Any]:
+  """Returns milliseconds per token (median and quartiles), and the ratio to the first case."""
   low, median, high = timing.quartiles(1e3 * seconds / tokens)
   return {
     "ms_per_token": {"value": median, "low": low, "high": high},
-    "to_one": timing.median_ratio(seconds, first),
+    "time_ratio": timing.median_ratio(seconds, first),
     "rounds": int(np.isfinite(seconds).sum()),
   }
 
 
-def measure(work: Work, config: Config) -> list[dict[str, Any]]:
-  """A record for each (batch, cache, τ, n), kept for all figures that show them."""
-  settings = work.settings | {"figure": "overhead", "config": dataclasses.asdict(config)}
-  keep = Measured(work.root / "overhead" / "measured.jsonl", settings)
+def measure(run: FigureRun, config: Config) -> list[dict[str, Any]]:
+  """Returns a record per (batch, cache, τ, n), measured once for all figures that show them."""
+  settings = run.settings | {"figure": "overhead", "config": dataclasses.asdict(config)}
+  keep = Measurements(run.root / "overhead" / "measured.jsonl", settings)
   groups = [
     (batch_size, cached)
     for batch_size in config.batch_sizes
@@ -175,8 +177,8 @@ def measure(work: Work, config: Config) -> list[dict[str, Any]]:
   for batch_size, cached in groups:
     name = f"batch {batch_size}, {'with' if cached else 'without'} cache"
     if opened is None and name not in keep:
-      params, model, tokenizer = app.open_model(work.model.checkpoint, None, work.model.mesh)
-      opened = params, model, prompts_of(work, config, tokenizer)
+      params, model, tokenizer = app.open_model(run.model.checkpoint, None, run.model.mesh)
+      opened = params, model, prompts_of(run, config, tokenizer)
     found += keep.get(name, lambda: _group(opened, config, batch_size, cached))
   return found
 
@@ -193,7 +195,7 @@ def _group(opened, config, batch_size, cached):
     for key, roster in rosters.items()
   }
   for c in cases.values():
-    c.call(1)  # prefill is compiled on the way
+    c.call(1)  # compiles prefill, too
   seconds = timing.take_turns({key: c.call for key, c in cases.items()}, config.rounds)
   records = []
   for tau, n in sizes:
@@ -201,25 +203,25 @@ def _group(opened, config, batch_size, cached):
     spent = seconds[tau, n]
     experts = None
     if cached:
-      texts = prompts[:batch_size]
-      experts = float(
-        diagnostics.unique_experts(
-          params, model, rosters[tau, n], texts, [len(t) // 2 for t in texts], batch_size=batch_size
-        ).by_step.mean()
+      some = prompts[:batch_size]
+      starts = [len(prompt) // 2 for prompt in some]
+      found = diagnostics.unique_experts(
+        params, model, rosters[tau, n], some, starts, batch_size=batch_size
       )
+      experts = float(found.by_step.mean())
     records.append(
       {
         "batch": batch_size,
         "cache": "Clean Cache" if cached else "no cache",
         "τ": tau,
         "n": n,
-        **told(spent, seconds[tau, sizes[0][1]], config.new_tokens),
+        **timings(spent, seconds[tau, sizes[0][1]], config.new_tokens),
         "bytes": cases[tau, n].bytes,
         "watts": watts,
         "joules_per_token": None
         if watts is None
         else watts * float(np.nanmedian(spent)) / (config.new_tokens * batch_size),
-        "experts": experts,
+        "unique_experts": experts,
         "num_experts": model.num_experts,
         "peak_device_bytes": machine.peaks().get("peak_device_bytes"),
       }
@@ -227,10 +229,14 @@ def _group(opened, config, batch_size, cached):
   return records
 
 
+def label(record: dict[str, Any]) -> str:
+  """Returns the label of a record's series."""
+  return f"{record['cache']}, τ = {record['τ']:g}, batch {record['batch']}"
+
+
 def series(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-  """Records by what one line of a picture shows."""
+  """Groups records by their series, one line of a picture."""
   found: dict[str, list[dict[str, Any]]] = {}
   for r in records:
-    label = f"{r['cache']}, τ = {r['τ']:g}, {r['batch']} text" + ("s" if r["batch"] > 1 else "")
-    found.setdefault(label, []).append(r)
+    found.setdefault(label(r), []).append(r)
   return found

@@ -1,13 +1,14 @@
-"""The page of all figures of a model, and what it was made of."""
+"""The page of all figures of a model, made from the records in docs/results."""
 
 import json
 import pathlib
 import shutil
 
 from experiments import figures
+from experiments.analysis import drawing
 from experiments.cli import app
 from experiments.figures.figure_models import Model
-from experiments.figures.work import ABOUT, PICTURE, RECORDS, read_records
+from experiments.figures.figure_run import ABOUT, PICTURE, RECORDS, read_records
 
 PARTS = (
   ("The paper's figures and tables", figures.PAPER),
@@ -16,61 +17,67 @@ PARTS = (
 
 
 def write(path: pathlib.Path, root: pathlib.Path, model: Model) -> str:
-  """Writes the page, with the figures whose folders are complete.
+  """Writes the page, and redraws its pictures.
 
-  Records, pictures and what they were made with go to docs/results/MODEL beside it, from
-  which the same page can be written again.
+  First copies the records of complete figures in `root` to docs/results/MODEL next to the page;
+  figures that are only there stay.
 
   Args:
     path: of the page.
     root: the folder with the figures' folders.
-    model: what they were made of.
+    model: the model.
 
   Returns:
-    One line that sums it up.
+    A one-line summary.
   """
   kept = path.parent / "docs" / "results" / model.name
   for name in figures.NAMES:
-    if (root / name / ABOUT).is_file() and root.resolve() != kept.resolve():
+    if (root / name / ABOUT).is_file():
       (kept / name).mkdir(parents=True, exist_ok=True)
-      for file in (ABOUT, RECORDS, PICTURE):
-        if (root / name / file).is_file():
-          shutil.copyfile(root / name / file, kept / name / file)
+      for file in (ABOUT, RECORDS):
+        shutil.copyfile(root / name / file, kept / name / file)
+  found = _complete(kept, figures.NAMES)
+  for name in found:
+    picture = figures.get(name).draw(read_records(kept / name / RECORDS))
+    if picture is not None:
+      drawing.save(picture, kept / name / pathlib.Path(PICTURE).stem, ("png",))
   app.write_atomically(path, text(kept, model))
-  found = [name for name in figures.NAMES if (kept / name / ABOUT).is_file()]
   return f"Saved {path} with {len(found)} of {len(figures.NAMES)} figures."
 
 
+def _complete(kept, names):
+  return [name for name in names if (kept / name / ABOUT).is_file()]
+
+
 def text(kept: pathlib.Path, model: Model) -> str:
-  """The page of what a folder docs/results/MODEL holds."""
+  """Returns the page for a folder docs/results/MODEL."""
   parts = [
-    f"# Results: {model.title}\n\nMade by `python -m experiments.reproduce`; every section names its "
-    "command, date, seeds and machine. Intervals are 95 % bootstrap intervals over examples. None of "
-    "this says what large models do: the weights of the paper's models were not at hand, and the "
-    "same commands with `--model=olmoe`, `mixtral` or `gpt_oss` are for where they are."
+    f"# Results: {model.title}\n\nMade by `python -m experiments.reproduce`; sections give their "
+    "command, date, seeds and machine. Intervals are 95 % bootstrap intervals over examples. These "
+    "results say nothing about large models: we did not have the paper's checkpoints. With them, "
+    "run the same commands with `--model=olmoe`, `mixtral` or `gpt_oss`."
   ]
   for title, names in PARTS:
-    there = [name for name in names if (kept / name / ABOUT).is_file()]
-    if there:
-      parts += [f"## {title}", *(_section(kept, name) for name in there)]
+    if names := _complete(kept, names):
+      parts += [f"## {title}", *(_section(kept, name) for name in names)]
   return "\n\n".join(parts) + "\n"
 
 
 def _section(kept, name):
-  module, about = figures.get(name), json.loads((kept / name / ABOUT).read_text())
+  figure, about = figures.get(name), json.loads((kept / name / ABOUT).read_text())
   records, machine = read_records(kept / name / RECORDS), about["machine"]
   parts = [
-    f"### {name}: {module.TITLE}",
-    module.SAW,
-    f"**Here:** {module.findings(records)}",
-    module.table(records),
+    f"### {name}: {figure.TITLE}",
+    figure.BACKGROUND,
+    f"**Here:** {figure.findings(records)}",
+    figure.table(records),
   ]
   if (kept / name / PICTURE).is_file():
-    parts.append(f"![{module.TITLE}](docs/results/{kept.name}/{name}/{PICTURE})")
+    parts.append(f"![{figure.TITLE}](docs/results/{kept.name}/{name}/{PICTURE})")
   parts.append(
-    f"`{about['command']}`\n\n{about['date']}; {about['seconds']:.0f} s, with the searches and comparisons "
-    f"that it shares with others; noise seeds {', '.join(map(str, about['seeds']))}; {machine['cpu']}, "
-    f"{machine['cores']} core{'s' if machine['cores'] > 1 else ''}, Python {machine['python']}, jax "
-    f"{machine['jax']}."
+    f"`{about['command']}`\n\n{about['date']}; {about['seconds']:.0f} s, including searches and "
+    f"comparisons shared with other figures; noise seeds {', '.join(map(str, about['seeds']))}; "
+    f"{machine['cpu']}, {machine['cores']} core{'s' if machine['cores'] > 1 else ''}, Python "
+    f"{machine['python']}, jax {machine['jax']}."
   )
   return "\n\n".join(parts)

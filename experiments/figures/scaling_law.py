@@ -1,10 +1,10 @@
-"""From losses to model sizes: the scaling law of Kaplan et al. (arXiv 2001.08361).
+"""Converts losses to model sizes by the scaling law of Kaplan et al. (arXiv 2001.08361).
 
-With data and compute that do not limit it, the loss of a model of N non-embedding
-parameters follows L(N) = (N_c / N)^α (eq. 1.1), in nats per token; α = 0.076 is their fit
-to web text. A model whose loss is L then equals, by the law, one of N (L_of_it / L)^(1 / α)
-parameters. The law speaks of dense models; for a Mixture of Experts N is taken as all of
-its non-embedding parameters, those of all experts.
+Without limits of data and compute, the loss of a model with N non-embedding parameters
+follows L(N) = (N_c / N)^α (eq. 1.1), in nats per token; α = 0.076 is their fit to web text.
+By this law, lowering a model's loss L to L' is worth a model of N (L / L')^(1 / α)
+parameters. The law is about dense models; for a Mixture of Experts N counts the non-embedding
+parameters of all experts.
 """
 
 import math
@@ -19,7 +19,7 @@ KAPLAN = 0.076
 
 
 def num_parameters(config: ModelConfig) -> int:
-  """Non-embedding parameters, all experts included."""
+  """Returns the number of non-embedding parameters, including all experts."""
   params = params_lib.abstract(config.replace(expert_format=None))
   total = sum(math.prod(w.shape) for w in jax.tree.leaves(params))
   return total - sum(
@@ -30,7 +30,7 @@ def num_parameters(config: ModelConfig) -> int:
 def equivalent(
   size: float, loss: float | np.ndarray, other: float | np.ndarray, exponent: float
 ) -> float | np.ndarray:
-  """The size of a model with loss `other`, where one of `size` has `loss`.
+  """Returns the size of a model with loss `other`, given that one of `size` has `loss`.
 
   Args:
     size: N, parameters.
@@ -42,7 +42,7 @@ def equivalent(
 
 
 def fit_exponent(sizes: np.ndarray, losses: np.ndarray) -> float:
-  """α by least squares of log L on log N.
+  """Returns α by least squares of log L on log N.
 
   Args:
     sizes: `[M]` parameters of models of one family.
@@ -53,7 +53,7 @@ def fit_exponent(sizes: np.ndarray, losses: np.ndarray) -> float:
 
 
 def resized(config: ModelConfig, size: float) -> ModelConfig:
-  """A model of the family with about so many non-embedding parameters: all widths grow together."""
+  """Scales all widths of a model to about `size` non-embedding parameters."""
 
   def scaled(factor):
     return config.replace(

@@ -1,4 +1,14 @@
-"""Records of figures that are made of searches of τ."""
+"""Figures 7 to 9: histories of the searches of τ; and records of all figures made of searches.
+
+    python -m experiments.reproduce --figure=fig7,fig8,fig9 --model=olmoe --data_dir=data \\
+        --allow_code_execution
+
+Trials in order: one τ for all layers in steps of 0.05 first, then TPE, with the best so far
+and the baseline. The table adds how much of a search's gain holds on fresh examples with
+fresh noise, which the paper does not report. With the embedded models, the choice of fig8 is
+among four results of the last step of an arithmetic problem, and fig9 generates arithmetic
+instead of programs.
+"""
 
 from collections.abc import Sequence
 import dataclasses
@@ -8,8 +18,8 @@ from typing import Any, ClassVar
 
 from experiments.analysis import drawing, paired_statistics, pictures, report_page
 from experiments.analysis.run_results import Tuning
-from experiments.figures import compared
-from experiments.figures.work import Command, Work
+from experiments.figures import compared, figure_models
+from experiments.figures.figure_run import Command, FigureRun
 from experiments.tuning import confirm
 
 Record = dict[str, Any]
@@ -17,32 +27,33 @@ Record = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Nothing of its own: tasks and budgets are the model's."""
+  """No settings of its own: tasks and budgets are the model's."""
 
   seeds: ClassVar[int] = 4  # of the trials, and three of the confirmation
 
 
-CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss", "embedded")}
+CONFIGS = figure_models.configs(Config(), Config())
 
 
-def commands(work: Work, tasks: Sequence[str]) -> list[Command]:
-  return [work.tune(task) for task in tasks]
+def commands(run: FigureRun) -> list[Command]:
+  """Returns the searches for all of the model's tasks."""
+  return [run.tune(task) for task in run.model.tasks]
 
 
-def records(work: Work, tasks: Sequence[str]) -> list[Record]:
-  """A record for each task.
+def records(run: FigureRun, tasks: Sequence[str]) -> list[Record]:
+  """Returns a record per task.
 
-  Each has "task" and "category"; "settings", "profile" and "trials" as tune wrote them; and
-  "differences", those of the confirmation (see `confirm.compare`) with a paired test's "p",
-  "adjusted" by Holm's correction, and "clear" by both.
+  Each has "task" and "category"; "settings", "profile" and "trials" as written by tune; and
+  "differences" of the confirmation (see `confirm.compare`) with a paired test's "p",
+  "adjusted" by Holm's correction over tasks, and "significant".
   """
   found = []
   for task in tasks:
-    search, folder = work.tuned(task), work.root / "tune" / task
+    search, folder = run.tuned(task), run.root / "tune" / task
     found.append(
       {
         "task": task,
-        "category": work.model.category(task),
+        "category": run.model.category(task),
         "settings": json.loads((folder / "settings.json").read_text()),
         "profile": search.profile,
         "differences": _tested(folder / "confirm", search.profile),
@@ -52,8 +63,13 @@ def records(work: Work, tasks: Sequence[str]) -> list[Record]:
   return corrected(found)
 
 
+def measure(run: FigureRun) -> list[Record]:
+  """Returns `records` of all of the model's tasks, without trials."""
+  return [r | {"trials": []} for r in records(run, run.model.tasks)]
+
+
 def _tested(folder: pathlib.Path, profile):
-  """The differences of a confirmation with p-values, from its runs."""
+  """Returns the differences of a confirmation with p-values, from its runs."""
   confirmed = profile["objective"]["confirmed"]
   metrics = {
     name: confirm.by_example(folder / name, profile["data"]["confirmed"])
@@ -61,130 +77,132 @@ def _tested(folder: pathlib.Path, profile):
   }
   found = []
   for d in confirmed["differences"]:
-    name = next(
-      m
-      for m in ("fitted_nll" if d["fitted"] else "nll", *metrics[d["of"]])
-      if m in metrics[d["of"]]
-    )
-    test = paired_statistics.paired_test(metrics[d["of"]][name], metrics[d["to"]][name])
-    found.append(d | {"p": test.p})
+    ours, theirs = metrics[d["of"]], metrics[d["to"]]
+    name = next(m for m in ("fitted_nll" if d["fitted"] else "nll", *ours) if m in ours)
+    found.append(d | {"p": paired_statistics.paired_test(ours[name], theirs[name]).p})
   return found
 
 
 def corrected(found: Sequence[Record]) -> list[Record]:
-  """Records with Holm's correction over tasks, for each kind of difference."""
+  """Returns records with Holm's correction over tasks, for each kind of difference."""
   kind = lambda d: (d["of"], d["to"], d["fitted"])
   tests = {}
   for r in found:
     for d in r["differences"]:
-      tests.setdefault(kind(d), []).append(d["p"])
-  adjusted = {k: iter(paired_statistics.holm(p)) for k, p in tests.items()}
-
-  def told(d):
-    p = next(adjusted[kind(d)])
-    clear = p < paired_statistics.SIGNIFICANCE and compared.read(d).is_significant
-    return d | {"adjusted": p, "clear": clear}
-
-  return [r | {"differences": [told(d) for d in r["differences"]]} for r in found]
+      tests.setdefault(kind(d), []).append(d)
+  adjusted = {k: iter(compared.holm(differences)) for k, differences in tests.items()}
+  return [r | {"differences": [next(adjusted[kind(d)]) for d in r["differences"]]} for r in found]
 
 
 def tuning(record: Record) -> Tuning:
-  """The search of a record."""
+  """Returns the search of a record."""
   return Tuning(record["task"], record["profile"], record["trials"])
 
 
 def fresh(
-  record: Record, of: str = confirm.TUNED, to: str = confirm.PLAIN, fitted: bool = False
+  record: Record, of: str = confirm.TUNED, to: str = confirm.BASELINE, fitted: bool = False
 ) -> dict[str, Any] | None:
-  """A difference of the confirmation on fresh examples; None: not there."""
+  """Returns a difference on the confirmation's fresh examples; None: not measured."""
   return next(
     (d for d in record["differences"] if (d["of"], d["to"], d["fitted"]) == (of, to, fitted)), None
   )
 
 
 def searched_gain(record: Record) -> float:
-  """The best trial against plain on the examples of the search: percent, or points."""
+  """Returns the best trial's difference from the baseline on the search examples (% or points)."""
   objective = record["profile"]["objective"]
   if objective["name"] == "perplexity":
-    return 100 * (objective["value"] / objective["plain"] - 1)
-  return 100 * (objective["value"] - objective["plain"])
-
-
-def table(found: Sequence[Record]) -> str:
-  """Plain, the best trial, and what of it was found on fresh examples."""
-  rows = []
-  for r in found:
-    objective, cost = r["profile"]["objective"], r["profile"]["cost"]
-    rows.append(
-      [
-        r["task"],
-        objective["name"],
-        f"{objective['plain']:.4f}",
-        f"{objective['value']:.4f}",
-        f"{searched_gain(r):+.2f}",
-        compared.cell(fresh(r), 2, True),
-        compared.cell(fresh(r, fitted=True), 2, True),
-        cost["trials"],
-        cost["pruned"],
-        " ".join(f"{t:.2f}" for t in r["profile"]["temperatures"]),
-      ]
-    )
-  return (
-    report_page.table(
-      [
-        "task",
-        "objective",
-        "plain",
-        "best trial",
-        "to plain, searched",
-        "to plain, fresh",
-        "there at fitted T",
-        "trials",
-        "pruned",
-        "τ by layer",
-      ],
-      rows,
-    )
-    + "\n\n"
-    + NOTE
-  )
-
-
-NOTE = (
-  "Differences in % of the perplexity or points of accuracy; fresh: on examples that no "
-  "trial saw, with noise seeds that none used, 95 % intervals; * is clear after Holm's "
-  "correction over the column."
-)
+    return 100 * (objective["value"] / objective["baseline"] - 1)
+  return 100 * (objective["value"] - objective["baseline"])
 
 
 def gained(record: Record) -> bool:
-  """Whether the best trial is better than the plain model on the examples of the search."""
+  """Whether the best trial beats the baseline on the search examples."""
   gain = searched_gain(record)
   return gain < 0 if record["profile"]["objective"]["name"] == "perplexity" else gain > 0
 
 
+SEARCHED, FRESH = "difference from baseline, search", "difference from baseline, fresh"
+NOTE = (
+  "Differences in % of the perplexity or points of accuracy. Search: the best trial on the "
+  "search examples. Fresh: on examples and with noise seeds that no trial used, with 95 % "
+  "intervals; *: significant after Holm's correction over the column."
+)
+
+
+def table(found: Sequence[Record]) -> str:
+  objective, cost = lambda r: r["profile"]["objective"], lambda r: r["profile"]["cost"]
+  columns = {
+    "task": "task",
+    "objective": lambda r: objective(r)["name"],
+    "baseline": lambda r: f"{objective(r)['baseline']:.4f}",
+    "best trial": lambda r: f"{objective(r)['value']:.4f}",
+    SEARCHED: lambda r: f"{searched_gain(r):+.2f}",
+    FRESH: lambda r: compared.cell(fresh(r), 2, True),
+    "fresh, both at fitted T": lambda r: compared.cell(fresh(r, fitted=True), 2, True),
+    "trials": lambda r: cost(r)["trials"],
+    "pruned": lambda r: cost(r)["pruned"],
+    "τ by layer": lambda r: " ".join(f"{t:.2f}" for t in r["profile"]["temperatures"]),
+  }
+  return f"{report_page.table_of(found, columns)}\n\n{NOTE}"
+
+
 def findings(found: Sequence[Record]) -> str:
-  """How many gains of a search are there on fresh examples."""
+  """Describes how many gains of searches hold on fresh examples."""
   gains = [r for r in found if gained(r)]
   kept = [
-    r for r in gains if (d := fresh(r))["clear"] and (d["value"] < 0) == (searched_gain(r) < 0)
+    r["task"]
+    for r in gains
+    if (d := fresh(r))["significant"] and (d["value"] < 0) == (searched_gain(r) < 0)
   ]
   return (
-    f"On the examples of the search the best trial is better than the plain model on "
-    f"{len(gains)} of {report_page.count(len(found), 'task')}; on fresh ones this is clear on "
-    f"{len(kept)}" + (f" ({', '.join(r['task'] for r in kept)})." if kept else ".")
+    f"On the search examples the best trial beats the baseline on {len(gains)} of "
+    f"{report_page.count(len(found), 'task')}; on fresh examples this is significant on "
+    f"{len(kept)}" + (f" ({', '.join(kept)})." if kept else ".")
   )
 
 
 def draw(found: Sequence[Record]):
-  """Trials in their order, a panel for each task."""
-  columns = min(3, len(found))
-  figure, axes = drawing.axes(columns, -(-len(found) // columns), width=3.6, height=3.0)
-  for r, axis in zip(found, axes.flat):
+  """Draws trials in order, a panel per task."""
+  figure, axes = drawing.panels([r["task"] for r in found], 3, 3.6, 3.0)
+  for r, axis in zip(found, axes):
     pictures.trials(axis, tuning(r))
-    axis.set_title(r["task"], fontsize=9)
-  for axis in axes.flat[len(found) :]:
-    axis.set_visible(False)
-  named = max(axes.flat[: len(found)], key=lambda a: len(a.get_legend_handles_labels()[1]))
-  drawing.legend(figure, named)
+  drawing.legend(figure, max(axes, key=lambda a: len(a.get_legend_handles_labels()[1])))
   return figure
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+  """The figure of the searches for one category of tasks.
+
+  Attributes:
+    TITLE, BACKGROUND: see `experiments.figures`.
+    category: of the tasks.
+  """
+
+  TITLE: str
+  BACKGROUND: str
+  category: str
+  CONFIGS: ClassVar[dict[str, Config]] = CONFIGS
+  table, findings, draw = staticmethod(table), staticmethod(findings), staticmethod(draw)
+
+  def commands(self, run: FigureRun) -> list[Command]:
+    return [run.tune(task) for task in getattr(run.model, self.category)]
+
+  def measure(self, run: FigureRun) -> list[Record]:
+    return records(run, getattr(run.model, self.category))
+
+
+FIGURES = {
+  name: History(
+    f"Searches of τ: {category}, by {objective}",
+    f"The paper shows validation {measure} over the trials of its searches ({trials} trials on "
+    f"{samples} samples), but not how much of the best trial's gain is selection luck.",
+    category,
+  )
+  for name, category, objective, measure, trials, samples in (
+    ("fig7", "math", "perplexity", "perplexity", 50, 100),
+    ("fig8", "commonsense", "accuracy", "accuracy", 100, 300),
+    ("fig9", "code", "accuracy", "pass@1", 50, 50),
+  )
+}

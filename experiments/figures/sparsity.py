@@ -1,38 +1,28 @@
-"""Gain against sparsity: how many of how many experts a token goes through.
+"""Gain against sparsity: the number of active experts k and of experts E.
 
     python -m experiments.reproduce --figure=sparsity --model=embedded
 
-Small over-trained models that differ in k and E only, `embedded:wordmath_KofE` (made by
+Small over-trained models that differ only in k and E, `embedded:wordmath_KofE` (made by
 `python -m experiments.train --config=wordmath_sparsity:KofE`, 5 to 10 minutes each on one
-core): k varied at E = 16, and E at k = 4. Of each the roster's perplexity against the plain
-model, as they are and at fitted output temperatures, at one τ for all models and at the
-model's own best τ, which is chosen on other texts, as they are. Among the paper's models k
-/ E cannot be varied: they differ in all else, and are shown beside each other for what that
-is worth. Its reviewers asked for this.
-
-    model      checkpoints (see models.py)                      hardware               time
-    olmoe      OLMoE-1B-7B (8 of 64)                            one GPU of 80 GB       5 minutes
-    mixtral    Mixtral-8x7B (2 of 8)                            eight GPUs of 80 GB    10 minutes
-    gpt_oss    gpt-oss-20b (4 of 32)                            four GPUs of 80 GB     5 minutes
-    embedded   wordmath_{1,2,4,8}of16, _4of8, _4of32            one CPU core           5 minutes
-
-All of the paper's models together: --checkpoint=olmoe,mixtral,gpt-oss. Times of the first
-three are estimated with roe_jax.costs (H100), not measured.
+core): k is varied at E = 16, and E at k = 4. The roster's perplexity is compared with the
+baseline's at T = 1 and at fitted output temperatures, at one τ for all models and at each
+model's best τ, chosen on other texts at T = 1. The paper's models differ in everything else,
+too; --checkpoint=olmoe,mixtral,gpt-oss shows all of them together.
 """
 
 import dataclasses
 
 import numpy as np
 
-from experiments.analysis import drawing, report_page
-from experiments.figures import compared, likelihoods
-from experiments.figures.work import Command, Work
+from experiments.analysis import drawing
+from experiments.figures import compared, figure_models, likelihoods
+from experiments.figures.figure_run import FigureRun
 from roe_jax.roster import Roster
 
 TITLE = "Gain against sparsity"
-SAW = (
-  "Its reviewers asked how the gain depends on sparsity. The paper has three models that "
-  "differ in all else, too."
+BACKGROUND = (
+  "Its reviewers asked how the gain depends on sparsity. The paper has three models that also "
+  "differ in everything else."
 )
 
 
@@ -45,8 +35,8 @@ class Config:
     task: whose reference texts are scored.
     n: members.
     temperature: τ of all models.
-    temperatures: among which each model's best is chosen.
-    examples: on which is reported.
+    temperatures: candidates for each model's best τ.
+    examples: to report on.
     seeds: noise seeds.
   """
 
@@ -60,116 +50,87 @@ class Config:
 
 
 FAMILY = ("1of16", "2of16", "4of16", "8of16", "4of8", "4of32")
-CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss")} | {
-  "embedded": Config(
-    tuple(f"embedded:wordmath_{v}" for v in FAMILY), task="wordmath", examples=120, seeds=2
-  )
-}
+_EMBEDDED = tuple(f"embedded:wordmath_{name}" for name in FAMILY)
+CONFIGS = figure_models.configs(
+  Config(), embedded=Config(_EMBEDDED, task="wordmath", examples=120, seeds=2)
+)
 SAME, OWN = "one τ for all", "its best τ"
 
 
-def commands(work: Work) -> list[Command]:
-  return []
-
-
-def measure(work: Work) -> list[compared.Record]:
-  config, keep = work.config, work.kept()
-  seeds = range(work.seed, work.seed + config.seeds)
+def measure(run: FigureRun) -> list[compared.Record]:
+  config, keep = run.config, run.measurements()
+  seeds = range(run.seed, run.seed + config.seeds)
   found = []
-  for checkpoint in config.checkpoints or work.model.checkpoints:
-    texts = likelihoods.Texts(work, checkpoint, config.task, config.examples)
-    tokens, k, num_experts = (
-      texts.reported_on.tokens,
-      texts.config.experts_per_token,
-      texts.config.num_experts,
-    )
+  for checkpoint in config.checkpoints or run.model.checkpoints:
+    scorer = likelihoods.ReferenceScorer(run, checkpoint, config.task, config.examples)
+    k, num_experts = scorer.config.experts_per_token, scorer.config.num_experts
 
-    def roster(seed, tau, texts=texts):
-      return Roster.create(texts.config, config.n, tau, seed=seed, cache=work.model.cache)
+    def roster(seed, tau, scorer=scorer):
+      return Roster.create(scorer.config, config.n, tau, seed=seed, cache=run.model.cache)
 
-    plain = keep.get(f"{checkpoint}, plain", texts.plain)
+    def record(measured, label, scorer=scorer, **also):
+      tokens = scorer.report_on.tokens
+      return likelihoods.record(measured, baseline, tokens, label, config.task, **also)
+
+    baseline = keep.get(f"{checkpoint}, baseline", scorer.baseline)
     values = [
-      keep.get(f"{checkpoint}, τ = {t:g}", lambda t=t: texts.value(roster(work.seed, t)))
+      keep.get(f"{checkpoint}, τ = {t:g}", lambda t=t: scorer.value(roster(run.seed, t)))
       for t in config.temperatures
     ]
     best = config.temperatures[int(np.argmin(values))]
     also = {"model": checkpoint.rpartition(":")[2], "k": k, "E": num_experts}
-    found.append(likelihoods.record(plain, plain, tokens, "plain", config.task, **also))
+    found.append(record(baseline, "baseline", **also))
     for label, tau in ((SAME, config.temperature), (OWN, best)):
       measured = keep.get(
         f"{checkpoint}, measured at {tau:g}",
-        lambda tau=tau: texts.measure(lambda seed: roster(seed, tau), seeds),
+        lambda tau=tau: scorer.measure(lambda seed: roster(seed, tau), seeds),
       )
-      found.append(likelihoods.record(measured, plain, tokens, label, config.task, τ=tau, **also))
+      found.append(record(measured, label, τ=tau, **also))
   return compared.corrected(found)
 
 
 def table(records: list[compared.Record]) -> str:
-  shown = ("perplexity", "perplexity_difference", "fitted", "fitted_difference")
-  rows = [
-    [
-      r["model"],
-      f"{r['k']} / {r['E']}",
-      r["label"],
-      f"{r['τ']:g}" if "τ" in r else "",
-      *(compared.COLUMNS[c][1](r) for c in shown),
-    ]
-    for r in records
-  ]
-  return (
-    report_page.table(["model", "k / E", "", "τ", *(compared.COLUMNS[c][0] for c in shown)], rows)
-    + "\n\n"
-    + compared.NOTE
-  )
+  first = {
+    "model": "model",
+    "k / E": lambda r: f"{r['k']} / {r['E']}",
+    "": "label",
+    "τ": lambda r: f"{r['τ']:g}" if "τ" in r else "",
+  }
+  return compared.table(records, first, compared.LIKELIHOOD)
 
 
 def findings(records: list[compared.Record]) -> str:
-  return compared.clear(
-    [r | {"task": r["model"]} for r in records],
-    "fitted_difference",
-    "perplexity at fitted output temperatures",
-  )
+  return compared.findings(compared.by_model(records), ("fitted",))
 
 
 def draw(records: list[compared.Record]):
-  panels = [
-    ("perplexity_difference", "both as they are"),
-    ("fitted_difference", "both at fitted T"),
-  ]
-  most_k = max(
-    {r["k"] for r in records}, key=lambda k: len({r["E"] for r in records if r["k"] == k})
+  panels = {"perplexity_difference": "both at T = 1", "fitted_difference": "both at fitted T"}
+  most = lambda name, other: max(
+    {r[name] for r in records}, key=lambda v: len({r[other] for r in records if r[name] == v})
   )
-  most_e = max(
-    {r["E"] for r in records}, key=lambda e: len({r["k"] for r in records if r["E"] == e})
-  )
-  curves = [
-    (f"k varied, E = {most_e}", lambda r: r["E"] == most_e),
-    (f"E varied, k = {most_k}", lambda r: r["k"] == most_k),
-  ]
+  k, num_experts = most("k", "E"), most("E", "k")
+  curves = {
+    f"k varied, E = {num_experts}": lambda r: r["E"] == num_experts,
+    f"E varied, k = {k}": lambda r: r["k"] == k,
+  }
   figure, axes = drawing.axes(2, 2, width=3.4, height=2.6)
   shares = sorted({r["k"] / r["E"] for r in records})
-  for (measure_, title), column in zip(panels, axes.T):
+  for (name, title), column in zip(panels.items(), axes.T):
     for label, axis in zip((SAME, OWN), column):
       drawing.zero(axis)
-      for index, (curve, belongs) in enumerate(curves):
-        shown = sorted(
-          (r["k"] / r["E"], i) for i, r in enumerate(records) if r["label"] == label and belongs(r)
-        )
-        values, bars = drawing.bars([compared.read(records[i][measure_]) for _, i in shown])
-        axis.errorbar(
-          [x * 1.04 ** (2 * index - 1) for x, _ in shown],
-          values,
-          yerr=bars,
-          label=curve,
-          **drawing.line(index),
-        )
+      for index, (curve, belongs) in enumerate(curves.items()):
+        shown = [r for r in records if r["label"] == label and belongs(r)]
+        shown.sort(key=lambda r: r["k"] / r["E"])
+        x = [r["k"] / r["E"] * 1.04 ** (2 * index - 1) for r in shown]
+        values = [r[name] for r in shown]
+        compared.draw_line(axis, x, values, label=curve, **drawing.line(index))
       axis.set_xscale("log", base=2)
       axis.set_xticks(shares, [f"1/{1 / s:g}" for s in shares])
       axis.minorticks_off()
       axis.set_title(f"{label}, {title}", fontsize=9)
   for axis in axes[:, 0]:
-    axis.set_ylabel("perplexity, difference\nto plain (%)")
+    axis.set_ylabel(compared.PERPLEXITY_AXIS)
   for axis in axes[1]:
-    axis.set_xlabel("k / E, share of experts that run")
+    axis.set_xlabel("k / E, share of active experts")
   drawing.legend(figure, axes[0, 0])
   return figure

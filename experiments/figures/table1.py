@@ -3,84 +3,41 @@
     python -m experiments.reproduce --figure=table1 --model=olmoe --data_dir=data \\
         --allow_code_execution
 
-The paper's table has samples and trials, members n, the largest τ (T) and the layers kept
-at 0 at either end (L) for three categories and three models; see
-`experiments.tuning.tuning_configs`. Here each search also tells what it came to, on its own
-samples and on fresh ones, and what it cost.
-
-    model      checkpoint (see models.py)              hardware               time
-    olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       65 minutes (searches)
-    mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    75 minutes (searches)
-    gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     45 minutes (searches)
-    embedded   ships with the package                  one CPU core           6 minutes (searches)
-
-Times of the first three are estimated with roe_jax.costs (H100), not measured.
+The paper's table has samples and trials, members n, the largest τ (T) and the number of
+layers kept at 0 at either end (L) for three categories and three models; see
+`experiments.tuning.tuning_configs`. This one adds each search's gain on its own examples and
+on fresh ones, and its cost.
 """
 
 from experiments.analysis import report_page
 from experiments.figures import compared, searches
-from experiments.figures.work import Command, Work
 
 TITLE = "Budgets of the searches, and what they found"
-SAW = (
-  "The paper lists budgets (math 100 samples and 50 trials, common sense 300 and 100, "
-  "code 50 and 50), not what the searches cost, nor what they are worth on other samples."
+BACKGROUND = (
+  "The paper lists budgets (math 100 samples and 50 trials, commonsense 300 and 100, code 50 "
+  "and 50), but not what the searches cost, nor what they gain on other samples."
 )
-CONFIGS = searches.CONFIGS
-
-
-def commands(work: Work) -> list[Command]:
-  return searches.commands(work, work.model.tasks)
-
-
-def measure(work: Work) -> list[searches.Record]:
-  return [r | {"trials": []} for r in searches.records(work, work.model.tasks)]
+CONFIGS, commands, measure = searches.CONFIGS, searches.commands, searches.measure
+findings = searches.findings
 
 
 def table(records: list[searches.Record]) -> str:
-  rows = []
-  for r in records:
-    settings, cost = r["settings"], r["profile"]["cost"]
-    rows.append(
-      [
-        r["category"],
-        r["task"],
-        settings["objective"],
-        f"{settings['num_samples']} / {settings['num_trials']}",
-        settings["num_members"],
-        f"{settings['max_temperature']:g}",
-        settings["fixed_layers"],
-        f"{searches.searched_gain(r):+.2f}",
-        compared.cell(searches.fresh(r), 2, True),
-        cost["pruned"],
-        f"{cost['tokens']:,}",
-        f"{cost['seconds']:.0f}",
-      ]
-    )
-  return (
-    report_page.table(
-      [
-        "category",
-        "task",
-        "objective",
-        "samples / trials",
-        "n",
-        "T",
-        "L",
-        "to plain, searched",
-        "to plain, fresh",
-        "pruned",
-        "tokens",
-        "s",
-      ],
-      rows,
-    )
-    + "\n\n"
-    + searches.NOTE
-  )
-
-
-findings = searches.findings
+  settings, cost = lambda r: r["settings"], lambda r: r["profile"]["cost"]
+  columns = {
+    "category": "category",
+    "task": "task",
+    "objective": lambda r: settings(r)["objective"],
+    "samples / trials": lambda r: f"{settings(r)['num_samples']} / {settings(r)['num_trials']}",
+    "n": lambda r: settings(r)["num_members"],
+    "T": lambda r: f"{settings(r)['max_temperature']:g}",
+    "L": lambda r: settings(r)["fixed_layers"],
+    searches.SEARCHED: lambda r: f"{searches.searched_gain(r):+.2f}",
+    searches.FRESH: lambda r: compared.cell(searches.fresh(r), 2, True),
+    "pruned": lambda r: cost(r)["pruned"],
+    "tokens": lambda r: f"{cost(r)['tokens']:,}",
+    "seconds": lambda r: f"{cost(r)['seconds']:.0f}",
+  }
+  return f"{report_page.table_of(records, columns)}\n\n{searches.NOTE}"
 
 
 def draw(records: list[searches.Record]):

@@ -3,18 +3,10 @@
     python -m experiments.reproduce --figure=transfer --model=olmoe --data_dir=data \\
         --allow_code_execution
 
-Each task's profile (from the searches of `fig7`, `fig8` and `fig9`) on test examples of
-every task, and one uniform τ; differences to the plain model, paired by example. And the
-question itself: is a task's own profile better than the mean of the others', on each task
-and over the examples of all? Its reviewers asked for this.
-
-    model      checkpoint (see models.py)              hardware               beside searches
-    olmoe      allenai/OLMoE-1B-7B-0924-Instruct       one GPU of 80 GB       45 minutes
-    mixtral    mistralai/Mixtral-8x7B-Instruct-v0.1    eight GPUs of 80 GB    100 minutes
-    gpt_oss    openai/gpt-oss-20b                      four GPUs of 80 GB     50 minutes
-    embedded   ships with the package                  one CPU core           4 minutes
-
-Times of the first three are estimated with roe_jax.costs (H100), not measured.
+Each task's temperature profile (from the searches of fig7, fig8 and fig9) and one uniform τ on
+test examples of every task, as differences from the baseline, paired by example. And the
+question itself: is a task's own profile better than the mean of the others', on each task and
+over the examples of all?
 """
 
 import dataclasses
@@ -23,14 +15,14 @@ import numpy as np
 
 from experiments.analysis import drawing, paired_statistics, report_page
 from experiments.analysis.run_results import FITTED_NLL, TOKENS, Result, quality_metric
-from experiments.figures import compared, searches
-from experiments.figures.work import Command, Work
+from experiments.figures import compared, figure_models, searches
+from experiments.figures.figure_run import Command, FigureRun
 
 TITLE = "Transfer of τ between tasks"
-SAW = (
+BACKGROUND = (
   "Its reviewers asked how temperatures transfer between tasks; the paper tunes each task's own."
 )
-PLAIN, UNIFORM, ALL = "plain", "one τ for all", "all tasks"
+BASELINE, UNIFORM, ALL = "baseline", "one τ for all", "all tasks"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,51 +38,40 @@ class Config:
   seeds: int = 1
 
 
-CONFIGS = {name: Config() for name in ("olmoe", "mixtral", "gpt_oss")} | {
-  "embedded": Config(examples=60)
-}
+CONFIGS = figure_models.configs(Config(), embedded=Config(examples=60))
 
 
-def _methods(work):
-  """{what τ was tuned for: the method}."""
-  return {task: f"roster:profile={work.profile(task)}" for task in work.model.tasks} | {
-    UNIFORM: f"roster:t={work.model.temperature:g}"
-  }
+def _methods(run):
+  """Returns {method: the task that τ was tuned for, or what else it is}."""
+  profiles = {f"roster:profile={run.profile(task)}": task for task in run.model.tasks}
+  return {BASELINE: BASELINE} | profiles | {f"roster:t={run.model.temperature:g}": UNIFORM}
 
 
-def commands(work: Work) -> list[Command]:
-  return searches.commands(work, work.model.tasks) + [
-    work.compare(
-      "transfer",
-      list(work.model.tasks),
-      ["baseline", *_methods(work).values()],
-      limit=work.config.examples,
-      num_seeds=work.config.seeds,
-    )
-  ]
+def commands(run: FigureRun) -> list[Command]:
+  flags = dict(limit=run.config.examples, num_seeds=run.config.seeds)
+  comparison = run.compare("transfer", list(run.model.tasks), list(_methods(run)), **flags)
+  return [*searches.commands(run), comparison]
 
 
-def measure(work: Work) -> list[dict]:
-  results, methods = work.compared("transfer"), _methods(work)
-  sources = {method: source for source, method in methods.items()} | {"baseline": PLAIN}
-  found = compared.records([results[method] for method in sources], results["baseline"])
+def measure(run: FigureRun) -> list[dict]:
+  results, sources = run.compared("transfer"), _methods(run)
+  found = compared.records([results[method] for method in sources], results[BASELINE])
   found = [r | {"tuned_for": sources[r["method"]]} for r in found]
-  found.sort(key=lambda r: work.model.tasks.index(r["task"]))
-  return found + own_and_others(
-    {source: results[m] for source, m in methods.items() if source != UNIFORM}
-  )
+  found.sort(key=lambda r: run.model.tasks.index(r["task"]))
+  rosters = {s: results[m] for m, s in sources.items() if s not in (BASELINE, UNIFORM)}
+  return found + own_and_others(rosters)
 
 
 def own_and_others(rosters: dict[str, Result]) -> list[dict]:
-  """The task's own profile against the mean of the others', by example.
+  """Compares each task's own temperature profile with the mean of the others', by example.
 
   Args:
     rosters: {task tuned for: its run on all of these tasks}.
 
   Returns:
-    A record for each task, and one for the examples of all of them, with "own": True,
-    "task", "quality_difference" (points) and "fitted_difference" (percent of the perplexity
-    at fitted output temperatures), Holm's correction over all records; none of one task.
+    A record per task, and one for the examples of all of them, with "own": True, "task",
+    "quality_difference" (points) and "fitted_difference" (percent of the perplexity at fitted
+    output temperatures), with Holm's correction over all records; none for a single task.
   """
   if len(rosters) < 2:
     return []
@@ -103,157 +84,117 @@ def own_and_others(rosters: dict[str, Result]) -> list[dict]:
       ("fitted", paired_statistics.paired_perplexity),
     ):
       arrays = [np.concatenate(a) for a in zip(*(p[name] for p in parts if name in p))]
-      record[f"{name}_difference"] = (
-        arrays
-        and compared.estimate(compare(*arrays))
-        | {"p": paired_statistics.paired_test(*arrays[:2]).p}
-      ) or None
+      difference = None
+      if arrays:
+        p = paired_statistics.paired_test(*arrays[:2]).p
+        difference = compared.estimate(compare(*arrays)) | {"p": p}
+      record[f"{name}_difference"] = difference
     found.append(record)
   return compared.corrected(found)
 
 
 def _pairs(rosters, task):
-  """{measure: `[X]` of the own profile, mean of the others' and, of likelihoods, tokens}."""
+  """Returns {measure: `[X]` of the own profile, of the others' mean, and of tokens}."""
   own = rosters[task]
   everyone = [own, *(r for source, r in rosters.items() if source != task)]
-  metric = quality_metric(everyone, task)
   found = {}
+  metric = quality_metric(everyone, task)
   for name, keys in (("quality", [metric]), ("fitted", [FITTED_NLL, TOKENS])):
-    examples = own.examples(task, *keys)
-    if examples:
+    if examples := own.examples(task, *keys):
       ours, *theirs = (
         paired_statistics.over_seeds(r.values(task, keys[0], examples)) for r in everyone
       )
-      found[name] = [
-        ours,
-        np.mean(theirs, axis=0),
-        *(paired_statistics.over_seeds(own.values(task, key, examples)) for key in keys[1:]),
-      ]
+      tokens = [paired_statistics.over_seeds(own.values(task, key, examples)) for key in keys[1:]]
+      found[name] = [ours, np.mean(theirs, axis=0), *tokens]
   return found
 
 
 def _grid(records):
   rosters = [r for r in records if "tuned_for" in r]
-  return (
-    {(r["tuned_for"], r["task"]): r for r in rosters},
-    list(dict.fromkeys(r["task"] for r in rosters)),
-  )
+  of = {(r["tuned_for"], r["task"]): r for r in rosters}
+  return of, compared.unique(rosters, "task")
 
 
 def table(records: list[dict]) -> str:
   of, tasks = _grid(records)
   parts = []
-  for title, of_plain, places, digits in (
-    ("Right, difference to plain, points", "quality", 1, 1),
-    ("Perplexity, difference to plain, both at fitted T, %", "fitted", 2, 4),
+  for title, name, places, digits in (
+    ("Task result, difference from baseline (points)", "quality", 1, 1),
+    ("Perplexity, difference from baseline, both at fitted T (%)", "fitted", 2, 4),
   ):
-    rows = [
-      [
-        s,
-        *(
-          ("**{}**" if s == t else "{}").format(
-            compared.cell(of[s, t][f"{of_plain}_difference"], places, True)
-          )
-          for t in tasks
-        ),
-      ]
-      for s in [*tasks, UNIFORM]
-    ]
-    rows.append(
-      ["plain, its own value", *(compared.cell(of[PLAIN, t][of_plain], digits) for t in tasks)]
-    )
-    parts.append(
-      f"{title}; rows: tuned for, columns: used on.\n\n" + report_page.table(["", *tasks], rows)
-    )
-  own = [r for r in records if r.get("own")]
-  if own:
-    parts.append(
-      "A task's own profile against the mean of the others'.\n\n"
-      + report_page.table(
-        ["task", "right, points", "perplexity at fitted T, %"],
-        [
-          [
-            r["task"],
-            compared.cell(r["quality_difference"], 1, True),
-            compared.cell(r["fitted_difference"], 2, True),
-          ]
-          for r in own
-        ],
-      )
-    )
+
+    def cell(source, task, name=name, places=places, digits=digits):
+      if source == BASELINE:
+        return compared.cell(of[source, task][name], digits)
+      text = compared.cell(of[source, task][f"{name}_difference"], places, True)
+      return f"**{text}**" if source == task else text
+
+    columns = {"": lambda s: "baseline, its own value" if s == BASELINE else s}
+    columns |= {task: lambda s, task=task, cell=cell: cell(s, task) for task in tasks}
+    rows = report_page.table_of([*tasks, UNIFORM, BASELINE], columns)
+    parts.append(f"{title}; rows: tuned for, columns: used on.\n\n{rows}")
+  if own := [r for r in records if r.get("own")]:
+    columns = {
+      "task": "task",
+      "task result (points)": lambda r: compared.cell(r["quality_difference"], 1, True),
+      "perplexity at fitted T (%)": lambda r: compared.cell(r["fitted_difference"], 2, True),
+    }
+    rows = report_page.table_of(own, columns)
+    parts.append(f"A task's own temperature profile against the mean of the others'.\n\n{rows}")
   return "\n\n".join([*parts, compared.NOTE])
 
 
 def findings(records: list[dict]) -> str:
-  told = [
-    compared.clear(
-      [
-        r | {"label": f"τ of {r['tuned_for']}"}
-        for r in records
-        if r.get("tuned_for", PLAIN) != PLAIN
-      ],
-      "quality_difference",
-      "task results",
-      " points",
-    )
-  ]
+  others = [r for r in records if r.get("tuned_for", BASELINE) != BASELINE]
+  labeled = [r | {"label": f"τ of {r['tuned_for']}"} for r in others]
+  sentences = [compared.findings(labeled, ("quality",))]
   own = [r for r in records if r.get("own")]
   for name, what, unit, places, sign in (
-    ("quality_difference", "results", " points", 1, 1),
+    ("quality_difference", "task results", " points", 1, 1),
     ("fitted_difference", "perplexity at fitted output temperatures", " %", 2, -1),
   ):
-    had = [r for r in own if r[name]]
-    if had:
-      *single, pooled = [r[name] for r in had]
-      clear = [sign * d["value"] > 0 for d in single if d["clear"]]
-      verdict = (
-        "no clear difference"
-        if not pooled["clear"]
-        else "clearly better"
-        if sign * pooled["value"] > 0
-        else "clearly worse"
+    tested = [r[name] for r in own if r[name]]
+    if tested:
+      *single, pooled = tested
+      wins = [sign * d["value"] > 0 for d in single if d["significant"]]
+      verdict = "no significant difference"
+      if pooled["significant"]:
+        verdict = f"significantly {'better' if sign * pooled['value'] > 0 else 'worse'}"
+      sentences.append(
+        f"A task's own temperature profile against the mean of the others', in {what}: {verdict} "
+        f"over all tasks ({compared.interval(pooled, places, unit)}); after Holm's correction "
+        f"significantly better on {sum(wins)} of {report_page.count(len(single), 'task')}, worse "
+        f"on {len(wins) - sum(wins)}."
       )
-      told.append(
-        f"A task's own profile against the mean of the others', in {what}: {verdict} over all "
-        f"tasks ({report_page.difference(compared.read(pooled), places, unit)}); after Holm's "
-        f"correction clearly better on {sum(clear)} of {report_page.count(len(single), 'task')}, worse "
-        f"on {len(clear) - sum(clear)}."
-      )
-  return " ".join(told)
+  return " ".join(sentences)
 
 
 def draw(records: list[dict]):
   of, tasks = _grid(records)
   sources = [*tasks, UNIFORM]
   panels = [
-    ("quality_difference", "right, difference to plain (points)", 1),
-    ("fitted_difference", "perplexity at fitted T,\ndifference to plain (%)", 2),
+    ("quality_difference", compared.QUALITY_AXIS, 1),
+    ("fitted_difference", compared.FITTED_AXIS, 2),
   ]
   size = 1.6 + 0.62 * len(tasks)
   figure, axes = drawing.axes(2, width=size + 1.2, height=size * 0.9)
   for (name, title, places), axis in zip(panels, axes[0]):
-    cells = [[compared.read(of[s, t][name]) for t in tasks] for s in sources]
-    grid = np.array([[d.value if d else np.nan for d in row] for row in cells])
+    cells = [[of[s, t][name] or {"value": np.nan} for t in tasks] for s in sources]
+    grid = np.array([[d["value"] for d in row] for row in cells])
     top = max(np.nanmax(np.abs(grid), initial=0.0), 1e-9)
     image = axis.imshow(grid, cmap="Greys", vmin=-top, vmax=top, aspect="auto")
     for (row, column), value in np.ndenumerate(grid):
       if np.isfinite(value):
-        clear = of[sources[row], tasks[column]][name]["clear"]
-        axis.text(
-          column,
-          row,
-          f"{value:+.{places}f}" + "*" * clear,
-          ha="center",
-          va="center",
-          fontsize=7,
-          color="white" if value > 0.3 * top else "black",
-          fontweight="bold" if row == column else "normal",
-        )
+        style = dict(ha="center", va="center", fontsize=7)
+        style["color"] = "white" if value > 0.3 * top else "black"
+        style["fontweight"] = "bold" if row == column else "normal"
+        star = "*" * cells[row][column]["significant"]
+        axis.text(column, row, f"{value:+.{places}f}{star}", **style)
     axis.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right", fontsize=7)
     axis.set_yticks(range(len(sources)), sources, fontsize=7)
     axis.set_xlabel("used on")
     axis.spines[:].set_visible(False)
     figure.colorbar(image, ax=axis, label=title, pad=0.02)
   axes[0, 0].set_ylabel("tuned for")
-  figure.suptitle("bold: a task's own τ; *: clear after Holm's correction", fontsize=8)
+  figure.suptitle("bold: a task's own τ; *: significant after Holm's correction", fontsize=8)
   return figure

@@ -1,13 +1,12 @@
-"""What is left of a tuned profile on fresh problems and with fresh noise.
+"""Confirmation of a tuned temperature profile on fresh examples with fresh noise.
 
-The best of many trials is the best on its examples with its noise: part of that
-is luck. So the winner, the best τ of the sweep and the plain model are measured
-again, on examples of the validation split that no trial saw and with noise seeds
-that no trial used, as runs (see `runs`) that are paired by example.
+To rule out selection luck, the best trial, the best τ of the sweep and the baseline are
+re-evaluated on validation examples that no trial saw and with noise seeds that no trial used,
+as runs (see `runs`) paired by example.
 
-A roster lowers perplexity in part because it makes distributions flatter, which
-one output temperature does as well. So perplexities are compared at fitted output
-temperatures, too, each fitted on the examples of the search.
+A roster lowers perplexity in part because it flattens distributions, as one output temperature
+does. Perplexities are therefore also compared at fitted output temperatures, each fitted on
+the search examples.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,35 +26,22 @@ from roe_jax.params import Params
 from roe_jax.roster import Roster
 
 OUTPUT_TEMPERATURES = np.geomspace(0.25, 4.0, 13)
-PLAIN, TUNED, UNIFORM = "plain", "tuned", "uniform"
+BASELINE, TUNED, UNIFORM = "baseline", "tuned", "uniform"
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """What is measured.
+  """A roster to evaluate.
 
   Attributes:
-    name: `PLAIN`, `TUNED` or `UNIFORM`.
-    roster: made from a noise seed.
-    seeds: noise seeds; one for the plain model, which has no noise.
+    name: `BASELINE`, `TUNED` or `UNIFORM`.
+    roster: makes the roster of a noise seed.
+    seeds: noise seeds; one for the baseline, which has no noise.
   """
 
   name: str
   roster: Callable[[int], Roster]
   seeds: Sequence[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-  """What a candidate came to; empty in all processes but the first.
-
-  Attributes:
-    metrics: `[X]` means over seeds of each metric.
-    costs: of its run, summed.
-  """
-
-  metrics: dict[str, np.ndarray]
-  costs: dict[str, float]
 
 
 def measure(
@@ -68,23 +54,27 @@ def measure(
   folder: pathlib.Path,
   settings: dict[str, Any],
   on_batch: Callable[[], None] = lambda: None,
-) -> Measured:
-  """Measures a candidate on the fresh examples, as the run `folder`/name.
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+  """Evaluates a candidate on the fresh examples, as the run `folder`/name.
 
   Args:
     params: the model's parameters.
     candidate: the roster.
-    searched: the objective on the examples of the search.
-    fresh: on the fresh ones.
-    batches: the fresh examples in stretches.
+    searched: the objective on the search examples.
+    fresh: the objective on the fresh examples.
+    batches: slices of the fresh examples.
     task: its name.
     folder: of the runs.
-    settings: of the run, beside those of the candidate.
+    settings: further settings of the run.
     on_batch: called after each batch of each seed.
+
+  Returns:
+    `[X]` means over seeds of each metric, and the run's total costs; both empty in all
+    processes but the first.
   """
   rosters = {seed: candidate.roster(seed) for seed in candidate.seeds}
   settings |= {
-    "method": "plain" if candidate.name == PLAIN else "roster",
+    "method": "baseline" if candidate.name == BASELINE else "roster",
     "roster": rosters[candidate.seeds[0]].settings(),
     "seeds": list(candidate.seeds),
   }
@@ -96,7 +86,7 @@ def measure(
     settings["output_temperature"] = paired_statistics.fit_output_temperature(
       nll, OUTPUT_TEMPERATURES
     )
-    # As many output temperatures as above, so that nothing is compiled again.
+    # As many output temperatures as above, to reuse the compiled program.
     both = np.full(len(OUTPUT_TEMPERATURES), settings["output_temperature"])
     both[0] = 1.0
   run = runs.Run(folder / candidate.name, candidate.name, settings)
@@ -106,32 +96,32 @@ def measure(
       if not all((task, i, seed) in run.done for i in ids):
         begin = time.perf_counter()
         if fits:
-          nll, cost = fresh.nll(params, roster, batch, both), fresh.cost(roster, batch)
+          nll, usage = fresh.nll(params, roster, batch, both), fresh.usage(roster, batch)
           metrics = [
             {"nll": float(n[0]), "fitted_nll": float(n[1]), "tokens": int(tokens)}
             for n, tokens in zip(nll, fresh.tokens[batch])
           ]
         else:
-          values, cost = fresh.measure(params, roster, batch)
+          values, usage = fresh.measure(params, roster, batch)
           metrics = [{fresh.metric: float(v)} for v in values]
         run.write(
           [{"task": task, "example": i, "seed": seed, "metrics": m} for i, m in zip(ids, metrics)],
           {
             "task": task,
             "seed": seed,
-            **dataclasses.asdict(cost),
+            **dataclasses.asdict(usage),
             "seconds": time.perf_counter() - begin,
           },
         )
       on_batch()
   costs = run.finish()["costs"]
   if not app.is_first_process():
-    return Measured({}, {})
-  return Measured(by_example(folder / candidate.name, [e.id for e in fresh.examples]), costs)
+    return {}, {}
+  return by_example(folder / candidate.name, [e.id for e in fresh.examples]), costs
 
 
 def by_example(path: pathlib.Path, examples: Sequence[str]) -> dict[str, np.ndarray]:
-  """`[X]` means over seeds of each metric of a run, in the order of the examples."""
+  """Returns `[X]` means over seeds of each metric of a run, in the order of the examples."""
   found: dict[str, dict[str, list[float]]] = {}
   for record in runs.load(path)[1]:
     for name, value in record["metrics"].items():
@@ -140,13 +130,13 @@ def by_example(path: pathlib.Path, examples: Sequence[str]) -> dict[str, np.ndar
 
 
 def compare(measured: dict[str, dict[str, np.ndarray]], fresh: Objective) -> list[dict[str, Any]]:
-  """Differences between the candidates, paired by example, as JSON values.
+  """Returns differences between the candidates, paired by example, as JSON.
 
-  Each has "of", "to", "fitted" (whether at fitted output temperatures), "value",
-  "low" and "high" (percent of the perplexity, or percentage points) and "clear".
+  Each has "of", "to", "fitted" (whether at fitted output temperatures), "value", "low" and
+  "high" (percent of the perplexity, or percentage points) and "excludes_zero".
   """
   results = []
-  for of, to in ((TUNED, PLAIN), (UNIFORM, PLAIN), (TUNED, UNIFORM)):
+  for of, to in ((TUNED, BASELINE), (UNIFORM, BASELINE), (TUNED, UNIFORM)):
     if of not in measured or to not in measured:
       continue
     for metric in ("nll", "fitted_nll") if isinstance(fresh, Perplexity) else (fresh.metric,):
@@ -162,14 +152,14 @@ def compare(measured: dict[str, dict[str, np.ndarray]], fresh: Objective) -> lis
           "to": to,
           "fitted": metric == "fitted_nll",
           **dataclasses.asdict(difference),
-          "clear": difference.is_significant,
+          "excludes_zero": difference.excludes_zero,
         }
       )
   return results
 
 
 def values(measured: dict[str, dict[str, np.ndarray]], fresh: Objective) -> dict[str, Any]:
-  """The objective of each candidate, and for perplexities that at a fitted output temperature."""
+  """Returns the objective of each candidate, for perplexity also at its fitted temperature."""
   fits = isinstance(fresh, Perplexity)
   return {
     name: {"value": fresh.value(m["nll" if fits else fresh.metric])}
@@ -178,32 +168,32 @@ def values(measured: dict[str, dict[str, np.ndarray]], fresh: Objective) -> dict
   }
 
 
-def told(confirmed: dict[str, Any], objective: str) -> str:
-  """The confirmation as a table, and what follows from it in a sentence or two."""
+def format_confirmation(confirmed: dict[str, Any], objective: str) -> str:
+  """Formats the confirmation as a table, with its result in sentences."""
 
   def interval(of, to, fitted=False):
     for d in confirmed["differences"]:
       if (d["of"], d["to"], d["fitted"]) == (of, to, fitted):
-        return f"{d['value']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]" + " *" * d["clear"]
+        return f"{d['value']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]" + " *" * d["excludes_zero"]
     return ""
 
   fits = objective == Perplexity.name
   unit = "%" if fits else "points"
-  headers = [objective, f"to plain, {unit}", f"to best uniform τ, {unit}"]
+  headers = [objective, f"from baseline ({unit})", f"from best uniform τ ({unit})"]
   if fits:
-    headers += ["at fitted output T", "to plain there, %"]
+    headers += ["at fitted output T", "from baseline, both at fitted T (%)"]
   rows = []
   for name, value in confirmed["values"].items():
-    row = [name, f"{value['value']:.4f}", interval(name, PLAIN), interval(name, UNIFORM)]
+    row = [name, f"{value['value']:.4f}", interval(name, BASELINE), interval(name, UNIFORM)]
     if fits:
-      row += [f"{value['fitted']:.4f}", interval(name, PLAIN, True)]
+      row += [f"{value['fitted']:.4f}", interval(name, BASELINE, True)]
     rows.append(row)
   table = tabulate.tabulate(rows, headers=["", *headers], tablefmt="github", disable_numparse=True)
-  sentences = [_sentence(confirmed, TUNED, PLAIN, objective)]
+  sentences = [_sentence(confirmed, TUNED, BASELINE, objective)]
   if UNIFORM in confirmed["values"]:
     sentences.append(_sentence(confirmed, TUNED, UNIFORM, objective))
   if fits:
-    sentences.append(_sentence(confirmed, TUNED, PLAIN, objective, fitted=True))
+    sentences.append(_sentence(confirmed, TUNED, BASELINE, objective, fitted=True))
   return f"{table}\n\n" + " ".join(sentences)
 
 
@@ -211,13 +201,17 @@ def _sentence(confirmed, of, to, objective, fitted=False):
   difference = next(
     d for d in confirmed["differences"] if (d["of"], d["to"], d["fitted"]) == (of, to, fitted)
   )
-  names = {PLAIN: "the plain model", UNIFORM: "the best uniform τ", TUNED: "the tuned profile"}
+  names = {
+    BASELINE: "the baseline",
+    UNIFORM: "the best uniform τ",
+    TUNED: "the tuned temperature profile",
+  }
   lower_is_better = objective == Perplexity.name
-  where = " with output temperatures fitted to both" if fitted else ""
-  if not difference["clear"]:
-    return f"No clear difference in {objective} between {names[of]} and {names[to]}{where}."
+  where = " at fitted output temperatures" if fitted else ""
+  if not difference["excludes_zero"]:
+    return f"No significant difference in {objective} between {names[of]} and {names[to]}{where}."
   better = (difference["value"] < 0) == lower_is_better
   return (
-    f"{names[of].capitalize()} is clearly {'better' if better else 'worse'} than {names[to]}"
-    f"{where}."
+    f"{names[of].capitalize()} is significantly {'better' if better else 'worse'} than "
+    f"{names[to]}{where}."
   )

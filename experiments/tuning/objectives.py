@@ -1,14 +1,12 @@
-"""What tuning optimizes: a number for each example of a task, under any roster.
+"""Tuning objectives: a number per example of a task, under any roster.
 
-* `Perplexity`: the summed negative log-probability (nats) of the example's
-  reference text and of the end of text behind it (which a text only to be read
-  has not), in one teacher-forced pass; over many examples, the perplexity.
-* `Accuracy`: the task's main metric, of the most probable choice or of a text
-  generated greedily; over many examples, its mean.
+* `Perplexity`: the summed negative log-probability (nats) of the example's reference and its
+  end-of-text token (if it has one), in one teacher-forced pass; over examples, the perplexity.
+* `Accuracy`: the task's main metric, of the most probable choice or of greedy generation;
+  over examples, its mean.
 
-An example's randomness is addressed by its place in the validation split, so
-that every roster meets the same noise on it (common random numbers); the choices
-of a question share theirs.
+An example's noise is addressed by its index in the validation split, so every roster meets the
+same noise on it (common random numbers); the choices of a question share theirs.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,59 +26,58 @@ from roe_jax.roster import Roster
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
-  """What measuring took.
+class Usage:
+  """Compute used by a measurement.
 
   Attributes:
     tokens: scored or generated.
-    forward_passes: positions that passed through the network, once for each
-      member there.
+    forward_passes: tokens x members.
   """
 
   tokens: int = 0
   forward_passes: int = 0
 
-  def __add__(self, other: "Cost") -> "Cost":
-    return Cost(self.tokens + other.tokens, self.forward_passes + other.forward_passes)
+  def __add__(self, other: "Usage") -> "Usage":
+    return Usage(self.tokens + other.tokens, self.forward_passes + other.forward_passes)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Texts:
-  """Texts to score: token ids, first scored token, and address of the noise."""
+class _Sequences:
+  """Sequences to score: token ids, first scored token, and address of the noise."""
 
   tokens: list[list[int]]
   starts: list[int]
   ids: list[int]
 
   @classmethod
-  def of(cls, pairs: Iterable[tuple[list[int], int]], ids: Sequence[int]) -> "_Texts":
-    """From pairs of tokens and start, as `PromptBuilder` gives them."""
+  def of(cls, pairs: Iterable[tuple[list[int], int]], ids: Sequence[int]) -> "_Sequences":
+    """Makes sequences from pairs of tokens and start, as `PromptBuilder` returns them."""
     tokens, starts = zip(*pairs)
     return cls(list(tokens), list(starts), list(ids))
 
-  def __getitem__(self, part: slice) -> "_Texts":
-    return _Texts(self.tokens[part], self.starts[part], self.ids[part])
+  def __getitem__(self, part: slice) -> "_Sequences":
+    return _Sequences(self.tokens[part], self.starts[part], self.ids[part])
 
   @property
   def counts(self) -> np.ndarray:
     """`[X]` scored tokens."""
     return np.array([len(t) for t in self.tokens]) - np.array(self.starts)
 
-  def cost(self, roster: Roster) -> Cost:
-    """Of scoring them."""
+  def usage(self, roster: Roster) -> Usage:
+    """Returns the compute for scoring them."""
     prefilled = sum(map(len, self.tokens)) - len(self.tokens)
     scored, members = int(self.counts.sum()), len(roster.members)
     if roster.is_baseline or roster.cache == "standard":
-      return Cost(scored, prefilled * members)
-    return Cost(scored, prefilled + scored * members)
+      return Usage(scored, prefilled * members)
+    return Usage(scored, prefilled + scored * members)
 
 
 class Perplexity:
-  """Of the references of a task's examples.
+  """Perplexity of the references of a task's examples.
 
   Attributes:
     tokens: `[X]` scored tokens of each example.
-    texts, starts: token ids of each, and the index of the first one scored.
+    texts, starts: token ids of each example, and the index of the first scored one.
     examples: the examples.
   """
 
@@ -101,57 +98,57 @@ class Perplexity:
 
     Args:
       config: the model's architecture.
-      prompt_builder: how it is asked.
+      prompt_builder: for the task's prompts.
       task: the task.
-      examples: of it.
+      examples: of the task.
       ids: address of each example's noise.
-      batch_size: texts scored together.
-      allow_code_execution: not needed here.
+      batch_size: sequences per batch.
+      allow_code_execution: unused.
 
     Raises:
-      ValueError: an example has no reference, or does not fit the model.
+      ValueError: an example has no reference, or exceeds the context length.
     """
     del allow_code_execution
     lacking = [e.id for e in examples if e.reference is None]
     if lacking:
       raise ValueError(
-        f"task {task.name} has no reference text for {lacking[0]}, whose perplexity "
-        "would be the objective: give --objective=accuracy"
+        f"task {task.name} has no reference text for {lacking[0]}, which --objective=perplexity "
+        "needs: give --objective=accuracy"
       )
     self.examples = examples
-    self._texts = _Texts.of(map(prompt_builder.with_reference, examples), ids)
-    batching.check_tokens(config, self._texts.tokens, what="text of example")
-    self.texts, self.starts = self._texts.tokens, self._texts.starts
-    self.tokens = self._texts.counts
+    self._sequences = _Sequences.of(map(prompt_builder.with_reference, examples), ids)
+    batching.check_tokens(config, self._sequences.tokens, what="text of example")
+    self.texts, self.starts = self._sequences.tokens, self._sequences.starts
+    self.tokens = self._sequences.counts
     self._config, self._batch_size = config, batch_size
 
-  def measure(self, params: Params, roster: Roster, part: slice) -> tuple[np.ndarray, Cost]:
-    """`[X]` negative log-probabilities of a stretch of the examples, and what it took."""
-    return self.nll(params, roster, part)[:, 0], self.cost(roster, part)
+  def measure(self, params: Params, roster: Roster, part: slice) -> tuple[np.ndarray, Usage]:
+    """Returns `[X]` negative log-probabilities of a slice of the examples, and the compute."""
+    return self.nll(params, roster, part)[:, 0], self.usage(roster, part)
 
-  def cost(self, roster: Roster, part: slice) -> Cost:
-    """What `measure` takes."""
-    return self._texts[part].cost(roster)
+  def usage(self, roster: Roster, part: slice) -> Usage:
+    """Returns the compute of `measure`."""
+    return self._sequences[part].usage(roster)
 
   def nll(
     self, params: Params, roster: Roster, part: slice, output_temperatures: Sequence[float] = (1.0,)
   ) -> np.ndarray:
-    """`[X, G]` negative log-probabilities at each output temperature."""
-    texts = self._texts[part]
+    """Returns `[X, G]` negative log-probabilities at each output temperature."""
+    sequences = self._sequences[part]
     scores = scoring.score(
       params,
       self._config,
-      texts.tokens,
-      texts.starts,
+      sequences.tokens,
+      sequences.starts,
       roster=roster,
-      request_ids=texts.ids,
+      request_ids=sequences.ids,
       output_temperatures=output_temperatures,
       batch_size=self._batch_size,
     )
     return np.stack([-t.log_probs.sum(axis=0, dtype=np.float64) for t in scores.sequences])
 
   def value(self, values: np.ndarray) -> float:
-    """The perplexity of all examples, from the value of each."""
+    """Returns the perplexity of all examples, from the value of each."""
     return float(np.exp(values.sum() / self.tokens.sum()))
 
 
@@ -179,40 +176,40 @@ class Accuracy:
     """Encodes the examples; see `Perplexity`.
 
     Raises:
-      ValueError: an example does not fit the model, or the task runs code and
-        this is not allowed.
+      ValueError: an example exceeds the context length, or the task runs code and this is
+        not allowed.
     """
     task.check_allowed(allow_code_execution)
     self.examples = examples
     self.metric = task.metric
-    self._task, self._allowed, self._prompt_builder = task, allow_code_execution, prompt_builder
+    self._task, self._allowed, self._builder = task, allow_code_execution, prompt_builder
     self._config, self._batch_size = config, batch_size
     if any(e.kind != examples[0].kind for e in examples):
       raise ValueError(f"task {task.name} mixes questions with and without choices")
     if examples[0].kind == "choose":
-      self._texts = [
-        _Texts.of([prompt_builder.with_text(e, c) for c in e.choices], [i] * len(e.choices))
+      self._choices = [
+        _Sequences.of([prompt_builder.with_text(e, c) for c in e.choices], [i] * len(e.choices))
         for e, i in zip(examples, ids)
       ]
-      for e, texts in zip(examples, self._texts):
-        batching.check_tokens(config, texts.tokens, what=f"{e.id}: choice")
+      for e, choices in zip(examples, self._choices):
+        batching.check_tokens(config, choices.tokens, what=f"{e.id}: choice")
     else:
       self._prompts, self._ids = [prompt_builder.prompt(e) for e in examples], list(ids)
       batching.check_tokens(config, self._prompts, room=1, what="prompt of example")
       if len({(e.stop, e.max_new_tokens) for e in examples}) > 1:
         raise ValueError(f"the examples of task {task.name} differ in their stop strings or limits")
 
-  def measure(self, params: Params, roster: Roster, part: slice) -> tuple[np.ndarray, Cost]:
-    """`[X]` the metric of a stretch of the examples, and what it took."""
+  def measure(self, params: Params, roster: Roster, part: slice) -> tuple[np.ndarray, Usage]:
+    """Returns `[X]` the metric of a slice of the examples, and the compute."""
     examples = self.examples[part]
     chooses = examples[0].kind == "choose"
-    outputs, cost = (self._choose if chooses else self._generate)(params, roster, part)
+    outputs, usage = (self._choose if chooses else self._generate)(params, roster, part)
     metrics = self._task.score_all(examples, outputs, self._allowed, workers=os.cpu_count())
-    return np.array([m[self.metric] for m in metrics], float), cost
+    return np.array([m[self.metric] for m in metrics], float), usage
 
   def _choose(self, params, roster, part):
-    by_example = self._texts[part]
-    texts = _Texts(
+    by_example = self._choices[part]
+    sequences = _Sequences(
       *(
         list(itertools.chain.from_iterable(getattr(t, name) for t in by_example))
         for name in ("tokens", "starts", "ids")
@@ -221,14 +218,14 @@ class Accuracy:
     scores = scoring.score(
       params,
       self._config,
-      texts.tokens,
-      texts.starts,
+      sequences.tokens,
+      sequences.starts,
       roster=roster,
-      request_ids=texts.ids,
+      request_ids=sequences.ids,
       batch_size=self._batch_size,
     )
     sums = iter([float(t.log_probs.sum(dtype=np.float64)) for t in scores.sequences])
-    return [[next(sums) for _ in t.tokens] for t in by_example], texts.cost(roster)
+    return [[next(sums) for _ in t.tokens] for t in by_example], sequences.usage(roster)
 
   def _generate(self, params, roster, part):
     first, prompts = self.examples[0], self._prompts[part]
@@ -238,22 +235,20 @@ class Accuracy:
       prompts,
       max_new_tokens=first.max_new_tokens,
       roster=roster,
-      stop_tokens=self._prompt_builder.stop_tokens,
+      stop_tokens=self._builder.stop_tokens,
       stop_strings=first.stop,
-      decode=self._prompt_builder.tokenizer.decode,
+      decode=self._builder.tokenizer.decode,
       request_ids=self._ids[part],
       batch_size=self._batch_size,
     )
     tokens, members = found.throughput.tokens, len(roster.members)
     prefilled = sum(map(len, prompts)) - len(prompts)
     prefilled *= members if roster.cache == "standard" else 1
-    answers = [
-      self._prompt_builder.answer(e, c) for e, c in zip(self.examples[part], found.completions)
-    ]
-    return answers, Cost(tokens, prefilled + tokens * members)
+    answers = [self._builder.answer(e, c) for e, c in zip(self.examples[part], found.completions)]
+    return answers, Usage(tokens, prefilled + tokens * members)
 
   def value(self, values: np.ndarray) -> float:
-    """The mean over all examples."""
+    """Returns the mean over all examples."""
     return float(values.mean())
 
 

@@ -1,17 +1,16 @@
-"""The search for temperatures: trials of one study, made by one or more processes.
+"""The search for temperatures: trials of one study, run by one or more processes.
 
-The study lies in SQLite (Optuna). Whoever opens it takes trials until the budget,
-which all share, is spent. A worker holds a file lock while it makes a trial; the
-system frees it when the worker ends, however it ends, so that a trial whose lock
-is free and which is not finished was lost, and is made again. (SQLite needs file
-locks that work, too.) Every change of hands is made under one more lock.
+The study is an Optuna study in SQLite. Its workers take trials until their shared budget is
+spent. A worker holds a file lock while it runs a trial; the system releases it when the worker
+ends for any reason, so an unfinished trial with a free lock was lost, and is repeated. (SQLite
+itself needs working file locks, too.) Claims are made under another lock.
 
-Trials see the same examples in the same order with the same noise. After every
-batch a trial that is worse than the best one so far by a signed-rank test on the
-examples that it has seen is given up. It then counts as if it differed from the
-best one on the other examples as on those, so that the sampler learns from it,
-too. (Optuna's WilcoxonPruner makes the same test, but wants a transaction for each
-example, which takes longer than a small model does.)
+Trials see the same examples in the same order with the same noise. After each batch, a trial
+that is significantly worse than the best one so far, by a signed-rank test on the examples
+seen, is pruned. Its value is extrapolated by assuming the same mean difference from the best
+trial on the other examples, so that the sampler learns from it, too. (Optuna's WilcoxonPruner
+makes the same test, but needs a transaction per example, which takes longer than a small
+model.)
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,10 +29,10 @@ from optuna.trial import FrozenTrial, TrialState
 import scipy.stats
 
 from experiments.cli import app
-from experiments.tuning.objectives import Cost
+from experiments.tuning.objectives import Usage
 
 STEP = 0.05  # of the sweep
-# The share of trials no worse than the best one that may be given up by mistake.
+# Probability of pruning a trial that is no worse than the best one.
 PRUNING_ERROR = 0.05
 MIN_EXAMPLES = 8  # before the first test
 TRIALS = "trials.jsonl"
@@ -45,11 +44,11 @@ _POLL_SECONDS = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-  """Which τ are tried: 0 in the first and last layers, and [0, T] in the others.
+  """The search space: τ is 0 in the first and last layers, and in [0, T] in the others.
 
   Attributes:
-    num_layers: L of the model.
-    fixed_layers: how many of the first, and as many of the last, stay at 0.
+    num_layers: layers of the model.
+    fixed_layers: L, the number of first and of last layers that stay at 0.
     max_temperature: T.
   """
 
@@ -60,16 +59,15 @@ class Space:
   def __post_init__(self):
     if not 0 <= 2 * self.fixed_layers < self.num_layers:
       raise ValueError(
-        f"fixed_layers must leave at least one of the model's {self.num_layers} layers between "
-        f"the first and the last so many: it may be 0 to {(self.num_layers - 1) // 2}, got "
-        f"{self.fixed_layers}"
+        f"fixed_layers must leave at least one of the model's {self.num_layers} layers free: give "
+        f"0 to {(self.num_layers - 1) // 2}, got {self.fixed_layers}"
       )
     if not (math.isfinite(self.max_temperature) and self.max_temperature > 0):
       raise ValueError(f"max_temperature must be finite and above 0, got {self.max_temperature}")
 
   @property
   def noisy_layers(self) -> tuple[int, int]:
-    """The stretch of layers that may have noise, as `Roster.create` takes it."""
+    """Range of layers that may have noise, as in `Roster.create`."""
     return self.fixed_layers, self.num_layers - self.fixed_layers
 
   @property
@@ -80,11 +78,11 @@ class Space:
     }
 
   def temperatures(self, params: dict[str, float]) -> list[float]:
-    """`[L]` τ of each layer."""
+    """Returns `[L]` τ of each layer."""
     return [params.get(_parameter(layer), 0.0) for layer in range(self.num_layers)]
 
   def sweep(self) -> list[float]:
-    """One τ for all layers in steps of `STEP` up to T; T alone if it is smaller."""
+    """Returns τ for all layers in steps of `STEP` up to T; T alone if it is smaller."""
     count = math.floor(self.max_temperature / STEP + 1e-6)
     return [round(STEP * i, 6) for i in range(1, count + 1)] or [self.max_temperature]
 
@@ -94,7 +92,7 @@ def _parameter(layer):
 
 
 def check_budget(space: Space, num_trials: int) -> None:
-  """Checks that there are trials enough for the sweep.
+  """Checks that there are enough trials for the sweep.
 
   Raises:
     ValueError: there are not.
@@ -102,38 +100,37 @@ def check_budget(space: Space, num_trials: int) -> None:
   if num_trials < len(space.sweep()):
     raise ValueError(
       f"num_trials must be at least {len(space.sweep())}, the steps of {STEP} up to "
-      f"{space.max_temperature} with which a search begins; got {num_trials}"
+      f"{space.max_temperature} that a search starts with; got {num_trials}"
     )
 
 
 class Objective(Protocol):
-  """What a search optimizes."""
+  """The objective of a search."""
 
   name: str
   maximize: bool
 
-  def measure(self, temperatures: Sequence[float], part: slice) -> tuple[np.ndarray, Cost]:
-    """`[X]` numbers of a stretch of the examples, and what measuring them took."""
+  def measure(self, temperatures: Sequence[float], part: slice) -> tuple[np.ndarray, Usage]:
+    """Returns `[X]` numbers of a slice of the examples, and the compute used."""
 
   def value(self, values: np.ndarray) -> float:
-    """The objective, from the numbers of all examples; it grows with their mean."""
+    """Returns the objective from the numbers of all examples; it grows with their mean."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-  """A trial as told to others; a line of `trials.jsonl`.
+  """A trial; a line of `trials.jsonl`.
 
   Attributes:
-    number: in the order of their making.
+    number: in order of creation.
     kind: "sweep" or "tpe".
-    state: "complete"; "pruned": given up after some of the examples;
-      "failed": its worker was lost, and it was made again under another number;
-      "running".
+    state: "complete"; "pruned": stopped after some examples; "failed": its worker was lost,
+      and it was repeated under another number; "running".
     temperatures: τ of each layer.
-    value: the objective, estimated if pruned; None if failed or running.
-    examples: that were measured.
-    seconds: wall time, with what had to be compiled.
-    tokens, forward_passes: see `objectives.Cost`.
+    value: the objective, extrapolated if pruned; None if failed or running.
+    examples: number of examples measured.
+    seconds: wall time, including compilation.
+    tokens, forward_passes: see `objectives.Usage`.
   """
 
   number: int
@@ -148,17 +145,17 @@ class Trial:
 
 
 class Search:
-  """A study that is being made, or made further.
+  """A new or resumed study.
 
   Args:
-    folder: of the study; made if it is not there.
-    space: which τ are tried.
-    num_trials: the budget in trials, of which the sweep's are the first.
-    maximize: whether the objective is to be large.
-    seed: of the sampler.
+    folder: of the study; created if missing.
+    space: the search space.
+    num_trials: the budget in trials, starting with the sweep.
+    maximize: whether to maximize the objective.
+    seed: for the sampler.
 
   Raises:
-    ValueError: a setting is out of its range.
+    ValueError: a setting is out of range.
   """
 
   def __init__(
@@ -170,7 +167,6 @@ class Search:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     (folder / "running").mkdir(parents=True, exist_ok=True)
     with self.locked():
-      # Writers of one file take turns.
       storage = optuna.storages.RDBStorage(
         f"sqlite:///{folder / 'study.db'}", engine_kwargs={"connect_args": {"timeout": 300}}
       )
@@ -186,17 +182,16 @@ class Search:
         )
 
   def trials(self) -> list[Trial]:
-    """All trials that were begun, by number."""
-    return [
-      self._told(t) for t in self._study.get_trials(deepcopy=False) if t.state != TrialState.WAITING
-    ]
+    """Returns all started trials, by number."""
+    found = self._study.get_trials(deepcopy=False)
+    return [self._describe(t) for t in found if t.state != TrialState.WAITING]
 
   @property
   def num_finished(self) -> int:
     return sum(t.state in ("complete", "pruned") for t in self.trials())
 
   def best(self, kind: str | None = None) -> Trial | None:
-    """The best complete trial (of a kind), the first of those that are equal."""
+    """Returns the best complete trial (of a kind), the first if tied."""
     done = [t for t in self.trials() if t.state == "complete" and kind in (None, t.kind)]
     sign = -1 if self.maximize else 1
     return min(done, key=lambda t: (sign * t.value, t.number), default=None)
@@ -208,13 +203,13 @@ class Search:
     prune: bool = True,
     on_trial: Callable[[], None] = lambda: None,
   ) -> None:
-    """Makes trials until the budget is spent and those of other workers are finished.
+    """Runs trials until the budget is spent and other workers have finished theirs.
 
     Args:
-      objective: what is optimized.
-      batches: the examples in stretches.
-      prune: whether hopeless trials are given up.
-      on_trial: called after every trial, and while others are waited for.
+      objective: what to optimize.
+      batches: slices of the examples.
+      prune: whether to stop hopeless trials.
+      on_trial: called after every trial, and while waiting for others.
     """
     while True:
       with self._next() as trial:
@@ -227,14 +222,14 @@ class Search:
       on_trial()
 
   def export(self) -> None:
-    """Writes `trials.jsonl` anew."""
+    """Rewrites `trials.jsonl`."""
     app.write_atomically(
       self.folder / TRIALS, "".join(json.dumps(dataclasses.asdict(t)) + "\n" for t in self.trials())
     )
 
   @contextlib.contextmanager
   def _next(self) -> Iterator[optuna.Trial | None]:
-    """The next trial, which is this worker's alone; None while there is none to make."""
+    """Claims the next trial for this worker; None while there is none."""
     with contextlib.ExitStack() as held:
       with self.locked():
         trial = self._claimed()
@@ -263,18 +258,18 @@ class Search:
     begun = sum(t.state in (TrialState.COMPLETE, TrialState.RUNNING) for t in trials)
     if begun >= self.num_trials:
       return None
-    # Each trial has randomness of its own, so that it does not matter which process makes it.
+    # Each trial has its own seed, so it does not matter which process runs it.
     seed = int(np.random.SeedSequence([self._seed, begun]).generate_state(1)[0])
     self._study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
     return self._study.ask(self.space.distributions)
 
   def _make(self, trial, objective, batches, prune):
-    begin, cost, values = time.perf_counter(), Cost(), np.empty(0)
+    begin, usage, values = time.perf_counter(), Usage(), np.empty(0)
     temperatures, pruned = self.space.temperatures(trial.params), False
     best = self._values_of_best() if prune else None
     for batch in batches:
-      found, batch_cost = objective.measure(temperatures, batch)
-      values, cost = np.concatenate([values, found]), cost + batch_cost
+      found, batch_usage = objective.measure(temperatures, batch)
+      values, usage = np.concatenate([values, found]), usage + batch_usage
       if not np.all(np.isfinite(found)):
         raise ValueError(f"the model gives no finite {objective.name} at τ = {temperatures}")
       if best is not None and batch is not batches[-1]:
@@ -291,10 +286,10 @@ class Search:
         "state": "pruned" if pruned else "complete",
         "examples": seen,
         "seconds": time.perf_counter() - begin,
-        **dataclasses.asdict(cost),
+        **dataclasses.asdict(usage),
       },
     )
-    with self.locked():  # or who looks for lost trials may take it for one
+    with self.locked():  # so that it is not mistaken for a lost trial
       self._study.tell(trial, objective.value(values))
       self.export()
 
@@ -303,7 +298,7 @@ class Search:
     if best is not None:
       return np.array(self._study.get_trials(deepcopy=False)[best.number].user_attrs[_VALUES])
 
-  def _told(self, trial: FrozenTrial) -> Trial:
+  def _describe(self, trial: FrozenTrial) -> Trial:
     state = "failed" if trial.state == TrialState.FAIL else "running"
     return Trial(
       **{
@@ -317,7 +312,7 @@ class Search:
     )
 
   def locked(self) -> contextlib.AbstractContextManager[Any]:
-    """Whoever holds it is alone with the folder's files."""
+    """Returns a lock for exclusive use of the folder's files."""
     return lock_on(self.folder / "lock")
 
   def _lock_of(self, number):
@@ -325,31 +320,31 @@ class Search:
 
 
 def is_hopeless(values: np.ndarray, best: np.ndarray, maximize: bool, looks: int) -> bool:
-  """Whether a trial is clearly worse than the best one, on the examples seen so far.
+  """Whether a trial is significantly worse than the best one, on the examples seen so far.
 
-  It is worse in the mean, and by the one-sided signed-rank test (Wilcoxon, 1945)
-  at such a level that of trials which are no worse at most `PRUNING_ERROR` are
-  given up in all looks together (Bonferroni), where differences are symmetric.
+  Its mean is worse, and so is it by the one-sided signed-rank test (Wilcoxon, 1945). With
+  Bonferroni's correction over all looks, at most a share `PRUNING_ERROR` of the trials that
+  are no worse is pruned, if differences are symmetric.
 
   Args:
     values: `[X']` of the trial.
-    best: `[X]` of the best one, beginning with the same examples.
-    maximize: whether large values are good.
-    looks: how often this is asked about a trial at most.
+    best: `[X]` of the best one, starting with the same examples.
+    maximize: whether larger is better.
+    looks: maximum number of looks at a trial.
   """
   if len(values) < MIN_EXAMPLES:
     return False
   worse = (values - best[: len(values)]) * (-1 if maximize else 1)
   if worse.mean() <= 0:
     return False
-  # Half of the zeros count on either side: many examples may be equally right.
+  # Zeros count half on either side: many examples may be equally right.
   test = scipy.stats.wilcoxon(worse, alternative="greater", zero_method="zsplit")
   return bool(test.pvalue < PRUNING_ERROR / looks)
 
 
 @contextlib.contextmanager
 def lock_on(path: pathlib.Path) -> Iterator[None]:
-  """A lock that at most one process holds; a process that ends gives it back."""
+  """Holds a lock that only one process can hold, and that is released when it ends."""
   with open(path, "w") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     yield

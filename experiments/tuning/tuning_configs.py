@@ -1,10 +1,10 @@
-"""Settings of tuning by name: the budgets of the paper, and a small one to try.
+"""Tuning configs by name: the paper's budgets, and small ones to try.
 
     python -m experiments.tune --config=paper_math_olmoe --checkpoint=olmoe --task=gsm8k \\
         --output=results/tune/olmoe-gsm8k
 
-`paper_CATEGORY_MODEL` is what arXiv 2509.17238 (Table 1) gave a category of tasks
-on a model. "trials x examples" are of one search, and there is one for each task:
+`paper_CATEGORY_MODEL` is the budget in arXiv 2509.17238 (Table 1) for a category of tasks and
+a model. "trials x examples" are per search, and there is one search per task:
 
     CATEGORY      tasks                                          objective    trials x examples
     math          gsm8k, addsub, svamp, multiarith, singleeq     perplexity          50 x 100
@@ -16,10 +16,10 @@ on a model. "trials x examples" are of one search, and there is one for each tas
     mixtral       64   standard      0.25, 0.3, 0.25                5, 3, 5
     gpt_oss       64   standard      0.2,  0.2, 0.2                 5, 5, 5
 
-The paper reports gains with the profiles found on nearly all of the twelve tasks,
-largest for OLMoE and none on MultiArith for Mixtral and GPT-OSS, in figures
-without intervals; it says neither what a search costs nor how its result does on
-fresh problems of the validation split, which is what `experiments.tune` adds.
+The paper reports gains with the temperature profiles found on nearly all of the twelve tasks,
+the largest for OLMoE and none on MultiArith for Mixtral and GPT-OSS, in figures without
+intervals. It reports neither the cost of a search nor its gain on fresh validation examples,
+which `experiments.tune` adds.
 
     python -m experiments.tune --config=wordmath --checkpoint=embedded:wordmath_overtrained \\
         --task=wordmath --output=results/tune/wordmath
@@ -32,14 +32,14 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class TuningConfig:
-  """A search: every field is a flag of `experiments.tune`, which overrides it.
+  """A search; every field is overridden by the flag of `experiments.tune` of that name.
 
   Attributes:
     objective: a name in `objectives.OBJECTIVES`.
     num_samples: validation examples that trials see.
-    num_trials: temperature profiles that are tried.
+    num_trials: trials, including the sweep.
     num_members: n.
-    max_temperature: T; every τ lies in [0, T].
+    max_temperature: T; every τ is in [0, T].
     fixed_layers: L; the first and last L layers keep τ = 0.
     cache: of the roster.
   """
@@ -66,7 +66,7 @@ _MODELS = {
 }
 CONFIGS: dict[str, TuningConfig] = {
   "wordmath": TuningConfig(num_samples=60, num_trials=30),
-  # The paper's categories in small, for tasks of the embedded models.
+  # The paper's categories, scaled down for tasks of the embedded models.
   "embedded_math": TuningConfig(num_samples=50, num_trials=24),
   "embedded_commonsense": TuningConfig(objective="accuracy", num_samples=50, num_trials=24),
   "embedded_code": TuningConfig(objective="accuracy", num_samples=50, num_trials=24),
@@ -84,13 +84,13 @@ CONFIGS: dict[str, TuningConfig] = {
 
 
 def load(name: str | None) -> TuningConfig:
-  """The config of that name; the defaults for None.
+  """Returns the config of that name; the defaults for None.
 
   Raises:
-    ValueError: there is none.
+    ValueError: unknown name.
   """
   if name is None:
     return TuningConfig()
   if name not in CONFIGS:
-    raise ValueError(f"unknown tuning config {name!r}; there are {', '.join(CONFIGS)}")
+    raise ValueError(f"unknown tuning config {name!r}: give one of {', '.join(CONFIGS)}")
   return CONFIGS[name]

@@ -13,6 +13,8 @@ from checkpoints_convert.common import ConversionError
 from roe_jax import checkpoint, transformer
 from roe_jax import params as params_lib
 
+pytestmark = pytest.mark.slow
+
 
 def write_hub(folder, family, **changes):
   """A hub folder of random weights; returns its config.json and its tensors."""

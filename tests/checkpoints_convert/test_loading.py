@@ -17,6 +17,8 @@ from checkpoints_convert import convert_from_hugging_face, safetensors_files
 from roe_jax import checkpoint, families, sharding
 from roe_jax import params as params_lib
 
+pytestmark = pytest.mark.slow
+
 MESHES = {"expert": dict(expert=4), "all": dict(data=2, expert=2, tensor=2)}
 
 

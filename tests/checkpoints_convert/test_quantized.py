@@ -16,6 +16,8 @@ from roe_jax import checkpoint, families, quantization
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 
+pytestmark = pytest.mark.slow
+
 BF16 = np.dtype(ml_dtypes.bfloat16)
 L, D, F, E = 2, 64, 32, 3
 FP4 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
@@ -193,7 +195,7 @@ def test_the_tensors_decide_and_not_what_config_json_says(tmp_path, capsys, name
   np.testing.assert_array_equal(leaves["layers.experts.down"][1], tensors[prefix + "down_proj"])
   code, _, errors = run(capsys, source=tmp_path / "hub", target=tmp_path / "x", keep_mxfp4=True)
   assert code == 1 and re.search(
-    "--keep_mxfp4 is for experts in MXFP4, and those of .* are not", errors[0]
+    "--keep_mxfp4 is for experts in MXFP4, but the experts of .* are not", errors[0]
   )
   write_hub(tmp_path / "blocks", packed)
   if not named:
@@ -322,12 +324,12 @@ REFUSALS = {
       ),
     ),
     {},
-    "down_proj_scales .*has dtype bfloat16, a gpt_oss model has uint8 there",
+    "down_proj_scales .*has dtype bfloat16, but a gpt_oss model requires uint8",
   ),
   "bytes for numbers": (
     lambda f: edit_tensors(f, lambda t: t.update({"model.norm.weight": np.ones(D, np.uint8)})),
     {},
-    "model.norm.weight .*has dtype uint8, .* has floating-point numbers there",
+    "model.norm.weight .*has dtype uint8, .* requires floating-point numbers",
   ),
   "other quantization": (
     lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "gptq"}),
@@ -370,11 +372,11 @@ def test_formats_that_cannot_be_are_refused_in_a_sentence(tmp_path, capsys):
   hub, few = tmp_path / "hub", tmp_path / "few"
   assert run(capsys, source=hub, target=few, quantize_experts="int4")[0] == 0
   for arguments, message in (
-    (dict(source=tmp_path / "odd", quantize_experts="int4"), "even d_model, got 51: take int8"),
+    (dict(source=tmp_path / "odd", quantize_experts="int4"), "even d_model, got 51: use int8"),
     (dict(source=hub, keep_mxfp4=True), "--keep_mxfp4 is for experts in MXFP4"),
-    (dict(source=few, quantize_experts="int8"), "are in int4 already"),
-    (dict(source=few, to_hugging_face=True, quantize_experts="int8"), "writes none: leave"),
-    (dict(source=few, to_hugging_face=True, keep_mxfp4=True), "writes none: leave"),
+    (dict(source=few, quantize_experts="int8"), "are already in int4"),
+    (dict(source=few, to_hugging_face=True, quantize_experts="int8"), "leave them out"),
+    (dict(source=few, to_hugging_face=True, keep_mxfp4=True), "leave them out"),
   ):
     code, _, errors = run(capsys, target=tmp_path / "x", **arguments)
     assert code == 1 and re.search(message, errors[0]), errors

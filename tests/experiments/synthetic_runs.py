@@ -99,14 +99,14 @@ def chances(rng, logits, right, sharpness, noise=0.0):
   return found
 
 
-def write_tuning(path, *, layers=6, trials=30, plain=1.2, profile=True, confirmed=True):
+def write_tuning(path, *, layers=6, trials=30, baseline=1.2, profile=True, confirmed=True):
   """A sweep, then trials that come closer to a best one; some are pruned."""
   rng = np.random.default_rng(1)
   path.mkdir(parents=True)
   lines = []
 
   def value(temperatures):
-    return plain - 0.02 + 0.02 * float(np.sum((np.array(temperatures) - 0.3) ** 2)) * 3
+    return baseline - 0.02 + 0.02 * float(np.sum((np.array(temperatures) - 0.3) ** 2)) * 3
 
   for number in range(trials):
     sweep = number < 8
@@ -122,7 +122,7 @@ def write_tuning(path, *, layers=6, trials=30, plain=1.2, profile=True, confirme
         "kind": "sweep" if sweep else "tpe",
         "state": state,
         "temperatures": t,
-        "value": plain if not any(t) else value(t),
+        "value": baseline if not any(t) else value(t),
         "seconds": 2.0,
         "tokens": 1000,
       }
@@ -152,7 +152,7 @@ def write_tuning(path, *, layers=6, trials=30, plain=1.2, profile=True, confirme
           "objective": {
             "name": "perplexity",
             "value": best["value"],
-            "plain": plain,
+            "baseline": baseline,
             "trial": best["number"],
             "confirmed": (
               confirmed
@@ -163,12 +163,12 @@ def write_tuning(path, *, layers=6, trials=30, plain=1.2, profile=True, confirme
                 "differences": [
                   {
                     "of": "tuned",
-                    "to": "plain",
+                    "to": "baseline",
                     "fitted": False,
                     "value": -0.5,
                     "low": -1.1,
                     "high": 0.2,
-                    "clear": False,
+                    "excludes_zero": False,
                   }
                 ],
               }
@@ -185,9 +185,9 @@ def write_tuning(path, *, layers=6, trials=30, plain=1.2, profile=True, confirme
 
 
 def write_study(path, examples=160, seed=0):
-  """A plain model and methods: much better, the same, with seeds, without likelihoods."""
+  """A baseline and methods: much better, the same, with seeds, without likelihoods."""
   rng = np.random.default_rng(seed)
-  plain = answers(rng, examples, 0.4)
+  baseline = answers(rng, examples, 0.4)
   logits = np.abs(rng.normal(1.0, 2.0, (examples, 20)))
   right = rng.random(logits.shape) < 1 / (1 + np.exp(-logits))
   texts = chances(rng, logits, right, 1.8)
@@ -206,16 +206,16 @@ def write_study(path, examples=160, seed=0):
       for s in (1.0, 1.1, 0.9)
     ]
 
-  write_run(path / "plain", "plain", plain, costs=costs(1, 1.0), **texts)
+  write_run(path / "baseline", "baseline", baseline, costs=costs(1, 1.0), **texts)
   write_run(
     path / "roster8",
     "roster, n = 8",
-    answers(rng, examples, 0.6, plain, 0.3),
+    answers(rng, examples, 0.6, baseline, 0.3),
     costs=costs(8, 2.5),
     settings={"roster": {"num_members": 8, "temperatures": [0.3] * 6}, "output_temperature": 1.5},
     **chances(rng, logits, right, 1.5, 0.1),
   )
-  seeds = np.stack([answers(rng, examples, plain.mean(), plain, 0.1) for _ in range(3)], 1)
+  seeds = np.stack([answers(rng, examples, baseline.mean(), baseline, 0.1) for _ in range(3)], 1)
   write_run(
     path / "experts4",
     "k' = 4",
@@ -226,7 +226,7 @@ def write_study(path, examples=160, seed=0):
   write_run(
     path / "votes",
     "self-consistency, 8 votes",
-    answers(rng, examples, plain.mean() + 0.02, plain),
+    answers(rng, examples, baseline.mean() + 0.02, baseline),
     costs=costs(8, 6.0),
   )
   return path

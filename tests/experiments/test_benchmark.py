@@ -10,6 +10,8 @@ from experiments.benchmarks import machine, random_models, timing
 from roe_jax import params as params_lib
 from roe_jax import quantization
 
+pytestmark = pytest.mark.slow
+
 TINY = random_models.PRESETS["tiny"]
 FLAGS = (
   "--preset=tiny",

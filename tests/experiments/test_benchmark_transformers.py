@@ -7,6 +7,8 @@ from experiments.benchmarks import bench as bench_lib
 from experiments.benchmarks import competitors, random_models
 from experiments.benchmarks.sweeps import Sizes
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_same_model_in_transformers(monkeypatch):
   monkeypatch.setattr(competitors, "NUM_MEMBERS", (1, 2))

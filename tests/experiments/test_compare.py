@@ -19,6 +19,8 @@ from roe_jax import decode, diagnostics, scoring
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
+pytestmark = pytest.mark.slow
+
 METHODS = "baseline; baseline+temperature; best_baseline; roster:n=3; self_consistency:n=3; scmoe"
 LIMIT, BATCH = 5, 3
 

@@ -10,6 +10,8 @@ from roe_jax import params as params_lib
 from roe_jax import presets, sharding
 from roe_jax.roster import Roster
 
+pytestmark = pytest.mark.slow
+
 MIXTRAL = presets.PRESETS["mixtral-8x7b"]
 
 

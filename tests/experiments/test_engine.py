@@ -22,6 +22,8 @@ from experiments.evaluation.engine import (
 from roe_jax import scoring as score_lib
 from roe_jax.roster import Roster
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 3e-5  # nats, of float32 sums in another order
 
 

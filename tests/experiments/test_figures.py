@@ -29,7 +29,7 @@ from experiments.figures import (
   table1,
   transfer,
 )
-from experiments.figures.work import Work
+from experiments.figures.figure_run import FigureRun
 from experiments.records import runs
 from roe_jax import decode, presets
 from roe_jax import params as params_lib
@@ -87,7 +87,7 @@ def test_shares_of_a_ceiling_are_told_where_it_is_clear():
   base = tokens * 0.2
   gain = np.where(n == 1, 0.0, 0.1 - 0.1 / n)[:, None] * tokens * random.uniform(0.5, 1.5, 80)
   found = ceiling.fit_ceiling(n, base - gain, tokens)
-  assert found["b"] == pytest.approx(1, abs=0.02) and found["limit"]["clear"]
+  assert found["b"] == pytest.approx(1, abs=0.02) and found["limit"]["significant"]
   assert found["limit"]["value"] == pytest.approx(
     100 * np.expm1(-0.1 * (gain[-1] / 0.1 / (1 - 1 / 64)).sum() / tokens.sum()), rel=0.02
   )
@@ -105,7 +105,7 @@ def test_classes_of_tokens_are_between_their_bounds():
   config = calibration.Config(bounds=(0.99, 0.9, 0.5))
   top = np.array([1.0, 0.99, 0.989, 0.9, 0.89, 0.5, 0.1])
   assert calibration._classes(config, top).tolist() == [0, 0, 1, 1, 2, 2, 3]
-  assert config.classes == ["p 0.99 to 1", "p 0.9 to 0.99", "p 0.5 to 0.9", "p 0 to 0.5"]
+  assert config.classes == ["p ≥ 0.99", "0.9 ≤ p < 0.99", "0.5 ≤ p < 0.9", "p < 0.5"]
 
 
 def test_the_share_of_calibration_is_told_only_of_a_clear_gain():
@@ -132,7 +132,7 @@ def test_differences_are_corrected_over_all_records():
           "high": 3.0,
           "p": x,
           "adjusted": x,
-          "clear": True,
+          "significant": True,
         }
       }
       for x in p
@@ -143,16 +143,16 @@ def test_differences_are_corrected_over_all_records():
   assert [r["quality_difference"]["adjusted"] for r in found[:4]] == pytest.approx(
     expected.tolist()
   )
-  assert [r["quality_difference"]["clear"] for r in found[:4]] == [True, False, False, False]
-  assert "1 is clear" in compared.clear(
-    [r | {"label": "x", "task": "y"} for r in found], "quality_difference", "results"
+  assert [r["quality_difference"]["significant"] for r in found[:4]] == [True, False, False, False]
+  assert "1 is significant" in compared.findings(
+    [r | {"label": "x", "task": "y"} for r in found], ("quality",)
   )
 
 
-def test_a_record_of_likelihoods_is_paired_with_the_plain_model():
+def test_a_record_of_likelihoods_is_paired_with_the_baseline():
   random = np.random.default_rng(0)
   tokens = random.integers(5, 20, 50)
-  plain = {
+  baseline = {
     "temperature": 1.5,
     "nll": (0.2 * tokens[:, None]).tolist(),
     "fitted_nll": (0.15 * tokens[:, None]).tolist(),
@@ -162,12 +162,12 @@ def test_a_record_of_likelihoods_is_paired_with_the_plain_model():
     "nll": (0.18 * tokens[:, None] * [1, 1]).tolist(),
     "fitted_nll": (0.15 * tokens[:, None] * [1.01, 0.99]).tolist(),
   }
-  record = likelihoods.record(ours, plain, tokens, "roster", "wordmath")
+  record = likelihoods.record(ours, baseline, tokens, "roster", "wordmath")
   assert record["perplexity"]["value"] == pytest.approx(np.exp(0.18))
   assert record["perplexity_difference"]["value"] == pytest.approx(100 * np.expm1(-0.02))
   assert record["fitted_difference"]["value"] == pytest.approx(0, abs=1e-9)
-  assert not record["fitted_difference"]["clear"]
-  alone = likelihoods.record(plain, plain, tokens, "plain", "wordmath")
+  assert not record["fitted_difference"]["significant"]
+  alone = likelihoods.record(baseline, baseline, tokens, "baseline", "wordmath")
   assert alone["perplexity_difference"] is None and alone["fitted_difference"] is None
 
 
@@ -242,8 +242,8 @@ def test_a_case_of_overhead_writes_what_generation_writes_with_all_members(monke
 
 def test_ratios_are_within_rounds():
   seconds, first = np.array([2.0, 6.0, 4.0]), np.array([1.0, 3.0, 1.0])
-  found = overhead.told(seconds, first, 4)
-  assert found["to_one"] == 2.0 and found["ms_per_token"]["value"] == 1000.0
+  found = overhead.timings(seconds, first, 4)
+  assert found["time_ratio"] == 2.0 and found["ms_per_token"]["value"] == 1000.0
   assert found["rounds"] == 3
 
 
@@ -274,10 +274,12 @@ def test_a_tasks_own_profile_is_compared_with_the_mean_of_the_others():
     [100 * np.expm1(x / 10) for x in (-0.3, 0.45, -0.15, 0.0)]
   )
   # The nll differ alike on all examples of a task, and cancel over all tasks.
-  assert [r["fitted_difference"]["clear"] for r in found] == [True, True, True, False]
+  assert [r["fitted_difference"]["significant"] for r in found] == [True, True, True, False]
   text = transfer.findings(found)
-  assert "perplexity at fitted output temperatures: no clear difference over all tasks" in text
-  assert "clearly better on 2 of 3 tasks, worse on 1" in text
+  assert (
+    "perplexity at fitted output temperatures: no significant difference over all tasks" in text
+  )
+  assert "significantly better on 2 of 3 tasks, worse on 1" in text
   assert transfer.own_and_others({"a": result("a", ["a"], right["a"], nll)}) == []
 
 
@@ -297,27 +299,29 @@ def test_confirmations_are_tested_and_corrected_over_tasks(tmp_path):
   random = np.random.default_rng(0)
   tokens, expected, found = random.integers(5, 15, 60), [], []
   for task, shift in (("one", 0.02), ("two", 0.2), ("three", 0.0)):
-    plain = random.uniform(1, 2, 60)
-    tuned = plain - shift + random.normal(0, 0.1, 60)
-    for name, nll in (("plain", plain), ("tuned", tuned)):
+    baseline = random.uniform(1, 2, 60)
+    tuned = baseline - shift + random.normal(0, 0.1, 60)
+    for name, nll in (("baseline", baseline), ("tuned", tuned)):
       write_confirmation(tmp_path / task, name, nll, tokens)
-    d = paired_statistics.paired_perplexity(tuned, plain, tokens)
+    d = paired_statistics.paired_perplexity(tuned, baseline, tokens)
     profile = {
       "data": {"confirmed": [f"t/{i}" for i in range(60)]},
       "objective": {
         "confirmed": {
-          "values": {"plain": {}, "tuned": {}},
-          "differences": [{"of": "tuned", "to": "plain", "fitted": False, **dataclasses.asdict(d)}],
+          "values": {"baseline": {}, "tuned": {}},
+          "differences": [
+            {"of": "tuned", "to": "baseline", "fitted": False, **dataclasses.asdict(d)}
+          ],
         }
       },
     }
-    expected.append(paired_statistics.paired_test(tuned, plain).p)
+    expected.append(paired_statistics.paired_test(tuned, baseline).p)
     found.append({"differences": searches._tested(tmp_path / task, profile)})
   found = searches.corrected(found)
   told = [searches.fresh(r) for r in found]
   assert [d["p"] for d in told] == pytest.approx(expected)
   assert [d["adjusted"] for d in told] == pytest.approx(multipletests(expected, method="holm")[1])
-  assert [d["clear"] for d in told] == [False, True, False]
+  assert [d["significant"] for d in told] == [False, True, False]
 
 
 @pytest.fixture
@@ -325,14 +329,14 @@ def search():
   """A search by perplexity of four trials, one pruned."""
   difference = {
     "of": "tuned",
-    "to": "plain",
+    "to": "baseline",
     "fitted": False,
     "value": -0.4,
     "low": -0.8,
     "high": 0.1,
     "p": 0.1,
     "adjusted": 0.1,
-    "clear": False,
+    "significant": False,
   }
   trial = lambda number, kind, state, temperatures, value, rows: {
     "number": number,
@@ -355,7 +359,7 @@ def search():
     },
     "profile": {
       "temperatures": [0.0, 0.1, 0.2, 0.0],
-      "objective": {"name": "perplexity", "value": 1.9, "plain": 2.0, "kind": "tpe"},
+      "objective": {"name": "perplexity", "value": 1.9, "baseline": 2.0, "kind": "tpe"},
       "cost": {
         "tokens": 30,
         "forward_passes": 160,
@@ -377,14 +381,15 @@ def search():
 
 def test_a_search_tells_what_is_left_on_fresh_examples(search):
   assert searches.searched_gain(search) == pytest.approx(-5) and searches.gained(search)
-  assert "better than the plain model on 1 of 1 task; on fresh ones this is clear on 0." in (
+  assert "beats the baseline on 1 of 1 task; on fresh examples this is significant on 0." in (
     searches.findings([search])
   )
   text = searches.table([search])
   assert "-5.00" in text and "-0.40 [-0.80, +0.10]" in text and "0.00 0.10 0.20 0.00" in text
   assert "| 5 / 4" in table1.table([search]) and "-0.40 [-0.80, +0.10]" in table1.table([search])
   worse = search | {
-    "profile": search["profile"] | {"objective": {"name": "accuracy", "value": 0.4, "plain": 0.5}}
+    "profile": search["profile"]
+    | {"objective": {"name": "accuracy", "value": 0.4, "baseline": 0.5}}
   }
   assert not searches.gained(worse)
   assert "on 0 of 1 task" in searches.findings([worse])
@@ -393,7 +398,7 @@ def test_a_search_tells_what_is_left_on_fresh_examples(search):
 def test_a_search_costs_what_its_trials_cost(search, monkeypatch):
   monkeypatch.setattr(searches, "records", lambda work, tasks: [search])
   model = dataclasses.replace(figure_models.get("embedded"), math=("t",), commonsense=(), code=())
-  work = Work("search_cost", model, search_cost.CONFIGS["embedded"], None)
+  work = FigureRun("search_cost", model, search_cost.CONFIGS["embedded"], None)
   (record,) = search_cost.measure(work)
   assert [(h["forward_passes"], h["best"]) for h in record["history"]] == [
     (50, 1.95),
@@ -403,12 +408,13 @@ def test_a_search_costs_what_its_trials_cost(search, monkeypatch):
   ]
   assert record["roster_tokens"] == 40  # 160 rows of four members
   # -0.4 of -5 percent; what TPE gave up is no value that it found.
-  assert [record["left"][k] for k in ("value", "low", "high")] == pytest.approx([8, -2, 16])
+  assert [record["retained"][k] for k in ("value", "low", "high")] == pytest.approx([8, -2, 16])
   assert record["equal_trials"] == {"trials": 2, "sweep": 1.92, "tpe": 1.9}
   text = search_cost.findings([record])
-  assert "costs as much as writing 40 to 40 tokens" in text
-  assert "8 % (median; 8 to 8 %) is there on fresh ones, where it is clear on 0 of 1 task" in text
-  assert "TPE's best is better than the sweep's on 1 of 1 task, and worse on 0" in text
+  assert "8 % of the search gain (median; 8 to 8 %) is" in text
+  assert "costs as much as generating 40 to 40 tokens" in text
+  assert "retained on fresh examples, where it is significant on 0 of 1 task" in text
+  assert "TPE's best beats the sweep's on 1 of 1 task and loses on 0" in text
   assert "| 8 [-2, 16]" in search_cost.table([record])
   # The sweep is not compared with fewer trials, nor with one that was given up.
   trials = search["trials"]
@@ -434,6 +440,6 @@ def test_layers_that_a_search_kept_at_zero_are_marked_and_not_averaged(search):
 
 
 def test_larger_models_are_made_on_one_device_only(tmp_path):
-  work = Work("fig5b", figure_models.get("mixtral"), fig5b.CONFIGS["mixtral"], tmp_path)
+  work = FigureRun("fig5b", figure_models.get("mixtral"), fig5b.CONFIGS["mixtral"], tmp_path)
   with pytest.raises(ValueError, match="needs several"):
     fig5b.measure(work)

@@ -21,6 +21,8 @@ from roe_jax.roster import Roster
 from roe_jax.text.chat import Chat
 from roe_jax.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 CONTEXT = 64
 PROBLEMS = wordmath.problems("test", 4)
 QUESTIONS = [wordmath.prompt(p) for p in PROBLEMS]

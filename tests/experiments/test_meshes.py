@@ -13,29 +13,31 @@ from roe_jax import diagnostics, members, transformer
 from roe_jax import params as params_lib
 from roe_jax.roster import Roster
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = dict(num_members=2, temperature=0.3, seed=0)
 
 
-def test_200_problems_are_solved_alike_on_every_mesh():
+def test_problems_are_solved_alike_on_every_mesh():
   """Tokens, and log-probabilities to 1e-5, but for ties of tokens or of experts.
 
-  `python -m experiments.meshes` does it for both models and more members.
+  `python -m experiments.meshes` does it for 200 problems, both models and more members.
   """
   results = meshes.measure(
     "embedded:wordmath_control",
-    meshes.MESHES,
+    meshes.MESHES[:1] + meshes.MESHES[-2:],
     rounds=0,
-    num_problems=200,
+    num_problems=40,
     max_new_tokens=64,
     **SETTINGS,
   )
-  assert [found["devices"] for found in results.values()] == [1, 2, 8, 8, 8]
+  assert [found["devices"] for found in results.values()] == [1, 8, 8]
   _, *others = results.values()
   for found in others:
     comparison = found["comparison"]
     assert found["same"], comparison
-    assert comparison["num_identical"] + len(comparison["parted"]) == 200
-    assert comparison["num_tokens"] > 5000
+    assert comparison["num_identical"] + len(comparison["parted"]) == 40
+    assert comparison["num_tokens"] > 1000
     assert len(comparison["parted"]) + len(comparison["outliers"]) <= 2
     # A mesh of eight moves something in a step, and holds less on a device.
     assert sum(m["count"] for m in found["collectives"].values())

@@ -9,6 +9,8 @@ from experiments.analysis.paired_statistics import Difference
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments):
   return programs.call("experiments.quantization_study", *arguments)

@@ -1,6 +1,9 @@
 import json
 
 import programs
+import pytest
+
+pytestmark = pytest.mark.slow
 
 
 def run(*arguments):

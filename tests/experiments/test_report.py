@@ -11,6 +11,8 @@ from experiments import report
 from experiments.analysis import comparisons, paired_statistics, pictures, report_page
 from experiments.analysis import run_results as results_lib
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
@@ -18,7 +20,7 @@ def few_resamples(monkeypatch):
   monkeypatch.setattr(paired_statistics, "FLIPS", 399)
 
 
-def write_report(output, runs=(), tune=(), baseline="plain"):
+def write_report(output, runs=(), tune=(), baseline="baseline"):
   """What the program does with its flags; the page and the line it prints."""
   runs = results_lib.load_runs(runs)
   found = results_lib.find_baseline(runs, baseline) if runs else None
@@ -81,22 +83,22 @@ def test_a_page_has_whole_tables_and_pictures_that_are_there(whole):
 
 def test_what_is_much_better_is_called_so_and_what_is_equal_is_not(whole):
   text = section(whole[0], "Significant differences")
-  assert "wordmath: roster, n = 8 raises exact match against plain" in text
+  assert "wordmath: roster, n = 8 raises exact match against baseline" in text
   assert "k' = 4 raises exact match" not in text and "votes raises" not in text
   results = section(whole[0], "Results")
-  assert re.search(r"k' = 4 .*\| 160 +\| 3 .*sign-flip.*no clear difference", results)
+  assert re.search(r"k' = 4 .*\| 160 +\| 3 .*sign-flip.*no significant difference", results)
   assert re.search(r"roster, n = 8 .*\| 160 +\| 1 .*McNemar.*higher", results)
 
 
-def test_perplexity_is_judged_against_the_fitted_plain_model(whole):
+def test_perplexity_is_judged_against_the_fitted_baseline(whole):
   text = section(whole[0], "Perplexity and output temperature")
   # It lowers the perplexity, but less than an output temperature does.
   roster = next(line for line in text.splitlines() if "roster, n = 8  " in line)
   cells = [cell.strip() for cell in roster.split("|")]
   assert cells[7].startswith("-") and cells[8].startswith("+") and cells[11] == "higher"
   fitted = next(line for line in text.splitlines() if "roster, n = 8, fitted T" in line)
-  assert "no clear difference" in fitted and "| 1.5 " in fitted
-  assert any(re.search(r"\| plain, fitted T +\|", line) for line in text.splitlines())
+  assert "no significant difference" in fitted and "| 1.5 " in fitted
+  assert any(re.search(r"\| baseline, fitted T +\|", line) for line in text.splitlines())
 
 
 def test_calibration_is_told_before_and_after_with_the_name_of_its_error(whole):
@@ -104,7 +106,7 @@ def test_calibration_is_told_before_and_after_with_the_name_of_its_error(whole):
   assert "ECE, equal-mass" in text and "ECE, equal-width" in text
   before, after = (
     float(re.search(rf"\| {name} +\| 3200 +\| [^|]+\| ([\d.]+)", text).group(1))
-    for name in ("plain", "plain, fitted T")
+    for name in ("baseline", "baseline, fitted T")
   )
   assert after < 0.5 * before
 
@@ -122,7 +124,7 @@ def test_costs_are_for_an_example(whole):
 
 
 def test_the_same_runs_in_another_order_give_the_same_figures(study):
-  names = ("plain", "roster8", "votes")
+  names = ("baseline", "roster8", "votes")
   for output, order in (("once", names), ("again", names[::-1])):
     write_report(study / output, [f"{study}/runs/{name}" for name in order])
   once, again = (
@@ -141,12 +143,12 @@ def test_ten_points_more_on_400_examples_are_clear_and_none_are_not(tmp_path):
   rng = np.random.default_rng(0)
   found = {"better": 0, "same": 0}
   for trial in range(30):
-    plain = synthetic.answers(rng, 400, 0.5)
+    baseline = synthetic.answers(rng, 400, 0.5)
     runs = loaded(
       tmp_path / str(trial),
-      plain=plain,
-      better=synthetic.answers(rng, 400, plain.mean() + 0.1, plain),
-      same=synthetic.answers(rng, 400, plain.mean(), plain),
+      baseline=baseline,
+      better=synthetic.answers(rng, 400, baseline.mean() + 0.1, baseline),
+      same=synthetic.answers(rng, 400, baseline.mean(), baseline),
     )
     for line in comparisons.quality(runs, runs[0])[1:]:
       found[line.result.label] += line.comparison.is_significant
@@ -157,11 +159,11 @@ def test_a_table_of_many_equal_methods_shows_one_as_better_in_few_cases(tmp_path
   rng = np.random.default_rng(1)
   errors = uncorrected = 0
   for trial in range(40):
-    plain = synthetic.answers(rng, 200, 0.5)
+    baseline = synthetic.answers(rng, 200, 0.5)
     runs = loaded(
       tmp_path / str(trial),
-      plain=plain,
-      **{f"method{i}": synthetic.answers(rng, 200, plain.mean(), plain) for i in range(8)},
+      baseline=baseline,
+      **{f"method{i}": synthetic.answers(rng, 200, baseline.mean(), baseline) for i in range(8)},
     )
     found = [line.comparison for line in comparisons.quality(runs, runs[0])[1:]]
     errors += any(c.is_significant for c in found)
@@ -172,13 +174,13 @@ def test_a_table_of_many_equal_methods_shows_one_as_better_in_few_cases(tmp_path
 
 def test_two_runs_without_anything_else_make_a_page_that_says_what_is_not_measured(tmp_path):
   rng = np.random.default_rng(2)
-  plain = synthetic.answers(rng, 100, 0.5)
-  synthetic.write_run(tmp_path / "a", "plain", plain)
-  synthetic.write_run(tmp_path / "b", "a|b", synthetic.answers(rng, 100, 0.5, plain))
+  baseline = synthetic.answers(rng, 100, 0.5)
+  synthetic.write_run(tmp_path / "a", "baseline", baseline)
+  synthetic.write_run(tmp_path / "b", "a|b", synthetic.answers(rng, 100, 0.5, baseline))
   text, line = write_report(tmp_path / "out", [str(tmp_path / "a"), str(tmp_path / "b")])
   check_markdown(text, tmp_path / "out")
   assert "with 0 figures: 2 runs" in line
-  assert "No clear difference from plain in task results, in 1 comparison." in text
+  assert "No significant difference from baseline in task results, in 1 comparison." in text
   assert "No perplexities are compared" in text
   assert "Perplexities of reference texts are not measured." in text
   assert "Calibration is not measured" in text and "Tuning is not measured" in text
@@ -209,20 +211,20 @@ def test_settings_are_told_in_one_short_line(value, text):
   assert report_page._inline(value) == text
 
 
-def test_without_the_fitted_plain_model_no_claim_is_made(tmp_path):
+def test_without_the_fitted_baseline_no_claim_is_made(tmp_path):
   rng = np.random.default_rng(3)
   logits = np.abs(rng.normal(1.0, 2.0, (60, 10)))
   right = rng.random(logits.shape) < 1 / (1 + np.exp(-logits))
   texts = synthetic.chances(rng, logits, right, 2.0)
   unfitted = {k: v for k, v in texts.items() if not k.startswith("fitted")}
-  plain = synthetic.answers(rng, 60, 0.5)
-  synthetic.write_run(tmp_path / "plain", "plain", plain, **unfitted)
+  baseline = synthetic.answers(rng, 60, 0.5)
+  synthetic.write_run(tmp_path / "baseline", "baseline", baseline, **unfitted)
   synthetic.write_run(
-    tmp_path / "roster", "roster", plain, **synthetic.chances(rng, logits, right, 1.2)
+    tmp_path / "roster", "roster", baseline, **synthetic.chances(rng, logits, right, 1.2)
   )
   text, _ = write_report(tmp_path / "out", [f"{tmp_path}/*"])
   perplexity = section(text, "Perplexity and output temperature")
-  assert "none: plain at its fitted T is not measured" in perplexity
+  assert "none: baseline at its fitted T is not measured" in perplexity
   assert "without it no claim about perplexity can be made" in perplexity
   assert "without them no claim about calibration can be made" in section(text, "Calibration")
   assert "raises perplexity" not in text and "lowers perplexity" not in text
@@ -230,36 +232,41 @@ def test_without_the_fitted_plain_model_no_claim_is_made(tmp_path):
 
 def test_examples_are_paired_by_what_they_are_called_and_missing_ones_are_counted(tmp_path):
   rng = np.random.default_rng(4)
-  plain = synthetic.answers(rng, 50, 0.5)
-  synthetic.write_run(tmp_path / "plain", "plain", plain)
+  baseline = synthetic.answers(rng, 50, 0.5)
+  synthetic.write_run(tmp_path / "baseline", "baseline", baseline)
   order = rng.permutation(50)[:40]  # another order, ten missing
   synthetic.write_run(
-    tmp_path / "same", "same", plain[order], examples=[f"wordmath/test/{i}" for i in order]
+    tmp_path / "same", "same", baseline[order], examples=[f"wordmath/test/{i}" for i in order]
   )
   runs = results_lib.load_runs([f"{tmp_path}/*"])
   line = comparisons.quality(runs, runs[0])[1]
   assert line.comparison.difference == paired_statistics.Difference(0.0, 0.0, 0.0)
   assert (line.examples, line.missing) == (40, 10)
   assert (
-    "wordmath: 10 examples that only one of same and plain has left out; 40 paired."
+    "wordmath: left out 10 examples that only one of same and baseline has; 40 paired."
     in report_page.quality_section(comparisons.quality(runs, runs[0]), runs[0])
   )
 
 
 def test_other_events_than_the_baselines_are_shown_and_not_compared(tmp_path):
   rng = np.random.default_rng(5)
-  plain = synthetic.answers(rng, 40, 0.5)
+  baseline = synthetic.answers(rng, 40, 0.5)
   logits = np.abs(rng.normal(1.0, 2.0, (40, 10)))
   right = rng.random(logits.shape) < 1 / (1 + np.exp(-logits))
   synthetic.write_run(
-    tmp_path / "plain", "plain", plain, **synthetic.chances(rng, logits, right, 2.0)
+    tmp_path / "baseline", "baseline", baseline, **synthetic.chances(rng, logits, right, 2.0)
   )
   synthetic.write_run(
-    tmp_path / "votes", "votes", plain, confidences=rng.random((40, 1)), outcomes=plain[:, None]
+    tmp_path / "votes",
+    "votes",
+    baseline,
+    confidences=rng.random((40, 1)),
+    outcomes=baseline[:, None],
   )
   text, _ = write_report(tmp_path / "out", [f"{tmp_path}/*"])
-  assert "Not compared, as they have other events than plain: votes on wordmath." in section(
-    text, "Calibration"
+  assert (
+    "Not compared, since their events differ from those of baseline: votes on wordmath."
+    in section(text, "Calibration")
   )
 
 
@@ -273,7 +280,7 @@ def test_other_events_than_the_baselines_are_shown_and_not_compared(tmp_path):
 )
 def test_runs_that_are_not_comparable_are_refused(tmp_path, settings, task, message):
   answers = np.ones(5)
-  synthetic.write_run(tmp_path / "a", "plain", answers)
+  synthetic.write_run(tmp_path / "a", "baseline", answers)
   synthetic.write_run(tmp_path / "b", "b", answers, task=task, settings=settings)
   with pytest.raises(ValueError, match=f"cannot be compared with .*: .*{message}"):
     write_report(tmp_path / "out", [f"{tmp_path}/*"])
@@ -281,7 +288,7 @@ def test_runs_that_are_not_comparable_are_refused(tmp_path, settings, task, mess
 
 
 def test_runs_of_other_examples_are_refused(tmp_path):
-  synthetic.write_run(tmp_path / "a", "plain", np.ones(3))
+  synthetic.write_run(tmp_path / "a", "baseline", np.ones(3))
   synthetic.write_run(tmp_path / "b", "b", np.ones(3), examples=["x", "y", "z"])
   with pytest.raises(ValueError, match="no example of wordmath in common; run both with"):
     write_report(tmp_path / "out", [f"{tmp_path}/*"])
@@ -289,27 +296,27 @@ def test_runs_of_other_examples_are_refused(tmp_path):
 
 def test_a_model_is_known_by_its_routers_and_a_missing_setting_is_not_another(tmp_path):
   for name, model in (
-    ("plain", {"name": "x", "experts_per_token": 2, "routers": "abc"}),
+    ("baseline", {"name": "x", "experts_per_token": 2, "routers": "abc"}),
     ("k4", {"name": "./x", "experts_per_token": 4, "routers": "abc"}),
     ("none", None),
     ("chat", {"routers": "abc"}),
     ("other", {"routers": "abd"}),
   ):
     settings = {"model": model} | (
-      {"chat": {}} if name == "chat" else {"chat": None} if name == "plain" else {}
+      {"chat": {}} if name == "chat" else {"chat": None} if name == "baseline" else {}
     )
     synthetic.write_run(tmp_path / name, name, np.ones(3), settings=settings)
   runs = {r.label: r for r in results_lib.load_runs([f"{tmp_path}/*"])}
-  results_lib.check_comparable([runs["k4"], runs["none"]], runs["plain"])
+  results_lib.check_comparable([runs["k4"], runs["none"]], runs["baseline"])
   with pytest.raises(ValueError, match="their model differs \\(abd, abc\\)"):
-    results_lib.check_comparable([runs["other"]], runs["plain"])
+    results_lib.check_comparable([runs["other"]], runs["baseline"])
   with pytest.raises(ValueError, match="their chat differs"):
-    results_lib.check_comparable([runs["chat"]], runs["plain"])
+    results_lib.check_comparable([runs["chat"]], runs["baseline"])
 
 
 def test_a_metric_of_the_harness_is_found_behind_its_filter(tmp_path):
   rng = np.random.default_rng(6)
-  for name in ("plain", "b"):
+  for name in ("baseline", "b"):
     synthetic.write_run(
       tmp_path / name,
       name,
@@ -324,7 +331,7 @@ def test_a_metric_of_the_harness_is_found_behind_its_filter(tmp_path):
 
 
 def test_perplexities_of_other_texts_are_refused(tmp_path):
-  for name, tokens in (("plain", 10), ("b", 11)):
+  for name, tokens in (("baseline", 10), ("b", 11)):
     synthetic.write_run(tmp_path / name, name, np.ones(5), nll=np.ones(5), tokens=[tokens] * 5)
   with pytest.raises(ValueError, match="different numbers of tokens of examples of wordmath"):
     write_report(tmp_path / "out", [f"{tmp_path}/*"])
@@ -339,14 +346,16 @@ def test_what_is_not_there_is_told(tmp_path):
   ):
     with pytest.raises(FileNotFoundError, match=message):
       results_lib.load_runs(patterns)
-  with pytest.raises(FileNotFoundError, match="is not the folder of a tuning"):
+  with pytest.raises(FileNotFoundError, match="is not the folder of a search"):
     results_lib.load_tunings([str(tmp_path / "a")])
   runs = results_lib.load_runs([f"{tmp_path}/*"])
   assert [r.label for r in runs] == ["first (a)", "first (b)"]
   assert results_lib.find_baseline(runs, "b").label == "first (b)"
-  with pytest.raises(ValueError, match="--baseline=plain is none of the runs first .a., first"):
-    results_lib.find_baseline(runs, "plain")
-  with pytest.raises(ValueError, match="--baseline=first is what 2 runs are called"):
+  with pytest.raises(
+    ValueError, match="=baseline matches none of the runs: give one of first .a., first"
+  ):
+    results_lib.find_baseline(runs, "baseline")
+  with pytest.raises(ValueError, match="--baseline=first matches 2 runs"):
     results_lib.find_baseline(runs, "first")
   (tmp_path / "a" / "summary.json").unlink()
   with pytest.raises(FileNotFoundError, match="not a finished run"):
@@ -355,12 +364,12 @@ def test_what_is_not_there_is_told(tmp_path):
 
 def test_a_picture_against_cost_draws_every_method_in_every_panel(study):
   runs = results_lib.load_runs([f"{study}/runs/*"])
-  baseline = results_lib.find_baseline(runs, "plain")
+  baseline = results_lib.find_baseline(runs, "baseline")
   figure = pictures.quality_against_cost(
     comparisons.quality(runs, baseline),
     comparisons.likelihood(runs, baseline),
     comparisons.costs(runs),
-    "plain",
+    "baseline",
     "wordmath",
   )
   assert [len(axis.containers) for axis in figure.axes] == [4] * 5 + [3] * 5
@@ -382,7 +391,7 @@ def test_the_history_has_the_best_so_far_and_the_pruned(tmp_path):
   best = lines["best so far"].get_ydata()
   assert (np.diff(best) <= 0).all()
   assert best[-1] == tuning.profile["objective"]["value"]
-  assert set(lines["without noise"].get_ydata()) == {1.2}
+  assert set(lines["baseline"].get_ydata()) == {1.2}
   assert len(figure.axes[1].get_lines()[0].get_xdata()) == 8  # the sweep
   pictures.plt.close(figure)
 

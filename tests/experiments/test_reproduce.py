@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from experiments import figures, reproduce
-from experiments.figures import figure_models, results_page, work
-from experiments.figures.work import Command, Work
+from experiments.figures import figure_models, results_page
+from experiments.figures.figure_run import Command, FigureRun, read_records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +32,11 @@ def measured():
 def one_figure(monkeypatch, measured):
   """A figure without programs, called fig3."""
 
-  def measure(work):
-    measured.append(work.figure)
+  def measure(run):
+    measured.append(run.figure)
     return [
-      {"n": size, "value": work.kept().get(f"n = {size}", lambda: size * work.config.step)}
-      for size in work.config.sizes
+      {"n": size, "value": run.measurements().get(f"n = {size}", lambda: size * run.config.step)}
+      for size in run.config.sizes
     ]
 
   def draw(records):
@@ -46,7 +46,7 @@ def one_figure(monkeypatch, measured):
 
   module = types.SimpleNamespace(
     TITLE="A title",
-    SAW="What was seen.",
+    BACKGROUND="What was seen.",
     CONFIGS={m: Config() for m in figure_models.MODELS},
     commands=lambda work: [],
     measure=measure,
@@ -78,7 +78,7 @@ def test_groups_of_figures_are_in_their_order_and_once():
   assert reproduce.figure_names(["fig6", "table1", "fig3", "fig6"]) == ["fig3", "fig6", "table1"]
   assert reproduce.figure_names(["all"]) == list(figures.NAMES)
   assert reproduce.figure_names(["reviewers"]) == list(figures.REVIEWERS)
-  with pytest.raises(ValueError, match="there is no figure 'fig2'; there are fig3, fig4a"):
+  with pytest.raises(ValueError, match="unknown figure 'fig2': give one of fig3, fig4a"):
     reproduce.figure_names(["fig2"])
 
 
@@ -86,13 +86,12 @@ def test_groups_of_figures_are_in_their_order_and_once():
 def test_every_figure_has_what_a_figure_has(name):
   module = figures.get(name)
   assert set(module.CONFIGS) == set(figure_models.MODELS)
-  for text in (module.__doc__, module.TITLE, module.SAW):
+  for text in (module.__doc__, module.TITLE, module.BACKGROUND):
     assert text and len(text) > 10
   for model in figure_models.MODELS.values():
-    assert model.name in module.__doc__, f"the docstring does not say what {model.name} needs"
-    work = Work(name, model, module.CONFIGS[model.name], pathlib.Path("root"))
+    work = FigureRun(name, model, module.CONFIGS[model.name], pathlib.Path("root"))
     assert json.dumps(work.settings)
-    for command in module.commands(work):
+    for command in figures.commands(work):
       assert command.output.is_relative_to("root") and str(command).startswith("python -m exper")
 
 
@@ -120,7 +119,7 @@ def test_wrong_settings_are_refused(given, message):
 
 
 def test_a_command_is_what_one_types(tmp_path):
-  work = Work("fig3", figure_models.get("olmoe"), Config(), tmp_path)
+  work = FigureRun("fig3", figure_models.get("olmoe"), Config(), tmp_path)
   command = work.tune("gsm8k")
   assert str(command) == (
     "python -m experiments.tune --checkpoint=olmoe --task=gsm8k --config=paper_math_olmoe "
@@ -143,16 +142,18 @@ def test_a_command_is_done_when_all_of_its_files_are_there(tmp_path):
 
 
 def test_a_command_that_fails_is_told(tmp_path):
-  with pytest.raises(ValueError, match="ended with exit code 1.*goes on from there"):
+  with pytest.raises(ValueError, match="ended with exit code 1.*resumes from there"):
     Command("tune", tmp_path, (("task", "gsm9k"), ("checkpoint", "nowhere")), "x").run()
 
 
 def test_commands_of_several_figures_run_once_and_are_not_two_of_one_folder(one_figure, tmp_path):
   one_figure.commands = lambda work: [work.tune("wordmath")]
-  works = [Work(f, figure_models.get("embedded"), Config(), tmp_path) for f in ("fig3", "fig10")]
+  works = [
+    FigureRun(f, figure_models.get("embedded"), Config(), tmp_path) for f in ("fig3", "fig10")
+  ]
   assert len(reproduce.all_commands(works)) == 1
   one_figure.commands = lambda work: [work.tune("wordmath", num_trials=len(work.figure))]
-  with pytest.raises(ValueError, match="two figures want .*wordmath of different commands"):
+  with pytest.raises(ValueError, match="two figures need .*wordmath from different commands"):
     reproduce.all_commands(works)
 
 
@@ -212,7 +213,7 @@ def test_the_results_page_is_what_its_records_say():
 def test_every_figure_is_drawn_of_its_records(name):
   root = pathlib.Path(reproduce.__file__).parents[1]
   folder = root / "docs/results/embedded" / name
-  picture = figures.get(name).draw(work.read_records(folder / "records.jsonl"))
+  picture = figures.get(name).draw(read_records(folder / "records.jsonl"))
   assert (picture is None) == (not (folder / "figure.png").exists())
   if picture is not None:
     picture.canvas.draw()
@@ -227,7 +228,7 @@ def test_an_interrupted_figure_keeps_what_was_measured(run, one_figure, tmp_path
   measure = one_figure.measure
 
   def stopped(work):
-    work.kept().get("n = 1", lambda: 123)
+    work.measurements().get("n = 1", lambda: 123)
     raise KeyboardInterrupt
 
   one_figure.measure = stopped
@@ -269,6 +270,6 @@ def test_a_model_that_is_not_there_is_told_how_to_make(run, one_figure, tmp_path
   monkeypatch.chdir(tmp_path)
   with pytest.raises(
     FileNotFoundError,
-    match="made by `python -m checkpoints_convert --source=openai/gpt-oss-20b.*--checkpoint",
+    match="make gpt-oss-20b with `.* --source=openai/gpt-oss-20b.*--checkpoint",
   ):
     run("--figure=fig3", "--model=gpt_oss", f"--output={tmp_path}")

@@ -8,6 +8,8 @@ from roe_jax import checkpoint, scoring
 from roe_jax.roster import Roster
 from roe_jax.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 PAIRS = [("Tom has 3 pens.", " He buys 4."), ("A boat goes 12 miles.", " 12*3=36. #### 36")]
 
 

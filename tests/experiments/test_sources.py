@@ -16,6 +16,8 @@ from roe_jax import assets, checkpoint, decode, presets
 from roe_jax.text.chat import Chat
 from roe_jax.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def hub_folder(tiny_checkpoint, tmp_path_factory):

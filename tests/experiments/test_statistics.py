@@ -42,7 +42,7 @@ def test_perplexity_difference_is_that_of_the_pooled_perplexities():
   ratio = np.exp(nll.sum() / tokens.sum()) / np.exp(baseline.sum() / tokens.sum())
   assert found.value == pytest.approx(100 * (ratio - 1))
   assert found.low < found.value < found.high < 0
-  assert found.is_significant
+  assert found.excludes_zero
 
 
 def test_intervals_cover_no_difference_about_as_often_as_they_say():
@@ -50,7 +50,7 @@ def test_intervals_cover_no_difference_about_as_often_as_they_say():
   covered = 0
   for _ in range(100):
     baseline, correct = rng.random(200) < 0.5, rng.random(200) < 0.5
-    covered += not paired_statistics.paired_accuracy(correct, baseline).is_significant
+    covered += not paired_statistics.paired_accuracy(correct, baseline).excludes_zero
   assert scipy.stats.binomtest(covered, 100, 0.95).pvalue > 0.001
 
 
@@ -256,7 +256,7 @@ def test_detectable_difference_of_an_interval_is_2_8_standard_errors():
 def comparison(value, low, high, p, adjusted):
   return paired_statistics.Comparison(
     "roster",
-    "plain",
+    "baseline",
     "gsm8k",
     "accuracy",
     " points",
@@ -269,7 +269,7 @@ def comparison(value, low, high, p, adjusted):
 
 def test_a_sentence_says_what_is_clear_and_what_is_not():
   assert comparison(3.2, 1.1, 5.3, 0.002, 0.004).sentence() == (
-    "gsm8k: roster raises accuracy against plain (+3.2 points, 95 % interval +1.1 to +5.3, "
+    "gsm8k: roster raises accuracy against baseline (+3.2 points, 95 % interval +1.1 to +5.3, "
     "p = 0.004 after Holm's correction, 1319 examples)."
   )
   assert "lowers accuracy" in comparison(-3.2, -5.3, -1.1, 1e-5, 1e-4).sentence()
@@ -278,8 +278,8 @@ def test_a_sentence_says_what_is_clear_and_what_is_not():
     comparison(3.2, 0.1, 6.3, 0.04, 0.12),
     comparison(3.2, -0.1, 6.3, 0.04, 0.04),
   ):
-    assert "no clear difference between roster and plain" in unclear.sentence()
-    assert unclear.verdict == "no clear difference"
+    assert "no significant difference between roster and baseline" in unclear.sentence()
+    assert unclear.verdict == "no significant difference"
 
 
 def test_correction_is_over_all_lines_of_a_table():

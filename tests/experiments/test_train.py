@@ -17,6 +17,8 @@ from experiments.training import configs, training_batches
 import roe_jax
 from roe_jax import assets
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -152,7 +154,7 @@ def test_a_run_killed_for_real_at_random_moments_ends_as_one_that_was_not(
     process.start()
     return process
 
-  for _ in range(3):
+  for _ in range(2):
     process = start()
     there = metrics.stat().st_size if metrics.exists() else 0
     while process.is_alive() and (metrics.stat().st_size if metrics.exists() else 0) <= there:

@@ -18,6 +18,8 @@ pytest.importorskip("transformers")
 
 from experiments.benchmarks import transformers_stock  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 # Absolute, in nats: float32 sums of some ten layers of operations in another order.
 TOLERANCE = 3e-5
 FAMILIES = ("olmoe", "mixtral")

@@ -13,6 +13,8 @@ import pytest
 from experiments.tuning import trials
 from experiments.tuning.trials import TRIALS, Search, Space
 
+pytestmark = pytest.mark.slow
+
 
 def searched(folder, num_trials, prune=False, objective=None, space=SPACE, batches=BATCHES):
   objective = objective or Quadratic()
@@ -220,7 +222,7 @@ def test_a_worker_makes_the_trial_that_another_lost_while_it_ran(tmp_path):
 def test_a_model_without_finite_values_is_an_error(tmp_path):
   class Broken(Quadratic):
     def measure(self, temperatures, part):
-      return np.full(part.stop - part.start, np.nan), closed_form.Cost()
+      return np.full(part.stop - part.start, np.nan), closed_form.Usage()
 
   with pytest.raises(ValueError, match=r"no finite loss at τ = \[0.0, 0.05"):
     searched(tmp_path, 11, objective=Broken())
@@ -229,7 +231,7 @@ def test_a_model_without_finite_values_is_an_error(tmp_path):
 @pytest.mark.parametrize(
   "space,message",
   [
-    ((4, 2, 0.5), "it may be 0 to 1, got 2"),
+    ((4, 2, 0.5), "give 0 to 1, got 2"),
     ((5, -1, 0.5), "0 to 2, got -1"),
     ((4, 0, 0.0), "above 0, got 0"),
     ((4, 0, float("nan")), "finite"),

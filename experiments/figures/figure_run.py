@@ -23,15 +23,14 @@ RECORDS, ABOUT, PICTURE = "records.jsonl", "about.json", "figure.png"
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-  """A program of `experiments` that leaves a folder; it goes on where it stopped.
+  """A program of `experiments` that fills a folder, and resumes when rerun.
 
   Attributes:
     program: its name.
     output: the folder.
-    flags: (name, value) of its other flags; those that are None are left out, lists are
-      joined with commas.
-    done: a file in the folder that is there when all is done, or a pattern of which
-      `num_done` must be there.
+    flags: (name, value) of its other flags; None values are left out, lists are joined
+      with commas.
+    done: pattern of files in the folder, `num_done` of which exist at the end.
     num_done: see `done`.
   """
 
@@ -43,17 +42,13 @@ class Command:
 
   @property
   def name(self) -> str:
-    """What it is called among those of its model: "tune/gsm8k"."""
+    """Its name among the commands of its model: "tune/gsm8k"."""
     return f"{self.output.parent.name}/{self.output.name}"
 
   @property
   def arguments(self) -> list[str]:
-    return [
-      "-m",
-      f"experiments.{self.program}",
-      *(_flag(name, value) for name, value in self.flags if value is not None),
-      f"--output={self.output}",
-    ]
+    flags = [_flag(name, value) for name, value in self.flags if value is not None]
+    return ["-m", f"experiments.{self.program}", *flags, f"--output={self.output}"]
 
   def __str__(self) -> str:
     return shlex.join(["python", *self.arguments])
@@ -71,8 +66,8 @@ class Command:
     code = subprocess.run([sys.executable, *self.arguments], check=False).returncode
     if code:
       raise ValueError(
-        f"{self} ended with exit code {code}, see above; when that is mended, start "
-        "this program again: it goes on from there"
+        f"{self} ended with exit code {code}: fix the error printed above and rerun this "
+        "program, which resumes from there"
       )
 
 
@@ -84,8 +79,8 @@ def _flag(name, value):
   )
 
 
-class Measured(jsonl.SavedValues):
-  """Values that show, on a bar, which of them is being made."""
+class Measurements(jsonl.SavedValues):
+  """Saved measurements with a progress bar that names the current one."""
 
   def __init__(self, path: pathlib.Path, settings: dict[str, Any]):
     super().__init__(path, settings)
@@ -99,17 +94,17 @@ class Measured(jsonl.SavedValues):
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class FigureRun:
   """One figure of one model.
 
   Attributes:
     figure: its name.
-    model: the model, with what --set overrides.
-    config: the figure's own settings, likewise.
-    root: folder of all figures of this model; what several of them need lies in it.
+    model: the model, with overrides of --set.
+    config: the figure's own settings, with overrides of --set.
+    root: folder of all figures of this model, and of the runs that they share.
     seed: the first noise seed.
     data_dir: folder with the tasks' files; None: the hub.
-    allow_code_execution: whether programs that the model wrote may run.
+    allow_code_execution: whether programs written by the model may run.
   """
 
   figure: str
@@ -122,122 +117,105 @@ class Work:
 
   @property
   def folder(self) -> pathlib.Path:
-    """Where the figure's own files go."""
+    """Folder of the figure's own files."""
     return self.root / self.figure
 
   @property
   def seeds(self) -> list[int]:
-    """The noise seeds, as many as the figure's settings say, else the model's."""
+    """The noise seeds, as many as the figure's config says, else the model's."""
     return [self.seed + i for i in range(getattr(self.config, "seeds", self.model.num_seeds))]
 
   @property
   def settings(self) -> dict[str, Any]:
-    """All that its results depend on."""
+    """Everything that the results depend on."""
     model = dataclasses.asdict(self.model)
     for name in ("title", "prepare", "hardware"):
       del model[name]
-    return json.loads(
-      json.dumps(
-        {
-          "figure": self.figure,
-          "model": model,
-          "seed": self.seed,
-          "data_dir": self.data_dir,
-          "config": dataclasses.asdict(self.config),
-        }
-      )
-    )
+    settings = {
+      "figure": self.figure,
+      "model": model,
+      "seed": self.seed,
+      "data_dir": self.data_dir,
+      "config": dataclasses.asdict(self.config),
+    }
+    return json.loads(json.dumps(settings))
 
-  def kept(self) -> "Measured":
-    """Values of the figure's own measurements, by name: those that are there are not made again."""
-    return Measured(self.folder / "measured.jsonl", self.settings)
+  def measurements(self) -> Measurements:
+    """Opens the figure's own measurements, by name; existing ones are not repeated."""
+    return Measurements(self.folder / "measured.jsonl", self.settings)
 
   def tune(self, task: str, name: str | None = None, **flags) -> Command:
-    """A search of τ for a task, which all figures share; `flags` override those of the model.
+    """Returns a search of τ for a task, shared by all figures.
 
     Args:
       task: the task.
       name: of its folder in `root`/tune; the task's by default.
+      **flags: override those of the model.
     """
     model = self.model
-    settings = (
-      dict(
-        checkpoint=model.checkpoint,
-        mesh=model.mesh,
-        task=task,
-        config=model.tuning.format(category=model.category(task)),
-        num_samples=model.num_samples,
-        num_trials=model.num_trials,
-        num_members=model.num_members,
-        cache=model.cache,
-        seed=self.seed,
-        **self._of_tasks(task),
-      )
-      | flags
+    settings = dict(
+      checkpoint=model.checkpoint,
+      mesh=model.mesh,
+      task=task,
+      config=model.tuning.format(category=model.category(task)),
+      num_samples=model.num_samples,
+      num_trials=model.num_trials,
+      num_members=model.num_members,
+      cache=model.cache,
+      seed=self.seed,
+      **self._task_flags(task),
     )
-    return Command(
-      "tune",
-      self.root / "tune" / (name or task),
-      tuple(settings.items()),
-      done="confirm/*/summary.json",
-    )
+    output = self.root / "tune" / (name or task)
+    return Command("tune", output, tuple((settings | flags).items()), "confirm/*/summary.json")
 
-  def profile(self, task: str) -> pathlib.Path:
-    """The profile that `tune(task)` leaves."""
-    return self.root / "tune" / task / "profile.json"
+  def profile(self, name: str) -> pathlib.Path:
+    """Returns the temperature profile that the search of that name writes."""
+    return self.root / "tune" / name / "profile.json"
 
   def compare(self, name: str, task_names: list[str], methods: list[str], **flags) -> Command:
-    """A comparison of methods, in `root`/compare/`name`; `flags` override those of the model."""
+    """Returns a comparison in `root`/compare/`name`; `flags` override those of the model."""
     model = self.model
-    settings = (
-      dict(
-        checkpoint=model.checkpoint,
-        mesh=model.mesh,
-        tasks=task_names,
-        methods="; ".join(methods),
-        num_members=model.num_members,
-        cache=model.cache,
-        temperature_profile=model.temperature,
-        num_seeds=model.num_seeds,
-        limit=model.num_examples,
-        num_validation=model.num_validation,
-        batch_size=model.batch_size,
-        seed=self.seed,
-        **self._of_tasks(*task_names),
-      )
-      | flags
+    settings = dict(
+      checkpoint=model.checkpoint,
+      mesh=model.mesh,
+      tasks=task_names,
+      methods="; ".join(methods),
+      num_members=model.num_members,
+      cache=model.cache,
+      temperature_profile=model.temperature,
+      num_seeds=model.num_seeds,
+      limit=model.num_examples,
+      num_validation=model.num_validation,
+      batch_size=model.batch_size,
+      seed=self.seed,
+      **self._task_flags(*task_names),
     )
-    return Command(
-      "compare",
-      self.root / "compare" / name,
-      tuple(settings.items()),
-      done="*/summary.json",
-      num_done=len(methods),
-    )
+    output, given = self.root / "compare" / name, tuple((settings | flags).items())
+    return Command("compare", output, given, "*/summary.json", len(methods))
 
-  def chats(self, *names: str) -> bool:
-    """Whether tasks are asked in the model's chat format, as all are but texts to read."""
+  def uses_chat(self, *names: str) -> bool:
+    """Whether tasks use the model's chat format, as all but language modeling do."""
     return self.model.chat is not None and all(tasks.get(n).category != "language" for n in names)
 
-  def _of_tasks(self, *names):
+  def _task_flags(self, *names):
     settings = dict(data_dir=self.data_dir, allow_code_execution=self.allow_code_execution or None)
-    return settings | (dict(chat=True, **self.model.chat) if self.chats(*names) else {})
+    return settings | (dict(chat=True, **self.model.chat) if self.uses_chat(*names) else {})
 
   def compared(self, name: str) -> dict[str, results_lib.Result]:
-    """The runs that `compare(name, ...)` left, by the text of their method."""
+    """Loads the runs of `compare(name, ...)`, by their method as given."""
     found = results_lib.load_runs([str(self.root / "compare" / name / "*")])
     return {result.settings["spelled"]: result for result in found}
 
   def tuned(self, task: str) -> results_lib.Tuning:
-    """The search that `tune(task)` left."""
+    """Loads the search of `tune(task)`."""
     return results_lib.load_tunings([str(self.root / "tune" / task)])[0]
 
 
 def write_records(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
-  """Writes JSON lines at once."""
+  """Writes JSON lines atomically."""
   app.write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-  """What `write_records` wrote."""
+  """Reads what `write_records` wrote."""
   return runs.read_lines(path)
