@@ -215,6 +215,8 @@ def test_programs_of_one_process_say_why():
   distributed.FLAGS.mark_as_parsed()
   with (
     flagsaver.flagsaver(distributed=True),
-    pytest.raises(ValueError, match="this program does not support --distributed: it times one machine"),
+    pytest.raises(
+      ValueError, match="this program does not support --distributed: it times one machine"
+    ),
   ):
     distributed.start("it times one machine")

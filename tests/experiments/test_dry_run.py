@@ -65,7 +65,9 @@ def test_what_does_not_fit_says_what_would():
   needs_more = plan(config, accelerator="a100-40")
   report = dry_run.report(needs_more, sharding.abstract_mesh(config, 4, expert=4))
   assert "DOES NOT FIT" in report
-  devices, mesh = re.search(r"no 4-device mesh fits; with (\d+) devices: --mesh=(\S+),", report).groups()
+  devices, mesh = re.search(
+    r"no 4-device mesh fits; with (\d+) devices: --mesh=(\S+),", report
+  ).groups()
   sizes = {axis: int(size) for axis, _, size in (p.partition(":") for p in mesh.split(","))}
   fits = dry_run.report(needs_more, sharding.abstract_mesh(config, int(devices), **sizes))
   assert "  fits:" in fits and f"{devices}-device meshes that fit" in fits

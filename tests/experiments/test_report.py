@@ -192,7 +192,7 @@ def test_a_tuning_alone_makes_a_page(tmp_path):
   synthetic.write_tuning(tmp_path / "x", profile=False)
   text, line = write_report(tmp_path / "out", tune=[str(tmp_path / "x")])
   check_markdown(text, tmp_path / "out")
-  assert "1 picture: 0 runs, 1 tuning" in line  # no map of temperatures without a profile
+  assert "1 figure: 0 runs, 1 tuning" in line  # no map of temperatures without a profile
   assert "x: confirmation not measured." in text
   assert "| x        | objective   | 31" in text
 
