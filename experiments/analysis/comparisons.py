@@ -121,6 +121,10 @@ class RunCost:
   unique_experts: float | None
   peak_bytes: float | None
 
+  @property
+  def ms_per_token(self) -> float | None:
+    return self.tokens_per_second and 1e3 / self.tokens_per_second
+
 
 @dataclasses.dataclass(frozen=True)
 class Power:
