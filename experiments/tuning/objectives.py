@@ -106,12 +106,13 @@ class _Objective:
     ).sequences
 
 
+@dataclasses.dataclass(eq=False)
 class Perplexity(_Objective):
   """Perplexity of the references of a task's examples.
 
   Attributes:
     tokens: `[X]` scored tokens of each example.
-    texts, starts: token ids of each example, and the index of the first scored one.
+    sequences, starts: token ids of each example, and the index of the first scored one.
 
   Raises:
     ValueError: an example has no reference, or exceeds the context length.
@@ -131,7 +132,7 @@ class Perplexity(_Objective):
       map(self.prompt_builder.with_reference, self.examples), self.ids
     )
     batching.check_tokens(self.config, self._sequences.tokens, what="text of example")
-    self.texts, self.starts = self._sequences.tokens, self._sequences.starts
+    self.sequences, self.starts = self._sequences.tokens, self._sequences.starts
     self.tokens = self._sequences.counts
 
   def measure(self, params: Params, roster: Roster, part: slice) -> tuple[np.ndarray, Usage]:
@@ -154,6 +155,7 @@ class Perplexity(_Objective):
     return float(np.exp(values.sum() / self.tokens.sum()))
 
 
+@dataclasses.dataclass(eq=False)
 class Accuracy(_Objective):
   """A task's main metric.
 
