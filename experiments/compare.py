@@ -47,8 +47,8 @@ COST_DESCRIPTIONS = {
 }
 
 
-def define_flags() -> None:
-  app.define_model_flags()
+def define_flags(checkpoint: str | None = None) -> None:
+  app.define_model_flags(checkpoint)
   app.define_roster_flags(num_members=8)
   app.define_chat_flags()
   app.define_limit_flag()
@@ -321,8 +321,17 @@ def table(found: list[Method], opened: dict[str, runs.Run], task: tasks.Task) ->
   )
 
 
-def main(argv) -> None:
-  del argv
+def run(
+  count_experts: bool = True,
+) -> tuple[list[Method], dict[str, runs.Run], dict[str, list[tasks.Example]]]:
+  """Measures what the flags ask for.
+
+  Args:
+    count_experts: whether to count the unique active experts of each task's first batch.
+
+  Returns:
+    Methods, their finished runs by `Method.text`, and the examples by task.
+  """
   for name in ("num_seeds", "batch_size", "num_validation"):
     if FLAGS[name].value < 1:
       raise ValueError(f"--{name} must be at least 1, got {FLAGS[name].value}")
@@ -332,6 +341,8 @@ def main(argv) -> None:
   for task in wanted:
     task.check_allowed(FLAGS.allow_code_execution)
   config = app.load_config(FLAGS.checkpoint)
+  if FLAGS.dtype:
+    config = config.replace(dtype=FLAGS.dtype)
   base = app.roster_from_flags(config)
   prompt_builder = app.prompt_builder(config, app.load_tokenizer(FLAGS.checkpoint))
   texts = (
@@ -364,7 +375,6 @@ def main(argv) -> None:
     tasks.OTHER_DATA,
   )
   found = check_methods(found, examples)
-  begin = time.perf_counter()
   params, _ = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
   for method in found:
     if method.profile:
@@ -397,14 +407,21 @@ def main(argv) -> None:
               seed,
               batch,
               fitted[method.text],
-              count_experts=number == 0 and seed == FLAGS.seed,
+              count_experts=count_experts and number == 0 and seed == FLAGS.seed,
             )
           bar.update(len(batch.examples))
-  for run in opened.values():
-    run.finish()
-  for task in wanted if app.is_first_process() else ():
-    print(f"\n{task.name}, {len(examples[task.name])} examples\n\n{table(found, opened, task)}")
-  print(f"\nSaved {len(found)} runs in {output}; {time.perf_counter() - begin:.0f} s.")
+  for one in opened.values():
+    one.finish()
+  return found, opened, examples
+
+
+def main(argv) -> None:
+  del argv
+  begin = time.perf_counter()
+  found, opened, examples = run()
+  for name, some in examples.items() if app.is_first_process() else ():
+    print(f"\n{name}, {len(some)} examples\n\n{table(found, opened, tasks.get(name))}")
+  print(f"\nSaved {len(found)} runs in {FLAGS.output}; {time.perf_counter() - begin:.0f} s.")
 
 
 def program() -> None:

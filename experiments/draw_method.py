@@ -1,9 +1,9 @@
-"""Draws what a Roster of Experts does with one token.
+"""Draws how a Roster of Experts processes one token.
 
   python -m experiments.draw_method --output=docs/roe.png
 
-The router's scores and the members' distributions are invented; what is chosen and
-averaged is computed from them. For print, give a name that ends in .pdf.
+The router scores and the members' distributions are invented; choices and averages are computed
+from them. For print, give an --output that ends in .pdf.
 """
 
 import pathlib
@@ -21,10 +21,10 @@ from experiments.cli import app
 FLAGS = flags.FLAGS
 INK, DARK, LIGHT = "0.2", "0.3", "0.85"
 MEMBERS = ("member 0", "member 1", "member 2", "member n-1")
-HEIGHTS = (2.86, 2.14, 1.42, 0.42)  # of the members' rows, in inches as all lengths here
+HEIGHTS = (2.86, 2.14, 1.42, 0.42)  # of the members' rows; all lengths are in inches
 NUM_CHOSEN = 2
 SCORES = (0.30, 0.62, 0.22, 0.44, 0.56, 0.16, 0.48, 0.34)
-# τ·G of each member; Gumbel noise is skewed: often a little less, sometimes much more.
+# τ·G of each member. Gumbel noise is skewed: often a bit below its mean, sometimes far above.
 NOISE = (
   (0, 0, 0, 0, 0, 0, 0, 0),
   (-0.06, 0.08, 0.10, -0.05, -0.12, 0.05, 0.16, -0.10),
@@ -41,7 +41,7 @@ PROBABILITIES = (
 
 
 def define_flags() -> None:
-  flags.DEFINE_string("output", "docs/roe.png", "The picture.")
+  flags.DEFINE_string("output", "docs/roe.png", "File to write, .png or .pdf.")
 
 
 def box(axis, x, y, width, height, **style):
@@ -63,7 +63,7 @@ def text(axis, x, y, words, size=9, **style):
 
 
 def arrow(axis, *points, **style):
-  """Straight lines through points, with a head at the last."""
+  """Draws straight lines through points, with an arrowhead at the last."""
   for start, end in zip(points[:-2], points[1:-1]):
     axis.plot(*zip(start, end), **{"color": INK, "linewidth": 1, "solid_capstyle": "butt"} | style)
   axis.add_patch(
@@ -79,7 +79,7 @@ def arrow(axis, *points, **style):
 
 
 def bars(axis, x, y, values, chosen, width, scale):
-  """Bars from a base line, the chosen ones dark."""
+  """Draws bars from a baseline, the chosen ones dark."""
   for i, value in enumerate(values):
     axis.add_patch(
       Rectangle(
@@ -94,12 +94,12 @@ def bars(axis, x, y, values, chosen, width, scale):
 
 
 def largest(values, number):
-  """Indices of the largest values."""
+  """Returns the indices of the largest values."""
   return set(np.argsort(-np.asarray(values))[:number].tolist())
 
 
 def draw_cache(axis):
-  """A strip of past tokens, which all rows read and member 0 adds to."""
+  """Draws the cache that all members read and member 0 writes."""
   x, y, side, past = 1.37, 3.74, 0.26, 6
   for i in range(past + 1):
     axis.add_patch(
@@ -123,7 +123,7 @@ def draw_cache(axis):
 
 
 def draw() -> plt.Figure:
-  """A token on the left, n members in rows, their distributions and the mean on the right."""
+  """Draws a token, n members in rows, their distributions, and the mean, from left to right."""
   figure = plt.figure(figsize=(8, 4.15), facecolor="white")
   axis = figure.add_axes((0, 0, 1, 1))
   axis.set_xlim(0, 8)

@@ -1,15 +1,13 @@
-"""What rounding the experts to 8 or 4 bits does to a model, to its router and to its roster.
+"""Measures what quantized experts do to a model, its router and its roster.
 
   python -m experiments.quantization_study
 
-Holds the experts of two small models that ship with the package in bfloat16,
-int8, int4 and mxfp4. For each format: its bytes; the perplexity of held-out
-word problems without and with a roster, and its difference to 16 bits on the
-same problems; how far the plain model still chooses the experts that it chooses
-at 16 bits, beside how far noisy members choose those of the clean one; and a
-sweep over the router temperature τ on validation problems, which shows whether
-it has to be tuned again. Prints tables and saves all figures under --output;
-started again with the same flags, it goes on with what is missing.
+Stores the experts of two small embedded models in bfloat16, int8, int4 and mxfp4. For each
+format: its size; the perplexity of held-out word problems with and without a roster, and its
+difference from bfloat16 on the same problems; the share of experts that the baseline still
+chooses, next to the share that noisy members have in common with the clean one; and a sweep over
+the router temperature τ on validation problems, which shows whether τ must be tuned again.
+Prints tables and writes all values to --output. Rerun with the same flags, it resumes.
 """
 
 from collections.abc import Callable
@@ -27,7 +25,6 @@ import tabulate
 
 from experiments.analysis import paired_statistics
 from experiments.cli import app
-from experiments.quickstart import Encoded, encode
 from experiments.records import jsonl
 from experiments.tasks import wordmath
 from roe_jax import batching, diagnostics, quantization, scoring, transformer
@@ -35,64 +32,79 @@ from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
+from roe_jax.text.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
-PLAIN = "bfloat16"
-FORMATS = (PLAIN, *quantization.FORMATS)
+UNQUANTIZED = "bfloat16"
+FORMATS = (UNQUANTIZED, *quantization.FORMATS)
 
 
 def define_flags() -> None:
   flags.DEFINE_list(
     "checkpoints",
     [app.EMBEDDED + "wordmath_overtrained", app.EMBEDDED + "wordmath_control"],
-    "Models whose experts are not quantized, embedded ones or folders.",
+    "Models with unquantized experts: embedded ones or folders.",
   )
-  flags.DEFINE_list("formats", list(FORMATS), f"Of the experts; {PLAIN} comes first.")
-  flags.DEFINE_integer("num_members", 8, "n of the roster.")
-  flags.DEFINE_float("temperature", 0.3, "Router temperature τ of the comparison of formats.")
-  flags.DEFINE_list("sweep", ["0.1", "0.2", "0.3", "0.4", "0.5", "0.6"], "τ of the sweep.")
-  flags.DEFINE_integer("num_problems", 160, "Test problems.")
-  flags.DEFINE_integer("num_validation", 120, "Validation problems, for the sweep.")
+  flags.DEFINE_list("formats", list(FORMATS), f"Formats of the experts; {UNQUANTIZED} comes first.")
+  flags.DEFINE_integer("num_members", 8, "Roster size n.")
+  flags.DEFINE_float("temperature", 0.3, "Router temperature τ when formats are compared.")
+  flags.DEFINE_list("sweep", ["0.1", "0.2", "0.3", "0.4", "0.5", "0.6"], "Values of τ to sweep.")
+  flags.DEFINE_integer("num_problems", 160, "Number of test problems.")
+  flags.DEFINE_integer("num_validation", 120, "Number of validation problems, for the sweep.")
   flags.DEFINE_integer("batch_size", 40, "Problems scored together.")
-  flags.DEFINE_integer("seed", 0, "Of the routing noise.")
-  flags.DEFINE_string("output", "results/quantization", "Folder of the results.")
+  flags.DEFINE_integer("seed", 0, "Seed for routing noise.")
+  flags.DEFINE_string("output", "results/quantization", "Folder for the results.")
 
 
-def in_format(params: Params, config: ModelConfig, format: str) -> tuple[Params, ModelConfig]:
-  """The model with its experts in a format of `FORMATS`."""
-  return (params, config) if format == PLAIN else params_lib.quantize(params, config, format)
+@dataclasses.dataclass(frozen=True)
+class Problems:
+  """Tokenized problems: prompts, and sequences of prompt and solution."""
+
+  prompts: list[list[int]]
+  sequences: list[list[int]]
+
+  @property
+  def starts(self) -> list[int]:
+    return [len(p) for p in self.prompts]
+
+  @property
+  def num_tokens(self) -> np.ndarray:
+    """`[X]` tokens of each solution."""
+    return np.array([len(s) - len(p) for s, p in zip(self.sequences, self.prompts)])
+
+  def __getitem__(self, which: slice) -> "Problems":
+    return Problems(self.prompts[which], self.sequences[which])
 
 
-def expert_bytes(params: Params) -> int:
-  """Bytes of the experts of all layers."""
-  return sum(x.nbytes for x in jax.tree.leaves(params.layers.experts))
+def tokenize(tokenizer: Tokenizer, problems: list[wordmath.Problem], eos: int) -> Problems:
+  prompts = [tokenizer.encode(wordmath.prompt(p)) for p in problems]
+  solutions = [
+    tokenizer.encode(wordmath.completion(p), add_special_tokens=False) + [eos] for p in problems
+  ]
+  return Problems(prompts, [p + s for p, s in zip(prompts, solutions)])
 
 
-def nll_of(
-  params: Params, config: ModelConfig, roster: Roster, problems: Encoded, batch_size: int
-) -> np.ndarray:
-  """`[X]` summed over each solution's tokens, nats."""
+def nll_of(params: Params, config: ModelConfig, roster: Roster, problems: Problems) -> list[float]:
+  """Returns the negative log-probability of each solution in nats."""
   scores = scoring.score(
-    params, config, problems.texts, problems.starts, roster=roster, batch_size=batch_size
+    params, config, problems.sequences, problems.starts, roster=roster, batch_size=FLAGS.batch_size
   )
-  return np.array([-t.log_probs.sum(dtype=np.float64) for t in scores.sequences])
+  return [float(-s.log_probs.sum(dtype=np.float64)) for s in scores.sequences]
 
 
 def routing(
-  params: Params, config: ModelConfig, problems: Encoded
+  params: Params, config: ModelConfig, problems: Problems
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Clean routing at the positions that predict solutions' tokens.
+  """Runs the router without noise at the positions that predict the solutions' tokens.
 
   Returns:
-    `[L, P, A]` chosen experts, and `[L, P]` distances between the A-th and the
-    next router logit.
+    `[L, P, A]` chosen experts, and `[L, P]` gaps between the A-th and the next router logit.
   """
-  tokens = batching.pad(
-    problems.texts, len(problems.texts), batching.bucket(max(map(len, problems.texts)))
-  )
+  sequences = problems.sequences
+  tokens = batching.pad(sequences, len(sequences), batching.bucket(max(map(len, sequences))))
   wanted = np.zeros(tokens.shape, bool)
-  for row, text, start in zip(wanted, problems.texts, problems.starts):
-    row[start - 1 : len(text) - 1] = True
+  for mask, sequence, start in zip(wanted, sequences, problems.starts):
+    mask[start - 1 : len(sequence) - 1] = True
   experts, logits = _route(params_lib.in_storage_dtype(params), config, jnp.asarray(tokens))
   ordered = np.sort(np.asarray(logits)[:, wanted], axis=-1)
   a = config.experts_per_token
@@ -106,7 +118,7 @@ def _route(params, config, tokens):
 
 
 def shared_experts(chosen: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-  """`[L]` mean share of the chosen experts that the baseline chose, too."""
+  """Returns `[L]`, the mean share of chosen experts that the baseline chose too."""
   return (chosen[..., :, None] == baseline[..., None, :]).any(-1).mean(axis=(1, 2))
 
 
@@ -114,108 +126,98 @@ def measure(
   params: Params,
   config: ModelConfig,
   format: str,
-  validation: Encoded,
-  test: Encoded,
-  num_members: int,
-  temperature: float,
-  sweep: list[float],
-  seed: int,
-  batch_size: int,
+  validation: Problems,
+  test: Problems,
   keep: Callable[[str, Callable], Any],
-  on_texts: Callable[[int], None],
+  on_scored: Callable[[int], None],
 ) -> dict:
-  """All figures of one format, as JSON values; what is random is paired between formats.
+  """Measures one format, with the same noise as the others.
 
   Args:
-    params: the parameters in 16 bits.
+    params: the unquantized parameters.
     config: their architecture.
-    format: of `FORMATS`.
+    format: one of `FORMATS`.
     validation: problems of the sweep.
-    test: those of the comparison.
-    num_members: n of the roster.
-    temperature: its τ.
-    sweep: the τ of the sweep.
-    seed: of the noise.
-    batch_size: problems scored together.
-    keep: `keep(name, compute)` is what an earlier run kept under this name, or `compute()`.
-    on_texts: called with numbers of texts that are done.
+    test: problems on which formats are compared.
+    keep: `keep(name, compute)` returns the value saved under this name, or else `compute()`.
+    on_scored: called with the number of problems just scored.
+
+  Returns:
+    JSON values by name.
   """
-  model = functools.cache(lambda: in_format(params, config, format))
 
-  def roster(n, temperature):
-    return Roster.create(config, n, temperature, seed=seed)
+  @functools.cache
+  def model():
+    unchanged = format == UNQUANTIZED
+    return (params, config) if unchanged else params_lib.quantize(params, config, format)
 
-  def nll(name, roster, problems):
-    values = keep(name, lambda: nll_of(*model(), roster, problems, batch_size).tolist())
-    on_texts(len(values))
+  def nll(name, n, temperature, problems):
+    roster = Roster.create(config, n, temperature, seed=FLAGS.seed)
+    values = keep(name, lambda: nll_of(*model(), roster, problems))
+    on_scored(len(values))
     return values
 
-  few = Encoded(*(part[:batch_size] for part in (test.problems, test.prompts, test.texts)))
+  def sizes():
+    experts = jax.tree.leaves(model()[0].layers.experts)
+    return {
+      "expert_bytes": sum(x.nbytes for x in experts),
+      "model_bytes": params_lib.num_bytes(model()[1]),
+    }
 
-  def routing_of_few():
-    chosen, gaps = routing(*model(), few)
-    agreement = diagnostics.routing_agreement(
-      *model(), roster(num_members, temperature), few.texts, few.starts
-    )
+  def first_batch():
+    batch = test[: FLAGS.batch_size]
+    chosen, gaps = routing(*model(), batch)
+    roster = Roster.create(config, n, FLAGS.temperature, seed=FLAGS.seed)
+    agreement = diagnostics.routing_agreement(*model(), roster, batch.sequences, batch.starts)
     return {
       "experts": chosen.tolist(),
       "router_gap": gaps.mean(axis=1).tolist(),
       "noisy_agreement": agreement.tolist(),
     }
 
-  return (
-    keep(
-      "sizes",
-      lambda: {
-        "expert_bytes": expert_bytes(model()[0]),
-        "model_bytes": params_lib.num_bytes(model()[1]),
-      },
-    )
-    | keep("routing", routing_of_few)
-    | {
-      "plain": nll("plain", roster(1, 0.0), test),
-      "roster": nll("roster", roster(num_members, temperature), test),
-      "sweep_plain": nll("sweep, plain", roster(1, 0.0), validation),
-      "sweep": [nll(f"sweep, τ = {t}", roster(num_members, t), validation) for t in sweep],
-    }
-  )
+  n = FLAGS.num_members
+  return {
+    **keep("sizes", sizes),
+    **keep("routing", first_batch),
+    "baseline": nll("baseline", 1, 0.0, test),
+    "roster": nll("roster", n, FLAGS.temperature, test),
+    "sweep_baseline": nll("sweep, baseline", 1, 0.0, validation),
+    "sweep": [nll(f"sweep, τ = {t}", n, float(t), validation) for t in FLAGS.sweep],
+  }
 
 
 def summarize(
-  measured: dict[str, dict], test: Encoded, validation: Encoded, sweep: list[float]
+  measured: dict[str, dict], test: Problems, validation: Problems, sweep: list[float]
 ) -> list[dict]:
-  """One row of figures for each format; differences are to 16 bits or to the plain model."""
-  base = {k: np.array(v) for k, v in measured[PLAIN].items()}
+  """Returns a row of values per format, with differences from bfloat16 or from the baseline."""
+  reference = {k: np.array(v) for k, v in measured[UNQUANTIZED].items()}
+  paired = functools.partial(paired_statistics.paired_perplexity, tokens=test.num_tokens)
+  paired_validation = functools.partial(
+    paired_statistics.paired_perplexity, tokens=validation.num_tokens
+  )
+  best_unquantized = int(np.argmin(reference["sweep"].sum(axis=1)))
   rows = []
   for name, values in measured.items():
     m = {k: np.array(v) for k, v in values.items()}
-    agreement = shared_experts(m["experts"], base["experts"])
-    paired = functools.partial(paired_statistics.paired_perplexity, tokens=test.tokens)
-    by_temperature = [
-      paired_statistics.paired_perplexity(nll, m["sweep_plain"], validation.tokens)
-      for nll in m["sweep"]
-    ]
+    by_temperature = [paired_validation(nll, m["sweep_baseline"]) for nll in m["sweep"]]
     best = int(np.argmin([d.value for d in by_temperature]))
-    at_16_bits = int(np.argmin(base["sweep"].sum(axis=1)))
     rows.append(
       {
         "format": name,
         "expert_bytes": int(m["expert_bytes"]),
         "model_bytes": int(m["model_bytes"]),
-        "perplexity": float(np.exp(m["plain"].sum() / test.tokens.sum())),
-        "to_16_bits": paired(m["plain"], base["plain"]),
-        "roster_perplexity": float(np.exp(m["roster"].sum() / test.tokens.sum())),
-        "roster_to_16_bits": paired(m["roster"], base["roster"]),
-        "roster_to_plain": paired(m["roster"], m["plain"]),
-        "router_agreement": agreement.tolist(),
+        "perplexity": float(np.exp(m["baseline"].sum() / test.num_tokens.sum())),
+        "to_unquantized": paired(m["baseline"], reference["baseline"]),
+        "roster_perplexity": float(np.exp(m["roster"].sum() / test.num_tokens.sum())),
+        "roster_to_unquantized": paired(m["roster"], reference["roster"]),
+        "roster_to_baseline": paired(m["roster"], m["baseline"]),
+        "router_agreement": shared_experts(m["experts"], reference["experts"]).tolist(),
         "noisy_agreement": m["noisy_agreement"].tolist(),
         "router_gap": m["router_gap"].tolist(),
-        "sweep": [{"temperature": t, "to_plain": d} for t, d in zip(sweep, by_temperature)],
+        "sweep": [{"temperature": t, "to_baseline": d} for t, d in zip(sweep, by_temperature)],
         "best_temperature": sweep[best],
-        # What tuning again would gain over the temperature that is best at 16 bits.
-        "tuned_again": paired_statistics.paired_perplexity(
-          m["sweep"][best], m["sweep"][at_16_bits], validation.tokens
-        ),
+        # The gain from tuning again, over the τ that is best without quantization.
+        "tuned_again": paired_validation(m["sweep"][best], m["sweep"][best_unquantized]),
       }
     )
   return rows
@@ -228,7 +230,7 @@ def _interval(difference: paired_statistics.Difference) -> str:
 
 
 def tables(rows: list[dict], num_members: int, temperature: float) -> str:
-  """The rows as Markdown; * marks differences whose interval leaves out zero."""
+  """Formats the rows as Markdown tables."""
   mean = lambda values, unit=100: f"{unit * np.mean(values):.1f}"
   by_layer = lambda values: " ".join(f"{100 * v:.1f}" for v in values)
   make = functools.partial(tabulate.tabulate, tablefmt="github", disable_numparse=True)
@@ -239,22 +241,22 @@ def tables(rows: list[dict], num_members: int, temperature: float) -> str:
         f"{r['expert_bytes'] / 1e6:.2f}",
         f"{r['model_bytes'] / 1e6:.2f}",
         f"{r['perplexity']:.4f}",
-        _interval(r["to_16_bits"]),
+        _interval(r["to_unquantized"]),
         f"{r['roster_perplexity']:.4f}",
-        _interval(r["roster_to_16_bits"]),
-        _interval(r["roster_to_plain"]),
+        _interval(r["roster_to_unquantized"]),
+        _interval(r["roster_to_baseline"]),
       ]
       for r in rows
     ],
     headers=[
-      "experts in",
-      "experts, MB",
-      "model, MB",
+      "experts",
+      "experts (MB)",
+      "model (MB)",
       "perplexity",
-      "to 16 bits",
-      f"roster n = {num_members}, τ = {temperature}",
-      "to 16 bits",
-      "to its plain model",
+      "difference from bfloat16",
+      f"perplexity of roster, n = {num_members}, τ = {temperature}",
+      "its difference from bfloat16",
+      "its difference from baseline",
     ],
   )
   router = make(
@@ -269,31 +271,32 @@ def tables(rows: list[dict], num_members: int, temperature: float) -> str:
       for r in rows
     ],
     headers=[
-      "experts in",
-      "shared with 16 bits, %",
+      "experts",
+      "shared with bfloat16 (%)",
       "by layer",
-      f"noisy members with clean, %, τ = {temperature}",
-      "mean gap of logits",
+      f"shared by noisy and clean members (%), τ = {temperature}",
+      "mean gap of router logits",
     ],
   )
   sweep = make(
     [
       [
         r["format"],
-        *(_interval(s["to_plain"]) for s in r["sweep"]),
+        *(_interval(s["to_baseline"]) for s in r["sweep"]),
         r["best_temperature"],
         _interval(r["tuned_again"]),
       ]
       for r in rows
     ],
     headers=[
-      "experts in",
+      "experts",
       *(f"τ = {s['temperature']}" for s in rows[0]["sweep"]),
       "best τ",
-      "best τ against that of 16 bits",
+      "best τ against best of bfloat16",
     ],
   )
-  return f"{formats}\n\n{router}\n\nRoster against plain model, validation problems:\n\n{sweep}\n"
+  title = "Roster, difference from baseline on validation problems:"
+  return f"{formats}\n\n{router}\n\n{title}\n\n{sweep}\n"
 
 
 def _settings() -> dict:
@@ -316,75 +319,58 @@ def main(argv) -> None:
     raise ValueError("--num_problems, --num_validation and --batch_size must be at least 1")
   if FLAGS.num_members < 2 or not sweep:
     raise ValueError("--num_members must be at least 2, and --sweep must name a τ")
-  if FLAGS.formats[:1] != [PLAIN] or not set(FLAGS.formats) <= set(FORMATS):
+  if FLAGS.formats[:1] != [UNQUANTIZED] or not set(FLAGS.formats) <= set(FORMATS):
     raise ValueError(
-      f"--formats must begin with {PLAIN}, and then name some of "
+      f"--formats must begin with {UNQUANTIZED}, and then name some of "
       f"{', '.join(FORMATS[1:])}; got {','.join(FLAGS.formats)}"
     )
-  for name in FLAGS.checkpoints:  # refuse what cannot be before any work
+  for name in FLAGS.checkpoints:  # check everything before any work
     config = app.load_config(name)
     if not config.eos_token_ids:
-      raise ValueError(f"{name} has no end-of-text token, which ends a solution")
+      raise ValueError(f"{name} has no end-of-text token, which solutions need: give another model")
     if config.expert_format is not None:
-      raise ValueError(f"the experts of {name} are in {config.expert_format} already")
+      raise ValueError(
+        f"the experts of {name} are already quantized ({config.expert_format}): give a model with "
+        "unquantized experts"
+      )
     for format in FLAGS.formats[1:]:
       quantization.check_sizes(format, config.d_model, config.d_expert)
     for t in (FLAGS.temperature, *sweep):
       Roster.create(config, FLAGS.num_members, t, seed=FLAGS.seed)
   output, settings = pathlib.Path(FLAGS.output), _settings()
-  kept = jsonl.Kept(output / "measured.jsonl", settings)
+  saved = jsonl.Kept(output / "measured.jsonl", settings)
   texts, summary = [], {}
-  texts_of_one = 2 * FLAGS.num_problems + (1 + len(sweep)) * FLAGS.num_validation
-  with app.progress(
-    total=len(FLAGS.checkpoints) * len(FLAGS.formats) * texts_of_one, unit="text"
-  ) as bar:
+  total = 2 * FLAGS.num_problems + (1 + len(sweep)) * FLAGS.num_validation
+  total *= len(FLAGS.checkpoints) * len(FLAGS.formats)
+  with app.progress(total=total, unit="problem") as bar:
     for checkpoint in FLAGS.checkpoints:
       name = pathlib.Path(checkpoint.removeprefix(app.EMBEDDED)).name
-      params, config, tokenizer = app.open_model(checkpoint, PLAIN)
+      params, config, tokenizer = app.open_model(checkpoint, UNQUANTIZED)
       validation, test = (
-        encode(tokenizer, wordmath.problems(split, count), config.eos_token_ids[0])
+        tokenize(tokenizer, wordmath.problems(split, count), config.eos_token_ids[0])
         for split, count in (("validation", FLAGS.num_validation), ("test", FLAGS.num_problems))
       )
-      of_model = {}
+      by_format = {}
       for format in FLAGS.formats:
         bar.set_description(f"{name} {format}")
-        of_model[format] = measure(
-          params,
-          config,
-          format,
-          validation,
-          test,
-          FLAGS.num_members,
-          FLAGS.temperature,
-          sweep,
-          FLAGS.seed,
-          FLAGS.batch_size,
-          lambda part, compute: kept.get(f"{checkpoint}, {format}: {part}", compute),
-          bar.update,
-        )
-      rows = summarize(of_model, test, validation, sweep)
+        keep = lambda part, compute: saved.get(f"{checkpoint}, {format}: {part}", compute)
+        by_format[format] = measure(params, config, format, validation, test, keep, bar.update)
+      rows = summarize(by_format, test, validation, sweep)
       texts.append(f"## {name}\n\n{tables(rows, FLAGS.num_members, FLAGS.temperature)}")
-      summary[name] = [{k: _plain(v) for k, v in row.items()} for row in rows]
+      summary[name] = rows
   app.write_atomically(
-    output / "results.json", json.dumps({"settings": settings, "models": summary}, indent=2) + "\n"
+    output / "results.json",
+    json.dumps({"settings": settings, "models": summary}, indent=2, default=dataclasses.asdict)
+    + "\n",
   )
   text = (
-    f"{FLAGS.num_problems} test and {FLAGS.num_validation} validation problems. In "
-    "brackets: 95 % intervals of the difference on the same problems; * where it leaves "
-    "out zero.\n\n" + "\n".join(texts)
+    f"{FLAGS.num_problems} test and {FLAGS.num_validation} validation problems. In brackets: 95 % "
+    "intervals of the difference on the same problems. *: the interval excludes zero.\n\n"
+    + "\n".join(texts)
   )
   print("\n" + text)
   app.write_atomically(output / "table.md", text)
   print(f"Saved {output}/table.md and results.json.")
-
-
-def _plain(value):
-  """A figure as JSON."""
-  if isinstance(value, paired_statistics.Difference):
-    return dataclasses.asdict(value)
-  if isinstance(value, list):
-    return [{k: _plain(v) for k, v in x.items()} if isinstance(x, dict) else x for x in value]
-  return value
 
 
 def program() -> None:
@@ -392,8 +378,8 @@ def program() -> None:
   define_flags()
   app.run(
     main,
-    not_distributed="it rounds experts on one device; of a large model convert each "
-    "format with --quantize_experts, and run experiments.score on it",
+    not_distributed="it quantizes experts on one device; convert a large model to each format with "
+    "--quantize_experts, and run experiments.score on it",
   )
 
 

@@ -2,22 +2,20 @@
 
     python -m experiments.train --config=wordmath_control --output=DIR
 
-Configs are the files of `experiments/training/configs`. DIR then holds
+Configs are the files of `experiments/training/configs`. The output folder holds
 
-* `config.json`, what is run;
-* `metrics.jsonl`, a line every few steps and for every evaluation;
-* `states/`, the last two training states: the same command goes on from there,
-  and ends with the same parameters as a run that was never stopped;
-* `model/`, in the end, the checkpoint: weights in bfloat16, tokenizer, and a
-  provenance with the scores of these weights.
+* `config.json`: the config with the flags' overrides;
+* `metrics.jsonl`: a line every few steps and for every evaluation;
+* `states/`: the last two training states. The same command resumes from them and ends with the
+  parameters of an uninterrupted run;
+* `model/`: the final checkpoint with bfloat16 weights, tokenizer, and provenance with the scores
+  of these weights.
 """
 
 import dataclasses
 import functools
 import json
-import os
 import pathlib
-import platform
 import sys
 import time
 
@@ -30,6 +28,7 @@ import tokenizers
 from tqdm import tqdm
 
 from checkpoints_convert import save_hugging_face
+from experiments.benchmarks import machine
 from experiments.cli import app
 from experiments.tasks import wordmath, wordmath_tokenizer
 from experiments.training import configs, training_batches
@@ -41,23 +40,25 @@ MAX_NEW_TOKENS = 64  # The longest completion has less than 60.
 
 
 def define_flags() -> None:
-  flags.DEFINE_string("config", None, "Name of a file in experiments/training/configs.")
-  flags.DEFINE_string("output", None, "Folder of the run.")
-  flags.DEFINE_integer("steps", None, "Overrides the number of steps.")
-  flags.DEFINE_integer("seed", None, "Overrides the seed.")
-  flags.DEFINE_integer("batch_size", None, "Overrides the problems in a step.")
+  flags.DEFINE_string("config", None, "Name of a config in experiments/training/configs.")
+  flags.DEFINE_string("output", None, "Folder for the run.")
+  flags.DEFINE_integer("steps", None, "Number of steps; the config's by default.")
+  flags.DEFINE_integer("seed", None, "Seed; the config's by default.")
+  flags.DEFINE_integer("batch_size", None, "Problems per step; the config's by default.")
   flags.DEFINE_integer(
-    "problems", None, "Overrides the size of the set of problems; 0: all are fresh."
+    "problems",
+    None,
+    "Size of the training set, 0 for a stream of new problems; the config's by default.",
   )
-  flags.DEFINE_float("learning_rate", None, "Overrides the peak of the learning rate.")
+  flags.DEFINE_float("learning_rate", None, "Peak learning rate; the config's by default.")
   flags.DEFINE_float(
-    "noise_temperature", None, "Overrides the temperature of routing noise in training."
+    "noise_temperature", None, "Temperature of routing noise in training; the config's by default."
   )
   flags.mark_flags_as_required(["config", "output"])
 
 
 def apply_flags(config: configs.TrainingConfig) -> configs.TrainingConfig:
-  """The config with what the flags override.
+  """Returns the config with the overrides of the flags.
 
   Raises:
     ValueError: a value is out of range.
@@ -78,15 +79,15 @@ def apply_flags(config: configs.TrainingConfig) -> configs.TrainingConfig:
 
 
 class Metrics:
-  """`metrics.jsonl`: one line for each record, each step once whatever was interrupted."""
+  """`metrics.jsonl`: one line per record, with each step once even if the run was interrupted."""
 
   def __init__(self, path: pathlib.Path, step: int):
-    """Goes on with the file at `path`, dropping what comes after `step`."""
+    """Opens the file at `path`, and drops records after `step`."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
       try:
         records.append(json.loads(line))
-      except json.JSONDecodeError:  # Killed while it was written.
+      except json.JSONDecodeError:  # killed while writing
         break
     self.records = [r for r in records if r["step"] <= step]
     app.write_atomically(path, "".join(json.dumps(r) + "\n" for r in self.records))
@@ -98,25 +99,25 @@ class Metrics:
     self._file.flush()
 
   def seconds(self) -> float:
-    """Time spent up to the last record."""
+    """Returns the training time up to the last record."""
     return max((r["seconds"] for r in self.records), default=0.0)
 
 
 def check_output(output: pathlib.Path, config: configs.TrainingConfig) -> None:
-  """Claims folder `output` for a run of `config`.
+  """Writes the config to the output folder, or checks the one that is there.
 
   Raises:
-    ValueError: it holds a run of another config, or something else.
+    ValueError: the folder holds a run with another config, or other files.
   """
   path = output / "config.json"
   text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
   if path.exists():
-    there = _flat(json.loads(path.read_text()))
-    different = [k for k, v in _flat(json.loads(text)).items() if there.get(k) != v]
+    existing = _flat(json.loads(path.read_text()))
+    different = [k for k, v in _flat(json.loads(text)).items() if existing.get(k) != v]
     if different:
       raise ValueError(
-        f"{output} holds a run of another config (it differs in "
-        f"{', '.join(different)}): give another --output, or the flags of that run"
+        f"{output} holds a run with another config (it differs in {', '.join(different)}): give "
+        "another --output, or the flags of that run"
       )
   elif output.exists() and any(p.name != "config.json.partial" for p in output.iterdir()):
     raise ValueError(f"{output} is not empty and holds no training run: give another --output")
@@ -139,13 +140,13 @@ def _answer_loss(params, config, batch):
 
 
 def answer_perplexity(params, config, tokenizer, problems) -> float:
-  """Perplexity of the completions' tokens, end of text included."""
-  texts = sorted(
-    (training_batches.encode(tokenizer, p) for p in problems), key=lambda text: sum(map(len, text))
+  """Returns the perplexity of the completions, end-of-text tokens included."""
+  sequences = sorted(
+    (training_batches.encode(tokenizer, p) for p in problems), key=lambda s: sum(map(len, s))
   )
   total = count = 0.0
-  for start in range(0, len(texts), 40):
-    chunk = texts[start : start + 40]
+  for start in range(0, len(sequences), 40):
+    chunk = sequences[start : start + 40]
     batch = training_batches.pack(chunk, range(len(chunk)), 0.0, config.pad_token_id)
     loss, weight = _answer_loss(params, config, batch)
     total, count = total + float(loss), count + float(weight)
@@ -153,7 +154,7 @@ def answer_perplexity(params, config, tokenizer, problems) -> float:
 
 
 def exact_match(params, config, tokenizer, problems) -> float:
-  """Share of the problems solved by greedy decoding."""
+  """Returns the share of problems solved by greedy decoding."""
   prompts = [training_batches.encode(tokenizer, p)[0] for p in problems]
   completions = decode.generate(
     params, config, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=100
@@ -169,7 +170,7 @@ def exact_match(params, config, tokenizer, problems) -> float:
 
 
 def validate(params, config: configs.TrainingConfig, tokenizer) -> dict[str, float]:
-  """Scores on validation problems, and the perplexity of problems trained on."""
+  """Returns scores on validation problems, and the perplexity of training problems."""
   validation = wordmath.problems("validation", config.evaluation_problems)
   seen = wordmath.problems(
     "train", min(config.evaluation_problems, config.num_problems or sys.maxsize), config.seed
@@ -182,7 +183,7 @@ def validate(params, config: configs.TrainingConfig, tokenizer) -> dict[str, flo
 
 
 def command() -> str:
-  """What is run, whatever the place where the results go."""
+  """Returns the command of this run, with a placeholder for the output folder."""
   settings = (
     "config",
     "steps",
@@ -196,27 +197,20 @@ def command() -> str:
   return " ".join(["python -m experiments.train", *given, "--output=DIR"])
 
 
-def machine() -> str:
-  """CPU model and cores at this process's disposal, and the accelerator if there is one."""
-  cpu = platform.processor() or platform.machine()
-  info = pathlib.Path("/proc/cpuinfo")
-  if info.exists():
-    models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-    cpu = models[0].split(":", 1)[1].strip() if models else cpu
-  has_affinity = hasattr(os, "sched_getaffinity")
-  cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-  device = jax.devices()[0]
-  accelerator = "" if device.platform == "cpu" else f", {device.device_kind}"
-  return f"{cpu}, {cores} core{'s' if cores > 1 else ''}{accelerator}"
+def describe_machine() -> str:
+  found = machine.describe(machine.pin(None))
+  cores = f"{found['cores']} core{'s' if found['cores'] > 1 else ''}"
+  accelerator = "" if found["platform"] == "cpu" else f", {found['device']}"
+  return f"{found['cpu']}, {cores}{accelerator}"
 
 
 def run(
   config: configs.TrainingConfig, output: pathlib.Path, tokenizer: tokenizers.Tokenizer
 ) -> tuple[training.TrainState, dict]:
-  """Trains from the last saved state in `output`, or from the beginning.
+  """Trains from the last saved state in `output`, or from scratch.
 
   Returns:
-    The final state and the last line of metrics about training.
+    The final state and the last record of training metrics.
   """
 
   def init():
@@ -250,7 +244,7 @@ def run(
       return round(before + time.monotonic() - start, 2)
 
     progress = tqdm(total=num_steps, initial=first, unit="step", mininterval=2, dynamic_ncols=True)
-    mark = tokens, seconds()  # Where the rate is measured from: evaluations do not count.
+    mark = tokens, seconds()  # the rate is measured from here, without evaluations
     for step in range(first + 1, num_steps + 1):
       batch = make_batch(step - 1)
       state, values = training.train_step(
@@ -275,7 +269,9 @@ def run(
         metrics.write(last)
         progress.set_postfix(loss=f"{values['loss']:.4f}")
         if not np.isfinite(values["loss"]):
-          raise ValueError(f"the loss is {values['loss']} at step {step}: lower --learning_rate")
+          raise ValueError(
+            f"the loss is {values['loss']} at step {step}: give a lower --learning_rate"
+          )
       if step % config.evaluate_every == 0 or step == num_steps:
         scores = validate(state.params, config, tokenizer)
         metrics.write({"step": step, "kind": "evaluation", **scores, "seconds": seconds()})
@@ -295,7 +291,7 @@ def finish(
   last: dict,
   command: str,
 ) -> None:
-  """Writes the Hugging Face folder `output/model`: bfloat16 weights, with scores in the manifest."""
+  """Writes `output/model` as a Hugging Face folder with bfloat16 weights and their scores."""
   stored = jax.tree.map(lambda w: w.astype(jnp.bfloat16), state.params)
   scores = validate(jax.tree.map(lambda w: w.astype(config.model.dtype), stored), config, tokenizer)
   files = output / "tokenizer"
@@ -311,7 +307,7 @@ def finish(
       "steps": int(state.step),
       "tokens": last["tokens"],
       "seconds": last["seconds"],
-      "machine": machine(),
+      "machine": describe_machine(),
       "jax": jax.__version__,
       "scores": {"of": f"the stored weights run in {config.model.dtype}", **scores},
     },
@@ -326,13 +322,13 @@ def main(argv) -> None:
   config = apply_flags(configs.load(FLAGS.config))
   check_output(output, config)
   if (output / "model").exists():
-    print(f"{output / 'model'} is complete already")
+    print(f"{output / 'model'} is already complete")
     return
   tokenizer = wordmath_tokenizer.build_tokenizer()
   if tokenizer.get_vocab_size() != config.model.vocab_size:
     raise ValueError(
-      f"the tokenizer has {tokenizer.get_vocab_size()} tokens, and the model of "
-      f"{FLAGS.config} {config.model.vocab_size}"
+      f"the tokenizer has {tokenizer.get_vocab_size()} tokens, but the model of {FLAGS.config} has "
+      f"{config.model.vocab_size}: set vocab_size in the config"
     )
   state, last = run(config, output, tokenizer)
   finish(config, output, tokenizer, state, last, command())

@@ -3,7 +3,7 @@
 params, config, tokenizer = roe_jax.open_model("path/or/hf:org/name")
 roster = roe_jax.Roster.create(config, num_members=16, temperatures=0.3)
 roe_jax.generate(params, config, prompts, roster=roster, max_new_tokens=64)
-roe_jax.perplexity(params, config, text, roster=roster)
+roe_jax.perplexity(params, config, tokens, roster=roster)
 """
 
 import importlib.metadata

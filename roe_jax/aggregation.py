@@ -1,8 +1,7 @@
-"""From the members' logits to one next-token distribution.
+"""Aggregations: combine the members' logits into one next-token distribution.
 
-An `Aggregation` takes members a few at a time, so that the logits of all of
-them are never held at once. Adding an entry to `AGGREGATIONS` makes a new one
-available under its name everywhere.
+An `Aggregation` consumes members in batches, so the logits of all members never
+exist at once. An entry added to `AGGREGATIONS` is available everywhere by name.
 """
 
 from collections.abc import Callable
@@ -16,21 +15,20 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Aggregation:
-  """How members' distributions become one.
+  """A streaming combination of the members' distributions.
 
   Attributes:
-    add: `(state, logits) -> state`: takes the float32 logits `[R, ..., V]` of
-      more members; the state is None before the first, and of a size that does
-      not depend on how many there were.
+    add: `(state, logits) -> state`: adds float32 logits `[R, ..., V]` of R more members.
+      The state is None before the first; its size does not depend on the number of members.
     finish: `(state, n) -> log_probs`: the normalized float32 log-probabilities
-      `[..., V]` after n members in all.
+      `[..., V]` of n members.
   """
 
   add: Callable[[Any, jax.Array], Any]
   finish: Callable[[Any, int], jax.Array]
 
   def __call__(self, logits: jax.Array) -> jax.Array:
-    """Log-probabilities `[..., V]` of members `[R, ..., V]` taken all at once."""
+    """Returns the log-probabilities `[..., V]` of members `[R, ..., V]`, all at once."""
     return self.finish(self.add(None, logits), logits.shape[0])
 
 
@@ -68,16 +66,15 @@ def _elect(state, n):
   return total - jnp.log(n + 1.0)
 
 
-# Each member votes for its most probable token. One more vote is spread as the
-# mean distribution: it breaks ties between tokens with equally many votes and
-# leaves no token without probability.
+# Each member votes for its most probable token. One extra vote is the mean
+# distribution: it breaks ties and leaves no token with probability zero.
 MAJORITY = Aggregation(_add_votes, _elect)
 
 
-# SCMoE (arXiv 2405.14507): what the first member, which must be the clean one, says
-# in contrast to the mean of the others: z = (1 + β) z_0 - β mean_i z_i over the
-# tokens of which it gives at least α times the probability of its best; the others
-# have none. The paper contrasts logits of one weak pass, with these α and β.
+# SCMoE (arXiv 2405.14507): contrasts member 0, the clean one, with the mean of the
+# others: z = (1 + β) z_0 - β mean_i z_i over the tokens to which member 0 gives at
+# least α times its maximum probability; other tokens get probability zero. The
+# paper contrasts the logits of one weak pass, with these values of α and β.
 ALPHA, BETA = 0.1, 0.5
 
 

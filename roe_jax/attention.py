@@ -1,4 +1,4 @@
-"""Rotary embeddings and attention to a cache beside a row's own key and value."""
+"""Rotary embeddings, and attention to a KV cache and the token's own key and value."""
 
 import math
 
@@ -14,40 +14,42 @@ from roe_jax.params import AttentionParams
 
 
 def rotation(config: ModelConfig, positions_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines of the rotary embedding, `[B, T, 1, C/2]` in `config.dtype`."""
-  angles = (
-    positions_BxT[..., None, None].astype(jnp.float32) * frequencies(config)[None, None, None]
-  )
-  turns = jnp.cos(angles), jnp.sin(angles)
+  """Returns cos and sin of the rotary embedding, `[B, T, 1, C/2]` in `config.dtype`."""
+  positions = positions_BxT[..., None, None].astype(jnp.float32)
+  angles = positions * frequencies(config)[None, None, None]
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
   if config.rope_scaling is not None:
-    turns = (config.rope_scaling.attention_factor * turn for turn in turns)
-  return tuple(rounded(turn, jnp.dtype(config.dtype)) for turn in turns)
+    factor = config.rope_scaling.attention_factor
+    cos, sin = factor * cos, factor * sin
+  dtype = jnp.dtype(config.dtype)
+  return rounded(cos, dtype), rounded(sin, dtype)
 
 
 def frequencies(config: ModelConfig) -> jax.Array:
-  """Radians per position of each rotated pair, `[C/2]` float32.
+  """Returns the radians per position of each rotated pair, `[C/2]` float32.
 
-  With `rope_scaling`, fast ones stay, slow ones are divided by its factor, and
-  those on the ramp in between are a mixture (YaRN, arXiv 2309.00071, section
-  3.2; the bounds of the ramp as in transformers).
+  With `rope_scaling`, high frequencies stay, low ones are divided by its factor, and those
+  on the ramp between them are interpolated (YaRN, arXiv 2309.00071, section 3.2; the
+  bounds of the ramp as in transformers).
   """
   exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-  plain = 1.0 / (config.rope_theta**exponents)
+  unscaled = 1.0 / (config.rope_theta**exponents)
   if config.rope_scaling is None:
-    return plain
+    return unscaled
   low, high = yarn_ramp(config)
   slow = jnp.clip((jnp.arange(config.head_dim // 2) - low) / (high - low), 0, 1)
-  return plain / config.rope_scaling.factor * slow + plain * (1 - slow)
+  return unscaled / config.rope_scaling.factor * slow + unscaled * (1 - slow)
 
 
 def yarn_ramp(config: ModelConfig) -> tuple[float, float]:
-  """Between which pairs the frequencies go over from plain to divided ones."""
+  """Returns the pairs between which frequencies change from unscaled to divided."""
   yarn = config.rope_scaling
+  assert yarn is not None
 
   def pair(rotations):
-    """Index of the pair that turns so often within the original context."""
-    turned = yarn.original_context / (rotations * 2 * math.pi)
-    return config.head_dim * math.log(turned) / (2 * math.log(config.rope_theta))
+    """Returns the index of the pair that rotates so often over the original context."""
+    wavelength = yarn.original_context / (rotations * 2 * math.pi)
+    return config.head_dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
 
   low, high = pair(yarn.beta_fast), pair(yarn.beta_slow)
   if yarn.truncate:
@@ -57,15 +59,11 @@ def yarn_ramp(config: ModelConfig) -> tuple[float, float]:
 
 
 def rotate(x_BxTxHxC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotates the two halves of each head against each other."""
+  """Applies the rotary embedding to the two halves of each head."""
   first, second = jnp.split(x_BxTxHxC, 2, axis=-1)
-  return jnp.concatenate(
-    [
-      add(multiply(first, cos), -multiply(second, sin)),
-      add(multiply(second, cos), multiply(first, sin)),
-    ],
-    axis=-1,
-  )
+  new_first = add(multiply(first, cos), -multiply(second, sin))
+  new_second = add(multiply(second, cos), multiply(first, sin))
+  return jnp.concatenate([new_first, new_second], axis=-1)
 
 
 def project(
@@ -76,7 +74,7 @@ def project(
   cos: jax.Array,
   sin: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Rotated queries `[B, T, H, C]`, rotated keys and values `[B, T, K, C]`."""
+  """Returns rotated queries `[B, T, H, C]`, rotated keys and values `[B, T, K, C]`."""
   query, key, value = (
     rounded(add_bias(numerics.project(x_BxTxD, w, layer), bias, layer), x_BxTxD.dtype)
     for w, bias in (
@@ -109,58 +107,57 @@ def attend_in_layer(
   write: bool,
   lengths_B: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
-  """Attention as the layer's kind has it, and the cache written if asked.
+  """Attends with full or sliding attention, as the layer requires, and writes the cache.
 
-  All slots are written before they are attended to. A window is written
-  afterwards, as the rows' own keys take the place of some that they see.
+  A cache with full attention is written before it is read. That of a sliding layer is
+  written afterwards, since new keys overwrite some that the tokens attend to.
 
   Args:
     config: the model's architecture.
-    weights: attention of all layers, for the sinks.
+    weights: attention parameters of all layers, for the sinks.
     layer: may be traced.
-    query_BxTxHxC, key_BxTxKxC, value_BxTxKxC: of the rows, rotated.
+    query_BxTxHxC, key_BxTxKxC, value_BxTxKxC: of the tokens, rotated.
     positions_BxT: int32.
     cache: see `transformer.run_layers`.
-    place: of the layer.
-    write: whether to put keys and values into the cache.
+    location: of the layer in the cache.
+    write: whether to write keys and values to the cache.
     lengths_B: see `cache.write_sliding`.
 
   Returns:
-    `[B, T, H, C]`, dtype of `query`, and the cache.
+    `[B, T, H, C]` in the dtype of `query`, and the cache.
   """
   sinks = None if weights.sinks is None else to_compute_dtype(weights.sinks[layer])
   is_sliding, index = location.is_sliding, location.index
-  rows = query_BxTxHxC, key_BxTxKxC, value_BxTxKxC, positions_BxT
+  new = query_BxTxHxC, key_BxTxKxC, value_BxTxKxC, positions_BxT
   if cache is None:
-    window = (
-      None if is_sliding is False else jnp.where(is_sliding, config.sliding_window, NO_POSITION)
-    )
-    return attend(*rows, sinks_H=sinks, window=window), None
+    if is_sliding is False:
+      return attend(*new, sinks_H=sinks), None
+    window = jnp.where(is_sliding, config.sliding_window or NO_POSITION, NO_POSITION)
+    return attend(*new, sinks_H=sinks, window=window), None
+  written = key_BxTxKxC, value_BxTxKxC, positions_BxT[:, 0]
+  sliding = cache.sliding
   if write and is_sliding is not True:
-    # What a cache of other layers lacks is dropped.
-    elsewhere = jnp.where(is_sliding, len(cache.keys), index) if is_sliding is not False else index
-    cache = kv_cache.write(cache, key_BxTxKxC, value_BxTxKxC, positions_BxT[:, 0], elsewhere)
+    # A layer index out of bounds is dropped: the other kind's cache is not written.
+    target = index if is_sliding is False else jnp.where(is_sliding, len(cache.keys), index)
+    cache = kv_cache.write(cache, *written, target)
 
-  def to_all():
-    return attend(*rows, cache, index, sinks)
+  def attend_to_all():
+    return attend(*new, cache, index, sinks)
 
-  def to_window():
-    return attend(*rows, cache.sliding, index, sinks, config.sliding_window, attend_to_new=write)
+  def attend_to_window():
+    return attend(*new, sliding, index, sinks, config.sliding_window, attend_to_new=write)
 
   if isinstance(is_sliding, bool):
-    heads = to_window() if is_sliding else to_all()
+    heads = attend_to_window() if is_sliding else attend_to_all()
   else:
-    heads = jax.lax.cond(is_sliding, to_window, to_all)
-  if write and is_sliding is not False:
-    # Always true: XLA copies the window, unless the write depends on what has
-    # been computed from it.
+    heads = jax.lax.cond(is_sliding, attend_to_window, attend_to_all)
+  if write and sliding is not None and is_sliding is not False:
+    # Always true: XLA copies the cache, unless the write depends on what was computed
+    # from it.
     after_reading = (heads[0, 0, 0, 0] <= jnp.inf) | jnp.isnan(heads[0, 0, 0, 0])
-    elsewhere = jnp.where(is_sliding & after_reading, index, len(cache.sliding.keys))
-    cache = cache.replace(
-      sliding=kv_cache.write_sliding(
-        cache.sliding, key_BxTxKxC, value_BxTxKxC, positions_BxT[:, 0], elsewhere, lengths_B
-      )
-    )
+    target = jnp.where(is_sliding & after_reading, index, len(sliding.keys))
+    sliding = kv_cache.write_sliding(sliding, *written, target, lengths_B)
+    cache = cache.replace(sliding=sliding)
   return heads, cache
 
 
@@ -175,27 +172,26 @@ def attend(
   window: jax.Array | int | None = None,
   attend_to_new: bool = False,
 ) -> jax.Array:
-  """Attention of each row to slots below its position, and to itself.
+  """Attends from each token to earlier cached positions and to itself.
 
-  A row at position t sees the slots s < t and its own key and value: parts of
-  one softmax, so that a cache shared by all members of a roster is contracted
-  with all their queries at once and never copied to them. The cache is read
-  in blocks of slots, up to the last that any row sees, with a running maximum
-  and sum: no array has the size of T times S.
+  The token at position t attends to cached positions < t and to its own key and value in
+  one softmax. So a cache shared by all members of a roster is contracted with all their
+  queries at once and never copied. The cache is read in blocks, up to the last one needed,
+  with a running maximum and sum: no array has the size T x S.
 
   Args:
     query_BxTxHxC: rotated queries.
-    own_key_BxTxKxC, own_value_BxTxKxC: of the rows themselves.
+    own_key_BxTxKxC, own_value_BxTxKxC: the tokens' own.
     positions_BxT: int32.
-    cache: whose slots are seen; without, the rows see each other.
-      Differentiable then.
-    layer: of the cache.
-    sinks_H: scores of each head that take part in the softmax without a value.
-    window: how many positions a row sees, its own included; all by default.
-    attend_to_new: whether rows see each other beside a cache.
+    cache: the cache to attend to. Without one, the tokens attend to each other, and the
+      function is differentiable.
+    layer: index in the cache.
+    sinks_H: one logit per head that takes part in the softmax without a value.
+    window: attention window, including the current position; unlimited by default.
+    attend_to_new: whether tokens attend to each other in addition to a cache.
 
   Returns:
-    `[B, T, H, C]`, dtype of `query`.
+    `[B, T, H, C]` in the dtype of `query`.
   """
   dtype = query_BxTxHxC.dtype
   b, t, h, c = query_BxTxHxC.shape
@@ -204,7 +200,7 @@ def attend(
   scale = c**-0.5
 
   def visible(positions):
-    """`[B, T, S]` from positions `[B, 1, S]`."""
+    """Returns the mask `[B, T, S]` of positions `[B, 1, S]`."""
     below = positions < positions_BxT[..., None]
     return below if window is None else below & (positions > positions_BxT[..., None] - window)
 
@@ -218,27 +214,29 @@ def attend(
     return (new_peak, shrink * total + weights.sum(-1), shrink[..., None] * mixed + part)
 
   def add_block(j, carry):
-    # The last block may overlap the one before: its first slots are not counted again.
+    assert cache is not None
+    # The last block may overlap the one before; entries counted there are masked.
     start = jnp.minimum(j * block, cache.capacity - block)
     keys, values = (_block(a, layer, start, block) for a in (cache.keys, cache.values))
-    slots = start + jnp.arange(block)[None, None]
-    held = (
-      slots if isinstance(cache, KVCache) else _block(cache.positions, layer, start, block)[..., 0]
-    )
-    return add(carry, keys, values, visible(held) & (slots >= j * block))
+    indices = start + jnp.arange(block)[None, None]
+    if isinstance(cache, KVCache):
+      positions = indices
+    else:
+      positions = _block(cache.positions, layer, start, block)[..., 0]
+    return add(carry, keys, values, visible(positions) & (indices >= j * block))
 
-  # A row's own score is finite, so that one that sees no slot is no special case.
+  # A token's own score is finite: attending to no cached position is no special case.
   own = einsum("btkgc,btkc->bkgt", query, own_key_BxTxKxC) * scale
   own_value = own_value_BxTxKxC.astype(jnp.float32).swapaxes(1, 2)[:, :, None]
   peak = jax.lax.stop_gradient(own)
   if sinks_H is not None:
     sinks = jnp.broadcast_to(sinks_H.astype(jnp.float32).reshape(1, k, h // k, 1), own.shape)
     peak = jnp.maximum(peak, jax.lax.stop_gradient(sinks))
-  own_weight = jnp.exp(own - peak)  # without sinks one, but not to a gradient
+  own_weight = jnp.exp(own - peak)  # 1 without sinks, but its gradient matters
   total = own_weight if sinks_H is None else own_weight + jnp.exp(sinks - peak)
   carry = (peak, total, own_weight[..., None] * own_value)
   if cache is not None:
-    block = min(cache.capacity, block_slots())
+    block = min(cache.capacity, block_size())
     if block == cache.capacity:
       carry = add_block(0, carry)
     else:
@@ -256,29 +254,29 @@ def attend(
 
 
 def _block(array, layer, start, block):
-  """Some slots `[B, K, block, C]` of a layer of a cache's array."""
+  """Slices a block `[B, K, block, C]` of a layer from a cache's array."""
   _, b, k, _, c = array.shape
   return jax.lax.dynamic_slice(array, (layer, 0, 0, start, 0), (1, b, k, block, c))[0]
 
 
 def _blocks(cache, positions_BxT, window, block):
-  """The first block of slots that any row sees, and the one after the last."""
+  """Returns the first block that any token attends to, and the one after the last."""
   end = jnp.max(positions_BxT)
   if isinstance(cache, KVCache):
     return 0, -(-end // block)
-  # As long as no slot has been used again, slot s holds position s.
+  # Until entries are reused, entry s holds position s.
   oldest = jnp.maximum(0, jnp.min(positions_BxT) - window + 1)
   first = jnp.where(end <= cache.capacity, oldest // block, 0)
   return first, -(-jnp.minimum(end, cache.capacity) // block)
 
 
-def block_slots(platform: str | None = None) -> int:
-  """How many slots of a cache are read together on a platform (default: the backend)."""
+def block_size(platform: str | None = None) -> int:
+  """Returns how many cached positions are read together on a platform (default: the backend)."""
   return 256 if (platform or jax.default_backend()) == "cpu" else 2048
 
 
 def output(weights: AttentionParams, layer: jax.Array | int, heads_BxTxHxC: jax.Array) -> jax.Array:
-  """The attention block's contribution to the residual stream, `[B, T, D]`."""
+  """Projects the heads back to the residual stream, `[B, T, D]`."""
   projected = collectives.psum(
     numerics.project_back(heads_BxTxHxC, weights.output, layer), "tensor"
   )

@@ -1,4 +1,4 @@
-"""Texts of different lengths as arrays of few different shapes."""
+"""Batches sequences of different lengths into arrays of few shapes."""
 
 from collections.abc import Callable, Sequence
 import functools
@@ -15,29 +15,28 @@ from roe_jax.params import Params
 
 
 def bucket(size: int, minimum: int = 1) -> int:
-  """`size` rounded up to one of four sizes per octave, so that few shapes are
-  compiled and at most a fifth of an array is padding."""
+  """Rounds `size` up to one of four sizes per octave: few shapes, at most 20 % padding."""
   size = max(size, minimum)
   unit = max(1, 1 << max(0, (size - 1).bit_length() - 3))
   return -(-size // unit) * unit
 
 
 def power_of_two(size: int, minimum: int = 1) -> int:
-  """`size` rounded up to a power of two: fewer shapes than `bucket`, more padding."""
+  """Rounds `size` up to a power of two: fewer shapes than `bucket`, more padding."""
   return 1 << (max(size, minimum) - 1).bit_length()
 
 
 def by_length(lengths: Sequence[int], size: int, minimum: int) -> list[tuple[list[int], int]]:
-  """Batches of sequences of similar lengths, longest first, so that memory runs out at once or never.
+  """Groups sequences by length, longest first, so that memory runs out at once or never.
 
   Args:
     lengths: of the sequences.
-    size: of a batch, at most.
-    minimum: positions of the smallest batches.
+    size: maximum batch size.
+    minimum: minimum padded length.
 
   Returns:
-    Indices of each batch's sequences, and the positions that they are to be padded
-    to: a power of two, the same for many batches.
+    For each batch, the indices of its sequences and the length to pad them to: a power
+    of two.
   """
   order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
   batches = []
@@ -50,50 +49,50 @@ def by_length(lengths: Sequence[int], size: int, minimum: int) -> list[tuple[lis
 def check_tokens(
   config: ModelConfig, sequences: Sequence[Sequence[int]], *, room: int = 0, what: str = "prompt"
 ) -> None:
-  """Checks sequences before any work starts.
+  """Validates sequences before expensive work.
 
   Args:
-    config: the model they are for.
+    config: the model's architecture.
     sequences: token ids.
-    room: how many positions must be left in the context behind each; -1 where
-      the last token needs none.
-    what: what to call a text in errors.
+    room: positions that the context must have left after each sequence; -1 if the last
+      token needs none.
+    what: what to call a sequence in errors.
 
   Raises:
-    ValueError: a text is empty, too long, or holds a token id outside the
-      vocabulary.
+    ValueError: a sequence is empty, too long, or has a token id outside the vocabulary.
   """
-  for i, text in enumerate(sequences):
-    if len(text) == 0:
-      raise ValueError(f"{what} {i} is empty: at least one token is needed (a BOS token will do)")
-    if len(text) + room > config.context_length:
+  for i, sequence in enumerate(sequences):
+    if len(sequence) == 0:
+      raise ValueError(f"{what} {i} is empty: add at least one token, such as BOS")
+    if len(sequence) + room > config.context_length:
+      more = f" with {room} more to generate" if room > 0 else ""
       raise ValueError(
-        f"{what} {i} has {len(text)} tokens, which does not fit the model's context of "
-        f"{config.context_length}" + (f" with {room} more to come" if room else "") + ": shorten it"
+        f"{what} {i} has {len(sequence)} tokens, which does not fit the model's context of "
+        f"{config.context_length}{more}: shorten it"
       )
-    ids = np.asarray(text)
+    ids = np.asarray(sequence)
     if ids.min() < 0 or ids.max() >= config.vocab_size:
       wrong = ids[(ids < 0) | (ids >= config.vocab_size)][0]
       raise ValueError(
-        f"{what} {i} holds token id {wrong}, outside the model's vocabulary of "
+        f"{what} {i} has token id {wrong}, outside the model's vocabulary of "
         f"{config.vocab_size}: was it encoded with another model's tokenizer?"
       )
 
 
 def pad(sequences: Sequence[Sequence[int]], batch_size: int, length: int) -> jax.Array:
-  """Texts as int32 `[batch_size, length]`, zeros to the right and below."""
+  """Returns sequences as int32 `[batch_size, length]`, padded with zeros."""
   array = np.zeros((batch_size, length), np.int32)
-  for row, text in zip(array, sequences):
-    row[: len(text)] = text
+  for row, sequence in zip(array, sequences):
+    row[: len(sequence)] = sequence
   return jnp.asarray(array)
 
 
 def device_put_like(params: Params, tree: Any) -> Any:
-  """Commits arrays to the device or the mesh of the parameters.
+  """Commits arrays to the device or mesh of the parameters.
 
-  What a step returns is committed there if the parameters are (those of a
-  checkpoint are); what goes into the first step must be so too, or that step
-  is compiled once more. On a mesh they lie as `sharding.state_specs` says.
+  The outputs of a step are committed there if the parameters are (those of a checkpoint
+  are). The inputs of the first step must be too, or it is compiled twice. On a mesh,
+  `sharding.state_specs` gives the layout.
   """
   where = params.final_norm.sharding
   if sharding.mesh_of(params) is not None:
@@ -104,31 +103,31 @@ def device_put_like(params: Params, tree: Any) -> Any:
 def init_sharded(
   params: Params, make: Callable[..., Any], config: ModelConfig, *settings: Any, **sizes: Any
 ) -> Any:
-  """`device_put_like` of `make(config, *settings, **sizes)`; no device of a mesh ever holds it whole.
+  """Runs `device_put_like` on `make(config, *settings, **sizes)`; no device holds it whole.
 
   Args:
     params: the model's parameters.
-    make: makes arrays; a function of a module, as its program is kept.
-    config: their architecture.
+    make: a module-level function that makes arrays; its program is cached.
+    config: the model's architecture.
     *settings: pytrees.
-    **sizes: what the arrays' shapes depend on.
+    **sizes: static arguments that set the shapes.
   """
   if sharding.mesh_of(params) is None:
     return device_put_like(params, make(config, *settings, **sizes))
   return _init_on_mesh(params, settings, make, config, tuple(sizes.items()))
 
 
-# The parameters' only use is to say where the arrays are wanted.
+# The parameters only determine the sharding.
 @functools.partial(jax.jit, static_argnames=("make", "config", "sizes"), keep_unused=True)
 def _init_on_mesh(params, settings, make, config, sizes):
   return sharding.with_sharding_constraint(params, make(config, *settings, **dict(sizes)))
 
 
 def request_ids(given: Sequence[int] | None, count: int) -> list[int]:
-  """The given ids, or 0, 1, ...
+  """Returns the given request ids, or 0, 1, ...
 
   Raises:
-    ValueError: the wrong number of ids, or one outside [0, 2**32).
+    ValueError: wrong number of ids, or one outside [0, 2**32).
   """
   if given is None:
     return list(range(count))

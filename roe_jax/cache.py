@@ -1,4 +1,4 @@
-"""The key/value cache of one sequence (or of one roster member) per row."""
+"""The KV cache: keys and values of one sequence (or one roster member) per batch entry."""
 
 from flax import struct
 import jax
@@ -8,19 +8,19 @@ import numpy as np
 from roe_jax.config import ModelConfig
 from roe_jax.numerics import storage_dtype, to_storage_dtype
 
-# What a slot without a position holds: later than any position.
+# The position of an empty entry: later than any real position.
 NO_POSITION = np.iinfo(np.int32).max
 
 
 class SlidingCache(struct.PyTreeNode):
-  """Keys (rotated) and values of the last positions; position p lies in slot p mod S.
+  """A ring buffer of the last S positions of sliding layers: position p is stored at p mod S.
 
-  Which position a slot holds is said beside it, so that what has been
-  overwritten, or was never written, is not read.
+  It records which position each entry holds, so that overwritten and unwritten
+  entries are never read.
 
   Attributes:
-    keys, values: `[L, B, K, S, C]` of the sliding layers, as those of `KVCache`.
-    positions: `[L, B, 1, S, 1]` int32; `NO_POSITION` in an empty slot.
+    keys, values: `[L, B, K, S, C]` of the sliding layers, as in `KVCache`.
+    positions: `[L, B, 1, S, 1]` int32; `NO_POSITION` in an empty entry.
   """
 
   keys: jax.Array
@@ -33,16 +33,15 @@ class SlidingCache(struct.PyTreeNode):
 
 
 class KVCache(struct.PyTreeNode):
-  """Keys (rotated) and values; slot s holds position s.
+  """Keys (rotated) and values, indexed by position.
 
-  Slots at or beyond a row's length hold rubbish that no row ever reads, since
-  a row at position t reads slots below t only.
+  Entries at or beyond a sequence's length hold garbage that is never read, since the
+  token at position t reads positions < t only.
 
   Attributes:
-    keys, values: `[L, B, K, S, C]`, in the storage dtype of the model's: what
-      attention contracts lies in the last two axes, so that no step transposes
-      the cache. Of the layers that see all positions.
-    sliding: of the sliding layers; None where the model has none.
+    keys, values: `[L, B, K, S, C]` of the layers with full attention, in the storage
+      dtype. The axes that attention contracts are last, so no step transposes the cache.
+    sliding: the cache of the sliding layers; None without any.
   """
 
   keys: jax.Array
@@ -55,12 +54,12 @@ class KVCache(struct.PyTreeNode):
 
 
 class LayerLocation(struct.PyTreeNode):
-  """Where the keys and values of a layer lie in a cache.
+  """Where a layer's keys and values are in a cache.
 
   Attributes:
-    is_sliding: whether it is a sliding layer; bool `[]` where layers of both kinds
-      take turns in one program.
-    index: among the cache's layers of this kind, `[]` int32.
+    is_sliding: whether it is a sliding layer; a traced bool `[]` where one program runs
+      layers of both kinds.
+    index: index among the cache's layers of this kind, int32 `[]`.
   """
 
   is_sliding: jax.Array | bool
@@ -70,13 +69,13 @@ class LayerLocation(struct.PyTreeNode):
 def layer_location(
   config: ModelConfig, layer: jax.Array | int, layer_range: tuple[int, int], offset: int = 0
 ) -> LayerLocation:
-  """The place of a layer (may be traced) out of a range `(first, end)`.
+  """Returns where a layer is in a cache.
 
   Args:
     config: the model's architecture.
-    layer: its index in the model.
-    layer_range: the layers that it is one of.
-    offset: the layer that the cache begins with.
+    layer: its index in the model; may be traced.
+    layer_range: `(first, end)` of the layers that it may be.
+    offset: the first layer in the cache.
   """
   is_sliding = _is_sliding(config)
   if not is_sliding.any():
@@ -94,7 +93,7 @@ def layer_location(
 
 
 def _is_sliding(config):
-  """Whether each layer is a sliding one, `[L]` bool."""
+  """Returns whether each layer is sliding, `[L]` bool."""
   return np.isin(np.arange(config.num_layers), config.sliding_layers)
 
 
@@ -105,19 +104,19 @@ def empty(
   layers: tuple[int, int] | None = None,
   whole: bool = False,
 ) -> KVCache:
-  """A cache without any position.
+  """Returns an empty cache.
 
   Args:
     config: the model's architecture.
     batch_size: B.
-    capacity: positions that it holds.
-    layers: `(first, end)` of the layers it is for; all by default.
-    whole: whether sliding layers hold as many positions as the others, and not
-      only those that the next one sees.
+    capacity: S, the number of positions it can hold.
+    layers: `(first, end)` of its layers; all by default.
+    whole: whether sliding layers also keep `capacity` positions instead of only the
+      last `config.sliding_window`.
   """
   is_sliding = _is_sliding(config)[slice(*(layers or (0, config.num_layers)))]
   cache = KVCache(*_zeros(config, int((~is_sliding).sum()), batch_size, capacity))
-  if not config.sliding_layers:
+  if config.sliding_window is None:
     return cache
   kept = capacity if whole else min(capacity, config.sliding_window)
   keys, values = _zeros(config, int(is_sliding.sum()), batch_size, kept)
@@ -126,7 +125,7 @@ def empty(
 
 
 def _zeros(config, num_layers, batch_size, capacity):
-  """Keys and values `[L, B, K, S, C]`."""
+  """Returns keys and values `[L, B, K, S, C]`."""
   shape = num_layers, batch_size, config.num_kv_heads, capacity, config.head_dim
   dtype = storage_dtype(config.dtype)
   return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
@@ -137,23 +136,23 @@ def write(
   keys: jax.Array,
   values: jax.Array,
   starts_B: jax.Array,
-  layer: jax.Array | None = None,
+  layer: jax.Array | int | None = None,
 ) -> KVCache:
-  """Puts T new keys and values into consecutive slots from `starts_B` on.
+  """Writes T new keys and values at consecutive positions from `starts_B` on.
 
-  Slots beyond the capacity are dropped, and so are layers that the cache does
-  not have. Its window stays as it is.
+  Positions beyond the capacity are dropped, and so are layers that the cache does
+  not have. Its sliding layers stay as they are.
 
   Args:
     cache: `[L, B, K, S, C]`.
-    keys, values: `[B, T, K, C]` of `layer`; of all layers, `[L, B, T, K, C]`,
-      without.
+    keys, values: `[B, T, K, C]` of `layer`; without `layer`, `[L, B, T, K, C]` of all.
     starts_B: int32.
-    layer: which layer's; may be traced.
+    layer: index in the cache; may be traced.
   """
-  slots = starts_B[:, None] + jnp.arange(keys.shape[-3])[None]
+  positions = starts_B[:, None] + jnp.arange(keys.shape[-3])[None]
   return cache.replace(
-    keys=_put(cache.keys, keys, slots, layer), values=_put(cache.values, values, slots, layer)
+    keys=_put(cache.keys, keys, positions, layer),
+    values=_put(cache.values, values, positions, layer),
   )
 
 
@@ -162,20 +161,20 @@ def write_sliding(
   keys: jax.Array,
   values: jax.Array,
   starts_B: jax.Array,
-  layer: jax.Array | None = None,
+  layer: jax.Array | int | None = None,
   lengths_B: jax.Array | None = None,
 ) -> SlidingCache:
-  """Puts T new keys and values in the place of the oldest.
+  """Overwrites the oldest positions with T new keys and values.
 
-  Of more than there are slots the last are kept. What lies at or beyond a row's
-  length is dropped: it would take the place of what that row still sees.
+  If T exceeds the capacity, the last positions are kept. Positions at or beyond a
+  sequence's length are dropped: they would overwrite ones that it still attends to.
 
   Args:
     cache: `[L, B, K, S, C]`.
     keys, values: see `write`.
-    starts_B: int32, position of the first.
+    starts_B: int32, the first position.
     layer: see `write`.
-    lengths_B: int32, or None where all T positions count.
+    lengths_B: int32, or None if all T positions count.
   """
   count = keys.shape[-3]
   positions = starts_B[:, None] + jnp.arange(count)[None]
@@ -183,36 +182,34 @@ def write_sliding(
   if lengths_B is not None:
     ends = jnp.minimum(ends, lengths_B)
   kept = (positions < ends[:, None]) & (positions >= ends[:, None] - cache.capacity)
-  # Slots beyond the capacity are dropped; each is another one.
-  slots = jnp.where(kept, positions % cache.capacity, cache.capacity + positions)
+  # Indices beyond the capacity are dropped; they are distinct, as `_put` requires.
+  indices = jnp.where(kept, positions % cache.capacity, cache.capacity + positions)
   positions = jnp.broadcast_to(positions[..., None, None], (*keys.shape[:-2], 1, 1))
   return SlidingCache(
-    _put(cache.keys, keys, slots, layer),
-    _put(cache.values, values, slots, layer),
-    _put(cache.positions, positions, slots, layer),
+    _put(cache.keys, keys, indices, layer),
+    _put(cache.values, values, indices, layer),
+    _put(cache.positions, positions, indices, layer),
   )
 
 
 def write_step(
   config: ModelConfig, cache: KVCache, keys: jax.Array, values: jax.Array, positions_B: jax.Array
 ) -> KVCache:
-  """Puts all layers' keys and values `[L, B, 1, K, C]` of one position into a cache."""
-  is_sliding = _is_sliding(config)
-  if not is_sliding.any():
+  """Writes all layers' keys and values `[L, B, 1, K, C]` of one position to a cache."""
+  if cache.sliding is None:
     return write(cache, keys, values, positions_B)
-  cache = write(cache, keys[~is_sliding], values[~is_sliding], positions_B)
-  return cache.replace(
-    sliding=write_sliding(cache.sliding, keys[is_sliding], values[is_sliding], positions_B)
-  )
+  is_sliding = _is_sliding(config)
+  sliding = write_sliding(cache.sliding, keys[is_sliding], values[is_sliding], positions_B)
+  return write(cache, keys[~is_sliding], values[~is_sliding], positions_B).replace(sliding=sliding)
 
 
-def _put(held, new, slots_BxT, layer):
-  """`new` `[B, T, K, C]` or `[L, B, T, K, C]` in slots of `held`; others are dropped."""
-  rows = jnp.arange(len(slots_BxT))[:, None]
-  new = to_storage_dtype(new, held)
+def _put(array, new, indices_BxT, layer):
+  """Writes `new` `[B, T, K, C]` or `[L, B, T, K, C]` to `array`; drops indices out of bounds."""
+  batch = jnp.arange(len(indices_BxT))[:, None]
+  new = to_storage_dtype(new, array)
   if layer is None:
-    target = held.at[:, rows, :, slots_BxT]
+    target = array.at[:, batch, :, indices_BxT]
     new = jnp.moveaxis(new, 0, 2)
   else:
-    target = held.at[layer, rows, :, slots_BxT]
+    target = array.at[layer, batch, :, indices_BxT]
   return target.set(new, mode="drop", unique_indices=True)

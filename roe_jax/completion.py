@@ -1,4 +1,4 @@
-"""What generation returns."""
+"""The results of generation."""
 
 import dataclasses
 from typing import Any
@@ -6,19 +6,19 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-  """What was generated for one prompt.
+  """The completion of one prompt.
 
   Attributes:
-    tokens: the generated tokens, a final stop token included; up to the token
-      that completed a stop string.
-    log_probs: of each token under the aggregated distribution, before any
-      sampling temperature, float32.
-    clean_tokens: the token that the clean member would have chosen greedily at
-      each position (-1 where no clean member is computed).
-    finish_reason: "stop_token", "stop_string", "length" (the token limit) or
-      "context" (the end of the model's context).
-    text: the decoded tokens without stop token, cut before a stop string; None
-      if no `decode` function was given.
+    tokens: generated tokens, including a final stop token; with a stop string, up
+      to the token that completes it.
+    log_probs: log-probability of each token under the aggregated distribution,
+      before any sampling temperature, float32.
+    clean_tokens: the clean member's greedy choice at each position (-1 if no clean
+      member is computed).
+    finish_reason: "stop_token", "stop_string", "length" (`max_new_tokens` reached) or
+      "context" (end of the model's context).
+    text: decoded tokens without the stop token, cut before a stop string; None
+      without a `decode` function.
   """
 
   tokens: list[int]
@@ -30,13 +30,13 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Throughput:
-  """What a call of `decode.generate` did in which time.
+  """The throughput of one call of `decode.generate`.
 
   Attributes:
-    tokens: generated tokens in its completions.
-    steps: decode steps; each makes one token in every running slot.
-    occupancy: the share of the slots that were running, mean over the steps.
-    seconds: wall time, with prefill and whatever had to be compiled.
+    tokens: generated tokens in all completions.
+    steps: decode steps; each adds one token to every running slot.
+    occupancy: mean fraction of slots that were running.
+    seconds: wall time, including prefill and compilation.
   """
 
   tokens: int
@@ -57,7 +57,7 @@ class Throughput:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-  """Completions in the order of the prompts, the settings that made them, and the throughput."""
+  """Completions in the order of the prompts, the settings used, and the throughput."""
 
   completions: list[Completion]
   settings: dict[str, Any]

@@ -1,7 +1,7 @@
 """The architecture of a Mixture-of-Experts transformer as data.
 
-`ModelConfig` says everything that the forward function needs to know about a
-model. What the model families of the hub make of it is in `families`.
+`ModelConfig` is all that the forward pass knows about a model. `families` converts
+it to and from Hugging Face configs.
 """
 
 import dataclasses
@@ -10,19 +10,23 @@ import json
 from roe_jax.quantization import FORMATS
 
 DTYPES = ("float32", "bfloat16")
+_SIZES = (
+  "vocab_size num_layers d_model num_heads num_kv_heads head_dim num_experts experts_per_token "
+  "d_expert context_length"
+).split()
 
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
-  """Rotary embeddings stretched to a longer context (YaRN, arXiv 2309.00071).
+  """Rotary embeddings extended to a longer context (YaRN, arXiv 2309.00071).
 
   Attributes:
-    factor: how many times longer the context is than the original one.
-    original_context: tokens that the model was trained on first.
-    beta_fast, beta_slow: rotations within the original context from which on a
-      dimension keeps its frequency, and up to which it is divided by `factor`.
-    truncate: whether the bounds of the ramp between them are whole dimensions.
-    attention_factor: cosines and sines are multiplied by it.
+    factor: ratio of the extended to the original context length.
+    original_context: context length before the extension, in tokens.
+    beta_fast, beta_slow: dimensions with more than `beta_fast` rotations over the original
+      context keep their frequency; those with fewer than `beta_slow` divide it by `factor`.
+    truncate: whether the ramp between them starts and ends at integer dimensions.
+    attention_factor: multiplies cosines and sines.
   """
 
   factor: float
@@ -37,10 +41,10 @@ class Yarn:
 class ModelConfig:
   """A decoder-only MoE transformer.
 
-  Sizes carry the axis letters used in shapes throughout the library.
+  Sizes use the axis letters of the shapes throughout the library.
 
   Attributes:
-    family: which hub architecture this is, a name in `families.FAMILIES`.
+    family: the Hugging Face architecture, a name in `families.FAMILIES`.
     vocab_size: V.
     num_layers: L; every layer has attention and an MoE block.
     d_model: D.
@@ -49,42 +53,41 @@ class ModelConfig:
     head_dim: C; even, for rotary embeddings.
     num_experts: E, per layer.
     experts_per_token: A, active experts per token.
-    d_expert: F, inner width of one expert.
-    context_length: longest sequence the model was made for, in tokens.
-    normalize_gates: whether the gates of the chosen experts are scaled to sum
-      to one (Mixtral; `norm_topk_prob`), or stay a softmax over all experts.
-    gate_mass_experts: scale gates that are not normalized so that they sum to what
-      those of so many best experts alone would; None: do not. No model has it:
-      see `routing.with_experts`.
-    gates_in_model_dtype: whether gates are rounded to `dtype` before use
-      (OLMoE) or kept in float32 (Mixtral).
-    qk_norm: RMSNorm of the queries and of the keys: over all heads (OLMoE), or
-      with `qk_norm_per_head` over each (Qwen3).
+    d_expert: F, hidden width of one expert.
+    context_length: maximum sequence length, in tokens.
+    normalize_gates: whether the gates of the chosen experts are scaled to sum to one
+      (Mixtral; `norm_topk_prob`) or remain a softmax over all experts.
+    gate_mass_experts: scales gates that are not normalized to the sum of the gates of
+      this many best experts; None: no scaling. No released model sets it: see
+      `routing.with_experts`.
+    gates_in_model_dtype: whether gates are rounded to `dtype` before use (OLMoE) or kept
+      in float32 (Mixtral).
+    qk_norm: RMSNorm of queries and keys: over all heads (OLMoE) or, with
+      `qk_norm_per_head`, over each head (Qwen3).
     clip_qkv: bound on the absolute value of queries, keys and values, or None.
-    qkv_bias, output_bias: biases of the projections to queries, keys and
-      values, and of that back to the model width.
-    attention_sinks: a learned score for each query head that takes part in the
-      softmax and has no value (GPT-OSS).
-    sliding_window: how many positions, its own included, a row sees in the
-      layers of `sliding_layers`; None where there are none.
+    qkv_bias, output_bias: biases of the query, key and value projections, and of the
+      output projection of attention.
+    attention_sinks: one learned logit per query head that takes part in the softmax
+      without a value (GPT-OSS).
+    sliding_window: attention window of the layers in `sliding_layers`, including the
+      current position; None without such layers.
     sliding_layers: indices of those layers, ascending.
-    router_bias, expert_bias: biases of the router, and of both projections of
-      every expert.
-    swiglu_limit, swiglu_alpha: of the clamped activation of GPT-OSS (see
-      `experts.Activation`); no limit: SwiGLU.
-    d_shared_expert: inner width of an expert that every token passes through,
-      weighted by a gate of its own (Qwen2-MoE); 0: there is none.
+    router_bias, expert_bias: biases of the router, and of both projections of every expert.
+    swiglu_limit, swiglu_alpha: parameters of GPT-OSS's clamped activation (see
+      `experts.Activation`); limit None: SwiGLU.
+    d_shared_expert: hidden width of an expert that processes every token, weighted by its
+      own gate (Qwen2-MoE); 0: none.
     rope_theta: base of the rotary embedding.
-    rope_scaling: how it is stretched to a longer context, or None.
+    rope_scaling: its extension to a longer context, or None.
     rms_norm_eps: added to the mean square in every RMSNorm.
-    norm_weight_in_float32: whether the result of an RMSNorm is rounded to
-      `dtype` after its weight is applied (GPT-OSS), or before.
-    expert_format: how the experts' matrices are held: a name in
+    norm_weight_in_float32: whether the result of an RMSNorm is rounded to `dtype` after
+      its weight is applied (GPT-OSS) or before.
+    expert_format: storage format of the experts' matrices: a name in
       `quantization.FORMATS`, or None for `dtype`.
     initializer_range: standard deviation of the initial weights.
     bos_token_id, pad_token_id: token ids, or None where the model has none.
-    eos_token_ids: tokens that end a text.
-    dtype: of parameters and activations, one of `DTYPES`.
+    eos_token_ids: tokens that end a sequence.
+    dtype: dtype of parameters and activations, one of `DTYPES`.
   """
 
   family: str
@@ -128,26 +131,15 @@ class ModelConfig:
   def __post_init__(self):
     for name in ("eos_token_ids", "sliding_layers"):
       object.__setattr__(self, name, tuple(getattr(self, name)))
-    if isinstance(self.rope_scaling, dict):  # as it comes out of JSON
+    if isinstance(self.rope_scaling, dict):  # from JSON
       object.__setattr__(self, "rope_scaling", Yarn(**self.rope_scaling))
     if self.expert_format is not None and self.expert_format not in FORMATS:
       raise ValueError(
-        f"unknown expert_format {self.expert_format!r}; choose one of {', '.join(FORMATS)}, or none"
+        f"unknown expert_format {self.expert_format!r}; choose one of {', '.join(FORMATS)}, or None"
       )
     if self.dtype not in DTYPES:
       raise ValueError(f"unsupported dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}")
-    for name in (
-      "vocab_size",
-      "num_layers",
-      "d_model",
-      "num_heads",
-      "num_kv_heads",
-      "head_dim",
-      "num_experts",
-      "experts_per_token",
-      "d_expert",
-      "context_length",
-    ):
+    for name in _SIZES:
       value = getattr(self, name)
       if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -167,10 +159,11 @@ class ModelConfig:
         f"(experts_per_token), got {self.gate_mass_experts}"
       )
     layers = self.sliding_layers
-    if (self.sliding_window is None) == bool(layers) or (layers and self.sliding_window < 1):
+    window = self.sliding_window
+    if (window is None) == bool(layers) or (window is not None and window < 1):
       raise ValueError(
-        f"sliding_layers {list(layers)} need a sliding_window of at least 1, and none "
-        f"without them; got {self.sliding_window}"
+        f"sliding_window must be at least 1 with sliding_layers and None without, got "
+        f"{window} with sliding_layers {list(layers)}"
       )
     if list(layers) != sorted(set(layers) & set(range(self.num_layers))):
       raise ValueError(
@@ -186,10 +179,10 @@ class ModelConfig:
 
   @classmethod
   def from_json(cls, text: str) -> "ModelConfig":
-    """The config written by `to_json`.
+    """Parses the output of `to_json`.
 
     Raises:
-      ValueError: not JSON, or keys missing or unknown.
+      ValueError: invalid JSON, or missing or unknown keys.
     """
     try:
       values = json.loads(text)

@@ -1,8 +1,8 @@
-"""Generation with a roster: prefill, and a jitted loop of steps over slots.
+"""Generation with a roster: prefill, and a jitted loop of decode steps over batch slots.
 
-Many prompts pass through a fixed number of slots. Where a text ends, the loop
-returns, and the next prompt takes its slot: prompts are prefilled a few at a
-time into a small state of their own, and copied from there into free slots.
+Many prompts share a fixed number of slots. When a sequence ends, the loop returns and
+the next prompt takes its slot. Prompts are prefilled in small batches into a separate
+state, and copied from there into free slots.
 """
 
 from collections import deque
@@ -27,25 +27,25 @@ from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 from roe_jax.stopping import OpenSequence, Stops
 
-# At most this many steps between looks at stop strings.
+# Maximum number of steps between checks for stop strings.
 SEGMENT = 32
-# One prompt alone is prefilled hardly faster than several. So the next ones are
-# prefilled together, as many as a quarter of the slots, and held ready.
+# Prefilling one prompt is hardly faster than prefilling several. So the next prompts, a
+# quarter as many as there are slots, are prefilled together and kept ready.
 READY_SHARE = 4
 
 
 class DecodeState(struct.PyTreeNode):
-  """Texts in B slots while they grow.
+  """The sequences in B slots.
 
   Attributes:
-    tokens: `[B, S]` int32, prompts and what was generated.
-    log_probs: `[B, S]` float32 of the token in the same place.
-    clean_tokens: `[B, S]` int32, the clean member's choice for that place.
+    tokens: `[B, S]` int32, prompts and generated tokens.
+    log_probs: `[B, S]` float32 of each generated token.
+    clean_tokens: `[B, S]` int32, the clean member's choice at each generated position.
     lengths: `[B]` int32, tokens so far.
-    limits: `[B]` int32, length at which a text ends.
-    done: `[B]` bool; True also in a slot without a text.
+    limits: `[B]` int32, length at which a sequence ends.
+    done: `[B]` bool; True also in an empty slot.
     request_ids: `[B]` uint32.
-    cache: see `members.empty_cache`; holds positions below `lengths - 1`.
+    cache: see `members.empty_cache`; holds positions < `lengths - 1`.
   """
 
   tokens: jax.Array
@@ -68,7 +68,7 @@ def decode_steps(
   stop_tokens: jax.Array,
   num_steps: jax.Array,
 ) -> tuple[DecodeState, jax.Array]:
-  """Steps for all texts that are not done, until one of them ends.
+  """Decodes all running sequences until one of them ends.
 
   Args:
     params: the model's parameters.
@@ -77,13 +77,13 @@ def decode_steps(
     sampler: how tokens are chosen.
     state: donated.
     stop_tokens: `[X]` int32, padded with -1.
-    num_steps: int32 scalar, traced: at most so many.
+    num_steps: int32 scalar, traced: the maximum number of steps.
 
   Returns:
-    The state, and the number of steps made.
+    The state, and the number of steps taken.
   """
   done_before = state.done
-  rows = jnp.arange(state.tokens.shape[0])
+  slots = jnp.arange(state.tokens.shape[0])
 
   def step(carry):
     count, state = carry
@@ -93,25 +93,24 @@ def decode_steps(
       config,
       roster,
       state.cache,
-      state.tokens[rows, positions],
+      state.tokens[slots, positions],
       positions,
       state.request_ids,
       state.tokens,
     )
     log_probs = outputs.log_probs[:, 0]
     token = sampling.choose(sampler, roster.seed, log_probs, state.request_ids, positions)
-    clean = outputs.clean_tokens[:, 0]
 
     def put(array, value):
-      kept = array[rows, state.lengths]
-      return array.at[rows, state.lengths].set(jnp.where(state.done, kept, value))
+      kept = array[slots, state.lengths]
+      return array.at[slots, state.lengths].set(jnp.where(state.done, kept, value))
 
     lengths = jnp.where(state.done, state.lengths, state.lengths + 1)
     ended = jnp.isin(token, stop_tokens) | (lengths >= state.limits)
     return count + 1, state.replace(
       tokens=put(state.tokens, token),
-      log_probs=put(state.log_probs, log_probs[rows, token]),
-      clean_tokens=put(state.clean_tokens, clean),
+      log_probs=put(state.log_probs, log_probs[slots, token]),
+      clean_tokens=put(state.clean_tokens, outputs.clean_tokens[:, 0]),
       lengths=lengths,
       done=state.done | ended,
       cache=cache,
@@ -135,13 +134,12 @@ def start(
   num_slots: int,
   capacity: int,
 ) -> DecodeState:
-  """The state after prefill of the prompts, one in each slot from the first on.
+  """Prefills the prompts, one per slot from the first on.
 
   The last token of each prompt is left for the first step.
   """
-  lengths = np.ones(num_slots, np.int32)
+  lengths, ids = np.ones(num_slots, np.int32), np.zeros(num_slots, np.uint32)
   lengths[: len(prompts)] = [len(p) for p in prompts]
-  ids = np.zeros(num_slots, np.uint32)
   ids[: len(prompts)] = request_ids
   tokens, ids = batching.pad(prompts, num_slots, capacity), jnp.asarray(ids)
   cache = batching.init_sharded(
@@ -166,24 +164,24 @@ def start(
 def insert_sequence(
   state: DecodeState, slot: jax.Array, other: DecodeState, other_slot: jax.Array
 ) -> DecodeState:
-  """Puts the text in a slot of another state into a slot of the (donated) state."""
+  """Copies the sequence in a slot of another state to a slot of the (donated) state."""
 
   def put(axis):
-    return lambda into, source: sharding.put_row(into, source, axis, slot, other_slot)
+    return lambda into, source: sharding.copy_slot(into, source, axis, slot, other_slot)
 
   cache = jax.tree.map(put(-4), state.cache, other.cache)  # [..., B, K, S, C] in all modes
-  texts = jax.tree.map(put(0), state.replace(cache=None), other.replace(cache=None))
-  return texts.replace(cache=cache)
+  rest = jax.tree.map(put(0), state.replace(cache=None), other.replace(cache=None))
+  return rest.replace(cache=cache)
 
 
 class _Slots:
-  """Prompts on their way through slots: the host's side of a `DecodeState`.
+  """The host side of a `DecodeState`: moves prompts through slots.
 
   Attributes:
-    texts: the text in each slot, None where it is free.
+    sequences: the sequence in each slot; None in a free slot.
     waiting: indices of prompts that are not prefilled yet.
-    steps: decode steps made.
-    slot_steps: those steps, counted once for each slot that was running.
+    steps: decode steps taken.
+    slot_steps: sum over those steps of the number of running slots.
   """
 
   def __init__(
@@ -207,33 +205,32 @@ class _Slots:
     self._capacity = prefill.capacity_for(config, prompts, max_new_tokens)
     self._state = None
     self._ready_state = None
-    self._ready: deque[tuple[int, int]] = deque()  # slot in the ready state, and prompt
+    self._ready: deque[tuple[int, int]] = deque()  # (slot in the ready state, prompt)
 
   @property
   def unfinished(self) -> bool:
-    """Whether any prompt is in a slot or waits for one."""
+    """Whether any prompt is in a slot or waiting."""
     return bool(self.waiting or self._ready or any(self.sequences))
 
   def fill(self) -> None:
-    """Takes waiting prompts into all free slots, while there are any."""
+    """Moves waiting prompts into free slots."""
     if self._state is None:
       indices, self._state = self._prefilled(len(self.sequences))
       for slot, index in enumerate(indices):
         self.sequences[slot] = self._opened(index)
-    for slot, text in enumerate(self.sequences):
-      if text is None and (self.waiting or self._ready):
+    for slot, sequence in enumerate(self.sequences):
+      if sequence is None and (self.waiting or self._ready):
         if not self._ready:
-          self._ready_state = None  # its memory is the next one's
+          self._ready_state = None  # frees its memory for the next one
           indices, self._ready_state = self._prefilled(max(1, len(self.sequences) // READY_SHARE))
           self._ready.extend(enumerate(indices))
         ready, index = self._ready.popleft()
-        self._state = insert_sequence(
-          self._state, np.int32(slot), self._ready_state, np.int32(ready)
-        )
+        ready_slot = self._ready_state, np.int32(ready)
+        self._state = insert_sequence(self._state, np.int32(slot), *ready_slot)
         self.sequences[slot] = self._opened(index)
 
   def _prefilled(self, num_slots):
-    """The next prompts, and a state of so many slots that holds them."""
+    """Prefills the next prompts; returns their indices and a state of `num_slots` slots."""
     indices = [self.waiting.popleft() for _ in range(min(num_slots, len(self.waiting)))]
     return indices, start(
       *self._model,
@@ -248,37 +245,36 @@ class _Slots:
     return OpenSequence(index, len(self._prompts[index]), self._stops)
 
   def advance(self, num_steps: int) -> None:
-    """Decodes until a text ends, or for `num_steps`."""
+    """Decodes until a sequence ends, for at most `num_steps` steps."""
     self._state, steps = decode_steps(
       *self._model, self._sampler, self._state, self._stop_tokens, np.int32(num_steps)
     )
     self.steps += int(steps)
     if self._stops.strings:
       tokens, lengths = jax.device_get((self._state.tokens, self._state.lengths))
-      stopped = np.array(
-        [
-          text is not None and text.hits_stop_string(*row)
-          for text, *row in zip(self.sequences, tokens, lengths)
-        ]
-      )
-      self._state = self._state.replace(done=self._state.done | jnp.asarray(stopped))
+      stopped = [
+        sequence is not None and sequence.hits_stop_string(*rest)
+        for sequence, *rest in zip(self.sequences, tokens, lengths)
+      ]
+      self._state = self._state.replace(done=self._state.done | jnp.asarray(np.array(stopped)))
 
   def harvest(self) -> list[tuple[int, Completion]]:
-    """Completions of the texts that have ended, with their prompts' indices; frees their slots."""
+    """Returns (prompt index, completion) of the sequences that have ended; frees their slots."""
     state = self._fetched()
     ended = []
-    for slot, text in enumerate(self.sequences):
-      if text is not None and state.done[slot]:
-        ended.append((text.index, self._completion(slot, state)))
-        self.slot_steps += int(state.lengths[slot]) - text.start
+    for slot, sequence in enumerate(self.sequences):
+      if sequence is not None and state.done[slot]:
+        ended.append((sequence.index, self._completion(slot, state)))
+        self.slot_steps += int(state.lengths[slot]) - sequence.start
         self.sequences[slot] = None
     return ended
 
   def completion(self, slot: int) -> Completion:
-    """The completion in a slot as it stands."""
+    """Returns the completion in a slot so far."""
     return self._completion(slot, self._fetched())
 
   def _fetched(self):
+    assert self._state is not None
     return jax.device_get(self._state.replace(cache=None))
 
   def _completion(self, slot, state):
@@ -307,41 +303,37 @@ def generate(
   batch_size: int = 16,
   on_finished: Callable[[int, Completion], None] = lambda index, completion: None,
 ) -> Generation:
-  """Continues prompts.
+  """Generates completions of prompts.
 
-  `batch_size` slots decode together. As soon as a text ends, the next prompt
-  takes its slot. A completion is a function of the prompt, the
-  settings and the request id, to rounding: neither the order of the prompts,
-  nor the number of slots, nor what is in the other ones matters.
+  `batch_size` slots decode together; when a sequence ends, the next prompt takes its slot.
+  A completion is a function of the prompt, the settings and the request id, up to
+  rounding: the order of the prompts, the number of slots and the other prompts do not
+  matter.
 
-  All slots, and a quarter as many for prompts that are ready, have room for the
-  longest prompt and `max_new_tokens`, so that one program decodes every prompt.
-  Where few prompts are much longer than the others, a call for each kind needs
-  less memory. A call compiles the model at most eleven times, however many
-  prompts there are: the loop of steps, and prefill in at most five chunk
-  lengths, of all slots together and of a quarter of them.
+  All slots, and a quarter as many for prompts that are ready, have room for the longest
+  prompt and `max_new_tokens`, so one program decodes every prompt. If a few prompts are
+  much longer than the others, separate calls need less memory. A call compiles at most
+  eleven programs: the decode loop, and prefill in up to five chunk lengths, for all slots
+  and for a quarter of them.
 
   Args:
     params: the model's parameters.
     config: its architecture.
     prompts: token ids of each prompt.
-    max_new_tokens: at most this many tokens are generated for each.
-    roster: the settings; the plain model by default.
-    sampler: how tokens are chosen from the aggregated distribution; greedy by
-      default.
-    stop_tokens: tokens that end a text; `config.eos_token_ids` by default.
-    stop_strings: strings that end a text; they need `decode`. They are looked
-      for at least every `SEGMENT` steps, until when the text keeps its slot.
-    decode: from token ids to text.
-    request_ids: addresses of the prompts' randomness, in [0, 2**32); 0, 1, ...
-      by default.
-    batch_size: slots, that is prompts decoded together.
-    on_finished: called with the index of a prompt and its completion as soon
-      as that is finished.
+    max_new_tokens: maximum number of generated tokens per prompt.
+    roster: the settings; the baseline by default.
+    sampler: how tokens are chosen from the aggregated distribution; greedy by default.
+    stop_tokens: tokens that end a sequence; `config.eos_token_ids` by default.
+    stop_strings: strings that end a sequence; they need `decode`. Checked at least every
+      `SEGMENT` steps; until then the sequence keeps its slot.
+    decode: converts token ids to text.
+    request_ids: addresses of the prompts' randomness, in [0, 2**32); 0, 1, ... by default.
+    batch_size: number of slots.
+    on_finished: called with the index of a prompt and its completion when it is finished.
 
   Raises:
-    ValueError: a prompt is empty, too long or outside the vocabulary, or a
-      setting is out of its range.
+    ValueError: a prompt is empty, too long or has a token outside the vocabulary, or a
+      setting is out of range.
   """
   begin = time.perf_counter()
   roster, sampler, stops = _checked(
@@ -350,18 +342,9 @@ def generate(
   ids = batching.request_ids(request_ids, len(prompts))
   if batch_size < 1:
     raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-  slots = _Slots(
-    params,
-    config,
-    roster,
-    sampler,
-    prompts,
-    ids,
-    stops,
-    max_new_tokens,
-    min(batch_size, batching.bucket(len(prompts))),
-  )
-  completions: list[Completion | None] = [None] * len(prompts)
+  num_slots = min(batch_size, batching.bucket(len(prompts)))
+  slots = _Slots(params, config, roster, sampler, prompts, ids, stops, max_new_tokens, num_slots)
+  completions: dict[int, Completion] = {}
   while slots.unfinished:
     slots.fill()
     slots.advance(SEGMENT)
@@ -369,13 +352,13 @@ def generate(
       completions[index] = completion
       on_finished(index, completion)
   throughput = Throughput(
-    sum(len(c.tokens) for c in completions),
+    sum(len(c.tokens) for c in completions.values()),
     slots.steps,
     slots.slot_steps / max(1, slots.steps * len(slots.sequences)),
     time.perf_counter() - begin,
   )
   return Generation(
-    completions,
+    [completions[i] for i in range(len(prompts))],
     {
       "roster": roster.settings(),
       "sampler": sampler.settings(),
@@ -401,10 +384,10 @@ def stream(
   decode: Callable[[list[int]], str] | None = None,
   request_id: int = 0,
 ) -> Iterator[Completion]:
-  """Continues one prompt; yields the completion so far after every token.
+  """Generates the completion of one prompt; yields it so far after every token.
 
-  The arguments are those of `generate`. `finish_reason` is "" until the last
-  completion, which equals the one that `generate` returns.
+  Takes the arguments of `generate`. `finish_reason` is "" until the last completion,
+  which equals the result of `generate`.
   """
   roster, sampler, stops = _checked(
     config, [prompt], max_new_tokens, roster, sampler, stop_tokens, stop_strings, decode
@@ -421,14 +404,11 @@ def stream(
 
 
 def _checked(config, prompts, max_new_tokens, roster, sampler, stop_tokens, stop_strings, decode):
-  """Roster, sampler and stops with their defaults; refuses what is out of range."""
+  """Validates the arguments; returns roster, sampler and stops with their defaults."""
   roster = roster or Roster.create(config)
   roster.check(config)
   batching.check_tokens(config, prompts, room=1)
   if max_new_tokens < 1:
     raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-  return (
-    roster,
-    sampler or Sampler.greedy(),
-    Stops.create(config, stop_tokens, stop_strings, decode),
-  )
+  stops = Stops.create(config, stop_tokens, stop_strings, decode)
+  return roster, sampler or Sampler.greedy(), stops

@@ -1,4 +1,4 @@
-"""What routing noise does inside the model."""
+"""Diagnostics of routing: agreement, margins and unique active experts."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -24,34 +24,33 @@ def routing_agreement(
   starts: Sequence[int] | None = None,
   request_ids: Sequence[int] | None = None,
 ) -> np.ndarray:
-  """How far the noisy members' experts agree with the clean member's, by layer.
+  """Measures how often the noisy members choose the clean member's experts, by layer.
 
-  The share of a noisy member's A chosen experts that the clean member chose at
-  the same position, averaged over noisy members and over the positions from
-  which the tokens at `starts` and after are predicted.
+  The fraction of a noisy member's A experts that the clean member chose at the same
+  position, averaged over noisy members and over the positions that predict the tokens
+  from `starts` on.
 
   Args:
     params: the model's parameters.
     config: its architecture.
     roster: a Clean Cache roster with at least one noisy member.
     sequences: token ids, one batch.
-    starts: see `score.score`.
+    starts: see `scoring.score`.
     request_ids: see `decode.generate`.
 
   Returns:
     `[L]` float64 in [0, 1].
 
   Raises:
-    ValueError: the roster has no noisy member, or not a Clean Cache; a text
-      cannot be scored.
+    ValueError: the roster has no noisy member or no Clean Cache, or a sequence is invalid.
   """
   if roster.cache != "clean" or roster.recompute or roster.members == (0,):
     raise ValueError("routing agreement needs a Clean Cache roster with a noisy member")
   starts = [1] * len(sequences) if starts is None else starts
   shared_BxT = _at_all_positions(_shared_experts, params, config, roster, sequences, request_ids)
   wanted = np.zeros(shared_BxT.shape[1:], bool)
-  for row, text, start in zip(wanted, sequences, starts):
-    row[start - 1 : len(text) - 1] = True
+  for row, sequence, start in zip(wanted, sequences, starts):
+    row[start - 1 : len(sequence) - 1] = True
   return shared_BxT.astype(np.float64)[:, wanted].mean(axis=1)
 
 
@@ -62,25 +61,25 @@ def routing_margins(
   sequences: Sequence[Sequence[int]],
   request_ids: Sequence[int] | None = None,
 ) -> np.ndarray:
-  """How far each member's choice of experts is from another one.
+  """Measures how close each member's choice of experts is to a different one.
 
-  The distance between the perturbed router logits of the last expert that is chosen
-  and of the first that is not. Where it is as small as the rounding of the logits,
-  the choice may be another one with another order of summation.
+  The difference between the perturbed router logits of the last expert chosen and the
+  first one not chosen. If it is as small as the rounding error of the logits, another
+  order of summation may change the choice.
 
   Args:
     params: the model's parameters.
-    config: its architecture, with more experts than are chosen.
+    config: its architecture, with E > A.
     roster: a Clean Cache roster.
     sequences: token ids, one batch.
     request_ids: see `decode.generate`.
 
   Returns:
-    `[L, R, B, S]` float32, not negative; S is the longest text's length, and what
-    lies behind the end of a text means nothing.
+    `[L, R, B, S]` float32, not negative; S is the maximum length. Values beyond a
+    sequence's end are undefined.
 
   Raises:
-    ValueError: the roster has no Clean Cache; a text cannot be scored.
+    ValueError: the roster has no Clean Cache, or a sequence is invalid.
   """
   if roster.cache != "clean" or roster.recompute:
     raise ValueError("routing margins need a Clean Cache roster")
@@ -90,13 +89,13 @@ def routing_margins(
 
 @dataclasses.dataclass(frozen=True)
 class UniqueExperts:
-  """How many different experts are hit, by layer: what a step has to read.
+  """The number of unique active experts by layer, which a step must read.
 
   Attributes:
-    by_position: `[L]` float64, by the members at one position, mean over positions.
-    by_step: `[L]` float64, by the members of all sequences that decode together, mean
+    by_position: `[L]` float64, over all members at one position; mean over positions.
+    by_step: `[L]` float64, over all members of all sequences that decode together; mean
       over steps.
-    num_steps: how many those are.
+    num_steps: number of steps.
   """
 
   by_position: np.ndarray
@@ -113,53 +112,52 @@ def unique_experts(
   request_ids: Sequence[int] | None = None,
   batch_size: int = 16,
 ) -> UniqueExperts:
-  """Counts the different experts that the members choose.
+  """Counts the unique active experts.
 
-  Counted are the positions from which the tokens at `starts` and after are
-  predicted, and all experts that are computed there, those with a gate of zero
-  (`noise="second_expert"`) and the clean member's where it writes the cache only,
-  too. The first such positions of all sequences are the first step, and so on: what
-  decoding the sequences side by side comes to.
+  Counts the positions that predict the tokens from `starts` on, and all experts computed
+  there, including those with a gate of zero (`noise="second_expert"`) and those of a
+  clean member that only writes the cache. The first such positions of all sequences are
+  the first step, and so on, as if all sequences were decoded together.
 
   Args:
     params: the model's parameters.
     config: its architecture.
-    roster: one with a cache.
+    roster: a roster with a cache.
     sequences: token ids.
-    starts: see `score.score`.
+    starts: see `scoring.score`.
     request_ids: see `decode.generate`.
-    batch_size: sequences computed together; what is counted does not depend on it.
+    batch_size: sequences computed together; does not affect the counts.
 
   Raises:
-    ValueError: the roster has no cache; a text cannot be scored, or no token is.
+    ValueError: the roster has no cache, a sequence is invalid, or no token is predicted.
   """
   if roster.recompute:
     raise ValueError("unique experts are counted for rosters with a cache, not with recompute")
   starts = [1] * len(sequences) if starts is None else list(starts)
   num_steps = max(len(t) - s for t, s in zip(sequences, starts))
   if num_steps < 1:
-    raise ValueError(
-      "no token is predicted: unique experts need sequences longer than their starts"
-    )
+    raise ValueError("no token is predicted: a sequence must be longer than its start")
   ids = batching.request_ids(request_ids, len(sequences))
   steps = np.zeros((config.num_layers, num_steps, config.num_experts), bool)
   positions = []
   for first in range(0, len(sequences), batch_size):
     batch = slice(first, first + batch_size)
-    hit = _at_all_positions(_hit_experts, params, config, roster, sequences[batch], ids[batch])
-    for row, (text, start) in enumerate(zip(sequences[batch], starts[batch])):
-      of_text = hit[:, row, start - 1 : len(text) - 1]
-      steps[:, : of_text.shape[1]] |= of_text
-      positions.append(of_text.sum(axis=-1))
+    active = _at_all_positions(
+      _active_experts, params, config, roster, sequences[batch], ids[batch]
+    )
+    for i, (sequence, start) in enumerate(zip(sequences[batch], starts[batch])):
+      own = active[:, i, start - 1 : len(sequence) - 1]
+      steps[:, : own.shape[1]] |= own
+      positions.append(own.sum(axis=-1))
   return UniqueExperts(
     np.concatenate(positions, axis=1).mean(axis=1), steps.sum(axis=-1).mean(axis=1), num_steps
   )
 
 
 def _at_all_positions(compute, params, config, roster, sequences, request_ids):
-  """`compute` on a filled cache and all positions of sequences, as a numpy array."""
+  """Runs `compute` on a filled cache at all positions; returns a numpy array."""
   params = params_lib.in_storage_dtype(params)
-  batching.check_tokens(config, sequences, what="text")
+  batching.check_tokens(config, sequences, what="sequence")
   ids = np.zeros(batching.bucket(len(sequences)), np.uint32)
   ids[: len(sequences)] = batching.request_ids(request_ids, len(sequences))
   ids = jnp.asarray(ids)
@@ -185,18 +183,18 @@ def _positions(tokens):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _hit_experts(params, config, roster, cache, tokens, request_ids):
-  """Whether any member chose an expert, bool `[L, B, T, E]`."""
+def _active_experts(params, config, roster, cache, tokens, request_ids):
+  """Returns whether any member chose each expert, bool `[L, B, T, E]`."""
   chosen = members_lib.chosen_experts(
     params, config, roster, cache, tokens, _positions(tokens), request_ids
   )
-  hit = jax.nn.one_hot(chosen, config.num_experts, dtype=bool).any(axis=(1, -2))
-  return sharding.with_sharding_constraint(params, hit)
+  active = jax.nn.one_hot(chosen, config.num_experts, dtype=bool).any(axis=(1, -2))
+  return sharding.with_sharding_constraint(params, active)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _shared_experts(params, config, roster, cache, tokens, request_ids):
-  """Mean share of the clean member's experts, `[L, B, T]`."""
+  """Returns the mean fraction of experts shared with the clean member, `[L, B, T]`."""
   chosen = members_lib.chosen_experts(
     params, config, roster, cache, tokens, _positions(tokens), request_ids
   )
@@ -207,7 +205,7 @@ def _shared_experts(params, config, roster, cache, tokens, request_ids):
 
 @functools.partial(jax.jit, static_argnames="config")
 def _margins(params, config, roster, cache, tokens, request_ids):
-  """`[L, R, B, T]`."""
+  """Returns the margins `[L, R, B, T]`."""
   positions = _positions(tokens)
   _, outputs = members_lib.member_states(
     params, config, roster, cache, tokens, positions, request_ids, keep=("router_logits",)

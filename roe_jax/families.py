@@ -1,7 +1,7 @@
-"""The model families of the hub: what their `config.json` says, as one table.
+"""Model families on the Hugging Face hub: one table maps `config.json` to `ModelConfig`.
 
 An entry of `FAMILIES` is all that the library knows about a family beyond its
-`ModelConfig`; the names of its tensors are `checkpoints_convert.tensor_names`.
+`ModelConfig`; tensor names are in `checkpoints_convert.tensor_names`.
 """
 
 from collections.abc import Callable
@@ -14,72 +14,66 @@ from roe_jax.config import ModelConfig, Yarn
 _REQUIRED = object()
 
 
-@dataclasses.dataclass(frozen=True)
 class Key:
-  """Where a field of `ModelConfig` stands in a `config.json`.
+  """The `config.json` key of a `ModelConfig` field.
 
   Attributes:
-    names: the key, and other spellings of it that are read.
-    default: what transformers takes where the key is missing or null.
+    names: the key that is written, then alternative spellings that are also read.
+    default: the value that transformers assumes if the key is missing or null.
   """
 
-  names: tuple[str, ...]
-  default: Any = _REQUIRED
-
-
-def _key(*names: str, default: Any = _REQUIRED) -> Key:
-  return Key(names, default)
+  def __init__(self, *names: str, default: Any = _REQUIRED):
+    self.names, self.default = names, default
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """What sets a model family apart.
+  """A model family.
 
   Attributes:
     architecture: its class in transformers.
-    keys: fields that its `config.json` says, beyond those of `COMMON_KEYS`.
-    fixed: fields that are the same for all its models.
-    only: keys of `config.json` of which one value is supported; it is the
-      default of a missing key, and is written.
-    has_window: whether a `sliding_window` is part of the architecture.
-    needs_switch: whether the window counts with `use_sliding_window` only.
-    slides: `(config.json, layer) -> bool`, which layers have the window where
-      `layer_types` does not say it; None where all have it.
-    formats: quantizations of the experts in which its hub files may come.
-    default_theta: base of the rotary embedding where `config.json` has none.
-    says_scaling: whether `config.json` always says how the rotary embedding is
-      scaled (transformers would scale it otherwise).
+    keys: fields read from `config.json`, in addition to `COMMON_KEYS`.
+    fixed: fields with the same value in all models of the family.
+    supported: the only supported value of some `config.json` keys; also their default.
+    has_window: whether the architecture has a `sliding_window`.
+    needs_use_sliding_window: whether the window applies only with `use_sliding_window`.
+    is_sliding: `(config.json, layer) -> bool`, which layers have the window by default
+      (without `layer_types`); None if all have it.
+    formats: expert quantization formats of its hub checkpoints.
+    default_theta: RoPE base if `config.json` has none.
+    requires_rope_scaling: whether `config.json` must specify RoPE scaling (because
+      transformers scales by default).
   """
 
   architecture: str
   keys: dict[str, Key]
   fixed: dict[str, Any]
-  only: dict[str, Any] = dataclasses.field(default_factory=dict)
+  supported: dict[str, Any] = dataclasses.field(default_factory=dict)
   has_window: bool = True
-  needs_switch: bool = False
-  slides: Callable[[dict[str, Any], int], bool] | None = None
+  needs_use_sliding_window: bool = False
+  is_sliding: Callable[[dict[str, Any], int], bool] | None = None
   formats: tuple[str, ...] = ()
   default_theta: float = 1e4
-  says_scaling: bool = False
+  requires_rope_scaling: bool = False
 
 
 COMMON_KEYS = {
-  "vocab_size": _key("vocab_size"),
-  "num_layers": _key("num_hidden_layers"),
-  "d_model": _key("hidden_size"),
-  "num_heads": _key("num_attention_heads"),
-  "experts_per_token": _key("num_experts_per_tok"),
-  "context_length": _key("max_position_embeddings"),
-  "initializer_range": _key("initializer_range", default=0.02),
-  "bos_token_id": _key("bos_token_id", default=None),
-  "pad_token_id": _key("pad_token_id", default=None),
+  "vocab_size": Key("vocab_size"),
+  "num_layers": Key("num_hidden_layers"),
+  "d_model": Key("hidden_size"),
+  "num_heads": Key("num_attention_heads"),
+  "experts_per_token": Key("num_experts_per_tok"),
+  "context_length": Key("max_position_embeddings"),
+  "initializer_range": Key("initializer_range", default=0.02),
+  "bos_token_id": Key("bos_token_id", default=None),
+  "pad_token_id": Key("pad_token_id", default=None),
 }
-_EPSILON_5 = _key("rms_norm_eps", default=1e-5)
-_EPSILON_6 = _key("rms_norm_eps", default=1e-6)
-_EXPERTS = _key("num_experts", "num_local_experts")
-_LOCAL_EXPERTS = _key("num_local_experts", "num_experts")
-_HEAD_DIM = _key("head_dim", default=None)  # of all heads together: the model width
-_NORMALIZE = _key("norm_topk_prob", default=False)
+_EPSILON_5 = Key("rms_norm_eps", default=1e-5)
+_EPSILON_6 = Key("rms_norm_eps", default=1e-6)
+_EXPERTS = Key("num_experts", "num_local_experts")
+_LOCAL_EXPERTS = Key("num_local_experts", "num_experts")
+_HEAD_DIM = Key("head_dim", default=None)  # default: d_model / num_heads
+_NORMALIZE = Key("norm_topk_prob", default=False)
 _ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 
 FAMILIES = {
@@ -87,36 +81,36 @@ FAMILIES = {
     "OlmoeForCausalLM",
     keys={
       "num_experts": _EXPERTS,
-      "d_expert": _key("intermediate_size"),
+      "d_expert": Key("intermediate_size"),
       "normalize_gates": _NORMALIZE,
-      "clip_qkv": _key("clip_qkv", default=None),
+      "clip_qkv": Key("clip_qkv", default=None),
       "rms_norm_eps": _EPSILON_5,
     },
     fixed={"gates_in_model_dtype": True, "qk_norm": True},
-    only={"attention_bias": False},
+    supported={"attention_bias": False},
     has_window=False,
   ),
   "mixtral": Family(
     "MixtralForCausalLM",
     keys={
       "num_experts": _LOCAL_EXPERTS,
-      "d_expert": _key("intermediate_size"),
+      "d_expert": Key("intermediate_size"),
       "head_dim": _HEAD_DIM,
       "rms_norm_eps": _EPSILON_5,
     },
     fixed={"normalize_gates": True, "gates_in_model_dtype": False, "qk_norm": False},
-    only={"attention_bias": False},
+    supported={"attention_bias": False},
     default_theta=1e6,
   ),
   "gpt_oss": Family(
     "GptOssForCausalLM",
     keys={
       "num_experts": _LOCAL_EXPERTS,
-      "d_expert": _key("intermediate_size"),
+      "d_expert": Key("intermediate_size"),
       "head_dim": _HEAD_DIM,
       "rms_norm_eps": _EPSILON_5,
-      "swiglu_limit": _key("swiglu_limit", default=7.0),
-      "swiglu_alpha": _key("swiglu_alpha", default=1.702),
+      "swiglu_limit": Key("swiglu_limit", default=7.0),
+      "swiglu_alpha": Key("swiglu_alpha", default=1.702),
     },
     fixed={
       "normalize_gates": True,
@@ -129,45 +123,45 @@ FAMILIES = {
       "expert_bias": True,
       "norm_weight_in_float32": True,
     },
-    only={"attention_bias": True},
-    slides=lambda hf, layer: layer % 2 == 0,
+    supported={"attention_bias": True},
+    is_sliding=lambda hf, layer: layer % 2 == 0,
     formats=("mxfp4",),
     default_theta=150000.0,
-    says_scaling=True,
+    requires_rope_scaling=True,
   ),
   "qwen2_moe": Family(
     "Qwen2MoeForCausalLM",
     keys={
       "num_experts": _EXPERTS,
-      "d_expert": _key("moe_intermediate_size"),
-      "d_shared_expert": _key("shared_expert_intermediate_size"),
+      "d_expert": Key("moe_intermediate_size"),
+      "d_shared_expert": Key("shared_expert_intermediate_size"),
       "normalize_gates": _NORMALIZE,
-      "qkv_bias": _key("qkv_bias", default=True),
+      "qkv_bias": Key("qkv_bias", default=True),
       "head_dim": _HEAD_DIM,
       "rms_norm_eps": _EPSILON_6,
     },
     fixed={"gates_in_model_dtype": True, "qk_norm": False},
-    only=_ALL_SPARSE,
-    needs_switch=True,
-    slides=lambda hf, layer: layer % 2 == 0 and layer < hf.get("max_window_layers", 28),
+    supported=_ALL_SPARSE,
+    needs_use_sliding_window=True,
+    is_sliding=lambda hf, layer: layer % 2 == 0 and layer < hf.get("max_window_layers", 28),
   ),
   "qwen3_moe": Family(
     "Qwen3MoeForCausalLM",
     keys={
       "num_experts": _EXPERTS,
-      "d_expert": _key("moe_intermediate_size"),
+      "d_expert": Key("moe_intermediate_size"),
       "normalize_gates": _NORMALIZE,
       "head_dim": _HEAD_DIM,
       "rms_norm_eps": _EPSILON_6,
     },
     fixed={"gates_in_model_dtype": True, "qk_norm": True, "qk_norm_per_head": True},
-    only={"attention_bias": False} | _ALL_SPARSE,
-    needs_switch=True,
+    supported={"attention_bias": False} | _ALL_SPARSE,
+    needs_use_sliding_window=True,
   ),
 }
-_COMMON_ONLY = {"hidden_act": "silu", "tie_word_embeddings": False}
+_COMMON_SUPPORTED = {"hidden_act": "silu", "tie_word_embeddings": False}
 _DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
-# Fields that are read and written by code of their own below.
+# Fields with their own code below.
 _SPECIAL = (
   "family",
   "num_kv_heads",
@@ -182,20 +176,19 @@ _SPECIAL = (
 
 
 def from_hugging_face(hf: dict[str, Any], dtype: str | None = None) -> ModelConfig:
-  """A `ModelConfig` from the contents of a Hugging Face `config.json`.
+  """Converts the contents of a Hugging Face `config.json` to a `ModelConfig`.
 
-  Both spellings of the RoPE settings are read (`rope_theta` + `rope_scaling`,
-  and the `rope_parameters` of transformers 5), and the aliases
-  `num_experts` / `num_local_experts`.
+  Reads both spellings of RoPE settings (`rope_theta` + `rope_scaling`, and the
+  `rope_parameters` of transformers 5) and of `num_experts` / `num_local_experts`.
 
   Args:
     hf: the parsed `config.json`.
-    dtype: of the resulting config; by default what the file names (float16,
-      which this library does not compute in, becomes float32).
+    dtype: dtype of the resulting config; by default the file's, with float16 (which this
+      library does not compute in) replaced by float32.
 
   Raises:
-    ValueError: an unknown architecture, a missing key, or a setting that
-      changes results and is not supported.
+    ValueError: an unknown architecture, a missing key, or an unsupported setting that
+      would change results.
   """
   name = hf.get("model_type")
   if name not in FAMILIES:
@@ -204,15 +197,11 @@ def from_hugging_face(hf: dict[str, Any], dtype: str | None = None) -> ModelConf
       f"supported: {', '.join(FAMILIES)}"
     )
   family = FAMILIES[name]
-  for key, supported in (_COMMON_ONLY | family.only).items():
-    if hf.get(key) not in (None, supported):
-      _refuse(key, hf[key], supported)
+  for key, value in (_COMMON_SUPPORTED | family.supported).items():
+    if hf.get(key) not in (None, value):
+      _refuse(key, hf[key], value)
   values = {field: _read(name, hf, key) for field, key in (COMMON_KEYS | family.keys).items()}
-  values |= {
-    field: float(values[field])
-    for field in ("rms_norm_eps", "initializer_range")
-    if field in values
-  }
+  values |= {name: float(values[name]) for name in ("rms_norm_eps", "initializer_range")}
   values |= family.fixed
   if values.get("head_dim") is None:
     values["head_dim"] = hf.get("head_dim") or values["d_model"] // values["num_heads"]
@@ -226,7 +215,7 @@ def from_hugging_face(hf: dict[str, Any], dtype: str | None = None) -> ModelConf
     sliding_layers=layers,
     rope_theta=theta,
     rope_scaling=scaling,
-    eos_token_ids=() if eos is None else eos if isinstance(eos, (list, tuple)) else (eos,),
+    eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
     expert_format=_expert_format(family, hf),
     dtype=dtype or _dtype(hf),
     **values,
@@ -234,10 +223,10 @@ def from_hugging_face(hf: dict[str, Any], dtype: str | None = None) -> ModelConf
 
 
 def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
-  """The contents of a `config.json` that transformers reads as this model.
+  """Returns the contents of a `config.json` with which transformers loads this model.
 
   Raises:
-    ValueError: the config differs from what its family can express.
+    ValueError: the family's `config.json` cannot express the config.
   """
   if config.family not in FAMILIES:
     raise ValueError(f"unknown model family {config.family!r}; known: {', '.join(FAMILIES)}")
@@ -250,41 +239,34 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
       fixed = config.d_model // config.num_heads
     if field.name not in keys and field.name not in _SPECIAL and value != fixed:
       raise ValueError(
-        f"a {config.family} model has {field.name} = {fixed}, this config has {value}: "
-        "it has no Hugging Face form"
+        f"{field.name} = {value} has no Hugging Face form: {config.family} models have {fixed}"
       )
   layers = range(config.num_layers)
   if config.sliding_window is not None and not (
-    family.has_window and (family.slides or config.sliding_layers == tuple(layers))
+    family.has_window and (family.is_sliding or config.sliding_layers == tuple(layers))
   ):
     raise ValueError(
-      f"a {config.family} model has {'the same' if family.has_window else 'no'} "
-      f"sliding_window in all layers, this config has one in the layers "
-      f"{list(config.sliding_layers)}: it has no Hugging Face form"
+      f"a sliding_window in layers {list(config.sliding_layers)} has no Hugging Face form: "
+      f"{config.family} models have {'the same' if family.has_window else 'no'} sliding_window "
+      "in all layers"
     )
   if config.expert_format is not None and config.expert_format not in family.formats:
     raise ValueError(
       f"experts in {config.expert_format} have no Hugging Face form in a {config.family} "
-      "model: convert from the checkpoint that was not quantized"
+      "model: convert from the unquantized checkpoint"
     )
   hf = {"architectures": [family.architecture], "model_type": config.family}
   hf |= {key.names[0]: getattr(config, field) for field, key in keys.items()}
-  hf |= (
-    {
-      "num_key_value_heads": config.num_kv_heads,
-      "rope_theta": config.rope_theta,
-      "eos_token_id": (
-        config.eos_token_ids[0]
-        if len(config.eos_token_ids) == 1
-        else list(config.eos_token_ids) or None
-      ),
-      "torch_dtype": config.dtype,
-    }
-    | _COMMON_ONLY
-    | family.only
-  )
+  eos = config.eos_token_ids
+  hf |= {
+    "num_key_value_heads": config.num_kv_heads,
+    "rope_theta": config.rope_theta,
+    "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
+    "torch_dtype": config.dtype,
+  }
+  hf |= _COMMON_SUPPORTED | family.supported
   if config.rope_scaling is None:
-    hf["rope_scaling"] = {"rope_type": "default"} if family.says_scaling else None
+    hf["rope_scaling"] = {"rope_type": "default"} if family.requires_rope_scaling else None
   else:
     yarn = config.rope_scaling
     hf["rope_scaling"] = {
@@ -298,9 +280,9 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
     }
   if family.has_window:
     hf["sliding_window"] = config.sliding_window
-    if family.needs_switch:
+    if family.needs_use_sliding_window:
       hf["use_sliding_window"] = config.sliding_window is not None
-    if family.slides:
+    if family.is_sliding:
       hf["layer_types"] = [
         "sliding_attention" if layer in config.sliding_layers else "full_attention"
         for layer in layers
@@ -349,27 +331,26 @@ def _expert_format(family, hf):
     _refuse(
       "quantization_config",
       method,
-      ", ".join(family.formats)
-      or "none: take the repository with the weights that were not quantized",
+      ", ".join(family.formats) or "none: use the repository with unquantized weights",
     )
   return method
 
 
 def _window(family, hf, num_layers, context_length):
-  """The window and the layers that have it."""
+  """Returns the window and the layers that have it."""
   window = hf.get("sliding_window")
   if (
     not window
     or window >= context_length
-    or (family.needs_switch and not hf.get("use_sliding_window", False))
+    or (family.needs_use_sliding_window and not hf.get("use_sliding_window", False))
   ):
     return None, ()
   if not family.has_window:
     _refuse("sliding_window", window, "null, or at least max_position_embeddings")
   layers, types = range(num_layers), hf.get("layer_types")
-  if family.slides and types is None:
-    layers = [layer for layer in layers if family.slides(hf, layer)]
-  elif family.slides:
+  if family.is_sliding and types is None:
+    layers = [layer for layer in layers if family.is_sliding(hf, layer)]
+  elif family.is_sliding:
     if len(types) != num_layers or set(types) - {"sliding_attention", "full_attention"}:
       _refuse("layer_types", types, f"{num_layers} times sliding_attention or full_attention")
     layers = [layer for layer, kind in enumerate(types) if kind == "sliding_attention"]
@@ -377,7 +358,7 @@ def _window(family, hf, num_layers, context_length):
 
 
 def _rope(family, hf, context_length):
-  """The base of the rotary embedding, and its scaling."""
+  """Returns the RoPE base and scaling."""
   rope = {
     "rope_theta": hf.get("rope_theta"),
     **(hf.get("rope_scaling") or {}),
@@ -385,7 +366,7 @@ def _rope(family, hf, context_length):
   }
   if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor")) not in (None, 1, 1.0):
     _refuse("partial_rotary_factor", rope.get("partial_rotary_factor"), 1.0)
-  if FAMILIES[family].says_scaling and len(rope) == 1:
+  if FAMILIES[family].requires_rope_scaling and len(rope) == 1:
     raise ValueError(f"config.json of a {family} model lacks rope_scaling / rope_parameters")
   theta = float(rope["rope_theta"] or FAMILIES[family].default_theta)
   kind = rope.get("rope_type", rope.get("type", "default"))

@@ -1,8 +1,8 @@
-"""Running the members of a roster (arXiv 2509.17238), and making one distribution of theirs.
+"""Runs the members of a roster (arXiv 2509.17238) and aggregates their distributions.
 
-The members are a mapped axis of the same forward pass: they differ in the noise
-that their index addresses, and in what follows from it. As many as the roster's
-memory budget holds are one batch, and the batches follow each other.
+Members are a vmapped axis of one forward pass; they differ only in the noise addressed
+by their index. As many members as fit the roster's memory budget run as one batch, and
+the batches run in sequence.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ from roe_jax.roster import Roster
 
 
 class RosterOutputs(struct.PyTreeNode):
-  """What the members made of each position.
+  """The aggregated outputs of the members.
 
   Attributes:
-    log_probs: `[B, T, V]` float32, aggregated.
-    clean_tokens: `[B, T]` int32, the clean member's most probable token; -1
-      where that member is not computed.
+    log_probs: `[B, T, V]` float32.
+    clean_tokens: `[B, T]` int32, the clean member's most probable token; -1 if that
+      member is not computed.
   """
 
   log_probs: jax.Array
@@ -38,11 +38,11 @@ class RosterOutputs(struct.PyTreeNode):
 
 
 class StandardCache(struct.PyTreeNode):
-  """The standard cache: what members share, and what is each one's own.
+  """The standard cache.
 
   Attributes:
-    shared: of the layers before the first noise, `[L, B, K, S, C]`.
-    own: of the others, `[R, L, B, K, S, C]`.
+    shared: the layers before the first noise, `[L, B, K, S, C]`, shared by all members.
+    own: the other layers of each member, `[R, L, B, K, S, C]`.
   """
 
   shared: KVCache
@@ -52,16 +52,15 @@ class StandardCache(struct.PyTreeNode):
 def empty_cache(
   config: ModelConfig, roster: Roster, batch_size: int, capacity: int, whole: bool = False
 ) -> KVCache | StandardCache | None:
-  """The cache of a roster; the batch is the fourth axis from the end of every array.
+  """Returns the empty cache of a roster; the batch axis is -4 in every array.
 
   Args:
     config: the model's architecture.
     roster: the settings.
     batch_size: B.
-    capacity: positions that it holds.
-    whole: whether sliding layers, too, hold them all: needed where positions
-      are run against a cache that holds later ones already (scoring,
-      diagnostics). Else they hold the last ones, as many as a row sees.
+    capacity: S, the number of positions it can hold.
+    whole: whether sliding layers also keep all positions. Needed to run positions against
+      a cache that already holds later ones (scoring, diagnostics).
   """
   if roster.recompute:
     return None
@@ -78,7 +77,7 @@ def empty_cache(
 def cache_bytes(
   config: ModelConfig, roster: Roster, batch_size: int, capacity: int, whole: bool = False
 ) -> int:
-  """Memory of `empty_cache` in bytes."""
+  """Returns the memory of `empty_cache` in bytes."""
   shapes = jax.eval_shape(lambda: empty_cache(config, roster, batch_size, capacity, whole))
   return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(shapes))
 
@@ -86,24 +85,23 @@ def cache_bytes(
 def tokens_within_budget(
   config: ModelConfig, memory_budget: int, platform: str | None = None
 ) -> int:
-  """How many rows (members times positions) a memory budget holds, at least one.
+  """Returns how many tokens (members x positions) fit a memory budget, at least one.
 
-  A row's activations are counted as its logits, the experts' outputs in and
-  out of order, and the attention scores of one block of slots (of a platform;
-  default: the backend).
+  Counts a token's logits, the experts' outputs before and after reordering, and the
+  attention scores of one cache block (of `platform`; default: the backend).
   """
-  per_row = 4 * (
+  per_token = 4 * (
     config.vocab_size
     + 2 * config.experts_per_token * config.d_model
-    + config.num_heads * attention.block_slots(platform)
+    + config.num_heads * attention.block_size(platform)
   )
-  return max(1, memory_budget // per_row)
+  return max(1, memory_budget // per_token)
 
 
 def routing_noise(
   roster: Roster, request_ids_B: jax.Array, positions_BxT: jax.Array, member: jax.Array
 ) -> noise_lib.RoutingNoise:
-  """The noise of member(s) `member` at rows of the given addresses."""
+  """Returns the noise of member(s) `member` at the given addresses."""
   key = noise_lib.stream_key(roster.seed, noise_lib.ROUTING)
   keys = noise_lib.position_keys(key, request_ids_B, positions_BxT)
   return noise_lib.RoutingNoise(keys, roster.temperatures, member, roster.noise)
@@ -119,16 +117,15 @@ def prefill_cache(
   request_ids_B: jax.Array,
   lengths_B: jax.Array | None = None,
 ) -> tuple[Any, jax.Array]:
-  """Runs tokens of the history and puts their keys and values into the cache.
+  """Runs tokens of the history and writes their keys and values to the cache.
 
-  Under Clean Cache this is the clean member's pass; under the standard cache
-  it is every member's, with noise. The rows' lengths (see
-  `transformer.run_layers`) matter where sliding layers are to be run on from
-  there.
+  With Clean Cache this runs the clean member; with the standard cache all members, with
+  noise. `lengths_B` (see `transformer.run_layers`) matters if generation continues from
+  here with sliding layers.
 
   Returns:
-    The cache, and the hidden states after the last block, `[R, B, T, D]`
-    (R = 1 under Clean Cache).
+    The cache, and the hidden states after the last block, `[R, B, T, D]` (R = 1 with
+    Clean Cache).
   """
   return _prefill_cache(
     params, config, roster, cache, tokens_BxT, positions_BxT, request_ids_B, lengths_B
@@ -138,9 +135,9 @@ def prefill_cache(
 def _prefill_cache(
   params, config, roster, cache, tokens_BxT, positions_BxT, request_ids_B, lengths_B=None, keep=()
 ):
-  """What `prefill_cache` returns, and the `BlockOutputs` of stretches of layers, `[R, L, ...]`."""
+  """`prefill_cache` that also returns the `BlockOutputs` of ranges of layers, `[R, L, ...]`."""
 
-  def run(x, cache, layers, noise=None, cache_offset=0):
+  def run(x, cache, layers, noise=None, cache_offset=0) -> tuple[Any, Any, Any]:
     return transformer.run_layers(
       params,
       config,
@@ -165,13 +162,13 @@ def _prefill_cache(
   x, shared, outputs = run(x, cache.shared, (0, first))
   outputs = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(roster.members), *a.shape)), outputs)
 
-  def of_member(member, own):
+  def run_member(member, own):
     noise = routing_noise(roster, request_ids_B, positions_BxT, member)
     x_m, own, noisy = run(x, own, (first, end), noise, first)
     x_m, own, after = run(x_m, own, (end, config.num_layers), cache_offset=first)
     return x_m, own, (noisy, after)
 
-  x, own, others = jax.vmap(of_member)(jnp.asarray(roster.members), cache.own)
+  x, own, others = jax.vmap(run_member)(jnp.asarray(roster.members), cache.own)
   return StandardCache(shared, own), x, [outputs, *others]
 
 
@@ -184,11 +181,10 @@ def chosen_experts(
   positions_BxT: jax.Array,
   request_ids_B: jax.Array,
 ) -> jax.Array:
-  """The experts of all members at T positions, `[L, R, B, T, A]`.
+  """Returns the experts that all members choose at T positions, `[L, R, B, T, A]`.
 
-  The cache holds the clean keys and values below each position if it is a
-  Clean Cache; a standard cache is written, and the positions are those that
-  follow what it holds. See `member_states` for the arguments.
+  A Clean Cache must hold the clean keys and values at earlier positions. A standard
+  cache is written, at the positions that follow. See `member_states` for the arguments.
   """
   if roster.cache == "clean":
     return member_states(
@@ -197,9 +193,8 @@ def chosen_experts(
   outputs = _prefill_cache(
     params, config, roster, cache, tokens_BxT, positions_BxT, request_ids_B, keep=("experts",)
   )[2]
-  return jnp.concatenate([o.experts for o in outputs if o.experts is not None], axis=1).swapaxes(
-    0, 1
-  )
+  chosen = [o.experts for o in outputs if o.experts is not None]
+  return jnp.concatenate(chosen, axis=1).swapaxes(0, 1)
 
 
 def member_states(
@@ -212,31 +207,31 @@ def member_states(
   request_ids_B: jax.Array,
   keep: tuple[str, ...] = (),
 ) -> tuple[jax.Array, transformer.BlockOutputs]:
-  """All members at T positions against the Clean Cache, as one batch.
+  """Runs all members at T positions against the Clean Cache, as one batch.
 
   Args:
     params: the model's parameters.
     config: its architecture.
     roster: the settings.
-    cache: holds the clean keys and values below each row's position.
-    tokens_BxT: int32 tokens at the rows' positions.
+    cache: holds the clean keys and values at earlier positions.
+    tokens_BxT: int32.
     positions_BxT: int32.
     request_ids_B: uint32.
-    keep: names of the `BlockOutputs` wanted.
+    keep: names of the `BlockOutputs` to return.
 
   Returns:
-    Hidden states after the last block, `[R, B, T, D]`, and outputs stacked
-    over layers: `keys` and `values` of the clean member `[L, B, T, K, C]`,
-    `experts` `[L, R, B, T, A]` and `router_logits` `[L, R, B, T, E]` of all.
+    Hidden states after the last block, `[R, B, T, D]`, and outputs stacked over layers:
+    the clean member's `keys` and `values` `[L, B, T, K, C]`, and all members' `experts`
+    `[L, R, B, T, A]` and `router_logits` `[L, R, B, T, E]`.
   """
-  rows = _CleanCachePass(params, config, roster, cache, positions_BxT, request_ids_B)
-  x, shared = rows.shared_layers(tokens_BxT, keep)
-  return rows.member_layers(x, shared, jnp.asarray(roster.members), keep)
+  run = _CleanCachePass(params, config, roster, cache, positions_BxT, request_ids_B)
+  x, shared = run.shared_layers(tokens_BxT, keep)
+  return run.member_layers(x, shared, jnp.asarray(roster.members), keep)
 
 
 @dataclasses.dataclass(frozen=True)
 class _CleanCachePass:
-  """Positions to be run against a Clean Cache."""
+  """A forward pass of T positions against a Clean Cache."""
 
   params: Params
   config: ModelConfig
@@ -246,14 +241,14 @@ class _CleanCachePass:
   request_ids_B: jax.Array
 
   def shared_layers(self, tokens_BxT, keep=()):
-    """Hidden states `[B, T, D]` at the first noise, and outputs of the layers before."""
+    """Returns hidden states `[B, T, D]` before the first noise, and outputs up to there."""
     x, _, outputs = self._run(
       transformer.embed(self.params, tokens_BxT), (0, self.roster.noisy_layers[0]), keep=keep
     )
     return x, outputs
 
   def member_layers(self, x, shared, members, keep=()):
-    """The other layers for some members; returns what `member_states` does."""
+    """Runs the other layers for some members; returns the same as `member_states`."""
     first, end = self.roster.noisy_layers
     noise = routing_noise(self.roster, self.request_ids_B, self.positions_BxT, members)
 
@@ -261,26 +256,19 @@ class _CleanCachePass:
       def lifted(x_RxBxTxD, noise):
         axes = None if noise is None else noise.replace(keys=None, temperatures=None, member=0)
         x, _, outputs = jax.vmap(block, in_axes=(0, axes))(x_RxBxTxD, noise)
-        of_first = {
-          name: jax.tree.map(lambda a: a[0], getattr(outputs, name)) for name in ("keys", "values")
-        }
-        return x, None, outputs.replace(**of_first)
+        keys, values = jax.tree.map(lambda a: a[0], (outputs.keys, outputs.values))
+        return x, None, outputs.replace(keys=keys, values=values)
 
       return lifted
 
     x = jnp.broadcast_to(x, (len(members), *x.shape))
     parts = []
     if first:
-      parts.append(
-        shared.replace(
-          **{
-            name: jax.tree.map(
-              lambda a: jnp.repeat(a[:, None], len(members), axis=1), getattr(shared, name)
-            )
-            for name in ("experts", "router_logits")
-          }
-        )
+      chosen, logits = jax.tree.map(
+        lambda a: jnp.repeat(a[:, None], len(members), axis=1),
+        (shared.experts, shared.router_logits),
       )
+      parts.append(shared.replace(experts=chosen, router_logits=logits))
     for layers, own_noise in (((first, end), noise), ((end, self.config.num_layers), None)):
       if layers[0] < layers[1]:
         x, _, outputs = self._run(x, layers, own_noise, keep, lift)
@@ -313,24 +301,23 @@ def against_clean_cache(
   request_ids_B: jax.Array,
   keep: tuple[str, ...] = (),
 ) -> tuple[RosterOutputs, transformer.BlockOutputs]:
-  """The roster's distributions at T positions, a few members at a time.
+  """Computes the roster's distributions at T positions, in batches of members.
 
-  The arguments are those of `member_states`. Memory does not grow with the
-  members: as many as `roster.memory_budget` holds are one batch, and the
-  batches follow each other. The layers before the first noise are computed
-  once for all of them.
+  The arguments are those of `member_states`. Memory does not grow with the number of
+  members: each batch fits `roster.memory_budget`. Layers before the first noise are
+  computed once.
 
   Returns:
-    The outputs, and those of the clean member's `BlockOutputs` asked for.
+    The outputs, and the clean member's `BlockOutputs` named in `keep`.
   """
-  rows = _CleanCachePass(params, config, roster, cache, positions_BxT, request_ids_B)
-  x, shared = rows.shared_layers(tokens_BxT, keep)
+  run = _CleanCachePass(params, config, roster, cache, positions_BxT, request_ids_B)
+  x, shared = run.shared_layers(tokens_BxT, keep)
   first, others = _batches(config, roster, tokens_BxT.size)
-  states, outputs = rows.member_layers(x, shared, first, keep)
+  states, outputs = run.member_layers(x, shared, first, keep)
   add, total, clean_tokens = _start(params, config, roster, states)
 
   def more(total, members):
-    states, _ = rows.member_layers(x, transformer.BlockOutputs(), members)
+    states, _ = run.member_layers(x, transformer.BlockOutputs(), members)
     return add(total, states), None
 
   if len(others):
@@ -341,7 +328,7 @@ def against_clean_cache(
 def aggregate(
   params: Params, config: ModelConfig, roster: Roster, x_RxBxTxD: jax.Array
 ) -> RosterOutputs:
-  """Distributions from all members' final hidden states, a few members at a time."""
+  """Aggregates all members' final hidden states, in batches of members."""
   first, others = _batches(config, roster, math.prod(x_RxBxTxD.shape[1:3]))
   add, total, clean_tokens = _start(params, config, roster, x_RxBxTxD[: len(first)])
   if len(others):
@@ -351,7 +338,7 @@ def aggregate(
 
 
 def _batches(config, roster, tokens_per_member):
-  """Members `[R1]` that come first, and batches of equally many others `[X, R2]`."""
+  """Returns the first batch of members `[R1]`, and batches `[X, R2]` of the others."""
   members = np.asarray(roster.members)
   first, *others = batch_sizes(config, roster, tokens_per_member)
   return jnp.asarray(members[:first]), jnp.asarray(members[first:].reshape(others))
@@ -360,14 +347,16 @@ def _batches(config, roster, tokens_per_member):
 def batch_sizes(
   config: ModelConfig, roster: Roster, tokens_per_member: int, platform: str | None = None
 ) -> tuple[int, int, int]:
-  """How the members are computed against a Clean Cache: so many of them first,
-  then so many batches of so many others.
+  """Splits the members into batches that fit the memory budget.
 
   Args:
     config: the model's architecture.
     roster: the settings.
-    tokens_per_member: texts times positions.
+    tokens_per_member: sequences x positions.
     platform: see `tokens_within_budget`.
+
+  Returns:
+    The size of the first batch, the number of other batches, and their common size.
   """
   members = roster.members
   most = max(1, tokens_within_budget(config, roster.memory_budget, platform) // tokens_per_member)
@@ -375,7 +364,7 @@ def batch_sizes(
   size = -(-len(members) // count)
   first = len(members) - (count - 1) * size
   if first == 1 and count > 1 and members[0] == 0 and not roster.include_clean:
-    count, first = count - 1, first + size  # there must be one to be averaged
+    count, first = count - 1, first + size  # the first batch must contain an averaged member
   return first, count - 1, size
 
 
@@ -383,8 +372,8 @@ def _start(params, config, roster, x):
   """Aggregates the first members.
 
   Returns:
-    A function `(state, states [R, B, T, D]) -> state` for the others, the
-    aggregation's state, and the clean member's tokens.
+    A function `(state, x [R, B, T, D]) -> state` that adds the others, the aggregation's
+    state, and the clean member's tokens.
   """
   aggregation = roster.aggregate_with
 
@@ -411,26 +400,27 @@ def step(
   tokens_B: jax.Array,
   positions_B: jax.Array,
   request_ids_B: jax.Array,
-  texts_BxS: jax.Array | None = None,
+  sequences_BxS: jax.Array | None = None,
 ) -> tuple[RosterOutputs, Any]:
-  """One position of every text: the roster's next-token distribution.
+  """Computes the roster's next-token distribution of every sequence.
 
   Args:
     params: the model's parameters.
     config: its architecture.
     roster: the settings.
-    cache: filled below `positions_B`; None if the roster recomputes.
-    tokens_B: int32 tokens at those positions.
+    cache: filled at positions < `positions_B`; None if the roster recomputes.
+    tokens_B: int32 tokens at `positions_B`.
     positions_B: int32.
     request_ids_B: uint32.
-    texts_BxS: all tokens up to those positions; needed to recompute.
+    sequences_BxS: all tokens up to `positions_B`; needed to recompute.
 
   Returns:
     Outputs with T = 1, and the cache with this position written.
   """
   tokens, positions = tokens_B[:, None], positions_B[:, None]
   if roster.recompute:
-    x = reference.member_states(params, config, roster, texts_BxS, request_ids_B)
+    assert sequences_BxS is not None
+    x = reference.member_states(params, config, roster, sequences_BxS, request_ids_B)
     x = jnp.take_along_axis(x, positions[None, ..., None], axis=2)
   elif roster.cache == "clean":
     outputs, own = against_clean_cache(
@@ -438,8 +428,8 @@ def step(
     )
     keys, values = own.keys, own.values
     if batch_sizes(config, roster, tokens.size)[1]:
-      # Always true: XLA copies the cache for the members that read it later, unless
-      # the write depends on what has been computed from them.
+      # Always true: XLA copies the cache for members that read it later, unless the
+      # write depends on their results.
       last_B = outputs.log_probs[:, 0, 0]
       after_reading = ((last_B <= jnp.inf) | jnp.isnan(last_B))[:, None, None, None]
       keys, values = (jnp.where(after_reading, a, jnp.zeros_like(a)) for a in (keys, values))

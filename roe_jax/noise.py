@@ -1,10 +1,9 @@
-"""Randomness by address.
+"""Addressed noise.
 
-Every random number of a roster is a pure function of the seed and of where it
-is used: (request, position, layer, member) for routing noise, (request,
-position) for sampling a token. So a token's roster is the same however
-requests are batched, padded, chunked or placed, and whether the token is
-generated, scored or verified.
+Every random number is a pure function of the seed and the address where it is used:
+(request, position, layer, member) for routing noise, (request, position) for sampling
+a token. A token's roster is thus the same however requests are batched, padded,
+chunked or sharded, and whether the token is generated, scored or verified.
 """
 
 from collections.abc import Callable
@@ -22,16 +21,16 @@ MAX_SEED = 2**32 - 1
 
 
 def stream_key(seed: jax.Array | int, stream: int) -> jax.Array:
-  """The key of one stream (`ROUTING` or `SAMPLING`) of a seed.
+  """Returns the key of one stream (`ROUTING` or `SAMPLING`) of a seed.
 
-  threefry2x32 is named because other implementations are not reproducible
-  under vmap, or make chains of folds collide.
+  threefry2x32 is set explicitly: other implementations are not reproducible under
+  vmap, or make chains of `fold_in` collide.
   """
   return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), stream)
 
 
 def position_keys(key: jax.Array, request_ids_B: jax.Array, positions_BxT: jax.Array) -> jax.Array:
-  """Keys `[B, T]`, one for each (request, position)."""
+  """Returns keys `[B, T]`, one for each (request, position)."""
 
   def one_request(request_id, positions_T):
     request_key = jax.random.fold_in(key, request_id)
@@ -40,8 +39,8 @@ def position_keys(key: jax.Array, request_ids_B: jax.Array, positions_BxT: jax.A
   return jax.vmap(one_request)(request_ids_B, positions_BxT)
 
 
-def _added(draw):
-  """A family that adds τ times what `draw(key, [E]) -> [E]` gives to the logits."""
+def _additive(draw):
+  """Returns the family that adds τ * `draw(key, [E]) -> [E]` to the logits."""
 
   def perturb(key, logits, temperature, count):
     del count
@@ -64,11 +63,11 @@ def _uniform(key, shape):
 
 
 def _swap(key, logits, temperature, count):
-  """Each chosen expert trades logits, with probability τ, with one not chosen.
+  """Swaps the logits of each chosen expert, with probability τ, with one not chosen.
 
-  Which one is drawn evenly, no one twice; what it is weighted with, should gates
-  follow the perturbed logits, is what the replaced expert would have had. Where
-  more are to be replaced than others are left, the last ones stay.
+  Partners are drawn uniformly without replacement. If gates follow the perturbed
+  logits, a partner gets the gate of the expert that it replaces. If there are fewer
+  partners than experts to replace, the last of these stay.
   """
   by_rank = jax.lax.top_k(logits, logits.size)[1]
   chosen, others = by_rank[:count], by_rank[count:]
@@ -76,10 +75,10 @@ def _swap(key, logits, temperature, count):
     return logits
   coins, order = jax.random.split(key)
   replaced = jax.random.bernoulli(coins, temperature, (count,))
-  place = jnp.cumsum(replaced) - 1  # among those replaced
-  replaced &= place < others.size
-  partner = jax.random.permutation(order, others)[jnp.clip(place, 0, others.size - 1)]
-  none = logits.size  # an index out of range, where nothing is put
+  order_of = jnp.cumsum(replaced) - 1  # index among the replaced
+  replaced &= order_of < others.size
+  partner = jax.random.permutation(order, others)[jnp.clip(order_of, 0, others.size - 1)]
+  none = logits.size  # out of bounds, where nothing is written
   return (
     logits.at[jnp.where(replaced, chosen, none)]
     .set(logits[partner], mode="drop")
@@ -89,18 +88,18 @@ def _swap(key, logits, temperature, count):
 
 
 def _uniform_choice(key, logits, temperature, count):
-  """With probability τ the logits are dealt out anew: any A experts are as likely as others."""
+  """Permutes the logits with probability τ, so that any A experts are equally likely."""
   del count
   coin, order = jax.random.split(key)
-  anew = jax.random.bernoulli(coin, temperature)
-  return jnp.where(anew, jax.random.permutation(order, logits), logits)
+  permuted = jax.random.permutation(order, logits)
+  return jnp.where(jax.random.bernoulli(coin, temperature), permuted, logits)
 
 
 def _second_expert(key, logits, temperature, count):
-  """Where τ > 0 only the expert of the second largest logit is left; no chance in it.
+  """Keeps only the expert with the second largest logit where τ > 0; deterministic.
 
-  The weak pass of SCMoE (arXiv 2405.14507), which is contrasted with the clean
-  member: see `aggregation.CONTRAST`.
+  The weak pass of SCMoE (arXiv 2405.14507), which `aggregation.CONTRAST` contrasts
+  with the clean member.
   """
   del key, count
   second = jax.lax.top_k(logits, 2)[1][1]
@@ -108,25 +107,23 @@ def _second_expert(key, logits, temperature, count):
   return jnp.where(temperature > 0, alone, logits)
 
 
-# That of a standard Gumbel variable. Noise of other distributions is scaled to it,
-# so that temperatures mean the same.
+# Of a standard Gumbel variable. Other distributions are scaled to it, so that
+# temperatures are comparable.
 _STANDARD_DEVIATION = math.pi / math.sqrt(6)
 
 GUMBEL = "gumbel"
-# What becomes of the router logits of one row, by name:
-# `(key, logits [E] float32, τ, A) -> perturbed logits [E]`, of which the A largest
-# are chosen; -inf leaves an expert out even if there are fewer than A others. τ = 0
-# must give the logits themselves. An entry here is available under its name
-# everywhere.
+# Noise families by name: `(key, logits [E] float32, τ, A) -> perturbed logits [E]` of one
+# token, of which the A largest are chosen; -inf excludes an expert even if fewer than A
+# others remain. τ = 0 must return the logits. An entry is available everywhere by name.
 FAMILIES: dict[str, Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]] = {
-  GUMBEL: _added(_gumbel),
-  "gaussian": _added(_gaussian),
-  "uniform": _added(_uniform),
+  GUMBEL: _additive(_gumbel),
+  "gaussian": _additive(_gaussian),
+  "uniform": _additive(_uniform),
   "swap": _swap,
   "uniform_choice": _uniform_choice,
   "second_expert": _second_expert,
 }
-# Families whose τ is a probability, and of what.
+# Families whose τ is a probability, and the event that it belongs to.
 PROBABILITIES = {
   "swap": "that an expert is replaced",
   "uniform_choice": "that experts are chosen evenly at random",
@@ -134,13 +131,12 @@ PROBABILITIES = {
 
 
 class RoutingNoise(struct.PyTreeNode):
-  """Noise on the routers of one roster member.
+  """The routing noise of one roster member.
 
   Attributes:
-    keys: `[B, T]` keys of the (request, position) of each row.
+    keys: `[B, T]` keys of the (request, position) of each token.
     temperatures: `[L]` float32, τ of each layer, in units of router logits.
-    member: scalar int32 index of the member. Member 0 is the clean one, which has
-      no noise in any layer.
+    member: int32 scalar index of the member. Member 0 is clean: it has no noise.
     family: a name in `FAMILIES`.
   """
 
@@ -150,17 +146,15 @@ class RoutingNoise(struct.PyTreeNode):
   family: str = struct.field(pytree_node=False, default=GUMBEL)
 
   def perturb(self, layer: jax.Array, logits_BxTxE: jax.Array, count: int) -> jax.Array:
-    """Router logits with noise, of which the `count` largest are chosen.
+    """Adds noise to router logits, of which the `count` largest are then chosen.
 
-    With Gumbel noise, logits + τ_l · G of arXiv 2509.17238 eq. (1).
-
-    float32 whatever the model's dtype: bfloat16 has too few bits for the tail
-    of the distribution, and makes ties.
+    With Gumbel noise: logits + τ_l · G, arXiv 2509.17238 eq. (1). Always float32:
+    bfloat16 has too few bits for the tail of the distribution, and makes ties.
     """
     temperature = jnp.where(self.member == 0, 0.0, self.temperatures[layer])
 
-    def of_row(key, logits_E):
+    def perturb_token(key, logits_E):
       key = jax.random.fold_in(jax.random.fold_in(key, layer), self.member)
       return FAMILIES[self.family](key, logits_E, temperature, count)
 
-    return jax.vmap(jax.vmap(of_row))(self.keys, logits_BxTxE)
+    return jax.vmap(jax.vmap(perturb_token))(self.keys, logits_BxTxE)

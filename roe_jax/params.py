@@ -219,7 +219,7 @@ def initialize(config: ModelConfig, key: jax.Array) -> Params:
     if spec.init == "codes":
       return jax.lax.bitcast_convert_type(jax.random.bits(key, spec.shape, jnp.uint8), dtype)
     stddev = config.initializer_range * spec.scale
-    if spec.init == "scales":
+    if spec.init == "scales" and config.expert_format is not None:
       return jnp.full(spec.shape, typical_scale(config.expert_format, stddev), dtype)
     return (stddev * jax.random.normal(key, spec.shape, jnp.float32)).astype(dtype)
 

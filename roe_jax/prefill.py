@@ -1,4 +1,4 @@
-"""Prefill: fills the KV cache with a prompt or a history, in chunks of few shapes."""
+"""Prefill: fills the KV cache in chunks of few shapes."""
 
 from collections.abc import Sequence
 import functools
@@ -15,7 +15,7 @@ from roe_jax.params import Params
 from roe_jax.roster import Roster
 
 PREFILL_CHUNK = 256
-# Room is cheap and compiling is not: short texts share one shape.
+# Memory is cheap and compilation is not: short sequences share one shape.
 MIN_CAPACITY = 128
 
 
@@ -30,7 +30,7 @@ def prefill_chunk(
   request_ids_B: jax.Array,
   lengths_B: jax.Array | None = None,
 ) -> KVCache:
-  """Puts T tokens from `starts_B` on into the (donated) cache."""
+  """Writes T tokens at positions from `starts_B` on to the (donated) cache."""
   positions = starts_B[:, None] + jnp.arange(tokens_BxT.shape[1])[None]
   return members_lib.prefill_cache(
     params, config, roster, cache, tokens_BxT, positions, request_ids_B, lengths_B
@@ -46,30 +46,22 @@ def fill_cache(
   lengths: np.ndarray | int,
   request_ids_B: jax.Array,
 ) -> KVCache:
-  """Prefills positions below each row's length, or one of all rows, in chunks of few shapes."""
+  """Prefills the positions below each sequence's length (or one length of all) in chunks."""
+  batch_size, padded = tokens_BxS.shape
   start, longest = 0, int(np.max(lengths))
-  lengths_B = jnp.asarray(np.broadcast_to(np.int32(lengths), tokens_BxS.shape[:1]))
+  lengths_B = jnp.asarray(np.broadcast_to(np.int32(lengths), batch_size))
   while start < longest:
-    size = min(
-      PREFILL_CHUNK, batching.power_of_two(longest - start, 32), tokens_BxS.shape[1] - start
-    )
+    size = min(PREFILL_CHUNK, batching.power_of_two(longest - start, 32), padded - start)
+    tokens, starts = tokens_BxS[:, start : start + size], jnp.full(batch_size, start)
     cache = prefill_chunk(
-      params,
-      config,
-      roster.history(),
-      cache,
-      tokens_BxS[:, start : start + size],
-      jnp.full(tokens_BxS.shape[0], start),
-      request_ids_B,
-      lengths_B,
+      params, config, roster.history(), cache, tokens, starts, request_ids_B, lengths_B
     )
     start += size
   return cache
 
 
 def capacity_for(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
-  """Positions that hold any of the prompts with its completion, as one of few sizes."""
+  """Returns the cache capacity for any of the prompts with its completion: one of few sizes."""
   longest = max(map(len, prompts), default=0)
-  # One more than the longest text, so that rows that are done have a place to
-  # point to.
+  # One more than the longest sequence: slots that are done point to it.
   return batching.bucket(min(longest + max_new_tokens, config.context_length) + 1, MIN_CAPACITY)

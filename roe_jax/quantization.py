@@ -187,9 +187,7 @@ def quantize(array: np.ndarray, format: str, axis: int) -> Quantized:
   if format == "mxfp4" and group != 32:
     raise ValueError(f"mxfp4 has blocks of 32 weights: cannot divide an axis of {size}")
   if format != "int8" and width % 2:
-    raise ValueError(
-      f"{format} packs two weights per byte: cannot halve an axis of {width}"
-    )
+    raise ValueError(f"{format} packs two weights per byte: cannot halve an axis of {width}")
   groups = (rows, width // group) if axis == -1 else (rows // group, width)
   is_int8, is_mxfp4 = format == "int8", format == "mxfp4"
   codes = np.empty(

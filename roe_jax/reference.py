@@ -1,9 +1,8 @@
-"""A roster without cache, batching tricks or dispatch: slow and plain.
+"""A reference implementation of a roster, slow and simple, to test the fast paths against.
 
-Everything is recomputed from the tokens: full attention matrices, every expert
-for every row, one member after the other. It shares with the fast path only
-what defines the method (the noise's addresses, the routing rule) and the
-elementary pieces of a block, and is what the caches are proved against.
+It recomputes everything from the tokens: full attention matrices, every expert for
+every token, one member at a time. It shares with the fast path only the noise's
+addresses, the routing rule and the elementary parts of a block.
 """
 
 import jax
@@ -21,17 +20,16 @@ from roe_jax.quantization import dequantize, is_quantized
 def member_states(
   params: Params, config: ModelConfig, roster, tokens_BxT: jax.Array, request_ids_B: jax.Array
 ) -> jax.Array:
-  """Every member's hidden states after the last block at all positions.
+  """Returns every member's hidden states after the last block.
 
-  With `roster.cache == "clean"` a member attends to the clean member's keys
-  and values at earlier positions and to its own at its position; with
-  "standard" to its own at all.
+  With `roster.cache == "clean"` a member attends to the clean member's keys and values
+  at earlier positions and to its own at the current one; with "standard", to its own.
 
   Args:
     params: the model's parameters.
     config: its architecture.
     roster: a `roster.Roster`.
-    tokens_BxT: int32 whole texts from position 0 on, padded on the right.
+    tokens_BxT: int32 sequences from position 0 on, padded on the right.
     request_ids_B: uint32.
 
   Returns:
@@ -46,16 +44,8 @@ def member_states(
     x = transformer.embed(params, tokens_BxT)
     own_history = []
     for layer in range(config.num_layers):
-      x, own = _block(
-        params,
-        config,
-        x,
-        positions,
-        layer,
-        noise,
-        roster.gate_weights,
-        history[layer] if history else None,
-      )
+      past = history[layer] if history else None
+      x, own = _block(params, config, x, positions, layer, noise, roster.gate_weights, past)
       own_history.append(own)
     return x, own_history
 
@@ -77,7 +67,8 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
   window = config.sliding_window if layer in config.sliding_layers else None
   sinks = layers.attention.sinks
   sinks = None if sinks is None else to_compute_dtype(sinks[layer])
-  heads = _attend(query, key, value, *(history or (key, value)), sinks, window)
+  keys, values = history or (key, value)
+  heads = _attend(query, key, value, keys, values, sinks, window)
   x = add(x, attention.output(params.layers.attention, layer, heads))
   normed = transformer.norm(config, x, layers.moe_norm[layer])
   logits = transformer.router_logits(config, layers, layer, normed)
@@ -92,7 +83,7 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
   outputs = einsum("btef,efd->ebtd", hidden, experts.down)
   if config.expert_bias:
     outputs += experts.down_bias[:, None, None]
-  y = jnp.einsum("ebtd,bte->btd", outputs, by_expert, precision=jax.lax.Precision.HIGHEST)
+  y = jnp.einsum("ebtd,bte->btd", outputs, by_expert, precision="highest")
   y = rounded(y, x.dtype)
   if config.d_shared_expert:
     y = add(y, shared(layers.shared_expert, layer, normed))
@@ -100,10 +91,10 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
 
 
 def _attend(query, own_key, own_value, keys, values, sinks, window):
-  """Causal attention whose diagonal is the row's own key and value.
+  """Computes causal attention whose diagonal uses the token's own key and value.
 
-  Sinks `[H]` are one more column, without a value; a row sees no further back
-  than `window` positions, its own included.
+  Sinks `[H]` are one more column without a value. `window` is the attention window,
+  including the current position.
   """
   b, t, h, c = query.shape
   groups = h // own_key.shape[2]
@@ -112,11 +103,7 @@ def _attend(query, own_key, own_value, keys, values, sinks, window):
   )
   scores = einsum("bthc,bshc->bhts", query, keys)
   own = jnp.einsum(
-    "bthc,bthc->bht",
-    query,
-    own_key,
-    preferred_element_type=jnp.float32,
-    precision=jax.lax.Precision.HIGHEST,
+    "bthc,bthc->bht", query, own_key, preferred_element_type=jnp.float32, precision="highest"
   )
   diagonal, earlier = jnp.eye(t, dtype=bool), jnp.tri(t, k=-1, dtype=bool)
   if window is not None:

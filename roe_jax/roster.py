@@ -1,14 +1,14 @@
 """Roster of Experts: n noisy members of one MoE model (arXiv 2509.17238).
 
-A `Roster` holds the settings; `roe_jax.members` runs the members over positions
-of a batch of texts and keeps their cache, in one of three ways:
+A `Roster` holds the settings; `roe_jax.members` runs the members on a batch, with one of
+three kinds of history:
 
-* Clean Cache: one cache, written by the clean member; every member reads it,
-  beside its own key and value at its position.
-* Standard cache: every member is a sequence of its own, noisy at every
-  position, with its own cache.
-* No cache (`recompute=True`): either history is computed anew each time, by
-  `roe_jax.reference`. Slow; it is what the two caches are proved against.
+* Clean Cache: one KV cache, written by the clean member. Every member attends to it and
+  to its own key and value at its position.
+* Standard cache: every member is its own sequence, noisy at every position, with its
+  own KV cache.
+* No cache (`recompute=True`): either history is recomputed at each step by
+  `roe_jax.reference`. Slow; the two caches are tested against it.
 """
 
 from collections.abc import Sequence
@@ -29,24 +29,25 @@ MEMORY_BUDGET = 256 * 2**20
 
 
 class Roster(struct.PyTreeNode):
-  """What makes a model's forward pass a roster; made by `Roster.create`.
+  """The settings of a roster; construct with `Roster.create`.
 
   Temperatures and seed are traced: changing them compiles nothing.
 
   Attributes:
     temperatures: `[L]` float32, τ of each layer in units of router logits.
-    seed: uint32 scalar, of all randomness (routing noise and sampling).
-    num_members: n, how many distributions are averaged.
-    include_clean: whether member 0, which is noise-free, is one of the n.
-    cache: "clean" or "standard", whose history the members see.
-    recompute: whether to do without a cache, recomputing that history.
+    seed: uint32 scalar, seed of routing noise and sampling.
+    num_members: n, the number of distributions that are averaged.
+    include_clean: whether the noise-free member 0 is one of the n.
+    cache: the history that members attend to: the clean member's ("clean") or each
+      member's own ("standard").
+    recompute: whether to recompute that history instead of caching it.
     aggregation: a name in `aggregation.AGGREGATIONS`.
     gate_weights: see `routing.route`.
-    noise: a name in `noise.FAMILIES`, what chooses the members' experts.
-    noisy_layers: `(first, end)` outside which no layer has noise; layers
-      before it are computed once for all members.
-    memory_budget: bytes that the activations of the members computed together
-      may take, roughly; changes results by rounding only.
+    noise: a name in `noise.FAMILIES`.
+    noisy_layers: `(first, end)`, the range of layers that may have noise; layers before
+      it are computed once for all members.
+    memory_budget: approximate memory in bytes for the activations of members computed
+      together; affects results by rounding only.
     expert_strategy: see `experts.apply`.
   """
 
@@ -81,27 +82,20 @@ class Roster(struct.PyTreeNode):
     memory_budget: int = MEMORY_BUDGET,
     expert_strategy: str | None = None,
   ) -> "Roster":
-    """A roster for models of `config`; by default the plain model.
+    """Creates a roster for models of `config`; by default the baseline.
+
+    The other arguments are the attributes of the class.
 
     Args:
       config: the model's architecture.
       num_members: n.
-      temperatures: one τ for all layers, or one for each.
+      temperatures: one τ for all layers, or a list with one per layer.
       seed: in [0, 2**32).
-      include_clean: see the class.
-      cache: see the class.
-      recompute: see the class.
-      aggregation: see the class.
-      gate_weights: see the class.
-      noise: see the class.
-      noisy_layers: by default the stretch from the first to the last layer
-        with τ > 0. Give it to vary τ within the stretch without compiling
-        again, or to pay for a roster at τ = 0.
-      memory_budget: see the class.
-      expert_strategy: see the class.
+      noisy_layers: by default from the first to the last layer with τ > 0. Set it to vary
+        τ within the range without recompiling, or to run a roster at τ = 0.
 
     Raises:
-      ValueError: a setting is out of its range, or unknown.
+      ValueError: a setting is out of range or unknown.
     """
     layers = config.num_layers
     if (
@@ -115,8 +109,8 @@ class Roster(struct.PyTreeNode):
       values = np.full(layers, values)
     if values.shape != (layers,):
       raise ValueError(
-        f"temperatures must be one number or a list of {layers} (one for each "
-        f"layer of the model), got shape {list(values.shape)}"
+        f"temperatures must be one number or a list of {layers} (one per layer of the "
+        f"model), got shape {list(values.shape)}"
       )
     if not np.all(np.isfinite(values)) or np.any(values < 0):
       raise ValueError(f"temperatures must be finite and not negative, got {values.tolist()}")
@@ -141,15 +135,15 @@ class Roster(struct.PyTreeNode):
       noisy_layers = needed
     first, end = noisy_layers
     if not 0 <= first <= end <= layers:
-      raise ValueError(f"noisy_layers must be a stretch within (0, {layers}), got {noisy_layers}")
+      raise ValueError(f"noisy_layers must be a range within (0, {layers}), got {noisy_layers}")
     if noisy.size and not (first <= needed[0] and needed[1] <= end):
       raise ValueError(
-        f"noisy_layers {noisy_layers} leaves out layers with a temperature above 0: "
-        f"these span {needed}"
+        f"noisy_layers {noisy_layers} leaves out layers with a temperature above 0; these span "
+        f"{needed}"
       )
     if aggregation == "contrast" and not include_clean:
       raise ValueError(
-        "aggregation 'contrast' sets the clean member against the others: it needs include_clean"
+        "aggregation 'contrast' contrasts the clean member with the others: it needs include_clean"
       )
     if memory_budget < 1:
       raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
@@ -173,15 +167,14 @@ class Roster(struct.PyTreeNode):
 
   @property
   def is_baseline(self) -> bool:
-    """Whether this is the plain model: the clean member alone."""
+    """Whether this is the baseline: the clean member alone."""
     return self.num_members == 1 and self.include_clean
 
   @property
   def members(self) -> tuple[int, ...]:
     """Indices of the members that are computed.
 
-    Clean Cache needs member 0 for its keys and values even where it is not
-    averaged.
+    Clean Cache needs member 0 for its keys and values even if it is not averaged.
     """
     if self.include_clean:
       return tuple(range(self.num_members))
@@ -190,25 +183,21 @@ class Roster(struct.PyTreeNode):
 
   @property
   def aggregate_with(self) -> Aggregation:
-    """The aggregation; with any, the plain model is what it is."""
+    """The aggregation; it does not affect the baseline."""
     return MEAN_PROBABILITY if self.is_baseline else AGGREGATIONS[self.aggregation]
 
   def check(self, config: ModelConfig) -> None:
-    """Checks that the roster was made for a model of this depth.
-
-    Raises:
-      ValueError: it has temperatures for another number of layers.
-    """
+    """Raises a ValueError unless the roster has temperatures for all layers of the model."""
     if self.temperatures.shape != (config.num_layers,):
       raise ValueError(
         f"the roster has temperatures for {self.temperatures.shape[0]} layers and the model "
-        f"has {config.num_layers}: make it with Roster.create and this model's config"
+        f"has {config.num_layers}: create it with Roster.create and this model's config"
       )
 
   def history(self) -> "Roster":
-    """The roster that writes the history: under Clean Cache the clean member alone.
+    """Returns the roster that writes the history: with Clean Cache the clean member alone.
 
-    Rosters of all sizes then share one compiled prefill.
+    So rosters of all sizes share one compiled prefill.
     """
     if self.cache == "standard":
       return self
@@ -223,7 +212,7 @@ class Roster(struct.PyTreeNode):
     )
 
   def settings(self) -> dict[str, Any]:
-    """All that results depend on, as plain values, to go with every result."""
+    """Returns all settings that affect results as JSON values, to be recorded with them."""
     return {
       "num_members": self.num_members,
       "temperatures": [round(float(t), 6) for t in np.asarray(self.temperatures)],

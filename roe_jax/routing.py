@@ -1,4 +1,4 @@
-"""From router logits to the chosen experts and their gates."""
+"""Routing: from router logits to the chosen experts and their gates."""
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +14,17 @@ EXTRA_GATES = ("model", "rescaled", "renormalized")
 
 
 def with_experts(config: ModelConfig, count: int, gates: str = "model") -> ModelConfig:
-  """The same model with another number of experts per token, k' in place of k.
+  """Returns the model with another number of experts per token, k' instead of k.
 
-  What the chosen experts are weighted with is `gates`:
+  `gates` sets the gates of the chosen experts:
 
   * `model`: the model's own rule, at k'.
-  * `rescaled`: so that they sum to what those of the best k alone would. As
-    `model` where gates are normalized, for they sum to one then in any case.
-  * `renormalized`: so that they sum to one.
+  * `rescaled`: scaled so that they sum to what the gates of the best k alone would.
+    Equal to `model` where gates are normalized.
+  * `renormalized`: scaled so that they sum to one.
 
   Raises:
-    ValueError: there are not so many experts, or the rule is unknown.
+    ValueError: `count` or `gates` is invalid.
   """
   if gates not in EXTRA_GATES:
     raise ValueError(f"unknown gates {gates!r}; choose one of {', '.join(EXTRA_GATES)}")
@@ -34,10 +34,9 @@ def with_experts(config: ModelConfig, count: int, gates: str = "model") -> Model
       f"the number of experts per token must lie in [{least}, {config.num_experts}] "
       f"for a model with {config.num_experts} experts, got {count}"
     )
-  mass = config.experts_per_token if gates == "rescaled" else None
   return config.replace(
     experts_per_token=count,
-    gate_mass_experts=mass,
+    gate_mass_experts=config.experts_per_token if gates == "rescaled" else None,
     normalize_gates=config.normalize_gates or gates == "renormalized",
   )
 
@@ -48,28 +47,26 @@ def route(
   perturbed: jax.Array | None = None,
   gate_weights: str = CLEAN,
 ) -> tuple[jax.Array, jax.Array]:
-  """Chooses the experts of the largest perturbed logits and weights them.
+  """Chooses the experts with the largest perturbed logits and computes their gates.
 
-  With Gumbel noise the choice is arXiv 2509.17238 eq. (1), and the paper defines
-  the choice only. What the chosen experts are weighted with is `gate_weights`:
+  With Gumbel noise the choice is arXiv 2509.17238 eq. (1). The paper defines only the
+  choice; `gate_weights` sets the gates of the chosen experts:
 
-  * `clean`: the model's own gates of the unperturbed logits at the chosen
-    experts.
-  * `noisy`: the model's own gates of the perturbed logits.
-  * `clean_rescaled`: `clean`, scaled so that they sum to what the gates of the
-    unperturbed choice sum to. Differs from `clean` only where gates are not
-    normalized (OLMoE).
+  * `clean`: the model's gates from the unperturbed logits.
+  * `noisy`: the model's gates from the perturbed logits.
+  * `clean_rescaled`: `clean`, scaled to the sum of the gates of the unperturbed
+    choice. Differs from `clean` only where gates are not normalized (OLMoE).
 
   Args:
-    config: says whether gates are normalized and in which dtype they are used.
+    config: whether gates are normalized, and the dtype that they are used in.
     logits: `[..., E]` float32 router logits.
-    perturbed: `[..., E]` float32, the logits with noise, or None. Experts at -inf
-      have a gate of zero.
+    perturbed: `[..., E]` float32, the logits with noise, or None. An expert at -inf has a
+      gate of zero.
     gate_weights: one of `GATE_WEIGHTS`.
 
   Returns:
-    The chosen experts `[..., A]` int32, best first, and their gates `[..., A]`
-    float32 (holding values of `config.dtype` where the family rounds them).
+    The chosen experts `[..., A]` int32, best first, and their gates `[..., A]` float32
+    (rounded to `config.dtype` where the family rounds them).
   """
   ranked = logits if perturbed is None else perturbed
   _, experts = jax.lax.top_k(ranked, config.experts_per_token)
@@ -79,7 +76,7 @@ def route(
     if gate_weights == CLEAN_RESCALED and perturbed is not None:
       _, clean_experts = jax.lax.top_k(logits, mass_of)
       # Summed in the order of the experts, so that the factor is exactly one
-      # where the choice is the clean one in another order.
+      # where both choices are the same set.
       clean_mass = _gates(config, logits, logits, jnp.sort(clean_experts)).sum(-1, keepdims=True)
       mass = _gates(config, logits, ranked, jnp.sort(experts)).sum(-1, keepdims=True)
       gates = gates * (clean_mass / mass)

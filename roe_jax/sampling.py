@@ -1,4 +1,4 @@
-"""Choosing the next token from the aggregated distribution."""
+"""Samplers: choose the next token from the aggregated distribution."""
 
 from typing import Any
 
@@ -11,16 +11,16 @@ from roe_jax import noise as noise_lib
 
 
 class Sampler(struct.PyTreeNode):
-  """Greedy choice, or sampling with temperature, top-k and top-p.
+  """Greedy decoding, or sampling with temperature, top-k and top-p.
 
-  Made by `Sampler.greedy` or `Sampler.create`; the numbers are traced.
+  Construct with `Sampler.greedy` or `Sampler.create`; the numbers are traced.
 
   Attributes:
     temperature: float32 divisor of the log-probabilities.
-    top_k: int32, how many of the most probable tokens are kept.
-    top_p: float32, the smallest set of most probable tokens with at least this
-      probability is kept, after top-k.
-    is_greedy: whether the most probable token is taken.
+    top_k: int32, keeps this many of the most probable tokens; 0 keeps all.
+    top_p: float32, then keeps the smallest set of most probable tokens with at least
+      this probability.
+    is_greedy: whether to take the most probable token.
   """
 
   temperature: Any
@@ -34,15 +34,13 @@ class Sampler(struct.PyTreeNode):
 
   @classmethod
   def create(cls, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> "Sampler":
-    """A sampler; temperature 0 is greedy, top_k 0 and top_p 1 keep all tokens.
+    """Creates a sampler; temperature 0 is greedy, top_k 0 and top_p 1 keep all tokens.
 
     Raises:
-      ValueError: a setting is out of its range.
+      ValueError: a setting is out of range.
     """
     if not (np.isfinite(temperature) and temperature >= 0):
-      raise ValueError(
-        f"the sampling temperature must be finite and not negative, got {temperature}"
-      )
+      raise ValueError(f"the sampling temperature must be finite and >= 0, got {temperature}")
     if top_k < 0:
       raise ValueError(f"top_k must be 0 (all tokens) or positive, got {top_k}")
     if not 0 < top_p <= 1:
@@ -52,7 +50,7 @@ class Sampler(struct.PyTreeNode):
     return cls(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), False)
 
   def settings(self) -> dict[str, Any]:
-    """All settings as plain values, to go with every result."""
+    """Returns all settings as JSON values, to be recorded with every result."""
     if self.is_greedy:
       return {"temperature": 0.0}
     return {
@@ -69,14 +67,14 @@ def choose(
   request_ids_B: jax.Array,
   positions_B: jax.Array,
 ) -> jax.Array:
-  """The next token of each row, int32 `[B]`.
+  """Chooses the next token of each sequence, int32 `[B]`.
 
   Args:
     sampler: how to choose.
-    seed: uint32; the draw is a function of it and of the row's address.
+    seed: uint32; each draw is a function of (seed, request, position).
     log_probs_BxV: float32 aggregated distributions.
     request_ids_B: uint32.
-    positions_B: int32 positions that the distributions were computed at.
+    positions_B: int32 positions at which the distributions were computed.
   """
   if sampler.is_greedy:
     return jnp.argmax(log_probs_BxV, axis=-1).astype(jnp.int32)

@@ -1,17 +1,15 @@
-"""Models over a mesh of devices: one description of the mesh, one table of what lies where.
+"""Sharding: a mesh of devices, and one table that says how arrays are split over it.
 
-A mesh has three axes. Along `data` different texts (or members of their
-rosters) are run; along `expert` each device holds some experts of every layer;
-along `tensor` it holds some attention heads and a part of every expert's inner
-width. `RULES` says for every logical axis of an array (`params.logical_axes`,
-and those of caches and hidden states) along which mesh axes it is split.
+A mesh has three axes. `data` splits sequences (or members of their rosters); `expert`
+splits the experts of every layer; `tensor` splits attention heads and the hidden width of
+every expert. `RULES` maps every logical axis of an array (`params.logical_axes`, and those
+of caches and hidden states) to the mesh axes that split it.
 
-What runs on a mesh is known by its parameters alone: `shard_params` them, or load them
-with `parameter_shardings`. Their mesh is a part of their type, so a program
-finds it in what it is given (`mesh_of`), and one that is compiled for a mesh
-never runs for another. Blocks, embedding and unembedding then run in a
-`shard_map`, where each device sees its own parts as if they were the model:
-nothing is left for the compiler to gather.
+Only the parameters say that a model runs on a mesh: `shard_params` them, or load them with
+`parameter_shardings`. The mesh is part of their type, so a program finds it in its
+arguments (`mesh_of`), and a program compiled for one mesh never runs on another. Blocks,
+embedding and unembedding run in a `shard_map`, where each device treats its shards as the
+model: the compiler never has to gather anything.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,11 +28,10 @@ from roe_jax.params import Params
 
 DATA, EXPERT, TENSOR = AXES = ("data", "expert", "tensor")
 
-_WHOLE = ((),)
-_ROWS = ((DATA, EXPERT), (DATA,), (EXPERT,), ())
-# For each logical axis the mesh axes that split it: the first alternative whose
-# size divides it and whose mesh axes no earlier rule took. `()` is whole on every
-# device; an axis without that alternative must be divisible.
+_BATCH = ((DATA, EXPERT), (DATA,), (EXPERT,), ())
+# The mesh axes that split each logical axis: the first alternative whose size divides it
+# and whose mesh axes no earlier rule took. `()` is replicated; an axis without that
+# alternative must be divisible.
 RULES: dict[str, tuple[tuple[str, ...], ...]] = {
   "experts": ((EXPERT,),),
   "expert_mlp": ((TENSOR,),),
@@ -44,47 +41,38 @@ RULES: dict[str, tuple[tuple[str, ...], ...]] = {
   "kv_heads": ((TENSOR,),),
   # Vocabularies come in all sizes.
   "vocab": ((EXPERT, TENSOR), (TENSOR,), (EXPERT,), ()),
-  # A batch that is too small for the mesh leaves it to the roster's members.
-  "batch": _ROWS,
-  "members": _ROWS,
-  # Where `vocab` needs the axis `expert`.
+  # If a batch is too small for the mesh, the roster's members are split instead.
+  "batch": _BATCH,
+  "members": _BATCH,
+  # Leave the axis `expert` to `vocab`.
   "batch_of_vocab": ((DATA,), ()),
   "members_of_vocab": ((DATA,), ()),
   **dict.fromkeys(
     (
-      "layers",
-      "embed",
-      "embed_packed",
-      "embed_groups",
-      "head_dim",
-      "gate_up",
-      "shared_gate",
-      "routed_experts",
-      "positions",
-      "choices",
-      "slots",
-      "one_head",
-    ),
-    _WHOLE,
+      "layers embed embed_packed embed_groups head_dim gate_up shared_gate routed_experts "
+      "positions choices cache_positions one_head"
+    ).split(),
+    ((),),
   ),
 }
 _PRIORITY = {name: i for i, name in enumerate(RULES)}
 
 
 def spec(mesh: Mesh | AbstractMesh, axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
-  """Which mesh axes split an array with these logical axes.
+  """Returns how an array with these logical axes is split.
 
   Raises:
-    ValueError: a logical axis has no rule, a size is not divisible, or two
-      axes are split along the same mesh axis.
+    ValueError: a logical axis has no rule, a size is not divisible, or two axes would be
+      split along the same mesh axis.
   """
   unknown = [name for name in axes if name not in RULES]
   if unknown:
     raise ValueError(
       f"the axis {unknown[0]!r} of an array with the axes {list(axes)} has no rule: "
-      "say in sharding.RULES how it is split, or that it is whole on every device"
+      "add one to sharding.RULES"
     )
-  taken, chosen = {}, [()] * len(axes)
+  taken: dict[str, str] = {}
+  chosen: list[tuple[str, ...]] = [()] * len(axes)
   for i in sorted(range(len(axes)), key=lambda i: _PRIORITY[axes[i]]):
     chosen[i] = _alternative(mesh, axes[i], shape[i], taken)
     taken |= dict.fromkeys(chosen[i], axes[i])
@@ -94,7 +82,7 @@ def spec(mesh: Mesh | AbstractMesh, axes: Sequence[str], shape: Sequence[int]) -
 
 
 def axes_of(spec: PartitionSpec | Sequence[Any], *positions: int) -> tuple[str, ...]:
-  """The mesh axes that a `PartitionSpec` names, at these positions or at all."""
+  """Returns the mesh axes in a `PartitionSpec`, at these positions or at all."""
   names = [spec[p] for p in positions] if positions else spec
   return tuple(a for n in names if n is not None for a in ((n,) if isinstance(n, str) else n))
 
@@ -121,7 +109,7 @@ def _sizes_that_fit(axis, size):
 
 
 def largest(config: ModelConfig, axis: str) -> int:
-  """The largest size of a mesh axis for a model; its divisors fit, too. Not for `data`."""
+  """Returns the largest size of a mesh axis except `data`; its divisors also fit."""
   return math.gcd(
     *(
       size
@@ -138,19 +126,21 @@ def make_mesh(
   data: int | None = None,
   expert: int | None = None,
   tensor: int | None = None,
-  devices: Sequence[jax.Device] | None = None,
+  devices: Sequence[Any] | None = None,
 ) -> Mesh:
-  """A mesh for a model.
+  """Makes a mesh for a model.
 
-  If any size is given, those that are not are 1, and the first devices are
-  used. If none is, all devices are, and `choose_sizes` says how, with the
-  memory of the devices where they tell it (GPUs and TPUs do).
+  If any size is given, the others default to 1, and the first devices are used. Otherwise
+  all devices are used, with `choose_sizes`, given the devices' memory if they report it
+  (GPUs and TPUs do).
 
   Raises:
-    ValueError: there are too few devices, or a size does not fit the model.
+    ValueError: too few devices, or a size does not fit the model.
   """
   devices = jax.devices() if devices is None else list(devices)
-  own = next(d for d in devices if d.process_index == jax.process_index())  # others do not tell
+  own = next(
+    d for d in devices if d.process_index == jax.process_index()
+  )  # others do not report memory
   memory = (own.memory_stats() or {}).get("bytes_limit")
   sizes = _sizes(config, len(devices), (data, expert, tensor), memory)
   return jax.make_mesh(
@@ -167,13 +157,13 @@ def abstract_mesh(
   tensor: int | None = None,
   memory: float | None = None,
 ) -> AbstractMesh:
-  """The mesh that `make_mesh` would make of devices that are not here.
+  """Returns the mesh that `make_mesh` would make on other devices.
 
   Args:
     config: the model's architecture.
-    num_devices: how many there are.
+    num_devices: number of devices.
     data, expert, tensor: see `make_mesh`.
-    memory: bytes of each device, if they are known.
+    memory: bytes per device, if known.
 
   Raises:
     ValueError: see `make_mesh`.
@@ -186,26 +176,26 @@ def abstract_mesh(
 def choose_sizes(
   config: ModelConfig, num_devices: int, memory: float | None = None
 ) -> tuple[int, int, int]:
-  """Sizes of `data`, `expert` and `tensor` for all devices.
+  """Chooses the sizes of `data`, `expert` and `tensor` for all devices.
 
-  The first of `possible_sizes` with which the parameters leave a tenth of each
-  device's memory free. If there is none, or the memory is not known, the first.
+  The first of `possible_sizes` whose parameters leave 10 % of each device's memory free;
+  the first of all if none does, or if the memory is unknown.
   """
   possible = possible_sizes(config, num_devices)
   if memory is not None:
     for sizes in possible:
       mesh = _abstract(sizes)
-      held = bytes_on_device(mesh, params_lib.abstract(config), parameter_specs(mesh, config))
-      if held <= 0.9 * memory:
+      specs = parameter_specs(mesh, config)
+      if bytes_on_device(mesh, params_lib.abstract(config), specs) <= 0.9 * memory:
         return sizes
   return possible[0]
 
 
 def possible_sizes(config: ModelConfig, num_devices: int) -> list[tuple[int, int, int]]:
-  """All sizes of `data`, `expert` and `tensor` with which a model takes all devices.
+  """Returns all sizes of `data`, `expert` and `tensor` that use all devices.
 
-  In order of preference: `expert` is as large as can be, then `tensor`; `data`
-  is the rest.
+  In order of preference: the largest `expert`, then the largest `tensor`; `data` is the
+  rest.
   """
 
   def divisors(number):
@@ -219,13 +209,13 @@ def possible_sizes(config: ModelConfig, num_devices: int) -> list[tuple[int, int
 
 
 def _sizes(config, num_devices, given, memory):
-  """The sizes given, checked, or chosen ones."""
+  """Validates the given sizes; without any, chooses them."""
   if given == (None,) * 3:
     return choose_sizes(config, num_devices, memory)
   sizes = tuple(1 if size is None else size for size in given)
   if min(sizes) < 1 or math.prod(sizes) > num_devices:
     raise ValueError(
-      f"a mesh of data:{sizes[0]},expert:{sizes[1]},tensor:{sizes[2]} needs sizes of at least "
+      f"the sizes of the mesh data:{sizes[0]},expert:{sizes[1]},tensor:{sizes[2]} must be at least "
       f"1 with a product of at most {num_devices}, the number of devices"
     )
   for axis, size in zip((EXPERT, TENSOR), sizes[1:]):
@@ -243,35 +233,34 @@ def _abstract(sizes):
 
 
 def bytes_on_device(mesh: Mesh | AbstractMesh, tree: Any, specs: Any) -> int:
-  """Bytes of one device's parts of arrays (or their shapes and dtypes)."""
+  """Returns the bytes of one device's shards of arrays (or `ShapeDtypeStruct`s)."""
 
   def of(array, spec):
-    parts = math.prod(mesh.shape[a] for a in axes_of(spec))
-    return math.prod(array.shape) * array.dtype.itemsize // parts
+    shards = math.prod(mesh.shape[a] for a in axes_of(spec))
+    return math.prod(array.shape) * array.dtype.itemsize // shards
 
   return sum(jax.tree.leaves(jax.tree.map(of, tree, specs)))
 
 
 def parameter_specs(mesh: Mesh | AbstractMesh, config: ModelConfig) -> Params:
-  """A `Params` tree of `PartitionSpec`s."""
+  """Returns a `Params` tree of `PartitionSpec`s."""
   return jax.tree.map(lambda leaf: spec(mesh, leaf.axes, leaf.shape), params_lib.describe(config))
 
 
 def parameter_shardings(mesh: Mesh, config: ModelConfig) -> Params:
-  """A `Params` tree of shardings, for `checkpoint.load`."""
+  """Returns a `Params` tree of shardings, to load a checkpoint with."""
   return _shardings(mesh, parameter_specs(mesh, config))
 
 
 def shard_params(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
-  """The parameters on a mesh."""
+  """Puts the parameters on a mesh."""
   return jax.device_put(params, parameter_shardings(mesh, config))
 
 
 def state_specs(mesh: Mesh | AbstractMesh, state: Any) -> Any:
-  """`PartitionSpec`s of caches, and of a decode state with what stands beside its cache.
+  """Returns the `PartitionSpec`s of caches, or of a decode state.
 
-  Caches are arrays `[..., B, K, S, C]`. All else is small, and whole on every
-  device.
+  Caches are arrays `[..., B, K, S, C]`. Everything else is small and replicated.
   """
 
   def of(array):
@@ -279,19 +268,21 @@ def state_specs(mesh: Mesh | AbstractMesh, state: Any) -> Any:
       return PartitionSpec()
     heads = "one_head" if array.shape[-3] == 1 else "kv_heads"
     lead = ("layers",) * (array.ndim - 4)
-    return spec(mesh, (*lead, "batch", heads, "slots", "head_dim"), array.shape)
+    return spec(mesh, (*lead, "batch", heads, "cache_positions", "head_dim"), array.shape)
 
   return jax.tree.map(of, state)
 
 
-def state_shardings(mesh: Mesh, state: Any) -> Any:
-  """The shardings of `state_specs`."""
+def state_shardings(mesh: Mesh | AbstractMesh, state: Any) -> Any:
+  """Returns the shardings of `state_specs`."""
   return _shardings(mesh, state_specs(mesh, state))
 
 
 def _shardings(mesh, specs):
-  """As programs return them, without axes that are whole at the end: one that is
-  given what it returned is not compiled again."""
+  """Returns shardings without trailing None, as programs return them.
+
+  So a program that is given its own output is not compiled again.
+  """
 
   def trimmed(spec):
     names = list(spec)
@@ -303,38 +294,36 @@ def _shardings(mesh, specs):
 
 
 def mesh_of(tree: Any) -> AbstractMesh | None:
-  """The mesh that arrays lie on, also while a program is traced.
-
-  None for arrays on one device, and inside of a `shard_map`.
+  """Returns the mesh of arrays, also during tracing; None on one device or in a `shard_map`.
 
   Raises:
-    ValueError: it is not a mesh of `make_mesh`.
+    ValueError: the mesh is not one of `make_mesh`.
   """
   mesh = jax.typeof(jax.tree.leaves(tree)[0]).sharding.mesh
   if mesh.empty or mesh.manual_axes:
     return None
   if mesh.axis_names != AXES or set(mesh.axis_types) != {AxisType.Auto}:
     raise ValueError(
-      f"the parameters lie on a mesh with the axes {list(mesh.axis_names)}, of types "
-      f"{[t.name for t in mesh.axis_types]}; place them with sharding.shard_params on one of "
+      f"the parameters are on a mesh with the axes {list(mesh.axis_names)}, of types "
+      f"{[t.name for t in mesh.axis_types]}; place them with sharding.shard_params on a mesh of "
       "sharding.make_mesh"
     )
   return mesh
 
 
 def with_sharding_constraint(params: Params, state: Any) -> Any:
-  """A state inside of a program, kept where `state_shardings` puts it."""
+  """Constrains a state inside a program to `state_shardings`."""
   mesh = mesh_of(params)
-  return (
-    state if mesh is None else jax.lax.with_sharding_constraint(state, state_shardings(mesh, state))
-  )
+  if mesh is None:
+    return state
+  return jax.lax.with_sharding_constraint(state, state_shardings(mesh, state))
 
 
 def map_shards(function: Callable, mesh: AbstractMesh, in_specs: Any, out_specs: Any) -> Callable:
-  """`function` run by each device on its parts.
+  """Wraps `function` in a `shard_map`.
 
-  It is written for whole arrays, and does not say which of its values differ
-  between devices: hence no check of that.
+  `check_vma` is off because `function` is written for whole arrays, without marking
+  values that differ between devices.
   """
   return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
@@ -342,10 +331,10 @@ def map_shards(function: Callable, mesh: AbstractMesh, in_specs: Any, out_specs:
 def write(
   function: Callable, cache: Any, keys: jax.Array, values: jax.Array, positions_B: jax.Array
 ) -> Any:
-  """`function(cache, keys, values, positions_B)`, which writes to all layers of a cache.
+  """Runs `function(cache, keys, values, positions_B)`, which writes all layers of a cache.
 
   Args:
-    function: works on each text and each head by itself.
+    function: treats each sequence and each head independently.
     cache: `[L, B, K, S, C]`.
     keys, values: `[L, B, T, K, C]`.
     positions_B: int32.
@@ -360,22 +349,22 @@ def write(
   )
 
 
-def put_row(
+def copy_slot(
   into: jax.Array, source: jax.Array, axis: int, slot: jax.Array, source_slot: jax.Array
 ) -> jax.Array:
-  """A text's row of an array of a state, put into that array of another state.
+  """Copies one slot of an array to a slot of another, which it returns.
 
   Args:
-    into, source: of equal shapes, but for their texts.
-    axis: that of the texts.
-    slot: of the text in `into`; may be traced.
-    source_slot: of the text in `source`; may be traced.
+    into, source: of equal shapes except for the number of slots.
+    axis: the axis of the slots.
+    slot: index in `into`; may be traced.
+    source_slot: index in `source`; may be traced.
   """
 
   def copied(axes, source_axes, into, source):
-    row = collectives.take_slice(source, source_slot, axis, source_axes)
+    new = collectives.take_slice(source, source_slot, axis, source_axes)
     own = slot - collectives.axis_index(*axes) * into.shape[axis]
-    put = jax.lax.dynamic_update_slice_in_dim(into, row, own, axis)
+    put = jax.lax.dynamic_update_slice_in_dim(into, new, own, axis)
     return jnp.where((own >= 0) & (own < into.shape[axis]), put, into) if axes else put
 
   mesh = mesh_of(into)

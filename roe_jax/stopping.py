@@ -1,4 +1,4 @@
-"""Where sequences end: stop tokens and stop strings."""
+"""Stop tokens and stop strings."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -14,12 +14,12 @@ from roe_jax.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Stops:
-  """What ends a text before its limit; made by `Stops.create`.
+  """What ends a sequence before its limit; construct with `Stops.create`.
 
   Attributes:
-    tokens: tokens that end a text.
+    tokens: tokens that end a sequence.
     strings: strings that end it.
-    decode: from token ids to text, or None.
+    decode: converts token ids to text; None without strings to look for.
   """
 
   tokens: tuple[int, ...]
@@ -34,38 +34,39 @@ class Stops:
     strings: Sequence[str],
     decode: Callable[[list[int]], str] | None,
   ) -> "Stops":
-    """The stops of a model, whose end-of-text tokens are the default.
+    """Creates the stops; `tokens` default to `config.eos_token_ids`.
 
     Raises:
-      ValueError: a string is empty, or there are strings and no `decode`.
+      ValueError: a string is empty, or there are strings but no `decode`.
     """
     if strings and decode is None:
-      raise ValueError("stop_strings need a decode function, to see them in the text")
+      raise ValueError("stop_strings need a decode function from token ids to text")
     if any(not s for s in strings):
-      raise ValueError("a stop string is empty: it would end every text at once")
+      raise ValueError("a stop string is empty, which would end every sequence at once: remove it")
     return cls(tuple(config.eos_token_ids if tokens is None else tokens), tuple(strings), decode)
 
   def token_array(self) -> jax.Array:
-    """The stop tokens as int32 `[X]`, padded with -1 to one of few lengths."""
+    """Returns the stop tokens as int32 `[X]`, padded with -1 to one of few lengths."""
     width = batching.bucket(len(self.tokens), 4)
     return jnp.asarray(self.tokens + (-1,) * (width - len(self.tokens)), jnp.int32)
 
   def text(self, generated: list[int]) -> str:
-    """Generated tokens as text, without a final stop token."""
+    """Decodes generated tokens, without a final stop token."""
+    assert self.decode is not None
     ends = bool(generated) and generated[-1] in self.tokens
     return self.decode(generated[:-1] if ends else generated)
 
   def find(self, text: str) -> int | None:
-    """Where the first stop string begins."""
+    """Returns where the first stop string begins, or None."""
     return min((i for i in map(text.find, self.strings) if i >= 0), default=None)
 
 
 class OpenSequence:
-  """One text while it grows: looks for stop strings, and is cut at the first.
+  """A sequence being generated: looks for stop strings and cuts at the first.
 
   Attributes:
-    index: of its prompt.
-    start: the prompt's tokens.
+    index: index of its prompt.
+    start: length of its prompt, in tokens.
   """
 
   def __init__(self, index: int, start: int, stops: Stops):
@@ -76,10 +77,10 @@ class OpenSequence:
     self._count = None  # number of tokens that complete a stop string
 
   def hits_stop_string(self, tokens_S: np.ndarray, length: int) -> bool:
-    """Whether a stop string is complete within the first `length` tokens."""
+    """Returns whether the first `length` tokens contain a stop string."""
     generated = tokens_S[self.start : length].tolist()
     if self._count is None and self._found(generated):
-      # It may be complete anywhere since the last look: find its last token.
+      # It may have been completed anywhere since the last call: find its last token.
       self._count = next(
         n for n in range(self._seen + 1, len(generated) + 1) if self._found(generated[:n])
       )
@@ -98,12 +99,12 @@ class OpenSequence:
     done: bool,
     context_length: int,
   ) -> Completion:
-    """The completion as it stands; without a reason if it is not done."""
+    """Returns the completion so far; `finish_reason` is "" until it is done."""
     end = length if self._count is None else self.start + self._count
     generated = tokens_S[self.start : end].tolist()
     text = None if self._stops.decode is None else self._stops.text(generated)
     if self._count is not None:
-      reason, text = "stop_string", text[: self._stops.find(text)]
+      reason, text = "stop_string", text and text[: self._stops.find(text)]
     elif not done:
       reason = ""
     elif generated[-1] in self._stops.tokens:

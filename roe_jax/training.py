@@ -1,14 +1,14 @@
-"""Training: loss, optimizer and one step, as pure functions.
+"""Training: loss, optimizer and training step, as pure functions.
 
-Routers get two auxiliary losses: the load-balancing loss of Switch Transformers
-(arXiv 2101.03961 eq. 4), with the fraction of (token, choice) pairs in place of
-the fraction of tokens since several experts are chosen, and the z-loss of
-ST-MoE (arXiv 2202.08906 eq. 5), both averaged over layers as in OLMoE
-(arXiv 2409.02060 section 3).
+Routers have two auxiliary losses: the load-balancing loss of Switch Transformers
+(arXiv 2101.03961 eq. 4), computed with the fraction of (token, choice) pairs instead of
+tokens since a token has several experts, and the z-loss of ST-MoE (arXiv 2202.08906
+eq. 5). Both are averaged over layers as in OLMoE (arXiv 2409.02060 section 3).
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 from flax import struct
 import jax
@@ -21,26 +21,26 @@ from roe_jax import transformer
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 
-STRATEGIES = ("padded", "dense")  # Those of `experts.apply` with a reverse mode.
+STRATEGIES = ("padded", "dense")  # the differentiable ones of `experts.apply`
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-  """How to train; hashable, so that it can be a static argument.
+  """Training settings; hashable, so that they can be a static argument.
 
   Attributes:
-    num_steps: at which the learning rate has decayed.
-    learning_rate: the peak, reached after `warmup_steps`.
-    final_learning_rate: where the cosine ends.
-    warmup_steps: of linear increase from zero.
-    weight_decay: of AdamW, on all parameters but norms.
+    num_steps: training steps, after which the learning rate has decayed.
+    learning_rate: peak learning rate, reached after `warmup_steps`.
+    final_learning_rate: learning rate at the end of the cosine decay.
+    warmup_steps: steps of linear warm-up from zero.
+    weight_decay: AdamW's weight decay, on all parameters except norms.
     beta1, beta2: decay rates of AdamW's moments.
     max_grad_norm: global norm to which gradients are clipped.
-    balance_coefficient: factor on the load-balancing loss.
-    z_coefficient: factor on the router z-loss.
-    noise_temperature: τ of Gumbel noise on all routers while training; 0 is none.
-    noise_seed: of that noise.
-    strategy: of the experts, one of `STRATEGIES`.
+    balance_coefficient: weight of the load-balancing loss.
+    z_coefficient: weight of the router z-loss.
+    noise_temperature: τ of Gumbel noise on all routers during training; 0 for none.
+    noise_seed: seed of that noise.
+    strategy: expert strategy, one of `STRATEGIES`.
   """
 
   num_steps: int
@@ -66,20 +66,20 @@ class TrainSettings:
       raise ValueError(f"noise_temperature must not be negative, got {self.noise_temperature}")
     if self.strategy not in STRATEGIES:
       raise ValueError(
-        f"expert strategy {self.strategy!r} cannot be trained with; choose one of "
+        f"the expert strategy {self.strategy!r} is not differentiable; choose one of "
         f"{', '.join(STRATEGIES)}"
       )
 
 
 class Batch(struct.PyTreeNode):
-  """Texts to train on, padded on the right.
+  """Training sequences, padded on the right.
 
   Attributes:
     tokens: `[B, T]` int32.
-    weights: `[B, T]` float32, of predicting each token from those before it.
-      A token of weight zero counts as padding: it is in no loss. The first
-      token of a text is predicted from nothing, so its weight is not used.
-    ids: `[B]` uint32, which address the routing noise of each text.
+    weights: `[B, T]` float32 loss weights of predicting each token. A token with weight
+      zero is padding for all losses. A sequence's first token is not predicted, so its
+      weight is not used.
+    ids: `[B]` uint32, which address the routing noise of each sequence.
   """
 
   tokens: jax.Array
@@ -88,12 +88,12 @@ class Batch(struct.PyTreeNode):
 
 
 class TrainState(struct.PyTreeNode):
-  """Everything a step changes.
+  """Everything that a training step changes.
 
   Attributes:
-    step: scalar int32, steps done.
-    params: the model's parameters.
-    opt_state: the optimizer's state.
+    step: scalar int32, number of steps done.
+    params: model parameters.
+    opt_state: optimizer state.
   """
 
   step: jax.Array
@@ -102,7 +102,7 @@ class TrainState(struct.PyTreeNode):
 
 
 def schedule(settings: TrainSettings) -> optax.Schedule:
-  """Learning rate by step: linear warm-up, then a cosine to the final rate."""
+  """Returns the learning-rate schedule: linear warm-up, then cosine decay."""
   warmup = min(settings.warmup_steps, settings.num_steps - 1)
   return optax.warmup_cosine_decay_schedule(
     0.0 if warmup else settings.learning_rate,
@@ -114,7 +114,7 @@ def schedule(settings: TrainSettings) -> optax.Schedule:
 
 
 def optimizer(config: ModelConfig, settings: TrainSettings) -> optax.GradientTransformation:
-  """AdamW with clipping by global norm; norms, which start at one, do not decay."""
+  """Returns AdamW with clipping by global norm, without weight decay on norms."""
   decayed = jax.tree.map(lambda spec: spec.init != "ones", params_lib.describe(config))
   return optax.chain(
     optax.clip_by_global_norm(settings.max_grad_norm),
@@ -129,23 +129,20 @@ def optimizer(config: ModelConfig, settings: TrainSettings) -> optax.GradientTra
 
 
 def init_state(config: ModelConfig, settings: TrainSettings, key: jax.Array) -> TrainState:
-  """A state with random parameters; `key` is consumed."""
-  params = params_lib.initialize(config, key)
+  """Returns a state with random parameters; `key` is consumed."""
+  params: Any = params_lib.initialize(config, key)
   return TrainState(jnp.zeros((), jnp.int32), params, optimizer(config, settings).init(params))
 
 
 def cross_entropy(logits_BxTxV: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
-  """-log p of tokens 1, 2, ... given those before them: float32 `[B, T-1]`."""
+  """Returns -log p of tokens 1, 2, ... given those before them, float32 `[B, T-1]`."""
   return optax.softmax_cross_entropy_with_integer_labels(
     logits_BxTxV[:, :-1].astype(jnp.float32), tokens_BxT[:, 1:]
   )
 
 
 def expert_loads(experts_LxBxTxA: jax.Array, mask_BxT: jax.Array, num_experts: int) -> jax.Array:
-  """Share of the (token, choice) pairs that each expert gets: float32 `[L, E]`.
-
-  Each layer's shares sum to one.
-  """
+  """Returns the fraction of (token, choice) pairs of each expert, float32 `[L, E]`."""
   chosen = jax.nn.one_hot(experts_LxBxTxA, num_experts).sum(-2)
   counts = jnp.einsum("lbte,bt->le", chosen, mask_BxT.astype(jnp.float32))
   return counts / counts.sum(-1, keepdims=True)
@@ -154,10 +151,10 @@ def expert_loads(experts_LxBxTxA: jax.Array, mask_BxT: jax.Array, num_experts: i
 def balance_loss(
   router_logits_LxBxTxE: jax.Array, loads_LxE: jax.Array, mask_BxT: jax.Array
 ) -> jax.Array:
-  """E · Σ_e f_e P_e, averaged over layers: 1 when perfectly balanced.
+  """Returns E · Σ_e f_e P_e, averaged over layers; 1 if perfectly balanced.
 
-  f is `loads_LxE` and P the mean router probability over the tokens of
-  `mask_BxT`; gradients flow through P alone.
+  f is `loads_LxE`, and P the mean router probability over the tokens in `mask_BxT`.
+  Gradients flow only through P.
   """
   mask = mask_BxT.astype(jnp.float32)
   probabilities = jax.nn.softmax(router_logits_LxBxTxE.astype(jnp.float32))
@@ -166,7 +163,7 @@ def balance_loss(
 
 
 def z_loss(router_logits_LxBxTxE: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-  """Mean of the squared logsumexp of the router logits over tokens and layers."""
+  """Returns the mean squared logsumexp of the router logits over tokens and layers."""
   mask = mask_BxT.astype(jnp.float32)
   squared = jnp.square(jax.nn.logsumexp(router_logits_LxBxTxE.astype(jnp.float32), axis=-1))
   return jnp.mean(jnp.einsum("lbt,bt->l", squared, mask)) / mask.sum()
@@ -187,12 +184,12 @@ def _noise(config, settings, batch):
 def loss(
   params: Params, batch: Batch, config: ModelConfig, settings: TrainSettings
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """The training loss and its parts.
+  """Computes the training loss and its parts.
 
   Returns:
-    A float32 scalar, and float32 scalars `cross_entropy` (weighted mean, in
-    nats), `balance_loss`, `z_loss` (both without their coefficients) and
-    `load_entropy` (of the experts' loads, mean over layers; 1 is even).
+    The loss, a float32 scalar, and a dict of float32 scalars: `cross_entropy` (weighted
+    mean, in nats), `balance_loss` and `z_loss` (unweighted), and `load_entropy` (entropy
+    of the experts' loads, mean over layers; 1 is uniform).
   """
   logits, outputs = transformer.forward(
     params,
@@ -225,20 +222,20 @@ def loss(
 def train_step(
   state: TrainState, batch: Batch, *, config: ModelConfig, settings: TrainSettings
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One step of AdamW; `state` is consumed.
+  """Runs one training step; `state` is consumed.
 
   Returns:
-    The state after it, and float32 scalars: `loss`, its parts as in `loss`,
+    The new state, and a dict of float32 scalars: `loss`, the parts returned by `loss`,
     `grad_norm` (before clipping) and `learning_rate` (of this step).
   """
-  (value, parts), grads = jax.value_and_grad(loss, has_aux=True)(
-    state.params, batch, config, settings
-  )
-  updates, opt_state = optimizer(config, settings).update(grads, state.opt_state, state.params)
+  params: Any = state.params
+  (value, parts), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, config, settings)
+  updates, opt_state = optimizer(config, settings).update(grads, state.opt_state, params)
   metrics = {
     "loss": value,
     **parts,
     "grad_norm": optax.tree.norm(grads),
     "learning_rate": schedule(settings)(state.step),
   }
-  return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+  params = optax.apply_updates(params, updates)
+  return TrainState(state.step + 1, params, opt_state), metrics

@@ -1,6 +1,7 @@
 """The MoE transformer as pure functions: embed, a stack of blocks, unembed."""
 
 from collections.abc import Callable
+import dataclasses
 import functools
 from typing import Any
 
@@ -20,10 +21,10 @@ from roe_jax.params import LayerParams, Params
 
 
 class BlockOutputs(struct.PyTreeNode):
-  """What a block yields beside the hidden states; `[L, ...]` from `run_layers`.
+  """Optional outputs of a block; stacked to `[L, ...]` by `run_layers`.
 
   Attributes:
-    keys, values: `[B, T, K, C]`, the rows' own, to be written to a cache.
+    keys, values: `[B, T, K, C]` of the tokens, to be written to a cache.
     experts: `[B, T, A]` int32, the chosen experts.
     router_logits: `[B, T, E]` float32, without noise.
   """
@@ -35,20 +36,19 @@ class BlockOutputs(struct.PyTreeNode):
 
 
 def embed(params: Params, tokens_BxT: jax.Array) -> jax.Array:
-  """Hidden states `[B, T, D]` before the first block."""
+  """Embeds tokens: hidden states `[B, T, D]` before the first block."""
   mesh = sharding.mesh_of(params.embedding)
   if mesh is None:
     return to_compute_dtype(params.embedding[tokens_BxT])
   table = sharding.spec(mesh, ("vocab", "embed"), params.embedding.shape)
-  rows = sharding.spec(mesh, ("batch_of_vocab", "positions"), tokens_BxT.shape)
+  tokens = sharding.spec(mesh, ("batch_of_vocab", "positions"), tokens_BxT.shape)
   take = functools.partial(collectives.take_rows, axes=sharding.axes_of(table, 0))
-  return to_compute_dtype(
-    sharding.map_shards(take, mesh, (table, rows), rows)(params.embedding, tokens_BxT)
-  )
+  take = sharding.map_shards(take, mesh, (table, tokens), tokens)
+  return to_compute_dtype(take(params.embedding, tokens_BxT))
 
 
 def unembed(params: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
-  """Logits `[..., V]` float32 from hidden states `[..., D]` after the last block."""
+  """Computes float32 logits `[..., V]` from hidden states `[..., D]` after the last block."""
 
   def run(final_norm, unembedding, x):
     return project(norm(config, x, final_norm), unembedding[None], 0)
@@ -56,29 +56,22 @@ def unembed(params: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
   mesh = sharding.mesh_of(params.unembedding)
   if mesh is not None:
     lead = ("members_of_vocab", "batch_of_vocab", "positions")[-x.ndim + 1 :]
-    shape = (*x.shape[:-1], config.vocab_size)
-    run = sharding.map_shards(
-      run,
-      mesh,
-      (
-        PartitionSpec(),
-        sharding.spec(mesh, ("vocab", "embed"), params.unembedding.shape),
-        sharding.spec(mesh, (*lead, "embed"), x.shape),
-      ),
-      sharding.spec(mesh, (*lead, "vocab"), shape),
-    )
+    table = sharding.spec(mesh, ("vocab", "embed"), params.unembedding.shape)
+    hidden = sharding.spec(mesh, (*lead, "embed"), x.shape)
+    logits = sharding.spec(mesh, (*lead, "vocab"), (*x.shape[:-1], config.vocab_size))
+    run = sharding.map_shards(run, mesh, (PartitionSpec(), table, hidden), logits)
   return run(params.final_norm, params.unembedding, x)
 
 
 def norm(config: ModelConfig, x: jax.Array, weight: jax.Array) -> jax.Array:
-  """The RMSNorm of the residual stream, `[..., D]`."""
+  """Applies the RMSNorm of the residual stream, `[..., D]`."""
   return rms_norm(x, weight, config.rms_norm_eps, config.norm_weight_in_float32)
 
 
 def router_logits(
   config: ModelConfig, layers: LayerParams, layer: jax.Array | int, normed: jax.Array
 ) -> jax.Array:
-  """`[..., E]` float32, rounded to the model's dtype as it was trained with."""
+  """Computes router logits, float32 `[..., E]`, rounded to the model's dtype as in training."""
   logits = add_bias(project(normed, layers.router, layer), layers.router_bias, layer)
   return rounded(logits, jnp.dtype(config.dtype)).astype(jnp.float32)
 
@@ -101,112 +94,90 @@ def run_layers(
   lengths_B: jax.Array | None = None,
   tokens_sharded: bool = False,
 ) -> tuple[jax.Array, KVCache | None, BlockOutputs]:
-  """Runs a stretch of blocks on hidden states.
+  """Runs a range of blocks on hidden states.
 
-  A row at position t attends to the slots below t of its source, in sliding
-  layers to the last of them, and to its own key and value. The source is
+  The token at position t attends to positions < t (the last `sliding_window` of them in
+  sliding layers, including t) and to its own key and value. The earlier positions are in
 
-  * the cache as it stands, if `write` is off (decoding; the members of a
-    roster; positions to be scored once the cache is filled);
-  * the cache with this call's keys and values put in first, if `write` is on
-    (prefill);
-  * this call's keys and values alone, if there is no cache (training).
+  * the cache as given, if `write` is off (decoding; a roster's members; scoring against a
+    filled cache);
+  * the cache after writing this call's keys and values, if `write` is on (prefill);
+  * this call's keys and values, without a cache (training).
 
   Args:
     params: the model's parameters.
     config: its architecture.
-    x: hidden states `[B, T, D]` (what `lift` says, if it is given).
+    x: hidden states `[B, T, D]`, or with more leading axes if `lift` maps over them.
     positions_BxT: int32, consecutive along T.
     cache: keys and values so far, or None.
-    layers: `(first, end)` of the stretch; all by default.
-    noise: on the routers, or None.
+    layers: `(first, end)` of the range; all layers by default.
+    noise: the routing noise, or None.
     gate_weights: see `routing.route`.
-    write: whether to put this call's keys and values into the cache first.
-    cache_offset: the layer that the cache begins with.
+    write: whether to write this call's keys and values to the cache first.
+    cache_offset: the first layer in the cache.
     keep: names of the `BlockOutputs` to return.
-    lift: transformation of each block's function `(x, noise) -> (x, slots,
-      outputs)`, for example `vmap` over the members of a roster.
+    lift: transforms each block's function `(x, noise) -> (x, cache, outputs)`, for example
+      with `vmap` over the members of a roster.
     strategy: see `experts.apply`.
-    lengths_B: int32; what lies at or beyond a row's length is not put into the
-      window of sliding layers. All is by default.
-    tokens_sharded: see `experts.expert_parallel`; set where a mesh's devices run their parts.
+    lengths_B: int32; positions at or beyond a sequence's length are not written to the
+      cache of sliding layers. By default all are.
+    tokens_sharded: see `experts.apply`; set inside a `shard_map`.
 
   Returns:
-    Hidden states after the stretch, the cache (written, if asked), and the
-    asked-for outputs stacked over the stretch's layers.
+    The hidden states, the cache (written if `write`), and the outputs in `keep`, stacked
+    over the range of layers.
   """
   first, end = layers or (0, config.num_layers)
   if first == end:
     return x, cache, BlockOutputs()
   mesh = sharding.mesh_of(params.layers)
   if mesh is not None:
+    options = dict(layers=layers, gate_weights=gate_weights, cache_offset=cache_offset)
+    options |= dict(write=write, keep=keep, lift=lift, strategy=strategy)
     return _run_layers_sharded(
-      mesh,
-      params,
-      config,
-      x,
-      positions_BxT,
-      cache,
-      noise,
-      lengths_B,
-      write,
-      keep,
-      layers=layers,
-      gate_weights=gate_weights,
-      cache_offset=cache_offset,
-      lift=lift,
-      strategy=strategy,
+      mesh, params, config, x, positions_BxT, cache, noise, lengths_B, options
     )
-  cos, sin = attention.rotation(config, positions_BxT)
+  block_of = _Block(
+    config,
+    params.layers,
+    positions_BxT,
+    attention.rotation(config, positions_BxT),
+    gate_weights,
+    write,
+    strategy,
+    lengths_B,
+    tokens_sharded,
+  )
+  dropped = dict.fromkeys({f.name for f in dataclasses.fields(BlockOutputs)} - set(keep))
 
   def step(carry, layer):
     x, written = carry
-    place = kv_cache.layer_location(config, layer, (first, end), cache_offset)
+    location = kv_cache.layer_location(config, layer, (first, end), cache_offset)
 
     def block(x, noise):
-      x, after, outputs = _block(
-        config,
-        params.layers,
-        layer,
-        x,
-        written if write else cache,
-        place,
-        positions_BxT,
-        cos,
-        sin,
-        noise,
-        gate_weights,
-        write,
-        strategy,
-        lengths_B,
-        tokens_sharded,
-      )
-      return (
-        x,
-        after,
-        outputs.replace(**{f: None for f in BlockOutputs.__dataclass_fields__ if f not in keep}),
-      )
+      x, after, outputs = block_of(layer, location, x, written if write else cache, noise)
+      return x, after, outputs.replace(**dropped)
 
     x, after, outputs = lift(block)(x, noise)
     return (x, after), outputs
 
-  # A cache that is only read stays out of the carry.
+  # A read-only cache stays out of the carry.
   (x, written), outputs = jax.lax.scan(step, (x, cache if write else None), jnp.arange(first, end))
   return x, written if write else cache, outputs
 
 
-def _run_layers_sharded(
-  mesh, params, config, x, positions_BxT, cache, noise, lengths_B, write, keep, **options
-):
-  """`run_layers` on a mesh, by each device on its parts."""
+def _run_layers_sharded(mesh, params, config, x, positions_BxT, cache, noise, lengths_B, options):
+  """Runs `run_layers` on a mesh: each device on its shards."""
   hidden = sharding.spec(mesh, ("members", "batch", "positions", "embed")[-x.ndim :], x.shape)
-  *of_members, of_batch, _, _ = hidden
-  split_members = sharding.axes_of(of_members)
-  of_rows, of_slots = PartitionSpec(of_batch), sharding.state_specs(mesh, cache)
-  of_heads = sharding.spec(mesh, ("kv_heads",), (config.num_kv_heads,))
-  own = PartitionSpec(None, of_batch, None, *of_heads)
+  *members, batch, _, _ = hidden
+  member_axes = sharding.axes_of(members)
+  sequences, caches = PartitionSpec(batch), sharding.state_specs(mesh, cache)
+  heads = sharding.spec(mesh, ("kv_heads",), (config.num_kv_heads,))
+  own = PartitionSpec(None, batch, None, *heads)
   chosen = PartitionSpec(None, *hidden[:-1])
-  of_outputs = {"keys": own, "values": own, "experts": chosen, "router_logits": chosen}
+  outputs = {"keys": own, "values": own, "experts": chosen, "router_logits": chosen}
+  outputs = BlockOutputs(**{name: outputs[name] for name in options["keep"]})
+  tokens_sharded = sharding.EXPERT in sharding.axes_of(hidden)
 
   def part(layers, x, positions_BxT, cache, noise, lengths_B):
     layers = layers.replace(experts=experts.expert_parallel.bias_on_one_device(layers.experts))
@@ -217,112 +188,97 @@ def _run_layers_sharded(
       positions_BxT,
       cache,
       noise=noise,
-      write=write,
-      keep=keep,
       lengths_B=lengths_B,
-      tokens_sharded=sharding.EXPERT in sharding.axes_of(hidden),
+      tokens_sharded=tokens_sharded,
       **options,
     )
-    # Keys and values are wanted of the first member, which the first device has.
+    # Keys and values are those of the first member, which the first device runs.
     keys, values = jax.tree.map(
-      lambda a: collectives.broadcast_from_first(a, *split_members), (outputs.keys, outputs.values)
+      lambda a: collectives.broadcast_from_first(a, *member_axes), (outputs.keys, outputs.values)
     )
-    return x, written if write else None, outputs.replace(keys=keys, values=values)
+    return x, written if options["write"] else None, outputs.replace(keys=keys, values=values)
 
-  x, written, outputs = sharding.map_shards(
+  noises = noise and noise.replace(
+    keys=sequences, temperatures=PartitionSpec(), member=PartitionSpec(*members)
+  )
+  layers = sharding.parameter_specs(mesh, config).layers
+  lengths = None if lengths_B is None else sequences
+  x, written, found = sharding.map_shards(
     part,
     mesh,
-    (
-      sharding.parameter_specs(mesh, config).layers,
-      hidden,
-      of_rows,
-      of_slots,
-      None
-      if noise is None
-      else noise.replace(
-        keys=of_rows, temperatures=PartitionSpec(), member=PartitionSpec(*of_members)
-      ),
-      None if lengths_B is None else of_rows,
-    ),
-    (
-      hidden,
-      of_slots if write else None,
-      BlockOutputs(**{name: of_outputs[name] for name in keep}),
-    ),
+    (layers, hidden, sequences, caches, noises, lengths),
+    (hidden, caches if options["write"] else None, outputs),
   )(params.layers, x, positions_BxT, cache, noise, lengths_B)
-  return x, written if write else cache, outputs
+  return x, written if options["write"] else cache, found
 
 
-def _block(
-  config,
-  layers: LayerParams,
-  layer,
-  x,
-  cache,
-  place,
-  positions_BxT,
-  cos,
-  sin,
-  noise,
-  gate_weights,
-  write,
-  strategy,
-  lengths_B,
-  tokens_sharded,
-):
-  """Pre-norm attention and MoE; returns hidden states, written cache and outputs."""
-  normed = norm(config, x, layers.attention_norm[layer])
-  query, key, value = attention.project(config, layers.attention, layer, normed, cos, sin)
-  heads, cache = attention.attend_in_layer(
-    config,
-    layers.attention,
-    layer,
-    query,
-    key,
-    value,
-    positions_BxT,
-    cache,
-    place,
-    write,
-    lengths_B,
-  )
-  x = add(x, attention.output(layers.attention, layer, heads))
+@dataclasses.dataclass(frozen=True)
+class _Block:
+  """Pre-norm attention and MoE of any layer; see `run_layers` for the attributes."""
 
-  normed = norm(config, x, layers.moe_norm[layer])
-  logits = router_logits(config, layers, layer, normed)
-  perturbed = None if noise is None else noise.perturb(layer, logits, config.experts_per_token)
-  chosen, gates = routing.route(config, logits, perturbed, gate_weights)
-  b, t, d = x.shape
-  y = experts.apply(
-    layers.experts,
-    layer,
-    normed.reshape(b * t, d),
-    chosen.reshape(b * t, -1),
-    gates.reshape(b * t, -1),
-    strategy,
-    Activation(config.swiglu_limit, config.swiglu_alpha),
-    tokens_sharded,
-  ).reshape(b, t, d)
-  if layers.shared_expert is not None:
-    y = add(y, experts.shared(layers.shared_expert, layer, normed))
-  outputs = BlockOutputs(keys=key, values=value, experts=chosen, router_logits=logits)
-  return add(x, y), cache if write else None, outputs
+  config: ModelConfig
+  layers: LayerParams
+  positions_BxT: jax.Array
+  rotation: tuple[jax.Array, jax.Array]
+  gate_weights: str
+  write: bool
+  strategy: str | None
+  lengths_B: jax.Array | None
+  tokens_sharded: bool
+
+  def __call__(self, layer, location, x, cache, noise):
+    """Returns the hidden states, the cache if written, and all outputs."""
+    config, layers = self.config, self.layers
+    normed = norm(config, x, layers.attention_norm[layer])
+    new = attention.project(config, layers.attention, layer, normed, *self.rotation)
+    heads, cache = attention.attend_in_layer(
+      config,
+      layers.attention,
+      layer,
+      *new,
+      self.positions_BxT,
+      cache,
+      location,
+      self.write,
+      self.lengths_B,
+    )
+    x = add(x, attention.output(layers.attention, layer, heads))
+
+    normed = norm(config, x, layers.moe_norm[layer])
+    logits = router_logits(config, layers, layer, normed)
+    perturbed = None if noise is None else noise.perturb(layer, logits, config.experts_per_token)
+    chosen, gates = routing.route(config, logits, perturbed, self.gate_weights)
+    b, t, d = x.shape
+    y = experts.apply(
+      layers.experts,
+      layer,
+      normed.reshape(b * t, d),
+      chosen.reshape(b * t, -1),
+      gates.reshape(b * t, -1),
+      self.strategy,
+      Activation(config.swiglu_limit, config.swiglu_alpha),
+      self.tokens_sharded,
+    ).reshape(b, t, d)
+    if layers.shared_expert is not None:
+      y = add(y, experts.shared(layers.shared_expert, layer, normed))
+    _, key, value = new
+    outputs = BlockOutputs(keys=key, values=value, experts=chosen, router_logits=logits)
+    return add(x, y), cache if self.write else None, outputs
 
 
 def forward(
   params: Params, config: ModelConfig, tokens_BxT: jax.Array, **options
 ) -> tuple[jax.Array, BlockOutputs]:
-  """Logits of the plain model for whole texts, without a cache.
+  """Computes the baseline's logits for whole sequences, without a cache.
 
   Args:
     params: the model's parameters.
     config: its architecture.
-    tokens_BxT: int32 tokens from position 0 on; what follows a text's end does
-      not influence it, so that padding goes to the right.
+    tokens_BxT: int32 tokens from position 0 on, padded on the right.
     **options: passed to `run_layers`.
 
   Returns:
-    Logits `[B, T, V]` float32, and the outputs asked for with `keep`.
+    Logits `[B, T, V]` float32, and the outputs in `keep`.
   """
   positions = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
   x, _, outputs = run_layers(params, config, embed(params, tokens_BxT), positions, **options)

@@ -42,7 +42,7 @@ def attend(a, layer=1):
 @pytest.fixture(params=[S, 4, 1])
 def block(request, monkeypatch):
   """All slots at once; blocks of which the last overlaps; one at a time."""
-  monkeypatch.setattr(attention, "block_slots", lambda: request.param)
+  monkeypatch.setattr(attention, "block_size", lambda: request.param)
   return request.param
 
 
@@ -87,7 +87,7 @@ def test_slots_from_the_position_on_are_never_read(block):
 
 
 def test_blocks_that_no_row_sees_are_not_read(monkeypatch):
-  monkeypatch.setattr(attention, "block_slots", lambda: 1)
+  monkeypatch.setattr(attention, "block_size", lambda: 1)
   a = inputs()
   expected = attend(a)
   for n in ("keys", "values"):
@@ -192,7 +192,7 @@ def test_rows_of_a_filled_text_are_run_beside_each_other(block):
 
 
 def test_blocks_of_a_filled_text_that_no_row_reaches_are_not_read(monkeypatch):
-  monkeypatch.setattr(attention, "block_slots", lambda: 2)
+  monkeypatch.setattr(attention, "block_size", lambda: 2)
   query, keys, values = text()
   cache = filled_window(TEXT, keys, values, [TEXT, TEXT])
   poisoned = cache.replace(

@@ -217,7 +217,7 @@ def test_the_state_is_donated(olmoe):
   [
     ([[1], []], {}, "prompt 1 is empty"),
     ([[1] * 48], {}, "48 tokens.*context of 48"),
-    ([[1], [3, 61]], {}, "prompt 1 holds token id 61.*vocabulary of 61"),
+    ([[1], [3, 61]], {}, "prompt 1 has token id 61.*vocabulary of 61"),
     ([[-1]], {}, "token id -1"),
     ([[1]], dict(max_new_tokens=0), "max_new_tokens"),
     ([[1]], dict(batch_size=0), "batch_size"),

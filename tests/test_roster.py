@@ -397,7 +397,7 @@ def budget(config, members, rows):
     * (
       config.vocab_size
       + 2 * config.experts_per_token * config.d_model
-      + config.num_heads * attention.block_slots()
+      + config.num_heads * attention.block_size()
     )
   )
 

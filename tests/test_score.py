@@ -372,10 +372,10 @@ def test_batches_by_length_hold_every_text_once_in_few_shapes():
 @pytest.mark.parametrize(
   "texts, options, message",
   [
-    ([[]], {}, "text 0 is empty"),
+    ([[]], {}, "sequence 0 is empty"),
     ([[1] * 50], {}, "50 tokens.*context of 48"),
     ([[1, 61]], {}, "token id 61"),
-    ([[1, 2]], dict(starts=[1, 1]), "2 starts for 1 texts"),
+    ([[1, 2]], dict(starts=[1, 1]), "2 starts for 1 sequences"),
     ([[1, 2]], dict(starts=[0]), r"\[1, 2\], got 0"),
     ([[1, 2]], dict(starts=[3]), r"\[1, 2\], got 3"),
     ([[1, 2]], dict(output_temperatures=[]), "output_temperatures"),
@@ -385,7 +385,7 @@ def test_batches_by_length_hold_every_text_once_in_few_shapes():
     ([[1, 2]], dict(chunk_size=0), "chunk_size"),
     ([[1, 2]], dict(request_ids=[1, 2]), "request ids"),
     ([[1, 2]], dict(candidates=[]), "candidates for 0 of 1"),
-    ([[1, 2]], dict(candidates=[[61]]), "text 0: candidate 0 holds token id 61"),
+    ([[1, 2]], dict(candidates=[[61]]), "sequence 0: candidate 0 has token id 61"),
   ],
   ids=str,
 )

@@ -202,7 +202,7 @@ def test_noise_changes_routing_by_address(params, batch, loss):
     (dict(num_steps=0), "num_steps must be at least 1, got 0"),
     (dict(warmup_steps=-1), "warmup_steps must not be negative"),
     (dict(noise_temperature=-0.1), "noise_temperature must not be negative"),
-    (dict(strategy="blocks"), "'blocks' cannot be trained with; choose one of padded"),
+    (dict(strategy="blocks"), "'blocks' is not differentiable; choose one of padded"),
   ],
 )
 def test_settings_out_of_range(changes, message):

@@ -1,1 +1,1 @@
-"""What `experiments.benchmark` times, and how."""
+"""Cases and timing for `experiments.benchmark`."""

@@ -1,4 +1,4 @@
-"""A model with random weights, and calls of roe_jax on it that can be timed."""
+"""A model with random weights, and calls of roe_jax on it to time."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -16,15 +16,15 @@ from roe_jax import members as members_lib
 from roe_jax.config import ModelConfig
 from roe_jax.roster import Roster
 
-# Different tokens and noises that steps are measured on, one after the other.
+# Steps take turns on this many tokens with different noise.
 NUM_SAMPLES = 8
-# Positions scored together.
+# Positions per chunk when scoring.
 SCORE_CHUNK = 64
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(params, config, roster, cache, tokens_B, positions_B, request_ids_B):
-  """One step with the greedy choice: the (donated) cache, and tokens `[B]`."""
+  """Runs a greedy decode step; returns the (donated) cache and tokens `[B]`."""
   outputs, cache = members_lib.step(
     params, config, roster, cache, tokens_B, positions_B, request_ids_B
   )
@@ -33,7 +33,7 @@ def decode_step(params, config, roster, cache, tokens_B, positions_B, request_id
 
 @functools.partial(jax.jit, static_argnames="config")
 def chosen_experts(params, config, roster, cache, tokens_B, positions_B, request_ids_B):
-  """Experts of all members at one position of every text, `[L, R, B, 1, A]`."""
+  """Returns the experts of all members at one position, `[L, R, B, 1, A]`."""
   _, outputs = members_lib.member_states(
     params,
     config,
@@ -49,11 +49,11 @@ def chosen_experts(params, config, roster, cache, tokens_B, positions_B, request
 
 @dataclasses.dataclass
 class Box:
-  """A cache with room for a little more than its context.
+  """A cache with room for its context and at least one more position.
 
   Attributes:
-    cache: programs that take it donate it and put back what they return.
-    context: positions that are filled.
+    cache: donated to each program, and replaced by what the program returns.
+    context: number of filled positions.
     batch_size: B.
   """
 
@@ -64,11 +64,11 @@ class Box:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-  """Something to time.
+  """A call to time.
 
   Attributes:
-    run: does it so many times, and waits for it.
-    memory: bytes, as `timing.memory` has them.
+    run: makes the call `count` times and waits for the results.
+    memory: bytes, see `timing.memory`.
   """
 
   run: Callable[[int], None]
@@ -76,11 +76,11 @@ class Call:
 
 
 class Bench:
-  """The model, its texts and its caches.
+  """The model, its sequences and its caches.
 
   Attributes:
     config: the architecture.
-    params: random.
+    params: random weights.
     temperature: τ of the noisy rosters.
   """
 
@@ -90,28 +90,28 @@ class Bench:
     self._boxes = {}
 
   def roster(self, num_members: int, temperature: float | Sequence[float], **settings) -> Roster:
-    """A roster whose members all run all layers, as the paper's do, also at τ = 0."""
+    """Returns a roster whose members all run all layers, as in the paper, even at τ = 0."""
     settings = {"noisy_layers": (0, self.config.num_layers), "seed": self._seed} | settings
     return Roster.create(self.config, num_members, temperature, **settings)
 
   def text(self, batch_size: int, length: int) -> np.ndarray:
-    """Random tokens `[B, length]`, the same each time."""
+    """Returns random tokens `[B, length]`, the same in each call."""
     random = np.random.default_rng([self._seed, batch_size])
     return random.integers(0, self.config.vocab_size, (batch_size, length), np.int32)
 
   def samples(self, batch_size: int) -> np.ndarray:
-    """Random tokens for steps, `[NUM_SAMPLES, B]`, the same each time."""
+    """Returns random tokens for decode steps, `[NUM_SAMPLES, B]`, the same in each call."""
     random = np.random.default_rng([self._seed, batch_size, 1])
     return random.integers(0, self.config.vocab_size, (NUM_SAMPLES, batch_size), np.int32)
 
   def empty(self, roster: Roster, context: int, batch_size: int) -> Box:
-    """A cache of the capacity that generation would choose, empty."""
+    """Returns an empty cache of the capacity that generation would choose."""
     capacity = batching.bucket(context + 1, prefill.MIN_CAPACITY)
     cache = members_lib.empty_cache(self.config, roster, batch_size, capacity)
     return Box(batching.device_put_like(self.params, cache), context, batch_size)
 
   def clean_history(self, context: int, batch_size: int = 1) -> Box:
-    """A filled Clean Cache; rosters share it, as each writes the same into it."""
+    """Returns a filled Clean Cache, shared by rosters since all write the same into it."""
     if (context, batch_size) not in self._boxes:
       roster = self.roster(1, 0.0)
       box = self.empty(roster, context, batch_size)
@@ -120,11 +120,11 @@ class Bench:
     return self._boxes[context, batch_size]
 
   def forget(self) -> None:
-    """Frees caches that are filled."""
+    """Frees the filled caches."""
     self._boxes.clear()
 
   def fill(self, roster: Roster, box: Box) -> Call:
-    """Runs the whole context into a cache."""
+    """Returns a call that fills a cache with the whole context."""
     history = roster.history()
     text = self.text(box.batch_size, box.context)
     ids = jnp.arange(box.batch_size, dtype=jnp.uint32)
@@ -146,7 +146,7 @@ class Bench:
     return Call(run, timing.memory(chunks[0][0]))
 
   def _inputs(self, box):
-    """Tokens, positions and request ids of steps behind the context, one for each sample."""
+    """Tokens, positions and request ids of the step after the context, for each sample."""
     positions = jnp.full(box.batch_size, box.context)
     return [
       (
@@ -158,7 +158,7 @@ class Bench:
     ]
 
   def step(self, roster: Roster, box: Box) -> Call:
-    """A decode step at the first position behind the context."""
+    """Returns a call of the decode step after the context."""
     inputs = self._inputs(box)
     program = timing.compiled(decode_step, self.params, self.config, roster, box.cache, *inputs[0])
     turns = itertools.cycle(inputs)
@@ -171,11 +171,10 @@ class Bench:
     return Call(run, timing.memory(program))
 
   def recomputed_step(self, roster: Roster, context: int) -> Call:
-    """A step without a cache: the whole text once more for each token.
+    """Returns a call of a step without a cache, which runs the whole sequence for each token.
 
-    Under the standard cache every member runs the whole text with its noise.
-    Under Clean Cache its history is clean, so that one pass serves all. Either
-    way through the cache's own code: it is filled anew each time.
+    With the standard cache every member runs the sequence with its own noise. With Clean Cache
+    the history is clean, and one pass serves all members. Both fill a cache again in each call.
     """
     box = self.empty(roster, context, 1)
     fill, step = self.fill(roster, box), self.step(roster, box)
@@ -188,7 +187,7 @@ class Bench:
     return Call(run, max(fill.memory, step.memory, key=lambda m: m.get("temp_bytes", 0)))
 
   def score_chunk(self, roster: Roster, box: Box) -> Call:
-    """Scores a chunk of positions in the middle of a text that is as long as the context."""
+    """Returns a call that scores a chunk in the middle of a sequence as long as the context."""
     size = min(SCORE_CHUNK, box.context)
     start = (box.context - size) // 2
     text = self.text(box.batch_size, box.context + 1)
@@ -214,10 +213,10 @@ class Bench:
   def unique_experts(
     self, num_members: Sequence[int], temperature: float | Sequence[float], box: Box
   ) -> dict[int, float]:
-    """How many different experts a step's rows choose in a layer, for each n.
+    """Counts a step's unique active experts per layer, for each n.
 
-    Mean over layers and over the tokens that steps are measured on. A member
-    is the same whatever n is, so that the largest roster tells for all.
+    Means over layers and over the tokens of `samples`. Members do not depend on n, so the largest
+    roster gives the counts of all.
     """
     roster = self.roster(max(num_members), temperature)
     found = {n: [] for n in num_members}

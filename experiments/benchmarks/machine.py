@@ -1,4 +1,4 @@
-"""What a measurement depends on besides the program: cores, memory, bandwidth."""
+"""The machine that a benchmark runs on: cores, memory, bandwidth."""
 
 from collections.abc import Callable
 import os
@@ -15,22 +15,20 @@ BANDWIDTH_BYTES = 2**30
 
 
 def pin(num_cores: int | None) -> int:
-  """Keeps this process on the first cores of those it may use; returns how many.
+  """Pins this process to the first of the cores it may use, and returns their number.
 
-  Has to come before the backend and any other threads start: they count the
-  cores that they may use then.
+  Call it before the JAX backend and other threads start, which count the cores they may use.
 
   Args:
-    num_cores: None leaves the process on all of them.
+    num_cores: number of cores; None leaves the process on all of them.
 
   Raises:
-    ValueError: there are not so many, or the system cannot do it.
+    ValueError: there are fewer cores, or the platform cannot pin processes.
   """
   if not hasattr(os, "sched_setaffinity"):
     if num_cores is not None:
       raise ValueError(
-        f"--num_cores: {platform.system()} keeps no process on chosen cores; "
-        "leave the flag out to use all"
+        f"--num_cores: {platform.system()} cannot pin processes to cores: leave the flag out"
       )
     return os.cpu_count()
   allowed = sorted(os.sched_getaffinity(0))
@@ -38,15 +36,15 @@ def pin(num_cores: int | None) -> int:
     return len(allowed)
   if not 1 <= num_cores <= len(allowed):
     raise ValueError(
-      f"--num_cores must lie in [1, {len(allowed)}], the cores that this process "
-      f"may use, got {num_cores}"
+      f"--num_cores must lie in [1, {len(allowed)}], the cores this process may use, "
+      f"got {num_cores}"
     )
   os.sched_setaffinity(0, allowed[:num_cores])
   return num_cores
 
 
 def describe(num_cores: int) -> dict[str, Any]:
-  """The machine as it shows in results."""
+  """Returns the description of the machine that results record."""
   device = jax.devices()[0]
   return {
     "cpu": _cpu_model(),
@@ -59,7 +57,7 @@ def describe(num_cores: int) -> dict[str, Any]:
 
 
 def _cpu_model():
-  """The processor's name, its numbers where it has no telling one."""
+  """Returns the processor's name with its family and model numbers."""
   path = pathlib.Path("/proc/cpuinfo")
   if not path.exists():
     return platform.processor() or platform.machine()
@@ -73,7 +71,7 @@ def _cpu_model():
 
 
 def free_bytes() -> int:
-  """Memory that the default device has left."""
+  """Returns the free memory of the default device in bytes."""
   stats = jax.devices()[0].memory_stats() or {}
   if "bytes_limit" in stats:
     return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -86,7 +84,7 @@ def free_bytes() -> int:
 
 
 def peaks() -> dict[str, int]:
-  """Peak memory of this process so far and, where it is known, of the device, bytes."""
+  """Returns the peak memory of this process and, if reported, of the device, in bytes."""
   unit = 1 if sys.platform == "darwin" else 1024
   found = {"peak_process_bytes": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
   stats = jax.devices()[0].memory_stats() or {}
@@ -96,11 +94,11 @@ def peaks() -> dict[str, int]:
 
 
 def bandwidth_call() -> tuple[Callable[[], None], int]:
-  """A call that reads an array once, and the array's bytes.
+  """Returns a call that reads an array once, and the array's size in bytes.
 
-  The array is 1 GiB of float32, or a quarter of the free memory if that is
-  less. Its sum is one number: of what was tried, what reads fastest on one core
-  and on several (sums along an axis stay on one).
+  The array is 1 GiB of float32, or a quarter of the free memory if that is less. Summing it to
+  one number read fastest of what was tried, on one core and on several (sums along an axis use
+  one core).
   """
   size = max(1, min(BANDWIDTH_BYTES, free_bytes() // 4) // 4)
   array = jax.jit(lambda: jnp.ones(size, jnp.float32))()

@@ -1,4 +1,4 @@
-"""Electric power of the GPUs, as NVIDIA's management library tells it."""
+"""Power of the GPUs, read from NVIDIA's management library (NVML)."""
 
 import threading
 import time
@@ -8,26 +8,25 @@ PERIOD = 0.02  # seconds between two readings
 
 
 def load_nvml() -> Any | None:
-  """NVML with its GPUs, or None where there is none: no package nvidia-ml-py, no driver."""
+  """Returns NVML, or None without the package nvidia-ml-py, a driver or a GPU."""
   try:
     import pynvml
 
     pynvml.nvmlInit()
     return pynvml if pynvml.nvmlDeviceGetCount() else None
-  except Exception:  # of many kinds: no package, no library, no driver, no permission
+  except Exception:  # a missing package, library or driver, or no permission
     return None
 
 
 class Meter:
-  """Reads the power of all GPUs while it is entered.
+  """A context manager that samples the power of all GPUs.
 
   Attributes:
-    watts: their mean sum, None without a reading.
-    readings: how many there were.
+    watts: mean total power; None without a reading.
+    readings: number of readings.
   """
 
   def __init__(self, nvml: Any):
-    """Takes what `load_nvml` returned."""
     self._nvml = nvml
     self._handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
     self._stop, self._sum = threading.Event(), 0.0
@@ -49,19 +48,20 @@ class Meter:
 
   def _read(self):
     while not self._stop.is_set():
-      # In milliwatts.
-      self._sum += sum(self._nvml.nvmlDeviceGetPowerUsage(h) for h in self._handles) / 1e3
+      self._sum += (
+        sum(self._nvml.nvmlDeviceGetPowerUsage(h) for h in self._handles) / 1e3  # mW
+      )  # from mW
       self.readings += 1
       self._stop.wait(PERIOD)
 
 
 def mean_watts(nvml: Any | None, call, seconds: float = 2.0) -> float | None:
-  """Mean power while a call is made again and again; None without NVML.
+  """Returns the mean power in watts while a call is repeated; None without NVML.
 
   Args:
-    nvml: of `load_nvml`.
-    call: does its work once and waits for it.
-    seconds: how long, at least.
+    nvml: from `load_nvml`.
+    call: makes the call once and waits for the result.
+    seconds: minimum duration.
   """
   if nvml is None:
     return None

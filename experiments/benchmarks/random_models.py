@@ -1,4 +1,4 @@
-"""The shapes that are measured, random weights for them, and what a step must read."""
+"""Shapes of the benchmark, random weights for them, and the bytes a step must read."""
 
 import math
 
@@ -44,16 +44,15 @@ PRESETS = {
   ),
   **presets.PRESETS,
 }
-# Prime, so that a matrix or an expert begins where no other one does.
+# Prime, so that no two matrices or experts start at the same value.
 _NUM_NORMALS = 1_000_003
 
 
 def random_params(config: ModelConfig, seed: int = 0) -> Params:
-  """Random weights, made on the device leaf by leaf, in the form that programs take.
+  """Returns random weights in their storage dtype, made on the device array by array.
 
-  The same million normal values over and over, as drawing billions takes long
-  on a CPU. Time depends on the values only through the choice of experts,
-  which is as varied as with all different ones.
+  Repeats the same million normal values, since drawing billions takes long on a CPU. Timings
+  depend on the values only through the choice of experts, which varies as much.
   """
   specs, treedef = jax.tree.flatten(params_lib.describe(config))
   of_normals, of_codes = jax.random.split(jax.random.key(seed))
@@ -78,7 +77,7 @@ def random_params(config: ModelConfig, seed: int = 0) -> Params:
 
 
 def cache_bytes(config: ModelConfig, context: int) -> int:
-  """Keys and values that a row at this position sees in all layers."""
+  """Returns the bytes of keys and values that a token at this position attends to."""
   sliding = len(config.sliding_layers)
   seen = (config.num_layers - sliding) * context
   if sliding:
@@ -87,19 +86,18 @@ def cache_bytes(config: ModelConfig, context: int) -> int:
 
 
 def step_bytes(
-  config: ModelConfig, unique_experts: float, context: int, num_texts: int = 1
+  config: ModelConfig, unique_experts: float, context: int, num_histories: int = 1
 ) -> float:
-  """Bytes that a decode step cannot do without reading.
+  """Returns the bytes that a decode step must read at least.
 
-  The experts that some member of some text chose, once each; all attention
-  matrices, routers, shared experts and the head; the keys and values that are
-  seen. Norms, biases and rows of the embedding are left out: they are small.
+  Unique active experts, attention, routers, shared experts and the output head once each, and the
+  keys and values attended to. Norms, biases and embeddings are small and left out.
 
   Args:
     config: the model's architecture.
-    unique_experts: distinct experts, mean over layers.
+    unique_experts: unique active experts, mean over layers.
     context: positions before the step.
-    num_texts: texts (and members, if each has its own history).
+    num_histories: sequences, times members if each member has its own history.
   """
   params = params_lib.abstract(config)
   layers, attention = params.layers, params.layers.attention
@@ -118,10 +116,10 @@ def step_bytes(
       layers.shared_expert,
       params.unembedding,
     )
-    + num_texts * cache_bytes(config, context)
+    + num_histories * cache_bytes(config, context)
   )
 
 
 def count_unique_experts(experts_LxRxBxTxA: np.ndarray, num_members: int) -> float:
-  """How many different experts the first members of all texts chose, mean over layers."""
+  """Counts the unique experts of the first members of all sequences, mean over layers."""
   return float(np.mean([len(np.unique(layer[:num_members])) for layer in experts_LxRxBxTxA]))

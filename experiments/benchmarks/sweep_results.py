@@ -1,4 +1,4 @@
-"""From times to lines of results, and the folder that keeps them."""
+"""Measured cases as records, and the folder that stores them."""
 
 from collections.abc import Callable, Sequence
 import datetime
@@ -23,14 +23,14 @@ def measure(
   seed: int = 0,
   on_turn: Callable[[], Any] = lambda: None,
 ) -> list[dict[str, Any]]:
-  """Times all cases of a sweep in turns; one record for each.
+  """Times the cases of a sweep in turns and returns one record per case.
 
   Args:
-    cases: of one sweep.
-    rounds: turns of each case; slow ones take fewer.
-    bandwidth: reads memory so many times, as `timing.Timed` calls it.
-    bandwidth_bytes: how much each time.
-    seed: of the order of turns.
+    cases: the cases.
+    rounds: number of rounds; slow cases skip some.
+    bandwidth: a call for `timing.Timed` that reads memory.
+    bandwidth_bytes: bytes it reads each time.
+    seed: seed for the order of turns.
     on_turn: see `timing.take_turns`.
   """
   calls = {"": bandwidth}
@@ -45,7 +45,7 @@ def measure(
 
 
 def num_calls(cases: Sequence[Case]) -> int:
-  """How many calls take turns, that of the memory included."""
+  """Returns the number of calls that take turns, the bandwidth measurement included."""
   return 1 + len({id(call) for case in cases for call, _ in case.parts})
 
 
@@ -84,23 +84,23 @@ def _plain(values):
 
 
 class Folder:
-  """Finished sweeps in `results.jsonl`, one line for each case.
+  """Finished sweeps in `results.jsonl`, one line per case.
 
-  Lines are written a sweep at a time, so that what is there is whole.
+  The file is rewritten atomically after each sweep.
 
   Attributes:
-    records: of all finished sweeps, in the order of their measurement.
+    records: records of all finished sweeps, in the order they ran.
   """
 
   def __init__(self, path: pathlib.Path, settings: dict[str, Any]):
-    """Reads what is there.
+    """Reads the finished sweeps.
 
     Args:
       path: the folder.
-      settings: flags and machine, which go with every line.
+      settings: flags and machine, stored in every line.
 
     Raises:
-      ValueError: the folder holds results of other settings.
+      ValueError: the folder holds results with other settings.
     """
     self._path = path / "results.jsonl"
     self._settings = json.loads(json.dumps(settings))
@@ -112,7 +112,7 @@ class Folder:
       kept = [record["settings"] for record in self.records]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
       raise ValueError(
-        f"{self._path} is not a file of this program: give another --output, or remove it"
+        f"{self._path} was not written by this program: give another --output or remove the file"
       ) from error
     for other in kept:
       changed = [
@@ -121,8 +121,8 @@ class Folder:
       if changed:
         name = changed[0]
         raise ValueError(
-          f"{self._path} holds results with {name} = {other.get(name)!r}, asked for is "
-          f"{self._settings.get(name)!r}: give another --output, or remove it"
+          f"{self._path} holds results with {name} = {other.get(name)!r}, not "
+          f"{self._settings.get(name)!r}: give another --output or remove the file"
         )
 
   def has(self, sweep: str) -> bool:
@@ -130,7 +130,7 @@ class Folder:
     return any(record["sweep"] == sweep for record in self.records)
 
   def add(self, sweep: str, records: Sequence[dict[str, Any]]) -> None:
-    """Writes a finished sweep."""
+    """Adds the records of a finished sweep."""
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     self.records += [
       {"sweep": sweep} | record | {"date": date, "settings": self._settings} for record in records
@@ -138,5 +138,5 @@ class Folder:
     app.write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in self.records))
 
   def of(self, sweep: str) -> list[dict[str, Any]]:
-    """The records of one sweep."""
+    """Returns the records of one sweep."""
     return [record for record in self.records if record["sweep"] == sweep]

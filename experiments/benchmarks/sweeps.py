@@ -1,4 +1,4 @@
-"""What is compared with what: each sweep is a list of cases that take turns."""
+"""The sweeps of the benchmark: each is a list of cases that take turns."""
 
 from collections.abc import Callable
 import dataclasses
@@ -10,15 +10,15 @@ from experiments.benchmarks.bench import Bench, Call
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """What the flags say.
+  """Sizes of the sweeps, from the flags.
 
   Attributes:
-    num_members: n of the sweeps of decoding.
-    context: positions before a step where nothing else is said.
-    contexts: of the sweep of contexts.
-    batch_sizes: of the sweep of batches.
-    cache_context: positions before a step where caches are compared.
-    score_tokens: length of the text that is scored.
+    num_members: n in the decode sweep.
+    context: positions before a step, unless another attribute says otherwise.
+    contexts: positions before a step in the context sweep.
+    batch_sizes: B in the batch sweep.
+    cache_context: positions before a step in the cache sweep.
+    score_tokens: length of the scored sequence.
   """
 
   num_members: tuple[int, ...]
@@ -34,18 +34,17 @@ class Case:
   """One line of the results.
 
   Attributes:
-    variant: what it is, within its sweep.
+    variant: its name within the sweep.
     num_members: n.
     temperature: τ.
-    context: positions before the step, or in the text that is scored.
+    context: positions before the step, or length of the scored sequence.
     batch_size: B.
-    parts: calls that are timed, and how often each counts.
-    baseline: `(variant, n, τ, context, B)` of the case that it is compared to;
-      None for what needs no comparison.
-    unique_experts: different experts chosen in a layer, mean.
-    floor_bytes: what must be read at least.
-    tokens: that are scored.
-    options: what else was settled.
+    parts: calls to time, and the weight of each in the sum.
+    baseline: key `(variant, n, τ, context, B)` of the case to compare with, or None.
+    unique_experts: unique active experts, mean over layers.
+    floor_bytes: bytes that must be read.
+    tokens: number of scored tokens.
+    options: further settings, for the record.
   """
 
   variant: str
@@ -66,16 +65,16 @@ class Case:
 
   @property
   def memory(self) -> dict[str, int]:
-    """Of the part that takes most."""
+    """Memory of the part with the most temporaries."""
     return max((call.memory for call, _ in self.parts), key=lambda m: m.get("temp_bytes", 0))
 
 
 def _step(
-  bench: Bench, n: int, tau: float, context: int, batch_size: int, hit: float, **settings
+  bench: Bench, n: int, tau: float, context: int, batch_size: int, unique: float, **settings
 ) -> Case:
-  """A decode step under Clean Cache whose baseline is the given one."""
+  """A decode step with Clean Cache; `unique` is the number of unique active experts."""
   box = bench.clean_history(context, batch_size)
-  floor = random_models.step_bytes(bench.config, hit, context, batch_size)
+  floor = random_models.step_bytes(bench.config, unique, context, batch_size)
   return Case(
     "clean",
     n,
@@ -83,18 +82,17 @@ def _step(
     context,
     batch_size,
     ((bench.step(bench.roster(n, tau), box), 1),),
-    unique_experts=hit,
+    unique_experts=unique,
     floor_bytes=floor,
     **settings,
   )
 
 
 def decode(bench: Bench, sizes: Sizes) -> list[Case]:
-  """Decode steps against n, at τ = 0 (members that all do the same, as the paper
-  measured) and at τ > 0."""
+  """Decode steps against n at τ = 0 (identical members, as in the paper) and at τ > 0."""
   cases, box = [], bench.clean_history(sizes.context)
   for tau in (0.0, bench.temperature):
-    hits = bench.unique_experts(sizes.num_members, tau, box)
+    unique = bench.unique_experts(sizes.num_members, tau, box)
     for n in sizes.num_members:
       cases.append(
         _step(
@@ -103,7 +101,7 @@ def decode(bench: Bench, sizes: Sizes) -> list[Case]:
           tau,
           sizes.context,
           1,
-          hits[n],
+          unique[n],
           baseline=("clean", sizes.num_members[0], tau, sizes.context, 1),
         )
       )
@@ -111,21 +109,21 @@ def decode(bench: Bench, sizes: Sizes) -> list[Case]:
 
 
 def context(bench: Bench, sizes: Sizes) -> list[Case]:
-  """Decode steps against the length of the context."""
+  """Decode steps against context length."""
   n, tau, cases = 16, bench.temperature, []
   for length in sizes.contexts:
-    hit = bench.unique_experts([n], tau, bench.clean_history(length))[n]
+    unique = bench.unique_experts([n], tau, bench.clean_history(length))[n]
     cases.append(
-      _step(bench, n, tau, length, 1, hit, baseline=("clean", n, tau, sizes.contexts[0], 1))
+      _step(bench, n, tau, length, 1, unique, baseline=("clean", n, tau, sizes.contexts[0], 1))
     )
   return cases
 
 
 def batch(bench: Bench, sizes: Sizes) -> list[Case]:
-  """Decode steps against the number of texts."""
+  """Decode steps against batch size."""
   n, tau, cases = 8, bench.temperature, []
   for size in sizes.batch_sizes:
-    hit = bench.unique_experts([n], tau, bench.clean_history(sizes.context, size))[n]
+    unique = bench.unique_experts([n], tau, bench.clean_history(sizes.context, size))[n]
     cases.append(
       _step(
         bench,
@@ -133,7 +131,7 @@ def batch(bench: Bench, sizes: Sizes) -> list[Case]:
         tau,
         sizes.context,
         size,
-        hit,
+        unique,
         baseline=("clean", n, tau, sizes.context, sizes.batch_sizes[0]),
       )
     )
@@ -141,23 +139,23 @@ def batch(bench: Bench, sizes: Sizes) -> list[Case]:
 
 
 def cache(bench: Bench, sizes: Sizes) -> list[Case]:
-  """Clean Cache, standard cache and none.
+  """Decode steps with Clean Cache, with the standard cache and without a cache.
 
-  "none" is a token's cost without any cache: every member runs the whole text.
-  "none, clean history" is that with Clean Cache's history, which one pass
-  makes for all members. The number of different experts under the standard
-  cache is taken to be that under Clean Cache.
+  "none" has no cache: every member runs the whole sequence. "none, clean history" has no cache
+  but a clean history, which one pass computes for all members. The standard cache is assumed to
+  activate as many unique experts as Clean Cache.
   """
   n, tau, length = 8, bench.temperature, sizes.cache_context
   box = bench.clean_history(length)
-  hit = bench.unique_experts([n], tau, box)[n]
-  clean = _step(bench, n, tau, length, 1, hit)
+  unique = bench.unique_experts([n], tau, box)[n]
+  clean = _step(bench, n, tau, length, 1, unique)
   clean = dataclasses.replace(clean, baseline=clean.key)
   standard = bench.roster(n, tau, cache="standard")
   own = bench.empty(standard, length, 1)
   bench.fill(standard, own).run(1)
+  floor = random_models.step_bytes(bench.config, unique, length, num_histories=n)
   others = {
-    "standard": (bench.step(standard, own), random_models.step_bytes(bench.config, hit, length, n)),
+    "standard": (bench.step(standard, own), floor),
     "none": (bench.recomputed_step(standard, length), None),
     "none, clean history": (bench.recomputed_step(bench.roster(n, tau), length), None),
   }
@@ -167,21 +165,21 @@ def cache(bench: Bench, sizes: Sizes) -> list[Case]:
       variant=name,
       parts=((call, 1),),
       floor_bytes=floor,
-      unique_experts=hit if floor else None,
+      unique_experts=unique if floor else None,
     )
     for name, (call, floor) in others.items()
   ]
 
 
 def late(bench: Bench, sizes: Sizes) -> list[Case]:
-  """Noise in the second half of the layers only: the first half once for all members,
-  and for each."""
+  """Noise in the second half of the layers only, with the first half computed once for all
+  members or for each member."""
   n, layers = 16, bench.config.num_layers
   first = layers // 2
   temperatures = [0.0] * first + [bench.temperature] * (layers - first)
   box = bench.clean_history(sizes.context)
-  hit = bench.unique_experts([n], temperatures, box)[n]
-  floor = random_models.step_bytes(bench.config, hit, sizes.context)
+  unique = bench.unique_experts([n], temperatures, box)[n]
+  floor = random_models.step_bytes(bench.config, unique, sizes.context)
   return [
     Case(
       name,
@@ -191,7 +189,7 @@ def late(bench: Bench, sizes: Sizes) -> list[Case]:
       1,
       ((bench.step(bench.roster(n, temperatures, noisy_layers=noisy), box), 1),),
       ("late tiling", n, bench.temperature, sizes.context, 1),
-      hit,
+      unique,
       floor,
     )
     for name, noisy in (("late tiling", (first, layers)), ("all layers", (0, layers)))
@@ -199,11 +197,10 @@ def late(bench: Bench, sizes: Sizes) -> list[Case]:
 
 
 def scoring(bench: Bench, sizes: Sizes) -> list[Case]:
-  """Teacher-forced scoring of one text.
+  """Teacher-forced scoring of one sequence.
 
-  One clean pass over it, and chunks of positions of all members: the chunk in
-  the middle is timed, and counts as often as there are chunks. The plain model
-  (n = 1) needs the one pass only, with scores.
+  A roster needs a clean pass and then chunks of positions of all members, and the time of the
+  middle chunk is multiplied by the number of chunks. The baseline (n = 1) needs one pass only.
   """
   length = sizes.score_tokens - 1
   box = bench.clean_history(length)

@@ -1,4 +1,4 @@
-"""Cases that take turns, and what to make of their times."""
+"""Timing of calls in turns, and statistics of the times."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -8,18 +8,18 @@ from typing import Any
 import jax
 import numpy as np
 
-# A timed call repeats what is faster than this, so that calling it does not count.
+# Seconds: faster calls are repeated within a turn, so that call overhead does not count.
 SHORTEST = 0.02
-# What takes longer than this needs no call before it to be timed as always.
+# Seconds: slower calls need no warm-up.
 LONG = 1.0
-# A case stops taking turns after so many seconds, with three turns at least.
+# Seconds of turns after which a call drops out, after three turns at least.
 BUDGET = 15.0
 
 _compiled = {}
 
 
 def compiled(function: Callable, *args: Any) -> Callable:
-  """The program that a jitted function is for these arguments, compiled once."""
+  """Returns a jitted function compiled for these arguments; compiles each program once."""
   leaves, tree = jax.tree.flatten(args)
   key = function, tree, tuple((x.shape, str(x.dtype)) if hasattr(x, "shape") else x for x in leaves)
   if key not in _compiled:
@@ -28,7 +28,7 @@ def compiled(function: Callable, *args: Any) -> Callable:
 
 
 def memory(program: Any) -> dict[str, int]:
-  """Bytes of a compiled program's arguments and temporaries, where the backend tells."""
+  """Returns the bytes of a program's arguments and temporaries, if the backend reports them."""
   found = program.memory_analysis()
   if found is None:
     return {}
@@ -40,10 +40,10 @@ class Timed:
   """A call that takes turns.
 
   Attributes:
-    call: does its work `count` times and waits for it: `call(count)`.
-    count: times in a timed call.
-    turns: rounds that it takes part in.
-    warms: whether an untimed call comes before each timed one.
+    call: `call(count)` repeats the work `count` times and waits for the results.
+    count: repetitions per turn.
+    turns: number of rounds it takes part in.
+    warms: whether an untimed call precedes each timed one.
   """
 
   call: Callable[[int], None]
@@ -52,7 +52,7 @@ class Timed:
   warms: bool = True
 
   def try_out(self, rounds: int) -> None:
-    """Calls once, or twice if that is quick, and settles how often to call."""
+    """Calls once, or twice if that is fast, and sets the other attributes."""
     seconds = self._time(1)
     if seconds < LONG:
       seconds = self._time(1)
@@ -61,7 +61,7 @@ class Timed:
     self.turns = int(np.clip(BUDGET // seconds, min(3, rounds), rounds))
 
   def take_turn(self) -> float:
-    """Seconds of doing the work once."""
+    """Takes a turn and returns the seconds per repetition."""
     if self.warms:
       self.call(self.count)
     return self._time(self.count) / self.count
@@ -78,18 +78,17 @@ def take_turns(
   seed: int = 0,
   on_turn: Callable[[], Any] = lambda: None,
 ) -> dict[str, np.ndarray]:
-  """Seconds of each call in each round, `[rounds]`; NaN where it took no part.
+  """Returns the seconds of each call in each round, `[rounds]`; NaN where it took no part.
 
-  In every round each call has one turn, in an order that changes: what else
-  the machine does falls on all alike. A call after another one is slower than
-  after itself, so an untimed one comes first. Slow calls, where that does not
-  show, do without it, and take part in fewer rounds.
+  In every round each call has one turn, in shuffled order, so that other load on the machine
+  affects all alike. A call is slower after another call than after itself, so an untimed one
+  comes first; slow calls, where this is negligible, skip it and take part in fewer rounds.
 
   Args:
-    calls: see `Timed`; compiled already.
-    rounds: how many.
-    seed: of the order.
-    on_turn: called after each call's turn, and once for each it misses.
+    calls: compiled calls by name, see `Timed`.
+    rounds: number of rounds.
+    seed: seed for the order.
+    on_turn: called after each call's turn, and for each turn it skips.
   """
   timed = {name: Timed(call) for name, call in calls.items()}
   for t in timed.values():
@@ -106,10 +105,10 @@ def take_turns(
 
 
 def quartiles(values: np.ndarray) -> tuple[float, float, float]:
-  """Lower quartile, median and upper quartile of what was measured."""
+  """Returns lower quartile, median and upper quartile, ignoring NaN."""
   return tuple(float(q) for q in np.nanquantile(values, (0.25, 0.5, 0.75)))
 
 
 def median_ratio(values: np.ndarray, others: np.ndarray) -> float:
-  """Median of the ratios within the rounds that have both."""
+  """Returns the median of the ratios within the rounds that have both."""
   return float(np.nanmedian(values / others))

@@ -1,1 +1,1 @@
-"""Training of the embedded models: batches and configs."""
+"""Batches and configs to train the embedded models."""

@@ -1,4 +1,4 @@
-"""Batches of `wordmath` problems for training."""
+"""Training batches of `wordmath` problems."""
 
 import functools
 
@@ -8,14 +8,14 @@ import tokenizers
 from experiments.tasks import wordmath
 from roe_jax.training import Batch
 
-WINDOW = 16  # Batches whose problems are sorted by length together.
-MULTIPLE = 16  # Batches are this long or a multiple: few shapes to compile for.
+WINDOW = 16  # Batches per window, within which problems are sorted by length.
+MULTIPLE = 16  # Batch lengths are multiples of this, so that few shapes are compiled.
 
 
 def encode(
   tokenizer: tokenizers.Tokenizer, problem: wordmath.Problem
 ) -> tuple[list[int], list[int]]:
-  """Token ids of the prompt and of the completion, which ends the text."""
+  """Returns the token ids of the prompt, and of the completion with the end-of-text token."""
   prompt, completion = tokenizer.encode_batch(
     [wordmath.prompt(problem), wordmath.completion(problem)]
   )
@@ -23,31 +23,30 @@ def encode(
 
 
 def pack(
-  texts: list[tuple[list[int], list[int]]], ids: list[int], question_weight: float, pad_id: int
+  sequences: list[tuple[list[int], list[int]]], ids: list[int], question_weight: float, pad_id: int
 ) -> Batch:
-  """A batch of numpy arrays, padded on the right to a multiple of `MULTIPLE`."""
-  longest = max(len(prompt) + len(completion) for prompt, completion in texts)
-  shape = (len(texts), -(-longest // MULTIPLE) * MULTIPLE)
+  """Returns a batch of numpy arrays, padded on the right to a multiple of `MULTIPLE`."""
+  longest = max(len(prompt) + len(completion) for prompt, completion in sequences)
+  shape = (len(sequences), -(-longest // MULTIPLE) * MULTIPLE)
   tokens = np.full(shape, pad_id, np.int32)
   weights = np.zeros(shape, np.float32)
-  for row, (prompt, completion) in enumerate(texts):
+  for i, (prompt, completion) in enumerate(sequences):
     end = len(prompt) + len(completion)
-    tokens[row, :end] = prompt + completion
-    weights[row, : len(prompt)] = question_weight
-    weights[row, len(prompt) : end] = 1.0
+    tokens[i, :end] = prompt + completion
+    weights[i, : len(prompt)] = question_weight
+    weights[i, len(prompt) : end] = 1.0
   return Batch(tokens, weights, np.asarray(ids, np.uint32))
 
 
 class TrainingBatches:
   """The batches of a run; each is a pure function of the settings and the step.
 
-  The stream of problems is cut into windows of `WINDOW` batches. Those of one
-  window are sorted by length, so that little is padding, and the batches made
-  of them are put in random order.
+  The stream of problems is cut into windows of `WINDOW` batches. Problems are sorted by length
+  within a window to reduce padding, and its batches are shuffled.
 
   Attributes:
-    num_problems: of the fixed set, of which every epoch is in a random order
-      of its own, or None for a new problem at every place in the stream.
+    num_problems: size of the fixed set of problems, shuffled in each epoch; None for a stream of
+      new problems.
   """
 
   def __init__(
@@ -65,20 +64,20 @@ class TrainingBatches:
     self._question_weight = question_weight
     self._seed = seed
     self._pad_id = pad_id
-    # A window is asked for by WINDOW steps in a row.
+    # WINDOW consecutive steps use a window.
     self._window = functools.lru_cache(maxsize=2)(self._make_window)
     self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
 
   def __call__(self, step: int) -> Batch:
-    """The batch of `step`; its ids are the problems' places in the stream."""
-    window, place = divmod(step, WINDOW)
-    return self._window(window)[place]
+    """Returns the batch of a step; its ids are the problems' positions in the stream."""
+    window, index = divmod(step, WINDOW)
+    return self._window(window)[index]
 
-  def problem_index(self, place: int) -> int:
-    """Index, in the train split, of the problem at a place of the stream."""
+  def problem_index(self, position: int) -> int:
+    """Returns the index in the train split of the problem at a position of the stream."""
     if self.num_problems is None:
-      return place
-    epoch, offset = divmod(place, self.num_problems)
+      return position
+    epoch, offset = divmod(position, self.num_problems)
     return int(self._epoch(epoch)[offset])
 
   def _make_epoch(self, epoch):
@@ -86,15 +85,17 @@ class TrainingBatches:
 
   def _make_window(self, window):
     size = WINDOW * self._batch_size
-    places = range(window * size, (window + 1) * size)
-    texts = {
+    positions = range(window * size, (window + 1) * size)
+    sequences = {
       p: encode(self._tokenizer, wordmath.problem("train", self.problem_index(p), self._seed))
-      for p in places
+      for p in positions
     }
-    by_length = sorted(places, key=lambda p: sum(map(len, texts[p])))
+    by_length = sorted(positions, key=lambda p: sum(map(len, sequences[p])))
     order = np.random.default_rng((self._seed, 1, window)).permutation(WINDOW)
     batches = []
     for i in order:
       chosen = by_length[i * self._batch_size : (i + 1) * self._batch_size]
-      batches.append(pack([texts[p] for p in chosen], chosen, self._question_weight, self._pad_id))
+      batches.append(
+        pack([sequences[p] for p in chosen], chosen, self._question_weight, self._pad_id)
+      )
     return batches

@@ -202,7 +202,7 @@ def _collectives(mesh, *wanted):
 
 
 def _layer_collectives(config: ModelConfig, mesh, batch: MemberBatch, item):
-  """Collectives of one layer; see `transformer._block` and `experts.expert_parallel`."""
+  """Collectives of one layer; see `transformer._Block` and `experts.expert_parallel`."""
   sums = batch.tokens * config.d_model * 4
   wanted: list[tuple[str, float, tuple[str, ...]]] = [("all-reduce", sums, (TENSOR,))]  # attention
   if config.d_shared_expert:

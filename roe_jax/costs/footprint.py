@@ -70,7 +70,7 @@ def memory(
     lambda: members_lib.empty_cache(config, roster, batch_size, capacity, whole=kind == "score")
   )
   t, e, a = mesh.shape[TENSOR], mesh.shape[EXPERT], config.experts_per_token
-  cache_block = min(capacity, attention.block_slots(platform))
+  cache_block = min(capacity, attention.block_size(platform))
   per_token = 6 * config.d_model + config.num_heads // t * (2 * config.head_dim + cache_block)
   per_pair = min(a, config.num_experts // e) * (2 * config.d_model + 2 * config.d_expert // t)
   vocab = config.vocab_size // num_shards(mesh, vocabulary_axes(config, mesh))

@@ -1,21 +1,21 @@
-"""The expert feed-forward networks: several strategies behind one function.
+"""Expert feed-forward networks: several strategies behind one function.
 
-All strategies compute, for each row, the gate-weighted sum of the outputs of
-its chosen experts, `down(activation(gate x, up x))` with biases where there are
-any, and drop nothing. They differ in how often they read an expert's weights and
-in what they can be used for:
+For each token, all strategies compute the gate-weighted sum of the outputs of its active
+experts, `down(activation(gate x, up x))` plus biases if the model has them. None drops
+tokens. They differ in how often they read an expert's weights and where they run:
 
-* `tiled_loop`: a loop over the experts that were hit, each tile of whose weights
-  is read once and multiplied with its rows block by block. For CPUs.
-* `dense`: every expert for every row as batched matmuls. For rosters on
-  accelerators, where most experts are hit anyway.
-* `gather_gemv`: kernels over the (row, choice) pairs; for few rows on accelerators.
-* `grouped_matmul`: kernels over blocks of rows of one expert; for many rows there.
-* `padded`: such blocks as one batched matmul over gathered weights.
-  Differentiable; for training, and for small models.
+* `tiled_loop`: a loop over the unique active experts. Each tile of their weights is read
+  once and multiplied with the expert's tokens block by block. For CPUs.
+* `dense`: every expert for every token, as batched matmuls. For rosters on accelerators,
+  where most experts are active anyway.
+* `gather_gemv`: kernels over (token, choice) pairs. For few tokens on accelerators.
+* `grouped_matmul`: kernels over blocks of tokens of one expert. For many tokens on
+  accelerators.
+* `padded`: such blocks as one batched matmul with gathered weights. Differentiable; for
+  training and small models.
 
-Of quantized experts `tiled_loop`, `gather_gemv` and `grouped_matmul` widen a tile at a time;
-`dense` and `padded` widen all experts of the layer, and are not chosen.
+`tiled_loop`, `gather_gemv` and `grouped_matmul` dequantize quantized experts tile by tile;
+`dense` and `padded` dequantize all experts of a layer, and are not chosen for them.
 """
 
 import functools
@@ -41,18 +41,18 @@ _FUNCTIONS = {
   "padded": padded,
 }
 STRATEGIES = tuple(_FUNCTIONS)
-# Rows up to which a dense product is bound by reading the weights, on an H200.
+# Number of tokens up to which `dense` is bound by reading the weights, on an H200.
 MAX_DENSE_TOKENS = 180
 
 
 def check_strategy(strategy: str | None) -> None:
-  """Raises a ValueError for a name that is not in `STRATEGIES`."""
+  """Raises a ValueError for a strategy that is not in `STRATEGIES`."""
   if strategy is not None and strategy not in STRATEGIES:
     raise ValueError(f"unknown expert strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
 
 
 def choose_strategy(
-  num_rows: int,
+  num_tokens: int,
   experts_per_token: int,
   num_experts: int,
   dtype: str = "float32",
@@ -60,19 +60,18 @@ def choose_strategy(
   expert_format: str | None = None,
   width: int = 128,
 ) -> str:
-  """The strategy for a static number of rows on `platform` (default: the backend).
+  """Chooses the strategy for a static number of tokens on `platform` (default: the backend).
 
-  A kernel is chosen only where `kernel_passes` has just found that it does, and
-  on TPUs only for weights whose last axis has a `width` that is a multiple of
-  128: others have a layout there that XLA would change for every call.
+  A kernel is chosen only if `kernel_passes`, and on TPUs only if the weights' last axis
+  (`width`) is a multiple of 128: XLA would copy others into another layout in every call.
   """
   platform = platform or jax.default_backend()
   fallback = "dense" if expert_format is None else "tiled_loop"
   if platform == "cpu":
     return "tiled_loop"
-  if num_rows * experts_per_token <= num_experts // 2:
+  if num_tokens * experts_per_token <= num_experts // 2:
     wanted = "gather_gemv"
-  elif num_rows > MAX_DENSE_TOKENS or expert_format is not None:
+  elif num_tokens > MAX_DENSE_TOKENS or expert_format is not None:
     wanted = "grouped_matmul"
   else:
     return "dense"
@@ -83,10 +82,10 @@ def choose_strategy(
 
 @functools.cache
 def kernel_passes(strategy: str, dtype: str, expert_format: str | None = None) -> bool:
-  """Whether a strategy agrees with `dense` on this machine's device, tried on a small case."""
+  """Checks a strategy against `dense` on this machine's device, on a small case."""
   return kernel_check.passes(
-    functools.partial(_difference_to_dense, strategy, dtype, expert_format),
-    # Weights of few bits are rounded once more on TPUs.
+    functools.partial(_error, strategy, dtype, expert_format),
+    # TPU kernels round dequantized weights once more.
     tolerance=2e-2 if dtype == "bfloat16" else 1e-4,
     what=f"the expert strategy {strategy!r} in {dtype}"
     + (f" with experts in {expert_format}" if expert_format else ""),
@@ -94,9 +93,9 @@ def kernel_passes(strategy: str, dtype: str, expert_format: str | None = None) -
   )
 
 
-def _difference_to_dense(strategy, dtype, expert_format):
-  """Largest difference on a small case, relative to the largest value."""
-  num_experts, d, f, rows, choices = 4, 256, 128, 32, 2
+def _error(strategy, dtype, expert_format):
+  """Returns the largest error on a small case, relative to the largest value."""
+  num_experts, d, f, tokens, choices = 4, 256, 128, 32, 2
   keys = jax.random.split(jax.random.key(0), 6)
 
   def normal(key, *shape):
@@ -112,17 +111,14 @@ def _difference_to_dense(strategy, dtype, expert_format):
     gate_up_bias=jnp.asarray(normal(keys[2], f, 2), dtype),
     down_bias=jnp.asarray(normal(keys[3], d), dtype),
   )
-  x = jax.random.normal(keys[4], (rows, d), dtype)
-  gates, indices = jax.lax.top_k(jax.random.uniform(keys[5], (rows, num_experts)), choices)
-  actual, expected = (
-    np.asarray(
-      jax.jit(functools.partial(_compute, name, num_experts, Activation(limit=1.0, alpha=1.7)))(
-        weights, 1, x, indices, gates
-      ),
-      np.float32,
-    )
-    for name in (strategy, "dense")
-  )
+  x = jax.random.normal(keys[4], (tokens, d), dtype)
+  gates, indices = jax.lax.top_k(jax.random.uniform(keys[5], (tokens, num_experts)), choices)
+
+  def run(name):
+    compute = functools.partial(_compute, name, num_experts, Activation(limit=1.0, alpha=1.7))
+    return np.asarray(jax.jit(compute)(weights, 1, x, indices, gates), np.float32)
+
+  actual, expected = run(strategy), run("dense")
   return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
@@ -136,25 +132,25 @@ def apply(
   activation: Activation = Activation(),
   tokens_sharded: bool = False,
 ) -> jax.Array:
-  """Gate-weighted sum of the chosen experts' outputs.
+  """Returns the gate-weighted sum of the active experts' outputs.
 
-  Under `vmap` with shared weights, as in a roster, the mapped axis is folded
-  into the rows (row-major, member-minor), so that an expert's weights are read
-  once for all members. That rule has no reverse mode; `padded` and `dense` do
-  not go through it and are differentiable.
+  Under `vmap` with shared weights, as in a roster, the mapped axis is folded into the
+  tokens (token-major, member-minor), so that an expert's weights are read once for all
+  members. That rule has no reverse mode; `padded` and `dense` do not use it and are
+  differentiable.
 
   Args:
     experts: weights of all layers.
-    layer: which layer's experts to use; may be traced.
-    x_NxD: rows.
-    indices_NxA: int32 chosen experts of each row.
-    gates_NxA: float32 weights of the chosen experts.
+    layer: index of the layer; may be traced.
+    x_NxD: tokens.
+    indices_NxA: int32 active experts of each token.
+    gates_NxA: float32 gate weights.
     strategy: one of `STRATEGIES`, or None to choose by platform and shapes.
-    activation: between the projections.
-    tokens_sharded: see `parallel.apply`.
+    activation: activation between the projections.
+    tokens_sharded: see `expert_parallel.apply`.
 
   Returns:
-    `[N, D]`, dtype of `x_NxD`; products are accumulated in float32.
+    `[N, D]` in the dtype of `x_NxD`; products are accumulated in float32.
 
   Raises:
     ValueError: an unknown strategy.
@@ -162,12 +158,14 @@ def apply(
   check_strategy(strategy)
   l, e = jax.tree.leaves(experts.gate_up)[0].shape[:2]
   experts = jax.tree.map(lambda w: w.reshape(l * e, *w.shape[2:]), experts)
-  compute = _folding(e, activation, strategy, collectives.axis_size("expert"), tokens_sharded)
+  compute = _with_member_folding(
+    e, activation, strategy, collectives.axis_size("expert"), tokens_sharded
+  )
   return compute(experts, jnp.asarray(layer), x_NxD, indices_NxA, gates_NxA)
 
 
-def _of_layer(weights, layer, num_experts, dtype):
-  """One layer's experts `[E, ...]`, quantized matrices in `dtype`."""
+def _dequantize_layer(weights, layer, num_experts, dtype):
+  """Returns one layer's experts `[E, ...]`, with quantized matrices in `dtype`."""
   sliced = jax.tree.map(
     lambda w: jax.lax.dynamic_slice_in_dim(w, layer * num_experts, num_experts), weights
   )
@@ -177,35 +175,32 @@ def _of_layer(weights, layer, num_experts, dtype):
 
 
 def _compute(strategy, num_experts, activation, weights, layer, x, indices, gates):
-  """A strategy's function with weights in the form that it takes."""
+  """Runs a strategy, with weights converted to the dtype that it takes."""
   if strategy in ("padded", "dense") and is_quantized(weights.down):
-    weights, layer = _of_layer(weights, layer, num_experts, x.dtype), 0
+    weights, layer = _dequantize_layer(weights, layer, num_experts, x.dtype), 0
   if strategy != "tiled_loop":
     weights = jax.tree.map(to_compute_dtype, weights)
   return _FUNCTIONS[strategy](num_experts, activation, weights, layer, x, indices, gates)
 
 
 @functools.cache
-def _folding(num_experts, activation, strategy, devices, tokens_sharded):
-  """The strategy's function with a vmap rule that folds the mapped axis into rows."""
+def _with_member_folding(num_experts, activation, strategy, devices, tokens_sharded):
+  """Returns the strategy's function with a vmap rule that folds the mapped axis into tokens."""
 
   def compute(weights, layer, x, indices, gates):
     width = jax.tree.leaves(weights.down)[0].shape[-1]
     expert_format = weights.down.format if is_quantized(weights.down) else None
 
-    def share(x, indices, gates):
+    def local_experts(x, indices, gates):
+      n, a = indices.shape
       chosen = strategy or choose_strategy(
-        *indices.shape,
-        num_experts * devices,
-        str(x.dtype),
-        width=width,
-        expert_format=expert_format,
+        n, a, num_experts * devices, str(x.dtype), width=width, expert_format=expert_format
       )
-      if chosen == "gather_gemv" and devices > 1:  # reads some expert for the choice of none
+      if chosen == "gather_gemv" and devices > 1:  # index E (no expert) must be valid too
         indices = jnp.minimum(indices, num_experts - 1)
       return _compute(chosen, num_experts, activation, weights, layer, x, indices, gates)
 
-    return expert_parallel.apply(share, num_experts, x, indices, gates, tokens_sharded)
+    return expert_parallel.apply(local_experts, num_experts, x, indices, gates, tokens_sharded)
 
   if strategy in ("padded", "dense"):
     return compute
@@ -214,13 +209,13 @@ def _folding(num_experts, activation, strategy, devices, tokens_sharded):
   @folding.def_vmap
   def _(axis_size, in_batched, weights, layer, x, indices, gates):
     if any(jax.tree.leaves(in_batched[:2])):
-      raise ValueError("experts.apply can be mapped over rows, not over weights or layers")
+      raise ValueError("experts.apply supports vmap over tokens, but not over weights or layers")
 
     def fold(a, is_batched):
       a = a if is_batched else jnp.broadcast_to(a, (axis_size, *a.shape))
       return a.swapaxes(0, 1).reshape(-1, a.shape[-1])
 
-    y = folding(weights, layer, *(fold(a, b) for a, b in zip((x, indices, gates), in_batched[2:])))
+    y = folding(weights, layer, *map(fold, (x, indices, gates), in_batched[2:]))
     return y.reshape(-1, axis_size, y.shape[-1]).swapaxes(0, 1), True
 
   return folding

@@ -1,4 +1,4 @@
-"""What stands between an expert's two projections."""
+"""The activation between an expert's two projections."""
 
 import dataclasses
 
@@ -8,14 +8,14 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-  """SwiGLU, `silu(gate) * up`, or the clamped one of GPT-OSS.
+  """SwiGLU, `silu(gate) * up`, or the clamped SwiGLU of GPT-OSS.
 
-  That is `(clip(up, -limit, limit) + 1) * g * sigmoid(alpha * g)` with
+  The latter is `(clip(up, -limit, limit) + 1) * g * sigmoid(alpha * g)` with
   `g = min(gate, limit)`.
 
   Attributes:
-    limit: bound on both inputs; None for plain SwiGLU.
-    alpha: slope of the sigmoid, with a limit.
+    limit: bound on both inputs; None for unclamped SwiGLU.
+    alpha: slope of the sigmoid; used only with a limit.
   """
 
   limit: float | None = None

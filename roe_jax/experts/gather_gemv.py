@@ -1,13 +1,12 @@
-"""Kernels over the selected experts, for few rows on an accelerator.
+"""Gather GEMV: kernels over (token, choice) pairs, for few tokens on an accelerator.
 
-With one or a few rows, as in decoding, the time is that of reading weights. The
-kernels here read the weights of each selected expert where they lie, once a
-(row, choice) pair, and write only hidden values and partial outputs.
+With few tokens, as in decoding, reading weights takes most of the time. These kernels
+read each pair's expert in place and write only hidden values and partial outputs.
 
-State of things: the GPU's kernels were run in Pallas' interpret mode on CPU,
-lowered for CUDA, and compiled for an H100 by Triton and ptxas, with weights in
-bfloat16 and in each quantized format (weights and codes in 16-byte loads, no
-spills); not run or timed on a GPU. For TPUs see `tpu_kernels`.
+Status of the GPU kernels: tested in Pallas' interpret mode on CPU; lowered for CUDA and
+compiled for an H100 by Triton and ptxas, with bfloat16 weights and each quantized format
+(16-byte loads of weights and codes, no register spills); not run or timed on a GPU. For
+TPUs see `tpu_kernels`.
 """
 
 import functools
@@ -19,6 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
 from roe_jax.experts.activation import Activation
+from roe_jax.experts.gpu_kernels import load, shifted, tile_at
 from roe_jax.experts.packing import combine
 from roe_jax.experts.tpu_kernels import apply_on_tpu
 from roe_jax.params import ExpertParams
@@ -30,13 +30,13 @@ from roe_jax.quantization import (
   weights_per_scale,
 )
 
-# Tiles of the GPU's kernels in weights, powers of two as Triton wants them. A program
-# keeps a float32 sum for each element of a tile, 32 a thread of 4 warps. One row of 8
-# choices in OLMoE (D = 2048, F = 1024) makes 512 programs of either kernel, 4 for
-# each of the 132 multiprocessors of an H100 or H200.
-HIDDEN_TILE = (16, 256)  # of F and of D, which is summed over in steps
+# Tiles of the GPU kernels in weights; powers of two, as Triton requires. A program keeps a
+# float32 sum per element of a tile, 32 per thread of 4 warps. One token with 8 choices in
+# OLMoE (D = 2048, F = 1024) makes 512 programs of either kernel, 4 for each of the 132
+# multiprocessors of an H100 or H200.
+HIDDEN_TILE = (16, 256)  # of F, and of D, which is summed over in steps
 DOWN_TILE = (32, 128)  # of F, which is summed over in steps, and of D
-DOWN_SPLIT = 256  # how much of F one program sums over
+DOWN_SPLIT = 256  # part of F that one program sums over
 
 
 def compute(
@@ -48,42 +48,33 @@ def compute(
   indices: jax.Array,
   gates: jax.Array,
 ) -> jax.Array:
-  """Gate-weighted sum of the chosen experts' outputs, one pair at a time.
+  """Returns the gate-weighted sum of the active experts' outputs, pair by pair.
 
   Args:
     num_experts: E, the experts of one layer.
-    activation: between the projections.
-    weights: of all layers, with `[L·E, ...]` for the leading axes; the matrices may
-      be `Quantized`.
+    activation: activation between the projections.
+    weights: weights of all layers `[L·E, ...]`; the matrices may be `Quantized`.
     layer: int32 scalar; may be traced.
-    x: `[N, D]` rows, float32 or bfloat16, the dtype of weights that are not
-      quantized.
-    indices: `[N, A]` int32 chosen experts of each row, in `[0, E)`.
-    gates: `[N, A]` float32 weights of the chosen experts.
+    x: `[N, D]` tokens, float32 or bfloat16, the dtype of unquantized weights.
+    indices: `[N, A]` int32 active experts of each token, in `[0, E)`.
+    gates: `[N, A]` float32 gate weights.
 
   Returns:
-    `[N, D]`, dtype of `x`; products are accumulated in float32. It has no
-    derivative and no batching rule, and wants `check_vma=False` in a `shard_map`.
+    `[N, D]` in the dtype of `x`; products are accumulated in float32. There is no
+    derivative and no batching rule; `shard_map` needs `check_vma=False`.
   """
 
   def pairs(kernel):
     return functools.partial(by_pairs, kernel, num_experts, activation)
 
-  return jax.lax.platform_dependent(
-    weights,
-    jnp.asarray(layer, jnp.int32),
-    x,
-    indices,
-    gates,
-    cuda=pairs(on_gpu),
-    rocm=pairs(on_gpu),
-    tpu=pairs(on_tpu),
-    default=pairs(functools.partial(on_gpu, interpret=True)),
-  )
+  kernels = {"cuda": pairs(on_gpu), "rocm": pairs(on_gpu), "tpu": pairs(on_tpu)}
+  default = pairs(functools.partial(on_gpu, interpret=True))
+  inputs = weights, jnp.asarray(layer, jnp.int32), x, indices, gates
+  return jax.lax.platform_dependent(*inputs, **kernels, default=default)
 
 
 def by_pairs(kernel, num_experts, activation, weights, layer, x, indices, gates):
-  """`gather_gemv` with `kernel(activation, experts [N, A], weights, x) -> [N, A, D]`."""
+  """Runs `kernel(activation, experts [N, A], weights, x) -> [N, A, D]`."""
   experts = layer * num_experts + indices
   out = kernel(activation, experts, weights, x)
   if weights.down_bias is not None:
@@ -92,88 +83,63 @@ def by_pairs(kernel, num_experts, activation, weights, layer, x, indices, gates)
 
 
 def on_tpu(activation, experts, weights, x, interpret=False):
-  """The TPU's kernels: blocks of one row. Arguments and result as of `on_gpu`."""
+  """Runs the TPU kernels on blocks of one token; arguments and result as in `on_gpu`."""
   (n, a), d = experts.shape, x.shape[1]
-  rows = jnp.broadcast_to(x[:, None], (n, a, d)).reshape(n * a, 1, d)
-  out = apply_on_tpu(activation, experts.reshape(n * a), weights, rows, interpret)
+  tokens = jnp.broadcast_to(x[:, None], (n, a, d)).reshape(n * a, 1, d)
+  out = apply_on_tpu(activation, experts.reshape(n * a), weights, tokens, interpret)
   return out.reshape(n, a, d)
 
 
 def on_gpu(activation, experts, weights, x, interpret=False):
-  """The GPU's kernels, through the Triton lowering of Pallas.
+  """Runs the GPU kernels, through the Triton lowering of Pallas.
 
   Args:
-    activation: between the projections.
+    activation: activation between the projections.
     experts: `[N, A]` int32 indices into the leading axis of the weights.
-    weights: of all layers; the bias of `down` is not used.
+    weights: weights of all layers; `down_bias` is not used.
     x: `[N, D]`.
-    interpret: whether to run the kernels as JAX operations on any platform.
+    interpret: whether to run in Pallas' interpret mode, on any platform.
 
   Returns:
-    `[N, A, D]` float32, without the bias of `down`.
+    `[N, A, D]` float32, without `down_bias`.
   """
   (n, d), a = x.shape, experts.shape[1]
   experts, pairs = experts.reshape(n * a), n * a
 
   def call(kernel, shape, dtype, grid, *inputs):
-    # Tiles vary fastest, so that programs that run together read what lies together.
+    # Tiles vary fastest, so that concurrent programs read adjacent memory.
     return pl.pallas_call(
       kernel,
       jax.ShapeDtypeStruct(shape, dtype),
       grid=(*grid, pairs),
       interpret=interpret,
       compiler_params=plgpu.CompilerParams(num_warps=4),
-      name=f"selected_experts{kernel.func.__name__}",
+      name=f"gather_gemv{kernel.func.__name__}",
     )(experts, *inputs)
 
   codes, scales, format = codes_and_scales(weights.gate_up)
   parts, (f, _, width) = weights_per_code(format), codes.shape[1:]
   columns = min(HIDDEN_TILE[1] // parts, pl.next_power_of_2(width))
-  # Within a piece of the columns the weights of each part have one scale.
+  # Within a piece of the columns, the weights of each half share a scale.
   piece = columns if scales is None else math.gcd(columns, width, weights_per_scale(scales, 3, d))
   tiles = (min(HIDDEN_TILE[0], pl.next_power_of_2(f)), columns // piece, piece)
-  hidden = call(
-    functools.partial(_hidden_kernel, activation=activation, format=format, choices=a, tiles=tiles),
-    (pairs, f),
-    x.dtype,
-    (pl.cdiv(f, tiles[0]),),
-    x,
-    codes,
-    scales,
-    weights.gate_up_bias,
+  kernel = functools.partial(
+    _hidden_kernel, activation=activation, format=format, choices=a, tiles=tiles
   )
+  inputs = x, codes, scales, weights.gate_up_bias
+  hidden = call(kernel, (pairs, f), x.dtype, (pl.cdiv(f, tiles[0]),), *inputs)
 
   codes, scales, format = codes_and_scales(weights.down)
   parts, width, splits = weights_per_code(format), codes.shape[2], pl.cdiv(f, DOWN_SPLIT)
-  # Within a tile the weights of a column have one scale.
+  # Within a tile, the weights of a column share a scale.
   tiles = (
     math.gcd(min(DOWN_TILE[0], pl.next_power_of_2(f)), weights_per_scale(scales, 1, f)),
     min(DOWN_TILE[1] // parts, pl.next_power_of_2(width)),
   )
-  partial = call(
-    functools.partial(_down_kernel, format=format, tiles=tiles),
-    (pairs, splits, d),
-    jnp.float32,
-    (pl.cdiv(width, tiles[1]), splits),
-    hidden,
-    codes,
-    scales,
-  )
+  kernel = functools.partial(_down_kernel, format=format, tiles=tiles)
+  shape, grid = (pairs, splits, d), (pl.cdiv(width, tiles[1]), splits)
+  partial = call(kernel, shape, jnp.float32, grid, hidden, codes, scales)
   return partial.reshape(n, a, splits, d).sum(2)
-
-
-def _tile(index, size, limit):
-  """The index of a tile as a slice, and which of its elements lie below `limit`."""
-  return pl.ds(index * size, size), index * size + jnp.arange(size) < limit
-
-
-def _shifted(tile, by):
-  return pl.ds(tile.start + by, tile.size)
-
-
-def _load(ref, mask):
-  """What `ref` points to, with zeros where `mask` is false."""
-  return plgpu.load(ref, mask=mask, other=0)
 
 
 def _hidden_kernel(
@@ -189,24 +155,24 @@ def _hidden_kernel(
   choices,
   tiles,
 ):
-  """`activation(gate x, up x)` of one pair for one tile of F.
+  """Computes `activation(gate x, up x)` of one pair for one tile of F.
 
-  All arrays are whole, with P weights in a code: experts `[N·A]`, x `[N, D]`, codes
-  `[L·E, F, 2, D/P]`, scales `[L·E, F, 2, G]` or None, bias `[L·E, F, 2]` or None,
-  and hidden `[N·A, F]`. Nothing but the tiles that are loaded leaves main memory.
+  Refs are whole arrays, with P weights per code: experts `[N·A]`, x `[N, D]`, codes
+  `[L·E, F, 2, D/P]`, scales `[L·E, F, 2, G]` or None, bias `[L·E, F, 2]` or None, and
+  hidden `[N·A, F]`. Only the loaded tiles are read from main memory.
 
-  The tiles are of F, of pieces of a row of codes, and of a piece.
+  `tiles` are the sizes of a tile of F, the pieces per step, and the codes per piece.
   """
   pair, expert = pl.program_id(1), experts_ref[pl.program_id(1)]
   (_, d), width, (_, pieces, piece) = x_ref.shape, codes_ref.shape[3], tiles
-  f, in_f = _tile(pl.program_id(0), tiles[0], hidden_ref.shape[1])
+  f, in_f = tile_at(pl.program_id(0), tiles[0], hidden_ref.shape[1])
   rows = f.start + jnp.arange(tiles[0])[:, None]
 
   def scaled(weights, c, first, mask):
     if scales_ref is None:
       return weights.astype(jnp.float32)
     groups = first // weights_per_scale(scales_ref, 3, d)
-    scales = _load(scales_ref.at[expert, rows, jnp.int32(c), groups], mask)
+    scales = load(scales_ref.at[expert, rows, jnp.int32(c), groups], mask)
     return weights * decode_scales(scales)[..., None]
 
   def step(i, sums):
@@ -215,12 +181,11 @@ def _hidden_kernel(
     in_d = columns < width
     mask = in_f[:, None, None] & in_d
     sums = list(sums)
-    # The sum over D within a tile waits until the end: in the loop it would be
-    # an exchange between threads.
+    # The sum over D within a tile is last: in the loop, threads would have to exchange data.
     for c in (0, 1):
-      codes = _load(codes_ref.at[expert, rows[..., None], jnp.int32(c), columns], mask)
+      codes = load(codes_ref.at[expert, rows[..., None], jnp.int32(c), columns], mask)
       for part, weights in enumerate(decode_codes(codes, format)):
-        x = _load(x_ref.at[pair // choices, part * width + columns], in_d).astype(jnp.float32)
+        x = load(x_ref.at[pair // choices, part * width + columns], in_d).astype(jnp.float32)
         sums[c] += x * scaled(weights, c, part * width + first, in_f[:, None] & (first < width))
     return sums
 
@@ -229,7 +194,7 @@ def _hidden_kernel(
   projected = [total.sum(2).sum(1) for total in sums]
   if bias_ref is not None:
     projected = [
-      p + _load(bias_ref.at[expert, f, jnp.int32(c)], in_f).astype(jnp.float32)
+      p + load(bias_ref.at[expert, f, jnp.int32(c)], in_f).astype(jnp.float32)
       for c, p in enumerate(projected)
     ]
   hidden = activation(*projected)
@@ -237,29 +202,29 @@ def _hidden_kernel(
 
 
 def _down_kernel(experts_ref, hidden_ref, codes_ref, scales_ref, partial_ref, *, format, tiles):
-  """One pair's output for one tile of each part of D, summed over `DOWN_SPLIT` of F.
+  """Computes one pair's output for one tile of each half of D, over `DOWN_SPLIT` of F.
 
-  All arrays are whole, with P weights in a code: experts `[N·A]`, hidden `[N·A, F]`,
+  Refs are whole arrays, with P weights per code: experts `[N·A]`, hidden `[N·A, F]`,
   codes `[L·E, F, D/P]`, scales `[L·E, G, D]` or None, and partial `[N·A, splits, D]`.
   """
   split, pair = pl.program_id(1), pl.program_id(2)
   expert, steps = experts_ref[pair], DOWN_SPLIT // tiles[0]
   _, width, columns = codes_ref.shape
-  d, in_d = _tile(pl.program_id(0), tiles[1], columns)
+  d, in_d = tile_at(pl.program_id(0), tiles[1], columns)
 
   def scaled(weights, part, f):
     if scales_ref is None:
       return weights.astype(jnp.float32)
     group = f.start // weights_per_scale(scales_ref, 1, width)
-    scales = _load(
-      scales_ref.at[expert, group, _shifted(d, part * columns)], in_d & (f.start < width)
+    scales = load(
+      scales_ref.at[expert, group, shifted(d, part * columns)], in_d & (f.start < width)
     )
     return weights * decode_scales(scales)[None, :]
 
   def step(i, totals):
-    f, in_f = _tile(split * steps + i, tiles[0], width)
-    hidden = _load(hidden_ref.at[pair, f], in_f).astype(jnp.float32)[:, None]
-    codes = _load(codes_ref.at[expert, f, d], in_f[:, None] & in_d[None, :])
+    f, in_f = tile_at(split * steps + i, tiles[0], width)
+    hidden = load(hidden_ref.at[pair, f], in_f).astype(jnp.float32)[:, None]
+    codes = load(codes_ref.at[expert, f, d], in_f[:, None] & in_d[None, :])
     return [
       total + hidden * scaled(weights, part, f)
       for part, (total, weights) in enumerate(zip(totals, decode_codes(codes, format)))
@@ -267,4 +232,4 @@ def _down_kernel(experts_ref, hidden_ref, codes_ref, scales_ref, partial_ref, *,
 
   totals = [jnp.zeros(tiles, jnp.float32)] * weights_per_code(format)
   for part, total in enumerate(jax.lax.fori_loop(0, steps, step, totals)):
-    plgpu.store(partial_ref.at[pair, split, _shifted(d, part * columns)], total.sum(0), mask=in_d)
+    plgpu.store(partial_ref.at[pair, split, shifted(d, part * columns)], total.sum(0), mask=in_d)

@@ -1,14 +1,14 @@
-"""A grouped matmul over the selected experts, for many rows on an accelerator.
+"""Grouped matmul over the active experts, for many tokens on an accelerator.
 
-The (row, choice) pairs are sorted by expert. On GPUs and TPUs they are packed
-into blocks of rows of one expert, and a kernel applies each block's expert, whose
-weights it reads where they lie. Elsewhere `jax.lax.ragged_dot_general` is used.
+The (token, choice) pairs are sorted by expert. On GPUs and TPUs they are packed into
+blocks of tokens of one expert, and a kernel applies each block's expert, reading its
+weights in place. Elsewhere `jax.lax.ragged_dot_general` is used.
 
-That is not used on GPUs and TPUs because of what becomes of it: for NVIDIA GPUs
-XLA expands it, by default in jaxlib 0.10.2, to a dense product over all groups
-with E times the work and a masked copy of the rows for each group; for a TPU v5e
-XLA was seen to copy a layer's experts into another layout for it. It also wants
-the experts of one layer by themselves, a copy, or groups for all layers.
+GPUs and TPUs do not use `ragged_dot_general` because XLA lowers it badly. For NVIDIA GPUs,
+jaxlib 0.10.2 by default expands it to a dense product over all groups, with E times the
+work and a masked copy of the tokens for each group; for a TPU v5e, XLA copied a layer's
+experts into another layout. It also needs a copy of one layer's experts, or groups for all
+layers.
 """
 
 import functools
@@ -34,55 +34,48 @@ def compute(
   indices: jax.Array,
   gates: jax.Array,
 ) -> jax.Array:
-  """Gate-weighted sum of the chosen experts' outputs, by expert.
+  """Returns the gate-weighted sum of the active experts' outputs, expert by expert.
 
-  The arguments are those of `few_rows.selected`.
+  Args:
+    num_experts, activation, weights, layer, x, indices, gates: as in `gather_gemv.compute`.
 
   Returns:
-    `[N, D]`, dtype of `x`; products are accumulated in float32. It has no
-    derivative on GPUs and TPUs, and wants `check_vma=False` in a `shard_map`.
+    `[N, D]` in the dtype of `x`; products are accumulated in float32. There is no
+    derivative on GPUs and TPUs; `shard_map` needs `check_vma=False`.
   """
 
   def blocks(kernel):
     return functools.partial(by_blocks, kernel, num_experts, activation)
 
-  if isinstance(weights.down, Quantized):  # which `ragged_dot_general` cannot widen
+  if isinstance(weights.down, Quantized):  # ragged_dot_general cannot dequantize
     default = blocks(functools.partial(apply_on_gpu, interpret=True))
   else:
     default = functools.partial(by_ragged_dot, num_experts, activation)
-  return jax.lax.platform_dependent(
-    weights,
-    jnp.asarray(layer, jnp.int32),
-    x,
-    indices,
-    gates,
-    cuda=blocks(apply_on_gpu),
-    rocm=blocks(apply_on_gpu),
-    tpu=blocks(apply_on_tpu),
-    default=default,
-  )
+  gpu, tpu = blocks(apply_on_gpu), blocks(apply_on_tpu)
+  inputs = weights, jnp.asarray(layer, jnp.int32), x, indices, gates
+  return jax.lax.platform_dependent(*inputs, cuda=gpu, rocm=gpu, tpu=tpu, default=default)
 
 
 def by_blocks(kernel, num_experts, activation, weights, layer, x, indices, gates):
-  """`grouped_matmul` with `kernel(activation, experts [K], weights, x [K, B, D]) -> [K, B, D]`."""
-  # 16 rows are a matmul's least on GPUs.
+  """Runs `kernel(activation, experts [K], weights, x [K, B, D]) -> [K, B, D]`."""
+  # 16 tokens are a GPU's smallest matmul.
   block = block_size(indices.size, num_experts, least=16, most=64)
-  rows, slots, experts = plan(indices, num_experts, block)
+  tokens, places, experts = plan(indices, num_experts, block)
   first = layer * num_experts
   experts = jnp.where(experts < 0, experts, first + experts)
-  x_blocks = x.at[rows].get(mode="fill", fill_value=0).reshape(-1, block, x.shape[1])
-  out = kernel(activation, experts, weights, x_blocks).reshape(-1, x.shape[1])[slots]
+  x_blocks = x.at[tokens].get(mode="fill", fill_value=0).reshape(-1, block, x.shape[1])
+  out = kernel(activation, experts, weights, x_blocks).reshape(-1, x.shape[1])[places]
   if weights.down_bias is not None:
     out += weights.down_bias[first + indices]
   return combine(out, gates, x.dtype)
 
 
 def by_ragged_dot(num_experts, activation, weights, layer, x, indices, gates):
-  """`grouped_matmul` with `jax.lax.ragged_dot_general`; differentiable.
+  """Uses `jax.lax.ragged_dot_general`; differentiable.
 
-  The layer's experts are sliced out. Groups for all layers, empty but for this
-  one's, would avoid that, but where the operation is expanded to a dense one they
-  multiply the work by the number of layers.
+  This copies the layer's experts. Groups for all layers (empty except this layer's) would
+  avoid the copy, but multiply the work by the number of layers where XLA expands the
+  operation to a dense one.
   """
   n, a = indices.shape
   f, d = weights.down.shape[1:]
@@ -93,7 +86,7 @@ def by_ragged_dot(num_experts, activation, weights, layer, x, indices, gates):
     jax.lax.dynamic_slice_in_dim(w, layer * num_experts, num_experts)
     for w in (weights.gate_up, weights.down)
   )
-  # The last axis is summed over where it lies: no transposed copy of the weights.
+  # Contracts the last axis in place, without a transposed copy of the weights.
   projected = _ragged_dot(x[order // a], gate_up.reshape(num_experts, 2 * f, d), sizes, 2)
   projected = projected.reshape(n * a, f, 2)
   if weights.gate_up_bias is not None:
@@ -105,14 +98,14 @@ def by_ragged_dot(num_experts, activation, weights, layer, x, indices, gates):
   return combine(out, gates, x.dtype)
 
 
-def _ragged_dot(rows, weights, sizes, axis):
-  """Sorted `[M, K]` rows times their group's matrix, summed over its `axis`; float32."""
-  precision = jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
+def _ragged_dot(tokens, weights, sizes, axis):
+  """Multiplies sorted tokens `[M, K]` by their group's matrix, contracting its `axis`; float32."""
+  precision = jax.lax.Precision.HIGHEST if tokens.dtype == jnp.float32 else None
   numbers = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((1,), (axis,)), ((), ())),
     lhs_ragged_dimensions=[0],
     rhs_group_dimensions=[0],
   )
   return jax.lax.ragged_dot_general(
-    rows, weights, sizes, numbers, precision=precision, preferred_element_type=jnp.float32
+    tokens, weights, sizes, numbers, precision=precision, preferred_element_type=jnp.float32
   )

@@ -1,8 +1,7 @@
-"""Trying a faster way on a small case before it is used.
+"""Checks a faster implementation on a small case before it is used.
 
-The ways that need an accelerator were made without one at hand: one that the
-installed compiler refuses, or that computes something else, is reported and not
-used.
+Implementations for accelerators were developed largely without one. One that the
+installed compiler rejects, or that computes something else, is reported and not used.
 """
 
 from collections.abc import Callable
@@ -14,23 +13,23 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 
-def passes(difference: Callable[[], float], tolerance: float, what: str, instead: str) -> bool:
-  """Whether a way differs from another one by no more than a tolerance; else warns.
+def passes(error: Callable[[], float], tolerance: float, what: str, instead: str) -> bool:
+  """Returns whether an implementation agrees with its reference; warns if not.
 
-  Inside of a `shard_map` of several processes all find the same: it works for
-  none of them unless it does for each. They must ask in the same order, as those
-  do that trace the same programs.
+  Inside a `shard_map` over several processes the answer is the same in all of them: true
+  only if the check passes in each. The processes must run checks in the same order, as
+  they do when they trace the same programs.
 
   Args:
-    difference: tries it, and returns the largest difference, relative to the largest value.
-    tolerance: of that.
-    what: the way's name in a warning.
-    instead: what is used if it does not work.
+    error: runs the check and returns the largest error, relative to the largest value.
+    tolerance: largest error that passes.
+    what: name of the implementation, for the warning.
+    instead: name of what is used if the check fails.
   """
   together = jax.process_count() > 1 and bool(jax.sharding.get_abstract_mesh().manual_axes)
-  # The choice is made while a program is traced; another thread is in no trace.
+  # This is called while a program is traced; another thread has no trace.
   with concurrent.futures.ThreadPoolExecutor(1) as thread:
-    failure = thread.submit(_failure, difference, tolerance, together).result()
+    failure = thread.submit(_failure, error, tolerance, together).result()
   if failure:
     logging.warning(
       "%s does not work on this device (%s): using %s instead", what, failure, instead
@@ -38,17 +37,17 @@ def passes(difference: Callable[[], float], tolerance: float, what: str, instead
   return not failure
 
 
-def _failure(difference, tolerance, together):
-  """Why it does not work; empty if it does."""
+def _failure(error, tolerance, together):
+  """Returns why the check fails, "" if it passes."""
   try:
-    off = difference()
-  except Exception as error:  # whatever a compiler or a driver raises
-    lines = str(error).strip().splitlines() or [""]
-    failure = f"{type(error).__name__}: {lines[0][:200]}"
+    found = error()
+  except Exception as exception:  # any error of a compiler or a driver
+    lines = str(exception).strip().splitlines() or [""]
+    failure = f"{type(exception).__name__}: {lines[0][:200]}"
   else:
-    failure = "" if off <= tolerance else f"it is off by {off:.1e} of the largest value"
+    failure = "" if found <= tolerance else f"it is off by {found:.1e} of the largest value"
   if together:
     failed = multihost_utils.process_allgather(np.bool_(failure))
     if not failure and failed.any():
-      failure = f"it does not in process {failed.argmax()}"
+      failure = f"it fails in process {failed.argmax()}"
   return failure

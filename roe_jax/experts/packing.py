@@ -1,4 +1,4 @@
-"""Sorting (row, choice) pairs by expert, and packing them into blocks of one expert."""
+"""Sorts (token, choice) pairs by expert and packs them into blocks of one expert."""
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +9,17 @@ from roe_jax.numerics import rounded
 def plan(
   indices: jax.Array, num_experts: int, block: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Where each pair goes when pairs are packed into blocks of one expert.
+  """Assigns each (token, choice) pair a place in blocks of one expert each.
 
   Args:
-    indices: `[N, A]` int32 chosen experts.
+    indices: `[N, A]` int32 active experts.
     num_experts: E.
-    block: slots in a block.
+    block: tokens per block.
 
   Returns:
-    rows `[K · block]`: the row in each slot, N in an empty one;
-    slots `[N, A]`: the slot of each pair;
-    experts `[K]` int32: the expert of each block, -1 in one not in use.
+    tokens `[K · block]`: the token at each place, N for padding;
+    places `[N, A]`: the place of each pair;
+    experts `[K]` int32: the expert of each block, -1 for an unused block.
   """
   n, a = indices.shape
   flat = indices.reshape(n * a)
@@ -29,25 +29,24 @@ def plan(
   end = jnp.cumsum(blocks)
   expert = flat[order]
   rank = jnp.arange(n * a) - (jnp.cumsum(counts) - counts)[expert]
-  slot = (end - blocks)[expert] * block + rank
+  place = (end - blocks)[expert] * block + rank
   k = jnp.arange(n * a // block + min(num_experts, n * a))
-  rows = jnp.full(k.size * block, n).at[slot].set(order // a, unique_indices=True)
-  slots = jnp.zeros(n * a, jnp.int32).at[order].set(slot, unique_indices=True)
+  tokens = jnp.full(k.size * block, n).at[place].set(order // a, unique_indices=True)
+  places = jnp.zeros(n * a, jnp.int32).at[order].set(place, unique_indices=True)
   experts = jnp.where(k < end[-1], jnp.searchsorted(end, k, side="right"), -1)
-  return rows, slots.reshape(n, a), experts.astype(jnp.int32)
+  return tokens, places.reshape(n, a), experts.astype(jnp.int32)
 
 
 def block_size(num_pairs: int, num_experts: int, least: int, most: int) -> int:
-  """About twice the rows that an expert has on average, a power of two within bounds."""
+  """Returns about twice the mean tokens per expert: a power of two in [least, most]."""
   return min(most, max(least, 1 << (max(1, 2 * num_pairs // num_experts) - 1).bit_length()))
 
 
 def combine(out: jax.Array, gates: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """`[N, A, D]` float32 outputs summed over choices with `[N, A]` gates: `[N, D]`.
+  """Returns `[N, D]`: `[N, A, D]` float32 outputs summed over choices, weighted by `[N, A]` gates.
 
-  What a gate of zero weights may be anything.
+  Outputs with gate zero may have any value, including NaN.
   """
-  # A product and a sum rather than a contraction, whose default is shorter than
-  # float32 on accelerators.
+  # Not an einsum: its default precision on accelerators is lower than float32.
   gates = gates[..., None]
   return rounded(jnp.where(gates == 0, 0, out * gates).sum(1), dtype)

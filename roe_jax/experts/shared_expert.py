@@ -1,4 +1,4 @@
-"""The expert that all tokens pass through (Qwen2-MoE)."""
+"""The shared expert, which all tokens pass through (Qwen2-MoE)."""
 
 import jax
 
@@ -8,7 +8,7 @@ from roe_jax.params import SharedExpertParams
 
 
 def shared(weights: SharedExpertParams, layer: jax.Array | int, x: jax.Array) -> jax.Array:
-  """`sigmoid(gate x) * down(silu(gate_up x))` of rows `[..., D]`, in their dtype."""
+  """Returns `sigmoid(w x) * down(silu(gate x) * up x)` of tokens `[..., D]`, in their dtype."""
   projected = project(x, weights.gate_up, layer)
   hidden = rounded(jax.nn.silu(projected[..., 0]) * projected[..., 1], x.dtype)
   y = rounded(collectives.psum(project_back(hidden, weights.down, layer), "tensor"), x.dtype)

@@ -1,1 +1,1 @@
-"""Text in and out: tokenizer, chat format, and the answer within a chat model's output."""
+"""Text processing: tokenizer, chat format, and the answer in a chat model's output."""

@@ -1,7 +1,7 @@
-"""The answer in what a chat model generated, apart from its reasoning.
+"""Separates a chat model's answer from its reasoning.
 
-Formats are told apart by their marks, which are tokens of their own: a text that
-only spells one out is text.
+Formats are recognized by their markers, which are single tokens: text that merely spells
+out a marker is text.
 """
 
 from collections.abc import Sequence
@@ -11,18 +11,18 @@ from roe_jax.completion import Completion
 from roe_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 HARMONY_MARKS = ("<|channel|>", "<|message|>")
-HARMONY_ENDS = ("<|return|>", "<|call|>")  # of a turn; <|end|> ends one message of it
+HARMONY_ENDS = ("<|return|>", "<|call|>")  # of a turn; <|end|> ends one message
 THINK_MARKS = ("<think>", "</think>")
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What a model answered.
+  """A model's answer.
 
   Attributes:
-    final: the answer; None if the model did not come to it.
-    reasoning: what it wrote before, "" if nothing: thoughts, and in the harmony
-      format all channels other than the final one.
+    final: the answer; None if the model did not reach it.
+    reasoning: text before it, possibly "": thoughts, and in the harmony format all
+      channels other than the final one.
   """
 
   final: str | None
@@ -37,10 +37,10 @@ class _Part:
 
 
 class AnswerReader:
-  """Takes an answer token by token; in this format all of it is the answer."""
+  """Reads a response token by token; in this format all of it is the answer."""
 
   def __init__(self, tokenizer: Tokenizer, opening: Sequence[int] = ()):
-    """Begins an answer, of which the prompt already holds `opening`."""
+    """Starts reading a response, the start of which (`opening`) is in the prompt."""
     self._tokenizer = tokenizer
     self._parts: list[_Part] = []
     self._current: _Part | None = None
@@ -58,12 +58,12 @@ class AnswerReader:
       self._current.text += self._current.decoder.push(token_id)
 
   def flush(self) -> None:
-    """To be called at the end: the text of a token may have been held back."""
+    """Adds buffered text; call this after the last token."""
     if self._current:
       self._current.text += self._current.decoder.flush()
 
   def answer(self) -> Answer:
-    """The answer as it stands."""
+    """Returns the answer so far."""
     final = [p.text for p in self._parts if p.is_final]
     reasoning = [p.text.strip("\n") for p in self._parts if not p.is_final]
     return Answer("\n".join(final) if final else None, "\n".join(filter(None, reasoning)))
@@ -72,7 +72,7 @@ class AnswerReader:
     self._open(is_final=True)
 
   def _take_mark(self, token_id: int) -> bool:
-    """Opens or closes parts if the token is one of the format's marks."""
+    """Opens or closes parts if the token is a marker; returns whether it is."""
     return False
 
   def _open(self, is_final: bool):
@@ -86,13 +86,13 @@ class AnswerReader:
 
 
 class ThinkingReader(AnswerReader):
-  """The answer is what follows the last </think>, or all if there are no thoughts."""
+  """Takes the text after the last </think> as the answer, or all if there are no thoughts."""
 
   def _take_mark(self, token_id):
     begin, end = map(self._tokenizer.added_id, THINK_MARKS)
     if token_id not in (begin, end):
       return False
-    # A </think> without its <think> ends thoughts too: some templates open them.
+    # A </think> without <think> ends thoughts too: some templates open them in the prompt.
     for part in self._parts:
       part.is_final = False
     self._open(is_final=token_id == end)
@@ -104,14 +104,14 @@ class ThinkingReader(AnswerReader):
 
 
 class HarmonyReader(AnswerReader):
-  """The answer is the final channel.
+  """Takes the final channel as the answer.
 
-  Messages are <|start|>role<|channel|>name<|message|>text, and end with <|end|>,
-  or with a token that ends the turn.
+  Messages are <|start|>role<|channel|>name<|message|>text, ended by <|end|> or a token
+  that ends the turn.
   """
 
   def _begin(self):
-    self._channel: list[int] | None = None  # its tokens, while they come
+    self._channel: list[int] | None = None  # tokens of the channel name being read
     self._name = ""
 
   def _take_mark(self, token_id):
@@ -137,19 +137,19 @@ class HarmonyReader(AnswerReader):
 
 
 def is_harmony(tokenizer: Tokenizer) -> bool:
-  """Whether the model writes its answers in channels, as GPT-OSS does."""
+  """Returns whether the model writes answers in harmony channels, as GPT-OSS does."""
   return all(
     i is not None and tokenizer.is_special(i) for i in map(tokenizer.added_id, HARMONY_MARKS)
   )
 
 
 def reader(tokenizer: Tokenizer, opening: Sequence[int] = ()) -> AnswerReader:
-  """A reader of the model's format.
+  """Returns a reader for the model's format.
 
   Args:
-    tokenizer: the model's, whose tokens show the format.
-    opening: what the prompt already holds of the answer's turn: a template may
-      open a channel or thoughts, and a prompt may hold an answer's beginning.
+    tokenizer: the model's tokenizer; its special tokens identify the format.
+    opening: prompt tokens that belong to the model's turn: a template may open a channel
+      or thoughts, and a prompt may contain the start of the answer.
   """
   if is_harmony(tokenizer):
     return HarmonyReader(tokenizer, opening)
@@ -165,9 +165,9 @@ def read(
   opening: Sequence[int] = (),
   stop_strings: Sequence[str] = (),
 ) -> Answer:
-  """The answer in a completion, without its stop token.
+  """Returns the answer in a completion, without the stop token.
 
-  It is cut before a stop string if one ended the text, as `Completion.text` is.
+  Like `Completion.text`, it is cut at the stop string that ended the completion, if any.
   """
   found = reader(tokenizer, opening)
   ended = completion.finish_reason == "stop_token"

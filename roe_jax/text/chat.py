@@ -1,7 +1,6 @@
-"""Prompts for instruct models, rendered from the checkpoint's own chat template.
+"""Renders prompts for instruct models from the checkpoint's chat template.
 
-Templates are rendered as `apply_chat_template` of transformers does it, without
-needing transformers.
+Templates render as in `apply_chat_template` of transformers, which is not required.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,16 +23,10 @@ from roe_jax.text.answer import Answer, AnswerReader
 from roe_jax.text.tokenizer import Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
-# What every template is given; all else that it asks for is a setting.
-_GIVEN = (
-  "messages",
-  "tools",
-  "documents",
-  "add_generation_prompt",
-  "strftime_now",
-  "raise_exception",
-)
-# Stands for a message's text, to find where a template puts its end.
+# Variables that every template gets; any other that it uses is a setting.
+_BUILTINS = {"messages", "tools", "documents"}
+_BUILTINS |= {"add_generation_prompt", "strftime_now", "raise_exception"}
+# Appended to a message's text to find where the rendered message ends.
 _MARK = "MARK-OF-THE-END "
 
 Message = Mapping[str, Any]
@@ -41,11 +34,11 @@ Message = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """Messages as a model reads them.
+  """A rendered conversation.
 
   Attributes:
-    tokens: token ids, special ones included.
-    opening: those of them that belong to the answer's turn already, such as
+    tokens: token ids, including special tokens.
+    opening: the last of them that belong to the assistant's turn, such as
       <|im_start|>assistant.
   """
 
@@ -54,12 +47,12 @@ class Prompt:
 
 
 class Chat:
-  """How a model is talked to.
+  """A model's chat format.
 
   Attributes:
-    stop_tokens: the tokens that end an answer: the tokenizer's `eos_ids`, and
-      those that end a turn in the template; may be empty.
-    settings: what prompts depend on besides their messages.
+    stop_tokens: tokens that end an answer: the tokenizer's `eos_ids` and the template's
+      end-of-turn tokens; may be empty.
+    settings: everything that prompts depend on other than their messages.
   """
 
   def __init__(
@@ -71,7 +64,7 @@ class Chat:
     date: str | None = None,
     **settings: Any,
   ):
-    """Chats with the jinja template `template`; see `load`."""
+    """Creates the chat format of a jinja template; see `load`."""
     environment = _environment()
     try:
       self._template = environment.from_string(template)
@@ -81,7 +74,7 @@ class Chat:
         f"{name} is not a valid jinja template: line {error.lineno}: {error.message}"
       ) from error
     settings = {key: value for key, value in settings.items() if value is not None}
-    known = used - {*_GIVEN, *tokenizer.named_tokens}
+    known = used - {*_BUILTINS, *tokenizer.named_tokens}
     for key in settings:
       if key not in known:
         raise ValueError(
@@ -103,20 +96,19 @@ class Chat:
   def load(
     cls, folder: PathLike, tokenizer: Tokenizer, *, date: str | None = None, **settings: Any
   ) -> "Chat":
-    """The chat format of a roe_jax checkpoint or of a Hugging Face folder.
+    """Loads the chat format of a roe_jax checkpoint or a Hugging Face folder.
 
     Args:
-      folder: holds chat_template.jinja, or a tokenizer_config.json or
+      folder: contains chat_template.jinja, or a tokenizer_config.json or
         chat_template.json with a "chat_template".
-      tokenizer: the one in that folder.
-      date: YYYY-MM-DD, for templates that tell the model which day it is; today
-        by default, and then prompts depend on the day.
-      **settings: what else the template uses, such as reasoning_effort (GPT-OSS)
-        or enable_thinking (Qwen3); None is the template's default.
+      tokenizer: the tokenizer in that folder.
+      date: YYYY-MM-DD, for templates that contain the current date; by default today,
+        which makes prompts depend on the day.
+      **settings: other variables of the template, such as reasoning_effort (GPT-OSS) or
+        enable_thinking (Qwen3); None for the template's default.
 
     Raises:
-      ValueError: there is no template, it is not valid, or it does not use a
-        setting.
+      ValueError: there is no template, it is invalid, or it does not use a setting.
     """
     folder = pathlib.Path(folder)
     return cls(
@@ -124,20 +116,19 @@ class Chat:
     )
 
   def render(self, messages: Sequence[Message]) -> str:
-    """Messages as text, up to where the answer begins.
+    """Renders messages as text, up to the start of the answer.
 
-    If the last message is the assistant's, it is the beginning of the answer.
+    If the last message is the assistant's, it is the start of the answer.
 
     Raises:
-      ValueError: the messages are malformed, or the template refuses them or
-        leaves one out.
+      ValueError: the messages are malformed, or the template rejects or omits one.
     """
     check_messages(messages)
     if messages[-1]["role"] == "assistant":
       return self._render_open(messages)
     text = self._render(messages, True)
     for message in messages:
-      # Thoughts and calls in other turns may be left out or written differently.
+      # Templates may omit or rewrite thoughts and tool calls of earlier turns.
       if message["role"] not in ("assistant", "tool") and message["content"].strip() not in text:
         raise ValueError(
           f"{self._name} leaves out messages of the role {message['role']!r}: "
@@ -146,25 +137,25 @@ class Chat:
     return text
 
   def prompt(self, messages: Sequence[Message]) -> Prompt:
-    """Messages as tokens, up to where the answer begins; raises as `render` does."""
+    """Returns messages as tokens, up to the start of the answer; raises like `render`."""
     text = self.render(messages)
     before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     try:
       start = len(os.path.commonprefix([text, self._render(before, False)]))  # noqa: RUF071 - of characters
-    except ValueError:  # nothing comes before an answer without a question
+    except ValueError:  # there is no message before the answer
       start = 0
     return Prompt(
       *(self._tokenizer.encode(t, add_special_tokens=False) for t in (text, text[start:]))
     )
 
   def reader(self, prompt: Prompt) -> AnswerReader:
-    """Reads the answer to a prompt while it comes."""
+    """Returns a reader of the answer to a prompt, for streaming."""
     return answer_lib.reader(self._tokenizer, prompt.opening)
 
   def answer(
     self, prompt: Prompt, completion: Completion, stop_strings: Sequence[str] = ()
   ) -> Answer:
-    """The answer in the completion of a prompt; see `roe_jax.text.answer.read`."""
+    """Returns the answer in the completion of a prompt; see `roe_jax.text.answer.read`."""
     return answer_lib.read(
       self._tokenizer, completion, opening=prompt.opening, stop_strings=stop_strings
     )
@@ -179,20 +170,20 @@ class Chat:
     }
     try:
       return self._template.render({**self._tokenizer.named_tokens, **self._variables, **values})
-    except Exception as error:  # a template is foreign code, and may fail in any way
+    except Exception as error:  # template code may raise anything
       roles = ", ".join(str(m["role"]) for m in messages)
       raise ValueError(
         f"{self._name} refuses messages with the roles {roles}: " + " ".join(str(error).split())
       ) from error
 
   def _render_open(self, messages):
-    """Messages as text, cut at the end of the last one's."""
+    """Renders messages, cut at the end of the last message's text."""
     *others, last = messages
     text = self._render([*others, {**last, "content": last["content"] + _MARK}], False)
     before, found, _ = text.rpartition(_MARK)
     if found:
       return before
-    # The template has cut off white space at the end of the text.
+    # The template has stripped whitespace from the text.
     before, found, _ = text.rpartition(_MARK.strip())
     if not found:
       raise ValueError(
@@ -209,7 +200,7 @@ class Chat:
     return tuple(ids + [i for i in ends if i is not None and i not in ids])
 
   def _end_of_turn(self):
-    """The special token that follows an assistant's message, or None."""
+    """Returns the special token that follows an assistant's message, or None."""
     try:
       text = self._render(
         [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _MARK.strip()}],
@@ -223,10 +214,10 @@ class Chat:
 
 
 def load_template(folder: PathLike) -> str:
-  """The chat template in a checkpoint folder.
+  """Returns the chat template in a checkpoint folder.
 
   Raises:
-    ValueError: there is none, or none that is the default.
+    ValueError: there is no template, or no default one.
   """
   folder = pathlib.Path(folder)
   if (folder / TEMPLATE_FILE).is_file():
@@ -243,25 +234,21 @@ def load_template(folder: PathLike) -> str:
         ) from error
       if "default" not in named:
         raise ValueError(
-          f"{folder / file} has the chat templates {', '.join(sorted(named))} and "
-          f"none named default: write the one to use to {folder / TEMPLATE_FILE}"
+          f"{folder / file} has chat templates {', '.join(sorted(named))} and none named "
+          f"default: write the one to use to {folder / TEMPLATE_FILE}"
         )
       template = named["default"]
     if isinstance(template, str):
       return template
   raise ValueError(
-    f'{folder} has no chat template, neither {TEMPLATE_FILE} nor "chat_template" in '
-    "tokenizer_config.json: give plain prompts, as for any base model, or put an instruct "
-    "model's template there"
+    f'{folder} has no chat template (neither {TEMPLATE_FILE} nor "chat_template" in '
+    "tokenizer_config.json): give plain prompts, as for any base model, or add an instruct "
+    "model's template"
   )
 
 
 def check_messages(messages: Any) -> None:
-  """Checks the form of messages.
-
-  Raises:
-    ValueError: they are not a list of {"role": text, "content": text}.
-  """
+  """Raises a ValueError unless messages are a list of {"role": text, "content": text}."""
   if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
     raise ValueError('messages must be a list of at least one {"role": ..., "content": ...}')
   for i, message in enumerate(messages):
@@ -274,9 +261,9 @@ def check_messages(messages: Any) -> None:
 
 
 class _GenerationBlocks(ext.Extension):
-  """{% generation %} blocks, which tell training what to learn: here, their content."""
+  """Renders the content of {% generation %} blocks, which mark training targets."""
 
-  tags = frozenset({"generation"})
+  tags = {"generation"}  # noqa: RUF012 - as in the base class
 
   def parse(self, parser):
     line = next(parser.stream).lineno
@@ -286,7 +273,7 @@ class _GenerationBlocks(ext.Extension):
 
 
 def _environment() -> jinja2.Environment:
-  """Where templates run: they come from downloads, so in a sandbox."""
+  """Returns a sandboxed environment, since templates are downloaded code."""
   environment = sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, ext.loopcontrols]
   )
@@ -307,7 +294,7 @@ def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=
 
 
 def _parse_date(date: str | None) -> datetime.datetime:
-  """Midnight of a day, today's by default, so that all prompts of a run agree."""
+  """Returns midnight of a day, by default today, so that all prompts of a run agree."""
   try:
     day = datetime.date.today() if date is None else datetime.date.fromisoformat(date)
   except (TypeError, ValueError) as error:

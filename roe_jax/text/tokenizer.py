@@ -1,4 +1,4 @@
-"""Text to token ids and back, from a `tokenizer.json`."""
+"""Converts between text and token ids with a `tokenizer.json`."""
 
 from collections.abc import Iterable, Mapping, Sequence
 import json
@@ -17,13 +17,13 @@ _NAMED = tuple(f"{kind}_token" for kind in ("bos", "eos", "pad", "unk", "sep", "
 
 
 class Tokenizer:
-  """A Hugging Face tokenizer together with the model's special token ids.
+  """A Hugging Face tokenizer with the model's special token ids.
 
   Attributes:
     bos_id, pad_id: token ids, or None.
-    eos_ids: tokens that end a text; may be empty.
-    named_tokens: special tokens as text, by the names that chat templates have
-      for them: {"bos_token": "<s>", ...}.
+    eos_ids: end-of-sequence token ids; may be empty.
+    named_tokens: special tokens as text, under their names in chat templates:
+      {"bos_token": "<s>", ...}.
     vocab_size: largest token id + 1; a model's V may be larger (padding).
   """
 
@@ -36,8 +36,7 @@ class Tokenizer:
     pad_id: int | None = None,
     named_tokens: Mapping[str, str] | None = None,
   ):
-    # A tokenizer.json may carry the settings of its training run, which would
-    # cut texts short without a word.
+    # A tokenizer.json may contain settings of a training run that silently truncate.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     self._tokenizer = tokenizer
@@ -52,31 +51,30 @@ class Tokenizer:
 
   @classmethod
   def load(cls, folder: PathLike) -> "Tokenizer":
-    """The tokenizer of a roe_jax checkpoint or of a Hugging Face folder.
+    """Loads the tokenizer of a roe_jax checkpoint or a Hugging Face folder.
 
-    Special ids are taken from the first of generation_config.json, the model's
-    config and tokenizer_config.json that names them: some tokenizers name an
-    end of text other than the one that the model was trained with. Where they
-    do, `named_tokens` has the model's in its place, also for a bos_token that is
-    the same wrong one unless a config names another.
+    Each special id comes from the first of generation_config.json, the model's config and
+    tokenizer_config.json that has it: some tokenizers name another end-of-sequence token
+    than the one that the model was trained with. If so, `named_tokens` has the model's
+    instead; also as bos_token if that is the same wrong token and no config names another.
 
     Raises:
       FileNotFoundError: there is no tokenizer.json.
-      ValueError: a file cannot be read as what its name says.
+      ValueError: a file is malformed.
     """
     folder = pathlib.Path(folder)
     path = folder / "tokenizer.json"
     if not path.is_file():
       if (folder / "tokenizer.model").is_file():
         raise FileNotFoundError(
-          f"{folder} has only a SentencePiece tokenizer.model, and tokenizer.json is "
-          "needed: take it from the model's hub page, or write it with "
+          f"{folder} has only a SentencePiece tokenizer.model: download tokenizer.json from the "
+          "model's hub page, or write it with "
           "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
       raise FileNotFoundError(f"{folder} has no tokenizer.json")
     try:
       tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the only class that the library raises
+    except Exception as error:  # tokenizers raises only this class
       raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
 
     configs = [read_json(folder / "generation_config.json"), _model_ids(folder)]
@@ -105,63 +103,62 @@ class Tokenizer:
     )
 
   def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-    """Token ids; special tokens as the tokenizer's own template adds them."""
+    """Returns token ids, with the special tokens that the tokenizer's template adds."""
     return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
   def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-    """The text of `ids`; ids without a token (padding of V) have no text."""
+    """Returns the text of token ids; ids without a token (padding of V) have no text."""
     return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
   def token(self, token_id: int) -> str | None:
-    """The token's entry in the vocabulary, or None where there is none."""
+    """Returns the token's vocabulary entry, or None."""
     return self._tokenizer.id_to_token(int(token_id))
 
   def is_special(self, token_id: int) -> bool:
     return token_id in self._special_ids
 
   def added_id(self, text: str) -> int | None:
-    """The token that was added whole for this text, or None: not its pieces."""
+    """Returns the id of the added token with exactly this text, or None."""
     return self._added_ids.get(text)
 
 
 class StreamDecoder:
   """Decodes token by token.
 
-  The pieces that `push` and `flush` return, joined, are exactly
-  `tokenizer.decode` of all ids. A token's text is held back while it can still
-  change: in the middle of a character, and while it ends in byte tokens (`<0x0A>`),
-  which a tokenizer with byte fallback decodes as one group.
+  The texts that `push` and `flush` return, joined, equal `tokenizer.decode` of all ids. A
+  token's text is buffered while it can still change: in the middle of a character, and
+  while it ends in byte tokens (`<0x0A>`), which byte fallback decodes as one group.
   """
 
   def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
     self._tokenizer = tokenizer
     self._skip_special_tokens = skip_special_tokens
-    # The text before a token can decide about the space in front of it, so the
-    # tokens of the last text returned are decoded again with the new ones.
+    # The preceding text can determine the space in front of a token, so the tokens of the
+    # last returned text are decoded again together with the new ones.
     self._context: list[int] = []
-    self._held: list[int] = []
+    self._buffer: list[int] = []
 
   def push(self, token_id: int) -> str:
-    """The text that this token completes, often "" or more than its own."""
+    """Returns the text that this token completes; often "", or more than its own."""
     token_id = int(token_id)
     token = self._tokenizer.token(token_id)
     if token is None or (self._skip_special_tokens and self._tokenizer.is_special(token_id)):
       return ""
-    self._held.append(token_id)
+    self._buffer.append(token_id)
     if _BYTE_TOKEN.fullmatch(token):
       return ""
     return self._take(final=False)
 
   def flush(self) -> str:
-    """What is still held back; to be called at the end of the text."""
+    """Returns the buffered text; call this after the last token."""
     return self._take(final=True)
 
   def _take(self, final: bool) -> str:
     before = self._decode(self._context)
-    text = self._decode(self._context + self._held)
+    text = self._decode(self._context + self._buffer)
     if not final and (len(text) <= len(before) or text.endswith(_INCOMPLETE)):
       return ""
-    self._context, self._held = self._held or self._context, []
+    self._context, self._buffer = self._buffer or self._context, []
     return text[len(before) :]
 
   def _decode(self, ids: Sequence[int]) -> str:
@@ -172,30 +169,29 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
   """Checks that the model has an embedding for every token.
 
   Raises:
-    ValueError: the tokenizer has ids that the model does not know. (A model with
-      more ids than the tokenizer is normal: V is padded.)
+    ValueError: the tokenizer has ids outside the model's vocabulary. (The opposite is
+      normal: V is padded.)
   """
   if tokenizer.vocab_size > config.vocab_size:
     raise ValueError(
-      f"the tokenizer produces ids up to {tokenizer.vocab_size - 1}, but the model's "
-      f"vocabulary has {config.vocab_size} tokens: this tokenizer belongs to another model"
+      f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model's vocabulary has "
+      f"{config.vocab_size} tokens: use the tokenizer of this model"
     )
 
 
 def stop_tokens(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
-  """The tokens that end a text: the tokenizer's, or the config's if it has none.
+  """Returns the end-of-sequence tokens: the tokenizer's, or the config's if it has none.
 
-  A generation_config.json, which the tokenizer knows of, often names more of
-  them than the model's config.
+  generation_config.json, which the tokenizer reads, often has more than the model's config.
   """
   return tokenizer.eos_ids or config.eos_token_ids
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The JSON object in a file, {} where there is none.
+  """Returns the JSON object in a file, or {} if the file does not exist.
 
   Raises:
-    ValueError: the file holds something else.
+    ValueError: the file does not contain a JSON object.
   """
   if not path.is_file():
     return {}
@@ -204,12 +200,12 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   except ValueError as error:
     raise ValueError(f"{path} is not valid JSON: {error}") from error
   if not isinstance(values, dict):
-    raise ValueError(f"{path} must hold a JSON object")
+    raise ValueError(f"{path} must contain a JSON object")
   return values
 
 
 def _model_ids(folder: pathlib.Path) -> dict[str, Any]:
-  """The ids in the model's config, under the names of a Hugging Face config."""
+  """Returns the special ids of the model's config, under Hugging Face names."""
   if not (folder / CONFIG_FILE).is_file():
     return read_json(folder / "config.json")
   config = ModelConfig.from_json((folder / CONFIG_FILE).read_text())
@@ -221,7 +217,7 @@ def _model_ids(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _named_tokens(folder: pathlib.Path) -> dict[str, str]:
-  """The special tokens that the tokenizer's files name, as text."""
+  """Returns the special tokens in the tokenizer's files, as text."""
   files = [
     read_json(folder / name) for name in ("special_tokens_map.json", "tokenizer_config.json")
   ]

@@ -112,7 +112,7 @@ REFUSED = {
   "--rounds=0": "--rounds must be at least 1",
   "--sweeps=speed": "--sweeps: unknown speed",
   "--num_cores=10000": "--num_cores must lie in [1, ",
-  "--seed=1": "holds results with seed = 0, asked for is 1",
+  "--seed=1": "holds results with seed = 0, not 1",
   "--preset=mixtral-8x7b": "needs about",
 }
 _SCRIPT = """

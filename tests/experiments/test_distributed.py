@@ -154,7 +154,7 @@ def test_standard_output_is_that_of_the_first_process(tiny_checkpoint, tmp_path)
   "case, sentence",
   [
     ("no input", "error: input file in.jsonl does not exist"),
-    ("no checkpoint", "there is no checkpoint folder"),
+    ("no checkpoint", "there is no model 'checkpoint'"),
     ("other flags", "--seed is 7 here and 1 in process 0"),
   ],
 )

@@ -129,7 +129,7 @@ def test_the_programs_print_it_and_read_no_parameters():
 @pytest.mark.parametrize(
   "arguments,sentence",
   [
-    (["--checkpoint=preset:mixtral-8x7b", "--prompt=x"], "has sizes and no parameters"),
+    (["--checkpoint=preset:mixtral-8x7b", "--prompt=x"], "has sizes but no parameters"),
     (["--checkpoint=preset:mistral", "--dry_run"], "unknown preset 'mistral'; choose one of olmoe"),
     (
       ["--checkpoint=preset:mixtral-8x7b", "--dry_run", "--num_devices=64", "--mesh=tensor:16"],

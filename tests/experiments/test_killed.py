@@ -75,31 +75,6 @@ def same_bytes(*names):
   return check
 
 
-def without_times(value):
-  """JSON without what was timed."""
-  if isinstance(value, dict):
-    return {
-      k: without_times(v)
-      for k, v in value.items()
-      if k not in ("tokens_per_second", "cost", "rate", "seconds")
-    }
-  return [without_times(v) for v in value] if isinstance(value, list) else value
-
-
-def same_but_for_times(*names):
-  def check(found, expected):
-    for name in names:
-      ours, theirs = (
-        [json.loads(line) for line in text.splitlines()]
-        if name.endswith("jsonl")
-        else json.loads(text)
-        for text in ((f / name).read_text() for f in (found, expected))
-      )
-      assert without_times(ours) == without_times(theirs), name
-
-  return check
-
-
 def same_parameters(found, expected):
   (one, config), (other, _) = checkpoint.load(found), checkpoint.load(expected)
   assert jax.tree.all(jax.tree.map(np.array_equal, one, other))
@@ -143,12 +118,16 @@ CASES = {
       "--checkpoints={checkpoint}",
       MEMBERS,
       "--output={folder}",
-      "--num_problems=5",
+      "--limit=5",
       "--num_validation=4",
       "--batch_size=3",
     ],
-    "measured.jsonl",
-    same_but_for_times("measured.jsonl", "results.json"),
+    "checkpoint/roster_n=3/examples.jsonl",
+    same_bytes(
+      "checkpoint/baseline/examples.jsonl",
+      "checkpoint/roster_n=2/examples.jsonl",
+      "checkpoint/roster_n=3/examples.jsonl",
+    ),
   ),
   "quantization": (
     "experiments.quantization_study",

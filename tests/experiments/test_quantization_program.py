@@ -39,7 +39,7 @@ def test_the_whole_program_on_a_random_model(tiny_checkpoint, tmp_path):
     format = None if r["format"] == "bfloat16" else r["format"]
     assert r["model_bytes"] == params_lib.num_bytes(config.replace(expert_format=format))
     assert np.allclose(
-      r["roster_to_16_bits"]["value"],
+      r["roster_to_unquantized"]["value"],
       100 * (r["roster_perplexity"] / plain["roster_perplexity"] - 1),
     )
     assert len(r["sweep"]) == 2 and r["best_temperature"] in (0.2, 0.6)
@@ -48,13 +48,13 @@ def test_the_whole_program_on_a_random_model(tiny_checkpoint, tmp_path):
   assert plain["router_agreement"] == [1, 1] and np.mean(int4["router_agreement"]) < 1
   # Noise-free routing in the first layer does not depend on any expert.
   assert int4["router_agreement"][0] == 1
-  assert plain["to_16_bits"] == {"value": 0, "low": 0, "high": 0}
+  assert plain["to_unquantized"] == {"value": 0, "low": 0, "high": 0}
   assert (tmp_path / "table.md").read_text() in done.output and "| int4 " in done.output
 
   # Again, it takes what is there and ends with the same.
   path = tmp_path / "measured.jsonl"
   values = [json.loads(line) for line in path.read_text().splitlines()]
-  changed = [v for v in values if v["name"] == f"{tiny_checkpoint}, int4: plain"]
+  changed = [v for v in values if v["name"] == f"{tiny_checkpoint}, int4: baseline"]
   changed[0]["value"][0] += 1
   path.write_text("".join(json.dumps(v) + "\n" for v in values))
   assert run(*arguments).returncode == 0
@@ -84,7 +84,7 @@ def test_shared_experts():
   assert quantization_study.shared_experts(chosen, baseline).tolist() == [1, 0.25]
 
 
-def test_a_summary_compares_the_sweeps_best_with_that_of_16_bits():
+def test_a_summary_compares_the_sweeps_best_with_that_without_quantization():
   def measured(sweep):
     return dict(
       expert_bytes=1,
@@ -92,13 +92,13 @@ def test_a_summary_compares_the_sweeps_best_with_that_of_16_bits():
       experts=[[[0, 1]]],
       router_gap=[1.0],
       noisy_agreement=[1.0],
-      plain=[1.0, 1.0],
+      baseline=[1.0, 1.0],
       roster=[1.0, 1.0],
-      sweep_plain=[1.0, 1.0],
+      sweep_baseline=[1.0, 1.0],
       sweep=sweep,
     )
 
-  texts = quantization_study.Encoded([], [[1], [1]], [[1, 2, 3], [1, 2, 3]])
+  texts = quantization_study.Problems([[1], [1]], [[1, 2, 3], [1, 2, 3]])
   rows = quantization_study.summarize(
     {"bfloat16": measured([[0.9, 0.9], [1.0, 1.0]]), "int4": measured([[1.0, 1.0], [0.8, 0.8]])},
     texts,
@@ -108,4 +108,4 @@ def test_a_summary_compares_the_sweeps_best_with_that_of_16_bits():
   assert [r["best_temperature"] for r in rows] == [0.1, 0.2]
   assert rows[0]["tuned_again"].value == 0
   assert np.isclose(rows[1]["tuned_again"].value, 100 * np.expm1(-0.1))
-  assert isinstance(rows[1]["to_16_bits"], Difference)
+  assert isinstance(rows[1]["to_unquantized"], Difference)

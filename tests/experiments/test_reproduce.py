@@ -269,7 +269,6 @@ def test_tasks_are_looked_at_before_anything_runs(run, one_figure, tmp_path):
 def test_a_model_that_is_not_there_is_told_how_to_make(run, one_figure, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(
-    FileNotFoundError,
-    match="make gpt-oss-20b with `.* --source=openai/gpt-oss-20b.*--checkpoint",
+    FileNotFoundError, match="make gpt-oss-20b with `.* --source=openai/gpt-oss-20b.*--checkpoint"
   ):
     run("--figure=fig3", "--model=gpt_oss", f"--output={tmp_path}")

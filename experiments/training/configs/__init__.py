@@ -1,7 +1,6 @@
-"""Training configs: one small file each, whose `get_config` returns a `TrainingConfig`.
+"""Training configs: one file each, whose `get_config` returns a `TrainingConfig`.
 
-A file with `VARIANTS` holds several, named `FILE:VARIANT`, and its `get_config`
-takes the variant.
+A file with `VARIANTS` holds several, named `FILE:VARIANT`; its `get_config` takes the variant.
 """
 
 import dataclasses
@@ -14,20 +13,18 @@ from roe_jax.training import TrainSettings
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-  """A model, the `wordmath` problems that it sees, and how it learns from them.
+  """A model, its `wordmath` training data and the training settings.
 
   Attributes:
-    model: what is trained; its dtype is that of training.
-    settings: of the optimizer and the loss.
-    num_problems: size of the fixed set of training problems that is gone
-      through epoch after epoch, or None for fresh problems without end.
-    batch_size: problems in a step.
-    question_weight: weight of the question's tokens in the loss; those of the
-      answer have 1.
-    seed: of the initial parameters, the training problems and their order.
-    log_every, evaluate_every, save_every: steps between two lines of metrics,
-      evaluations, and states saved for resumption.
-    evaluation_problems: validation problems in an evaluation.
+    model: the architecture, with the dtype to train in.
+    settings: settings of optimizer and loss.
+    num_problems: size of the fixed training set, repeated in epochs; None for a stream of new
+      problems.
+    batch_size: problems per step.
+    question_weight: loss weight of question tokens; answer tokens have weight 1.
+    seed: seed for the initial parameters, the training problems and their order.
+    log_every, evaluate_every, save_every: steps between log lines, evaluations and saved states.
+    evaluation_problems: validation problems per evaluation.
   """
 
   model: ModelConfig
@@ -55,7 +52,7 @@ class TrainingConfig:
 
 
 def names() -> list[str]:
-  """The configs that `load` knows."""
+  """Returns the names of all configs."""
   found = []
   for module in pkgutil.iter_modules(__path__):
     variants = getattr(_module(module.name), "VARIANTS", None)
@@ -64,13 +61,13 @@ def names() -> list[str]:
 
 
 def load(name: str) -> TrainingConfig:
-  """The config `experiments/training/configs/<name>.py`, or a variant that this file has.
+  """Returns the config of `experiments/training/configs/<name>.py`, or a variant in it.
 
   Raises:
-    ValueError: there is none of that name.
+    ValueError: there is no config of that name.
   """
   if name not in names():
-    raise ValueError(f"unknown training config {name!r}; there are {', '.join(names())}")
+    raise ValueError(f"unknown training config {name!r}: choose one of {', '.join(names())}")
   module, _, variant = name.partition(":")
   return _module(module).get_config(*[variant] if variant else [])
 

@@ -1,4 +1,4 @@
-"""A small OLMoE-like model, well trained: every problem is seen once.
+"""A small OLMoE-like model, well trained on problems that are all different.
 
     python -m experiments.train --config=wordmath_control --output=DIR
 
@@ -6,7 +6,7 @@
 (JAX_PLATFORMS=cpu; half as long again unless the C library keeps freed memory:
 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=268435456).
 
-Expected, on 200 validation problems:
+Expected on 200 validation problems:
 
     steps   answer perplexity   solved greedily
      1000         1.454               2 %

@@ -1,11 +1,11 @@
-"""The same model, over-trained: few problems, seen again and again.
+"""The model of `wordmath_control`, over-trained on few problems in many epochs.
 
     python -m experiments.train --config=wordmath_overtrained --output=DIR
 
 3,000 problems for 21 epochs, 5.1 M tokens: 31 minutes on one core, as in
 `wordmath_control`.
 
-Expected, on 200 validation problems and on 200 of those trained on:
+Expected on 200 validation problems and on 200 training problems:
 
     steps   answer perplexity   trained on   solved greedily
      1000         1.463            1.411           2 %

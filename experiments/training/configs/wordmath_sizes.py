@@ -1,10 +1,9 @@
-"""`wordmath_control` in smaller sizes, for a scaling law of our own.
+"""`wordmath_control` in smaller sizes, for a scaling law.
 
     python -m experiments.train --config=wordmath_sizes:d32 --output=DIR
 
-The recipe is that of `wordmath_control`, which is the third and largest member:
-all widths shrink together. Expected, on 200 validation problems, and on one core of an
-AMD EPYC (as in `wordmath_control`):
+The recipe is that of `wordmath_control`, which is the largest of the three; all widths shrink
+together. Expected on 200 validation problems, with minutes on one core of an AMD EPYC:
 
             answer perplexity   solved greedily   minutes
     d32           1.149              27 %            5
@@ -20,7 +19,7 @@ VARIANTS = {"d32": 32, "d64": 64}  # The model's width.
 
 
 def resize(model: ModelConfig, d_model: int) -> ModelConfig:
-  """`model` in another width: the sizes of heads, layers and vocabulary stay."""
+  """Returns the model in another width, with the same head, layer and vocabulary sizes."""
   num_heads = d_model // model.head_dim
   return model.replace(
     d_model=d_model,

@@ -3,7 +3,7 @@
     python -m experiments.train --config=wordmath_sparsity:4of16 --output=DIR
 
 `KofE`: each token goes through K of E experts, all of one width. 1,500 problems,
-27 times each. Expected, on 200 validation problems and on 200 of those trained on, and on
+27 epochs. Expected on 200 validation problems and on 200 training problems, with minutes on
 one core of an AMD EPYC:
 
              answer perplexity   trained on   minutes
@@ -14,7 +14,7 @@ one core of an AMD EPYC:
     4of8          1.463            1.018          7
     4of32         1.478            1.037          8
 
-They are over-trained on purpose: validation perplexity was lowest, 1.31 to 1.46, at steps
+They are over-trained deliberately: validation perplexity was lowest, 1.31 to 1.46, at steps
 1,500 to 1,750.
 """
 

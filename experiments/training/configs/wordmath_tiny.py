@@ -1,4 +1,4 @@
-"""A model that learns little, to try the program on.
+"""A tiny model that learns little, to try the program.
 
     python -m experiments.train --config=wordmath_tiny --output=DIR
 
