@@ -1,1 +1,1 @@
-"""Experiments that train and evaluate small models with `roe_jax`."""
+"""Programs that evaluate, tune, compare and train models with `roe_jax`, and their support."""

@@ -1,17 +1,17 @@
-"""Methods on the same examples, with what each of them costs.
+"""Compares methods on the same examples: quality, likelihood, calibration and cost.
 
-  python -m experiments.compare --checkpoint=embedded:wordmath_overtrained \
+  python -m experiments.compare --checkpoint=embedded:wordmath_overtrained \\
       --temperature_profile=0.3 --num_members=8 --limit=80
 
-Every method (see `experiments.evaluation.methods`) is a run of its own under --output, in
-the form that `experiments.report` reads. By default they are those of which a
-roster of --num_members has to be told apart, at the same forward rows.
+Writes one run per method to --output, which `experiments.report` turns into a page.
+`experiments.evaluation.methods` documents the methods; the default ones use as many
+forward passes as a roster of --num_members.
 
-Methods take turns on each batch, in an order that changes: whatever else the
-machine does falls on all of them alike. What is timed are the answers, without
-compiling; likelihoods and the experts that were read (of the first batch of a
-task) are found in passes of their own. A method's output temperature is fitted, and the
-best baseline settings are chosen, on validation examples with the first noise seed.
+Methods take turns on each batch, in a shuffled order, so that other load on the machine
+affects all alike. Times cover the answers only, without compilation; likelihoods, and the
+unique active experts of a task's first batch, are computed separately. Output temperatures
+are fitted, and the best baseline settings selected, on validation examples with the first
+noise seed.
 """
 
 from collections.abc import Iterator
@@ -38,12 +38,12 @@ FLAGS = flags.FLAGS
 TEMPERATURES = "output_temperatures.json"
 SETTINGS = "baseline_settings.json"
 COST_DESCRIPTIONS = {
-  "tokens": "of the answers",
-  "forward_passes": "tokens written times members; prompts aside",
-  "flops": "of prompts and answers, see roe_jax.costs",
-  "peak_bytes": "weights, cache and activations of one device, estimated",
-  "unique_experts_read": "different experts of a layer, mean over layers, summed over the steps of "
-  "one batch",
+  "tokens": "tokens of the answers",
+  "forward_passes": "generated tokens x members, without prompts",
+  "flops": "FLOPs of prompts and answers, see roe_jax.costs",
+  "peak_bytes": "estimated weights, cache and activations of one device",
+  "unique_experts_read": "unique active experts per layer, mean over layers, summed over the steps "
+  "of one batch",
 }
 
 
@@ -55,55 +55,55 @@ def define_flags(checkpoint: str | None = None) -> None:
   flags.DEFINE_string(
     "methods",
     None,
-    'Methods, separated by semicolons, such as "baseline; '
-    'roster:n=8,t=0.3; self_consistency:n=8"; see experiments/evaluation/methods.py. By '
-    "default those of equal forward rows for --num_members.",
+    'Methods, separated by semicolons, such as "baseline; roster:n=8,t=0.3; '
+    'self_consistency:n=8"; see experiments/evaluation/methods.py. Default: methods with as many '
+    "forward passes as a roster of --num_members.",
   )
-  flags.DEFINE_list("tasks", ["wordmath"], "Tasks: " + ", ".join(tasks.TASKS) + ".")
-  flags.DEFINE_enum("split", "test", ["validation", "test", "all"], "Of the tasks' examples.")
-  flags.DEFINE_integer("limit", None, "Examples of each task; all by default.")
+  flags.DEFINE_list("tasks", ["wordmath"], "Tasks, from " + ", ".join(tasks.TASKS) + ".")
+  flags.DEFINE_enum("split", "test", ["validation", "test", "all"], "Split of the tasks.")
+  flags.DEFINE_integer("limit", None, "Number of examples per task. Default: all.")
   flags.DEFINE_integer(
-    "num_validation", 80, "Validation examples on which output temperatures are fitted."
+    "num_validation", 80, "Number of validation examples that output temperatures are fitted on."
   )
-  flags.DEFINE_string("data_dir", None, "Folder with the tasks' files; see experiments/tasks.")
+  flags.DEFINE_string(
+    "data_dir", None, "Folder with the tasks' data. Default: the Hugging Face hub."
+  )
   flags.DEFINE_integer(
-    "num_seeds", 1, "Noise seeds: --seed, --seed + 1, ...; methods without chance are run once."
+    "num_seeds", 1, "Number of noise seeds, from --seed on; deterministic methods run once."
   )
-  flags.DEFINE_integer("batch_size", 16, "Examples done together.")
-  flags.DEFINE_bool("allow_code_execution", False, "Let tasks run programs that the model wrote.")
+  flags.DEFINE_integer("batch_size", 16, "Number of examples per batch.")
+  flags.DEFINE_bool("allow_code_execution", False, "Run model-written programs, in a sandbox.")
   flags.DEFINE_string("output", "results/compare", "Folder of the runs.")
 
 
 def batches(task: tasks.Task, examples: list[tasks.Example]) -> Iterator[Batch]:
-  """The examples of a task, as many as a batch has together; ids are their places."""
+  """Yields a task's examples in batches; their ids are their indices."""
   for first in range(0, len(examples), FLAGS.batch_size):
     part = examples[first : first + FLAGS.batch_size]
     yield Batch(task, part, list(range(first, first + len(part))))
 
 
 def check_examples(task: tasks.Task, examples: list[tasks.Example]) -> None:
-  """Refuses examples that are not alike.
+  """Checks that examples are of one kind.
 
   Raises:
-    ValueError: they are not.
+    ValueError: there are none or too many, or they differ in kind or stop strings.
   """
   if not examples:
-    raise ValueError(f"task {task.name} has no example in this split")
+    raise ValueError(f"task {task.name} has no examples in this split")
   if len(examples) > SAMPLE_STRIDE:
     raise ValueError(
-      f"task {task.name} has {len(examples)} examples, more than {SAMPLE_STRIDE}: give --limit"
+      f"task {task.name} has {len(examples)} examples, more than {SAMPLE_STRIDE}: set --limit"
     )
   if len({(e.kind, e.stop) for e in examples}) > 1:
-    raise ValueError(
-      f"the examples of task {task.name} are of several kinds, or differ in their stop strings"
-    )
+    raise ValueError(f"the examples of task {task.name} differ in kind or stop strings")
 
 
 def check_methods(found: list[Method], examples: dict[str, list[tasks.Example]]) -> list[Method]:
-  """The methods that have an answer to all tasks; of the default ones others are left out.
+  """Returns the methods that can answer all tasks; drops default methods that cannot.
 
   Raises:
-    ValueError: one of --methods has none.
+    ValueError: one of --methods cannot.
   """
   kept = []
   for method in found:
@@ -114,14 +114,13 @@ def check_methods(found: list[Method], examples: dict[str, list[tasks.Example]])
     except ValueError as error:
       if FLAGS.methods is not None:
         raise
-      print(f"[without {method.label}: {error}]", file=sys.stderr)
+      print(f"[skipping {method.label}: {error}]", file=sys.stderr)
   return kept
 
 
 def settings_of(method: Method, model: str, prompt_builder: PromptBuilder) -> dict:
-  """The settings.json of its run."""
+  """Returns the settings of the method's run."""
   f = FLAGS
-  kept = {} if not f.data_dir else {"data_dir": f.data_dir}
   return {
     "method": method.name,
     "spelled": method.text,
@@ -144,12 +143,11 @@ def settings_of(method: Method, model: str, prompt_builder: PromptBuilder) -> di
     "batch_size": f.batch_size,
     "num_validation": f.num_validation,
     "likelihood": method.no_likelihood
-    or "of the reference text and the end of text behind it; "
-    "of tasks with choices, of the right one",
-    "calibration": "the most probable token at each place of the reference text; of tasks with "
-    "choices, the most probable of them",
+    or "of the reference and its end-of-text token; for tasks with choices, of the right one",
+    "calibration": "the most probable token at each position of the reference; for tasks with "
+    "choices, the most probable choice",
     "costs": COST_DESCRIPTIONS,
-    **kept,
+    **({"data_dir": f.data_dir} if f.data_dir else {}),
   }
 
 
@@ -164,35 +162,41 @@ def fit(
   folder: pathlib.Path,
   validation: list[tasks.Example],
 ) -> float | None:
-  """The output temperature at which validation examples are most probable.
+  """Fits the output temperature that minimizes the NLL of validation examples.
 
-  None where the method has none to be fitted, or no example has a reference. It is
-  kept in the run's folder.
+  Saves it in the run's folder. Returns None if the method has no output temperature to fit, or
+  no example has a reference.
   """
   if not method.fits_temperature:
     return None
-  path = folder / TEMPERATURES
-  known = app.from_first_process(lambda: json.loads(path.read_text()) if path.is_file() else {})
-  if task.name not in known:
+
+  def compute():
     found = [
       one
       for batch in batches(task, validation)
       for one in measurer.likelihoods(method, FLAGS.seed, batch, OUTPUT_TEMPERATURES)
       if one is not None
     ]
+    if not found:
+      return {"examples": 0, "temperature": None}
     nll = np.array([one.nll for one in found])
-    known[task.name] = (
-      {
-        "examples": len(found),
-        "grid": OUTPUT_TEMPERATURES.tolist(),
-        "nll": nll.sum(axis=0).tolist(),
-        "temperature": paired_statistics.fit_output_temperature(nll, OUTPUT_TEMPERATURES),
-      }
-      if found
-      else {"examples": 0, "temperature": None}
-    )
+    return {
+      "examples": len(found),
+      "grid": OUTPUT_TEMPERATURES.tolist(),
+      "nll": nll.sum(axis=0).tolist(),
+      "temperature": paired_statistics.fit_output_temperature(nll, OUTPUT_TEMPERATURES),
+    }
+
+  return _saved(folder / TEMPERATURES, task, compute)["temperature"]
+
+
+def _saved(path, task, compute):
+  """Returns the task's entry in a JSON file; computes and writes it if it is missing."""
+  known = app.from_first_process(lambda: json.loads(path.read_text()) if path.is_file() else {})
+  if task.name not in known:
+    known[task.name] = compute()
     app.write_atomically(path, json.dumps(known, indent=2) + "\n")
-  return known[task.name]["temperature"]
+  return known[task.name]
 
 
 def choose(
@@ -202,15 +206,14 @@ def choose(
   folder: pathlib.Path,
   validation: list[tasks.Example],
 ) -> Method:
-  """The method with the settings that answer most validation examples, if it has to choose.
+  """Selects the settings of `BEST_BASELINE` by validation metric; no-op for other methods.
 
-  What was chosen is kept in the run's folder.
+  Saves the selection in the run's folder.
   """
   if method.name != BEST_BASELINE:
     return method
-  path = folder / SETTINGS
-  known = app.from_first_process(lambda: json.loads(path.read_text()) if path.is_file() else {})
-  if task.name not in known:
+
+  def compute():
     values = []
     for settings in BASELINE_SETTINGS:
       outputs = [
@@ -224,14 +227,12 @@ def choose(
         lambda: task.score_all(validation, outputs, FLAGS.allow_code_execution)
       )
       values.append(float(np.mean([m[task.metric] for m in metrics])))
-    known[task.name] = {
-      "tried": [
-        {**settings, task.metric: value} for settings, value in zip(BASELINE_SETTINGS, values)
-      ],
+    return {
+      "tried": [{**tried, task.metric: value} for tried, value in zip(BASELINE_SETTINGS, values)],
       "chosen": BASELINE_SETTINGS[int(np.argmax(values))],
     }
-    app.write_atomically(path, json.dumps(known, indent=2) + "\n")
-  return method.with_sampling(known[task.name]["chosen"])
+
+  return method.with_sampling(_saved(folder / SETTINGS, task, compute)["chosen"])
 
 
 def measure(
@@ -243,7 +244,7 @@ def measure(
   fitted: float | None,
   count_experts: bool,
 ) -> None:
-  """Does a batch with a method, and writes its lines."""
+  """Measures a method on a batch and writes the records."""
   own = fitted if method.name == FITTED and fitted else method.output_temperature
   at = [own, fitted or own]
   answers = measurer.answer(method, seed, batch, at)
@@ -260,15 +261,15 @@ def measure(
     batch.examples, scored, answers.details, likelihoods
   ):
     record = {"task": batch.task.name, "example": example.id, "seed": seed, **details}
-    beside = fitted is not None and method.name != FITTED  # whose own it is
-    record |= likelihood.record(beside) if likelihood else {"metrics": {}}
+    has_fitted = fitted is not None and method.name != FITTED
+    record |= likelihood.record(has_fitted) if likelihood else {"metrics": {}}
     record["metrics"] |= metrics
     records.append(record)
   run.write(records, {"task": batch.task.name, "seed": seed, **answers.cost})
 
 
 def table(found: list[Method], opened: dict[str, runs.Run], task: tasks.Task) -> str:
-  """What the methods came to on a task, as text."""
+  """Formats the methods' results on a task."""
   lines = []
   for method in found:
     run = opened[method.text]
@@ -312,9 +313,9 @@ def table(found: list[Method], opened: dict[str, runs.Run], task: tasks.Task) ->
       f"{task.metric}\n%",
       "perplexity",
       "at fitted\nT",
-      "rows\nper token",
+      "passes\nper token",
       "MFLOPs\nper token",
-      "experts\nread",
+      "unique\nexperts",
       "tokens\nper s",
       "memory\nMiB",
     ],
@@ -336,7 +337,7 @@ def run(
     if FLAGS[name].value < 1:
       raise ValueError(f"--{name} must be at least 1, got {FLAGS[name].value}")
   if FLAGS.recompute:
-    raise ValueError("--recompute has no place in a comparison of costs: leave it out")
+    raise ValueError("--recompute has no meaningful costs to compare: remove it")
   wanted = [tasks.get(name) for name in FLAGS.tasks]
   for task in wanted:
     task.check_allowed(FLAGS.allow_code_execution)

@@ -1,17 +1,17 @@
-"""Evaluates a model with a roster on benchmarks.
+"""Evaluates a roster, or the baseline, on benchmarks.
 
   python -m experiments.evaluate --checkpoint=olmoe --tasks=gsm8k,arc_easy,hellaswag \\
       --num_members=32 --temperature_profile=profile.json --output=results/olmoe-n32
   python -m experiments.evaluate --checkpoint=embedded:wordmath_overtrained --tasks=wordmath \\
       --num_members=8 --temperature_profile=0.3 --limit=100 --output=results/wordmath-n8
 
---tasks are names of lm-evaluation-harness's tasks, groups and tags, and of ours: with
-paper/ before it, a task is as the RoE paper ran it (paper/gsm8k, paper/svamp, ...);
-`wordmath` is the one whose problems are generated here.
+--tasks takes tasks, groups and tags of lm-evaluation-harness, and this project's tasks:
+paper/NAME (paper/gsm8k, paper/svamp, ...) is a task with the prompts and scoring of the RoE
+paper, and `wordmath` generates its problems.
 
---output is the folder of a run (see `runs`). Each answer of the model is written as it
-comes, to a folder `requests` in it or --request_cache; started again, the program goes
-on from there. What the harness makes of its own tasks is in `harness.json`.
+Prints a table and writes a run to --output (see `experiments.records.runs`), which
+`experiments.report` reads. Each answer is saved at once, in --request_cache, so that a
+rerun resumes. The results of lm-evaluation-harness are in OUTPUT/harness.json.
 """
 
 import dataclasses
@@ -36,21 +36,19 @@ from experiments.evaluation.engine import Answers, Engine, Request, Stopwatch
 from experiments.evaluation.lm_eval_model import RosterLM
 from experiments.records import runs
 from experiments.tasks.base import SPLITS, Example, Task
-from roe_jax.text.chat import Chat
 
 FLAGS = flags.FLAGS
 PAPER = "paper/"
-# Ours by the names that --tasks has for them.
+# This project's tasks, by their names in --tasks.
 OURS = {
   name if name.startswith("wordmath") else PAPER + name: task
   for name, task in tasks_lib.TASKS.items()
   if task is not tasks_lib.WIKITEXT103
 }
 HARNESS = "harness.json"
-EXPERTS_OF = 4  # The experts that are read are counted on so many requests of a task.
+EXPERTS_OF = 4  # Number of requests per task on which unique active experts are counted.
 _CONFIDENCE = (
-  "of the chosen answer among the choices; where a text is written, the probability "
-  "of the whole of it; one for each example"
+  "probability of the selected choice among the choices, or of the generated text; one per example"
 )
 
 
@@ -62,62 +60,51 @@ def define_flags() -> None:
   flags.DEFINE_list(
     "tasks",
     None,
-    f"Tasks, groups and tags of lm-evaluation-harness, and ours: {', '.join(OURS)}.",
+    "Tasks, groups and tags of lm-evaluation-harness, and this project's tasks: "
+    f"{', '.join(OURS)}.",
     required=True,
   )
   flags.DEFINE_string("output", None, "Folder of the run.", required=True)
   flags.DEFINE_integer(
-    "limit", None, "Examples of each task, the first ones; all by default.", lower_bound=1
+    "limit", None, "Use the first LIMIT examples of each task. Default: all.", lower_bound=1
   )
   flags.DEFINE_enum(
-    "split",
-    "test",
-    SPLITS,
-    "Which examples of our tasks; the harness's tasks have splits of their own.",
+    "split", "test", SPLITS, "Split of this project's tasks; harness tasks define their own."
   )
   flags.DEFINE_string(
-    "data_dir",
-    None,
-    "Folder with the data of our tasks in their public formats; read from the hub if absent.",
+    "data_dir", None, "Folder with the data of this project's tasks. Default: the Hugging Face hub."
   )
-  flags.DEFINE_string("include_path", None, "Folder of further tasks of the harness.")
+  flags.DEFINE_string("include_path", None, "Folder with additional harness tasks.")
   flags.DEFINE_integer(
     "num_fewshot",
     None,
-    "Examples shown before each question of the harness's tasks; as each task says by default.",
+    "Number of few-shot examples for harness tasks. Default: set by each task.",
     lower_bound=0,
   )
-  flags.DEFINE_integer("num_seeds", 1, "Seeds of the noise, from --seed on.", lower_bound=1)
-  flags.DEFINE_integer("batch_size", 16, "Requests computed together.", lower_bound=1)
+  flags.DEFINE_integer("num_seeds", 1, "Number of noise seeds, from --seed on.", lower_bound=1)
+  flags.DEFINE_integer("batch_size", 16, "Number of requests per batch.", lower_bound=1)
+  app.define_limit_flag()
+  flags.DEFINE_bool("allow_code_execution", False, "Run model-written programs, in a sandbox.")
   flags.DEFINE_integer(
-    "max_new_tokens",
-    None,
-    "At most this many tokens are generated for each prompt; as each task says by default.",
-    lower_bound=1,
+    "workers", 1, "Number of model-written programs that run in parallel.", lower_bound=1
   )
-  flags.DEFINE_bool(
-    "allow_code_execution",
-    False,
-    "Whether programs that the model writes may be run, each in a sandbox.",
-  )
-  flags.DEFINE_integer("workers", 1, "Programs run at the same time.", lower_bound=1)
   flags.DEFINE_string(
     "request_cache",
     None,
-    "Folder of the model's answers, which several runs may share; in --output by default.",
+    "Folder of the model's answers, which runs can share. Default: OUTPUT/requests.",
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedTask:
-  """One of our tasks with its requests.
+  """One of this project's tasks with its requests.
 
   Attributes:
-    name: as --tasks has it.
+    name: its name in --tasks.
     task: the task.
-    examples: of it.
+    examples: its examples.
     requests: for each example, the requests that answer it.
-    references: for each example, the request that scores its reference, if it has one.
+    references: for each example, the request that scores its reference, or None.
   """
 
   name: str
@@ -128,42 +115,39 @@ class PreparedTask:
 
 
 def check_flags() -> tuple[list[str], list[str]]:
-  """Names of our tasks and of the harness's.
+  """Returns the names of this project's tasks and of the harness's.
 
   Raises:
-    ValueError: flags contradict each other, or one of our tasks cannot be run.
+    ValueError: flags contradict each other, or a task cannot run.
   """
   names = list(dict.fromkeys(name.strip() for name in FLAGS.tasks))
   ours = [name for name in names if name in OURS]
   theirs = [name for name in names if name not in OURS]
   for name in theirs:
     if name.startswith(PAPER):
-      raise ValueError(f"there is no task {name!r}; ours are {', '.join(OURS)}")
+      raise ValueError(f"unknown task {name!r}: choose from {', '.join(OURS)}")
   for name in ours:
     OURS[name].check_allowed(FLAGS.allow_code_execution)
   if theirs and FLAGS.split != "test":
     raise ValueError(
-      f"--split={FLAGS.split} is about our tasks, and {theirs[0]} is the harness's, "
-      "which has one split: leave one of them out"
+      f"--split={FLAGS.split} applies to this project's tasks, but {theirs[0]} is a harness task "
+      "with one split: remove one of them"
     )
   for flag, whose, named in (
-    ("num_fewshot", "the harness's", theirs),
-    ("include_path", "the harness's", theirs),
-    ("data_dir", "our", ours),
+    ("num_fewshot", "harness tasks", theirs),
+    ("include_path", "harness tasks", theirs),
+    ("data_dir", "this project's tasks", ours),
   ):
     if FLAGS[flag].value is not None and not named:
-      raise ValueError(f"--{flag} is about {whose} tasks, and none is named: leave it out")
-  for flag in ("system", "reasoning_effort", "thinking", "chat_date"):
-    if FLAGS[flag].value is not None and not FLAGS.chat:
-      raise ValueError(f"--{flag} is about chats: give --chat with it")
+      raise ValueError(f"--{flag} applies to {whose} only, and --tasks has none: remove it")
   return ours, theirs
 
 
 def prepare(lm: RosterLM, name: str) -> PreparedTask:
-  """The requests of one of our tasks.
+  """Makes the requests of one of this project's tasks.
 
   Raises:
-    ValueError: its data cannot be had, or a request is more than the model can do.
+    ValueError: its data cannot be read, or a request does not fit the model.
   """
   task = OURS[name]
   examples = task.examples(FLAGS.split, FLAGS.data_dir, FLAGS.limit, FLAGS.chat)
@@ -180,7 +164,7 @@ def prepare(lm: RosterLM, name: str) -> PreparedTask:
         )
       else:
         requests.append([lm.continuation(prompt, choice) for choice in example.choices])
-      # A plain text ends with its solution; how a chat does is its template's matter.
+      # Raw text ends after its reference; the template decides how a chat does.
       references.append(
         None
         if example.reference is None
@@ -192,7 +176,7 @@ def prepare(lm: RosterLM, name: str) -> PreparedTask:
 
 
 def evaluate_ours(lm: RosterLM, prepared: PreparedTask, run: runs.Run, seed: int) -> None:
-  """Answers and scores the examples of one of our tasks, and writes what came of them."""
+  """Answers and scores the examples of one of this project's tasks; writes the records."""
   if all((prepared.name, e.id, seed) in run.done for e in prepared.examples):
     return
   label = f"{prepared.name}, seed {seed}"
@@ -205,7 +189,7 @@ def evaluate_ours(lm: RosterLM, prepared: PreparedTask, run: runs.Run, seed: int
     for example, found in zip(prepared.examples, answers)
   ]
 
-  def score():  # in one process: another one's clock could judge otherwise
+  def score():  # in one process, since time limits could differ between processes
     with tqdm(
       total=len(outputs),
       desc=f"{label}, scoring",
@@ -241,7 +225,7 @@ def evaluate_ours(lm: RosterLM, prepared: PreparedTask, run: runs.Run, seed: int
 def write(
   lm: RosterLM, run: runs.Run, seed: int, task: str, label: str, records: list[dict[str, Any]]
 ) -> None:
-  """Adds to a run what is not there yet: lines of examples, and what they cost."""
+  """Adds missing records and their costs to a run."""
   cost = None
   known = app.from_first_process(
     lambda: [[c["task"], c["seed"]] for c in runs.read_lines(run.path / runs.COSTS)]
@@ -263,7 +247,7 @@ def write(
 def evaluate_theirs(
   lm: RosterLM, loaded: dict[str, Any], run: runs.Run, seed: int
 ) -> dict[str, Any]:
-  """Runs the harness's tasks, writes their lines, and returns the harness's own results."""
+  """Runs the harness's tasks, writes their records, and returns the harness's results."""
   results = lm_eval_tasks.run(lm, loaded, FLAGS.limit, FLAGS.chat, FLAGS.system)
   for name, samples in results.pop("samples").items():
     records = list(lm_eval_tasks.records(lm, name, loaded["tasks"][name], samples, seed))
@@ -274,7 +258,7 @@ def evaluate_theirs(
 
 
 def rows_of_ours(records: list[dict[str, Any]], prepared: PreparedTask) -> list[list[Any]]:
-  """Rows of the table: metric, value, its standard error, and spread between seeds."""
+  """Returns table rows: metric, value, its standard error, and standard deviation over seeds."""
   lines = [r for r in records if r["task"] == prepared.name]
   seeds = sorted({r["seed"] for r in lines})
   ids = [e.id for e in prepared.examples]
@@ -318,12 +302,12 @@ def rows_of_ours(records: list[dict[str, Any]], prepared: PreparedTask) -> list[
 
 
 def _error(values):
-  """Standard error of a mean over examples."""
+  """Returns the standard error of a mean over examples."""
   return float(scipy.stats.sem(values)) if len(values) > 1 else None
 
 
 def _perplexity_error(nll, tokens):
-  """Standard error of a perplexity, by the bootstrap over texts."""
+  """Returns the bootstrap standard error of a perplexity over examples."""
   if len(nll) < 2:
     return None
   return float(
@@ -346,22 +330,22 @@ def _spread(by_seed):
 def rows_of_theirs(
   by_seed: dict[str, dict[str, Any]], run_means: dict[str, Any]
 ) -> list[list[Any]]:
-  """As `rows_of_ours`, from the harness's results: its values and standard errors."""
+  """Returns the rows of `rows_of_ours` from the harness's values and standard errors."""
   rows = []
   results = [found["results"] | found.get("groups", {}) for found in by_seed.values()]
   for name in results[0] if results else ():
     for key in results[0][name]:
-      metric, _, behind = key.partition(",")
+      metric, _, filter_name = key.partition(",")
       value = results[0][name][key]
-      if not behind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+      if not filter_name or metric.endswith("_stderr") or not isinstance(value, (int, float)):
         continue
       values = [r[name][key] for r in results]
-      errors = [r[name].get(f"{metric}_stderr,{behind}") for r in results]
+      errors = [r[name].get(f"{metric}_stderr,{filter_name}") for r in results]
       known = [e for e in errors if isinstance(e, (int, float))]
       rows.append(
         [
           name,
-          metric if behind == "none" else key,
+          metric if filter_name == "none" else key,
           float(np.mean(values)),
           float(np.mean(known)) if known else None,
           _spread(values),
@@ -375,24 +359,14 @@ def main(argv) -> None:
   del argv
   logging.getLogger("lm_eval").setLevel(logging.ERROR)
   ours, theirs = check_flags()
-  # All is checked before the parameters are read.
+  # Validate everything else before loading the parameters.
   config = app.load_config(FLAGS.checkpoint)
   roster = app.roster_from_flags(config)
   if FLAGS.dry_run:
     app.print_dry_run(config, roster, batch_size=FLAGS.batch_size)
     return
   tokenizer = app.load_tokenizer(FLAGS.checkpoint)
-  chat = (
-    Chat.load(
-      app.checkpoint_path(FLAGS.checkpoint),
-      tokenizer,
-      date=FLAGS.chat_date,
-      reasoning_effort=FLAGS.reasoning_effort,
-      enable_thinking=FLAGS.thinking,
-    )
-    if FLAGS.chat
-    else None
-  )
+  chat = app.load_chat(tokenizer)
   lm = RosterLM(FLAGS.checkpoint, config, tokenizer, chat, FLAGS.max_new_tokens)
 
   def load():
@@ -469,7 +443,7 @@ def main(argv) -> None:
 def print_report(
   run: runs.Run, prepared_tasks: list[PreparedTask], by_seed: dict[str, Any], truncated: int
 ) -> None:
-  """Finishes a run, and prints its table and one line that sums it up."""
+  """Finishes a run; prints its table and a one-line summary."""
   summary = run.finish()
   if not app.is_first_process():
     return
@@ -479,20 +453,20 @@ def print_report(
   print(
     tabulate.tabulate(
       rows,
-      headers=["task", "metric", "value", "standard\nerror", "between\nseeds", "examples"],
+      headers=["task", "metric", "value", "standard\nerror", "std over\nseeds", "examples"],
       floatfmt=("", "", ".4f", ".4f", ".4f", ".0f"),
       missingval="",
     )
   )
   if truncated:
     print(
-      f"[{truncated} prompts were longer than the model's context, and cut on the left]",
+      f"[{truncated} prompts exceeded the model's context and were truncated on the left]",
       file=sys.stderr,
     )
   cost = summary["costs"]
   lines = sum(task["examples"] * task["seeds"] for task in summary["tasks"].values())
   print(
-    f"Saved {run.path}: {len(summary['tasks'])} tasks, {lines} examples done; "
+    f"Saved {run.path}: {len(summary['tasks'])} tasks, {lines} examples; "
     f"{cost['tokens']:.0f} tokens in {cost['seconds']:.1f} s without compilation, "
     f"{cost['forward_passes']:.0f} forward passes, {cost['flops']:.3g} FLOPs"
   )

@@ -1,25 +1,21 @@
-"""Continues prompts with a roster, at a terminal or line by line.
+"""Generates text with a roster, for one prompt or for a file of prompts.
 
   python -m experiments.generate --checkpoint=embedded:wordmath_control \\
       --prompt="Question: Tom has 3 apples. ..." --num_members=16 --temperature_profile=0.3
 
-With --prompt the tokens are printed as they come. Without it, prompts are read
-from --input (or standard input), one JSON object a line with "prompt" (text) or
-"prompt_tokens" (ids) and optionally "id" (any JSON value, handed through), and
-results are written to --output (or standard output), one JSON object a line in
-the same order, each with its "index". --output gets results as they are
-finished, and is put in order at the end; results that it already holds are not
-computed again.
+--prompt streams the answer to the terminal. Without it, the program reads one JSON object
+per line from --input (default: standard input), with "prompt" (text) or "prompt_tokens"
+(ids) and optionally "id" (any JSON value, copied to the result). It writes one JSON object
+per line to --output (default: standard output), in input order, each with its "index". An
+interrupted run resumes when rerun with the same --output.
 
-With --chat a prompt is a user's message, rendered by the checkpoint's chat
-template, as are lines with "messages" (a list of {"role", "content"}) in its
-place; if the last of them is the assistant's, it is the beginning of the answer.
-Results then have "answer" and "reasoning" beside the raw "text"; the answer is
-null where the model did not come to it.
+With --chat, a prompt is a user message that the checkpoint's chat template renders. A line
+may have "messages" (a list of {"role", "content"}) instead; a final assistant message is
+the start of the answer. Results then also have "answer" (null if generation ended before
+it) and "reasoning".
 """
 
 import dataclasses
-import functools
 import json
 import sys
 import time
@@ -44,43 +40,41 @@ def define_flags() -> None:
   app.define_roster_flags()
   app.define_dry_run_flags()
   app.define_chat_flags()
-  flags.DEFINE_string("prompt", None, "Text to continue.")
+  flags.DEFINE_string("prompt", None, "Prompt to complete at the terminal.")
   flags.DEFINE_string(
-    "input", None, "File of prompts, one JSON object a line; '-' or absent: standard input."
+    "input", None, "File of prompts, one JSON object per line. Default: standard input."
   )
-  flags.DEFINE_string("output", None, "File of results; absent: standard output.")
-  flags.DEFINE_integer("max_new_tokens", 256, "At most this many tokens a prompt.")
-  flags.DEFINE_multi_string("stop", [], "String that ends a text; may be repeated.")
-  flags.DEFINE_float("temperature", 0.0, "Of sampling from the roster's distribution; 0: greedy.")
-  flags.DEFINE_integer("top_k", 0, "Sample from this many tokens; 0: all.")
-  flags.DEFINE_float("top_p", 1.0, "Sample from the smallest set of this probability.")
+  flags.DEFINE_string("output", None, "File of results. Default: standard output.")
+  flags.DEFINE_integer("max_new_tokens", 256, "Maximum number of tokens generated per prompt.")
+  flags.DEFINE_multi_string("stop", [], "String that ends generation; may be repeated.")
+  flags.DEFINE_float("temperature", 0.0, "Sampling temperature; 0 decodes greedily.")
+  flags.DEFINE_integer("top_k", 0, "Sample from the top k tokens; 0 samples from all.")
+  flags.DEFINE_float("top_p", 1.0, "Sample from the smallest set of tokens with this probability.")
   flags.DEFINE_integer(
-    "batch_size",
-    16,
-    "Slots, that is prompts decoded together: where one ends, the next takes its place.",
+    "batch_size", 16, "Number of sequences decoded together; a finished one is replaced at once."
   )
   flags.DEFINE_bool(
     "special_tokens",
     True,
-    "Whether the tokenizer's own special tokens (such as "
-    "BOS) are put around prompts; a chat template has its own.",
+    "Add the tokenizer's special tokens (such as BOS) to prompts; not for chats, whose template "
+    "has its own.",
   )
   flags.DEFINE_bool(
-    "show_reasoning", False, "Whether --prompt prints the reasoning, too, to standard error."
+    "show_reasoning", False, "With --prompt and --chat, print the reasoning to standard error."
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationInputs:
-  """What is to be generated, checked before the parameters are loaded.
+  """Validated inputs, made before the parameters are loaded.
 
   Attributes:
-    requests: the lines of --input, or --prompt as if it were one.
+    requests: the lines of --input, or one for --prompt.
     tokens: token ids of each prompt.
-    chat: the chat format, or None for plain prompts.
-    prompts: the prompts of a chat; empty for plain ones.
-    stop_tokens: tokens that end a text.
-    settings: what results depend on.
+    chat: the chat format; None for raw prompts.
+    prompts: rendered chats; empty for raw prompts.
+    stop_tokens: tokens that end generation.
+    settings: everything that results depend on.
   """
 
   requests: list[dict[str, Any]]
@@ -91,7 +85,7 @@ class GenerationInputs:
   settings: dict[str, Any]
 
   def answer(self, index: int, completion) -> dict[str, Any]:
-    """What a result has beside its completion."""
+    """Returns the entries that a chat adds to a result."""
     if self.chat is None:
       return {}
     found = self.chat.answer(self.prompts[index], completion, FLAGS.stop)
@@ -99,53 +93,40 @@ class GenerationInputs:
 
 
 def open_chat(requests: list[dict[str, Any]], tokenizer: Tokenizer) -> Chat | None:
-  """The chat format, if flags or requests ask for a chat."""
-  if FLAGS.chat or any("messages" in r for r in requests):
-    if FLAGS["special_tokens"].present:
-      raise ValueError(
-        "--special_tokens is about plain prompts: a chat template puts special "
-        "tokens where it needs them"
-      )
-    load = functools.partial(
-      Chat.load,
-      app.checkpoint_path(FLAGS.checkpoint),
-      tokenizer,
-      reasoning_effort=FLAGS.reasoning_effort,
-      enable_thinking=FLAGS.thinking,
+  """Returns the chat format if flags or requests ask for one."""
+  use_chat = FLAGS.chat or any("messages" in r for r in requests)
+  if use_chat and FLAGS["special_tokens"].present:
+    raise ValueError(
+      "--special_tokens applies to raw prompts only: remove it, since a chat template adds its own"
     )
-    # Several processes have the day of the first one.
-    date = app.broadcast(load(date=FLAGS.chat_date).settings.get("date"))
-    return load(date=date)
-  for name in ("system", "reasoning_effort", "thinking", "chat_date", "show_reasoning"):
-    if FLAGS[name].value not in (None, FLAGS[name].default):
-      raise ValueError(f"--{name} is about chats: give --chat with it")
-  return None
+  if FLAGS.show_reasoning and not use_chat:
+    raise ValueError("--show_reasoning applies to chats only: add --chat")
+  return app.load_chat(tokenizer, use_chat)
 
 
 def messages_of(request: dict[str, Any], what: str) -> list[dict[str, Any]]:
-  """The messages of a request to a chat model.
+  """Returns the messages of a chat request, including --system.
 
   Raises:
-    ValueError: it has none, or two kinds.
+    ValueError: it has neither a prompt nor messages, or both.
   """
   has_prompt = "prompt" in request
   if ("messages" in request) == has_prompt or (has_prompt and not FLAGS.chat):
     raise ValueError(
-      f'{what} must have either "messages" (a list) or, with --chat, "prompt" '
-      "(a user's message as text)"
+      f'{what} must have either "messages" (a list) or, with --chat, "prompt" (the user message)'
     )
   messages = request.get("messages", [{"role": "user", "content": request.get("prompt")}])
   if FLAGS.system is None or not isinstance(messages, list):
     return messages
   if any(isinstance(m, dict) and m.get("role") == "system" for m in messages):
-    raise ValueError(f"{what} has a system message of its own: leave out --system or that message")
+    raise ValueError(f"{what} has a system message: remove it or --system")
   return [{"role": "system", "content": FLAGS.system}, *messages]
 
 
 def prepare(
   requests: list[dict[str, Any]], config, tokenizer: Tokenizer, roster: Roster, sampler: Sampler
 ) -> GenerationInputs:
-  """Turns requests into prompts, and refuses what is wrong with them."""
+  """Tokenizes and validates requests."""
   chat = open_chat(requests, tokenizer)
   stop_tokens = tokenizer_lib.stop_tokens(tokenizer, config)
   settings = {
@@ -182,19 +163,16 @@ def prepare(
 
 
 class Printer:
-  """Prints a text while it grows.
-
-  What may be the beginning of a stop string is held back.
-  """
+  """Prints a growing text, except an end that may be the start of a stop string."""
 
   def __init__(self, file):
     self._file = file
-    self._held = max(map(len, FLAGS.stop), default=1) - 1
+    self._hold_back = max(map(len, FLAGS.stop), default=1) - 1  # characters
     self._printed = 0
 
   def show(self, text: str, done: bool = False) -> None:
-    """Prints what is new in `text`, which is all there is so far."""
-    end = len(text) if done else len(text) - self._held
+    """Prints what is new in `text`, the whole text so far."""
+    end = len(text) if done else len(text) - self._hold_back
     if end > self._printed:
       self._file.write(text[self._printed : end])
       self._printed = end
@@ -206,12 +184,11 @@ class Printer:
 def stream_to_terminal(
   params, config, tokenizer, roster: Roster, sampler: Sampler, inputs: GenerationInputs
 ) -> None:
-  """Continues --prompt, printing text as it comes and a summary to stderr."""
+  """Completes --prompt, streaming text to stdout and a summary to stderr."""
   text, completion, begin, first = "", None, time.perf_counter(), None
   reader = inputs.chat.reader(inputs.prompts[0]) if inputs.chat else None
-  decoder = StreamDecoder(tokenizer)
+  decoder, count = StreamDecoder(tokenizer), 0
   printer, reasoning = Printer(sys.stdout), Printer(sys.stderr)
-  count = 0
   for completion in decode.stream(
     params,
     config,
@@ -242,19 +219,19 @@ def stream_to_terminal(
     show_answer(inputs, completion, printer, reasoning)
   else:
     printer.show(completion.text, done=True)
-  # The first token waits for compilation; the rate is that of the others.
+  # The first token includes compilation, so the rate is that of the others.
   rate = (count - 1) / (time.perf_counter() - first) if count > 1 else float("nan")
   changed = sum(a != b for a, b in zip(completion.tokens, completion.clean_tokens) if b >= 0)
   print(
     f"[{count} tokens, {completion.finish_reason}; first after {first - begin:.1f} s, then "
-    f"{rate:.1f} tokens/s; {changed} chosen differently from the clean member]\n"
+    f"{rate:.1f} tokens/s; {changed} differ from the clean member's choice]\n"
     f"[settings: {json.dumps(inputs.settings)}]",
     file=sys.stderr,
   )
 
 
 def show_answer(inputs: GenerationInputs, completion, printer: Printer, reasoning: Printer) -> None:
-  """Prints what is left of an answer, or says why there is none."""
+  """Prints the rest of an answer, or why there is none."""
   found = inputs.chat.answer(inputs.prompts[0], completion, FLAGS.stop)
   if FLAGS.show_reasoning and found.reasoning:
     reasoning.show(found.reasoning, done=True)
@@ -262,21 +239,18 @@ def show_answer(inputs: GenerationInputs, completion, printer: Printer, reasonin
     printer.show(found.final, done=True)
   elif completion.finish_reason == "length":
     print(
-      f"[no answer: the limit of {FLAGS.max_new_tokens} tokens came within the reasoning; give "
-      "a larger --max_new_tokens]",
+      f"[no answer: the reasoning exceeded {FLAGS.max_new_tokens} tokens; increase "
+      "--max_new_tokens]",
       file=sys.stderr,
     )
   else:
-    print(
-      f"[no answer: the text ended within the reasoning ({completion.finish_reason})]",
-      file=sys.stderr,
-    )
+    print(f"[no answer: the reasoning ended early ({completion.finish_reason})]", file=sys.stderr)
 
 
 def complete_lines(
   params, config, tokenizer, roster: Roster, sampler: Sampler, inputs: GenerationInputs
 ) -> None:
-  """Continues the prompts of --input, writing each result when it is finished."""
+  """Completes the prompts of --input, writing each result when it is done."""
   with (
     jsonl.Results(FLAGS.output, inputs.requests, inputs.settings) as results,
     app.progress(
@@ -307,11 +281,11 @@ def complete_lines(
       batch_size=FLAGS.batch_size,
       on_finished=write,
     ).throughput
-  print(f"[{len(indices)} prompts: {throughput}; compilation included]", file=sys.stderr)
+  print(f"[{len(indices)} prompts: {throughput}; including compilation]", file=sys.stderr)
   if unanswered:
     print(
-      f"[{unanswered} texts ended before the answer: a larger --max_new_tokens than "
-      f"{FLAGS.max_new_tokens} leaves room for longer reasoning]",
+      f"[{unanswered} results ended before the answer: increase --max_new_tokens "
+      f"({FLAGS.max_new_tokens}) for longer reasoning]",
       file=sys.stderr,
     )
 
@@ -319,13 +293,13 @@ def complete_lines(
 def main(argv) -> None:
   del argv
   if FLAGS.prompt is not None and (FLAGS.input is not None or FLAGS.output is not None):
-    raise ValueError("--prompt prints to the terminal: give it, or --input and --output, not both")
+    raise ValueError("--prompt prints to the terminal: use either it or --input and --output")
   if FLAGS.show_reasoning and FLAGS.prompt is None:
-    raise ValueError('--show_reasoning is about --prompt: lines have their "reasoning" anyway')
+    raise ValueError('--show_reasoning applies to --prompt only: lines always have "reasoning"')
   if FLAGS.max_new_tokens < 1 or FLAGS.batch_size < 1:
     raise ValueError("--max_new_tokens and --batch_size must be at least 1")
   sampler = Sampler.create(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
-  # All else is checked before the parameters are read.
+  # Validate everything else before loading the parameters.
   config = app.load_config(FLAGS.checkpoint)
   roster = app.roster_from_flags(config)
   if FLAGS.dry_run:

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's own command line, with the model type `roe_jax` registered.
+"""Runs lm-evaluation-harness's own command line, with the model type `roe_jax` registered.
 
   python -m experiments.harness run --model roe_jax --tasks arc_easy \\
       --model_args checkpoint=olmoe,num_members=8,temperatures=0.3

@@ -1,17 +1,16 @@
-"""Whether a roster says the same on every mesh, and what a step takes on each.
+"""Checks that a roster's results agree on all meshes, and times a decode step on each.
 
   python -m experiments.meshes
 
-Solves word problems greedily with the embedded models in float32, with the same
-seed on meshes of forced host devices, and compares tokens and log-probabilities with
-those of the first mesh. A text may take another token only where the two are equally
-good: the roster is then scored with both on the first mesh, and their
-log-probabilities must be within 1e-5 of each other; what follows is another text
-and is not compared. Log-probabilities may differ by more than 1e-5 only behind a
-place where two experts are equally good for a router, as is measured there. The devices take turns on the same cores, so that times are
-those of the work and of handing it out, and do not fall with their number.
+Solves word problems greedily with the embedded models in float32, with the same seed, on
+meshes of forced host devices, and compares tokens and log-probabilities with those of the
+first mesh. A completion may part from the first mesh's only at a tie: the first mesh then
+scores both tokens, whose log-probabilities must agree to 1e-5; later tokens are not compared.
+Log-probabilities may differ by more than 1e-5 only after a tie between two experts of a
+router, which is measured. All devices share the same cores, so step times measure work and
+overhead, and do not decrease with the number of devices.
 
-About three minutes on two cores. Writes results.json and table.md to --output.
+Takes about three minutes on two cores. Writes results.json and table.md to --output.
 """
 
 from collections import defaultdict
@@ -44,13 +43,12 @@ from roe_jax.text import tokenizer as tokenizer_lib
 
 FLAGS = flags.FLAGS
 MESHES = ("data:1", "data:2", "data:4,expert:2", "expert:8", "data:2,expert:2,tensor:2")
-# Tokens whose log-probabilities differ by less are equally good, and log-probabilities
-# that do are the same.
+# Log-probabilities (in nats) that differ by less are equal, and their tokens tied.
 TOLERANCE = 1e-5
-# Router logits that differ by less are equally good: meshes round them differently by as
-# much as this (measured: 9.5e-7).
+# Router logits that differ by less are tied: rounding differs between meshes by this much
+# (measured: 9.5e-7).
 ROUTING_TOLERANCE = 1e-6
-# Steps in a timed call.
+# Decode steps per timed call.
 STEPS = 8
 
 
@@ -63,30 +61,31 @@ def define_flags() -> None:
   flags.DEFINE_multi_string(
     "mesh",
     list(MESHES),
-    "A mesh, as of experiments.generate; may be repeated. The others are compared with the first.",
+    'Mesh such as "data:2,expert:4"; may be repeated. The first is the reference.',
   )
   flags.DEFINE_integer(
-    "host_devices", 8, "Devices that the CPU is divided into; 0: the devices of this machine."
+    "host_devices", 8, "Number of devices that the CPU is split into; 0 uses the real devices."
   )
-  flags.DEFINE_integer("num_problems", 200, "Test problems, solved together.")
-  flags.DEFINE_integer("max_new_tokens", 64, "At most this many tokens a problem.")
-  flags.DEFINE_integer("num_members", 4, "n.")
-  flags.DEFINE_float("temperature", 0.3, "τ in all layers.")
-  flags.DEFINE_integer("seed", 0, "Of the routing noise.")
-  flags.DEFINE_integer("rounds", 9, "Rounds in which the meshes are timed in turn; 0: none.")
+  flags.DEFINE_integer("num_problems", 200, "Number of test problems, solved as one batch.")
+  flags.DEFINE_integer("max_new_tokens", 64, "Maximum number of tokens per problem.")
+  flags.DEFINE_integer("num_members", 4, "Roster size n.")
+  flags.DEFINE_float("temperature", 0.3, "Router temperature τ of all layers.")
+  flags.DEFINE_integer("seed", 0, "Seed for routing noise.")
+  flags.DEFINE_integer(
+    "rounds", 9, "Timing rounds, in which the meshes take turns; 0 skips timing."
+  )
   flags.DEFINE_string("output", "results/meshes", "Folder of the results.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tie:
-  """A place where a mesh took another token.
+  """A token at which two meshes differ.
 
   Attributes:
     text: index of the problem.
     place: index of the token in its completion.
-    tokens: of the first mesh, and of the other.
-    gap: how much better the first one's is, in nats, as the roster is scored on
-      the first mesh.
+    tokens: the tokens of the first mesh and of the other.
+    gap: difference of their log-probabilities on the first mesh, in nats.
   """
 
   text: int
@@ -97,15 +96,14 @@ class Tie:
 
 @dataclasses.dataclass(frozen=True)
 class Outlier:
-  """A text with a log-probability that differs by more than the tolerance.
+  """A completion with a log-probability that differs by more than the tolerance.
 
   Attributes:
     text: index of the problem.
     place: index of the first such token in its completion.
-    difference: the text's largest.
-    margin: the least distance between an expert that a member chose and one that
-      it did not, in router logits, up to that place; see
-      `diagnostics.routing_margins`.
+    difference: largest difference in the completion.
+    margin: smallest router logit margin between a selected and an unselected expert up to that
+      token; see `diagnostics.routing_margins`.
   """
 
   text: int
@@ -116,15 +114,14 @@ class Outlier:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """Completions on a mesh beside those on the first.
+  """A comparison of completions on a mesh with those on the first.
 
   Attributes:
-    num_tokens: that were compared.
-    num_identical: texts with the same tokens.
-    difference: the largest of their log-probabilities', up to where the texts
-      part.
-    parted: where they do.
-    outliers: texts where log-probabilities do.
+    num_tokens: number of compared tokens.
+    num_identical: number of completions with equal tokens.
+    difference: largest difference of log-probabilities, up to where completions part.
+    parted: where completions part.
+    outliers: completions whose log-probabilities differ.
   """
 
   num_tokens: int
@@ -135,7 +132,7 @@ class Comparison:
 
   @property
   def is_same(self) -> bool:
-    """Whether tokens differ at ties only, and log-probabilities behind ties of experts."""
+    """Whether tokens differ only at ties, and log-probabilities only after ties of experts."""
     return all(abs(t.gap) <= TOLERANCE for t in self.parted) and all(
       o.margin <= ROUTING_TOLERANCE for o in self.outliers
     )
@@ -143,7 +140,7 @@ class Comparison:
 
 @dataclasses.dataclass
 class Model:
-  """A model on one mesh, with the problems that it is to solve."""
+  """A model on one mesh, with the problems to solve."""
 
   params: Params
   config: ModelConfig
@@ -164,7 +161,7 @@ class Model:
     ).completions
 
   def gap(self, text: int, before: Sequence[int], tokens: tuple[int, int]) -> float:
-    """Of two tokens' log-probabilities behind a problem and the tokens of an answer."""
+    """Returns the difference of two tokens' log-probabilities after the tokens of an answer."""
     prefix = [*self.prompts[text], *before]
     first, other = scoring.score(
       self.params,
@@ -177,7 +174,7 @@ class Model:
     return float(first.log_probs[0, 0] - other.log_probs[0, 0])
 
   def margin(self, text: int, before: Sequence[int]) -> float:
-    """The least of a router's margins at a problem and some tokens of its answer."""
+    """Returns the smallest router margin in a problem and the tokens of an answer."""
     return float(
       diagnostics.routing_margins(
         self.params, self.config, self.roster, [[*self.prompts[text], *before]], [text]
@@ -194,7 +191,7 @@ def open_model(
   seed: int,
   max_new_tokens: int,
 ) -> Model:
-  """A model of word problems in float32 on a mesh."""
+  """Opens a model of word problems in float32 on a mesh."""
   params, config, tokenizer = app.open_model(checkpoint, "float32", mesh)
   prompts = [tokenizer.encode(wordmath.prompt(p)) for p in wordmath.problems("test", num_problems)]
   roster = Roster.create(config, num_members, temperature, seed=seed)
@@ -206,12 +203,12 @@ def open_model(
 def compare_completions(
   first: Model, expected: Sequence[Completion], actual: Sequence[Completion]
 ) -> Comparison:
-  """Completions on another mesh beside those of the first."""
+  """Compares completions on another mesh with those on the first."""
   num_tokens, difference, parted, outliers = 0, 0.0, [], []
   for text, (one, other) in enumerate(zip(expected, actual, strict=True)):
     pairs = list(zip(one.tokens, other.tokens))
     place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-    # At a tie both took what they found best: the log-probabilities are the same there, too.
+    # At a tie, each mesh took its best token, so the log-probabilities are equal there too.
     count = len(pairs) if place is None else place + 1
     num_tokens += count
     found = np.abs(np.subtract(one.log_probs[:count], other.log_probs[:count]))
@@ -231,7 +228,7 @@ def compare_completions(
 
 
 class Steps:
-  """Decode steps of all problems on a mesh, from the same state again and again."""
+  """Runs decode steps of all problems on a mesh, always from the same state."""
 
   def __init__(self, model: Model):
     self._model = params_lib.in_storage_dtype(model.params), model.config, model.roster
@@ -265,11 +262,11 @@ class Steps:
         np.int32(STEPS),
       )
     if int(steps) != STEPS:
-      raise ValueError(f"--max_new_tokens must be at least {STEPS}, for as many steps are timed")
+      raise ValueError(f"--max_new_tokens must be at least {STEPS}, the number of timed steps")
 
 
 def costs(steps: Steps) -> dict[str, Any]:
-  """Collectives of one step, and bytes on one device."""
+  """Returns the collectives of one step, and bytes on one device."""
   moved = defaultdict(lambda: {"count": 0, "bytes": 0})
   for collective, count in steps.collectives.items():
     moved[collective.kind]["count"] += count
@@ -278,11 +275,11 @@ def costs(steps: Steps) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-  """A Markdown table of one model's meshes."""
+  """Formats the results of one model's meshes as a Markdown table."""
   lines = [
-    "| mesh | devices | same texts | parted at ties | largest difference, nats | texts above "
-    f"{TOLERANCE} | a step, ms [quartiles] | collectives a step | MB in them | "
-    "MB on a device |",
+    "| mesh | devices | equal completions | parted at ties | largest difference (nats) | "
+    f"completions above {TOLERANCE} | step (ms) [quartiles] | collectives per step | "
+    "MB in collectives | MB per device |",
     "|---|---|---|---|---|---|---|---|---|---|",
   ]
   for mesh, found in results.items():
@@ -322,7 +319,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def verdict(results: dict[str, dict[str, dict[str, Any]]], first: str) -> Iterator[str]:
-  """In words, every exception with what was measured there."""
+  """Yields a sentence for every exception, and a verdict."""
   different = []
   for name, meshes in results.items():
     for mesh, found in meshes.items():
@@ -333,18 +330,18 @@ def verdict(results: dict[str, dict[str, dict[str, Any]]], first: str) -> Iterat
       for tie in comparison["parted"]:
         yield (
           f"{where}: problem {tie['text']} parts at token {tie['place']}, where the two tokens "
-          f"are {tie['gap']:.1e} nats apart"
+          f"differ by {tie['gap']:.1e} nats"
         )
       for outlier in comparison["outliers"]:
         yield (
           f"{where}: problem {outlier['text']} differs by {outlier['difference']:.2e} from token "
-          f"{outlier['place']} on; two experts of a router before it are "
-          f"{outlier['margin']:.1e} apart"
+          f"{outlier['place']} on; two experts before it differ by {outlier['margin']:.1e} in "
+          "router logits"
         )
   yield (
-    f"NOT THE SAME as on {first}: {'; '.join(different)}"
+    f"NOT EQUAL to {first}: {'; '.join(different)}"
     if different
-    else f"The same as on {first} everywhere, but for ties of tokens or experts: tokens, and "
+    else f"Equal to {first} on all meshes, except at ties of tokens or experts: tokens, and "
     f"log-probabilities to {TOLERANCE}"
   )
 
@@ -352,14 +349,14 @@ def verdict(results: dict[str, dict[str, dict[str, Any]]], first: str) -> Iterat
 def measure(
   checkpoint: str, meshes: Sequence[str], rounds: int, on_turn=lambda: None, **settings: Any
 ) -> dict[str, dict[str, Any]]:
-  """What was found on each mesh, by its name.
+  """Measures a model on each mesh; returns {mesh: results}.
 
   Args:
-    checkpoint: the model, as of --checkpoint elsewhere.
-    meshes: their sizes, as of --mesh.
-    rounds: of timing.
-    on_turn: called after each mesh's completions, and each turn of timing.
-    **settings: of `open_model`.
+    checkpoint: the model, as in --checkpoints.
+    meshes: the meshes, as in --mesh.
+    rounds: number of timing rounds.
+    on_turn: called after each mesh's completions, and after each turn of timing.
+    **settings: further arguments of `open_model`.
   """
   results, steps = {}, {}
   for mesh in meshes:

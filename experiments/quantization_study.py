@@ -338,7 +338,7 @@ def main(argv) -> None:
     for t in (FLAGS.temperature, *sweep):
       Roster.create(config, FLAGS.num_members, t, seed=FLAGS.seed)
   output, settings = pathlib.Path(FLAGS.output), _settings()
-  saved = jsonl.Kept(output / "measured.jsonl", settings)
+  saved = jsonl.SavedValues(output / "measured.jsonl", settings)
   texts, summary = [], {}
   total = 2 * FLAGS.num_problems + (1 + len(sweep)) * FLAGS.num_validation
   total *= len(FLAGS.checkpoints) * len(FLAGS.formats)

@@ -1,19 +1,19 @@
-"""Turns runs and tunings into one page with tables and pictures.
+"""Reports runs and tunings on one page with tables and figures.
 
   python -m experiments.report --runs='results/compare/*,results/olmoe-n32' \\
       --tune='results/tune/*' --output=results/report
 
---runs are folders of finished runs (see `runs`), --tune folders of `experiments.tune`;
-a pattern with * stands for the folders it finds. Every run is compared with
---baseline, paired by example. --output then holds `report.md`, its pictures as
-PNG and PDF, and `comparisons.json` with all compared figures.
+--runs are folders of finished runs (see `experiments.records.runs`), --tune folders of
+`experiments.tune`. Every run is compared with --baseline, paired by example. Writes
+`report.md`, its figures as PNG and PDF, and all comparisons as `comparisons.json` to
+--output.
 
-Of a line of a run it reads the metrics `exact_match`, `acc` or `pass@1` (the first
-that is there, also with a filter of the harness behind it), `nll`, `fitted_nll` (at an
-output temperature fitted on validation data) and `tokens`; and for calibration the
-lists `confidences`, `fitted_confidences` and `correct`, one entry for each event; of
-its costs `tokens`, `seconds`, `forward_passes`, `flops`, `unique_experts_read` with `steps`, and
-`peak_bytes`. What is not there is said to be not measured.
+From each record it reads the metrics `exact_match`, `acc` or `pass@1` (the first one
+present, also with a harness filter), `nll`, `fitted_nll` (at an output temperature fitted
+on validation data) and `tokens`; for calibration the lists `confidences`,
+`fitted_confidences` and `correct`, one entry per event. From the costs it reads `tokens`,
+`seconds`, `forward_passes`, `flops`, `unique_experts_read` with `steps`, and `peak_bytes`.
+Missing entries are reported as not measured.
 """
 
 import dataclasses
@@ -34,20 +34,20 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-  flags.DEFINE_list("runs", [], "Folders of runs, or patterns with * for several.")
-  flags.DEFINE_list("tune", [], "Folders of tunings, or patterns with * for several.")
+  flags.DEFINE_list("runs", [], "Folders of runs; * matches several.")
+  flags.DEFINE_list("tune", [], "Folders of tunings; * matches several.")
   flags.DEFINE_string(
     "baseline",
     "baseline",
-    "The run that the others are compared with: its label, name, folder or method.",
+    "Run that the others are compared with: its label, name, folder or method.",
   )
-  flags.DEFINE_string("output", "results/report", "Folder of the page.")
+  flags.DEFINE_string("output", "results/report", "Folder of the report.")
 
 
 def main(argv) -> None:
   del argv
   if not FLAGS.runs and not FLAGS.tune:
-    raise ValueError("there is nothing to report: give --runs, --tune or both")
+    raise ValueError("nothing to report: set --runs, --tune or both")
   runs = results_lib.load_runs(FLAGS.runs)
   tunings = results_lib.load_tunings(FLAGS.tune)
   baseline = results_lib.find_baseline(runs, FLAGS.baseline) if runs else None
@@ -65,17 +65,17 @@ def write(
   output: pathlib.Path,
   command: str,
 ) -> str:
-  """Writes the page and its pictures.
+  """Writes the report and its figures.
 
   Args:
-    runs: the baseline first.
-    baseline: one of them, or None without runs.
-    tunings: what was tuned.
+    runs: the runs, the baseline first.
+    baseline: the baseline, or None without runs.
+    tunings: the tunings.
     output: the folder.
-    command: what the page says that it was made with.
+    command: the command that the report states.
 
   Returns:
-    One line that sums it up.
+    A one-line summary.
   """
   tasks = comparisons.tasks_of(runs)
   total = 3 * len(tasks) * len(runs) + 2 * len(tasks) + 1 + len(tunings)
@@ -84,7 +84,7 @@ def write(
     likelihoods = comparisons.likelihood(runs, baseline, bar.update)
     calibrations = comparisons.calibrations(runs, baseline, bar.update)
     costs = comparisons.costs(runs)
-    drawn = {}  # {section: [Markdown of a picture]}
+    drawn = {}  # {section: [Markdown of a figure]}
 
     def draw(section, name, caption, figure):
       if figure is not None:
@@ -112,7 +112,7 @@ def write(
       draw("tuning", f"history-{_file_name(t.name)}", f"{t.name}: trials.", pictures.history(t))
 
   sections = [
-    ("What is significant", report_page.findings(quality, likelihoods, calibrations, baseline))
+    ("Significant differences", report_page.findings(quality, likelihoods, calibrations, baseline))
   ]
   if runs:
     sections += [
@@ -120,10 +120,7 @@ def write(
       ("Perplexity and output temperature", report_page.likelihood_section(likelihoods, baseline)),
       ("Calibration", report_page.calibration_section(calibrations, baseline)),
       ("Cost", report_page.cost_section(costs)),
-      (
-        "What could have been seen",
-        report_page.power_section(comparisons.power(quality), likelihoods),
-      ),
+      ("Statistical power", report_page.power_section(comparisons.power(quality), likelihoods)),
     ]
   sections += [
     ("Tuning", report_page.tuning_section(tunings)),
@@ -143,10 +140,11 @@ def write(
   ]
   app.write_atomically(output / "comparisons.json", json.dumps(compared, indent=2) + "\n")
   significant = sum(c["is_significant"] for c in compared)
+  count = report_page.count
   return (
-    f"Saved {output}/report.md with {report_page.count(sum(map(len, drawn.values())), 'picture')}: "
-    f"{report_page.count(len(runs), 'run')}, {report_page.count(len(tunings), 'tuning')}, {significant} of "
-    f"{report_page.count(len(compared), 'comparison')} significant."
+    f"Saved {output}/report.md with {count(sum(map(len, drawn.values())), 'figure')}: "
+    f"{count(len(runs), 'run')}, {count(len(tunings), 'tuning')}, "
+    f"{significant} of {count(len(compared), 'comparison')} significant."
   )
 
 

@@ -1,17 +1,18 @@
-"""Log-probabilities of continuations, or the perplexity of a text, with a roster.
+"""Computes the perplexity of a text file, or log-probabilities of continuations, with a roster.
 
   python -m experiments.score --checkpoint=olmoe --text=wiki.txt --window=2048 \\
       --num_members=16 --temperature_profile=0.2
   python -m experiments.score --checkpoint=olmoe --input=pairs.jsonl --output=scores.jsonl
 
---text: a file of plain text; the perplexity over strided windows is printed (and
-written to --output as JSON, and the tokens' negative log-probabilities to
-OUTPUT.windows.jsonl as batches finish) beside that of the baseline. Otherwise --input
-(or standard input) holds one JSON object a line with "prompt" and "continuation"
-(text, or ids as "prompt_tokens" and "continuation_tokens"), and the summed
-log-probability of each continuation, whether it is the greedy one, and its
-tokens' log-probabilities are written to --output (or standard output); results
-that --output already holds are not computed again.
+--text prints the perplexity of a text file over strided windows, for the baseline and for
+the roster. With --output it also writes them as JSON, and each token's negative
+log-probability to OUTPUT.windows.jsonl.
+
+Without --text, the program reads one JSON object per line from --input (default: standard
+input), with "prompt" and "continuation" (text, or ids in "prompt_tokens" and
+"continuation_tokens"). For each it writes one JSON object to --output (default: standard
+output): the continuation's summed log-probability, whether it is the greedy one, and the
+log-probability of each token. Both modes resume when rerun with the same --output.
 """
 
 from collections.abc import Sequence
@@ -35,27 +36,27 @@ def define_flags() -> None:
   app.define_model_flags()
   app.define_roster_flags()
   app.define_dry_run_flags()
-  flags.DEFINE_string("text", None, "File of plain text whose perplexity is wanted.")
-  flags.DEFINE_integer("window", None, "Tokens in a window; the model's context by default.")
-  flags.DEFINE_integer("stride", None, "Tokens between windows; half a window by default.")
+  flags.DEFINE_string("text", None, "Text file to compute the perplexity of.")
+  flags.DEFINE_integer("window", None, "Tokens per window. Default: the model's context.")
+  flags.DEFINE_integer("stride", None, "Tokens between windows. Default: half a window.")
   flags.DEFINE_string(
-    "input", None, "File of prompts and continuations; '-' or absent: standard input."
+    "input",
+    None,
+    "File of prompts and continuations, one JSON object per line. Default: standard input.",
   )
-  flags.DEFINE_string("output", None, "File of results; absent: standard output.")
-  flags.DEFINE_integer("batch_size", 8, "Texts scored together.")
+  flags.DEFINE_string("output", None, "File of results. Default: standard output.")
+  flags.DEFINE_integer("batch_size", 8, "Number of sequences scored together.")
   flags.DEFINE_bool(
-    "special_tokens",
-    True,
-    "Whether the tokenizer's own special tokens (such as BOS) are put around prompts and texts.",
+    "special_tokens", True, "Add the tokenizer's special tokens (such as BOS) to prompts and texts."
   )
 
 
 def text_perplexity(params, config, tokenizer, roster: Roster) -> None:
-  """Prints the perplexity of --text with the baseline and with the roster."""
+  """Prints the perplexity of --text under the baseline and the roster."""
   tokens = tokenizer.encode(app.from_first_process(_read_text), FLAGS.special_tokens)
   cut = scoring.windows(config, tokens, FLAGS.window, FLAGS.stride)
   common = {"window": cut.window, "stride": cut.stride}
-  kept = jsonl.Kept(
+  kept = jsonl.SavedValues(
     pathlib.Path(f"{FLAGS.output}.windows.jsonl") if FLAGS.output else None,
     common
     | {
@@ -112,13 +113,13 @@ def _read_text() -> str:
 
 
 def score_batch(
-  params, config, texts, starts, roster: Roster, batch: Sequence[int]
+  params, config, sequences, starts, roster: Roster, batch: Sequence[int]
 ) -> list[scoring.SequenceScore]:
-  """Scores the texts of a batch, given by their indices, which are their request ids."""
+  """Scores the sequences with the indices `batch`, which are also their request ids."""
   return scoring.score(
     params,
     config,
-    [texts[i] for i in batch],
+    [sequences[i] for i in batch],
     [starts[i] for i in batch],
     roster=roster,
     request_ids=batch,
@@ -127,9 +128,9 @@ def score_batch(
 
 
 def continuations(params, config, tokenizer, roster: Roster) -> None:
-  """Scores the continuations of --input, writing results as batches finish."""
+  """Scores the continuations of --input, writing results as batches are done."""
   requests = jsonl.read(FLAGS.input)
-  texts, starts = [], []
+  sequences, starts = [], []
   for i, request in enumerate(requests):
     what = f"input request {i}"
     prompt = jsonl.tokens_of(
@@ -140,9 +141,9 @@ def continuations(params, config, tokenizer, roster: Roster) -> None:
     )
     batching.check_tokens(config, [prompt], what=f"prompt of {what}:")
     batching.check_tokens(config, [continuation], what=f"continuation of {what}:")
-    texts.append(prompt + continuation)
+    sequences.append(prompt + continuation)
     starts.append(len(prompt))
-  batching.check_tokens(config, texts, what="text")
+  batching.check_tokens(config, sequences, what="sequence")
   settings = {
     "checkpoint": FLAGS.checkpoint,
     "dtype": config.dtype,
@@ -152,19 +153,19 @@ def continuations(params, config, tokenizer, roster: Roster) -> None:
   with (
     jsonl.Results(FLAGS.output, requests, settings) as results,
     app.progress(
-      total=len(requests), initial=len(requests) - len(results.missing), unit="text"
+      total=len(requests), initial=len(requests) - len(results.missing), unit="sequence"
     ) as bar,
   ):
     for first in range(0, len(requests), FLAGS.batch_size):
-      # A run that goes on has the batches, and so the rounding, of one that was not interrupted.
+      # A resumed run keeps the batches, and so the rounding, of an uninterrupted one.
       batch = range(first, min(first + FLAGS.batch_size, len(requests)))
       missing = set(batch).intersection(results.missing)
       if not missing:
         continue
-      scores = score_batch(params, config, texts, starts, roster, batch)
+      scores = score_batch(params, config, sequences, starts, roster, batch)
       for i in sorted(missing):
         found = scores[i - first]
-        tokens = texts[i][starts[i] :]
+        tokens = sequences[i][starts[i] :]
         results.write(
           i,
           {
@@ -180,7 +181,7 @@ def continuations(params, config, tokenizer, roster: Roster) -> None:
 def main(argv) -> None:
   del argv
   if FLAGS.text is not None and FLAGS.input is not None:
-    raise ValueError("--text asks for a perplexity and --input for continuations: give one")
+    raise ValueError("--text computes a perplexity and --input scores continuations: use one")
   if FLAGS.batch_size < 1:
     raise ValueError("--batch_size must be at least 1")
   config = app.load_config(FLAGS.checkpoint)

@@ -1,1 +1,1 @@
-"""The command line: shared flags, checkpoints by name, several processes, dry runs, temperature profiles."""
+"""Shared flags, checkpoints by name, multi-host runs, dry runs and temperature profiles."""

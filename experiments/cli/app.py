@@ -1,4 +1,4 @@
-"""What all programs here share: start-up, errors, model and roster flags."""
+"""Start-up, error handling and the flags that all programs share."""
 
 from collections.abc import Callable, Sequence
 import math
@@ -37,18 +37,18 @@ PRESET = "preset:"
 
 
 def run(main: Callable[[Sequence[str]], None], not_distributed: str | None = None) -> None:
-  """Runs a program; an error in its input becomes one sentence and exit code 1.
+  """Runs a program; invalid input prints a one-line error and exits with code 1.
 
   Args:
-    main: does its work.
-    not_distributed: why --distributed is refused, if it is.
+    main: the program's main function.
+    not_distributed: why the program refuses --distributed; None if it supports it.
   """
 
   def guarded(argv):
     if len(argv) > 1:
-      raise app.UsageError(f"unexpected argument {argv[1]!r}: settings are given as --name=value")
+      raise app.UsageError(f"unexpected argument {argv[1]!r}: pass settings as --name=value")
     if not flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.WARNING)  # Orbax tells every step at INFO
+      logging.set_verbosity(logging.WARNING)  # Orbax logs every step at INFO
     use_compilation_cache()
     programs = CompiledPrograms()
     try:
@@ -64,8 +64,8 @@ def run(main: Callable[[Sequence[str]], None], not_distributed: str | None = Non
     except jax.errors.JaxRuntimeError:
       if distributed.num_processes() > 1:
         print(
-          "[if another process has ended, this error follows from it; start all of them again "
-          "with the same flags to go on]",
+          "[if another process has exited, it caused this error; rerun all processes with the "
+          "same flags to resume]",
           file=sys.stderr,
         )
       raise
@@ -74,7 +74,7 @@ def run(main: Callable[[Sequence[str]], None], not_distributed: str | None = Non
 
 
 class CompiledPrograms:
-  """Counts the programs that JAX compiles from now on, or takes from its cache."""
+  """Counts the programs that JAX compiles or loads from its cache from now on."""
 
   def __init__(self):
     self.count, self.seconds, self.cached = 0, 0.0, 0
@@ -82,7 +82,7 @@ class CompiledPrograms:
     jax.monitoring.register_event_listener(self._on_event)
 
   def _on_duration(self, event, seconds, **kwargs):
-    if event == "/jax/core/compile/backend_compile_duration":  # of cached ones too
+    if event == "/jax/core/compile/backend_compile_duration":  # also fires for cached programs
       self.count += 1
       self.seconds += seconds
 
@@ -97,7 +97,7 @@ class CompiledPrograms:
 
 
 def use_compilation_cache() -> None:
-  """Keeps compiled programs between runs, in ROE_JAX_CACHE or ~/.cache/roe_jax."""
+  """Caches compiled programs on disk, in $ROE_JAX_CACHE or ~/.cache/roe_jax."""
   folder = os.environ.get("ROE_JAX_CACHE") or pathlib.Path.home() / ".cache" / "roe_jax"
   jax.config.update("jax_compilation_cache_dir", str(folder))
   seconds = os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 0.5)
@@ -115,7 +115,7 @@ def define_model_flags(default: str | None = None) -> None:
     required=default is None,
   )
   flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Dtype to compute in; the checkpoint's own by default."
+    "dtype", None, ["float32", "bfloat16"], "Compute dtype. Default: the checkpoint's."
   )
   define_mesh_flag()
 
@@ -124,70 +124,68 @@ def define_mesh_flag() -> None:
   flags.DEFINE_string(
     "mesh",
     None,
-    'Devices to run on, as sizes of mesh axes such as "expert:4,tensor:2" or '
-    '"data:2,expert:4" (texts, experts, heads and widths), or "auto" for all devices, '
-    "which is the default with --distributed; one device otherwise. Results depend on it by "
-    "rounding only.",
+    "Device mesh, as sizes of its axes: data (sequences), expert, tensor (heads and widths); "
+    'for example "expert:4,tensor:2", or "auto" to use all devices. Default: one device, or '
+    "auto with --distributed. Results agree across meshes up to rounding.",
   )
 
 
 def define_dry_run_flags() -> None:
-  """Flags of programs that call `dry_run` where --dry_run is given."""
+  """Defines the flags that `print_dry_run` reads."""
   flags.DEFINE_bool(
     "dry_run",
     False,
-    "Print what the run would need and cost on each device, and do nothing. "
-    '--checkpoint may then be "preset:" and one of: ' + ", ".join(presets.PRESETS) + ".",
+    "Only print the memory and time that the run would need on each device. "
+    '--checkpoint may also be "preset:" and one of: ' + ", ".join(presets.PRESETS) + ".",
   )
   flags.DEFINE_enum(
     "accelerator",
     None,
     list(costs.ACCELERATORS),
-    "Devices that --dry_run is for; by default those of this machine, if they are among these.",
+    "Device type for --dry_run. Default: this machine's, if it is in the list.",
   )
   flags.DEFINE_integer(
     "num_devices",
     None,
-    "How many --dry_run has for --mesh; by default as many "
-    "as the mesh needs, or this machine has for --mesh=auto.",
+    "Number of devices for --dry_run. Default: the size of --mesh, or this machine's devices "
+    "with --mesh=auto.",
   )
   flags.DEFINE_integer(
     "length",
     None,
-    "Tokens of a text in --dry_run, its prompt included; 2048 (or the model's context) by default.",
+    "Tokens per sequence for --dry_run, including the prompt. Default: 2048, or the model's "
+    "context if that is shorter.",
   )
   flags.DEFINE_float(
     "overlap",
     None,
-    "The share of a noisy member's experts that the clean one "
-    "chooses, too, in --dry_run; by default all choose uniformly.",
+    "Fraction of a noisy member's experts that the clean member also selects, for --dry_run. "
+    "Default: all members select experts uniformly.",
   )
+
+
+CHAT_FLAGS = ("system", "reasoning_effort", "thinking", "chat_date")
 
 
 def define_chat_flags() -> None:
   flags.DEFINE_bool(
-    "chat",
-    False,
-    "Whether prompts are messages to an instruct model, rendered "
-    "by the checkpoint's chat template.",
+    "chat", False, "Render prompts as messages with the checkpoint's chat template."
   )
-  flags.DEFINE_string("system", None, "A system message before each chat.")
+  flags.DEFINE_string("system", None, "System message at the start of each chat. Default: none.")
   flags.DEFINE_enum(
     "reasoning_effort",
     None,
     ["low", "medium", "high"],
-    "How long the model is to reason; the chat template's default if absent.",
+    "Reasoning effort passed to the chat template. Default: the template's.",
   )
   flags.DEFINE_bool(
-    "thinking",
-    None,
-    "Whether the model is to think before it answers; the chat template's default if absent.",
+    "thinking", None, "Enable or disable thinking in the chat template. Default: the template's."
   )
   flags.DEFINE_string(
     "chat_date",
     None,
-    "YYYY-MM-DD, the day that a chat template tells the "
-    "model; today if absent, and then results depend on the day.",
+    "Date (YYYY-MM-DD) for chat templates that state one. Default: today, so that results "
+    "depend on the day.",
   )
 
 
@@ -195,23 +193,30 @@ def define_limit_flag() -> None:
   flags.DEFINE_integer(
     "max_new_tokens",
     None,
-    "Tokens that an answer may have, reasoning included; by default what its task says.",
+    "Maximum tokens per answer, including reasoning. Default: set by each task.",
     lower_bound=1,
   )
 
 
-def prompt_builder(config: ModelConfig, tokenizer: Tokenizer) -> PromptBuilder:
-  """How the flags of `define_chat_flags` put examples to the model of --checkpoint.
+def load_chat(tokenizer: Tokenizer, use_chat: bool | None = None) -> Chat | None:
+  """Loads the chat format of --checkpoint, as the flags of `define_chat_flags` set it.
+
+  Args:
+    tokenizer: the checkpoint's tokenizer.
+    use_chat: whether to; --chat by default.
+
+  Returns:
+    The format, with the same date in all processes; None without --chat.
 
   Raises:
-    ValueError: a flag is about chats, and --chat is not given; or there is no chat template.
+    ValueError: a chat flag is given without --chat, or the checkpoint has no chat template.
   """
   f = flags.FLAGS
-  if not f.chat:
-    for name in ("system", "reasoning_effort", "thinking", "chat_date"):
+  if not (f.chat if use_chat is None else use_chat):
+    for name in CHAT_FLAGS:
       if f[name].value is not None:
-        raise ValueError(f"--{name} is about chats: give --chat with it")
-    return PromptBuilder(config, tokenizer)
+        raise ValueError(f"--{name} applies to chats only: add --chat")
+    return None
 
   def load(date):
     return Chat.load(
@@ -222,58 +227,68 @@ def prompt_builder(config: ModelConfig, tokenizer: Tokenizer) -> PromptBuilder:
       enable_thinking=f.thinking,
     )
 
-  # Several processes have the day of the first one.
-  return PromptBuilder(
-    config, tokenizer, load(broadcast(load(f.chat_date).settings.get("date"))), f.system
-  )
+  return load(broadcast(load(f.chat_date).settings.get("date")))
+
+
+def prompt_builder(config: ModelConfig, tokenizer: Tokenizer) -> PromptBuilder:
+  """Returns the prompt builder that the chat flags ask for; raises as `load_chat`."""
+  return PromptBuilder(config, tokenizer, load_chat(tokenizer), flags.FLAGS.system)
 
 
 def define_roster_flags(num_members: int = 1) -> None:
-  flags.DEFINE_integer("num_members", num_members, "n, how many distributions are averaged.")
+  flags.DEFINE_integer(
+    "num_members", num_members, "Roster size n: number of members whose predictions are combined."
+  )
   flags.DEFINE_string(
     "temperature_profile",
     "0",
-    "Router temperature τ: one number for all layers, a comma-separated list with one for "
-    'each layer, or a JSON file with the list under "temperatures", such as '
-    "experiments.tune writes, whose roster settings hold for flags not given.",
+    "Router temperature τ: one number for all layers, a comma-separated list with one per layer, "
+    "or a JSON file from experiments.tune, whose roster settings become the defaults of the "
+    "other roster flags.",
   )
-  flags.DEFINE_integer("seed", 0, "Of the routing noise and of sampling.")
-  flags.DEFINE_enum("cache", "clean", CACHES, "Whose history the members see.")
-  flags.DEFINE_bool("recompute", False, "Do without a cache: slow, for comparison.")
+  flags.DEFINE_integer("seed", 0, "Seed for routing noise and sampling.")
   flags.DEFINE_enum(
-    "aggregation",
-    "mean_probability",
-    list(AGGREGATIONS),
-    "How the members' distributions become one.",
+    "cache",
+    "clean",
+    CACHES,
+    "KV cache the members attend to: the clean member's (clean) or each member's own (standard).",
+  )
+  flags.DEFINE_bool(
+    "recompute",
+    False,
+    "Recompute the whole sequence at each step instead of using a KV cache: slow, for reference.",
+  )
+  flags.DEFINE_enum(
+    "aggregation", "mean_probability", list(AGGREGATIONS), "How members' predictions are combined."
   )
   flags.DEFINE_enum(
     "gate_weights",
     routing.CLEAN,
     routing.GATE_WEIGHTS,
-    "What the chosen experts are weighted with.",
+    "Gate weights of the selected experts: computed from clean or noisy router logits.",
   )
   flags.DEFINE_enum(
-    "noise", noise.GUMBEL, list(noise.FAMILIES), "What chooses the noisy members' experts."
+    "noise", noise.GUMBEL, list(noise.FAMILIES), "Noise that selects the noisy members' experts."
   )
-  flags.DEFINE_bool("include_clean", True, "Whether the noise-free member is averaged.")
+  flags.DEFINE_bool("include_clean", True, "Include the clean (noise-free) member in the roster.")
   flags.DEFINE_enum(
     "expert_strategy",
     None,
     STRATEGIES,
-    "How experts are computed; by platform and sizes by default.",
+    "Algorithm for the expert layers. Default: chosen by platform and sizes.",
   )
   flags.DEFINE_integer(
     "memory_budget_mb",
     MEMORY_BUDGET >> 20,
-    "What the activations of the members computed together may take, roughly, in MiB.",
+    "Approximate memory for the activations of members that are computed together, in MiB.",
   )
 
 
 def parse_temperatures(text: str) -> float | list[float]:
-  """The value of --temperature_profile; process 0 reads the file.
+  """Parses the value of --temperature_profile; process 0 reads the file.
 
   Raises:
-    ValueError: neither numbers nor a JSON file with "temperatures".
+    ValueError: it is neither numbers nor a JSON file with "temperatures".
   """
   found = _numbers_or_profile(text)
   return list(found.temperatures) if isinstance(found, Profile) else found
@@ -291,20 +306,19 @@ def _read_temperatures(text):
   path = pathlib.Path(text)
   if not path.is_file():
     raise ValueError(
-      f"--temperature_profile={text!r} is neither a number, a comma-separated list of "
-      "numbers, nor an existing JSON file"
+      f"--temperature_profile={text!r} must be a number, a comma-separated list of numbers or "
+      "an existing JSON file"
     )
   return temperature_profiles.read(path)
 
 
 def roster_from_flags(config: ModelConfig) -> Roster:
-  """The roster that the flags of `define_roster_flags` ask for.
+  """Creates the roster that the flags of `define_roster_flags` describe.
 
-  Settings that come with a temperature profile hold where no flag is given.
+  The roster settings of a temperature profile apply unless a flag overrides them.
 
   Raises:
-    ValueError: a setting is out of its range, or the profile is for a model of
-      other sizes.
+    ValueError: a setting is out of range, or the profile is for a model of different sizes.
   """
   f = flags.FLAGS
   temperatures = _numbers_or_profile(f.temperature_profile)
@@ -324,12 +338,12 @@ def roster_from_flags(config: ModelConfig) -> Roster:
 
 
 def check_profile(params: Params) -> None:
-  """Checks the profile that --temperature_profile names, if any, against parameters.
+  """Checks the routers of `params` against the file in --temperature_profile, if any.
 
-  `load_params` does so for those it loads.
+  `load_params` calls this.
 
   Raises:
-    ValueError: the profile is another model's.
+    ValueError: the temperature profile is for a different model.
   """
   if "temperature_profile" in flags.FLAGS:
     found = _numbers_or_profile(flags.FLAGS["temperature_profile"].value)
@@ -380,18 +394,18 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-  """The value of --mesh as sizes by axis; none for "auto".
+  """Parses --mesh into sizes by axis; empty for "auto".
 
   Raises:
-    ValueError: it names no sizes of axes.
+    ValueError: it is neither "auto" nor a list of axis sizes.
   """
   sizes = {}
   for part in text.split(",") if text != "auto" else ():
     axis, _, size = part.strip().partition(":")
     if axis not in sharding.AXES or axis in sizes or not size.isdecimal():
       raise ValueError(
-        f'--mesh={text!r} is neither "auto" nor a size for some of the axes '
-        f'{", ".join(sharding.AXES)}, such as "expert:4,tensor:2"'
+        f'--mesh={text!r} must be "auto" or sizes of the axes {", ".join(sharding.AXES)}, '
+        'such as "expert:4,tensor:2"'
       )
     sizes[axis] = int(size)
   return sizes
@@ -405,17 +419,17 @@ def print_dry_run(
   length: int | None = None,
   scoring: bool = False,
 ) -> None:
-  """Prints what a run would need and cost, as the flags of `define_dry_run_flags` ask for.
+  """Prints the memory and time that a run would need, for the flags of `define_dry_run_flags`.
 
   Args:
-    config: of the model, see `load_config`.
-    roster: the settings.
-    batch_size: texts together.
-    length: tokens of a text, its prompt included; --length by default.
-    scoring: whether texts are scored, or else generated.
+    config: the model's config, from `load_config`.
+    roster: the roster.
+    batch_size: sequences per batch.
+    length: tokens per sequence, including the prompt, unless --length is given.
+    scoring: whether sequences are scored instead of generated.
 
   Raises:
-    ValueError: a flag does not fit, or the mesh does not fit the model.
+    ValueError: a flag is out of range, or the mesh does not fit the model.
   """
   f = flags.FLAGS
   if f.dtype is not None:
@@ -496,7 +510,7 @@ def open_model(
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Replaces a file as a whole, so that no reader ever sees half of it; in process 0 only."""
+  """Writes a file by renaming, so that no reader sees a partial one; in process 0 only."""
   if not is_first_process():
     return
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,12 @@
-"""One program over several hosts.
+"""Multi-host runs: one program as several processes.
 
-With --distributed the same program is started with the same flags once on each
-host. All its processes do the same work in lock-step over one mesh, which spans
-their devices: whatever decides what is computed next is equal in all of them.
-Process 0 alone reads inputs, writes results and prints; what it has read is
-sent to the others. A checkpoint is read by each process, so every host must see
-it under the same path.
+With --distributed, start the same program with the same flags once on each host. All
+processes run in lockstep over one mesh that spans their devices, so everything that
+decides what is computed next must be equal in all of them. Only process 0 reads inputs,
+writes results and prints; it broadcasts what it reads. Every process reads the
+checkpoint, so every host must see it under the same path.
 
-Where a process ends, the others cannot go on: they end with an error after
---host_timeout, and all are started again.
+When a process dies, the others exit with an error after --host_timeout; rerun them all.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,46 +34,48 @@ _MESSAGE_BYTES = 1024
 flags.DEFINE_bool(
   "distributed",
   False,
-  "Whether this is one of several processes that do the work together; "
-  "TPU pods, Slurm, Open MPI and Kubernetes are recognized, elsewhere give the next three.",
+  "Run as one of several processes. TPU pods, Slurm, Open MPI and Kubernetes are detected; "
+  "elsewhere set --coordinator_address, --num_processes and --process_id.",
 )
-flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, with --distributed.")
-flags.DEFINE_integer(
-  "num_processes", None, "How many there are, with --distributed.", lower_bound=1
+flags.DEFINE_string(
+  "coordinator_address", None, "HOST:PORT of process 0. Default: detected with --distributed."
 )
 flags.DEFINE_integer(
-  "process_id", None, "Which of them this is, from 0, with --distributed.", lower_bound=0
+  "num_processes", None, "Number of processes. Default: detected with --distributed.", lower_bound=1
+)
+flags.DEFINE_integer(
+  "process_id",
+  None,
+  "Index of this process, from 0. Default: detected with --distributed.",
+  lower_bound=0,
 )
 flags.DEFINE_integer(
   "start_timeout", 300, "Seconds to wait for the other processes to start.", lower_bound=1
 )
 flags.DEFINE_integer(
-  "host_timeout",
-  30,
-  "Seconds without a sign of life after which a process is taken for dead, and the others end.",
-  lower_bound=1,
+  "host_timeout", 30, "Seconds without heartbeat after which a process is dead.", lower_bound=1
 )
 
 
 def start(refusal: str | None = None) -> None:
-  """Joins the processes of --distributed, before JAX looks for devices.
+  """Joins the processes of --distributed; call it before JAX initializes its devices.
 
   Args:
-    refusal: why a program cannot be distributed, if it cannot.
+    refusal: why the program does not support --distributed; None if it does.
 
   Raises:
-    ValueError: flags are missing, or differ between processes; there is no
-      cluster that JAX knows; the coordinator does not answer.
+    ValueError: flags are missing or differ between processes, JAX detects no cluster, or the
+      coordinator does not answer.
   """
   given = {name: FLAGS[name].value for name in _EXPLICIT if FLAGS[name].value is not None}
   if not FLAGS.distributed:
     if given:
       raise ValueError(
-        f"--{next(iter(given))} is about several processes: give --distributed with it"
+        f"--{next(iter(given))} applies to several processes only: add --distributed"
       )
     return
   if refusal:
-    raise ValueError(f"--distributed is not for this program: {refusal}")
+    raise ValueError(f"this program does not support --distributed: {refusal}")
   if given:
     _check(given)
   timeouts = dict(
@@ -83,7 +83,7 @@ def start(refusal: str | None = None) -> None:
     heartbeat_timeout_seconds=FLAGS.host_timeout,
     shutdown_timeout_seconds=FLAGS.host_timeout,
   )
-  # Work can be killed at any moment: SIGTERM shall end a process, not only tell it.
+  # Every program can be killed at any time and resumed, so SIGTERM must end the process.
   jax.config.update("jax_enable_preemption_service", False)
   print(f"[waiting up to {FLAGS.start_timeout} s for the other processes]", file=sys.stderr)
   try:
@@ -95,11 +95,10 @@ def start(refusal: str | None = None) -> None:
         f"{given['coordinator_address']}: {error}"
       ) from error
     raise ValueError(
-      "--distributed found no TPU pod, Slurm, Open MPI or Kubernetes job that says which "
-      f"process this is ({error}): give --coordinator_address, --num_processes and "
-      "--process_id"
+      f"--distributed detected no TPU pod, Slurm, Open MPI or Kubernetes job ({error}): set "
+      "--coordinator_address, --num_processes and --process_id"
     ) from error
-  # Collectives between CPUs print to the standard output, where results belong.
+  # CPU collectives print to standard output, which is for results.
   sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
   os.dup2(2, 1)
   print(
@@ -111,10 +110,10 @@ def start(refusal: str | None = None) -> None:
 
 
 def _check(given: dict[str, Any]) -> None:
-  """Refuses explicit flags that cannot work; waits for a coordinator elsewhere."""
+  """Validates explicit flags, and waits until the coordinator answers."""
   missing = [name for name in _EXPLICIT if name not in given]
   if missing:
-    raise ValueError(f"--{next(iter(given))} needs --{' and --'.join(missing)} with it")
+    raise ValueError(f"--{next(iter(given))} requires --{' and --'.join(missing)}")
   number, count = given["process_id"], given["num_processes"]
   if number >= count:
     raise ValueError(
@@ -124,7 +123,7 @@ def _check(given: dict[str, Any]) -> None:
   host, _, port = address.rpartition(":")
   if not host or not port.isdecimal():
     raise ValueError(f"--coordinator_address must be HOST:PORT, got {address!r}")
-  # JAX would abort without a sentence.
+  # JAX would abort without an error message.
   deadline = time.monotonic() + FLAGS.start_timeout
   while number:
     try:
@@ -133,9 +132,9 @@ def _check(given: dict[str, Any]) -> None:
     except OSError as error:
       if time.monotonic() > deadline:
         raise ValueError(
-          f"no process 0 answers at --coordinator_address={address} within "
-          f"{FLAGS.start_timeout} s ({error}): is it running, and may this host "
-          "connect to that port?"
+          f"process 0 did not answer at --coordinator_address={address} within "
+          f"{FLAGS.start_timeout} s ({error}): check that it runs and that this host can "
+          "connect to that port"
         ) from error
     time.sleep(0.2)
 
@@ -148,31 +147,31 @@ def _check_flags() -> None:
   for name in own:
     if own[name] != first.get(name):
       raise ValueError(
-        f"--{name} is {own[name]} here and {first.get(name)} in process 0: all "
-        "processes must be given the same flags"
+        f"--{name} is {own[name]} here but {first.get(name)} in process 0: start all "
+        "processes with the same flags"
       )
 
 
 def is_first_process() -> bool:
-  """Whether this process reads, writes and prints; so does one that is alone."""
+  """Returns whether this process reads, writes and prints: process 0, or the only one."""
   return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def num_processes() -> int:
-  """How many processes do the work together."""
+  """Returns the number of processes."""
   return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def broadcast(value: Any) -> Any:
-  """The JSON value that process 0 calls this with, in all processes."""
+  """Returns process 0's `value`, a JSON value, in all processes."""
   return json.loads(_sent(json.dumps(value))) if num_processes() > 1 else value
 
 
 def from_first_process(function: Callable[[], Any]) -> Any:
-  """`function()`, a JSON value, called in process 0 alone; all get what it returns.
+  """Calls `function` in process 0 and returns its result, a JSON value, in all processes.
 
   Raises:
-    ValueError: what it raised in process 0, which itself raises the same as there.
+    ValueError: it raised in process 0 (which raises the original exception).
   """
   if num_processes() == 1:
     return function()
@@ -191,10 +190,10 @@ def from_first_process(function: Callable[[], Any]) -> Any:
 
 
 def in_all_processes(function: Callable[[], Any]) -> Any:
-  """Each process's own `function()`; where it fails in one, it fails in all.
+  """Calls `function` in every process and returns its own result; raises in all if one fails.
 
   Raises:
-    ValueError: what it raised in another process; in this one, the same as here.
+    ValueError: it raised in another process; a process that failed raises the original exception.
   """
   if num_processes() == 1:
     return function()
@@ -217,14 +216,14 @@ def in_all_processes(function: Callable[[], Any]) -> Any:
 
 
 def check_same(value: Any, what: str) -> None:
-  """Refuses to go on where processes would do different work.
+  """Checks that all processes have the same value.
 
   Args:
     value: a JSON value.
-    what: a sentence that begins with "process N: ", for where it is not process 0's.
+    what: the error message, which gets the prefix "process N: ".
 
   Raises:
-    ValueError: in all processes, with that sentence.
+    ValueError: in all processes, if the value of one differs from process 0's.
   """
   digest = hashlib.sha256(json.dumps(value).encode()).hexdigest() if num_processes() > 1 else ""
 
@@ -236,7 +235,7 @@ def check_same(value: Any, what: str) -> None:
 
 
 def _sent(text: str) -> str:
-  """The text of process 0, in all processes."""
+  """Returns the string of process 0 in all processes."""
   data = np.frombuffer(text.encode(), np.uint8)
   size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
   room = np.zeros(batching.power_of_two(size, _MESSAGE_BYTES), np.uint8)  # few shapes to compile
@@ -246,13 +245,13 @@ def _sent(text: str) -> str:
 
 
 def progress(**arguments: Any) -> tqdm:
-  """A tqdm bar on standard error, shown by process 0."""
+  """Returns a tqdm bar on standard error, shown by process 0 only."""
   return tqdm(file=sys.stderr, disable=not is_first_process(), **arguments)
 
 
 @contextlib.contextmanager
 def only_first_prints() -> Iterator[None]:
-  """What processes other than the first one print is thrown away; errors come after it."""
+  """Discards the output of all processes except process 0; errors print outside this context."""
   if is_first_process():
     yield
     return
@@ -265,5 +264,5 @@ def only_first_prints() -> Iterator[None]:
 
 
 def finish() -> None:
-  """Waits until all processes have come to their end."""
+  """Waits until all processes are done."""
   broadcast(None)

@@ -1,7 +1,7 @@
-"""What a run would need and cost on some machine: the report of --dry_run.
+"""The --dry_run report: estimated memory, FLOPs and time of a run on a given machine.
 
-Nothing is read but the model's config, and no device is used. See `roe_jax.costs` for
-what is exact and what is assumed.
+Reads only the model's config and uses no device. `roe_jax.costs` documents what is exact
+and what is assumed.
 """
 
 from collections.abc import Iterator
@@ -15,27 +15,25 @@ from roe_jax.config import ModelConfig
 from roe_jax.costs import DeviceCost, Memory
 from roe_jax.roster import Roster
 
-# Of a device's memory, what is counted on; the rest is for the platform and the
-# allocator's gaps.
+# Fraction of device memory that a run can use; the rest is for the platform and fragmentation.
 USABLE = 0.9
-# Meshes that are shown beside the one that was asked for.
+# Alternative meshes shown.
 OTHERS = 5
-# Up to how many devices are tried where a model does not fit those asked for.
+# Largest number of devices tried when the model does not fit.
 MOST_DEVICES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A run.
+  """A run to estimate.
 
   Attributes:
-    config: the model's architecture.
-    roster: the settings.
-    batch_size: texts together.
-    length: tokens of a text, its prompt included.
-    scoring: whether texts are scored, or else generated.
-    accelerator: a name in `costs.ACCELERATORS`; None where there is none, and then
-      no times are given.
+    config: the model's config.
+    roster: the roster.
+    batch_size: sequences per batch.
+    length: tokens per sequence, including the prompt.
+    scoring: whether sequences are scored instead of generated.
+    accelerator: a name in `costs.ACCELERATORS`; None to estimate no times.
     overlap: see `costs.expected_unique_experts`.
   """
 
@@ -49,17 +47,14 @@ class Plan:
 
   def __post_init__(self):
     if self.roster.recompute:
-      raise ValueError(
-        "--dry_run knows the costs of rosters with a cache: leave out --recompute, "
-        "which is slow and for comparison only"
-      )
+      raise ValueError("--dry_run estimates rosters with a KV cache only: remove --recompute")
     if not 2 <= self.length <= self.config.context_length:
       raise ValueError(
-        f"--length must lie in [2, {self.config.context_length}] (the model's "
-        f"context), got {self.length}"
+        f"--length must lie in [2, {self.config.context_length}] (the model's context), "
+        f"got {self.length}"
       )
     if self.overlap is not None and not 0 <= self.overlap <= 1:
-      raise ValueError(f"--overlap is a share between 0 and 1, got {self.overlap}")
+      raise ValueError(f"--overlap must lie in [0, 1], got {self.overlap}")
 
   @property
   def device(self) -> costs.Accelerator | None:
@@ -67,12 +62,12 @@ class Plan:
 
   @property
   def usable(self) -> float | None:
-    """Bytes of a device that are counted on."""
+    """Usable bytes per device."""
     return self.device and USABLE * self.device.memory
 
   @property
   def filled_first(self) -> bool:
-    """Whether a clean pass fills the cache before positions are scored."""
+    """Whether a clean prefill fills the cache before positions are scored."""
     return self.scoring and self.roster.cache == "clean" and not self.roster.is_baseline
 
   @property
@@ -89,7 +84,7 @@ class Plan:
 
   @property
   def positions(self) -> int:
-    """Of each text in one call of the roster."""
+    """Positions of each sequence in one forward pass of the roster."""
     if not self.scoring:
       return 1
     return scoring.default_chunk_size(
@@ -97,19 +92,11 @@ class Plan:
     )
 
   def memory(self, mesh: AbstractMesh) -> Memory:
-    """What a device holds, at the call that needs most."""
+    """Returns the peak memory per device."""
 
     def of(roster, positions, kind):
-      return costs.memory(
-        self.config,
-        roster,
-        mesh,
-        self.batch_size,
-        self.capacity,
-        positions,
-        kind=kind,
-        platform=self.platform,
-      )
+      sizes = mesh, self.batch_size, self.capacity, positions
+      return costs.memory(self.config, roster, *sizes, kind=kind, platform=self.platform)
 
     most = of(self.roster, self.positions, "score" if self.scoring else "step")
     if self.scoring and not self.filled_first:
@@ -118,36 +105,24 @@ class Plan:
     return dataclasses.replace(most, activations=max(most.activations, prefill.activations))
 
   def prefill(self, mesh: AbstractMesh) -> DeviceCost:
-    """Of one chunk of all texts, in the middle of them."""
-    return costs.call(
-      self.config,
-      self.roster.history(),
-      mesh,
-      self.batch_size,
-      self.length // 2,
-      self.prefill_positions,
-      kind="prefill",
-      overlap=self.overlap,
-      platform=self.platform,
-    )
+    """Returns the cost of prefilling one chunk of all sequences, at half their length."""
+    roster, middle = self.roster.history(), self.length // 2
+    return self._cost(mesh, roster, middle, self.prefill_positions, "prefill")
 
   def call(self, mesh: AbstractMesh) -> DeviceCost:
-    """Of the last step, or of a chunk of scoring in the middle of the texts."""
+    """Returns the cost of the last decode step, or of scoring a chunk at half the length."""
     context = self.length // 2 if self.scoring else self.length - 1
+    kind = "score" if self.scoring else "step"
+    return self._cost(mesh, self.roster, context, self.positions, kind)
+
+  def _cost(self, mesh, roster, context, positions, kind):
+    sizes = mesh, self.batch_size, context, positions
     return costs.call(
-      self.config,
-      self.roster,
-      mesh,
-      self.batch_size,
-      context,
-      self.positions,
-      kind="score" if self.scoring else "step",
-      overlap=self.overlap,
-      platform=self.platform,
+      self.config, roster, *sizes, kind=kind, overlap=self.overlap, platform=self.platform
     )
 
   def seconds(self, mesh: AbstractMesh) -> float:
-    """Of a step, or of scoring a batch of texts."""
+    """Returns the time of a decode step, or of scoring a batch of sequences."""
     call = costs.seconds(self.call(mesh), self.device).total
     if not self.scoring:
       return call
@@ -157,7 +132,7 @@ class Plan:
 
 
 def report(plan: Plan, mesh: AbstractMesh) -> str:
-  """The arithmetic, line by line."""
+  """Returns the report as text."""
   sections = [_model(plan, mesh), _memory(plan, mesh), _work(plan, mesh)]
   if plan.device:
     sections.append(_meshes(plan, mesh))
@@ -165,7 +140,7 @@ def report(plan: Plan, mesh: AbstractMesh) -> str:
 
 
 def sizes_of(mesh: AbstractMesh) -> str:
-  """A mesh as --mesh takes it."""
+  """Formats a mesh as --mesh takes it."""
   return ",".join(f"{axis}:{size}" for axis, size in mesh.shape.items())
 
 
@@ -178,40 +153,40 @@ def _model(plan, mesh) -> Iterator[str]:
     f"{config.num_layers} layers, {config.experts_per_token} of {config.num_experts} experts"
   )
   yield (
-    f"roster   n = {roster.num_members}, {end - first} layers with noise, of which the first "
-    f"is layer {first}; {roster.cache} cache"
+    f"roster   n = {roster.num_members}, {end - first} layers with noise, from layer {first}; "
+    f"{roster.cache} cache"
     if end > first
     else "roster   none"
   )
   yield (
-    f"work     {'score' if plan.scoring else 'generate'} {plan.batch_size} texts of "
-    f"{plan.length} tokens together"
+    f"batch    {'score' if plan.scoring else 'generate'} {plan.batch_size} sequences of "
+    f"{plan.length} tokens"
   )
-  yield (f"mesh     {sizes_of(mesh)}, {mesh.size} x {plan.accelerator or 'device'}")
+  yield f"mesh     {sizes_of(mesh)}, {mesh.size} x {plan.accelerator or 'device'}"
 
 
 def _memory(plan, mesh) -> Iterator[str]:
   lines = _bytes(plan, mesh)
-  yield f"{'bytes on each device':34}{'GB':>10}"
+  yield f"{'memory per device':34}{'GB':>10}"
   for name, size in lines.items():
     yield f"  {name:32}{size / 1e9:10.3f}"
   total = sum(lines.values())
-  yield f"  {'sum':32}{total / 1e9:10.3f}"
+  yield f"  {'total':32}{total / 1e9:10.3f}"
   if plan.device:
     verdict = "fits" if total <= plan.usable else "DOES NOT FIT"
     yield (
-      f"  {verdict}: {100 * USABLE:.0f} % of {plan.device.memory / 1e9:.0f} GB are "
-      f"{plan.usable / 1e9:.1f} GB"
+      f"  {verdict}: {plan.usable / 1e9:.1f} GB usable ({100 * USABLE:.0f} % of "
+      f"{plan.device.memory / 1e9:.0f} GB)"
     )
 
 
 def _bytes(plan, mesh):
-  """What a device holds, by name."""
+  """{name: bytes per device}."""
   found = plan.memory(mesh)
-  lines = {"weights": found.weights, "key/value cache": found.cache}
+  lines = {"weights": found.weights, "KV cache": found.cache}
   if not plan.scoring:
     ready = max(1, plan.batch_size // decode.READY_SHARE)
-    lines[f"cache of {ready} prompts held ready"] = found.cache * ready // plan.batch_size
+    lines[f"KV cache of {ready} prefilled prompts"] = found.cache * ready // plan.batch_size
   return lines | {"tokens": found.tokens, "activations, about": found.activations}
 
 
@@ -222,59 +197,55 @@ def _total(plan, mesh):
 def _work(plan, mesh) -> Iterator[str]:
   plans = [plan]
   if not plan.roster.is_baseline:
-    plain = Roster.create(plan.config, memory_budget=plan.roster.memory_budget)
-    plans.append(dataclasses.replace(plan, roster=plain))
+    baseline = Roster.create(plan.config, memory_budget=plan.roster.memory_budget)
+    plans.append(dataclasses.replace(plan, roster=baseline))
   calls = [p.call(mesh) for p in plans]
-  what = f"{plan.positions} positions of each text" if plan.scoring else "a step of all texts"
+  what = f"{plan.positions} positions per sequence" if plan.scoring else "one decode step"
   yield f"{what:34}" + "".join(f"{f'n = {p.roster.num_members}':>12}" for p in plans)
 
   def line(name, values, digits=3):
     return f"  {name:32}" + "".join(f"{v:12.{digits}f}" for v in values)
 
-  rows, num_experts = plan.batch_size * plan.positions, plan.config.num_experts
+  tokens, num_experts = plan.batch_size * plan.positions, plan.config.num_experts
   yield line(
-    f"experts hit of {num_experts}" + (", at most" if plan.overlap is None else ""),
+    f"active experts of {num_experts}" + (", at most" if plan.overlap is None else ""),
     [
-      costs.expected_unique_experts(plan.config, len(p.roster.members), rows, plan.overlap)
+      costs.expected_unique_experts(plan.config, len(p.roster.members), tokens, plan.overlap)
       for p in plans
     ],
     1,
   )
-  yield line("times that weights are read", map(_num_batches, plans), 0)
-  yield line("TFLOPs of a device", [c.flops / 1e12 for c in calls])
+  yield line("reads of the weights", map(_num_batches, plans), 0)
+  yield line("TFLOPs per device", [c.flops / 1e12 for c in calls])
   for name in ("weights", "cache", "logits"):
     yield line(f"GB of {name} read", [getattr(c, name) / 1e9 for c in calls])
   yield line("collectives", [c.num_collectives for c in calls], 0)
-  yield line("GB that a device sends in them", [c.bytes_sent / 1e9 for c in calls])
+  yield line("GB sent per device", [c.bytes_sent / 1e9 for c in calls])
   if plan.device:
     yield from _times(plans, mesh, calls, line)
-  yield line("GFLOPs of a token, all devices", [_token_flops(p) / 1e9 for p in plans])
+  yield line("GFLOPs per token, all devices", [_token_flops(p) / 1e9 for p in plans])
 
 
 def _num_batches(plan):
-  """Of members, which the roster's memory budget may divide."""
+  """Number of batches of members, as the memory budget requires."""
   if plan.roster.cache == "standard":
     return 1
-  return (
-    1
-    + members.batch_sizes(
-      plan.config, plan.roster, plan.batch_size * plan.positions, plan.platform
-    )[1]
-  )
+  tokens = plan.batch_size * plan.positions
+  return 1 + members.batch_sizes(plan.config, plan.roster, tokens, plan.platform)[1]
 
 
 def _times(plans, mesh, calls, line):
   times = [costs.seconds(c, plans[0].device) for c in calls]
   for name in ("arithmetic", "reading", "communication"):
     yield line(f"ms of {name}", [1e3 * getattr(t, name) for t in times])
-  yield line("ms together", [1e3 * t.total for t in times])
+  yield line("ms in total", [1e3 * t.total for t in times])
   seconds = [p.seconds(mesh) for p in plans]
   yield line(
-    "tokens/s" + (", clean pass included" if plans[0].filled_first else ""),
+    "tokens/s" + (" with clean prefill" if plans[0].filled_first else ""),
     [p.batch_size * (p.length if p.scoring else 1) / s for p, s in zip(plans, seconds)],
     0,
   )
-  yield line("time, as a multiple of n = 1", [s / seconds[-1] for s in seconds], 2)
+  yield line("time relative to n = 1", [s / seconds[-1] for s in seconds], 2)
   if not plans[0].scoring:
     yield line(
       "prefill, tokens/s",
@@ -293,10 +264,10 @@ def _token_flops(plan):
 
 
 def _meshes(plan, mesh) -> Iterator[str]:
-  """Meshes of as many devices that fit, or of how many there is one."""
+  """The fastest meshes of this size that fit, or else the smallest size with one."""
   found = _fitting(plan, mesh.size)
   if found:
-    yield f"{f'meshes of {mesh.size} devices that fit':34}{'GB':>10}{'ms':>12}"
+    yield f"{f'{mesh.size}-device meshes that fit':34}{'GB':>10}{'ms':>12}"
     for other in sorted(found, key=plan.seconds)[:OTHERS]:
       yield (
         f"  {sizes_of(other):32}{_total(plan, other) / 1e9:10.3f}{1e3 * plan.seconds(other):12.3f}"
@@ -308,13 +279,13 @@ def _meshes(plan, mesh) -> Iterator[str]:
     found = _fitting(plan, devices)
   if not found:
     yield (
-      f"no mesh of up to {MOST_DEVICES} {plan.accelerator} fits: take fewer or shorter texts "
-      "together, or experts in fewer bits"
+      f"no mesh of up to {MOST_DEVICES} {plan.accelerator} fits: use a smaller --batch_size or "
+      "--length, or quantize the experts"
     )
   else:
     best = min(found, key=plan.seconds)
     yield (
-      f"no mesh of {mesh.size} devices fits; of {devices}: --mesh={sizes_of(best)}, "
+      f"no {mesh.size}-device mesh fits; with {devices} devices: --mesh={sizes_of(best)}, "
       f"{_total(plan, best) / 1e9:.3f} GB, {1e3 * plan.seconds(best):.3f} ms"
     )
 

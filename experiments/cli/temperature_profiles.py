@@ -1,14 +1,13 @@
-"""Temperature profiles: the τ of each layer that was found for one model, as a JSON file.
+"""Temperature profiles: JSON files with a router temperature τ for each layer of one model.
 
     {"temperatures": [0.0, 0.25, ...],
      "model": {"name": ..., "family": ..., "num_layers": ..., ..., "routers": SHA-256},
      "roster": {"num_members": ..., "cache": ..., ...},
      "objective": {...}, "data": {...}, "seed": ..., "cost": {...}}
 
-Only "temperatures" is required. With "model" the profile holds for that model
-alone: its sizes are compared before parameters are read, and afterwards its
-routers. Whoever gives the profile to a program gets the settings under "roster"
-with it, except where a flag says otherwise. The rest tells where it comes from.
+Only "temperatures" is required. A profile with "model" is valid for that model only: programs
+compare its sizes before they load parameters, and its routers afterwards. "roster" holds
+defaults for the roster flags. The other entries are provenance.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
 
-# What of a roster is tuned for, and so belongs to a profile.
+# Roster settings that a profile is tuned for.
 ROSTER_SETTINGS = (
   "num_members",
   "gate_weights",
@@ -35,7 +34,7 @@ ROSTER_SETTINGS = (
   "aggregation",
   "include_clean",
 )
-# What the temperatures of a model depend on and no dtype or format of its experts changes.
+# Properties of a model that its temperatures depend on and that no dtype or quantization changes.
 SIZES = (
   "family",
   "num_layers",
@@ -50,16 +49,16 @@ ROUTERS = "routers"
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-  """A temperature for each layer, and what it was found for.
+  """A temperature profile.
 
   Attributes:
     temperatures: τ of each layer, in units of router logits.
-    model: "name", sizes and fingerprint of the model; empty: it may be any.
+    model: name, sizes and router fingerprint of the model; empty if it fits any.
     roster: settings among `ROSTER_SETTINGS`.
-    objective: what was optimized, and what it came to.
+    objective: what was optimized, and its value.
     data: the examples that were used.
-    seed: of the noise in tuning, or None.
-    cost: what tuning took.
+    seed: noise seed of the search, or None.
+    cost: cost of the search.
   """
 
   temperatures: tuple[float, ...]
@@ -74,56 +73,56 @@ class Profile:
     return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
   def check_sizes(self, config: ModelConfig) -> None:
-    """Refuses a model of other sizes.
+    """Checks that the profile fits a model's sizes.
 
     Raises:
-      ValueError: it is another model's profile.
+      ValueError: it is for a different model.
     """
     given = sizes_of(config)
     if self.model and any(self.model[name] != given[name] for name in SIZES):
       raise ValueError(
-        f"the temperature profile is for {_told(self.model)}, and the model given "
-        f"is {_told(given)}: tune this model, or give τ as numbers"
+        f"the temperature profile is for {_describe(self.model)}, but the model is "
+        f"{_describe(given)}: tune this model, or pass τ as numbers"
       )
     if len(self.temperatures) != config.num_layers:
       raise ValueError(
-        f"the temperature profile is for {len(self.temperatures)} layers, and the "
-        f"model given has {config.num_layers}"
+        f"the temperature profile has {len(self.temperatures)} layers, but the model has "
+        f"{config.num_layers}: tune this model, or pass τ as numbers"
       )
 
   def check_routers(self, params: Params) -> None:
-    """Refuses a model of the same sizes whose routers are others.
+    """Checks that the profile was made for these routers.
 
     Raises:
-      ValueError: it is another model's profile.
+      ValueError: it is for a different model of the same sizes.
     """
     if self.model and self.model[ROUTERS] != (found := fingerprint(params)):
       raise ValueError(
-        f"the temperature profile is for {_told(self.model)} with routers "
-        f"{self.model[ROUTERS][:12]}, and those of the model given, though of the same sizes, "
-        f"are {found[:12]}: tune this model, or give τ as numbers"
+        f"the temperature profile is for {_describe(self.model)} with routers "
+        f"{self.model[ROUTERS][:12]}, but this model of the same sizes has routers "
+        f"{found[:12]}: tune this model, or pass τ as numbers"
       )
 
 
 def read(path: pathlib.Path) -> Profile:
-  """The profile in a file.
+  """Reads a profile from a file.
 
   Raises:
-    ValueError: there is none in it, or not a whole one.
+    ValueError: the file is not a complete profile.
   """
   expected = (
-    f"{path} is not a temperature profile: a JSON object with a list of numbers under "
-    '"temperatures" is expected'
+    f"{path} is not a temperature profile: expected a JSON object with a list of non-negative, "
+    'finite numbers under "temperatures"'
   )
   try:
     values = json.loads(path.read_text())
     temperatures = tuple(float(t) for t in values["temperatures"])
-  except (KeyError, TypeError, ValueError) as error:  # Of JSON and of its encoding, too.
+  except (KeyError, TypeError, ValueError) as error:  # includes JSON and decoding errors
     raise ValueError(expected) from error
   if not isinstance(values["temperatures"], list) or not all(
     math.isfinite(t) and t >= 0 for t in temperatures
   ):
-    raise ValueError(f"{expected}, finite and not negative")
+    raise ValueError(expected)
   known = {f.name for f in dataclasses.fields(Profile)} - {"temperatures"}
   profile = Profile(temperatures, **{k: v for k, v in values.items() if k in known})
   damaged = [name for name in known - {"seed"} if not isinstance(getattr(profile, name), dict)]
@@ -133,33 +132,32 @@ def read(path: pathlib.Path) -> Profile:
     damaged += sorted(set(profile.roster) - set(ROSTER_SETTINGS))
   if damaged:
     raise ValueError(
-      f"the temperature profile {path} is damaged or not of this version: see its "
+      f"the temperature profile {path} is damaged or from another version: check its "
       f"{', '.join(damaged)}"
     )
   return profile
 
 
 def sizes_of(config: ModelConfig) -> dict[str, Any]:
-  """The sizes that a profile is bound to."""
+  """Returns the sizes that a profile is bound to."""
   return {name: getattr(config, name) for name in SIZES}
 
 
 def model_of(name: str, config: ModelConfig, params: Params) -> dict[str, Any]:
-  """What a profile says of the model it is for."""
+  """Returns a profile's "model" entry."""
   return {"name": name, **sizes_of(config), ROUTERS: fingerprint(params)}
 
 
 def roster_of(roster: Roster) -> dict[str, Any]:
-  """What a profile says of the roster it was found with."""
+  """Returns a profile's "roster" entry."""
   settings = roster.settings()
   return {name: settings[name] for name in ROSTER_SETTINGS}
 
 
 def fingerprint(params: Params) -> str:
-  """SHA-256 of all routers' weights and biases as bfloat16.
+  """Returns the SHA-256 of all router weights and biases as bfloat16.
 
-  The model's dtype, the format of its experts and the devices it lies on do not
-  matter: a profile of bfloat16 weights holds for the same weights in float32.
+  It is independent of the model's dtype, the format of its experts and its sharding.
   """
   digest = hashlib.sha256()
   for array in (params.layers.router, params.layers.router_bias):
@@ -168,10 +166,10 @@ def fingerprint(params: Params) -> str:
   return digest.hexdigest()
 
 
-def _told(model):
+def _describe(model):
   name = f"{model['name']}, " if "name" in model else ""
   return (
     f"{name}{model['family']} with {model['num_layers']} layers of {model['num_experts']} "
-    f"experts ({model['experts_per_token']} active, inner width {model['d_expert']}), width "
+    f"experts ({model['experts_per_token']} active, expert width {model['d_expert']}), width "
     f"{model['d_model']}, vocabulary {model['vocab_size']}"
   )

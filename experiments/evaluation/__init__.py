@@ -1,1 +1,1 @@
-"""From task examples to answers and likelihoods: prompts, engine, lm-eval adapter, methods."""
+"""Prompts, batching, the lm-eval adapter and the methods that programs compare."""

@@ -1,13 +1,11 @@
-"""Requests to one model with one roster: in batches of few shapes, each answered once.
+"""Answers requests to one model with one roster, in batches of few shapes, each request once.
 
-A request is a continuation to score or a prompt to continue. Its noise is addressed
-by the text of its context (`request_id`): the same whatever its task, its place
-there, the batch, or a limit on the examples; all choices of a question, and the
-reference solution of a problem, see the roster that a generation would see.
+A request scores a continuation or completes a prompt. Its noise is addressed by the text of
+its context (`request_id`), independent of task, index, batch and number of examples. So all
+choices of a question, and the reference of a problem, see the same roster as a generation.
 
-Answers are kept in a file as they come (`Answers`), each with what it cost. A killed
-program goes on from there, and ends with the same answers and costs, but for rounding
-and seconds. Of several processes the first one has the file.
+`Answers` saves each answer and its cost in a file at once. A killed program resumes, and ends
+with the same answers and costs, up to rounding and seconds. Only process 0 writes the file.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,9 +21,8 @@ import numpy as np
 
 from experiments import tasks
 from experiments.cli import app
-from experiments.records import runs
-from roe_jax import batching, costs, decode, diagnostics, prefill
-from roe_jax import scoring as score_lib
+from experiments.records import jsonl
+from roe_jax import batching, costs, decode, diagnostics, prefill, scoring
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
@@ -37,14 +34,14 @@ Answer = dict[str, Any]
 
 
 def request_id(context: str, sample: int = 0) -> int:
-  """The noise address of a context: 32 bits of a hash of its text.
+  """Returns the noise address of a context: 32 bits of a hash of its text.
 
-  Two of ten thousand contexts share an address with a probability of 1 %, and
-  then the noise at equal positions; nothing else comes of it.
+  Among ten thousand contexts, two share an address with a probability of 1 %; they then share
+  noise at equal positions, without further effect.
 
   Args:
-    context: all that the model reads before what it predicts, as text.
-    sample: tells several samples of one context apart, or windows of one text.
+    context: the text before what the model predicts.
+    sample: index that distinguishes samples of one context, or windows of one text.
   """
   digest = hashlib.blake2b(f"{sample}\n{context}".encode(), digest_size=4).digest()
   return int.from_bytes(digest, "little")
@@ -54,13 +51,13 @@ def request_id(context: str, sample: int = 0) -> int:
 class Continuation:
   """A request to score tokens after a context.
 
-  Its answer has "log_prob" (summed, nats), "is_greedy" (whether each token is the
-  most probable one), "tokens" (their number) and "cost".
+  Its answer has "log_prob" (summed, in nats), "is_greedy" (whether each token is the most
+  probable one), "tokens" (their number) and "cost".
 
   Attributes:
     context: token ids, at least one.
     tokens: token ids, at least one.
-    request_id: address of its noise.
+    request_id: its noise address.
   """
 
   context: tuple[int, ...]
@@ -70,21 +67,21 @@ class Continuation:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """A request to continue a text.
+  """A request to complete a prompt.
 
-  Its answer has "text" (of a chat the answer apart from its reasoning, "" if the model
-  did not come to it), "finish_reason", "log_prob" (summed, nats), "generated" (token
-  ids), "tokens" (their number) and "cost".
+  Its answer has "text" (for a chat, the answer without reasoning, "" if generation ended before
+  it), "finish_reason", "log_prob" (summed, in nats), "generated" (token ids), "tokens" (their
+  number) and "cost".
 
   Attributes:
     tokens: token ids, at least one.
-    request_id: address of its noise.
-    max_new_tokens: at most so many.
-    stop: strings that end the text.
+    request_id: its noise address.
+    max_new_tokens: maximum number of generated tokens.
+    stop: strings that end generation.
     sampler: temperature, top_k and top_p; see `Sampler.create`.
-    stop_tokens: tokens that end the text.
-    opening: of a chat, tokens of the prompt that begin the answer (see
-      `chat.Prompt`); None: all that is generated is the answer.
+    stop_tokens: tokens that end generation.
+    opening: for a chat, the prompt's tokens that start the answer (see `chat.Prompt`); None
+      if all generated text is the answer.
   """
 
   tokens: tuple[int, ...]
@@ -100,23 +97,20 @@ Request = Continuation | Prompt
 
 
 def key(request: Request) -> str:
-  """What a request is known by among the answers."""
+  """Returns the key of a request's answer."""
   fields = [type(request).__name__, *dataclasses.astuple(request)]
   return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:32]
 
 
 class Answers:
-  """Answers by the keys of their requests, in a file of JSON lines that grows.
-
-  The first line tells what made them.
-  """
+  """Answers by request key, in a JSON lines file whose first line has the settings."""
 
   def __init__(self, path: pathlib.Path | None = None, settings: dict[str, Any] | None = None):
-    """Reads the file, or begins it; without a path answers are only held."""
+    """Opens or creates the file; without a path, answers stay in memory."""
     self._path = path
 
     def read():
-      lines = runs.read_lines(path, mend=True)
+      lines = jsonl.read_lines(path, repair=True)
       if not lines:
         app.write_atomically(path, json.dumps({"settings": settings}) + "\n")
       return lines[1:]
@@ -126,7 +120,7 @@ class Answers:
 
   @classmethod
   def of(cls, folder: pathlib.Path, settings: dict[str, Any]) -> "Answers":
-    """Those made with the same settings; several settings share a folder."""
+    """Opens the answers for `settings` in a folder that several settings share."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return cls(folder / f"{digest[:16]}.jsonl", settings)
 
@@ -138,20 +132,15 @@ class Answers:
 
   def write(self, answers: dict[str, Answer]) -> None:
     self._answers |= answers
-    if self._path and app.is_first_process():
-      with open(self._path, "a") as file:
-        file.write(
-          "".join(
-            json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in answers.items()
-          )
-        )
+    if self._path:
+      jsonl.append(self._path, ({"key": k, "answer": answer} for k, answer in answers.items()))
 
 
 class Stopwatch:
-  """Wall time, without what JAX spends on tracing and compiling."""
+  """Measures wall time without JAX's tracing and compilation."""
 
   def __init__(self):
-    self._spans: list[tuple[float, float]] = []  # beginnings and ends, disjoint
+    self._spans: list[tuple[float, float]] = []  # disjoint (begin, end) of compilation
     jax.monitoring.register_event_duration_secs_listener(self._on_duration)
     self._last = time.perf_counter()
 
@@ -159,13 +148,13 @@ class Stopwatch:
     if not event.startswith("/jax/core/compile/"):
       return
     end = time.perf_counter()
-    # What is done within a span is told of before the span is.
+    # Events nested in this one were reported before it.
     while self._spans and self._spans[-1][0] >= end - seconds:
       self._spans.pop()
     self._spans.append((end - seconds, end))
 
   def lap(self) -> float:
-    """Seconds since the last call."""
+    """Returns the seconds since the last call."""
     now = time.perf_counter()
     seconds = now - self._last - sum(end - begin for begin, end in self._spans)
     self._spans.clear()
@@ -174,10 +163,10 @@ class Stopwatch:
 
 
 class Engine:
-  """Answers requests, those that are not answered yet.
+  """Answers requests that have no answer yet.
 
   Attributes:
-    batch_size: requests computed together.
+    batch_size: number of requests per batch.
   """
 
   def __init__(
@@ -191,16 +180,16 @@ class Engine:
     batch_size: int = 16,
     stopwatch: Stopwatch | None = None,
   ):
-    """An engine.
+    """Creates an engine.
 
     Args:
       params: the model's parameters.
-      config: its architecture.
+      config: its config.
       tokenizer: its tokenizer.
-      roster: the settings; the answers must have been made with them.
-      answers: where answers are kept.
-      batch_size: see the class.
-      stopwatch: may be shared by several engines.
+      roster: the roster that also made `answers`.
+      answers: the answers so far, to which new ones are added.
+      batch_size: number of requests per batch.
+      stopwatch: a stopwatch, which engines can share.
     """
     self.batch_size = batch_size
     self._model = params, config
@@ -210,30 +199,30 @@ class Engine:
   def answer(
     self, requests: Sequence[Request], on_answered: Callable[[int], None] = lambda count: None
   ) -> list[Answer]:
-    """The answers in the order of the requests.
+    """Returns the answers in the order of the requests.
 
     Args:
-      requests: what is wanted; equal ones are computed once.
-      on_answered: called with the number of different requests whenever some are
-        answered; at first of those that already were.
+      requests: the requests; equal ones are computed once.
+      on_answered: called with the number of unique requests that already have an answer, and
+        then whenever more are answered.
 
     Raises:
-      ValueError: another process has other requests.
+      ValueError: the requests differ between processes.
     """
     keys = [key(r) for r in requests]
     app.check_same(keys, tasks.OTHER_DATA)
-    different = dict(zip(keys, requests))
-    on_answered(sum(k in self._answers for k in different))
+    unique = dict(zip(keys, requests))
+    on_answered(sum(k in self._answers for k in unique))
     self._stopwatch.lap()
-    self._score({k: r for k, r in different.items() if isinstance(r, Continuation)}, on_answered)
-    self._generate({k: r for k, r in different.items() if isinstance(r, Prompt)}, on_answered)
+    self._score({k: r for k, r in unique.items() if isinstance(r, Continuation)}, on_answered)
+    self._generate({k: r for k, r in unique.items() if isinstance(r, Prompt)}, on_answered)
     return [self._answers[k] for k in keys]
 
   def cost(self, requests: Iterable[Request]) -> dict[str, float]:
-    """What the answers to requests cost, summed; each counts once.
+    """Returns the summed cost of unique requests.
 
-    "tokens" generated or scored, "forward_passes" (positions times members), "flops" and
-    "seconds" without compilation.
+    "tokens" generated or scored, "forward_passes" (tokens x members), "flops", and "seconds"
+    without compilation.
     """
     total: dict[str, float] = {}
     for k in dict.fromkeys(map(key, requests)):
@@ -242,48 +231,48 @@ class Engine:
     return total
 
   def experts_read(self, requests: Sequence[Request]) -> dict[str, float]:
-    """Different experts of a layer that the members choose for one token of an answer.
+    """Returns the unique active experts of all members per token, as costs.
 
-    "unique_experts_read" is summed over tokens ("steps"), and the mean over layers; none for a
-    roster without a cache.
+    "unique_experts_read" is a mean over layers, summed over tokens ("steps"). Returns {} for a
+    roster without a KV cache.
     """
-    texts, starts, ids = [], [], []
+    sequences, starts, ids = [], [], []
     for request in requests:
       if isinstance(request, Continuation):
         before, tokens = request.context, request.tokens
       else:
         before, tokens = request.tokens, tuple(self._answers[key(request)]["generated"])
       if len(before) + len(tokens) <= self._model[1].context_length:
-        texts.append(before + tokens)
+        sequences.append(before + tokens)
         starts.append(len(before))
         ids.append(request.request_id)
-    if self._roster.recompute or not texts:
+    if self._roster.recompute or not sequences:
       return {}
-    unique = diagnostics.unique_experts(*self._model, self._roster, texts, starts, ids)
-    steps = sum(map(len, texts)) - sum(starts)
+    unique = diagnostics.unique_experts(*self._model, self._roster, sequences, starts, ids)
+    steps = sum(map(len, sequences)) - sum(starts)
     return {"unique_experts_read": float(unique.by_position.mean()) * steps, "steps": steps}
 
   def _score(self, requests, on_answered):
-    # Continuations that differ in their last token are one text with candidates for it.
+    # Continuations that differ in their last token are one sequence with several candidates.
     groups: dict[Any, dict[int, str]] = {}
     for k, r in requests.items():
       groups.setdefault((r.context, r.tokens[:-1], r.request_id), {})[r.tokens[-1]] = k
-    texts = [
+    sequences = [
       (context + tokens + (next(iter(last)),), len(context), i, last)
       for (context, tokens, i), last in groups.items()
     ]
-    rows = min(self.batch_size, batching.bucket(len(texts)))
-    # Batches are made of all texts, so that a run that goes on has those of the first.
+    slots = min(self.batch_size, batching.bucket(len(sequences)))
+    # Batches are made from all sequences, so that a resumed run has the same ones.
     for batch, positions in batching.by_length(
-      [len(text) - 1 for text, *_ in texts], self.batch_size, prefill.MIN_CAPACITY
+      [len(sequence) - 1 for sequence, *_ in sequences], self.batch_size, prefill.MIN_CAPACITY
     ):
       missing = [
-        texts[i] for i in batch if any(k not in self._answers for k in texts[i][3].values())
+        sequences[i] for i in batch if any(k not in self._answers for k in sequences[i][3].values())
       ]
       if not missing:
         continue
       tokens, starts, ids, lasts = zip(*missing)
-      found = score_lib.score(
+      found = scoring.score(
         *self._model,
         tokens,
         starts,
@@ -291,13 +280,13 @@ class Engine:
         request_ids=ids,
         candidates=[list(last) for last in lasts],
         batch_size=self.batch_size,
-        min_shape=(rows, positions),
+        min_shape=(slots, positions),
       ).sequences
       seconds = self._stopwatch.lap() / len(missing)
       answers = {}
-      for text, start, last, scores in zip(tokens, starts, lasts, found):
-        cost = self._scoring_cost(len(text), start) | {"seconds": seconds}
-        answers |= self._scored(text[start:-1], last, scores, cost)
+      for sequence, start, last, scores in zip(tokens, starts, lasts, found):
+        cost = self._scoring_cost(len(sequence), start) | {"seconds": seconds}
+        answers |= self._scored(sequence[start:-1], last, scores, cost)
       answers = {k: answer for k, answer in answers.items() if k not in self._answers}
       self._answers.write(answers)
       on_answered(len(answers))
@@ -313,7 +302,7 @@ class Engine:
         "tokens": len(tokens) + 1,
         "cost": cost,
       }
-      cost = {"tokens": 1}  # the others come with the first
+      cost = {"tokens": 1}  # further candidates are free
     return answers
 
   def _generate(self, requests, on_answered):
@@ -350,12 +339,8 @@ class Engine:
   def _generated(self, request, completion):
     text = completion.text
     if request.opening is not None:
-      text = (
-        answer_lib.read(
-          self._tokenizer, completion, opening=request.opening, stop_strings=request.stop
-        ).final
-        or ""
-      )
+      settings = dict(opening=request.opening, stop_strings=request.stop)
+      text = answer_lib.read(self._tokenizer, completion, **settings).final or ""
     return {
       "text": text,
       "finish_reason": completion.finish_reason,
@@ -372,18 +357,18 @@ class Engine:
     before = length - 1 if filled_first else start - 1
     return {
       "tokens": length - start,
-      "forward_passes": self._rows(before, length - start),
+      "forward_passes": self._forward_passes(before, length - start),
       "flops": costs.scoring_flops(config, roster, length, start),
     }
 
   def _generation_cost(self, prompt_length, num_tokens):
     return {
       "tokens": num_tokens,
-      "forward_passes": self._rows(prompt_length - 1, num_tokens),
+      "forward_passes": self._forward_passes(prompt_length - 1, num_tokens),
       "flops": costs.generation_flops(self._model[1], self._roster, prompt_length, num_tokens),
     }
 
-  def _rows(self, before, predicting):
-    """Positions times members, of the history and of what is predicted."""
+  def _forward_passes(self, before, predicting):
+    """Tokens x members, of the history and of what is predicted."""
     members = len(self._roster.members)
     return before * len(self._roster.history().members) + predicting * members

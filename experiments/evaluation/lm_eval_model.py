@@ -1,16 +1,9 @@
-"""A roster as a model of lm-evaluation-harness.
+"""A roster as a model of lm-evaluation-harness, registered as "roe_jax".
 
-`experiments.evaluate` uses it, and the harness's own program can:
-
-  python -m experiments.harness run --model roe_jax --tasks arc_easy \\
-      --model_args checkpoint=olmoe,num_members=8,temperatures=0.3
-
-Anything that imports this module has the model "roe_jax". Its arguments are
-`RegisteredRosterLM`'s.
-
-As the harness's own models do, a request that is longer than the model's context is
-cut on the left, and the text before a continuation is split from it so that white
-space belongs to the continuation.
+`experiments.evaluate` and `experiments.harness` use it; `RegisteredRosterLM` documents its
+model_args. As in the harness's own models, requests longer than the model's context are
+truncated on the left, and whitespace between a context and its continuation belongs to the
+continuation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,23 +27,23 @@ from roe_jax.text import tokenizer as tokenizer_lib
 from roe_jax.text.chat import Chat, load_template
 from roe_jax.text.tokenizer import Tokenizer
 
-MAX_NEW_TOKENS = 256  # where a task does not say, as in the harness's own models
-# How tokens are chosen, and what says that nothing is changed about it.
+MAX_NEW_TOKENS = 256  # default of the harness's own models
+# Supported sampling settings and their defaults; other settings that may only have no effect.
 _SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
 _NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0}
 
 
 class RosterLM(TemplateLM):
-  """A tokenizer and, once there is an engine, a model with a roster.
+  """A model with a roster.
 
-  Requests can be made before parameters are read, and so be checked.
+  It makes, and so validates, requests before `engine` is set and parameters are loaded.
 
   Attributes:
     engine: answers requests.
-    max_new_tokens: of every generation, whatever a task says; None: what it says.
-    requests: those made under each label: the name of a task.
-    lengths: tokens of each continuation scored, by context and text.
-    truncated: addresses of the contexts that were cut on the left.
+    max_new_tokens: limit for all generations; None to use each task's.
+    requests: requests by label (the name of a task).
+    lengths: number of tokens of each scored continuation, by context and text.
+    truncated: noise addresses of the contexts that were truncated.
   """
 
   def __init__(
@@ -61,7 +54,7 @@ class RosterLM(TemplateLM):
     chat: Chat | None = None,
     max_new_tokens: int | None = None,
   ):
-    """A model called `name`; of a chat, prompts are what its template makes of messages."""
+    """Creates a model of the checkpoint `name`; with `chat`, prompts are rendered chats."""
     super().__init__()
     self.engine: Engine | None = None
     self.max_new_tokens = max_new_tokens
@@ -84,7 +77,7 @@ class RosterLM(TemplateLM):
   def eot_token_id(self) -> int:
     ids = tokenizer_lib.stop_tokens(self._tokenizer, self._config)
     if not ids:
-      raise ValueError("the model names no end-of-text token, which stands for an empty context")
+      raise ValueError("the model has no end-of-text token, which an empty context needs")
     return ids[0]
 
   @property
@@ -93,7 +86,7 @@ class RosterLM(TemplateLM):
 
   @property
   def stop_tokens(self) -> tuple[int, ...]:
-    """Tokens that end a generated text."""
+    """Tokens that end generation."""
     chat = self._chat.stop_tokens if self._chat else ()
     return chat or tokenizer_lib.stop_tokens(self._tokenizer, self._config)
 
@@ -107,8 +100,8 @@ class RosterLM(TemplateLM):
   def apply_chat_template(
     self, chat_history: Sequence[dict[str, str]], add_generation_prompt: bool = True
   ) -> str:
-    """Messages as the model reads them; an assistant's last message is left open."""
-    del add_generation_prompt  # it says whether the last message is the assistant's
+    """Renders messages; a final assistant message stays open."""
+    del add_generation_prompt  # only says whether the last message is the assistant's
     if self._chat is None:
       self._chat = Chat.load(app.checkpoint_path(self._name), self._tokenizer)
     text = self._chat.render(chat_history)
@@ -116,7 +109,7 @@ class RosterLM(TemplateLM):
     return text
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-    """Token ids; a text that begins with its BOS token, as chats do, gets no other."""
+    """Returns token ids; adds no BOS token to a chat or a text that starts with one."""
     del kwargs
     if add_special_tokens is None:
       start = self._tokenizer.decode([self.prefix_token_id], skip_special_tokens=False)
@@ -126,17 +119,17 @@ class RosterLM(TemplateLM):
   # Requests
 
   def continuation(self, context: str, text: str, end: bool = False) -> Continuation:
-    """A request to score a text after a context, and a stop token behind it if asked."""
+    """Makes a request to score `text` after a context, with `end` also a stop token after it."""
     before, tokens = self._encode_pair(context, text)
     return self._continuation(context, before, [*tokens, *self.stop_tokens[: int(end)]])
 
   def prompt(self, context: str, settings: dict[str, Any], sample: int = 0) -> Prompt:
-    """A request to continue a context.
+    """Makes a request to complete a context.
 
     Args:
       context: the text.
-      settings: as tasks of the harness have them under "generation_kwargs".
-      sample: tells several samples of one context apart.
+      settings: a harness task's "generation_kwargs".
+      sample: index of the sample, for several samples of one context.
 
     Raises:
       ValueError: a setting is unknown, or leaves no room for the context.
@@ -149,15 +142,15 @@ class RosterLM(TemplateLM):
     unknown = [k for k, v in known.items() if k not in _NEUTRAL or v != _NEUTRAL[k]]
     if unknown:
       raise ValueError(
-        f"a task asks for the generation settings {', '.join(unknown)}, which are "
-        f"not known here; there are {', '.join(_SAMPLING)}, until and max_gen_toks"
+        f"unsupported generation settings {', '.join(unknown)}: supported are "
+        f"{', '.join(_SAMPLING)}, until and max_gen_toks"
       )
     if limit >= self.max_length:
       raise ValueError(
         f"{limit} new tokens leave no room for a prompt in the model's context of "
-        f"{self.max_length}: give a smaller --max_new_tokens"
+        f"{self.max_length}: decrease --max_new_tokens"
       )
-    tokens = self._cut(context, self.tok_encode(context), self.max_length - limit)
+    tokens = self._truncate(context, self.tok_encode(context), self.max_length - limit)
     if not tokens:
       tokens = [self.prefix_token_id]
     return Prompt(
@@ -171,7 +164,7 @@ class RosterLM(TemplateLM):
     )
 
   def windows(self, text: str) -> list[Continuation]:
-    """Requests that score a text of any length, each token once, the first after the prefix."""
+    """Makes requests that score each token of a text once, the first after the prefix token."""
     windows = get_rolling_token_windows(
       self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
     )
@@ -182,25 +175,24 @@ class RosterLM(TemplateLM):
 
   def _continuation(self, context, context_tokens, tokens):
     if not tokens:
-      raise ValueError(f"a continuation has no tokens of its own after {context[-40:]!r}")
+      raise ValueError(f"the continuation after {context[-40:]!r} has no tokens")
     if len(tokens) > self.max_length:
       raise ValueError(
-        f"a continuation of {len(tokens)} tokens is longer than the model's context "
-        f"of {self.max_length}"
+        f"a continuation of {len(tokens)} tokens exceeds the model's context of {self.max_length}"
       )
-    # The last token is only predicted, and needs no room.
-    kept = self._cut(context, context_tokens, self.max_length + 1 - len(tokens))
+    # The last token is predicted only, so it takes no position.
+    kept = self._truncate(context, context_tokens, self.max_length + 1 - len(tokens))
     return Continuation(tuple(kept), tuple(tokens), request_id(context))
 
-  def _cut(self, context, tokens, room):
+  def _truncate(self, context, tokens, room):
     if len(tokens) > room:
       self.truncated.add(request_id(context))
     return tokens[-room:]
 
-  # What the harness asks for
+  # Methods that the harness calls
 
   def answers(self, label: str, requests: Sequence[Request]) -> list[dict[str, Any]]:
-    """The engine's answers, with a progress bar, and counted under a label."""
+    """Returns the engine's answers, with a progress bar; records the requests under a label."""
     self.requests.setdefault(label, []).extend(requests)
     with tqdm(total=len(set(requests)), desc=label, unit="request", file=sys.stderr) as bar:
       return self.engine.answer(requests, bar.update)
@@ -231,7 +223,7 @@ class RosterLM(TemplateLM):
   def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
     found = []
     for label, group in _by_task(requests):
-      samples: dict[int, int] = {}  # a request that is repeated is the same object
+      samples: dict[int, int] = {}  # the harness repeats a request as the same object
       prompts = []
       for request in group:
         sample = samples[id(request)] = samples.get(id(request), -1) + 1
@@ -242,7 +234,7 @@ class RosterLM(TemplateLM):
 
 @register_model("roe_jax")
 class RegisteredRosterLM(RosterLM):
-  """The model of a checkpoint, for the harness's own program."""
+  """The model "roe_jax" of lm-evaluation-harness."""
 
   def __init__(
     self,
@@ -257,29 +249,28 @@ class RegisteredRosterLM(RosterLM):
     max_batch_size: int | None = None,
     **roster: Any,
   ):
-    """Reads a checkpoint.
+    """Loads a checkpoint.
 
     Args:
       checkpoint: a folder, or an embedded model.
-      temperatures: τ of all layers, of each separated by semicolons, or the path of a
+      temperatures: τ of all layers, or of each layer separated by semicolons, or the path of a
         temperature profile.
-      seed: of the routing noise and of sampling.
-      dtype, mesh: as the flags of the programs here.
-      batch_size: requests computed together ("auto" is the default).
-      answers: a folder where answers are kept; they are lost without.
-      device, max_batch_size: what the harness passes to every model; not used.
+      seed: seed for routing noise and sampling.
+      dtype, mesh: see the flags of `experiments.evaluate`.
+      batch_size: number of requests per batch; "auto" for the default.
+      answers: folder to save answers in; None to save none.
+      device, max_batch_size: passed by the harness; unused.
       **roster: other settings of `Roster.create`: num_members, cache, ...
 
     Raises:
-      ValueError: a setting is unknown or out of its range, or the profile is another
-        model's.
+      ValueError: a setting is unknown or out of range, or the profile is for another model.
     """
     del device, max_batch_size
     config = app.load_config(checkpoint)
     unknown = roster.keys() - set(temperature_profiles.ROSTER_SETTINGS)
     if unknown:
       raise ValueError(
-        f"unknown model_args {', '.join(sorted(unknown))}; the roster's settings "
+        f"unknown model_args {', '.join(sorted(unknown))}: the roster's settings "
         f"are temperatures, seed, {', '.join(temperature_profiles.ROSTER_SETTINGS)}"
       )
     path = pathlib.Path(str(temperatures))

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: loading, running, and records of what came of them."""
+"""Loads and runs tasks of lm-evaluation-harness, and makes records of the results."""
 
 from collections.abc import Iterator, Sequence
 import contextlib
@@ -18,7 +18,7 @@ from experiments import sandbox
 from experiments.evaluation.lm_eval_model import RosterLM
 from experiments.tasks.human_eval import pass_at_k
 
-_FEWSHOT_SEED = 1234  # the harness's own default, of which examples are shown
+_FEWSHOT_SEED = 1234  # the harness's default
 _BOOTSTRAPS = 1000
 _CODE_EVAL = "code_eval"
 
@@ -31,39 +31,30 @@ def load(
   include_defaults: bool = True,
   others: Sequence[str] = (),
 ) -> dict[str, Any]:
-  """Tasks and groups of the harness, with their data.
+  """Loads harness tasks and groups with their data.
 
   Args:
-    names: of tasks, groups or tags.
-    include_path: a folder of further tasks.
-    num_fewshot: examples shown; what each task says for None. Tasks that say 0
-      keep it.
-    allow_code_execution: must be True for tasks that run programs which the model
-      wrote.
-    include_defaults: whether the harness's own tasks are there.
-    others: names to suggest for unknown ones besides the harness's.
+    names: tasks, groups or tags.
+    include_path: folder of additional tasks.
+    num_fewshot: number of few-shot examples; None for each task's. Tasks that set 0 keep it.
+    allow_code_execution: must be True for tasks that run model-written programs.
+    include_defaults: whether to include the harness's own tasks.
+    others: further names to suggest for unknown ones.
 
   Returns:
-    As `TaskManager.load`: "tasks" and "groups" by name.
+    "tasks" and "groups" by name, as `TaskManager.load` does.
 
   Raises:
-    ValueError: a name is unknown, the data cannot be had, or a task runs code and
-      that is not allowed, or is not done in a sandbox.
+    ValueError: a name is unknown, data cannot be loaded, or a task runs code without permission
+      or outside a sandbox.
   """
   manager = TaskManager(include_path=include_path, include_defaults=include_defaults)
   for name in names:
     if name not in manager.all_tasks:
       near = difflib.get_close_matches(name, [*others, *manager.all_tasks], 3)
-      raise ValueError(
-        f"there is no task {name!r}"
-        + (
-          f"; did you mean {' or '.join(near)}?"
-          if near
-          else ": give names of the harness's tasks or groups, or of ours ("
-          + ", ".join(others)
-          + ")"
-        )
-      )
+      known = f"tasks or groups of lm-evaluation-harness, or {', '.join(others)}"
+      hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {known}"
+      raise ValueError(f"unknown task {name!r}: {hint}")
   parts = []
   with _confined(allow_code_execution):
     for name in names:
@@ -71,12 +62,11 @@ def load(
         parts.append(manager.load([name]))
       except _NotAllowed as error:
         raise ValueError(f"task {name} {error}") from error
-      except Exception as error:  # of many kinds, for a missing network alone
+      except Exception as error:  # a missing network alone raises many kinds
         raise ValueError(
           f"task {name} cannot be loaded ({type(error).__name__}: "
-          f"{' '.join(str(error).split())}): with no network its data must be in the cache of "
-          "the package datasets, or the task in a folder given as --include_path with local "
-          "data_files"
+          f"{' '.join(str(error).split())}): without network, its data must be in the cache of "
+          "the package datasets, or the task in --include_path with local data_files"
         ) from error
   loaded = {
     kind: {k: v for part in parts for k, v in part[kind].items()} for kind in ("tasks", "groups")
@@ -97,15 +87,12 @@ def _check(name, task, allow_code_execution):
     "loglikelihood_rolling",
     "generate_until",
   ) or getattr(task, "MULTIMODAL", False):
-    raise ValueError(
-      f"task {name} asks for more than text ({task.OUTPUT_TYPE}), which a language "
-      "model does not give"
-    )
+    raise ValueError(f"task {name} needs more than a text model ({task.OUTPUT_TYPE}): remove it")
   if not getattr(task, "UNSAFE_CODE", False):
     return
   if not allow_code_execution:
     raise ValueError(f"task {name} {_NotAllowed()}")
-  # The harness holds metrics as the `__call__` of their functions.
+  # The harness stores metrics as the `__call__` of their functions.
   functions = [getattr(f, "__self__", f) for f in getattr(task, "_metric_fn_list", {}).values()]
   if not any(
     isinstance(value, CodeEval)
@@ -113,26 +100,25 @@ def _check(name, task, allow_code_execution):
     for value in getattr(function, "__globals__", {}).values()
   ):
     raise ValueError(
-      f"task {name} runs programs that the model wrote in a way of its own, without "
-      "a sandbox, and is not run here; paper/humaneval and paper/humaneval_plus are"
+      f"task {name} runs model-written programs without a sandbox: use paper/humaneval or "
+      "paper/humaneval_plus instead"
     )
 
 
 class _NotAllowed(Exception):
-  """Raised from within the import of a task's functions."""
+  """Raised within the import of a task's functions."""
 
   def __str__(self):
     return (
-      "runs programs that the model wrote, each confined to a process without files and "
-      "network: allow it with --allow_code_execution"
+      "runs model-written programs, each in a sandbox without files and network: allow it with "
+      "--allow_code_execution"
     )
 
 
 class CodeEval:
-  """The metric "code_eval" of the package evaluate, with programs run in our sandbox.
+  """The metric "code_eval" of the package evaluate, in our sandbox.
 
-  It takes the place of the one that is downloaded, and runs programs in children of
-  this process that can do all that it can.
+  It replaces the downloaded metric, which runs programs in child processes without confinement.
   """
 
   def compute(
@@ -142,13 +128,11 @@ class CodeEval:
     k: Sequence[int] = (1, 10, 100),
     **unused,
   ) -> tuple[dict[str, float], None]:
-    """pass@k of the programs written for each test, and None for the outcomes."""
+    """Returns pass@k of the programs for each test, and None in place of the outcomes."""
     del unused
-    programs = [
-      f"{program}\n{test}" for test, written in zip(references, predictions) for program in written
-    ]
+    programs = [f"{p}\n{test}" for test, samples in zip(references, predictions) for p in samples]
     passed = iter([outcome.passed for outcome in sandbox.run_programs(programs)])
-    counts = [(len(written), sum(next(passed) for _ in written)) for written in predictions]
+    counts = [(len(samples), sum(next(passed) for _ in samples)) for samples in predictions]
     return {
       f"pass@{n}": float(np.mean([pass_at_k(*count, n) for count in counts]))
       for n in k
@@ -158,12 +142,12 @@ class CodeEval:
 
 @contextlib.contextmanager
 def _confined(allowed):
-  """Where tasks ask the package evaluate for "code_eval", they get `CodeEval`."""
-  usual = hf_evaluate.load
+  """Replaces the metric "code_eval" that tasks load by `CodeEval`."""
+  original = hf_evaluate.load
 
   def load(path, *args, **kwargs):
     if path != _CODE_EVAL:
-      return usual(path, *args, **kwargs)
+      return original(path, *args, **kwargs)
     if not allowed:
       raise _NotAllowed
     return CodeEval()
@@ -175,10 +159,10 @@ def _confined(allowed):
 def check(
   lm: RosterLM, loaded: dict[str, Any], chat: bool = False, system: str | None = None
 ) -> None:
-  """Makes the first requests of each task, before parameters are read.
+  """Makes the first requests of each task, to validate them before parameters are loaded.
 
   Raises:
-    ValueError: they are more than the model can do, or the chat template refuses them.
+    ValueError: they do not fit the model, or the chat template rejects them.
   """
   for name, task in loaded["tasks"].items():
     _seed(task)
@@ -201,7 +185,7 @@ def check(
 
 
 def _seed(task):
-  """Which few-shot examples are shown depends on nothing but the task."""
+  """Makes a task's few-shot examples depend on the task only."""
   random.seed(_FEWSHOT_SEED)
   np.random.seed(_FEWSHOT_SEED)  # noqa: NPY002 - the harness draws from it
   task.set_fewshot_seed(seed=_FEWSHOT_SEED)
@@ -214,7 +198,7 @@ def run(
   chat: bool = False,
   system: str | None = None,
 ) -> dict[str, Any]:
-  """Runs loaded tasks; what `lm_eval.evaluator.evaluate` returns."""
+  """Runs loaded tasks; returns what `lm_eval.evaluator.evaluate` does."""
   for task in loaded["tasks"].values():
     _seed(task)
   return evaluator.evaluate(
@@ -232,12 +216,11 @@ def run(
 def records(
   lm: RosterLM, name: str, task: Task, samples: Sequence[dict[str, Any]], seed: int
 ) -> Iterator[dict[str, Any]]:
-  """Lines for a run (see `runs`), one for each document of a task.
+  """Yields a run's records (see `runs`), one per document of a task.
 
-  Metrics are the harness's, each under its name, with the filter behind a comma if
-  there is one; those that are no number of a document are left out. Choices and rolling
-  texts have "nll" and "tokens" besides, and choices the probability of the chosen one
-  among them under "confidences".
+  Metrics are the harness's numeric ones, named METRIC or METRIC,FILTER. Choices and rolling
+  likelihoods add "nll" and "tokens"; choices add the probability of the selected one as
+  "confidences".
   """
   documents: dict[int, list[dict[str, Any]]] = {}
   for sample in samples:
@@ -245,8 +228,8 @@ def records(
   for doc_id, filtered in sorted(documents.items()):
     metrics = {}
     for sample in filtered:
-      behind = "" if sample["filter"] == "none" else f",{sample['filter']}"
-      metrics |= {m + behind: float(sample[m]) for m in sample["metrics"] if _is_number(sample[m])}
+      suffix = "" if sample["filter"] == "none" else f",{sample['filter']}"
+      metrics |= {m + suffix: float(sample[m]) for m in sample["metrics"] if _is_number(sample[m])}
     record = {"task": name, "example": f"{name}/{doc_id}", "seed": seed, "metrics": metrics}
     first = filtered[0]
     outputs = [responses[0] for responses in first["resps"]]
@@ -265,7 +248,7 @@ def records(
 
 
 def _chosen(lm, task, sample, outputs, metrics):
-  """Adds what the likelihoods of choices say, where one of them is right."""
+  """Returns the entries for choices; {} if no choice is marked right."""
   choices, target = task.doc_to_choice(sample["doc"]), sample["target"]
   if isinstance(target, str):
     target = choices.index(target) if target in choices else None

@@ -1,4 +1,4 @@
-"""What a method makes of a batch of examples: answers with their costs, and likelihoods."""
+"""Measures a method on a batch of examples: answers with their costs, and likelihoods."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -16,20 +16,20 @@ from experiments.tasks import Example, Task
 from roe_jax import batching, costs, decode, diagnostics, prefill, scoring, sharding
 from roe_jax.params import Params
 
-# Output temperatures among which the best is looked for.
+# Grid that output temperatures are fitted on.
 OUTPUT_TEMPERATURES = np.geomspace(0.25, 4.0, 13)
-# The ids of the noise of an example's samples lie so far apart.
+# Distance between the noise ids of an example's samples.
 SAMPLE_STRIDE = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """Examples of one task that are done together.
+  """A batch of examples of one task.
 
   Attributes:
     task: the task.
-    examples: all of one kind.
-    ids: of each example's noise, below `SAMPLE_STRIDE`.
+    examples: examples, all of one kind.
+    ids: noise id of each example, below `SAMPLE_STRIDE`.
   """
 
   task: Task
@@ -39,14 +39,14 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
-  """How probable texts are, at G output temperatures.
+  """Likelihood of a reference at G output temperatures.
 
   Attributes:
-    nll: `[G]` summed over the text's tokens, nats.
-    tokens: how many those are.
-    confidences: `[G, X]` probabilities of what is most probable: of each token of
-      the text, or (X = 1) of the choices.
-    correct: `[X]` whether that is right.
+    nll: `[G]` negative log-likelihood, summed over tokens, in nats.
+    tokens: number of tokens.
+    confidences: `[G, X]` probability of the most probable token at each of X positions, or
+      (X = 1) of the most probable choice.
+    correct: `[X]` whether that token or choice is right.
   """
 
   nll: np.ndarray
@@ -55,7 +55,7 @@ class Likelihood:
   correct: np.ndarray
 
   def record(self, fitted: bool) -> dict[str, Any]:
-    """Metrics and calibration at the first output temperature, and at the second."""
+    """Returns metrics and confidences at the first output temperature and, if fitted, the next."""
     record = {
       "metrics": {"nll": float(self.nll[0]), "tokens": self.tokens},
       "confidences": self.confidences[0].round(6).tolist(),
@@ -69,27 +69,27 @@ class Likelihood:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-  """What a method answered.
+  """A method's answers to a batch.
 
   Attributes:
-    outputs: of each example, for `Task.score_all`.
-    details: of each example, what else is kept with it.
-    cost: what it took, as a line of `costs.jsonl`.
-    texts, starts, ids: what was decoded, for counting experts; empty for choices.
-    likelihoods: of each example, where the answers are made of them.
+    outputs: output for each example, for `Task.score_all`.
+    details: further entries for each example's record.
+    cost: costs, as a line of `costs.jsonl`.
+    sequences, starts, ids: decoded sequences, to count experts; empty for choices.
+    likelihoods: likelihood of each example, where the answers are choices.
   """
 
   outputs: list[Any]
   details: list[dict[str, Any]]
   cost: dict[str, Any]
-  texts: list[list[int]] = dataclasses.field(default_factory=list)
+  sequences: list[list[int]] = dataclasses.field(default_factory=list)
   starts: list[int] = dataclasses.field(default_factory=list)
   ids: list[int] = dataclasses.field(default_factory=list)
   likelihoods: list[Likelihood] = dataclasses.field(default_factory=list)
 
 
 class Measurer:
-  """A model with the way it is asked, and methods to be measured on it."""
+  """Measures methods on one model."""
 
   def __init__(self, params: Params, prompt_builder: PromptBuilder, batch_size: int):
     self._params, self._prompt_builder, self._batch_size = params, prompt_builder, batch_size
@@ -98,13 +98,13 @@ class Measurer:
   def answer(
     self, method: Method, seed: int, batch: Batch, output_temperatures: Sequence[float]
   ) -> Answers:
-    """The method's answers, timed without what had to be compiled."""
+    """Returns the method's answers; their time excludes compilation."""
     if batch.examples[0].kind == "choose":
       return self._choose(method, seed, batch, output_temperatures)
     return self._generate(method, seed, batch)
 
   def _timed(self, call):
-    """Result and seconds; a call in which a program was compiled is made again."""
+    """Returns result and seconds; repeats a call that compiled a program."""
     for _ in range(2):
       compiled, begin = self._programs.count, time.perf_counter()
       result = call()
@@ -119,21 +119,21 @@ class Measurer:
     ids = [i + SAMPLE_STRIDE * sample for sample in range(n) for i in batch.ids]
     limit = max(e.max_new_tokens for e in batch.examples)
     slots = n * self._batch_size
-    found, seconds = self._timed(
-      lambda: decode.generate(
-        self._params,
-        config,
-        prompts,
-        max_new_tokens=limit,
-        roster=roster,
-        sampler=method.sampler,
-        stop_tokens=self._prompt_builder.stop_tokens,
-        stop_strings=batch.examples[0].stop,
-        decode=self._prompt_builder.tokenizer.decode,
-        request_ids=ids,
-        batch_size=slots,
-      )
+    run = functools.partial(
+      decode.generate,
+      self._params,
+      config,
+      prompts,
+      max_new_tokens=limit,
+      roster=roster,
+      sampler=method.sampler,
+      stop_tokens=self._prompt_builder.stop_tokens,
+      stop_strings=batch.examples[0].stop,
+      decode=self._prompt_builder.tokenizer.decode,
+      request_ids=ids,
+      batch_size=slots,
     )
+    found, seconds = self._timed(run)
     outputs, details = [], []
     for i, example in enumerate(batch.examples):
       samples = found.completions[i :: len(batch.examples)]
@@ -152,7 +152,7 @@ class Measurer:
       prefill.capacity_for(config, prompts, limit),
     )
     cost = {
-      # Of the answers: what is written for a sample that is not picked is no use.
+      # Tokens of the answers; those of samples that were not picked do not count.
       "tokens": sum(
         len(found.completions[i + len(batch.examples) * d.get("picked", 0)].tokens)
         for i, d in enumerate(details)
@@ -165,103 +165,82 @@ class Measurer:
       "seconds": seconds,
       "peak_bytes": memory.total,
     }
-    return Answers(
-      outputs,
-      details,
-      cost,
-      [p + c.tokens for p, c in zip(prompts, found.completions)],
-      [len(p) for p in prompts],
-      ids,
-    )
+    sequences = [p + c.tokens for p, c in zip(prompts, found.completions)]
+    return Answers(outputs, details, cost, sequences, [len(p) for p in prompts], ids)
 
   def _choose(self, method, seed, batch, output_temperatures):
     roster = method.with_seed(seed)
-    texts, starts = zip(
+    sequences, starts = zip(
       *(self._prompt_builder.with_text(e, choice) for e in batch.examples for choice in e.choices)
     )
     ids = [i for e, i in zip(batch.examples, batch.ids) for _ in e.choices]
-    run = functools.partial(self._scores, method, roster, texts, starts, ids, output_temperatures)
-    scores, seconds = self._timed(run)
+    args = method, roster, sequences, starts, ids, output_temperatures
+    scores, seconds = self._timed(functools.partial(self._scores, *args))
     sums = np.array([s.log_probs.sum(axis=0, dtype=np.float64) for s in scores])
-    lengths = [len(e.choices) for e in batch.examples]
-    by_example = np.split(sums, np.cumsum(lengths)[:-1])
-    tokens = np.split(
-      np.array([len(t) - s for t, s in zip(texts, starts)]), np.cumsum(lengths)[:-1]
-    )
+    counts = np.array([len(t) - s for t, s in zip(sequences, starts)])
+    ends = np.cumsum([len(e.choices) for e in batch.examples])[:-1]
+    by_example = np.split(sums, ends)
     likelihoods = []
-    for e, log_probs, counts in zip(batch.examples, by_example, tokens):
+    for e, log_probs, tokens in zip(batch.examples, by_example, np.split(counts, ends)):
       p = np.exp(log_softmax(log_probs, axis=0))
       best = log_probs[:, 0].argmax()
+      correct = np.array([bool(best == e.target)])
       likelihoods.append(
-        Likelihood(
-          -log_probs[e.target],
-          int(counts[e.target]),
-          p[best][:, None],
-          np.array([bool(best == e.target)]),
-        )
+        Likelihood(-log_probs[e.target], int(tokens[e.target]), p[best][:, None], correct)
       )
-    largest = max(len(t) for t in texts)
-    rows = min(self._batch_size, len(texts))
+    memory = costs.memory(
+      method.config,
+      roster,
+      self._mesh(method.config),
+      batching.bucket(min(self._batch_size, len(sequences))),
+      batching.bucket(max(map(len, sequences)), prefill.MIN_CAPACITY),
+      prefill.PREFILL_CHUNK,
+      kind="score",
+    )
     cost = {
-      "tokens": int(sum(map(sum, tokens))),
-      "forward_passes": int(sum(map(sum, tokens))) * len(roster.members),
+      "tokens": int(counts.sum()),
+      "forward_passes": int(counts.sum()) * len(roster.members),
       "flops": sum(
-        costs.scoring_flops(method.config, roster, len(t), s) for t, s in zip(texts, starts)
+        costs.scoring_flops(method.config, roster, len(t), s) for t, s in zip(sequences, starts)
       ),
       "seconds": seconds,
-      "peak_bytes": costs.memory(
-        method.config,
-        roster,
-        self._mesh(method.config),
-        batching.bucket(rows),
-        batching.bucket(largest, prefill.MIN_CAPACITY),
-        prefill.PREFILL_CHUNK,
-        kind="score",
-      ).total,
+      "peak_bytes": memory.total,
     }
-    return Answers(
-      [log_probs[:, 0].tolist() for log_probs in by_example],
-      [{} for _ in batch.examples],
-      cost,
-      likelihoods=likelihoods,
-    )
+    outputs = [log_probs[:, 0].tolist() for log_probs in by_example]
+    return Answers(outputs, [{} for _ in batch.examples], cost, likelihoods=likelihoods)
 
   def likelihoods(
     self, method: Method, seed: int, batch: Batch, output_temperatures: Sequence[float]
   ) -> list[Likelihood | None]:
-    """Of the examples' reference texts and the end of text behind them; None without one."""
+    """Returns the likelihood of each example's reference and end of text; None without one."""
     has = [i for i, e in enumerate(batch.examples) if e.reference is not None]
     found: list[Likelihood | None] = [None] * len(batch.examples)
     if batch.examples[0].kind == "choose":
       return self.answer(method, seed, batch, output_temperatures).likelihoods
     if has:
-      texts, starts = zip(*(self._prompt_builder.with_reference(batch.examples[i]) for i in has))
-      scores = self._scores(
-        method,
-        method.with_seed(seed),
-        texts,
-        starts,
-        [batch.ids[i] for i in has],
-        output_temperatures,
+      sequences, starts = zip(
+        *(self._prompt_builder.with_reference(batch.examples[i]) for i in has)
       )
-      for i, one, text, start in zip(has, scores, texts, starts):
+      ids, roster = [batch.ids[i] for i in has], method.with_seed(seed)
+      scores = self._scores(method, roster, sequences, starts, ids, output_temperatures)
+      for i, one, sequence, start in zip(has, scores, sequences, starts):
         found[i] = Likelihood(
           -one.log_probs.sum(axis=0, dtype=np.float64),
-          len(text) - start,
+          len(sequence) - start,
           np.exp(one.greedy_log_probs.T.astype(np.float64)),
-          one.greedy_tokens == np.array(text[start:]),
+          one.greedy_tokens == np.array(sequence[start:]),
         )
     return found
 
   def experts_read(self, method: Method, seed: int, answers: Answers) -> dict[str, float]:
-    """Different experts that decoding the answers side by side reads, as costs."""
-    if not answers.texts:
+    """Returns the unique active experts in decoding the answers together, as costs."""
+    if not answers.sequences:
       return {}
     unique = diagnostics.unique_experts(
       self._params,
       method.config,
       method.with_seed(seed),
-      answers.texts,
+      answers.sequences,
       answers.starts,
       answers.ids,
       batch_size=self._batch_size,
@@ -272,14 +251,14 @@ class Measurer:
       "experts_of_position": float(unique.by_position.mean()),
     }
 
-  def _scores(self, method, roster, texts, starts, ids, output_temperatures):
-    # As many output temperatures in every call, so that nothing is compiled again.
+  def _scores(self, method, roster, sequences, starts, ids, output_temperatures):
+    # The same number of output temperatures in every call avoids recompilation.
     padded = np.full(len(OUTPUT_TEMPERATURES), output_temperatures[-1])
     padded[: len(output_temperatures)] = output_temperatures
     found = scoring.score(
       self._params,
       method.config,
-      texts,
+      sequences,
       starts,
       roster=roster,
       request_ids=ids,

@@ -1,18 +1,18 @@
-"""The methods that `experiments.compare` sets against each other, as one table.
+"""The methods that `experiments.compare` compares.
 
-A method is written as its name, and settings behind a colon:
+A method is written as NAME or NAME:SETTING=VALUE,...:
 
     baseline                                greedy; also baseline:temperature=0.7,top_p=0.95
     baseline+temperature                    its output temperature fitted on validation examples
-    best_baseline                           that of `BASELINE_SETTINGS` which does best on these
+    best_baseline                           the best of `BASELINE_SETTINGS` on validation examples
     roster:n=8,t=0.3,aggregation=mean_logit any of n, t (or profile=FILE with the τ of each layer),
                                             cache, aggregation, include_clean, gate_weights, noise
     experts:k=16,gates=rescaled             the baseline with k experts per token
-    self_consistency:n=8,temperature=0.7    n samples of the baseline; the answer that most give
-    best_of:n=8,temperature=0.7             n samples; the one of highest probability
-    scmoe                                   contrast with a pass of second-best experts
+    self_consistency:n=8,temperature=0.7    majority vote over n samples of the baseline
+    best_of:n=8,temperature=0.7             the most probable of n samples
+    scmoe                                   contrast with a forward pass of second-best experts
 
-What is not given comes from `METHODS`, and for a roster from the program's flags.
+Defaults come from `METHODS` and, for a roster, from the program's flags.
 """
 
 from collections import Counter
@@ -45,12 +45,12 @@ BASELINE, FITTED, BEST_BASELINE, ROSTER, EXPERTS, VOTE, BEST, SCMOE = (
   "scmoe",
 )
 SAMPLING = dict(temperature=0.7, top_k=0, top_p=1.0)
-# Settings of the baseline among which `BEST_BASELINE` chooses, greedy first.
+# Sampling settings that `BEST_BASELINE` chooses from, greedy first.
 BASELINE_SETTINGS = tuple(
   dict(temperature=temperature, top_k=0, top_p=top_p)
   for temperature, top_p in ((0.0, 1.0), (0.3, 1.0), (0.7, 1.0), (0.7, 0.95), (1.0, 1.0))
 )
-# Settings of each method, with their defaults; None: the program's flags say, or the model.
+# Settings of each method and their defaults; None: set by the program's flags or the model.
 METHODS: dict[str, dict[str, Any]] = {
   BASELINE: SAMPLING | dict(temperature=0.0),
   FITTED: {},
@@ -81,7 +81,7 @@ _TYPES = dict(
   include_clean=lambda text: {"true": True, "false": False}[text],
 )
 
-# What the answers are that samples vote for; of other tasks nothing is extracted.
+# {task: extracts the answer to vote on}
 EXTRACT: dict[str, Callable[[str], Hashable | None]] = {
   **{task.name: wordmath.extract for task in WORDMATH if task.metric == "exact_match"},
   **{task.name: llm_adapters.extract_number for task in llm_adapters.MATH},
@@ -90,17 +90,17 @@ EXTRACT: dict[str, Callable[[str], Hashable | None]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """A way of getting answers from a model.
+  """A method to get answers from a model.
 
   Attributes:
     name: a key of `METHODS`.
-    text: as it was written, without blanks at its separators.
-    label: what it is called in tables.
-    config: the model's architecture, as the method uses it.
-    roster: how its distributions are made; its seed is the first noise seed.
-    sampler: how tokens are chosen from them.
-    num_samples: texts that are written for each example, of which one is picked.
-    profile: that its temperatures come from, or None.
+    text: the method as written, without spaces around separators.
+    label: its name in tables.
+    config: the model's config, as the method changes it.
+    roster: its roster, with the first noise seed.
+    sampler: how tokens are sampled.
+    num_samples: samples per example, of which `pick` selects one.
+    profile: source of the roster's temperatures, or None.
   """
 
   name: str
@@ -114,12 +114,12 @@ class Method:
 
   @property
   def folder(self) -> str:
-    """The text as the name of a folder."""
+    """The folder name of its run."""
     return re.sub(r"[^\w.=+-]+", "_", self.text)
 
   @property
   def passes_per_token(self) -> int:
-    """Rows that pass through the model for each position of the answer."""
+    """Forward passes per token of the answer: samples x members."""
     return self.num_samples * len(self.roster.members)
 
   @property
@@ -130,102 +130,98 @@ class Method:
 
   @property
   def no_likelihood(self) -> str | None:
-    """Why it gives reference texts no probability, or None."""
+    """Why the method assigns no likelihood to a reference; None if it does."""
     if self.name == BEST_BASELINE:
-      return "not defined: its settings are chosen by the answers they give"
+      return "not defined: its settings are selected by accuracy"
     if self.num_samples > 1:
-      return "not defined: an answer is picked among samples, and no distribution says how likely"
+      return "not defined: it selects among samples"
     if self.roster.aggregation == "contrast":
-      return "not defined: tokens that the clean member finds improbable have none"
+      return "not defined: tokens that the clean member finds improbable are masked"
     if not self.sampler.is_greedy and (int(self.sampler.top_k) or float(self.sampler.top_p) < 1):
-      return "not defined: tokens that sampling cuts off have none"
+      return "not defined: top_k or top_p cuts off tokens"
     return None
 
   @property
   def output_temperature(self) -> float:
-    """That of its own distribution, before any is fitted."""
+    """The output temperature before one is fitted."""
     return 1.0 if self.sampler.is_greedy else float(self.sampler.temperature)
 
   @property
   def fits_temperature(self) -> bool:
-    """Whether an output temperature is fitted: where it has a distribution at 1.
-
-    A sampler's temperature is its own, and fitted it is the baseline's.
-    """
+    """Whether an output temperature is fitted; sampling settings already have one."""
     return not self.no_likelihood and self.sampler.is_greedy
 
   def with_seed(self, seed: int) -> Roster:
     return self.roster.replace(seed=jnp.asarray(seed, jnp.uint32))
 
   def with_sampling(self, settings: dict[str, Any]) -> "Method":
-    """The method with the settings of `Sampler.create`."""
+    """Returns the method with other arguments of `Sampler.create`."""
     return dataclasses.replace(self, sampler=Sampler.create(**settings))
 
   def check_task(self, task: tasks.Task, kind: str) -> None:
-    """Refuses a task that the method has no answer to.
+    """Checks that the method can answer a task.
 
     Args:
       task: the task.
-      kind: of its examples, see `tasks.Example.kind`.
+      kind: kind of its examples, see `tasks.Example.kind`.
 
     Raises:
-      ValueError: it has none.
+      ValueError: it cannot.
     """
     if kind == "read":
       raise ValueError(
-        f"the examples of task {task.name} are texts to read, and methods are "
-        "compared by their answers: leave it out"
+        f"task {task.name} has no answers to compare, only text to read: remove it from --tasks"
       )
     if kind == "choose" and self.no_likelihood:
       raise ValueError(
-        f"task {task.name} takes the most probable of given choices, and the probability of a "
-        f"text under {self.text} is {self.no_likelihood}; leave one of them out"
+        f"task {task.name} needs the likelihood of its choices, which for {self.text} is "
+        f"{self.no_likelihood}: remove the task or the method"
       )
     if self.name == VOTE and task.name not in EXTRACT:
       raise ValueError(
-        f"{self.text} votes on the number in an answer, and there is none to extract in task "
-        f"{task.name} (there is in {', '.join(EXTRACT)}); leave one of them out"
+        f"{self.text} votes on numbers, which task {task.name} does not have (tasks with numbers: "
+        f"{', '.join(EXTRACT)}): remove the task or the method"
       )
 
   def pick(self, task: tasks.Task, samples: Sequence[Completion], texts: Sequence[str]) -> int:
-    """Which of the samples of an example is the answer, given what each of them answers."""
+    """Returns the index of the selected sample, given the samples' answers."""
     if self.name == VOTE:
       return vote([EXTRACT[task.name](text) for text in texts])
     return max(range(len(samples)), key=lambda i: sum(samples[i].log_probs))
 
 
 def vote(answers: Sequence[Hashable | None]) -> int:
-  """The first index of the most frequent answer; ties go to the one that came first.
+  """Returns the first index of the most frequent answer; ties go to the earliest.
 
-  None, where no answer could be extracted, wins only if there is nothing else.
+  None (no answer extracted) wins only if all are None.
   """
   votes = Counter(a for a in answers if a is not None)
   return answers.index(votes.most_common(1)[0][0]) if votes else 0
 
 
 def parse(text: str, config: ModelConfig, base: Roster) -> Method:
-  """The method that a text names.
+  """Parses a method.
 
   Args:
-    text: see the module.
-    config: the model's architecture.
+    text: the method in the module's syntax.
+    config: the model's config.
     base: roster with the settings of the program's flags.
 
   Raises:
-    ValueError: it names none, or a setting is unknown or out of its range.
+    ValueError: the method or a setting is unknown, or a value is out of range.
   """
   text = re.sub(r"\s*([:,=+])\s*", r"\1", text.strip())
   name, colon, rest = text.partition(":")
   if name not in METHODS:
-    raise ValueError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
+    raise ValueError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
   given = {}
   for part in rest.split(",") if colon else ():
     key, equals, value = part.partition("=")
     if not equals or key not in METHODS[name] or key in given:
       known = ", ".join(METHODS[name]) or "none"
       raise ValueError(
-        f"method {text!r}: {part!r} is not SETTING=VALUE with a new one of the "
-        f"settings of {name}: {known}"
+        f"method {text!r}: {part!r} must be SETTING=VALUE, each setting once; settings of "
+        f"{name}: {known}"
       )
     try:
       given[key] = _TYPES.get(key, str)(value)
@@ -237,12 +233,13 @@ def parse(text: str, config: ModelConfig, base: Roster) -> Method:
     raise ValueError(f"method {text!r}: {error}") from error
 
 
-def _baseline_roster(config, base):
+def _create_roster(config, base, **settings):
   return Roster.create(
     config,
     seed=int(base.seed),
     expert_strategy=base.expert_strategy,
     memory_budget=base.memory_budget,
+    **settings,
   )
 
 
@@ -252,47 +249,31 @@ def _baseline(name, text, config, base, settings, given):
     ["baseline", *(f"{key} {value:g}" for key, value in given.items())]
   )
   sampler = Sampler.create(**settings) if name == BASELINE else Sampler.greedy()
-  return Method(name, text, label, config, _baseline_roster(config, base), sampler)
+  return Method(name, text, label, config, _create_roster(config, base), sampler)
 
 
 def _roster(name, text, config, base, settings, given):
-  values = {
-    key: getattr(base, key)
-    for key in (
-      "num_members",
-      "temperatures",
-      "cache",
-      "aggregation",
-      "include_clean",
-      "gate_weights",
-      "noise",
-    )
-  }
+  names = [_ROSTER_NAMES.get(key, key) for key in METHODS[ROSTER] if key != "profile"]
+  values = {key: getattr(base, key) for key in names}
   values |= {_ROSTER_NAMES.get(key, key): value for key, value in given.items() if key != "profile"}
   profile = None
   if settings["profile"]:
     if settings["t"] is not None:
-      raise ValueError("temperatures come from t or from profile: give one of them")
+      raise ValueError("t and profile both set the temperatures: use one of them")
     path = pathlib.Path(settings["profile"])
     if not path.is_file():
-      raise ValueError(f"there is no temperature profile {path}")
+      raise ValueError(f"temperature profile {path} does not exist")
     profile = temperature_profiles.read(path)
     profile.check_sizes(config)
     values["temperatures"] = profile.temperatures
-  roster = Roster.create(
-    config,
-    seed=int(base.seed),
-    expert_strategy=base.expert_strategy,
-    memory_budget=base.memory_budget,
-    **values,
-  )
-  # A search may have found that no noise is best; its profile is taken at its word.
+  roster = _create_roster(config, base, **values)
+  # A search may find that zero temperatures are best, so a profile may have them.
   if roster.is_baseline or not (profile or bool(jnp.any(roster.temperatures > 0))):
     raise ValueError(
-      "it is the baseline: give a roster n of at least 2, and router "
-      "temperatures with t=... or --temperature_profile"
+      "it is the baseline: set n to at least 2, and router temperatures with t=... or "
+      "--temperature_profile"
     )
-  told = {
+  descriptions = {
     "t": "τ = {:g}",
     "cache": "{} cache",
     "aggregation": "{}",
@@ -300,8 +281,10 @@ def _roster(name, text, config, base, settings, given):
     "noise": "{} noise",
     "include_clean": "with clean member" if roster.include_clean else "without clean member",
   }
-  parts = [told[key].format(given[key]).replace("_", " ") for key in told if key in given]
-  # `experiments.tune` calls all of its profiles profile.json.
+  parts = [
+    d.format(given[key]).replace("_", " ") for key, d in descriptions.items() if key in given
+  ]
+  # `experiments.tune` names all of its profiles profile.json.
   source = [f"τ of {path.stem if path.stem != 'profile' else path.parent.name}"] if profile else []
   label = ", ".join([f"roster, n = {roster.num_members}", *source, *parts])
   return Method(name, text, label, config, roster, Sampler.greedy(), profile=profile)
@@ -313,7 +296,7 @@ def _experts(name, text, config, base, settings, given):
   changed = routing.with_experts(config, k, settings["gates"])
   gates = {"model": "", "rescaled": ", gates as of {}", "renormalized": ", gates sum to 1"}
   label = f"{k} experts" + gates[settings["gates"]].format(own)
-  return Method(name, text, label, changed, _baseline_roster(changed, base), Sampler.greedy())
+  return Method(name, text, label, changed, _create_roster(changed, base), Sampler.greedy())
 
 
 def _sampled(name, text, config, base, settings, given):
@@ -321,27 +304,18 @@ def _sampled(name, text, config, base, settings, given):
   sampler = Sampler.create(**{key: settings[key] for key in SAMPLING})
   if n < 2 or sampler.is_greedy:
     raise ValueError(
-      f"it needs n of at least 2 samples and a temperature above 0, got {n} at "
-      f"{settings['temperature']:g}"
+      f"n must be at least 2 and temperature above 0, got n={n} and "
+      f"temperature={settings['temperature']:g}"
     )
   label = f"self-consistency, {n} samples" if name == VOTE else f"best of {n} samples"
   label += "".join(f", {key} {given[key]:g}" for key in SAMPLING if key in given)
-  return Method(name, text, label, config, _baseline_roster(config, base), sampler, n)
+  return Method(name, text, label, config, _create_roster(config, base), sampler, n)
 
 
 def _scmoe(name, text, config, base, settings, given):
-  # Of two members one is clean, and of the other only the second-best experts are left.
-  roster = Roster.create(
-    config,
-    2,
-    1.0,
-    noise="second_expert",
-    cache="standard",
-    aggregation="contrast",
-    seed=int(base.seed),
-    expert_strategy=base.expert_strategy,
-    memory_budget=base.memory_budget,
-  )
+  # Two members: the clean one, and one that uses the second-best expert only.
+  contrast = dict(noise="second_expert", cache="standard", aggregation="contrast")
+  roster = _create_roster(config, base, num_members=2, temperatures=1.0, **contrast)
   return Method(name, text, "SCMoE", config, roster, Sampler.greedy())
 
 
@@ -358,12 +332,11 @@ _MAKERS: dict[str, Callable[..., Method]] = {
 
 
 def default_texts(config: ModelConfig, n: int) -> list[str]:
-  """Methods at the forward rows of a roster of n, and cheaper ones beside them.
+  """Returns the methods with as many forward passes as a roster of n, and cheaper ones.
 
-  A roster without its clean member has n - 1 others, as the clean one still writes
-  the cache. As a forward row with more experts is a dearer one, their numbers are
-  twice the model's, and that at which a row has the experts of n (as far as there
-  are so many).
+  A roster without its clean member has n - 1 noisy ones, since the clean one still writes the
+  cache. Methods with more experts per token use twice the model's number, and n times it (at
+  most all).
   """
   own, most = config.experts_per_token, config.num_experts
   rules = ["model"] if config.normalize_gates else list(routing.EXTRA_GATES)
@@ -390,15 +363,17 @@ def default_texts(config: ModelConfig, n: int) -> list[str]:
 
 
 def parse_all(texts: Sequence[str], config: ModelConfig, base: Roster) -> list[Method]:
-  """The methods that texts name.
+  """Parses methods.
 
   Raises:
-    ValueError: see `parse`; or two are the same.
+    ValueError: see `parse`; or two methods are equal or have the same label.
   """
   found = [parse(text, config, base) for text in texts]
   for what in ("folder", "label"):
     names = [getattr(method, what) for method in found]
     twice = [method.text for method, name in zip(found, names) if names.count(name) > 1]
     if twice:
-      raise ValueError(f"the methods {' and '.join(twice)} are the same, or called the same")
+      raise ValueError(
+        f"the methods {' and '.join(twice)} have the same settings or label: remove one"
+      )
   return found

@@ -1,7 +1,6 @@
-"""How a task's examples are put to a model, and what its texts answer.
+"""Turns task examples into prompts, and completions into answers.
 
-As plain prompts, or as messages in the format of an instruct model, where the answer
-is read apart from what was reasoned before it.
+Prompts are raw text or, for instruct models, chats, whose answers exclude the reasoning.
 """
 
 from collections.abc import Sequence
@@ -17,11 +16,11 @@ from roe_jax.text.tokenizer import Tokenizer
 
 
 class PromptBuilder:
-  """A model's way of being asked.
+  """Builds a model's prompts and reads its answers.
 
   Attributes:
-    tokenizer: its tokenizer.
-    stop_tokens: what ends an answer.
+    tokenizer: the model's tokenizer.
+    stop_tokens: tokens that end an answer.
   """
 
   def __init__(
@@ -31,13 +30,13 @@ class PromptBuilder:
     chat: Chat | None = None,
     system: str | None = None,
   ):
-    """Plain prompts without a chat.
+    """Builds raw prompts, or chats if a format is given.
 
     Args:
-      config: the model's architecture.
+      config: the model's config.
       tokenizer: its tokenizer.
-      chat: the format; examples must then have `messages`.
-      system: a system message before them.
+      chat: the chat format; examples must then have `messages`.
+      system: system message at the start of each chat.
     """
     self.tokenizer = tokenizer
     self._config, self._chat, self._system = config, chat, system
@@ -48,12 +47,12 @@ class PromptBuilder:
 
   @property
   def settings(self) -> dict[str, Any]:
-    """What prompts depend on besides their examples: "chat", None for plain ones, and "system"."""
+    """What prompts depend on besides the examples: "chat" (None for raw prompts) and "system"."""
     return {"chat": self._chat.settings if self._chat else None, "system": self._system}
 
   @staticmethod
   def limited(examples: Sequence[Example], max_new_tokens: int | None) -> list[Example]:
-    """Examples with another limit of what is written; None leaves theirs."""
+    """Returns examples with `max_new_tokens`; None leaves them as they are."""
     return [
       dataclasses.replace(e, max_new_tokens=max_new_tokens)
       if max_new_tokens and e.kind == "generate"
@@ -62,28 +61,28 @@ class PromptBuilder:
     ]
 
   def prompt(self, example: Example) -> list[int]:
-    """Token ids of the question, up to where the answer begins."""
+    """Returns the token ids of the prompt, up to where the answer starts."""
     if self._chat is None:
       return self.tokenizer.encode(example.prompt)
     return self._rendered(example).tokens
 
   def with_text(self, example: Example, text: str) -> tuple[list[int], int]:
-    """Token ids of the question and a text behind it, and the index of the text's first one."""
+    """Returns the token ids of the prompt and `text`, and the index of the first one of `text`."""
     prompt = self.prompt(example)
     return prompt + self.tokenizer.encode(text, add_special_tokens=False), len(prompt)
 
   def with_reference(self, example: Example) -> tuple[list[int], int]:
-    """As `with_text`, of the reference, and the end of text behind it.
+    """Returns `with_text` of the reference, and an end-of-text token.
 
-    A text that is only to be read has no end, and how the answer of a chat ends is its
-    template's matter: that is not scored.
+    There is no such token for examples of kind "read", which have no end, or for chats, where the
+    template decides how an answer ends.
     """
     tokens, start = self.with_text(example, example.reference)
     ends = self._chat is None and example.kind != "read"
     return tokens + list(self._config.eos_token_ids[:1] if ends else ()), start
 
   def answer(self, example: Example, completion: Completion) -> str:
-    """What a completion of the question answers; of a chat "" if the limit came first."""
+    """Returns the answer in a completion; "" if a chat reached its limit before the answer."""
     if self._chat is None:
       return completion.text
     return self._chat.answer(self._rendered(example), completion, example.stop).final or ""

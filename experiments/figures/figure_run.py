@@ -79,7 +79,7 @@ def _flag(name, value):
   )
 
 
-class Measurements(jsonl.Kept):
+class Measurements(jsonl.SavedValues):
   """Saved measurements with a progress bar that names the current one."""
 
   def __init__(self, path: pathlib.Path, settings: dict[str, Any]):

@@ -1,1 +1,1 @@
-"""Files of results that grow line by line and survive a kill."""
+"""Result files that are written line by line and survive a kill."""

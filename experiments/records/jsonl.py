@@ -1,6 +1,6 @@
-"""JSON lines in, JSON lines out, going on where an earlier run stopped."""
+"""JSON lines: input requests, and result files that an interrupted run resumes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import json
 import os
 import pathlib
@@ -11,11 +11,11 @@ from experiments.cli import app
 
 
 def read(path: str | None) -> list[dict[str, Any]]:
-  """The JSON objects of a file, or of standard input for None or "-", as process 0 sees them.
+  """Reads JSON objects from a file, or from standard input for None or "-", in process 0.
 
   Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: a line is not a JSON object, or there is none.
+    FileNotFoundError: the file does not exist.
+    ValueError: a line is not a JSON object, or the input is empty.
   """
   return app.from_first_process(lambda: parse(_lines(path)))
 
@@ -29,7 +29,7 @@ def _lines(path):
 
 
 def parse(lines: Sequence[str]) -> list[dict[str, Any]]:
-  """As `read`, from lines; blank ones are skipped."""
+  """Parses lines as `read` does; skips blank ones."""
   requests = []
   for number, line in enumerate(lines, 1):
     if not line.strip():
@@ -42,15 +42,39 @@ def parse(lines: Sequence[str]) -> list[dict[str, Any]]:
       raise ValueError(f"input line {number} must be a JSON object, got {line.strip()[:60]}")
     requests.append(request)
   if not requests:
-    raise ValueError("the input holds no line")
+    raise ValueError("the input is empty")
   return requests
 
 
+def read_lines(path: pathlib.Path, repair: bool = False) -> list[dict[str, Any]]:
+  """Reads the complete lines of a file as JSON objects; none if the file does not exist.
+
+  Args:
+    path: the file.
+    repair: whether to remove an incomplete last line, which a killed run leaves.
+  """
+  if not path.is_file():
+    return []
+  whole, _, torn = path.read_text().rpartition("\n")
+  lines = [json.loads(line) for line in whole.splitlines()]
+  if torn and repair:
+    app.write_atomically(path, whole + "\n" if whole else "")
+  return lines
+
+
+def append(path: pathlib.Path, records: Iterable[dict[str, Any]]) -> None:
+  """Appends records as JSON lines, in process 0 only."""
+  if app.is_first_process():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+      file.write("".join(json.dumps(record) + "\n" for record in records))
+
+
 def tokens_of(request: dict[str, Any], name: str, encode, what: str) -> list[int]:
-  """Token ids of a request: of its text `name`, or its ids `name + "_tokens"`.
+  """Returns a request's token ids: of its text `name`, or its ids `name + "_tokens"`.
 
   Raises:
-    ValueError: neither is there.
+    ValueError: it has neither.
   """
   ids = request.get(f"{name}_tokens")
   if isinstance(ids, list) and all(isinstance(t, int) and not isinstance(t, bool) for t in ids):
@@ -61,15 +85,12 @@ def tokens_of(request: dict[str, Any], name: str, encode, what: str) -> list[int
 
 
 class Results:
-  """Results of requests, one line each with the request's "index".
+  """Writes results of requests, one JSON line each with the request's "index".
 
-  Results may come in any order. A file gets each line as it comes, and when all
-  are there is put in the order of the requests: in the end it is the same file,
-  whatever order they came in and however often the work was interrupted.
-  Requests whose results the file already holds need not be computed again; a
-  line that an interrupted run left torn is cut off. To standard output a line
-  is printed as soon as all before it are. Of several processes the first one
-  alone touches the file; all know what is in it.
+  Results may arrive in any order. A file gets each line at once, and is sorted by request
+  when all are there, so the final file does not depend on interruptions. A rerun computes
+  only the `missing` results. Standard output gets a line as soon as all lines before it are
+  printed. Only process 0 writes; all processes know what is in the file.
   """
 
   _KEYS = ("id", "prompt", "messages", "continuation", "prompt_tokens", "continuation_tokens")
@@ -80,19 +101,17 @@ class Results:
     """Opens `path`, or standard output for None.
 
     Raises:
-      ValueError: the file holds results of other requests or settings.
+      ValueError: the file has results of other requests or settings.
     """
     self._requests = requests
     self._settings = json.loads(json.dumps(settings))
     self._path = pathlib.Path(path) if path else None
-    # In the order of their lines.
+    # Indices in the order of their lines.
     self._written = app.from_first_process(self._found) if path else []
-    self._held: dict[int, str] = {}  # lines for which standard output is not ready
+    self._waiting: dict[int, str] = {}  # lines that earlier ones must precede
     self._file = self._open() if path else sys.stdout
     if self._written:
-      print(
-        f"[{path} already holds {len(self._written)} of {len(requests)} results]", file=sys.stderr
-      )
+      print(f"[{path} has {len(self._written)} of {len(requests)} results]", file=sys.stderr)
 
   def _open(self):
     if not app.is_first_process():
@@ -102,8 +121,8 @@ class Results:
 
   @property
   def missing(self) -> list[int]:
-    """Indices of the requests whose results are not there yet."""
-    there = self._held.keys() | set(self._written)
+    """Indices of the requests without a result."""
+    there = self._waiting.keys() | set(self._written)
     return [i for i in range(len(self._requests)) if i not in there]
 
   def _head(self, index):
@@ -112,14 +131,11 @@ class Results:
 
   def _found(self):
     """Indices of the results in the file, in its order."""
-    if not self._path.exists():
-      return []
-    whole, _, torn = self._path.read_text().rpartition("\n")
     refusal = (
-      f"{self._path} holds results of other requests or settings: name another file, or remove it"
+      f"{self._path} has results of other requests or settings: choose another file or delete it"
     )
     try:
-      results = [json.loads(line) for line in whole.splitlines()]
+      results = read_lines(self._path)
       indices = [result["index"] for result in results]
       same = len(set(indices)) == len(indices) and all(
         type(i) is int
@@ -132,19 +148,18 @@ class Results:
       raise ValueError(refusal) from error
     if not same:
       raise ValueError(refusal)
-    if torn:
-      app.write_atomically(self._path, whole + "\n" if whole else "")
+    read_lines(self._path, repair=True)
     return indices
 
   def write(self, index: int, record: dict[str, Any]) -> None:
-    """Takes the result of request `index`, and makes visible to readers what can be."""
+    """Writes the result of request `index`, after those that must precede it."""
     line = json.dumps(self._head(index) | record | {"settings": self._settings}) + "\n"
     if self._path:
       self._print(index, line)
     else:
-      self._held[index] = line
-      while len(self._written) in self._held:
-        self._print(len(self._written), self._held.pop(len(self._written)))
+      self._waiting[index] = line
+      while len(self._written) in self._waiting:
+        self._print(len(self._written), self._waiting.pop(len(self._written)))
     self._file.flush()
 
   def _print(self, index, line):
@@ -156,9 +171,9 @@ class Results:
 
   def __exit__(self, *exception) -> None:
     if self._path is None:
-      # After an interruption: what was computed is not lost.
-      for index in sorted(self._held):
-        self._print(index, self._held[index])
+      # After an interruption, print what was computed.
+      for index in sorted(self._waiting):
+        self._print(index, self._waiting[index])
       self._file.flush()
       return
     self._file.close()
@@ -167,16 +182,14 @@ class Results:
       app.write_atomically(self._path, "".join(lines[i] for i in sorted(lines)))
 
 
-class Kept:
-  """Values by name, kept in a file as they are computed.
+class SavedValues:
+  """Named values that are saved in a file as they are computed, so that a rerun reuses them.
 
-  An interrupted run, started again, computes those that are missing. A line
-  holds the settings that its value depends on; those of other settings stay as
-  they are and count for nothing.
+  Each line has the settings that its value depends on; lines with other settings are ignored.
   """
 
   def __init__(self, path: pathlib.Path | None, settings: dict[str, Any]):
-    """Opens `path`; None keeps values for this run only.
+    """Opens `path`; None keeps values in memory only.
 
     Raises:
       ValueError: the file was not written by this class.
@@ -185,34 +198,27 @@ class Kept:
     self._settings = json.loads(json.dumps(settings))
     self._values = app.from_first_process(self._found) if path else {}
     if self._values:
-      print(f"[{path} already holds {len(self._values)} values of this work]", file=sys.stderr)
+      print(f"[{path} has {len(self._values)} values of this run]", file=sys.stderr)
 
   def _found(self):
-    if not self._path.exists():
-      return {}
-    whole, _, torn = self._path.read_text().rpartition("\n")
     try:
-      lines = [json.loads(line) for line in whole.splitlines()]
+      lines = read_lines(self._path)
       values = {line["name"]: line["value"] for line in lines if line["settings"] == self._settings}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
       raise ValueError(
-        f"{self._path} holds something else than values of earlier runs: name "
-        "another output, or remove it"
+        f"{self._path} does not have values of earlier runs: choose another output or delete it"
       ) from error
-    if torn:
-      app.write_atomically(self._path, whole + "\n" if whole else "")
+    read_lines(self._path, repair=True)
     return values
 
   def __contains__(self, name: str) -> bool:
     return name in self._values
 
   def get(self, name: str, compute: Callable[[], Any]) -> Any:
-    """The JSON value of a name, that of process 0; computed by all if it is missing."""
+    """Returns the JSON value `name`; if missing, all processes compute it and keep process 0's."""
     if name not in self._values:
       value = json.loads(json.dumps(app.broadcast(compute())))
-      if self._path and app.is_first_process():
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-          file.write(json.dumps({"name": name, "value": value, "settings": self._settings}) + "\n")
+      if self._path:
+        append(self._path, [{"name": name, "value": value, "settings": self._settings}])
       self._values[name] = value
     return self._values[name]

@@ -1,17 +1,15 @@
-"""Runs: what one method made of examples, as a folder that other programs read.
+"""Runs: the results of one method on examples, as a folder that other programs read.
 
-    RUN/settings.json    all that the results depend on, what the run is called, and the
-                         command that began it
-    RUN/examples.jsonl   one line for each (task, example, seed), in that order when complete
-    RUN/costs.jsonl      what each stretch of work cost
-    RUN/summary.json     means and costs; written last
+    RUN/settings.json    everything the results depend on, the run's name and command
+    RUN/examples.jsonl   one line per (task, example, seed), sorted when complete
+    RUN/costs.jsonl      one line of costs per batch
+    RUN/summary.json     means and total costs; written last
 
-A line of `examples.jsonl` has "task", "example" (an id that is the same in every
-run, so that runs are paired by it), "seed" (of the routing noise) and "metrics"
-({name: number}), beside whatever else a program keeps. A line of `costs.jsonl` has
-"task", "seed" and numbers that are summed ("tokens", "forward_passes", "flops",
-"seconds", ...). A killed run goes on where it stopped. Of several processes the
-first one reads and writes; all know what is done.
+A line of `examples.jsonl` has "task", "example" (an id that is equal in all runs and pairs
+them), "seed" (of the routing noise), "metrics" ({name: number}) and anything else that a
+program adds. A line of `costs.jsonl` has "task", "seed" and numbers to sum ("tokens",
+"forward_passes", "flops", "seconds", ...). A killed run resumes. Only process 0 reads and
+writes; all processes know what is done.
 """
 
 from collections.abc import Iterable
@@ -24,6 +22,8 @@ from typing import Any
 import numpy as np
 
 from experiments.cli import app
+from experiments.records import jsonl
+from experiments.records.jsonl import read_lines
 
 SETTINGS, EXAMPLES, COSTS, SUMMARY = (
   "settings.json",
@@ -32,20 +32,20 @@ SETTINGS, EXAMPLES, COSTS, SUMMARY = (
   "summary.json",
 )
 COMMAND = "command"
-# (task, example, seed): what a line is known by.
+# (task, example, seed)
 Key = tuple[str, str, int]
 
 
 def key(record: dict[str, Any]) -> Key:
-  """What a line of `examples.jsonl` is known by."""
+  """Returns the key of a line of `examples.jsonl`."""
   return record["task"], str(record["example"]), int(record["seed"])
 
 
 def claim(path: pathlib.Path, settings: dict[str, Any]) -> None:
-  """Writes the settings of a run into its folder, or finds them there.
+  """Writes the settings of a run into its folder, or checks those that are there.
 
   Raises:
-    ValueError: the folder holds a run with other settings.
+    ValueError: the folder has a run with other settings.
   """
   wanted = json.loads(json.dumps(settings))
   found = path / SETTINGS
@@ -55,52 +55,50 @@ def claim(path: pathlib.Path, settings: dict[str, Any]) -> None:
     )
     app.write_atomically(found, json.dumps(wanted | {COMMAND: command}, indent=2) + "\n")
     return
-  held = json.loads(found.read_text())
-  held.pop(COMMAND, None)
-  differing = sorted(k for k in held.keys() | wanted.keys() if held.get(k) != wanted.get(k))
+  there = json.loads(found.read_text())
+  there.pop(COMMAND, None)
+  differing = sorted(k for k in there.keys() | wanted.keys() if there.get(k) != wanted.get(k))
   if differing:
     raise ValueError(
-      f"{path} holds a run with other settings ({', '.join(differing)}): name "
-      "another folder, or remove it"
+      f"{path} has a run with other settings ({', '.join(differing)}): choose another folder "
+      "or delete it"
     )
 
 
 class Run:
-  """A run that is being made, or made further.
+  """A run in progress.
 
   Attributes:
     path: its folder.
-    name: what the run is called in tables.
-    done: keys of the examples whose lines are there.
+    name: its name in tables.
+    done: keys of the examples that are done.
   """
 
   def __init__(self, path: str | pathlib.Path, name: str, settings: dict[str, Any]):
-    """Opens a folder, or begins one.
+    """Opens or creates a folder.
 
     Raises:
-      ValueError: the folder holds a run of another name or with other settings.
+      ValueError: the folder has a run with another name or other settings.
     """
     self.path, self.name = pathlib.Path(path), name
 
     def opened():
       claim(self.path, {"name": name, **settings})
-      read_lines(self.path / COSTS, mend=True)
-      return [key(record) for record in read_lines(self.path / EXAMPLES, mend=True)]
+      read_lines(self.path / COSTS, repair=True)
+      return [key(record) for record in read_lines(self.path / EXAMPLES, repair=True)]
 
     self.done = {tuple(k) for k in app.from_first_process(opened)}
 
   def write(self, records: Iterable[dict[str, Any]], costs: dict[str, Any] | None = None) -> None:
-    """Appends lines of examples, and one of what they cost."""
-    lines = []
-    for record in records:
-      self.done.add(key(record))
-      lines.append(record)
-    if costs is not None:  # first: what was paid for stays counted if the rest is lost
-      _append(self.path / COSTS, [costs])
-    _append(self.path / EXAMPLES, lines)
+    """Appends lines of examples and one line of their costs."""
+    records = list(records)
+    self.done.update(map(key, records))
+    if costs is not None:  # first, so that a kill in between does not lose costs
+      jsonl.append(self.path / COSTS, [costs])
+    jsonl.append(self.path / EXAMPLES, records)
 
   def finish(self) -> dict[str, Any]:
-    """Puts the lines in order, and writes and returns the summary."""
+    """Sorts the lines; writes and returns the summary."""
 
     def summary():
       records = sorted(read_lines(self.path / EXAMPLES), key=key)
@@ -112,7 +110,7 @@ class Run:
     return app.from_first_process(summary)
 
   def costs(self) -> dict[str, float]:
-    """The numbers of all lines of `costs.jsonl`, summed; of "peak_..." the largest."""
+    """Sums the numbers of `costs.jsonl`; takes the maximum of those named "peak_..."."""
     total: dict[str, float] = {}
     for line in read_lines(self.path / COSTS):
       for name, value in line.items():
@@ -124,7 +122,7 @@ class Run:
 
 
 def means(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-  """{task: {"examples", "seeds", "metrics": {name: mean over examples and seeds}}}."""
+  """Returns {task: {"examples", "seeds", "metrics": {name: mean over examples and seeds}}}."""
   by_task: dict[str, list[dict[str, Any]]] = {}
   for record in records:
     by_task.setdefault(record["task"], []).append(record)
@@ -142,41 +140,19 @@ def means(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def load(path: str | pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-  """Settings, lines of examples, and summary of a finished run.
+  """Loads the settings, examples and summary of a finished run.
 
   Raises:
-    FileNotFoundError: it is not the folder of a finished run.
+    FileNotFoundError: the folder is not a finished run.
   """
   path = pathlib.Path(path)
   for name in (SETTINGS, EXAMPLES, SUMMARY):
     if not (path / name).is_file():
       raise FileNotFoundError(
-        f"{path} has no {name}: it is not a finished run; start the program that writes it again"
+        f"{path} has no {name}, so it is not a finished run: rerun the program that writes it"
       )
   return (
     json.loads((path / SETTINGS).read_text()),
     read_lines(path / EXAMPLES),
     json.loads((path / SUMMARY).read_text()),
   )
-
-
-def read_lines(path: pathlib.Path, mend: bool = False) -> list[dict[str, Any]]:
-  """The JSON objects of a file, none if it is not there.
-
-  Args:
-    path: the file.
-    mend: whether a last line that a killed run left torn is cut off.
-  """
-  if not path.is_file():
-    return []
-  whole, _, torn = path.read_text().rpartition("\n")
-  if torn and mend:
-    app.write_atomically(path, whole + "\n" if whole else "")
-  return [json.loads(line) for line in whole.splitlines()]
-
-
-def _append(path, records):
-  if not app.is_first_process():
-    return
-  with open(path, "a") as file:
-    file.write("".join(json.dumps(record) + "\n" for record in records))

@@ -1,27 +1,25 @@
-"""Runs programs that a model wrote, or anybody, so that they can do no harm.
+"""Runs untrusted programs, such as model-written ones, in a sandbox.
 
-Each runs in a process of its own that has confined itself (`confine`):
+Each program runs in a separate process that confines itself first (`confinement`):
 
-* files: it can read Python and the system's libraries, and have plain files in an
-  empty temporary folder, which is removed afterwards: so large, so many, and so many
-  bytes together. Everything else, /proc with other processes' environments
-  included, is shut.
-* processes: one. It can make no other and no thread, signal none but itself, and so
-  leaves none behind. It is killed at its limit of time, and when its parent dies.
-* network: it can make no socket.
-* memory: limited, as is what is kept of what it prints.
-* environment: made anew.
+* files: it can read Python and the system's libraries, and use regular files in an empty
+  temporary folder, with limits on their size, number and total size; the folder is deleted
+  afterwards. It can access nothing else, including /proc and other processes' environments.
+* processes: it cannot create processes or threads, or signal others. It is killed at its time
+  limit and when its parent dies.
+* network: it cannot create sockets.
+* memory and output are limited.
+* environment: it does not inherit variables.
 
-That holds on Linux (x86-64, AArch64) for root and for ordinary users, in containers
-too, where the kernel has Landlock (5.13 and later). Elsewhere root's programs run as
-the user "nobody", can write no file at all, and can read what is readable for all;
-ordinary users are refused. So is everything else, rather than run unconfined.
+This requires Linux (x86-64 or AArch64) with Landlock (kernel 5.13 or later), and works for root
+and ordinary users, in containers too. Without Landlock, root's programs run as the user
+"nobody", cannot write files and can read world-readable ones; programs of ordinary users are
+rejected. No program ever runs unconfined.
 
-Whether a program ran to its end is told by a token that it would have to look for in
-the frames of the code that runs it. This keeps out exits before the tests; it is no
-proof against a program that was written to deceive its scorer, which could as well
-return objects that equal everything. No sandbox around tests that run in the
-program's own process is.
+A program proves that it ran to the end with a token that is only in the frames of the runner's
+code. This catches programs that exit before the tests, but not programs written to deceive
+the scorer, which could also return objects that equal everything; no sandbox can prevent that
+if tests run in the program's process.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,25 +40,25 @@ import tempfile
 import time
 
 _RUNNER = pathlib.Path(__file__).with_name("runner.py")
-_TICK = 0.05  # seconds between looks at the folder
+_TICK = 0.05  # seconds between checks of the folder
 _START = 60.0  # seconds that a process may take to confine itself
 _READ = 1 << 16
-_KEPT = 4096  # bytes of a program's output
-_BEGUN = b"confined\n"  # a process says that it is about to run its program
+_TAIL = 4096  # bytes of a program's output that are returned
+_BEGUN = b"confined\n"  # the process is about to run its program
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What one program may use.
+  """Resource limits of one program.
 
   Attributes:
-    seconds: wall-clock time, counted from when the program starts.
-    memory_bytes: address space of its process, Python's own (about 20 MB) included.
-    file_bytes: of one file.
-    folder_bytes: of all files together, looked at every 0.05 seconds.
-    files: their number, likewise.
-    output_bytes: of standard output and standard error together.
-    result_bytes: of its `__result__`.
+    seconds: wall-clock time from the program's start.
+    memory_bytes: address space of the process, including Python's own (about 20 MB).
+    file_bytes: size of one file.
+    folder_bytes: total size of files, checked every 0.05 seconds.
+    files: number of files, checked every 0.05 seconds.
+    output_bytes: standard output and standard error together.
+    result_bytes: size of `__result__`.
   """
 
   seconds: float = 3.0
@@ -78,8 +76,8 @@ class Program:
 
   Attributes:
     text: Python source.
-    data: what it finds as `__data__`.
-    limits: what it may use.
+    data: its variable `__data__`.
+    limits: its resource limits.
   """
 
   text: str
@@ -89,15 +87,15 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What became of a program.
+  """The outcome of a program.
 
   Attributes:
-    passed: whether it ran to its end without an exception.
-    reason: "passed", or in a few words why not.
-    output: the end of what it printed, traceback included, at most 4096 bytes.
-    seconds: how long it ran.
-    result: what it left as `__result__` (bytes), empty if it did not pass. It comes
-      from the program: not to be unpickled outside of another sandbox.
+    passed: whether it ran to the end without an exception.
+    reason: "passed", or why it failed.
+    output: the last 4096 bytes of its output, including a traceback.
+    seconds: its running time.
+    result: its variable `__result__` (bytes), empty if it failed. It is untrusted: unpickle it
+      only in another sandbox.
   """
 
   passed: bool
@@ -108,17 +106,17 @@ class Outcome:
 
 
 def run_program(program: Program | str, *, landlock: bool = True) -> Outcome:
-  """Runs a program in a sandbox, by this Python and with the packages that it has.
+  """Runs a program in a sandbox with this Python and its packages.
 
   Args:
-    program: what to run; a text alone under the usual limits.
-    landlock: whether the kernel's Landlock may be used; for tests of the other way.
+    program: the program; source text gets the default limits.
+    landlock: whether to use Landlock; False is for tests.
 
   Raises:
-    ValueError: programs cannot be confined here.
+    ValueError: programs cannot be confined on this machine.
   """
   if not hasattr(os, "pidfd_open"):
-    raise ValueError(f"programs can be confined on Linux only, here it is {sys.platform}")
+    raise ValueError(f"the sandbox requires Linux, got {sys.platform}")
   if isinstance(program, str):
     program = Program(program)
   folder = tempfile.mkdtemp(prefix="sandbox-")
@@ -154,15 +152,15 @@ def run_programs(
   workers: int = 1,
   on_done: Callable[[int], None] = lambda index: None,
 ) -> list[Outcome]:
-  """Runs programs, `workers` at a time; outcomes in the order of the programs.
+  """Runs programs in parallel; returns outcomes in their order.
 
   Args:
-    programs: what to run.
-    workers: at least 1.
-    on_done: called in this thread with the index of each program that has ended.
+    programs: the programs.
+    workers: number of programs that run in parallel, at least 1.
+    on_done: called in this thread with the index of each finished program.
 
   Raises:
-    ValueError: as `run_program`.
+    ValueError: see `run_program`.
   """
   with futures.ThreadPoolExecutor(workers) as pool:
     running = {pool.submit(run_program, program): i for i, program in enumerate(programs)}
@@ -178,42 +176,33 @@ def run_programs(
 
 @functools.cache
 def check_support() -> None:
-  """Runs a program that needs no more than NumPy.
+  """Checks that a program that imports NumPy runs in the sandbox.
 
   Raises:
-    ValueError: programs cannot be confined here, or do not run then.
+    ValueError: programs cannot be confined on this machine, or fail there.
   """
   outcome = run_program(Program("import numpy", limits=Limits(seconds=60.0)))
   if not outcome.passed:
     raise ValueError(
-      "a program that imports NumPy does not run in the sandbox "
-      f"({outcome.reason}): {outcome.output}"
+      f"a program that imports NumPy fails in the sandbox ({outcome.reason}): {outcome.output}"
     )
 
 
 class _Run:
-  """One process, watched by its parent."""
+  """One process, monitored by its parent."""
 
   def __init__(self, limits: Limits, folder: str, token: bytes):
     self._limits, self._folder, self._token = limits, folder, token
     self._printed, self._tail, self._answer = 0, b"", bytearray()
-    self._began = None  # when the program started
+    self._began = None  # start time of the program
 
   def run(self, job) -> Outcome:
     output, output_end = os.pipe()
     results, results_end = os.pipe()
     try:
+      arguments = str(_RUNNER), self._folder, str(os.getpid()), str(results_end)
       process = subprocess.Popen(
-        [
-          sys.executable,
-          "-s",
-          "-P",
-          "-B",
-          str(_RUNNER),
-          self._folder,
-          str(os.getpid()),
-          str(results_end),
-        ],
+        [sys.executable, "-s", "-P", "-B", *arguments],
         stdin=job,
         stdout=output_end,
         stderr=subprocess.STDOUT,
@@ -242,7 +231,7 @@ class _Run:
     return self._outcome(broken, process.returncode)
 
   def _watch(self, selector, exited) -> str | None:
-    """Reads what comes until the process ends or breaks a limit, which is returned."""
+    """Reads output until the process ends (returns None) or exceeds a limit (returns which)."""
     started, ended = time.monotonic(), False
     while not ended:
       events = selector.select(_TICK)
@@ -250,7 +239,7 @@ class _Run:
       broken = self._read(selector, events) or (None if ended else self._broken(started))
       if broken:
         return broken
-    # What is left in the pipes; nobody else holds their other ends.
+    # Drain the pipes, whose other ends are closed.
     while events := [e for e in selector.select(0) if e[0].fd != exited]:
       if broken := self._read(selector, events):
         return broken
@@ -269,7 +258,7 @@ class _Run:
 
   def _print(self, data) -> str | None:
     self._printed += len(data)
-    self._tail = (self._tail + data)[-_KEPT:]
+    self._tail = (self._tail + data)[-_TAIL:]
     return "output limit" if self._printed > self._limits.output_bytes else None
 
   def _take(self, data) -> str | None:
@@ -290,7 +279,7 @@ class _Run:
         try:
           size += entry.stat(follow_symlinks=False).st_blocks * 512
         except FileNotFoundError:
-          continue  # just removed
+          continue  # just deleted
         count += 1
         if count > self._limits.files or size > self._limits.folder_bytes:
           return "file limit"

@@ -1,21 +1,19 @@
-"""Confines the calling process for good, by what the Linux kernel offers to anybody.
+"""Confines the calling process permanently, with unprivileged features of the Linux kernel.
 
-Used by `runner` in the process that is to run a foreign program, before it does;
-needs the standard library only. None of it can be undone by the process itself:
+`runner` calls this before it runs an untrusted program. It needs the standard library only,
+and the process cannot undo any of it:
 
-* a seccomp filter lets through the system calls named in `ALLOWED` alone, which is
-  what a program needs that computes. There are none that make a process, thread or
-  socket, start another program, signal or trace other processes, or change
-  anybody's limits, so that there is one process and it reaches no network.
-* Landlock (Linux 5.13 and later) shuts the file system but for reading Python and
-  the system's libraries, and for plain files in one folder. /proc is shut, and with
-  it what there is to read of other processes. Where the kernel has no Landlock,
-  root becomes the user `NOBODY`, who may read what all may read, and the filter
-  refuses to open any file for writing.
-* capabilities are dropped, and resources limited.
+* A seccomp filter allows only the system calls in `ALLOWED`, which computation needs. None of
+  them creates a process, thread or socket, executes another program, signals or traces other
+  processes, or changes limits.
+* Landlock (Linux 5.13 or later) denies access to the file system, except to read Python and the
+  system's libraries and to use regular files in one folder. This includes /proc, and so other
+  processes' data. Without Landlock, root becomes the user `NOBODY`, who can read world-readable
+  files, and the filter denies opening files for writing.
+* Capabilities are dropped and resources limited.
 
-Sources: Linux man-pages seccomp(2), landlock(7), capset(2), prctl(2), setrlimit(2);
-numbers of system calls from the kernel's asm/unistd_64.h and asm-generic/unistd.h.
+Sources: Linux man pages seccomp(2), landlock(7), capset(2), prctl(2), setrlimit(2); system call
+numbers from the kernel's asm/unistd_64.h and asm-generic/unistd.h.
 """
 
 import ctypes
@@ -28,10 +26,10 @@ import sys
 
 NOBODY = 65534
 
-# Architecture as the audit subsystem numbers it, and the column in the tables below.
+# Architecture number of the audit subsystem, and column in the tables below.
 ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 
-# System calls: numbers on x86-64 and on AArch64, which lacks the older ones.
+# System call numbers on x86-64 and on AArch64, which lacks older ones.
 ALLOWED = {
   "read": (0, 63),
   "write": (1, 64),
@@ -110,7 +108,7 @@ ALLOWED = {
   "exit_group": (231, 94),
 }
 OPEN, OPENAT = (2, None), (257, 56)
-IN_OWN_FOLDER = {  # what Landlock then confines to the folder
+IN_OWN_FOLDER = {  # which Landlock confines to the folder
   "open": OPEN,
   "openat": OPENAT,
   "unlink": (87, None),
@@ -125,7 +123,7 @@ FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030)
 IOCTL_COMMANDS = (0x5401, 0x5450, 0x5451)  # TCGETS (isatty), FIONCLEX, FIOCLEX
 WRITING = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | getattr(os, "O_TMPFILE", 0) & ~os.O_DIRECTORY
 
-# Rights of Landlock; each of its first versions knows the first so many.
+# Landlock rights, and how many of them each early version has.
 READ_FILE, READ_DIR, WRITE_FILE, REMOVE_FILE, MAKE_FILE, TRUNCATE = (
   1 << 2,
   1 << 3,
@@ -147,35 +145,35 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Unconfinable(Exception):
-  """This machine cannot confine a process."""
+  """Raised where a process cannot be confined."""
 
 
 def confine(
   folder: str, packages: list[str], limits: dict[str, int], parent: int, landlock: bool = True
 ) -> None:
-  """Confines this process to reading Python and to plain files in `folder`.
+  """Confines this process to reading Python and using regular files in `folder`.
 
   Args:
-    folder: becomes the working folder.
-    packages: folders of Python packages beside its own, which it may read.
-    limits: "cpu_seconds", "memory_bytes" (of address space), "file_bytes" (of one
-      file), "open_files".
-    parent: process id of the parent, with which this process is to end.
-    landlock: whether Landlock may be used; for tests of what is done without.
+    folder: becomes the working directory.
+    packages: further folders of Python packages that it may read.
+    limits: "cpu_seconds", "memory_bytes" (address space), "file_bytes" (of one file),
+      "open_files".
+    parent: process id of the parent; this process is killed when the parent dies.
+    landlock: whether to use Landlock; False is for tests.
 
   Raises:
-    Unconfinable: a sentence why not.
+    Unconfinable: the process cannot be confined.
   """
   machine = platform.machine()
   if sys.platform != "linux" or machine not in ARCHITECTURES:
     raise Unconfinable(
-      f"the system must be Linux on {' or '.join(ARCHITECTURES)}, here it is "
-      f"{platform.system()} on {machine}"
+      f"the sandbox requires Linux on {' or '.join(ARCHITECTURES)}, got {platform.system()} on "
+      f"{machine}"
     )
   os.chdir(folder)
   _prctl(_SET_PDEATHSIG, signal.SIGKILL)
   if os.getppid() != parent:
-    os._exit(1)  # it ended before it could be followed
+    os._exit(1)  # the parent died before the call above
   for kind, value in (
     (resource.RLIMIT_CPU, limits["cpu_seconds"]),
     (resource.RLIMIT_AS, limits["memory_bytes"]),
@@ -202,12 +200,12 @@ def _prctl(option, value, pointer=None):
 
 
 def _shut_file_system(folder, packages, version):
-  """Leaves Python, libraries and devices to read, and files in `folder` to write."""
+  """Allows reading Python, libraries and devices, and writing files in `folder`."""
   rights = (1 << KNOWN_RIGHTS.get(version, LATER_RIGHTS)) - 1
   attributes = struct.pack("=Q", rights)
   ruleset = _libc.syscall(_CREATE_RULESET, attributes, len(attributes), 0)
   if ruleset < 0:
-    raise Unconfinable(f"Landlock made no rule set: {os.strerror(ctypes.get_errno())}")
+    raise Unconfinable(f"Landlock rejected a rule set: {os.strerror(ctypes.get_errno())}")
   read = READ_FILE | READ_DIR
   readable = {
     sys.prefix,
@@ -233,18 +231,18 @@ def _shut_file_system(folder, packages, version):
     file = os.open(path, os.O_PATH | os.O_CLOEXEC)
     rule = struct.pack("=Qi", allowed & rights, file)
     if _libc.syscall(_ADD_RULE, ruleset, _PATH_BENEATH, rule, 0):
-      raise Unconfinable(f"Landlock refused a rule for {path}: {os.strerror(ctypes.get_errno())}")
+      raise Unconfinable(f"Landlock rejected a rule for {path}: {os.strerror(ctypes.get_errno())}")
     os.close(file)
   if _libc.syscall(_RESTRICT_SELF, ruleset, 0):
-    raise Unconfinable(f"Landlock refused: {os.strerror(ctypes.get_errno())}")
+    raise Unconfinable(f"Landlock failed: {os.strerror(ctypes.get_errno())}")
   os.close(ruleset)
 
 
 def _become_nobody():
   if os.geteuid() != 0:
     raise Unconfinable(
-      'the kernel has no Landlock (Linux 5.13 and later, with "landlock" among '
-      "its security modules), without which only root can confine a program"
+      'the kernel has no Landlock (Linux 5.13 or later with "landlock" among its security '
+      "modules): run as root, or enable it"
     )
   os.setgroups([])
   os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -252,8 +250,8 @@ def _become_nobody():
   for path in (os.__file__, sys.prefix):
     if not os.access(path, os.R_OK):
       raise Unconfinable(
-        f"the kernel has no Landlock, so that programs run as the user {NOBODY}, "
-        f"who cannot read Python in {path}: use one that all users can read"
+        f"the kernel has no Landlock, so programs run as the user {NOBODY}, who cannot read "
+        f"Python in {path}: use a world-readable Python"
       )
 
 
@@ -272,18 +270,18 @@ def _filter_system_calls(machine, files):
 
 
 def filter_code(machine: str, files: bool, pid: int) -> list[tuple[int, int, int, int]]:
-  """The filter as classic BPF: (code, jump if true, jump if false, operand).
+  """Returns the filter as classic BPF: (code, jump if true, jump if false, operand).
 
   Args:
     machine: one of `ARCHITECTURES`.
-    files: whether any file may be written, as Landlock sees to which.
-    pid: the only process that may be signalled.
+    files: whether files may be written; Landlock then restricts which.
+    pid: the only process that may be signaled.
   """
   architecture, column = ARCHITECTURES[machine]
   code = [_load(_ARCHITECTURE), *_unless_equal(architecture, [_return(_RET_KILL)]), _load(_NUMBER)]
   for numbers in (ALLOWED | (IN_OWN_FOLDER if files else {})).values():
     code += _if_equal(numbers[column], [_return(_RET_ALLOW)])
-  # A call, and which values its argument of that index may have.
+  # (system call, index of an argument, values allowed for it)
   for numbers, argument, values in (
     (KILL, 0, [pid]),
     (TGKILL, 0, [pid]),
@@ -294,7 +292,7 @@ def filter_code(machine: str, files: bool, pid: int) -> list[tuple[int, int, int
     for value in values:
       tests += _if_equal(value, [_return(_RET_ALLOW)])
     code += _if_equal(numbers[column], [*tests, _return(_RET_EPERM)])
-  # Limits may be read, not set: the pointer to new ones is null.
+  # Limits may be read but not set: the pointer to new ones must be null.
   code += _if_equal(
     PRLIMIT64[column],
     [
@@ -319,12 +317,12 @@ def filter_code(machine: str, files: bool, pid: int) -> list[tuple[int, int, int
   return [*code, _return(_RET_EPERM)]
 
 
-# Instructions, and offsets in the struct seccomp_data that they read.
+# BPF instructions, and offsets in the struct seccomp_data.
 _NUMBER, _ARCHITECTURE = 0, 4
 
 
 def _argument(index):
-  return 16 + 8 * index  # its low half, on these little-endian machines
+  return 16 + 8 * index  # the low half, on these little-endian machines
 
 
 def _load(offset):
@@ -336,7 +334,7 @@ def _return(action):
 
 
 def _if_equal(value, instructions):
-  """Does the instructions if what was loaded is `value`; for None it never is."""
+  """Runs the instructions if the loaded value is `value`; never for None."""
   return [] if value is None else [(0x15, 0, len(instructions), value), *instructions]
 
 

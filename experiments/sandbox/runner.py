@@ -1,10 +1,10 @@
-"""The process that runs one program: see `experiments.sandbox`.
+"""The process that runs one program; see `experiments.sandbox`.
 
     python runner.py FOLDER PARENT RESULTS < JOB
 
-The job is a pickled dictionary, PARENT a process id, RESULTS an open descriptor. To
-that it writes the job's "begun" when it is about to run the program, and its "token",
-followed by what the program left as `__result__`, if the program ran to its end.
+JOB is a pickled dictionary, PARENT a process id, RESULTS an open file descriptor. The process
+writes the job's "begun" to it before it runs the program and, if the program ran to the end,
+the job's "token" and the program's `__result__`.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import sys
 import traceback
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import confinement  # found beside this file, as nothing else of the project is
+import confinement  # in this folder, the only one of the project on the path
 
 del sys.path[0]
 
@@ -31,14 +31,13 @@ def main():
   null = os.open(os.devnull, os.O_RDONLY)
   os.dup2(null, 0)
   os.close(null)
-  # No __name__, as in the authors' exec of HumanEval: what is under "if __name__ ==
-  # '__main__'" does not run.
+  # No __name__, as in HumanEval's own exec: code under "if __name__ == '__main__'" does not run.
   namespace = {"__data__": job["data"]}
   sys.argv = ["program.py"]
   os.write(results, job["begun"])
   try:
     exec(compile(job["program"], "program.py", "exec"), namespace)
-  except BaseException as error:  # SystemExit too: the program must run to its end
+  except BaseException as error:  # including SystemExit: the program must run to the end
     traceback.print_exception(error.with_traceback(error.__traceback__.tb_next))
     sys.stderr.flush()
     os._exit(1)
@@ -47,7 +46,7 @@ def main():
   answer = memoryview(job["token"] + namespace.get("__result__", b""))
   while answer:
     answer = answer[os.write(results, answer) :]
-  os._exit(0)  # without what the program wants to do at exit
+  os._exit(0)  # without the program's exit handlers
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tasks that models are evaluated on, and tuned for, by name."""
+"""The tasks that models are evaluated on and tuned for, by name."""
 
 from experiments.tasks.base import Example, Task
 from experiments.tasks.human_eval import HUMAN_EVAL, HUMAN_EVAL_PLUS
@@ -10,16 +10,16 @@ TASKS: dict[str, Task] = {
   task.name: task
   for task in (*WORDMATH, *MATH, *COMMONSENSE, HUMAN_EVAL, HUMAN_EVAL_PLUS, WIKITEXT103)
 }
-# Why processes that read other examples than the first one do not go on.
-OTHER_DATA = "other examples than in process 0: every host must have the same data of a task"
+# Error where processes read different examples.
+OTHER_DATA = "examples differ from those of process 0: give every host the same task data"
 
 
 def get(name: str) -> Task:
-  """The task of that name.
+  """Returns a task by name.
 
   Raises:
-    ValueError: there is none.
+    ValueError: there is no such task.
   """
   if name not in TASKS:
-    raise ValueError(f"there is no task {name!r}; there are {', '.join(TASKS)}")
+    raise ValueError(f"unknown task {name!r}: choose from {', '.join(TASKS)}")
   return TASKS[name]

@@ -1,4 +1,4 @@
-"""What a task is: examples, what a model is asked, and how its output is scored."""
+"""The interface of a task: its examples and how outputs are scored."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -16,23 +16,20 @@ Output = str | Sequence[float]
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """A question to a model, to continue a prompt or to choose a continuation; or a text to read.
+  """A question to generate or choose an answer to, or a text to compute the likelihood of.
 
   Attributes:
     id: unique in its task and split, such as "gsm8k/test/17".
-    prompt: the text that the model continues, white space and all.
-    choices: continuations of which the most probable is the model's answer;
-      None: the model writes a text.
-    target: what is right: a number, the index of a choice, or None where
-      `data` holds a program's tests.
-    stop: strings at which a written text ends.
-    max_new_tokens: its limit; 0: there is nothing to write, only a reference.
-    reference: a continuation whose perplexity says how well the model does, the
-      objective of tuning; None where there is none that can be trusted.
-    messages: the same question to a chat model, in place of `prompt`; the last
-      message may be the beginning of the assistant's answer. Empty for plain
-      prompts.
-    data: what else scoring needs.
+    prompt: the prompt, with exact whitespace.
+    choices: continuations, the most probable of which is the model's answer; None to generate.
+    target: the right answer: a number, the index of a choice, or None where `data` has tests.
+    stop: strings that end generation.
+    max_new_tokens: maximum number of generated tokens; 0 if there is only a reference.
+    reference: a continuation whose perplexity measures quality (the objective of tuning); None
+      if there is no trusted one.
+    messages: the same question as a chat, instead of `prompt`; a final assistant message is the
+      start of the answer. Empty for raw prompts.
+    data: further inputs of scoring.
   """
 
   id: str
@@ -58,16 +55,16 @@ class Task:
   """A benchmark.
 
   Attributes:
-    name: as flags name it.
+    name: its name in flags.
     category: one of `CATEGORIES`.
-    metric: the one that is reported first, a key of what `score` returns.
-    read: `read(split, data_dir, chat)` yields the examples of a split in a fixed
-      order; it raises the errors of `examples`.
-    judge: `judge(examples, outputs, workers, on_done)` gives the metrics of each
-      example; it calls `on_done()` after each.
-    validation: a sentence saying what the validation split is.
-    runs_code: whether scoring runs programs that the model wrote.
-    higher_is_better: of the metric.
+    metric: the main metric, a key of what `score` returns.
+    read: `read(split, data_dir, chat)` yields the examples of a split in a fixed order, with the
+      errors of `examples`.
+    judge: `judge(examples, outputs, workers, on_done)` returns the metrics of each example and
+      calls `on_done()` after each.
+    validation: description of the validation split.
+    runs_code: whether scoring runs model-written programs.
+    higher_is_better: whether a higher metric is better.
   """
 
   name: str
@@ -86,31 +83,30 @@ class Task:
     limit: int | None = None,
     chat: bool = False,
   ) -> list[Example]:
-    """The first `limit` examples of a split; all for None.
+    """Returns the first `limit` examples of a split; all for None.
 
     Args:
-      split: "validation", "test", or "all": the whole public test set, which for some
-        tasks has the validation split in it. Nothing tuned may be reported on "all".
-      data_dir: a folder with the task's files in their public formats; None: the
-        task's data set of the hub.
+      split: "validation", "test" or "all" (the whole public test set, which for some tasks
+        includes the validation split, so never report tuned results on "all").
+      data_dir: folder with the task's files in their public formats; None to use the hub.
       limit: at least 1.
-      chat: whether the examples are `messages` to a chat model.
+      chat: whether examples get `messages`.
 
     Raises:
-      ValueError: the split or the limit is wrong, or the data are not as expected.
+      ValueError: the split or the limit is invalid, or the data are malformed.
       FileNotFoundError: the folder has no file of this task.
     """
     if split not in SPLITS:
-      raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+      raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if limit is not None and limit < 1:
-      raise ValueError(f"a limit of examples must be at least 1, got {limit}")
+      raise ValueError(f"limit must be at least 1, got {limit}")
     folder = None if data_dir is None else pathlib.Path(data_dir).expanduser()
     return list(itertools.islice(self.read(split, folder, chat), limit))
 
   def score(
     self, example: Example, output: Output, allow_code_execution: bool = False
   ) -> dict[str, float]:
-    """The metrics of one output; see `score_all`."""
+    """Returns the metrics of one output; see `score_all`."""
     return self.score_all([example], [output], allow_code_execution)[0]
 
   def score_all(
@@ -121,21 +117,20 @@ class Task:
     workers: int = 1,
     on_done: Callable[[], None] = lambda: None,
   ) -> list[dict[str, float]]:
-    """The metrics of each output.
+    """Returns the metrics of each output.
 
     Args:
-      examples: what was asked.
-      outputs: for each, the text that the model wrote (without its prompt and the
-        stop string), or the summed log-probabilities of the choices in nats; a text
-        where there are choices names one.
-      allow_code_execution: must be True for tasks that run programs which the
-        model wrote.
-      workers: how many programs may run at the same time.
-      on_done: called whenever another output is scored.
+      examples: the examples.
+      outputs: for each example, the generated text (without prompt and stop string) or the
+        summed log-probabilities of the choices in nats. A text for an example with choices
+        names one.
+      allow_code_execution: must be True for tasks that run model-written programs.
+      workers: number of programs that run in parallel.
+      on_done: called after each scored output.
 
     Raises:
-      ValueError: an output is not of its example's kind, or the task runs code
-        and this is not allowed, or not possible here.
+      ValueError: an output does not fit its example, or the task runs code and that is not
+        allowed or not supported on this machine.
     """
     self.check_allowed(allow_code_execution)
     for example, output in zip(examples, outputs, strict=True):
@@ -143,17 +138,17 @@ class Task:
     return self.judge(examples, outputs, workers, on_done)
 
   def check_allowed(self, allow_code_execution: bool) -> None:
-    """Refuses to run programs without leave; for a check before long work.
+    """Checks that the task's code may run, before expensive work.
 
     Raises:
-      ValueError: the task runs code, and this is not allowed, or not possible here.
+      ValueError: the task runs code and that is not allowed or not supported on this machine.
     """
     if not self.runs_code:
       return
     if not allow_code_execution:
       raise ValueError(
-        f"task {self.name} runs programs that the model wrote, each confined to a "
-        "process without files and network: allow it with --allow_code_execution"
+        f"task {self.name} runs model-written programs, each in a sandbox without files and "
+        "network: allow it with --allow_code_execution"
       )
     sandbox.check_support()
 
@@ -162,16 +157,16 @@ def _check_output(example, output):
   if isinstance(output, str):
     return
   if example.choices is None:
-    raise ValueError(f"{example.id}: the output must be a text, got {type(output).__name__}")
+    raise ValueError(f"{example.id}: output must be a string, got {type(output).__name__}")
   if len(output) != len(example.choices):
     raise ValueError(
-      f"{example.id}: the output must be {len(example.choices)} log-probabilities, "
-      f"one of each choice, got {len(output)}"
+      f"{example.id}: output must be {len(example.choices)} log-probabilities, one per choice, "
+      f"got {len(output)}"
     )
 
 
 def each(score: Callable[[Example, Any], dict[str, float]]) -> Callable[..., list]:
-  """A `judge` that scores outputs one after the other."""
+  """Makes a `judge` that scores outputs one by one."""
 
   def judge(examples, outputs, workers, on_done):
     del workers
@@ -185,10 +180,9 @@ def each(score: Callable[[Example, Any], dict[str, float]]) -> Callable[..., lis
 
 
 def chosen(example: Example, log_probs: Sequence[float]) -> dict[str, float]:
-  """Accuracies of the most probable choice; ties go to the first.
+  """Returns accuracies of the most probable choice; ties go to the first.
 
-  "acc" takes the sums of log-probabilities, "acc_norm" divides each by the
-  length of its choice in UTF-8 bytes.
+  "acc" uses summed log-probabilities; "acc_norm" divides them by the choice's UTF-8 length.
   """
   lengths = [len(choice.encode()) for choice in example.choices]
   best = max(range(len(lengths)), key=lambda i: log_probs[i])

@@ -1,21 +1,20 @@
-"""HumanEval and HumanEval+, scored as their authors do.
+"""HumanEval and HumanEval+, with their authors' scoring.
 
 HumanEval (Chen et al. 2021, arXiv 2107.03374; openai/human-eval at commit 6d43fb9): a
-completion passes if prompt, completion and the problem's test run to their end within
-3 seconds. HumanEval+ (Liu et al. 2023, arXiv 2305.01210; evalplus/evalplus at commit
-26d6d00): a solution passes "base" if it agrees with the reference solution on
-HumanEval's own inputs, and "plus", which is the score, on many more as well; each
-input has max(4 s, 4 times the reference's time), all together a minute. Solutions are
-sanitised first. Chat models are asked as evalplus asks them, for both.
+completion passes if prompt, completion and test run to the end within 3 seconds. HumanEval+
+(Liu et al. 2023, arXiv 2305.01210; evalplus/evalplus at commit 26d6d00): a solution passes
+"base" if it agrees with the reference on HumanEval's inputs, and "plus", the score, if it also
+does on many more. Each input may take max(4 s, 4 x the reference's time), all of them a
+minute. Solutions are sanitized first. Chat models get evalplus' prompt for both tasks.
 
-HumanEval+ comes in two public forms. One has inputs (also as "Mini", with fewer); its
-references are run here, once in a process. The other ("OriginFmt", which the hub has)
-has HumanEval's form, so that base and plus cannot be told apart; a solution then has
-the reference's time four times, and 4 seconds. Its test of HumanEval/32 no solution can
-pass (it unpacks a number), so that its inputs are taken and treated as in the first.
+HumanEval+ has two public forms. One has inputs (fewer in "Mini"); its references run here,
+once per process. The other ("OriginFmt", the one on the hub) has HumanEval's form and does not
+distinguish base from plus; a solution may take 4 s + 4 x the reference's time. Its test of
+HumanEval/32 fails for every solution (it unpacks a number), so its inputs are extracted and
+used as in the first form.
 
-The validation split is a fixed quarter of the problems, 54 of 164, the same for both
-tasks; "test" is the rest, "all" the whole, for comparison with published numbers.
+The validation split is a fixed quarter of the problems, 54 of 164, the same for both tasks;
+"test" is the rest, and "all" the whole set, for comparison with published numbers.
 
 Programs run in `experiments.sandbox`.
 """
@@ -38,11 +37,11 @@ from experiments.tasks.task_data import Source
 
 SLICE = 0.25
 HUMAN_EVAL_SECONDS = 3.0
-PLUS_SECONDS = 60.0  # of all inputs together
+PLUS_SECONDS = 60.0  # for all inputs together
 REFERENCE_SECONDS = 600.0
 MEMORY_BYTES = 4 << 30
 
-# Of a completion; those of HumanEval+ end direct completions in evalplus.
+# Stop strings of completions; PLUS_STOP is evalplus' list for direct completion.
 COMPLETION_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 PLUS_STOP = (
   "<|endoftext|>",
@@ -71,32 +70,32 @@ _DRIVER = pathlib.Path(__file__).with_name("plus_driver.py")
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-  """The probability that one of k samples is correct, estimated without bias.
+  """Returns the unbiased estimate of pass@k: the probability that one of k samples is correct.
 
-  1 - C(n - c, k) / C(n, k) as a product (Chen et al. 2021, section 2.1).
+  1 - C(n - c, k) / C(n, k), computed as a product (Chen et al. 2021, section 2.1).
 
   Args:
-    samples: n, how many were drawn, at least k.
-    correct: c, how many of them are correct.
+    samples: n, number of samples, at least k.
+    correct: c, number of correct samples.
     k: at least 1.
 
   Raises:
-    ValueError: the numbers are out of range.
+    ValueError: a number is out of range.
   """
   if not 1 <= k <= samples or not 0 <= correct <= samples:
     raise ValueError(
       f"pass@k needs 1 <= k <= n and 0 <= c <= n, got k={k}, n={samples}, c={correct}"
     )
-  # From n - c < k on one factor is zero.
+  # One factor is zero if n - c < k.
   return 1.0 - math.prod(max(0.0, 1.0 - k / i) for i in range(samples - correct + 1, samples + 1))
 
 
 def solution(example: base.Example, text: str) -> str:
-  """The program that a model's text stands for, without tests."""
+  """Returns the program in a generated text, without tests."""
   problem = example.data
   if example.messages:
     text = sanitize(text, problem["entry_point"])
-    # HumanEval's tests may use what else the prompt defines; evalplus has no tests that do.
+    # HumanEval's tests may use other functions of the prompt; evalplus' do not.
     return text if problem["plus"] else f"{text}\n{_helpers(problem)}"
   if problem["plus"]:
     return sanitize(example.prompt + text, problem["entry_point"])
@@ -104,7 +103,7 @@ def solution(example: base.Example, text: str) -> str:
 
 
 def _helpers(problem):
-  """What the prompt defines beside the function asked for."""
+  """Returns the prompt's functions other than the entry point."""
   names = [
     node.name
     for node in ast.parse(problem["prompt"]).body
@@ -126,7 +125,7 @@ def _read(
 def _example(row, name, plus, chat):
   problem = {key: row[key] for key in ("task_id", "prompt", "entry_point", "canonical_solution")}
   if not all(isinstance(value, str) for value in problem.values()):
-    raise ValueError("task_id, prompt, entry_point and canonical_solution must be texts")
+    raise ValueError("task_id, prompt, entry_point and canonical_solution must be strings")
   if plus and "plus_input" in row:
     problem |= {
       "inputs": [*row["base_input"], *row["plus_input"]],
@@ -156,11 +155,11 @@ def _example(row, name, plus, chat):
 
 
 def _inputs(test):
-  """The inputs written in a test of HumanEval's form."""
+  """Returns the inputs in a test of HumanEval's form."""
   for node in ast.walk(ast.parse(test)):
     if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "inputs":
       return ast.literal_eval(node.value)
-  raise ValueError("the test names no inputs")
+  raise ValueError("the test has no inputs")
 
 
 def _tested(problem, text, seconds):
@@ -188,23 +187,20 @@ def _judge_human_eval(examples, outputs, workers, on_done):
 
 @dataclasses.dataclass(frozen=True)
 class _Reference:
-  """What a reference solution did: pickled answers, not read here, and its seconds."""
+  """Pickled answers of a reference solution, never unpickled here, and its seconds."""
 
   answers: bytes
   seconds: float
 
 
-_references: dict[bytes, _Reference] = {}  # by what was run
+_references: dict[bytes, _Reference] = {}  # by hash of the program
 
 
 def _run_references(problems, workers):
-  """Runs the reference solutions that this process has not run yet.
-
-  Returns:
-    for each problem its reference.
+  """Returns each problem's reference; runs those that this process has not run yet.
 
   Raises:
-    ValueError: one does not run.
+    ValueError: a reference solution fails.
   """
   programs = []
   for problem in problems:
@@ -217,7 +213,7 @@ def _run_references(problems, workers):
   for (key, i), outcome in zip(missing.items(), outcomes):
     if not outcome.passed:
       raise ValueError(
-        f"the reference solution of {problems[i]['task_id']} does not run "
+        f"the reference solution of {problems[i]['task_id']} failed "
         f"({outcome.reason}): {outcome.output[-300:]}"
       )
     _references[key] = _Reference(outcome.result, outcome.seconds)
@@ -225,7 +221,7 @@ def _run_references(problems, workers):
 
 
 def _judge_plus(examples: Sequence[base.Example], outputs, workers, on_done):
-  """ "pass@1" on all inputs; "base_pass@1" on HumanEval's own, where they are told apart."""
+  """Returns "pass@1" on all inputs and, if known, "base_pass@1" on HumanEval's own."""
   programs, owners = [], []
   references = _run_references([e.data for e in examples], workers)
   for i, (example, output, reference) in enumerate(zip(examples, outputs, references)):
@@ -235,17 +231,8 @@ def _judge_plus(examples: Sequence[base.Example], outputs, workers, on_done):
     else:
       count, own = len(problem["inputs"]), problem["base"]
       ranges = [(0, count)] if own is None else [(0, own), (own, count)]
-      groups = [
-        _driven(
-          problem,
-          text,
-          PLUS_SECONDS,
-          reference=reference.answers,
-          group=group,
-          atol=problem["atol"],
-        )
-        for group in ranges
-      ]
+      more = dict(reference=reference.answers, atol=problem["atol"])
+      groups = [_driven(problem, text, PLUS_SECONDS, group=group, **more) for group in ranges]
     programs += groups
     owners += [i] * len(groups)
   running = collections.Counter(owners)
@@ -258,7 +245,7 @@ def _judge_plus(examples: Sequence[base.Example], outputs, workers, on_done):
   passed: list[list[bool]] = [[] for _ in examples]
   for i, outcome in zip(owners, sandbox.run_programs(programs, workers, ended)):
     passed[i].append(outcome.passed)
-  # Where there are two groups, the first is HumanEval's own inputs.
+  # With two groups, the first has HumanEval's own inputs.
   return [
     {"pass@1": float(all(p))} | ({"base_pass@1": float(p[0])} if len(p) == 2 else {})
     for p in passed

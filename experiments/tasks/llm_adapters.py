@@ -1,27 +1,25 @@
-"""Ten tasks in the prompts and with the scoring of LLM-Adapters, as the RoE paper ran them.
+"""Ten tasks with the prompts and scoring of LLM-Adapters, as in the RoE paper.
 
-Five of arithmetic word problems, whose answer is the last number that a model writes,
-and five of common sense, whose answer is the most probable of "the correct answer is
+Five tasks of arithmetic word problems, where the answer is the last number in the generated
+text, and five of common sense, where it is the most probable of "the correct answer is
 answer1", "... answer2" and so on (RoE, arXiv 2509.17238, section 4.1; Hu et al. 2023,
-arXiv 2304.01933; their repository AGI-Edgerunners/LLM-Adapters at commit 8166572).
-Where that repository lets the model write its choice, `score` takes the text too.
+arXiv 2304.01933; repository AGI-Edgerunners/LLM-Adapters at commit 8166572). That repository
+generates the choice as text, which `score` accepts too.
 
-Test sets are the public ones: 1319 (GSM8K), 1000 (SVAMP), 395 (AddSub), 508
-(SingleEq), 600 (MultiArith), 2376 (ARC-e), 1172 (ARC-c), 500 (OBQA), 1954 (SIQA, its
-development set), 10042 (HellaSwag, its validation set). In MultiArith 20 and in SIQA 24
-questions occur twice; both are kept, as others keep them.
+Test sets are the public ones: 1319 (GSM8K), 1000 (SVAMP), 395 (AddSub), 508 (SingleEq), 600
+(MultiArith), 2376 (ARC-e), 1172 (ARC-c), 500 (OBQA), 1954 (SIQA, its development set), 10042
+(HellaSwag, its validation set). MultiArith has 20 duplicate questions and SIQA 24, which are
+kept, as is usual.
 
-The paper does not say what it tuned on. Here a validation split has no question, told
-by its words, in common with its test split:
+The paper does not say what it tuned on. Here, validation and test splits share no question
+(compared by words):
 
-* the five of arithmetic: GSM8K's training problems, with their human solutions as
-  references. What LLM-Adapters has as "output" are a model's rationales, many of them
-  wrong, and never used.
+* Arithmetic: GSM8K's training problems, with their human solutions as references. The
+  "output" entries of LLM-Adapters are model-written rationales, often wrong, and unused.
 * ARC and OBQA: their training questions.
-* SIQA and HellaSwag, whose own validation sets are the test sets here: a fixed slice of
-  these, chosen by the questions' words, so that copies of a question are on one side.
-  "test" is the rest, "all" the whole. Other questions about the same situation may be
-  on the other side.
+* SIQA and HellaSwag, whose validation sets are the test sets here: a fixed slice of them,
+  selected by the questions' words, so that duplicates are in one split. "test" is the rest,
+  "all" the whole set. Other questions about the same situation may be in the other split.
 """
 
 import collections
@@ -36,25 +34,25 @@ import re
 from experiments.tasks import base, task_data
 from experiments.tasks.task_data import Row, Source
 
-TOLERANCE = 1e-3  # of numbers; some labels are such as 0.6666666666666666
+TOLERANCE = 1e-3  # some labels are numbers such as 0.6666666666666666
 SIQA_SLICE, HELLASWAG_SLICE = 0.18, 1 / 30  # 311 of 1954 questions; about 335 of 10042
 
-_INDENT = " " * 16  # LLM-Adapters' prompt is an indented string of its program
+_INDENT = " " * 16  # LLM-Adapters' prompt is an indented string literal
 _GITHUB = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main/dataset/{}/test.json"
 _NUMBER = re.compile(r"-?\d+\.?\d*")
-_ANNOTATION = re.compile(r"<<.*?>>")  # GSM8K's notes for a calculator
+_ANNOTATION = re.compile(r"<<.*?>>")  # GSM8K's calculator annotations
 _FORMAT = re.compile(r"Answer format: ((?:answer|ending)1(?:/(?:answer|ending)\d)+)\s*$")
 _WRITTEN = re.compile(r"(?:answer|ending)[1-5]")
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """A question, whatever form it came in.
+  """A question in a common form.
 
   Attributes:
-    instruction: what is asked, as LLM-Adapters has it.
+    instruction: the question in LLM-Adapters' words.
     target: a number, or the index of a choice.
-    names: of the choices, such as "answer1"; empty for numbers.
+    names: names of the choices, such as "answer1"; empty for numbers.
     reference: a human solution, if there is one.
   """
 
@@ -65,7 +63,7 @@ class Question:
 
 
 def wrap(instruction: str) -> str:
-  """The prompt of a plain model, with the very white space of LLM-Adapters."""
+  """Returns the raw prompt, with the exact whitespace of LLM-Adapters."""
   return (
     "Below is an instruction that describes a task. Write a response that appropriately "
     f"completes the request. \n\n{_INDENT}### Instruction:\n{_INDENT}{instruction}\n\n"
@@ -74,19 +72,19 @@ def wrap(instruction: str) -> str:
 
 
 def extract_number(text: str) -> float | None:
-  """The last number written, commas aside, or None."""
+  """Returns the last number in a text, ignoring commas, or None."""
   found = _NUMBER.findall(text.replace(",", ""))
   return float(found[-1]) if found else None
 
 
 def extract_choice(text: str) -> str | None:
-  """The first choice named, such as "answer2", or None."""
+  """Returns the first choice named in a text, such as "answer2", or None."""
   match = _WRITTEN.search(text)
   return match.group() if match else None
 
 
 def read_math(row: Row) -> Question:
-  """A word problem of LLM-Adapters, GSM8K, SVAMP, MAWPS' subsets, or MultiArith of the hub.
+  """Reads a word problem of LLM-Adapters, GSM8K, SVAMP, MAWPS subsets or the hub's MultiArith.
 
   Raises:
     KeyError, ValueError: it is none of them.
@@ -111,12 +109,12 @@ def read_math(row: Row) -> Question:
 def _problem(question, answer, reference=None):
   target = float(answer)
   if not math.isfinite(target):
-    raise ValueError(f"the answer {answer!r} is no number")
+    raise ValueError(f"the answer must be a finite number, got {answer!r}")
   return Question(question, target, reference=reference)
 
 
 def read_choice(row: Row) -> Question:
-  """A question of LLM-Adapters, or of the original ARC, OBQA, SIQA or HellaSwag.
+  """Reads a question of LLM-Adapters or of the original ARC, OBQA, SIQA or HellaSwag.
 
   Raises:
     KeyError, ValueError: it is none of them.
@@ -154,7 +152,7 @@ def read_choice(row: Row) -> Question:
 
 def _choice(word, what, question, texts, target):
   if not 0 <= target < len(texts):
-    raise ValueError(f"the label must be that of one of {len(texts)} choices")
+    raise ValueError(f"the label must be one of {len(texts)} choices, got index {target}")
   names = tuple(f"{word}{i}" for i in range(1, len(texts) + 1))
   listed = " ".join(f"{name.capitalize()}: {text}" for name, text in zip(names, texts))
   return Question(
@@ -177,7 +175,7 @@ def _read(
   data_dir: pathlib.Path | None,
   chat: bool,
 ) -> Iterator[base.Example]:
-  """The examples of a split; `validation` is a source, or the share of a slice of the test."""
+  """Yields a split; `validation` is a source, or the share of the test set that is its slice."""
   questions = _questions(test, reader, data_dir)
   if isinstance(validation, float):
     if split != "all":
@@ -196,7 +194,7 @@ def _read(
     ]
   copies = collections.Counter()
   for question in questions:
-    # The same in all forms of the data, which have their own orders.
+    # Independent of the order, which differs between the forms of the data.
     digest = hashlib.blake2b(task_data.content(question.instruction).encode(), digest_size=6)
     key = f"{name}/{digest.hexdigest()}"
     copies[key] += 1
@@ -210,7 +208,7 @@ def _example(key, question, chat):
     prompt=wrap(question.instruction),
     choices=choices,
     target=question.target,
-    # LLM-Adapters takes what stands between the first and the second of these.
+    # LLM-Adapters takes the text between the first and the second of these.
     stop=("### Response:",),
     max_new_tokens=32 if choices else 256,
     reference=choices[question.target] if choices else question.reference,
@@ -250,7 +248,7 @@ def _math(name, files, hub):
     metric="exact_match",
     read=read,
     judge=base.each(_score_number),
-    validation="GSM8K's training problems, without any whose question is in the test split",
+    validation="GSM8K's training problems, except questions of the test split",
   )
 
 
@@ -267,21 +265,21 @@ def _commonsense(name, files, hub, validation, described):
 
 
 def _trained(name, folder, files, hub):
-  """A task with training questions to validate on; files and hub by split."""
+  """Makes a task that validates on training questions; `files` and `hub` are by split."""
   validation = Source(f"{name}/train", (f"{folder}/train.json", files("train")), (hub("train"),))
   return _commonsense(
     name,
     (f"{folder}/test.json", files("test")),
     (hub("test"),),
     validation,
-    "its training questions, without any that is in the test split",
+    "its training questions, except questions of the test split",
   )
 
 
 def _sliced(share):
   return (
-    f"a fixed slice ({100 * share:.0f} %) of the public test set, chosen by the words of "
-    'the questions; "test" is the rest'
+    f"a fixed slice ({100 * share:.0f} %) of the public test set, selected by the questions' "
+    'words; "test" is the rest'
   )
 
 

@@ -1,10 +1,10 @@
-"""Runs a solution on a problem's inputs, as evalplus does; a program for the sandbox.
+"""Runs a solution on a problem's inputs as evalplus does; a program for the sandbox.
 
-It is run as text, so that it needs the standard library and NumPy only. `__data__` is
-a pickled dictionary with "solution" (source), "entry_point" and "inputs" (a list of
-argument lists). With "reference", which a run without it has left as `__result__`,
-what the solution returns is compared; "atol" and "group" (a slice of the inputs) then
-belong to it, too.
+It runs as source text, with only the standard library and NumPy. `__data__` is a pickled
+dictionary with "solution" (source), "entry_point" and "inputs" (a list of argument lists).
+Without "reference", `__result__` gets the solution's pickled answers and times. With
+"reference", such a result, the solution's answers are compared with it, on the inputs of
+"group" (a slice) and with the tolerance "atol".
 """
 
 import copy
@@ -13,7 +13,7 @@ import pickle
 import signal
 import time
 
-MIN_SECONDS, FACTOR = 4.0, 4.0  # an input's limit: at least, and times the reference's time
+MIN_SECONDS, FACTOR = 4.0, 4.0  # time limit of an input: max(MIN_SECONDS, FACTOR x reference)
 
 
 def is_floats(value):
@@ -27,7 +27,7 @@ def polynomial(coefficients, x):
 
 
 def agree(found, expected, atol):
-  """Whether two values are equal, or close where floats are to be compared."""
+  """Returns whether two values are equal, or close if they are floats."""
   if found == expected:
     return True
   if atol == 0 and is_floats(expected):
@@ -42,11 +42,11 @@ def agree(found, expected, atol):
 
 
 def late(signum, frame):
-  raise TimeoutError("the limit of time of one input")
+  raise TimeoutError("the time limit of one input")
 
 
 def main(job):
-  """Returns the pickled answers and times of a reference; raises where one is wrong."""
+  """Returns the pickled answers and times of a reference, or raises if an answer is wrong."""
   namespace = {}
   exec(compile(job["solution"], "solution.py", "exec"), namespace)
   function = namespace[job["entry_point"]]
@@ -72,5 +72,5 @@ def main(job):
   return b""
 
 
-if "__data__" in globals():  # not where a test imports this
+if "__data__" in globals():  # false when a test imports this module
   __result__ = main(pickle.loads(globals()["__data__"]))

@@ -1,8 +1,8 @@
-"""The program within a text that a model wrote.
+"""Extracts the program from generated text.
 
-As in evalplus (commit 26d6d00): the longest run of lines that is valid Python, and of
-it the imports and what the function asked for needs. Prose, Markdown fences, tests,
-prints and a torn last function are left out.
+As in evalplus (commit 26d6d00), it is the longest run of lines that is valid Python, reduced
+to the imports and what the entry point needs, without prose, Markdown fences, tests, prints
+and an incomplete last function.
 """
 
 import ast
@@ -10,10 +10,10 @@ import warnings
 
 
 def sanitize(text: str, entry_point: str) -> str:
-  """The imports, and the definitions from which `entry_point` is made.
+  """Returns the imports and the definitions that `entry_point` needs; "" if there are none.
 
-  Definitions are the classes, functions with a return, and assignments to a name, of
-  which the first of each name counts. The result is empty where there is nothing.
+  Definitions are classes, functions with a return, and assignments to a name; the first one of
+  each name counts.
   """
   source = longest_program(text)
   lines = source.split("\n")
@@ -34,7 +34,7 @@ def sanitize(text: str, entry_point: str) -> str:
 
 
 def longest_program(text: str) -> str:
-  """The run of lines with the most that are not blank which is valid Python."""
+  """Returns the run of lines that is valid Python and has the most non-blank lines."""
   lines = text.split("\n")
   best, most = "", 0
   for begin in range(len(lines)):
@@ -48,14 +48,14 @@ def longest_program(text: str) -> str:
 
 
 def _valid_end(lines, begin):
-  """The largest `end` for which the lines from `begin` up to it are valid."""
+  """Returns the largest `end` for which `lines[begin:end]` is valid."""
   end = len(lines)
   while end > begin:
     try:
       _parse("\n".join(lines[begin:end]))
       return end
     except SyntaxError as error:
-      # With the line of the error, if it is known, no run from `begin` is valid.
+      # No run from `begin` that includes the line of the error is valid.
       end = min(end - 1, begin + (error.lineno or end) - 1)
     except (ValueError, MemoryError, RecursionError):  # null bytes; nested too deeply
       end -= 1
@@ -64,12 +64,12 @@ def _valid_end(lines, begin):
 
 def _parse(source):
   with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of invalid escapes
+    warnings.simplefilter("ignore")  # invalid escapes
     return ast.parse(source)
 
 
 def _defined(node):
-  """The name that a statement defines, or None."""
+  """Returns the name that a statement defines, or None."""
   if isinstance(node, ast.ClassDef):
     return node.name
   if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):

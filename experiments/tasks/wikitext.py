@@ -1,9 +1,9 @@
-"""WikiText-103, whose perplexity the RoE paper turned into model sizes (arXiv 2509.17238, fig. 5).
+"""WikiText-103, whose perplexity the RoE paper converts to model sizes (arXiv 2509.17238, fig. 5).
 
-Articles (Merity et al. 2016, arXiv 1609.07843; raw text) are cut at the ends of paragraphs
-into pieces of at most `LENGTH` characters. A piece's first words, about `OPENING`
-characters, are the prompt, so that every token that is scored has some context; the rest
-is the reference. There is nothing to be answered: such an example is of kind "read".
+Articles (Merity et al. 2016, arXiv 1609.07843; raw text) are split at paragraphs into pieces
+of at most `LENGTH` characters. The first words of a piece, about `OPENING` characters, are the
+prompt, so that every scored token has context; the rest is the reference. There is no answer:
+examples are of kind "read".
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,10 +18,10 @@ _HEADING = re.compile(r" = [^=].* = ?\n?")
 
 
 def pieces(lines: Sequence[str]) -> Iterator[str]:
-  """Texts of at most `LENGTH` characters (a longer paragraph is one of its own).
+  """Yields pieces of at most `LENGTH` characters (a longer paragraph is its own piece).
 
   Args:
-    lines: of the raw text: headings such as " = Title = ", paragraphs, empty ones.
+    lines: lines of the raw text: headings such as " = Title = ", paragraphs, empty lines.
   """
   piece = ""
   for line in lines:
@@ -34,14 +34,14 @@ def pieces(lines: Sequence[str]) -> Iterator[str]:
 
 
 def cut(piece: str) -> tuple[str, str]:
-  """Its opening, and the rest from the blank on; the rest is empty if it is too short."""
+  """Splits a piece into its opening and the rest, which is empty if the piece is too short."""
   end = piece.find(" ", OPENING)
   return (piece[:end], piece[end:].rstrip()) if end > 0 else (piece, "")
 
 
 def _read(split, data_dir, chat):
   if chat:
-    raise ValueError("task wikitext103 is text to read and nothing to chat about: leave out --chat")
+    raise ValueError("task wikitext103 has no chat form: remove --chat")
   split = "test" if split == "all" else split
   lines = [row["text"] for row in _source(split).rows(data_dir)]
   texts = [cut(piece.lstrip()) for piece in pieces(lines)]
@@ -61,7 +61,7 @@ def _source(split):
 
 
 def _judge(examples, outputs, workers, on_done):
-  raise ValueError("task wikitext103 has no answers to judge")
+  raise ValueError("task wikitext103 has no answers to score")
 
 
 WIKITEXT103 = base.Task(

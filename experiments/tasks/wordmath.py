@@ -1,27 +1,22 @@
-"""Generated arithmetic word problems with worked steps.
+"""Generates arithmetic word problems with worked steps.
 
-A problem reads, as the model sees it,
+A problem, as the model sees it:
 
     Question: Ann has 12 pears. Ben gives Ann 5 more. ... How many ...?
     Answer: 12+5=17. 17*2=34. #### 34
 
-It has two to four steps, whose results are integers in 1..999, and in 40 % of
-the problems one irrelevant sentence with a number of its own.
+It has two to four steps with results in 1..999; 40 % of the problems also have an irrelevant
+sentence with a number.
 
-Problem `index` of a split under a seed is a pure function of (seed, split,
-index): these three address a counter-based random stream, of which only the
-raw bits are used. Nothing is stored, and evaluation problems are generated.
+A problem is a pure function of (seed, split, index), which address a counter-based random
+stream. Nothing is stored.
 
-Splits are disjoint twice over. By seed: the split is part of the stream's key.
-By content: the content of a problem is its set of worked steps with their
-numbers, written canonically (operands of + and * in ascending order, steps
-sorted), e.g. "2*17 5+12"; names, nouns, wording, distractors and the template
-itself play no part in it. A stable hash assigns every content to exactly one
-split (80 % train, 10 % validation, 10 % test), and the generator redraws the
-numbers of a problem until its content belongs to the split asked for. As a
-template and its numbers determine the steps, no template with the numbers of a
-test problem ever occurs in training, under any seed and any names; nor does
-another template with the same steps.
+Splits are disjoint in two ways. By seed: the split is part of the stream's key. By content: a
+problem's content is its sorted worked steps in canonical form (operands of + and * in
+ascending order), e.g. "2*17 5+12", without names, nouns, wording, distractors and template. A
+stable hash assigns each content to one split (80 % train, 10 % validation, 10 % test), and the
+generator redraws a problem's numbers until its content is in the requested split. So no
+problem in training has the steps of a test problem, under any seed, template or names.
 """
 
 import dataclasses
@@ -48,8 +43,7 @@ class Problem:
     question: the story and what is asked, on one line.
     answer: the worked steps, then the result after "####".
     result: the final result, an integer in 1..999.
-    content: the canonical steps that decide the split; see the module's
-      docstring.
+    content: the canonical steps that determine the split.
   """
 
   question: str

@@ -1,10 +1,9 @@
-"""The always-available tasks: word problems generated here, see `wordmath`.
+"""Tasks of generated word problems (see `wordmath`), which need no data.
 
 * `wordmath`: all kinds of problems;
-* `wordmath_sums`, `wordmath_products`, `wordmath_quotients`: those whose steps only add
-  and subtract; which multiply, too; which divide;
-* `wordmath_choice`: the last step of a worked solution, whose result is to be chosen
-  among four.
+* `wordmath_sums`: problems with only additions and subtractions; `wordmath_products`: also
+  multiplications; `wordmath_quotients`: with divisions;
+* `wordmath_choice`: choose the result of a solution's last step from four.
 """
 
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import itertools
 
 from experiments.tasks import base, wordmath
 
-COUNT = 1000  # examples of each split; any number could be generated
+COUNT = 1000  # examples per split
 _NEAR = tuple(sign * step for step in (1, 2, 3, 9, 10, 11, 20, 100) for sign in (1, -1))
 
 
@@ -24,13 +23,13 @@ def _problems(split: str) -> Iterator[wordmath.Problem]:
 
 
 def kind_of(problem: wordmath.Problem) -> str:
-  """ "quotients" if a step divides, else "products" if one multiplies, else "sums"."""
+  """Returns "quotients" if a step divides, else "products" if one multiplies, else "sums"."""
   return "quotients" if "/" in problem.content else "products" if "*" in problem.content else "sums"
 
 
 def _read(name, kind=None):
   def read(split, data_dir, chat):
-    del data_dir  # nothing is read
+    del data_dir
     of_kind = (p for p in _problems(split) if kind in (None, kind_of(p)))
     for i, problem in enumerate(itertools.islice(of_kind, COUNT)):
       yield base.Example(
@@ -67,7 +66,7 @@ def _read_choice(split, data_dir, chat):
 
 
 def _results(problem):
-  """Four results near each other, by a stable hash of the problem, and the index of the right one."""
+  """Returns four similar results, by a stable hash, and the index of the right one."""
   digest = hashlib.blake2b(problem.question.encode(), digest_size=16).digest()
   near = sorted(
     _NEAR, key=lambda step: hashlib.blake2b(digest + str(step).encode(), digest_size=8).digest()
@@ -90,8 +89,8 @@ def _score_choice(example, output):
 
 
 _VALIDATION = (
-  f"the first {COUNT} generated problems of the split of that name, whose arithmetic "
-  "occurs neither in training nor in the test problems"
+  f"the first {COUNT} generated problems of the validation split, whose arithmetic occurs "
+  "neither in training nor in test problems"
 )
 
 

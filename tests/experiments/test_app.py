@@ -22,7 +22,7 @@ def test_a_file_that_is_no_profile_is_refused(tmp_path, content):
 
 
 def test_a_profile_that_does_not_exist_is_refused():
-  with pytest.raises(ValueError, match="nor an existing JSON file"):
+  with pytest.raises(ValueError, match="or an existing JSON file"):
     app.parse_temperatures("no_such_profile.json")
 
 

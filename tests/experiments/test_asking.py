@@ -96,7 +96,7 @@ def test_comparisons_and_searches_ask_in_the_chat_format(tmp_path):
     decode=ours.tokenizer.decode,
     request_ids=[3],
   ).completions
-  assert answers.texts == [prompt + expected.tokens] and answers.starts == [len(prompt)]
+  assert answers.sequences == [prompt + expected.tokens] and answers.starts == [len(prompt)]
   assert answers.outputs == [chat.answer(chat.prompt(EXAMPLE.messages), expected).final]
   accuracy = objectives.Accuracy(config, ours, task, [example], [3], 1)
   values, _ = accuracy.measure(params, method.roster, slice(None))

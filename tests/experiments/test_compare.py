@@ -243,9 +243,9 @@ def test_a_killed_comparison_goes_on_where_it_stopped(output, tiny_checkpoint):
 @pytest.mark.parametrize(
   "arguments, message",
   [
-    (["--methods=baseline;rooster"], "there is no method 'rooster'"),
+    (["--methods=baseline;rooster"], "unknown method 'rooster'"),
     (["--temperature_profile=0"], "it is the baseline"),
-    (["--tasks=wordmath,nothing"], "there is no task 'nothing'"),
+    (["--tasks=wordmath,nothing"], "unknown task 'nothing'"),
     (["--num_seeds=0"], "--num_seeds must be at least 1"),
   ],
 )
@@ -339,7 +339,7 @@ def test_default_methods_without_an_answer_are_left_out_and_others_refused(
   kept = [m.name for m in program.check_methods(found, examples)]
   assert {"baseline", "roster", "experts"} <= set(kept)
   assert not {"self_consistency", "best_of", "scmoe", "best_baseline"} & set(kept)
-  assert "[without SCMoE: task arc_easy takes the most probable" in capsys.readouterr().err
+  assert "[skipping SCMoE: task arc_easy needs the likelihood" in capsys.readouterr().err
   monkeypatch.setattr(program, "FLAGS", types.SimpleNamespace(methods="scmoe"))
-  with pytest.raises(ValueError, match="leave one of them out"):
+  with pytest.raises(ValueError, match="remove the task or the method"):
     program.check_methods(found, examples)

@@ -180,8 +180,8 @@ def test_what_is_wrong_with_one_process_ends_both(case, sentence, tiny_checkpoin
 @pytest.mark.parametrize(
   "given, sentence",
   [
-    (dict(num_processes=2), "--num_processes is about several processes"),
-    (dict(distributed=True, process_id=0), "--process_id needs --coordinator_address and --num"),
+    (dict(num_processes=2), "--num_processes applies to several processes"),
+    (dict(distributed=True, process_id=0), "--process_id requires --coordinator_address and --num"),
     (
       dict(distributed=True, coordinator_address="h:1", num_processes=2, process_id=2),
       r"--process_id must lie in \[0, 1\]",
@@ -190,7 +190,7 @@ def test_what_is_wrong_with_one_process_ends_both(case, sentence, tiny_checkpoin
       dict(distributed=True, coordinator_address="h", num_processes=2, process_id=1),
       "must be HOST:PORT, got 'h'",
     ),
-    (dict(distributed=True), "found no TPU pod, Slurm"),
+    (dict(distributed=True), "detected no TPU pod, Slurm"),
     (
       dict(
         distributed=True,
@@ -199,7 +199,7 @@ def test_what_is_wrong_with_one_process_ends_both(case, sentence, tiny_checkpoin
         process_id=1,
         start_timeout=1,
       ),
-      "no process 0 answers at",
+      "process 0 did not answer at",
     ),
   ],
 )
@@ -215,6 +215,8 @@ def test_programs_of_one_process_say_why():
   distributed.FLAGS.mark_as_parsed()
   with (
     flagsaver.flagsaver(distributed=True),
-    pytest.raises(ValueError, match="--distributed is not for this program: it times one machine"),
+    pytest.raises(
+      ValueError, match="this program does not support --distributed: it times one machine"
+    ),
   ):
     distributed.start("it times one machine")

@@ -40,15 +40,15 @@ def test_memory_is_what_the_model_and_the_mesh_make_it():
   assert number(report, "weights") == pytest.approx(expected / 1e9, abs=1e-3)
   # Half of the texts, two of the eight heads; room for one token more.
   cache = 2 * 32 * 8 * 2 * 2560 * 128 * 2
-  assert number(report, "key/value cache") == pytest.approx(cache / 1e9, abs=1e-3)
-  assert "fits: 90 % of 80 GB are 72.0 GB" in report
+  assert number(report, "KV cache") == pytest.approx(cache / 1e9, abs=1e-3)
+  assert "fits: 72.0 GB usable (90 % of 80 GB)" in report
 
 
 def test_a_roster_of_a_memory_bound_step_costs_little_more_than_one():
-  """Sixteen texts hit nearly all of eight experts with one member, too."""
+  """Sixteen sequences activate nearly all of eight experts with one member, too."""
   report = dry_run.report(plan(), sharding.abstract_mesh(MIXTRAL, 8, expert=8))
-  assert number(report, "experts hit of 8, at most", 1) > 7.8
-  assert 1 < number(report, "time, as a multiple of n = 1") < 1.2
+  assert number(report, "active experts of 8, at most", 1) > 7.8
+  assert 1 < number(report, "time relative to n = 1") < 1.2
   # Reading half of 93.4 GB takes a step on two devices 13.9 ms at least.
   report = dry_run.report(plan(), sharding.abstract_mesh(MIXTRAL, 2, expert=2))
   assert 13.9 < number(report, "ms of reading") < 15
@@ -56,7 +56,7 @@ def test_a_roster_of_a_memory_bound_step_costs_little_more_than_one():
 
 def test_a_plain_model_has_one_column():
   report = dry_run.report(plan(members=1), sharding.abstract_mesh(MIXTRAL, 8))
-  assert number(report, "time, as a multiple of n = 1") == 1
+  assert number(report, "time relative to n = 1") == 1
   assert "n = 1\n" in report and "n = 16" not in report
 
 
@@ -65,10 +65,12 @@ def test_what_does_not_fit_says_what_would():
   needs_more = plan(config, accelerator="a100-40")
   report = dry_run.report(needs_more, sharding.abstract_mesh(config, 4, expert=4))
   assert "DOES NOT FIT" in report
-  devices, mesh = re.search(r"no mesh of 4 devices fits; of (\d+): --mesh=(\S+),", report).groups()
+  devices, mesh = re.search(
+    r"no 4-device mesh fits; with (\d+) devices: --mesh=(\S+),", report
+  ).groups()
   sizes = {axis: int(size) for axis, _, size in (p.partition(":") for p in mesh.split(","))}
   fits = dry_run.report(needs_more, sharding.abstract_mesh(config, int(devices), **sizes))
-  assert "  fits:" in fits and f"meshes of {devices} devices that fit" in fits
+  assert "  fits:" in fits and f"{devices}-device meshes that fit" in fits
   half = dry_run.report(needs_more, sharding.abstract_mesh(config, int(devices) // 2))
   assert "DOES NOT FIT" in half  # it was the least power of two
   huge = dry_run.report(
@@ -79,8 +81,8 @@ def test_what_does_not_fit_says_what_would():
 
 def test_scoring_counts_its_chunks_and_the_pass_that_fills_the_cache():
   report = dry_run.report(plan(scoring=True), sharding.abstract_mesh(MIXTRAL, 8))
-  assert "clean pass included" in report and "held ready" not in report
-  flops = [number(report, "GFLOPs of a token, all devices", i) for i in (0, 1)]
+  assert "with clean prefill" in report and "prefilled prompts" not in report
+  flops = [number(report, "GFLOPs per token, all devices", i) for i in (0, 1)]
   assert 16.5 < flops[0] / flops[1] < 17  # once more, without the head
 
 
@@ -94,13 +96,13 @@ def test_without_an_accelerator_there_are_no_times():
   [
     (dict(length=1), "--length must lie in"),
     (dict(length=40000), "--length must lie in"),
-    (dict(overlap=1.5), "--overlap is a share"),
+    (dict(overlap=1.5), "--overlap must lie in"),
   ],
 )
 def test_bad_settings_are_refused(settings, sentence):
   with pytest.raises(ValueError, match=sentence):
     plan(**settings)
-  with pytest.raises(ValueError, match="leave out --recompute"):
+  with pytest.raises(ValueError, match="remove --recompute"):
     dry_run.Plan(MIXTRAL, Roster.create(MIXTRAL, 4, 0.3, recompute=True), 16, 64)
 
 
@@ -123,7 +125,7 @@ def test_the_programs_print_it_and_read_no_parameters():
   assert "mesh     data:1,expert:8,tensor:8, 64 x h200" in done.output
   done = run("score", "--checkpoint=embedded:wordmath_control", "--dry_run", "--window=64")
   assert done.returncode == 0, done.errors
-  assert "score 8 texts of 64 tokens" in done.output and "1 x device" in done.output
+  assert "score 8 sequences of 64 tokens" in done.output and "1 x device" in done.output
 
 
 @pytest.mark.parametrize(

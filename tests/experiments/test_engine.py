@@ -114,7 +114,7 @@ def test_choices_that_differ_in_the_last_token_are_one_text(olmoe, roster, monke
     counts.append(len(texts))
     return original(params, config, texts, *args, **kwargs)
 
-  monkeypatch.setattr(engine_lib.score_lib, "score", counting)
+  monkeypatch.setattr(engine_lib.scoring, "score", counting)
   made = requests()[:24]  # six questions with choices a, b, cd, ce
   made += made[:3]  # and some of them again
   engine(olmoe, roster).answer(made)

@@ -80,7 +80,7 @@ def test_lines_in_lines_out_and_a_killed_run_goes_on_where_it_stopped(tiny_check
     file.write('{"index": 9, "id": "p9", "tok')
   second = run(tiny_checkpoint, f"--output={target}", *arguments)
   assert second.returncode == 0, second.errors
-  assert f"already holds {there} of 12" in second.errors
+  assert f"has {there} of 12" in second.errors
   assert f"[{12 - there} prompts: " in second.errors
   found = [json.loads(line) for line in target.read_text().splitlines()]
   for one, record in zip(found, expected, strict=True):
@@ -124,7 +124,7 @@ BAD_SETTINGS = {
   "--prompt=x --temperature_profile=0.1,0.2,0.3": "a list of 2",
   "--prompt=x --temperature_profile=nan": "must be finite",
   "--prompt=x --top_p=0": "top_p",
-  "--prompt=x --output=y": "not both",
+  "--prompt=x --output=y": "use either it or --input",
   "--input=no_such_file": "does not exist",
   "--prompt=x --mesh=expert:3": "expert may be 1, 2, 4",
 }
@@ -281,7 +281,7 @@ def test_chats_from_message_to_answer(chat_checkpoints, tmp_path):
 
   code, out, errors = short
   assert (code, out) == (None, "")
-  assert "no answer: the limit of 3 tokens came within the reasoning; give a larger" in errors
+  assert "no answer: the reasoning exceeded 3 tokens; increase" in errors
 
   code, out, errors = lines_out
   assert code is None
@@ -325,25 +325,25 @@ def test_lines_without_an_answer_are_null_and_counted(chat_checkpoints, tmp_path
   first, again, other_day = many_runs(
     [[*arguments, "--chat_date=2025-01-31"]] * 2 + [[*arguments, "--chat_date=2025-02-01"]]
   )
-  assert first[0] is None and "[2 texts ended before the answer" in first[2]
+  assert first[0] is None and "[2 results ended before the answer" in first[2]
   records = [json.loads(line) for line in target.read_text().splitlines()]
   assert [(r["answer"], r["reasoning"], r["text"]) for r in records] == [(None, "", "fin")] * 2
-  assert "already holds 2 of 2" in again[2] and "ended before" not in again[2]
+  assert "has 2 of 2" in again[2] and "ended before" not in again[2]
   assert "other requests or settings" in other_day[0]
 
 
 BAD_CHATS = [  # checkpoint, arguments, line of input, sentence
   ("none", ["--chat", "--prompt=x"], None, "has no chat template"),
-  ("thinking", ["--prompt=x", "--system=y"], None, "--system is about chats: give --chat"),
-  ("thinking", ["--prompt=x", "--nothinking"], None, "--thinking is about chats"),
-  ("thinking", ["--prompt=x", "--show_reasoning"], None, "--show_reasoning is about chats"),
+  ("thinking", ["--prompt=x", "--system=y"], None, "--system applies to chats only: add --chat"),
+  ("thinking", ["--prompt=x", "--nothinking"], None, "--thinking applies to chats only"),
+  ("thinking", ["--prompt=x", "--show_reasoning"], None, "--show_reasoning applies to chats only"),
   (
     "thinking",
     ["--chat", "--show_reasoning"],
     {"prompt": "x"},
-    "--show_reasoning is about --prompt",
+    "--show_reasoning applies to --prompt only",
   ),
-  ("thinking", ["--chat", "--prompt=x", "--nospecial_tokens"], None, "about plain prompts"),
+  ("thinking", ["--chat", "--prompt=x", "--nospecial_tokens"], None, "applies to raw prompts"),
   (
     "thinking",
     ["--chat", "--prompt=x", "--reasoning_effort=low"],
@@ -365,7 +365,7 @@ BAD_CHATS = [  # checkpoint, arguments, line of input, sentence
     "thinking",
     ["--system=y"],
     {"messages": [{"role": "system", "content": "x"}]},
-    "has a system message of its own",
+    "has a system message: remove it",
   ),
 ]
 

@@ -14,6 +14,7 @@ from experiments.evaluation import lm_eval_model, lm_eval_tasks
 from experiments.evaluation.engine import Answers, Engine, request_id
 from experiments.tasks import wordmath, wordmath_tokenizer
 from roe_jax import checkpoint
+from roe_jax.checkpoint_folder import CONFIG_FILE
 from roe_jax.completion import Completion
 from roe_jax.families import from_hugging_face
 from roe_jax.roster import Roster
@@ -177,7 +178,10 @@ def test_repeats_are_samples_of_their_own_and_equal_questions_are_not(folder, mo
   "settings, message",
   [
     ({"max_gen_toks": CONTEXT}, "64 new tokens leave no room.*context of 64.*--max_new_tokens"),
-    ({"penalty_alpha": 0.6}, "penalty_alpha, which are not known here; there are temperature"),
+    (
+      {"penalty_alpha": 0.6},
+      "unsupported generation settings penalty_alpha: supported are temperature",
+    ),
     ({"num_beams": 4}, "num_beams"),
   ],
 )
@@ -192,6 +196,7 @@ def test_chats_are_prompts_of_the_template_that_end_with_its_turn(tmp_path, name
   chat_formats.write(tmp_path, name)
   tokenizer = Tokenizer.load(tmp_path)
   config = tiny.config("olmoe", vocab_size=tokenizer.vocab_size, context_length=256)
+  (tmp_path / CONFIG_FILE).write_text(config.to_json())
   chat = Chat.load(tmp_path, tokenizer)
   lm = lm_eval_model.RosterLM(str(tmp_path), config, tokenizer, chat)
   messages = [{"role": "user", "content": "What is 1+1?"}]
@@ -398,10 +403,10 @@ def test_examples_are_shown_as_asked_and_do_not_depend_on_the_limit(task_folder,
 @pytest.mark.parametrize(
   "name, settings, message",
   [
-    ("choise", {}, "no task 'choise'; did you mean choice"),
+    ("choise", {}, "unknown task 'choise': did you mean choice"),
     ("paper/gsm", dict(others=["paper/gsm8k"]), "did you mean paper/gsm8k"),
-    ("code", {}, "task code runs programs.*--allow_code_execution"),
-    ("unconfined", {}, "task unconfined runs programs.*--allow_code_execution"),
+    ("code", {}, "task code runs model-written programs.*--allow_code_execution"),
+    ("unconfined", {}, "task unconfined runs model-written programs.*--allow_code_execution"),
     ("unconfined", dict(allow_code_execution=True), "without a sandbox.*paper/humaneval"),
   ],
 )

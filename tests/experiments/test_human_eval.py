@@ -232,7 +232,7 @@ def test_plus_in_the_form_of_human_eval_is_read_too(tmp_path):
 def test_a_reference_solution_that_does_not_run_is_named(tmp_path):
   row = PROBLEMS[0][1] | {"canonical_solution": "    return y\n", "task_id": "HumanEval/77"}
   (tmp_path / "HumanEvalPlus.jsonl").write_text(json.dumps(row) + "\n")
-  with pytest.raises(ValueError, match="reference solution of HumanEval/77 does not run.*"):
+  with pytest.raises(ValueError, match="reference solution of HumanEval/77 failed.*"):
     scores("humaneval_plus", tmp_path, ["    return 1\n"])
 
 

@@ -13,7 +13,7 @@ REQUESTS = [{"id": i, "prompt": f"p{i}"} for i in range(3)]
   [
     (["{"], "line 1 is not valid JSON"),
     (["{}", "[]"], "line 2 must be a JSON object"),
-    ([""], "no line"),
+    ([""], "the input is empty"),
   ],
 )
 def test_bad_lines_are_refused(lines, sentence):
@@ -135,19 +135,19 @@ def test_values_are_computed_once_for_each_name_and_settings(tmp_path):
     return {"x": (1, 2.5)}
 
   for _ in range(2):  # the second time from the file, past a torn line
-    kept = jsonl.Kept(path, {"n": 1})
+    kept = jsonl.SavedValues(path, {"n": 1})
     assert kept.get("a", compute) == kept.get("a", compute) == {"x": [1, 2.5]}
     assert "a" in kept and "b" not in kept and len(calls) == 1
     with path.open("a") as file:
       file.write('{"name": "b", "val')
-  other = jsonl.Kept(path, {"n": 2})
+  other = jsonl.SavedValues(path, {"n": 2})
   assert "a" not in other and other.get("a", lambda: 7) == 7
-  assert jsonl.Kept(path, {"n": 1}).get("a", compute) == {"x": [1, 2.5]} and len(calls) == 1
+  assert jsonl.SavedValues(path, {"n": 1}).get("a", compute) == {"x": [1, 2.5]} and len(calls) == 1
   assert len(path.read_text().splitlines()) == 2
 
 
 def test_values_without_a_file_are_kept_for_the_run():
-  kept = jsonl.Kept(None, {})
+  kept = jsonl.SavedValues(None, {})
   assert kept.get("a", lambda: 1) == kept.get("a", lambda: 2) == 1
 
 
@@ -155,6 +155,6 @@ def test_values_without_a_file_are_kept_for_the_run():
 def test_a_file_of_something_else_is_refused_and_kept(tmp_path, content):
   path = tmp_path / "values.jsonl"
   path.write_text(content)
-  with pytest.raises(ValueError, match="something else than values of earlier runs"):
-    jsonl.Kept(path, {})
+  with pytest.raises(ValueError, match="does not have values of earlier runs"):
+    jsonl.SavedValues(path, {})
   assert path.read_text() == content

@@ -128,7 +128,7 @@ def test_the_program_writes_a_table_and_says_what_it_found(tmp_path):
     "--num_members=2",
   )
   assert done.returncode == 0, done.errors
-  assert "The same as on data:1 everywhere" in done.output
+  assert "Equal to data:1 on all meshes" in done.output
   found = json.loads((tmp_path / "results.json").read_text())["models"]["embedded:wordmath_control"]
   assert found["data:2,tensor:2"]["comparison"]["num_identical"] == 4
   assert len(found["data:1"]["seconds"]) == 3

@@ -51,9 +51,9 @@ def test_a_roster_takes_the_temperatures_of_a_profile(tmp_path):
   )
   assert [m.label for m in both] == ["roster, n = 8, τ of a task", "roster, n = 8, τ of other"]
   for text, message in (
-    (f"roster:profile={paths['long']}", "for 4 layers, and the model given has 3"),
-    (f"roster:t=0.1,profile={paths['profile']}", "from t or from profile: give one of them"),
-    (f"roster:profile={folder / 'none.json'}", "there is no temperature profile .*none.json"),
+    (f"roster:profile={paths['long']}", "has 4 layers, but the model has 3"),
+    (f"roster:t=0.1,profile={paths['profile']}", "t and profile both set the temperatures"),
+    (f"roster:profile={folder / 'none.json'}", "temperature profile .*none.json does not exist"),
   ):
     with pytest.raises(ValueError, match=message):
       parse(text)
@@ -122,13 +122,13 @@ def test_likelihoods_are_defined_where_there_is_a_distribution():
   [
     (
       "rooster",
-      "there is no method 'rooster'; there are baseline, baseline.temperature, best_baseline",
+      "unknown method 'rooster': choose from baseline, baseline.temperature, best_baseline",
     ),
-    ("roster:m=4", "'m=4' is not SETTING=VALUE with a new one of the settings of roster: n, t,"),
-    ("roster:n", "'n' is not SETTING=VALUE"),
-    ("roster:n=2,n=3", "'n=3' is not SETTING=VALUE"),
+    ("roster:m=4", "'m=4' must be SETTING=VALUE, each setting once; settings of roster: n, t,"),
+    ("roster:n", "'n' must be SETTING=VALUE"),
+    ("roster:n=2,n=3", "'n=3' must be SETTING=VALUE"),
     ("scmoe:beta=1", "settings of scmoe: none"),
-    ("roster:", "'' is not SETTING=VALUE"),
+    ("roster:", "'' must be SETTING=VALUE"),
     ("roster:n=two", "n cannot be 'two'"),
     ("roster:include_clean=no", "cannot be 'no'"),
     ("roster:n=1", "it is the baseline"),
@@ -139,8 +139,8 @@ def test_likelihoods_are_defined_where_there_is_a_distribution():
     ("roster:aggregation=contrast,include_clean=false", "needs include_clean"),
     ("experts:k=17", r"must lie in \[1, 16\]"),
     ("experts:gates=big", "unknown gates 'big'"),
-    ("self_consistency:n=1", "n of at least 2 samples"),
-    ("best_of:temperature=0", "a temperature above 0"),
+    ("self_consistency:n=1", "n must be at least 2"),
+    ("best_of:temperature=0", "and temperature above 0"),
     ("baseline:top_p=0", "top_p must lie"),
     ("baseline:temperature=-1", "sampling temperature must be finite"),
   ],
@@ -151,7 +151,7 @@ def test_what_is_no_method_is_refused_in_a_sentence(text, message):
 
 
 def test_the_same_method_twice_is_refused():
-  with pytest.raises(ValueError, match="baseline and baseline are the same"):
+  with pytest.raises(ValueError, match="baseline and baseline have the same"):
     methods.parse_all(["baseline", "roster", "baseline"], CONFIG, BASE)
 
 
@@ -213,9 +213,9 @@ def test_answers_are_picked_by_number_and_by_probability():
 
 def test_tasks_without_an_answer_by_a_method_are_refused():
   for text in ("self_consistency", "best_of", "scmoe"):
-    with pytest.raises(ValueError, match="takes the most probable of given choices"):
+    with pytest.raises(ValueError, match="needs the likelihood of its choices"):
       parse(text).check_task(tasks.get("arc_easy"), "choose")
-  with pytest.raises(ValueError, match="votes on the number in an answer"):
+  with pytest.raises(ValueError, match="votes on numbers, which"):
     parse("self_consistency").check_task(tasks.get("humaneval"), "generate")
   parse("best_of").check_task(tasks.get("humaneval"), "generate")
   parse("roster").check_task(tasks.get("arc_easy"), "choose")

@@ -134,11 +134,11 @@ def test_another_models_sizes_are_refused_before_its_parameters_are_read(
   for changes in ({"num_layers": 3}, {"num_experts": 8}, {"vocab_size": 7}):
     with pytest.raises(ValueError, match="is for tiny, olmoe with 2 layers of 4 experts") as error:
       app.roster_from_flags(model[1].replace(**changes))
-    assert str(next(iter(changes.values()))) in str(error.value).split("the model given")[1]
+    assert str(next(iter(changes.values()))) in str(error.value).split("but the model is")[1]
 
 
 def test_a_profile_whose_list_is_too_short_for_its_own_model_is_refused(profile, model):
-  with pytest.raises(ValueError, match="is for 1 layers, and the model given has 2"):
+  with pytest.raises(ValueError, match="has 1 layers, but the model has 2"):
     dataclasses.replace(profile, temperatures=(0.1,)).check_sizes(model[1])
 
 
@@ -149,11 +149,11 @@ def test_other_routers_of_the_same_sizes_are_refused_when_parameters_are_loaded(
   app.load_params(str(tiny_checkpoint))
   params, config = model
   other = params_lib.initialize(config, jax.random.key(1))
-  with pytest.raises(ValueError, match="of the same sizes, are"):
+  with pytest.raises(ValueError, match="of the same sizes has routers"):
     app.check_profile(other)
   (tmp_path / "files").mkdir()
   checkpoint.save(tmp_path / "other", other, config, files=tmp_path / "files")
-  with pytest.raises(ValueError, match="of the same sizes, are"):
+  with pytest.raises(ValueError, match="of the same sizes has routers"):
     app.load_params(str(tmp_path / "other"))
   app.check_profile(params)
 
@@ -171,13 +171,13 @@ def test_experts_do_not_matter_to_a_profile(profile, model):
   [
     (lambda text: text[:-20], "not a temperature profile"),
     (lambda text: "\x00" + text, "not a temperature profile"),
-    (lambda text: text.replace("0.25", "-0.25"), "not negative"),
+    (lambda text: text.replace("0.25", "-0.25"), "non-negative"),
     (lambda text: text.replace("0.25", "NaN"), "finite"),
     (lambda text: text.replace("0.25", '"a"'), "not a temperature profile"),
-    (lambda text: text.replace('"routers"', '"rooters"'), "see its routers"),
-    (lambda text: text.replace('"gate_weights"', '"gates"'), "see its gates"),
-    (lambda text: json.dumps(json.loads(text) | {"model": 3}), "see its model"),
-    (lambda text: json.dumps(json.loads(text) | {"temperatures": "12"}), "list of numbers"),
+    (lambda text: text.replace('"routers"', '"rooters"'), "check its routers"),
+    (lambda text: text.replace('"gate_weights"', '"gates"'), "check its gates"),
+    (lambda text: json.dumps(json.loads(text) | {"model": 3}), "check its model"),
+    (lambda text: json.dumps(json.loads(text) | {"temperatures": "12"}), "list of non-negative"),
   ],
 )
 def test_a_damaged_profile_is_refused(profile, tmp_path, damage, message):

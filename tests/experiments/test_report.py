@@ -75,14 +75,14 @@ def test_a_page_has_whole_tables_and_pictures_that_are_there(whole):
   for name in ("cost-wordmath", "reliability-wordmath", "temperatures", "history-gsm8k"):
     assert f"({name}.png)" in text and f"({name}.pdf)" in text
   assert re.fullmatch(
-    r"Saved .*report.md with 4 pictures: 4 runs, 1 tuning, \d+ of 11 "
+    r"Saved .*report.md with 4 figures: 4 runs, 1 tuning, \d+ of 11 "
     r"comparisons significant\.",
     line,
   )
 
 
 def test_what_is_much_better_is_called_so_and_what_is_equal_is_not(whole):
-  text = section(whole[0], "What is significant")
+  text = section(whole[0], "Significant differences")
   assert "wordmath: roster, n = 8 raises exact match against baseline" in text
   assert "k' = 4 raises exact match" not in text and "votes raises" not in text
   results = section(whole[0], "Results")
@@ -179,7 +179,7 @@ def test_two_runs_without_anything_else_make_a_page_that_says_what_is_not_measur
   synthetic.write_run(tmp_path / "b", "a|b", synthetic.answers(rng, 100, 0.5, baseline))
   text, line = write_report(tmp_path / "out", [str(tmp_path / "a"), str(tmp_path / "b")])
   check_markdown(text, tmp_path / "out")
-  assert "with 0 pictures: 2 runs" in line
+  assert "with 0 figures: 2 runs" in line
   assert "No significant difference from baseline in task results, in 1 comparison." in text
   assert "No perplexities are compared" in text
   assert "Perplexities of reference texts are not measured." in text
@@ -192,7 +192,7 @@ def test_a_tuning_alone_makes_a_page(tmp_path):
   synthetic.write_tuning(tmp_path / "x", profile=False)
   text, line = write_report(tmp_path / "out", tune=[str(tmp_path / "x")])
   check_markdown(text, tmp_path / "out")
-  assert "1 picture: 0 runs, 1 tuning" in line  # no map of temperatures without a profile
+  assert "1 figure: 0 runs, 1 tuning" in line  # no map of temperatures without a profile
   assert "x: confirmation not measured." in text
   assert "| x        | objective   | 31" in text
 
@@ -412,4 +412,4 @@ def test_the_command_line_writes_a_page_and_refuses_in_a_sentence(tmp_path):
   assert json.loads((tmp_path / "out" / "comparisons.json").read_text()) == []
   refused = call()
   assert refused.returncode == 1
-  assert "error: there is nothing to report: give --runs, --tune or both" in refused.errors
+  assert "error: nothing to report: set --runs, --tune or both" in refused.errors

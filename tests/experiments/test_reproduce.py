@@ -244,7 +244,7 @@ def test_other_settings_need_another_folder(run, one_figure, tmp_path):
   given = ("--figure=fig3", "--model=embedded", f"--output={tmp_path}")
   run(*given)
   for other in ("step=0.5", "num_examples=3"):
-    with pytest.raises(ValueError, match="holds a run with other settings"):
+    with pytest.raises(ValueError, match="has a run with other settings"):
       run(*given, f"--set={other}")
 
 
@@ -261,7 +261,7 @@ def test_tasks_are_looked_at_before_anything_runs(run, one_figure, tmp_path):
   one_figure.commands = lambda work: [work.tune(task) for task in work.model.code]
   with pytest.raises(ValueError, match="allow it with --allow_code_execution"):
     run(*given, "--set=code=humaneval")
-  with pytest.raises(FileNotFoundError, match="there is no data of gsm8k"):
+  with pytest.raises(FileNotFoundError, match="no data of gsm8k"):
     run(*given, "--set=code=gsm8k", f"--data_dir={tmp_path}")
   assert not (tmp_path / "x").exists()
 

@@ -37,11 +37,11 @@ def test_costs_are_summed_and_peaks_are_not(tmp_path):
 
 def test_other_settings_are_refused(tmp_path):
   runs.Run(tmp_path, "r", {"n": 1, "seed": 0})
-  with pytest.raises(ValueError, match=r"other settings \(n\): name another folder"):
+  with pytest.raises(ValueError, match=r"other settings \(n\): choose another folder"):
     runs.Run(tmp_path, "r", {"n": 2, "seed": 0})
 
 
 def test_an_unfinished_run_is_no_result(tmp_path):
   runs.Run(tmp_path, "r", {}).write([record("a")])
-  with pytest.raises(FileNotFoundError, match="summary.json: it is not a finished run"):
+  with pytest.raises(FileNotFoundError, match="summary.json, so it is not a finished run"):
     runs.load(tmp_path)

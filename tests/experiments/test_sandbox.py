@@ -553,7 +553,7 @@ def test_packages_of_this_python_are_there():
 
 def test_a_machine_that_cannot_confine_is_refused(monkeypatch, tmp_path):
   monkeypatch.setattr(confinement, "ARCHITECTURES", {})
-  with pytest.raises(confinement.Unconfinable, match="the system must be Linux on"):
+  with pytest.raises(confinement.Unconfinable, match="the sandbox requires Linux on"):
     confinement.confine(str(tmp_path), [], {}, os.getppid())
 
 
@@ -565,6 +565,6 @@ def test_a_process_that_cannot_confine_itself_runs_nothing(monkeypatch, tmp_path
     source.replace('"x86_64":', '"z80":').replace('"aarch64":', '"6502":')
   )
   monkeypatch.setattr(sandbox, "_RUNNER", folder / "runner.py")
-  with pytest.raises(ValueError, match="cannot be confined on this machine: the system must be"):
+  with pytest.raises(ValueError, match="cannot be confined on this machine: the sandbox requires"):
     sandbox.run_program(f"open({str(tmp_path / 'ran')!r}, 'w')")
   assert not (tmp_path / "ran").exists()
