@@ -193,16 +193,9 @@ def prepare() -> SearchSetup:
   count, examples, fresh = choose_examples(task, tuning.num_samples)
   tuning = dataclasses.replace(tuning, num_samples=count)
   builder = app.prompt_builder(config, app.load_tokenizer(FLAGS.checkpoint))
+  settings = FLAGS.batch_size, FLAGS.allow_code_execution
   searched, fresh = (
-    OBJECTIVES[tuning.objective](
-      config,
-      builder,
-      task,
-      [examples[i] for i in ids],
-      ids,
-      FLAGS.batch_size,
-      FLAGS.allow_code_execution,
-    )
+    OBJECTIVES[tuning.objective](config, builder, task, [examples[i] for i in ids], ids, *settings)
     for ids in (range(count), fresh)
   )
   setup = SearchSetup(
@@ -290,9 +283,8 @@ class OnModel:
     app.broadcast(None)
 
   def _measure(self, temperatures, part):
-    return self._setup.searched.measure(
-      self._params, self._setup.make_roster(temperatures, FLAGS.seed), part
-    )
+    roster = self._setup.make_roster(temperatures, FLAGS.seed)
+    return self._setup.searched.measure(self._params, roster, part)
 
 
 def batches(count: int) -> list[slice]:
@@ -304,12 +296,8 @@ def batches(count: int) -> list[slice]:
 def baseline_values(params: Params, setup: SearchSetup) -> np.ndarray:
   """Returns `[X]` numbers of the baseline on the search examples."""
   roster = Roster.create(setup.config)
-  return np.concatenate(
-    [
-      setup.searched.measure(params, roster, part)[0]
-      for part in batches(len(setup.searched.examples))
-    ]
-  )
+  parts = batches(len(setup.searched.examples))
+  return np.concatenate([setup.searched.measure(params, roster, part)[0] for part in parts])
 
 
 def profile_of(

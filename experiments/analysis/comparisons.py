@@ -52,7 +52,7 @@ class Likelihood:
     task: the task.
     fitted: whether the output temperature is the fitted one.
     examples: X.
-    perplexity: of the reference texts.
+    perplexity: of the references.
     between: its standard deviation between seeds; None for one seed.
     difference: relative difference from the baseline at T = 1; None for that itself.
     comparison: with the baseline at its fitted output temperature; None for the
@@ -120,6 +120,10 @@ class RunCost:
   flops: float | None
   unique_experts: float | None
   peak_bytes: float | None
+
+  @property
+  def ms_per_token(self) -> float | None:
+    return self.tokens_per_second and 1e3 / self.tokens_per_second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +229,7 @@ def _likelihood(result, baseline, task, fitted):
   if not np.array_equal(tokens, theirs):
     raise ValueError(
       f"{result.path} and {baseline.path} scored different numbers of tokens of examples of "
-      f"{task}, so their perplexities are not of the same texts: rerun one of them"
+      f"{task}, so their perplexities are not of the same sequences: rerun one of them"
     )
   by_seed = np.exp(nll.T.reshape(-1, len(examples)).sum(axis=1) / tokens.sum())
   difference = comparison = None

@@ -13,13 +13,13 @@ from experiments.analysis.paired_statistics import Difference
 from experiments.analysis.run_results import Tuning
 
 FLAT = 0.01  # percent or points: smaller differences are not magnified
-COSTS = (
-  ("milliseconds per token", lambda c: c.tokens_per_second and 1e3 / c.tokens_per_second),
-  ("forward FLOPs per example", lambda c: c.flops),
-  ("unique active experts per layer and step", lambda c: c.unique_experts),
-  ("peak memory (MiB)", lambda c: c.peak_bytes and c.peak_bytes / 2**20),
-  ("forward passes per example", lambda c: c.forward_passes),
-)
+COSTS = {  # name: title and unit
+  "ms_per_token": ("milliseconds per token", 1),
+  "flops": ("forward FLOPs per example", 1),
+  "unique_experts": ("unique active experts per layer and step", 1),
+  "peak_bytes": ("peak memory (MiB)", 2**20),
+  "forward_passes": ("forward passes per example", 1),
+}
 
 
 def quality_against_cost(
@@ -35,7 +35,6 @@ def quality_against_cost(
   on both sides.
   """
   by_label = {c.result.label: c for c in costs if c.task == task}
-  panels = [(name, cost) for name, cost in COSTS if any(map(cost, by_label.values()))]
   rows = []
   compared = {
     q.result.label: q.comparison.difference if q.comparison else None
@@ -52,32 +51,37 @@ def quality_against_cost(
   }
   if any(fitted.values()):
     rows.append((f"perplexity at fitted T: difference\nfrom {baseline} at fitted T (%)", fitted))
-  return differences_against_costs(
-    rows, [(name, {label: cost(c) for label, c in by_label.items()}) for name, cost in panels], task
-  )
+  costs_by_label = {
+    label: {name: getattr(c, name) for name in COSTS} for label, c in by_label.items()
+  }
+  return differences_against_costs(rows, costs_by_label, task)
 
 
 def differences_against_costs(
   rows: Sequence[tuple[str, dict[str, Difference | None]]],
-  costs: Sequence[tuple[str, dict[str, float | None]]],
+  costs: dict[str, dict[str, float | None]],
   task: str,
 ) -> plt.Figure | None:
   """Draws a row of panels per measure, one panel per cost; None without any.
 
   Args:
     rows: (measure, {label: difference from the baseline; None for the baseline}).
-    costs: (cost, {label: value or None}).
+    costs: {label: {name in `COSTS`: value or None}}.
     task: for the title.
   """
-  costs = [(name, of) for name, of in costs if any(of.values())]
+  labels = list(costs)
+  panels = [
+    (title, {label: cost[name] and cost[name] / unit for label, cost in costs.items()})
+    for name, (title, unit) in COSTS.items()
+    if any(cost[name] for cost in costs.values())
+  ]
   rows = [(title, differences) for title, differences in rows if any(differences.values())]
-  if not costs or not rows:
+  if not panels or not rows:
     return None
-  figure, axes = drawing.axes(len(costs), len(rows))
-  labels = list(costs[0][1])
+  figure, axes = drawing.axes(len(panels), len(rows))
   handles = {}
   for (title, differences), line in zip(rows, axes):
-    for (name, of), axis in zip(costs, line):
+    for (name, of), axis in zip(panels, line):
       drawing.zero(axis)
       shown = sorted((x, label) for label in differences if (x := of.get(label)))
       for (x, label), offset in zip(shown, _offsets([x for x, _ in shown])):

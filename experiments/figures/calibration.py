@@ -3,10 +3,10 @@
     python -m experiments.reproduce --figure=calibration --model=olmoe --data_dir=data
 
 Baseline and roster, each at T = 1, with one output temperature, and with one per class of
-tokens, all fitted on other texts. Classes are fixed in advance: by the baseline's probability
+tokens, all fitted on other sequences. Classes are fixed in advance: by the baseline's probability
 p of its most probable token, and by the routing margin (the difference in router logits
 between the last chosen expert and the best one not chosen, minimum over layers), below or
-above its median on the texts fitted on. Gains are in nats per token of the class, relative to
+above its median on the sequences fitted on. Gains are in nats per token of the class, relative to
 the baseline at T = 1. The share of calibration is the gain of one output temperature on the
 baseline relative to that of the roster with its own, undefined where the roster's is not
 significantly positive.
@@ -47,7 +47,7 @@ class Config:
   """The measurement.
 
   Attributes:
-    task: whose reference texts are scored.
+    task: whose references are scored.
     n: members.
     temperature: τ of all layers.
     bounds: of the classes: probabilities of the baseline's best token, descending.
@@ -76,17 +76,17 @@ CONFIGS = figure_models.configs(
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-  """Scored tokens of texts, concatenated.
+  """Scored tokens of sequences, concatenated.
 
   Attributes:
     nll: `[M, G]` nats at each output temperature.
     top: `[M]` probability of the most probable token, at T = 1.
-    text: `[M]` index of each token's text.
+    sequence: `[M]` index of each token's sequence.
   """
 
   nll: np.ndarray
   top: np.ndarray
-  text: np.ndarray
+  sequence: np.ndarray
 
 
 def _score(
@@ -102,7 +102,7 @@ def _score(
   scores = scoring.score(
     scorer.params,
     scorer.config,
-    objective.texts,
+    objective.sequences,
     objective.starts,
     roster=roster,
     request_ids=ids,
@@ -119,12 +119,12 @@ def _score(
 def _margins(scorer: likelihoods.ReferenceScorer, objective: Perplexity) -> np.ndarray:
   """Returns `[M]` smallest routing margins over layers, where each scored token is predicted."""
   baseline, found = Roster.create(scorer.config), []
-  for first in range(0, len(objective.texts), 16):
-    some = objective.texts[first : first + 16]
+  for first in range(0, len(objective.sequences), 16):
+    some = objective.sequences[first : first + 16]
     margins = diagnostics.routing_margins(scorer.params, scorer.config, baseline, some)
     found += [
-      margin[start - 1 : len(text) - 1]
-      for margin, text, start in zip(
+      margin[start - 1 : len(sequence) - 1]
+      for margin, sequence, start in zip(
         margins[:, 0].min(axis=0), some, objective.starts[first : first + 16]
       )
     ]
@@ -144,12 +144,12 @@ def _fit(nll: np.ndarray, chosen: np.ndarray) -> float:
 
 
 def _measure(run: FigureRun, checkpoint: str) -> dict[str, Any]:
-  """Returns "tokens" {class: [X]} and "gain" {class: {system: [X]}}, nats summed over a text."""
+  """Returns "tokens" {class: [X]} and "gain" {class: {system: [X]}}, nats of sequences."""
   config = run.config
   scorer = likelihoods.ReferenceScorer(run, checkpoint, config.task, config.examples)
   fit_on, report_on = scorer.choose_on, scorer.report_on
-  fit_ids = range(len(fit_on.texts))
-  report_ids = range(len(fit_ids), len(fit_ids) + len(report_on.texts))
+  fit_ids = range(len(fit_on.sequences))
+  report_ids = range(len(fit_ids), len(fit_ids) + len(report_on.sequences))
   seeds = range(run.seed, run.seed + config.seeds)
   rosters = {
     "baseline": [Roster.create(scorer.config)],
@@ -189,14 +189,14 @@ def _measure(run: FigureRun, checkpoint: str) -> dict[str, Any]:
     | dict(zip(MARGINS, (~small, small)))
   )
 
-  def by_text(values, chosen):
-    return np.bincount(baseline.text[chosen], values[chosen], len(report_on.texts)).tolist()
+  def by_sequence(values, chosen):
+    return np.bincount(baseline.sequence[chosen], values[chosen], len(report_on.sequences)).tolist()
 
   return {
     "temperatures": {name: dict(zip((ALL, *config.classes), t)) for name, t in fitted.items()},
-    "tokens": {g: by_text(np.ones(len(of)), chosen) for g, chosen in groups.items()},
+    "tokens": {g: by_sequence(np.ones(len(of)), chosen) for g, chosen in groups.items()},
     "gain": {
-      g: {s: by_text(nll["baseline"] - nll[s], chosen) for s in SYSTEMS}
+      g: {s: by_sequence(nll["baseline"] - nll[s], chosen) for s in SYSTEMS}
       for g, chosen in groups.items()
     },
   }
@@ -248,7 +248,7 @@ def table(records: list[dict]) -> str:
   }
   return (
     f"{report_page.table_of(records, columns)}\n\nGains over the baseline at T = 1, in 0.001 nat "
-    "per token of the class, with 95 % bootstrap intervals over texts. p: the baseline's "
+    "per token of the class, with 95 % bootstrap intervals over sequences. p: the baseline's "
     "probability of its most probable token. Routing margin: difference in router logits between "
     "the last chosen expert and the best one not chosen, minimum over layers; large: at least the "
     "median. T by class is fitted for each class of p."

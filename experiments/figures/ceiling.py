@@ -2,7 +2,7 @@
 
     python -m experiments.reproduce --figure=ceiling --model=olmoe --data_dir=data
 
-Perplexity of reference texts with rosters of 1, 2, 4, ... 256 members and the same noise: the
+Perplexity of references with rosters of 1, 2, 4, ... 256 members and the same noise: the
 members of a smaller roster are the first ones of a larger roster. Members 1, 2, ... are
 exchangeable, so their mean over n converges; -log of a mean of n exchangeable probabilities
 has the expectation L + a / n + O(1 / n^2) (second-order expansion about the limit: the
@@ -11,7 +11,7 @@ variance of a mean falls as 1 / n). The clean member, one of n, adds terms of th
     nll(n) = L + a / n
 
 is fitted by least squares to the points with n >= 2. Intervals of the ceiling L come from the
-bootstrap over texts, refitting each resample. The exponent of n, if fitted as well, is also
+bootstrap over sequences, refitting each resample. The exponent of n, if fitted as well, is also
 shown: far from 1, the expansion does not hold yet, or noise hides it. All at T = 1 and at the
 fitted output temperature of each n.
 """
@@ -39,7 +39,7 @@ class Config:
   """The measurement.
 
   Attributes:
-    task: whose reference texts are scored.
+    task: whose references are scored.
     members: n, ascending from 1.
     temperature: τ of all layers.
     examples: to report on.
@@ -90,11 +90,11 @@ def fit_ceiling(n: np.ndarray, nll: np.ndarray, tokens: np.ndarray) -> dict:
 
   Args:
     n: `[N]` roster sizes, 1 first.
-    nll: `[N, X]` of each text.
+    nll: `[N, X]` of each sequence.
     tokens: `[X]`.
 
   Returns:
-    JSON: "limit" (percent of the baseline's perplexity, with its interval over texts),
+    JSON: "limit" (percent of the baseline's perplexity, with its interval over sequences),
     "reached" {n: percent of the limit}, or None if the limit is not significant; "a", and
     "b", the exponent if fitted as well.
   """

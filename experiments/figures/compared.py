@@ -62,7 +62,7 @@ def records(results: Sequence[Result], baseline: Result, **also) -> list[Record]
           "fitted": estimate(fitted and fitted.perplexity),
           "fitted_difference": as_json(fitted and fitted.comparison),
           "output_temperature": result.output_temperatures.get(task),
-          "ms_per_token": cost.tokens_per_second and 1e3 / cost.tokens_per_second,
+          "ms_per_token": cost.ms_per_token,
           "flops": cost.flops,
           "forward_passes": cost.forward_passes,
           "unique_experts": cost.unique_experts,

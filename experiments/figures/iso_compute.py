@@ -98,21 +98,9 @@ def draw(records: list[compared.Record]):
     "quality_difference": compared.QUALITY_AXIS,
     "fitted_difference": compared.FITTED_AXIS,
   }
-  costs = {
-    "ms_per_token": ("milliseconds per token", 1),
-    "flops": ("forward FLOPs per example", 1),
-    "unique_experts": ("unique active experts per layer and step", 1),
-    "peak_bytes": ("peak memory (MiB)", 2**20),
-    "forward_passes": ("forward passes per example", 1),
-  }
-  return pictures.differences_against_costs(
-    [
-      (title, {r["label"]: compared.read(r[m]) for r in records if r[m] or r is records[0]})
-      for m, title in measures.items()
-    ],
-    [
-      (title, {r["label"]: r[name] and r[name] / unit for r in records})
-      for name, (title, unit) in costs.items()
-    ],
-    records[0]["task"],
-  )
+  rows = [
+    (title, {r["label"]: compared.read(r[m]) for r in records if r[m] or r is records[0]})
+    for m, title in measures.items()
+  ]
+  costs = {r["label"]: r for r in records}
+  return pictures.differences_against_costs(rows, costs, records[0]["task"])

@@ -1,6 +1,6 @@
 """Likelihoods of a task's reference texts under rosters, measured in this process.
 
-The texts are validation examples, since not all tasks' test examples have references: output
+The references are validation examples, since not all tasks' test examples have references: output
 temperatures and other choices are made on the first of them, and results are reported on the
 others, or on test examples if asked for.
 """
@@ -25,11 +25,11 @@ SPLIT = "validation"
 
 
 class ReferenceScorer:
-  """A model with a task's reference texts, some to choose on and some to report on.
+  """A model with a task's references, some to choose on and some to report on.
 
   Attributes:
     params, config: of the model.
-    choose_on, report_on: the texts as objectives, each with `tokens` `[X]`.
+    choose_on, report_on: the references as objectives, each with `tokens` `[X]`.
   """
 
   def __init__(
@@ -40,7 +40,7 @@ class ReferenceScorer:
     num_examples: int | None = None,
     split: str = SPLIT,
   ):
-    """Opens the model and reads the texts.
+    """Opens the model and reads the references.
 
     Args:
       run: the figure.
@@ -83,7 +83,7 @@ class ReferenceScorer:
     )
 
   def value(self, roster: Roster) -> float:
-    """Returns the mean nats per token of the texts to choose on."""
+    """Returns the mean nats per token on those to choose on."""
     objective = self.choose_on
     nll = objective.nll(self.params, roster, slice(None), np.ones(len(OUTPUT_TEMPERATURES)))
     return float(nll[:, 0].sum() / objective.tokens.sum())
@@ -96,7 +96,7 @@ class ReferenceScorer:
       seeds: the noise seeds.
 
     Returns:
-      JSON: "temperature", and "nll" and "fitted_nll" `[X][S]`, nats of each text.
+      JSON: "temperature", and "nll" and "fitted_nll" `[X][S]`, nats of each sequence.
     """
     on_grid = self.choose_on.nll(self.params, roster(seeds[0]), slice(None), OUTPUT_TEMPERATURES)
     temperature = paired_statistics.fit_output_temperature(on_grid, OUTPUT_TEMPERATURES)
@@ -131,7 +131,7 @@ def record(
   Args:
     found: of the roster, or the baseline itself.
     baseline: of the baseline.
-    tokens: `[X]` of each text.
+    tokens: `[X]` of each sequence.
     label: its name in tables.
     task: the task.
     **also: further fields.

@@ -5,7 +5,7 @@
 Gumbel noise as in the paper, Gaussian and uniform noise of the same variance, swapping chosen
 experts with some probability, and choosing all experts of a layer uniformly at random with
 some probability; each with clean and with noisy gates. Each scheme has its own best strength,
-chosen by perplexity on other texts, so that none wins because a strength suits it. The share
+chosen by perplexity on other sequences, so that none wins because a strength suits it. The share
 of a member's experts that the clean member chose, too, shows which schemes are comparable.
 Perplexities are of validation references, at T = 1 and at fitted output temperatures.
 """
@@ -33,7 +33,7 @@ class Config:
   """The comparison.
 
   Attributes:
-    task: whose reference texts are scored.
+    task: whose references are scored.
     n: members.
     families: of the noise.
     gates: gate weights of the chosen experts.
@@ -41,7 +41,7 @@ class Config:
     probabilities: candidate strengths of noise whose τ is a probability.
     examples: to report on.
     seeds: noise seeds.
-    agreement_texts: texts on which shared experts are counted.
+    agreement_sequences: sequences on which shared experts are counted.
   """
 
   task: str = "gsm8k"
@@ -52,7 +52,7 @@ class Config:
   probabilities: tuple[float, ...] = (0.05, 0.1, 0.2, 0.35, 0.5)
   examples: int = 300
   seeds: int = 3
-  agreement_texts: int = 16
+  agreement_sequences: int = 16
 
 
 CONFIGS = figure_models.configs(Config(), embedded=Config(task="wordmath", examples=120, seeds=2))
@@ -63,7 +63,7 @@ def measure(run: FigureRun) -> list[compared.Record]:
   scorer = likelihoods.ReferenceScorer(run, run.model.checkpoint, task, config.examples)
   tokens = scorer.report_on.tokens
   seeds = range(run.seed, run.seed + config.seeds)
-  agreement_on = scorer.report_on.texts[: config.agreement_texts]
+  agreement_on = scorer.report_on.sequences[: config.agreement_sequences]
 
   def roster(seed, family, gates, strength, cache=run.model.cache):
     return Roster.create(
@@ -117,7 +117,7 @@ def table(records: list[compared.Record]) -> str:
 
 
 def findings(records: list[compared.Record]) -> str:
-  return "Each noise at the strength that was best on other texts. " + compared.findings(
+  return "Each noise at the strength that was best on other sequences. " + compared.findings(
     records, ("fitted",)
   )
 

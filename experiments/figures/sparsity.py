@@ -6,7 +6,7 @@ Small over-trained models that differ only in k and E, `embedded:wordmath_KofE` 
 `python -m experiments.train --config=wordmath_sparsity:KofE`, 5 to 10 minutes each on one
 core): k is varied at E = 16, and E at k = 4. The roster's perplexity is compared with the
 baseline's at T = 1 and at fitted output temperatures, at one τ for all models and at each
-model's best τ, chosen on other texts at T = 1. The paper's models differ in everything else,
+model's best τ, chosen on other sequences at T = 1. The paper's models differ in everything else,
 too; --checkpoint=olmoe,mixtral,gpt-oss shows all of them together.
 """
 
@@ -32,7 +32,7 @@ class Config:
 
   Attributes:
     checkpoints: the models; empty: those of --model.
-    task: whose reference texts are scored.
+    task: whose references are scored.
     n: members.
     temperature: τ of all models.
     temperatures: candidates for each model's best τ.

@@ -11,7 +11,6 @@ same noise on it (common random numbers); the choices of a question share theirs
 
 from collections.abc import Iterable, Sequence
 import dataclasses
-import itertools
 import os
 from typing import ClassVar
 
@@ -72,55 +71,69 @@ class _Sequences:
     return Usage(scored, prefilled + scored * members)
 
 
-class Perplexity:
+@dataclasses.dataclass(eq=False)
+class _Objective:
+  """Encoded examples of a task.
+
+  Attributes:
+    config: the model's architecture.
+    prompt_builder: for the task's prompts.
+    task: the task.
+    examples: of the task.
+    ids: address of each example's noise.
+    batch_size: sequences per batch.
+    allow_code_execution: whether programs written by the model may run.
+  """
+
+  config: ModelConfig
+  prompt_builder: PromptBuilder
+  task: Task
+  examples: Sequence[Example]
+  ids: Sequence[int]
+  batch_size: int
+  allow_code_execution: bool = False
+
+  def _score(self, params, roster, sequences, output_temperatures=(1.0,)):
+    return scoring.score(
+      params,
+      self.config,
+      sequences.tokens,
+      sequences.starts,
+      roster=roster,
+      request_ids=sequences.ids,
+      output_temperatures=output_temperatures,
+      batch_size=self.batch_size,
+    ).sequences
+
+
+@dataclasses.dataclass(eq=False)
+class Perplexity(_Objective):
   """Perplexity of the references of a task's examples.
 
   Attributes:
     tokens: `[X]` scored tokens of each example.
-    texts, starts: token ids of each example, and the index of the first scored one.
-    examples: the examples.
+    sequences, starts: token ids of each example, and the index of the first scored one.
+
+  Raises:
+    ValueError: an example has no reference, or exceeds the context length.
   """
 
   name: ClassVar[str] = "perplexity"
   maximize: ClassVar[bool] = False
 
-  def __init__(
-    self,
-    config: ModelConfig,
-    prompt_builder: PromptBuilder,
-    task: Task,
-    examples: Sequence[Example],
-    ids: Sequence[int],
-    batch_size: int,
-    allow_code_execution: bool = False,
-  ):
-    """Encodes the examples.
-
-    Args:
-      config: the model's architecture.
-      prompt_builder: for the task's prompts.
-      task: the task.
-      examples: of the task.
-      ids: address of each example's noise.
-      batch_size: sequences per batch.
-      allow_code_execution: unused.
-
-    Raises:
-      ValueError: an example has no reference, or exceeds the context length.
-    """
-    del allow_code_execution
-    lacking = [e.id for e in examples if e.reference is None]
+  def __post_init__(self):
+    lacking = [e.id for e in self.examples if e.reference is None]
     if lacking:
       raise ValueError(
-        f"task {task.name} has no reference text for {lacking[0]}, which --objective=perplexity "
-        "needs: give --objective=accuracy"
+        f"task {self.task.name} has no reference text for {lacking[0]}, which "
+        "--objective=perplexity needs: give --objective=accuracy"
       )
-    self.examples = examples
-    self._sequences = _Sequences.of(map(prompt_builder.with_reference, examples), ids)
-    batching.check_tokens(config, self._sequences.tokens, what="text of example")
-    self.texts, self.starts = self._sequences.tokens, self._sequences.starts
+    self._sequences = _Sequences.of(
+      map(self.prompt_builder.with_reference, self.examples), self.ids
+    )
+    batching.check_tokens(self.config, self._sequences.tokens, what="text of example")
+    self.sequences, self.starts = self._sequences.tokens, self._sequences.starts
     self.tokens = self._sequences.counts
-    self._config, self._batch_size = config, batch_size
 
   def measure(self, params: Params, roster: Roster, part: slice) -> tuple[np.ndarray, Usage]:
     """Returns `[X]` negative log-probabilities of a slice of the examples, and the compute."""
@@ -134,68 +147,45 @@ class Perplexity:
     self, params: Params, roster: Roster, part: slice, output_temperatures: Sequence[float] = (1.0,)
   ) -> np.ndarray:
     """Returns `[X, G]` negative log-probabilities at each output temperature."""
-    sequences = self._sequences[part]
-    scores = scoring.score(
-      params,
-      self._config,
-      sequences.tokens,
-      sequences.starts,
-      roster=roster,
-      request_ids=sequences.ids,
-      output_temperatures=output_temperatures,
-      batch_size=self._batch_size,
-    )
-    return np.stack([-t.log_probs.sum(axis=0, dtype=np.float64) for t in scores.sequences])
+    scores = self._score(params, roster, self._sequences[part], output_temperatures)
+    return np.stack([-s.log_probs.sum(axis=0, dtype=np.float64) for s in scores])
 
   def value(self, values: np.ndarray) -> float:
     """Returns the perplexity of all examples, from the value of each."""
     return float(np.exp(values.sum() / self.tokens.sum()))
 
 
-class Accuracy:
+@dataclasses.dataclass(eq=False)
+class Accuracy(_Objective):
   """A task's main metric.
 
   Attributes:
     metric: its name.
-    examples: the examples.
+
+  Raises:
+    ValueError: an example exceeds the context length, or the task runs code and this is not
+      allowed.
   """
 
   name: ClassVar[str] = "accuracy"
   maximize: ClassVar[bool] = True
 
-  def __init__(
-    self,
-    config: ModelConfig,
-    prompt_builder: PromptBuilder,
-    task: Task,
-    examples: Sequence[Example],
-    ids: Sequence[int],
-    batch_size: int,
-    allow_code_execution: bool = False,
-  ):
-    """Encodes the examples; see `Perplexity`.
-
-    Raises:
-      ValueError: an example exceeds the context length, or the task runs code and this is
-        not allowed.
-    """
-    task.check_allowed(allow_code_execution)
-    self.examples = examples
+  def __post_init__(self):
+    task, examples, builder = self.task, self.examples, self.prompt_builder
+    task.check_allowed(self.allow_code_execution)
     self.metric = task.metric
-    self._task, self._allowed, self._builder = task, allow_code_execution, prompt_builder
-    self._config, self._batch_size = config, batch_size
     if any(e.kind != examples[0].kind for e in examples):
       raise ValueError(f"task {task.name} mixes questions with and without choices")
     if examples[0].kind == "choose":
       self._choices = [
-        _Sequences.of([prompt_builder.with_text(e, c) for c in e.choices], [i] * len(e.choices))
-        for e, i in zip(examples, ids)
+        _Sequences.of([builder.with_text(e, c) for c in e.choices], [i] * len(e.choices))
+        for e, i in zip(examples, self.ids)
       ]
       for e, choices in zip(examples, self._choices):
-        batching.check_tokens(config, choices.tokens, what=f"{e.id}: choice")
+        batching.check_tokens(self.config, choices.tokens, what=f"{e.id}: choice")
     else:
-      self._prompts, self._ids = [prompt_builder.prompt(e) for e in examples], list(ids)
-      batching.check_tokens(config, self._prompts, room=1, what="prompt of example")
+      self._prompts = [builder.prompt(e) for e in examples]
+      batching.check_tokens(self.config, self._prompts, room=1, what="prompt of example")
       if len({(e.stop, e.max_new_tokens) for e in examples}) > 1:
         raise ValueError(f"the examples of task {task.name} differ in their stop strings or limits")
 
@@ -204,47 +194,37 @@ class Accuracy:
     examples = self.examples[part]
     chooses = examples[0].kind == "choose"
     outputs, usage = (self._choose if chooses else self._generate)(params, roster, part)
-    metrics = self._task.score_all(examples, outputs, self._allowed, workers=os.cpu_count())
+    metrics = self.task.score_all(
+      examples, outputs, self.allow_code_execution, workers=os.cpu_count()
+    )
     return np.array([m[self.metric] for m in metrics], float), usage
 
   def _choose(self, params, roster, part):
     by_example = self._choices[part]
-    sequences = _Sequences(
-      *(
-        list(itertools.chain.from_iterable(getattr(t, name) for t in by_example))
-        for name in ("tokens", "starts", "ids")
-      )
-    )
-    scores = scoring.score(
-      params,
-      self._config,
-      sequences.tokens,
-      sequences.starts,
-      roster=roster,
-      request_ids=sequences.ids,
-      batch_size=self._batch_size,
-    )
-    sums = iter([float(t.log_probs.sum(dtype=np.float64)) for t in scores.sequences])
-    return [[next(sums) for _ in t.tokens] for t in by_example], sequences.usage(roster)
+    fields = ("tokens", "starts", "ids")
+    sequences = _Sequences(*([x for s in by_example for x in getattr(s, f)] for f in fields))
+    scores = self._score(params, roster, sequences)
+    sums = iter([float(s.log_probs.sum(dtype=np.float64)) for s in scores])
+    return [[next(sums) for _ in s.tokens] for s in by_example], sequences.usage(roster)
 
   def _generate(self, params, roster, part):
-    first, prompts = self.examples[0], self._prompts[part]
+    first, builder, prompts = self.examples[0], self.prompt_builder, self._prompts[part]
     found = decode.generate(
       params,
-      self._config,
+      self.config,
       prompts,
       max_new_tokens=first.max_new_tokens,
       roster=roster,
-      stop_tokens=self._builder.stop_tokens,
+      stop_tokens=builder.stop_tokens,
       stop_strings=first.stop,
-      decode=self._builder.tokenizer.decode,
-      request_ids=self._ids[part],
-      batch_size=self._batch_size,
+      decode=builder.tokenizer.decode,
+      request_ids=list(self.ids[part]),
+      batch_size=self.batch_size,
     )
     tokens, members = found.throughput.tokens, len(roster.members)
     prefilled = sum(map(len, prompts)) - len(prompts)
     prefilled *= members if roster.cache == "standard" else 1
-    answers = [self._builder.answer(e, c) for e, c in zip(self.examples[part], found.completions)]
+    answers = [builder.answer(e, c) for e, c in zip(self.examples[part], found.completions)]
     return answers, Usage(tokens, prefilled + tokens * members)
 
   def value(self, values: np.ndarray) -> float:

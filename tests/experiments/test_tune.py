@@ -384,7 +384,7 @@ def test_a_small_split_is_halved_and_repeated_questions_confirm_nothing(monkeypa
   monkeypatch.setattr(tune, "FLAGS", given)
   count, examples, fresh = tune.choose_examples(task, 50)
   assert (count, len(examples), fresh) == (3, 7, [3, 5, 6])
-  assert "7 examples: the search sees 3" in capsys.readouterr().err
+  assert "7 examples: 3 are for the search" in capsys.readouterr().err
   assert tune.choose_examples(task, 2)[::2] == (2, [2, 3])
   given.num_confirm = 5
   assert tune.choose_examples(task, 2)[::2] == (2, [2, 3, 5, 6])
