@@ -155,7 +155,7 @@ def test_standard_output_is_that_of_the_first_process(tiny_checkpoint, tmp_path)
   [
     ("no input", "error: input file in.jsonl does not exist"),
     ("no checkpoint", "there is no model 'checkpoint'"),
-    ("other flags", "--seed is 7 here and 1 in process 0"),
+    ("other flags", "--seed is 7 here but 1 in process 0"),
   ],
 )
 def test_what_is_wrong_with_one_process_ends_both(case, sentence, tiny_checkpoint, tmp_path):

@@ -257,7 +257,7 @@ def test_the_harnesss_program_finds_the_model_by_name(tiny_checkpoint):
     batch_size=2,
   )
   assert other.loglikelihood(instances("loglikelihood", [(QUESTIONS[0], " 12")])) == [found]
-  with pytest.raises(ValueError, match="unknown model_args temperature; the roster's settings are"):
+  with pytest.raises(ValueError, match="unknown model_args temperature: the roster's settings are"):
     get_model("roe_jax").create_from_arg_string(f"checkpoint={tiny_checkpoint},temperature=1")
 
 
