@@ -20,7 +20,7 @@ from roe_jax.presets import PRESETS
 from roe_jax.roster import Roster
 from roe_jax.routing import GATE_WEIGHTS
 from roe_jax.sampling import Sampler
-from roe_jax.scoring import perplexity
+from roe_jax.scoring import perplexity, score
 from roe_jax.text.answer import Answer
 from roe_jax.text.chat import Chat
 from roe_jax.text.tokenizer import StreamDecoder, Tokenizer
@@ -57,6 +57,7 @@ __all__ = [
   "open_model",
   "perplexity",
   "save",
+  "score",
   "stream",
   "to_hugging_face",
 ]
