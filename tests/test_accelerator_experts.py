@@ -116,8 +116,10 @@ def test_widening_of_every_code():
   )
 
 
-@every_strategy
-@pytest.mark.parametrize("format", [None, *FORMATS])
+@pytest.mark.parametrize(
+  "strategy, format",
+  [*((name, None) for name in STRATEGIES), *zip(STRATEGIES, (*FORMATS, *FORMATS))],
+)
 def test_several_tiles_with_the_last_one_not_full(format, strategy, monkeypatch):
   """More than one tile and step of each kernel along both widths."""
   monkeypatch.setattr(gather_gemv, "DOWN_SPLIT", 64)
@@ -137,7 +139,7 @@ def test_several_tiles_with_the_last_one_not_full(format, strategy, monkeypatch)
 
 
 @every_strategy
-@pytest.mark.parametrize("chosen", [[4, 0, 3], [0, 1, 2], [4, 3, 2]], ids=str)
+@pytest.mark.parametrize("chosen", [[4, 0, 3], [0, 1, 2]], ids=str)
 def test_all_rows_on_the_same_experts_leaves_others_empty(strategy, chosen):
   x, _, gates = rows(33)
   indices = jnp.tile(jnp.asarray(chosen, jnp.int32), (33, 1))
@@ -242,15 +244,12 @@ def lowered(strategy, n, dtype, activation, format, platform, device):
   "dtype, activation, format",
   [
     ("float32", PLAIN, None),
-    ("bfloat16", PLAIN, None),
     ("bfloat16", CLAMPED, None),
     *(("bfloat16", CLAMPED, format) for format in FORMATS),
   ],
   ids=str,
 )
-@pytest.mark.parametrize(
-  "strategy, n", [("gather_gemv", 1), ("gather_gemv", 8), ("grouped_matmul", 500)]
-)
+@pytest.mark.parametrize("strategy, n", [("gather_gemv", 8), ("grouped_matmul", 500)])
 def test_accelerators_are_given_two_kernels_that_read_the_weights(
   strategy, n, dtype, activation, format, platform, device, target
 ):

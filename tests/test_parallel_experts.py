@@ -91,8 +91,9 @@ def assert_close(actual, expected):
   assert np.abs(expected).max() > 0.1
 
 
-@pytest.mark.parametrize("tokens_sharded", [False, True])
-@pytest.mark.parametrize("expert,tensor", [(8, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize(
+  "expert,tensor,tokens_sharded", [(8, 1, True), (2, 2, False), (2, 2, True), (1, 4, False)]
+)
 @pytest.mark.parametrize("strategy", experts_lib.STRATEGIES)
 def test_devices_together_compute_what_one_does(strategy, expert, tensor, tokens_sharded):
   params, args = weights(), rows(16)
@@ -143,8 +144,7 @@ def exchange(request, monkeypatch):
   return request.param
 
 
-@pytest.mark.parametrize("hot", [None, (0, 1, 2), (7, 0, 6)], ids=str)
-@pytest.mark.parametrize("room", [1, 3])
+@pytest.mark.parametrize("room, hot", [(1, None), (1, (7, 0, 6)), (3, (0, 1, 2))], ids=str)
 @pytest.mark.parametrize("expert,tensor", [(4, 2), (8, 1)])
 def test_exchanged_rows_all_come_to_their_experts(monkeypatch, exchange, expert, tensor, room, hot):
   monkeypatch.setattr(expert_parallel, "exchange_capacity", lambda *sizes: room)

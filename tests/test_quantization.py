@@ -181,7 +181,7 @@ def test_sizes_that_a_format_does_not_have_are_refused(changes, message):
       quantize(array, config.expert_format, axis)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["int8", "mxfp4"])
 def test_parameters_are_described_made_counted_and_stored(tmp_path, format):
   plain = tiny.config("olmoe", d_expert=32, dtype="bfloat16")
   params, config = params_lib.quantize(tiny.params(plain), plain, format)
@@ -211,7 +211,7 @@ def test_parameters_are_described_made_counted_and_stored(tmp_path, format):
       np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["int8", "mxfp4"])
 def test_a_quantized_model_is_the_model_of_its_widened_weights(format):
   plain = tiny.config("olmoe", d_expert=32, num_layers=2)
   params, config = params_lib.quantize(tiny.params(plain), plain, format)

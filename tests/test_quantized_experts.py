@@ -101,15 +101,15 @@ def check(strategy, params, n, dtype, activation=Activation(), d=D):
     assert np.median(np.abs(expected)) > 4 * np.median(bound)  # no expert is missing
 
 
-@pytest.mark.parametrize("n, dtype", [(1, "float32"), (21, "bfloat16")])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+  "format, n, dtype", [("int8", 1, "float32"), ("int4", 21, "bfloat16"), ("mxfp4", 21, "float32")]
+)
 @pytest.mark.parametrize("strategy", [*experts_lib.STRATEGIES, None])
 def test_strategies_agree_with_a_loop(strategy, format, n, dtype):
   check(strategy, weights(format), n, dtype)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("strategy", experts_lib.STRATEGIES)
+@pytest.mark.parametrize("strategy, format", zip(experts_lib.STRATEGIES, 2 * list(FORMATS)))
 def test_biases_and_the_clamped_activation(strategy, format):
   check(strategy, weights(format, biases=True), 5, "float32", CLAMPED)
 
@@ -214,7 +214,7 @@ def test_accelerators_take_an_expert_at_a_time(monkeypatch, platform, blocks):
     (b, 1) for b in blocks
   ]
   matrix = weights("mxfp4").down
-  (tile,) = tiled_loop._parts(matrix, jnp.bfloat16)
+  (tile,) = tiled_loop._dequantized(matrix, jnp.bfloat16)
   assert tile.dtype == jnp.bfloat16 and tile.shape == (L, E, F, D)
 
 

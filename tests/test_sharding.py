@@ -229,7 +229,7 @@ def test_all_families_by_parts(family):
   check_forward(config, tiny.params(config))
 
 
-@pytest.mark.parametrize("expert_format", FORMATS)
+@pytest.mark.parametrize("expert_format", ["int8", "int4"])
 def test_experts_of_few_bits_by_parts(expert_format):
   config = of_few_bits(expert_format)
   check_forward(config, params_lib.initialize(config, jax.random.key(0)))
@@ -287,7 +287,7 @@ def generate(params, config, prompts):
   ).completions
 
 
-@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 8, 1), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 4)], ids=str)
 def test_the_embedded_model_says_the_same_on_every_mesh(on_one_device, sizes):
   prompts, config, expected = on_one_device
   mesh = make_mesh(config, *sizes)
@@ -311,8 +311,8 @@ def test_caches_are_made_where_they_lie(params, cache):
   # A quarter of the texts, a half of the heads.
   for array in jax.tree.leaves(made):
     assert array.addressable_shards[0].data.shape[-4:] == (1, 2, 128, 8)
-  beside = batching.device_put_like(placed, members.empty_cache(CONFIG, roster, 4, 128))
-  assert jax.tree.map(lambda a: a.sharding, made) == jax.tree.map(lambda a: a.sharding, beside)
+  put = batching.device_put_like(placed, members.empty_cache(CONFIG, roster, 4, 128))
+  assert jax.tree.map(lambda a: a.sharding, made) == jax.tree.map(lambda a: a.sharding, put)
 
 
 @pytest.mark.parametrize(
@@ -395,9 +395,7 @@ def test_recomputing_on_a_mesh(params):
     np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-  "sizes, num_texts", [((1, 8, 1), 8), ((2, 2, 2), 1), ((1, 2, 4), 8)], ids=str
-)
+@pytest.mark.parametrize("sizes, num_texts", [((1, 8, 1), 8), ((2, 2, 2), 1)], ids=str)
 def test_no_weight_is_moved_between_devices(sizes, num_texts):
   """No collective of a step moves as much as a device's part of a layer's smallest matrix."""
   config = CONFIG.replace(d_model=256, head_dim=32, d_expert=256, vocab_size=512)

@@ -1,4 +1,4 @@
-"""The loss against formulas written anew, and what a training step does."""
+"""The loss against independent formulas, and what a training step does."""
 
 import dataclasses
 

@@ -106,11 +106,11 @@ def slurm(job):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_two_processes_one_process_and_one_device_give_the_same(program, tiny_checkpoint, tmp_path):
+def test_two_processes_and_one_device_give_the_same(program, tiny_checkpoint, tmp_path):
   arguments, results = PROGRAMS[program]
   arguments = [f"--checkpoint={tiny_checkpoint}", *arguments]
   module = f"experiments.{program}"
-  device, mesh, two = (folder_with_input(tmp_path / name) for name in ("device", "mesh", "two"))
+  device, two = (folder_with_input(tmp_path / name) for name in ("device", "two"))
   (tmp_path / "elsewhere").mkdir()  # a host without input and output
   # One program takes its place from flags, the other from Slurm.
   first, second = programs.two(
@@ -120,17 +120,11 @@ def test_two_processes_one_process_and_one_device_give_the_same(program, tiny_ch
     folders=(two, tmp_path / "elsewhere"),
     environments=slurm(os.getpid()) if program == "score" else None,
   )
-  alone = [
-    programs.Run(module, arguments, tmp_path / "logs" / "device", folder=device),
-    programs.Run(
-      module, [*arguments, "--mesh=data:2,expert:4"], tmp_path / "logs" / "mesh", folder=mesh
-    ),
-  ]
-  for run in (first, second, *alone):
+  alone = programs.Run(module, arguments, tmp_path / "logs" / "device", folder=device)
+  for run in (first, second, alone):
     assert run.exit_code() == 0, run.errors
   expected = records(device / results)
   assert len(expected) == (6 if program in ("generate", "score") else 4)
-  assert_same(records(mesh / results), expected)
   assert_same(records(two / results), expected)
   assert "[process 1 of 2: 4 of 8 devices]" in second.errors
   assert "100%" in first.errors and "%|" not in second.errors

@@ -1,4 +1,4 @@
-"""README.md and the pages beside it: commands have flags that exist, and links lead somewhere."""
+"""README.md and the guides: commands have flags that exist, and links lead somewhere."""
 
 import pathlib
 import re

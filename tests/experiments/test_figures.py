@@ -318,10 +318,10 @@ def test_confirmations_are_tested_and_corrected_over_tasks(tmp_path):
     expected.append(paired_statistics.paired_test(tuned, baseline).p)
     found.append({"differences": searches._tested(tmp_path / task, profile)})
   found = searches.corrected(found)
-  told = [searches.fresh(r) for r in found]
-  assert [d["p"] for d in told] == pytest.approx(expected)
-  assert [d["adjusted"] for d in told] == pytest.approx(multipletests(expected, method="holm")[1])
-  assert [d["significant"] for d in told] == [False, True, False]
+  fresh = [searches.fresh(r) for r in found]
+  assert [d["p"] for d in fresh] == pytest.approx(expected)
+  assert [d["adjusted"] for d in fresh] == pytest.approx(multipletests(expected, method="holm")[1])
+  assert [d["significant"] for d in fresh] == [False, True, False]
 
 
 @pytest.fixture

@@ -112,23 +112,6 @@ CASES = {
     "out.json.windows.jsonl",
     same_bytes("out.json", "out.json.windows.jsonl"),
   ),
-  "quickstart": (
-    "experiments.quickstart",
-    [
-      "--checkpoints={checkpoint}",
-      MEMBERS,
-      "--output={folder}",
-      "--limit=5",
-      "--num_validation=4",
-      "--batch_size=3",
-    ],
-    "checkpoint/roster_n=3/examples.jsonl",
-    same_bytes(
-      "checkpoint/baseline/examples.jsonl",
-      "checkpoint/roster_n=2/examples.jsonl",
-      "checkpoint/roster_n=3/examples.jsonl",
-    ),
-  ),
   "quantization": (
     "experiments.quantization_study",
     [

@@ -31,9 +31,10 @@ outcome = sandbox.run_program(sandbox.Program(text, limits=sandbox.Limits(**limi
 pickle.dump(vars(outcome), sys.stdout.buffer)
 """
 
-pytestmark = pytest.mark.skipif(
-  sys.platform != "linux", reason="programs are confined by the Linux kernel"
-)
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.skipif(sys.platform != "linux", reason="programs are confined by the Linux kernel"),
+]
 
 
 def public_python():

@@ -345,7 +345,7 @@ def test_accuracy_of_chosen_answers(model):
 
 
 def test_what_is_not_clear_is_not_called_better():
-  def told(low, high):
+  def sentence(low, high):
     difference = {
       "of": "tuned",
       "to": "baseline",
@@ -363,9 +363,9 @@ def test_what_is_not_clear_is_not_called_better():
       "accuracy",
     )
 
-  assert "No significant difference in accuracy" in told(-1, 3)
-  assert "significantly better than the baseline" in told(1, 3)
-  assert "significantly worse than the baseline" in told(-3, -1)
+  assert "No significant difference in accuracy" in sentence(-1, 3)
+  assert "significantly better than the baseline" in sentence(1, 3)
+  assert "significantly worse than the baseline" in sentence(-3, -1)
 
 
 def test_a_small_split_is_halved_and_repeated_questions_confirm_nothing(monkeypatch, capsys):
@@ -405,10 +405,10 @@ def test_the_papers_budgets():
 REFUSED = {
   ("--max_temperature=0",): "max_temperature must be finite and above 0",
   ("--max_temperature=nan",): "max_temperature must be finite",
-  ("--fixed_layers=1",): "it may be 0 to 0, got 1",
+  ("--fixed_layers=1",): "give 0 to 0, got 1",
   ("--num_trials=2",): "num_trials must be at least 3",
   ("--config=paper_math_gpt5",): "unknown tuning config 'paper_math_gpt5'",
-  ("--config=paper_math_olmoe",): "it may be 0 to 0, got 1",  # two layers are too few for L = 1
+  ("--config=paper_math_olmoe",): "give 0 to 0, got 1",  # two layers are too few for L = 1
   ("--task=gsm9k",): "gsm9k",
   ("--num_members=1",): "the baseline alone has no temperatures",
   ("--num_samples=900", "--num_confirm=200"): "too few for --num_samples=900 and",
