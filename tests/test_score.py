@@ -24,6 +24,7 @@ TOLERANCE = 3e-5
 ROSTERS = {
   "plain": {},
   "clean": dict(num_members=3, temperatures=[0, 0.7, 0.4]),
+  "one noisy member": dict(num_members=1, temperatures=0.6, include_clean=False),
   "clean, without the clean member": dict(
     num_members=2, temperatures=0.6, include_clean=False, gate_weights="noisy"
   ),
@@ -76,7 +77,7 @@ def assert_scored_as_generated(scores, completions):
 @pytest.mark.parametrize(
   "family, name",
   [
-    *(("olmoe", name) for name in ("plain", "clean", "standard, recomputed")),
+    *(("olmoe", name) for name in ("plain", "clean", "one noisy member", "standard, recomputed")),
     ("mixtral", "clean, without the clean member"),
     ("mixtral", "standard, without the clean member"),
   ],

@@ -45,6 +45,12 @@ def test_perplexity_difference_is_that_of_the_pooled_perplexities():
   assert found.excludes_zero
 
 
+def test_the_interval_of_a_ratio_resamples_its_parts_together():
+  tokens = np.random.default_rng(3).integers(5, 50, 80)
+  found = paired_statistics.perplexity(2.0 * tokens, tokens)
+  assert (found.low, found.value, found.high) == pytest.approx(3 * (np.exp(2),))
+
+
 def test_intervals_cover_no_difference_about_as_often_as_they_say():
   rng = np.random.default_rng(2)
   covered = 0
@@ -168,6 +174,7 @@ def test_sign_flips_are_those_of_scipy():
 def test_a_p_value_can_be_small_enough_for_a_large_table():
   rng = np.random.default_rng(15)
   p = paired_statistics.paired_test(rng.normal(1.0, 0.5, 200), np.zeros(200)).p
+  assert p == 1 / (1 + paired_statistics.FLIPS)  # none of the flips, and the data themselves
   assert paired_statistics.holm([p] + [0.5] * 400)[0] < 0.05
 
 
