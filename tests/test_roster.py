@@ -168,7 +168,7 @@ ONE_MEMBER = [
 
 
 @pytest.mark.parametrize(
-  "model, settings", zip(hf.FAMILIES, 2 * ONE_MEMBER), indirect=["model"], ids=str
+  "model, settings", zip(["olmoe", "gpt_oss", "qwen2_moe"], ONE_MEMBER), indirect=["model"], ids=str
 )
 def test_one_member_is_bitwise_the_plain_model(model, settings):
   config, params = model

@@ -2,7 +2,6 @@
 
 import re
 
-import hf
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
@@ -223,15 +222,14 @@ def test_a_checkpoint_is_restored_straight_onto_the_mesh(params, tmp_path):
 # Results.
 
 
-@pytest.mark.parametrize("family", hf.FAMILIES)
-def test_all_families_by_parts(family):
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen2_moe"])
+def test_families_by_parts(family):
   config = tiny.config(family, vocab_size=64)
   check_forward(config, tiny.params(config))
 
 
-@pytest.mark.parametrize("expert_format", ["int8", "int4"])
-def test_experts_of_few_bits_by_parts(expert_format):
-  config = of_few_bits(expert_format)
+def test_experts_of_few_bits_by_parts():
+  config = of_few_bits("int4")
   check_forward(config, params_lib.initialize(config, jax.random.key(0)))
 
 

@@ -20,7 +20,6 @@ PROGRAMS = {
     ("--input=in.jsonl", "--output=out.jsonl", "--batch_size=4", "--max_new_tokens=12", *ROSTER),
     "out.jsonl",
   ),
-  "score": (("--input=in.jsonl", "--output=out.jsonl", "--batch_size=4", *ROSTER), "out.jsonl"),
   "evaluate": (
     (
       "--tasks=wordmath",
@@ -118,13 +117,13 @@ def test_two_processes_and_one_device_give_the_same(program, tiny_checkpoint, tm
     [*arguments, "--mesh=data:2,expert:4"],
     tmp_path / "logs",
     folders=(two, tmp_path / "elsewhere"),
-    environments=slurm(os.getpid()) if program == "score" else None,
+    environments=slurm(os.getpid()) if program == "generate" else None,
   )
   alone = programs.Run(module, arguments, tmp_path / "logs" / "device", folder=device)
   for run in (first, second, alone):
     assert run.exit_code() == 0, run.errors
   expected = records(device / results)
-  assert len(expected) == (6 if program in ("generate", "score") else 4)
+  assert len(expected) == (6 if program == "generate" else 4)
   assert_same(records(two / results), expected)
   assert "[process 1 of 2: 4 of 8 devices]" in second.errors
   assert "100%" in first.errors and "%|" not in second.errors

@@ -98,20 +98,6 @@ CASES = {
     "out.jsonl",
     same_bytes("out.jsonl"),
   ),
-  "score of a text": (
-    "experiments.score",
-    [
-      "--checkpoint={checkpoint}",
-      "--text={inputs}/text",
-      "--output={folder}/out.json",
-      "--batch_size=2",
-      "--window=64",
-      MEMBERS,
-      TAU,
-    ],
-    "out.json.windows.jsonl",
-    same_bytes("out.json", "out.json.windows.jsonl"),
-  ),
   "quantization": (
     "experiments.quantization_study",
     [

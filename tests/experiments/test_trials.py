@@ -32,9 +32,8 @@ def start(folder, num_trials, seconds):
   )
 
 
-@pytest.mark.parametrize("maximize", [False, True])
-def test_the_search_finds_the_optimum_of_a_closed_form(tmp_path, maximize):
-  search, objective = searched(tmp_path, 40, objective=Quadratic(maximize))
+def test_the_search_finds_the_optimum_of_a_closed_form(tmp_path):
+  search, objective = searched(tmp_path, 40, objective=Quadratic(True))
   best, uniform = search.best(), search.best("sweep")
   np.testing.assert_allclose(best.temperatures[1:3], OPTIMUM, atol=0.05)
   # The best uniform τ is known, too, and by how much it is worse.
@@ -97,12 +96,11 @@ def test_the_best_of_equal_trials_is_the_first(tmp_path):
   assert search.best().number == 0
 
 
-@pytest.mark.parametrize("maximize", [False, True])
-def test_pruning_saves_work_and_keeps_the_winner(tmp_path, maximize):
+def test_pruning_saves_work_and_keeps_the_winner(tmp_path):
   """The best uniform τ is 0.25; noise is as large as the differences between neighbors."""
   saved = []
   for i in range(3):
-    objective = Quadratic(maximize, noise=0.1, examples=100)
+    objective = Quadratic(noise=0.1, examples=100)
     order = np.random.default_rng(i).permutation(100)
     objective._levels, objective._slopes = objective._levels[order], objective._slopes[order]
     search, _ = searched(
