@@ -413,7 +413,7 @@ REFUSED = {
   ("--num_members=1",): "the baseline alone has no temperatures",
   ("--num_samples=900", "--num_confirm=200"): "too few for --num_samples=900 and",
   ("--num_confirm=0",): "--num_confirm must be at least 1",
-  ("--temperature_profile=0.3",): "leave it out",
+  ("--temperature_profile=0.3",): "it is tuned here: use --max_temperature",
   ("--seed=4294967295",): "seed must lie in",
   ("--checkpoint=embedded:nothing",): "nothing",
 }
