@@ -173,6 +173,7 @@ def filled_window(capacity, keys, values, lengths):
 
 
 @pytest.mark.parametrize("window, capacity", [(4, 6), (9, 9), (99, TEXT)])
+@pytest.mark.slow
 def test_a_row_sees_the_last_positions_of_a_window_and_a_sink(block, window, capacity):
   query, keys, values = text()
   for lengths in ([0, 3], [17, 8], [22, 22]):

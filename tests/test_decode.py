@@ -160,6 +160,7 @@ def test_streaming_ends_in_what_generate_returns(generate, stream, options):
 
 
 @pytest.mark.parametrize("family, cache", [("olmoe", "clean"), ("mixtral", "standard")])
+@pytest.mark.slow
 def test_batches_do_not_matter(request, family, cache):
   """The same tokens and probabilities, to rounding, in another order, with
   other neighbors and other padding."""
@@ -267,6 +268,7 @@ def test_buckets_are_few_and_waste_little():
   assert batching.bucket(3, 64) == 64
 
 
+@pytest.mark.slow
 def test_parameters_of_a_checkpoint_compile_nothing_twice(olmoe):
   """Restored arrays are committed to their device, and so is what a step returns."""
   config, params = olmoe

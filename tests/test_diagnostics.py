@@ -35,6 +35,7 @@ def experts_by_definition(model, roster):
   ],
   ids=str,
 )
+@pytest.mark.slow
 def test_unique_experts_are_counted(olmoe, settings):
   config, params = olmoe
   roster = Roster.create(config, **settings)

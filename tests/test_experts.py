@@ -14,6 +14,8 @@ from roe_jax import numerics
 from roe_jax.experts import tiled_loop
 from roe_jax.params import ExpertParams
 
+pytestmark = pytest.mark.slow
+
 L, E, D, F, A = 2, 8, 16, 12, 3
 
 every_activation = pytest.mark.parametrize(

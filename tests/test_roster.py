@@ -92,6 +92,7 @@ def test_members_are_those_of_the_definition(model, cache):
 @pytest.mark.parametrize(
   "gate_weights, cache", [("noisy", "clean"), ("clean_rescaled", "standard")]
 )
+@pytest.mark.slow
 def test_gate_weights_reach_the_members(olmoe, gate_weights, cache):
   roster = Roster.create(olmoe[0], 3, [0.0, 0.8, 0.4], gate_weights=gate_weights, cache=cache)
   assert_close(logits(olmoe, roster), by_definition(olmoe, roster))
@@ -105,6 +106,7 @@ def test_gate_weights_reach_the_members(olmoe, gate_weights, cache):
     ("second_expert", "standard", "clean"),
   ],
 )
+@pytest.mark.slow
 def test_members_of_every_noise_are_those_of_the_definition(olmoe, noise, cache, gate_weights):
   config, params = model = olmoe
   roster = Roster.create(
@@ -118,6 +120,7 @@ def test_members_of_every_noise_are_those_of_the_definition(olmoe, noise, cache,
   )
 
 
+@pytest.mark.slow
 def test_more_experts_per_token_are_those_of_the_definition(olmoe):
   config, params = olmoe
   more = routing.with_experts(config, config.experts_per_token + 1, "rescaled")
@@ -127,6 +130,7 @@ def test_more_experts_per_token_are_those_of_the_definition(olmoe):
 
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+@pytest.mark.slow
 def test_contrast_with_the_second_expert_is_scmoe(request, family):
   """Greedy decoding with both passes' full texts in float64 at every step."""
   config, params = request.getfixturevalue(family)
@@ -170,6 +174,7 @@ ONE_MEMBER = [
 @pytest.mark.parametrize(
   "model, settings", zip(["olmoe", "gpt_oss", "qwen2_moe"], ONE_MEMBER), indirect=["model"], ids=str
 )
+@pytest.mark.slow
 def test_one_member_is_bitwise_the_plain_model(model, settings):
   config, params = model
   roster = Roster.create(config, 1, **settings)
@@ -197,6 +202,7 @@ def test_the_plain_model_is_the_forward_function(model):
 
 
 @pytest.mark.parametrize("family, cache", [("olmoe", "clean"), ("mixtral", "standard")])
+@pytest.mark.slow
 def test_at_temperature_zero_all_members_are_the_plain_model(request, family, cache):
   config, params = model = request.getfixturevalue(family)
   roster = Roster.create(config, 4, 0.0, cache=cache, noisy_layers=(0, config.num_layers))
@@ -209,6 +215,7 @@ def test_at_temperature_zero_all_members_are_the_plain_model(request, family, ca
 # The members
 
 
+@pytest.mark.slow
 def test_computing_shared_layers_once_changes_nothing(olmoe):
   config, params = olmoe
   temperatures = [0.0, 0.9, 0.0]
@@ -251,6 +258,7 @@ def test_members_without_the_clean_one(olmoe):
   assert np.all(outputs.clean_tokens == -1)
 
 
+@pytest.mark.slow
 def test_changing_temperatures_or_seed_compiles_nothing(olmoe):
   config, params = olmoe
   prompts = tiny.texts([5, 3])
@@ -409,6 +417,7 @@ def budget(config, members, rows):
   ],
   ids=str,
 )
+@pytest.mark.slow
 def test_batches_of_members_are_aggregated_as_all_at_once(olmoe, setting):
   config, params = olmoe
   results = []
@@ -426,6 +435,7 @@ def test_batches_of_members_are_aggregated_as_all_at_once(olmoe, setting):
 
 
 @pytest.mark.parametrize("include_clean", [True, False])
+@pytest.mark.slow
 def test_batches_of_members_are_computed_as_all_at_once(olmoe, include_clean):
   config, params = olmoe
   positions = jnp.tile(jnp.arange(LENGTH), (2, 1))
@@ -457,6 +467,7 @@ def test_batches_of_members_are_computed_as_all_at_once(olmoe, include_clean):
   )
 
 
+@pytest.mark.slow
 def test_memory_of_scoring_does_not_grow_with_the_members():
   config = tiny.config("olmoe", vocab_size=4096, context_length=4096, num_heads=2, num_kv_heads=2)
   params = params_lib.abstract(config)
@@ -484,6 +495,7 @@ def test_memory_of_scoring_does_not_grow_with_the_members():
   assert many < 64 * 128 * 4096 * 4 / 4
 
 
+@pytest.mark.slow
 def test_layers_before_the_first_noise_share_one_standard_cache(olmoe):
   config, params = olmoe
   roster = Roster.create(config, 5, [0, 0, 0.7], cache="standard")

@@ -14,6 +14,8 @@ from roe_jax import scoring as score_lib
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = tiny.texts([5, 1, 9, 3])
 STARTS = [len(p) for p in PROMPTS]
 IDS = [4, 8, 2**32 - 1, 0]

@@ -113,6 +113,7 @@ def gradients(config, params, batch):
   }
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_parameter(batch, gradients):
   used = np.unique(np.asarray(batch.tokens)[np.asarray(batch.weights) > 0])
   gradients = gradients["padded"]

@@ -74,6 +74,7 @@ def test_the_answer_is_read_apart_from_the_reasoning(tmp_path):
     assert ours.answer(EXAMPLE, found) == answer
 
 
+@pytest.mark.slow
 def test_comparisons_and_searches_ask_in_the_chat_format(tmp_path):
   config, ours, chat = prompt_builder(tmp_path, "olmoe")
   params = tiny.params(config)

@@ -26,6 +26,7 @@ def commands(text):
   return found
 
 
+@pytest.mark.slow
 def test_commands_have_flags_that_exist():
   lines = [line for page in PAGES for line in commands(page.read_text())]
   assert len(lines) > 60

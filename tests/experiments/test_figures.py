@@ -201,6 +201,7 @@ def test_without_its_package_there_is_no_library_of_power(monkeypatch):
   assert power.load_nvml() is None
 
 
+@pytest.mark.slow
 def test_a_case_of_overhead_writes_what_generation_writes_with_all_members(monkeypatch):
   config = tiny.config("olmoe", context_length=64)
   params = tiny.params(config)

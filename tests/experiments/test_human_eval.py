@@ -130,6 +130,7 @@ def test_reference_solutions_pass_as_a_chat_writes_them(name, data_dir):
   assert scores(name, data_dir, texts, chat=True) == [1.0] * 5
 
 
+@pytest.mark.slow
 def test_wrong_and_odd_solutions_fail(data_dir):
   texts = [
     "    return 3 * x\n",

@@ -87,6 +87,7 @@ def test_links_to_this_repository_lead_to_files_on_main(name):
     assert (ROOT / path).exists(), link
 
 
+@pytest.mark.slow
 def test_commands_have_flags_that_exist():
   lines = [line for name in JAX for line in programs(read(name))]
   assert len(lines) >= 10
