@@ -65,7 +65,7 @@ def parsed():
 
 def write(profile, path):
   path.write_text(profile.to_json())
-  return f"--temperature_profile={path}"
+  return f"--tau={path}"
 
 
 def test_a_profile_comes_back_as_it_was_written(profile, tmp_path):
@@ -89,7 +89,7 @@ def test_a_roster_takes_a_profiles_settings_except_where_flags_are_given(
 
 def test_a_list_of_temperatures_alone_is_a_profile_of_any_model(model, tmp_path, parsed):
   (tmp_path / "p.json").write_text('{"temperatures": [0.1, 0.2]}')
-  parsed(f"--temperature_profile={tmp_path / 'p.json'}", "--num_members=3")
+  parsed(f"--tau={tmp_path / 'p.json'}", "--num_members=3")
   assert app.roster_from_flags(model[1]).num_members == 3
   app.check_profile(model[0])
 
