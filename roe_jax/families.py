@@ -279,7 +279,7 @@ def from_hugging_face(hf: dict[str, Any], dtype: str | None = None) -> ModelConf
   for key, value in (_COMMON_SUPPORTED | family.supported).items():
     if hf.get(key, value) != value:
       _refuse(key, hf[key], value)
-  values = {field: hf.get(key) for field, key in keys.items()}
+  values: dict[str, Any] = {field: hf.get(key) for field, key in keys.items()}
   values |= {name: float(values[name]) for name in ("rms_norm_eps", "initializer_range")}
   values |= family.fixed
   values["head_dim"] = hf.get("head_dim") or values["d_model"] // values["num_heads"]
