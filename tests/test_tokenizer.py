@@ -146,7 +146,12 @@ def test_prompts_follow_the_tokenizer_and_every_end_stops(tmp_path):
   (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
   assert load() == (0, (1, 7, 8, 5), 1)
   assert stop_tokens(Tokenizer.load(tmp_path), config.replace(eos_token_ids=(9, 5)), (4, 1)) == (
-    1, 7, 8, 5, 9, 4
+    1,
+    7,
+    8,
+    5,
+    9,
+    4,
   )
 
 
