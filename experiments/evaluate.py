@@ -30,12 +30,13 @@ import tabulate
 from tqdm import tqdm
 
 from experiments import tasks as tasks_lib
-from experiments.cli import app, temperature_profiles
+from experiments.cli import app
 from experiments.evaluation import lm_eval_tasks
 from experiments.evaluation.engine import Answers, Engine, Request, Stopwatch
 from experiments.evaluation.lm_eval_model import RosterLM
 from experiments.records import runs
 from experiments.tasks.base import PAPER, SPLITS, Example, Task
+from roe_jax import temperature_profiles
 
 FLAGS = flags.FLAGS
 # This project's tasks, by their names in --tasks.

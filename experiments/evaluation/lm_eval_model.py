@@ -19,8 +19,9 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from experiments.cli import app, temperature_profiles
+from experiments.cli import app
 from experiments.evaluation.engine import Answers, Continuation, Engine, Prompt, Request, request_id
+from roe_jax import temperature_profiles
 from roe_jax.config import ModelConfig
 from roe_jax.roster import Roster
 from roe_jax.text import tokenizer as tokenizer_lib
@@ -88,7 +89,7 @@ class RosterLM(TemplateLM):
   def stop_tokens(self) -> tuple[int, ...]:
     """Tokens that end generation."""
     chat = self._chat.stop_tokens if self._chat else ()
-    return chat or tokenizer_lib.stop_tokens(self._tokenizer, self._config)
+    return tokenizer_lib.stop_tokens(self._tokenizer, self._config, chat)
 
   @property
   def tokenizer_name(self) -> str:
@@ -188,6 +189,16 @@ class RosterLM(TemplateLM):
     if len(tokens) > room:
       self.truncated.add(request_id(context))
     return tokens[-room:]
+
+  def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Encodes a pair as the harness does, or apart if one token would span their border."""
+    if not context:
+      return [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+    before, tokens = super()._encode_pair(context, continuation)
+    if not tokens:
+      spaces = context[len(context.rstrip()) :]
+      tokens = self.tok_encode(spaces + continuation, add_special_tokens=False)
+    return before, tokens
 
   # Methods that the harness calls
 
