@@ -25,7 +25,7 @@ from absl import flags
 
 from experiments.cli import app
 from experiments.records import jsonl
-from roe_jax import batching, decode
+from roe_jax import batching, decode, stopping
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 from roe_jax.text import tokenizer as tokenizer_lib
@@ -198,6 +198,7 @@ def stream_to_terminal(
     stop_tokens=inputs.stop_tokens,
     stop_strings=FLAGS.stop,
     decode=tokenizer.decode,
+    stop_reader=inputs.chat and inputs.chat.stop_reader(inputs.prompts),
   ):
     first = first or time.perf_counter()
     new, count = completion.tokens[count:], len(completion.tokens)
@@ -276,6 +277,7 @@ def complete_lines(
       stop_tokens=inputs.stop_tokens,
       stop_strings=FLAGS.stop,
       decode=tokenizer.decode,
+      stop_reader=inputs.chat and inputs.chat.stop_reader([inputs.prompts[i] for i in indices]),
       request_ids=indices,
       batch_size=FLAGS.batch_size,
       on_finished=write,
@@ -297,6 +299,7 @@ def main(argv) -> None:
     raise ValueError('--show_reasoning applies to --prompt only: lines always have "reasoning"')
   if FLAGS.max_new_tokens < 1 or FLAGS.batch_size < 1:
     raise ValueError("--max_new_tokens and --batch_size must be at least 1")
+  stopping.check_strings(FLAGS.stop)
   sampler = Sampler.create(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
   # Validate everything else before loading the parameters.
   config = app.load_config(FLAGS.checkpoint)

@@ -177,6 +177,7 @@ def show_solution(checkpoint: str, rows: list[dict], task: tasks.Task) -> str:
     stop_tokens=builder.stop_tokens,
     stop_strings=batch[0].stop,
     decode=tokenizer.decode,
+    stop_reader=builder.stop_reader(batch),
     request_ids=range(first, first + len(batch)),
     batch_size=FLAGS.batch_size,
   ).completions[index - first]

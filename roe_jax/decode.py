@@ -25,7 +25,7 @@ from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
-from roe_jax.stopping import OpenSequence, Stops
+from roe_jax.stopping import OpenSequence, StopReader, Stops
 
 # Maximum number of steps between checks for stop strings.
 SEGMENT = 32
@@ -299,6 +299,7 @@ def generate(
   stop_tokens: Sequence[int] | None = None,
   stop_strings: Sequence[str] = (),
   decode: Callable[[list[int]], str] | None = None,
+  stop_reader: Callable[[int], StopReader] | None = None,
   request_ids: Sequence[int] | None = None,
   batch_size: int = 16,
   on_finished: Callable[[int, Completion], None] = lambda index, completion: None,
@@ -326,7 +327,10 @@ def generate(
     stop_tokens: tokens that end a sequence; `config.eos_token_ids` by default.
     stop_strings: strings that end a sequence; they need `decode`. Checked at least every
       `SEGMENT` steps; until then the sequence keeps its slot.
-    decode: converts token ids to text.
+    decode: converts token ids to text, such as `Tokenizer.decode`.
+    stop_reader: `stop_reader(index)` makes a reader of the text, in the completion of a prompt, in
+      which stop strings are searched, such as `Chat.stop_reader`. By default that is what `decode`
+      returns, with special tokens if it has a parameter `skip_special_tokens`.
     request_ids: addresses of the prompts' randomness, in [0, 2**32); 0, 1, ... by default.
     batch_size: number of slots.
     on_finished: called with the index of a prompt and its completion when it is finished.
@@ -337,7 +341,7 @@ def generate(
   """
   begin = time.perf_counter()
   roster, sampler, stops = _checked(
-    config, prompts, max_new_tokens, roster, sampler, stop_tokens, stop_strings, decode
+    config, prompts, max_new_tokens, roster, sampler, stop_tokens, stop_strings, decode, stop_reader
   )
   ids = batching.request_ids(request_ids, len(prompts))
   if batch_size < 1:
@@ -382,6 +386,7 @@ def stream(
   stop_tokens: Sequence[int] | None = None,
   stop_strings: Sequence[str] = (),
   decode: Callable[[list[int]], str] | None = None,
+  stop_reader: Callable[[int], StopReader] | None = None,
   request_id: int = 0,
 ) -> Iterator[Completion]:
   """Generates the completion of one prompt; yields it so far after every token.
@@ -390,7 +395,15 @@ def stream(
   which equals the result of `generate`.
   """
   roster, sampler, stops = _checked(
-    config, [prompt], max_new_tokens, roster, sampler, stop_tokens, stop_strings, decode
+    config,
+    [prompt],
+    max_new_tokens,
+    roster,
+    sampler,
+    stop_tokens,
+    stop_strings,
+    decode,
+    stop_reader,
   )
   ids = batching.request_ids([request_id], 1)
   slots = _Slots(params, config, roster, sampler, [prompt], ids, stops, max_new_tokens, 1)
@@ -403,12 +416,14 @@ def stream(
     yield completion
 
 
-def _checked(config, prompts, max_new_tokens, roster, sampler, stop_tokens, stop_strings, decode):
+def _checked(
+  config, prompts, max_new_tokens, roster, sampler, stop_tokens, strings, decode, reader
+):
   """Validates the arguments; returns roster, sampler and stops with their defaults."""
   roster = roster or Roster.create(config)
   roster.check(config)
   batching.check_tokens(config, prompts, room=1)
   if max_new_tokens < 1:
     raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-  stops = Stops.create(config, stop_tokens, stop_strings, decode)
+  stops = Stops.create(config, stop_tokens, strings, decode, reader)
   return roster, sampler or Sampler.greedy(), stops

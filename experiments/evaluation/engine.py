@@ -331,10 +331,17 @@ class Engine:
           stop_tokens=stop_tokens,
           stop_strings=stop,
           decode=self._tokenizer.decode,
+          stop_reader=lambda i, missing=missing: self._stop_reader(missing[i][1]),
           batch_size=self.batch_size,
           request_ids=[r.request_id for _, r in missing],
           on_finished=write,
         )
+
+  def _stop_reader(self, request):
+    settings = dict(skip_special_tokens=False)
+    if request.opening is None:
+      return answer_lib.AnswerReader(self._tokenizer, **settings)
+    return answer_lib.reader(self._tokenizer, request.opening, **settings)
 
   def _generated(self, request, completion):
     text = completion.text

@@ -130,6 +130,7 @@ class Measurer:
       stop_tokens=self._prompt_builder.stop_tokens,
       stop_strings=batch.examples[0].stop,
       decode=self._prompt_builder.tokenizer.decode,
+      stop_reader=self._prompt_builder.stop_reader(list(batch.examples) * n),
       request_ids=ids,
       batch_size=slots,
     )

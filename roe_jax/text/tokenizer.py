@@ -138,6 +138,11 @@ class StreamDecoder:
       return ""
     return self._take(final=False)
 
+  def buffered(self) -> str:
+    """Returns what `flush` would, and keeps it."""
+    before = self._decode(self._context)
+    return self._decode(self._context + self._buffer)[len(before) :]
+
   def flush(self) -> str:
     """Returns the buffered text; call this after the last token."""
     return self._take(final=True)
