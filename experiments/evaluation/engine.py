@@ -338,10 +338,9 @@ class Engine:
         )
 
   def _stop_reader(self, request):
-    settings = dict(skip_special_tokens=False)
     if request.opening is None:
-      return answer_lib.AnswerReader(self._tokenizer, **settings)
-    return answer_lib.reader(self._tokenizer, request.opening, **settings)
+      return answer_lib.AnswerReader(self._tokenizer, skip_special_tokens=False)
+    return answer_lib.reader(self._tokenizer, request.opening, skip_special_tokens=False)
 
   def _generated(self, request, completion):
     text = completion.text

@@ -274,5 +274,5 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path) -> dict[s
 def _token(value: str | dict[str, Any], special: bool = True) -> tokenizers.AddedToken:
   """Returns a token that a file names by its text or describes; `special` by default."""
   value = {"content": value} if isinstance(value, str) else value
-  known = {k: v for k, v in value.items() if k != "__type"}
+  known: dict[str, Any] = {k: v for k, v in value.items() if k != "__type"}
   return tokenizers.AddedToken(**({"special": special} | known))
