@@ -127,7 +127,7 @@ def read_headers(folder: pathlib.Path) -> dict[str, TensorInfo]:
 def _read_shards(folder: pathlib.Path) -> dict[str, TensorInfo]:
   path = folder / INDEX_FILE
   try:
-    index = json.loads(path.read_text())["weight_map"]
+    index = json.loads(path.read_text("utf-8"))["weight_map"]
     shards = sorted(set(index.values()))
     paths = [folder / name for name in shards]
   except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -251,4 +251,4 @@ def write_shards(
       "metadata": {"total_size": total},
       "weight_map": {name: file for file, forms in shards for name in forms},
     }
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -192,7 +192,7 @@ def fit(
 
 def _saved(path, task, compute):
   """Returns the task's entry in a JSON file; computes and writes it if it is missing."""
-  known = app.from_first_process(lambda: json.loads(path.read_text()) if path.is_file() else {})
+  known = app.from_first_process(lambda: json.loads(path.read_text("utf-8")) if path.is_file() else {})
   if task.name not in known:
     known[task.name] = compute()
     app.write_atomically(path, json.dumps(known, indent=2) + "\n")

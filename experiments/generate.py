@@ -33,6 +33,8 @@ from roe_jax.text.chat import Chat, Prompt
 from roe_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 FLAGS = flags.FLAGS
+# Keys of an input line.
+KEYS = ("id", "prompt", "messages", "prompt_tokens")
 
 
 def define_flags() -> None:
@@ -306,7 +308,7 @@ def main(argv) -> None:
     app.print_dry_run(config, roster, batch_size=FLAGS.batch_size)
     return
   tokenizer = app.load_tokenizer(FLAGS.checkpoint)
-  requests = jsonl.read(FLAGS.input) if FLAGS.prompt is None else [{"prompt": FLAGS.prompt}]
+  requests = jsonl.read(FLAGS.input, KEYS) if FLAGS.prompt is None else [{"prompt": FLAGS.prompt}]
   inputs = prepare(requests, config, tokenizer, roster, sampler)
   params, config = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
   run = complete_lines if FLAGS.prompt is None else stream_to_terminal

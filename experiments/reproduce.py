@@ -209,7 +209,7 @@ class Stopwatch:
     return sum(known.get(name, 0.0) for name in names)
 
   def _read(self):
-    return json.loads(self._path.read_text()) if self._path.is_file() else {}
+    return json.loads(self._path.read_text("utf-8")) if self._path.is_file() else {}
 
 
 def finish(run: FigureRun, stopwatch: Stopwatch) -> str:
@@ -219,7 +219,7 @@ def finish(run: FigureRun, stopwatch: Stopwatch) -> str:
   runs.claim(run.folder, run.settings)
   path = run.folder / ABOUT
   if path.is_file():
-    about, records = json.loads(path.read_text()), read_records(run.folder / RECORDS)
+    about, records = json.loads(path.read_text("utf-8")), read_records(run.folder / RECORDS)
   else:
     with stopwatch(run.figure):
       records = figure.measure(run)

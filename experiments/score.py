@@ -30,6 +30,8 @@ from roe_jax import batching, scoring
 from roe_jax.roster import Roster
 
 FLAGS = flags.FLAGS
+# Keys of an input line.
+KEYS = ("id", "prompt", "continuation", "prompt_tokens", "continuation_tokens")
 
 
 def define_flags() -> None:
@@ -106,10 +108,10 @@ def text_perplexity(params, config, tokenizer, roster: Roster) -> None:
 
 
 def _read_text() -> str:
-  path = pathlib.Path(FLAGS.text)
-  if not path.is_file():
-    raise FileNotFoundError(f"--text={path} does not exist")
-  return path.read_text()
+  try:
+    return text_files.read(FLAGS.text)
+  except (FileNotFoundError, ValueError) as error:
+    raise ValueError(f"--text: {error}") from error
 
 
 def score_batch(
@@ -129,7 +131,7 @@ def score_batch(
 
 def continuations(params, config, tokenizer, roster: Roster) -> None:
   """Scores the continuations of --input, writing results as batches are done."""
-  requests = jsonl.read(FLAGS.input)
+  requests = jsonl.read(FLAGS.input, KEYS)
   sequences, starts = [], []
   for i, request in enumerate(requests):
     what = f"input request {i}"

@@ -84,14 +84,14 @@ class Metrics:
   def __init__(self, path: pathlib.Path, step: int):
     """Opens the file at `path`, and drops records after `step`."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
       try:
         records.append(json.loads(line))
       except json.JSONDecodeError:  # killed while writing
         break
     self.records = [r for r in records if r["step"] <= step]
     app.write_atomically(path, "".join(json.dumps(r) + "\n" for r in self.records))
-    self._file = path.open("a")
+    self._file = path.open("a", encoding="utf-8")
 
   def write(self, record: dict) -> None:
     self.records.append(record)
@@ -112,7 +112,7 @@ def check_output(output: pathlib.Path, config: configs.TrainingConfig) -> None:
   path = output / "config.json"
   text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
   if path.exists():
-    existing = _flat(json.loads(path.read_text()))
+    existing = _flat(json.loads(path.read_text("utf-8")))
     different = [k for k, v in _flat(json.loads(text)).items() if existing.get(k) != v]
     if different:
       raise ValueError(

@@ -391,7 +391,7 @@ def more_workers(output: pathlib.Path):
   workers = []
   try:
     for log in logs:
-      with open(log, "w") as file:
+      with open(log, "w", encoding="utf-8") as file:
         workers.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file))
     yield
     for worker, log in zip(workers, logs):

@@ -108,7 +108,7 @@ class Writer:
     )
     if jax.process_index() == 0:
       known = self._partial / PLAN_FILE
-      if not (fingerprint and known.is_file() and known.read_text() == plan):
+      if not (fingerprint and known.is_file() and known.read_text("utf-8") == plan):
         start_partial(self.path, PLAN_FILE, plan)
       self._params.mkdir(exist_ok=True)
     self._sync("start")
@@ -151,13 +151,13 @@ class Writer:
         if stray.name not in self._written:
           shutil.rmtree(stray)
       copy_companion_files(self._files, self._partial)
-      (self._partial / CONFIG_FILE).write_text(self.config.to_json())
+      (self._partial / CONFIG_FILE).write_text(self.config.to_json(), encoding="utf-8")
       manifest = {
         "format": FORMAT,
         "pieces": [dataclasses.asdict(p) for p in self.pieces],
         "provenance": self._provenance,
       }
-      (self._partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+      (self._partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
       publish(self.path)
       (self.path / PLAN_FILE).unlink()
     self._sync("finish")
@@ -210,7 +210,7 @@ def load_config(path: PathLike) -> ModelConfig:
     ValueError: the config is malformed.
   """
   read_manifest(path)
-  return ModelConfig.from_json((pathlib.Path(path) / CONFIG_FILE).read_text())
+  return ModelConfig.from_json((pathlib.Path(path) / CONFIG_FILE).read_text("utf-8"))
 
 
 def load_provenance(path: PathLike) -> dict[str, Any]:

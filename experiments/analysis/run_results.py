@@ -174,7 +174,7 @@ def _load(path):
   label = str(settings.get("label") or settings.get("name") or path.name)
   temperatures = {task: settings.get("output_temperature") for task in records}
   if (path / TEMPERATURES).is_file():
-    fitted = json.loads((path / TEMPERATURES).read_text())
+    fitted = json.loads((path / TEMPERATURES).read_text("utf-8"))
     temperatures |= {task: found["temperature"] for task, found in fitted.items()}
   return Result(
     path,
@@ -203,7 +203,7 @@ def load_tunings(patterns: Sequence[str]) -> list[Tuning]:
 
 def _load_tuning(path, name):
   try:
-    profile = json.loads((path / PROFILE).read_text()) if (path / PROFILE).is_file() else {}
+    profile = json.loads((path / PROFILE).read_text("utf-8")) if (path / PROFILE).is_file() else {}
     trials = sorted(runs.read_lines(path / TRIALS), key=lambda t: t["number"])
     for trial in trials:
       trial["state"], trial["value"], list(trial["temperatures"])
@@ -213,7 +213,7 @@ def _load_tuning(path, name):
       f"read ({type(error).__name__}: {error})"
     ) from error
   settings = path / runs.SETTINGS
-  command = json.loads(settings.read_text()).get(runs.COMMAND) if settings.is_file() else None
+  command = json.loads(settings.read_text("utf-8")).get(runs.COMMAND) if settings.is_file() else None
   return Tuning(name, profile, trials, command)
 
 

@@ -108,7 +108,7 @@ class Folder:
     if not self._path.exists():
       return
     try:
-      self.records = [json.loads(line) for line in self._path.read_text().splitlines()]
+      self.records = [json.loads(line) for line in text_files.read(self._path).split("\n") if line]
       kept = [record["settings"] for record in self.records]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
       raise ValueError(

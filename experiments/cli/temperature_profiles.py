@@ -115,7 +115,7 @@ def read(path: pathlib.Path) -> Profile:
     'finite numbers under "temperatures"'
   )
   try:
-    values = json.loads(path.read_text())
+    values = json.loads(text_files.read(path))
     temperatures = tuple(float(t) for t in values["temperatures"])
   except (KeyError, TypeError, ValueError) as error:  # includes JSON and decoding errors
     raise ValueError(expected) from error

@@ -55,7 +55,7 @@ def claim(path: pathlib.Path, settings: dict[str, Any]) -> None:
     )
     app.write_atomically(found, json.dumps(wanted | {COMMAND: command}, indent=2) + "\n")
     return
-  there = json.loads(found.read_text())
+  there = json.loads(found.read_text("utf-8"))
   there.pop(COMMAND, None)
   differing = sorted(k for k in there.keys() | wanted.keys() if there.get(k) != wanted.get(k))
   if differing:
@@ -152,7 +152,7 @@ def load(path: str | pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]]
         f"{path} has no {name}, so it is not a finished run: rerun the program that writes it"
       )
   return (
-    json.loads((path / SETTINGS).read_text()),
+    json.loads((path / SETTINGS).read_text("utf-8")),
     read_lines(path / EXAMPLES),
-    json.loads((path / SUMMARY).read_text()),
+    json.loads((path / SUMMARY).read_text("utf-8")),
   )

@@ -74,7 +74,7 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, output: str) -> None:
     "clean_up_tokenization_spaces": False,
     "model_max_length": MODEL_MAX_LENGTH,
   }
-  (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+  (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def define_flags() -> None:

@@ -345,13 +345,13 @@ def is_hopeless(values: np.ndarray, best: np.ndarray, maximize: bool, looks: int
 @contextlib.contextmanager
 def lock_on(path: pathlib.Path) -> Iterator[None]:
   """Holds a lock that only one process can hold, and that is released when it ends."""
-  with open(path, "w") as file:
+  with open(path, "w", encoding="utf-8") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     yield
 
 
 def _is_free(path):
-  with open(path, "w") as file:
+  with open(path, "w", encoding="utf-8") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
