@@ -34,7 +34,7 @@ from absl import flags
 from experiments import figures, tasks
 from experiments.analysis import drawing
 from experiments.benchmarks import machine
-from experiments.cli import app
+from experiments.cli import app, text_files
 from experiments.figures import figure_models, results_page
 from experiments.figures.figure_run import (
   ABOUT,
@@ -202,7 +202,9 @@ class Stopwatch:
       yield
     finally:
       spent = self.total([name]) + time.perf_counter() - begin
-      app.write_atomically(self._path, json.dumps(self._read() | {name: spent}, indent=2) + "\n")
+      app.write_atomically(
+        self._path, text_files.to_json(self._read() | {name: spent}, indent=2) + "\n"
+      )
 
   def total(self, names: Iterable[str]) -> float:
     known = self._read()
@@ -238,7 +240,7 @@ def finish(run: FigureRun, stopwatch: Stopwatch) -> str:
   if picture is not None:
     drawing.save(picture, run.folder / "figure")
   about |= {"seeds": run.seeds, "findings": figure.findings(records)}
-  app.write_atomically(path, json.dumps(about, indent=2) + "\n")
+  app.write_atomically(path, text_files.to_json(about, indent=2) + "\n")
   return table
 
 
@@ -300,7 +302,7 @@ def program() -> None:
   """Runs this program with the command line's flags."""
   define_flags()
   reason = "it starts other programs: --dry_run prints their commands, which take --distributed"
-  app.run(main, not_distributed=reason)
+  app.run(main, not_distributed=reason, needs=("matplotlib", "optuna", "scipy", "tabulate"))
 
 
 if __name__ == "__main__":

@@ -18,15 +18,15 @@ log-probability of each token. Both modes resume when rerun with the same --outp
 from collections.abc import Sequence
 import dataclasses
 import hashlib
-import json
 import pathlib
 
 from absl import flags
 import numpy as np
 
-from experiments.cli import app
+from experiments.cli import app, text_files
 from experiments.records import jsonl
 from roe_jax import batching, scoring
+from roe_jax.numerics import NonFiniteLogits
 from roe_jax.roster import Roster
 
 FLAGS = flags.FLAGS
@@ -103,7 +103,7 @@ def text_perplexity(params, config, tokenizer, roster: Roster) -> None:
   if FLAGS.output:
     app.write_atomically(
       pathlib.Path(FLAGS.output),
-      json.dumps(results | {"checkpoint": FLAGS.checkpoint}, indent=2) + "\n",
+      text_files.to_json(results | {"checkpoint": FLAGS.checkpoint}, indent=2) + "\n",
     )
 
 
@@ -118,15 +118,18 @@ def score_batch(
   params, config, sequences, starts, roster: Roster, batch: Sequence[int]
 ) -> list[scoring.SequenceScore]:
   """Scores the sequences with the indices `batch`, which are also their request ids."""
-  return scoring.score(
-    params,
-    config,
-    [sequences[i] for i in batch],
-    [starts[i] for i in batch],
-    roster=roster,
-    request_ids=batch,
-    batch_size=FLAGS.batch_size,
-  ).sequences
+  try:
+    return scoring.score(
+      params,
+      config,
+      [sequences[i] for i in batch],
+      [starts[i] for i in batch],
+      roster=roster,
+      request_ids=batch,
+      batch_size=FLAGS.batch_size,
+    ).sequences
+  except NonFiniteLogits as error:
+    raise NonFiniteLogits(batch[error.sequence], error.position) from None
 
 
 def continuations(params, config, tokenizer, roster: Roster) -> None:

@@ -492,7 +492,7 @@ def main(argv) -> None:
 def program() -> None:
   """Runs this program with the command line's flags."""
   define_flags()
-  app.run(main)
+  app.run(main, needs=("optuna", "scipy", "tabulate"))
 
 
 if __name__ == "__main__":

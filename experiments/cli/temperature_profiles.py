@@ -20,6 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.cli import text_files
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
@@ -70,7 +71,7 @@ class Profile:
   cost: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def to_json(self) -> str:
-    return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+    return text_files.to_json(dataclasses.asdict(self), indent=2) + "\n"
 
   def check_sizes(self, config: ModelConfig) -> None:
     """Checks that the profile fits a model's sizes.

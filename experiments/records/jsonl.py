@@ -78,7 +78,7 @@ def append(path: pathlib.Path, records: Iterable[dict[str, Any]]) -> None:
   if app.is_first_process():
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-      file.write("".join(json.dumps(record) + "\n" for record in records))
+      file.write("".join(text_files.to_json(record) + "\n" for record in records))
 
 
 def tokens_of(request: dict[str, Any], name: str, encode, what: str) -> list[int]:
@@ -115,7 +115,7 @@ class Results:
       ValueError: the file has results of other requests or settings.
     """
     self._requests = requests
-    self._settings = json.loads(json.dumps(settings))
+    self._settings = json.loads(text_files.to_json(settings))
     self._path = pathlib.Path(path) if path else None
     # Indices in the order of their lines.
     self._written = app.from_first_process(self._found) if path else []
@@ -164,7 +164,7 @@ class Results:
 
   def write(self, index: int, record: dict[str, Any]) -> None:
     """Writes the result of request `index`, after those that must precede it."""
-    line = json.dumps(self._head(index) | record | {"settings": self._settings}) + "\n"
+    line = text_files.to_json(self._head(index) | record | {"settings": self._settings}) + "\n"
     if self._path:
       self._print(index, line)
     else:
@@ -206,7 +206,7 @@ class SavedValues:
       ValueError: the file was not written by this class.
     """
     self._path = path
-    self._settings = json.loads(json.dumps(settings))
+    self._settings = json.loads(text_files.to_json(settings))
     self._values = app.from_first_process(self._found) if path else {}
     if self._values:
       print(f"[{path} has {len(self._values)} values of this run]", file=sys.stderr)
@@ -228,7 +228,7 @@ class SavedValues:
   def get(self, name: str, compute: Callable[[], Any]) -> Any:
     """Returns the JSON value `name`; if missing, all processes compute it and keep process 0's."""
     if name not in self._values:
-      value = json.loads(json.dumps(app.broadcast(compute())))
+      value = json.loads(text_files.to_json(app.broadcast(compute())))
       if self._path:
         append(self._path, [{"name": name, "value": value, "settings": self._settings}])
       self._values[name] = value

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.cli import app
+from experiments.cli import app, text_files
 from experiments.records import jsonl
 from experiments.records.jsonl import read_lines
 
@@ -47,13 +47,13 @@ def claim(path: pathlib.Path, settings: dict[str, Any]) -> None:
   Raises:
     ValueError: the folder has a run with other settings.
   """
-  wanted = json.loads(json.dumps(settings))
+  wanted = json.loads(text_files.to_json(settings))
   found = path / SETTINGS
   if not found.is_file():
     command = shlex.join(
       ["python", "-m", f"experiments.{pathlib.Path(sys.argv[0]).stem}", *sys.argv[1:]]
     )
-    app.write_atomically(found, json.dumps(wanted | {COMMAND: command}, indent=2) + "\n")
+    app.write_atomically(found, text_files.to_json(wanted | {COMMAND: command}, indent=2) + "\n")
     return
   there = json.loads(found.read_text("utf-8"))
   there.pop(COMMAND, None)
@@ -102,9 +102,11 @@ class Run:
 
     def summary():
       records = sorted(read_lines(self.path / EXAMPLES), key=key)
-      app.write_atomically(self.path / EXAMPLES, "".join(json.dumps(r) + "\n" for r in records))
+      app.write_atomically(
+        self.path / EXAMPLES, "".join(text_files.to_json(r) + "\n" for r in records)
+      )
       found = {"name": self.name, "tasks": means(records), "costs": self.costs()}
-      app.write_atomically(self.path / SUMMARY, json.dumps(found, indent=2) + "\n")
+      app.write_atomically(self.path / SUMMARY, text_files.to_json(found, indent=2) + "\n")
       return found
 
     return app.from_first_process(summary)
