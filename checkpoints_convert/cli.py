@@ -4,7 +4,7 @@ import functools
 import re
 import sys
 
-from absl import flags
+from absl import flags, logging
 import jax
 
 from checkpoints_convert import quantize_checkpoint, summary
@@ -59,6 +59,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 def run(values: flags.FlagValues) -> int:
   """Runs the converter as the flags say and returns the exit code."""
+  if "verbosity" not in values or not values["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every step at INFO
   try:
     _convert(values)
   except (ValueError, OSError) as error:

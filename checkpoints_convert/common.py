@@ -1,9 +1,11 @@
 """Helpers of all conversions."""
 
 from collections.abc import Callable, Collection, Iterable
+import functools
 import pathlib
 import shutil
 
+from absl import logging
 import numpy as np
 from tqdm import tqdm
 
@@ -23,6 +25,12 @@ def some(names: Collection[str], limit: int = 4) -> str:
   """Returns the first few of `names`, and how many more there are."""
   shown = ", ".join(sorted(names)[:limit])
   return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+@functools.cache
+def note(message: str) -> None:
+  """Logs a warning, once in a process."""
+  logging.warning("%s", message)
 
 
 def check_space(target: str, needed: int) -> None:

@@ -1,8 +1,11 @@
 """Finds or downloads Hugging Face folders and checks them without reading tensors."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+import contextlib
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import pathlib
 import re
@@ -11,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from checkpoints_convert import safetensors_files, tensor_names
-from checkpoints_convert.common import ConversionError, some
+from checkpoints_convert.common import ConversionError, note, some
 from checkpoints_convert.safetensors_files import TensorInfo
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
@@ -21,9 +24,19 @@ from roe_jax.text.tokenizer import Tokenizer, check_vocabulary, read_json
 
 HUB = "hf:"
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
-# Not "*.safetensors": some repositories contain the weights a second time under other names.
-_WEIGHT_PATTERNS = ("model.safetensors", "model-*.safetensors")
+# Which files have weights is in their index: their names vary, and some repositories contain the
+# weights a second time under other names.
 _OTHER_PATTERNS = ("*.json", "*.jinja", "tokenizer*")
+_ORIGINAL_FILES = ("params.json", "consolidated.00.pth", "consolidated.safetensors")
+_ADAPTER_FILE = "adapter_config.json"
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_EMBEDDING, _UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
+# What tensors were saved from whose names have this in front.
+_WRAPPERS = {
+  "base_model.": "a PEFT model: save what its merge_and_unload() returns",
+  "_orig_mod.": "a model after torch.compile: save its _orig_mod",
+  "module.": "a model in DistributedDataParallel or DataParallel: save its module",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +46,7 @@ class Source:
   Attributes:
     folder: its path.
     stored: the config with the expert format of the files and the dtype of `config`.
+    layout: the layout of the experts in the files; see `tensor_names`.
     config: the config of the model that is read.
     tensors: the tensors in its shards by name; exactly those that the model needs.
     stored_dtypes: names of the dtypes in the shards.
@@ -40,6 +54,7 @@ class Source:
 
   folder: pathlib.Path
   stored: ModelConfig
+  layout: str
   config: ModelConfig
   tensors: dict[str, TensorInfo]
   stored_dtypes: tuple[str, ...]
@@ -62,61 +77,157 @@ def find(source: str, revision: str | None = None, weights: bool = True) -> path
     source: a local folder, or a hub name: `org/name` or `org/name@revision`, optionally with
       `hf:` in front.
     revision: branch, tag or commit on the hub, if the name has none.
-    weights: whether to download the weights too.
+    weights: whether to download the weights too; they are checked first, as in `open_source`.
 
   Raises:
-    ConversionError: `source` is neither, or the download fails.
+    ConversionError: `source` is neither, the download fails, or the weights cannot be read.
   """
   folder = pathlib.Path(source).expanduser()
   if folder.is_dir():
     return folder
+  name, revision = _hub_name(source, revision)
+  folder = _download(name, revision, _OTHER_PATTERNS)
+  if weights and not safetensors_files.are_complete(folder):
+    tensors = open_source(folder, keep_mxfp4=None, tensors=_remote_tensors(folder, name)).tensors
+    _download(name, revision, sorted({info.file.name for info in tensors.values()}))
+  return folder
+
+
+def _hub_name(source: str, revision: str | None) -> tuple[str, str | None]:
+  """Splits a hub name into the repository and the revision."""
   match = _HUB_NAME.fullmatch(source.removeprefix(HUB))
-  if not match or folder.exists():
+  if not match or pathlib.Path(source).expanduser().exists():
     raise ConversionError(
       f"the source {source!r} is neither a folder nor a hub name like org/name or org/name@revision"
     )
   name, at = match.groups()
   if at and revision and at != revision:
     raise ConversionError(f"{source} names a revision and so does --revision={revision}: give one")
-  import huggingface_hub.errors  # here, because local folders need no hub
+  return name, at or revision
 
-  patterns = [*_OTHER_PATTERNS, *(_WEIGHT_PATTERNS if weights else ())]
-  try:
+
+def _download(name: str, revision: str | None, patterns: Collection[str]) -> pathlib.Path:
+  import huggingface_hub  # here, because local folders need no hub
+
+  with _hub_errors(name, revision):
     return pathlib.Path(
-      huggingface_hub.snapshot_download(name, revision=at or revision, allow_patterns=patterns)
+      huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns))
     )
+
+
+@functools.cache
+def _remote_tensors(snapshot: pathlib.Path, name: str) -> dict[str, TensorInfo]:
+  """Returns the tensors of a model on the hub from the headers of its files.
+
+  Args:
+    snapshot: the folder of the downloaded revision, whose name is its commit.
+    name: the repository.
+  """
+  import huggingface_hub  # here, because local folders need no hub
+
+  with _hub_errors(name, snapshot.name):
+    files = huggingface_hub.get_safetensors_metadata(name, revision=snapshot.name).files_metadata
+  return {
+    tensor: safetensors_files.tensor_info(tensor, pathlib.Path(file), info.dtype, info.shape)
+    for file, metadata in sorted(files.items())
+    for tensor, info in metadata.tensors.items()
+  }
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
+  """Turns exceptions of the hub's library into one sentence."""
+  from huggingface_hub import errors
+
+  page = f"https://huggingface.co/{name}"
+  log_in = "run `hf auth login` or set HF_TOKEN"
+  try:
+    yield
   except Exception as error:  # downloads fail with many types of exceptions
-    reason = str(error).strip().split("\n")[0]
-    # The hub answers alike for models that are absent, private or gated.
-    if isinstance(error, huggingface_hub.errors.RepositoryNotFoundError):
-      reason += (
-        "; check the name; for a gated or private model, request access on its page, then run "
-        "`hf auth login` or set HF_TOKEN"
-      )
+    # Where files are not in the cache either, the reason is the cause.
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
+    causes = (error, cause)
+    responses = [getattr(e, "response", None) for e in causes]
+    status = next((response.status_code for response in responses if response is not None), None)
+    if isinstance(error, errors.GatedRepoError):
+      reason = f"it is gated: accept its terms on {page}, then {log_in} of that account"
+    elif isinstance(error, errors.RepositoryNotFoundError):
+      reason = f"there is no such model, or it is private: check the name, or {log_in}"
+    elif isinstance(error, errors.RevisionNotFoundError):
+      reason = f"it has no revision {revision!r}: choose one of {page}/tree/main"
+    elif isinstance(error, errors.NotASafetensorsRepoError):
+      reason = "it has no safetensors files: choose a repository with model.safetensors"
+    elif status == 429:
+      reason = f"the hub limits the number of requests (429): wait some minutes, or {log_in}"
+    elif status in (401, 403):
+      reason = f"access is denied ({status}): {log_in} with a token that may read it"
+    elif isinstance(error, errors.LocalEntryNotFoundError):
+      reason = "it is not in the cache, and the hub cannot be reached: check the connection"
+      if isinstance(cause, errors.OfflineModeIsEnabled):
+        reason = "it is not in the cache: unset HF_HUB_OFFLINE"
+    else:
+      reason = str(error).strip().split("\n")[0]
     raise ConversionError(
-      f"{source} is not a local folder and cannot be downloaded from the hub: {reason}"
+      f"{name} is not a local folder and cannot be downloaded from the hub: {reason}"
     ) from error
 
 
 def is_hugging_face(folder: str | pathlib.Path) -> bool:
-  """Whether a folder is a Hugging Face model, as opposed to a roe_jax checkpoint."""
+  """Whether a folder is a Hugging Face model (or adapter), as opposed to a roe_jax checkpoint."""
   folder = pathlib.Path(folder).expanduser()
-  return (folder / "config.json").is_file() and not (folder / checkpoint.CONFIG_FILE).is_file()
+  names = ("config.json", _ADAPTER_FILE)
+  return (
+    any((folder / name).is_file() for name in names)
+    and not (folder / checkpoint.CONFIG_FILE).is_file()
+  )
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
   """Parses `config.json`.
 
   Raises:
-    ConversionError, ValueError: it is missing or malformed.
+    ConversionError, ValueError: it is missing or malformed, or the folder is not a whole model.
   """
+  pointers = [
+    path.name
+    for path in sorted(folder.iterdir())
+    if path.suffix in (".json", ".jinja", ".model", ".safetensors") and _is_pointer(path)
+  ]
+  if pointers:
+    raise ConversionError(
+      f"{folder} has Git LFS pointers in place of the files {some(pointers)}: run "
+      "`git lfs install` and `git lfs pull` in it"
+    )
+  if (folder / _ADAPTER_FILE).is_file():
+    base = read_json(folder / _ADAPTER_FILE).get("base_model_name_or_path")
+    raise ConversionError(
+      f"{folder} is a PEFT adapter (such as LoRA) of {base}, not a model: merge it into that "
+      "model with PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER), and "
+      "give FOLDER"
+    )
   if (folder / "config.json").is_file():
     return read_json(folder / "config.json")
   if (folder / checkpoint.CONFIG_FILE).is_file():
     raise ConversionError(
       f"{folder} is already a roe_jax checkpoint: to convert it back, add --to_hugging_face"
     )
-  raise ConversionError(f"{folder} has no config.json: it is not a Hugging Face model folder")
+  message = f"{folder} has no config.json: it is not a Hugging Face model folder"
+  inner = [path.parent.name for path in folder.glob("*/config.json")]
+  original = [path.name for path in folder.iterdir() if path.name in _ORIGINAL_FILES]
+  gguf = [path.name for path in folder.glob("*.gguf")]
+  if inner:
+    message += f", but it has such folders ({some(inner)}): give one of them"
+  elif gguf or original:
+    what = "GGUF" if gguf else "its authors' format"
+    message += f" but has a model in {what} ({some(gguf or original)}): use the safetensors version"
+  raise ConversionError(message)
+
+
+def _is_pointer(path: pathlib.Path) -> bool:
+  if not path.is_file():
+    return False
+  with open(path, "rb") as file:
+    return file.read(len(_POINTER)) == _POINTER
 
 
 def open_source(
@@ -124,6 +235,7 @@ def open_source(
   dtype: str = "source",
   quantize_experts: str | None = None,
   keep_mxfp4: bool | None = False,
+  tensors: dict[str, TensorInfo] | None = None,
 ) -> Source:
   """Checks everything that can be checked without reading tensors.
 
@@ -134,23 +246,27 @@ def open_source(
     quantize_experts: the format to quantize the experts to, or None.
     keep_mxfp4: whether to keep experts in MXFP4 or to decode them to `dtype`; None keeps them if
       there are any and they are not quantized.
+    tensors: the tensors of the model, if its files are not in the folder.
 
   Raises:
     ConversionError, ValueError: the folder cannot be converted.
   """
   hf_config = read_config(folder)
   config = from_hugging_face(hf_config, dtype="float32")
-  tensors = safetensors_files.read_headers(folder)
+  if tensors is None:
+    tensors = safetensors_files.read_headers(folder)
+  tensors = _model_tensors(folder, hf_config, tensors)
   stored = tuple(sorted({info.dtype.name for info in tensors.values()}))
   if dtype == "source":
     dtype = own_dtype(stored)
-  found = config.replace(dtype=dtype, expert_format=_expert_format(folder, config, tensors))
+  expert_format, layout = _expert_form(folder, config, tensors)
+  found = config.replace(dtype=dtype, expert_format=expert_format)
   config = target_config(str(folder), found, quantize_experts, keep_mxfp4)
   tensor_names.check_table(found)
-  _check_tensors(folder, found, tensors)
+  _check_tensors(folder, found, layout, tensors)
   if (folder / "tokenizer.json").is_file():
     check_vocabulary(Tokenizer.load(folder), config)
-  return Source(folder, found, config, tensors, stored)
+  return Source(folder, found, layout, config, tensors, stored)
 
 
 def target_config(
@@ -182,6 +298,24 @@ def target_config(
   return config
 
 
+def open_without_weights(source: str, revision: str | None = None, **options: Any) -> Source:
+  """Opens a folder, or a model on the hub of whose weights only the headers are downloaded.
+
+  Args:
+    source: see `find`.
+    revision: see `find`.
+    **options: see `open_source`.
+
+  Raises:
+    ConversionError, ValueError: the source cannot be read.
+  """
+  folder = find(source, revision, weights=False)
+  tensors = None
+  if not (pathlib.Path(source).expanduser().is_dir() or safetensors_files.are_complete(folder)):
+    tensors = _remote_tensors(folder, _hub_name(source, revision)[0])
+  return open_source(folder, tensors=tensors, **options)
+
+
 def load_config(
   source: str,
   *,
@@ -192,18 +326,13 @@ def load_config(
 ) -> ModelConfig:
   """Loads the config of the model that `load` loads, without downloading weights.
 
-  For the arguments see `open_source`. The config.json of a model on the hub is trusted, because its
-  tensors cannot be checked without a download.
+  For the arguments see `open_source`. The dtype is that of the files, on the hub too.
 
   Raises:
     ConversionError, ValueError: the source cannot be read.
   """
-  folder = find(source, revision, weights=False)
-  if pathlib.Path(source).expanduser().is_dir():
-    return open_source(folder, dtype, quantize_experts, keep_mxfp4).config
-  found = from_hugging_face(read_config(folder), None if dtype == "source" else dtype)
-  tensor_names.check_table(found)
-  return target_config(source, found, quantize_experts, keep_mxfp4)
+  options = dict(dtype=dtype, quantize_experts=quantize_experts, keep_mxfp4=keep_mxfp4)
+  return open_without_weights(source, revision, **options).config
 
 
 def own_dtype(stored_dtypes: Collection[str]) -> str:
@@ -211,31 +340,75 @@ def own_dtype(stored_dtypes: Collection[str]) -> str:
   return "bfloat16" if set(stored_dtypes) - {"uint8"} == {"bfloat16"} else "float32"
 
 
-def _expert_format(folder, config, tensors):
-  """Infers the experts' format from the tensors, or takes it from config.json if it has none."""
+def _model_tensors(
+  folder: pathlib.Path, hf_config: dict[str, Any], tensors: dict[str, TensorInfo]
+) -> dict[str, TensorInfo]:
+  """Returns the tensors without buffers, and with those that are tied to others."""
+  buffers = [name for name in tensors if name.endswith("rotary_emb.inv_freq")]
+  if buffers:
+    note(f"skipping buffers of {folder} that follow from its config.json: {some(buffers)}")
+  tensors = {name: info for name, info in tensors.items() if name not in buffers}
+  if hf_config.get("tie_word_embeddings"):
+    for name, other in ((_EMBEDDING, _UNEMBEDDING), (_UNEMBEDDING, _EMBEDDING)):
+      if other in tensors:
+        tensors.setdefault(name, tensors[other])
+  return tensors
+
+
+def _expert_form(
+  folder: pathlib.Path, config: ModelConfig, tensors: dict[str, TensorInfo]
+) -> tuple[str | None, str]:
+  """Returns the experts' format and layout in the tensors, or config.json's if they have none."""
   layers = checkpoint.Piece("", 0, config.num_layers)
+  formats = (None, *FAMILIES[config.family].formats)
   names = {
-    f: {part.tensor for part in tensor_names.parts(config.replace(expert_format=f), layers)}
-    for f in (None, *FAMILIES[config.family].formats)
+    (f, layout): {
+      part.tensor for part in tensor_names.parts(config.replace(expert_format=f), layers, layout)
+    }
+    for f, layout in itertools.product(formats, tensor_names.layouts(config.family))
   }
   common = set.intersection(*names.values())
-  found = {f: (expected - common) & set(tensors) for f, expected in names.items()}
-  forms = [f for f, own in found.items() if own]
+  found = {form: (expected - common) & set(tensors) for form, expected in names.items()}
+  forms = [form for form, own in found.items() if own]
   if len(names) > 1 and len(forms) > 1:
     raise ConversionError(
       f"{folder} has experts in two forms ({' and '.join(some(found[f], 1) for f in forms)}), "
       "so it mixes two downloads or was partly converted: download the model again"
     )
-  return forms[0] if len(names) > 1 and forms else config.expert_format
+  if len(names) > 1 and forms:
+    return forms[0]
+  return config.expert_format, tensor_names.SEPARATE
+
+
+def _check_names(folder: pathlib.Path, tensors: Collection[str]) -> None:
+  """Checks that the tensors are those of a whole model under its own names."""
+  adapters = [name for name in tensors if ".lora_" in name]
+  if adapters:
+    raise ConversionError(
+      f"{folder} has a LoRA adapter that is not merged into its model ({some(adapters, 1)}): save "
+      "what merge_and_unload() of the PEFT model returns"
+    )
+  suffix = _EMBEDDING.removeprefix("model.")
+  other = [name for name in tensors if name.endswith(suffix) and name != _EMBEDDING]
+  if other and _EMBEDDING not in tensors:
+    outer = other[0].removesuffix(suffix)
+    default = "a model within another: save the inner one"
+    if not outer:
+      default = "the model without its lm_head: save the ForCausalLM model"
+    what = next((what for prefix, what in _WRAPPERS.items() if prefix in outer), default)
+    raise ConversionError(
+      f"{folder} has {other[0]} in place of {_EMBEDDING}, so it was saved from {what}"
+    )
 
 
 def _check_tensors(
-  folder: pathlib.Path, config: ModelConfig, tensors: dict[str, TensorInfo]
+  folder: pathlib.Path, config: ModelConfig, layout: str, tensors: dict[str, TensorInfo]
 ) -> None:
+  _check_names(folder, tensors)
   expected = {
     part.tensor: part
     for piece in checkpoint.plan_pieces(config)
-    for part in tensor_names.parts(config, piece)
+    for part in tensor_names.parts(config, piece, layout)
   }
   model = f"{config.family}, {config.num_layers} layers"
   if config.expert_format:

@@ -157,7 +157,7 @@ def _fill(
     arrays[name] = [np.empty([b - a for a, b in spans], dtype) for spans in of_name]
   parts = [
     (source.tensors[part.tensor], part)
-    for part in tensor_names.parts(source.stored, piece)
+    for part in tensor_names.parts(source.stored, piece, source.layout)
     if part.parameter in windows
   ]
   for info, part in sorted(parts, key=lambda p: (p[0].file, p[0].offset)):

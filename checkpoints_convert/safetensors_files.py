@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from checkpoints_convert.common import ConversionError, Spans, some
+from checkpoints_convert.common import ConversionError, Spans, note, some
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -99,17 +99,44 @@ def _strides(info, shape):
 def read_headers(folder: pathlib.Path) -> dict[str, TensorInfo]:
   """Returns all tensors of a folder, after checking that its files are complete.
 
+  As in transformers, `model.safetensors` has precedence over an index and its shards, and other
+  files are ignored; a warning names them.
+
   Raises:
     ConversionError: there are no safetensors, a shard is missing, truncated or malformed, or the
       index contradicts the shards.
   """
-  if (folder / INDEX_FILE).is_file():
-    return _read_shards(folder)
+  single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+  if single.is_file():
+    tensors = _read_header(single)
+  elif index.is_file():
+    tensors = _read_shards(folder)
+  else:
+    raise ConversionError(_missing_weights(folder))
+  used = {info.file.name for info in tensors.values()}
+  unused = {path.name for path in folder.glob("model*.safetensors")} - used
+  if unused or (single.is_file() and index.is_file()):
+    note(
+      f"{folder} has weights twice: {some(used)} {'are' if len(used) > 1 else 'is'} read, as "
+      f"transformers does, and {some(unused | ({INDEX_FILE} if single.is_file() else set()))} "
+      "ignored; delete what is out of date"
+    )
+  return tensors
+
+
+def are_complete(folder: pathlib.Path) -> bool:
+  """Whether a folder has all files with weights that `read_headers` reads."""
   if (folder / SINGLE_FILE).is_file():
-    return _read_header(folder / SINGLE_FILE)
+    return True
+  if not (folder / INDEX_FILE).is_file():
+    return False
+  return all((folder / name).is_file() for name in _read_index(folder).values())
+
+
+def _missing_weights(folder: pathlib.Path) -> str:
   shards = sorted(p.name for p in folder.glob("*.safetensors"))
   if shards:
-    raise ConversionError(
+    return (
       f"{folder} has safetensors files ({some(shards)}) but neither {INDEX_FILE} nor "
       f"{SINGLE_FILE}: {_AGAIN}"
     )
@@ -117,14 +144,27 @@ def read_headers(folder: pathlib.Path) -> dict[str, TensorInfo]:
     p.name for suffix in ("bin", "pt", "pth", "ckpt") for p in folder.glob(f"*.{suffix}")
   )
   if pickles:
-    raise ConversionError(
+    return (
       f"{folder} has its weights only as pickles ({some(pickles)}), which can run arbitrary code "
       "when they are read: download the model as safetensors"
     )
-  raise ConversionError(f"{folder} has no safetensors files")
+  return f"{folder} has no safetensors files"
+
+
+def _read_index(folder: pathlib.Path) -> dict[str, str]:
+  """Returns the name of each tensor's shard."""
+  path = folder / INDEX_FILE
+  try:
+    index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    if all(isinstance(shard, str) for shard in index.values()):
+      return index
+  except (ValueError, KeyError, TypeError, AttributeError):
+    pass
+  raise ConversionError(f"{path} is not a safetensors index: {_AGAIN}")
 
 
 def _read_shards(folder: pathlib.Path) -> dict[str, TensorInfo]:
+<<<<<<< HEAD
   path = folder / INDEX_FILE
   try:
     index = json.loads(path.read_text("utf-8"))["weight_map"]
@@ -132,6 +172,11 @@ def _read_shards(folder: pathlib.Path) -> dict[str, TensorInfo]:
     paths = [folder / name for name in shards]
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ConversionError(f"{path} is not a safetensors index: {_AGAIN}") from error
+=======
+  index = _read_index(folder)
+  shards = sorted(set(index.values()))
+  paths = [folder / name for name in shards]
+>>>>>>> main
   missing = [p.name for p in paths if not p.is_file()]
   if missing:
     raise ConversionError(
@@ -167,15 +212,25 @@ def _read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(length))
   header.pop("__metadata__", None)
-  tensors = {}
-  for name, entry in header.items():
-    if entry["dtype"] not in _DTYPES:
-      raise ConversionError(
-        f"{name} in {path} has dtype {entry['dtype']}; supported: {', '.join(_DTYPES)}"
-      )
-    offset = 8 + length + entry["data_offsets"][0]
-    tensors[name] = TensorInfo(name, path, offset, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
-  return tensors
+  return {
+    name: tensor_info(
+      name, path, entry["dtype"], entry["shape"], 8 + length + entry["data_offsets"][0]
+    )
+    for name, entry in header.items()
+  }
+
+
+def tensor_info(
+  name: str, path: pathlib.Path, dtype: str, shape: Iterable[int], offset: int = 0
+) -> TensorInfo:
+  """Returns the `TensorInfo` for an entry of a safetensors header.
+
+  Raises:
+    ConversionError: the dtype is not supported.
+  """
+  if dtype not in _DTYPES:
+    raise ConversionError(f"{name} in {path} has dtype {dtype}; supported: {', '.join(_DTYPES)}")
+  return TensorInfo(name, path, offset, tuple(shape), _DTYPES[dtype])
 
 
 # The shape and dtype of a tensor.

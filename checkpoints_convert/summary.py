@@ -2,12 +2,11 @@
 
 import math
 import os
-import pathlib
 from typing import Any
 
 import jax
 
-from checkpoints_convert import hub, safetensors_files
+from checkpoints_convert import hub
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
 from roe_jax.checkpoint_folder import piece_num_bytes
@@ -15,7 +14,7 @@ from roe_jax.config import ModelConfig
 
 
 def describe_source(source: str, revision: str | None, **options: Any) -> str:
-  """Describes a Hugging Face source; of a hub name only the config is read.
+  """Describes a Hugging Face source; of a model on the hub only headers are downloaded.
 
   Args:
     source: a local folder, or a hub name.
@@ -25,13 +24,9 @@ def describe_source(source: str, revision: str | None, **options: Any) -> str:
   Raises:
     ConversionError, ValueError: the source cannot be converted.
   """
-  config = hub.load_config(source, revision=revision, **options)
-  stored = "unknown before the download"
-  folder = pathlib.Path(source).expanduser()
-  if folder.is_dir():
-    dtypes = {info.dtype.name for info in safetensors_files.read_headers(folder).values()}
-    stored = ", ".join(sorted(dtypes))
-  return f"source: {source} (dtypes in its files: {stored})\n" + describe(config)
+  opened = hub.open_without_weights(source, revision, **options)
+  stored = ", ".join(opened.stored_dtypes)
+  return f"source: {source} (dtypes in its files: {stored})\n" + describe(opened.config)
 
 
 def describe(config: ModelConfig) -> str:

@@ -8,11 +8,13 @@ pair gate and up, I one, M and N the blocks of 32 in D and in F). Every pattern 
 it can be inverted without loss.
 
 Where a family stores experts in two forms, the rules apply to the config of the files, whose
-`expert_format` says which form they have.
+`expert_format` says which form they have, and to their layout: transformers 5 saves the experts of
+a layer in the fused arrays that it holds in memory if it is asked to.
 """
 
 from collections.abc import Iterator
 import dataclasses
+import itertools
 import math
 import re
 from typing import Any
@@ -25,6 +27,8 @@ from roe_jax.checkpoint import Piece, piece_shapes
 from roe_jax.config import ModelConfig
 from roe_jax.quantization import pack, unpack
 
+# The layouts of experts: separate matrices, as on the hub, or one array for all.
+SEPARATE, FUSED = "separate", "fused"
 _TILE = 256  # tile size of the first two axes when transposing
 
 
@@ -38,6 +42,7 @@ class Rule:
     pattern: see the module docstring.
     when: a field of `ModelConfig`; the tensor exists only if it is set.
     unless: a field of `ModelConfig`; the tensor exists only if it is not set.
+    layout: the layout in which the tensor exists; all by default.
     stored: "numbers" of any floating-point dtype; "bytes" that are copied unchanged; or "blocks"
       of 4-bit codes (see `mxfp4`), which the parameter packs in pairs along its last axis. The
       pattern describes unpacked codes.
@@ -48,12 +53,14 @@ class Rule:
   pattern: str
   when: str | None = None
   unless: str | None = None
+  layout: str | None = None
   stored: str = "numbers"
 
 
 _LAYER = "model.layers.{layer}."
 _ATTENTION = _LAYER + "self_attn."
 _MLP = _LAYER + "mlp."
+_GATE_UP, _DOWN = _MLP + "experts.gate_up_proj", _MLP + "experts.down_proj"
 
 _COMMON = (
   Rule("model.embed_tokens.weight", "embedding", "V D -> V D"),
@@ -69,13 +76,16 @@ _COMMON = (
 
 
 def _experts(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
-  """Returns the rules of a router and of separate matrices for each expert."""
+  """Returns the rules of a router and its experts, in both layouts."""
   expert = block + "experts.{expert}."
   return (
-    Rule(block + "gate.weight", "router", "E D -> E D"),
-    Rule(f"{expert}{gate}.weight", "experts.gate_up", "F D -> expert F 0 D"),
-    Rule(f"{expert}{up}.weight", "experts.gate_up", "F D -> expert F 1 D"),
-    Rule(f"{expert}{down}.weight", "experts.down", "D F -> expert F D"),
+    Rule(block + "gate.weight", "router", "E D -> E D", layout=SEPARATE),
+    Rule(f"{expert}{gate}.weight", "experts.gate_up", "F D -> expert F 0 D", layout=SEPARATE),
+    Rule(f"{expert}{up}.weight", "experts.gate_up", "F D -> expert F 1 D", layout=SEPARATE),
+    Rule(f"{expert}{down}.weight", "experts.down", "D F -> expert F D", layout=SEPARATE),
+    Rule(_MLP + "gate.weight", "router", "E D -> E D", layout=FUSED),
+    Rule(_GATE_UP, "experts.gate_up", "E (U F) D -> E F U D", layout=FUSED),
+    Rule(_DOWN, "experts.down", "E D F -> E F D", layout=FUSED),
   )
 
 
@@ -91,7 +101,6 @@ def _mxfp4(tensor: str, parameter: str, pattern: str, stored: str) -> Rule:
   return Rule(_MLP + tensor, parameter, pattern, when="expert_format", stored=stored)
 
 
-_GATE_UP, _DOWN = _MLP + "experts.gate_up_proj", _MLP + "experts.down_proj"
 _GPT_OSS_EXPERTS = (
   Rule(_GATE_UP, "experts.gate_up", "E D (F U) -> E F U D", unless="expert_format"),
   Rule(_DOWN, "experts.down", "E F D -> E F D", unless="expert_format"),
@@ -257,7 +266,14 @@ def _copy_by_tiles(source: np.ndarray, target: np.ndarray) -> None:
       target[i : i + _TILE, j : j + _TILE] = source[i : i + _TILE, j : j + _TILE]
 
 
-def parts(config: ModelConfig, piece: Piece) -> Iterator[Part]:
+def layouts(family: str) -> tuple[str, ...]:
+  """Returns the layouts in which files of a family may have experts, first that of the hub."""
+  return tuple(dict.fromkeys(rule.layout for rule in FAMILIES[family] if rule.layout)) or (
+    SEPARATE,
+  )
+
+
+def parts(config: ModelConfig, piece: Piece, layout: str = SEPARATE) -> Iterator[Part]:
   """Yields all hub tensors of a piece, for files in the expert format of the config."""
   sizes = {
     "V": config.vocab_size,
@@ -280,6 +296,7 @@ def parts(config: ModelConfig, piece: Piece) -> Iterator[Part]:
         ("{layer}" in rule.tensor) == (layer is None)
         or (rule.when and not getattr(config, rule.when))
         or (rule.unless and getattr(config, rule.unless))
+        or rule.layout not in (None, layout)
       ):
         continue
       row = None if layer is None else layer - piece.start
@@ -299,10 +316,11 @@ def check_table(config: ModelConfig) -> None:
       f"there is no table of tensor names for the family {config.family!r}; there are tables for "
       f"{', '.join(FAMILIES)}"
     )
-  for piece in (Piece("top"), Piece("one layer", 0, 1)):
+  pieces = (Piece("top"), Piece("one layer", 0, 1))
+  for piece, layout in itertools.product(pieces, layouts(config.family)):
     shapes = piece_shapes(config, piece)
     filled = dict.fromkeys(shapes, 0)
-    for part in parts(config, piece):
+    for part in parts(config, piece, layout):
       if part.parameter not in filled:
         raise ConversionError(
           f"the table of {config.family} fills {part.parameter}, which a "

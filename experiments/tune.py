@@ -39,17 +39,18 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import tasks
-from experiments.cli import app, temperature_profiles
-from experiments.cli.temperature_profiles import Profile
+from experiments.cli import app
 from experiments.evaluation.prompts import PromptBuilder
 from experiments.records import runs
 from experiments.tuning import confirm, trials, tuning_configs
 from experiments.tuning.objectives import OBJECTIVES, Objective, Usage
 from experiments.tuning.trials import Search, Space
 from experiments.tuning.tuning_configs import TuningConfig
+from roe_jax import temperature_profiles
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
+from roe_jax.temperature_profiles import Profile
 
 FLAGS = flags.FLAGS
 PROFILE = "profile.json"
@@ -310,7 +311,7 @@ def profile_of(
   return Profile(
     tuple(best.temperatures),
     model,
-    temperature_profiles.roster_of(setup.make_roster(best.temperatures, FLAGS.seed)),
+    temperature_profiles.roster_of(setup.make_roster(best.temperatures, FLAGS.seed).settings()),
     {
       "name": setup.searched.name,
       "value": best.value,

@@ -6,6 +6,7 @@ exist at once. An entry added to `AGGREGATIONS` is available everywhere by name.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -100,3 +101,29 @@ AGGREGATIONS = {
   "majority": MAJORITY,
   "contrast": CONTRAST,
 }
+
+
+@functools.lru_cache
+def check_aggregation(aggregation: Aggregation) -> None:
+  """Traces an aggregation on small shapes, with its members in two batches.
+
+  Raises:
+    ValueError: it returns something else than float32 `[..., V]`.
+  """
+
+  def run(logits):
+    return aggregation.finish(aggregation.add(aggregation.add(None, logits[:2]), logits[2:]), 3)
+
+  expected = jax.ShapeDtypeStruct((2, 1, 5), jnp.float32)
+  try:
+    found = jax.eval_shape(run, jax.ShapeDtypeStruct((3, *expected.shape), jnp.float32))
+  except TypeError as error:
+    raise ValueError(
+      f"an aggregation has add(state, logits) and finish(state, n): {error}"
+    ) from error
+  shape, dtype = getattr(found, "shape", None), getattr(found, "dtype", None)
+  if (shape, dtype) != (expected.shape, expected.dtype):
+    raise ValueError(
+      "an aggregation must return float32 log-probabilities of the shape of one member's "
+      f"logits, here {list(expected.shape)}; it returned {dtype} {shape and list(shape)}"
+    )

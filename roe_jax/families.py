@@ -11,20 +11,6 @@ from typing import Any
 
 from roe_jax.config import ModelConfig, Yarn
 
-_REQUIRED = object()
-
-
-class Key:
-  """The `config.json` key of a `ModelConfig` field.
-
-  Attributes:
-    names: the key that is written, then alternative spellings that are also read.
-    default: the value that transformers assumes if the key is missing or null.
-  """
-
-  def __init__(self, *names: str, default: Any = _REQUIRED):
-    self.names, self.default = names, default
-
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -32,7 +18,8 @@ class Family:
 
   Attributes:
     architecture: its class in transformers.
-    keys: fields read from `config.json`, in addition to `COMMON_KEYS`.
+    defaults: keys of `config.json` with the values that transformers assumes for missing ones.
+    keys: the key of each `ModelConfig` field that is read, in addition to `COMMON_KEYS`.
     fixed: fields with the same value in all models of the family.
     supported: the only supported value of some `config.json` keys; also their default.
     has_window: whether the architecture has a `sliding_window`.
@@ -40,51 +27,77 @@ class Family:
     is_sliding: `(config.json, layer) -> bool`, which layers have the window by default
       (without `layer_types`); None if all have it.
     formats: expert quantization formats of its hub checkpoints.
-    default_theta: RoPE base if `config.json` has none.
-    requires_rope_scaling: whether `config.json` must specify RoPE scaling (because
-      transformers scales by default).
   """
 
   architecture: str
-  keys: dict[str, Key]
+  defaults: dict[str, Any]
+  keys: dict[str, str]
   fixed: dict[str, Any]
   supported: dict[str, Any] = dataclasses.field(default_factory=dict)
   has_window: bool = True
   needs_use_sliding_window: bool = False
   is_sliding: Callable[[dict[str, Any], int], bool] | None = None
   formats: tuple[str, ...] = ()
-  default_theta: float = 1e4
-  requires_rope_scaling: bool = False
 
 
 COMMON_KEYS = {
-  "vocab_size": Key("vocab_size"),
-  "num_layers": Key("num_hidden_layers"),
-  "d_model": Key("hidden_size"),
-  "num_heads": Key("num_attention_heads"),
-  "experts_per_token": Key("num_experts_per_tok"),
-  "context_length": Key("max_position_embeddings"),
-  "initializer_range": Key("initializer_range", default=0.02),
-  "bos_token_id": Key("bos_token_id", default=None),
-  "pad_token_id": Key("pad_token_id", default=None),
+  "vocab_size": "vocab_size",
+  "num_layers": "num_hidden_layers",
+  "d_model": "hidden_size",
+  "num_heads": "num_attention_heads",
+  "num_kv_heads": "num_key_value_heads",
+  "experts_per_token": "num_experts_per_tok",
+  "context_length": "max_position_embeddings",
+  "rms_norm_eps": "rms_norm_eps",
+  "rope_theta": "rope_theta",
+  "initializer_range": "initializer_range",
+  "bos_token_id": "bos_token_id",
+  "pad_token_id": "pad_token_id",
 }
-_EPSILON_5 = Key("rms_norm_eps", default=1e-5)
-_EPSILON_6 = Key("rms_norm_eps", default=1e-6)
-_EXPERTS = Key("num_experts", "num_local_experts")
-_LOCAL_EXPERTS = Key("num_local_experts", "num_experts")
-_HEAD_DIM = Key("head_dim", default=None)  # default: d_model / num_heads
-_NORMALIZE = Key("norm_topk_prob", default=False)
+_COMMON_DEFAULTS = {
+  "rms_norm_eps": 1e-5,
+  "rope_theta": 1e4,
+  "initializer_range": 0.02,
+  "bos_token_id": None,
+  "pad_token_id": None,
+  "eos_token_id": None,
+  "sliding_window": None,
+  "tie_word_embeddings": False,
+}
+# Keys whose value may be null; a null elsewhere counts as a missing key.
+_NULLABLE = (
+  "bos_token_id",
+  "pad_token_id",
+  "eos_token_id",
+  "sliding_window",
+  "num_key_value_heads",
+  "head_dim",
+)
+_EXPERT_COUNTS = ("num_experts", "num_local_experts")  # some files have the other name
 _ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 
 FAMILIES = {
   "olmoe": Family(
     "OlmoeForCausalLM",
+    defaults={
+      "vocab_size": 50304,
+      "hidden_size": 2048,
+      "intermediate_size": 2048,
+      "num_hidden_layers": 16,
+      "num_attention_heads": 16,
+      "max_position_embeddings": 4096,
+      "num_experts": 64,
+      "num_experts_per_tok": 8,
+      "norm_topk_prob": False,
+      "clip_qkv": None,
+      "pad_token_id": 1,
+      "eos_token_id": 50279,
+    },
     keys={
-      "num_experts": _EXPERTS,
-      "d_expert": Key("intermediate_size"),
-      "normalize_gates": _NORMALIZE,
-      "clip_qkv": Key("clip_qkv", default=None),
-      "rms_norm_eps": _EPSILON_5,
+      "num_experts": "num_experts",
+      "d_expert": "intermediate_size",
+      "normalize_gates": "norm_topk_prob",
+      "clip_qkv": "clip_qkv",
     },
     fixed={"gates_in_model_dtype": True, "qk_norm": True},
     supported={"attention_bias": False},
@@ -92,25 +105,60 @@ FAMILIES = {
   ),
   "mixtral": Family(
     "MixtralForCausalLM",
+    defaults={
+      "vocab_size": 32000,
+      "hidden_size": 4096,
+      "intermediate_size": 14336,
+      "num_hidden_layers": 32,
+      "num_attention_heads": 32,
+      "num_key_value_heads": 8,
+      "max_position_embeddings": 131072,
+      "num_local_experts": 8,
+      "num_experts_per_tok": 2,
+      "rope_theta": 1e6,
+      "bos_token_id": 1,
+      "eos_token_id": 2,
+    },
     keys={
-      "num_experts": _LOCAL_EXPERTS,
-      "d_expert": Key("intermediate_size"),
-      "head_dim": _HEAD_DIM,
-      "rms_norm_eps": _EPSILON_5,
+      "num_experts": "num_local_experts",
+      "d_expert": "intermediate_size",
+      "head_dim": "head_dim",
     },
     fixed={"normalize_gates": True, "gates_in_model_dtype": False, "qk_norm": False},
     supported={"attention_bias": False},
-    default_theta=1e6,
   ),
   "gpt_oss": Family(
     "GptOssForCausalLM",
+    defaults={
+      "vocab_size": 201088,
+      "hidden_size": 2880,
+      "intermediate_size": 2880,
+      "num_hidden_layers": 36,
+      "num_attention_heads": 64,
+      "num_key_value_heads": 8,
+      "head_dim": 64,
+      "max_position_embeddings": 131072,
+      "num_local_experts": 128,
+      "num_experts_per_tok": 4,
+      "swiglu_limit": 7.0,
+      "swiglu_alpha": 1.702,
+      "sliding_window": 128,
+      "rope_theta": 150000.0,
+      "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+      },
+    },
     keys={
-      "num_experts": _LOCAL_EXPERTS,
-      "d_expert": Key("intermediate_size"),
-      "head_dim": _HEAD_DIM,
-      "rms_norm_eps": _EPSILON_5,
-      "swiglu_limit": Key("swiglu_limit", default=7.0),
-      "swiglu_alpha": Key("swiglu_alpha", default=1.702),
+      "num_experts": "num_local_experts",
+      "d_expert": "intermediate_size",
+      "head_dim": "head_dim",
+      "swiglu_limit": "swiglu_limit",
+      "swiglu_alpha": "swiglu_alpha",
     },
     fixed={
       "normalize_gates": True,
@@ -126,46 +174,71 @@ FAMILIES = {
     supported={"attention_bias": True},
     is_sliding=lambda hf, layer: layer % 2 == 0,
     formats=("mxfp4",),
-    default_theta=150000.0,
-    requires_rope_scaling=True,
   ),
   "qwen2_moe": Family(
     "Qwen2MoeForCausalLM",
+    defaults={
+      "vocab_size": 151936,
+      "hidden_size": 2048,
+      "moe_intermediate_size": 1408,
+      "shared_expert_intermediate_size": 5632,
+      "num_hidden_layers": 24,
+      "num_attention_heads": 16,
+      "num_key_value_heads": 16,
+      "max_position_embeddings": 32768,
+      "num_experts": 60,
+      "num_experts_per_tok": 4,
+      "norm_topk_prob": False,
+      "qkv_bias": True,
+      "rms_norm_eps": 1e-6,
+      "sliding_window": 4096,
+      "max_window_layers": 28,
+    },
     keys={
-      "num_experts": _EXPERTS,
-      "d_expert": Key("moe_intermediate_size"),
-      "d_shared_expert": Key("shared_expert_intermediate_size"),
-      "normalize_gates": _NORMALIZE,
-      "qkv_bias": Key("qkv_bias", default=True),
-      "head_dim": _HEAD_DIM,
-      "rms_norm_eps": _EPSILON_6,
+      "num_experts": "num_experts",
+      "d_expert": "moe_intermediate_size",
+      "d_shared_expert": "shared_expert_intermediate_size",
+      "normalize_gates": "norm_topk_prob",
+      "qkv_bias": "qkv_bias",
+      "head_dim": "head_dim",
     },
     fixed={"gates_in_model_dtype": True, "qk_norm": False},
     supported=_ALL_SPARSE,
     needs_use_sliding_window=True,
-    is_sliding=lambda hf, layer: layer % 2 == 0 and layer < hf.get("max_window_layers", 28),
+    is_sliding=lambda hf, layer: layer % 2 == 0 and layer < hf["max_window_layers"],
   ),
   "qwen3_moe": Family(
     "Qwen3MoeForCausalLM",
+    defaults={
+      "vocab_size": 151936,
+      "hidden_size": 2048,
+      "moe_intermediate_size": 768,
+      "num_hidden_layers": 24,
+      "num_attention_heads": 32,
+      "num_key_value_heads": 4,
+      "max_position_embeddings": 32768,
+      "num_experts": 128,
+      "num_experts_per_tok": 8,
+      "norm_topk_prob": False,
+      "rms_norm_eps": 1e-6,
+      "sliding_window": 4096,
+    },
     keys={
-      "num_experts": _EXPERTS,
-      "d_expert": Key("moe_intermediate_size"),
-      "normalize_gates": _NORMALIZE,
-      "head_dim": _HEAD_DIM,
-      "rms_norm_eps": _EPSILON_6,
+      "num_experts": "num_experts",
+      "d_expert": "moe_intermediate_size",
+      "normalize_gates": "norm_topk_prob",
+      "head_dim": "head_dim",
     },
     fixed={"gates_in_model_dtype": True, "qk_norm": True, "qk_norm_per_head": True},
     supported={"attention_bias": False} | _ALL_SPARSE,
     needs_use_sliding_window=True,
   ),
 }
-_COMMON_SUPPORTED = {"hidden_act": "silu", "tie_word_embeddings": False}
+_COMMON_SUPPORTED = {"hidden_act": "silu"}
 _DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
 # Fields with their own code below.
 _SPECIAL = (
   "family",
-  "num_kv_heads",
-  "rope_theta",
   "rope_scaling",
   "sliding_window",
   "sliding_layers",
@@ -179,7 +252,8 @@ def from_hugging_face(hf: dict[str, Any], dtype: str | None = None) -> ModelConf
   """Converts the contents of a Hugging Face `config.json` to a `ModelConfig`.
 
   Reads both spellings of RoPE settings (`rope_theta` + `rope_scaling`, and the
-  `rope_parameters` of transformers 5) and of `num_experts` / `num_local_experts`.
+  `rope_parameters` of transformers 5) and of `num_experts` / `num_local_experts`. Missing keys
+  have the defaults of transformers. Tied embeddings become two equal arrays.
 
   Args:
     hf: the parsed `config.json`.
@@ -187,8 +261,7 @@ def from_hugging_face(hf: dict[str, Any], dtype: str | None = None) -> ModelConf
       library does not compute in) replaced by float32.
 
   Raises:
-    ValueError: an unknown architecture, a missing key, or an unsupported setting that
-      would change results.
+    ValueError: an unknown architecture, or an unsupported setting that would change results.
   """
   name = hf.get("model_type")
   if name not in FAMILIES:
@@ -197,23 +270,27 @@ def from_hugging_face(hf: dict[str, Any], dtype: str | None = None) -> ModelConf
       f"supported: {', '.join(FAMILIES)}"
     )
   family = FAMILIES[name]
+  keys = COMMON_KEYS | family.keys
+  counts = [hf[key] for key in (keys["num_experts"], *_EXPERT_COUNTS) if hf.get(key) is not None]
+  if counts:
+    hf = hf | {keys["num_experts"]: counts[0]}
+  given = {key: value for key, value in hf.items() if value is not None or key in _NULLABLE}
+  hf = _COMMON_DEFAULTS | family.defaults | given
   for key, value in (_COMMON_SUPPORTED | family.supported).items():
-    if hf.get(key) not in (None, value):
+    if hf.get(key, value) != value:
       _refuse(key, hf[key], value)
-  values = {field: _read(name, hf, key) for field, key in (COMMON_KEYS | family.keys).items()}
+  values: dict[str, Any] = {field: hf.get(key) for field, key in keys.items()}
   values |= {name: float(values[name]) for name in ("rms_norm_eps", "initializer_range")}
   values |= family.fixed
-  if values.get("head_dim") is None:
-    values["head_dim"] = hf.get("head_dim") or values["d_model"] // values["num_heads"]
+  values["head_dim"] = hf.get("head_dim") or values["d_model"] // values["num_heads"]
+  values["num_kv_heads"] = values["num_kv_heads"] or values["num_heads"]
   window, layers = _window(family, hf, values["num_layers"], values["context_length"])
-  theta, scaling = _rope(name, hf, values["context_length"])
-  eos = hf.get("eos_token_id")
+  values["rope_theta"], scaling = _rope(name, hf)
+  eos = hf["eos_token_id"]
   return ModelConfig(
     family=name,
-    num_kv_heads=hf.get("num_key_value_heads") or values["num_heads"],
     sliding_window=window,
     sliding_layers=layers,
-    rope_theta=theta,
     rope_scaling=scaling,
     eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
     expert_format=_expert_format(family, hf),
@@ -256,17 +333,17 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
       "model: convert from the unquantized checkpoint"
     )
   hf = {"architectures": [family.architecture], "model_type": config.family}
-  hf |= {key.names[0]: getattr(config, field) for field, key in keys.items()}
+  hf |= {key: getattr(config, field) for field, key in keys.items()}
   eos = config.eos_token_ids
   hf |= {
-    "num_key_value_heads": config.num_kv_heads,
-    "rope_theta": config.rope_theta,
+    "tie_word_embeddings": False,
     "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
     "torch_dtype": config.dtype,
   }
   hf |= _COMMON_SUPPORTED | family.supported
   if config.rope_scaling is None:
-    hf["rope_scaling"] = {"rope_type": "default"} if family.requires_rope_scaling else None
+    # The family's default may be a scaling.
+    hf["rope_scaling"] = {"rope_type": "default"} if "rope_parameters" in family.defaults else None
   else:
     yarn = config.rope_scaling
     hf["rope_scaling"] = {
@@ -306,15 +383,6 @@ def _refuse(name, value, supported):
   )
 
 
-def _read(family, hf, key):
-  for name in key.names:
-    if hf.get(name) is not None:
-      return hf[name]
-  if key.default is _REQUIRED:
-    raise ValueError(f"config.json of a {family} model lacks {' / '.join(key.names)}")
-  return key.default
-
-
 def _dtype(hf):
   name = hf.get("dtype") or hf.get("torch_dtype") or "float32"
   if name not in _DTYPES:
@@ -338,7 +406,7 @@ def _expert_format(family, hf):
 
 def _window(family, hf, num_layers, context_length):
   """Returns the window and the layers that have it."""
-  window = hf.get("sliding_window")
+  window = hf["sliding_window"]
   if (
     not window
     or window >= context_length
@@ -357,26 +425,33 @@ def _window(family, hf, num_layers, context_length):
   return (window, tuple(layers)) if layers else (None, ())
 
 
-def _rope(family, hf, context_length):
-  """Returns the RoPE base and scaling."""
-  rope = {
-    "rope_theta": hf.get("rope_theta"),
-    **(hf.get("rope_scaling") or {}),
-    **(hf.get("rope_parameters") or {}),
-  }
-  if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor")) not in (None, 1, 1.0):
-    _refuse("partial_rotary_factor", rope.get("partial_rotary_factor"), 1.0)
-  if FAMILIES[family].requires_rope_scaling and len(rope) == 1:
-    raise ValueError(f"config.json of a {family} model lacks rope_scaling / rope_parameters")
-  theta = float(rope["rope_theta"] or FAMILIES[family].default_theta)
-  kind = rope.get("rope_type", rope.get("type", "default"))
+def _rope(family, hf):
+  """Returns the RoPE base and scaling, from the keys that transformers uses if there are several.
+
+  transformers ignores `rope_parameters` beside `rope_scaling`, and
+  `original_max_position_embeddings` in them beside the same key outside.
+  """
+  rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+  if any(isinstance(value, dict) for value in rope.values()):
+    _refuse("rope_parameters", rope, "the same for all layers")
+  partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+  if partial not in (None, 1):
+    _refuse("partial_rotary_factor", partial, 1.0)
+  theta = float(rope.get("rope_theta") or hf["rope_theta"])
+  kind = rope.get("rope_type") or rope.get("type", "default")
   if kind == "default":
     return theta, None
   if kind != "yarn":
     _refuse("rope type", kind, "default (unscaled) and yarn")
-  if not rope.get("factor"):
+  if "factor" not in rope:
     raise ValueError(f"config.json of a {family} model has rope type yarn and no factor")
-  factor = float(rope["factor"])
+  context = hf["max_position_embeddings"]
+  original = (
+    hf.get("original_max_position_embeddings")
+    or rope.get("original_max_position_embeddings")
+    or context
+  )
+  factor = float(rope["factor"] or context / original)
 
   def magnitude(scale):
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -389,9 +464,9 @@ def _rope(family, hf, context_length):
     )
   return theta, Yarn(
     factor=factor,
-    original_context=rope.get("original_max_position_embeddings") or context_length,
+    original_context=original,
     beta_fast=float(rope.get("beta_fast") or 32),
     beta_slow=float(rope.get("beta_slow") or 1),
-    truncate=rope.get("truncate", True),
+    truncate=bool(rope.get("truncate", True)),
     attention_factor=float(attention_factor),
   )

@@ -139,7 +139,7 @@ def _resolve(name: PathLike) -> tuple[ModelFormat, str]:
       return model_format, name
   found = "the folder {} has no model" if os.path.isdir(name) else "there is no model {!r}"
   names = ", ".join(model_format.names for model_format in _FORMATS.values())
-  hint = f" (did you mean hf:{name}?)" if re.fullmatch(r"[\w.-]+/[\w.@-]+", name) else ""
+  hint = f" (did you mean hf:{name}?)" if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) else ""
   raise FileNotFoundError(
     f"{found.format(name)}{hint}: give {names}, or {EMBEDDED}NAME with NAME one of "
     f"{', '.join(assets.NAMES)}"

@@ -7,6 +7,7 @@ chunked or sharded, and whether the token is generated, scored or verified.
 """
 
 from collections.abc import Callable
+import functools
 import math
 
 from flax import struct
@@ -115,7 +116,8 @@ GUMBEL = "gumbel"
 # Noise families by name: `(key, logits [E] float32, τ, A) -> perturbed logits [E]` of one
 # token, of which the A largest are chosen; -inf excludes an expert even if fewer than A
 # others remain. τ = 0 must return the logits. An entry is available everywhere by name.
-FAMILIES: dict[str, Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]] = {
+Family = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
+FAMILIES: dict[str, Family] = {
   GUMBEL: _additive(_gumbel),
   "gaussian": _additive(_gaussian),
   "uniform": _additive(_uniform),
@@ -130,6 +132,35 @@ PROBABILITIES = {
 }
 
 
+def perturb(
+  family: Family, key: jax.Array, logits_E: jax.Array, temperature: jax.Array, count: int
+) -> jax.Array:
+  """Applies a noise family to one token's float32 logits.
+
+  Raises:
+    ValueError: the family returns something else than `[E]` float32.
+  """
+  perturbed = family(key, logits_E, temperature, count)
+  shape, dtype = jnp.shape(perturbed), getattr(perturbed, "dtype", None)
+  if (shape, dtype) != (logits_E.shape, jnp.float32):
+    raise ValueError(
+      f"a noise must return float32 logits of the shape that it was given, "
+      f"{list(logits_E.shape)}; it returned {dtype or type(perturbed).__name__} {list(shape)}"
+    )
+  return perturbed
+
+
+@functools.lru_cache
+def check_family(family: Family, num_experts: int, count: int) -> None:
+  """Traces a family for a token of a model; raises as `perturb`."""
+  key = jax.eval_shape(lambda: stream_key(0, ROUTING))
+  logits, temperature = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((num_experts,), ()))
+  try:
+    jax.eval_shape(functools.partial(perturb, family, count=count), key, logits, temperature)
+  except TypeError as error:
+    raise ValueError(f"a noise is a function of (key, logits, τ, A): {error}") from error
+
+
 class RoutingNoise(struct.PyTreeNode):
   """The routing noise of one roster member.
 
@@ -137,13 +168,13 @@ class RoutingNoise(struct.PyTreeNode):
     keys: `[B, T]` keys of the (request, position) of each token.
     temperatures: `[L]` float32, τ of each layer, in units of router logits.
     member: int32 scalar index of the member. Member 0 is clean: it has no noise.
-    family: a name in `FAMILIES`.
+    family: the function that perturbs a token's logits, as in `FAMILIES`.
   """
 
   keys: jax.Array
   temperatures: jax.Array
   member: jax.Array
-  family: str = struct.field(pytree_node=False, default=GUMBEL)
+  family: Family = struct.field(pytree_node=False, default=FAMILIES[GUMBEL])
 
   def perturb(self, layer: jax.Array, logits_BxTxE: jax.Array, count: int) -> jax.Array:
     """Adds noise to router logits, of which the `count` largest are then chosen.
@@ -155,6 +186,6 @@ class RoutingNoise(struct.PyTreeNode):
 
     def perturb_token(key, logits_E):
       key = jax.random.fold_in(jax.random.fold_in(key, layer), self.member)
-      return FAMILIES[self.family](key, logits_E, temperature, count)
+      return perturb(self.family, key, logits_E, temperature, count)
 
     return jax.vmap(jax.vmap(perturb_token))(self.keys, logits_BxTxE)

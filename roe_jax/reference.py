@@ -40,7 +40,7 @@ def member_states(
   keys = noise_lib.position_keys(stream, request_ids_B, positions)
 
   def run(member, history):
-    noise = noise_lib.RoutingNoise(keys, roster.temperatures, member, roster.noise)
+    noise = noise_lib.RoutingNoise(keys, roster.temperatures, member, roster.perturb)
     x = transformer.embed(params, tokens_BxT)
     own_history = []
     for layer in range(config.num_layers):

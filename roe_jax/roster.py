@@ -11,25 +11,50 @@ three kinds of history:
   `roe_jax.reference`. Slow; the two caches are tested against it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import importlib
+import operator
+import os
 from typing import Any
 
-from flax import struct
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import experts, routing
+from roe_jax import experts, routing, temperature_profiles
 from roe_jax import noise as noise_lib
-from roe_jax.aggregation import AGGREGATIONS, MEAN_PROBABILITY, Aggregation
+from roe_jax.aggregation import (
+  AGGREGATIONS,
+  MEAN_LOGIT,
+  MEAN_PROBABILITY,
+  Aggregation,
+  check_aggregation,
+)
 from roe_jax.config import ModelConfig
+from roe_jax.params import Params
 
 CACHES = ("clean", "standard")
 MEMORY_BUDGET = 256 * 2**20
 
+_NO_MEMBERS = (
+  "temperatures without num_members would be the baseline, whose only member has no noise: pass "
+  "num_members as well, such as num_members=8"
+)
+_NO_TEMPERATURES = (
+  "without temperatures all members are equal, as in the baseline: pass temperatures as well, "
+  "such as temperatures=0.3"
+)
 
-class Roster(struct.PyTreeNode):
-  """The settings of a roster; construct with `Roster.create`.
+
+_STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Roster:
+  """The settings of a roster; construct with `Roster.create` or `Roster.from_profile`.
 
   Temperatures and seed are traced: changing them compiles nothing.
 
@@ -41,43 +66,48 @@ class Roster(struct.PyTreeNode):
     cache: the history that members attend to: the clean member's ("clean") or each
       member's own ("standard").
     recompute: whether to recompute that history instead of caching it.
-    aggregation: a name in `aggregation.AGGREGATIONS`.
+    aggregation: a name in `aggregation.AGGREGATIONS`, or "module:attribute".
     gate_weights: see `routing.route`.
-    noise: a name in `noise.FAMILIES`.
+    noise: a name in `noise.FAMILIES`, or "module:function".
     noisy_layers: `(first, end)`, the range of layers that may have noise; layers before
       it are computed once for all members.
     memory_budget: approximate memory in bytes for the activations of members computed
       together; affects results by rounding only.
     expert_strategy: see `experts.apply`.
+    combine: the aggregation of that name when the roster was created.
+    perturb: the noise of that name when the roster was created.
   """
 
   temperatures: jax.Array
   seed: jax.Array
-  num_members: int = struct.field(pytree_node=False)
-  include_clean: bool = struct.field(pytree_node=False)
-  cache: str = struct.field(pytree_node=False)
-  recompute: bool = struct.field(pytree_node=False)
-  aggregation: str = struct.field(pytree_node=False)
-  gate_weights: str = struct.field(pytree_node=False)
-  noise: str = struct.field(pytree_node=False)
-  noisy_layers: tuple[int, int] = struct.field(pytree_node=False)
-  memory_budget: int = struct.field(pytree_node=False)
-  expert_strategy: str | None = struct.field(pytree_node=False)
+  num_members: int = dataclasses.field(metadata=_STATIC)
+  include_clean: bool = dataclasses.field(metadata=_STATIC)
+  cache: str = dataclasses.field(metadata=_STATIC)
+  recompute: bool = dataclasses.field(metadata=_STATIC)
+  aggregation: str = dataclasses.field(metadata=_STATIC)
+  gate_weights: str = dataclasses.field(metadata=_STATIC)
+  noise: str = dataclasses.field(metadata=_STATIC)
+  noisy_layers: tuple[int, int] = dataclasses.field(metadata=_STATIC)
+  memory_budget: int = dataclasses.field(metadata=_STATIC)
+  expert_strategy: str | None = dataclasses.field(metadata=_STATIC)
+  # Compiled functions are cached by these objects: a name may be given to another one.
+  combine: Aggregation = dataclasses.field(metadata=_STATIC)
+  perturb: noise_lib.Family = dataclasses.field(metadata=_STATIC)
 
   @classmethod
   def create(
     cls,
     config: ModelConfig,
-    num_members: int = 1,
-    temperatures: float | Sequence[float] = 0.0,
+    num_members: int | None = None,
+    temperatures: float | Sequence[float] | None = None,
     *,
     seed: int = 0,
     include_clean: bool = True,
     cache: str = "clean",
     recompute: bool = False,
-    aggregation: str = "mean_probability",
+    aggregation: str | Aggregation = "mean_probability",
     gate_weights: str = routing.CLEAN,
-    noise: str = noise_lib.GUMBEL,
+    noise: str | noise_lib.Family = noise_lib.GUMBEL,
     noisy_layers: tuple[int, int] | None = None,
     memory_budget: int = MEMORY_BUDGET,
     expert_strategy: str | None = None,
@@ -88,47 +118,146 @@ class Roster(struct.PyTreeNode):
 
     Args:
       config: the model's architecture.
-      num_members: n.
-      temperatures: one τ for all layers, or a list with one per layer.
+      num_members: n. An explicit 1 is the baseline at any τ, so that a sweep over n can
+        start with it.
+      temperatures: one τ for all layers, or a list with one per layer. An explicit 0 runs
+        n equal members, so that a sweep over τ can start with it.
       seed: in [0, 2**32).
+      aggregation: a name, "module:attribute", or an `Aggregation`.
+      noise: a name, "module:function", or a function as in `noise.FAMILIES`.
       noisy_layers: by default from the first to the last layer with τ > 0. Set it to vary
         τ within the range without recompiling, or to run a roster at τ = 0.
 
     Raises:
+      ValueError: a setting is out of range or unknown, or only one of `num_members` and
+        `temperatures` is given, which would be the baseline.
+    """
+    if not isinstance(config, ModelConfig):
+      raise ValueError(
+        f"config must be the model's ModelConfig, got {type(config).__name__}: pass the second "
+        "value that roe_jax.open_model returns"
+      )
+    roster = cls._checked(
+      config.num_layers,
+      num_members=1 if num_members is None else num_members,
+      temperatures=temperatures,
+      seed=seed,
+      include_clean=include_clean,
+      cache=cache,
+      recompute=recompute,
+      aggregation=aggregation,
+      gate_weights=gate_weights,
+      noise=noise,
+      noisy_layers=noisy_layers,
+      memory_budget=memory_budget,
+      expert_strategy=expert_strategy,
+    )
+    if not roster.is_baseline and temperatures is None and noisy_layers is None:
+      raise ValueError(_NO_TEMPERATURES)
+    if roster.is_baseline and num_members is None and np.any(roster.temperatures):
+      raise ValueError(_NO_MEMBERS)
+    if not roster.is_baseline:
+      noise_lib.check_family(roster.perturb, config.num_experts, config.experts_per_token)
+    return roster
+
+  @classmethod
+  def from_profile(
+    cls, path: str | os.PathLike, config: ModelConfig, params: Params | None = None, **settings: Any
+  ) -> "Roster":
+    """Creates the roster of a temperature profile, a JSON file from `experiments.tune`.
+
+    Args:
+      path: the file; see `temperature_profiles`.
+      config: the model's architecture.
+      params: its parameters, to check that the profile was made for its routers.
+      **settings: other arguments of `create`; they override the profile's.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged, the profile is for a different model, or a setting
+        is out of range.
+    """
+    profile = temperature_profiles.read(path)
+    profile.check_sizes(config)
+    if params is not None:
+      profile.check_routers(params)
+    merged: dict[str, Any] = {"temperatures": profile.temperatures} | profile.roster | settings
+    return cls.create(config, **merged)
+
+  def replace(self, **changes: Any) -> "Roster":
+    """Returns the roster with other settings, checked as in `create`.
+
+    `noisy_layers` is kept if it contains all layers with τ > 0. Traced temperatures and
+    seeds are not checked.
+
+    Raises:
       ValueError: a setting is out of range or unknown.
     """
-    layers = config.num_layers
-    if (
-      isinstance(num_members, bool)
-      or not isinstance(num_members, (int, np.integer))
-      or num_members < 1
-    ):
+    names = [f.name for f in dataclasses.fields(self) if f.name not in ("combine", "perturb")]
+    if unknown := sorted(set(changes) - set(names)):
+      raise ValueError(f"unknown {unknown[0]}; the settings of a roster are {', '.join(names)}")
+    settings: dict[str, Any] = {name: getattr(self, name) for name in names} | changes
+    temperatures, layers = settings["temperatures"], len(self.temperatures)
+    for name, function in (("aggregation", self.combine), ("noise", self.perturb)):
+      settings[name] = changes.get(name, (settings[name], function))
+    first, end = self.noisy_layers
+    if "noisy_layers" not in changes and not _is_traced(temperatures):
+      noisy = np.flatnonzero(_as_temperatures(temperatures, layers))
+      if first == end or (noisy.size and not first <= noisy[0] <= noisy[-1] < end):
+        settings["noisy_layers"] = None
+    roster = self._checked(layers, **settings)
+    first, end = roster.noisy_layers
+    if first == end and len({"temperatures", "num_members"} & changes.keys()) == 1:
+      if roster.is_baseline and (_is_traced(temperatures) or np.any(temperatures)):
+        raise ValueError(_NO_MEMBERS)
+      if not roster.is_baseline and "num_members" in changes:
+        raise ValueError(_NO_TEMPERATURES)
+    return roster
+
+  @classmethod
+  def _checked(
+    cls,
+    layers: int,
+    *,
+    num_members,
+    temperatures,
+    seed,
+    include_clean,
+    cache,
+    recompute,
+    aggregation,
+    gate_weights,
+    noise,
+    noisy_layers,
+    memory_budget,
+    expert_strategy,
+  ) -> "Roster":
+    """Creates a roster for models of so many layers."""
+    if not _is_integer(num_members) or num_members < 1:
       raise ValueError(f"num_members must be an integer of at least 1, got {num_members!r}")
-    values = np.asarray(temperatures, np.float32)
-    if values.ndim == 0:
-      values = np.full(layers, values)
-    if values.shape != (layers,):
-      raise ValueError(
-        f"temperatures must be one number or a list of {layers} (one per layer of the "
-        f"model), got shape {list(values.shape)}"
-      )
+    traced = _is_traced(temperatures)
+    values = np.ones(layers) if traced else _as_temperatures(temperatures, layers)
     if not np.all(np.isfinite(values)) or np.any(values < 0):
       raise ValueError(f"temperatures must be finite and not negative, got {values.tolist()}")
     for name, value, known in (
       ("cache", cache, CACHES),
-      ("aggregation", aggregation, tuple(AGGREGATIONS)),
       ("gate_weights", gate_weights, routing.GATE_WEIGHTS),
-      ("noise", noise, tuple(noise_lib.FAMILIES)),
     ):
       if value not in known:
         raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
+    aggregation, combine = _resolve(
+      "aggregation", aggregation, AGGREGATIONS, lambda v: isinstance(v, Aggregation)
+    )
+    noise, perturb = _resolve("noise", noise, noise_lib.FAMILIES, callable)
+    check_aggregation(combine)
     if noise in noise_lib.PROBABILITIES and np.any(values > 1):
       raise ValueError(
         f"with noise {noise!r} a temperature is the probability "
         f"{noise_lib.PROBABILITIES[noise]} and at most 1, got {values.tolist()}"
       )
-    if not 0 <= seed <= noise_lib.MAX_SEED:
-      raise ValueError(f"seed must lie in [0, 2**32), got {seed}")
+    in_range = _is_integer(seed) and 0 <= operator.index(seed) <= noise_lib.MAX_SEED
+    if not (_is_traced(seed) or in_range):
+      raise ValueError(f"seed must be an integer in [0, 2**32), got {seed!r}")
     noisy = np.flatnonzero(values)
     needed = (int(noisy[0]), int(noisy[-1]) + 1) if noisy.size else (layers, layers)
     if noisy_layers is None:
@@ -151,7 +280,7 @@ class Roster(struct.PyTreeNode):
     if num_members == 1 and include_clean:
       first, end = layers, layers  # the clean member alone
     return cls(
-      jnp.asarray(values),
+      jnp.asarray(temperatures if traced else values, jnp.float32),
       jnp.asarray(seed, jnp.uint32),
       int(num_members),
       bool(include_clean),
@@ -163,6 +292,8 @@ class Roster(struct.PyTreeNode):
       (first, end),
       int(memory_budget),
       expert_strategy,
+      combine,
+      perturb,
     )
 
   @property
@@ -184,7 +315,7 @@ class Roster(struct.PyTreeNode):
   @property
   def aggregate_with(self) -> Aggregation:
     """The aggregation; it does not affect the baseline."""
-    return MEAN_PROBABILITY if self.is_baseline else AGGREGATIONS[self.aggregation]
+    return MEAN_LOGIT if self.is_baseline else self.combine
 
   def check(self, config: ModelConfig) -> None:
     """Raises a ValueError unless the roster has temperatures for all layers of the model."""
@@ -202,13 +333,16 @@ class Roster(struct.PyTreeNode):
     if self.cache == "standard":
       return self
     layers = self.temperatures.shape[0]
-    return self.replace(
+    return dataclasses.replace(
+      self,
       num_members=1,
       include_clean=True,
       noisy_layers=(layers, layers),
       aggregation="mean_probability",
       gate_weights=routing.CLEAN,
       noise=noise_lib.GUMBEL,
+      combine=MEAN_PROBABILITY,
+      perturb=noise_lib.FAMILIES[noise_lib.GUMBEL],
     )
 
   def settings(self) -> dict[str, Any]:
@@ -225,3 +359,78 @@ class Roster(struct.PyTreeNode):
       "noise": self.noise,
       "noisy_layers": list(self.noisy_layers),
     }
+
+
+def _is_traced(value: Any) -> bool:
+  return isinstance(value, Tracer)
+
+
+def _is_integer(value: Any) -> bool:
+  """Whether a value is an integer, or an array of one, but not a bool."""
+  try:
+    operator.index(value)
+  except TypeError:
+    return False
+  return not isinstance(value, (bool, np.bool_))
+
+
+def _as_temperatures(temperatures: Any, layers: int | None = None) -> np.ndarray:
+  """Returns temperatures as float32, one per layer if `layers` is given."""
+  if isinstance(temperatures, (str, os.PathLike, Mapping)):
+    raise ValueError(
+      f"temperatures must be numbers, got {temperatures!r}: use "
+      "Roster.from_profile(path, config) for a temperature profile"
+    )
+  try:
+    values = np.asarray(0.0 if temperatures is None else temperatures, np.float32)
+  except (TypeError, ValueError):
+    raise ValueError(
+      f"temperatures must be one number or a list with one per layer, got {temperatures!r}"
+    ) from None
+  if layers is not None and values.ndim == 0:
+    values = np.full(layers, values)
+  if layers is not None and values.shape != (layers,):
+    raise ValueError(
+      f"temperatures must be one number or a list of {layers} (one per layer of the "
+      f"model), got shape {list(values.shape)}"
+    )
+  return values
+
+
+def _resolve(
+  kind: str, value: Any, table: Mapping[str, Any], fits: Callable[[Any], bool]
+) -> tuple[str, Any]:
+  """Returns the name of a noise or aggregation, and the object.
+
+  Args:
+    kind: "noise" or "aggregation", for errors.
+    value: a name in `table`, "module:attribute", the object, or its name and the object.
+    table: the known ones.
+    fits: whether an object is one.
+
+  Raises:
+    ValueError: there is none.
+  """
+  if isinstance(value, tuple):
+    return value
+  name = value
+  if not isinstance(value, str):
+    source = getattr(value, "add", value)  # an aggregation goes by the name of its function
+    names = getattr(source, "__module__", ""), getattr(source, "__qualname__", repr(source))
+    name = next((known for known, found in table.items() if found is value), ":".join(names))
+  elif value in table:
+    value = table[value]
+  elif ":" in value:
+    module, _, attribute = value.partition(":")
+    try:
+      value = operator.attrgetter(attribute)(importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+      raise ValueError(
+        f"cannot import {kind} {name!r}, which must be module:attribute: {error} (the current "
+        "folder is searched under python -m, others through PYTHONPATH)"
+      ) from error
+  if isinstance(value, str) or not fits(value):
+    raise ValueError(
+      f"unknown {kind} {value!r}; choose one of {', '.join(table)}, or give module:attribute"
+    )
+  return name, value

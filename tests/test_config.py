@@ -1,5 +1,6 @@
 """Reading, refusing and writing model configs."""
 
+import copy
 import json
 import math
 
@@ -195,11 +196,10 @@ def test_yarn_is_read(scaling, expected):
     assert from_hugging_face(to_hugging_face(config)) == config
 
 
-def test_gpt_oss_says_how_its_rotary_embedding_is_scaled():
+def test_gpt_oss_without_scaling_says_so():
+  """A missing key would mean YaRN."""
   plain = tiny.config("gpt_oss", rope_scaling=None)
   assert from_hugging_face(to_hugging_face(plain)) == plain
-  with pytest.raises(ValueError, match="lacks rope_scaling / rope_parameters"):
-    from_hugging_face(to_hugging_face(plain) | {"rope_scaling": None})
 
 
 @pytest.mark.parametrize(
@@ -224,52 +224,74 @@ def test_both_names_of_the_expert_count_are_read(family, name):
   assert from_hugging_face(hf_config | {name: 16}).num_experts == 16
 
 
-@pytest.mark.parametrize(
-  "key, field, value",
-  [
-    ("rms_norm_eps", "rms_norm_eps", 1e-5),
-    ("rope_theta", "rope_theta", 1e4),
-    ("num_key_value_heads", "num_kv_heads", 4),
-    ("head_dim", "head_dim", 8),
-    ("norm_topk_prob", "normalize_gates", False),
-    ("clip_qkv", "clip_qkv", None),
-    ("eos_token_id", "eos_token_ids", ()),
-    ("bos_token_id", "bos_token_id", None),
-    ("initializer_range", "initializer_range", 0.02),
-  ],
+YARN = dict(
+  rope_type="yarn",
+  rope_theta=55.0,
+  factor=4.0,
+  original_max_position_embeddings=12,
+  beta_fast=8.0,
+  beta_slow=2.0,
+  truncate=False,
+  attention_factor=0.5,
 )
-def test_missing_keys_take_the_defaults_of_transformers(key, field, value):
-  hf_config = hf.config_json(
-    "olmoe",
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_missing_keys_mean_what_they_mean_to_transformers(family):
+  """Every key is left out or null in turn; no value is its default, so that each matters."""
+  pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  Config = type(transformers.AutoConfig.for_model(family))
+
+  def standardized(values):
+    parsed = Config.from_dict(values)
+    if parsed.rope_parameters["rope_type"] == "yarn":  # standardizes the keys as its models do
+      transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](parsed)
+    return parsed.to_dict() | {"original_max_position_embeddings": None}
+
+  changes = dict(
+    clip_qkv=0.5,
+    head_dim=6,
+    initializer_range=0.5,
+    num_attention_heads=16,
     norm_topk_prob=True,
-    rms_norm_eps=1e-6,
+    num_hidden_layers=5,
+    rms_norm_eps=0.25,
     rope_theta=77.0,
-    head_dim=16,
-    initializer_range=1.0,
-    clip_qkv=1.0,
+    torch_dtype="bfloat16",
   )
-  del hf_config[key]
-  assert getattr(from_hugging_face(hf_config), field) == value
-
-
-@pytest.mark.parametrize(
-  "key",
-  [
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_experts",
-    "num_experts_per_tok",
-    "intermediate_size",
-    "max_position_embeddings",
-  ],
-)
-def test_a_missing_size_is_named(key):
-  hf_config = hf.config_json("olmoe")
-  del hf_config[key]
-  with pytest.raises(ValueError, match=key):
-    from_hugging_face(hf_config)
+  if FAMILIES[family].has_window:
+    changes |= dict(sliding_window=7, use_sliding_window=True)
+  kinds = ["sliding_attention", "full_attention", "full_attention"]
+  bases = [
+    hf.config_json(family, **changes),
+    hf.config_json(family, **changes, layer_types=(kinds * 2)[:5]),
+    hf.config_json(family, **changes | dict(rope_scaling=YARN)),
+    hf.config_json(family, **changes | dict(rope_scaling=None, rope_parameters=YARN)),
+    hf.config_json(
+      family, **changes | dict(rope_scaling=YARN, original_max_position_embeddings=16)
+    ),
+  ]
+  cases = []
+  for base in bases:
+    cases += [base | {key: None} for key in base]
+    cases += [{k: v for k, v in base.items() if k != key} for key in base]
+    for name in ("rope_scaling", "rope_parameters"):
+      rope = base.get(name) or {}
+      cases += [
+        base | {name: {k: v for k, v in rope.items() if k != key}, "rope_theta": 77.0}
+        for key in rope
+      ]
+  compared = 0
+  for case in cases:
+    try:
+      want = standardized(copy.deepcopy(case))
+    except Exception:  # what transformers refuses may be refused
+      continue
+    case["model_type"] = family
+    assert from_hugging_face(case) == from_hugging_face(want), case
+    compared += 1
+  assert compared > 150
 
 
 @pytest.mark.parametrize(
@@ -293,7 +315,7 @@ def test_a_missing_size_is_named(key):
     ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
     ("partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
     ("attention_bias", {"attention_bias": True}),
-    ("tie_word_embeddings", {"tie_word_embeddings": True}),
+    ("rope_parameters", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}),
     ("quantization_config", {"quantization_config": {"quant_method": "mxfp4"}}),
     (
       "quantization_config = 'fp8'; supported: mxfp4",

@@ -61,6 +61,7 @@ def test_embedded_models_open_by_name():
     ("nothing", r"there is no model 'nothing': give a roe_jax checkpoint folder, a Hugging Face "),
     ("allenai/OLMoE", r"no model 'allenai/OLMoE' \(did you mean hf:allenai/OLMoE\?\)"),
     ("allenai/OLMoE@main", r"did you mean hf:allenai/OLMoE@main\?"),
+    ("allenai/OLMoE@refs/pr/3", r"did you mean hf:allenai/OLMoE@refs/pr/3\?"),
     ("empty", r"the folder empty has no model: give .*hf:org/name\[@revision\], or embedded:NAME"),
     ("killed", r"killed\.partial is an unfinished checkpoint"),
   ],

@@ -158,7 +158,9 @@ def perturbed(family, logits, temperature, count, num_draws=40_000):
     jnp.arange(4, dtype=jnp.uint32),
     jnp.tile(jnp.arange(num_draws // 4), (4, 1)),
   )
-  noise = noise_lib.RoutingNoise(keys, jnp.full(2, temperature), jnp.int32(1), family)
+  noise = noise_lib.RoutingNoise(
+    keys, jnp.full(2, temperature), jnp.int32(1), noise_lib.FAMILIES[family]
+  )
   tiled = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (4, num_draws // 4, len(logits)))
   return np.asarray(noise.perturb(jnp.int32(1), tiled, count)).reshape(num_draws, -1)
 

@@ -22,6 +22,7 @@ from roe_jax import (
   transformer,
 )
 from roe_jax import members as members_lib
+from roe_jax import noise as noise_lib
 from roe_jax import params as params_lib
 from roe_jax import roster as roster_lib
 from roe_jax.roster import Roster
@@ -380,6 +381,103 @@ def test_settings_are_plain_values_that_make_the_same_roster():
 def test_settings_that_do_not_fit_each_other_are_refused(settings, message):
   with pytest.raises(ValueError, match=message):
     Roster.create(tiny.config("olmoe"), **dict(num_members=3, temperatures=0.5) | settings)
+
+
+@pytest.mark.parametrize(
+  "make, message",
+  [
+    (lambda c: Roster.create(c, temperatures=0.2), "temperatures without num_members"),
+    (lambda c: Roster.create(c, 4), "without temperatures all members are equal"),
+    (lambda c: Roster.create(c, include_clean=False), "without temperatures"),
+    (lambda c: Roster.create(c).replace(temperatures=0.2), "temperatures without num_members"),
+    (lambda c: Roster.create(c).replace(num_members=4), "without temperatures"),
+    (lambda c: Roster.create(c, 2, 0.1).replace(noise="pink"), "unknown noise 'pink'"),
+    (lambda c: Roster.create(c, 2, 0.1).replace(tau=0.1), "unknown tau"),
+    (lambda c: Roster.create(c, 2, "profile.json"), "use Roster.from_profile"),
+    (lambda c: Roster.create(c, 2, {"temperatures": [0.1]}), "use Roster.from_profile"),
+    (lambda c: Roster.create(4, 0.3), "must be the model's ModelConfig, got int"),
+    (lambda c: Roster.create(c, 2, 0.1, noise=lambda key, x, tau, a: x[:2]), "returned float32"),
+    (lambda c: Roster.create(c, 2, 0.1, noise=lambda key, x, tau, a: x > 0), "returned bool"),
+    (lambda c: Roster.create(c, 2, 0.1, noise=lambda x: x), r"function of \(key, logits"),
+    (lambda c: Roster.create(c, 2, 0.1, noise="nowhere:draw"), "No module named 'nowhere'"),
+    (lambda c: Roster.create(c, 2, 0.1, noise="math:draw"), "no attribute 'draw'"),
+    (lambda c: Roster.create(c, 2, 0.1, aggregation="math:pi"), "unknown aggregation"),
+    (
+      lambda c: Roster.create(
+        c, 2, 0.1, aggregation=aggregation.Aggregation(lambda s, x: x[0], lambda s, n: s[0])
+      ),
+      "must return float32 log-probabilities",
+    ),
+  ],
+)
+def test_misused_rosters_are_refused(make, message):
+  with pytest.raises(ValueError, match=message):
+    make(tiny.config("olmoe"))
+
+
+def test_replaced_settings_make_the_roster_that_create_makes():
+  config = tiny.config("olmoe")
+  for roster in (
+    Roster.create(config),
+    Roster.create(config, 2, [0, 0.1, 0]),
+    Roster.create(config, 1, 0.5, noise="swap"),
+  ):
+    changed = roster.replace(num_members=3, temperatures=0.3, noise="gaussian", seed=4)
+    expected = Roster.create(config, 3, 0.3, noise="gaussian", seed=4)
+    assert changed.settings() == expected.settings()
+    assert jax.tree.structure(changed) == jax.tree.structure(expected)
+  # A range that contains the noise is kept, so that nothing is compiled again.
+  roster = Roster.create(config, 2, 0.3, noisy_layers=(0, 3))
+  assert roster.replace(temperatures=[0, 0.2, 0]).noisy_layers == (0, 3)
+
+
+def negated(key, logits, temperature, count):
+  """A noise of this module: chooses the least probable experts."""
+  del key, count
+  return jnp.where(temperature > 0, -logits, logits)
+
+
+def test_a_noise_is_the_function_that_its_name_has_when_the_roster_is_created(olmoe, monkeypatch):
+  config, params = olmoe
+
+  def chosen(noise):
+    roster = Roster.create(config, 2, 1.0, noise=noise, noisy_layers=(0, 3))
+    _, kept = member_states(params, config, roster, keep=("experts",))
+    return np.asarray(kept.experts[0, 1])
+
+  keep = lambda key, logits, temperature, count: logits
+  monkeypatch.setitem(noise_lib.FAMILIES, "mine", keep)
+  kept = chosen("mine")
+  # Defined again under its name, as in a notebook.
+  monkeypatch.setitem(noise_lib.FAMILIES, "mine", negated)
+  np.testing.assert_array_equal(chosen("mine"), chosen(f"{__name__}:negated"))
+  assert not np.intersect1d(kept[0, 0], chosen("mine")[0, 0]).size
+  np.testing.assert_array_equal(chosen(keep), kept)
+  monkeypatch.delitem(noise_lib.FAMILIES, "mine")
+  roster = Roster.create(config, 2, 1.0, noise=negated)
+  assert roster.noise == f"{__name__}:negated"
+  assert Roster.create(config, **roster.settings()).perturb is negated
+
+
+def test_an_aggregation_is_the_object_that_its_name_has_when_the_roster_is_created(
+  olmoe, monkeypatch
+):
+  config, params = olmoe
+  x = jax.random.normal(jax.random.key(1), (2, 1, 1, config.d_model))
+  run = jax.jit(members_lib.aggregate, static_argnums=1)
+  found = []
+  for member in (0, 1):
+    only = aggregation.Aggregation(
+      lambda state, logits, member=member: logits[member % len(logits)],
+      lambda state, n: jax.nn.log_softmax(state),
+    )
+    monkeypatch.setitem(aggregation.AGGREGATIONS, "only", only)
+    for given in ("only", only):
+      roster = Roster.create(config, 2, 0.7, aggregation=given)
+      found.append(run(params, config, roster, x).log_probs)
+    expected = jax.nn.log_softmax(transformer.unembed(params, config, x[member]))
+    assert_close(found[-1], expected)
+    assert_close(found[-2], expected)
 
 
 def test_a_roster_for_a_model_of_another_depth_is_refused(olmoe):

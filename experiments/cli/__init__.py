@@ -1,1 +1,1 @@
-"""Shared flags, checkpoints by name, multi-host runs, dry runs and temperature profiles."""
+"""Shared flags, checkpoints by name, multi-host runs and dry runs."""

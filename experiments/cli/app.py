@@ -11,8 +11,12 @@ from absl import app, flags, logging
 import jax
 
 import checkpoints_convert
+<<<<<<< HEAD
 from checkpoints_convert import command_line
 from experiments.cli import distributed, extras, temperature_profiles, text_files
+=======
+from experiments.cli import distributed
+>>>>>>> main
 from experiments.cli import dry_run as dry_run_lib
 from experiments.cli.distributed import (
   broadcast,
@@ -22,15 +26,24 @@ from experiments.cli.distributed import (
   is_first_process,
 )
 from experiments.cli.distributed import progress as progress
-from experiments.cli.temperature_profiles import Profile
 from experiments.evaluation.prompts import PromptBuilder
-from roe_jax import assets, costs, model_formats, noise, presets, routing, sharding
+from roe_jax import (
+  assets,
+  costs,
+  model_formats,
+  noise,
+  presets,
+  routing,
+  sharding,
+  temperature_profiles,
+)
 from roe_jax.aggregation import AGGREGATIONS
 from roe_jax.config import ModelConfig
 from roe_jax.experts import STRATEGIES
 from roe_jax.model_formats import EMBEDDED
 from roe_jax.params import Params
 from roe_jax.roster import CACHES, MEMORY_BUDGET, Roster
+from roe_jax.temperature_profiles import Profile
 from roe_jax.text.chat import Chat
 from roe_jax.text.tokenizer import Tokenizer
 
@@ -289,8 +302,10 @@ def define_roster_flags(num_members: int = 1) -> None:
     False,
     "Recompute the whole sequence at each step instead of using a KV cache: slow, for reference.",
   )
-  flags.DEFINE_enum(
-    "aggregation", "mean_probability", list(AGGREGATIONS), "How members' predictions are combined."
+  flags.DEFINE_string(
+    "aggregation",
+    "mean_probability",
+    f"How members' predictions are combined: {', '.join(AGGREGATIONS)}, or module:attribute.",
   )
   flags.DEFINE_enum(
     "gate_weights",
@@ -298,8 +313,11 @@ def define_roster_flags(num_members: int = 1) -> None:
     routing.GATE_WEIGHTS,
     "Gate weights of the selected experts: computed from clean or noisy router logits.",
   )
-  flags.DEFINE_enum(
-    "noise", noise.GUMBEL, list(noise.FAMILIES), "Noise that selects the noisy members' experts."
+  flags.DEFINE_string(
+    "noise",
+    noise.GUMBEL,
+    f"Noise that selects the noisy members' experts: {', '.join(noise.FAMILIES)}, or "
+    "module:function.",
   )
   flags.DEFINE_bool("include_clean", True, "Include the clean (noise-free) member in the roster.")
   flags.DEFINE_enum(

@@ -19,8 +19,9 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from experiments.cli import app, temperature_profiles
+from experiments.cli import app
 from experiments.evaluation.engine import Answers, Continuation, Engine, Prompt, Request, request_id
+from roe_jax import temperature_profiles
 from roe_jax.config import ModelConfig
 from roe_jax.roster import Roster
 from roe_jax.text import tokenizer as tokenizer_lib

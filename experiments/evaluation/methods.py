@@ -25,10 +25,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from experiments import tasks
-from experiments.cli import temperature_profiles
 from experiments.tasks import llm_adapters, wordmath
 from experiments.tasks.wordmath_task import WORDMATH
-from roe_jax import routing
+from roe_jax import routing, temperature_profiles
 from roe_jax.completion import Completion
 from roe_jax.config import ModelConfig
 from roe_jax.roster import Roster

@@ -17,9 +17,9 @@ import dataclasses
 import numpy as np
 
 from experiments.analysis import drawing, paired_statistics, report_page
-from experiments.cli import temperature_profiles
 from experiments.figures import compared, figure_models, likelihoods, scaling_law
 from experiments.figures.figure_run import Command, FigureRun
+from roe_jax import temperature_profiles
 from roe_jax.roster import Roster
 
 TITLE = "Equivalent model size against n"

@@ -13,9 +13,10 @@ import dataclasses
 
 from experiments.analysis import drawing, report_page
 from experiments.benchmarks import random_models, timing
-from experiments.cli import app, temperature_profiles
+from experiments.cli import app
 from experiments.figures import compared, fig5a, figure_models, overhead, scaling_law
 from experiments.figures.figure_run import FigureRun
+from roe_jax import temperature_profiles
 from roe_jax.roster import Roster
 
 TITLE = "Cost of the roster against the equivalent larger model"

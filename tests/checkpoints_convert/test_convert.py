@@ -1,7 +1,6 @@
 import gc
 import json
 import os
-import pathlib
 import re
 import shutil
 import subprocess
@@ -9,7 +8,8 @@ import sys
 import tracemalloc
 import types
 
-from absl import flags
+from absl import flags, logging
+import fake_hub
 import huggingface_hub.errors
 import ml_dtypes
 import numpy as np
@@ -273,6 +273,13 @@ def edit_json(path, **changes):
   path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def rename_tensors(folder, old, new):
+  for number in (1, 2, 3):
+    path = folder / f"model-{number:05d}-of-00003.safetensors"
+    save_file({re.sub(f"^{old}", new, n): t for n, t in load_file(path).items()}, path)
+  edit_index(folder, lambda i: [i.update({re.sub(f"^{old}", new, n): i.pop(n)}) for n in list(i)])
+
+
 def edit_index(folder, change):
   path = folder / "model.safetensors.index.json"
   index = json.loads(path.read_text())["weight_map"]
@@ -300,6 +307,13 @@ def foreign_tokenizer(folder):
   )
 
 
+def in_subfolder(folder):
+  (folder / "checkpoint-500").mkdir()
+  for path in folder.glob("*.*"):
+    path.rename(folder / "checkpoint-500" / path.name)
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4790000000\n"
 SHARD = "model-00002-of-00003.safetensors"
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 REFUSALS = {
@@ -372,6 +386,50 @@ REFUSALS = {
   "integers": (
     lambda f: edit_shard(f, lambda t: t.update({"model.norm.weight": np.ones(D, np.int8)})),
     "model.norm.weight .*has dtype I8",
+  ),
+  "in two shards": (
+    lambda f: edit_shard(f, lambda t: t.update({Q0: np.zeros((H * C, D), BF16)})),
+    f"tensors that the index does not list there: {Q0}",
+  ),
+  "index of numbers": (
+    lambda f: edit_index(f, lambda i: i.update({Q0: 1})),
+    "is not a safetensors index",
+  ),
+  "pointer": (
+    lambda f: (f / SHARD).write_text(POINTER),
+    f"Git LFS pointers.*{SHARD}: run `git lfs",
+  ),
+  "tokenizer pointer": (
+    lambda f: (f / "tokenizer.json").write_text(POINTER),
+    "Git LFS pointers in place of the files tokenizer.json: run",
+  ),
+  "adapter": (
+    lambda f: (f / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}'),
+    r"is a PEFT adapter .*of org/base, not a model: merge it .*merge_and_unload\(\)",
+  ),
+  "unmerged adapter": (
+    lambda f: rename_tensors(f, Q0, Q0.replace("weight", "lora_A.default.weight")),
+    "has a LoRA adapter that is not merged .*q_proj.lora_A",
+  ),
+  "peft names": (
+    lambda f: rename_tensors(f, "", "base_model.model."),
+    "saved from a PEFT model: save what its merge_and_unload",
+  ),
+  "parallel names": (lambda f: rename_tensors(f, "", "module."), "DistributedDataParallel.*module"),
+  "compiled names": (lambda f: rename_tensors(f, "model.", "model._orig_mod."), "torch.compile"),
+  "names of an outer model": (lambda f: rename_tensors(f, "", "language_model."), "within another"),
+  "names without lm_head": (
+    lambda f: rename_tensors(f, "model.", ""),
+    "without its lm_head: save the ForCausalLM model",
+  ),
+  "checkpoints of a run": (in_subfolder, r"no config.json.* has such folders \(checkpoint-500\)"),
+  "original files": (
+    lambda f: (f / "config.json").rename(f / "params.json"),
+    r"a model in its authors' format \(params.json\): use the safetensors",
+  ),
+  "gguf": (
+    lambda f: (f / "config.json").rename(f / "q4.gguf"),
+    r"a model in GGUF \(q4.gguf\): use the safetensors version",
   ),
   "tokenizer": (foreign_tokenizer, f"ids up to {V}, .* vocabulary has {V} tokens"),
 }
@@ -538,45 +596,50 @@ def test_dry_run_reports_and_writes_nothing(tmp_path, capsys):
   assert code == 0 and f"{L * E * D * 2 * F * 4:,}" in out
 
 
-def test_hub_names_are_downloaded_without_foreign_files(tmp_path, capsys, monkeypatch):
-  tensors = write_hub(tmp_path / "cache", "mixtral")
-  calls = []
-
-  def snapshot_download(name, *, revision, allow_patterns):
-    calls.append((name, revision, allow_patterns))
-    return str(tmp_path / "cache")
-
-  monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+@pytest.mark.parametrize("twice", [False, True])
+def test_of_a_hub_model_only_the_files_that_are_read_are_downloaded(
+  tmp_path, capsys, monkeypatch, twice
+):
+  """Shards have the names of the index; before the weights, their headers decide the dtype."""
+  tensors = write_hub(tmp_path / "hub", "mixtral")
+  hub_config = json.loads((tmp_path / "hub" / "config.json").read_text())
+  del hub_config["torch_dtype"]
+  (tmp_path / "hub" / "config.json").write_text(json.dumps(hub_config))
+  rename = lambda name: "model.safetensors-" + name.removeprefix("model-").split(".")[0]
+  edit_index(tmp_path / "hub", lambda i: i.update({n: rename(f) for n, f in i.items()}))
+  for path in tmp_path.glob("hub/model-*.safetensors"):
+    path.rename(path.with_name(rename(path.name)))
+  for name in ("pytorch_model.bin", "consolidated.safetensors", "README.md"):
+    (tmp_path / "hub" / name).write_text("foreign")
+  weights = sorted({rename(f"model-{i:05d}-of-00003.safetensors") for i in (1, 2, 3)})
+  if twice:
+    tensors = hub_tensors("mixtral", np.float16, seed=1)
+    save_file(tensors, tmp_path / "hub" / "model.safetensors")
+    tensors = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+    weights = ["model.safetensors"]
+  calls = fake_hub.serve(monkeypatch, tmp_path / "hub", tmp_path / "snapshot")
   monkeypatch.chdir(tmp_path)
   code, out, _ = run(capsys, source="some/model", dry_run=True)
-  assert code == 0 and "layers.router" in out
+  dtypes = ("float16", "float32") if twice else ("bfloat16", "bfloat16")
+  assert code == 0 and f"dtypes in its files: {dtypes[0]}" in out
+  assert f"parameters in {dtypes[1]}" in out
+  assert hub.load_config("hf:some/model").dtype == dtypes[1]
+  assert calls == [(None, ["config.json", "model.safetensors.index.json"])] * 2
+  del calls[:]
   assert run(capsys, source="some/model", target="roe", revision="main")[0] == 0
   assert_same_bits(load_leaves(tmp_path / "roe")[0], expected_params("mixtral", tensors))
-  (_, _, dry), (name, revision, patterns) = calls
-  assert (name, revision) == ("some/model", "main")
-  matches = lambda file, patterns: any(pathlib.PurePath(file).match(p) for p in patterns)
-  wanted = [
-    SHARD,
-    "model.safetensors",
-    "config.json",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "chat_template.jinja",
-  ]
-  assert all(matches(file, patterns) for file in wanted)
-  assert not any(
-    matches(file, patterns)
-    for file in ("pytorch_model.bin", "consolidated.00.pt", "consolidated.safetensors", "README.md")
-  )
-  assert not matches(SHARD, dry)
+  assert calls == [("main", ["config.json", "model.safetensors.index.json"]), ("main", weights)]
 
-  def offline(*args, **kwargs):
-    raise RuntimeError("no route to the hub\nmore")
 
-  monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-  code, _, errors = run(capsys, source="some/model", target="x")
-  assert code == 1 and "cannot be downloaded" in errors[0] and "no route" in errors[0]
+def test_a_hub_model_that_cannot_be_read_is_refused_before_its_weights_arrive(
+  tmp_path, monkeypatch
+):
+  write_hub(tmp_path / "hub", "olmoe")
+  rename_tensors(tmp_path / "hub", "", "module.")
+  fake_hub.serve(monkeypatch, tmp_path / "hub", tmp_path / "snapshot")
+  with pytest.raises(ConversionError, match="DistributedDataParallel"):
+    hub.find("some/model")
+  assert not list((tmp_path / "snapshot").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -612,15 +675,124 @@ def test_a_hub_name_with_two_revisions_or_an_empty_one_is_refused():
     hub.find("some/model@")
 
 
-def test_a_model_that_the_hub_hides_gets_advice(monkeypatch):
-  response = types.SimpleNamespace(headers={}, request=None)
+def hub_error(kind, status=None, cause=None):
+  """An exception of the hub's library; `cause` is why it then looked into the cache."""
+  response = types.SimpleNamespace(headers={}, request=None, status_code=status)
+  error = kind("Client Error.\nmore", **({} if status is None else {"response": response}))
+  error.__cause__ = cause
+  return error
 
+
+errors = huggingface_hub.errors
+LIMITED = hub_error(errors.HfHubHTTPError, 429)
+DENIED = hub_error(errors.HfHubHTTPError, 403)
+LOG_IN = "`hf auth login` or set HF_TOKEN"
+
+
+@pytest.mark.parametrize(
+  "error, message",
+  [
+    (
+      hub_error(errors.GatedRepoError, 401),
+      f"gated: accept its terms on .*/some/model, .*{LOG_IN}",
+    ),
+    (hub_error(errors.RepositoryNotFoundError, 401), f"no such model, or it is private.*{LOG_IN}"),
+    (hub_error(errors.RevisionNotFoundError, 404), "has no revision 'v9': .*/some/model/tree/main"),
+    (LIMITED, f"limits the number of requests.*wait .*{LOG_IN}"),
+    (hub_error(errors.LocalEntryNotFoundError, cause=LIMITED), "limits the number of requests"),
+    (hub_error(errors.LocalEntryNotFoundError, cause=DENIED), rf"denied \(403\): .*{LOG_IN}"),
+    (hub_error(errors.LocalEntryNotFoundError, cause=OSError()), "the hub cannot be reached"),
+    (
+      hub_error(errors.LocalEntryNotFoundError, cause=errors.OfflineModeIsEnabled()),
+      "not in the cache: unset HF_HUB_OFFLINE",
+    ),
+    (RuntimeError("no route to the hub\nmore"), "downloaded from the hub: no route to the hub$"),
+  ],
+)
+def test_what_the_hub_refuses_gets_advice(monkeypatch, error, message):
   def snapshot_download(name, **kwargs):
-    raise huggingface_hub.errors.GatedRepoError("401 Client Error.\nmore", response=response)
+    raise error
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-  with pytest.raises(ConversionError, match=r"401 Client Error\.; .*gated.*`hf auth login`"):
-    hub.find("some/model")
+  with pytest.raises(ConversionError, match=message) as info:
+    hub.find("some/model@v9")
+  assert "\n" not in str(info.value)
+
+
+def test_a_hub_model_without_safetensors_is_refused(tmp_path, monkeypatch):
+  write_hub(tmp_path / "hub", "olmoe")
+  fake_hub.serve(monkeypatch, tmp_path / "hub", tmp_path / "snapshot")
+
+  def get_safetensors_metadata(*args, **kwargs):
+    raise errors.NotASafetensorsRepoError("not a safetensors repo")
+
+  monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", get_safetensors_metadata)
+  with pytest.raises(ConversionError, match="some/model .*: it has no safetensors files"):
+    hub.load_config("some/model")
+
+
+@pytest.mark.parametrize("shards", ["whole", "gone", "one gone"])
+def test_a_single_file_has_precedence_over_shards_as_in_transformers(tmp_path, caplog, shards):
+  transformers = pytest.importorskip("transformers")
+  write_hub(tmp_path / "hub", "olmoe")
+  single = hub_tensors("olmoe", seed=1)
+  save_file(single, tmp_path / "hub" / "model.safetensors")
+  for path in sorted(tmp_path.glob("hub/model-*"))[
+    : {"whole": 0, "gone": 3, "one gone": 1}[shards]
+  ]:
+    path.unlink()
+  convert_by_layer(tmp_path / "hub", tmp_path / "roe")
+  leaves = load_leaves(tmp_path / "roe")[0]
+  assert_same_bits(leaves, expected_params("olmoe", single))
+  model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hub", dtype="float32")
+  np.testing.assert_array_equal(
+    model.lm_head.weight.detach(), leaves["unembedding"].astype(np.float32)
+  )
+  assert "model.safetensors is read, as transformers does" in caplog.text
+
+
+def test_shards_that_the_index_does_not_name_are_ignored_aloud(tmp_path, caplog):
+  tensors = write_hub(tmp_path / "hub", "olmoe")
+  save_file({"x": np.zeros(1, BF16)}, tmp_path / "hub" / "model-00001-of-00002.safetensors")
+  convert_by_layer(tmp_path / "hub", tmp_path / "roe")
+  assert_same_bits(load_leaves(tmp_path / "roe")[0], expected_params("olmoe", tensors))
+  assert "model-00001-of-00002.safetensors ignored" in caplog.text
+
+
+@pytest.mark.parametrize("stored", ["embedding", "unembedding", "both"])
+def test_tied_embeddings_and_buffers(tmp_path, caplog, stored):
+  """Buffers are skipped, also where the dtype is found; both arrays differ only if both are there,
+  as in transformers."""
+  transformers = pytest.importorskip("transformers")
+  tensors = write_hub(tmp_path / "hub", "olmoe", num_shards=1)
+  edit_json(tmp_path / "hub" / "config.json", tie_word_embeddings=True)
+  if stored != "both":
+    del tensors["lm_head.weight" if stored == "embedding" else "model.embed_tokens.weight"]
+  buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(L)}
+  save_file(
+    tensors | dict.fromkeys(buffers, np.ones(C // 2, np.float32)),
+    tmp_path / "hub" / "model.safetensors",
+  )
+  convert_by_layer(tmp_path / "hub", tmp_path / "roe")
+  leaves, config = load_leaves(tmp_path / "roe")
+  assert config.dtype == "bfloat16" and "inv_freq" in caplog.text
+  model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hub", dtype="float32")
+  want = model.model.embed_tokens.weight.detach(), model.lm_head.weight.detach()
+  assert np.array_equal(*want) == (stored != "both")
+  for name, weight in zip(("embedding", "unembedding"), want):
+    np.testing.assert_array_equal(leaves[name].astype(np.float32), weight)
+
+
+def test_the_progress_bar_is_alone(tmp_path, capsys, caplog):
+  """Programs log at INFO, as Orbax does for every step."""
+  write_hub(tmp_path / "hub", "olmoe", num_layers=1)
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.INFO)
+  try:
+    assert run(capsys, source=tmp_path / "hub", target=tmp_path / "roe")[0] == 0
+    assert [r.getMessage() for r in caplog.records if r.levelname in ("INFO", "DEBUG")] == []
+  finally:
+    logging.set_verbosity(verbosity)
 
 
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)

@@ -3,14 +3,16 @@
 import json
 
 import hf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import checkpoints_convert
 from checkpoints_convert import convert_from_hugging_face, convert_to_hugging_face
 from checkpoints_convert.common import ConversionError
-from roe_jax import checkpoint, transformer
+from roe_jax import checkpoint, sharding, transformer
 from roe_jax import params as params_lib
 
 pytestmark = pytest.mark.slow
@@ -60,6 +62,14 @@ def test_folders_written_by_transformers(tmp_path, family):
   assert written == set(hf.hub_state(hf_config, state))
   convert_from_hugging_face(str(tmp_path / "hub"), str(tmp_path / "roe"))
   params, config = checkpoint.load(tmp_path / "roe")
+  # In the arrays that it holds in memory, the experts of a layer are one.
+  model.save_pretrained(tmp_path / "fused", save_original_format=False)
+  mesh = sharding.make_mesh(config, expert=4)
+  shardings = sharding.parameter_shardings(mesh, config)
+  for given in (None, shardings):
+    fused, found = checkpoints_convert.load(str(tmp_path / "fused"), shardings=given)
+    assert found == config
+    jax.tree.map(np.testing.assert_array_equal, fused, params)
   tokens = np.random.RandomState(0).randint(0, hf.SMALL["vocab_size"], (2, 20))
   expected = hf.logits(model, tokens)
   assert np.abs(logits(params, config, tokens) - expected).max() < 1e-5 * np.abs(expected).max()

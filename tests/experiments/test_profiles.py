@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import tiny
 
-from experiments.cli import app, temperature_profiles
-from experiments.cli.temperature_profiles import Profile
-from roe_jax import checkpoint
+from experiments.cli import app
+from roe_jax import checkpoint, temperature_profiles
 from roe_jax import params as params_lib
 from roe_jax.roster import Roster
+from roe_jax.temperature_profiles import Profile
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def profile(model):
   return Profile(
     (0.0, 0.25),
     temperature_profiles.model_of("tiny", config, params),
-    temperature_profiles.roster_of(roster),
+    temperature_profiles.roster_of(roster.settings()),
     {"name": "perplexity", "value": 1.5},
     {"task": "wordmath"},
     3,
@@ -85,6 +85,22 @@ def test_a_roster_takes_a_profiles_settings_except_where_flags_are_given(
   roster = app.roster_from_flags(model[1])
   assert roster.num_members == 1 and roster.cache == "clean" and not roster.include_clean
   assert roster.gate_weights == "noisy"
+
+
+def test_a_roster_is_created_from_a_profile_in_python(profile, model, tmp_path):
+  params, config = model
+  write(profile, tmp_path / "p.json")
+  roster = Roster.from_profile(tmp_path / "p.json", config, params, seed=2, cache="clean")
+  expected = Roster.create(config, 5, [0.0, 0.25], seed=2, gate_weights="noisy")
+  assert roster.settings() == expected.settings()
+  with pytest.raises(ValueError, match="of the same sizes has routers"):
+    Roster.from_profile(
+      tmp_path / "p.json", config, params_lib.initialize(config, jax.random.key(1))
+    )
+  with pytest.raises(ValueError, match="but the model is"):
+    Roster.from_profile(tmp_path / "p.json", config.replace(vocab_size=7))
+  with pytest.raises(FileNotFoundError, match="no temperature profile"):
+    Roster.from_profile(tmp_path / "other.json", config)
 
 
 def test_a_list_of_temperatures_alone_is_a_profile_of_any_model(model, tmp_path, parsed):

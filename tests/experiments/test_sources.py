@@ -1,10 +1,8 @@
 """Hugging Face models as --checkpoint, without conversion."""
 
 import json
-import pathlib
-import shutil
 
-import huggingface_hub
+import fake_hub
 import jax
 import numpy as np
 import programs
@@ -49,15 +47,7 @@ def test_a_hub_name_is_downloaded_in_two_steps(tiny_checkpoint, hub_folder, tmp_
   """What settings are checked with comes first, then the weights."""
   arrived = tmp_path / "arrived"
 
-  def snapshot_download(name, *, revision, allow_patterns):
-    assert name == "some/model"
-    arrived.mkdir(exist_ok=True)
-    for file in hub_folder.iterdir():
-      if any(pathlib.PurePath(file.name).match(p) for p in allow_patterns):
-        shutil.copyfile(file, arrived / file.name)
-    return str(arrived)
-
-  monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+  fake_hub.serve(monkeypatch, hub_folder, arrived)
   monkeypatch.chdir(tmp_path)
   want, config = checkpoint.load(tiny_checkpoint)
   assert app.load_config("hf:some/model") == config

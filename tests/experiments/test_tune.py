@@ -11,13 +11,13 @@ import pytest
 
 from experiments import tasks, tune
 from experiments.analysis import paired_statistics
-from experiments.cli import app, temperature_profiles
+from experiments.cli import app
 from experiments.evaluation.prompts import PromptBuilder
 from experiments.records import runs
 from experiments.tasks import base
 from experiments.tuning import confirm, objectives, tuning_configs
 from experiments.tuning.trials import Search, Space
-from roe_jax import checkpoint, decode, scoring
+from roe_jax import checkpoint, decode, scoring, temperature_profiles
 from roe_jax.roster import Roster
 from roe_jax.text.tokenizer import Tokenizer
 

@@ -7,7 +7,7 @@
 
 Only "temperatures" is required. A profile with "model" is valid for that model only: programs
 compare its sizes before they load parameters, and its routers afterwards. "roster" holds
-defaults for the roster flags. The other entries are provenance.
+defaults for `Roster.from_profile` and the roster flags. The other entries are provenance.
 """
 
 import dataclasses
@@ -20,10 +20,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.cli import text_files
+from roe_jax.checkpoint_folder import PathLike
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
-from roe_jax.roster import Roster
 
 # Roster settings that a profile is tuned for.
 ROSTER_SETTINGS = (
@@ -71,7 +70,7 @@ class Profile:
   cost: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def to_json(self) -> str:
-    return text_files.to_json(dataclasses.asdict(self), indent=2) + "\n"
+    return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
   def check_sizes(self, config: ModelConfig) -> None:
     """Checks that the profile fits a model's sizes.
@@ -105,18 +104,22 @@ class Profile:
       )
 
 
-def read(path: pathlib.Path) -> Profile:
+def read(path: PathLike) -> Profile:
   """Reads a profile from a file.
 
   Raises:
+    FileNotFoundError: there is no such file.
     ValueError: the file is not a complete profile.
   """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f"there is no temperature profile {path}")
   expected = (
     f"{path} is not a temperature profile: expected a JSON object with a list of non-negative, "
     'finite numbers under "temperatures"'
   )
   try:
-    values = json.loads(text_files.read(path))
+    values = json.loads(path.read_text("utf-8"))
     temperatures = tuple(float(t) for t in values["temperatures"])
   except (KeyError, TypeError, ValueError) as error:  # includes JSON and decoding errors
     raise ValueError(expected) from error
@@ -149,9 +152,8 @@ def model_of(name: str, config: ModelConfig, params: Params) -> dict[str, Any]:
   return {"name": name, **sizes_of(config), ROUTERS: fingerprint(params)}
 
 
-def roster_of(roster: Roster) -> dict[str, Any]:
-  """Returns a profile's "roster" entry."""
-  settings = roster.settings()
+def roster_of(settings: dict[str, Any]) -> dict[str, Any]:
+  """Returns a profile's "roster" entry, given `Roster.settings()`."""
   return {name: settings[name] for name in ROSTER_SETTINGS}
 
 
