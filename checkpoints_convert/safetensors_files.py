@@ -164,19 +164,9 @@ def _read_index(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _read_shards(folder: pathlib.Path) -> dict[str, TensorInfo]:
-<<<<<<< HEAD
-  path = folder / INDEX_FILE
-  try:
-    index = json.loads(path.read_text("utf-8"))["weight_map"]
-    shards = sorted(set(index.values()))
-    paths = [folder / name for name in shards]
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ConversionError(f"{path} is not a safetensors index: {_AGAIN}") from error
-=======
   index = _read_index(folder)
   shards = sorted(set(index.values()))
   paths = [folder / name for name in shards]
->>>>>>> main
   missing = [p.name for p in paths if not p.is_file()]
   if missing:
     raise ConversionError(

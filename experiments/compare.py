@@ -26,12 +26,8 @@ from tqdm import tqdm
 
 from experiments import tasks
 from experiments.analysis import paired_statistics
-<<<<<<< HEAD
-from experiments.cli import app, temperature_profiles, text_files
+from experiments.cli import app, text_files
 from experiments.cli.extras import tabulate
-=======
-from experiments.cli import app
->>>>>>> main
 from experiments.evaluation import methods as methods_lib
 from experiments.evaluation.measurer import OUTPUT_TEMPERATURES, SAMPLE_STRIDE, Batch, Measurer
 from experiments.evaluation.methods import BASELINE_SETTINGS, BEST_BASELINE, FITTED, Method

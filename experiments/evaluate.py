@@ -28,13 +28,8 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import tasks as tasks_lib
-<<<<<<< HEAD
-from experiments.cli import app, temperature_profiles, text_files
+from experiments.cli import app, text_files
 from experiments.cli.extras import scipy, tabulate
-=======
-from experiments.cli import app
-from experiments.evaluation import lm_eval_tasks
->>>>>>> main
 from experiments.evaluation.engine import Answers, Engine, Request, Stopwatch
 from experiments.records import runs
 from experiments.tasks.base import SPLITS, Example, Task

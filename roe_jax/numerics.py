@@ -243,7 +243,8 @@ class NonFiniteLogits(FloatingPointError):
 
   Attributes:
     sequence: index of the sequence.
-    position: index of the token at which they were computed; they predict the next one.
+    position: index of the first token at which they were seen; they predict the next one. The
+      cause may be a later token of the same chunk, since masked attention multiplies it by zero.
   """
 
   def __init__(self, sequence: int, position: int):

@@ -439,4 +439,4 @@ def test_non_finite_logits_are_an_error_that_names_sequence_and_position(olmoe, 
   params = params.replace(embedding=params.embedding.at[5].set(np.nan))
   roster = Roster.create(config, n, tau)
   with pytest.raises(FloatingPointError, match="sequence 1 .* at position 2 are NaN"):
-    score_lib.score(params, config, [[1, 2, 3], [3, 4, 5, 6]], roster=roster, batch_size=1)
+    score_lib.score(params, config, [[1, 2, 3], [3, 4, 5, 6]], [1, 3], roster=roster)

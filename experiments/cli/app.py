@@ -11,12 +11,8 @@ from absl import app, flags, logging
 import jax
 
 import checkpoints_convert
-<<<<<<< HEAD
 from checkpoints_convert import command_line
-from experiments.cli import distributed, extras, temperature_profiles, text_files
-=======
-from experiments.cli import distributed
->>>>>>> main
+from experiments.cli import distributed, extras, text_files
 from experiments.cli import dry_run as dry_run_lib
 from experiments.cli.distributed import (
   broadcast,
