@@ -130,7 +130,7 @@ def prepare(
 ) -> GenerationInputs:
   """Tokenizes and validates requests."""
   chat = open_chat(requests, tokenizer)
-  stop_tokens = tokenizer_lib.stop_tokens(tokenizer, config)
+  stop_tokens = tokenizer_lib.stop_tokens(tokenizer, config, chat.stop_tokens if chat else ())
   settings = {
     "checkpoint": FLAGS.checkpoint,
     "dtype": FLAGS.dtype or config.dtype,
@@ -157,7 +157,6 @@ def prepare(
       except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
     tokens = [p.tokens for p in prompts]
-    stop_tokens = chat.stop_tokens or stop_tokens
     settings["chat"] = chat.settings | {"system": FLAGS.system}
   batching.check_tokens(config, tokens, room=1)
   settings["stop_tokens"] = list(stop_tokens)

@@ -30,8 +30,10 @@ COMPANION_FILES = (
   "tokenizer_config.json",
   "tokenizer.model",
   "special_tokens_map.json",
+  "added_tokens.json",
   "generation_config.json",
   "chat_template.jinja",
+  "chat_template.json",
 )
 
 PIECE_BYTES = 256 << 20

@@ -39,9 +39,9 @@ class PromptBuilder:
       system: system message at the start of each chat.
     """
     self.tokenizer = tokenizer
-    self._config, self._chat, self._system = config, chat, system
-    self.stop_tokens: Sequence[int] = (chat and chat.stop_tokens) or tokenizer_lib.stop_tokens(
-      tokenizer, config
+    self._chat, self._system = chat, system
+    self.stop_tokens = tokenizer_lib.stop_tokens(
+      tokenizer, config, chat.stop_tokens if chat else ()
     )
     self._prompts: dict[str, Prompt] = {}
 
@@ -79,7 +79,7 @@ class PromptBuilder:
     """
     tokens, start = self.with_text(example, example.reference)
     ends = self._chat is None and example.kind != "read"
-    return tokens + list(self._config.eos_token_ids[:1] if ends else ()), start
+    return tokens + list(self.stop_tokens[:1] if ends else ()), start
 
   def answer(self, example: Example, completion: Completion) -> str:
     """Returns the answer in a completion; "" if a chat reached its limit before the answer."""
