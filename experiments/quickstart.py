@@ -8,18 +8,19 @@ draws quickstart.png. Rerun with the same flags, it resumes. Takes the flags of
 `experiments.compare`; --num_members is the largest roster.
 """
 
+from __future__ import annotations
+
 import pathlib
 import time
 
 from absl import flags
-import matplotlib.pyplot as plt
 import numpy as np
-import tabulate
 
 from experiments import compare, tasks
 from experiments.analysis import comparisons, drawing, run_results
 from experiments.analysis.paired_statistics import Difference
 from experiments.cli import app
+from experiments.cli.extras import plt, tabulate
 from experiments.evaluation import methods
 from roe_jax import decode
 
@@ -274,7 +275,7 @@ def main(argv) -> None:
 def program() -> None:
   """Runs this program with the command line's flags."""
   define_flags()
-  app.run(main)
+  app.run(main, needs=("matplotlib", "scipy", "tabulate"))
 
 
 if __name__ == "__main__":

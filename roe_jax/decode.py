@@ -22,6 +22,7 @@ from roe_jax import params as params_lib
 from roe_jax.cache import KVCache
 from roe_jax.completion import Completion, Generation, Throughput
 from roe_jax.config import ModelConfig
+from roe_jax.numerics import NonFiniteLogits
 from roe_jax.params import Params
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
@@ -205,6 +206,7 @@ class _Slots:
     self._capacity = prefill.capacity_for(config, prompts, max_new_tokens)
     self._state = None
     self._ready_state = None
+    self._not_finite: dict[int, int] = {}  # {slot: first position with non-finite logits}
     self._ready: deque[tuple[int, int]] = deque()  # (slot in the ready state, prompt)
 
   @property
@@ -263,7 +265,7 @@ class _Slots:
     state = self._fetched()
     ended = []
     for slot, sequence in enumerate(self.sequences):
-      if sequence is not None and state.done[slot]:
+      if sequence is not None and state.done[slot] and slot not in self._not_finite:
         ended.append((sequence.index, self._completion(slot, state)))
         self.slot_steps += int(state.lengths[slot]) - sequence.start
         self.sequences[slot] = None
@@ -273,9 +275,28 @@ class _Slots:
     """Returns the completion in a slot so far."""
     return self._completion(slot, self._fetched())
 
+  def check_finite(self) -> None:
+    """Checks the log-probabilities that were fetched last.
+
+    Raises:
+      NonFiniteLogits: those of a sequence are NaN or infinite.
+    """
+    for slot, position in self._not_finite.items():
+      sequence = self.sequences[slot]
+      assert sequence is not None
+      raise NonFiniteLogits(sequence.index, position)
+
   def _fetched(self):
     assert self._state is not None
-    return jax.device_get(self._state.replace(cache=None))
+    state = jax.device_get(self._state.replace(cache=None))
+    # A NaN or infinite logit makes all log-probabilities NaN, with every aggregation.
+    finite = np.isfinite(state.log_probs)
+    self._not_finite = {
+      slot: sequence.start - 1 + int(np.argmin(finite[slot, sequence.start : length]))
+      for slot, (sequence, length) in enumerate(zip(self.sequences, state.lengths))
+      if sequence is not None and not finite[slot, sequence.start : length].all()
+    }
+    return state
 
   def _completion(self, slot, state):
     return self.sequences[slot].completion(
@@ -338,6 +359,8 @@ def generate(
   Raises:
     ValueError: a prompt is empty, too long or has a token outside the vocabulary, or a
       setting is out of range.
+    NonFiniteLogits: logits are NaN or infinite; `on_finished` was called for the completions
+      that ended before.
   """
   begin = time.perf_counter()
   roster, sampler, stops = _checked(
@@ -355,6 +378,7 @@ def generate(
     for index, completion in slots.harvest():
       completions[index] = completion
       on_finished(index, completion)
+    slots.check_finite()
   throughput = Throughput(
     sum(len(c.tokens) for c in completions.values()),
     slots.steps,
@@ -411,6 +435,7 @@ def stream(
   finish_reason = ""
   while not finish_reason:
     slots.advance(1)
+    slots.check_finite()
     completion = slots.completion(0)
     finish_reason = completion.finish_reason
     yield completion

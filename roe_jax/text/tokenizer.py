@@ -203,7 +203,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
     return {}
   try:
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text("utf-8"))
   except ValueError as error:
     raise ValueError(f"{path} is not valid JSON: {error}") from error
   if not isinstance(values, dict):
@@ -215,7 +215,7 @@ def _model_ids(folder: pathlib.Path) -> dict[str, Any]:
   """Returns the special ids of the model's config, under Hugging Face names."""
   if not (folder / CONFIG_FILE).is_file():
     return read_json(folder / "config.json")
-  config = ModelConfig.from_json((folder / CONFIG_FILE).read_text())
+  config = ModelConfig.from_json((folder / CONFIG_FILE).read_text("utf-8"))
   return {
     "bos_token_id": config.bos_token_id,
     "pad_token_id": config.pad_token_id,
@@ -275,4 +275,5 @@ def _token(value: str | dict[str, Any], special: bool = True) -> tokenizers.Adde
   """Returns a token that a file names by its text or describes; `special` by default."""
   value = {"content": value} if isinstance(value, str) else value
   known: dict[str, Any] = {k: v for k, v in value.items() if k != "__type"}
-  return tokenizers.AddedToken(**({"special": special} | known))
+  known.setdefault("special", special)
+  return tokenizers.AddedToken(**known)
