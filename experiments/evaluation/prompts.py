@@ -3,7 +3,7 @@
 Prompts are raw text or, for instruct models, chats, whose answers exclude the reasoning.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
@@ -11,6 +11,7 @@ from experiments.tasks import Example
 from roe_jax.completion import Completion
 from roe_jax.config import ModelConfig
 from roe_jax.text import tokenizer as tokenizer_lib
+from roe_jax.text.answer import AnswerReader
 from roe_jax.text.chat import Chat, Prompt
 from roe_jax.text.tokenizer import Tokenizer
 
@@ -80,6 +81,10 @@ class PromptBuilder:
     tokens, start = self.with_text(example, example.reference)
     ends = self._chat is None and example.kind != "read"
     return tokens + list(self.stop_tokens[:1] if ends else ()), start
+
+  def stop_reader(self, examples: Sequence[Example]) -> Callable[[int], AnswerReader] | None:
+    """Returns the `stop_reader` of `decode.generate` for the prompts of examples."""
+    return self._chat and self._chat.stop_reader([self._rendered(e) for e in examples])
 
   def answer(self, example: Example, completion: Completion) -> str:
     """Returns the answer in a completion; "" if a chat reached its limit before the answer."""

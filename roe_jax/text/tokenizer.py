@@ -138,6 +138,11 @@ class StreamDecoder:
       return ""
     return self._take(final=False)
 
+  def buffered(self) -> str:
+    """Returns what `flush` would, and keeps it."""
+    before = self._decode(self._context)
+    return self._decode(self._context + self._buffer)[len(before) :]
+
   def flush(self) -> str:
     """Returns the buffered text; call this after the last token."""
     return self._take(final=True)
@@ -198,7 +203,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
     return {}
   try:
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text("utf-8"))
   except ValueError as error:
     raise ValueError(f"{path} is not valid JSON: {error}") from error
   if not isinstance(values, dict):
@@ -210,7 +215,7 @@ def _model_ids(folder: pathlib.Path) -> dict[str, Any]:
   """Returns the special ids of the model's config, under Hugging Face names."""
   if not (folder / CONFIG_FILE).is_file():
     return read_json(folder / "config.json")
-  config = ModelConfig.from_json((folder / CONFIG_FILE).read_text())
+  config = ModelConfig.from_json((folder / CONFIG_FILE).read_text("utf-8"))
   return {
     "bos_token_id": config.bos_token_id,
     "pad_token_id": config.pad_token_id,
@@ -269,5 +274,6 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path) -> dict[s
 def _token(value: str | dict[str, Any], special: bool = True) -> tokenizers.AddedToken:
   """Returns a token that a file names by its text or describes; `special` by default."""
   value = {"content": value} if isinstance(value, str) else value
-  known = {k: v for k, v in value.items() if k != "__type"}
-  return tokenizers.AddedToken(**({"special": special} | known))
+  known: dict[str, Any] = {k: v for k, v in value.items() if k != "__type"}
+  known.setdefault("special", special)
+  return tokenizers.AddedToken(**known)
