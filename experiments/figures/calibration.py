@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.analysis import drawing, paired_statistics, report_page
+from experiments.analysis import drawing, output_temperatures, paired_statistics, report_page
+from experiments.analysis.output_temperatures import GRID
 from experiments.analysis.paired_statistics import Estimate
-from experiments.evaluation.measurer import OUTPUT_TEMPERATURES
 from experiments.figures import compared, figure_models, likelihoods
 from experiments.figures.figure_run import FigureRun
 from experiments.tuning.objectives import Perplexity
@@ -96,9 +96,6 @@ def _score(
   temperatures: np.ndarray,
   ids: range,
 ) -> Tokens:
-  # As many output temperatures in every call, to reuse the compiled program.
-  padded = np.ones(len(OUTPUT_TEMPERATURES) + 1)
-  padded[1 : 1 + len(temperatures)] = temperatures
   scores = scoring.score(
     scorer.params,
     scorer.config,
@@ -106,7 +103,8 @@ def _score(
     objective.starts,
     roster=roster,
     request_ids=ids,
-    output_temperatures=padded,
+    # One more than on the grid, as many in every call, to reuse the compiled program.
+    output_temperatures=output_temperatures.padded([1.0, *temperatures], len(GRID) + 1),
     batch_size=16,
   ).sequences
   return Tokens(
@@ -140,7 +138,7 @@ def _fit(nll: np.ndarray, chosen: np.ndarray) -> float:
   """Returns the output temperature of the chosen tokens; 1 for fewer than ten."""
   if chosen.sum() < 10:
     return 1.0
-  return paired_statistics.fit_output_temperature(nll[chosen], OUTPUT_TEMPERATURES)
+  return output_temperatures.fit(nll[chosen])
 
 
 def _measure(run: FigureRun, checkpoint: str) -> dict[str, Any]:
@@ -159,8 +157,7 @@ def _measure(run: FigureRun, checkpoint: str) -> dict[str, Any]:
     ],
   }
   on_grid = {
-    name: _score(scorer, fit_on, of_seeds[0], OUTPUT_TEMPERATURES, fit_ids)
-    for name, of_seeds in rosters.items()
+    name: _score(scorer, fit_on, of_seeds[0], GRID, fit_ids) for name, of_seeds in rosters.items()
   }
   of_fit = _classes(config, on_grid["baseline"].top)
   every = np.full(len(of_fit), True)
