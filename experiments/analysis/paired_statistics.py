@@ -51,6 +51,9 @@ class Difference(Estimate):
     """Whether the interval excludes zero (without correction for multiple tests)."""
     return self.low > 0 or self.high < 0
 
+  def __neg__(self) -> "Difference":
+    return Difference(-self.value, -self.high, -self.low)
+
 
 def over_seeds(values: np.ndarray) -> np.ndarray:
   """Averages `[X, S]` over seeds to `[X]`; returns `[X]` unchanged."""

@@ -46,6 +46,7 @@ def output(tiny_checkpoint, tmp_path_factory):
   done = compare(tiny_checkpoint, folder, f"--methods={METHODS}", "--num_seeds=2")
   assert done.returncode == 0, done.errors
   assert "Saved 6 runs" in done.output and "not defined" in done.output
+  assert "[wordmath: output temperatures are fitted on 3 examples, fewer than 40" in done.errors
   return folder
 
 
