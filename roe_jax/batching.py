@@ -47,7 +47,12 @@ def by_length(lengths: Sequence[int], size: int, minimum: int) -> list[tuple[lis
 
 
 def check_tokens(
-  config: ModelConfig, sequences: Sequence[Sequence[int]], *, room: int = 0, what: str = "prompt"
+  config: ModelConfig,
+  sequences: Sequence[Sequence[int]],
+  *,
+  room: int = 0,
+  what: str = "prompt",
+  first: int = 0,
 ) -> None:
   """Validates sequences before expensive work.
 
@@ -57,11 +62,12 @@ def check_tokens(
     room: positions that the context must have left after each sequence; -1 if the last
       token needs none.
     what: what to call a sequence in errors.
+    first: number of the first sequence in errors.
 
   Raises:
     ValueError: a sequence is empty, too long, or has a token id outside the vocabulary.
   """
-  for i, sequence in enumerate(sequences):
+  for i, sequence in enumerate(sequences, first):
     if len(sequence) == 0:
       raise ValueError(f"{what} {i} is empty: add at least one token, such as BOS")
     if len(sequence) + room > config.context_length:
