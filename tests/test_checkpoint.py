@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from roe_jax import checkpoint
+from roe_jax import checkpoint, model_formats
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from roe_jax import batching, decode, prefill, transformer
+from roe_jax import batching, checkpoint, decode, prefill, transformer
 from roe_jax import scoring as score_lib
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
@@ -443,10 +443,13 @@ def test_progress_and_settings():
       r"pass \[tokens\] for one prompt",
     ),
     (lambda m, c: next(decode.stream(m, c, "hello", max_new_tokens=1)), "tokenizer.encode"),
-    (lambda m, c: scoring.score(m, c, [1, 2]), r"pass \[tokens\] for one sequence"),
-    (lambda m, c: scoring.score(m, c, [[1.5, 2]]), "integer token ids, got float64"),
-    (lambda m, c: scoring.perplexity(m, c, "hello world"), "is text"),
-    (lambda m, c: scoring.perplexity(m, c, [[1, 2, 3]]), r"integer token ids, got int64 \[1, 3\]"),
+    (lambda m, c: score_lib.score(m, c, [1, 2]), r"pass \[tokens\] for one sequence"),
+    (lambda m, c: score_lib.score(m, c, [[1.5, 2]]), "integer token ids, got float64"),
+    (lambda m, c: score_lib.perplexity(m, c, "hello world"), "is text"),
+    (
+      lambda m, c: score_lib.perplexity(m, c, [[1, 2, 3]]),
+      r"integer token ids, got int64 \[1, 3\]",
+    ),
     (lambda m, c: transformer.forward(m, c, [1, 2]), r"integer token ids \[B, T\]"),
     (lambda m, c: transformer.forward(m, c, [[1, 2], [1]]), r"integer token ids \[B, T\]"),
     (lambda m, c: transformer.forward(m, c, "hello"), r"integer token ids \[B, T\]"),
