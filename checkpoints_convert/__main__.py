@@ -8,7 +8,7 @@ import sys
 
 from absl import app, flags
 
-from checkpoints_convert import cli
+from checkpoints_convert import cli, command_line
 
 
 def main(argv: list[str]) -> None:
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
 def program() -> None:
   """Runs the converter with the command line's flags."""
   cli.define_flags()
-  app.run(main)
+  command_line.run(main)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from roe_jax import checkpoint
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.families import FAMILIES, from_hugging_face
-from roe_jax.text.tokenizer import Tokenizer, check_vocabulary, read_json
+from roe_jax.text.tokenizer import Tokenizer, check_vocabulary, missing_tokenizer, read_json
 
 HUB = "hf:"
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -266,6 +266,8 @@ def open_source(
   _check_tensors(folder, found, layout, tensors)
   if (folder / "tokenizer.json").is_file():
     check_vocabulary(Tokenizer.load(folder), config)
+  else:
+    note(f"{folder} {missing_tokenizer(folder)}; without it, the model takes token ids only")
   return Source(folder, found, layout, config, tensors, stored)
 
 

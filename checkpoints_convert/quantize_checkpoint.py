@@ -86,5 +86,5 @@ def convert(
 def fingerprint(source: str) -> str:
   """Returns a hash of a checkpoint that changes with its manifest or the manifest's time."""
   manifest = pathlib.Path(source) / checkpoint.MANIFEST_FILE
-  facts = [str(manifest.resolve()), manifest.stat().st_mtime_ns, manifest.read_text()]
+  facts = [str(manifest.resolve()), manifest.stat().st_mtime_ns, manifest.read_text("utf-8")]
   return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

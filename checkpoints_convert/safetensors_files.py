@@ -296,4 +296,4 @@ def write_shards(
       "metadata": {"total_size": total},
       "weight_map": {name: file for file, forms in shards for name in forms},
     }
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -120,7 +120,7 @@ def _write(
   )
   partial = checkpoint.partial_folder(target)
   marker = partial / _MARKER
-  if not (fingerprint and marker.is_file() and marker.read_text() == plan):
+  if not (fingerprint and marker.is_file() and marker.read_text("utf-8") == plan):
     checkpoint.start_partial(target, _MARKER, plan)
   missing = {tensor for name, forms in shards if not (partial / name).exists() for tensor in forms}
   sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in tensors}
@@ -143,7 +143,7 @@ def _write(
   copy_companion_files(files, partial)
   for name, values in (("config.json", hf_config), (checkpoint.MANIFEST_FILE, manifest)):
     if values is not None:
-      (partial / name).write_text(json.dumps(values, indent=2) + "\n")
+      (partial / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
   checkpoint.publish(target)
   (pathlib.Path(target) / _MARKER).unlink()
 

@@ -279,7 +279,7 @@ def main(argv) -> None:
 def program() -> None:
   """Runs this program with the command line's flags."""
   define_flags()
-  app.run(main, not_distributed="it times one machine")
+  app.run(main, not_distributed="it times one machine", needs=("matplotlib", "tabulate"))
 
 
 if __name__ == "__main__":

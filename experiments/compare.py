@@ -22,12 +22,12 @@ import time
 
 from absl import flags
 import numpy as np
-import tabulate
 from tqdm import tqdm
 
 from experiments import tasks
 from experiments.analysis import paired_statistics
-from experiments.cli import app
+from experiments.cli import app, text_files
+from experiments.cli.extras import tabulate
 from experiments.evaluation import methods as methods_lib
 from experiments.evaluation.measurer import OUTPUT_TEMPERATURES, SAMPLE_STRIDE, Batch, Measurer
 from experiments.evaluation.methods import BASELINE_SETTINGS, BEST_BASELINE, FITTED, Method
@@ -193,10 +193,12 @@ def fit(
 
 def _saved(path, task, compute):
   """Returns the task's entry in a JSON file; computes and writes it if it is missing."""
-  known = app.from_first_process(lambda: json.loads(path.read_text()) if path.is_file() else {})
+  known = app.from_first_process(
+    lambda: json.loads(path.read_text("utf-8")) if path.is_file() else {}
+  )
   if task.name not in known:
     known[task.name] = compute()
-    app.write_atomically(path, json.dumps(known, indent=2) + "\n")
+    app.write_atomically(path, text_files.to_json(known, indent=2) + "\n")
   return known[task.name]
 
 
@@ -266,7 +268,9 @@ def measure(
     record |= likelihood.record(has_fitted) if likelihood else {"metrics": {}}
     record["metrics"] |= metrics
     records.append(record)
-  run.write(records, {"task": batch.task.name, "seed": seed, **answers.cost})
+  run.write(
+    records, {"measured_by": "compare", "task": batch.task.name, "seed": seed, **answers.cost}
+  )
 
 
 def table(found: list[Method], opened: dict[str, runs.Run], task: tasks.Task) -> str:
@@ -429,7 +433,7 @@ def main(argv) -> None:
 def program() -> None:
   """Runs this program with the command line's flags."""
   define_flags()
-  app.run(main)
+  app.run(main, needs=("scipy", "tabulate"))
 
 
 if __name__ == "__main__":

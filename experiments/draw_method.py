@@ -6,17 +6,15 @@ The router scores and the members' distributions are invented; choices and avera
 from them. For print, give an --output that ends in .pdf.
 """
 
+from __future__ import annotations
+
 import pathlib
 
 from absl import flags
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
-import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.cli import app
+from experiments.cli.extras import matplotlib, plt
 
 FLAGS = flags.FLAGS
 INK, DARK, LIGHT = "0.2", "0.3", "0.85"
@@ -46,7 +44,7 @@ def define_flags() -> None:
 
 def box(axis, x, y, width, height, **style):
   axis.add_patch(
-    FancyBboxPatch(
+    matplotlib.patches.FancyBboxPatch(
       (x, y),
       width,
       height,
@@ -67,7 +65,7 @@ def arrow(axis, *points, **style):
   for start, end in zip(points[:-2], points[1:-1]):
     axis.plot(*zip(start, end), **{"color": INK, "linewidth": 1, "solid_capstyle": "butt"} | style)
   axis.add_patch(
-    FancyArrowPatch(
+    matplotlib.patches.FancyArrowPatch(
       *points[-2:],
       arrowstyle="-|>",
       mutation_scale=9,
@@ -82,7 +80,7 @@ def bars(axis, x, y, values, chosen, width, scale):
   """Draws bars from a baseline, the chosen ones dark."""
   for i, value in enumerate(values):
     axis.add_patch(
-      Rectangle(
+      matplotlib.patches.Rectangle(
         (x + i * width, y),
         0.78 * width,
         scale * value,
@@ -103,7 +101,7 @@ def draw_cache(axis):
   x, y, side, past = 1.37, 3.74, 0.26, 6
   for i in range(past + 1):
     axis.add_patch(
-      Rectangle(
+      matplotlib.patches.Rectangle(
         (x + i * side, y),
         side,
         side,
@@ -173,7 +171,7 @@ def main(argv) -> None:
 def program() -> None:
   """Runs this program with the command line's flags."""
   define_flags()
-  app.run(main, not_distributed="it draws a picture")
+  app.run(main, not_distributed="it draws a picture", needs=("matplotlib",))
 
 
 if __name__ == "__main__":

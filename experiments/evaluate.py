@@ -14,29 +14,29 @@ Prints a table and writes a run to --output (see `experiments.records.runs`), wh
 rerun resumes. The results of lm-evaluation-harness are in OUTPUT/harness.json.
 """
 
+from __future__ import annotations
+
 import dataclasses
-import json
 import logging
 import pathlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 import jax
 import numpy as np
-import scipy.special
-import scipy.stats
-import tabulate
 from tqdm import tqdm
 
 from experiments import tasks as tasks_lib
-from experiments.cli import app
-from experiments.evaluation import lm_eval_tasks
+from experiments.cli import app, text_files
+from experiments.cli.extras import scipy, tabulate
 from experiments.evaluation.engine import Answers, Engine, Request, Stopwatch
-from experiments.evaluation.lm_eval_model import RosterLM
 from experiments.records import runs
 from experiments.tasks.base import SPLITS, Example, Task
 from roe_jax import temperature_profiles
+
+if TYPE_CHECKING:
+  from experiments.evaluation.lm_eval_model import RosterLM
 
 FLAGS = flags.FLAGS
 PAPER = "paper/"
@@ -234,6 +234,7 @@ def write(
   if [task, seed] not in known:
     requests = list(dict.fromkeys(lm.requests[label]))
     cost = {
+      "measured_by": "evaluate",
       "task": task,
       "seed": seed,
       **lm.engine.cost(requests),
@@ -249,6 +250,8 @@ def evaluate_theirs(
   lm: RosterLM, loaded: dict[str, Any], run: runs.Run, seed: int
 ) -> dict[str, Any]:
   """Runs the harness's tasks, writes their records, and returns the harness's results."""
+  from experiments.evaluation import lm_eval_tasks
+
   results = lm_eval_tasks.run(lm, loaded, FLAGS.limit, FLAGS.chat, FLAGS.system)
   for name, samples in results.pop("samples").items():
     records = list(lm_eval_tasks.records(lm, name, loaded["tasks"][name], samples, seed))
@@ -368,7 +371,10 @@ def main(argv) -> None:
     return
   tokenizer = app.load_tokenizer(FLAGS.checkpoint)
   chat = app.load_chat(tokenizer)
-  lm = RosterLM(FLAGS.checkpoint, config, tokenizer, chat, FLAGS.max_new_tokens)
+  # Takes seconds, so not before the flags are checked.
+  from experiments.evaluation import lm_eval_model, lm_eval_tasks
+
+  lm = lm_eval_model.RosterLM(FLAGS.checkpoint, config, tokenizer, chat, FLAGS.max_new_tokens)
 
   def load():
     if not theirs:
@@ -437,7 +443,9 @@ def main(argv) -> None:
       evaluate_ours(lm, prepared, run, seed)
     if loaded:
       by_seed[str(seed)] = evaluate_theirs(lm, loaded, run, seed)
-      app.write_atomically(output / HARNESS, json.dumps(by_seed, indent=2, default=str) + "\n")
+      app.write_atomically(
+        output / HARNESS, text_files.to_json(by_seed, indent=2, default=str) + "\n"
+      )
   print_report(run, prepared_tasks, by_seed, len(lm.truncated))
 
 
@@ -476,7 +484,7 @@ def print_report(
 def program() -> None:
   """Runs this program with the command line's flags."""
   define_flags()
-  app.run(main)
+  app.run(main, needs=("lm_eval", "scipy", "tabulate"))
 
 
 if __name__ == "__main__":

@@ -16,16 +16,16 @@ it) and "reasoning".
 """
 
 import dataclasses
-import json
 import sys
 import time
 from typing import Any
 
 from absl import flags
 
-from experiments.cli import app
+from experiments.cli import app, text_files
 from experiments.records import jsonl
-from roe_jax import batching, decode
+from roe_jax import batching, decode, stopping
+from roe_jax.numerics import NonFiniteLogits
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 from roe_jax.text import tokenizer as tokenizer_lib
@@ -33,6 +33,8 @@ from roe_jax.text.chat import Chat, Prompt
 from roe_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 FLAGS = flags.FLAGS
+# Keys of an input line.
+KEYS = ("id", "prompt", "messages", "prompt_tokens")
 
 
 def define_flags() -> None:
@@ -128,7 +130,7 @@ def prepare(
 ) -> GenerationInputs:
   """Tokenizes and validates requests."""
   chat = open_chat(requests, tokenizer)
-  stop_tokens = tokenizer_lib.stop_tokens(tokenizer, config)
+  stop_tokens = tokenizer_lib.stop_tokens(tokenizer, config, chat.stop_tokens if chat else ())
   settings = {
     "checkpoint": FLAGS.checkpoint,
     "dtype": FLAGS.dtype or config.dtype,
@@ -155,7 +157,6 @@ def prepare(
       except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
     tokens = [p.tokens for p in prompts]
-    stop_tokens = chat.stop_tokens or stop_tokens
     settings["chat"] = chat.settings | {"system": FLAGS.system}
   batching.check_tokens(config, tokens, room=1)
   settings["stop_tokens"] = list(stop_tokens)
@@ -199,6 +200,7 @@ def stream_to_terminal(
     stop_tokens=inputs.stop_tokens,
     stop_strings=FLAGS.stop,
     decode=tokenizer.decode,
+    stop_reader=inputs.chat and inputs.chat.stop_reader(inputs.prompts),
   ):
     first = first or time.perf_counter()
     new, count = completion.tokens[count:], len(completion.tokens)
@@ -225,7 +227,7 @@ def stream_to_terminal(
   print(
     f"[{count} tokens, {completion.finish_reason}; first after {first - begin:.1f} s, then "
     f"{rate:.1f} tokens/s; {changed} differ from the clean member's choice]\n"
-    f"[settings: {json.dumps(inputs.settings)}]",
+    f"[settings: {text_files.to_json(inputs.settings)}]",
     file=sys.stderr,
   )
 
@@ -267,20 +269,24 @@ def complete_lines(
       results.write(indices[position], dataclasses.asdict(completion) | answer)
       bar.update()
 
-    throughput = decode.generate(
-      params,
-      config,
-      [inputs.tokens[i] for i in indices],
-      max_new_tokens=FLAGS.max_new_tokens,
-      roster=roster,
-      sampler=sampler,
-      stop_tokens=inputs.stop_tokens,
-      stop_strings=FLAGS.stop,
-      decode=tokenizer.decode,
-      request_ids=indices,
-      batch_size=FLAGS.batch_size,
-      on_finished=write,
-    ).throughput
+    try:
+      throughput = decode.generate(
+        params,
+        config,
+        [inputs.tokens[i] for i in indices],
+        max_new_tokens=FLAGS.max_new_tokens,
+        roster=roster,
+        sampler=sampler,
+        stop_tokens=inputs.stop_tokens,
+        stop_strings=FLAGS.stop,
+        decode=tokenizer.decode,
+        stop_reader=inputs.chat and inputs.chat.stop_reader([inputs.prompts[i] for i in indices]),
+        request_ids=indices,
+        batch_size=FLAGS.batch_size,
+        on_finished=write,
+      ).throughput
+    except NonFiniteLogits as error:
+      raise NonFiniteLogits(indices[error.sequence], error.position) from None
   print(f"[{len(indices)} prompts: {throughput}; including compilation]", file=sys.stderr)
   if unanswered:
     print(
@@ -298,6 +304,7 @@ def main(argv) -> None:
     raise ValueError('--show_reasoning applies to --prompt only: lines always have "reasoning"')
   if FLAGS.max_new_tokens < 1 or FLAGS.batch_size < 1:
     raise ValueError("--max_new_tokens and --batch_size must be at least 1")
+  stopping.check_strings(FLAGS.stop)
   sampler = Sampler.create(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
   # Validate everything else before loading the parameters.
   config = app.load_config(FLAGS.checkpoint)
@@ -306,7 +313,7 @@ def main(argv) -> None:
     app.print_dry_run(config, roster, batch_size=FLAGS.batch_size)
     return
   tokenizer = app.load_tokenizer(FLAGS.checkpoint)
-  requests = jsonl.read(FLAGS.input) if FLAGS.prompt is None else [{"prompt": FLAGS.prompt}]
+  requests = jsonl.read(FLAGS.input, KEYS) if FLAGS.prompt is None else [{"prompt": FLAGS.prompt}]
   inputs = prepare(requests, config, tokenizer, roster, sampler)
   params, config = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
   run = complete_lines if FLAGS.prompt is None else stream_to_terminal

@@ -4,12 +4,20 @@
       --model_args checkpoint=olmoe,num_members=8,temperatures=0.3
 """
 
-from lm_eval.__main__ import cli_evaluate
+import sys
 
-from experiments.evaluation import lm_eval_model  # noqa: F401 - registers the model type
+from experiments.cli import extras
 
 
 def program() -> None:
+  try:
+    extras.check(("lm_eval", "scipy"))
+  except ModuleNotFoundError as error:
+    sys.exit(f"error: this program needs {error.name}: {extras.INSTALL}")
+  from lm_eval.__main__ import cli_evaluate
+
+  from experiments.evaluation import lm_eval_model  # noqa: F401 - registers the model type
+
   cli_evaluate()
 
 

@@ -16,7 +16,6 @@ Takes about three minutes on two cores. Writes results.json and table.md to --ou
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 import dataclasses
-import json
 import os
 import pathlib
 import sys
@@ -29,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.benchmarks import timing
-from experiments.cli import app
+from experiments.cli import app, text_files
 from experiments.tasks import wordmath
 from roe_jax import batching, decode, diagnostics, prefill, scoring
 from roe_jax import params as params_lib
@@ -405,7 +404,8 @@ def main(argv) -> None:
   output = pathlib.Path(FLAGS.output)
   app.write_atomically(
     output / "results.json",
-    json.dumps({"settings": settings, "tolerance": TOLERANCE, "models": results}, indent=2) + "\n",
+    text_files.to_json({"settings": settings, "tolerance": TOLERANCE, "models": results}, indent=2)
+    + "\n",
   )
   text = "\n\n".join(f"## {name}\n\n{table(found)}" for name, found in results.items()) + "\n"
   app.write_atomically(output / "table.md", text)

@@ -13,7 +13,6 @@ Prints tables and writes all values to --output. Rerun with the same flags, it r
 from collections.abc import Callable
 import dataclasses
 import functools
-import json
 import pathlib
 from typing import Any
 
@@ -21,10 +20,10 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tabulate
 
 from experiments.analysis import paired_statistics
-from experiments.cli import app
+from experiments.cli import app, text_files
+from experiments.cli.extras import tabulate
 from experiments.records import jsonl
 from experiments.tasks import wordmath
 from roe_jax import batching, diagnostics, quantization, scoring, transformer
@@ -360,7 +359,9 @@ def main(argv) -> None:
       summary[name] = rows
   app.write_atomically(
     output / "results.json",
-    json.dumps({"settings": settings, "models": summary}, indent=2, default=dataclasses.asdict)
+    text_files.to_json(
+      {"settings": settings, "models": summary}, indent=2, default=dataclasses.asdict
+    )
     + "\n",
   )
   text = (
@@ -380,6 +381,7 @@ def program() -> None:
     main,
     not_distributed="it quantizes experts on one device; convert a large model to each format with "
     "--quantize_experts, and run experiments.score on it",
+    needs=("scipy", "tabulate"),
   )
 
 

@@ -8,18 +8,19 @@ draws quickstart.png. Rerun with the same flags, it resumes. Takes the flags of
 `experiments.compare`; --num_members is the largest roster.
 """
 
+from __future__ import annotations
+
 import pathlib
 import time
 
 from absl import flags
-import matplotlib.pyplot as plt
 import numpy as np
-import tabulate
 
 from experiments import compare, tasks
 from experiments.analysis import comparisons, drawing, run_results
 from experiments.analysis.paired_statistics import Difference
 from experiments.cli import app
+from experiments.cli.extras import plt, tabulate
 from experiments.evaluation import methods
 from roe_jax import decode
 
@@ -177,6 +178,7 @@ def show_solution(checkpoint: str, rows: list[dict], task: tasks.Task) -> str:
     stop_tokens=builder.stop_tokens,
     stop_strings=batch[0].stop,
     decode=tokenizer.decode,
+    stop_reader=builder.stop_reader(batch),
     request_ids=range(first, first + len(batch)),
     batch_size=FLAGS.batch_size,
   ).completions[index - first]
@@ -273,7 +275,7 @@ def main(argv) -> None:
 def program() -> None:
   """Runs this program with the command line's flags."""
   define_flags()
-  app.run(main)
+  app.run(main, needs=("matplotlib", "scipy", "tabulate"))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ Missing entries are reported as not measured.
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 import shlex
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from experiments.analysis import comparisons, drawing, pictures, report_page
 from experiments.analysis import run_results as results_lib
-from experiments.cli import app
+from experiments.cli import app, text_files
 
 FLAGS = flags.FLAGS
 
@@ -138,7 +137,7 @@ def write(
     for line in lines
     if line.comparison
   ]
-  app.write_atomically(output / "comparisons.json", json.dumps(compared, indent=2) + "\n")
+  app.write_atomically(output / "comparisons.json", text_files.to_json(compared, indent=2) + "\n")
   significant = sum(c["is_significant"] for c in compared)
   count = report_page.count
   return (
@@ -170,7 +169,11 @@ def _file_name(task):
 def program() -> None:
   """Runs this program with the command line's flags."""
   define_flags()
-  app.run(main, not_distributed="it reads results and runs no model")
+  app.run(
+    main,
+    not_distributed="it reads results and runs no model",
+    needs=("matplotlib", "scipy", "tabulate"),
+  )
 
 
 if __name__ == "__main__":

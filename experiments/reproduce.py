@@ -34,7 +34,7 @@ from absl import flags
 from experiments import figures, tasks
 from experiments.analysis import drawing
 from experiments.benchmarks import machine
-from experiments.cli import app
+from experiments.cli import app, text_files
 from experiments.figures import figure_models, results_page
 from experiments.figures.figure_run import (
   ABOUT,
@@ -202,14 +202,16 @@ class Stopwatch:
       yield
     finally:
       spent = self.total([name]) + time.perf_counter() - begin
-      app.write_atomically(self._path, json.dumps(self._read() | {name: spent}, indent=2) + "\n")
+      app.write_atomically(
+        self._path, text_files.to_json(self._read() | {name: spent}, indent=2) + "\n"
+      )
 
   def total(self, names: Iterable[str]) -> float:
     known = self._read()
     return sum(known.get(name, 0.0) for name in names)
 
   def _read(self):
-    return json.loads(self._path.read_text()) if self._path.is_file() else {}
+    return json.loads(self._path.read_text("utf-8")) if self._path.is_file() else {}
 
 
 def finish(run: FigureRun, stopwatch: Stopwatch) -> str:
@@ -219,7 +221,7 @@ def finish(run: FigureRun, stopwatch: Stopwatch) -> str:
   runs.claim(run.folder, run.settings)
   path = run.folder / ABOUT
   if path.is_file():
-    about, records = json.loads(path.read_text()), read_records(run.folder / RECORDS)
+    about, records = json.loads(path.read_text("utf-8")), read_records(run.folder / RECORDS)
   else:
     with stopwatch(run.figure):
       records = figure.measure(run)
@@ -238,7 +240,7 @@ def finish(run: FigureRun, stopwatch: Stopwatch) -> str:
   if picture is not None:
     drawing.save(picture, run.folder / "figure")
   about |= {"seeds": run.seeds, "findings": figure.findings(records)}
-  app.write_atomically(path, json.dumps(about, indent=2) + "\n")
+  app.write_atomically(path, text_files.to_json(about, indent=2) + "\n")
   return table
 
 
@@ -300,7 +302,7 @@ def program() -> None:
   """Runs this program with the command line's flags."""
   define_flags()
   reason = "it starts other programs: --dry_run prints their commands, which take --distributed"
-  app.run(main, not_distributed=reason)
+  app.run(main, not_distributed=reason, needs=("matplotlib", "optuna", "scipy", "tabulate"))
 
 
 if __name__ == "__main__":

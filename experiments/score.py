@@ -18,18 +18,20 @@ log-probability of each token. Both modes resume when rerun with the same --outp
 from collections.abc import Sequence
 import dataclasses
 import hashlib
-import json
 import pathlib
 
 from absl import flags
 import numpy as np
 
-from experiments.cli import app
+from experiments.cli import app, text_files
 from experiments.records import jsonl
 from roe_jax import batching, scoring
+from roe_jax.numerics import NonFiniteLogits
 from roe_jax.roster import Roster
 
 FLAGS = flags.FLAGS
+# Keys of an input line.
+KEYS = ("id", "prompt", "continuation", "prompt_tokens", "continuation_tokens")
 
 
 def define_flags() -> None:
@@ -101,35 +103,38 @@ def text_perplexity(params, config, tokenizer, roster: Roster) -> None:
   if FLAGS.output:
     app.write_atomically(
       pathlib.Path(FLAGS.output),
-      json.dumps(results | {"checkpoint": FLAGS.checkpoint}, indent=2) + "\n",
+      text_files.to_json(results | {"checkpoint": FLAGS.checkpoint}, indent=2) + "\n",
     )
 
 
 def _read_text() -> str:
-  path = pathlib.Path(FLAGS.text)
-  if not path.is_file():
-    raise FileNotFoundError(f"--text={path} does not exist")
-  return path.read_text()
+  try:
+    return text_files.read(FLAGS.text)
+  except (FileNotFoundError, ValueError) as error:
+    raise ValueError(f"--text: {error}") from error
 
 
 def score_batch(
   params, config, sequences, starts, roster: Roster, batch: Sequence[int]
 ) -> list[scoring.SequenceScore]:
   """Scores the sequences with the indices `batch`, which are also their request ids."""
-  return scoring.score(
-    params,
-    config,
-    [sequences[i] for i in batch],
-    [starts[i] for i in batch],
-    roster=roster,
-    request_ids=batch,
-    batch_size=FLAGS.batch_size,
-  ).sequences
+  try:
+    return scoring.score(
+      params,
+      config,
+      [sequences[i] for i in batch],
+      [starts[i] for i in batch],
+      roster=roster,
+      request_ids=batch,
+      batch_size=FLAGS.batch_size,
+    ).sequences
+  except NonFiniteLogits as error:
+    raise NonFiniteLogits(batch[error.sequence], error.position) from None
 
 
 def continuations(params, config, tokenizer, roster: Roster) -> None:
   """Scores the continuations of --input, writing results as batches are done."""
-  requests = jsonl.read(FLAGS.input)
+  requests = jsonl.read(FLAGS.input, KEYS)
   sequences, starts = [], []
   for i, request in enumerate(requests):
     what = f"input request {i}"

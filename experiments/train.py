@@ -23,13 +23,12 @@ from absl import flags, logging
 import jax
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 import tokenizers
 from tqdm import tqdm
 
 from checkpoints_convert import save_hugging_face
 from experiments.benchmarks import machine
-from experiments.cli import app
+from experiments.cli import app, text_files
 from experiments.tasks import wordmath, wordmath_tokenizer
 from experiments.training import configs, training_batches
 from roe_jax import decode, training, transformer
@@ -84,18 +83,18 @@ class Metrics:
   def __init__(self, path: pathlib.Path, step: int):
     """Opens the file at `path`, and drops records after `step`."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
       try:
         records.append(json.loads(line))
       except json.JSONDecodeError:  # killed while writing
         break
     self.records = [r for r in records if r["step"] <= step]
-    app.write_atomically(path, "".join(json.dumps(r) + "\n" for r in self.records))
-    self._file = path.open("a")
+    app.write_atomically(path, "".join(text_files.to_json(r) + "\n" for r in self.records))
+    self._file = path.open("a", encoding="utf-8")
 
   def write(self, record: dict) -> None:
     self.records.append(record)
-    self._file.write(json.dumps(record) + "\n")
+    self._file.write(text_files.to_json(record) + "\n")
     self._file.flush()
 
   def seconds(self) -> float:
@@ -110,9 +109,9 @@ def check_output(output: pathlib.Path, config: configs.TrainingConfig) -> None:
     ValueError: the folder holds a run with another config, or other files.
   """
   path = output / "config.json"
-  text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+  text = text_files.to_json(dataclasses.asdict(config), indent=2) + "\n"
   if path.exists():
-    existing = _flat(json.loads(path.read_text()))
+    existing = _flat(json.loads(path.read_text("utf-8")))
     different = [k for k, v in _flat(json.loads(text)).items() if existing.get(k) != v]
     if different:
       raise ValueError(
@@ -225,6 +224,8 @@ def run(
     config.model.pad_token_id,
   )
   num_steps = config.settings.num_steps
+  from orbax.checkpoint import v1 as ocp  # slow
+
   keep = ocp.training.preservation_policies.LatestN(2)
   with ocp.training.Checkpointer(
     (output / "states").absolute(), preservation_policy=keep, cleanup_tmp_directories=True

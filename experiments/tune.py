@@ -392,7 +392,7 @@ def more_workers(output: pathlib.Path):
   workers = []
   try:
     for log in logs:
-      with open(log, "w") as file:
+      with open(log, "w", encoding="utf-8") as file:
         workers.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file))
     yield
     for worker, log in zip(workers, logs):
@@ -493,7 +493,7 @@ def main(argv) -> None:
 def program() -> None:
   """Runs this program with the command line's flags."""
   define_flags()
-  app.run(main)
+  app.run(main, needs=("optuna", "scipy", "tabulate"))
 
 
 if __name__ == "__main__":

@@ -62,9 +62,7 @@ def check_tokens(
     ValueError: a sequence is text or no sequence, empty, too long, or has a token id outside
       the vocabulary.
   """
-  if isinstance(sequences, str):
-    sequences = [sequences]  # refused below
-  for i, sequence in enumerate(sequences):
+  for i, sequence in enumerate([sequences] if isinstance(sequences, str) else sequences):
     if isinstance(sequence, str):
       raise ValueError(
         f"{what} {i} is text, {sequence[:40]!r}; token ids are expected: pass "

@@ -23,7 +23,6 @@ import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from roe_jax import params as params_lib
 from roe_jax.checkpoint_folder import (
@@ -110,7 +109,7 @@ class Writer:
     )
     if jax.process_index() == 0:
       known = self._partial / PLAN_FILE
-      if not (fingerprint and known.is_file() and known.read_text() == plan):
+      if not (fingerprint and known.is_file() and known.read_text("utf-8") == plan):
         start_partial(self.path, PLAN_FILE, plan)
       self._params.mkdir(exist_ok=True)
     self._sync("start")
@@ -130,6 +129,8 @@ class Writer:
       raise ValueError(f"the piece {piece.name} is already written")
     expected = piece_shapes(self.config, piece)
     _check_leaves(f"the piece {piece.name}", arrays, expected)
+    from orbax.checkpoint import v1 as ocp
+
     with _saving_context():
       # Overwrites only a piece that a killed run left half-written.
       ocp.save(
@@ -153,13 +154,15 @@ class Writer:
         if stray.name not in self._written:
           shutil.rmtree(stray)
       copy_companion_files(self._files, self._partial)
-      (self._partial / CONFIG_FILE).write_text(self.config.to_json())
+      (self._partial / CONFIG_FILE).write_text(self.config.to_json(), encoding="utf-8")
       manifest = {
         "format": FORMAT,
         "pieces": [dataclasses.asdict(p) for p in self.pieces],
         "provenance": self._provenance,
       }
-      (self._partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+      (self._partial / MANIFEST_FILE).write_text(
+        json.dumps(manifest, indent=2) + "\n", encoding="utf-8"
+      )
       publish(self.path)
       (self.path / PLAN_FILE).unlink()
     self._sync("finish")
@@ -230,7 +233,7 @@ def load_config(path: PathLike) -> ModelConfig:
     ValueError: the config is malformed.
   """
   read_manifest(path)
-  return ModelConfig.from_json((pathlib.Path(path) / CONFIG_FILE).read_text())
+  return ModelConfig.from_json((pathlib.Path(path) / CONFIG_FILE).read_text("utf-8"))
 
 
 def load_provenance(path: PathLike) -> dict[str, Any]:
@@ -375,12 +378,14 @@ def _check_leaves(what, got, expected):
       )
 
 
-def _saving_context() -> ocp.Context:
+def _saving_context() -> Any:
   """Returns how Orbax stores arrays.
 
   Uncompressed, because weights compress by only a fifth at a third of the speed; and in chunks
   with at most one expert each, so that a device reads little more than its part.
   """
+  from orbax.checkpoint import v1 as ocp  # slow: not when only flags are read
+
   storage = ocp.options.ArrayOptions.Saving.StorageOptions
 
   def storage_options(key, value):
@@ -418,6 +423,8 @@ def _open(path: PathLike) -> tuple[ModelConfig, tuple[Piece, ...]]:
 
 def _check_piece(path: PathLike, piece: Piece, config: ModelConfig) -> None:
   """Compares the metadata of a piece with the config, without reading arrays."""
+  from orbax.checkpoint import v1 as ocp
+
   with _reading(path, piece) as folder:
     found = traverse_util.flatten_dict(ocp.metadata(folder).metadata, sep=".")
   _check_leaves(
@@ -430,6 +437,8 @@ def _piece_folder(path: PathLike, piece: Piece) -> pathlib.Path:
 
 
 def _read(path: PathLike, piece: Piece, abstract: dict[str, Any]) -> dict[str, Any]:
+  from orbax.checkpoint import v1 as ocp
+
   tree = traverse_util.unflatten_dict(abstract, sep=".")
   with _reading(path, piece) as folder:
     return traverse_util.flatten_dict(ocp.load(folder, tree), sep=".")

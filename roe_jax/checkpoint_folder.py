@@ -30,8 +30,10 @@ COMPANION_FILES = (
   "tokenizer_config.json",
   "tokenizer.model",
   "special_tokens_map.json",
+  "added_tokens.json",
   "generation_config.json",
   "chat_template.jinja",
+  "chat_template.json",
 )
 
 PIECE_BYTES = 256 << 20
@@ -134,7 +136,7 @@ def read_manifest(path: PathLike) -> dict[str, Any]:
       "it again"
     )
   try:
-    manifest = json.loads((path / MANIFEST_FILE).read_text())
+    manifest = json.loads((path / MANIFEST_FILE).read_text("utf-8"))
     found = manifest["format"]
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{path / MANIFEST_FILE} is not a checkpoint manifest: {error}") from error
@@ -201,7 +203,7 @@ def start_partial(target: PathLike, marker: str, text: str) -> pathlib.Path:
       shutil.rmtree(stray)
     elif stray.name != marker:
       stray.unlink()
-  (partial / marker).write_text(text)
+  (partial / marker).write_text(text, encoding="utf-8")
   return partial
 
 

@@ -22,10 +22,11 @@ from roe_jax import params as params_lib
 from roe_jax.cache import KVCache
 from roe_jax.completion import Completion, Generation, Throughput
 from roe_jax.config import ModelConfig
+from roe_jax.numerics import NonFiniteLogits
 from roe_jax.params import Params
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
-from roe_jax.stopping import OpenSequence, Stops
+from roe_jax.stopping import OpenSequence, StopReader, Stops
 
 # Maximum number of steps between checks for stop strings.
 SEGMENT = 32
@@ -205,6 +206,7 @@ class _Slots:
     self._capacity = prefill.capacity_for(config, prompts, max_new_tokens)
     self._state = None
     self._ready_state = None
+    self._not_finite: dict[int, int] = {}  # {slot: first position with non-finite logits}
     self._ready: deque[tuple[int, int]] = deque()  # (slot in the ready state, prompt)
 
   @property
@@ -263,7 +265,7 @@ class _Slots:
     state = self._fetched()
     ended = []
     for slot, sequence in enumerate(self.sequences):
-      if sequence is not None and state.done[slot]:
+      if sequence is not None and state.done[slot] and slot not in self._not_finite:
         ended.append((sequence.index, self._completion(slot, state)))
         self.slot_steps += int(state.lengths[slot]) - sequence.start
         self.sequences[slot] = None
@@ -273,9 +275,28 @@ class _Slots:
     """Returns the completion in a slot so far."""
     return self._completion(slot, self._fetched())
 
+  def check_finite(self) -> None:
+    """Checks the log-probabilities that were fetched last.
+
+    Raises:
+      NonFiniteLogits: those of a sequence are NaN or infinite.
+    """
+    for slot, position in self._not_finite.items():
+      sequence = self.sequences[slot]
+      assert sequence is not None
+      raise NonFiniteLogits(sequence.index, position)
+
   def _fetched(self):
     assert self._state is not None
-    return jax.device_get(self._state.replace(cache=None))
+    state = jax.device_get(self._state.replace(cache=None))
+    # A NaN or infinite logit makes all log-probabilities NaN, with every aggregation.
+    finite = np.isfinite(state.log_probs)
+    self._not_finite = {
+      slot: sequence.start - 1 + int(np.argmin(finite[slot, sequence.start : length]))
+      for slot, (sequence, length) in enumerate(zip(self.sequences, state.lengths))
+      if sequence is not None and not finite[slot, sequence.start : length].all()
+    }
+    return state
 
   def _completion(self, slot, state):
     return self.sequences[slot].completion(
@@ -299,6 +320,7 @@ def generate(
   stop_tokens: Sequence[int] | None = None,
   stop_strings: Sequence[str] = (),
   decode: Callable[[list[int]], str] | None = None,
+  stop_reader: Callable[[int], StopReader] | None = None,
   request_ids: Sequence[int] | None = None,
   batch_size: int = 16,
   on_finished: Callable[[int, Completion], None] = lambda index, completion: None,
@@ -326,7 +348,10 @@ def generate(
     stop_tokens: tokens that end a sequence; `config.eos_token_ids` by default.
     stop_strings: strings that end a sequence; they need `decode`. Checked at least every
       `SEGMENT` steps; until then the sequence keeps its slot.
-    decode: converts token ids to text.
+    decode: converts token ids to text, such as `Tokenizer.decode`.
+    stop_reader: `stop_reader(index)` makes a reader of the text, in the completion of a prompt, in
+      which stop strings are searched, such as `Chat.stop_reader`. By default that is what `decode`
+      returns, with special tokens if it has a parameter `skip_special_tokens`.
     request_ids: addresses of the prompts' randomness, in [0, 2**32); 0, 1, ... by default.
     batch_size: number of slots.
     on_finished: called with the index of a prompt and its completion when it is finished.
@@ -334,10 +359,12 @@ def generate(
   Raises:
     ValueError: a prompt is empty, too long or has a token outside the vocabulary, or a
       setting is out of range.
+    NonFiniteLogits: logits are NaN or infinite; `on_finished` was called for the completions
+      that ended before.
   """
   begin = time.perf_counter()
   roster, sampler, stops = _checked(
-    config, prompts, max_new_tokens, roster, sampler, stop_tokens, stop_strings, decode
+    config, prompts, max_new_tokens, roster, sampler, stop_tokens, stop_strings, decode, stop_reader
   )
   ids = batching.request_ids(request_ids, len(prompts))
   if batch_size < 1:
@@ -351,6 +378,7 @@ def generate(
     for index, completion in slots.harvest():
       completions[index] = completion
       on_finished(index, completion)
+    slots.check_finite()
   throughput = Throughput(
     sum(len(c.tokens) for c in completions.values()),
     slots.steps,
@@ -382,6 +410,7 @@ def stream(
   stop_tokens: Sequence[int] | None = None,
   stop_strings: Sequence[str] = (),
   decode: Callable[[list[int]], str] | None = None,
+  stop_reader: Callable[[int], StopReader] | None = None,
   request_id: int = 0,
 ) -> Iterator[Completion]:
   """Generates the completion of one prompt; yields it so far after every token.
@@ -390,7 +419,15 @@ def stream(
   which equals the result of `generate`.
   """
   roster, sampler, stops = _checked(
-    config, [prompt], max_new_tokens, roster, sampler, stop_tokens, stop_strings, decode
+    config,
+    [prompt],
+    max_new_tokens,
+    roster,
+    sampler,
+    stop_tokens,
+    stop_strings,
+    decode,
+    stop_reader,
   )
   ids = batching.request_ids([request_id], 1)
   slots = _Slots(params, config, roster, sampler, [prompt], ids, stops, max_new_tokens, 1)
@@ -398,17 +435,20 @@ def stream(
   finish_reason = ""
   while not finish_reason:
     slots.advance(1)
+    slots.check_finite()
     completion = slots.completion(0)
     finish_reason = completion.finish_reason
     yield completion
 
 
-def _checked(config, prompts, max_new_tokens, roster, sampler, stop_tokens, stop_strings, decode):
+def _checked(
+  config, prompts, max_new_tokens, roster, sampler, stop_tokens, strings, decode, reader
+):
   """Validates the arguments; returns roster, sampler and stops with their defaults."""
   roster = roster or Roster.create(config)
   roster.check(config)
   batching.check_tokens(config, prompts, room=1)
   if max_new_tokens < 1:
     raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-  stops = Stops.create(config, stop_tokens, stop_strings, decode)
+  stops = Stops.create(config, stop_tokens, strings, decode, reader)
   return roster, sampler or Sampler.greedy(), stops

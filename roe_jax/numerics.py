@@ -236,3 +236,21 @@ def rms_norm(
   if weight_in_float32:
     return rounded(normed * weight.astype(jnp.float32), x.dtype)
   return multiply(rounded(normed, x.dtype), weight)
+
+
+class NonFiniteLogits(FloatingPointError):
+  """Logits that are NaN or infinite.
+
+  Attributes:
+    sequence: index of the sequence.
+    position: index of the first token at which they were seen; they predict the next one. The
+      cause may be a later token of the same chunk, since masked attention multiplies it by zero.
+  """
+
+  def __init__(self, sequence: int, position: int):
+    super().__init__(
+      f"the logits of sequence {sequence} (counted from 0) at position {position} are NaN or "
+      "infinite: a parameter is not finite, or activations overflow in the compute dtype "
+      "(try float32)"
+    )
+    self.sequence, self.position = sequence, position

@@ -15,6 +15,7 @@ from roe_jax import members as members_lib
 from roe_jax import params as params_lib
 from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
+from roe_jax.numerics import NonFiniteLogits
 from roe_jax.params import Params
 from roe_jax.roster import Roster
 
@@ -173,6 +174,7 @@ def score(
   Raises:
     ValueError: a sequence is empty, too long or has a token outside the vocabulary, or a
       setting is out of range.
+    NonFiniteLogits: logits are NaN or infinite.
   """
   params = params_lib.in_storage_dtype(params)
   roster = roster or Roster.create(config)
@@ -211,7 +213,10 @@ def score(
   for first in range(0, len(sequences), batch_size):
     batch = slice(first, first + batch_size)
     some = candidates and candidates[batch]
-    scored += score_batch(sequences[batch], starts[batch], ids[batch], some)
+    try:
+      scored += score_batch(sequences[batch], starts[batch], ids[batch], some)
+    except NonFiniteLogits as error:
+      raise NonFiniteLogits(first + error.sequence, error.position) from None
     on_batch(len(sequences[batch]))
   return Scores(
     scored,
@@ -278,6 +283,10 @@ def _score_batch(
       high = min(chunk, ends[i] - offsets[i] - step)
       if low < high:
         found[i].append([r[i, low:high] for r in results])
+        # The greatest one: a single token may have probability zero.
+        finite = np.isfinite(results[2][i, low:high]).all(axis=-1)
+        if not finite.all():
+          raise NonFiniteLogits(i, int(columns[i, low + np.argmin(finite)]))
   num_temperatures = 1 if temperatures is None else len(temperatures)
   return [_joined(pieces, num_temperatures, k) for pieces, k in zip(found, num_candidates)]
 

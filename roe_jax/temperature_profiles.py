@@ -119,7 +119,7 @@ def read(path: PathLike) -> Profile:
     'finite numbers under "temperatures"'
   )
   try:
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text("utf-8"))
     temperatures = tuple(float(t) for t in values["temperatures"])
   except (KeyError, TypeError, ValueError) as error:  # includes JSON and decoding errors
     raise ValueError(expected) from error

@@ -1,6 +1,9 @@
 import chat_formats
+import numpy as np
 import pytest
+import tiny
 
+from roe_jax import stopping
 from roe_jax.completion import Completion
 from roe_jax.text import answer as answer_lib
 from roe_jax.text.answer import Answer
@@ -95,7 +98,7 @@ HARMONY = {  # opening, what was generated, answer
     [FINAL.replace("final", "final<|constrain|>json") + "{}<|return|>"],
     Answer("{}", ""),
   ),
-  "a channel without a name": (START, ["<|channel|><|message|>4<|end|>"], Answer(None, "4")),
+  "a channel without a name": (START, ["<|channel|><|message|>4<|end|>"], Answer("4", "")),
   "marks that are only spelled out": (
     START,
     [
@@ -107,8 +110,21 @@ HARMONY = {  # opening, what was generated, answer
     ],
     Answer("say <|channel|>!", "a<|end|><|start|>assistant<|channel|>final<|message|>5"),
   ),
-  "a message without a channel": (START, ["<|message|>4<|end|>"], Answer(None, "4")),
-  "text before any mark": (START, ["4, as I"], Answer(None, "")),
+  "a message without a channel": (START, ["<|message|>4<|end|>"], Answer("4", "")),
+  "text before any mark": (START, ["4, as I"], Answer("4, as I", "")),
+  "text after analysis": (
+    START,
+    [ANALYSIS + "hm<|end|>It is 4.<|return|>"],
+    Answer("It is 4.", "hm"),
+  ),
+  "text in place of a channel": (
+    START,
+    [ANALYSIS + "hm<|end|>" + START + "\nIt is 4.<|return|>"],
+    Answer("\nIt is 4.", "hm"),
+  ),
+  "text before the final channel": (START, ["Well, " + FINAL + "4"], Answer("4", "Well, ")),
+  "a recipient before any mark": (START, [" to=functions.f"], Answer(None, "")),
+  "another role": (START, [FINAL[:0] + "<|start|>user<|message|>5<|end|>"], Answer(None, "5")),
   "opened for analysis by the prompt": (
     START + ANALYSIS,
     ["so<|end|>" + START + FINAL + "4"],
@@ -178,7 +194,66 @@ def test_an_answer_is_cut_before_a_stop_string(tmp_path):
   assert read(load("olmoe", tmp_path), " 4\n\nQ:", **cut) == Answer(" 4", "")
   thinking = load("thinking", tmp_path)
   assert read(thinking, "<think>a</think>4 Q:", **cut) == Answer("4 ", "a")
-  assert read(thinking, "<think>a\n\nb", **cut) == Answer(None, "a")
+  assert read(thinking, "<think>a\n\nb</think>\n\n4\n\nQ", **cut) == Answer("4", "a\n\nb")
+  # Special tokens are searched, but not shown.
+  mark = dict(reason="stop_string", stop_strings=[".<|im_end|>", "im_end", "<|end|>"])
+  assert read(thinking, "<think>a<|im_end|></think>4.<|im_end|>", **mark) == Answer("4", "a")
+  harmony = load("harmony", tmp_path)
+  assert read(harmony, ANALYSIS + "a<|end|>" + START + FINAL + "4<|end|>", **mark) == Answer(
+    "4", "a"
+  )
+
+
+STOPPED = [  # format, what is generated, a stop string, what remains
+  ("olmoe", "a\n\nb", "\n\n", "a"),
+  ("olmoe", "a<|padding|>b", "<|padding|>", "a"),
+  ("olmoe", "a<|padding|>b", "padd", "a"),
+  ("olmoe", "é<|padding|>bé", "é<|pad", ""),
+  ("chatml", "a.<|im_end|>\nb", ".<|im_end|>\n", "a"),
+  ("thinking", "<think>x\n\ny</think>\n\na\n\nb", "\n\n", "<think>x\n\ny</think>\n\na"),
+  ("thinking", "<think>x<|im_end|></think>a<|im_end|>b", "<|im_end|>", "<think>x</think>a"),
+  ("harmony", ANALYSIS + "x.<|end|>" + START + FINAL + "a.b", ".", "analysisx.assistantfinala"),
+  ("harmony", ANALYSIS + "x<|end|>" + START + FINAL + "a<|end|>b", "<|end|>", None),
+  ("harmony", "a<|end|>b", "b", "a"),
+]
+
+
+@pytest.mark.parametrize("segment", [1, 3, 200])
+@pytest.mark.parametrize("name, text, string, left", STOPPED)
+def test_stop_strings_end_the_answer_and_see_special_tokens(
+  name, text, string, left, segment, tmp_path
+):
+  """Where StopStringCriteria of transformers stops on the answer alone."""
+  torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
+  tokenizer = load(name, tmp_path)
+  ids = tokens(tokenizer, text)
+  theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+  criteria = transformers.generation.StopStringCriteria(theirs, [string])
+  skipped = len(
+    tokens(
+      tokenizer,
+      *[text[: text.rindex(m) + len(m)] for m in (FINAL, "</think>\n\n", "</think>") if m in text][
+        :1
+      ],
+    )
+  )
+  expected = next(
+    n for n in range(skipped + 1, len(ids) + 1) if criteria(torch.tensor([ids[skipped:n]]), None)
+  )
+  make = lambda index: answer_lib.reader(tokenizer, [], skip_special_tokens=False)
+  for reader in (make, None)[: 1 + (name in ("olmoe", "chatml"))]:
+    stops = stopping.Stops.create(tiny.config("olmoe"), (), [string], tokenizer.decode, reader)
+    sequence = stopping.OpenSequence(0, 0, stops)
+    array = np.array(ids)
+    seen = [
+      n
+      for n in [*range(segment, len(ids), segment), len(ids)]
+      if sequence.hits_stop_string(array, n)
+    ]
+    found = sequence.completion(array, array, array, seen[0], True, 1000)
+    assert (found.finish_reason, found.tokens) == ("stop_string", ids[:expected])
+    if left is not None:
+      assert found.text == left
 
 
 def test_an_answer_comes_token_by_token(tmp_path):

@@ -290,12 +290,12 @@ def marks(tmp_path, chat):
   [
     # Named in no file but the template.
     ("chatml", None, "<|endoftext|>", ["<|endoftext|>", "<|im_end|>"]),
-    ("thinking", None, "<|endoftext|>", ["<|endoftext|>", "<|im_end|>"]),
+    ("thinking", None, "<|endoftext|>", ["<|im_end|>", "<|endoftext|>"]),
     ("thinking", None, "<|im_end|>", ["<|im_end|>"]),
     ("olmoe", None, "<|endoftext|>", ["<|endoftext|>"]),
     ("mixtral", None, "</s>", ["</s>"]),
     # <|end|> follows an assistant's message, too, but ends only its analysis.
-    ("harmony", None, "<|endoftext|>", ["<|endoftext|>", "<|return|>", "<|call|>"]),
+    ("harmony", None, "<|endoftext|>", ["<|return|>", "<|endoftext|>", "<|call|>"]),
     (
       "harmony",
       "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}",
@@ -320,18 +320,23 @@ def test_answers_end_with_the_turn(name, template, eos, expected, tmp_path):
   assert marks(tmp_path, chat) == expected
 
 
-@pytest.mark.parametrize("swapped", [False, True])
-def test_a_wrong_end_of_text_in_the_tokenizer_does_not_reach_prompts(swapped, tmp_path):
-  """As in OLMoE-0125-Instruct, whichever of the two names its id 50279 has."""
-  wrong = {"bos_token": "<|padding|>", "eos_token": "<|padding|>"}
-  right = chat_formats.tokenizer("olmoe").token_to_id("<|padding|>" if swapped else "<|endoftext|>")
+def test_prompts_have_the_tokenizers_end_of_text_and_stop_at_the_models_too(tmp_path):
+  transformers = pytest.importorskip("transformers")
   chat = load(
-    "olmoe", tmp_path, files={"tokenizer_config": wrong, "config": {"eos_token_id": right}}
+    "olmoe",
+    tmp_path,
+    files={
+      "tokenizer_config": {"bos_token": "<|padding|>", "eos_token": "<|new|>"},
+      "added_tokens": {"<|new|>": 258},
+      "config": {"eos_token_id": 256},
+    },
   )
-  tokens = chat.prompt([USER, ASSISTANT, AGAIN]).tokens
-  assert chat.stop_tokens == (right,)
-  assert tokens[0] == right and tokens.count(right) == 2
-  assert not set(tokens) & set(range(256, 258)) - {right}
+  theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+  messages = [USER, ASSISTANT, AGAIN]
+  assert chat.prompt(messages).tokens == theirs.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=False
+  )
+  assert chat.stop_tokens == (theirs.eos_token_id, 256) == (258, 256)
 
 
 def test_what_users_write_opens_no_thoughts(tmp_path):

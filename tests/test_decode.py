@@ -281,3 +281,22 @@ def test_parameters_of_a_checkpoint_compile_nothing_twice(olmoe):
   )
   scoring.score(params, config, [[1, 2, 3] * 8], roster=roster, chunk_size=8)
   assert [f._cache_size() for f in functions] == [size + 1 for size in before]
+
+
+def test_non_finite_logits_are_an_error_that_names_sequence_and_position(olmoe):
+  config, params = olmoe
+  embedding = params.embedding.at[5].set(np.nan)
+  params = params.replace(embedding=embedding)
+  finished = {}
+  with pytest.raises(FloatingPointError, match="sequence 1 .* at position 2 are NaN") as raised:
+    decode.generate(
+      params,
+      config,
+      [[1, 2], [3, 4, 5], [2, 1]],
+      max_new_tokens=1,
+      on_finished=finished.__setitem__,
+    )
+  assert (raised.value.sequence, raised.value.position) == (1, 2)
+  assert sorted(finished) == [0, 2]  # nothing computed is lost
+  with pytest.raises(FloatingPointError, match="sequence 0"):
+    list(decode.stream(params, config, [5], max_new_tokens=2))

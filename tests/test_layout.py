@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("roe_jax", "checkpoints_convert", "experiments")
 MODULES = {
-  path.relative_to(ROOT): ast.parse(path.read_text())
+  path.relative_to(ROOT): ast.parse(path.read_text("utf-8"))
   for package in PACKAGES
   for path in sorted((ROOT / package).rglob("*.py"))
 }
@@ -87,3 +87,87 @@ def test_no_import_cycles():
     for needed in graph.values():
       needed.difference_update(free)
   assert not graph, f"import cycles among {sorted(map(str, graph))}"
+
+
+def calls():
+  for path, tree in MODULES.items():
+    for node in ast.walk(tree):
+      if isinstance(node, ast.Call):
+        yield path, node, getattr(node.func, "attr", getattr(node.func, "id", ""))
+
+
+def test_text_files_are_utf8_whatever_the_locale():
+  for path, call, name in calls():
+    mode = {"open": "r", "read_text": "", "write_text": ""}.get(name)
+    if mode is None or ast.unparse(call.func) == "os.open":
+      continue
+    given = [a.value for a in call.args if isinstance(a, ast.Constant)]
+    binary = name == "open" and any(isinstance(a, str) and "b" in a for a in given)
+    named = "utf-8" in given or "encoding" in {k.arg for k in call.keywords}
+    assert binary or named, f"{path}:{call.lineno} reads or writes text in the locale's encoding"
+
+
+def test_results_are_written_by_the_one_function_that_writes_valid_json():
+  allowed = {"text_files.py", "distributed.py"}  # between processes any value may be sent
+  for path, call, _ in calls():
+    if path.parts[0] == "experiments" and path.name not in allowed:
+      checked = path.name == "jsonl.py" and "ensure_ascii" in {k.arg for k in call.keywords}
+      written = ast.unparse(call.func) in ("json.dumps", "json.dump")
+      assert checked or not written, f"{path}:{call.lineno}: use text_files.to_json"
+
+
+def reached(path, head_only):
+  """Modules that a module imports, also through others: at their heads only, or anywhere."""
+  names, found, left = {dotted(p): p for p in MODULES}, set(), [path]
+  while left:
+    tree = MODULES[left.pop()]
+    body = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    for name in imported(ast.Module(body, []) if head_only else tree):
+      target = names.get(name) or names.get(name.rpartition(".")[0])
+      if target and target not in found:
+        found.add(target)
+        left.append(target)
+  return found | {path}
+
+
+PROGRAMS = [p for p in NAMED if p.parent == pathlib.Path("experiments")]
+EXTRAS = {"lm_eval", "matplotlib", "optuna", "scipy", "tabulate"}
+SLOW = {"datasets", "orbax", "torch", "transformers"}
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.stem)
+def test_flags_are_checked_before_slow_or_optional_packages_are_imported(program):
+  for path in reached(program, head_only=True):
+    if path.name == "extras.py":
+      continue
+    heads = [n for n in MODULES[path].body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    packages = {name.split(".")[0] for name in imported(ast.Module(heads, []))}
+    assert not packages & (EXTRAS | SLOW), f"{program.stem} imports {path}"
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.stem)
+def test_programs_check_the_optional_packages_that_they_use(program):
+  used = {
+    name.split(".")[0]
+    for path in reached(program, head_only=False)
+    for name in imported(MODULES[path])
+    if path.name != "extras.py"
+  } | {
+    "matplotlib" if alias.name == "plt" else alias.name
+    for path in reached(program, head_only=False)
+    for node in ast.walk(MODULES[path])
+    if isinstance(node, ast.ImportFrom) and node.module == "experiments.cli.extras"
+    for alias in node.names
+  }
+  stated = {
+    element.value
+    for node in ast.walk(MODULES[program])
+    if isinstance(node, ast.keyword) and node.arg == "needs"
+    for element in getattr(node.value, "elts", ())
+  } | {
+    element.value
+    for node in ast.walk(MODULES[program])
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "extras.check"
+    for element in getattr(node.args[0], "elts", ())
+  }
+  assert used & EXTRAS <= stated

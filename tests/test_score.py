@@ -464,3 +464,12 @@ def test_misuse_gets_a_sentence(olmoe, call, message):
   config, params = olmoe
   with pytest.raises((ValueError, FileNotFoundError), match=message):
     call(params, config)
+
+
+@pytest.mark.parametrize("n, tau", [(1, 0.0), (2, 0.3)])
+def test_non_finite_logits_are_an_error_that_names_sequence_and_position(olmoe, n, tau):
+  config, params = olmoe
+  params = params.replace(embedding=params.embedding.at[5].set(np.nan))
+  roster = Roster.create(config, n, tau)
+  with pytest.raises(FloatingPointError, match="sequence 1 .* at position 2 are NaN"):
+    score_lib.score(params, config, [[1, 2, 3], [3, 4, 5, 6]], [1, 3], roster=roster)

@@ -5,6 +5,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from roe_jax import batching
 from roe_jax.presets import PRESETS
 from roe_jax.text.tokenizer import StreamDecoder, Tokenizer, check_vocabulary, stop_tokens
 
@@ -133,81 +134,75 @@ def test_a_stream_returns_whole_characters_as_soon_as_it_can(make, tmp_path):
   assert "".join(pushed) == "the 🙂 fox, the fo, a" and stream.flush() == ""
 
 
-def test_special_ids_come_from_the_first_file_that_names_them(tmp_path):
+def test_prompts_follow_the_tokenizer_and_every_end_stops(tmp_path):
   named = {"eos_token": "<pad>", "bos_token": {"content": "<eos>"}, "pad_token": "<pad>"}
-  write(tmp_path, byte_level(), tokenizer_config=named)
+  write(tmp_path, byte_level(), config={"eos_token_id": 0, "bos_token_id": 7, "pad_token_id": None})
   load = lambda: (lambda t: (t.bos_id, t.eos_ids, t.pad_id))(Tokenizer.load(tmp_path))
-  assert load() == (0, (1,), 1)
-  (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0, "bos_token_id": None}))
-  assert load() == (0, (0,), 1)
+  assert load() == (7, (0,), None)
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+  assert load() == (0, (1, 0), 1)
   config = PRESETS["olmoe-1b-7b"].replace(eos_token_ids=(7, 8), pad_token_id=None)
   (tmp_path / "model_config.json").write_text(config.to_json())
-  assert load() == (0, (7, 8), 1)
-  (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
-  assert load() == (0, (5, 6), 1)
-
-
-def test_a_generation_config_names_all_ends(tmp_path):
-  """As in GPT-OSS, whose config.json and tokenizer name one of them."""
-  write(
-    tmp_path,
-    byte_level(),
-    tokenizer_config={"eos_token": "<eos>"},
-    config={"eos_token_id": 0},
-    generation_config={"eos_token_id": [0, 7, 5]},
+  (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+  assert load() == (0, (1, 7, 8, 5), 1)
+  assert stop_tokens(Tokenizer.load(tmp_path), config.replace(eos_token_ids=(9, 5)), (4, 1)) == (
+    1,
+    7,
+    8,
+    5,
+    9,
+    4,
   )
-  tokenizer = Tokenizer.load(tmp_path)
-  config = PRESETS["olmoe-1b-7b"].replace(eos_token_ids=(0,))
-  assert tokenizer.eos_ids == stop_tokens(tokenizer, config) == (0, 7, 5)
-  assert stop_tokens(Tokenizer(byte_level()), config) == (0,)
 
 
-WRONG = {"bos_token": "<pad>", "eos_token": "<pad>", "pad_token": "<pad>"}
+ADDED = {"content": "<new>", "lstrip": True, "normalized": False, "rstrip": False}
+ADDED |= {"single_word": False, "special": False}
+FILES = [  # the tokens in tokenizer.json are <eos> (special), <pad> (special), <plain>
+  {"tokenizer_config": {"added_tokens_decoder": {"331": ADDED}, "eos_token": "<new>"}},
+  {"tokenizer_config": {"added_tokens_decoder": {"331": ADDED, "332": ADDED | {"content": "<b>"}}}},
+  {
+    "tokenizer_config": {
+      "added_tokens_decoder": {"330": ADDED | {"content": "<plain>", "special": True}},
+      "eos_token": "<end>",
+      "image_token": "<image>",
+      "extra_special_tokens": ["<x>"],
+    }
+  },
+  {
+    "tokenizer_config": {"eos_token": "<pad>", "additional_special_tokens": ["<new>"]},
+    "added_tokens": {"<b>": 332, "<new>": 331},
+  },
+  {
+    "tokenizer_config": {"eos_token": "<pad>", "split_special_tokens": True},
+    "special_tokens_map": {"eos_token": {"content": "<eos>"}, "pad_token": "the"},
+  },
+  {"tokenizer_config": {"added_tokens_decoder": {}}, "special_tokens_map": {"eos_token": "<new>"}},
+]
 
 
-@pytest.mark.parametrize(
-  "tokenizer_config, configs, ids, names",
-  [
-    # OLMoE-0125-Instruct: the tokenizer names another end than the model has.
-    (WRONG, {"config": {"eos_token_id": 0}}, (0, (0,), 1), ("<eos>", "<eos>", "<pad>")),
-    (
-      WRONG,
-      {"generation_config": {"eos_token_id": [0, 5]}, "config": {"eos_token_id": 1}},
-      (0, (0, 5), 1),
-      ("<eos>", "<eos>", "<pad>"),
-    ),
-    # A chat model ends turns otherwise than texts, and its config knows how texts begin.
-    (
-      WRONG,
-      {"config": {"eos_token_id": 0, "bos_token_id": 1}},
-      (1, (0,), 1),
-      ("<pad>", "<eos>", "<pad>"),
-    ),
-    # One of the model's ends, though not the first.
-    (WRONG, {"config": {"eos_token_id": [0, 1]}}, (1, (0, 1), 1), ("<pad>", "<pad>", "<pad>")),
-    # An end that has no name is no reason to change one.
-    (WRONG, {"config": {"eos_token_id": 400}}, (1, (400,), 1), ("<pad>", "<pad>", "<pad>")),
-    (
-      {"bos_token": {"content": "<pad>"}, "eos_token": None},
-      {"config": {"eos_token_id": 0}},
-      (1, (0,), None),
-      ("<pad>", None, None),
-    ),
-    (
-      {"eos_token": "<eos>"},
-      {"special_tokens_map": WRONG},
-      (1, (0,), 1),
-      ("<pad>", "<eos>", "<pad>"),
-    ),
-  ],
-)
-def test_the_models_end_of_text_overrules_the_tokenizers(
-  tokenizer_config, configs, ids, names, tmp_path
-):
-  write(tmp_path, byte_level(), tokenizer_config=tokenizer_config, **configs)
-  tokenizer = Tokenizer.load(tmp_path)
-  assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == ids
-  assert tuple(map(tokenizer.named_tokens.get, ("bos_token", "eos_token", "pad_token"))) == names
+@pytest.mark.parametrize("files", FILES)
+def test_tokens_of_all_files_are_those_of_transformers(files, tmp_path):
+  transformers = pytest.importorskip("transformers")
+  raw = byte_level()
+  raw.add_tokens(["<plain>"])
+  tokenizer = Tokenizer.load(write(tmp_path, raw, **files))
+  theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+  assert tokenizer.named_tokens == theirs.special_tokens_map
+  assert tokenizer.vocab_size == len(theirs)
+  for i, token in theirs.added_tokens_decoder.items():
+    assert (tokenizer.added_id(token.content), tokenizer.is_special(i)) == (i, token.special)
+  assert set(tokenizer.eos_ids) == {theirs.eos_token_id} - {None}
+  text = "the <new> fox<b>\n<plain> <eos><end><image> <x> the"
+  ids = theirs.encode(text)
+  assert tokenizer.encode(text) == ids
+  assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_malformed_added_tokens_get_a_sentence(tmp_path):
+  for wrong in ({"x": ADDED}, {"331": "<new>", "332": 3}, [1]):
+    write(tmp_path, byte_level(), tokenizer_config={"added_tokens_decoder": wrong})
+    with pytest.raises(ValueError, match="tokenizer_config.json has malformed special or added"):
+      Tokenizer.load(tmp_path)
 
 
 def test_only_whole_added_tokens_have_an_added_id(tmp_path):
@@ -231,16 +226,21 @@ def test_the_model_must_know_every_token(tmp_path):
   assert tokenizer.vocab_size == 331 == raw.token_to_id("<extra>") + 1
   config = PRESETS["olmoe-1b-7b"]
   check_vocabulary(tokenizer, config)
-  check_vocabulary(tokenizer, config.replace(vocab_size=331))
-  with pytest.raises(ValueError, match="ids up to 330, .* has 330 tokens"):
-    check_vocabulary(tokenizer, config.replace(vocab_size=330))
+  # An added token is refused only in a prompt.
+  small = config.replace(vocab_size=330)
+  check_vocabulary(tokenizer, small)
+  batching.check_tokens(small, [tokenizer.encode("the fox")])
+  with pytest.raises(ValueError, match="token id 330, outside the model's vocabulary of 330"):
+    batching.check_tokens(small, [tokenizer.encode("the<extra>")])
+  with pytest.raises(ValueError, match="ids up to 329, .* has 329 tokens"):
+    check_vocabulary(tokenizer, config.replace(vocab_size=329))
 
 
 def test_bad_folders_get_a_sentence(tmp_path):
   with pytest.raises(FileNotFoundError, match="has no tokenizer.json"):
     Tokenizer.load(tmp_path)
   (tmp_path / "tokenizer.model").write_bytes(b"x")
-  with pytest.raises(FileNotFoundError, match="only a SentencePiece tokenizer.model"):
+  with pytest.raises(FileNotFoundError, match="has tokenizer.model but no tokenizer.json"):
     Tokenizer.load(tmp_path)
   (tmp_path / "tokenizer.json").write_text("{")
   with pytest.raises(ValueError, match="is not a tokenizer.json"):

@@ -1,15 +1,14 @@
 """Plotting style: readable in gray, PNG for pages, PDF for print."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 import pathlib
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.analysis.paired_statistics import Estimate
+from experiments.cli.extras import plt
 
 # Series differ by marker first, then by shade.
 MARKERS = "osD^vP*X<>ph"

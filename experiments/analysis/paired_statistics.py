@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import dataclasses
 
 import numpy as np
-import scipy.optimize
-import scipy.stats
+
+from experiments.cli.extras import scipy
 
 CONFIDENCE = 0.95
 SIGNIFICANCE = 0.05

@@ -1,16 +1,16 @@
 """The pictures of a report."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 import textwrap
 
-import matplotlib
-import matplotlib.pyplot as plt
-from matplotlib.transforms import offset_copy
 import numpy as np
 
 from experiments.analysis import calibration_error, comparisons, drawing
 from experiments.analysis.paired_statistics import Difference
 from experiments.analysis.run_results import Tuning
+from experiments.cli.extras import matplotlib, plt
 
 FLAT = 0.01  # percent or points: smaller differences are not magnified
 COSTS = {  # name: title and unit
@@ -92,7 +92,9 @@ def differences_against_costs(
           [d],
           label=label,
           **drawing.style(labels.index(label)),
-          transform=offset_copy(axis.transData, figure, x=offset, units="points"),
+          transform=matplotlib.transforms.offset_copy(
+            axis.transData, figure, x=offset, units="points"
+          ),
         )
         axis.update_datalim([(x, d.low), (x, d.high)])  # artists with an offset do not count
       axis.autoscale_view()

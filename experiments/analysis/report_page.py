@@ -1,14 +1,13 @@
 """The page of a report: Markdown from the rows of `comparisons`."""
 
 from collections.abc import Callable, Sequence
-import json
 from typing import Any
-
-import tabulate
 
 from experiments.analysis import calibration_error, comparisons, paired_statistics
 from experiments.analysis.paired_statistics import Comparison, Difference, Estimate
 from experiments.analysis.run_results import Result, Tuning
+from experiments.cli import text_files
+from experiments.cli.extras import tabulate
 from experiments.records import runs
 
 NOT_MEASURED = "not measured"
@@ -400,7 +399,7 @@ def _inline(value):
     return f"{value:.6g}"
   if isinstance(value, dict):
     return ", ".join(f"{k} {_inline(v)}" for k, v in value.items())
-  return value if isinstance(value, str) else json.dumps(value)
+  return value if isinstance(value, str) else text_files.to_json(value)
 
 
 def picture(name: str, caption: str) -> str:

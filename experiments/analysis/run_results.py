@@ -5,11 +5,13 @@ import dataclasses
 import glob
 import json
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
 
 from experiments.analysis.calibration_error import Events
+from experiments.cli import text_files
 from experiments.records import runs
 
 # Metrics that are a task's result, in order of preference.
@@ -46,6 +48,16 @@ class Result:
     """The fingerprint of the model; None: not recorded."""
     model = self.settings.get("model")
     return str(model.get("routers")) if isinstance(model, dict) else model
+
+  @property
+  def measured_by(self) -> str | None:
+    """The program whose definitions its costs have; None: not recorded."""
+    for line in self.costs:
+      if "measured_by" in line:
+        return line["measured_by"]
+    command = self.settings.get(runs.COMMAND, "")
+    program = re.search(r"experiments\.(compare|evaluate|tune)\b", command)
+    return program and program[1]
 
   def seeds(self, task: str) -> list[int]:
     return sorted(set().union(*self.records.get(task, {}).values()))
@@ -174,7 +186,7 @@ def _load(path):
   label = str(settings.get("label") or settings.get("name") or path.name)
   temperatures = {task: settings.get("output_temperature") for task in records}
   if (path / TEMPERATURES).is_file():
-    fitted = json.loads((path / TEMPERATURES).read_text())
+    fitted = json.loads((path / TEMPERATURES).read_text("utf-8"))
     temperatures |= {task: found["temperature"] for task, found in fitted.items()}
   return Result(
     path,
@@ -203,7 +215,7 @@ def load_tunings(patterns: Sequence[str]) -> list[Tuning]:
 
 def _load_tuning(path, name):
   try:
-    profile = json.loads((path / PROFILE).read_text()) if (path / PROFILE).is_file() else {}
+    profile = json.loads((path / PROFILE).read_text("utf-8")) if (path / PROFILE).is_file() else {}
     trials = sorted(runs.read_lines(path / TRIALS), key=lambda t: t["number"])
     for trial in trials:
       trial["state"], trial["value"], list(trial["temperatures"])
@@ -213,7 +225,9 @@ def _load_tuning(path, name):
       f"read ({type(error).__name__}: {error})"
     ) from error
   settings = path / runs.SETTINGS
-  command = json.loads(settings.read_text()).get(runs.COMMAND) if settings.is_file() else None
+  command = (
+    json.loads(settings.read_text("utf-8")).get(runs.COMMAND) if settings.is_file() else None
+  )
   return Tuning(name, profile, trials, command)
 
 
@@ -264,8 +278,8 @@ def check_comparable(results: Sequence[Result], baseline: Result) -> None:
   """Checks that differences between runs are due to their methods.
 
   Raises:
-    ValueError: another model, split or prompt format; no task in common, or no example in
-      common of a task.
+    ValueError: another model, split, prompt format or definition of costs; no task in common,
+      or no example in common of a task.
   """
   for result in results:
     if not result.records.keys() & baseline.records.keys():
@@ -286,6 +300,13 @@ def check_comparable(results: Sequence[Result], baseline: Result) -> None:
           f"{result.path} cannot be compared with {baseline.path}: their {name} differs "
           f"({_short(theirs)}, {_short(ours)}); report them separately"
         )
+    programs = {p for r in (result, baseline) if (p := r.measured_by)}
+    if len(programs) > 1:
+      raise ValueError(
+        f"{result.path} cannot be compared with {baseline.path}: their costs were measured by "
+        f"{' and '.join(sorted(programs))}, which count tokens, forward passes, seconds and "
+        "memory differently; report them separately"
+      )
     for task in result.records.keys() & baseline.records.keys():
       if not result.records[task].keys() & baseline.records[task].keys():
         raise ValueError(
@@ -295,7 +316,7 @@ def check_comparable(results: Sequence[Result], baseline: Result) -> None:
 
 
 def _short(value):
-  text = value if isinstance(value, str) else json.dumps(value)
+  text = value if isinstance(value, str) else text_files.to_json(value)
   return text if len(text) <= 40 else text[:37] + "..."
 
 

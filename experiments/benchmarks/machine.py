@@ -62,7 +62,7 @@ def _cpu_model():
   if not path.exists():
     return platform.processor() or platform.machine()
   fields = {}
-  for line in path.read_text().splitlines():
+  for line in path.read_text("utf-8").splitlines():
     name, _, value = line.partition(":")
     fields.setdefault(name.strip(), value.strip())
   if "model name" not in fields:
@@ -77,7 +77,7 @@ def free_bytes() -> int:
     return stats["bytes_limit"] - stats["bytes_in_use"]
   path = pathlib.Path("/proc/meminfo")
   if path.exists():
-    for line in path.read_text().splitlines():
+    for line in path.read_text("utf-8").splitlines():
       if line.startswith("MemAvailable:"):
         return int(line.split()[1]) * 1024
   return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.benchmarks import machine, timing
 from experiments.benchmarks.sweeps import Case
-from experiments.cli import app
+from experiments.cli import app, text_files
 
 KEY = ("variant", "num_members", "temperature", "context", "batch_size")
 
@@ -103,12 +103,12 @@ class Folder:
       ValueError: the folder holds results with other settings.
     """
     self._path = path / "results.jsonl"
-    self._settings = json.loads(json.dumps(settings))
+    self._settings = json.loads(text_files.to_json(settings))
     self.records = []
     if not self._path.exists():
       return
     try:
-      self.records = [json.loads(line) for line in self._path.read_text().splitlines()]
+      self.records = [json.loads(line) for line in text_files.read(self._path).split("\n") if line]
       kept = [record["settings"] for record in self.records]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
       raise ValueError(
@@ -135,7 +135,9 @@ class Folder:
     self.records += [
       {"sweep": sweep} | record | {"date": date, "settings": self._settings} for record in records
     ]
-    app.write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in self.records))
+    app.write_atomically(
+      self._path, "".join(text_files.to_json(record) + "\n" for record in self.records)
+    )
 
   def of(self, sweep: str) -> list[dict[str, Any]]:
     """Returns the records of one sweep."""

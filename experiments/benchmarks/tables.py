@@ -3,15 +3,11 @@
 from collections.abc import Sequence
 import pathlib
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-import tabulate
 
 from experiments.benchmarks import timing
 from experiments.benchmarks.sweep_results import Folder
+from experiments.cli.extras import plt, tabulate
 
 TITLES = {
   "decode": "Decode step by roster size n (ratio: to the smallest n)",

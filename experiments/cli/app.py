@@ -11,7 +11,8 @@ from absl import app, flags, logging
 import jax
 
 import checkpoints_convert
-from experiments.cli import distributed
+from checkpoints_convert import command_line
+from experiments.cli import distributed, extras, text_files
 from experiments.cli import dry_run as dry_run_lib
 from experiments.cli.distributed import (
   broadcast,
@@ -45,12 +46,17 @@ from roe_jax.text.tokenizer import Tokenizer
 PRESET = "preset:"
 
 
-def run(main: Callable[[Sequence[str]], None], not_distributed: str | None = None) -> None:
+def run(
+  main: Callable[[Sequence[str]], None],
+  not_distributed: str | None = None,
+  needs: tuple[str, ...] = (),
+) -> None:
   """Runs a program; invalid input prints a one-line error and exits with code 1.
 
   Args:
     main: the program's main function.
     not_distributed: why the program refuses --distributed; None if it supports it.
+    needs: packages of the `experiments` extra that it uses.
   """
 
   def guarded(argv):
@@ -58,19 +64,37 @@ def run(main: Callable[[Sequence[str]], None], not_distributed: str | None = Non
       raise app.UsageError(f"unexpected argument {argv[1]!r}: pass settings as --name=value")
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # Orbax logs every step at INFO
+    os.environ["MPLBACKEND"] = "Agg"  # figures are only saved
     use_compilation_cache()
     programs = CompiledPrograms()
     try:
+      for argument in sys.argv:
+        text_files.check_text(argument, "the command line")
+      extras.check(needs)
       distributed.start(not_distributed)
       with distributed.only_first_prints():
         main(argv)
         print(f"[{programs}]", file=sys.stderr)
       distributed.finish()
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except BrokenPipeError:
+      raise
+    except OSError as error:
+      sys.exit(f"error: {describe_os_error(error)}")
+    except (ValueError, FloatingPointError) as error:
       sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:
+      if (error.name or "").split(".")[0] not in extras.PACKAGES:
+        raise
+      sys.exit(f"error: this program needs {error.name}: {extras.INSTALL}")
     except KeyboardInterrupt:
       sys.exit(130)
-    except jax.errors.JaxRuntimeError:
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" in str(error):
+        sys.exit(
+          f"error: out of memory ({str(error).splitlines()[0]}): use a smaller --batch_size, "
+          "--num_members or --memory_budget_mb, or more devices with --mesh; --dry_run estimates "
+          "the memory of generate, score and evaluate"
+        )
       if distributed.num_processes() > 1:
         print(
           "[if another process has exited, it caused this error; rerun all processes with the "
@@ -79,7 +103,14 @@ def run(main: Callable[[Sequence[str]], None], not_distributed: str | None = Non
         )
       raise
 
-  app.run(guarded)
+  command_line.run(guarded)
+
+
+def describe_os_error(error: OSError) -> str:
+  """Returns a sentence for an error of the file system."""
+  if error.strerror is None or error.filename is None:
+    return str(error.strerror or error)
+  return f"{error.filename}: {error.strerror}"
 
 
 class CompiledPrograms:
@@ -100,8 +131,8 @@ class CompiledPrograms:
 
   def __str__(self):
     return (
-      f"{self.count} programs in {self.seconds:.1f} s: {self.count - self.cached} compiled, "
-      f"{self.cached} from the compilation cache"
+      f"JAX compiled {self.count - self.cached} functions and read {self.cached} from its cache "
+      f"({self.seconds:.1f} s)"
     )
 
 
@@ -529,5 +560,5 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     return
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(path.name + ".partial")
-  temporary.write_text(text)
+  temporary.write_text(text, encoding="utf-8")
   temporary.replace(path)

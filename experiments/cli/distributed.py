@@ -256,7 +256,7 @@ def only_first_prints() -> Iterator[None]:
     yield
     return
   with (
-    open(os.devnull, "w") as nowhere,
+    open(os.devnull, "w", encoding="utf-8") as nowhere,
     contextlib.redirect_stdout(nowhere),
     contextlib.redirect_stderr(nowhere),
   ):

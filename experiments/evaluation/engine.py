@@ -11,7 +11,6 @@ with the same answers and costs, up to rounding and seconds. Only process 0 writ
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import hashlib
-import json
 import pathlib
 import time
 from typing import Any
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 
 from experiments import tasks
-from experiments.cli import app
+from experiments.cli import app, text_files
 from experiments.records import jsonl
 from roe_jax import batching, costs, decode, diagnostics, prefill, scoring
 from roe_jax.config import ModelConfig
@@ -99,7 +98,7 @@ Request = Continuation | Prompt
 def key(request: Request) -> str:
   """Returns the key of a request's answer."""
   fields = [type(request).__name__, *dataclasses.astuple(request)]
-  return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:32]
+  return hashlib.sha256(text_files.to_json(fields).encode()).hexdigest()[:32]
 
 
 class Answers:
@@ -112,7 +111,7 @@ class Answers:
     def read():
       lines = jsonl.read_lines(path, repair=True)
       if not lines:
-        app.write_atomically(path, json.dumps({"settings": settings}) + "\n")
+        app.write_atomically(path, text_files.to_json({"settings": settings}) + "\n")
       return lines[1:]
 
     lines = app.from_first_process(read) if path else []
@@ -121,7 +120,7 @@ class Answers:
   @classmethod
   def of(cls, folder: pathlib.Path, settings: dict[str, Any]) -> "Answers":
     """Opens the answers for `settings` in a folder that several settings share."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(text_files.to_json(settings, sort_keys=True).encode()).hexdigest()
     return cls(folder / f"{digest[:16]}.jsonl", settings)
 
   def __contains__(self, key: str) -> bool:
@@ -331,10 +330,16 @@ class Engine:
           stop_tokens=stop_tokens,
           stop_strings=stop,
           decode=self._tokenizer.decode,
+          stop_reader=lambda i, missing=missing: self._stop_reader(missing[i][1]),
           batch_size=self.batch_size,
           request_ids=[r.request_id for _, r in missing],
           on_finished=write,
         )
+
+  def _stop_reader(self, request):
+    if request.opening is None:
+      return answer_lib.AnswerReader(self._tokenizer, skip_special_tokens=False)
+    return answer_lib.reader(self._tokenizer, request.opening, skip_special_tokens=False)
 
   def _generated(self, request, completion):
     text = completion.text

@@ -89,7 +89,7 @@ class RosterLM(TemplateLM):
   def stop_tokens(self) -> tuple[int, ...]:
     """Tokens that end generation."""
     chat = self._chat.stop_tokens if self._chat else ()
-    return chat or tokenizer_lib.stop_tokens(self._tokenizer, self._config)
+    return tokenizer_lib.stop_tokens(self._tokenizer, self._config, chat)
 
   @property
   def tokenizer_name(self) -> str:
@@ -189,6 +189,16 @@ class RosterLM(TemplateLM):
     if len(tokens) > room:
       self.truncated.add(request_id(context))
     return tokens[-room:]
+
+  def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Encodes a pair as the harness does, or apart if one token would span their border."""
+    if not context:
+      return [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+    before, tokens = super()._encode_pair(context, continuation)
+    if not tokens:
+      spaces = context[len(context.rstrip()) :]
+      tokens = self.tok_encode(spaces + continuation, add_special_tokens=False)
+    return before, tokens
 
   # Methods that the harness calls
 

@@ -7,9 +7,9 @@ import time
 from typing import Any
 
 import numpy as np
-from scipy.special import log_softmax
 
 from experiments.cli import app
+from experiments.cli.extras import scipy
 from experiments.evaluation.methods import Method
 from experiments.evaluation.prompts import PromptBuilder
 from experiments.tasks import Example, Task
@@ -130,6 +130,7 @@ class Measurer:
       stop_tokens=self._prompt_builder.stop_tokens,
       stop_strings=batch.examples[0].stop,
       decode=self._prompt_builder.tokenizer.decode,
+      stop_reader=self._prompt_builder.stop_reader(list(batch.examples) * n),
       request_ids=ids,
       batch_size=slots,
     )
@@ -182,7 +183,7 @@ class Measurer:
     by_example = np.split(sums, ends)
     likelihoods = []
     for e, log_probs, tokens in zip(batch.examples, by_example, np.split(counts, ends)):
-      p = np.exp(log_softmax(log_probs, axis=0))
+      p = np.exp(scipy.special.log_softmax(log_probs, axis=0))
       best = log_probs[:, 0].argmax()
       correct = np.array([bool(best == e.target)])
       likelihoods.append(

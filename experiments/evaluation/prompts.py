@@ -3,7 +3,7 @@
 Prompts are raw text or, for instruct models, chats, whose answers exclude the reasoning.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
@@ -11,6 +11,7 @@ from experiments.tasks import Example
 from roe_jax.completion import Completion
 from roe_jax.config import ModelConfig
 from roe_jax.text import tokenizer as tokenizer_lib
+from roe_jax.text.answer import AnswerReader
 from roe_jax.text.chat import Chat, Prompt
 from roe_jax.text.tokenizer import Tokenizer
 
@@ -39,9 +40,9 @@ class PromptBuilder:
       system: system message at the start of each chat.
     """
     self.tokenizer = tokenizer
-    self._config, self._chat, self._system = config, chat, system
-    self.stop_tokens: Sequence[int] = (chat and chat.stop_tokens) or tokenizer_lib.stop_tokens(
-      tokenizer, config
+    self._chat, self._system = chat, system
+    self.stop_tokens = tokenizer_lib.stop_tokens(
+      tokenizer, config, chat.stop_tokens if chat else ()
     )
     self._prompts: dict[str, Prompt] = {}
 
@@ -79,7 +80,11 @@ class PromptBuilder:
     """
     tokens, start = self.with_text(example, example.reference)
     ends = self._chat is None and example.kind != "read"
-    return tokens + list(self._config.eos_token_ids[:1] if ends else ()), start
+    return tokens + list(self.stop_tokens[:1] if ends else ()), start
+
+  def stop_reader(self, examples: Sequence[Example]) -> Callable[[int], AnswerReader] | None:
+    """Returns the `stop_reader` of `decode.generate` for the prompts of examples."""
+    return self._chat and self._chat.stop_reader([self._rendered(e) for e in examples])
 
   def answer(self, example: Example, completion: Completion) -> str:
     """Returns the answer in a completion; "" if a chat reached its limit before the answer."""

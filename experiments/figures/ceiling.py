@@ -19,9 +19,9 @@ fitted output temperature of each n.
 import dataclasses
 
 import numpy as np
-import scipy.optimize
 
 from experiments.analysis import drawing, report_page
+from experiments.cli.extras import scipy
 from experiments.figures import compared, figure_models, likelihoods
 from experiments.figures.figure_run import FigureRun
 from roe_jax.roster import Roster

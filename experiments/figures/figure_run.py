@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from experiments import tasks
 from experiments.analysis import run_results as results_lib
-from experiments.cli import app
+from experiments.cli import app, text_files
 from experiments.figures.figure_models import Model
 from experiments.records import jsonl, runs
 
@@ -138,7 +138,7 @@ class FigureRun:
       "data_dir": self.data_dir,
       "config": dataclasses.asdict(self.config),
     }
-    return json.loads(json.dumps(settings))
+    return json.loads(text_files.to_json(settings))
 
   def measurements(self) -> Measurements:
     """Opens the figure's own measurements, by name; existing ones are not repeated."""
@@ -213,7 +213,7 @@ class FigureRun:
 
 def write_records(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
   """Writes JSON lines atomically."""
-  app.write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+  app.write_atomically(path, "".join(text_files.to_json(record) + "\n" for record in records))
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -64,7 +64,7 @@ def text(kept: pathlib.Path, model: Model) -> str:
 
 
 def _section(kept, name):
-  figure, about = figures.get(name), json.loads((kept / name / ABOUT).read_text())
+  figure, about = figures.get(name), json.loads((kept / name / ABOUT).read_text("utf-8"))
   records, machine = read_records(kept / name / RECORDS), about["machine"]
   parts = [
     f"### {name}: {figure.TITLE}",

@@ -54,7 +54,7 @@ def records(run: FigureRun, tasks: Sequence[str]) -> list[Record]:
       {
         "task": task,
         "category": run.model.category(task),
-        "settings": json.loads((folder / "settings.json").read_text()),
+        "settings": json.loads((folder / "settings.json").read_text("utf-8")),
         "profile": search.profile,
         "differences": _tested(folder / "confirm", search.profile),
         "trials": search.trials,

@@ -7,29 +7,34 @@ import pathlib
 import sys
 from typing import Any
 
-from experiments.cli import app
+from experiments.cli import app, text_files
 
 
-def read(path: str | None) -> list[dict[str, Any]]:
+def read(path: str | None, keys: Iterable[str]) -> list[dict[str, Any]]:
   """Reads JSON objects from a file, or from standard input for None or "-", in process 0.
+
+  Args:
+    path: the file.
+    keys: the keys that the objects may have.
 
   Raises:
     FileNotFoundError: the file does not exist.
-    ValueError: a line is not a JSON object, or the input is empty.
+    ValueError: the input is not UTF-8 or empty, or a line is not a JSON object of these keys.
   """
-  return app.from_first_process(lambda: parse(_lines(path)))
+  return app.from_first_process(lambda: parse(_text(path).split("\n"), keys))
 
 
-def _lines(path):
-  if path in (None, "-"):
-    return sys.stdin.read().splitlines()
-  if pathlib.Path(path).is_file():
-    return pathlib.Path(path).read_text().splitlines()
-  raise FileNotFoundError(f"input file {path} does not exist")
+def _text(path):
+  if path not in (None, "-"):
+    return text_files.read(path)
+  if sys.stdin.isatty():
+    print("[reading JSON lines from the terminal; end with Ctrl-D]", file=sys.stderr)
+  return text_files.decode(sys.stdin.buffer.read(), "standard input")
 
 
-def parse(lines: Sequence[str]) -> list[dict[str, Any]]:
+def parse(lines: Sequence[str], keys: Iterable[str]) -> list[dict[str, Any]]:
   """Parses lines as `read` does; skips blank ones."""
+  keys = sorted(keys)
   requests = []
   for number, line in enumerate(lines, 1):
     if not line.strip():
@@ -40,6 +45,12 @@ def parse(lines: Sequence[str]) -> list[dict[str, Any]]:
       raise ValueError(f"input line {number} is not valid JSON: {error}") from error
     if not isinstance(request, dict):
       raise ValueError(f"input line {number} must be a JSON object, got {line.strip()[:60]}")
+    if unknown := sorted(request.keys() - set(keys)):
+      raise ValueError(
+        f"input line {number} has the unknown key {unknown[0]!r}: use {', '.join(keys)}, and flags "
+        "for settings"
+      )
+    text_files.check_text(json.dumps(request, ensure_ascii=False), f"input line {number}")
     requests.append(request)
   if not requests:
     raise ValueError("the input is empty")
@@ -55,8 +66,8 @@ def read_lines(path: pathlib.Path, repair: bool = False) -> list[dict[str, Any]]
   """
   if not path.is_file():
     return []
-  whole, _, torn = path.read_text().rpartition("\n")
-  lines = [json.loads(line) for line in whole.splitlines()]
+  whole, _, torn = text_files.read(path).rpartition("\n")
+  lines = [json.loads(line) for line in whole.split("\n") if line]
   if torn and repair:
     app.write_atomically(path, whole + "\n" if whole else "")
   return lines
@@ -66,8 +77,8 @@ def append(path: pathlib.Path, records: Iterable[dict[str, Any]]) -> None:
   """Appends records as JSON lines, in process 0 only."""
   if app.is_first_process():
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-      file.write("".join(json.dumps(record) + "\n" for record in records))
+    with path.open("a", encoding="utf-8") as file:
+      file.write("".join(text_files.to_json(record) + "\n" for record in records))
 
 
 def tokens_of(request: dict[str, Any], name: str, encode, what: str) -> list[int]:
@@ -104,7 +115,7 @@ class Results:
       ValueError: the file has results of other requests or settings.
     """
     self._requests = requests
-    self._settings = json.loads(json.dumps(settings))
+    self._settings = json.loads(text_files.to_json(settings))
     self._path = pathlib.Path(path) if path else None
     # Indices in the order of their lines.
     self._written = app.from_first_process(self._found) if path else []
@@ -115,9 +126,9 @@ class Results:
 
   def _open(self):
     if not app.is_first_process():
-      return open(os.devnull, "a")
+      return open(os.devnull, "a", encoding="utf-8")
     self._path.parent.mkdir(parents=True, exist_ok=True)
-    return self._path.open("a")
+    return self._path.open("a", encoding="utf-8")
 
   @property
   def missing(self) -> list[int]:
@@ -153,7 +164,7 @@ class Results:
 
   def write(self, index: int, record: dict[str, Any]) -> None:
     """Writes the result of request `index`, after those that must precede it."""
-    line = json.dumps(self._head(index) | record | {"settings": self._settings}) + "\n"
+    line = text_files.to_json(self._head(index) | record | {"settings": self._settings}) + "\n"
     if self._path:
       self._print(index, line)
     else:
@@ -178,8 +189,8 @@ class Results:
       return
     self._file.close()
     if app.is_first_process() and not self.missing and self._written != sorted(self._written):
-      lines = dict(zip(self._written, self._path.read_text().splitlines(keepends=True)))
-      app.write_atomically(self._path, "".join(lines[i] for i in sorted(lines)))
+      lines = dict(zip(self._written, text_files.read(self._path).split("\n")))
+      app.write_atomically(self._path, "".join(lines[i] + "\n" for i in sorted(lines)))
 
 
 class SavedValues:
@@ -195,7 +206,7 @@ class SavedValues:
       ValueError: the file was not written by this class.
     """
     self._path = path
-    self._settings = json.loads(json.dumps(settings))
+    self._settings = json.loads(text_files.to_json(settings))
     self._values = app.from_first_process(self._found) if path else {}
     if self._values:
       print(f"[{path} has {len(self._values)} values of this run]", file=sys.stderr)
@@ -217,7 +228,7 @@ class SavedValues:
   def get(self, name: str, compute: Callable[[], Any]) -> Any:
     """Returns the JSON value `name`; if missing, all processes compute it and keep process 0's."""
     if name not in self._values:
-      value = json.loads(json.dumps(app.broadcast(compute())))
+      value = json.loads(text_files.to_json(app.broadcast(compute())))
       if self._path:
         append(self._path, [{"name": name, "value": value, "settings": self._settings}])
       self._values[name] = value

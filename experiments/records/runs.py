@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.cli import app
+from experiments.cli import app, text_files
 from experiments.records import jsonl
 from experiments.records.jsonl import read_lines
 
@@ -47,15 +47,15 @@ def claim(path: pathlib.Path, settings: dict[str, Any]) -> None:
   Raises:
     ValueError: the folder has a run with other settings.
   """
-  wanted = json.loads(json.dumps(settings))
+  wanted = json.loads(text_files.to_json(settings))
   found = path / SETTINGS
   if not found.is_file():
     command = shlex.join(
       ["python", "-m", f"experiments.{pathlib.Path(sys.argv[0]).stem}", *sys.argv[1:]]
     )
-    app.write_atomically(found, json.dumps(wanted | {COMMAND: command}, indent=2) + "\n")
+    app.write_atomically(found, text_files.to_json(wanted | {COMMAND: command}, indent=2) + "\n")
     return
-  there = json.loads(found.read_text())
+  there = json.loads(found.read_text("utf-8"))
   there.pop(COMMAND, None)
   differing = sorted(k for k in there.keys() | wanted.keys() if there.get(k) != wanted.get(k))
   if differing:
@@ -102,9 +102,11 @@ class Run:
 
     def summary():
       records = sorted(read_lines(self.path / EXAMPLES), key=key)
-      app.write_atomically(self.path / EXAMPLES, "".join(json.dumps(r) + "\n" for r in records))
+      app.write_atomically(
+        self.path / EXAMPLES, "".join(text_files.to_json(r) + "\n" for r in records)
+      )
       found = {"name": self.name, "tasks": means(records), "costs": self.costs()}
-      app.write_atomically(self.path / SUMMARY, json.dumps(found, indent=2) + "\n")
+      app.write_atomically(self.path / SUMMARY, text_files.to_json(found, indent=2) + "\n")
       return found
 
     return app.from_first_process(summary)
@@ -152,7 +154,7 @@ def load(path: str | pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]]
         f"{path} has no {name}, so it is not a finished run: rerun the program that writes it"
       )
   return (
-    json.loads((path / SETTINGS).read_text()),
+    json.loads((path / SETTINGS).read_text("utf-8")),
     read_lines(path / EXAMPLES),
-    json.loads((path / SUMMARY).read_text()),
+    json.loads((path / SUMMARY).read_text("utf-8")),
   )

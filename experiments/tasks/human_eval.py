@@ -170,7 +170,7 @@ def _tested(problem, text, seconds):
 def _driven(problem, text, seconds, **more):
   job = {"solution": text, "entry_point": problem["entry_point"], "inputs": problem["inputs"]}
   return Program(
-    _DRIVER.read_text(),
+    _DRIVER.read_text("utf-8"),
     pickle.dumps(job | more),
     Limits(seconds=seconds, memory_bytes=MEMORY_BYTES),
   )

@@ -13,13 +13,13 @@ keeps encoding lossless. Digits are always single tokens.
 """
 
 import collections
-import json
 import pathlib
 
 from absl import app, flags
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from experiments.cli import text_files
 from experiments.tasks import wordmath
 
 END_OF_TEXT = "<|endoftext|>"
@@ -74,7 +74,9 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, output: str) -> None:
     "clean_up_tokenization_spaces": False,
     "model_max_length": MODEL_MAX_LENGTH,
   }
-  (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+  (folder / "tokenizer_config.json").write_text(
+    text_files.to_json(config, indent=2) + "\n", encoding="utf-8"
+  )
 
 
 def define_flags() -> None:

@@ -16,10 +16,10 @@ import time
 from typing import Any
 
 import numpy as np
-import tabulate
 
 from experiments.analysis import paired_statistics
 from experiments.cli import app
+from experiments.cli.extras import tabulate
 from experiments.records import runs
 from experiments.tuning.objectives import Objective, Perplexity
 from roe_jax.params import Params
@@ -107,6 +107,7 @@ def measure(
         run.write(
           [{"task": task, "example": i, "seed": seed, "metrics": m} for i, m in zip(ids, metrics)],
           {
+            "measured_by": "tune",
             "task": task,
             "seed": seed,
             **dataclasses.asdict(usage),

@@ -218,6 +218,7 @@ class Accuracy(_Objective):
       stop_tokens=builder.stop_tokens,
       stop_strings=first.stop,
       decode=builder.tokenizer.decode,
+      stop_reader=builder.stop_reader(self.examples[part]),
       request_ids=list(self.ids[part]),
       batch_size=self.batch_size,
     )

@@ -13,22 +13,21 @@ makes the same test, but needs a transaction per example, which takes longer tha
 model.)
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import fcntl
-import json
 import math
 import pathlib
 import time
 from typing import Any, Protocol
 
 import numpy as np
-import optuna
-from optuna.trial import FrozenTrial, TrialState
-import scipy.stats
 
-from experiments.cli import app
+from experiments.cli import app, text_files
+from experiments.cli.extras import optuna, scipy
 from experiments.tuning.objectives import Usage
 
 STEP = 0.05  # of the sweep
@@ -184,7 +183,7 @@ class Search:
   def trials(self) -> list[Trial]:
     """Returns all started trials, by number."""
     found = self._study.get_trials(deepcopy=False)
-    return [self._describe(t) for t in found if t.state != TrialState.WAITING]
+    return [self._describe(t) for t in found if t.state != optuna.trial.TrialState.WAITING]
 
   @property
   def num_finished(self) -> int:
@@ -224,7 +223,8 @@ class Search:
   def export(self) -> None:
     """Rewrites `trials.jsonl`."""
     app.write_atomically(
-      self.folder / TRIALS, "".join(json.dumps(dataclasses.asdict(t)) + "\n" for t in self.trials())
+      self.folder / TRIALS,
+      "".join(text_files.to_json(dataclasses.asdict(t)) + "\n" for t in self.trials()),
     )
 
   @contextlib.contextmanager
@@ -242,12 +242,12 @@ class Search:
   def _claimed(self):
     trials = self._study.get_trials(deepcopy=False)
     for trial in trials:
-      if trial.state == TrialState.RUNNING and _is_free(self._lock_of(trial.number)):
-        self._study.tell(trial.number, state=TrialState.FAIL)
+      if trial.state == optuna.trial.TrialState.RUNNING and _is_free(self._lock_of(trial.number)):
+        self._study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         self._lock_of(trial.number).unlink()
         self._study.add_trial(
           optuna.create_trial(
-            state=TrialState.WAITING,
+            state=optuna.trial.TrialState.WAITING,
             params=trial.params,
             distributions=trial.distributions,
             user_attrs=trial.user_attrs,
@@ -255,7 +255,9 @@ class Search:
           )
         )
     trials = self._study.get_trials(deepcopy=False)
-    begun = sum(t.state in (TrialState.COMPLETE, TrialState.RUNNING) for t in trials)
+    begun = sum(
+      t.state in (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.RUNNING) for t in trials
+    )
     if begun >= self.num_trials:
       return None
     # Each trial has its own seed, so it does not matter which process runs it.
@@ -298,8 +300,8 @@ class Search:
     if best is not None:
       return np.array(self._study.get_trials(deepcopy=False)[best.number].user_attrs[_VALUES])
 
-  def _describe(self, trial: FrozenTrial) -> Trial:
-    state = "failed" if trial.state == TrialState.FAIL else "running"
+  def _describe(self, trial: optuna.trial.FrozenTrial) -> Trial:
+    state = "failed" if trial.state == optuna.trial.TrialState.FAIL else "running"
     return Trial(
       **{
         "number": trial.number,
@@ -307,7 +309,9 @@ class Search:
         "state": state,
         "value": trial.value,
         "temperatures": self.space.temperatures(trial.params),
-        **(trial.user_attrs.get(_MADE, {}) if trial.state == TrialState.COMPLETE else {}),
+        **(
+          trial.user_attrs.get(_MADE, {}) if trial.state == optuna.trial.TrialState.COMPLETE else {}
+        ),
       }
     )
 
@@ -345,13 +349,13 @@ def is_hopeless(values: np.ndarray, best: np.ndarray, maximize: bool, looks: int
 @contextlib.contextmanager
 def lock_on(path: pathlib.Path) -> Iterator[None]:
   """Holds a lock that only one process can hold, and that is released when it ends."""
-  with open(path, "w") as file:
+  with open(path, "w", encoding="utf-8") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     yield
 
 
 def _is_free(path):
-  with open(path, "w") as file:
+  with open(path, "w", encoding="utf-8") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

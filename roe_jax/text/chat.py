@@ -3,7 +3,7 @@
 Templates render as in `apply_chat_template` of transformers, which is not required.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import datetime
 import hashlib
@@ -151,6 +151,12 @@ class Chat:
   def reader(self, prompt: Prompt) -> AnswerReader:
     """Returns a reader of the answer to a prompt, for streaming."""
     return answer_lib.reader(self._tokenizer, prompt.opening)
+
+  def stop_reader(self, prompts: Sequence[Prompt]) -> Callable[[int], AnswerReader]:
+    """Returns the `stop_reader` of `decode.generate`: stop strings end the answers only."""
+    return lambda index: answer_lib.reader(
+      self._tokenizer, prompts[index].opening, skip_special_tokens=False
+    )
 
   def answer(
     self, prompt: Prompt, completion: Completion, stop_strings: Sequence[str] = ()

@@ -1,4 +1,7 @@
-"""Converts between text and token ids with a `tokenizer.json`."""
+"""Converts between text and token ids with a `tokenizer.json`.
+
+tokenizer_config.json, special_tokens_map.json and added_tokens.json apply as in transformers.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 import json
@@ -13,7 +16,8 @@ from roe_jax.config import ModelConfig
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-_NAMED = tuple(f"{kind}_token" for kind in ("bos", "eos", "pad", "unk", "sep", "cls", "mask"))
+# Other formats of tokenizers, which transformers can convert.
+_UNREAD = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json", "vocab.txt")
 
 
 class Tokenizer:
@@ -22,10 +26,12 @@ class Tokenizer:
   Attributes:
     bos_id, pad_id: token ids, or None.
     folder: the folder that it was loaded from, or None.
-    eos_ids: end-of-sequence token ids; may be empty.
+    eos_ids: end-of-sequence token ids, the tokenizer's own first; may be empty.
     named_tokens: special tokens as text, under their names in chat templates:
       {"bos_token": "<s>", ...}.
-    vocab_size: largest token id + 1; a model's V may be larger (padding).
+    vocab_size: largest token id + 1; a model's V may be larger (padding), or smaller by
+      added tokens that it was not trained with.
+    base_vocab_size: the same without added tokens.
   """
 
   def __init__(
@@ -51,15 +57,16 @@ class Tokenizer:
     added = tokenizer.get_added_tokens_decoder()
     self._special_ids = frozenset(i for i, t in added.items() if t.special)
     self._added_ids = {t.content: i for i, t in added.items()}
+    base = set(tokenizer.get_vocab(with_added_tokens=True).values()) - set(added)
+    self.base_vocab_size = max(base, default=-1) + 1
 
   @classmethod
   def load(cls, folder: PathLike) -> "Tokenizer":
     """Loads the tokenizer of a roe_jax checkpoint or a Hugging Face folder.
 
-    Each special id comes from the first of generation_config.json, the model's config and
-    tokenizer_config.json that has it: some tokenizers name another end-of-sequence token
-    than the one that the model was trained with. If so, `named_tokens` has the model's
-    instead; also as bos_token if that is the same wrong token and no config names another.
+    Prompts follow the tokenizer: its files name the special tokens, and the model's config
+    only those that they do not. Generation ends at any end-of-sequence token that the
+    tokenizer, the model's config or generation_config.json names.
 
     Raises:
       FileNotFoundError: there is no tokenizer.json.
@@ -68,44 +75,26 @@ class Tokenizer:
     folder = pathlib.Path(folder)
     path = folder / "tokenizer.json"
     if not path.is_file():
-      if (folder / "tokenizer.model").is_file():
-        raise FileNotFoundError(
-          f"{folder} has only a SentencePiece tokenizer.model: download tokenizer.json from the "
-          "model's hub page, or write it with "
-          "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        )
-      raise FileNotFoundError(f"{folder} has no tokenizer.json")
+      raise FileNotFoundError(f"{folder} {missing_tokenizer(folder)}")
     try:
       tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises only this class
       raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+    named = _add_tokens(tokenizer, folder)
+    own = {name: tokenizer.token_to_id(text) for name, text in named.items()}
+    configs = [_model_ids(folder), read_json(folder / "generation_config.json")]
 
-    configs = [read_json(folder / "generation_config.json"), _model_ids(folder)]
-    named = _named_tokens(folder)
+    def ids(kind):
+      found = [own.get(f"{kind}_token"), *(c.get(f"{kind}_token_id") for c in configs)]
+      found = [i for some in found for i in (some if isinstance(some, list) else [some])]
+      return tuple(dict.fromkeys(i for i in found if i is not None))
 
-    def configured(kind):
-      return next(
-        (c[f"{kind}_token_id"] for c in configs if c.get(f"{kind}_token_id") not in (None, [])),
-        None,
-      )
-
-    def first(kind):
-      found = configured(kind)
-      return tokenizer.token_to_id(named.get(f"{kind}_token", "")) if found is None else found
-
-    eos = first("eos")
-    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    wrong = named.get("eos_token")
-    right = tokenizer.id_to_token(eos_ids[0]) if eos_ids else None
-    if wrong and right and tokenizer.token_to_id(wrong) not in eos_ids:
-      named["eos_token"] = right
-      if named.get("bos_token") == wrong and configured("bos") is None:
-        named["bos_token"] = right
+    first = lambda kind: next(iter(ids(kind)), None)
     return cls(
       tokenizer,
       bos_id=first("bos"),
       pad_id=first("pad"),
-      eos_ids=eos_ids,
+      eos_ids=ids("eos"),
       named_tokens=named,
       folder=folder,
     )
@@ -157,6 +146,11 @@ class StreamDecoder:
       return ""
     return self._take(final=False)
 
+  def buffered(self) -> str:
+    """Returns what `flush` would, and keeps it."""
+    before = self._decode(self._context)
+    return self._decode(self._context + self._buffer)[len(before) :]
+
   def flush(self) -> str:
     """Returns the buffered text; call this after the last token."""
     return self._take(final=True)
@@ -174,25 +168,38 @@ class StreamDecoder:
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
-  """Checks that the model has an embedding for every token.
+  """Checks that the tokenizer can be the model's.
+
+  Added tokens without an embedding are allowed (`batching.check_tokens` refuses prompts that
+  contain them), as is an embedding without a token: V is often padded.
 
   Raises:
-    ValueError: the tokenizer has ids outside the model's vocabulary. (The opposite is
-      normal: V is padded.)
+    ValueError: a token that is not an added one has an id outside the model's vocabulary.
   """
-  if tokenizer.vocab_size > config.vocab_size:
+  if tokenizer.base_vocab_size > config.vocab_size:
     raise ValueError(
-      f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model's vocabulary has "
-      f"{config.vocab_size} tokens: use the tokenizer of this model"
+      f"the tokenizer has ids up to {tokenizer.base_vocab_size - 1}, but the model's vocabulary "
+      f"has {config.vocab_size} tokens: use the tokenizer of this model"
     )
 
 
-def stop_tokens(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
-  """Returns the end-of-sequence tokens: the tokenizer's, or the config's if it has none.
+def stop_tokens(
+  tokenizer: Tokenizer, config: ModelConfig, more: Sequence[int] = ()
+) -> tuple[int, ...]:
+  """Returns the end-of-sequence tokens of the tokenizer and the config, and `more`."""
+  return tuple(dict.fromkeys((*tokenizer.eos_ids, *config.eos_token_ids, *more)))
 
-  generation_config.json, which the tokenizer reads, often has more than the model's config.
-  """
-  return tokenizer.eos_ids or config.eos_token_ids
+
+def missing_tokenizer(folder: pathlib.Path) -> str:
+  """Returns what to do about a folder without tokenizer.json: "has only tokenizer.model: ..."."""
+  for name in _UNREAD:
+    if (folder / name).is_file():
+      return (
+        f"has {name} but no tokenizer.json, the only format that is read: download tokenizer.json "
+        "from the model's hub page, or write it with "
+        "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+      )
+  return "has no tokenizer.json"
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -204,7 +211,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
     return {}
   try:
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text("utf-8"))
   except ValueError as error:
     raise ValueError(f"{path} is not valid JSON: {error}") from error
   if not isinstance(values, dict):
@@ -216,7 +223,7 @@ def _model_ids(folder: pathlib.Path) -> dict[str, Any]:
   """Returns the special ids of the model's config, under Hugging Face names."""
   if not (folder / CONFIG_FILE).is_file():
     return read_json(folder / "config.json")
-  config = ModelConfig.from_json((folder / CONFIG_FILE).read_text())
+  config = ModelConfig.from_json((folder / CONFIG_FILE).read_text("utf-8"))
   return {
     "bos_token_id": config.bos_token_id,
     "pad_token_id": config.pad_token_id,
@@ -224,13 +231,57 @@ def _model_ids(folder: pathlib.Path) -> dict[str, Any]:
   }
 
 
-def _named_tokens(folder: pathlib.Path) -> dict[str, str]:
-  """Returns the special tokens in the tokenizer's files, as text."""
-  files = [
-    read_json(folder / name) for name in ("special_tokens_map.json", "tokenizer_config.json")
-  ]
-  return {name: _token_text(file[name]) for file in files for name in _NAMED if file.get(name)}
+def _add_tokens(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path) -> dict[str, str]:
+  """Adds the tokens that only the tokenizer's other files have, in the order of transformers.
+
+  Returns:
+    The special tokens with a name, as text: {"eos_token": "</s>"}.
+
+  Raises:
+    ValueError: a file is malformed.
+  """
+  path = folder / "tokenizer_config.json"
+  settings = read_json(path)
+  listed = settings.get("added_tokens_decoder")
+  if listed is None:  # older files, which the newer one replaces
+    path = folder / "special_tokens_map.json"
+    settings |= read_json(path)
+    path = folder / "added_tokens.json"
+  try:
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    values = settings | extra if isinstance(extra, dict) else settings
+    named = {
+      name: _token(value)
+      for name, value in values.items()
+      if value
+      and (name in extra or name.endswith("_token"))
+      and (isinstance(value, str) or (isinstance(value, dict) and "content" in value))
+    }
+    special = [*named.values(), *([] if isinstance(extra, dict) else map(_token, extra))]
+    texts = {token.content for token in special}
+    if listed is None:
+      added = {
+        i: tokenizers.AddedToken(text, normalized=text not in texts, special=text in texts)
+        for text, i in read_json(path).items()
+      } | tokenizer.get_added_tokens_decoder()
+    else:
+      path = folder / "tokenizer_config.json"
+      added = {int(i): _token(value, special=False) for i, value in listed.items()}
+    tokens = [added[i] for i in sorted(added)]
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise ValueError(f"{path} has malformed special or added tokens: {error}") from error
+  known = {t.content for t in (*tokenizer.get_added_tokens_decoder().values(), *tokens)}
+  for token in tokens:
+    token.special = token.special or token.content in {t.content for t in named.values()}
+  tokens += {t.content: t for t in special if t.content not in known}.values()
+  tokenizer.add_tokens(tokens)
+  tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens"))
+  return {name: token.content for name, token in named.items()}
 
 
-def _token_text(token: Any) -> str:
-  return token.get("content", "") if isinstance(token, dict) else token
+def _token(value: str | dict[str, Any], special: bool = True) -> tokenizers.AddedToken:
+  """Returns a token that a file names by its text or describes; `special` by default."""
+  value = {"content": value} if isinstance(value, str) else value
+  known: dict[str, Any] = {k: v for k, v in value.items() if k != "__type"}
+  known.setdefault("special", special)
+  return tokenizers.AddedToken(**known)

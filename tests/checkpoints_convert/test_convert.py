@@ -830,3 +830,13 @@ def test_the_module_runs_and_fails_without_a_traceback(tmp_path):
   assert result.stderr.strip() == (
     f"error: {tmp_path} has no config.json: it is not a Hugging Face model folder"
   )
+
+
+def test_a_conversion_keeps_the_chat_template_and_says_what_it_cannot_read(tmp_path, caplog):
+  write_hub(tmp_path / "hub", "olmoe", num_layers=1)
+  for name in ("tokenizer.model", "chat_template.json", "added_tokens.json"):
+    (tmp_path / "hub" / name).write_text("{}")
+  convert_by_layer(tmp_path / "hub", tmp_path / "roe")
+  assert "has tokenizer.model but no tokenizer.json" in caplog.text
+  assert (tmp_path / "roe" / "chat_template.json").read_text() == "{}"
+  assert (tmp_path / "roe" / "added_tokens.json").is_file()

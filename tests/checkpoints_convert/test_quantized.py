@@ -4,6 +4,7 @@ import json
 import math
 import re
 
+import fake_hub
 import jax
 import ml_dtypes
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_convert import assert_same_bits, edit_json, load_leaves, read_hub, run
 
-from checkpoints_convert import convert_from_hugging_face, hub, mxfp4, tensor_names
+from checkpoints_convert import convert_from_hugging_face, mxfp4, tensor_names
 from roe_jax import checkpoint, families, quantization
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
@@ -433,12 +434,12 @@ def test_large_transposes_are_made_by_blocks():
   "arguments,experts",
   [({}, None), (dict(keep_mxfp4=True), "mxfp4"), (dict(quantize_experts="int4"), "int4")],
 )
-def test_a_dry_run_on_the_hub_believes_config_json(
-  tmp_path, capsys, monkeypatch, arguments, experts
-):
+def test_a_dry_run_on_the_hub_believes_the_files(tmp_path, capsys, monkeypatch, arguments, experts):
+  """Also where config.json names neither a dtype nor a quantization."""
   write_hub(tmp_path / "hub", config("gpt_oss"))
-  (tmp_path / "hub/model.safetensors").unlink()
-  monkeypatch.setattr(hub, "find", lambda *args, **kwargs: tmp_path / "hub")
+  edit_json(tmp_path / "hub/config.json", torch_dtype=None, quantization_config=None)
+  fake_hub.serve(monkeypatch, tmp_path / "hub", tmp_path / "snapshot")
   code, out, errors = run(capsys, source="some/model", dry_run=True, **arguments)
-  assert (code, errors) == (0, [])
+  assert (code, errors) == (0, []) and "parameters in bfloat16" in out
+  assert not list(tmp_path.glob("snapshot/*.safetensors"))
   assert (f"experts in {experts}" in out) if experts else "experts in" not in out

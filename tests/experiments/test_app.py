@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -52,3 +54,45 @@ def test_a_mesh_is_read_and_parameters_are_restored_onto_it(tiny_checkpoint, cap
 def test_what_is_no_mesh_is_refused(text):
   with pytest.raises(ValueError, match="data, expert, tensor, such as"):
     app.parse_mesh(text)
+
+
+@pytest.mark.parametrize(
+  "needs, body, sentence",
+  [
+    ("'tabulate',", "pass", 'needs tabulate: pip install "roe_jax[experiments]"'),
+    (
+      "",
+      "raise PermissionError(13, 'Permission denied', '/proc/version')",
+      "/proc/version: Permission denied",
+    ),
+    ("", "open('/dev/full', 'w', 1).write('x' + chr(10))", "No space left on device"),
+    ("", "raise FloatingPointError('not finite')", "error: not finite"),
+  ],
+)
+def test_expected_failures_end_with_one_sentence(monkeypatch, capsys, needs, body, sentence):
+  from absl import app as absl_app
+
+  def call(main):
+    monkeypatch.setattr(sys, "argv", ["program"])
+    main(sys.argv)
+
+  def failing(argv):
+    del argv
+    exec(body)
+
+  monkeypatch.setattr(absl_app, "run", call)
+  if needs:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  if not app.flags.FLAGS.is_parsed():
+    app.flags.FLAGS(["program"])
+  with pytest.raises(SystemExit) as ended:
+    app.run(failing, needs=tuple(needs.strip("',").split()))
+  assert sentence in str(ended.value)
+
+
+def test_output_that_is_cut_ends_a_program_quietly():
+  code = "import sys; from absl import flags; from checkpoints_convert import command_line; "
+  code += "flags.DEFINE_string('a', None, 'x' * 200000); command_line.run(lambda argv: None)"
+  program = f'{sys.executable} -c "{code}" --help | head -1; echo ${{PIPESTATUS[0]}}'
+  done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
+  assert done.stderr == "" and done.stdout.endswith("\n141\n")

@@ -43,7 +43,10 @@ def test_a_plain_prompt_ends_with_its_reference_and_the_end_of_text(tmp_path):
   prompt = plain.tokenizer.encode(EXAMPLE.prompt)
   text = plain.tokenizer.encode(" It is 2", add_special_tokens=False)
   assert plain.prompt(EXAMPLE) == prompt and plain.settings == {"chat": None, "system": None}
-  assert plain.with_reference(EXAMPLE) == (prompt + text + [config.eos_token_ids[0]], len(prompt))
+  assert plain.with_reference(EXAMPLE) == (
+    prompt + text + [plain.tokenizer.eos_ids[0]],
+    len(prompt),
+  )
   assert plain.with_text(EXAMPLE, " It is 2") == (prompt + text, len(prompt))
   read = dataclasses.replace(EXAMPLE, max_new_tokens=0)
   assert plain.with_reference(read) == (prompt + text, len(prompt))
@@ -53,13 +56,13 @@ def test_a_plain_prompt_ends_with_its_reference_and_the_end_of_text(tmp_path):
 
 @pytest.mark.parametrize("name", ["olmoe", "thinking"])
 def test_a_chat_is_what_its_template_makes_of_the_messages(tmp_path, name):
-  _, ours, chat = prompt_builder(tmp_path, name, system="Be brief.")
+  config, ours, chat = prompt_builder(tmp_path, name, system="Be brief.")
   prompt = chat.prompt([{"role": "system", "content": "Be brief."}, *EXAMPLE.messages]).tokens
   assert ours.prompt(EXAMPLE) == prompt
   text = ours.tokenizer.encode(" It is 2", add_special_tokens=False)
   # The end of its turn is not scored.
   assert ours.with_reference(EXAMPLE) == (prompt + text, len(prompt))
-  assert ours.stop_tokens == chat.stop_tokens
+  assert ours.stop_tokens == (*chat.stop_tokens, *config.eos_token_ids)
   assert ours.settings == {"chat": chat.settings, "system": "Be brief."}
 
 
@@ -93,7 +96,7 @@ def test_comparisons_and_searches_ask_in_the_chat_format(tmp_path):
     config,
     [prompt],
     max_new_tokens=6,
-    stop_tokens=chat.stop_tokens,
+    stop_tokens=ours.stop_tokens,
     decode=ours.tokenizer.decode,
     request_ids=[3],
   ).completions

@@ -146,7 +146,7 @@ def test_standard_output_is_that_of_the_first_process(tiny_checkpoint, tmp_path)
 @pytest.mark.parametrize(
   "case, sentence",
   [
-    ("no input", "error: input file in.jsonl does not exist"),
+    ("no input", "error: in.jsonl does not exist"),
     ("no checkpoint", "there is no model 'checkpoint'"),
     ("other flags", "--seed is 7 here but 1 in process 0"),
   ],

@@ -8,6 +8,7 @@ from lm_eval.api.instance import Instance
 import numpy as np
 import pytest
 import tiny
+import tokenizers
 
 from experiments.evaluation import engine as engine_lib
 from experiments.evaluation import lm_eval_model, lm_eval_tasks
@@ -119,6 +120,23 @@ def test_likelihoods_are_those_of_the_harness_with_transformers(ours, theirs):
   np.testing.assert_allclose([f[0] for f in found], [e[0] for e in expected], atol=1e-4)
   assert [f[1] for f in found] == [e[1] for e in expected]
   assert request_id(" ".join(QUESTIONS)) in ours.truncated
+
+
+def test_a_continuation_that_merges_with_its_context_is_encoded_apart(tmp_path):
+  """As the harness encodes pairs for models with an encoder; its causal models refuse it."""
+  raw = tokenizers.Tokenizer(
+    tokenizers.models.BPE({"a": 0, "b": 1, " ": 2, "ab": 3, " b": 4}, [("a", "b"), (" ", "b")])
+  )
+  raw.save(str(tmp_path / "tokenizer.json"))
+  config = tiny.config("olmoe", vocab_size=8, context_length=64, eos_token_ids=(7,))
+  lm = lm_eval_model.RosterLM("name", config, Tokenizer.load(tmp_path))
+  pair = lambda *texts: (lambda c: (c.context, c.tokens))(lm.continuation(*texts))
+  assert pair("ba", "b") == ((1, 0), (1,))
+  assert pair("b ", "b") == ((1,), (4,))
+  assert pair("ba", "ba") == ((1, 0), (0,))  # as the harness does, also its causal models
+  assert pair("", "ab") == ((7,), (3,))
+  with pytest.raises(ValueError, match="has no tokens"):
+    lm.continuation("ba", "")
 
 
 def test_rolling_likelihoods_are_those_of_the_harness_with_transformers(ours, theirs):

@@ -14,16 +14,18 @@ REQUESTS = [{"id": i, "prompt": f"p{i}"} for i in range(3)]
     (["{"], "line 1 is not valid JSON"),
     (["{}", "[]"], "line 2 must be a JSON object"),
     ([""], "the input is empty"),
+    (['{"id": 1}', '{"max_tokens": 5}'], "line 2 has the unknown key 'max_tokens'"),
+    (['{"id": "\\ud83d"}'], r"line 1 is not valid text.*surrogate \\ud83d"),
   ],
 )
 def test_bad_lines_are_refused(lines, sentence):
   with pytest.raises(ValueError, match=sentence):
-    jsonl.parse(lines)
+    jsonl.parse(lines, ["id"])
 
 
 def test_an_absent_file_is_refused():
   with pytest.raises(FileNotFoundError, match="does not exist"):
-    jsonl.read("no_such_file.jsonl")
+    jsonl.read("no_such_file.jsonl", ["id"])
 
 
 def test_tokens_are_taken_from_text_or_ids():
@@ -158,3 +160,32 @@ def test_a_file_of_something_else_is_refused_and_kept(tmp_path, content):
   with pytest.raises(ValueError, match="does not have values of earlier runs"):
     jsonl.SavedValues(path, {})
   assert path.read_text() == content
+
+
+def test_only_newlines_end_a_line_and_a_byte_order_mark_is_skipped(tmp_path):
+  path, value = tmp_path / "in.jsonl", {"id": "a\u2028b\u2029c\x85d"}
+  line = json.dumps(value, ensure_ascii=False)
+  path.write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n{line}\n".encode())
+  assert jsonl.read(str(path), ["id"]) == [value] * 2
+  assert jsonl.read_lines(path) == [value] * 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_another_encoding_is_refused_with_the_name_of_the_file(tmp_path, encoding):
+  path = tmp_path / "in.jsonl"
+  path.write_bytes('{"id": "é"}'.encode(encoding))
+  with pytest.raises(ValueError, match=rf"{path} is not UTF-8 text .* convert it"):
+    jsonl.read(str(path), ["id"])
+
+
+def test_written_lines_are_valid_json_whatever_the_values(tmp_path):
+  path = tmp_path / "out.jsonl"
+  jsonl.append(path, [{"x": [float("nan"), -float("inf"), 1.5]}])
+  with jsonl.Results(str(tmp_path / "results.jsonl"), [{}], {}) as results:
+    results.write(0, {"x": float("nan")})
+
+  def refuse(constant):
+    raise AssertionError(constant)
+
+  for file, x in ((path, [None, None, 1.5]), (tmp_path / "results.jsonl", None)):
+    assert json.loads(file.read_text(), parse_constant=refuse)["x"] == x

@@ -413,3 +413,21 @@ def test_the_command_line_writes_a_page_and_refuses_in_a_sentence(tmp_path):
   refused = call()
   assert refused.returncode == 1
   assert "error: nothing to report: set --runs, --tune or both" in refused.errors
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_costs_with_different_definitions_are_not_put_into_one_table(tmp_path, recorded):
+  for name in ("evaluate", "compare"):
+    command = {"command": f"python -m experiments.{name} --limit=4"}
+    synthetic.write_run(
+      tmp_path / name,
+      name,
+      np.ones(4),
+      costs=[{"task": "wordmath", "seed": 0} | ({"measured_by": name} if recorded else {})],
+    )
+    settings = tmp_path / name / "settings.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | command))
+  loaded = results_lib.load_runs([str(tmp_path / "*")])
+  with pytest.raises(ValueError, match="costs were measured by compare and evaluate"):
+    results_lib.check_comparable(loaded, loaded[0])
+  results_lib.check_comparable(loaded[:1], loaded[0])

@@ -67,6 +67,11 @@ def test_what_is_no_model_gets_a_sentence(tmp_path, monkeypatch):
   (tmp_path / "config.json").write_text('{"model_type": "llama"}')
   with pytest.raises(ValueError, match="unsupported architecture.*'llama'"):
     app.load_config(str(tmp_path))
+  (tmp_path / "config.json").rename(tmp_path / "adapter_config.json")
+  with pytest.raises(ValueError, match="is a PEFT adapter .* not a model: merge it"):
+    app.load_config(str(tmp_path))
+  with pytest.raises(FileNotFoundError, match=r"did you mean hf:org/name@refs/pr/1\?"):
+    app.load_config("org/name@refs/pr/1")
   with pytest.raises(
     FileNotFoundError,
     match="there is no model .*absent'.*: give a roe_jax checkpoint folder, a Hugging",
