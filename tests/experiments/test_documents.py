@@ -50,7 +50,7 @@ def test_the_api_page_runs(tmp_path, monkeypatch):
       exec(block, found)
   np.testing.assert_allclose(
     found["after"],
-    np.log(np.mean(scipy.special.softmax(found["members"].astype(np.float64), -1), 0)),
+    np.log(np.mean(scipy.special.softmax(found["logits"].astype(np.float64), -1), 0)),
     atol=1e-4,
   )
   assert found["losses"][-1] < found["losses"][0]
