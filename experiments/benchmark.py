@@ -52,7 +52,7 @@ def define_flags() -> None:
   flags.DEFINE_list(
     "num_members", ["1", "2", "4", "8", "16", "32", "64"], "Roster sizes n of the decode sweep."
   )
-  flags.DEFINE_float("temperature", 0.5, "Router temperature τ of the noisy rosters.")
+  flags.DEFINE_float("tau", 0.5, "Router temperature τ of the noisy rosters.")
   flags.DEFINE_integer("context", 128, "Positions before a step, except in the next three flags.")
   flags.DEFINE_list("contexts", ["128", "512", "2048"], "Context lengths of the context sweep.")
   flags.DEFINE_integer("cache_context", 512, "Positions before a step in the cache sweep.")
@@ -112,8 +112,8 @@ def sizes_from_flags(config: ModelConfig) -> Sizes:
     )
   if FLAGS.rounds < 1:
     raise ValueError(f"--rounds must be at least 1, got {FLAGS.rounds}")
-  if not 0 < FLAGS.temperature < float("inf"):
-    raise ValueError(f"--temperature must be positive, got {FLAGS.temperature}")
+  if not 0 < FLAGS.tau < float("inf"):
+    raise ValueError(f"--tau must be positive, got {FLAGS.tau}")
   if not 0 <= FLAGS.seed < 2**32:
     raise ValueError(f"--seed must lie in [0, 2**32), got {FLAGS.seed}")
   return sizes
@@ -183,7 +183,7 @@ def run(
 ) -> None:
   """Runs the chosen sweeps and adds their results to the folder."""
   bar.set_description("random weights")
-  bench = bench_lib.Bench(config, FLAGS.temperature, FLAGS.seed)
+  bench = bench_lib.Bench(config, FLAGS.tau, FLAGS.seed)
   read, read_bytes = machine.bandwidth_call()
 
   def bandwidth(count):
@@ -232,7 +232,7 @@ def main(argv) -> None:
       name: FLAGS[name].value
       for name in (
         "preset",
-        "temperature",
+        "tau",
         "rounds",
         "seed",
         "num_members",

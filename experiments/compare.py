@@ -1,7 +1,7 @@
 """Compares methods on the same examples: quality, likelihood, calibration and cost.
 
   python -m experiments.compare --checkpoint=embedded:wordmath_overtrained \\
-      --temperature_profile=0.3 --num_members=8 --limit=80
+      --tau=0.3 --num_members=8 --num_examples=80
 
 Writes one run per method to --output, which `experiments.report` turns into a page.
 `experiments.evaluation.methods` documents the methods; the default ones use as many
@@ -62,7 +62,7 @@ def define_flags(checkpoint: str | None = None) -> None:
   )
   flags.DEFINE_list("tasks", ["wordmath"], "Tasks, from " + ", ".join(tasks.TASKS) + ".")
   flags.DEFINE_enum("split", "test", ["validation", "test", "all"], "Split of the tasks.")
-  flags.DEFINE_integer("limit", None, "Number of examples per task. Default: all.")
+  flags.DEFINE_integer("num_examples", None, "Number of examples per task. Default: all.")
   flags.DEFINE_integer(
     "num_validation", 80, "Number of validation examples that output temperatures are fitted on."
   )
@@ -94,7 +94,8 @@ def check_examples(task: tasks.Task, examples: list[tasks.Example]) -> None:
     raise ValueError(f"task {task.name} has no examples in this split")
   if len(examples) > SAMPLE_STRIDE:
     raise ValueError(
-      f"task {task.name} has {len(examples)} examples, more than {SAMPLE_STRIDE}: set --limit"
+      f"task {task.name} has {len(examples)} examples, more than {SAMPLE_STRIDE}: "
+      "set --num_examples"
     )
   if len({(e.kind, e.stop) for e in examples}) > 1:
     raise ValueError(f"the examples of task {task.name} differ in kind or stop strings")
@@ -136,7 +137,7 @@ def settings_of(method: Method, model: str, prompt_builder: PromptBuilder) -> di
     "sampler": method.sampler.settings(),
     "num_samples": method.num_samples,
     "tasks": f.tasks,
-    "limit": f.limit,
+    "num_examples": f.num_examples,
     "split": f.split,
     **prompt_builder.settings,
     "max_new_tokens": f.max_new_tokens,
@@ -369,7 +370,7 @@ def run(
       check_examples(task, examples[task.name])
     return examples
 
-  examples = app.in_all_processes(lambda: read(FLAGS.split, FLAGS.limit))
+  examples = app.in_all_processes(lambda: read(FLAGS.split, FLAGS.num_examples))
   validation = app.in_all_processes(lambda: read("validation", FLAGS.num_validation))
   app.check_same(
     [

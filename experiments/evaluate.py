@@ -1,9 +1,9 @@
 """Evaluates a roster, or the baseline, on benchmarks.
 
   python -m experiments.evaluate --checkpoint=olmoe --tasks=gsm8k,arc_easy,hellaswag \\
-      --num_members=32 --temperature_profile=profile.json --output=results/olmoe-n32
+      --num_members=32 --tau=profile.json --output=results/olmoe-n32
   python -m experiments.evaluate --checkpoint=embedded:wordmath_overtrained --tasks=wordmath \\
-      --num_members=8 --temperature_profile=0.3 --limit=100 --output=results/wordmath-n8
+      --num_members=8 --tau=0.3 --num_examples=100 --output=results/wordmath-n8
 
 --tasks takes tasks, groups and tags of lm-evaluation-harness, and this project's tasks:
 paper/NAME (paper/gsm8k, paper/svamp, ...) is a task with the prompts and scoring of the RoE
@@ -32,20 +32,15 @@ from experiments.cli import app, text_files
 from experiments.cli.extras import scipy, tabulate
 from experiments.evaluation.engine import Answers, Engine, Request, Stopwatch
 from experiments.records import runs
-from experiments.tasks.base import SPLITS, Example, Task
+from experiments.tasks.base import PAPER, SPLITS, Example, Task
 from roe_jax import temperature_profiles
 
 if TYPE_CHECKING:
   from experiments.evaluation.lm_eval_model import RosterLM
 
 FLAGS = flags.FLAGS
-PAPER = "paper/"
 # This project's tasks, by their names in --tasks.
-OURS = {
-  name if name.startswith("wordmath") else PAPER + name: task
-  for name, task in tasks_lib.TASKS.items()
-  if task is not tasks_lib.WIKITEXT103
-}
+OURS = {n: task for n, task in tasks_lib.TASKS.items() if task is not tasks_lib.WIKITEXT103}
 HARNESS = "harness.json"
 EXPERTS_OF = 4  # Number of requests per task on which unique active experts are counted.
 _CONFIDENCE = (
@@ -67,7 +62,10 @@ def define_flags() -> None:
   )
   flags.DEFINE_string("output", None, "Folder of the run.", required=True)
   flags.DEFINE_integer(
-    "limit", None, "Use the first LIMIT examples of each task. Default: all.", lower_bound=1
+    "num_examples",
+    None,
+    "Number of examples per task, from the first. Default: all.",
+    lower_bound=1,
   )
   flags.DEFINE_enum(
     "split", "test", SPLITS, "Split of this project's tasks; harness tasks define their own."
@@ -151,7 +149,7 @@ def prepare(lm: RosterLM, name: str) -> PreparedTask:
     ValueError: its data cannot be read, or a request does not fit the model.
   """
   task = OURS[name]
-  examples = task.examples(FLAGS.split, FLAGS.data_dir, FLAGS.limit, FLAGS.chat)
+  examples = task.examples(FLAGS.split, FLAGS.data_dir, FLAGS.num_examples, FLAGS.chat)
   requests, references = [], []
   for example in examples:
     prompt = example.prompt
@@ -252,7 +250,7 @@ def evaluate_theirs(
   """Runs the harness's tasks, writes their records, and returns the harness's results."""
   from experiments.evaluation import lm_eval_tasks
 
-  results = lm_eval_tasks.run(lm, loaded, FLAGS.limit, FLAGS.chat, FLAGS.system)
+  results = lm_eval_tasks.run(lm, loaded, FLAGS.num_examples, FLAGS.chat, FLAGS.system)
   for name, samples in results.pop("samples").items():
     records = list(lm_eval_tasks.records(lm, name, loaded["tasks"][name], samples, seed))
     write(lm, run, seed, name, name, records)
@@ -414,7 +412,7 @@ def main(argv) -> None:
         name: FLAGS[name].value
         for name in (
           "tasks",
-          "limit",
+          "num_examples",
           "split",
           "data_dir",
           "include_path",

@@ -1,7 +1,7 @@
 """Generates text with a roster, for one prompt or for a file of prompts.
 
   python -m experiments.generate --checkpoint=embedded:wordmath_control \\
-      --prompt="Question: Tom has 3 apples. ..." --num_members=16 --temperature_profile=0.3
+      --prompt="Question: Tom has 3 apples. ..." --num_members=16 --tau=0.3
 
 --prompt streams the answer to the terminal. Without it, the program reads one JSON object
 per line from --input (default: standard input), with "prompt" (text) or "prompt_tokens"

@@ -1,7 +1,7 @@
 """Runs lm-evaluation-harness's own command line, with the model type `roe_jax` registered.
 
   python -m experiments.harness run --model roe_jax --tasks arc_easy \\
-      --model_args checkpoint=olmoe,num_members=8,temperatures=0.3
+      --model_args checkpoint=olmoe,num_members=8,tau=0.3
 """
 
 import sys

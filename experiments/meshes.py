@@ -65,10 +65,10 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     "host_devices", 8, "Number of devices that the CPU is split into; 0 uses the real devices."
   )
-  flags.DEFINE_integer("num_problems", 200, "Number of test problems, solved as one batch.")
+  flags.DEFINE_integer("num_examples", 200, "Number of test problems, solved as one batch.")
   flags.DEFINE_integer("max_new_tokens", 64, "Maximum number of tokens per problem.")
   flags.DEFINE_integer("num_members", 4, "Roster size n.")
-  flags.DEFINE_float("temperature", 0.3, "Router temperature τ of all layers.")
+  flags.DEFINE_float("tau", 0.3, "Router temperature τ of all layers.")
   flags.DEFINE_integer("seed", 0, "Seed for routing noise.")
   flags.DEFINE_integer(
     "rounds", 9, "Timing rounds, in which the meshes take turns; 0 skips timing."
@@ -184,16 +184,16 @@ class Model:
 def open_model(
   checkpoint: str,
   mesh: str,
-  num_problems: int,
+  num_examples: int,
   num_members: int,
-  temperature: float,
+  tau: float,
   seed: int,
   max_new_tokens: int,
 ) -> Model:
   """Opens a model of word problems in float32 on a mesh."""
   params, config, tokenizer = app.open_model(checkpoint, "float32", mesh)
-  prompts = [tokenizer.encode(wordmath.prompt(p)) for p in wordmath.problems("test", num_problems)]
-  roster = Roster.create(config, num_members, temperature, seed=seed)
+  prompts = [tokenizer.encode(wordmath.prompt(p)) for p in wordmath.problems("test", num_examples)]
+  roster = Roster.create(config, num_members, tau, seed=seed)
   return Model(
     params, config, roster, prompts, tokenizer_lib.stop_tokens(tokenizer, config), max_new_tokens
   )
@@ -381,16 +381,16 @@ def main(argv) -> None:
     jax.config.update("jax_platforms", "cpu")
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
       jax.config.update("jax_num_cpu_devices", FLAGS.host_devices)
-  if FLAGS.num_problems < 1 or FLAGS.max_new_tokens < STEPS or FLAGS.rounds < 0:
+  if FLAGS.num_examples < 1 or FLAGS.max_new_tokens < STEPS or FLAGS.rounds < 0:
     raise ValueError(
-      f"--num_problems must be at least 1, --max_new_tokens at least {STEPS}, and "
+      f"--num_examples must be at least 1, --max_new_tokens at least {STEPS}, and "
       "--rounds not negative"
     )
   for mesh in FLAGS.mesh:
     app.parse_mesh(mesh)
   settings = {
     name: FLAGS[name].value
-    for name in ("num_problems", "num_members", "temperature", "seed", "max_new_tokens")
+    for name in ("num_examples", "num_members", "tau", "seed", "max_new_tokens")
   }
   results = {}
   with tqdm(

@@ -46,9 +46,9 @@ def define_flags() -> None:
   )
   flags.DEFINE_list("formats", list(FORMATS), f"Formats of the experts; {UNQUANTIZED} comes first.")
   flags.DEFINE_integer("num_members", 8, "Roster size n.")
-  flags.DEFINE_float("temperature", 0.3, "Router temperature τ when formats are compared.")
+  flags.DEFINE_float("tau", 0.3, "Router temperature τ when formats are compared.")
   flags.DEFINE_list("sweep", ["0.1", "0.2", "0.3", "0.4", "0.5", "0.6"], "Values of τ to sweep.")
-  flags.DEFINE_integer("num_problems", 160, "Number of test problems.")
+  flags.DEFINE_integer("num_examples", 160, "Number of test problems.")
   flags.DEFINE_integer("num_validation", 120, "Number of validation problems, for the sweep.")
   flags.DEFINE_integer("batch_size", 40, "Problems scored together.")
   flags.DEFINE_integer("seed", 0, "Seed for routing noise.")
@@ -166,7 +166,7 @@ def measure(
   def first_batch():
     batch = test[: FLAGS.batch_size]
     chosen, gaps = routing(*model(), batch)
-    roster = Roster.create(config, n, FLAGS.temperature, seed=FLAGS.seed)
+    roster = Roster.create(config, n, FLAGS.tau, seed=FLAGS.seed)
     agreement = diagnostics.routing_agreement(*model(), roster, batch.sequences, batch.starts)
     return {
       "experts": chosen.tolist(),
@@ -179,7 +179,7 @@ def measure(
     **keep("sizes", sizes),
     **keep("routing", first_batch),
     "baseline": nll("baseline", 1, 0.0, test),
-    "roster": nll("roster", n, FLAGS.temperature, test),
+    "roster": nll("roster", n, FLAGS.tau, test),
     "sweep_baseline": nll("sweep, baseline", 1, 0.0, validation),
     "sweep": [nll(f"sweep, τ = {t}", n, float(t), validation) for t in FLAGS.sweep],
   }
@@ -299,23 +299,15 @@ def tables(rows: list[dict], num_members: int, temperature: float) -> str:
 
 
 def _settings() -> dict:
-  names = (
-    "num_members",
-    "temperature",
-    "sweep",
-    "num_problems",
-    "num_validation",
-    "batch_size",
-    "seed",
-  )
+  names = ("num_members", "tau", "sweep", "num_examples", "num_validation", "batch_size", "seed")
   return {name: getattr(FLAGS, name) for name in names}
 
 
 def main(argv) -> None:
   del argv
   sweep = [float(t) for t in FLAGS.sweep]
-  if min(FLAGS.num_problems, FLAGS.num_validation, FLAGS.batch_size) < 1:
-    raise ValueError("--num_problems, --num_validation and --batch_size must be at least 1")
+  if min(FLAGS.num_examples, FLAGS.num_validation, FLAGS.batch_size) < 1:
+    raise ValueError("--num_examples, --num_validation and --batch_size must be at least 1")
   if FLAGS.num_members < 2 or not sweep:
     raise ValueError("--num_members must be at least 2, and --sweep must name a τ")
   if FLAGS.formats[:1] != [UNQUANTIZED] or not set(FLAGS.formats) <= set(FORMATS):
@@ -334,12 +326,12 @@ def main(argv) -> None:
       )
     for format in FLAGS.formats[1:]:
       quantization.check_sizes(format, config.d_model, config.d_expert)
-    for t in (FLAGS.temperature, *sweep):
+    for t in (FLAGS.tau, *sweep):
       Roster.create(config, FLAGS.num_members, t, seed=FLAGS.seed)
   output, settings = pathlib.Path(FLAGS.output), _settings()
   saved = jsonl.SavedValues(output / "measured.jsonl", settings)
   texts, summary = [], {}
-  total = 2 * FLAGS.num_problems + (1 + len(sweep)) * FLAGS.num_validation
+  total = 2 * FLAGS.num_examples + (1 + len(sweep)) * FLAGS.num_validation
   total *= len(FLAGS.checkpoints) * len(FLAGS.formats)
   with app.progress(total=total, unit="problem") as bar:
     for checkpoint in FLAGS.checkpoints:
@@ -347,7 +339,7 @@ def main(argv) -> None:
       params, config, tokenizer = app.open_model(checkpoint, UNQUANTIZED)
       validation, test = (
         tokenize(tokenizer, wordmath.problems(split, count), config.eos_token_ids[0])
-        for split, count in (("validation", FLAGS.num_validation), ("test", FLAGS.num_problems))
+        for split, count in (("validation", FLAGS.num_validation), ("test", FLAGS.num_examples))
       )
       by_format = {}
       for format in FLAGS.formats:
@@ -355,7 +347,7 @@ def main(argv) -> None:
         keep = lambda part, compute: saved.get(f"{checkpoint}, {format}: {part}", compute)
         by_format[format] = measure(params, config, format, validation, test, keep, bar.update)
       rows = summarize(by_format, test, validation, sweep)
-      texts.append(f"## {name}\n\n{tables(rows, FLAGS.num_members, FLAGS.temperature)}")
+      texts.append(f"## {name}\n\n{tables(rows, FLAGS.num_members, FLAGS.tau)}")
       summary[name] = rows
   app.write_atomically(
     output / "results.json",
@@ -365,7 +357,7 @@ def main(argv) -> None:
     + "\n",
   )
   text = (
-    f"{FLAGS.num_problems} test and {FLAGS.num_validation} validation problems. In brackets: 95 % "
+    f"{FLAGS.num_examples} test and {FLAGS.num_validation} validation problems. In brackets: 95 % "
     "intervals of the difference on the same problems. *: the interval excludes zero.\n\n"
     + "\n".join(texts)
   )

@@ -28,8 +28,8 @@ FLAGS = flags.FLAGS
 DEFAULTS = {
   "dtype": "float32",
   "num_members": 16,
-  "temperature_profile": "0.3",
-  "limit": 160,
+  "tau": "0.3",
+  "num_examples": 160,
   "max_new_tokens": 64,
   "batch_size": 40,
   "output": "results/quickstart",
@@ -153,7 +153,7 @@ def show_solution(checkpoint: str, rows: list[dict], task: tasks.Task) -> str:
   """
   answers = [r["result"].records[task.name] for r in (rows[0], rows[-1])]
   seed = FLAGS.seed
-  examples = list(task.examples(FLAGS.split, FLAGS.data_dir, FLAGS.limit, FLAGS.chat))
+  examples = list(task.examples(FLAGS.split, FLAGS.data_dir, FLAGS.num_examples, FLAGS.chat))
   by_baseline, by_roster = (
     [(of[e.id][seed]["output"], of[e.id][seed]["metrics"][task.metric]) for e in examples]
     for of in answers
@@ -235,7 +235,7 @@ def draw(models: dict[str, list[dict]]) -> plt.Figure:
   drawing.legend(figure, axes[0, 0])
   figure.suptitle(
     "Rosters of n members and the baseline (n = 1): router temperature "
-    f"{FLAGS.temperature_profile}, {FLAGS.limit} problems, 95 % intervals",
+    f"{FLAGS.tau}, {FLAGS.num_examples} problems, 95 % intervals",
     fontsize=10,
   )
   return figure
@@ -256,8 +256,8 @@ def main(argv) -> None:
     solution = show_solution(checkpoint, rows, task)
     texts.append(f"## {name}\n\n{table(rows)}\n\n{findings(rows)}\n\n{solution}\n")
   text = (
-    f"{FLAGS.limit} test problems, greedy decoding, Clean Cache, router temperature "
-    f"{FLAGS.temperature_profile}.\nIn brackets: 95 % intervals of the difference on the same "
+    f"{FLAGS.num_examples} test problems, greedy decoding, Clean Cache, router temperature "
+    f"{FLAGS.tau}.\nIn brackets: 95 % intervals of the difference on the same "
     "problems. *: significant, after Holm's correction.\nFitted T: output "
     f"temperature fitted on {FLAGS.num_validation} validation problems. Time per token: "
     "relative to the baseline.\n\n" + "\n".join(texts)

@@ -133,7 +133,11 @@ def make_figure_runs(names: list[str]) -> list[FigureRun]:
   model, *configs = overridden([model, *configs], FLAGS.set)
   root = pathlib.Path(FLAGS.output) / FLAGS.model
   data = FLAGS.seed, FLAGS.data_dir, FLAGS.allow_code_execution
-  return [FigureRun(name, model, config, root, *data) for name, config in zip(names, configs)]
+  made = [FigureRun(name, model, config, root, *data) for name, config in zip(names, configs)]
+  for text in FLAGS.set:
+    if not any(figures.uses(run, text.partition("=")[0]) for run in made):
+      raise ValueError(f"--set={text}: {', '.join(names)} would not use it: remove it")
+  return made
 
 
 def check_checkpoints(model: figure_models.Model) -> None:

@@ -1,7 +1,7 @@
 """Computes the perplexity of a text file, or log-probabilities of continuations, with a roster.
 
   python -m experiments.score --checkpoint=olmoe --text=wiki.txt --window=2048 \\
-      --num_members=16 --temperature_profile=0.2
+      --num_members=16 --tau=0.2
   python -m experiments.score --checkpoint=olmoe --input=pairs.jsonl --output=scores.jsonl
 
 --text prints the perplexity of a text file over strided windows, for the baseline and for

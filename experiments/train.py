@@ -50,9 +50,7 @@ def define_flags() -> None:
     "Size of the training set, 0 for a stream of new problems; the config's by default.",
   )
   flags.DEFINE_float("learning_rate", None, "Peak learning rate; the config's by default.")
-  flags.DEFINE_float(
-    "noise_temperature", None, "Temperature of routing noise in training; the config's by default."
-  )
+  flags.DEFINE_float("tau", None, "Router temperature τ in training; the config's by default.")
   flags.mark_flags_as_required(["config", "output"])
 
 
@@ -67,9 +65,7 @@ def apply_flags(config: configs.TrainingConfig) -> configs.TrainingConfig:
     return {name: value for name, value in values.items() if value is not None}
 
   settings = given(
-    num_steps=FLAGS.steps,
-    learning_rate=FLAGS.learning_rate,
-    noise_temperature=FLAGS.noise_temperature,
+    num_steps=FLAGS.steps, learning_rate=FLAGS.learning_rate, noise_temperature=FLAGS.tau
   )
   changes = given(seed=FLAGS.seed, batch_size=FLAGS.batch_size)
   if FLAGS.problems is not None:
@@ -183,15 +179,7 @@ def validate(params, config: configs.TrainingConfig, tokenizer) -> dict[str, flo
 
 def command() -> str:
   """Returns the command of this run, with a placeholder for the output folder."""
-  settings = (
-    "config",
-    "steps",
-    "seed",
-    "batch_size",
-    "problems",
-    "learning_rate",
-    "noise_temperature",
-  )
+  settings = ("config", "steps", "seed", "batch_size", "problems", "learning_rate", "tau")
   given = [f"--{name}={FLAGS[name].value}" for name in settings if FLAGS[name].present]
   return " ".join(["python -m experiments.train", *given, "--output=DIR"])
 

@@ -1,11 +1,11 @@
 """Tunes a router temperature for each layer of a model, and tests whether it helps.
 
-    python -m experiments.tune --checkpoint=olmoe --config=paper_math_olmoe --task=gsm8k \\
+    python -m experiments.tune --checkpoint=olmoe --config=paper_math_olmoe --task=paper/gsm8k \\
         --output=results/tune/olmoe-gsm8k
     python -m experiments.generate --checkpoint=olmoe \\
-        --temperature_profile=results/tune/olmoe-gsm8k/profile.json --prompt=...
+        --tau=results/tune/olmoe-gsm8k/profile.json --prompt=...
 
-Trials of temperature profiles are measured on the first --num_samples examples of the task's
+Trials of temperature profiles are measured on the first --num_examples examples of the task's
 validation split, always with the same noise: first one τ for all layers in steps of 0.05, then
 TPE. --sampler=sweep runs only the first part. To rule out selection luck, the best trial, the
 best τ of the sweep and the baseline are re-evaluated on --num_confirm fresh examples with
@@ -73,10 +73,10 @@ def define_flags() -> None:
     "objective", None, list(OBJECTIVES), f"{objective}; {default_is(default.objective)}."
   )
   for define, name, text in (
-    (flags.DEFINE_integer, "num_samples", "Validation examples that trials see"),
+    (flags.DEFINE_integer, "num_examples", "Validation examples that trials see"),
     (flags.DEFINE_integer, "num_trials", "Number of trials, including the sweep"),
-    (flags.DEFINE_float, "max_temperature", "T, the largest τ tried"),
-    (flags.DEFINE_integer, "fixed_layers", "L, the first and last L layers keep τ = 0"),
+    (flags.DEFINE_float, "max_tau", "Largest τ tried"),
+    (flags.DEFINE_integer, "fixed_layers", "Number of first and of last layers that keep τ = 0"),
   ):
     define(name, None, f"{text}; {default_is(getattr(default, name))}.")
   flags.DEFINE_enum("sampler", "tpe", ["tpe", "sweep"], "TPE after a sweep, or only the sweep.")
@@ -159,15 +159,13 @@ def prepare() -> SearchSetup:
     ValueError: a wrong setting, or not enough examples.
     FileNotFoundError: no such checkpoint, or no data.
   """
-  if FLAGS["temperature_profile"].present:
-    raise ValueError(
-      "--temperature_profile cannot be given, since it is tuned here: use --max_temperature"
-    )
+  if FLAGS["tau"].present:
+    raise ValueError("--tau cannot be given, since it is tuned here: use --max_tau")
   tuning = tuning_configs.load(FLAGS.config)
   given = {f.name: FLAGS[f.name].value for f in dataclasses.fields(tuning) if FLAGS[f.name].present}
   tuning = dataclasses.replace(tuning, **given)
   for name, value in (
-    ("num_samples", tuning.num_samples),
+    ("num_examples", tuning.num_examples),
     ("num_trials", tuning.num_trials),
     ("num_confirm", FLAGS.num_confirm),
     ("num_seeds", FLAGS.num_seeds),
@@ -184,15 +182,15 @@ def prepare() -> SearchSetup:
       "together: give one of them"
     )
   config = app.load_config(FLAGS.checkpoint)
-  space = Space(config.num_layers, tuning.fixed_layers, tuning.max_temperature)
+  space = Space(config.num_layers, tuning.fixed_layers, tuning.max_tau)
   if FLAGS.sampler == "sweep":
     tuning = dataclasses.replace(tuning, num_trials=len(space.sweep()))
   trials.check_budget(space, tuning.num_trials)
   roster = {name: FLAGS[name].value for name in temperature_profiles.ROSTER_SETTINGS}
   roster |= {"num_members": tuning.num_members, "cache": tuning.cache}
   task = tasks.get(FLAGS.task)
-  count, examples, fresh = choose_examples(task, tuning.num_samples)
-  tuning = dataclasses.replace(tuning, num_samples=count)
+  count, examples, fresh = choose_examples(task, tuning.num_examples)
+  tuning = dataclasses.replace(tuning, num_examples=count)
   builder = app.prompt_builder(config, app.load_tokenizer(FLAGS.checkpoint))
   settings = FLAGS.batch_size, FLAGS.allow_code_execution
   searched, fresh = (
@@ -207,7 +205,7 @@ def prepare() -> SearchSetup:
 
 
 def choose_examples(
-  task: tasks.Task, num_samples: int
+  task: tasks.Task, num_examples: int
 ) -> tuple[int, list[tasks.Example], list[int]]:
   """Splits examples of the validation split, those of the search first.
 
@@ -220,29 +218,30 @@ def choose_examples(
   Raises:
     ValueError: not enough examples.
   """
-  confirms = FLAGS.num_confirm or num_samples
+  confirms = FLAGS.num_confirm or num_examples
   examples = app.in_all_processes(
     lambda: PromptBuilder.limited(
-      task.examples(SPLIT, FLAGS.data_dir, num_samples + confirms, FLAGS.chat), FLAGS.max_new_tokens
+      task.examples(SPLIT, FLAGS.data_dir, num_examples + confirms, FLAGS.chat),
+      FLAGS.max_new_tokens,
     )
   )
   app.check_same([[e.prompt, e.reference] for e in examples], tasks.OTHER_DATA)
-  if FLAGS.num_confirm is None and len(examples) < 2 * num_samples:
-    num_samples = len(examples) // 2
+  if FLAGS.num_confirm is None and len(examples) < 2 * num_examples:
+    num_examples = len(examples) // 2
     print(
-      f"[the validation split of {task.name} has {len(examples)} examples: {num_samples} are for "
+      f"[the validation split of {task.name} has {len(examples)} examples: {num_examples} are for "
       "the search, the others for the confirmation]",
       file=sys.stderr,
     )
-    confirms = len(examples) - num_samples
-  seen = {e.prompt for e in examples[:num_samples]}
-  fresh = [i for i in range(num_samples, len(examples)) if examples[i].prompt not in seen]
-  if num_samples < 1 or len(examples) < num_samples + confirms or not fresh:
+    confirms = len(examples) - num_examples
+  seen = {e.prompt for e in examples[:num_examples]}
+  fresh = [i for i in range(num_examples, len(examples)) if examples[i].prompt not in seen]
+  if num_examples < 1 or len(examples) < num_examples + confirms or not fresh:
     raise ValueError(
       f"the validation split of {task.name} has {len(examples)} examples, {len(fresh)} of them "
-      f"new to the search: too few for --num_samples={num_samples} and --num_confirm={confirms}"
+      f"new to the search: too few for --num_examples={num_examples} and --num_confirm={confirms}"
     )
-  return num_samples, examples, fresh
+  return num_examples, examples, fresh
 
 
 def open_search(setup: SearchSetup) -> Search:

@@ -311,7 +311,7 @@ def check_comparable(results: Sequence[Result], baseline: Result) -> None:
       if not result.records[task].keys() & baseline.records[task].keys():
         raise ValueError(
           f"{result.path} cannot be compared with {baseline.path}: they have no example of "
-          f"{task} in common; run both with the same --split, --limit and data"
+          f"{task} in common; run both with the same --split, --num_examples and data"
         )
 
 

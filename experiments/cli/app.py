@@ -280,7 +280,7 @@ def define_roster_flags(num_members: int = 1) -> None:
     "num_members", num_members, "Roster size n: number of members whose predictions are combined."
   )
   flags.DEFINE_string(
-    "temperature_profile",
+    "tau",
     "0",
     "Router temperature τ: one number for all layers, a comma-separated list with one per layer, "
     "or a JSON file from experiments.tune, whose roster settings become the defaults of the "
@@ -330,7 +330,7 @@ def define_roster_flags(num_members: int = 1) -> None:
 
 
 def parse_temperatures(text: str) -> float | list[float]:
-  """Parses the value of --temperature_profile; process 0 reads the file.
+  """Parses the value of --tau; process 0 reads the file.
 
   Raises:
     ValueError: it is neither numbers nor a JSON file with "temperatures".
@@ -351,8 +351,7 @@ def _read_temperatures(text):
   path = pathlib.Path(text)
   if not path.is_file():
     raise ValueError(
-      f"--temperature_profile={text!r} must be a number, a comma-separated list of numbers or "
-      "an existing JSON file"
+      f"--tau={text!r} must be a number, a comma-separated list of numbers or an existing JSON file"
     )
   return temperature_profiles.read(path)
 
@@ -366,7 +365,7 @@ def roster_from_flags(config: ModelConfig) -> Roster:
     ValueError: a setting is out of range, or the profile is for a model of different sizes.
   """
   f = flags.FLAGS
-  temperatures = _numbers_or_profile(f.temperature_profile)
+  temperatures = _numbers_or_profile(f.tau)
   settings = {name: f[name].value for name in temperature_profiles.ROSTER_SETTINGS}
   if isinstance(temperatures, Profile):
     temperatures.check_sizes(config)
@@ -383,15 +382,15 @@ def roster_from_flags(config: ModelConfig) -> Roster:
 
 
 def check_profile(params: Params) -> None:
-  """Checks the routers of `params` against the file in --temperature_profile, if any.
+  """Checks the routers of `params` against the file in --tau, if any.
 
   `load_params` calls this.
 
   Raises:
     ValueError: the temperature profile is for a different model.
   """
-  if "temperature_profile" in flags.FLAGS:
-    found = _numbers_or_profile(flags.FLAGS["temperature_profile"].value)
+  if "tau" in flags.FLAGS:
+    found = _numbers_or_profile(str(flags.FLAGS["tau"].value))
     if isinstance(found, Profile):
       found.check_routers(params)
 

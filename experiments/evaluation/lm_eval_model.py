@@ -250,7 +250,7 @@ class RegisteredRosterLM(RosterLM):
   def __init__(
     self,
     checkpoint: str,
-    temperatures: float | str = 0.0,
+    tau: float | str = 0.0,
     seed: int = 0,
     dtype: str | None = None,
     mesh: str | None = None,
@@ -264,7 +264,7 @@ class RegisteredRosterLM(RosterLM):
 
     Args:
       checkpoint: a folder, or an embedded model.
-      temperatures: τ of all layers, or of each layer separated by semicolons, or the path of a
+      tau: τ of all layers, or of each layer separated by semicolons, or the path of a
         temperature profile.
       seed: seed for routing noise and sampling.
       dtype, mesh: see the flags of `experiments.evaluate`.
@@ -282,16 +282,16 @@ class RegisteredRosterLM(RosterLM):
     if unknown:
       raise ValueError(
         f"unknown model_args {', '.join(sorted(unknown))}: the roster's settings "
-        f"are temperatures, seed, {', '.join(temperature_profiles.ROSTER_SETTINGS)}"
+        f"are tau, seed, {', '.join(temperature_profiles.ROSTER_SETTINGS)}"
       )
-    path = pathlib.Path(str(temperatures))
+    path = pathlib.Path(str(tau))
     profile = temperature_profiles.read(path) if path.is_file() else None
     if profile:
       profile.check_sizes(config)
-      roster, temperatures = profile.roster | roster, profile.temperatures
+      roster, tau = profile.roster | roster, profile.temperatures
     else:
-      temperatures = app.parse_temperatures(str(temperatures).replace(";", ","))
-    made = Roster.create(config, temperatures=temperatures, seed=seed, **roster)
+      tau = app.parse_temperatures(str(tau).replace(";", ","))
+    made = Roster.create(config, temperatures=tau, seed=seed, **roster)
     tokenizer = app.load_tokenizer(checkpoint)
     super().__init__(checkpoint, config, tokenizer)
     params, config = app.load_params(checkpoint, dtype, mesh)

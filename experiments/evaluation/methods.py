@@ -269,8 +269,7 @@ def _roster(name, text, config, base, settings, given):
   # A search may find that zero temperatures are best, so a profile may have them.
   if roster.is_baseline or not (profile or bool(jnp.any(roster.temperatures > 0))):
     raise ValueError(
-      "it is the baseline: set n to at least 2, and router temperatures with t=... or "
-      "--temperature_profile"
+      "it is the baseline: set n to at least 2, and router temperatures with t=... or --tau"
     )
   descriptions = {
     "t": "τ = {:g}",

@@ -31,6 +31,7 @@ the others are estimated with `roe_jax.costs` (H100):
     noise_families     10        10         5          9
 """
 
+import dataclasses
 import importlib
 from types import ModuleType
 from typing import Any
@@ -50,6 +51,17 @@ REVIEWERS = (
   "noise_families",
 )
 NAMES = PAPER + REVIEWERS
+# Settings of a model that only some figures use.
+BUDGETS = (
+  "num_members",
+  "tau",
+  "num_seeds",
+  "num_examples",
+  "num_validation",
+  "num_search_examples",
+  "num_trials",
+  "batch_size",
+)
 
 
 def get(name: str) -> ModuleType | Any:
@@ -68,3 +80,16 @@ def get(name: str) -> ModuleType | Any:
 def commands(run: FigureRun) -> list[Command]:
   """Returns the programs that run before a figure is measured."""
   return getattr(get(run.figure), "commands", lambda run: [])(run)
+
+
+def uses(run: FigureRun, name: str) -> bool:
+  """Whether a figure depends on a setting: on any but a budget of the model that it ignores."""
+  if name not in BUDGETS or name in {f.name for f in dataclasses.fields(run.config)}:
+    return True
+  if name in getattr(getattr(get(run.figure), "likelihoods", None), "BUDGETS", ()):
+    return True
+  try:
+    model = dataclasses.replace(run.model, **{name: object()})
+    return commands(dataclasses.replace(run, model=model)) != commands(run)
+  except TypeError:  # `commands` computed with the object
+    return True

@@ -25,18 +25,20 @@ class Config:
 
   Attributes:
     task: the task.
-    n: members.
-    examples: of the test split.
-    seeds: noise seeds.
+    num_members: members.
+    num_examples: of the test split.
+    num_seeds: noise seeds.
   """
 
-  task: str = "gsm8k"
-  n: int = 8
-  examples: int = 300
-  seeds: int = 2
+  task: str = "paper/gsm8k"
+  num_members: int = 8
+  num_examples: int = 300
+  num_seeds: int = 2
 
 
-CONFIGS = figure_models.configs(Config(), embedded=Config(task="wordmath", examples=60, seeds=1))
+CONFIGS = figure_models.configs(
+  Config(), embedded=Config(task="wordmath", num_examples=60, num_seeds=1)
+)
 VARIANTS = {
   "Clean Cache": "cache=clean",
   "standard cache": "cache=standard",
@@ -57,8 +59,8 @@ def _name(checkpoint):
 
 
 def commands(run: FigureRun) -> list[Command]:
-  config, methods = run.config, list(_methods(run.config.n))
-  flags = dict(limit=config.examples, num_seeds=config.seeds)
+  config, methods = run.config, list(_methods(run.config.num_members))
+  flags = dict(num_examples=config.num_examples, num_seeds=config.num_seeds)
   return [
     run.compare(f"caches-{_name(c)}", [config.task], methods, checkpoint=c, **flags)
     for c in run.model.checkpoints
@@ -66,7 +68,7 @@ def commands(run: FigureRun) -> list[Command]:
 
 
 def measure(run: FigureRun) -> list[compared.Record]:
-  labels, found = _methods(run.config.n), []
+  labels, found = _methods(run.config.num_members), []
   for name in map(_name, run.model.checkpoints):
     results = run.compared(f"caches-{name}")
     records = compared.records([results[m] for m in labels], results["baseline"], model=name)

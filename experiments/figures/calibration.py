@@ -48,19 +48,19 @@ class Config:
 
   Attributes:
     task: whose references are scored.
-    n: members.
-    temperature: τ of all layers.
+    num_members: members.
+    tau: τ of all layers.
     bounds: of the classes: probabilities of the baseline's best token, descending.
-    examples: to report on.
-    seeds: noise seeds.
+    num_examples: to report on.
+    num_seeds: noise seeds.
   """
 
-  task: str = "gsm8k"
-  n: int = 8
-  temperature: float = 0.2
+  task: str = "paper/gsm8k"
+  num_members: int = 8
+  tau: float = 0.2
   bounds: tuple[float, ...] = (0.99, 0.9, 0.5)
-  examples: int = 300
-  seeds: int = 2
+  num_examples: int = 300
+  num_seeds: int = 2
 
   @property
   def classes(self) -> list[str]:
@@ -70,7 +70,7 @@ class Config:
 
 
 CONFIGS = figure_models.configs(
-  Config(), embedded=Config(task="wordmath", temperature=0.3, examples=160)
+  Config(), embedded=Config(task="wordmath", tau=0.3, num_examples=160)
 )
 
 
@@ -146,15 +146,15 @@ def _fit(nll: np.ndarray, chosen: np.ndarray) -> float:
 def _measure(run: FigureRun, checkpoint: str) -> dict[str, Any]:
   """Returns "tokens" {class: [X]} and "gain" {class: {system: [X]}}, nats of sequences."""
   config = run.config
-  scorer = likelihoods.ReferenceScorer(run, checkpoint, config.task, config.examples)
+  scorer = likelihoods.ReferenceScorer(run, checkpoint, config.task, config.num_examples)
   fit_on, report_on = scorer.choose_on, scorer.report_on
   fit_ids = range(len(fit_on.sequences))
   report_ids = range(len(fit_ids), len(fit_ids) + len(report_on.sequences))
-  seeds = range(run.seed, run.seed + config.seeds)
+  seeds = range(run.seed, run.seed + config.num_seeds)
   rosters = {
     "baseline": [Roster.create(scorer.config)],
     "roster": [
-      Roster.create(scorer.config, config.n, config.temperature, seed=s, cache=run.model.cache)
+      Roster.create(scorer.config, config.num_members, config.tau, seed=s, cache=run.model.cache)
       for s in seeds
     ],
   }

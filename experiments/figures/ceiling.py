@@ -41,20 +41,20 @@ class Config:
   Attributes:
     task: whose references are scored.
     members: n, ascending from 1.
-    temperature: τ of all layers.
-    examples: to report on.
-    seeds: noise seeds.
+    tau: τ of all layers.
+    num_examples: to report on.
+    num_seeds: noise seeds.
   """
 
-  task: str = "gsm8k"
+  task: str = "paper/gsm8k"
   members: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-  temperature: float = 0.2
-  examples: int = 200
-  seeds: int = 1
+  tau: float = 0.2
+  num_examples: int = 200
+  num_seeds: int = 1
 
 
 CONFIGS = figure_models.configs(
-  Config(), embedded=Config(task="wordmath", temperature=0.3, examples=60)
+  Config(), embedded=Config(task="wordmath", tau=0.3, num_examples=60)
 )
 KINDS = {
   "nll": ("perplexity_difference", "at T = 1"),
@@ -126,15 +126,15 @@ def fit_ceiling(n: np.ndarray, nll: np.ndarray, tokens: np.ndarray) -> dict:
 
 def measure(run: FigureRun) -> list[dict]:
   config, keep = run.config, run.measurements()
-  seeds = range(run.seed, run.seed + config.seeds)
+  seeds = range(run.seed, run.seed + config.num_seeds)
   found = []
   for checkpoint in run.model.checkpoints:
     model = checkpoint.rpartition(":")[2]
-    scorer = likelihoods.ReferenceScorer(run, checkpoint, config.task, config.examples)
+    scorer = likelihoods.ReferenceScorer(run, checkpoint, config.task, config.num_examples)
     tokens = scorer.report_on.tokens
     values = {}
     for n in config.members:
-      roster = lambda seed, n=n: Roster.create(scorer.config, n, config.temperature, seed=seed)
+      roster = lambda seed, n=n: Roster.create(scorer.config, n, config.tau, seed=seed)
       make = scorer.baseline if n == 1 else lambda: scorer.measure(roster, seeds)
       values[n] = keep.get(f"{model}, n = {n}", make)
       label = "baseline" if n == 1 else f"n = {n}"
@@ -144,7 +144,7 @@ def measure(run: FigureRun) -> list[dict]:
     for kind in KINDS:
       nll = np.array([np.mean(values[n][kind], axis=1) for n in config.members])
       fitted = fit_ceiling(np.array(config.members, float), nll, tokens.astype(float))
-      found.append({"model": model, "fit": kind, "temperature": config.temperature, **fitted})
+      found.append({"model": model, "fit": kind, "temperature": config.tau, **fitted})
   return compared.corrected(found)
 
 

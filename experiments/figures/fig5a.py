@@ -38,20 +38,20 @@ class Config:
 
   Attributes:
     members: n.
-    trials, samples: of the search for each n; None: those of the tuning config.
-    examples: of the test split, for the family's models, too.
-    seeds: noise seeds.
+    num_trials, num_search_examples: of the search for each n; None: those of the tuning config.
+    num_examples: of the test split, for the family's models, too.
+    num_seeds: noise seeds.
   """
 
   members: tuple[int, ...] = (2, 4, 8, 16, 32)
-  trials: int | None = None
-  samples: int | None = None
-  examples: int = 300
-  seeds: int = 2
+  num_trials: int | None = None
+  num_search_examples: int | None = None
+  num_examples: int = 300
+  num_seeds: int = 2
 
 
 CONFIGS = figure_models.configs(
-  Config(), embedded=Config(trials=14, samples=30, examples=160, seeds=1)
+  Config(), embedded=Config(num_trials=14, num_search_examples=30, num_examples=160, num_seeds=1)
 )
 
 
@@ -60,9 +60,9 @@ def commands(run: FigureRun) -> list[Command]:
   flags = dict(
     objective="perplexity",
     config=run.model.tuning.format(category="math"),
-    num_trials=run.config.trials,
-    num_samples=run.config.samples,
-    num_confirm=run.config.samples,
+    num_trials=run.config.num_trials,
+    num_examples=run.config.num_search_examples,
+    num_confirm=run.config.num_search_examples,
     num_seeds=1,
   )
   return [
@@ -77,9 +77,9 @@ def search_name(n: int) -> str:
 
 def measure(run: FigureRun) -> list[dict]:
   config, keep, model = run.config, run.measurements(), run.model
-  scorer = likelihoods.ReferenceScorer(run, model.checkpoint, None, config.examples, "test")
+  scorer = likelihoods.ReferenceScorer(run, model.checkpoint, None, config.num_examples, "test")
   tokens = scorer.report_on.tokens.astype(float)
-  seeds = range(run.seed, run.seed + config.seeds)
+  seeds = range(run.seed, run.seed + config.num_seeds)
   baseline = keep.get(BASELINE, scorer.baseline)
   found = {1: baseline}
   for n in config.members:
@@ -126,7 +126,7 @@ def _family(run, keep):
     on_one_device = dataclasses.replace(run, model=dataclasses.replace(run.model, mesh=None))
     for checkpoint in FAMILY:
       scorer = likelihoods.ReferenceScorer(
-        on_one_device, checkpoint, FAMILY_TASK, run.config.examples, "test"
+        on_one_device, checkpoint, FAMILY_TASK, run.config.num_examples, "test"
       )
       found.append(
         {

@@ -36,7 +36,7 @@ class Config(fig5a.Config):
     largest: size limit of an equivalent model, as a multiple of the model's size.
   """
 
-  prompts_of: str = "gsm8k"
+  prompts_of: str = "paper/gsm8k"
   prompt_length: int = 128
   new_tokens: int = 128
   rounds: int = 10

@@ -24,21 +24,21 @@ class Config:
 
   Attributes:
     step, top: τ are step, 2 step, ... up to top.
-    examples: of each task, the first of the test split.
-    seeds: noise seeds.
+    num_examples: of each task, the first of the test split.
+    num_seeds: noise seeds.
   """
 
   step: float = 0.05
   top: float = 0.5
-  examples: int = 300
-  seeds: int = 1
+  num_examples: int = 300
+  num_seeds: int = 1
 
   @property
   def temperatures(self) -> list[float]:
     return [round(self.step * (i + 1), 10) for i in range(round(self.top / self.step))]
 
 
-CONFIGS = figure_models.configs(Config(), embedded=Config(examples=50))
+CONFIGS = figure_models.configs(Config(), embedded=Config(num_examples=50))
 
 
 def _methods(config):
@@ -49,7 +49,11 @@ def _methods(config):
 def commands(run: FigureRun) -> list[Command]:
   config, methods = run.config, list(_methods(run.config))
   tasks = list(run.model.math)
-  return [run.compare("sweep", tasks, methods, limit=config.examples, num_seeds=config.seeds)]
+  return [
+    run.compare(
+      "sweep", tasks, methods, num_examples=config.num_examples, num_seeds=config.num_seeds
+    )
+  ]
 
 
 def measure(run: FigureRun) -> list[compared.Record]:

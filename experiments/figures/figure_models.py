@@ -19,13 +19,13 @@ class Model:
     tuning: tuning config, with {category}; see `experiments.tuning.tuning_configs`.
     num_members: n.
     cache: of the roster.
-    temperature: the uniform τ where none is tuned.
+    tau: the uniform τ where none is tuned.
     mesh: of devices, as in --mesh; None: one device.
     chat: flags of the chat format; None: plain prompts.
     num_seeds: noise seeds.
     num_examples: test examples of each task; None: all.
     num_validation: validation examples for fitting output temperatures.
-    num_samples, num_trials: of a search; None: those of the tuning config.
+    num_search_examples, num_trials: of a search; None: those of the tuning config.
     batch_size: examples per batch.
   """
 
@@ -41,13 +41,13 @@ class Model:
   tuning: str
   num_members: int
   cache: str
-  temperature: float
+  tau: float
   mesh: str | None = None
   chat: dict[str, str | int] | None = None
   num_seeds: int = 5
   num_examples: int | None = None
   num_validation: int = 100
-  num_samples: int | None = None
+  num_search_examples: int | None = None
   num_trials: int | None = None
   batch_size: int = 16
 
@@ -67,10 +67,16 @@ class Model:
 
 CATEGORIES = ("math", "commonsense", "code")
 _PAPER = dict(
-  math=("gsm8k", "addsub", "svamp", "multiarith", "singleeq"),
-  commonsense=("siqa", "obqa", "hellaswag", "arc_easy", "arc_challenge"),
-  code=("humaneval", "humaneval_plus"),
-  text="wikitext103",
+  math=("paper/gsm8k", "paper/addsub", "paper/svamp", "paper/multiarith", "paper/singleeq"),
+  commonsense=(
+    "paper/siqa",
+    "paper/obqa",
+    "paper/hellaswag",
+    "paper/arc_easy",
+    "paper/arc_challenge",
+  ),
+  code=("paper/humaneval", "paper/humaneval_plus"),
+  text="paper/wikitext103",
 )
 
 MODELS: dict[str, Model] = {
@@ -87,7 +93,7 @@ MODELS: dict[str, Model] = {
       tuning="paper_{category}_olmoe",
       num_members=32,
       cache="clean",
-      temperature=0.2,
+      tau=0.2,
       **_PAPER,
     ),
     Model(
@@ -102,7 +108,7 @@ MODELS: dict[str, Model] = {
       tuning="paper_{category}_mixtral",
       num_members=64,
       cache="standard",
-      temperature=0.1,
+      tau=0.1,
       mesh="auto",
       **_PAPER,
     ),
@@ -117,7 +123,7 @@ MODELS: dict[str, Model] = {
       tuning="paper_{category}_gpt_oss",
       num_members=64,
       cache="standard",
-      temperature=0.1,
+      tau=0.1,
       chat=dict(reasoning_effort="low", chat_date="2025-08-05", max_new_tokens=1024),
       mesh="auto",
       **_PAPER,
@@ -135,7 +141,7 @@ MODELS: dict[str, Model] = {
       tuning="embedded_{category}",
       num_members=8,
       cache="clean",
-      temperature=0.3,
+      tau=0.3,
       num_seeds=2,
       num_examples=100,
       num_validation=60,

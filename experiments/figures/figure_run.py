@@ -123,7 +123,7 @@ class FigureRun:
   @property
   def seeds(self) -> list[int]:
     """The noise seeds, as many as the figure's config says, else the model's."""
-    return [self.seed + i for i in range(getattr(self.config, "seeds", self.model.num_seeds))]
+    return [self.seed + i for i in range(getattr(self.config, "num_seeds", self.model.num_seeds))]
 
   @property
   def settings(self) -> dict[str, Any]:
@@ -158,19 +158,27 @@ class FigureRun:
       mesh=model.mesh,
       task=task,
       config=model.tuning.format(category=model.category(task)),
-      num_samples=model.num_samples,
+      num_examples=model.num_search_examples,
       num_trials=model.num_trials,
       num_members=model.num_members,
       cache=model.cache,
       seed=self.seed,
       **self._task_flags(task),
     )
-    output = self.root / "tune" / (name or task)
-    return Command("tune", output, tuple((settings | flags).items()), "confirm/*/summary.json")
+    return Command(
+      "tune",
+      self.tuning_folder(name or task),
+      tuple((settings | flags).items()),
+      "confirm/*/summary.json",
+    )
 
   def profile(self, name: str) -> pathlib.Path:
-    """Returns the temperature profile that the search of that name writes."""
-    return self.root / "tune" / name / "profile.json"
+    """Returns the temperature profile that the search of that name or task writes."""
+    return self.tuning_folder(name) / "profile.json"
+
+  def tuning_folder(self, name: str) -> pathlib.Path:
+    """Returns the folder of the search of that name or task."""
+    return self.root / "tune" / pathlib.PurePath(name).name
 
   def compare(self, name: str, task_names: list[str], methods: list[str], **flags) -> Command:
     """Returns a comparison in `root`/compare/`name`; `flags` override those of the model."""
@@ -182,9 +190,9 @@ class FigureRun:
       methods="; ".join(methods),
       num_members=model.num_members,
       cache=model.cache,
-      temperature_profile=model.temperature,
+      tau=model.tau,
       num_seeds=model.num_seeds,
-      limit=model.num_examples,
+      num_examples=model.num_examples,
       num_validation=model.num_validation,
       batch_size=model.batch_size,
       seed=self.seed,
@@ -208,7 +216,7 @@ class FigureRun:
 
   def tuned(self, task: str) -> results_lib.Tuning:
     """Loads the search of `tune(task)`."""
-    return results_lib.load_tunings([str(self.root / "tune" / task)])[0]
+    return results_lib.load_tunings([str(self.tuning_folder(task))])[0]
 
 
 def write_records(path: pathlib.Path, records: list[dict[str, Any]]) -> None:

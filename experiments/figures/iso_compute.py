@@ -26,16 +26,16 @@ class Config:
 
   Attributes:
     task: the task.
-    n: members, or samples of sampling methods.
-    examples: of the test split.
-    seeds: noise seeds.
+    num_members: members, or samples of sampling methods.
+    num_examples: of the test split.
+    num_seeds: noise seeds.
     experts: methods with more experts per token.
   """
 
-  task: str = "gsm8k"
-  n: int = 8
-  examples: int = 300
-  seeds: int = 3
+  task: str = "paper/gsm8k"
+  num_members: int = 8
+  num_examples: int = 300
+  num_seeds: int = 3
   experts: tuple[str, ...] = ()
 
 
@@ -49,13 +49,13 @@ CONFIGS = {
   "olmoe": Config(experts=_experts(16, 64)),
   "mixtral": Config(experts=("experts:k=4", "experts:k=8")),
   "gpt_oss": Config(experts=("experts:k=8", "experts:k=32")),
-  "embedded": Config(task="wordmath", examples=60, seeds=1, experts=_experts(8, 16)),
+  "embedded": Config(task="wordmath", num_examples=60, num_seeds=1, experts=_experts(8, 16)),
 }
 
 
 def methods(config: Config) -> list[str]:
   """Returns the methods, as given to `experiments.compare`."""
-  n = config.n
+  n = config.num_members
   return [
     "baseline",
     "baseline+temperature",
@@ -74,7 +74,9 @@ def methods(config: Config) -> list[str]:
 
 def commands(run: FigureRun) -> list[Command]:
   config = run.config
-  flags = dict(limit=config.examples, num_seeds=config.seeds, num_members=config.n)
+  flags = dict(
+    num_examples=config.num_examples, num_seeds=config.num_seeds, num_members=config.num_members
+  )
   return [run.compare("iso_compute", [config.task], methods(config), **flags)]
 
 

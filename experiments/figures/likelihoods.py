@@ -22,6 +22,7 @@ from roe_jax.roster import Roster
 from roe_jax.text.chat import Chat
 
 SPLIT = "validation"
+BUDGETS = ("num_validation", "batch_size")  # settings of the model that `ReferenceScorer` uses
 
 
 class ReferenceScorer:

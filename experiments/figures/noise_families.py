@@ -34,40 +34,48 @@ class Config:
 
   Attributes:
     task: whose references are scored.
-    n: members.
+    num_members: members.
     families: of the noise.
     gates: gate weights of the chosen experts.
     temperatures: candidate strengths of additive noise.
     probabilities: candidate strengths of noise whose τ is a probability.
-    examples: to report on.
-    seeds: noise seeds.
+    num_examples: to report on.
+    num_seeds: noise seeds.
     agreement_sequences: sequences on which shared experts are counted.
   """
 
-  task: str = "gsm8k"
-  n: int = 8
+  task: str = "paper/gsm8k"
+  num_members: int = 8
   families: tuple[str, ...] = ("gumbel", "gaussian", "uniform", "swap", "uniform_choice")
   gates: tuple[str, ...] = ("clean", "noisy")
   temperatures: tuple[float, ...] = (0.1, 0.2, 0.3, 0.45, 0.6)
   probabilities: tuple[float, ...] = (0.05, 0.1, 0.2, 0.35, 0.5)
-  examples: int = 300
-  seeds: int = 3
+  num_examples: int = 300
+  num_seeds: int = 3
   agreement_sequences: int = 16
 
 
-CONFIGS = figure_models.configs(Config(), embedded=Config(task="wordmath", examples=120, seeds=2))
+CONFIGS = figure_models.configs(
+  Config(), embedded=Config(task="wordmath", num_examples=120, num_seeds=2)
+)
 
 
 def measure(run: FigureRun) -> list[compared.Record]:
   config, keep, task = run.config, run.measurements(), run.config.task
-  scorer = likelihoods.ReferenceScorer(run, run.model.checkpoint, task, config.examples)
+  scorer = likelihoods.ReferenceScorer(run, run.model.checkpoint, task, config.num_examples)
   tokens = scorer.report_on.tokens
-  seeds = range(run.seed, run.seed + config.seeds)
+  seeds = range(run.seed, run.seed + config.num_seeds)
   agreement_on = scorer.report_on.sequences[: config.agreement_sequences]
 
   def roster(seed, family, gates, strength, cache=run.model.cache):
     return Roster.create(
-      scorer.config, config.n, strength, seed=seed, noise=family, gate_weights=gates, cache=cache
+      scorer.config,
+      config.num_members,
+      strength,
+      seed=seed,
+      noise=family,
+      gate_weights=gates,
+      cache=cache,
     )
 
   def agreement(*scheme):

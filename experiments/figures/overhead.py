@@ -45,8 +45,8 @@ class Config:
     rounds: calls of each case.
   """
 
-  seeds: ClassVar[int] = 1
-  task: str = "gsm8k"
+  num_seeds: ClassVar[int] = 1
+  task: str = "paper/gsm8k"
   prompts: int = 100
   prompt_length: int = 128
   new_tokens: int = 128

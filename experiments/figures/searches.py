@@ -29,7 +29,7 @@ Record = dict[str, Any]
 class Config:
   """No settings of its own: tasks and budgets are the model's."""
 
-  seeds: ClassVar[int] = 4  # of the trials, and three of the confirmation
+  num_seeds: ClassVar[int] = 4  # of the trials, and three of the confirmation
 
 
 CONFIGS = figure_models.configs(Config(), Config())
@@ -49,7 +49,7 @@ def records(run: FigureRun, tasks: Sequence[str]) -> list[Record]:
   """
   found = []
   for task in tasks:
-    search, folder = run.tuned(task), run.root / "tune" / task
+    search, folder = run.tuned(task), run.tuning_folder(task)
     found.append(
       {
         "task": task,

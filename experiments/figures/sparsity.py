@@ -33,40 +33,40 @@ class Config:
   Attributes:
     checkpoints: the models; empty: those of --model.
     task: whose references are scored.
-    n: members.
-    temperature: τ of all models.
+    num_members: members.
+    tau: τ of all models.
     temperatures: candidates for each model's best τ.
-    examples: to report on.
-    seeds: noise seeds.
+    num_examples: to report on.
+    num_seeds: noise seeds.
   """
 
   checkpoints: tuple[str, ...] = ()
-  task: str = "gsm8k"
-  n: int = 8
-  temperature: float = 0.3
+  task: str = "paper/gsm8k"
+  num_members: int = 8
+  tau: float = 0.3
   temperatures: tuple[float, ...] = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
-  examples: int = 300
-  seeds: int = 3
+  num_examples: int = 300
+  num_seeds: int = 3
 
 
 FAMILY = ("1of16", "2of16", "4of16", "8of16", "4of8", "4of32")
 _EMBEDDED = tuple(f"embedded:wordmath_{name}" for name in FAMILY)
 CONFIGS = figure_models.configs(
-  Config(), embedded=Config(_EMBEDDED, task="wordmath", examples=120, seeds=2)
+  Config(), embedded=Config(_EMBEDDED, task="wordmath", num_examples=120, num_seeds=2)
 )
 SAME, OWN = "one τ for all", "its best τ"
 
 
 def measure(run: FigureRun) -> list[compared.Record]:
   config, keep = run.config, run.measurements()
-  seeds = range(run.seed, run.seed + config.seeds)
+  seeds = range(run.seed, run.seed + config.num_seeds)
   found = []
   for checkpoint in config.checkpoints or run.model.checkpoints:
-    scorer = likelihoods.ReferenceScorer(run, checkpoint, config.task, config.examples)
+    scorer = likelihoods.ReferenceScorer(run, checkpoint, config.task, config.num_examples)
     k, num_experts = scorer.config.experts_per_token, scorer.config.num_experts
 
     def roster(seed, tau, scorer=scorer):
-      return Roster.create(scorer.config, config.n, tau, seed=seed, cache=run.model.cache)
+      return Roster.create(scorer.config, config.num_members, tau, seed=seed, cache=run.model.cache)
 
     def record(measured, label, scorer=scorer, **also):
       tokens = scorer.report_on.tokens
@@ -80,7 +80,7 @@ def measure(run: FigureRun) -> list[compared.Record]:
     best = config.temperatures[int(np.argmin(values))]
     also = {"model": checkpoint.rpartition(":")[2], "k": k, "E": num_experts}
     found.append(record(baseline, "baseline", **also))
-    for label, tau in ((SAME, config.temperature), (OWN, best)):
+    for label, tau in ((SAME, config.tau), (OWN, best)):
       measured = keep.get(
         f"{checkpoint}, measured at {tau:g}",
         lambda tau=tau: scorer.measure(lambda seed: roster(seed, tau), seeds),

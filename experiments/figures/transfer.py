@@ -30,25 +30,25 @@ class Config:
   """The comparison.
 
   Attributes:
-    examples: of each task's test split.
-    seeds: noise seeds.
+    num_examples: of each task's test split.
+    num_seeds: noise seeds.
   """
 
-  examples: int = 100
-  seeds: int = 1
+  num_examples: int = 100
+  num_seeds: int = 1
 
 
-CONFIGS = figure_models.configs(Config(), embedded=Config(examples=60))
+CONFIGS = figure_models.configs(Config(), embedded=Config(num_examples=60))
 
 
 def _methods(run):
   """Returns {method: the task that τ was tuned for, or what else it is}."""
   profiles = {f"roster:profile={run.profile(task)}": task for task in run.model.tasks}
-  return {BASELINE: BASELINE} | profiles | {f"roster:t={run.model.temperature:g}": UNIFORM}
+  return {BASELINE: BASELINE} | profiles | {f"roster:t={run.model.tau:g}": UNIFORM}
 
 
 def commands(run: FigureRun) -> list[Command]:
-  flags = dict(limit=run.config.examples, num_seeds=run.config.seeds)
+  flags = dict(num_examples=run.config.num_examples, num_seeds=run.config.num_seeds)
   comparison = run.compare("transfer", list(run.model.tasks), list(_methods(run)), **flags)
   return [*searches.commands(run), comparison]
 

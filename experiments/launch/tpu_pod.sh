@@ -45,7 +45,7 @@ run)
   # Mixtral-8x7B in bfloat16: 93 GB, about 7 GB on each of the 16 chips.
   on_all_hosts "cd roe_jax && JAX_COORDINATOR_PORT=8476 .venv/bin/python -m experiments.generate \
     --distributed --mesh=auto --checkpoint=$MODELS/mixtral --num_members=16 \
-    --temperature_profile=0.2 --max_new_tokens=512 \
+    --tau=0.2 --max_new_tokens=512 \
     --input=$MODELS/prompts.jsonl --output=$MODELS/results.jsonl"
   ;;
 *)

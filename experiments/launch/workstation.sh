@@ -22,11 +22,11 @@ INPUT=$1 OUTPUT=$2
 
 # Does it fit, and how fast could it be?
 python -m experiments.generate --checkpoint=qwen3-int8 --mesh=auto --num_members=16 \
-  --temperature_profile=0.2 --max_new_tokens=512 --dry_run
+  --tau=0.2 --max_new_tokens=512 --dry_run
 
 # --mesh=auto splits the experts over all GPUs. An interrupted run resumes when rerun.
 python -m experiments.generate --checkpoint=qwen3-int8 --mesh=auto --num_members=16 \
-  --temperature_profile=0.2 --max_new_tokens=512 --chat --input="$INPUT" --output="$OUTPUT"
+  --tau=0.2 --max_new_tokens=512 --chat --input="$INPUT" --output="$OUTPUT"
 
 # The last command prints (here for the embedded model on eight CPU devices):
 #   [mesh data:1,expert:8,tensor:1]

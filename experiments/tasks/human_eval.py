@@ -254,7 +254,7 @@ def _judge_plus(examples: Sequence[base.Example], outputs, workers, on_done):
 
 def _task(name, source, plus, judge):
   return base.Task(
-    name=name,
+    name=base.PAPER + name,
     category="code",
     metric="pass@1",
     runs_code=True,

@@ -243,7 +243,7 @@ _GSM8K_TRAIN = Source(
 def _math(name, files, hub):
   read = functools.partial(_read, name, read_math, Source(f"{name}/test", files, hub), _GSM8K_TRAIN)
   return base.Task(
-    name=name,
+    name=base.PAPER + name,
     category="math",
     metric="exact_match",
     read=read,
@@ -255,7 +255,7 @@ def _math(name, files, hub):
 def _commonsense(name, files, hub, validation, described):
   read = functools.partial(_read, name, read_choice, Source(f"{name}/test", files, hub), validation)
   return base.Task(
-    name=name,
+    name=base.PAPER + name,
     category="commonsense",
     metric="acc",
     read=read,

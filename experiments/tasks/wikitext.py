@@ -65,7 +65,7 @@ def _judge(examples, outputs, workers, on_done):
 
 
 WIKITEXT103 = base.Task(
-  name="wikitext103",
+  name=base.PAPER + "wikitext103",
   category="language",
   metric="perplexity",
   read=_read,

@@ -47,13 +47,13 @@ class Space:
 
   Attributes:
     num_layers: layers of the model.
-    fixed_layers: L, the number of first and of last layers that stay at 0.
-    max_temperature: T.
+    fixed_layers: number of first and of last layers that stay at 0.
+    max_tau: largest τ.
   """
 
   num_layers: int
   fixed_layers: int
-  max_temperature: float
+  max_tau: float
 
   def __post_init__(self):
     if not 0 <= 2 * self.fixed_layers < self.num_layers:
@@ -61,8 +61,8 @@ class Space:
         f"fixed_layers must leave at least one of the model's {self.num_layers} layers free: give "
         f"0 to {(self.num_layers - 1) // 2}, got {self.fixed_layers}"
       )
-    if not (math.isfinite(self.max_temperature) and self.max_temperature > 0):
-      raise ValueError(f"max_temperature must be finite and above 0, got {self.max_temperature}")
+    if not (math.isfinite(self.max_tau) and self.max_tau > 0):
+      raise ValueError(f"max_tau must be finite and above 0, got {self.max_tau}")
 
   @property
   def noisy_layers(self) -> tuple[int, int]:
@@ -72,7 +72,7 @@ class Space:
   @property
   def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
     return {
-      _parameter(layer): optuna.distributions.FloatDistribution(0.0, self.max_temperature)
+      _parameter(layer): optuna.distributions.FloatDistribution(0.0, self.max_tau)
       for layer in range(*self.noisy_layers)
     }
 
@@ -82,8 +82,8 @@ class Space:
 
   def sweep(self) -> list[float]:
     """Returns τ for all layers in steps of `STEP` up to T; T alone if it is smaller."""
-    count = math.floor(self.max_temperature / STEP + 1e-6)
-    return [round(STEP * i, 6) for i in range(1, count + 1)] or [self.max_temperature]
+    count = math.floor(self.max_tau / STEP + 1e-6)
+    return [round(STEP * i, 6) for i in range(1, count + 1)] or [self.max_tau]
 
 
 def _parameter(layer):
@@ -99,7 +99,7 @@ def check_budget(space: Space, num_trials: int) -> None:
   if num_trials < len(space.sweep()):
     raise ValueError(
       f"num_trials must be at least {len(space.sweep())}, the steps of {STEP} up to "
-      f"{space.max_temperature} that a search starts with; got {num_trials}"
+      f"{space.max_tau} that a search starts with; got {num_trials}"
     )
 
 

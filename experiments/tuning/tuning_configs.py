@@ -1,6 +1,6 @@
 """Tuning configs by name: the paper's budgets, and small ones to try.
 
-    python -m experiments.tune --config=paper_math_olmoe --checkpoint=olmoe --task=gsm8k \\
+    python -m experiments.tune --config=paper_math_olmoe --checkpoint=olmoe --task=paper/gsm8k \\
         --output=results/tune/olmoe-gsm8k
 
 `paper_CATEGORY_MODEL` is the budget in arXiv 2509.17238 (Table 1) for a category of tasks and
@@ -36,27 +36,27 @@ class TuningConfig:
 
   Attributes:
     objective: a name in `objectives.OBJECTIVES`.
-    num_samples: validation examples that trials see.
+    num_examples: validation examples that trials see.
     num_trials: trials, including the sweep.
     num_members: n.
-    max_temperature: T; every τ is in [0, T].
-    fixed_layers: L; the first and last L layers keep τ = 0.
+    max_tau: largest τ; every τ is in [0, max_tau].
+    fixed_layers: number of first and of last layers that keep τ = 0.
     cache: of the roster.
   """
 
   objective: str = "perplexity"
-  num_samples: int = 100
+  num_examples: int = 100
   num_trials: int = 50
   num_members: int = 8
-  max_temperature: float = 0.5
+  max_tau: float = 0.5
   fixed_layers: int = 0
   cache: str = "clean"
 
 
 _CATEGORIES = {
-  "math": dict(objective="perplexity", num_samples=100, num_trials=50),
-  "commonsense": dict(objective="accuracy", num_samples=300, num_trials=100),
-  "code": dict(objective="accuracy", num_samples=50, num_trials=50),
+  "math": dict(objective="perplexity", num_examples=100, num_trials=50),
+  "commonsense": dict(objective="accuracy", num_examples=300, num_trials=100),
+  "code": dict(objective="accuracy", num_examples=50, num_trials=50),
 }
 # n, cache, and (T, L) by category.
 _MODELS = {
@@ -65,17 +65,17 @@ _MODELS = {
   "gpt_oss": (64, "standard", {"math": (0.2, 5), "commonsense": (0.2, 5), "code": (0.2, 5)}),
 }
 CONFIGS: dict[str, TuningConfig] = {
-  "wordmath": TuningConfig(num_samples=60, num_trials=30),
+  "wordmath": TuningConfig(num_examples=60, num_trials=30),
   # The paper's categories, scaled down for tasks of the embedded models.
-  "embedded_math": TuningConfig(num_samples=50, num_trials=24),
-  "embedded_commonsense": TuningConfig(objective="accuracy", num_samples=50, num_trials=24),
-  "embedded_code": TuningConfig(objective="accuracy", num_samples=50, num_trials=24),
+  "embedded_math": TuningConfig(num_examples=50, num_trials=24),
+  "embedded_commonsense": TuningConfig(objective="accuracy", num_examples=50, num_trials=24),
+  "embedded_code": TuningConfig(objective="accuracy", num_examples=50, num_trials=24),
 } | {
   f"paper_{category}_{model}": TuningConfig(
     **budget,
     num_members=n,
     cache=cache,
-    max_temperature=bounds[category][0],
+    max_tau=bounds[category][0],
     fixed_layers=bounds[category][1],
   )
   for category, budget in _CATEGORIES.items()

@@ -15,7 +15,7 @@ import numpy as np
 from experiments.tuning.objectives import Usage
 from experiments.tuning.trials import Search, Space
 
-SPACE = Space(num_layers=4, fixed_layers=1, max_temperature=0.5)
+SPACE = Space(num_layers=4, fixed_layers=1, max_tau=0.5)
 OPTIMUM = (0.4, 0.1)  # of layers 1 and 2
 NUM_EXAMPLES = 40
 BATCHES = [slice(i, i + 10) for i in range(0, NUM_EXAMPLES, 10)]

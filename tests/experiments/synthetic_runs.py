@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments.records import runs
 
-SETTINGS = {"checkpoint": "a-model", "model": "f1" * 8, "split": "test", "limit": None}
+SETTINGS = {"checkpoint": "a-model", "model": "f1" * 8, "split": "test", "num_examples": None}
 
 
 def answers(rng, examples, share, like=None, discordance=0.2):

@@ -29,8 +29,8 @@ def compare(checkpoint, output, *arguments):
   return programs.call(
     "experiments.compare",
     f"--checkpoint={checkpoint}",
-    "--temperature_profile=0.5",
-    f"--limit={LIMIT}",
+    "--tau=0.5",
+    f"--num_examples={LIMIT}",
     f"--batch_size={BATCH}",
     "--num_validation=3",
     f"--output={output}",
@@ -244,7 +244,7 @@ def test_a_killed_comparison_goes_on_where_it_stopped(output, tiny_checkpoint):
   "arguments, message",
   [
     (["--methods=baseline;rooster"], "unknown method 'rooster'"),
-    (["--temperature_profile=0"], "it is the baseline"),
+    (["--tau=0"], "it is the baseline"),
     (["--tasks=wordmath,nothing"], "unknown task 'nothing'"),
     (["--num_seeds=0"], "--num_seeds must be at least 1"),
   ],
@@ -264,7 +264,7 @@ def test_choices_are_judged_by_their_probability(model):
     target=1,
     reference=" 2 pears",
   )
-  batch = Batch(tasks.get("arc_easy"), [example], [9])
+  batch = Batch(tasks.get("paper/arc_easy"), [example], [9])
   method = methods.parse("roster:n=3,t=0.5", config, Roster.create(config))
   measurer = Measurer(params, PromptBuilder(config, tokenizer), BATCH)
   answers = measurer.answer(method, 4, batch, [1.0, 2.0])

@@ -13,7 +13,7 @@ from experiments.tasks import wordmath
 
 pytestmark = pytest.mark.slow
 
-ROSTER = ("--num_members=3", "--temperature_profile=0.4", "--seed=1")
+ROSTER = ("--num_members=3", "--tau=0.4", "--seed=1")
 # Of each program its flags, and the file of its results.
 PROGRAMS = {
   "generate": (
@@ -23,7 +23,7 @@ PROGRAMS = {
   "evaluate": (
     (
       "--tasks=wordmath",
-      "--limit=4",
+      "--num_examples=4",
       "--output=out",
       "--batch_size=4",
       "--max_new_tokens=12",
@@ -34,7 +34,7 @@ PROGRAMS = {
   "compare": (
     (
       "--methods=baseline; roster:n=3",
-      "--limit=4",
+      "--num_examples=4",
       "--num_validation=4",
       "--output=out",
       "--batch_size=4",
@@ -47,8 +47,8 @@ PROGRAMS = {
     (
       "--task=wordmath",
       "--num_trials=3",
-      "--num_samples=4",
-      "--max_temperature=0.15",
+      "--num_examples=4",
+      "--max_tau=0.15",
       "--num_confirm=4",
       "--num_seeds=1",
       "--num_members=3",

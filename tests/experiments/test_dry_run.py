@@ -119,7 +119,7 @@ def test_the_programs_print_it_and_read_no_parameters():
     "--num_devices=64",
     "--mesh=auto",
     "--num_members=16",
-    "--temperature_profile=0.2",
+    "--tau=0.2",
   )
   assert done.returncode == 0, done.errors
   assert "mesh     data:1,expert:8,tensor:8, 64 x h200" in done.output

@@ -62,9 +62,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_files_of_one_that_was_not(
   arguments = (
     "--tasks=wordmath,choice",
     f"--include_path={task_folder}",
-    "--limit=5",
+    "--num_examples=5",
     "--num_members=2",
-    "--temperature_profile=0.5",
+    "--tau=0.5",
     "--max_new_tokens=16",
     "--batch_size=4",
     "--num_seeds=2",
@@ -146,7 +146,7 @@ REFUSALS = [
   (["--tasks=wordmath", "--chat"], "has no chat template"),
   (["--tasks=wordmath", "--max_new_tokens=128"], "wordmath/test/0: 128 new tokens leave no room"),
   (["--tasks=paper/gsm8k", "--data_dir={empty}"], "no data of gsm8k"),
-  (["--tasks=wordmath", "--temperature_profile={other}"], "temperature profile has 3 layers"),
+  (["--tasks=wordmath", "--tau={other}"], "temperature profile has 3 layers"),
 ]
 # In one process, as most of the time would go into imports.
 SCRIPT = """

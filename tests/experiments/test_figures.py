@@ -352,10 +352,10 @@ def search():
     "category": "math",
     "settings": {
       "objective": "perplexity",
-      "num_samples": 5,
+      "num_examples": 5,
       "num_trials": 4,
       "num_members": 4,
-      "max_temperature": 0.5,
+      "max_tau": 0.5,
       "fixed_layers": 1,
     },
     "profile": {

@@ -43,7 +43,7 @@ def test_lines_in_lines_out_and_a_killed_run_goes_on_where_it_stopped(tiny_check
   arguments = (
     f"--input={source}",
     "--num_members=3",
-    "--temperature_profile=0.4",
+    "--tau=0.4",
     "--batch_size=3",
     "--max_new_tokens=90",
   )
@@ -97,7 +97,7 @@ def test_a_prompt_is_streamed_to_the_terminal(tiny_checkpoint):
     tiny_checkpoint,
     f"--prompt={PROMPTS[0]}",
     "--num_members=2",
-    "--temperature_profile=0.4",
+    "--tau=0.4",
     "--temperature=0.8",
     "--top_p=0.9",
   )
@@ -107,7 +107,7 @@ def test_a_prompt_is_streamed_to_the_terminal(tiny_checkpoint):
     piped = run(
       tiny_checkpoint,
       "--num_members=2",
-      "--temperature_profile=0.4",
+      "--tau=0.4",
       "--temperature=0.8",
       "--top_p=0.9",
       *mesh,
@@ -121,8 +121,8 @@ BAD_SETTINGS = {
   "--prompt=": "prompt 0 is empty",
   "--prompt=" + "7 " * 200: "does not fit the model's context",
   "--prompt=x --num_members=0": "num_members must be an integer of at least 1",
-  "--prompt=x --temperature_profile=0.1,0.2,0.3": "a list of 2",
-  "--prompt=x --temperature_profile=nan": "must be finite",
+  "--prompt=x --tau=0.1,0.2,0.3": "a list of 2",
+  "--prompt=x --tau=nan": "must be finite",
   "--prompt=x --top_p=0": "top_p",
   "--prompt=x --output=y": "use either it or --input",
   "--input=no_such_file": "does not exist",

@@ -258,7 +258,7 @@ def test_the_harnesss_program_finds_the_model_by_name(tiny_checkpoint):
   from lm_eval.api.registry import get_model
 
   lm = get_model("roe_jax").create_from_arg_string(
-    f"checkpoint={tiny_checkpoint},num_members=2,temperatures=0.5;0.25,gate_weights=noisy",
+    f"checkpoint={tiny_checkpoint},num_members=2,tau=0.5;0.25,gate_weights=noisy",
     {"batch_size": 2, "max_batch_size": None, "device": None},
   )
   assert isinstance(lm, lm_eval_model.RosterLM)

@@ -91,7 +91,7 @@ def data_dir(tmp_path):
 
 
 def scores(name, data_dir, texts, chat=False, metric="pass@1"):
-  task = tasks.get(name)
+  task = tasks.get(f"paper/{name}")
   examples = task.examples("all", data_dir, chat=chat)
   results = task.score_all(examples, texts, allow_code_execution=True, workers=2)
   return [r[metric] for r in results]
@@ -201,7 +201,7 @@ def test_a_slow_input_is_ended_at_its_limit_and_the_others_are_not_reached(data_
   monkeypatch.setattr(human_eval, "_DRIVER", driver)
   texts = references()
   texts[0] = "    while x == 0: pass\n    return 2 * x\n"
-  task = tasks.get("humaneval_plus")
+  task = tasks.get("paper/humaneval_plus")
   example = task.examples("all", data_dir)[0]
   assert task.score(example, texts[0], True) == {"pass@1": 0.0, "base_pass@1": 0.0}
 
@@ -238,10 +238,10 @@ def test_a_reference_solution_that_does_not_run_is_named(tmp_path):
 
 
 def test_prompts_are_the_authors(data_dir):
-  plain = tasks.get("humaneval").examples("all", data_dir)[0]
+  plain = tasks.get("paper/humaneval").examples("all", data_dir)[0]
   assert plain.prompt == PROBLEMS[0][0]["prompt"] and plain.kind == "generate"
   assert "\ndef" in plain.stop and plain.reference == "    return 2 * x\n"
-  chat = tasks.get("humaneval_plus").examples("all", data_dir, chat=True)[0]
+  chat = tasks.get("paper/humaneval_plus").examples("all", data_dir, chat=True)[0]
   user, assistant = chat.messages
   assert user["content"] == (
     "Please provide a self-contained Python script that solves the following problem in a "
@@ -257,7 +257,7 @@ def test_both_tasks_validate_on_the_same_problems_and_test_on_the_others(tmp_pat
     (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
   ids = {
     name: [
-      [e.id.split("/")[1] for e in tasks.get(name).examples(split, tmp_path)]
+      [e.id.split("/")[1] for e in tasks.get(f"paper/{name}").examples(split, tmp_path)]
       for split in ("validation", "test", "all")
     ]
     for name in ("humaneval", "humaneval_plus")
@@ -270,7 +270,7 @@ def test_both_tasks_validate_on_the_same_problems_and_test_on_the_others(tmp_pat
 
 def test_programs_run_only_with_leave(data_dir):
   for name in ("humaneval", "humaneval_plus"):
-    task = tasks.get(name)
+    task = tasks.get(f"paper/{name}")
     example = task.examples("all", data_dir, limit=1)[0]
     with pytest.raises(ValueError, match="allow it with --allow_code_execution"):
       task.score(example, "    return 2 * x\n")
@@ -282,7 +282,7 @@ def test_programs_run_only_with_leave(data_dir):
 
 def test_each_scored_output_is_told(data_dir):
   for name in ("humaneval", "humaneval_plus"):
-    task, told = tasks.get(name), []
+    task, told = tasks.get(f"paper/{name}"), []
     examples = task.examples("all", data_dir, limit=3)
     task.score_all(examples, references()[:3], True, on_done=lambda: told.append(1))
     assert len(told) == 3

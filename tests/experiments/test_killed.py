@@ -14,7 +14,7 @@ from roe_jax import checkpoint
 pytestmark = pytest.mark.slow
 
 MEMBERS = "--num_members=3"
-TAU = "--temperature_profile=0.4"
+TAU = "--tau=0.4"
 
 
 def problems(path, count):
@@ -104,7 +104,7 @@ CASES = {
       "--checkpoints={checkpoint}",
       "--formats=bfloat16,int4",
       MEMBERS,
-      "--num_problems=3",
+      "--num_examples=3",
       "--num_validation=3",
       "--sweep=0.2",
       "--batch_size=3",

@@ -27,7 +27,7 @@ def test_problems_are_solved_alike_on_every_mesh():
     "embedded:wordmath_control",
     meshes.MESHES[:1] + meshes.MESHES[-2:],
     rounds=0,
-    num_problems=40,
+    num_examples=40,
     max_new_tokens=64,
     **SETTINGS,
   )
@@ -48,7 +48,7 @@ def test_problems_are_solved_alike_on_every_mesh():
 @pytest.fixture(scope="module")
 def model():
   return meshes.open_model(
-    "embedded:wordmath_control", "data:1", num_problems=2, max_new_tokens=12, **SETTINGS
+    "embedded:wordmath_control", "data:1", num_examples=2, max_new_tokens=12, **SETTINGS
   )
 
 
@@ -119,7 +119,7 @@ def test_the_program_writes_a_table_and_says_what_it_found(tmp_path):
   done = programs.call(
     "experiments.meshes",
     f"--output={tmp_path}",
-    "--num_problems=4",
+    "--num_examples=4",
     "--checkpoints=embedded:wordmath_control",
     "--mesh=data:1",
     "--mesh=data:2,tensor:2",

@@ -208,14 +208,14 @@ def test_answers_are_picked_by_number_and_by_probability():
   assert parse("self_consistency:n=3").pick(task, samples, texts) == 1
   assert parse("best_of:n=3").pick(task, samples, texts) == 0
   texts = ["The result is 5", "so 1,000.", "it is 1000", "no idea"]
-  assert parse("self_consistency:n=4").pick(tasks.get("gsm8k"), samples, texts) == 1
+  assert parse("self_consistency:n=4").pick(tasks.get("paper/gsm8k"), samples, texts) == 1
 
 
 def test_tasks_without_an_answer_by_a_method_are_refused():
   for text in ("self_consistency", "best_of", "scmoe"):
     with pytest.raises(ValueError, match="needs the likelihood of its choices"):
-      parse(text).check_task(tasks.get("arc_easy"), "choose")
+      parse(text).check_task(tasks.get("paper/arc_easy"), "choose")
   with pytest.raises(ValueError, match="votes on numbers, which"):
-    parse("self_consistency").check_task(tasks.get("humaneval"), "generate")
-  parse("best_of").check_task(tasks.get("humaneval"), "generate")
-  parse("roster").check_task(tasks.get("arc_easy"), "choose")
+    parse("self_consistency").check_task(tasks.get("paper/humaneval"), "generate")
+  parse("best_of").check_task(tasks.get("paper/humaneval"), "generate")
+  parse("roster").check_task(tasks.get("paper/arc_easy"), "choose")

@@ -65,7 +65,7 @@ def parsed():
 
 def write(profile, path):
   path.write_text(profile.to_json())
-  return f"--temperature_profile={path}"
+  return f"--tau={path}"
 
 
 def test_a_profile_comes_back_as_it_was_written(profile, tmp_path):
@@ -105,7 +105,7 @@ def test_a_roster_is_created_from_a_profile_in_python(profile, model, tmp_path):
 
 def test_a_list_of_temperatures_alone_is_a_profile_of_any_model(model, tmp_path, parsed):
   (tmp_path / "p.json").write_text('{"temperatures": [0.1, 0.2]}')
-  parsed(f"--temperature_profile={tmp_path / 'p.json'}", "--num_members=3")
+  parsed(f"--tau={tmp_path / 'p.json'}", "--num_members=3")
   assert app.roster_from_flags(model[1]).num_members == 3
   app.check_profile(model[0])
 

@@ -19,7 +19,7 @@ def run(*arguments):
 SMALL = (
   "--formats=bfloat16,int4",
   "--num_members=3",
-  "--num_problems=3",
+  "--num_examples=3",
   "--num_validation=3",
   "--sweep=0.2,0.6",
   "--batch_size=3",
@@ -69,7 +69,7 @@ def test_the_whole_program_on_a_random_model(tiny_checkpoint, tmp_path):
     ("--formats=bfloat16,fp8", "some of int8"),
     ("--formats=bfloat16,mxfp4", "blocks of 32"),
     ("--num_members=1", "at least 2"),
-    ("--num_problems=0", "at least 1"),
+    ("--num_examples=0", "at least 1"),
   ],
 )
 def test_bad_settings_are_refused_before_any_work(tiny_checkpoint, tmp_path, argument, message):

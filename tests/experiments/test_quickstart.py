@@ -12,8 +12,8 @@ def test_the_whole_program_on_a_random_model(tiny_checkpoint, tmp_path):
   arguments = (
     f"--checkpoints={tiny_checkpoint}",
     "--num_members=3",
-    "--temperature_profile=0.5",
-    "--limit=5",
+    "--tau=0.5",
+    "--num_examples=5",
     "--num_validation=4",
     "--batch_size=3",
     f"--output={tmp_path}",

@@ -120,15 +120,18 @@ def test_wrong_settings_are_refused(given, message):
 
 def test_a_command_is_what_one_types(tmp_path):
   work = FigureRun("fig3", figure_models.get("olmoe"), Config(), tmp_path)
-  command = work.tune("gsm8k")
+  command = work.tune("paper/gsm8k")
   assert str(command) == (
-    "python -m experiments.tune --checkpoint=olmoe --task=gsm8k --config=paper_math_olmoe "
+    "python -m experiments.tune --checkpoint=olmoe --task=paper/gsm8k --config=paper_math_olmoe "
     f"--num_members=32 --cache=clean --seed=0 --output={tmp_path}/tune/gsm8k"
   )
   assert command.name == "tune/gsm8k" and not command.is_done
-  compared = str(work.compare("x", ["gsm8k", "svamp"], ["baseline", "roster:n=4"], chat=False))
+  compared = str(
+    work.compare("x", ["paper/gsm8k", "paper/svamp"], ["baseline", "roster:n=4"], chat=False)
+  )
   assert (
-    "--tasks=gsm8k,svamp '--methods=baseline; roster:n=4'" in compared and "--nochat" in compared
+    "--tasks=paper/gsm8k,paper/svamp '--methods=baseline; roster:n=4'" in compared
+    and "--nochat" in compared
   )
 
 
@@ -240,10 +243,18 @@ def test_an_interrupted_figure_keeps_what_was_measured(run, one_figure, tmp_path
   assert [json.loads(line)["value"] for line in lines] == [123, 0.1]
 
 
+def test_settings_that_no_figure_uses_are_refused(run, one_figure, tmp_path):
+  given = ("--figure=fig3", "--model=embedded", f"--output={tmp_path / 'x'}", "--dry_run")
+  with pytest.raises(ValueError, match="--set=num_trials=3: fig3 would not use it"):
+    run(*given, "--set=num_trials=3")
+  one_figure.commands = lambda work: [work.tune("wordmath")]
+  run(*given, "--set=num_trials=3")
+
+
 def test_other_settings_need_another_folder(run, one_figure, tmp_path):
   given = ("--figure=fig3", "--model=embedded", f"--output={tmp_path}")
   run(*given)
-  for other in ("step=0.5", "num_examples=3"):
+  for other in ("step=0.5", "math=wordmath"):
     with pytest.raises(ValueError, match="has a run with other settings"):
       run(*given, f"--set={other}")
 
@@ -260,9 +271,9 @@ def test_tasks_are_looked_at_before_anything_runs(run, one_figure, tmp_path):
   given = ("--figure=fig3", "--model=embedded", f"--output={tmp_path / 'x'}")
   one_figure.commands = lambda work: [work.tune(task) for task in work.model.code]
   with pytest.raises(ValueError, match="allow it with --allow_code_execution"):
-    run(*given, "--set=code=humaneval")
+    run(*given, "--set=code=paper/humaneval")
   with pytest.raises(FileNotFoundError, match="no data of gsm8k"):
-    run(*given, "--set=code=gsm8k", f"--data_dir={tmp_path}")
+    run(*given, "--set=code=paper/gsm8k", f"--data_dir={tmp_path}")
   assert not (tmp_path / "x").exists()
 
 

@@ -15,11 +15,7 @@ PAIRS = [("Tom has 3 pens.", " He buys 4."), ("A boat goes 12 miles.", " 12*3=36
 
 def run(folder, *arguments):
   return programs.call(
-    "experiments.score",
-    f"--checkpoint={folder}",
-    "--num_members=3",
-    "--temperature_profile=0.4",
-    *arguments,
+    "experiments.score", f"--checkpoint={folder}", "--num_members=3", "--tau=0.4", *arguments
   )
 
 

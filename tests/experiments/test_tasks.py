@@ -83,15 +83,14 @@ def test_the_twelve_tasks_of_the_paper_and_ours_are_there():
     "wordmath_products",
     "wordmath_quotients",
     "wordmath_choice",
-    *MATH,
-    *COMMONSENSE,
-    "humaneval",
-    "humaneval_plus",
-    "wikitext103",
+    *(
+      base.PAPER + name
+      for name in (*MATH, *COMMONSENSE, "humaneval", "humaneval_plus", "wikitext103")
+    ),
   ]
   for name, task in tasks.TASKS.items():
     assert task.name == name and task.category in base.CATEGORIES
-    assert task.higher_is_better == (name != "wikitext103")
+    assert task.higher_is_better == (name != "paper/wikitext103")
     assert task.runs_code == (task.category == "code") and len(task.validation) > 20
   assert {(t.category, t.metric) for t in tasks.TASKS.values()} == {
     ("math", "exact_match"),
@@ -107,6 +106,8 @@ def test_an_unknown_task_is_refused_with_those_that_there_are():
     ValueError, match="unknown task 'gsm9k': choose from wordmath, wordmath_sums, "
   ):
     tasks.get("gsm9k")
+  with pytest.raises(ValueError, match="'gsm8k' is that of lm-evaluation-harness.*paper/gsm8k"):
+    tasks.get("gsm8k")
 
 
 def test_the_prompt_has_the_white_space_of_llm_adapters():
@@ -169,13 +170,13 @@ def test_the_first_choice_named_is_the_answer(text, expected):
 )
 def test_numbers_are_right_within_a_thousandth(data_dir, label, text, correct):
   (data_dir / "dataset/AddSub/test.json").write_text(json.dumps([number("How many?", label)]))
-  task = tasks.get("addsub")
+  task = tasks.get("paper/addsub")
   (example,) = task.examples("test", data_dir)
   assert task.score(example, text) == {"exact_match": correct}
 
 
 def test_a_math_example_is_a_text_to_write(data_dir):
-  example = tasks.get("gsm8k").examples("test", data_dir, limit=1)[0]
+  example = tasks.get("paper/gsm8k").examples("test", data_dir, limit=1)[0]
   assert example.kind == "generate" and example.prompt == llm_adapters.wrap(
     "Ann has 0 pears of gsm8k. How many?"
   )
@@ -184,7 +185,7 @@ def test_a_math_example_is_a_text_to_write(data_dir):
 
 
 def test_a_commonsense_example_is_a_choice_by_probability(data_dir):
-  task = tasks.get("hellaswag")
+  task = tasks.get("paper/hellaswag")
   example = task.examples("all", data_dir)[1]
   assert example.kind == "choose" and example.target == 1
   assert example.choices == ("the correct answer is ending1", "the correct answer is ending2")
@@ -202,11 +203,11 @@ def test_lengths_matter_to_the_normalized_accuracy_only_and_ties_go_to_the_first
 
 
 def test_outputs_of_the_wrong_kind_are_refused(data_dir):
-  task = tasks.get("siqa")
+  task = tasks.get("paper/siqa")
   example = task.examples("test", data_dir, limit=1)[0]
   with pytest.raises(ValueError, match="must be 2 log-probabilities, one per choice, got 3"):
     task.score(example, [-1.0, -2.0, -3.0])
-  task = tasks.get("gsm8k")
+  task = tasks.get("paper/gsm8k")
   with pytest.raises(ValueError, match="must be a string, got list"):
     task.score(task.examples("test", data_dir, limit=1)[0], [-1.0])
   with pytest.raises(ValueError, match="shorter"):
@@ -215,8 +216,8 @@ def test_outputs_of_the_wrong_kind_are_refused(data_dir):
 
 def test_a_chat_gets_the_bare_instruction(data_dir):
   for name in MATH + COMMONSENSE:
-    plain = tasks.get(name).examples("test", data_dir, limit=2)[1]
-    chat = tasks.get(name).examples("test", data_dir, limit=2, chat=True)[1]
+    plain = tasks.get(base.PAPER + name).examples("test", data_dir, limit=2)[1]
+    chat = tasks.get(base.PAPER + name).examples("test", data_dir, limit=2, chat=True)[1]
     (message,) = chat.messages
     assert message["role"] == "user" and plain.messages == ()
     assert llm_adapters.wrap(message["content"]) == plain.prompt
@@ -225,7 +226,9 @@ def test_a_chat_gets_the_bare_instruction(data_dir):
 
 @pytest.mark.parametrize("name", MATH + COMMONSENSE)
 def test_validation_and_test_have_no_question_in_common(name, data_dir):
-  split = {s: tasks.get(name).examples(s, data_dir) for s in ("validation", "test", "all")}
+  split = {
+    s: tasks.get(base.PAPER + name).examples(s, data_dir) for s in ("validation", "test", "all")
+  }
   words = {
     s: {task_data.content(e.data["instruction"]) for e in found} for s, found in split.items()
   }
@@ -245,7 +248,7 @@ def test_validation_and_test_have_no_question_in_common(name, data_dir):
 def test_copies_of_a_question_are_kept_on_one_side_with_names_of_their_own(data_dir):
   rows = [choice(f"Is {i % 100} odd?") for i in range(200)]
   (data_dir / "dataset/social_i_qa/test.json").write_text(json.dumps(rows))
-  validation, test = (tasks.get("siqa").examples(s, data_dir) for s in ("validation", "test"))
+  validation, test = (tasks.get("paper/siqa").examples(s, data_dir) for s in ("validation", "test"))
   for examples in (validation, test):
     ids = [e.id for e in examples]
     assert len(set(ids)) == len(ids)
@@ -254,7 +257,7 @@ def test_copies_of_a_question_are_kept_on_one_side_with_names_of_their_own(data_
 
 
 def test_names_of_examples_do_not_depend_on_order_or_limit(data_dir):
-  task, file = tasks.get("multiarith"), data_dir / "dataset/MultiArith/test.json"
+  task, file = tasks.get("paper/multiarith"), data_dir / "dataset/MultiArith/test.json"
   before = {e.id: e.prompt for e in task.examples("test", data_dir)}
   file.write_text(json.dumps(json.loads(file.read_text())[::-1]))
   assert {e.id: e.prompt for e in task.examples("test", data_dir)} == before
@@ -263,7 +266,7 @@ def test_names_of_examples_do_not_depend_on_order_or_limit(data_dir):
 
 
 def test_gsm8ks_human_solutions_are_the_references_and_right(data_dir):
-  task = tasks.get("gsm8k")
+  task = tasks.get("paper/gsm8k")
   examples = task.examples("validation", data_dir)
   assert examples[1].reference == "He has 1+2=3.\n#### 1,001" and examples[1].target == 1001.0
   assert all(task.score(e, e.reference) == {"exact_match": 1.0} for e in examples)
@@ -348,7 +351,7 @@ def test_rows_that_are_no_word_problems_are_shown(data_dir, row):
   rows = [number("How many?", "1"), row]
   (data_dir / "dataset/SingleEq/test.json").write_text(json.dumps(rows))
   with pytest.raises(ValueError, match="row 1 of singleeq/test has an unknown format"):
-    tasks.get("singleeq").examples("test", data_dir)
+    tasks.get("paper/singleeq").examples("test", data_dir)
 
 
 @pytest.mark.parametrize(
@@ -365,16 +368,16 @@ def test_rows_that_are_no_word_problems_are_shown(data_dir, row):
 def test_rows_that_are_no_choices_are_shown(data_dir, row):
   (data_dir / "dataset/ARC-Easy/test.json").write_text(json.dumps([row]))
   with pytest.raises(ValueError, match="row 0 of arc_easy/test has an unknown format"):
-    tasks.get("arc_easy").examples("test", data_dir)
+    tasks.get("paper/arc_easy").examples("test", data_dir)
 
 
 def test_files_are_found_in_all_their_public_names_and_packings(tmp_path):
   line = json.dumps(CHOICE["arc"]) + "\n"
   (tmp_path / "ARC-V1").mkdir()
   (tmp_path / "ARC-V1" / "ARC-Easy-Test.jsonl").write_text(line + "\n" + line)
-  assert len(tasks.get("arc_easy").examples("test", tmp_path)) == 2
+  assert len(tasks.get("paper/arc_easy").examples("test", tmp_path)) == 2
   (tmp_path / "SVAMP.json").write_text(json.dumps([QUESTION["svamp"]]))
-  assert len(tasks.get("svamp").examples("test", str(tmp_path))) == 1
+  assert len(tasks.get("paper/svamp").examples("test", str(tmp_path))) == 1
   with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
     file.write(line)
   assert task_data.read(tmp_path / "rows.jsonl.gz") == [CHOICE["arc"]]
@@ -386,9 +389,9 @@ def test_missing_data_are_named(tmp_path, data_dir):
     FileNotFoundError,
     match=r"no data of svamp/test in or below .*: expected a file SVAMP/test.json or SVAMP.json",
   ):
-    tasks.get("svamp").examples("test", data_dir)
+    tasks.get("paper/svamp").examples("test", data_dir)
   with pytest.raises(FileNotFoundError, match="does not exist"):
-    tasks.get("svamp").examples("test", tmp_path / "nowhere")
+    tasks.get("paper/svamp").examples("test", tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("content", ["", "[", "{}", "[]", "[1]", '{"a": 1}\n{"b": 2}\n'])
@@ -397,14 +400,14 @@ def test_broken_files_are_refused(data_dir, content):
   with pytest.raises(
     ValueError, match="AddSub/test.json (cannot be read|must contain JSON objects)"
   ):
-    tasks.get("addsub").examples("test", data_dir)
+    tasks.get("paper/addsub").examples("test", data_dir)
 
 
 def test_unknown_splits_and_limits_are_refused(data_dir):
   with pytest.raises(ValueError, match="must be one of validation, test, all, got 'train'"):
-    tasks.get("gsm8k").examples("train", data_dir)
+    tasks.get("paper/gsm8k").examples("train", data_dir)
   with pytest.raises(ValueError, match="must be at least 1, got 0"):
-    tasks.get("gsm8k").examples("test", data_dir, limit=0)
+    tasks.get("paper/gsm8k").examples("test", data_dir, limit=0)
 
 
 def test_data_come_from_the_hub_by_name(monkeypatch):
@@ -415,7 +418,7 @@ def test_data_come_from_the_hub_by_name(monkeypatch):
     return [{"question": f"{arguments['split']}?", "final_ans": "5"}]
 
   monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-  examples = tasks.get("multiarith").examples("test")
+  examples = tasks.get("paper/multiarith").examples("test")
   assert asked == [
     {"path": "ChilleD/MultiArith", "split": "train"},
     {"path": "ChilleD/MultiArith", "split": "test"},
@@ -431,15 +434,15 @@ def test_a_hub_out_of_reach_is_said_with_what_helps(monkeypatch):
   with pytest.raises(
     ValueError, match="addsub/test could not be read from json on the hub .*no network.*--data_dir"
   ):
-    tasks.get("addsub").examples("test")
+    tasks.get("paper/addsub").examples("test")
   monkeypatch.setitem(sys.modules, "datasets", None)
   with pytest.raises(ValueError, match="requires the package datasets"):
-    tasks.get("siqa").examples("test")
+    tasks.get("paper/siqa").examples("test")
 
 
 def test_every_task_names_public_sources():
   for name in MATH + COMMONSENSE:
-    source = tasks.get(name).read.args[2]
+    source = tasks.get(base.PAPER + name).read.args[2]
     assert any(file.endswith(".json") for file in source.files) and source.hub
     for arguments in source.hub:
       assert re.fullmatch(r"[\w-]+/[\w-]+|json", arguments["path"])
@@ -502,7 +505,7 @@ def test_wikitext_is_cut_at_paragraphs_and_articles(tmp_path):
   folder = tmp_path / "wikitext-103-raw"
   folder.mkdir()
   (folder / "wiki.valid.raw").write_text("".join(lines))
-  examples = tasks.get("wikitext103").examples("validation", tmp_path)
+  examples = tasks.get("paper/wikitext103").examples("validation", tmp_path)
   # 1500 characters each: two in a piece, but for the last of an article.
   assert [[int(w) for w in (e.prompt + e.reference).split() if w.isdigit()] for e in examples] == [
     [0, 1],
@@ -514,4 +517,4 @@ def test_wikitext_is_cut_at_paragraphs_and_articles(tmp_path):
     assert e.kind == "read" and e.reference.startswith(" ") and 200 <= len(e.prompt) < 210
   assert examples[3].prompt.startswith("= Second article =")
   with pytest.raises(ValueError, match="has no chat form"):
-    tasks.get("wikitext103").examples("validation", tmp_path, chat=True)
+    tasks.get("paper/wikitext103").examples("validation", tmp_path, chat=True)

@@ -44,7 +44,7 @@ def test_the_search_finds_the_optimum_of_a_closed_form(tmp_path):
 
 
 def test_the_first_and_last_layers_stay_at_zero_and_the_others_within_bounds(tmp_path):
-  space = Space(num_layers=7, fixed_layers=2, max_temperature=0.3)
+  space = Space(num_layers=7, fixed_layers=2, max_tau=0.3)
   search, _ = searched(tmp_path, 12, space=space, objective=Quadratic(optimum=(0.0,) * 5))
   temperatures = np.array([t.temperatures for t in search.trials()])
   assert temperatures.shape == (12, 7)

@@ -26,9 +26,9 @@ pytestmark = pytest.mark.slow
 SMALL = (
   "--task=wordmath",
   "--num_members=3",
-  "--max_temperature=0.15",
+  "--max_tau=0.15",
   "--num_trials=4",
-  "--num_samples=5",
+  "--num_examples=5",
   "--num_confirm=4",
   "--num_seeds=2",
   "--batch_size=3",
@@ -182,7 +182,7 @@ def test_other_programs_take_the_profile_with_its_roster(tuned, tiny_checkpoint,
     f"--checkpoint={tiny_checkpoint}",
     f"--input={tmp_path / 'in.jsonl'}",
     f"--output={tmp_path / 'out.jsonl'}",
-    f"--temperature_profile={tuned[1] / 'profile.json'}",
+    f"--tau={tuned[1] / 'profile.json'}",
   )
   assert done.returncode == 0, done.errors
   roster = lines(tmp_path / "out.jsonl")[0]["settings"]["roster"]
@@ -198,8 +198,8 @@ def test_a_finished_search_is_told_again_and_other_settings_are_refused(tuned, t
   again = run(tiny_checkpoint, output)
   assert again.returncode == 0 and again.output == done.output
   assert (output / "profile.json").read_text() == before
-  other = run(tiny_checkpoint, output, "--num_samples=4", "--seed=1")
-  assert other.returncode == 1 and "other settings (num_samples, seed)" in other.errors
+  other = run(tiny_checkpoint, output, "--num_examples=4", "--seed=1")
+  assert other.returncode == 1 and "other settings (num_examples, seed)" in other.errors
   assert "Traceback" not in other.errors and not other.output
 
 
@@ -395,25 +395,25 @@ def test_a_small_split_is_halved_and_repeated_questions_confirm_nothing(monkeypa
 def test_the_papers_budgets():
   assert len(tuning_configs.CONFIGS) == 13
   c = tuning_configs.load("paper_commonsense_mixtral")
-  assert (c.num_samples, c.num_trials, c.objective) == (300, 100, "accuracy")
-  assert (c.num_members, c.max_temperature, c.fixed_layers, c.cache) == (64, 0.3, 3, "standard")
+  assert (c.num_examples, c.num_trials, c.objective) == (300, 100, "accuracy")
+  assert (c.num_members, c.max_tau, c.fixed_layers, c.cache) == (64, 0.3, 3, "standard")
   assert tuning_configs.load("paper_math_olmoe") == tuning_configs.TuningConfig(
     "perplexity", 100, 50, 32, 0.5, 1, "clean"
   )
 
 
 REFUSED = {
-  ("--max_temperature=0",): "max_temperature must be finite and above 0",
-  ("--max_temperature=nan",): "max_temperature must be finite",
+  ("--max_tau=0",): "max_tau must be finite and above 0",
+  ("--max_tau=nan",): "max_tau must be finite",
   ("--fixed_layers=1",): "give 0 to 0, got 1",
   ("--num_trials=2",): "num_trials must be at least 3",
   ("--config=paper_math_gpt5",): "unknown tuning config 'paper_math_gpt5'",
   ("--config=paper_math_olmoe",): "give 0 to 0, got 1",  # two layers are too few for L = 1
   ("--task=gsm9k",): "gsm9k",
   ("--num_members=1",): "the baseline alone has no temperatures",
-  ("--num_samples=900", "--num_confirm=200"): "too few for --num_samples=900 and",
+  ("--num_examples=900", "--num_confirm=200"): "too few for --num_examples=900 and",
   ("--num_confirm=0",): "--num_confirm must be at least 1",
-  ("--temperature_profile=0.3",): "it is tuned here: use --max_temperature",
+  ("--tau=0.3",): "it is tuned here: use --max_tau",
   ("--seed=4294967295",): "seed must lie in",
   ("--checkpoint=embedded:nothing",): "nothing",
 }
