@@ -65,9 +65,21 @@ def check_tokens(
     first: number of the first sequence in errors.
 
   Raises:
-    ValueError: a sequence is empty, too long, or has a token id outside the vocabulary.
+    ValueError: a sequence is text or no sequence, empty, too long, or has a token id outside
+      the vocabulary.
   """
+  sequences = [sequences] if isinstance(sequences, str) else sequences
   for i, sequence in enumerate(sequences, first):
+    if isinstance(sequence, str):
+      raise ValueError(
+        f"{what} {i} is text, {sequence[:40]!r}; token ids are expected: pass "
+        "tokenizer.encode(text)"
+      )
+    if np.ndim(sequence) == 0:
+      raise ValueError(
+        f"a list of {what}s is expected, each a list of token ids, but its item {i} is "
+        f"{sequence!r}: pass [tokens] for one {what}"
+      )
     if len(sequence) == 0:
       raise ValueError(f"{what} {i} is empty: add at least one token, such as BOS")
     if len(sequence) + room > config.context_length:
@@ -77,6 +89,10 @@ def check_tokens(
         f"{config.context_length}{more}: shorten it"
       )
     ids = np.asarray(sequence)
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+      raise ValueError(
+        f"{what} {i} must be a list of integer token ids, got {ids.dtype} {list(ids.shape)}"
+      )
     if ids.min() < 0 or ids.max() >= config.vocab_size:
       wrong = ids[(ids < 0) | (ids >= config.vocab_size)][0]
       raise ValueError(
