@@ -340,7 +340,7 @@ def run(
   config = app.load_config(FLAGS.checkpoint)
   if FLAGS.dtype:
     config = config.replace(dtype=FLAGS.dtype)
-  base = app.roster_from_flags(config)
+  base = app.roster_from_flags(config, check_idle=False)  # of methods with their own settings
   prompt_builder = app.prompt_builder(config, app.load_tokenizer(FLAGS.checkpoint))
   texts = (
     methods_lib.default_texts(config, base.num_members)

@@ -145,11 +145,11 @@ def prepare(
       jsonl.tokens_of(
         r, "prompt", lambda t: tokenizer.encode(t, FLAGS.special_tokens), f"input request {i}"
       )
-      for i, r in enumerate(requests)
+      for i, r in enumerate(requests, 1)
     ]
     settings["special_tokens"] = FLAGS.special_tokens
   else:
-    for i, request in enumerate(requests):
+    for i, request in enumerate(requests, 1):
       what = f"input request {i}" if FLAGS.prompt is None else "--prompt"
       messages = messages_of(request, what)
       try:
@@ -158,7 +158,8 @@ def prepare(
         raise ValueError(f"{what}: {error}") from error
     tokens = [p.tokens for p in prompts]
     settings["chat"] = chat.settings | {"system": FLAGS.system}
-  batching.check_tokens(config, tokens, room=1)
+  what = "input request" if FLAGS.prompt is None else "prompt"
+  batching.check_tokens(config, tokens, room=1, what=what, first=1)
   settings["stop_tokens"] = list(stop_tokens)
   return GenerationInputs(requests, tokens, chat, prompts, stop_tokens, settings)
 
@@ -305,6 +306,11 @@ def main(argv) -> None:
   if FLAGS.max_new_tokens < 1 or FLAGS.batch_size < 1:
     raise ValueError("--max_new_tokens and --batch_size must be at least 1")
   stopping.check_strings(FLAGS.stop)
+  app.refuse_idle(
+    FLAGS.temperature == 0,
+    ("top_k", "top_p"),
+    "applies to sampling only: set --temperature above 0",
+  )
   sampler = Sampler.create(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
   # Validate everything else before loading the parameters.
   config = app.load_config(FLAGS.checkpoint)

@@ -173,7 +173,7 @@ def show_solution(checkpoint: str, rows: list[dict], task: tasks.Task) -> str:
     [builder.prompt(e) for e in batch],
     max_new_tokens=FLAGS.max_new_tokens,
     roster=methods.parse(
-      f"roster:n={FLAGS.num_members}", config, app.roster_from_flags(config)
+      f"roster:n={FLAGS.num_members}", config, app.roster_from_flags(config, check_idle=False)
     ).with_seed(seed),
     stop_tokens=builder.stop_tokens,
     stop_strings=batch[0].stop,

@@ -136,7 +136,7 @@ def continuations(params, config, tokenizer, roster: Roster) -> None:
   """Scores the continuations of --input, writing results as batches are done."""
   requests = jsonl.read(FLAGS.input, KEYS)
   sequences, starts = [], []
-  for i, request in enumerate(requests):
+  for i, request in enumerate(requests, 1):
     what = f"input request {i}"
     prompt = jsonl.tokens_of(
       request, "prompt", lambda t: tokenizer.encode(t, FLAGS.special_tokens), what
@@ -144,11 +144,11 @@ def continuations(params, config, tokenizer, roster: Roster) -> None:
     continuation = jsonl.tokens_of(
       request, "continuation", lambda t: tokenizer.encode(t, add_special_tokens=False), what
     )
-    batching.check_tokens(config, [prompt], what=f"prompt of {what}:")
-    batching.check_tokens(config, [continuation], what=f"continuation of {what}:")
+    batching.check_tokens(config, [prompt], what="prompt of input request", first=i)
+    batching.check_tokens(config, [continuation], what="continuation of input request", first=i)
     sequences.append(prompt + continuation)
     starts.append(len(prompt))
-  batching.check_tokens(config, sequences, what="sequence")
+  batching.check_tokens(config, sequences, what="input request", first=1)
   settings = {
     "checkpoint": FLAGS.checkpoint,
     "dtype": config.dtype,

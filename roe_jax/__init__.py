@@ -8,11 +8,12 @@ roe_jax.perplexity(params, config, tokens, roster=roster)
 
 import importlib.metadata
 
-from roe_jax.aggregation import AGGREGATIONS
+from roe_jax.aggregation import AGGREGATIONS, Aggregation
 from roe_jax.checkpoint import save
 from roe_jax.completion import Completion, Generation, Throughput
 from roe_jax.config import ModelConfig
 from roe_jax.decode import generate, stream
+from roe_jax.diagnostics import member_logits, next_token_distributions, routing_trace
 from roe_jax.families import from_hugging_face, to_hugging_face
 from roe_jax.model_formats import find_folder, load_config, load_params, open_model
 from roe_jax.params import Params, initialize
@@ -35,6 +36,7 @@ __all__ = [
   "AGGREGATIONS",
   "GATE_WEIGHTS",
   "PRESETS",
+  "Aggregation",
   "Answer",
   "Chat",
   "Completion",
@@ -54,8 +56,11 @@ __all__ = [
   "initialize",
   "load_config",
   "load_params",
+  "member_logits",
+  "next_token_distributions",
   "open_model",
   "perplexity",
+  "routing_trace",
   "save",
   "score",
   "stream",

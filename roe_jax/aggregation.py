@@ -33,15 +33,34 @@ class Aggregation:
     return self.finish(self.add(None, logits), logits.shape[0])
 
 
+# Probabilities are summed as multiples of exp(-_SHIFT), so that float32 holds them down to
+# exp(-151), and smaller ones count as that.
+_SHIFT = 64.0
+_SMALL = 1e-30
+
+
 def _add_probabilities(state, logits):
-  """State: the log of the sum of the members' probabilities, `[..., V]`."""
-  total = jax.nn.logsumexp(jax.nn.log_softmax(logits, axis=-1), axis=0)
-  return total if state is None else jnp.logaddexp(state, total)
+  """State: exp(_SHIFT) times the sum of the members' probabilities, `[..., V]`.
+
+  One exponential per member and token: with a large vocabulary they dominate scoring. The shift
+  is inside them, since exponentials of less than -87 are zero in float32.
+  """
+  exponentials = jnp.exp(logits - logits.max(axis=-1, keepdims=True) + _SHIFT)
+  scale = math.exp(_SHIFT) / exponentials.sum(axis=-1, keepdims=True)
+  total = (exponentials * scale).sum(axis=0)
+  return total if state is None else state + total
 
 
-# The mean of the members' distributions, as in arXiv 2509.17238:
-# log mean_i p_i = logsumexp_i(log_softmax(logits_i)) - log n.
-MEAN_PROBABILITY = Aggregation(_add_probabilities, lambda state, n: state - jnp.log(n))
+def _log_mean(state, n):
+  mean = state * (math.exp(-_SHIFT) / n)
+  # Without the shift where float32 allows: log(state) - _SHIFT would cancel digits.
+  is_small = mean < _SMALL
+  value = jnp.where(is_small, jnp.maximum(state, jnp.finfo(jnp.float32).tiny), mean)
+  return jnp.log(value) - jnp.where(is_small, _SHIFT + math.log(n), 0.0)
+
+
+# The mean of the members' distributions, as in arXiv 2509.17238: log mean_i softmax(logits_i).
+MEAN_PROBABILITY = Aggregation(_add_probabilities, _log_mean)
 
 
 def _add_logits(state, logits):

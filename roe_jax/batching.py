@@ -47,7 +47,12 @@ def by_length(lengths: Sequence[int], size: int, minimum: int) -> list[tuple[lis
 
 
 def check_tokens(
-  config: ModelConfig, sequences: Sequence[Sequence[int]], *, room: int = 0, what: str = "prompt"
+  config: ModelConfig,
+  sequences: Sequence[Sequence[int]],
+  *,
+  room: int = 0,
+  what: str = "prompt",
+  first: int = 0,
 ) -> None:
   """Validates sequences before expensive work.
 
@@ -57,11 +62,24 @@ def check_tokens(
     room: positions that the context must have left after each sequence; -1 if the last
       token needs none.
     what: what to call a sequence in errors.
+    first: number of the first sequence in errors.
 
   Raises:
-    ValueError: a sequence is empty, too long, or has a token id outside the vocabulary.
+    ValueError: a sequence is text or no sequence, empty, too long, or has a token id outside
+      the vocabulary.
   """
-  for i, sequence in enumerate(sequences):
+  sequences = [sequences] if isinstance(sequences, str) else sequences
+  for i, sequence in enumerate(sequences, first):
+    if isinstance(sequence, str):
+      raise ValueError(
+        f"{what} {i} is text, {sequence[:40]!r}; token ids are expected: pass "
+        "tokenizer.encode(text)"
+      )
+    if np.ndim(sequence) == 0:
+      raise ValueError(
+        f"a list of {what}s is expected, each a list of token ids, but its item {i} is "
+        f"{sequence!r}: pass [tokens] for one {what}"
+      )
     if len(sequence) == 0:
       raise ValueError(f"{what} {i} is empty: add at least one token, such as BOS")
     if len(sequence) + room > config.context_length:
@@ -71,6 +89,10 @@ def check_tokens(
         f"{config.context_length}{more}: shorten it"
       )
     ids = np.asarray(sequence)
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+      raise ValueError(
+        f"{what} {i} must be a list of integer token ids, got {ids.dtype} {list(ids.shape)}"
+      )
     if ids.min() < 0 or ids.max() >= config.vocab_size:
       wrong = ids[(ids < 0) | (ids >= config.vocab_size)][0]
       raise ValueError(

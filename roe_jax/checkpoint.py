@@ -16,6 +16,7 @@ import pathlib
 import shutil
 import sys
 from typing import Any
+import warnings
 
 from flax import traverse_util
 import jax
@@ -46,6 +47,7 @@ from roe_jax.checkpoint_folder import (
 )
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
+from roe_jax.text.tokenizer import Tokenizer
 
 _CHUNK_BYTES = 32 << 20
 
@@ -190,14 +192,32 @@ def save(
   path: PathLike,
   params: Params,
   config: ModelConfig,
+  tokenizer: Tokenizer | None = None,
   *,
   files: PathLike | None = None,
   provenance: Mapping[str, Any] | None = None,
   piece_bytes: int = PIECE_BYTES,
   overwrite: bool = False,
 ) -> None:
-  """Writes `params` (in `config.dtype`) as a checkpoint; see `Writer`."""
+  """Writes `params` (in `config.dtype`) as a checkpoint; see `Writer`.
+
+  With `tokenizer`, its files and the model's other companion files are copied from the
+  folder that it was loaded from; `files` names another folder. Without either, a warning
+  says that programs will refuse the checkpoint.
+
+  Raises:
+    FileExistsError: `path` exists and may not be replaced.
+    ValueError: the parameters are not those of `config`.
+  """
   params_lib.validate(params, config)
+  if files is None and tokenizer is not None:
+    files = tokenizer.folder
+  if files is None or not (pathlib.Path(files) / "tokenizer.json").is_file():
+    warnings.warn(
+      f"the checkpoint {path} is saved without a tokenizer, which programs need: pass the "
+      "tokenizer of roe_jax.open_model, or files=FOLDER with a tokenizer.json",
+      stacklevel=2,
+    )
   with Writer(
     path, config, files=files, provenance=provenance, piece_bytes=piece_bytes, overwrite=overwrite
   ) as writer:

@@ -117,6 +117,8 @@ def read_manifest(path: PathLike) -> dict[str, Any]:
   rerun = "is an unfinished checkpoint: rerun the command that wrote it to resume"
   if not path.is_dir():
     hint = f"; {partial} {rerun}" if partial.is_dir() else ""
+    if str(path).startswith(("embedded:", "hf:")):
+      hint = ": models of other kinds are opened with roe_jax.open_model or roe_jax.load_params"
     raise FileNotFoundError(f"there is no checkpoint folder {path}{hint}")
   if (path / PLAN_FILE).is_file() and not (path / MANIFEST_FILE).is_file():
     raise FileNotFoundError(f"{path} {rerun}")

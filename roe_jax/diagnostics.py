@@ -1,19 +1,131 @@
-"""Diagnostics of routing: agreement, margins and unique active experts."""
+"""What the members of a roster compute: logits, routing, agreement, unique active experts."""
 
 from collections.abc import Sequence
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import batching, prefill, sharding
+from roe_jax import batching, prefill, reference, routing, sharding, transformer
 from roe_jax import members as members_lib
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
+
+
+def next_token_distributions(
+  params: Params,
+  config: ModelConfig,
+  sequences: Sequence[Sequence[int]],
+  *,
+  roster: Roster | None = None,
+  request_ids: Sequence[int] | None = None,
+  all_positions: bool = False,
+) -> np.ndarray:
+  """Computes the roster's distributions of the token that follows each sequence.
+
+  Args:
+    params: the model's parameters.
+    config: its architecture.
+    sequences: token ids, one batch.
+    roster: the settings; the baseline by default.
+    request_ids: see `decode.generate`.
+    all_positions: whether to compute them at all positions, not only at the last.
+
+  Returns:
+    Log-probabilities, float32 `[B, V]`, or `[B, S, V]` at all positions: at t, those of token
+    t + 1. S is the maximum length; values beyond a sequence's end are undefined.
+
+  Raises:
+    ValueError: a sequence is invalid.
+  """
+  arguments = params, config, sequences, roster, request_ids, all_positions
+  return _logits(*arguments, of_members=False)[0]
+
+
+def member_logits(
+  params: Params,
+  config: ModelConfig,
+  sequences: Sequence[Sequence[int]],
+  *,
+  roster: Roster,
+  request_ids: Sequence[int] | None = None,
+  all_positions: bool = False,
+) -> np.ndarray:
+  """Computes each member's logits of the token that follows each sequence.
+
+  The members are those of `roster.members`, the clean one (0) first. The arguments are those
+  of `next_token_distributions`.
+
+  Returns:
+    Float32 `[R, B, V]`, or `[R, B, S, V]` at all positions.
+
+  Raises:
+    ValueError: a sequence is invalid.
+  """
+  arguments = params, config, sequences, roster, request_ids, all_positions
+  return _logits(*arguments, of_members=True)
+
+
+def _logits(params, config, sequences, roster, request_ids, all_positions, of_members):
+  roster = roster or Roster.create(config)
+  batching.check_tokens(config, sequences, what="sequence")
+  last = np.zeros(batching.bucket(len(sequences)), np.int32)
+  last[: len(sequences)] = [len(s) - 1 for s in sequences]
+  compute = functools.partial(
+    _logits_at, last_B=None if all_positions else jnp.asarray(last), of_members=of_members
+  )
+  found = _at_all_positions(compute, params, config, roster, sequences, request_ids)
+  found = found[:, : len(sequences), : max(map(len, sequences))]
+  return found if all_positions else found[:, :, 0]
+
+
+class RoutingTrace(NamedTuple):
+  """The routing of all members at all positions.
+
+  Values beyond a sequence's end are undefined.
+
+  Attributes:
+    experts: `[L, R, B, S, A]` int32, the chosen experts, best first.
+    gates: `[L, R, B, S, A]` float32, their gates.
+    router_logits: `[L, R, B, S, E]` float32, without noise.
+  """
+
+  experts: np.ndarray
+  gates: np.ndarray
+  router_logits: np.ndarray
+
+
+def routing_trace(
+  params: Params,
+  config: ModelConfig,
+  sequences: Sequence[Sequence[int]],
+  *,
+  roster: Roster | None = None,
+  request_ids: Sequence[int] | None = None,
+) -> RoutingTrace:
+  """Traces which experts each member chooses in each layer, with which gates.
+
+  Args:
+    params: the model's parameters.
+    config: its architecture.
+    sequences: token ids, one batch.
+    roster: the settings, with a cache; the baseline by default.
+    request_ids: see `decode.generate`.
+
+  Raises:
+    ValueError: a sequence is invalid, or the roster has no cache.
+  """
+  roster = roster or Roster.create(config)
+  if roster.recompute:
+    raise ValueError("routing is traced for rosters with a cache, not with recompute")
+  found = _at_all_positions(_trace, params, config, roster, sequences, request_ids)
+  cut = np.s_[:, :, : len(sequences), : max(map(len, sequences))]
+  return RoutingTrace(*(a[cut] for a in found))
 
 
 def routing_agreement(
@@ -155,8 +267,9 @@ def unique_experts(
 
 
 def _at_all_positions(compute, params, config, roster, sequences, request_ids):
-  """Runs `compute` on a filled cache at all positions; returns a numpy array."""
+  """Runs `compute` on a filled cache at all positions; returns numpy arrays."""
   params = params_lib.in_storage_dtype(params)
+  roster.check(config)
   batching.check_tokens(config, sequences, what="sequence")
   ids = np.zeros(batching.bucket(len(sequences)), np.uint32)
   ids[: len(sequences)] = batching.request_ids(request_ids, len(sequences))
@@ -173,9 +286,9 @@ def _at_all_positions(compute, params, config, roster, sequences, request_ids):
     capacity=capacity,
     whole=True,
   )
-  if roster.cache == "clean":
+  if roster.cache == "clean" and not roster.recompute:
     cache = prefill.fill_cache(params, config, roster, cache, tokens, longest - 1, ids)
-  return np.asarray(compute(params, config, roster, cache, tokens, ids))
+  return jax.tree.map(np.asarray, compute(params, config, roster, cache, tokens, ids))
 
 
 def _positions(tokens):
@@ -185,9 +298,10 @@ def _positions(tokens):
 @functools.partial(jax.jit, static_argnames="config")
 def _active_experts(params, config, roster, cache, tokens, request_ids):
   """Returns whether any member chose each expert, bool `[L, B, T, E]`."""
-  chosen = members_lib.chosen_experts(
-    params, config, roster, cache, tokens, _positions(tokens), request_ids
+  _, outputs = members_lib.states_and_outputs(
+    params, config, roster, cache, tokens, _positions(tokens), request_ids, keep=("experts",)
   )
+  chosen = outputs.experts
   active = jax.nn.one_hot(chosen, config.num_experts, dtype=bool).any(axis=(1, -2))
   return sharding.with_sharding_constraint(params, active)
 
@@ -195,9 +309,10 @@ def _active_experts(params, config, roster, cache, tokens, request_ids):
 @functools.partial(jax.jit, static_argnames="config")
 def _shared_experts(params, config, roster, cache, tokens, request_ids):
   """Returns the mean fraction of experts shared with the clean member, `[L, B, T]`."""
-  chosen = members_lib.chosen_experts(
-    params, config, roster, cache, tokens, _positions(tokens), request_ids
+  _, outputs = members_lib.states_and_outputs(
+    params, config, roster, cache, tokens, _positions(tokens), request_ids, keep=("experts",)
   )
+  chosen = outputs.experts
   clean, noisy = chosen[:, :1], chosen[:, 1:]
   shared = (noisy[..., :, None] == clean[..., None, :]).any(-1)
   return sharding.with_sharding_constraint(params, shared.mean(axis=(1, -1)))
@@ -225,3 +340,42 @@ def _margins(params, config, roster, cache, tokens, request_ids):
       (jnp.arange(config.num_layers), outputs.router_logits),
     ),
   )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "of_members"))
+def _logits_at(params, config, roster, cache, tokens, request_ids, *, last_B, of_members):
+  """Returns members' logits `[R, B, T, V]`, or the roster's log-probabilities with R = 1."""
+  if roster.recompute:
+    x = reference.member_states(params, config, roster, tokens, request_ids)
+  else:
+    x, _ = members_lib.states_and_outputs(
+      params, config, roster, cache, tokens, _positions(tokens), request_ids
+    )
+  if last_B is not None:
+    x = jnp.take_along_axis(x, last_B[None, :, None, None], axis=2)
+  if of_members:
+    found = transformer.unembed(params, config, x)
+  else:
+    found = members_lib.aggregate(params, config, roster, x).log_probs[None]
+  return sharding.with_sharding_constraint(params, found)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _trace(params, config, roster, cache, tokens, request_ids):
+  """Returns chosen experts and gates `[L, R, B, T, A]` and router logits `[L, R, B, T, E]`."""
+  positions = _positions(tokens)
+  _, outputs = members_lib.states_and_outputs(
+    params, config, roster, cache, tokens, positions, request_ids, keep=("router_logits",)
+  )
+
+  def route(layer, member, logits_BxTxE):
+    noise = members_lib.routing_noise(roster, request_ids, positions, member)
+    perturbed = noise.perturb(layer, logits_BxTxE, config.experts_per_token)
+    return routing.route(config, logits_BxTxE, perturbed, roster.gate_weights)
+
+  of_members = jax.vmap(route, in_axes=(None, 0, 0))
+  chosen, gates = jax.lax.map(
+    lambda a: of_members(a[0], jnp.asarray(roster.members), a[1]),
+    (jnp.arange(config.num_layers), outputs.router_logits),
+  )
+  return sharding.with_sharding_constraint(params, (chosen, gates, outputs.router_logits))

@@ -172,7 +172,7 @@ def _prefill_cache(
   return StandardCache(shared, own), x, [outputs, *others]
 
 
-def chosen_experts(
+def states_and_outputs(
   params: Params,
   config: ModelConfig,
   roster: Roster,
@@ -180,21 +180,22 @@ def chosen_experts(
   tokens_BxT: jax.Array,
   positions_BxT: jax.Array,
   request_ids_B: jax.Array,
-) -> jax.Array:
-  """Returns the experts that all members choose at T positions, `[L, R, B, T, A]`.
+  keep: tuple[str, ...] = (),
+) -> tuple[jax.Array, transformer.BlockOutputs]:
+  """Returns states and outputs of all members at T positions, as `member_states` does.
 
   A Clean Cache must hold the clean keys and values at earlier positions. A standard
-  cache is written, at the positions that follow. See `member_states` for the arguments.
+  cache is written, at the positions that follow. See `member_states` for the arguments;
+  `keep` is "experts", "router_logits" or both.
   """
+  arguments = params, config, roster, cache, tokens_BxT, positions_BxT, request_ids_B
   if roster.cache == "clean":
-    return member_states(
-      params, config, roster, cache, tokens_BxT, positions_BxT, request_ids_B, keep=("experts",)
-    )[1].experts
-  outputs = _prefill_cache(
-    params, config, roster, cache, tokens_BxT, positions_BxT, request_ids_B, keep=("experts",)
-  )[2]
-  chosen = [o.experts for o in outputs if o.experts is not None]
-  return jnp.concatenate(chosen, axis=1).swapaxes(0, 1)
+    return member_states(*arguments, keep=keep)
+  _, x, outputs = _prefill_cache(*arguments, keep=keep)
+  outputs = [o for o in outputs if jax.tree.leaves(o)]
+  if not outputs:
+    return x, transformer.BlockOutputs()
+  return x, jax.tree.map(lambda *a: jnp.concatenate(a, axis=1).swapaxes(0, 1), *outputs)
 
 
 def member_states(

@@ -416,8 +416,9 @@ def _resolve(
   name = value
   if not isinstance(value, str):
     source = getattr(value, "add", value)  # an aggregation goes by the name of its function
-    names = getattr(source, "__module__", ""), getattr(source, "__qualname__", repr(source))
-    name = next((known for known, found in table.items() if found is value), ":".join(names))
+    module, own = (getattr(source, f"__{a}__", None) for a in ("module", "qualname"))
+    own = f"{module or '__main__'}:{own or type(source).__name__}"
+    name = next((known for known, found in table.items() if found is value), own)
   elif value in table:
     value = table[value]
   elif ":" in value:

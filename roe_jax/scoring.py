@@ -75,14 +75,15 @@ def score_chunk(
   targets_BxT: jax.Array,
   starts_B: jax.Array,
   request_ids_B: jax.Array,
-  output_temperatures_G: jax.Array,
+  output_temperatures_G: jax.Array | None,
   candidates_BxK: jax.Array | None = None,
 ) -> tuple[KVCache | None, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
   """Scores targets, and candidates in their place, at T positions of each sequence.
 
   For a Clean Cache roster the (donated) cache must hold all earlier clean keys and
   values, and is not written. Otherwise the chunk is part of a pass over the whole
-  sequence that writes the cache.
+  sequence that writes the cache. Without output temperatures (G = 1, a temperature of 1)
+  nothing is renormalized.
 
   Returns:
     The cache, log-probabilities `[B, T, G]`, the roster's most probable tokens `[B, T]`
@@ -110,12 +111,16 @@ def score_chunk(
     shape = (*targets_BxT.shape, candidates_BxK.shape[1])
     wanted = jnp.concatenate([wanted, jnp.broadcast_to(candidates_BxK[:, None], shape)], axis=-1)
 
-  def at_temperature(temperature):
-    scaled = log_probs / temperature
-    chosen = jnp.take_along_axis(scaled, wanted, axis=-1)
-    return chosen - jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
+  chosen = jnp.take_along_axis(log_probs, wanted, axis=-1)[..., None]
+  if output_temperatures_G is None:
+    scores = chosen
+  else:
 
-  scores = jnp.moveaxis(jax.lax.map(at_temperature, output_temperatures_G), 0, -1)
+    def log_total(temperature):
+      return jax.nn.logsumexp(log_probs / temperature, axis=-1, keepdims=True)
+
+    log_totals = jnp.moveaxis(jax.lax.map(log_total, output_temperatures_G), 0, -1)
+    scores = chosen / output_temperatures_G.reshape(1, 1, 1, -1) - log_totals
   # Replicated: every process reads them.
   return cache, *sharding.with_sharding_constraint(
     params, (scores[..., 0, :], greedy, scores[..., 1, :], outputs.clean_tokens, scores[..., 2:, :])
@@ -196,7 +201,13 @@ def score(
     raise ValueError("batch_size and chunk_size must be at least 1")
   ids = batching.request_ids(request_ids, len(sequences))
   score_batch = functools.partial(
-    _score_batch, params, config, roster, jnp.asarray(temperatures), min_shape, chunk_size
+    _score_batch,
+    params,
+    config,
+    roster,
+    None if np.all(temperatures == 1) and len(temperatures) == 1 else jnp.asarray(temperatures),
+    min_shape,
+    chunk_size,
   )
   scored = []
   for first in range(0, len(sequences), batch_size):
@@ -276,7 +287,8 @@ def _score_batch(
         finite = np.isfinite(results[2][i, low:high]).all(axis=-1)
         if not finite.all():
           raise NonFiniteLogits(i, int(columns[i, low + np.argmin(finite)]))
-  return [_joined(pieces, len(temperatures), k) for pieces, k in zip(found, num_candidates)]
+  num_temperatures = 1 if temperatures is None else len(temperatures)
+  return [_joined(pieces, num_temperatures, k) for pieces, k in zip(found, num_candidates)]
 
 
 def _joined(pieces, num_temperatures, num_candidates):
@@ -390,6 +402,9 @@ def perplexity(
   Raises:
     ValueError: the sequence is too short, or a setting is out of range.
   """
+  batching.check_tokens(
+    config.replace(context_length=max(1, len(tokens))), [tokens], what="sequence"
+  )
   cut = windows(config, tokens, window, stride)
   scores = score(
     params,

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import os
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +125,8 @@ class Stops:
     if make_reader is None and decode is not None:
       visible = decode
       if "skip_special_tokens" in inspect.signature(decode).parameters:
-        visible = functools.partial(decode, skip_special_tokens=False)
+        keywords: dict[str, Any] = {"skip_special_tokens": False}
+        visible = functools.partial(decode, **keywords)
       make_reader = lambda index: _DecodedReader(visible)
     tokens = tuple(config.eos_token_ids if tokens is None else tokens)
     return cls(tokens, tuple(strings), decode, make_reader or (lambda index: _DecodedReader(str)))

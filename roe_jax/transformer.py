@@ -9,6 +9,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+import numpy as np
 
 from roe_jax import attention, collectives, experts, routing, sharding
 from roe_jax import cache as kv_cache
@@ -274,12 +275,26 @@ def forward(
   Args:
     params: the model's parameters.
     config: its architecture.
-    tokens_BxT: int32 tokens from position 0 on, padded on the right.
+    tokens_BxT: int32 tokens from position 0 on, padded on the right; an array or lists of
+      one length.
     **options: passed to `run_layers`.
 
   Returns:
     Logits `[B, T, V]` float32, and the outputs in `keep`.
+
+  Raises:
+    ValueError: the tokens are not integers `[B, T]`.
   """
+  if not isinstance(tokens_BxT, jax.Array):
+    try:
+      tokens_BxT = jnp.asarray(np.asarray(tokens_BxT))
+    except (TypeError, ValueError):  # text, or lists of different lengths
+      tokens_BxT = jnp.zeros(())
+  if tokens_BxT.ndim != 2 or not jnp.issubdtype(tokens_BxT.dtype, jnp.integer):
+    raise ValueError(
+      "forward takes integer token ids [B, T], sequences of one length: pad them on the right, "
+      "and pass jnp.array([tokens]) for one sequence"
+    )
   positions = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
   x, _, outputs = run_layers(params, config, embed(params, tokens_BxT), positions, **options)
   return unembed(params, config, x), outputs

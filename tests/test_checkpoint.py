@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from roe_jax import checkpoint
+from roe_jax import checkpoint, model_formats
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 
@@ -316,3 +316,12 @@ def test_bad_folders_get_a_sentence(broken, damage, error, message):
   with pytest.raises(error, match=message) as info:
     checkpoint.load(broken)
   assert "\n" not in str(info.value)
+
+
+def test_a_saved_checkpoint_has_the_tokenizer_or_a_warning_says_that_it_lacks_one(tmp_path):
+  params, config, tokenizer = model_formats.open_model("embedded:wordmath_control")
+  checkpoint.save(tmp_path / "with", params, config, tokenizer)
+  text = "Tom has 3 apples."
+  assert model_formats.load_tokenizer(tmp_path / "with").encode(text) == tokenizer.encode(text)
+  with pytest.warns(UserWarning, match="without a tokenizer"):
+    checkpoint.save(tmp_path / "without", params, config)

@@ -65,3 +65,30 @@ def test_what_cannot_be_counted_is_refused(olmoe):
     diagnostics.unique_experts(params, config, Roster.create(config, recompute=True), TEXTS)
   with pytest.raises(ValueError, match="no token is predicted"):
     diagnostics.unique_experts(params, config, Roster.create(config), [[1, 2]], [2])
+
+
+@pytest.mark.parametrize("cache", ["clean", "standard"])
+def test_logits_and_routing_of_members_are_those_of_the_definition(olmoe, cache):
+  config, params = olmoe
+  roster = Roster.create(config, 3, [0.0, 0.8, 0.4], seed=9, cache=cache, gate_weights="noisy")
+  texts, ids = [TEXTS[0], TEXTS[0][:3]], [3, 8]
+  arguments = dict(roster=roster, request_ids=ids)
+  logits = diagnostics.member_logits(params, config, texts, all_positions=True, **arguments)
+  last = diagnostics.member_logits(params, config, texts, **arguments)
+  after = diagnostics.next_token_distributions(params, config, texts, **arguments)
+  for i, text in enumerate(texts):
+    expected = numpy_roster.member_logits(params, config, roster, text, ids[i])
+    np.testing.assert_allclose(logits[:, i, : len(text)], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(last[:, i], expected[:, -1], rtol=1e-4, atol=1e-4)
+    mean = np.mean([np.exp(z) / np.exp(z).sum() for z in expected[:, -1]], axis=0)
+    np.testing.assert_allclose(after[i], np.log(mean), rtol=1e-4, atol=1e-4)
+  trace = diagnostics.routing_trace(params, config, texts, **arguments)
+  # No noise in the first layer and in the clean member: the best of the softmax, by hand.
+  best = np.argsort(-trace.router_logits[0], axis=-1)[..., : config.experts_per_token]
+  length = len(texts[1])
+  np.testing.assert_array_equal(trace.experts[0][:, :, :length], best[:, :, :length])
+  probabilities = np.exp(trace.router_logits[0])
+  probabilities /= probabilities.sum(-1, keepdims=True)
+  gates = np.take_along_axis(probabilities, trace.experts[0], -1)
+  np.testing.assert_allclose(trace.gates[0], gates, rtol=1e-5)
+  assert np.any(trace.experts[1, 1, 0, : len(TEXTS[0])] != trace.experts[1, 0, 0, : len(TEXTS[0])])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from roe_jax import batching, decode, prefill, transformer
+from roe_jax import batching, checkpoint, decode, prefill, transformer
 from roe_jax import scoring as score_lib
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
@@ -431,6 +431,39 @@ def test_progress_and_settings():
   settings = json.loads(json.dumps(scores.settings))
   assert settings["roster"] == Roster.create(config).settings()
   assert settings["output_temperatures"] == [1.0]
+
+
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda m, c: decode.generate(m, c, ["hello"], max_new_tokens=1), "prompt 0 is text, 'hello'"),
+    (lambda m, c: decode.generate(m, c, "hello", max_new_tokens=1), "prompt 0 is text, 'hello'"),
+    (
+      lambda m, c: decode.generate(m, c, [1, 2], max_new_tokens=1),
+      r"pass \[tokens\] for one prompt",
+    ),
+    (lambda m, c: next(decode.stream(m, c, "hello", max_new_tokens=1)), "tokenizer.encode"),
+    (lambda m, c: score_lib.score(m, c, [1, 2]), r"pass \[tokens\] for one sequence"),
+    (lambda m, c: score_lib.score(m, c, [[1.5, 2]]), "integer token ids, got float64"),
+    (lambda m, c: score_lib.perplexity(m, c, "hello world"), "is text"),
+    (
+      lambda m, c: score_lib.perplexity(m, c, [[1, 2, 3]]),
+      r"integer token ids, got int64 \[1, 3\]",
+    ),
+    (lambda m, c: transformer.forward(m, c, [1, 2]), r"integer token ids \[B, T\]"),
+    (lambda m, c: transformer.forward(m, c, [[1, 2], [1]]), r"integer token ids \[B, T\]"),
+    (lambda m, c: transformer.forward(m, c, "hello"), r"integer token ids \[B, T\]"),
+    (
+      lambda m, c: jax.grad(lambda m: transformer.forward(m, c, jnp.ones((1, 2), int))[0].sum())(m),
+      'not differentiable.*strategy="padded"',
+    ),
+    (lambda m, c: checkpoint.load("embedded:wordmath_control"), "roe_jax.open_model"),
+  ],
+)
+def test_misuse_gets_a_sentence(olmoe, call, message):
+  config, params = olmoe
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
+    call(params, config)
 
 
 @pytest.mark.parametrize("n, tau", [(1, 0.0), (2, 0.3)])

@@ -204,6 +204,7 @@ def define_dry_run_flags() -> None:
   )
 
 
+DRY_RUN_FLAGS = ("accelerator", "num_devices", "length", "overlap")
 CHAT_FLAGS = ("system", "reasoning_effort", "thinking", "chat_date")
 
 
@@ -356,22 +357,29 @@ def _read_temperatures(text):
   return temperature_profiles.read(path)
 
 
-def roster_from_flags(config: ModelConfig) -> Roster:
+def roster_from_flags(config: ModelConfig, check_idle: bool = True) -> Roster:
   """Creates the roster that the flags of `define_roster_flags` describe.
 
   The roster settings of a temperature profile apply unless a flag overrides them.
 
+  Args:
+    config: the model's architecture.
+    check_idle: whether to refuse flags that would do nothing to the baseline.
+
   Raises:
-    ValueError: a setting is out of range, or the profile is for a model of different sizes.
+    ValueError: a setting is out of range or would do nothing, or the profile is for a model
+      of different sizes.
   """
   f = flags.FLAGS
+  if "dry_run" in f:
+    refuse_idle(not f.dry_run, DRY_RUN_FLAGS, "applies to --dry_run only: add it")
   temperatures = _numbers_or_profile(f.tau)
   settings = {name: f[name].value for name in temperature_profiles.ROSTER_SETTINGS}
   if isinstance(temperatures, Profile):
     temperatures.check_sizes(config)
     settings |= {k: v for k, v in temperatures.roster.items() if not f[k].present}
     temperatures = temperatures.temperatures
-  return Roster.create(
+  roster = Roster.create(
     config,
     temperatures=temperatures,
     seed=f.seed,
@@ -379,6 +387,28 @@ def roster_from_flags(config: ModelConfig) -> Roster:
     memory_budget=f.memory_budget_mb << 20,
     **settings,
   )
+  if not check_idle:
+    return roster
+  needs = (
+    "does nothing to the baseline, a single member without noise: give --num_members and --tau"
+  )
+  refuse_idle(not (f["tau"].present or any(roster.temperatures)), ("num_members",), needs)
+  # An explicit --num_members=1 is the start of a sweep.
+  if roster.is_baseline and not f["num_members"].present:
+    refuse_idle(any(roster.temperatures), ("tau",), needs)
+    refuse_idle(True, ("noise", "gate_weights", "cache", "aggregation"), needs)
+  return roster
+
+
+def refuse_idle(idle: bool, names: Sequence[str], why: str) -> None:
+  """Refuses flags that would do nothing.
+
+  Raises:
+    ValueError: `idle`, and a flag among `names` is given; the message goes on with `why`.
+  """
+  for name in names:
+    if idle and flags.FLAGS[name].present:
+      raise ValueError(f"--{name} {why}")
 
 
 def check_profile(params: Params) -> None:

@@ -307,8 +307,9 @@ class Engine:
   def _generate(self, requests, on_answered):
     kinds: dict[Any, dict[str, Prompt]] = {}
     for k, r in requests.items():
-      kinds.setdefault((r.max_new_tokens, r.stop, r.sampler, r.stop_tokens), {})[k] = r
-    for (max_new_tokens, stop, sampler, stop_tokens), prompts in kinds.items():
+      kind = r.max_new_tokens, r.stop, r.sampler, r.stop_tokens, r.opening is None
+      kinds.setdefault(kind, {})[k] = r
+    for (max_new_tokens, stop, sampler, stop_tokens, raw), prompts in kinds.items():
       lengths = [len(r.tokens) + max_new_tokens for r in prompts.values()]
       for batch, _ in batching.by_length(lengths, len(lengths), prefill.MIN_CAPACITY):
         items = list(prompts.items())
@@ -321,6 +322,10 @@ class Engine:
           self._answers.write({k: self._generated(request, completion)})
           on_answered(1)
 
+        def stop_reader(index, missing=missing):
+          opening = missing[index][1].opening
+          return answer_lib.reader(self._tokenizer, opening, skip_special_tokens=False)
+
         decode.generate(
           *self._model,
           [r.tokens for _, r in missing],
@@ -330,16 +335,11 @@ class Engine:
           stop_tokens=stop_tokens,
           stop_strings=stop,
           decode=self._tokenizer.decode,
-          stop_reader=lambda i, missing=missing: self._stop_reader(missing[i][1]),
+          stop_reader=None if raw else stop_reader,
           batch_size=self.batch_size,
           request_ids=[r.request_id for _, r in missing],
           on_finished=write,
         )
-
-  def _stop_reader(self, request):
-    if request.opening is None:
-      return answer_lib.AnswerReader(self._tokenizer, skip_special_tokens=False)
-    return answer_lib.reader(self._tokenizer, request.opening, skip_special_tokens=False)
 
   def _generated(self, request, completion):
     text = completion.text

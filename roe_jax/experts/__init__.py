@@ -183,6 +183,22 @@ def _compute(strategy, num_experts, activation, weights, layer, x, indices, gate
   return _FUNCTIONS[strategy](num_experts, activation, weights, layer, x, indices, gates)
 
 
+def _not_differentiable(compute):
+  """Returns the function with an error where it is differentiated."""
+  function = jax.custom_jvp(compute)
+
+  @function.defjvp
+  def _(primals, tangents):
+    del primals, tangents
+    raise ValueError(
+      "this expert strategy is not differentiable: pass a differentiable one, such as "
+      'strategy="padded" to forward or expert_strategy="padded" to Roster.create (for quantized '
+      "experts, dequantize them first)"
+    )
+
+  return function
+
+
 @functools.cache
 def _with_member_folding(num_experts, activation, strategy, devices, tokens_sharded):
   """Returns the strategy's function with a vmap rule that folds the mapped axis into tokens."""
@@ -204,7 +220,7 @@ def _with_member_folding(num_experts, activation, strategy, devices, tokens_shar
 
   if strategy in ("padded", "dense"):
     return compute
-  folding = jax.custom_batching.custom_vmap(compute)
+  folding = jax.custom_batching.custom_vmap(_not_differentiable(compute))
 
   @folding.def_vmap
   def _(axis_size, in_batched, weights, layer, x, indices, gates):

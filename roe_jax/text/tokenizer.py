@@ -25,6 +25,7 @@ class Tokenizer:
 
   Attributes:
     bos_id, pad_id: token ids, or None.
+    folder: the folder that it was loaded from, or None.
     eos_ids: end-of-sequence token ids, the tokenizer's own first; may be empty.
     named_tokens: special tokens as text, under their names in chat templates:
       {"bos_token": "<s>", ...}.
@@ -41,6 +42,7 @@ class Tokenizer:
     eos_ids: Iterable[int] = (),
     pad_id: int | None = None,
     named_tokens: Mapping[str, str] | None = None,
+    folder: pathlib.Path | None = None,
   ):
     # A tokenizer.json may contain settings of a training run that silently truncate.
     tokenizer.no_truncation()
@@ -49,6 +51,7 @@ class Tokenizer:
     self.bos_id = bos_id
     self.eos_ids = tuple(eos_ids)
     self.pad_id = pad_id
+    self.folder = folder
     self.named_tokens = dict(named_tokens or {})
     self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     added = tokenizer.get_added_tokens_decoder()
@@ -88,7 +91,12 @@ class Tokenizer:
 
     first = lambda kind: next(iter(ids(kind)), None)
     return cls(
-      tokenizer, bos_id=first("bos"), pad_id=first("pad"), eos_ids=ids("eos"), named_tokens=named
+      tokenizer,
+      bos_id=first("bos"),
+      pad_id=first("pad"),
+      eos_ids=ids("eos"),
+      named_tokens=named,
+      folder=folder,
     )
 
   def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

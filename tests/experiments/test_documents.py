@@ -5,7 +5,12 @@ import re
 import shlex
 
 import command_lines
+import jax
+import numpy as np
 import pytest
+import scipy.special
+
+from experiments.cli import app
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -32,6 +37,25 @@ def test_commands_have_flags_that_exist():
   assert len(lines) > 60
   # A sentence may name a program, or a flag of it, without what it cannot do without.
   command_lines.check([line for line in lines if len(line.split()) > 2])
+
+
+@pytest.mark.slow
+def test_the_api_page_runs(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  found: dict = {}
+  with jax.numpy_rank_promotion("allow"):
+    for block in re.findall(
+      r"^```python\n(.*?)^```", (ROOT / "docs/api.md").read_text(), re.M | re.S
+    ):
+      exec(block, found)
+  np.testing.assert_allclose(
+    found["after"],
+    np.log(np.mean(scipy.special.softmax(found["logits"].astype(np.float64), -1), 0)),
+    atol=1e-4,
+  )
+  assert found["losses"][-1] < found["losses"][0]
+  app.load_tokenizer(str(tmp_path / "fine_tuned"))
+  assert 0 < found["changed"] < 1
 
 
 def anchors(text):
