@@ -5,7 +5,6 @@ import pathlib
 
 import numpy as np
 
-from experiments.analysis import drawing
 from experiments.benchmarks import timing
 from experiments.benchmarks.sweep_results import Folder
 from experiments.cli.extras import plt, tabulate
@@ -145,7 +144,10 @@ def draw(folder: Folder, title: str, path: pathlib.Path) -> None:
     )
   every = sorted({r["num_members"] for r in records})
   for axis in (left, right):
-    drawing.members_axis(axis, every)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(every, [str(n) for n in every])
+    axis.minorticks_off()
+    axis.set_xlabel("roster members n, log scale")
     axis.set_ylim(bottom=0)
     axis.spines[["top", "right"]].set_visible(False)
   left.set_ylabel(f"time of a decode step / that of roe_jax at n = {every[0]}")
