@@ -16,7 +16,7 @@ FLAT = 0.01  # percent or points: smaller differences are not magnified
 COSTS = {  # name: title and unit
   "ms_per_token": ("milliseconds per token", 1),
   "flops": ("forward FLOPs per example", 1),
-  "unique_experts": ("unique active experts per layer and step", 1),
+  "unique_experts": ("unique active experts\nper layer and step", 1),
   "peak_bytes": ("peak memory (MiB)", 2**20),
   "forward_passes": ("forward passes per example", 1),
 }
@@ -249,7 +249,8 @@ def reliability(lines: Sequence[comparisons.Calibration], task: str) -> plt.Figu
   low = np.floor(10 * min(line.events.confidences.min() for line in lines)) / 10
   handles = {}
   for label, axis in zip(labels, axes):
-    axis.plot([low, 1], [low, 1], color="0.6", linewidth=0.8, linestyle=":")
+    ideal = dict(color="0.6", linewidth=0.8, linestyle=":", label="perfect calibration")
+    axis.plot([low, 1], [low, 1], **ideal)
     for line in (l for l in lines if l.result.label == label):
       points = calibration_error.reliability(line.events)
       drawing.errorbars(
@@ -273,7 +274,7 @@ def reliability(lines: Sequence[comparisons.Calibration], task: str) -> plt.Figu
   for axis in axes:
     axis.set_ylim(bottom, 1.03)
   figure.legend(
-    handles.values(), handles, loc="outside lower center", frameon=False, fontsize=8, ncols=2
+    handles.values(), handles, loc="outside lower center", frameon=False, fontsize=8, ncols=3
   )
   figure.suptitle(
     f"{task}: reliability, {calibration_error.BINS} {calibration_error.MASS} bins, 95 % intervals",

@@ -336,12 +336,12 @@ def test_default_methods_without_an_answer_are_left_out_and_others_refused(
   _, config, _ = model
   base = Roster.create(config, 4, 0.5)
   found = methods.parse_all(methods.default_texts(config, 4), config, base)
-  examples = {"arc_easy": [tasks.Example("a", "?", choices=("x", "y"), target=0)]}
+  examples = {"paper/arc_easy": [tasks.Example("a", "?", choices=("x", "y"), target=0)]}
   monkeypatch.setattr(program, "FLAGS", types.SimpleNamespace(methods=None))
   kept = [m.name for m in program.check_methods(found, examples)]
   assert {"baseline", "roster", "experts"} <= set(kept)
   assert not {"self_consistency", "best_of", "scmoe", "best_baseline"} & set(kept)
-  assert "[skipping SCMoE: task arc_easy needs the likelihood" in capsys.readouterr().err
+  assert "[skipping SCMoE: task paper/arc_easy needs the likelihood" in capsys.readouterr().err
   monkeypatch.setattr(program, "FLAGS", types.SimpleNamespace(methods="scmoe"))
   with pytest.raises(ValueError, match="remove the task or the method"):
     program.check_methods(found, examples)

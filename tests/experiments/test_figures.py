@@ -1,6 +1,7 @@
 """What figures compute: laws, fits, differences, costs, against closed forms."""
 
 import dataclasses
+import pathlib
 import threading
 import types
 
@@ -11,6 +12,7 @@ import pytest
 from statsmodels.stats.multitest import multipletests
 import tiny
 
+from experiments import figures
 from experiments.analysis import paired_statistics
 from experiments.analysis.run_results import Result
 from experiments.benchmarks import power, timing
@@ -29,10 +31,12 @@ from experiments.figures import (
   table1,
   transfer,
 )
-from experiments.figures.figure_run import FigureRun
+from experiments.figures.figure_run import RECORDS, FigureRun, read_records
 from experiments.records import runs
 from roe_jax import decode, presets
 from roe_jax import params as params_lib
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -444,3 +448,20 @@ def test_larger_models_are_made_on_one_device_only(tmp_path):
   work = FigureRun("fig5b", figure_models.get("mixtral"), fig5b.CONFIGS["mixtral"], tmp_path)
   with pytest.raises(ValueError, match="needs several"):
     fig5b.measure(work)
+
+
+@pytest.mark.parametrize("name", ["fig6", "caches", "ceiling", "sparsity", "iso_compute"])
+def test_lower_perplexity_is_drawn_higher(name):
+  measure = "fitted_difference" if name == "iso_compute" else "perplexity_difference"
+  records = read_records(ROOT / "docs/results/embedded" / name / RECORDS)
+  figure = figures.get(name).draw(records)
+  drawn = {
+    round(float(y), 9)
+    for axis in figure.axes
+    for container in axis.containers
+    for y in container.lines[0].get_ydata()
+  }
+  reductions = {round(-r[measure]["value"], 9) for r in records if r.get(measure)}
+  reductions -= {0.0}
+  assert reductions and reductions <= drawn
+  plt.close(figure)

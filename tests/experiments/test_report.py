@@ -9,7 +9,14 @@ import pytest
 import synthetic_runs as synthetic
 
 from experiments import report
-from experiments.analysis import comparisons, paired_statistics, pictures, report_page
+from experiments.analysis import (
+  calibration_error,
+  comparisons,
+  drawing,
+  paired_statistics,
+  pictures,
+  report_page,
+)
 from experiments.analysis import run_results as results_lib
 
 pytestmark = pytest.mark.slow
@@ -387,12 +394,43 @@ def test_a_picture_against_cost_draws_every_method_in_every_panel(study):
     "wordmath",
   )
   assert [len(axis.containers) for axis in figure.axes] == [4] * 5 + [3] * 5
+  assert "side by side, ticks inside mark their costs" in figure.get_suptitle()
+  for upper, lower in zip(figure.axes, figure.axes[5:]):
+    assert upper.get_xlim() == lower.get_xlim()
+  flops = figure.axes[1]
+  costs = sorted(c.flops for c in comparisons.costs(runs))
+  assert flops.lines[-1].get_xdata() == pytest.approx(costs)  # where the marks are
   for axis in figure.axes:
-    assert axis.get_xlabel()
+    assert axis.get_xlabel().endswith(", log scale") == (axis.get_xscale() == "log")
     (low, high), (bottom, top) = axis.get_xlim(), axis.get_ylim()
     for container in axis.containers:
       x, y = container.lines[0].get_xydata()[0]
       assert low < x < high and bottom < y < top
+  pictures.plt.close(figure)
+
+
+@pytest.mark.parametrize("values", [(0.436, 4.95), (2.1, 6.4), (31.4, 253.0), (1.1e8, 8.9e10)])
+def test_a_logarithmic_axis_has_round_ticks(values):
+  figure, ((axis,),) = drawing.axes(1)
+  drawing.value_axis(axis, "x", "cost", values)
+  axis.set_xlim(values)
+  figure.draw_without_rendering()
+  ticks = [t for t in axis.get_xticks() if values[0] <= t <= values[1]]
+  assert len(ticks) >= 2
+  assert all(f"{t:.0e}" == f"{t:.5e}".replace(".00000", "") for t in ticks), ticks
+  assert axis.get_xlabel() == "cost, log scale"
+  assert [drawing.short(t) for t in (0.5, 20.0, 2e4, 5e8)] == ["0.5", "20", "20k", "500M"]
+  drawing.plt.close(figure)
+
+
+def test_a_reliability_diagram_has_the_bins_of_the_error(study):
+  runs = results_lib.load_runs([f"{study}/runs/*"])
+  rows = comparisons.calibrations(runs, results_lib.find_baseline(runs, "baseline"))
+  figure = pictures.reliability(rows, "wordmath")
+  assert "15 equal-mass bins" in figure.get_suptitle()
+  expected = [np.unique(calibration_error.bins(row.events.confidences)).size for row in rows]
+  points = [len(c.lines[0].get_xdata()) for axis in figure.axes for c in axis.containers]
+  assert points == expected
   pictures.plt.close(figure)
 
 
