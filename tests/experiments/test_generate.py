@@ -265,7 +265,7 @@ def test_chats_from_message_to_answer(chat_checkpoints, tmp_path):
         "--max_new_tokens=8",
         "--system=Be brief.",
       ],
-      [thinking, "--chat", "--prompt=2 + 2?", "--stop=."],
+      [thinking, "--chat", "--prompt=2 + 2?", "--stop=m", "--stop=."],
       [harmony, "--chat", "--prompt=2 + 2?", "--chat_date=2025-01-31"],
       [harmony, "--prompt=t"],
     ]
@@ -355,6 +355,7 @@ BAD_CHATS = [  # checkpoint, arguments, line of input, sentence
     None,
     "does not use the setting reasoning_effort",
   ),
+  ("thinking", ["--prompt=x", "--stop=a", "--stop="], None, "a stop string is empty"),
   ("thinking", ["--chat", "--prompt=x", "--chat_date=2025-01-31"], None, "not use the date"),
   ("harmony", ["--chat", "--prompt=x", "--chat_date=1.2.2025"], None, "must be YYYY-MM-DD"),
   ("harmony", ["--chat", "--prompt=" + "x" * 200], None, "does not fit the model's context"),
