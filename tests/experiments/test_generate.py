@@ -128,6 +128,7 @@ BAD_SETTINGS = {
   "--prompt=x --num_members=4": "--num_members does nothing to the baseline",
   "--prompt=x --tau=0.3": "--tau does nothing to the baseline",
   "--prompt=x --noise=swap": "--noise does nothing to the baseline",
+  "--prompt=x --num_members=1000000 --tau=0.3 --cache=standard": "need about",
   "--prompt=x --length=9": "--length applies to --dry_run only",
   "--prompt=x --output=y": "use either it or --input",
   "--input=no_such_file": "does not exist",
