@@ -25,11 +25,11 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import tasks
-from experiments.analysis import paired_statistics
+from experiments.analysis import output_temperatures
 from experiments.cli import app, text_files
 from experiments.cli.extras import tabulate
 from experiments.evaluation import methods as methods_lib
-from experiments.evaluation.measurer import OUTPUT_TEMPERATURES, SAMPLE_STRIDE, Batch, Measurer
+from experiments.evaluation.measurer import SAMPLE_STRIDE, Batch, Measurer
 from experiments.evaluation.methods import BASELINE_SETTINGS, BEST_BASELINE, FITTED, Method
 from experiments.evaluation.prompts import PromptBuilder
 from experiments.records import runs
@@ -176,7 +176,7 @@ def fit(
     found = [
       one
       for batch in batches(task, validation)
-      for one in measurer.likelihoods(method, FLAGS.seed, batch, OUTPUT_TEMPERATURES)
+      for one in measurer.likelihoods(method, FLAGS.seed, batch, output_temperatures.GRID)
       if one is not None
     ]
     if not found:
@@ -184,9 +184,9 @@ def fit(
     nll = np.array([one.nll for one in found])
     return {
       "examples": len(found),
-      "grid": OUTPUT_TEMPERATURES.tolist(),
+      "grid": output_temperatures.GRID.tolist(),
       "nll": nll.sum(axis=0).tolist(),
-      "temperature": paired_statistics.fit_output_temperature(nll, OUTPUT_TEMPERATURES),
+      "temperature": output_temperatures.fit(nll),
     }
 
   return _saved(folder / TEMPERATURES, task, compute)["temperature"]
@@ -280,18 +280,8 @@ def table(found: list[Method], opened: dict[str, runs.Run], task: tasks.Task) ->
   for method in found:
     run = opened[method.text]
     metrics = runs.load(run.path)[2]["tasks"][task.name]["metrics"]
-    records = [r for r in runs.read_lines(run.path / runs.EXAMPLES) if r["task"] == task.name]
     parts = [c for c in runs.read_lines(run.path / runs.COSTS) if c["task"] == task.name]
     counted = [c for c in parts if "steps" in c]
-
-    def perplexity(name):
-      pairs = [
-        (r["metrics"][name], r["metrics"]["tokens"]) for r in records if name in r["metrics"]
-      ]
-      if not pairs:
-        return ""
-      nll, tokens = np.sum(pairs, axis=0)
-      return f"{np.exp(nll / tokens):.4f}"
 
     def of_tokens(name):
       return sum(c[name] for c in parts) / sum(c["tokens"] for c in parts)
@@ -300,8 +290,8 @@ def table(found: list[Method], opened: dict[str, runs.Run], task: tasks.Task) ->
       [
         method.label,
         100 * metrics[task.metric],
-        "not defined" if method.no_likelihood else perplexity("nll"),
-        perplexity("fitted_nll"),
+        "not defined" if method.no_likelihood else metrics.get("perplexity", ""),
+        metrics.get("fitted_perplexity", ""),
         method.passes_per_token,
         of_tokens("flops") / 1e6,
         sum(c["unique_experts_read"] for c in counted) / sum(c["steps"] for c in counted)
@@ -382,6 +372,9 @@ def run(
     tasks.OTHER_DATA,
   )
   found = check_methods(found, examples)
+  if any(method.fits_temperature for method in found):
+    for name, some in validation.items():
+      output_temperatures.warn(name, sum(bool(e.reference or e.choices) for e in some))
   params, _ = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
   for method in found:
     if method.profile:

@@ -259,74 +259,27 @@ def evaluate_theirs(
   }
 
 
-def rows_of_ours(records: list[dict[str, Any]], prepared: PreparedTask) -> list[list[Any]]:
-  """Returns table rows: metric, value, its standard error, and standard deviation over seeds."""
-  lines = [r for r in records if r["task"] == prepared.name]
-  seeds = sorted({r["seed"] for r in lines})
-  ids = [e.id for e in prepared.examples]
+def rows_of_ours(summary: dict[str, Any], prepared: PreparedTask) -> list[list[Any]]:
+  """Returns table rows: metric, value, its standard error, standard deviation over seeds, examples.
 
-  def values(metric):  # [X, S]
-    found = {(r["example"], r["seed"]): r["metrics"].get(metric, np.nan) for r in lines}
-    return np.array([[found[i, s] for s in seeds] for i in ids], float)
-
-  rows = []
-  for metric in sorted(
-    set().union(*(r["metrics"] for r in lines)) - {"nll", "tokens"},
-    key=lambda m: m != prepared.task.metric,
-  ):
-    by_seed = values(metric)
-    rows.append(
-      [
-        prepared.name,
-        metric,
-        by_seed.mean(),
-        _error(by_seed.mean(axis=1)),
-        _spread(by_seed.mean(axis=0)),
-        len(ids),
-      ]
-    )
-  nll, tokens = values("nll"), values("tokens")
-  scored = np.isfinite(nll).all(axis=1)
-  if scored.any():
-    nll, tokens = nll[scored], tokens[scored]
-    by_seed = np.exp(nll.sum(axis=0) / tokens.sum(axis=0))
-    rows.append(
-      [
-        prepared.name,
-        "perplexity",
-        np.exp(nll.sum() / tokens.sum()),
-        _perplexity_error(nll.sum(axis=1), tokens.sum(axis=1)),
-        _spread(by_seed),
-        int(scored.sum()),
-      ]
-    )
-  return rows
-
-
-def _error(values):
-  """Returns the standard error of a mean over examples."""
-  return float(scipy.stats.sem(values)) if len(values) > 1 else None
-
-
-def _perplexity_error(nll, tokens):
-  """Returns the bootstrap standard error of a perplexity over examples."""
-  if len(nll) < 2:
-    return None
-  return float(
-    scipy.stats.bootstrap(
-      (nll, tokens),
-      lambda a, b, axis=-1: np.exp(a.sum(axis=axis) / b.sum(axis=axis)),
-      paired=True,
-      vectorized=True,
-      n_resamples=1000,
-      method="percentile",
-      rng=np.random.default_rng(0),
-    ).standard_error
-  )
-
-
-def _spread(by_seed):
-  return float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
+  Args:
+    summary: the task's entry in summary.json.
+    prepared: the task.
+  """
+  perplexity, metrics = "perplexity", summary["metrics"]
+  order = lambda m: (m == perplexity, m != prepared.task.metric)
+  counts = {perplexity: sum(r is not None for r in prepared.references)}
+  return [
+    [
+      prepared.name,
+      metric,
+      metrics[metric],
+      summary["standard_errors"].get(metric),
+      summary["std_over_seeds"].get(metric),
+      counts.get(metric, summary["examples"]),
+    ]
+    for metric in sorted(metrics.keys() - {"nll", "tokens"}, key=lambda m: (*order(m), m))
+  ]
 
 
 def rows_of_theirs(
@@ -350,7 +303,7 @@ def rows_of_theirs(
           metric if filter_name == "none" else key,
           float(np.mean(values)),
           float(np.mean(known)) if known else None,
-          _spread(values),
+          float(np.std(values, ddof=1)) if len(values) > 1 else None,
           run_means.get(name, {}).get("examples"),
         ]
       )
@@ -454,8 +407,7 @@ def print_report(
   summary = run.finish()
   if not app.is_first_process():
     return
-  records = runs.read_lines(run.path / runs.EXAMPLES)
-  rows = [row for prepared in prepared_tasks for row in rows_of_ours(records, prepared)]
+  rows = [row for one in prepared_tasks for row in rows_of_ours(summary["tasks"][one.name], one)]
   rows += rows_of_theirs(by_seed, summary["tasks"])
   print(
     tabulate.tabulate(

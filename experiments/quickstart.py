@@ -212,9 +212,12 @@ def draw(models: dict[str, list[dict]]) -> plt.Figure:
   for (name, rows), (left, middle, right) in zip(models.items(), axes, strict=True):
     n = [r["num_members"] for r in rows]
     compared = [r["accuracy"].comparison for r in rows]
+    reductions = {
+      kind: [-(r[kind].difference or zero) for r in rows] for kind in ("perplexity", "fitted")
+    }
     for axis, differences, label, style in (
-      (left, [r["perplexity"].difference for r in rows], "output temperature T = 1", {}),
-      (left, [r["fitted"].difference for r in rows], "output temperature fitted", {"color": "0.5"}),
+      (left, reductions["perplexity"], "output temperature T = 1", {}),
+      (left, reductions["fitted"], "output temperature fitted", {"color": "0.5"}),
       (middle, [c and c.difference for c in compared], None, {}),
     ):
       values, bars = drawing.bars([d or zero for d in differences])
@@ -226,9 +229,9 @@ def draw(models: dict[str, list[dict]]) -> plt.Figure:
     right.set_yticks(n, [str(x) for x in n])
     right.minorticks_off()
     right.legend(fontsize=8, frameon=False)
-    left.set_ylabel("perplexity, difference\nfrom baseline (%)")
+    left.set_ylabel("perplexity reduction\nfrom baseline (%)")
     middle.set_ylabel("accuracy, difference\nfrom baseline (points)")
-    right.set_ylabel("time per token\n(baseline = 1)")
+    right.set_ylabel("time per token\n(baseline = 1), log scale")
     middle.set_title(name, fontsize=10)
     for axis in (left, middle, right):
       drawing.members_axis(axis, n)

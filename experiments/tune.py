@@ -39,11 +39,12 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import tasks
+from experiments.analysis import output_temperatures
 from experiments.cli import app
 from experiments.evaluation.prompts import PromptBuilder
 from experiments.records import runs
 from experiments.tuning import confirm, trials, tuning_configs
-from experiments.tuning.objectives import OBJECTIVES, Objective, Usage
+from experiments.tuning.objectives import OBJECTIVES, Objective, Perplexity, Usage
 from experiments.tuning.trials import Search, Space
 from experiments.tuning.tuning_configs import TuningConfig
 from roe_jax import temperature_profiles
@@ -190,6 +191,8 @@ def prepare() -> SearchSetup:
   roster |= {"num_members": tuning.num_members, "cache": tuning.cache}
   task = tasks.get(FLAGS.task)
   count, examples, fresh = choose_examples(task, tuning.num_examples)
+  if tuning.objective == Perplexity.name:
+    output_temperatures.warn(task.name, count)
   tuning = dataclasses.replace(tuning, num_examples=count)
   builder = app.prompt_builder(config, app.load_tokenizer(FLAGS.checkpoint))
   settings = FLAGS.batch_size, FLAGS.allow_code_execution

@@ -205,8 +205,8 @@ class Reliability:
   count: np.ndarray
 
 
-def reliability(events: Events, kind: str = MASS, count: int = 10) -> Reliability:
-  """Returns the accuracy of events of similar confidence."""
+def reliability(events: Events, kind: str = MASS, count: int = BINS) -> Reliability:
+  """Returns the accuracy of events of similar confidence, in the bins of the ECE by default."""
   where = bins(events.confidences, kind, count)
   used = np.unique(where)
   tail = (1 - paired_statistics.CONFIDENCE) / 2

@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 
 from experiments.analysis.paired_statistics import Estimate
-from experiments.cli.extras import plt
+from experiments.cli.extras import matplotlib, plt
 
 # Series differ by marker first, then by shade.
 MARKERS = "osD^vP*X<>ph"
@@ -26,11 +26,18 @@ def save(figure: plt.Figure, path: pathlib.Path, kinds: Sequence[str] = ("png", 
 
 
 def axes(
-  columns: int, rows: int = 1, width: float = SIZE, height: float = SIZE
+  columns: int, rows: int = 1, width: float = SIZE, height: float = SIZE, **shared
 ) -> tuple[plt.Figure, np.ndarray]:
-  """Makes a figure and its `[rows, columns]` axes, each of that size in inches."""
+  """Makes a figure and its `[rows, columns]` axes, each of that size in inches.
+
+  Args:
+    columns, rows: number of axes.
+    width, height: of each.
+    **shared: `sharex` and `sharey`, as of `plt.subplots`.
+  """
+  size = (width * columns, height * rows)
   figure, grid = plt.subplots(
-    rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False
+    rows, columns, figsize=size, layout="constrained", squeeze=False, **shared
   )
   for axis in grid.flat:
     axis.spines[["top", "right"]].set_visible(False)
@@ -85,12 +92,35 @@ def errorbars(axis: plt.Axes, x: Sequence[float], estimates: Sequence[Estimate],
   return axis.errorbar(x, values, yerr=lengths, **settings)
 
 
+def short(value: float, _: int | None = None) -> str:
+  """Formats a tick: 0.5, 20, 5000, 20k, 3M."""
+  eng = matplotlib.ticker.EngFormatter(sep="")
+  return eng(value) if abs(value) >= 1e4 else f"{value:g}"
+
+
+def value_axis(axis: plt.Axes, which: str, name: str, values: Sequence[float]) -> None:
+  """Names the "x" or "y" axis of positive values; makes it logarithmic if they span a factor of 3.
+
+  Ticks are at 1, 2, 5, 10, ..., or closer together for values of one order of magnitude.
+  """
+  low, high = min(values), max(values)
+  one = getattr(axis, f"{which}axis")
+  if high > 3 * low:
+    getattr(axis, f"set_{which}scale")("log")
+    subs = (1, 2, 3, 5) if high < 10 * low else (1, 2, 5) if high < 1000 * low else (1,)
+    one.set_major_locator(matplotlib.ticker.LogLocator(subs=subs, numticks=15))
+    one.set_minor_locator(matplotlib.ticker.NullLocator())
+    name += ", log scale"
+  one.set_major_formatter(short)
+  one.set_label_text(name)
+
+
 def members_axis(axis: plt.Axes, numbers: Sequence[int]) -> None:
   """Makes the x axis one of roster sizes, in powers of two, each of `numbers` labeled."""
   axis.set_xscale("log", base=2)
   axis.set_xticks(numbers, [str(n) for n in numbers])
   axis.minorticks_off()
-  axis.set_xlabel("roster members n")
+  axis.set_xlabel("roster members n, log scale")
 
 
 def dots(

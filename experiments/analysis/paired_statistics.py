@@ -51,6 +51,9 @@ class Difference(Estimate):
     """Whether the interval excludes zero (without correction for multiple tests)."""
     return self.low > 0 or self.high < 0
 
+  def __neg__(self) -> "Difference":
+    return Difference(-self.value, -self.high, -self.low)
+
 
 def over_seeds(values: np.ndarray) -> np.ndarray:
   """Averages `[X, S]` over seeds to `[X]`; returns `[X]` unchanged."""
@@ -319,22 +322,3 @@ def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
   """Returns the rows of one table with Holm's correction over all of them."""
   adjusted = holm([c.test.p for c in comparisons])
   return [dataclasses.replace(c, adjusted=a) for c, a in zip(comparisons, adjusted)]
-
-
-def fit_output_temperature(nll: np.ndarray, temperatures: np.ndarray) -> float:
-  """Returns the output temperature with the lowest total nll, from a grid.
-
-  This is the minimum of a parabola through the best grid point and its neighbors in
-  log-temperature, or the grid's edge if the best point lies there.
-
-  Args:
-    nll: `[X, G]` negative log-probabilities.
-    temperatures: `[G]`, ascending.
-  """
-  total = nll.sum(axis=0, dtype=np.float64)
-  best = int(np.argmin(total))
-  if not 0 < best < len(temperatures) - 1:
-    return float(temperatures[best])
-  around = slice(best - 1, best + 2)
-  curve = np.polynomial.Polynomial.fit(np.log(temperatures[around]), total[around], 2)
-  return float(np.exp(curve.deriv().roots()[0].real))

@@ -31,8 +31,8 @@ def quality_against_cost(
 ) -> plt.Figure | None:
   """Draws differences from the baseline against each measured cost; None without any.
 
-  The upper row is the task's metric, the lower one perplexity with output temperatures fitted
-  on both sides.
+  The upper row is the task's metric, the lower one the reduction of perplexity with output
+  temperatures fitted on both sides, so that better is higher in both.
   """
   by_label = {c.result.label: c for c in costs if c.task == task}
   rows = []
@@ -45,12 +45,12 @@ def quality_against_cost(
     measure = next(q.comparison.measure for q in quality if q.task == task and q.comparison)
     rows.append((f"{measure}: difference\nfrom {baseline} (points)", compared))
   fitted = {
-    l.result.label: l.comparison.difference if l.comparison else None
+    l.result.label: -l.comparison.difference if l.comparison else None
     for l in likelihoods
     if l.task == task and l.fitted
   }
   if any(fitted.values()):
-    rows.append((f"perplexity at fitted T: difference\nfrom {baseline} at fitted T (%)", fitted))
+    rows.append((f"perplexity reduction at fitted T\nfrom {baseline} at fitted T (%)", fitted))
   costs_by_label = {
     label: {name: getattr(c, name) for name in COSTS} for label, c in by_label.items()
   }
@@ -65,7 +65,7 @@ def differences_against_costs(
   """Draws a row of panels per measure, one panel per cost; None without any.
 
   Args:
-    rows: (measure, {label: difference from the baseline; None for the baseline}).
+    rows: (measure, {label: gain over the baseline; None for the baseline}).
     costs: {label: {name in `COSTS`: value or None}}.
     task: for the title.
   """
@@ -78,13 +78,20 @@ def differences_against_costs(
   rows = [(title, differences) for title, differences in rows if any(differences.values())]
   if not panels or not rows:
     return None
-  figure, axes = drawing.axes(len(panels), len(rows))
-  handles = {}
-  for (title, differences), line in zip(rows, axes):
-    for (name, of), axis in zip(panels, line):
+  figure, axes = drawing.axes(len(panels), len(rows), sharex="col", sharey="row")
+  handles, side_by_side = {}, ""
+  drawn = [label for label in labels if any(label in differences for _, differences in rows)]
+  for (name, of), column in zip(panels, axes.T):
+    costs_of = sorted((x, label) for label in drawn if (x := of.get(label)))
+    values = [x for x, _ in costs_of]
+    offsets = {label: offset for (_, label), offset in zip(costs_of, _offsets(values))}
+    if any(offsets.values()):
+      side_by_side = "; methods of nearly equal cost side by side, ticks inside mark their costs"
+    for (_, differences), axis in zip(rows, column):
       drawing.zero(axis)
-      shown = sorted((x, label) for label in differences if (x := of.get(label)))
-      for (x, label), offset in zip(shown, _offsets([x for x, _ in shown])):
+      for x, label in costs_of:
+        if label not in differences:
+          continue
         d = differences[label] or Difference(0.0, 0.0, 0.0)
         handles[label] = drawing.errorbars(
           axis,
@@ -93,18 +100,20 @@ def differences_against_costs(
           label=label,
           **drawing.style(labels.index(label)),
           transform=matplotlib.transforms.offset_copy(
-            axis.transData, figure, x=offset, units="points"
+            axis.transData, figure, x=offsets[label], units="points"
           ),
         )
         axis.update_datalim([(x, d.low), (x, d.high)])  # artists with an offset do not count
-      axis.autoscale_view()
-      _log_scale(axis)
-      if np.abs(axis.get_ylim()).max() < FLAT:
-        axis.set_ylim(-FLAT, FLAT)
-      axis.set_xlabel(name)
+      of_costs = dict(marker=matplotlib.markers.TICKUP, color="0.4", linestyle="none")
+      axis.plot(values, [0.0] * len(values), transform=axis.get_xaxis_transform(), **of_costs)
+      drawing.value_axis(axis, "x", name, values)
+      axis.tick_params(labelbottom=True)
       axis.margins(x=0.15, y=0.1)
-    line[0].set_ylabel(title)
-  figure.suptitle(f"{task}: quality against cost, 95 % intervals", fontsize=10)
+  for (measure, _), line in zip(rows, axes):
+    line[0].set_ylabel(measure)
+    if np.abs(line[0].get_ylim()).max() < FLAT:
+      line[0].set_ylim(-FLAT, FLAT)
+  figure.suptitle(f"{task}: quality against cost, 95 % intervals{side_by_side}", fontsize=10)
   named = [label for label in labels if label in handles]
   figure.legend(
     [handles[label] for label in named],
@@ -126,22 +135,6 @@ def _offsets(costs):
     else:
       groups.append(1)
   return [min(8, 40 / n) * (i - (n - 1) / 2) for n in groups for i in range(n)]
-
-
-def _log_scale(axis):
-  """Makes the x axis logarithmic, with labels that do not overlap."""
-  low, high = axis.dataLim.intervalx
-  if high > 1.5 * low:
-    axis.set_xscale("log")
-    axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    if high < 30 * low:  # at most one power of ten would be labeled
-      axis.xaxis.set_major_locator(matplotlib.ticker.FixedLocator(np.geomspace(low, high, 4)))
-      axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-      axis.xaxis.set_major_formatter(
-        matplotlib.ticker.FuncFormatter(
-          lambda x, _: f"{x:.1e}".replace("e+0", "e") if x >= 1e4 else f"{x:.3g}"
-        )
-      )
 
 
 def temperatures(
@@ -216,7 +209,11 @@ def trials(axis: plt.Axes, tuning: Tuning) -> None:
   axis.step(numbers, best, where="post", color="black", linewidth=1.2, label="best so far")
   _draw_baseline(axis, tuning)
   axis.set_xlabel("trial")
-  axis.set_ylabel(tuning.measure)
+  axis.set_ylabel(_objective(tuning))
+
+
+def _objective(tuning):
+  return f"{tuning.measure} ({'higher' if tuning.maximizes else 'lower'} is better)"
 
 
 def _draw_baseline(axis, tuning):
@@ -236,7 +233,7 @@ def history(tuning: Tuning) -> plt.Figure | None:
     axes[0, 1].plot(*zip(*sweep), "s-", color="0.3", markersize=4, fillstyle="none", linewidth=1)
     _draw_baseline(axes[0, 1], tuning)
     axes[0, 1].set_xlabel("router temperature τ of all layers")
-    axes[0, 1].set_ylabel(tuning.measure)
+    axes[0, 1].set_ylabel(_objective(tuning))
   figure.suptitle(f"{tuning.name}: on the search examples", fontsize=10)
   drawing.legend(figure, axes[0, 0])
   return figure
@@ -278,5 +275,8 @@ def reliability(lines: Sequence[comparisons.Calibration], task: str) -> plt.Figu
   figure.legend(
     handles.values(), handles, loc="outside lower center", frameon=False, fontsize=8, ncols=2
   )
-  figure.suptitle(f"{task}: reliability, ten equal-mass bins, 95 % intervals", fontsize=10)
+  figure.suptitle(
+    f"{task}: reliability, {calibration_error.BINS} {calibration_error.MASS} bins, 95 % intervals",
+    fontsize=10,
+  )
   return figure

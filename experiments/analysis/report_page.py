@@ -3,7 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.analysis import calibration_error, comparisons, paired_statistics
+from experiments.analysis import (
+  calibration_error,
+  comparisons,
+  output_temperatures,
+  paired_statistics,
+)
 from experiments.analysis.paired_statistics import Comparison, Difference, Estimate
 from experiments.analysis.run_results import Result, Tuning
 from experiments.cli import text_files
@@ -139,6 +144,12 @@ def likelihood_section(rows: Sequence[comparisons.Likelihood], baseline: Result)
     "temperature T fitted on validation data; sign-flip tests over examples with Holm's "
     f"correction over the {_tests(rows)} of this table. Lower is better."
   ]
+  few = [
+    output_temperatures.warning(row.task, row.result.fitted_on[row.task])
+    for row in rows
+    if row.fitted and row.task in row.result.fitted_on
+  ]
+  notes += [f"**{sentence}.**" for sentence in dict.fromkeys(few) if sentence]
   missing = sorted({row.task for row in rows} - has_fit)
   if missing:
     notes.append(

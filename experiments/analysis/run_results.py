@@ -34,6 +34,7 @@ class Result:
     records: {task: {example: {seed: line of examples.jsonl}}}.
     costs: lines of costs.jsonl.
     output_temperatures: {task: output temperature of `FITTED_NLL`}, where recorded.
+    fitted_on: {task: number of examples that it was fitted on}, where recorded.
   """
 
   path: pathlib.Path
@@ -42,6 +43,7 @@ class Result:
   records: dict[str, dict[str, dict[int, dict[str, Any]]]]
   costs: list[dict[str, Any]]
   output_temperatures: dict[str, float]
+  fitted_on: dict[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def model(self) -> str | None:
@@ -185,6 +187,7 @@ def _load(path):
     records.setdefault(task, {}).setdefault(example, {})[seed] = line
   label = str(settings.get("label") or settings.get("name") or path.name)
   temperatures = {task: settings.get("output_temperature") for task in records}
+  fitted = {}
   if (path / TEMPERATURES).is_file():
     fitted = json.loads((path / TEMPERATURES).read_text("utf-8"))
     temperatures |= {task: found["temperature"] for task, found in fitted.items()}
@@ -195,6 +198,7 @@ def _load(path):
     records,
     runs.read_lines(path / runs.COSTS),
     {task: t for task, t in temperatures.items() if t is not None},
+    {task: f["examples"] for task, f in fitted.items() if f["temperature"] is not None},
   )
 
 

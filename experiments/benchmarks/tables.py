@@ -147,7 +147,7 @@ def draw(folder: Folder, title: str, path: pathlib.Path) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(every, [str(n) for n in every])
     axis.minorticks_off()
-    axis.set_xlabel("roster members n")
+    axis.set_xlabel("roster members n, log scale")
     axis.set_ylim(bottom=0)
     axis.spines[["top", "right"]].set_visible(False)
   left.set_ylabel(f"time of a decode step / that of roe_jax at n = {every[0]}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.analysis import output_temperatures as output_temperatures_lib
 from experiments.cli import app
 from experiments.cli.extras import scipy
 from experiments.evaluation.methods import Method
@@ -16,8 +17,6 @@ from experiments.tasks import Example, Task
 from roe_jax import batching, costs, decode, diagnostics, prefill, scoring, sharding
 from roe_jax.params import Params
 
-# Grid that output temperatures are fitted on.
-OUTPUT_TEMPERATURES = np.geomspace(0.25, 4.0, 13)
 # Distance between the noise ids of an example's samples.
 SAMPLE_STRIDE = 2**20
 
@@ -253,9 +252,6 @@ class Measurer:
     }
 
   def _scores(self, method, roster, sequences, starts, ids, output_temperatures):
-    # The same number of output temperatures in every call avoids recompilation.
-    padded = np.full(len(OUTPUT_TEMPERATURES), output_temperatures[-1])
-    padded[: len(output_temperatures)] = output_temperatures
     found = scoring.score(
       self._params,
       method.config,
@@ -263,7 +259,7 @@ class Measurer:
       starts,
       roster=roster,
       request_ids=ids,
-      output_temperatures=padded,
+      output_temperatures=output_temperatures_lib.padded(output_temperatures),
       batch_size=self._batch_size,
     )
     return found.sequences

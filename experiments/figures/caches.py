@@ -88,14 +88,11 @@ def findings(records: list[compared.Record]) -> str:
 def draw(records: list[compared.Record]):
   models = compared.unique(records, "model")
   of = {(r["model"], r["label"]): r for r in records}
-  axis_titles = {
-    "quality_difference": compared.QUALITY_AXIS,
-    "perplexity_difference": compared.PERPLEXITY_AXIS,
-    "fitted_difference": compared.FITTED_AXIS,
-  }
-  figure, axes = drawing.axes(len(axis_titles), width=3.6, height=3.2)
-  for (name, title), axis in zip(axis_titles.items(), axes[0]):
-    series = {label: [of[m, label][name] for m in models] for label in VARIANTS}
-    compared.draw_dots(axis, title, models, series)
-  drawing.legend(figure, axes[0, 0], 2)
+  figure, ((*_, left, right),) = drawing.axes(len(compared.GAINS), width=3.6, height=3.2)
+  series = {label: [of[m, label] for m in models] for label in VARIANTS}
+  for name, axis in zip(compared.GAINS, figure.axes):
+    compared.draw_dots(axis, name, models, series)
+  right.sharey(left)
+  left.autoscale_view()
+  drawing.legend(figure, left, 2)
   return figure

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.analysis import drawing, paired_statistics, report_page
+from experiments.analysis import drawing, output_temperatures, paired_statistics, report_page
+from experiments.analysis.output_temperatures import GRID
 from experiments.analysis.paired_statistics import Estimate
-from experiments.evaluation.measurer import OUTPUT_TEMPERATURES
 from experiments.figures import compared, figure_models, likelihoods
 from experiments.figures.figure_run import FigureRun
 from experiments.tuning.objectives import Perplexity
@@ -32,13 +32,13 @@ BACKGROUND = (
   "without an output temperature."
 )
 ALL = "all tokens"
-SYSTEMS = (
-  "baseline, one T",
-  "baseline, T by class",
-  "roster",
-  "roster, one T",
-  "roster, T by class",
-)
+SYSTEMS = {  # key in records: name in the picture
+  "baseline, one T": "baseline, one fitted T",
+  "baseline, T by class": "baseline, fitted T of each class of p",
+  "roster": "roster at T = 1",
+  "roster, one T": "roster, one fitted T",
+  "roster, T by class": "roster, fitted T of each class of p",
+}
 MARGINS = ("large routing margin", "small routing margin")
 
 
@@ -96,9 +96,6 @@ def _score(
   temperatures: np.ndarray,
   ids: range,
 ) -> Tokens:
-  # As many output temperatures in every call, to reuse the compiled program.
-  padded = np.ones(len(OUTPUT_TEMPERATURES) + 1)
-  padded[1 : 1 + len(temperatures)] = temperatures
   scores = scoring.score(
     scorer.params,
     scorer.config,
@@ -106,7 +103,8 @@ def _score(
     objective.starts,
     roster=roster,
     request_ids=ids,
-    output_temperatures=padded,
+    # One more than on the grid, as many in every call, to reuse the compiled program.
+    output_temperatures=output_temperatures.padded([1.0, *temperatures], len(GRID) + 1),
     batch_size=16,
   ).sequences
   return Tokens(
@@ -140,7 +138,7 @@ def _fit(nll: np.ndarray, chosen: np.ndarray) -> float:
   """Returns the output temperature of the chosen tokens; 1 for fewer than ten."""
   if chosen.sum() < 10:
     return 1.0
-  return paired_statistics.fit_output_temperature(nll[chosen], OUTPUT_TEMPERATURES)
+  return output_temperatures.fit(nll[chosen])
 
 
 def _measure(run: FigureRun, checkpoint: str) -> dict[str, Any]:
@@ -159,8 +157,7 @@ def _measure(run: FigureRun, checkpoint: str) -> dict[str, Any]:
     ],
   }
   on_grid = {
-    name: _score(scorer, fit_on, of_seeds[0], OUTPUT_TEMPERATURES, fit_ids)
-    for name, of_seeds in rosters.items()
+    name: _score(scorer, fit_on, of_seeds[0], GRID, fit_ids) for name, of_seeds in rosters.items()
   }
   of_fit = _classes(config, on_grid["baseline"].top)
   every = np.full(len(of_fit), True)
@@ -275,7 +272,7 @@ def findings(records: list[dict]) -> str:
 def draw(records: list[dict]):
   """Draws each class's contribution to the gain: its gain times its share of tokens."""
   models = compared.unique(records, "model")
-  figure, axes = drawing.axes(1, len(models), width=7.8, height=2.7)
+  figure, axes = drawing.axes(1, len(models), width=7.8, height=2.9, sharey=True)
   for model, axis in zip(models, axes[:, 0]):
     shown = [r for r in records if r["model"] == model]
 
@@ -285,13 +282,25 @@ def draw(records: list[dict]):
     drawing.zero(axis)
     names = [r["class"].replace(" routing margin", "\nmargin") for r in shown]
     groups = [f"{name}\n{100 * r['share']:.1f} %" for name, r in zip(names, shown)]
-    drawing.dots(axis, groups, {s: [contribution(r, s) for r in shown] for s in SYSTEMS})
+    series = {label: [contribution(r, s) for r in shown] for s, label in SYSTEMS.items()}
+    drawing.dots(axis, groups, series)
+    # All tokens are split once by confidence, and once by routing margin.
+    num_margins = sum(r["class"] in MARGINS for r in shown)
+    for last in (0, len(shown) - 1 - num_margins):
+      axis.axvline(last + 0.5, color="0.6", linewidth=0.8, linestyle=":")
     axis.set_title(model, fontsize=9)
-    axis.set_ylabel("contribution to the gain over\nthe baseline (0.001 nat/token)", fontsize=8)
+    axis.set_ylabel("gain over the baseline at T = 1\n(0.001 nat per token)", fontsize=8)
   axes[-1, 0].set_xlabel(
-    "token class and its share; p: the baseline's probability of its most probable token; routing\n"
-    "margin: logit difference between the last chosen expert and the best one not chosen",
+    "all tokens, split by p, or split by routing margin; below: share of tokens\n"
+    "p: probability of the baseline's most probable token. T: output temperature. Routing margin:\n"
+    "router logit of the last chosen expert less that of the best one not chosen, minimum over "
+    "layers;\nlarge: at least the median",
     fontsize=8,
   )
-  drawing.legend(figure, axes[0, 0], 5)
+  figure.suptitle(
+    "Gain in log-likelihood, up is better: each class's part of the gain on all tokens, with 95 % "
+    "intervals",
+    fontsize=9,
+  )
+  drawing.legend(figure, axes[0, 0], 3)
   return figure

@@ -194,20 +194,19 @@ def findings(records: list[dict]) -> str:
 def draw(records: list[dict]):
   points, fits = _parts(records)
   models = compared.unique(fits, "model")
-  figure, axes = drawing.axes(2, len(models), width=3.6, height=2.6)
+  figure, axes = drawing.axes(2, len(models), width=3.6, height=2.6, sharey="row")
   for model, row in zip(models, axes):
     for (kind, (name, title)), axis in zip(KINDS.items(), row):
-      drawing.zero(axis)
       shown = [r for r in points if r["model"] == model and r[name]]
       numbers, style = [r["n"] for r in shown], drawing.style(0) | {"markersize": 4}
-      compared.draw_line(axis, numbers, [r[name] for r in shown], label="measured", **style)
+      compared.draw_gains(axis, name, numbers, shown, label="measured", **style)
       f = next(f for f in fits if f["model"] == model and f["fit"] == kind)
-      n, limit = np.geomspace(2, numbers[-1], 60), f["limit"]
-      fitted = 100 * np.expm1(curve(n, f["nll"], f["a"]) - f["baseline_nll"])
+      n, limit = np.geomspace(2, numbers[-1], 60), -compared.read(f["limit"])
+      fitted = -100 * np.expm1(curve(n, f["nll"], f["a"]) - f["baseline_nll"])
       axis.plot(n, fitted, "-", color="0.4", linewidth=1, label="fitted L + a / n")
       interval = dict(color="0.9", zorder=-1, label="ceiling L, 95 % interval")
-      axis.axhspan(limit["low"], limit["high"], **interval)
-      axis.axhline(limit["value"], color="0.4", linestyle=":", linewidth=1, label="ceiling L")
+      axis.axhspan(limit.low, limit.high, **interval)
+      axis.axhline(limit.value, color="0.4", linestyle=":", linewidth=1, label="ceiling L")
       drawing.members_axis(axis, numbers)
       axis.set_title(f"{model}, both {title}", fontsize=9)
     row[0].set_ylabel(compared.PERPLEXITY_AXIS)

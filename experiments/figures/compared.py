@@ -10,8 +10,13 @@ from experiments.analysis.run_results import Result
 Record = dict[str, Any]
 
 QUALITY_AXIS = "task result: difference\nfrom baseline (points)"
-PERPLEXITY_AXIS = "perplexity: difference\nfrom baseline (%)"
-FITTED_AXIS = "perplexity at fitted T: difference\nfrom baseline at fitted T (%)"
+PERPLEXITY_AXIS = "perplexity reduction\nfrom baseline (%)"
+FITTED_AXIS = "perplexity reduction at fitted T\nfrom baseline at fitted T (%)"
+GAINS = {
+  "quality_difference": QUALITY_AXIS,
+  "perplexity_difference": PERPLEXITY_AXIS,
+  "fitted_difference": FITTED_AXIS,
+}
 
 
 def records(results: Sequence[Result], baseline: Result, **also) -> list[Record]:
@@ -203,11 +208,25 @@ def unique(found: Sequence[Record], name: str) -> list[Any]:
   return list(dict.fromkeys(r[name] for r in found))
 
 
-def draw_dots(axis, title: str, groups: Sequence[str], series: dict[str, Sequence[Any]]) -> None:
-  """Draws differences (as JSON) with error bars, a column per group; see `drawing.dots`."""
+def gain(r: Record | None, name: str) -> Difference | None:
+  """Returns a difference in `GAINS` with the sign that makes more better."""
+  d = read(r and r[name])
+  return d if d is None or name == "quality_difference" else -d
+
+
+def draw_dots(
+  axis, name: str, groups: Sequence[str], series: dict[str, Sequence[Record | None]]
+) -> None:
+  """Draws gains of records with error bars, a column per group; see `drawing.dots`."""
   drawing.zero(axis)
-  drawing.dots(axis, groups, {label: list(map(read, of)) for label, of in series.items()})
-  axis.set_ylabel(title)
+  drawing.dots(axis, groups, {label: [gain(r, name) for r in of] for label, of in series.items()})
+  axis.set_ylabel(GAINS[name])
+
+
+def draw_gains(axis, name: str, x: Sequence[float], found: Sequence[Record], **settings) -> None:
+  """Draws gains of records with error bars; see `drawing.errorbars`."""
+  drawing.zero(axis)
+  drawing.errorbars(axis, x, [gain(r, name) for r in found], **settings)
 
 
 def draw_line(axis, x: Sequence[float], values: Sequence[dict[str, Any]], **settings) -> None:

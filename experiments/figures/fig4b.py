@@ -59,8 +59,8 @@ def draw(records: list[dict]):
     compared.draw_line(left, numbers, [r["ms_per_token"] for r in rows], label=label, **style)
     if rows[0]["unique_experts"] is not None:
       right.errorbar(numbers, [r["unique_experts"] for r in rows], label=label, **style)
-  left.set_yscale("log")
-  left.set_ylabel("ms per token\n(median, quartiles)")
+  medians = [r["ms_per_token"]["value"] for r in records]
+  drawing.value_axis(left, "y", "ms per token\n(median, quartiles)", medians)
   right.set_ylabel("unique active experts\n(per layer and step)")
   right.set_ylim(0, records[0]["num_experts"] * 1.05)
   for axis in (left, right):

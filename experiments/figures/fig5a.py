@@ -211,7 +211,7 @@ def draw(records: list[dict]):
     for index, (is_fitted, label) in enumerate(((False, "at T = 1"), (True, "at fitted T"))):
       shown = [r for r in rows if r["is_fitted"] == is_fitted]
       ratios = [{k: v / r["size"] for k, v in r[key].items()} for r in shown]
-      x = [r["n"] * 1.04 ** (2 * index - 1) for r in shown]
+      x = [r["n"] for r in shown]
       compared.draw_line(axis, x, ratios, label=label, **drawing.line(index))
     axis.axhline(1, color="0.6", linewidth=0.8, zorder=0)
     drawing.members_axis(axis, sorted({r["n"] for r in rows}))

@@ -80,19 +80,14 @@ def findings(records: list[compared.Record]) -> str:
 
 def draw(records: list[compared.Record]):
   tasks = compared.unique(records, "task")
-  axis_titles = {
-    "quality_difference": compared.QUALITY_AXIS,
-    "perplexity_difference": compared.PERPLEXITY_AXIS,
-  }
-  measures = [m for m in axis_titles if any(r[m] for r in records)]
-  figure, axes = drawing.axes(len(tasks), len(measures), width=3.0, height=2.4)
+  measures = ("quality_difference", "perplexity_difference")
+  measures = [m for m in measures if any(r[m] for r in records)]
+  figure, axes = drawing.axes(len(tasks), len(measures), width=3.0, height=2.4, sharey="row")
   for name, row in zip(measures, axes):
     for task, axis in zip(tasks, row):
-      drawing.zero(axis)
       shown = [r for r in records if r["task"] == task and r[name]]
-      compared.draw_line(axis, [r["τ"] for r in shown], [r[name] for r in shown], **drawing.line(0))
+      compared.draw_gains(axis, name, [r["τ"] for r in shown], shown, **drawing.line(0))
       axis.set_xlabel("τ of all layers (router logits)")
       axis.set_title(task, fontsize=9)
-      axis.sharey(row[0])
-    row[0].set_ylabel(axis_titles[name])
+    row[0].set_ylabel(compared.GAINS[name])
   return figure

@@ -96,13 +96,12 @@ findings = compared.findings
 
 
 def draw(records: list[compared.Record]):
-  measures = {
-    "quality_difference": compared.QUALITY_AXIS,
-    "fitted_difference": compared.FITTED_AXIS,
-  }
   rows = [
-    (title, {r["label"]: compared.read(r[m]) for r in records if r[m] or r is records[0]})
-    for m, title in measures.items()
+    (
+      compared.GAINS[m],
+      {r["label"]: compared.gain(r, m) for r in records if r[m] or r is records[0]},
+    )
+    for m in ("quality_difference", "fitted_difference")
   ]
   costs = {r["label"]: r for r in records}
   return pictures.differences_against_costs(rows, costs, records[0]["task"])

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from experiments import tasks
-from experiments.analysis import comparisons, paired_statistics
+from experiments.analysis import comparisons, output_temperatures, paired_statistics
 from experiments.cli import app
-from experiments.evaluation.measurer import OUTPUT_TEMPERATURES
 from experiments.evaluation.prompts import PromptBuilder
 from experiments.figures import compared
 from experiments.figures.figure_run import FigureRun
@@ -66,6 +65,7 @@ class ReferenceScorer:
         f"{first} to fit output temperatures on and others to report on: "
         "use fewer with --set=num_validation=..."
       )
+    output_temperatures.warn(task.name, first)
     self.params, self.config, tokenizer = app.open_model(checkpoint, None, run.model.mesh)
     chat = None
     if chats:
@@ -86,7 +86,7 @@ class ReferenceScorer:
   def value(self, roster: Roster) -> float:
     """Returns the mean nats per token on those to choose on."""
     objective = self.choose_on
-    nll = objective.nll(self.params, roster, slice(None), np.ones(len(OUTPUT_TEMPERATURES)))
+    nll = objective.nll(self.params, roster, slice(None), output_temperatures.padded([1.0]))
     return float(nll[:, 0].sum() / objective.tokens.sum())
 
   def measure(self, roster: Callable[[int], Roster], seeds: Sequence[int]) -> dict[str, Any]:
@@ -99,11 +99,11 @@ class ReferenceScorer:
     Returns:
       JSON: "temperature", and "nll" and "fitted_nll" `[X][S]`, nats of each sequence.
     """
-    on_grid = self.choose_on.nll(self.params, roster(seeds[0]), slice(None), OUTPUT_TEMPERATURES)
-    temperature = paired_statistics.fit_output_temperature(on_grid, OUTPUT_TEMPERATURES)
-    # As many output temperatures as above, to reuse the compiled program.
-    both = np.full(len(OUTPUT_TEMPERATURES), temperature)
-    both[0] = 1.0
+    on_grid = self.choose_on.nll(
+      self.params, roster(seeds[0]), slice(None), output_temperatures.GRID
+    )
+    temperature = output_temperatures.fit(on_grid)
+    both = output_temperatures.padded([1.0, temperature])
     nll = np.stack(
       [self.report_on.nll(self.params, roster(seed), slice(None), both)[:, :2] for seed in seeds],
       axis=1,

@@ -134,14 +134,11 @@ def draw(records: list[compared.Record]):
   rosters = records[1:]
   families, gates = compared.unique(rosters, "family"), compared.unique(rosters, "gates")
   of = {(r["family"], r["gates"]): r for r in rosters}
-  axis_titles = {
-    "perplexity_difference": compared.PERPLEXITY_AXIS,
-    "fitted_difference": compared.FITTED_AXIS,
-  }
-  figure, axes = drawing.axes(2, width=4.0, height=3.4)
-  for (name, title), axis in zip(axis_titles.items(), axes[0]):
-    series = {f"{g} gates": [of[f, g][name] for f in families] for g in gates}
-    compared.draw_dots(axis, title, [f.replace("_", "\n") for f in families], series)
+  figure, axes = drawing.axes(2, width=4.0, height=3.4, sharey=True)
+  series = {f"{g} gates": [of[f, g] for f in families] for g in gates}
+  for name, axis in zip(("perplexity_difference", "fitted_difference"), axes[0]):
+    compared.draw_dots(axis, name, [f.replace("_", "\n") for f in families], series)
+    axis.tick_params(labelleft=True)
     axis.set_xlabel("noise on the routers")
   drawing.legend(figure, axes[0, 0])
   return figure

@@ -173,7 +173,8 @@ def draw(records: list[dict]):
       axis.plot(*zip(*points), linewidth=1, label=f"best so far, {name}", **style)
     axis.axhline(r["baseline"], color="0.4", linestyle=":", linewidth=1.2, label="baseline")
     axis.set_xlabel("forward passes")
-    axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
-    axis.set_ylabel(r["objective"])
+    axis.xaxis.set_major_formatter(drawing.short)
+    better = "lower" if r["objective"] == "perplexity" else "higher"
+    axis.set_ylabel(f"{r['objective']} ({better} is better)")
   drawing.legend(figure, axes[0])
   return figure

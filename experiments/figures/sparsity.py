@@ -113,17 +113,15 @@ def draw(records: list[compared.Record]):
     f"k varied, E = {num_experts}": lambda r: r["E"] == num_experts,
     f"E varied, k = {k}": lambda r: r["k"] == k,
   }
-  figure, axes = drawing.axes(2, 2, width=3.4, height=2.6)
+  figure, axes = drawing.axes(2, 2, width=3.4, height=2.6, sharey=True)
   shares = sorted({r["k"] / r["E"] for r in records})
   for (name, title), column in zip(panels.items(), axes.T):
     for label, axis in zip((SAME, OWN), column):
-      drawing.zero(axis)
       for index, (curve, belongs) in enumerate(curves.items()):
         shown = [r for r in records if r["label"] == label and belongs(r)]
         shown.sort(key=lambda r: r["k"] / r["E"])
         x = [r["k"] / r["E"] * 1.04 ** (2 * index - 1) for r in shown]
-        values = [r[name] for r in shown]
-        compared.draw_line(axis, x, values, label=curve, **drawing.line(index))
+        compared.draw_gains(axis, name, x, shown, label=curve, **drawing.line(index))
       axis.set_xscale("log", base=2)
       axis.set_xticks(shares, [f"1/{1 / s:g}" for s in shares])
       axis.minorticks_off()
@@ -131,6 +129,6 @@ def draw(records: list[compared.Record]):
   for axis in axes[:, 0]:
     axis.set_ylabel(compared.PERPLEXITY_AXIS)
   for axis in axes[1]:
-    axis.set_xlabel("k / E, share of active experts")
+    axis.set_xlabel("k / E, share of active experts (log scale;\ncurves drawn side by side)")
   drawing.legend(figure, axes[0, 0])
   return figure

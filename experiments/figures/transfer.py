@@ -172,15 +172,13 @@ def findings(records: list[dict]) -> str:
 def draw(records: list[dict]):
   of, tasks = _grid(records)
   sources = [*tasks, UNIFORM]
-  panels = [
-    ("quality_difference", compared.QUALITY_AXIS, 1),
-    ("fitted_difference", compared.FITTED_AXIS, 2),
-  ]
+  panels = [("quality_difference", 1), ("fitted_difference", 2)]
   size = 1.6 + 0.62 * len(tasks)
   figure, axes = drawing.axes(2, width=size + 1.2, height=size * 0.9)
-  for (name, title, places), axis in zip(panels, axes[0]):
-    cells = [[of[s, t][name] or {"value": np.nan} for t in tasks] for s in sources]
-    grid = np.array([[d["value"] for d in row] for row in cells])
+  for (name, places), axis in zip(panels, axes[0]):
+    cells = [[of[s, t][name] for t in tasks] for s in sources]
+    gains = [[compared.gain(of[s, t], name) for t in tasks] for s in sources]
+    grid = np.array([[d.value if d else np.nan for d in row] for row in gains])
     top = max(np.nanmax(np.abs(grid), initial=0.0), 1e-9)
     image = axis.imshow(grid, cmap="Greys", vmin=-top, vmax=top, aspect="auto")
     for (row, column), value in np.ndenumerate(grid):
@@ -194,7 +192,7 @@ def draw(records: list[dict]):
     axis.set_yticks(range(len(sources)), sources, fontsize=7)
     axis.set_xlabel("used on")
     axis.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axis, label=title, pad=0.02)
+    figure.colorbar(image, ax=axis, label=compared.GAINS[name], pad=0.02)
   axes[0, 0].set_ylabel("tuned for")
   figure.suptitle("bold: a task's own τ; *: significant after Holm's correction", fontsize=8)
   return figure

@@ -3,12 +3,13 @@
     RUN/settings.json    everything the results depend on, the run's name and command
     RUN/examples.jsonl   one line per (task, example, seed), sorted when complete
     RUN/costs.jsonl      one line of costs per batch
-    RUN/summary.json     means and total costs; written last
+    RUN/summary.json     means, their standard errors, and total costs; written last
 
 A line of `examples.jsonl` has "task", "example" (an id that is equal in all runs and pairs
 them), "seed" (of the routing noise), "metrics" ({name: number}) and anything else that a
 program adds. A line of `costs.jsonl` has "task", "seed" and numbers to sum ("tokens",
-"forward_passes", "flops", "seconds", ...). A killed run resumes. Only process 0 reads and
+"forward_passes", "flops", "seconds", ...). The metrics of `summary.json` include the
+perplexities of references, see `means`. A killed run resumes. Only process 0 reads and
 writes; all processes know what is done.
 """
 
@@ -124,21 +125,62 @@ class Run:
 
 
 def means(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-  """Returns {task: {"examples", "seeds", "metrics": {name: mean over examples and seeds}}}."""
+  """Returns the means of each task's metrics over examples and seeds.
+
+  The metrics also include "perplexity" and "fitted_perplexity" = exp(sum of "nll" or "fitted_nll" /
+  sum of "tokens"), where measured.
+
+  Returns:
+    {task: {"examples", "seeds", "metrics", "standard_errors", "std_over_seeds"}}, the last three
+    {metric: number}. Standard errors are over examples, whose seeds are averaged first, those of
+    perplexities by the delta method; both they and standard deviations of the seeds' means are
+    left out where there is only one example or seed.
+  """
   by_task: dict[str, list[dict[str, Any]]] = {}
   for record in records:
     by_task.setdefault(record["task"], []).append(record)
+  return {task: _summary(lines) for task, lines in sorted(by_task.items())}
+
+
+def _summary(lines):
+  """Returns the entry of one task in `means`."""
+  found: dict[str, dict[str, float]] = {"metrics": {}, "standard_errors": {}, "std_over_seeds": {}}
+
+  def add(name, statistics):
+    for kind, value in zip(found, statistics):
+      if value is not None:
+        found[kind][name] = float(value)
+
+  for name in sorted(set().union(*(r["metrics"] for r in lines))):
+    some = [r for r in lines if name in r["metrics"]]
+    add(name, _ratio(some, name))
+  for name, perplexity in {"nll": "perplexity", "fitted_nll": "fitted_perplexity"}.items():
+    if some := [r for r in lines if name in r["metrics"] and r["metrics"].get("tokens")]:
+      value, error, spread = _ratio(some, name, "tokens", np.exp)
+      add(perplexity, (value, error and value * error, spread))
   return {
-    task: {
-      "examples": len({str(r["example"]) for r in lines}),
-      "seeds": len({r["seed"] for r in lines}),
-      "metrics": {
-        name: float(np.mean([r["metrics"][name] for r in lines if name in r["metrics"]]))
-        for name in sorted(set().union(*(r["metrics"] for r in lines)))
-      },
-    }
-    for task, lines in sorted(by_task.items())
+    "examples": len({str(r["example"]) for r in lines}),
+    "seeds": len({r["seed"] for r in lines}),
+    **found,
   }
+
+
+def _ratio(lines, name, weight=None, of=lambda ratio: ratio):
+  """Returns of(sum / sum of weights), the standard error of the ratio, and std of `of` by seed."""
+  values = np.array([r["metrics"][name] for r in lines], float)
+  weights = np.array([r["metrics"][weight] if weight else 1.0 for r in lines], float)
+  ratio = values.sum() / weights.sum()
+  example = np.unique([str(r["example"]) for r in lines], return_inverse=True)[1]
+  seeds, seed = np.unique([r["seed"] for r in lines], return_inverse=True)
+  # Taylor's linearization of a ratio (Cochran, 1977); of a mean it is the usual formula.
+  residuals = np.bincount(example, values - ratio * weights)
+  count = len(residuals)
+  error = spread = None
+  if count > 1:
+    error = np.sqrt(count / (count - 1) * np.square(residuals).sum()) / weights.sum()
+  if len(seeds) > 1:
+    spread = of(np.bincount(seed, values) / np.bincount(seed, weights)).std(ddof=1)
+  return of(ratio), error, spread
 
 
 def load(path: str | pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.analysis import paired_statistics
+from experiments.analysis import output_temperatures, paired_statistics
 from experiments.cli import app
 from experiments.cli.extras import tabulate
 from experiments.records import runs
@@ -25,7 +25,6 @@ from experiments.tuning.objectives import Objective, Perplexity
 from roe_jax.params import Params
 from roe_jax.roster import Roster
 
-OUTPUT_TEMPERATURES = np.geomspace(0.25, 4.0, 13)
 BASELINE, TUNED, UNIFORM = "baseline", "tuned", "uniform"
 
 
@@ -81,14 +80,13 @@ def measure(
   fits = isinstance(fresh, Perplexity)
   if fits:
     nll = searched.nll(
-      params, rosters[candidate.seeds[0]], slice(0, len(searched.examples)), OUTPUT_TEMPERATURES
+      params,
+      rosters[candidate.seeds[0]],
+      slice(0, len(searched.examples)),
+      output_temperatures.GRID,
     )
-    settings["output_temperature"] = paired_statistics.fit_output_temperature(
-      nll, OUTPUT_TEMPERATURES
-    )
-    # As many output temperatures as above, to reuse the compiled program.
-    both = np.full(len(OUTPUT_TEMPERATURES), settings["output_temperature"])
-    both[0] = 1.0
+    settings["output_temperature"] = output_temperatures.fit(nll)
+    both = output_temperatures.padded([1.0, settings["output_temperature"]])
   run = runs.Run(folder / candidate.name, candidate.name, settings)
   for seed, roster in rosters.items():
     for batch in batches:

@@ -8,7 +8,8 @@ import pytest
 import tiny
 
 from experiments import tasks
-from experiments.evaluation import measurer, methods
+from experiments.analysis import output_temperatures
+from experiments.evaluation import methods
 from experiments.evaluation.measurer import Batch, Measurer
 from experiments.evaluation.prompts import PromptBuilder
 from experiments.tasks import Example
@@ -112,6 +113,6 @@ def test_comparisons_and_searches_ask_in_the_chat_format(tmp_path):
   found = perplexity.nll(params, method.roster, slice(None))
   np.testing.assert_allclose(found[0, 0], -log_probs.sum(), rtol=1e-5)
   (likelihood,) = Measurer(params, ours, 1).likelihoods(
-    method, 0, Batch(task, [example], [3]), measurer.OUTPUT_TEMPERATURES
+    method, 0, Batch(task, [example], [3]), output_temperatures.GRID
   )
   assert likelihood.tokens == len(text) - len(prompt)

@@ -10,9 +10,10 @@ import scipy.special
 
 from experiments import compare as program
 from experiments import tasks
+from experiments.analysis import output_temperatures
 from experiments.cli import app
 from experiments.evaluation import methods
-from experiments.evaluation.measurer import OUTPUT_TEMPERATURES, SAMPLE_STRIDE, Batch, Measurer
+from experiments.evaluation.measurer import SAMPLE_STRIDE, Batch, Measurer
 from experiments.evaluation.prompts import PromptBuilder
 from experiments.records import runs
 from roe_jax import decode, diagnostics, scoring
@@ -45,6 +46,7 @@ def output(tiny_checkpoint, tmp_path_factory):
   done = compare(tiny_checkpoint, folder, f"--methods={METHODS}", "--num_seeds=2")
   assert done.returncode == 0, done.errors
   assert "Saved 6 runs" in done.output and "not defined" in done.output
+  assert "[wordmath: output temperatures are fitted on 3 examples, fewer than 40" in done.errors
   return folder
 
 
@@ -215,7 +217,7 @@ def test_the_output_temperature_is_the_best_on_validation_examples(output):
   fitted = json.loads((output / "baseline/output_temperatures.json").read_text())["wordmath"]
   best = int(np.argmin(fitted["nll"]))
   assert abs(np.log(fitted["temperature"] / fitted["grid"][best])) < np.log(
-    OUTPUT_TEMPERATURES[1] / OUTPUT_TEMPERATURES[0]
+    output_temperatures.GRID[1] / output_temperatures.GRID[0]
   )
 
 

@@ -81,7 +81,12 @@ def test_a_killed_run_goes_on_and_ends_with_the_files_of_one_that_was_not(
     + [("choice", f"choice/{i}", s) for i in range(5) for s in (3, 4)]
   )
   assert "Saved" in first.output and "20 examples;" in first.output
-  assert "perplexity" in first.output and summary["costs"]["flops"] > 0
+  assert summary["costs"]["flops"] > 0
+  (row,) = (line for line in first.output.splitlines() if "perplexity" in line.split())
+  found = summary["tasks"]["wordmath"]
+  assert row.split() == ["wordmath", "perplexity"] + [
+    f"{found[kind]['perplexity']:.4f}" for kind in ("metrics", "standard_errors", "std_over_seeds")
+  ] + ["5"]
 
   params, config = checkpoint.load(tiny_checkpoint)
   tokenizer = Tokenizer.load(tiny_checkpoint)

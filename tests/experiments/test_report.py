@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 
@@ -360,6 +361,19 @@ def test_what_is_not_there_is_told(tmp_path):
   (tmp_path / "a" / "summary.json").unlink()
   with pytest.raises(FileNotFoundError, match="not a finished run"):
     results_lib.load_runs([f"{tmp_path}/*"])
+
+
+def test_few_examples_for_an_output_temperature_are_reported(study):
+  runs = results_lib.load_runs([f"{study}/runs/*"])
+  baseline = results_lib.find_baseline(runs, "baseline")
+  rows = comparisons.likelihood(runs, baseline)
+  for count, warns in ((6, True), (80, False)):
+    fitted = [
+      dataclasses.replace(r, result=dataclasses.replace(r.result, fitted_on={r.task: count}))
+      for r in rows
+    ]
+    text = report_page.likelihood_section(fitted, baseline)
+    assert text.count("fitted on 6 examples, fewer than 40") == warns
 
 
 def test_a_picture_against_cost_draws_every_method_in_every_panel(study):

@@ -1,4 +1,8 @@
+import statistics
+
+import numpy as np
 import pytest
+import scipy.stats
 
 from experiments.records import runs
 
@@ -11,7 +15,13 @@ def test_a_run_goes_on_where_it_stopped_and_ends_the_same(tmp_path):
   whole = runs.Run(tmp_path / "whole", "plain", {"n": 1})
   whole.write([record("a"), record("b", correct=0.0)], {"task": "t", "seed": 0, "tokens": 5})
   summary = whole.finish()
-  assert summary["tasks"]["t"] == {"examples": 2, "seeds": 1, "metrics": {"acc": 0.5}}
+  assert summary["tasks"]["t"] == {
+    "examples": 2,
+    "seeds": 1,
+    "metrics": {"acc": 0.5},
+    "standard_errors": {"acc": 0.5},
+    "std_over_seeds": {},
+  }
   assert summary["costs"] == {"tokens": 5}
 
   path = tmp_path / "killed"
@@ -26,6 +36,37 @@ def test_a_run_goes_on_where_it_stopped_and_ends_the_same(tmp_path):
   settings, lines, found = runs.load(path)
   assert settings.pop("command").startswith("python -m experiments.")
   assert settings == {"name": "plain", "n": 1} and len(lines) == 2 and found == summary
+
+
+def test_a_summary_has_perplexities_and_the_uncertainty_of_every_metric():
+  rng = np.random.default_rng(0)
+  correct, tokens = rng.random((200, 3)) < 0.6, rng.integers(5, 40, 200)
+  nll = tokens[:, None] * rng.gamma(2.0, 0.1, (200, 3))
+  records = [
+    record(f"e{x}", s, float(correct[x, s]))
+    | {"metrics": {"acc": float(correct[x, s]), "nll": nll[x, s], "tokens": int(tokens[x])}}
+    for x in range(200)
+    for s in range(3)
+  ]
+  found = runs.means([*records, record("alone", task="one")])
+  mean, error, spread = (
+    found["t"][kind] for kind in ("metrics", "standard_errors", "std_over_seeds")
+  )
+  assert error["acc"] == pytest.approx(scipy.stats.sem(correct.mean(axis=1)))
+  assert spread["acc"] == pytest.approx(statistics.stdev(correct.mean(axis=0)))
+  assert mean["perplexity"] == pytest.approx(np.exp(nll.sum() / (3 * tokens.sum())))
+  by_seed = np.exp(nll.sum(axis=0) / tokens.sum())
+  assert spread["perplexity"] == pytest.approx(statistics.stdev(by_seed))
+  resampled = scipy.stats.bootstrap(
+    (nll.mean(axis=1), tokens),
+    lambda n, t, axis: np.exp(n.sum(axis=axis) / t.sum(axis=axis)),
+    paired=True,
+    n_resamples=2000,
+    method="percentile",
+    rng=rng,
+  )
+  assert error["perplexity"] == pytest.approx(resampled.standard_error, rel=0.08)
+  assert found["one"]["standard_errors"] == found["one"]["std_over_seeds"] == {}
 
 
 def test_costs_are_summed_and_peaks_are_not(tmp_path):

@@ -6,7 +6,7 @@ import scipy.stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from experiments.analysis import paired_statistics
+from experiments.analysis import output_temperatures, paired_statistics
 
 
 @pytest.fixture
@@ -78,13 +78,13 @@ def test_output_temperature_is_found_between_grid_points():
   nll = -(
     np.take_along_axis(scaled, chosen[None, :, None], -1)[..., 0] - np.log(np.exp(scaled).sum(-1))
   )
-  assert paired_statistics.fit_output_temperature(nll.T, grid) == pytest.approx(1.7, rel=0.06)
+  assert output_temperatures.fit(nll.T, grid) == pytest.approx(1.7, rel=0.06)
 
 
 def test_output_temperature_stays_within_the_grid():
   grid = np.array([1.0, 2.0, 3.0])
-  assert paired_statistics.fit_output_temperature(np.array([[1.0, 2.0, 3.0]]), grid) == 1.0
-  assert paired_statistics.fit_output_temperature(np.array([[3.0, 2.0, 1.0]]), grid) == 3.0
+  assert output_temperatures.fit(np.array([[1.0, 2.0, 3.0]]), grid) == 1.0
+  assert output_temperatures.fit(np.array([[3.0, 2.0, 1.0]]), grid) == 3.0
 
 
 def test_seeds_are_averaged_within_examples_and_their_spread_is_told():

@@ -10,7 +10,7 @@ import programs
 import pytest
 
 from experiments import tasks, tune
-from experiments.analysis import paired_statistics
+from experiments.analysis import output_temperatures, paired_statistics
 from experiments.cli import app
 from experiments.evaluation.prompts import PromptBuilder
 from experiments.records import runs
@@ -162,11 +162,11 @@ def test_fitted_output_temperatures_come_from_the_problems_of_the_search(tuned, 
   params, config, _ = model
   examples = tasks.get("wordmath").examples("validation", limit=5)
   texts, starts = texts_of(model, examples)
-  grid = confirm.OUTPUT_TEMPERATURES
+  grid = output_temperatures.GRID
   scores = scoring.score(params, config, texts, starts, output_temperatures=grid)
   nll = np.array([-t.log_probs.sum(axis=0, dtype=float) for t in scores.sequences])
   settings, records, _ = runs.load(tuned[1] / "confirm" / "baseline")
-  fitted = paired_statistics.fit_output_temperature(nll, grid)
+  fitted = output_temperatures.fit(nll, grid)
   assert settings["output_temperature"] == pytest.approx(fitted, rel=1e-3)
   fresh = tasks.get("wordmath").examples("validation", limit=9)[5:]
   texts, starts = texts_of(model, fresh)
