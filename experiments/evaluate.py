@@ -423,9 +423,11 @@ def print_report(
       file=sys.stderr,
     )
   cost = summary["costs"]
-  lines = sum(task["examples"] * task["seeds"] for task in summary["tasks"].values())
+  examples = sum(task["examples"] for task in summary["tasks"].values())
+  seeds = max(task["seeds"] for task in summary["tasks"].values())
   print(
-    f"Saved {run.path}: {len(summary['tasks'])} tasks, {lines} examples; "
+    f"Saved {run.path}: {len(summary['tasks'])} tasks, {examples} examples"
+    f"{f' x {seeds} seeds' if seeds > 1 else ''}; "
     f"{cost['tokens']:.0f} tokens in {cost['seconds']:.1f} s without compilation, "
     f"{cost['forward_passes']:.0f} forward passes, {cost['flops']:.3g} FLOPs"
   )

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import dataclasses
 import hashlib
 import pathlib
+from typing import Any
 
 from absl import flags
 import numpy as np
@@ -26,8 +27,11 @@ import numpy as np
 from experiments.cli import app, text_files
 from experiments.records import jsonl
 from roe_jax import batching, scoring
+from roe_jax.config import ModelConfig
 from roe_jax.numerics import NonFiniteLogits
+from roe_jax.params import Params
 from roe_jax.roster import Roster
+from roe_jax.text.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
 # Keys of an input line.
@@ -53,10 +57,10 @@ def define_flags() -> None:
   )
 
 
-def text_perplexity(params, config, tokenizer, roster: Roster) -> None:
-  """Prints the perplexity of --text under the baseline and the roster."""
-  tokens = tokenizer.encode(app.from_first_process(_read_text), FLAGS.special_tokens)
-  cut = scoring.windows(config, tokens, FLAGS.window, FLAGS.stride)
+def text_perplexity(
+  params: Params, config: ModelConfig, roster: Roster, tokens: list[int], cut: scoring.Windows
+) -> None:
+  """Prints the perplexity of --text, cut into windows, under the baseline and the roster."""
   common = {"window": cut.window, "stride": cut.stride}
   kept = jsonl.SavedValues(
     pathlib.Path(f"{FLAGS.output}.windows.jsonl") if FLAGS.output else None,
@@ -132,8 +136,14 @@ def score_batch(
     raise NonFiniteLogits(batch[error.sequence], error.position) from None
 
 
-def continuations(params, config, tokenizer, roster: Roster) -> None:
-  """Scores the continuations of --input, writing results as batches are done."""
+def read_pairs(
+  config: ModelConfig, tokenizer: Tokenizer
+) -> tuple[list[dict[str, Any]], list[list[int]], list[int]]:
+  """Returns the requests of --input, their tokens, and where their continuations start.
+
+  Raises:
+    FileNotFoundError, ValueError: the input cannot be read, or a request does not fit the model.
+  """
   requests = jsonl.read(FLAGS.input, KEYS)
   sequences, starts = [], []
   for i, request in enumerate(requests, 1):
@@ -149,6 +159,18 @@ def continuations(params, config, tokenizer, roster: Roster) -> None:
     sequences.append(prompt + continuation)
     starts.append(len(prompt))
   batching.check_tokens(config, sequences, what="input request", first=1)
+  return requests, sequences, starts
+
+
+def continuations(
+  params: Params,
+  config: ModelConfig,
+  roster: Roster,
+  requests: list[dict[str, Any]],
+  sequences: list[list[int]],
+  starts: list[int],
+) -> None:
+  """Scores the continuations of --input, writing results as batches are done."""
   settings = {
     "checkpoint": FLAGS.checkpoint,
     "dtype": config.dtype,
@@ -196,11 +218,20 @@ def main(argv) -> None:
       config, roster, batch_size=FLAGS.batch_size, length=FLAGS.window, scoring=True
     )
     return
-  params, config, tokenizer = app.open_model(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
+  app.refuse_idle(FLAGS.text is None, ("window", "stride"), "applies to --text only")
+  tokenizer = app.load_tokenizer(FLAGS.checkpoint)
+  # Validate everything else before loading the parameters.
   if FLAGS.text is not None:
-    text_perplexity(params, config, tokenizer, roster)
+    tokens = tokenizer.encode(app.from_first_process(_read_text), FLAGS.special_tokens)
+    cut = scoring.windows(config, tokens, FLAGS.window, FLAGS.stride)
+    run, inputs, sequences = text_perplexity, (tokens, cut), cut.sequences
   else:
-    continuations(params, config, tokenizer, roster)
+    run, inputs = continuations, read_pairs(config, tokenizer)
+    sequences = inputs[1]
+  longest = max(map(len, sequences))
+  app.check_memory(config, roster, batch_size=FLAGS.batch_size, length=longest, scoring=True)
+  params, config = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
+  run(params, config, roster, *inputs)
 
 
 def program() -> None:

@@ -68,8 +68,7 @@ def check_tokens(
     ValueError: a sequence is text or no sequence, empty, too long, or has a token id outside
       the vocabulary.
   """
-  sequences = [sequences] if isinstance(sequences, str) else sequences
-  for i, sequence in enumerate(sequences, first):
+  for i, sequence in enumerate([sequences] if isinstance(sequences, str) else sequences, first):
     if isinstance(sequence, str):
       raise ValueError(
         f"{what} {i} is text, {sequence[:40]!r}; token ids are expected: pass "

@@ -9,6 +9,7 @@ import time
 
 from absl import app, flags, logging
 import jax
+from jax.sharding import AbstractMesh
 
 import checkpoints_convert
 from checkpoints_convert import command_line
@@ -131,8 +132,8 @@ class CompiledPrograms:
 
   def __str__(self):
     return (
-      f"JAX compiled {self.count - self.cached} functions and read {self.cached} from its cache "
-      f"({self.seconds:.1f} s)"
+      f"JAX compiled {self.count - self.cached} functions"
+      f"{f', and read {self.cached} from its cache' if self.cached else ''} ({self.seconds:.1f} s)"
     )
 
 
@@ -505,6 +506,38 @@ def print_dry_run(
   Raises:
     ValueError: a flag is out of range, or the mesh does not fit the model.
   """
+  plan, mesh = _plan(config, roster, batch_size, length, scoring)
+  print(dry_run_lib.report(plan, mesh))
+
+
+def check_memory(
+  config: ModelConfig, roster: Roster, *, batch_size: int, length: int, scoring: bool = False
+) -> None:
+  """Checks before parameters are read that a run fits the memory, by the estimate of --dry_run.
+
+  The arguments are those of `print_dry_run`.
+
+  Raises:
+    ValueError: the devices have less memory than a run needs.
+  """
+  if roster.recompute or length < 2:
+    return
+  plan, mesh = _plan(config, roster, batch_size, min(length, config.context_length), scoring)
+  need, device = dry_run_lib.total_bytes(plan, mesh), jax.local_devices()[0]
+  memory = (device.memory_stats() or {}).get("bytes_limit")
+  if memory is None and device.platform == "cpu":
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    need *= min(mesh.size, jax.local_device_count())  # they share the memory of the host
+  if memory is not None and need > memory:
+    raise ValueError(
+      f"n = {roster.num_members} and --batch_size={batch_size} need about {need / 2**30:.1f} GiB "
+      f"for sequences of {length} tokens, and this device has {memory / 2**30:.1f}: use smaller "
+      "ones, --cache=clean or more devices, and see --dry_run"
+    )
+
+
+def _plan(config, roster, batch_size, length, scoring) -> tuple[dry_run_lib.Plan, AbstractMesh]:
+  """Returns the run that the flags describe, and its mesh."""
   f = flags.FLAGS
   if f.dtype is not None:
     config = config.replace(dtype=f.dtype)
@@ -524,14 +557,8 @@ def print_dry_run(
   num_devices = f.num_devices
   if num_devices is None:
     num_devices = math.prod(sizes.values()) if sizes else len(jax.devices())
-  print(
-    dry_run_lib.report(
-      plan,
-      sharding.abstract_mesh(
-        config, num_devices, **sizes, memory=plan.device and plan.device.memory
-      ),
-    )
-  )
+  memory = plan.device and plan.device.memory
+  return plan, sharding.abstract_mesh(config, num_devices, **sizes, memory=memory)
 
 
 def load_params(

@@ -190,7 +190,8 @@ def _bytes(plan, mesh):
   return lines | {"tokens": found.tokens, "activations, about": found.activations}
 
 
-def _total(plan, mesh):
+def total_bytes(plan: Plan, mesh: AbstractMesh) -> int:
+  """Returns the peak memory per device."""
   return sum(_bytes(plan, mesh).values())
 
 
@@ -270,7 +271,8 @@ def _meshes(plan, mesh) -> Iterator[str]:
     yield f"{f'{mesh.size}-device meshes that fit':34}{'GB':>10}{'ms':>12}"
     for other in sorted(found, key=plan.seconds)[:OTHERS]:
       yield (
-        f"  {sizes_of(other):32}{_total(plan, other) / 1e9:10.3f}{1e3 * plan.seconds(other):12.3f}"
+        f"  {sizes_of(other):32}{total_bytes(plan, other) / 1e9:10.3f}"
+        f"{1e3 * plan.seconds(other):12.3f}"
       )
     return
   devices = mesh.size
@@ -286,7 +288,7 @@ def _meshes(plan, mesh) -> Iterator[str]:
     best = min(found, key=plan.seconds)
     yield (
       f"no {mesh.size}-device mesh fits; with {devices} devices: --mesh={sizes_of(best)}, "
-      f"{_total(plan, best) / 1e9:.3f} GB, {1e3 * plan.seconds(best):.3f} ms"
+      f"{total_bytes(plan, best) / 1e9:.3f} GB, {1e3 * plan.seconds(best):.3f} ms"
     )
 
 
@@ -295,4 +297,4 @@ def _fitting(plan, num_devices):
     sharding.abstract_mesh(plan.config, num_devices, **dict(zip(sharding.AXES, sizes)))
     for sizes in sharding.possible_sizes(plan.config, num_devices)
   ]
-  return [m for m in meshes if _total(plan, m) <= plan.usable]
+  return [m for m in meshes if total_bytes(plan, m) <= plan.usable]

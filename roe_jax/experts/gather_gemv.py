@@ -13,14 +13,13 @@ import functools
 import math
 
 import jax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
 from roe_jax.experts.activation import Activation
 from roe_jax.experts.gpu_kernels import load, shifted, tile_at
 from roe_jax.experts.packing import combine
 from roe_jax.experts.tpu_kernels import apply_on_tpu
+from roe_jax.lazy_modules import pl, plgpu
 from roe_jax.params import ExpertParams
 from roe_jax.quantization import (
   codes_and_scales,

@@ -10,10 +10,9 @@ import math
 from typing import Any
 
 import jax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from roe_jax.lazy_modules import pl, plgpu
 from roe_jax.quantization import (
   codes_and_scales,
   decode_codes,

@@ -16,10 +16,9 @@ the weights of all layers, so these kernels should not be chosen.
 import functools
 
 import jax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from roe_jax.lazy_modules import pl, pltpu
 from roe_jax.quantization import codes_and_scales, decode_codes, decode_scales, weights_per_code
 
 # Bytes of a tile of (dequantized) weights; VMEM holds two at a time.
