@@ -80,7 +80,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_files_of_one_that_was_not(
     [("wordmath", f"wordmath/test/{i}", s) for i in range(5) for s in (3, 4)]
     + [("choice", f"choice/{i}", s) for i in range(5) for s in (3, 4)]
   )
-  assert "Saved" in first.output and "20 examples;" in first.output
+  assert "Saved" in first.output and "10 examples x 2 seeds;" in first.output
   assert summary["costs"]["flops"] > 0
   (row,) = (line for line in first.output.splitlines() if "perplexity" in line.split())
   found = summary["tasks"]["wordmath"]
