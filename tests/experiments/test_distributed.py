@@ -60,11 +60,14 @@ PROGRAMS = {
 }
 
 
-def folder_with_input(path):
+def folder_with_input(path, program):
   path.mkdir()
   (path / "in.jsonl").write_text(
     "".join(
-      json.dumps({"id": i, "prompt": wordmath.prompt(p), "continuation": wordmath.completion(p)})
+      json.dumps(
+        {"id": i, "prompt": wordmath.prompt(p)}
+        | ({"continuation": wordmath.completion(p)} if program == "score" else {})
+      )
       + "\n"
       for i, p in enumerate(wordmath.problems("test", 6))
     )
@@ -109,7 +112,7 @@ def test_two_processes_and_one_device_give_the_same(program, tiny_checkpoint, tm
   arguments, results = PROGRAMS[program]
   arguments = [f"--checkpoint={tiny_checkpoint}", *arguments]
   module = f"experiments.{program}"
-  device, two = (folder_with_input(tmp_path / name) for name in ("device", "two"))
+  device, two = (folder_with_input(tmp_path / name, program) for name in ("device", "two"))
   (tmp_path / "elsewhere").mkdir()  # a host without input and output
   # One program takes its place from flags, the other from Slurm.
   first, second = programs.two(
@@ -131,7 +134,7 @@ def test_two_processes_and_one_device_give_the_same(program, tiny_checkpoint, tm
 
 
 def test_standard_output_is_that_of_the_first_process(tiny_checkpoint, tmp_path):
-  folder_with_input(tmp_path / "in")
+  folder_with_input(tmp_path / "in", "generate")
   (tmp_path / "elsewhere").mkdir()
   prompt = "--prompt=" + records(tmp_path / "in" / "in.jsonl")[0]["prompt"]
   arguments = [f"--checkpoint={tiny_checkpoint}", "--max_new_tokens=5", *ROSTER]

@@ -15,7 +15,7 @@ from roe_jax.roster import Roster
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = dict(num_members=2, temperature=0.3, seed=0)
+SETTINGS = dict(num_members=2, tau=0.3, seed=0)
 
 
 def test_problems_are_solved_alike_on_every_mesh():

@@ -414,7 +414,7 @@ REFUSED = {
   ("--num_examples=900", "--num_confirm=200"): "too few for --num_examples=900 and",
   ("--num_confirm=0",): "--num_confirm must be at least 1",
   ("--tau=0.3",): "it is tuned here: use --max_tau",
-  ("--seed=4294967295",): "seed must lie in",
+  ("--seed=4294967295",): "seed must be an integer in",
   ("--checkpoint=embedded:nothing",): "nothing",
 }
 MANY_RUNS = """
