@@ -25,7 +25,7 @@ from absl import flags
 from experiments.cli import app, text_files
 from experiments.records import jsonl
 from roe_jax import batching, decode, stopping
-from roe_jax.numerics import NonFiniteLogits
+from roe_jax.numerics import naming_sequences
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 from roe_jax.text import tokenizer as tokenizer_lib
@@ -270,7 +270,7 @@ def complete_lines(
       results.write(indices[position], dataclasses.asdict(completion) | answer)
       bar.update()
 
-    try:
+    with naming_sequences([f"input request {i + 1}" for i in indices]):
       throughput = decode.generate(
         params,
         config,
@@ -286,8 +286,6 @@ def complete_lines(
         batch_size=FLAGS.batch_size,
         on_finished=write,
       ).throughput
-    except NonFiniteLogits as error:
-      raise NonFiniteLogits(indices[error.sequence], error.position) from None
   print(f"[{len(indices)} prompts: {throughput}; including compilation]", file=sys.stderr)
   if unanswered:
     print(

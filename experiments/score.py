@@ -28,7 +28,7 @@ from experiments.cli import app, text_files
 from experiments.records import jsonl
 from roe_jax import batching, scoring
 from roe_jax.config import ModelConfig
-from roe_jax.numerics import NonFiniteLogits
+from roe_jax.numerics import naming_sequences
 from roe_jax.params import Params
 from roe_jax.roster import Roster
 from roe_jax.text.tokenizer import Tokenizer
@@ -122,7 +122,8 @@ def score_batch(
   params, config, sequences, starts, roster: Roster, batch: Sequence[int]
 ) -> list[scoring.SequenceScore]:
   """Scores the sequences with the indices `batch`, which are also their request ids."""
-  try:
+  what = "window" if FLAGS.text is not None else "input request"
+  with naming_sequences([f"{what} {i + 1}" for i in batch]):
     return scoring.score(
       params,
       config,
@@ -132,8 +133,6 @@ def score_batch(
       request_ids=batch,
       batch_size=FLAGS.batch_size,
     ).sequences
-  except NonFiniteLogits as error:
-    raise NonFiniteLogits(batch[error.sequence], error.position) from None
 
 
 def read_pairs(

@@ -289,7 +289,7 @@ class _Slots:
   def _fetched(self):
     assert self._state is not None
     state = jax.device_get(self._state.replace(cache=None))
-    # A NaN or infinite logit makes all log-probabilities NaN, with every aggregation.
+    # A logit that is NaN or +inf makes all log-probabilities NaN, with every known aggregation.
     finite = np.isfinite(state.log_probs)
     self._not_finite = {
       slot: sequence.start - 1 + int(np.argmin(finite[slot, sequence.start : length]))

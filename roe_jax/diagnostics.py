@@ -321,25 +321,12 @@ def _shared_experts(params, config, roster, cache, tokens, request_ids):
 @functools.partial(jax.jit, static_argnames="config")
 def _margins(params, config, roster, cache, tokens, request_ids):
   """Returns the margins `[L, R, B, T]`."""
-  positions = _positions(tokens)
-  _, outputs = members_lib.member_states(
-    params, config, roster, cache, tokens, positions, request_ids, keep=("router_logits",)
-  )
 
-  def margin(layer, member, logits_BxTxE):
-    noise = members_lib.routing_noise(roster, request_ids, positions, member)
-    perturbed = noise.perturb(layer, logits_BxTxE, config.experts_per_token)
-    best, _ = jax.lax.top_k(perturbed, config.experts_per_token + 1)
+  def margin(logits_BxTxE, perturbed_BxTxE):
+    best, _ = jax.lax.top_k(perturbed_BxTxE, config.experts_per_token + 1)
     return best[..., -2] - best[..., -1]
 
-  of_members = jax.vmap(margin, in_axes=(None, 0, 0))
-  return sharding.with_sharding_constraint(
-    params,
-    jax.lax.map(
-      lambda a: of_members(a[0], jnp.asarray(roster.members), a[1]),
-      (jnp.arange(config.num_layers), outputs.router_logits),
-    ),
-  )
+  return _of_router_logits(margin, params, config, roster, cache, tokens, request_ids)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "of_members"))
@@ -363,19 +350,34 @@ def _logits_at(params, config, roster, cache, tokens, request_ids, *, last_B, of
 @functools.partial(jax.jit, static_argnames="config")
 def _trace(params, config, roster, cache, tokens, request_ids):
   """Returns chosen experts and gates `[L, R, B, T, A]` and router logits `[L, R, B, T, E]`."""
+
+  def route(logits_BxTxE, perturbed_BxTxE):
+    return routing.route(config, logits_BxTxE, perturbed_BxTxE, roster.gate_weights)
+
+  (chosen, gates), router_logits = _of_router_logits(
+    route, params, config, roster, cache, tokens, request_ids
+  )
+  return chosen, gates, router_logits
+
+
+def _of_router_logits(compute, params, config, roster, cache, tokens, request_ids):
+  """Applies `compute` to router logits `[B, T, E]` of each layer and member, and noisy ones.
+
+  Returns:
+    Its results `[L, R, ...]`, and the logits without noise `[L, R, B, T, E]`.
+  """
   positions = _positions(tokens)
   _, outputs = members_lib.states_and_outputs(
     params, config, roster, cache, tokens, positions, request_ids, keep=("router_logits",)
   )
 
-  def route(layer, member, logits_BxTxE):
+  def of_member(layer, member, logits_BxTxE):
     noise = members_lib.routing_noise(roster, request_ids, positions, member)
-    perturbed = noise.perturb(layer, logits_BxTxE, config.experts_per_token)
-    return routing.route(config, logits_BxTxE, perturbed, roster.gate_weights)
+    return compute(logits_BxTxE, noise.perturb(layer, logits_BxTxE, config.experts_per_token))
 
-  of_members = jax.vmap(route, in_axes=(None, 0, 0))
-  chosen, gates = jax.lax.map(
+  of_members = jax.vmap(of_member, in_axes=(None, 0, 0))
+  found = jax.lax.map(
     lambda a: of_members(a[0], jnp.asarray(roster.members), a[1]),
     (jnp.arange(config.num_layers), outputs.router_logits),
   )
-  return sharding.with_sharding_constraint(params, (chosen, gates, outputs.router_logits))
+  return sharding.with_sharding_constraint(params, (found, outputs.router_logits))

@@ -428,8 +428,8 @@ def _window(family, hf, num_layers, context_length):
 def _rope(family, hf):
   """Returns the RoPE base and scaling, from the keys that transformers uses if there are several.
 
-  transformers ignores `rope_parameters` beside `rope_scaling`, and
-  `original_max_position_embeddings` in them beside the same key outside.
+  transformers ignores `rope_parameters` if there is `rope_scaling`, and
+  `original_max_position_embeddings` in either if the same key is outside, too.
   """
   rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
   if any(isinstance(value, dict) for value in rope.values()):

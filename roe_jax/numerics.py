@@ -11,7 +11,8 @@ bfloat16 bits (`storage_dtype`). Where XLA spreads every operation over several 
 tiles are larger: handing out a small one takes longer than computing it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import math
 import os
 from typing import Any
@@ -242,15 +243,25 @@ class NonFiniteLogits(FloatingPointError):
   """Logits that are NaN or infinite.
 
   Attributes:
-    sequence: index of the sequence.
+    sequence: index of the sequence, or a name that a program gives it.
     position: index of the first token at which they were seen; they predict the next one. The
       cause may be a later token of the same chunk, since masked attention multiplies it by zero.
   """
 
-  def __init__(self, sequence: int, position: int):
+  def __init__(self, sequence: int | str, position: int):
+    name = sequence if isinstance(sequence, str) else f"sequence {sequence} (counted from 0)"
     super().__init__(
-      f"the logits of sequence {sequence} (counted from 0) at position {position} are NaN or "
-      "infinite: a parameter is not finite, or activations overflow in the compute dtype "
-      "(try float32)"
+      f"the logits of {name} at position {position} are NaN or infinite: a parameter is not "
+      "finite, or activations overflow in the compute dtype (try float32)"
     )
     self.sequence, self.position = sequence, position
+
+
+@contextlib.contextmanager
+def naming_sequences(names: Sequence[int] | Sequence[str]) -> Iterator[None]:
+  """Renames the sequence of a `NonFiniteLogits` error to its entry in `names`."""
+  try:
+    yield
+  except NonFiniteLogits as error:
+    assert isinstance(error.sequence, int)
+    raise NonFiniteLogits(names[error.sequence], error.position) from None

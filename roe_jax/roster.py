@@ -374,8 +374,8 @@ def _is_integer(value: Any) -> bool:
   return not isinstance(value, (bool, np.bool_))
 
 
-def _as_temperatures(temperatures: Any, layers: int | None = None) -> np.ndarray:
-  """Returns temperatures as float32, one per layer if `layers` is given."""
+def _as_temperatures(temperatures: Any, layers: int) -> np.ndarray:
+  """Returns temperatures as float32, one per layer."""
   if isinstance(temperatures, (str, os.PathLike, Mapping)):
     raise ValueError(
       f"temperatures must be numbers, got {temperatures!r}: use "
@@ -387,9 +387,9 @@ def _as_temperatures(temperatures: Any, layers: int | None = None) -> np.ndarray
     raise ValueError(
       f"temperatures must be one number or a list with one per layer, got {temperatures!r}"
     ) from None
-  if layers is not None and values.ndim == 0:
+  if values.ndim == 0:
     values = np.full(layers, values)
-  if layers is not None and values.shape != (layers,):
+  if values.shape != (layers,):
     raise ValueError(
       f"temperatures must be one number or a list of {layers} (one per layer of the "
       f"model), got shape {list(values.shape)}"

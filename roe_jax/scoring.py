@@ -15,7 +15,7 @@ from roe_jax import members as members_lib
 from roe_jax import params as params_lib
 from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
-from roe_jax.numerics import NonFiniteLogits
+from roe_jax.numerics import NonFiniteLogits, naming_sequences
 from roe_jax.params import Params
 from roe_jax.roster import Roster
 
@@ -213,10 +213,8 @@ def score(
   for first in range(0, len(sequences), batch_size):
     batch = slice(first, first + batch_size)
     some = candidates and candidates[batch]
-    try:
+    with naming_sequences(range(first, first + batch_size)):
       scored += score_batch(sequences[batch], starts[batch], ids[batch], some)
-    except NonFiniteLogits as error:
-      raise NonFiniteLogits(first + error.sequence, error.position) from None
     on_batch(len(sequences[batch]))
   return Scores(
     scored,

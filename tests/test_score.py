@@ -11,6 +11,7 @@ import tiny
 
 from roe_jax import batching, checkpoint, decode, prefill, transformer
 from roe_jax import scoring as score_lib
+from roe_jax.numerics import naming_sequences
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
@@ -472,4 +473,9 @@ def test_non_finite_logits_are_an_error_that_names_sequence_and_position(olmoe, 
   params = params.replace(embedding=params.embedding.at[5].set(np.nan))
   roster = Roster.create(config, n, tau)
   with pytest.raises(FloatingPointError, match="sequence 1 .* at position 2 are NaN"):
+    score_lib.score(params, config, [[1, 2, 3], [3, 4, 5, 6]], [1, 3], roster=roster)
+  with (
+    pytest.raises(FloatingPointError, match="logits of the other at position 2 are NaN"),
+    naming_sequences(["one", "the other"]),
+  ):
     score_lib.score(params, config, [[1, 2, 3], [3, 4, 5, 6]], [1, 3], roster=roster)

@@ -23,6 +23,7 @@ from experiments.cli import app, text_files
 from experiments.records import jsonl
 from roe_jax import batching, costs, decode, diagnostics, prefill, scoring
 from roe_jax.config import ModelConfig
+from roe_jax.numerics import naming_sequences
 from roe_jax.params import Params
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
@@ -271,16 +272,17 @@ class Engine:
       if not missing:
         continue
       tokens, starts, ids, lasts = zip(*missing)
-      found = scoring.score(
-        *self._model,
-        tokens,
-        starts,
-        roster=self._roster,
-        request_ids=ids,
-        candidates=[list(last) for last in lasts],
-        batch_size=self.batch_size,
-        min_shape=(slots, positions),
-      ).sequences
+      with naming_sequences([self._name(sequence) for sequence in tokens]):
+        found = scoring.score(
+          *self._model,
+          tokens,
+          starts,
+          roster=self._roster,
+          request_ids=ids,
+          candidates=[list(last) for last in lasts],
+          batch_size=self.batch_size,
+          min_shape=(slots, positions),
+        ).sequences
       seconds = self._stopwatch.lap() / len(missing)
       answers = {}
       for sequence, start, last, scores in zip(tokens, starts, lasts, found):
@@ -326,20 +328,25 @@ class Engine:
           opening = missing[index][1].opening
           return answer_lib.reader(self._tokenizer, opening, skip_special_tokens=False)
 
-        decode.generate(
-          *self._model,
-          [r.tokens for _, r in missing],
-          max_new_tokens=max_new_tokens,
-          roster=self._roster,
-          sampler=Sampler.create(*sampler),
-          stop_tokens=stop_tokens,
-          stop_strings=stop,
-          decode=self._tokenizer.decode,
-          stop_reader=None if raw else stop_reader,
-          batch_size=self.batch_size,
-          request_ids=[r.request_id for _, r in missing],
-          on_finished=write,
-        )
+        with naming_sequences([self._name(r.tokens) for _, r in missing]):
+          decode.generate(
+            *self._model,
+            [r.tokens for _, r in missing],
+            max_new_tokens=max_new_tokens,
+            roster=self._roster,
+            sampler=Sampler.create(*sampler),
+            stop_tokens=stop_tokens,
+            stop_strings=stop,
+            decode=self._tokenizer.decode,
+            stop_reader=None if raw else stop_reader,
+            batch_size=self.batch_size,
+            request_ids=[r.request_id for _, r in missing],
+            on_finished=write,
+          )
+
+  def _name(self, tokens):
+    """Returns what errors call a request: the end of its text."""
+    return f"the request that ends with {self._tokenizer.decode(list(tokens))[-60:]!r}"
 
   def _generated(self, request, completion):
     text = completion.text

@@ -10,8 +10,8 @@ from experiments import sandbox
 
 CATEGORIES = ("math", "commonsense", "code", "language")
 SPLITS = ("validation", "test", "all")
-# Start of the names of the RoE paper's tasks, some of which lm-evaluation-harness has, too, with
-# other prompts.
+# Prefix of the RoE paper's tasks: lm-evaluation-harness has tasks of the same names with other
+# prompts.
 PAPER = "paper/"
 
 Output = str | Sequence[float]

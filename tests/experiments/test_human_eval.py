@@ -280,9 +280,9 @@ def test_programs_run_only_with_leave(data_dir):
   tasks.get("wordmath").check_allowed(False)
 
 
-def test_each_scored_output_is_told(data_dir):
+def test_on_done_is_called_for_each_output(data_dir):
   for name in ("humaneval", "humaneval_plus"):
-    task, told = tasks.get(f"paper/{name}"), []
+    task, calls = tasks.get(f"paper/{name}"), []
     examples = task.examples("all", data_dir, limit=3)
-    task.score_all(examples, references()[:3], True, on_done=lambda: told.append(1))
-    assert len(told) == 3
+    task.score_all(examples, references()[:3], True, on_done=lambda: calls.append(1))
+    assert len(calls) == 3
