@@ -26,6 +26,15 @@ context.set_forkserver_preload(
     "experiments.score",
     "experiments.train",
     "experiments.tune",
+    # What programs import at first use.
+    "experiments.evaluation.lm_eval_model",
+    "experiments.evaluation.lm_eval_tasks",
+    "matplotlib.pyplot",
+    "optuna",
+    "orbax.checkpoint.v1",
+    "scipy.optimize",
+    "scipy.stats",
+    "tabulate",
   ]
 )
 

@@ -17,15 +17,9 @@ MEMBERS = "--num_members=3"
 TAU = "--tau=0.4"
 
 
-def problems(path, count):
-  path.write_text(
-    "".join(
-      json.dumps({"id": i, "prompt": wordmath.prompt(p), "continuation": wordmath.completion(p)})
-      + "\n"
-      for i, p in enumerate(wordmath.problems("test", count))
-    )
-  )
-  return path
+def write_lines(path, problems, **keys):
+  lines = [{"id": i} | {k: f(p) for k, f in keys.items()} for i, p in enumerate(problems)]
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def num_lines(path):
@@ -89,7 +83,7 @@ CASES = {
     "experiments.score",
     [
       "--checkpoint={checkpoint}",
-      "--input={inputs}/lines.jsonl",
+      "--input={inputs}/pairs.jsonl",
       "--output={folder}/out.jsonl",
       "--batch_size=4",
       MEMBERS,
@@ -133,7 +127,10 @@ CASES = {
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
   folder = tmp_path_factory.mktemp("inputs")
-  problems(folder / "lines.jsonl", 18)
+  problems = list(wordmath.problems("test", 18))
+  write_lines(folder / "prompts.jsonl", problems, prompt=wordmath.prompt)
+  keys = dict(prompt=wordmath.prompt, continuation=wordmath.completion)
+  write_lines(folder / "pairs.jsonl", problems, **keys)
   (folder / "text").write_text(
     " ".join(wordmath.prompt(p) + wordmath.completion(p) for p in wordmath.problems("test", 9))
   )
@@ -180,7 +177,7 @@ def test_a_program_that_is_killed_finishes_with_the_same_results(
 def test_where_one_of_two_processes_is_killed_both_end_and_go_on(tiny_checkpoint, inputs, tmp_path):
   arguments = [
     f"--checkpoint={tiny_checkpoint}",
-    f"--input={inputs / 'lines.jsonl'}",
+    f"--input={inputs / 'prompts.jsonl'}",
     "--batch_size=4",
     "--max_new_tokens=20",
     MEMBERS,
