@@ -435,8 +435,8 @@ def stream(
   finish_reason = ""
   while not finish_reason:
     slots.advance(1)
-    slots.check_finite()
     completion = slots.completion(0)
+    slots.check_finite()  # what was fetched for it
     finish_reason = completion.finish_reason
     yield completion
 

@@ -15,6 +15,7 @@ from experiments.evaluation.methods import Method
 from experiments.evaluation.prompts import PromptBuilder
 from experiments.tasks import Example, Task
 from roe_jax import batching, costs, decode, diagnostics, prefill, scoring, sharding
+from roe_jax.numerics import naming_sequences
 from roe_jax.params import Params
 
 # Distance between the noise ids of an example's samples.
@@ -133,7 +134,8 @@ class Measurer:
       request_ids=ids,
       batch_size=slots,
     )
-    found, seconds = self._timed(run)
+    with naming_sequences([f"example {i}" for i in batch.ids] * n):
+      found, seconds = self._timed(run)
     outputs, details = [], []
     for i, example in enumerate(batch.examples):
       samples = found.completions[i :: len(batch.examples)]
@@ -252,17 +254,17 @@ class Measurer:
     }
 
   def _scores(self, method, roster, sequences, starts, ids, output_temperatures):
-    found = scoring.score(
-      self._params,
-      method.config,
-      sequences,
-      starts,
-      roster=roster,
-      request_ids=ids,
-      output_temperatures=output_temperatures_lib.padded(output_temperatures),
-      batch_size=self._batch_size,
-    )
-    return found.sequences
+    with naming_sequences([f"example {i}" for i in ids]):
+      return scoring.score(
+        self._params,
+        method.config,
+        sequences,
+        starts,
+        roster=roster,
+        request_ids=ids,
+        output_temperatures=output_temperatures_lib.padded(output_temperatures),
+        batch_size=self._batch_size,
+      ).sequences
 
   def _mesh(self, config):
     return sharding.mesh_of(self._params.embedding) or sharding.abstract_mesh(config, 1)

@@ -20,6 +20,7 @@ from experiments.evaluation.prompts import PromptBuilder
 from experiments.tasks import Example, Task
 from roe_jax import batching, decode, scoring
 from roe_jax.config import ModelConfig
+from roe_jax.numerics import naming_sequences
 from roe_jax.params import Params
 from roe_jax.roster import Roster
 
@@ -94,16 +95,17 @@ class _Objective:
   allow_code_execution: bool = False
 
   def _score(self, params, roster, sequences, output_temperatures=(1.0,)):
-    return scoring.score(
-      params,
-      self.config,
-      sequences.tokens,
-      sequences.starts,
-      roster=roster,
-      request_ids=sequences.ids,
-      output_temperatures=output_temperatures,
-      batch_size=self.batch_size,
-    ).sequences
+    with naming_sequences([f"example {i}" for i in sequences.ids]):
+      return scoring.score(
+        params,
+        self.config,
+        sequences.tokens,
+        sequences.starts,
+        roster=roster,
+        request_ids=sequences.ids,
+        output_temperatures=output_temperatures,
+        batch_size=self.batch_size,
+      ).sequences
 
 
 @dataclasses.dataclass(eq=False)
@@ -209,19 +211,20 @@ class Accuracy(_Objective):
 
   def _generate(self, params, roster, part):
     first, builder, prompts = self.examples[0], self.prompt_builder, self._prompts[part]
-    found = decode.generate(
-      params,
-      self.config,
-      prompts,
-      max_new_tokens=first.max_new_tokens,
-      roster=roster,
-      stop_tokens=builder.stop_tokens,
-      stop_strings=first.stop,
-      decode=builder.tokenizer.decode,
-      stop_reader=builder.stop_reader(self.examples[part]),
-      request_ids=list(self.ids[part]),
-      batch_size=self.batch_size,
-    )
+    with naming_sequences([f"example {i}" for i in self.ids[part]]):
+      found = decode.generate(
+        params,
+        self.config,
+        prompts,
+        max_new_tokens=first.max_new_tokens,
+        roster=roster,
+        stop_tokens=builder.stop_tokens,
+        stop_strings=first.stop,
+        decode=builder.tokenizer.decode,
+        stop_reader=builder.stop_reader(self.examples[part]),
+        request_ids=list(self.ids[part]),
+        batch_size=self.batch_size,
+      )
     tokens, members = found.throughput.tokens, len(roster.members)
     prefilled = sum(map(len, prompts)) - len(prompts)
     prefilled *= members if roster.cache == "standard" else 1
