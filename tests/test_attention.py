@@ -9,7 +9,7 @@ import tiny
 from roe_jax import attention, numerics, transformer
 from roe_jax import cache as kv_cache
 from roe_jax.cache import KVCache, SlidingCache
-from roe_jax.config import Yarn
+from roe_jax.rope import Yarn
 
 B, T, S, H, K, C = 2, 5, 9, 4, 2, 8
 STARTS = np.array([0, 3])

@@ -8,9 +8,10 @@ import hf
 import pytest
 import tiny
 
-from roe_jax.config import ModelConfig, Yarn
+from roe_jax.config import ModelConfig
 from roe_jax.families import FAMILIES, from_hugging_face, to_hugging_face
 from roe_jax.presets import PRESETS
+from roe_jax.rope import Yarn
 
 
 def test_olmoe_config_is_read():
