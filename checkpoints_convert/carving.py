@@ -56,6 +56,9 @@ class Plan:
       )
     return cls(shared, active, experts)
 
+  def __str__(self) -> str:
+    return f"S{self.shared}A{self.active}E{self.experts}"
+
   @property
   def routed(self) -> int:
     """Number of routed experts."""
