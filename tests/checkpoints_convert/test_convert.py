@@ -453,7 +453,7 @@ def test_targets_and_arguments_are_refused_in_a_sentence(tmp_path, capsys):
   assert run(capsys, source=source, target=target)[0] == 0
   before = load_leaves(target)[0]
   for arguments, message in (
-    (dict(source=source, target=target), "exists: choose another.*--overwrite"),
+    (dict(source=source, target=target), "exists and is complete: choose.*--overwrite"),
     (dict(source=source), "--target is missing"),
     (dict(source=target, target=tmp_path / "x"), "already a .*--to_hugging_face"),
     (dict(source=source, target=tmp_path / "x", to_hugging_face=True), "is a Hugging Face folder"),
