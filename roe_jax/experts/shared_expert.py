@@ -7,6 +7,7 @@ from roe_jax.numerics import project, project_back, rounded
 from roe_jax.params import SharedExpertParams
 
 
+@jax.named_scope("experts")
 def shared(weights: SharedExpertParams, layer: jax.Array | int, x: jax.Array) -> jax.Array:
   """Returns `sigmoid(w x) * down(silu(gate x) * up x)` of tokens `[..., D]`, in their dtype."""
   projected = project(x, weights.gate_up, layer)
