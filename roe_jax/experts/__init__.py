@@ -16,6 +16,9 @@ tokens. They differ in how often they read an expert's weights and where they ru
 * `ragged_dot`, and `tokamax` where that package is installed: grouped matmul by
   `jax.lax.ragged_dot` and `tokamax.ragged_dot`.
 
+The only expert of a dense model is computed without dispatch (`every_token.only`), whatever the
+strategy, unless it is quantized.
+
 `tiled_loop`, `gather_gemv` and `grouped_matmul` dequantize quantized experts tile by tile;
 the others dequantize all experts of a layer, and are not chosen for them.
 
@@ -32,6 +35,7 @@ import numpy as np
 from roe_jax import collectives
 from roe_jax.experts import (
   choices,
+  every_token,
   expert_parallel,
   gather_gemv,
   grouped_matmul,
@@ -40,7 +44,7 @@ from roe_jax.experts import (
 )
 from roe_jax.experts.activation import Activation
 from roe_jax.experts.batched_matmul import dense, padded
-from roe_jax.experts.shared_expert import shared
+from roe_jax.experts.every_token import shared
 from roe_jax.numerics import to_compute_dtype
 from roe_jax.params import ExpertParams
 from roe_jax.quantization import CONTRACTED, dequantize_layer, is_quantized, quantize
@@ -174,10 +178,11 @@ def apply(
   """
   check_strategy(strategy)
   l, e = jax.tree.leaves(experts.gate_up)[0].shape[:2]
+  devices = collectives.axis_size("expert")
+  if e * devices == 1 and not is_quantized(experts.down):
+    return every_token.only(experts, layer, x_NxD, gates_NxA, activation)
   experts = jax.tree.map(lambda w: w.reshape(l * e, *w.shape[2:]), experts)
-  compute = _with_member_folding(
-    e, activation, strategy, collectives.axis_size("expert"), tokens_sharded
-  )
+  compute = _with_member_folding(e, activation, strategy, devices, tokens_sharded)
   return compute(experts, jnp.asarray(layer), x_NxD, indices_NxA, gates_NxA)
 
 
