@@ -176,14 +176,14 @@ def check_target(
     raise FileExistsError(
       f"the target {target} exists{complete}: choose another, or replace it with --overwrite"
     )
-  found = None if source is None else _resolved(source)
-  if found and found.exists() and target in (found, *found.parents):
-    raise FileExistsError(f"the target {target} has the source {source} in it: choose another")
   if not (target / marker).is_file():
     raise FileExistsError(
       f"the target {target} exists and has no {marker}, so this program did not write it and does "
       "not replace it: choose another target"
     )
+  found = None if source is None else _resolved(source)
+  if found and found.exists() and target in (found, *found.parents):
+    raise FileExistsError(f"the target {target} has the source {source} in it: choose another")
   if _replaced_folder(target).exists():
     raise FileExistsError(
       f"{_replaced_folder(target)} is needed to replace {target}, but it exists: move it away"
