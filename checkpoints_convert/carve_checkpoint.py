@@ -113,7 +113,7 @@ def convert(
     ConversionError, ValueError: the source cannot be carved, or the text is too short.
     FileExistsError: the target exists.
   """
-  checkpoint.check_target(target, overwrite, checkpoint.MANIFEST_FILE)
+  checkpoint.check_target(target, overwrite, checkpoint.MANIFEST_FILE, source)
   if importlib.util.find_spec("scipy") is None:
     raise ConversionError(
       'carving needs scipy, which is not installed: pip install "roe_jax[experiments]"'

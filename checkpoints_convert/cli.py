@@ -7,7 +7,7 @@ import sys
 from absl import flags, logging
 import jax
 
-from checkpoints_convert import carve_checkpoint, carving, quantize_checkpoint, summary
+from checkpoints_convert import carve_checkpoint, carving, outputs, quantize_checkpoint, summary
 from checkpoints_convert.common import ConversionError
 from checkpoints_convert.from_hugging_face import convert_from_hugging_face
 from checkpoints_convert.to_hugging_face import convert_to_hugging_face
@@ -49,8 +49,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   string(
     "carve",
     None,
-    "Carve experts out of a dense model: S4A8E16 divides each layer into 16 equal experts, of which "
-    "4 process every token and 8 of the other 12 are active.",
+    "Carve experts out of a dense model: S4A8E16 divides each layer into 16 equal experts, of "
+    "which 4 process every token and 8 of the other 12 are active.",
   )
   string(
     "calibration",
@@ -86,7 +86,8 @@ def run(values: flags.FlagValues) -> int:
   if "verbosity" not in values or not values["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax logs every step at INFO
   try:
-    _convert(values)
+    with outputs.held(None if values.dry_run else values.target, outputs.WHOLE_FOLDER):
+      _convert(values)
   except (ValueError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1

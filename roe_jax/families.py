@@ -547,10 +547,11 @@ def _rope(family, hf):
     raise ValueError(
       f"config.json of a {family} model has rope type {kind} and no {', '.join(missing)}"
     )
-  exact = ("original_context", "truncate")
-  return theta, rope.SCALINGS[kind](
-    **{name: values[name] if name in exact else float(values[name]) for name in names}
-  )
+  fields: dict[str, Any] = {
+    name: values[name] if name in ("original_context", "truncate") else float(values[name])
+    for name in names
+  }
+  return theta, rope.SCALINGS[kind](**fields)
 
 
 def _yarn(settings, implied_factor):

@@ -244,7 +244,8 @@ def test_a_roster_runs_on_it(carved):
   assert np.isfinite(found.log_probs).all()
   assert not np.allclose(found.log_probs, alone.log_probs, atol=1e-3)
   # The noise changes which experts are chosen, not their gates, which are one.
-  _, gates = routing.route(config, *jax.random.normal(jax.random.key(0), (2, 7, 3)), "noisy")
+  logits, perturbed = jax.random.normal(jax.random.key(0), (2, 7, 3))
+  _, gates = routing.route(config, logits, perturbed, "noisy")
   np.testing.assert_array_equal(gates, np.ones((7, 2)))
 
 
