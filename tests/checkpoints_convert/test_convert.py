@@ -479,6 +479,21 @@ def test_targets_and_arguments_are_refused_in_a_sentence(tmp_path, capsys):
   assert not np.array_equal(before["embedding"], other["model.embed_tokens.weight"])
 
 
+@pytest.mark.parametrize(
+  "spans", [[(0, 8), (4, 12)], [(0, 8), (0, 8)], [(0, 8), (12, 20)], [(4, 8)]]
+)
+def test_tensors_that_overlap_or_leave_holes_are_refused(tmp_path, spans):
+  header = {
+    f"t{i}": {"dtype": "F32", "shape": [(stop - start) // 4], "data_offsets": [start, stop]}
+    for i, (start, stop) in enumerate(spans)
+  }
+  text = json.dumps(header).encode()
+  data = len(text).to_bytes(8, "little") + text + bytes(max(stop for _, stop in spans))
+  (tmp_path / "model.safetensors").write_bytes(data)
+  with pytest.raises(ConversionError, match="is not a complete safetensors file .*invalid offset"):
+    safetensors_files.read_headers(tmp_path)
+
+
 def test_sizes_are_parsed():
   for text, size in (("5GB", 5 * 10**9), ("1.5 MiB", 3 * 2**19), ("7", 7), ("20kb", 20000)):
     assert cli.parse_size(text) == size
