@@ -24,6 +24,7 @@ from checkpoints_convert import (
   convert_to_hugging_face,
   hub,
   outputs,
+  safetensors_files,
   tensor_names,
 )
 from roe_jax import checkpoint
@@ -321,12 +322,12 @@ REFUSALS = {
   "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
   "broken config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
   "architecture": (
-    lambda f: edit_json(f / "config.json", model_type="llama"),
-    "unsupported architecture.*'llama'.*supported: olmoe, mixtral",
+    lambda f: edit_json(f / "config.json", model_type="bloom"),
+    "unsupported architecture.*'bloom'.*supported: olmoe, mixtral",
   ),
   "rope": (
-    lambda f: edit_json(f / "config.json", rope_scaling={"rope_type": "linear"}),
-    "rope type = 'linear'",
+    lambda f: edit_json(f / "config.json", rope_scaling={"rope_type": "dynamic"}),
+    "rope type = 'dynamic'",
   ),
   "pickles": (only_pickles, "pytorch_model.bin.*can run arbitrary code"),
   "nothing": (lambda f: [p.unlink() for p in f.glob("model*")], "has no safetensors files"),
