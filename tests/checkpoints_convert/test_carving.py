@@ -102,11 +102,7 @@ def test_fitted_router_is_the_least_squares_solution():
 
 @pytest.mark.parametrize(
   "text, message",
-  [
-    ("4A8E16", "like S4A8E16"),
-    ("S4A13E16", "no more than 16"),
-    ("S16A0E16", "at least one active"),
-  ],
+  [("4A8E16", "like S4A8E16"), ("S4A13E16", "no more than 16"), ("S0A0E16", "at least one active")],
 )
 def test_plans_are_refused(text, message):
   with pytest.raises(ConversionError, match=message):
@@ -253,6 +249,7 @@ def test_a_roster_runs_on_it(carved):
   "flags, message",
   [
     ({"carve": "S1A2E5"}, "divisor of 16"),
+    ({"carve": "S3A0E4"}, "no active routed expert"),
     ({"calibration_tokens": "1000"}, "has 300 tokens, fewer than"),
     ({"calibration_tokens": "10"}, "at least 64"),
     ({"calibration": None}, "--carve needs --calibration"),
