@@ -54,6 +54,7 @@ PRESETS = {
     experts_per_token=2,
     d_expert=128,
     context_length=4096,
+    initializer_range=0.4,  # logits as peaked as those of trained models
     **_OLMOE,
   ),
   **presets.PRESETS,
