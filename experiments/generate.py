@@ -22,6 +22,7 @@ from typing import Any
 
 from absl import flags
 
+from checkpoints_convert import outputs
 from experiments.cli import app, text_files
 from experiments.records import jsonl
 from roe_jax import batching, decode, stopping
@@ -330,7 +331,7 @@ def main(argv) -> None:
 def program() -> None:
   """Runs this program with the command line's flags."""
   define_flags()
-  app.run(main)
+  app.run(main, output=outputs.FILE)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from absl import flags
 import numpy as np
 from tqdm import tqdm
 
+from checkpoints_convert import outputs
 from experiments import tasks
 from experiments.analysis import output_temperatures
 from experiments.cli import app
@@ -495,7 +496,7 @@ def main(argv) -> None:
 def program() -> None:
   """Runs this program with the command line's flags."""
   define_flags()
-  app.run(main, needs=("optuna", "scipy", "tabulate"))
+  app.run(main, needs=("optuna", "scipy", "tabulate"), output=outputs.SHARED)
 
 
 if __name__ == "__main__":

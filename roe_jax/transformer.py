@@ -1,4 +1,4 @@
-"""The MoE transformer as pure functions: embed, a stack of blocks, unembed."""
+"""The transformer as pure functions: embed, a stack of blocks, unembed."""
 
 from collections.abc import Callable
 import dataclasses
@@ -17,8 +17,9 @@ from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
 from roe_jax.experts import Activation
 from roe_jax.noise import RoutingNoise
-from roe_jax.numerics import add, add_bias, project, rms_norm, rounded, to_compute_dtype
+from roe_jax.numerics import add, project, rms_norm, to_compute_dtype
 from roe_jax.params import LayerParams, Params
+from roe_jax.routers import ROUTERS
 
 
 class BlockOutputs(struct.PyTreeNode):
@@ -36,6 +37,7 @@ class BlockOutputs(struct.PyTreeNode):
   router_logits: Any = None
 
 
+@jax.named_scope("embed")
 def embed(params: Params, tokens_BxT: jax.Array) -> jax.Array:
   """Embeds tokens: hidden states `[B, T, D]` before the first block."""
   mesh = sharding.mesh_of(params.embedding)
@@ -48,6 +50,7 @@ def embed(params: Params, tokens_BxT: jax.Array) -> jax.Array:
   return to_compute_dtype(take(params.embedding, tokens_BxT))
 
 
+@jax.named_scope("unembed")
 def unembed(params: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
   """Computes float32 logits `[..., V]` from hidden states `[..., D]` after the last block."""
 
@@ -69,12 +72,12 @@ def norm(config: ModelConfig, x: jax.Array, weight: jax.Array) -> jax.Array:
   return rms_norm(x, weight, config.rms_norm_eps, config.norm_weight_in_float32)
 
 
+@jax.named_scope("router")
 def router_logits(
   config: ModelConfig, layers: LayerParams, layer: jax.Array | int, normed: jax.Array
 ) -> jax.Array:
-  """Computes router logits, float32 `[..., E]`, rounded to the model's dtype as in training."""
-  logits = add_bias(project(normed, layers.router, layer), layers.router_bias, layer)
-  return rounded(logits, jnp.dtype(config.dtype)).astype(jnp.float32)
+  """Computes router logits, float32 `[..., E]`; see `routers.Router.logits`."""
+  return ROUTERS[config.router].logits(layers.router, layers.router_bias, layer, normed)
 
 
 def run_layers(
