@@ -7,10 +7,10 @@
   python -m experiments.benchmark --preset=mixtral-8x7b    (96 GB)
 
 Times decode steps and scoring of models with random weights against n, τ, context length, batch
-size, cache, aggregation and sampling. The cases of a sweep take turns in each round, along with a measurement of memory
-bandwidth. The floor of a step is the time to read once what it needs: its unique active experts,
-attention, the output head, and the keys and values it attends to. Where torch and transformers
-are installed, the same model and roster run in transformers too.
+size, cache, aggregation and sampling. The cases of a sweep take turns in each round, along with a
+measurement of memory bandwidth. The floor of a step is the time to read once what it needs: its
+unique active experts, attention, the output head, and the keys and values it attends to. Where
+torch and transformers are installed, the same model and roster run in transformers too.
 
 Writes table.txt (also printed), results.jsonl (one line per case) and cost.png to --output.
 Rerun with the same flags, it keeps finished sweeps.

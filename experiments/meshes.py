@@ -3,13 +3,13 @@
   python -m experiments.meshes
   python -m experiments.meshes --dtype=bfloat16 --mesh=data:1 --mesh=expert:8 --batch_sizes=40,8,1
 
-Solves word problems greedily with the embedded models with the same seed on meshes of
-forced host devices, and compares tokens and log-probabilities with those of the
-first mesh. In float32, a completion may part from the first mesh's only at a tie: the first mesh then
-scores both tokens, whose log-probabilities must agree to 1e-5; later tokens are not compared.
-Log-probabilities may differ by more than 1e-5 only after a tie between two experts of a
-router, which is measured. In bfloat16, differences are only counted. All devices share the same cores, so step times measure work and
-overhead, and do not decrease with the number of devices.
+Solves word problems greedily with the embedded models, with the same seed, on meshes of forced
+host devices, and compares tokens and log-probabilities with those of the first mesh. In float32, a
+completion may part from the first mesh's only at a tie: the first mesh then scores both tokens,
+whose log-probabilities must agree to 1e-5; later tokens are not compared. Log-probabilities may
+differ by more than 1e-5 only after a tie between two experts of a router, which is measured. In
+bfloat16, differences are only counted. All devices share the same cores, so step times measure
+work and overhead, and do not decrease with the number of devices.
 
 Takes about three minutes on two cores. Writes results.json and table.md to --output.
 """
@@ -432,10 +432,7 @@ def main(argv) -> None:
     ) from None
   results = {}
   with tqdm(
-    total=len(FLAGS.checkpoints)
-    * len(FLAGS.mesh)
-    * max(1, len(batch_sizes))
-    * (1 + FLAGS.rounds),
+    total=len(FLAGS.checkpoints) * len(FLAGS.mesh) * max(1, len(batch_sizes)) * (1 + FLAGS.rounds),
     unit="turn",
     file=sys.stderr,
   ) as bar:

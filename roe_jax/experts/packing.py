@@ -41,7 +41,7 @@ def block_size(num_pairs: int, num_experts: int, least: int, most: int) -> int:
 
 
 def combine(out: jax.Array, gates: jax.Array) -> jax.Array:
-  """Returns `[N, D]` float32: `[N, A, D]` float32 outputs summed over choices, weighted by `[N, A]` gates.
+  """Sums `[N, A, D]` float32 outputs over choices, weighted by `[N, A]` gates: `[N, D]` float32.
 
   Outputs with gate zero may have any value, including NaN.
   """
