@@ -94,6 +94,25 @@ _QKV_BIASES = (
   Rule(_ATTENTION + "k_proj.bias", "attention.key_bias", "(K C) -> K C", when="qkv_bias"),
   Rule(_ATTENTION + "v_proj.bias", "attention.value_bias", "(K C) -> K C", when="qkv_bias"),
 )
+_QK_NORMS_PER_HEAD = (
+  Rule(_ATTENTION + "q_norm.weight", "attention.query_norm", "C -> C"),
+  Rule(_ATTENTION + "k_norm.weight", "attention.key_norm", "C -> C"),
+)
+_OUTPUT_BIAS = Rule(
+  _ATTENTION + "o_proj.bias", "attention.output_bias", "D -> D", when="output_bias"
+)
+# The MLP of a dense model is its only expert.
+_DENSE = (
+  *_COMMON,
+  *_QKV_BIASES,
+  _OUTPUT_BIAS,
+  Rule(_MLP + "gate_proj.weight", "experts.gate_up", "F D -> 0 F 0 D"),
+  Rule(_MLP + "up_proj.weight", "experts.gate_up", "F D -> 0 F 1 D"),
+  Rule(_MLP + "down_proj.weight", "experts.down", "D F -> 0 F D"),
+  Rule(_MLP + "gate_proj.bias", "experts.gate_up_bias", "F -> 0 F 0", when="expert_bias"),
+  Rule(_MLP + "up_proj.bias", "experts.gate_up_bias", "F -> 0 F 1", when="expert_bias"),
+  Rule(_MLP + "down_proj.bias", "experts.down_bias", "D -> 0 D", when="expert_bias"),
+)
 _MLP_EXPERTS = _experts(_MLP, "gate_proj", "up_proj", "down_proj")
 
 
@@ -123,7 +142,7 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
   "gpt_oss": (
     *_COMMON,
     *_QKV_BIASES,
-    Rule(_ATTENTION + "o_proj.bias", "attention.output_bias", "D -> D"),
+    _OUTPUT_BIAS,
     Rule(_ATTENTION + "sinks", "attention.sinks", "H -> H"),
     Rule(_MLP + "router.weight", "router", "E D -> E D"),
     Rule(_MLP + "router.bias", "router_bias", "E -> E"),
@@ -138,12 +157,11 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
     Rule(_MLP + "shared_expert.down_proj.weight", "shared_expert.down", "D G -> G D"),
     Rule(_MLP + "shared_expert_gate.weight", "shared_expert.gate", "I D -> I D"),
   ),
-  "qwen3_moe": (
-    *_COMMON,
-    Rule(_ATTENTION + "q_norm.weight", "attention.query_norm", "C -> C"),
-    Rule(_ATTENTION + "k_norm.weight", "attention.key_norm", "C -> C"),
-    *_MLP_EXPERTS,
-  ),
+  "qwen3_moe": (*_COMMON, *_QK_NORMS_PER_HEAD, *_MLP_EXPERTS),
+  "llama": _DENSE,
+  "mistral": _DENSE,
+  "qwen2": _DENSE,
+  "qwen3": (*_DENSE, *_QK_NORMS_PER_HEAD),
 }
 
 

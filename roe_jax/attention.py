@@ -1,7 +1,5 @@
 """Rotary embeddings, and attention to a KV cache and the token's own key and value."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 
@@ -26,36 +24,12 @@ def rotation(config: ModelConfig, positions_BxT: jax.Array) -> tuple[jax.Array, 
 
 
 def frequencies(config: ModelConfig) -> jax.Array:
-  """Returns the radians per position of each rotated pair, `[C/2]` float32.
-
-  With `rope_scaling`, high frequencies stay, low ones are divided by its factor, and those
-  on the ramp between them are interpolated (YaRN, arXiv 2309.00071, section 3.2; the
-  bounds of the ramp as in transformers).
-  """
+  """Returns the radians per position of each rotated pair, `[C/2]` float32."""
   exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
   unscaled = 1.0 / (config.rope_theta**exponents)
   if config.rope_scaling is None:
     return unscaled
-  low, high = yarn_ramp(config)
-  slow = jnp.clip((jnp.arange(config.head_dim // 2) - low) / (high - low), 0, 1)
-  return unscaled / config.rope_scaling.factor * slow + unscaled * (1 - slow)
-
-
-def yarn_ramp(config: ModelConfig) -> tuple[float, float]:
-  """Returns the pairs between which frequencies change from unscaled to divided."""
-  yarn = config.rope_scaling
-  assert yarn is not None
-
-  def pair(rotations):
-    """Returns the index of the pair that rotates so often over the original context."""
-    wavelength = yarn.original_context / (rotations * 2 * math.pi)
-    return config.head_dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
-
-  low, high = pair(yarn.beta_fast), pair(yarn.beta_slow)
-  if yarn.truncate:
-    low, high = math.floor(low), math.ceil(high)
-  low, high = max(low, 0), min(high, config.head_dim - 1)
-  return low, high if high != low else high + 0.001
+  return config.rope_scaling.scale(unscaled, config.rope_theta)
 
 
 def rotate(x_BxTxHxC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The architecture of a Mixture-of-Experts transformer as data.
+"""The architecture of a transformer as data: Mixture-of-Experts, or dense as one expert per layer.
 
 `ModelConfig` is all that the forward pass knows about a model. `families` converts
 it to and from Hugging Face configs.
@@ -7,7 +7,10 @@ it to and from Hugging Face configs.
 import dataclasses
 import json
 
+from roe_jax import rope
 from roe_jax.quantization import FORMATS
+from roe_jax.rope import RopeScaling
+from roe_jax.routers import LINEAR, ROUTERS
 
 DTYPES = ("float32", "bfloat16")
 _SIZES = (
@@ -17,29 +20,8 @@ _SIZES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Yarn:
-  """Rotary embeddings extended to a longer context (YaRN, arXiv 2309.00071).
-
-  Attributes:
-    factor: ratio of the extended to the original context length.
-    original_context: context length before the extension, in tokens.
-    beta_fast, beta_slow: dimensions with more than `beta_fast` rotations over the original
-      context keep their frequency; those with fewer than `beta_slow` divide it by `factor`.
-    truncate: whether the ramp between them starts and ends at integer dimensions.
-    attention_factor: multiplies cosines and sines.
-  """
-
-  factor: float
-  original_context: int
-  beta_fast: float
-  beta_slow: float
-  truncate: bool
-  attention_factor: float
-
-
-@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder-only MoE transformer.
+  """A decoder-only transformer; a dense one has one expert per layer and no router.
 
   Sizes use the axis letters of the shapes throughout the library.
 
@@ -55,6 +37,8 @@ class ModelConfig:
     experts_per_token: A, active experts per token.
     d_expert: F, hidden width of one expert.
     context_length: maximum sequence length, in tokens.
+    router: kind of router, a name in `routers.ROUTERS`.
+    unit_gates: whether the chosen experts have gates of one (dense models) instead of a softmax.
     normalize_gates: whether the gates of the chosen experts are scaled to sum to one
       (Mixtral; `norm_topk_prob`) or remain a softmax over all experts.
     gate_mass_experts: scales gates that are not normalized to the sum of the gates of
@@ -75,8 +59,8 @@ class ModelConfig:
     router_bias, expert_bias: biases of the router, and of both projections of every expert.
     swiglu_limit, swiglu_alpha: parameters of GPT-OSS's clamped activation (see
       `experts.Activation`); limit None: SwiGLU.
-    d_shared_expert: hidden width of an expert that processes every token, weighted by its
-      own gate (Qwen2-MoE); 0: none.
+    d_shared_expert: hidden width of an expert that processes every token; 0: none.
+    shared_expert_gate: whether its own gate weights it (Qwen2-MoE).
     rope_theta: base of the rotary embedding.
     rope_scaling: its extension to a longer context, or None.
     rms_norm_eps: added to the mean square in every RMSNorm.
@@ -104,6 +88,8 @@ class ModelConfig:
   normalize_gates: bool
   gates_in_model_dtype: bool
   qk_norm: bool
+  router: str = LINEAR
+  unit_gates: bool = False
   qk_norm_per_head: bool = False
   clip_qkv: float | None = None
   qkv_bias: bool = False
@@ -116,8 +102,9 @@ class ModelConfig:
   swiglu_limit: float | None = None
   swiglu_alpha: float = 1.0
   d_shared_expert: int = 0
+  shared_expert_gate: bool = True
   rope_theta: float = 10000.0
-  rope_scaling: Yarn | None = None
+  rope_scaling: RopeScaling | None = None
   rms_norm_eps: float = 1e-5
   norm_weight_in_float32: bool = False
   expert_format: str | None = None
@@ -132,11 +119,13 @@ class ModelConfig:
     for name in ("eos_token_ids", "sliding_layers"):
       object.__setattr__(self, name, tuple(getattr(self, name)))
     if isinstance(self.rope_scaling, dict):  # from JSON
-      object.__setattr__(self, "rope_scaling", Yarn(**self.rope_scaling))
+      object.__setattr__(self, "rope_scaling", rope.from_fields(self.rope_scaling))
     if self.expert_format is not None and self.expert_format not in FORMATS:
       raise ValueError(
         f"unknown expert_format {self.expert_format!r}; choose one of {', '.join(FORMATS)}, or None"
       )
+    if self.router not in ROUTERS:
+      raise ValueError(f"unknown router {self.router!r}; choose one of {', '.join(ROUTERS)}")
     if self.dtype not in DTYPES:
       raise ValueError(f"unsupported dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}")
     for name in _SIZES:
@@ -152,6 +141,11 @@ class ModelConfig:
     if self.experts_per_token > self.num_experts:
       raise ValueError(
         f"experts_per_token ({self.experts_per_token}) exceeds num_experts ({self.num_experts})"
+      )
+    if ROUTERS[self.router].axes is None and not (self.num_experts == 1 and self.unit_gates):
+      raise ValueError(
+        f"a model with router {self.router!r} has one expert per layer with a gate of one, got "
+        f"num_experts {self.num_experts} and unit_gates {self.unit_gates}"
       )
     if not 1 <= (self.gate_mass_experts or 1) <= self.experts_per_token:
       raise ValueError(

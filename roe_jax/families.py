@@ -9,7 +9,9 @@ import dataclasses
 import math
 from typing import Any
 
-from roe_jax.config import ModelConfig, Yarn
+from roe_jax import rope
+from roe_jax.config import ModelConfig
+from roe_jax.routers import NONE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,6 @@ COMMON_KEYS = {
   "d_model": "hidden_size",
   "num_heads": "num_attention_heads",
   "num_kv_heads": "num_key_value_heads",
-  "experts_per_token": "num_experts_per_tok",
   "context_length": "max_position_embeddings",
   "rms_norm_eps": "rms_norm_eps",
   "rope_theta": "rope_theta",
@@ -74,7 +75,36 @@ _NULLABLE = (
   "head_dim",
 )
 _EXPERT_COUNTS = ("num_experts", "num_local_experts")  # some files have the other name
+_EXPERTS = {"num_experts": "num_experts", "experts_per_token": "num_experts_per_tok"}
+_LOCAL_EXPERTS = _EXPERTS | {"num_experts": "num_local_experts"}
 _ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+# A dense model is one expert per layer.
+_DENSE = {
+  "num_experts": 1,
+  "experts_per_token": 1,
+  "router": NONE,
+  "unit_gates": True,
+  "normalize_gates": False,
+  "gates_in_model_dtype": False,
+}
+
+_QWEN_DEFAULTS = {
+  "vocab_size": 151936,
+  "hidden_size": 4096,
+  "intermediate_size": 22016,
+  "num_hidden_layers": 32,
+  "num_attention_heads": 32,
+  "num_key_value_heads": 32,
+  "max_position_embeddings": 32768,
+  "rms_norm_eps": 1e-6,
+  "sliding_window": 4096,
+  "max_window_layers": 28,
+}
+
+
+def _above_max_window_layers(hf, layer):
+  return layer >= hf["max_window_layers"]
+
 
 FAMILIES = {
   "olmoe": Family(
@@ -94,7 +124,7 @@ FAMILIES = {
       "eos_token_id": 50279,
     },
     keys={
-      "num_experts": "num_experts",
+      **_EXPERTS,
       "d_expert": "intermediate_size",
       "normalize_gates": "norm_topk_prob",
       "clip_qkv": "clip_qkv",
@@ -119,11 +149,7 @@ FAMILIES = {
       "bos_token_id": 1,
       "eos_token_id": 2,
     },
-    keys={
-      "num_experts": "num_local_experts",
-      "d_expert": "intermediate_size",
-      "head_dim": "head_dim",
-    },
+    keys={**_LOCAL_EXPERTS, "d_expert": "intermediate_size", "head_dim": "head_dim"},
     fixed={"normalize_gates": True, "gates_in_model_dtype": False, "qk_norm": False},
     supported={"attention_bias": False},
   ),
@@ -154,7 +180,7 @@ FAMILIES = {
       },
     },
     keys={
-      "num_experts": "num_local_experts",
+      **_LOCAL_EXPERTS,
       "d_expert": "intermediate_size",
       "head_dim": "head_dim",
       "swiglu_limit": "swiglu_limit",
@@ -195,7 +221,7 @@ FAMILIES = {
       "max_window_layers": 28,
     },
     keys={
-      "num_experts": "num_experts",
+      **_EXPERTS,
       "d_expert": "moe_intermediate_size",
       "d_shared_expert": "shared_expert_intermediate_size",
       "normalize_gates": "norm_topk_prob",
@@ -224,7 +250,7 @@ FAMILIES = {
       "sliding_window": 4096,
     },
     keys={
-      "num_experts": "num_experts",
+      **_EXPERTS,
       "d_expert": "moe_intermediate_size",
       "normalize_gates": "norm_topk_prob",
       "head_dim": "head_dim",
@@ -233,8 +259,73 @@ FAMILIES = {
     supported={"attention_bias": False} | _ALL_SPARSE,
     needs_use_sliding_window=True,
   ),
+  "llama": Family(
+    "LlamaForCausalLM",
+    defaults={
+      "vocab_size": 32000,
+      "hidden_size": 4096,
+      "intermediate_size": 11008,
+      "num_hidden_layers": 32,
+      "num_attention_heads": 32,
+      "max_position_embeddings": 2048,
+      "rms_norm_eps": 1e-6,
+      "attention_bias": False,
+      "mlp_bias": False,
+      "bos_token_id": 1,
+      "eos_token_id": 2,
+    },
+    keys={
+      "d_expert": "intermediate_size",
+      "head_dim": "head_dim",
+      "qkv_bias": "attention_bias",
+      "output_bias": "attention_bias",
+      "expert_bias": "mlp_bias",
+    },
+    fixed=_DENSE | {"qk_norm": False},
+    has_window=False,
+  ),
+  "mistral": Family(
+    "MistralForCausalLM",
+    defaults={
+      "vocab_size": 32000,
+      "hidden_size": 4096,
+      "intermediate_size": 14336,
+      "num_hidden_layers": 32,
+      "num_attention_heads": 32,
+      "num_key_value_heads": 8,
+      "max_position_embeddings": 131072,
+      "rms_norm_eps": 1e-6,
+      "sliding_window": 4096,
+      "bos_token_id": 1,
+      "eos_token_id": 2,
+    },
+    keys={"d_expert": "intermediate_size", "head_dim": "head_dim"},
+    fixed=_DENSE | {"qk_norm": False},
+  ),
+  "qwen2": Family(
+    "Qwen2ForCausalLM",
+    defaults=_QWEN_DEFAULTS,
+    keys={"d_expert": "intermediate_size", "head_dim": "head_dim"},
+    fixed=_DENSE | {"qk_norm": False, "qkv_bias": True},
+    needs_use_sliding_window=True,
+    is_sliding=_above_max_window_layers,
+  ),
+  "qwen3": Family(
+    "Qwen3ForCausalLM",
+    defaults=_QWEN_DEFAULTS | {"head_dim": 128, "attention_bias": False},
+    keys={
+      "d_expert": "intermediate_size",
+      "head_dim": "head_dim",
+      "qkv_bias": "attention_bias",
+      "output_bias": "attention_bias",
+    },
+    fixed=_DENSE | {"qk_norm": True, "qk_norm_per_head": True},
+    needs_use_sliding_window=True,
+    is_sliding=_above_max_window_layers,
+  ),
 }
 _COMMON_SUPPORTED = {"hidden_act": "silu"}
+_ROPE_KEYS = {"original_context": "original_max_position_embeddings"}
 _DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
 # Fields with their own code below.
 _SPECIAL = (
@@ -271,9 +362,9 @@ def from_hugging_face(hf: dict[str, Any], dtype: str | None = None) -> ModelConf
     )
   family = FAMILIES[name]
   keys = COMMON_KEYS | family.keys
-  counts = [hf[key] for key in (keys["num_experts"], *_EXPERT_COUNTS) if hf.get(key) is not None]
-  if counts:
-    hf = hf | {keys["num_experts"]: counts[0]}
+  if count := keys.get("num_experts"):
+    counts = [hf[key] for key in (count, *_EXPERT_COUNTS) if hf.get(key) is not None]
+    hf = hf | {count: counts[0]} if counts else hf
   given = {key: value for key, value in hf.items() if value is not None or key in _NULLABLE}
   hf = _COMMON_DEFAULTS | family.defaults | given
   for key, value in (_COMMON_SUPPORTED | family.supported).items():
@@ -333,7 +424,13 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
       "model: convert from the unquantized checkpoint"
     )
   hf = {"architectures": [family.architecture], "model_type": config.family}
-  hf |= {key: getattr(config, field) for field, key in keys.items()}
+  for field, key in keys.items():
+    value = getattr(config, field)
+    if hf.setdefault(key, value) != value:
+      raise ValueError(
+        f"{field} = {value} has no Hugging Face form: {config.family} models have one {key}, and "
+        f"another field is {hf[key]}"
+      )
   eos = config.eos_token_ids
   hf |= {
     "tie_word_embeddings": False,
@@ -345,16 +442,9 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
     # The family's default may be a scaling.
     hf["rope_scaling"] = {"rope_type": "default"} if "rope_parameters" in family.defaults else None
   else:
-    yarn = config.rope_scaling
-    hf["rope_scaling"] = {
-      "rope_type": "yarn",
-      "factor": yarn.factor,
-      "original_max_position_embeddings": yarn.original_context,
-      "beta_fast": yarn.beta_fast,
-      "beta_slow": yarn.beta_slow,
-      "truncate": yarn.truncate,
-      "attention_factor": yarn.attention_factor,
-    }
+    fields = dataclasses.asdict(config.rope_scaling)
+    named = {_ROPE_KEYS.get(name, name): value for name, value in fields.items()}
+    hf["rope_scaling"] = {"rope_type": config.rope_scaling.kind} | named
   if family.has_window:
     hf["sliding_window"] = config.sliding_window
     if family.needs_use_sliding_window:
@@ -431,42 +521,56 @@ def _rope(family, hf):
   transformers ignores `rope_parameters` if there is `rope_scaling`, and
   `original_max_position_embeddings` in either if the same key is outside, too.
   """
-  rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-  if any(isinstance(value, dict) for value in rope.values()):
-    _refuse("rope_parameters", rope, "the same for all layers")
-  partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+  settings = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+  if any(isinstance(value, dict) for value in settings.values()):
+    _refuse("rope_parameters", settings, "the same for all layers")
+  partial = settings.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
   if partial not in (None, 1):
     _refuse("partial_rotary_factor", partial, 1.0)
-  theta = float(rope.get("rope_theta") or hf["rope_theta"])
-  kind = rope.get("rope_type") or rope.get("type", "default")
+  theta = float(settings.get("rope_theta") or hf["rope_theta"])
+  kind = settings.get("rope_type") or settings.get("type", "default")
   if kind == "default":
     return theta, None
-  if kind != "yarn":
-    _refuse("rope type", kind, "default (unscaled) and yarn")
-  if "factor" not in rope:
-    raise ValueError(f"config.json of a {family} model has rope type yarn and no factor")
+  if kind not in rope.SCALINGS:
+    _refuse("rope type", kind, f"default (unscaled), {', '.join(rope.SCALINGS)}")
+  names = [field.name for field in dataclasses.fields(rope.SCALINGS[kind])]
   context = hf["max_position_embeddings"]
   original = (
     hf.get("original_max_position_embeddings")
-    or rope.get("original_max_position_embeddings")
+    or settings.get("original_max_position_embeddings")
     or context
   )
-  factor = float(rope["factor"] or context / original)
+  values = {"original_context": original} | settings
+  if kind == rope.Yarn.kind and "factor" in settings:
+    values |= _yarn(settings, context / original)
+  if missing := [name for name in names if values.get(name) is None]:
+    raise ValueError(
+      f"config.json of a {family} model has rope type {kind} and no {', '.join(missing)}"
+    )
+  fields: dict[str, Any] = {
+    name: values[name] if name in ("original_context", "truncate") else float(values[name])
+    for name in names
+  }
+  return theta, rope.SCALINGS[kind](**fields)
+
+
+def _yarn(settings, implied_factor):
+  """Returns the fields of YaRN that have defaults."""
+  factor = float(settings["factor"] or implied_factor)
 
   def magnitude(scale):
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-  attention_factor = rope.get("attention_factor")
+  attention_factor = settings.get("attention_factor")
   if attention_factor is None:
-    mscale, mscale_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    mscale, mscale_all = settings.get("mscale"), settings.get("mscale_all_dim")
     attention_factor = (
       magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude(1.0)
     )
-  return theta, Yarn(
-    factor=factor,
-    original_context=original,
-    beta_fast=float(rope.get("beta_fast") or 32),
-    beta_slow=float(rope.get("beta_slow") or 1),
-    truncate=bool(rope.get("truncate", True)),
-    attention_factor=float(attention_factor),
-  )
+  return {
+    "factor": factor,
+    "beta_fast": settings.get("beta_fast") or 32,
+    "beta_slow": settings.get("beta_slow") or 1,
+    "truncate": bool(settings.get("truncate", True)),
+    "attention_factor": attention_factor,
+  }

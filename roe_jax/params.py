@@ -16,6 +16,7 @@ import numpy as np
 from roe_jax import numerics, quantization
 from roe_jax.config import ModelConfig
 from roe_jax.quantization import Quantized, group_size, typical_scale
+from roe_jax.routers import ROUTERS
 
 # Axis letters: L layers, D model width, H query heads, K key/value heads,
 # C head width, E experts, F expert width, V vocabulary.
@@ -56,7 +57,7 @@ class SharedExpertParams(struct.PyTreeNode):
 
   gate_up: Any  # [L, G, 2, D]
   down: Any  # [L, G, D]
-  gate: Any  # [L, 1, D]: its sigmoid weights the output
+  gate: Any = None  # [L, 1, D]: its sigmoid weights the output
 
 
 class LayerParams(struct.PyTreeNode):
@@ -65,8 +66,8 @@ class LayerParams(struct.PyTreeNode):
   attention_norm: Any  # [L, D]
   attention: AttentionParams
   moe_norm: Any  # [L, D]
-  router: Any  # [L, E, D]
   experts: ExpertParams
+  router: Any = None  # [L, E, D]; None without a router
   router_bias: Any = None  # [L, E]
   shared_expert: SharedExpertParams | None = None
 
@@ -151,13 +152,14 @@ def describe(config: ModelConfig) -> Params:
   def normed(heads):
     return ("head_dim",) if config.qk_norm_per_head else (heads, "head_dim")
 
+  router = ROUTERS[config.router].axes
   # Projections into the residual stream are initialized smaller, so that its variance does
   # not grow with depth.
   residual = 1.0 / math.sqrt(2.0 * config.num_layers)
   shared_expert = SharedExpertParams(
     gate_up=spec("layers", "shared_mlp", "gate_up", "embed"),
     down=spec("layers", "shared_mlp", "embed", scale=residual),
-    gate=spec("layers", "shared_gate", "embed"),
+    gate=spec_if(config.shared_expert_gate, "layers", "shared_gate", "embed"),
   )
   return Params(
     embedding=spec("vocab", "embed"),
@@ -177,7 +179,7 @@ def describe(config: ModelConfig) -> Params:
         sinks=spec_if(config.attention_sinks, "layers", "heads"),
       ),
       moe_norm=spec("layers", "embed", init="ones"),
-      router=spec("layers", "routed_experts", "embed"),
+      router=spec_if(router is not None, "layers", *(router or ())),
       experts=ExpertParams(
         gate_up=matrix("layers", "experts", "expert_mlp", "gate_up", "embed", contracted="embed"),
         down=matrix(

@@ -6,8 +6,9 @@ The numbers are those of the models' public `config.json` files.
 import math
 from typing import Any
 
-from roe_jax.config import ModelConfig, Yarn
+from roe_jax.config import ModelConfig
 from roe_jax.families import FAMILIES
+from roe_jax.rope import Yarn
 
 
 def _preset(family: str, **fields: Any) -> ModelConfig:

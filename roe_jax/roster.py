@@ -34,6 +34,7 @@ from roe_jax.aggregation import (
 )
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
+from roe_jax.routers import ROUTERS
 
 CACHES = ("clean", "standard")
 MEMORY_BUDGET = 256 * 2**20
@@ -156,6 +157,7 @@ class Roster:
       raise ValueError(_NO_TEMPERATURES)
     if roster.is_baseline and num_members is None and np.any(roster.temperatures):
       raise ValueError(_NO_MEMBERS)
+    roster.check(config)
     if not roster.is_baseline:
       noise_lib.check_family(roster.perturb, config.num_experts, config.experts_per_token)
     return roster
@@ -318,7 +320,17 @@ class Roster:
     return MEAN_LOGIT if self.is_baseline else self.combine
 
   def check(self, config: ModelConfig) -> None:
-    """Raises a ValueError unless the roster has temperatures for all layers of the model."""
+    """Checks that the roster fits the model.
+
+    Raises:
+      ValueError: the model has no router and this is not the baseline, or the roster has no
+        temperatures for all layers of the model.
+    """
+    if ROUTERS[config.router].axes is None and not self.is_baseline:
+      raise ValueError(
+        f"a {config.family} model is dense: it has no router that noise could perturb, so it runs "
+        "without a roster only (one member)"
+      )
     if self.temperatures.shape != (config.num_layers,):
       raise ValueError(
         f"the roster has temperatures for {self.temperatures.shape[0]} layers and the model "

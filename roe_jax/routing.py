@@ -68,6 +68,8 @@ def route(
     The chosen experts `[..., A]` int32, best first, and their gates `[..., A]` float32
     (rounded to `config.dtype` where the family rounds them).
   """
+  if logits.shape[-1] == 1 and perturbed is None:  # no choice: a dense model
+    return jnp.zeros(logits.shape, jnp.int32), jnp.ones(logits.shape, jnp.float32)
   ranked = logits if perturbed is None else perturbed
   _, experts = jax.lax.top_k(ranked, config.experts_per_token)
   gates = _gates(config, ranked if gate_weights == NOISY else logits, ranked, experts)
@@ -88,9 +90,12 @@ def route(
 
 
 def _gates(config, logits, ranked, experts):
+  left_out = jnp.isneginf(jnp.take_along_axis(ranked, experts, axis=-1))
+  if config.unit_gates:
+    gates = jnp.where(left_out, 0.0, 1.0)
+    return gates / gates.sum(-1, keepdims=True) if config.normalize_gates else gates
   chosen = jnp.take_along_axis(logits, experts, axis=-1)
   if ranked is not logits:
-    left_out = jnp.isneginf(jnp.take_along_axis(ranked, experts, axis=-1))
     chosen = jnp.where(left_out, -jnp.inf, chosen)
   if config.normalize_gates:
     # Equal to a softmax over all experts, renormalized over the chosen ones.

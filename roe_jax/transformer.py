@@ -1,4 +1,4 @@
-"""The MoE transformer as pure functions: embed, a stack of blocks, unembed."""
+"""The transformer as pure functions: embed, a stack of blocks, unembed."""
 
 from collections.abc import Callable
 import dataclasses
@@ -17,8 +17,9 @@ from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
 from roe_jax.experts import Activation
 from roe_jax.noise import RoutingNoise
-from roe_jax.numerics import add, add_bias, project, rms_norm, rounded, to_compute_dtype
+from roe_jax.numerics import add, project, rms_norm, to_compute_dtype
 from roe_jax.params import LayerParams, Params
+from roe_jax.routers import ROUTERS
 
 
 class BlockOutputs(struct.PyTreeNode):
@@ -72,9 +73,8 @@ def norm(config: ModelConfig, x: jax.Array, weight: jax.Array) -> jax.Array:
 def router_logits(
   config: ModelConfig, layers: LayerParams, layer: jax.Array | int, normed: jax.Array
 ) -> jax.Array:
-  """Computes router logits, float32 `[..., E]`, rounded to the model's dtype as in training."""
-  logits = add_bias(project(normed, layers.router, layer), layers.router_bias, layer)
-  return rounded(logits, jnp.dtype(config.dtype)).astype(jnp.float32)
+  """Computes router logits, float32 `[..., E]`; see `routers.Router.logits`."""
+  return ROUTERS[config.router].logits(layers.router, layers.router_bias, layer, normed)
 
 
 def run_layers(

@@ -80,7 +80,12 @@ SPECIFIC = {
     max_window_layers=1,
   ),
 }
+SPECIFIC["llama"] = dict(attention_bias=False, mlp_bias=False)
+SPECIFIC["mistral"] = dict(sliding_window=None)
+SPECIFIC["qwen2"] = dict(use_sliding_window=False, sliding_window=4, max_window_layers=1)
+SPECIFIC["qwen3"] = SPECIFIC["qwen2"] | dict(head_dim=12, attention_bias=False)
 FAMILIES = tuple(SPECIFIC)
+DENSE = ("llama", "mistral", "qwen2", "qwen3")
 # Its classes in transformers begin with this.
 PREFIX = {
   "olmoe": "Olmoe",
@@ -88,6 +93,10 @@ PREFIX = {
   "gpt_oss": "GptOss",
   "qwen2_moe": "Qwen2Moe",
   "qwen3_moe": "Qwen3Moe",
+  "llama": "Llama",
+  "mistral": "Mistral",
+  "qwen2": "Qwen2",
+  "qwen3": "Qwen3",
 }
 # Where hub files have the experts one by one: the block, and gate, up and down.
 HUB_EXPERTS = {
@@ -114,7 +123,7 @@ def _sizes(hf):
     h=heads,
     k=hf["num_key_value_heads"],
     c=hf.get("head_dim") or hf["hidden_size"] // heads,
-    e=hf.get("num_experts") or hf["num_local_experts"],
+    e=hf.get("num_experts") or hf.get("num_local_experts", 1),
   )
 
 
@@ -140,16 +149,37 @@ def random_state(hf, seed=0, scale=0.3):
       "mlp.experts.gate_up_proj": (n["e"], 2 * n["f"], n["d"]),
       "mlp.experts.down_proj": (n["e"], n["d"], n["f"]),
     }
+    attention_biases = {
+      "self_attn.q_proj.bias": (n["h"] * n["c"],),
+      "self_attn.k_proj.bias": (n["k"] * n["c"],),
+      "self_attn.v_proj.bias": (n["k"] * n["c"],),
+    }
+    if hf["model_type"] in DENSE:
+      for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj"):
+        del block["mlp." + name]
+      block |= {
+        "mlp.gate_proj.weight": (n["f"], n["d"]),
+        "mlp.up_proj.weight": (n["f"], n["d"]),
+        "mlp.down_proj.weight": (n["d"], n["f"]),
+      }
+      if hf.get("mlp_bias"):
+        biases = {name: shape[:1] for name, shape in block.items() if name.startswith("mlp.")}
+        block |= {name.replace("weight", "bias"): shape for name, shape in biases.items()}
+      if hf.get("attention_bias"):
+        block |= attention_biases | {"self_attn.o_proj.bias": (n["d"],)}
+    norms_per_head = {"self_attn.q_norm.weight": (n["c"],), "self_attn.k_norm.weight": (n["c"],)}
     block |= {
+      "llama": {},
+      "mistral": {},
+      "qwen2": attention_biases,
+      "qwen3": norms_per_head,
       "olmoe": {
         "self_attn.q_norm.weight": (n["h"] * n["c"],),
         "self_attn.k_norm.weight": (n["k"] * n["c"],),
       },
       "mixtral": {},
       "gpt_oss": {
-        "self_attn.q_proj.bias": (n["h"] * n["c"],),
-        "self_attn.k_proj.bias": (n["k"] * n["c"],),
-        "self_attn.v_proj.bias": (n["k"] * n["c"],),
+        **attention_biases,
         "self_attn.o_proj.bias": (n["d"],),
         "self_attn.sinks": (n["h"],),
         "mlp.router.weight": (n["e"], n["d"]),
@@ -160,15 +190,13 @@ def random_state(hf, seed=0, scale=0.3):
         "mlp.experts.down_proj_bias": (n["e"], n["d"]),
       },
       "qwen2_moe": {
-        "self_attn.q_proj.bias": (n["h"] * n["c"],),
-        "self_attn.k_proj.bias": (n["k"] * n["c"],),
-        "self_attn.v_proj.bias": (n["k"] * n["c"],),
+        **attention_biases,
         "mlp.shared_expert.gate_proj.weight": (n["g"], n["d"]),
         "mlp.shared_expert.up_proj.weight": (n["g"], n["d"]),
         "mlp.shared_expert.down_proj.weight": (n["d"], n["g"]),
         "mlp.shared_expert_gate.weight": (1, n["d"]),
       },
-      "qwen3_moe": {"self_attn.q_norm.weight": (n["c"],), "self_attn.k_norm.weight": (n["c"],)},
+      "qwen3_moe": norms_per_head,
     }[hf["model_type"]]
     if hf["model_type"] == "gpt_oss":
       del block["mlp.gate.weight"]
@@ -233,6 +261,18 @@ def to_params(hf, state, dtype="float32"):
       gate_up_bias=stacked("mlp.experts.gate_up_proj_bias", lambda w: w.reshape(n["e"], n["f"], 2)),
       down_bias=stacked("mlp.experts.down_proj_bias"),
     )
+  elif hf["model_type"] in DENSE:
+
+    def pair(name):
+      return jnp.stack([stacked(f"mlp.{p}_proj.{name}") for p in ("gate", "up")], axis=2)[:, None]
+
+    biased = hf.get("mlp_bias")
+    experts = ExpertParams(
+      gate_up=pair("weight"),
+      down=stacked("mlp.down_proj.weight", lambda w: w.T[None]),
+      gate_up_bias=pair("bias") if biased else None,
+      down_bias=stacked("mlp.down_proj.bias", lambda w: w[None]) if biased else None,
+    )
   else:
     experts = ExpertParams(
       # The gate projection's rows come first.
@@ -269,7 +309,7 @@ def to_params(hf, state, dtype="float32"):
         sinks=if_any("self_attn.sinks"),
       ),
       moe_norm=stacked("post_attention_layernorm.weight"),
-      router=stacked(router + ".weight"),
+      router=if_any(router + ".weight"),
       router_bias=if_any(router + ".bias"),
       experts=experts,
       shared_expert=shared,

@@ -9,7 +9,7 @@ import tiny
 from roe_jax import attention, numerics, transformer
 from roe_jax import cache as kv_cache
 from roe_jax.cache import KVCache, SlidingCache
-from roe_jax.config import Yarn
+from roe_jax.rope import Yarn
 
 B, T, S, H, K, C = 2, 5, 9, 4, 2, 8
 STARTS = np.array([0, 3])
@@ -318,9 +318,14 @@ def yarn(**changes):
   )
 
 
+def ramp(**changes):
+  config = yarn(**changes)
+  return config.rope_scaling.ramp(config.head_dim, config.rope_theta)
+
+
 def test_yarn_has_the_frequencies_of_gpt_oss():
-  np.testing.assert_allclose(attention.yarn_ramp(yarn()), (8.0928, 17.3980), atol=1e-4)
-  assert attention.yarn_ramp(yarn(truncate=True)) == (8, 18)
+  np.testing.assert_allclose(ramp(), (8.0928, 17.3980), atol=1e-4)
+  assert ramp(truncate=True) == (8, 18)
   found = np.asarray(attention.frequencies(yarn()))
   np.testing.assert_allclose(found[[0, 1, 2, -1]], [1.0, 0.689044, 0.474782, 3.0235e-7], rtol=1e-5)
   # Fast pairs keep their frequency, slow ones are divided, the ramp lies between.
@@ -331,9 +336,9 @@ def test_yarn_has_the_frequencies_of_gpt_oss():
 
 
 def test_the_ramp_of_yarn_stays_within_the_pairs():
-  assert attention.yarn_ramp(yarn(original_context=150))[0] == 0
-  assert attention.yarn_ramp(yarn(original_context=10**30))[1] == 63
-  low, high = attention.yarn_ramp(yarn(beta_slow=32.0))
+  assert ramp(original_context=150)[0] == 0
+  assert ramp(original_context=10**30)[1] == 63
+  low, high = ramp(beta_slow=32.0)
   assert high - low == pytest.approx(0.001)
 
 

@@ -8,9 +8,10 @@ import hf
 import pytest
 import tiny
 
-from roe_jax.config import ModelConfig, Yarn
+from roe_jax.config import ModelConfig
 from roe_jax.families import FAMILIES, from_hugging_face, to_hugging_face
 from roe_jax.presets import PRESETS
+from roe_jax.rope import Yarn
 
 
 def test_olmoe_config_is_read():
@@ -215,7 +216,7 @@ def test_both_spellings_of_rope_are_read(spelling):
   assert from_hugging_face(hf.config_json("mixtral", **spelling)).rope_theta == 5e5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", set(FAMILIES) - set(hf.DENSE))
 @pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
 def test_both_names_of_the_expert_count_are_read(family, name):
   hf_config = hf.config_json(family)
@@ -234,6 +235,15 @@ YARN = dict(
   truncate=False,
   attention_factor=0.5,
 )
+LLAMA3 = dict(
+  rope_type="llama3",
+  rope_theta=55.0,
+  factor=8.0,
+  original_max_position_embeddings=12,
+  low_freq_factor=1.0,
+  high_freq_factor=4.0,
+)
+LINEAR = dict(type="linear", rope_theta=55.0, factor=4.0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -245,15 +255,17 @@ def test_missing_keys_mean_what_they_mean_to_transformers(family):
 
   def standardized(values):
     parsed = Config.from_dict(values)
-    if parsed.rope_parameters["rope_type"] == "yarn":  # standardizes the keys as its models do
-      transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](parsed)
+    kind = parsed.rope_parameters["rope_type"]
+    if kind != "default":  # standardizes the keys as its models do
+      transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[kind](parsed)
     return parsed.to_dict() | {"original_max_position_embeddings": None}
 
   changes = dict(
     clip_qkv=0.5,
     head_dim=6,
     initializer_range=0.5,
-    num_attention_heads=16,
+    hidden_size=128,
+    num_attention_heads=64,  # divisible by every default of num_key_value_heads
     norm_topk_prob=True,
     num_hidden_layers=5,
     rms_norm_eps=0.25,
@@ -271,6 +283,8 @@ def test_missing_keys_mean_what_they_mean_to_transformers(family):
     hf.config_json(
       family, **changes | dict(rope_scaling=YARN, original_max_position_embeddings=16)
     ),
+    hf.config_json(family, **changes | dict(rope_scaling=LLAMA3)),
+    hf.config_json(family, **changes | dict(rope_scaling=None, rope_parameters=LINEAR)),
   ]
   cases = []
   for base in bases:
@@ -297,7 +311,7 @@ def test_missing_keys_mean_what_they_mean_to_transformers(family):
 @pytest.mark.parametrize(
   "name, changes",
   [
-    ("llama", {"model_type": "llama"}),
+    ("gpt2", {"model_type": "gpt2"}),
     ("None", {"model_type": None}),
     (
       "layer_types",
@@ -310,8 +324,7 @@ def test_missing_keys_mean_what_they_mean_to_transformers(family):
     ),
     ("decoder_sparse_step", hf.config_json("qwen3_moe", decoder_sparse_step=2)),
     ("mlp_only_layers", hf.config_json("qwen2_moe", mlp_only_layers=[1])),
-    ("linear", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
-    ("llama3", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3"}}),
+    ("dynamic", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
     ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
     ("partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
     ("attention_bias", {"attention_bias": True}),

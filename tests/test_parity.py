@@ -63,6 +63,27 @@ CASES = {
 }
 
 
+LLAMA3 = dict(
+  rope_type="llama3",
+  factor=8.0,
+  low_freq_factor=1.0,
+  high_freq_factor=4.0,
+  original_max_position_embeddings=16,
+)
+CASES |= {
+  "llama": hf.config_json("llama"),
+  "llama_biases": hf.config_json("llama", attention_bias=True, mlp_bias=True, head_dim=12),
+  "llama_llama3": hf.config_json("llama", rope_scaling=LLAMA3),
+  "llama_linear": hf.config_json("llama", rope_scaling=dict(type="linear", factor=4.0)),
+  "mistral": hf.config_json("mistral"),
+  "mistral_window": hf.config_json("mistral", sliding_window=6, head_dim=12),
+  "qwen2": hf.config_json("qwen2"),
+  "qwen2_windows": hf.config_json("qwen2", use_sliding_window=True, num_hidden_layers=3),
+  "qwen3": hf.config_json("qwen3"),
+  "qwen3_biases": hf.config_json("qwen3", attention_bias=True),
+}
+
+
 @functools.cache
 def build(case, dtype="float32"):
   """transformers' model, and this library's config and parameters."""

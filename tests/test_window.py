@@ -9,7 +9,7 @@ import tiny
 from roe_jax import decode, diagnostics, prefill, scoring, transformer
 from roe_jax import members as members_lib
 from roe_jax import params as params_lib
-from roe_jax.config import Yarn
+from roe_jax.rope import Yarn
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 

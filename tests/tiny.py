@@ -15,7 +15,11 @@ def config(family, **changes):
     hf.config_json(family, vocab_size=61, num_hidden_layers=3, max_position_embeddings=48)
   )
   sizes = dict(
-    head_dim=8, experts_per_token=3, bos_token_id=None, pad_token_id=None, eos_token_ids=()
+    head_dim=8,
+    experts_per_token=min(3, config.num_experts),
+    bos_token_id=None,
+    pad_token_id=None,
+    eos_token_ids=(),
   )
   return config.replace(**(sizes | changes))
 

@@ -139,7 +139,7 @@ def call(
   t, e = mesh.shape[TENSOR], mesh.shape[EXPERT]
   vocab = vocabulary_axes(config, mesh)
   head_size = config.vocab_size * config.d_model // num_shards(mesh, vocab)
-  router_size = config.num_experts * config.d_model
+  router_size = flops_lib.router_size(config)
   sharded_flops = (flops_lib.projection_flops(config) + flops_lib.shared_expert_flops(config)) / t
   expert_flops = config.experts_per_token * 6 * config.d_model * config.d_expert / (e * t)
   key_bytes = config.num_kv_heads * config.head_dim * item / t  # of a position's keys

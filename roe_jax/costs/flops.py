@@ -1,5 +1,8 @@
 """FLOPs of a roster for one sequence, and the expected number of unique active experts."""
 
+import math
+
+from roe_jax import params
 from roe_jax.config import ModelConfig
 from roe_jax.roster import Roster
 
@@ -56,7 +59,7 @@ def _layer_flops(config):
   """FLOPs per position and layer, without attention scores and values."""
   return (
     projection_flops(config)
-    + 2 * config.num_experts * config.d_model
+    + 2 * router_size(config)
     + config.experts_per_token * 6 * config.d_model * config.d_expert
     + shared_expert_flops(config)
   )
@@ -67,10 +70,16 @@ def projection_flops(config: ModelConfig) -> int:
   return 4 * config.d_model * config.head_dim * (config.num_heads + config.num_kv_heads)
 
 
+def router_size(config: ModelConfig) -> int:
+  """Weights of a layer's router; 0 without one."""
+  router = params.describe(config).layers.router
+  return math.prod(router.shape[1:]) if router else 0
+
+
 def shared_expert_flops(config: ModelConfig) -> int:
   """The shared expert, per position and layer; 0 without one."""
   width = config.d_shared_expert
-  return (6 * width + 2) * config.d_model if width else 0
+  return (6 * width + 2 * config.shared_expert_gate) * config.d_model if width else 0
 
 
 def attention_flops(config: ModelConfig) -> int:

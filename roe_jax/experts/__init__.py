@@ -14,6 +14,9 @@ tokens. They differ in how often they read an expert's weights and where they ru
 * `padded`: such blocks as one batched matmul with gathered weights. Differentiable; for
   training and small models.
 
+The only expert of a dense model is computed without dispatch (`every_token.only`), whatever the
+strategy, unless it is quantized.
+
 `tiled_loop`, `gather_gemv` and `grouped_matmul` dequantize quantized experts tile by tile;
 `dense` and `padded` dequantize all experts of a layer, and are not chosen for them.
 """
@@ -25,10 +28,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from roe_jax import collectives
-from roe_jax.experts import expert_parallel, gather_gemv, grouped_matmul, kernel_check, tiled_loop
+from roe_jax.experts import (
+  every_token,
+  expert_parallel,
+  gather_gemv,
+  grouped_matmul,
+  kernel_check,
+  tiled_loop,
+)
 from roe_jax.experts.activation import Activation
 from roe_jax.experts.batched_matmul import dense, padded
-from roe_jax.experts.shared_expert import shared
+from roe_jax.experts.every_token import shared
 from roe_jax.numerics import to_compute_dtype
 from roe_jax.params import ExpertParams
 from roe_jax.quantization import CONTRACTED, dequantize, is_quantized, quantize
@@ -157,10 +167,11 @@ def apply(
   """
   check_strategy(strategy)
   l, e = jax.tree.leaves(experts.gate_up)[0].shape[:2]
+  devices = collectives.axis_size("expert")
+  if e * devices == 1 and not is_quantized(experts.down):
+    return every_token.only(experts, layer, x_NxD, gates_NxA, activation)
   experts = jax.tree.map(lambda w: w.reshape(l * e, *w.shape[2:]), experts)
-  compute = _with_member_folding(
-    e, activation, strategy, collectives.axis_size("expert"), tokens_sharded
-  )
+  compute = _with_member_folding(e, activation, strategy, devices, tokens_sharded)
   return compute(experts, jnp.asarray(layer), x_NxD, indices_NxA, gates_NxA)
 
 

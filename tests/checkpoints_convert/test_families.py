@@ -64,7 +64,7 @@ def test_folders_written_by_transformers(tmp_path, family):
   params, config = checkpoint.load(tmp_path / "roe")
   # In the arrays that it holds in memory, the experts of a layer are one.
   model.save_pretrained(tmp_path / "fused", save_original_format=False)
-  mesh = sharding.make_mesh(config, expert=4)
+  mesh = sharding.make_mesh(config, **({"tensor": 2} if family in hf.DENSE else {"expert": 4}))
   shardings = sharding.parameter_shardings(mesh, config)
   for given in (None, shardings):
     fused, found = checkpoints_convert.load(str(tmp_path / "fused"), shardings=given)
