@@ -108,7 +108,9 @@ def read_header(path: pathlib.Path) -> GgufFile:
   try:
     gguf.GGML_QUANT_SIZES  # noqa: B018 - imports the package
   except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"{path} needs the gguf package: run {INSTALL}", name="gguf") from error
+    raise ModuleNotFoundError(
+      f"{path} needs the gguf package: run {INSTALL}", name="gguf"
+    ) from error
   part = _PART.search(path.name)
   if part and int(part[2]) > 1:
     _refuse_part(path, int(part[2]))
@@ -175,7 +177,7 @@ def _refuse_part(path, count):
 def _kind(path, name, number):
   try:
     kind = gguf.GGMLQuantizationType(number)
-    block, size = gguf.GGML_QUANT_SIZES[kind]
+    size = gguf.GGML_QUANT_SIZES[kind][1]
     gguf.quants.dequantize(np.zeros((1, size), np.uint8), kind)
     return kind
   except (ValueError, KeyError, NotImplementedError):

@@ -65,9 +65,7 @@ ARCHITECTURES = {
     "qwen3_moe", expert_width="moe_intermediate_size", settings={"norm_topk_prob": True}
   ),
   "olmoe": Architecture("olmoe"),
-  "gpt-oss": Architecture(
-    "gpt_oss", experts=_JOINT_EXPERTS, router="router", has_window=True
-  ),
+  "gpt-oss": Architecture("gpt_oss", experts=_JOINT_EXPERTS, router="router", has_window=True),
   "granitemoe": Architecture(
     "granitemoe",
     block="block_sparse_moe.",
@@ -220,6 +218,8 @@ def config_json(file: GgufFile) -> dict[str, Any]:
       if len(set(value)) != 1:
         raise ConversionError(f"{file.path} has different values of {name}.{key} in its layers")
       value = value[0]
+    if isinstance(value, float):
+      value = float(str(np.float32(value)))  # the shortest number, such as 1e-05
     if value is not None:
       config[target] = value
   width = values.get("expert_feed_forward_length", values.get("feed_forward_length"))
@@ -234,6 +234,7 @@ def config_json(file: GgufFile) -> dict[str, Any]:
   config["rope_scaling"] = _rope_scaling(file, values, config, head_dim)
   if architecture.model_type == "llama":
     config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+    config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
   return config | gguf_tokenizer.special_ids(file.metadata)
 
 
@@ -249,7 +250,9 @@ def _rope_scaling(file, values, config, head_dim) -> dict[str, Any] | None:
     factors = _read(file.tensors[_ROPE_FACTORS])
     scaling = _LLAMA3 | {"factor": float(factors.max())}
     expected = _llama3_factors(config["rope_theta"], head_dim, scaling)
-    if kind != "none" or factors.shape != expected.shape or not np.allclose(factors, expected, 1e-4):
+    if (
+      kind != "none" or factors.shape != expected.shape or not np.allclose(factors, expected, 1e-4)
+    ):
       raise ConversionError(
         f"{_ROPE_FACTORS} in {file.path} is not the RoPE scaling of Llama 3, the only one with "
         "factors of its own that is supported"

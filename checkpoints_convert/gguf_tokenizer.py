@@ -66,10 +66,10 @@ class PreTokenizer:
 
 # As in llama.cpp, with the regular expressions that the models' own tokenizers have.
 PRE_TOKENIZERS = (
+  PreTokenizer(("default",), (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
   PreTokenizer(
-    ("default",), (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
+    ("gpt-2", "phi-2", "mpt", "exaone4", "a.x-4.0", "mellum", "granite-docling"), (_GPT2,)
   ),
-  PreTokenizer(("gpt-2", "phi-2", "mpt", "exaone4", "a.x-4.0", "mellum", "granite-docling"), (_GPT2,)),
   PreTokenizer(("olmo",), (_GPT2,), normalizes=True),
   PreTokenizer(
     ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), (r"\p{N}", _GPT2)
@@ -183,9 +183,7 @@ def _byte_level(path, metadata, vocabulary, types) -> tuple[tokenizers.Tokenizer
     for merge in metadata.get(_PREFIX + "merges", [])
     for i in [merge.index(" ", 1)]
   ]
-  tokenizer = tokenizers.Tokenizer(
-    models.BPE(vocabulary, merges, ignore_merges=pre.ignores_merges)
-  )
+  tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre.ignores_merges))
   if pre.normalizes:
     tokenizer.normalizer = normalizers.NFC()
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -93,7 +93,7 @@ def test_a_program_continues_texts_with_it(tiny_checkpoint, hub_folder):
     stdin='{"prompt": "Tom has 3 pens."}\n',
   )
   assert done.returncode == 0, done.errors
-  assert "[read Hugging Face files in " in done.errors
+  assert f"[read {hub_folder} in " in done.errors
   params, config = checkpoint.load(tiny_checkpoint)
   tokenizer = Tokenizer.load(tiny_checkpoint)
   want = decode.generate(params, config, [tokenizer.encode("Tom has 3 pens.")], max_new_tokens=6)
