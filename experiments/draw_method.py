@@ -13,7 +13,7 @@ import pathlib
 from absl import flags
 import numpy as np
 
-from experiments.cli import app
+from experiments.cli import app, outputs
 from experiments.cli.extras import matplotlib, plt
 
 FLAGS = flags.FLAGS
@@ -171,7 +171,7 @@ def main(argv) -> None:
 def program() -> None:
   """Runs this program with the command line's flags."""
   define_flags()
-  app.run(main, not_distributed="it draws a picture", needs=("matplotlib",))
+  app.run(main, not_distributed="it draws a picture", needs=("matplotlib",), output=outputs.FILE)
 
 
 if __name__ == "__main__":

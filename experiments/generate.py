@@ -22,7 +22,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.cli import app, text_files
+from experiments.cli import app, outputs, text_files
 from experiments.records import jsonl
 from roe_jax import batching, decode, stopping
 from roe_jax.numerics import naming_sequences
@@ -330,7 +330,7 @@ def main(argv) -> None:
 def program() -> None:
   """Runs this program with the command line's flags."""
   define_flags()
-  app.run(main)
+  app.run(main, output=outputs.FILE)
 
 
 if __name__ == "__main__":

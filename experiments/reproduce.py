@@ -34,7 +34,7 @@ from absl import flags
 from experiments import figures, tasks
 from experiments.analysis import drawing
 from experiments.benchmarks import machine
-from experiments.cli import app, text_files
+from experiments.cli import app, outputs, text_files
 from experiments.figures import figure_models, results_page
 from experiments.figures.figure_run import (
   ABOUT,
@@ -297,7 +297,8 @@ def make_figures(figure_runs: list[FigureRun]) -> None:
     with stopwatch(command.name):
       command.run()
   for run in figure_runs:
-    table = finish(run, stopwatch)
+    with outputs.held(str(run.folder)):
+      table = finish(run, stopwatch)
     print(f"\n{figures.get(run.figure).TITLE}\n\n{table}\n")
   print(f"Saved {', '.join(run.figure for run in figure_runs)} in {root}.")
 
@@ -306,7 +307,12 @@ def program() -> None:
   """Runs this program with the command line's flags."""
   define_flags()
   reason = "it starts other programs: --dry_run prints their commands, which take --distributed"
-  app.run(main, not_distributed=reason, needs=("matplotlib", "optuna", "scipy", "tabulate"))
+  app.run(
+    main,
+    not_distributed=reason,
+    needs=("matplotlib", "optuna", "scipy", "tabulate"),
+    output=outputs.SHARED,
+  )
 
 
 if __name__ == "__main__":

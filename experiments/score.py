@@ -24,7 +24,7 @@ from typing import Any
 from absl import flags
 import numpy as np
 
-from experiments.cli import app, text_files
+from experiments.cli import app, outputs, text_files
 from experiments.records import jsonl
 from roe_jax import batching, scoring
 from roe_jax.config import ModelConfig
@@ -62,8 +62,11 @@ def text_perplexity(
 ) -> None:
   """Prints the perplexity of --text, cut into windows, under the baseline and the roster."""
   common = {"window": cut.window, "stride": cut.stride}
+  output = FLAGS.output and pathlib.Path(FLAGS.output)
   kept = jsonl.SavedValues(
-    pathlib.Path(f"{FLAGS.output}.windows.jsonl") if FLAGS.output else None,
+    None
+    if output is None or outputs.is_stream(output)
+    else pathlib.Path(f"{output}.windows.jsonl"),
     common
     | {
       "checkpoint": FLAGS.checkpoint,
@@ -104,10 +107,9 @@ def text_perplexity(
   if "roster" in results:
     change = results["roster"]["perplexity"] / results["baseline"]["perplexity"] - 1
     print(f"difference: {100 * change:+.3f} %")
-  if FLAGS.output:
+  if output:
     app.write_atomically(
-      pathlib.Path(FLAGS.output),
-      text_files.to_json(results | {"checkpoint": FLAGS.checkpoint}, indent=2) + "\n",
+      output, text_files.to_json(results | {"checkpoint": FLAGS.checkpoint}, indent=2) + "\n"
     )
 
 
@@ -236,7 +238,7 @@ def main(argv) -> None:
 def program() -> None:
   """Runs this program with the command line's flags."""
   define_flags()
-  app.run(main)
+  app.run(main, output=outputs.FILE)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from experiments import tasks
 from experiments.analysis import output_temperatures
-from experiments.cli import app
+from experiments.cli import app, outputs
 from experiments.evaluation.prompts import PromptBuilder
 from experiments.records import runs
 from experiments.tuning import confirm, trials, tuning_configs
@@ -495,7 +495,7 @@ def main(argv) -> None:
 def program() -> None:
   """Runs this program with the command line's flags."""
   define_flags()
-  app.run(main, needs=("optuna", "scipy", "tabulate"))
+  app.run(main, needs=("optuna", "scipy", "tabulate"), output=outputs.SHARED)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,7 @@ SPECIFIC["qwen2"] = dict(use_sliding_window=False, sliding_window=4, max_window_
 SPECIFIC["qwen3"] = SPECIFIC["qwen2"] | dict(head_dim=12, attention_bias=False)
 FAMILIES = tuple(SPECIFIC)
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
+ROUTED = tuple(family for family in FAMILIES if family not in DENSE)
 # Its classes in transformers begin with this.
 PREFIX = {
   "olmoe": "Olmoe",

@@ -2,6 +2,7 @@
 
 import itertools
 
+import hf
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ import tiny
 
 from roe_jax import noise as noise_lib
 from roe_jax import routing
-from roe_jax.families import FAMILIES
 
 LOGITS = np.array([1.2, 0.4, 0.0, -0.3, 0.9, -1.1])
 
@@ -44,7 +44,7 @@ def drawn_sets(config, temperature, num_draws=40_000):
   return np.sort(np.asarray(experts).reshape(num_draws, -1))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", hf.ROUTED)
 @pytest.mark.parametrize("count, temperature", [(2, 1.0), (2, 0.3), (3, 0.5)])
 def test_sets_are_drawn_without_replacement_from_the_softmax(family, count, temperature):
   config = tiny.config(family, num_experts=6, experts_per_token=count)
@@ -175,7 +175,7 @@ def test_rescaled_gates_are_bitwise_the_clean_ones_where_the_clean_experts_are_c
   np.testing.assert_array_equal(np.asarray(rescaled)[same], np.asarray(clean)[same])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", hf.ROUTED)
 @pytest.mark.parametrize("gate_weights", routing.GATE_WEIGHTS)
 def test_zero_noise_is_bitwise_no_noise(family, gate_weights):
   config = tiny.config(family)
@@ -258,7 +258,7 @@ def test_impossible_numbers_of_experts_are_refused(count, gates, message):
 
 def test_all_but_mixtral_round_their_gates_to_the_models_dtype():
   logits = jnp.asarray(random_rows()[0])
-  for family in FAMILIES:
+  for family in hf.ROUTED:
     rounds = family != "mixtral"
     _, gates = routing.route(tiny.config(family, dtype="bfloat16"), logits)
     _, exact = routing.route(tiny.config(family), logits)

@@ -1,6 +1,7 @@
 """Start-up, error handling and the flags that all programs share."""
 
 from collections.abc import Callable, Sequence
+import contextlib
 import math
 import os
 import pathlib
@@ -13,7 +14,7 @@ from jax.sharding import AbstractMesh
 
 import checkpoints_convert
 from checkpoints_convert import command_line
-from experiments.cli import distributed, extras, text_files
+from experiments.cli import distributed, extras, outputs, text_files
 from experiments.cli import dry_run as dry_run_lib
 from experiments.cli.distributed import (
   broadcast,
@@ -51,6 +52,7 @@ def run(
   main: Callable[[Sequence[str]], None],
   not_distributed: str | None = None,
   needs: tuple[str, ...] = (),
+  output: str = outputs.FOLDER,
 ) -> None:
   """Runs a program; invalid input prints a one-line error and exits with code 1.
 
@@ -58,6 +60,7 @@ def run(
     main: the program's main function.
     not_distributed: why the program refuses --distributed; None if it supports it.
     needs: packages of the `experiments` extra that it uses.
+    output: what its --output is, see `outputs.held`.
   """
 
   def guarded(argv):
@@ -73,7 +76,9 @@ def run(
         text_files.check_text(argument, "the command line")
       extras.check(needs)
       distributed.start(not_distributed)
-      with distributed.only_first_prints():
+      with distributed.only_first_prints(), contextlib.ExitStack() as stack:
+        hold = outputs.held(getattr(flags.FLAGS, "output", None), output)
+        in_all_processes(lambda: is_first_process() and stack.enter_context(hold))
         main(argv)
         print(f"[{programs}]", file=sys.stderr)
       distributed.finish()
@@ -614,7 +619,11 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
   """Writes a file by renaming, so that no reader sees a partial one; in process 0 only."""
   if not is_first_process():
     return
+  if outputs.is_stream(path):
+    path.write_text(text, encoding="utf-8")
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
+  path = path.resolve()  # a symbolic link stays one
   temporary = path.with_name(path.name + ".partial")
   temporary.write_text(text, encoding="utf-8")
   temporary.replace(path)

@@ -7,7 +7,7 @@ import pathlib
 import sys
 from typing import Any
 
-from experiments.cli import app, text_files
+from experiments.cli import app, outputs, text_files
 
 
 def read(path: str | None, keys: Iterable[str]) -> list[dict[str, Any]]:
@@ -77,8 +77,12 @@ def append(path: pathlib.Path, records: Iterable[dict[str, Any]]) -> None:
   """Appends records as JSON lines, in process 0 only."""
   if app.is_first_process():
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-      file.write("".join(text_files.to_json(record) + "\n" for record in records))
+    # In one write, because several runs may append to the same file of answers.
+    text = "".join(text_files.to_json(record) + "\n" for record in records)
+    data = memoryview(text.encode())
+    with path.open("ab", buffering=0) as file:
+      while data:
+        data = data[file.write(data) :]
 
 
 def tokens_of(request: dict[str, Any], name: str, encode, what: str) -> list[int]:
@@ -100,8 +104,8 @@ class Results:
 
   Results may arrive in any order. A file gets each line at once, and is sorted by request
   when all are there, so the final file does not depend on interruptions. A rerun computes
-  only the `missing` results. Standard output gets a line as soon as all lines before it are
-  printed. Only process 0 writes; all processes know what is in the file.
+  only the `missing` results. Standard output, or another stream, gets a line as soon as all lines
+  before it are printed. Only process 0 writes; all processes know what is in the file.
   """
 
   _KEYS = ("id", "prompt", "messages", "continuation", "prompt_tokens", "continuation_tokens")
@@ -116,19 +120,20 @@ class Results:
     """
     self._requests = requests
     self._settings = json.loads(text_files.to_json(settings))
-    self._path = pathlib.Path(path) if path else None
+    # None: what is written cannot be read again.
+    self._path = pathlib.Path(path) if path and not outputs.is_stream(pathlib.Path(path)) else None
     # Indices in the order of their lines.
-    self._written = app.from_first_process(self._found) if path else []
+    self._written = app.from_first_process(self._found) if self._path else []
     self._waiting: dict[int, str] = {}  # lines that earlier ones must precede
-    self._file = self._open() if path else sys.stdout
+    self._file = self._open(pathlib.Path(path)) if path else sys.stdout
     if self._written:
       print(f"[{path} has {len(self._written)} of {len(requests)} results]", file=sys.stderr)
 
-  def _open(self):
+  def _open(self, path):
     if not app.is_first_process():
       return open(os.devnull, "a", encoding="utf-8")
-    self._path.parent.mkdir(parents=True, exist_ok=True)
-    return self._path.open("a", encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("a", encoding="utf-8")
 
   @property
   def missing(self) -> list[int]:
@@ -186,9 +191,14 @@ class Results:
       for index in sorted(self._waiting):
         self._print(index, self._waiting[index])
       self._file.flush()
-      return
-    self._file.close()
-    if app.is_first_process() and not self.missing and self._written != sorted(self._written):
+    if self._file is not sys.stdout:
+      self._file.close()
+    if (
+      self._path
+      and app.is_first_process()
+      and not self.missing
+      and self._written != sorted(self._written)
+    ):
       lines = dict(zip(self._written, text_files.read(self._path).split("\n")))
       app.write_atomically(self._path, "".join(lines[i] + "\n" for i in sorted(lines)))
 

@@ -11,20 +11,23 @@ Each program runs in a separate process that confines itself first (`confinement
 * memory and output are limited.
 * environment: it does not inherit variables.
 
-This requires Linux (x86-64 or AArch64) with Landlock (kernel 5.13 or later), and works for root
-and ordinary users, in containers too. Without Landlock, root's programs run as the user
-"nobody", cannot write files and can read world-readable ones; programs of ordinary users are
-rejected. No program ever runs unconfined.
+This requires Linux (x86-64 or AArch64) with Landlock, and works for root and ordinary users, in
+containers too. On kernels before 6.2 programs cannot write files, because Landlock does not
+protect other files from truncation there. Without Landlock (before 5.13, or turned off), root's
+programs run as the user "nobody", cannot write files and can read world-readable ones; programs
+of ordinary users are rejected. No program ever runs unconfined.
 
 A program proves that it ran to the end with a token that is only in the frames of the runner's
-code. This catches programs that exit before the tests, but not programs written to deceive
-the scorer, which could also return objects that equal everything; no sandbox can prevent that
-if tests run in the program's process.
+code. This catches programs that exit before their end, but a program that looks for the token
+finds it. Tests of untrusted code therefore run in a process of their own (`Program.peer`): expected
+answers and the verdict stay there, and only plain data crosses.
 """
 
 from collections.abc import Callable, Sequence
 from concurrent import futures
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import math
 import os
@@ -34,13 +37,17 @@ import secrets
 import selectors
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 _RUNNER = pathlib.Path(__file__).with_name("runner.py")
+_FOLDER = "sandbox-"  # how names of temporary folders begin
 _TICK = 0.05  # seconds between checks of the folder
+_PATIENCE = 1.0  # seconds that a peer may take to end by itself
 _START = 60.0  # seconds that a process may take to confine itself
 _READ = 1 << 16
 _TAIL = 4096  # bytes of a program's output that are returned
@@ -78,11 +85,14 @@ class Program:
     text: Python source.
     data: its variable `__data__`.
     limits: its resource limits.
+    peer: another program, which runs beside it in a sandbox of its own until this one ends. The
+      variable `__peer__` of both is a `peer.Peer`, with which one calls what the other serves.
   """
 
   text: str
   data: bytes = b""
   limits: Limits = Limits()
+  peer: "Program | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +115,16 @@ class Outcome:
   result: bytes = b""
 
 
-def run_program(program: Program | str, *, landlock: bool = True) -> Outcome:
+def run_program(program: Program | str, *, landlock: int | None = None) -> Outcome:
   """Runs a program in a sandbox with this Python and its packages.
 
   Args:
     program: the program; source text gets the default limits.
-    landlock: whether to use Landlock; False is for tests.
+    landlock: the newest version of Landlock to use, 0 for none; for tests.
+
+  Returns:
+    The outcome. If the program fails after its peer has failed, the reason is the peer's, and the
+    output that of both.
 
   Raises:
     ValueError: programs cannot be confined on this machine.
@@ -119,32 +133,35 @@ def run_program(program: Program | str, *, landlock: bool = True) -> Outcome:
     raise ValueError(f"the sandbox requires Linux, got {sys.platform}")
   if isinstance(program, str):
     program = Program(program)
-  folder = tempfile.mkdtemp(prefix="sandbox-")
-  try:
-    with tempfile.TemporaryFile() as job:
-      token = secrets.token_bytes(16)
-      limits = program.limits
-      pickle.dump(
-        {
-          "program": program.text,
-          "data": program.data,
-          "begun": _BEGUN,
-          "token": token,
-          "landlock": landlock,
-          "packages": [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))],
-          "limits": {
-            "cpu_seconds": math.ceil(limits.seconds) + 1,
-            "open_files": 32,
-            "memory_bytes": limits.memory_bytes,
-            "file_bytes": limits.file_bytes,
-          },
-        },
-        job,
-      )
-      job.seek(0)
-      return _Run(program.limits, folder, token).run(job)
-  finally:
-    shutil.rmtree(folder, ignore_errors=True)
+  _remove_abandoned_folders()
+  if program.peer is None:
+    with _Run(program, landlock) as run:
+      return run.finish()
+  # The program's own limit ends its peer, which starts first.
+  limits = program.peer.limits
+  limits = dataclasses.replace(limits, seconds=limits.seconds + _START)
+  peer = dataclasses.replace(program.peer, limits=limits)
+  ends = [*os.pipe(), *os.pipe()]
+  calls_out, calls_in, answers_out, answers_in = ends
+  with contextlib.ExitStack() as stack:
+    close = stack.enter_context(contextlib.ExitStack())
+    for end in ends:
+      close.callback(os.close, end)
+    pool = stack.enter_context(futures.ThreadPoolExecutor(1))
+    served = stack.enter_context(_Run(peer, landlock, (calls_out, answers_in)))
+    serving = pool.submit(served.finish)
+    served.begun.wait()
+    run = stack.enter_context(_Run(program, landlock, (answers_out, calls_in)))
+    close.close()
+    outcome = run.finish()
+    try:  # one that has failed has ended, and one that served ends with its calls
+      of_peer = serving.result(_PATIENCE)
+    except TimeoutError:
+      return outcome
+  if outcome.passed or of_peer.passed:
+    return outcome
+  output = (of_peer.output + outcome.output)[-_TAIL:]
+  return dataclasses.replace(outcome, reason=of_peer.reason, output=output)
 
 
 def run_programs(
@@ -188,47 +205,100 @@ def check_support() -> None:
     )
 
 
-class _Run:
-  """One process, monitored by its parent."""
+def _remove_abandoned_folders() -> None:
+  """Removes the folders of programs whose parent was killed; a living parent has locked its own."""
+  old = time.time() - 3600  # younger ones may not be locked yet
+  for folder in pathlib.Path(tempfile.gettempdir()).glob(_FOLDER + "*"):
+    with contextlib.suppress(OSError):  # another user's, or in use
+      if folder.stat().st_mtime < old and not folder.is_symlink():
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+          fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+          shutil.rmtree(folder, ignore_errors=True)
+        finally:
+          os.close(lock)
 
-  def __init__(self, limits: Limits, folder: str, token: bytes):
-    self._limits, self._folder, self._token = limits, folder, token
+
+class _Run:
+  """One process in its folder, monitored by its parent; a context manager."""
+
+  def __init__(self, program: Program, landlock: int | None, pipes: tuple[int, ...] = ()):
+    self._limits, self._token = program.limits, secrets.token_bytes(16)
     self._printed, self._tail, self._answer = 0, b"", bytearray()
     self._began = None  # start time of the program
+    self.begun = threading.Event()  # set when the program has begun, or cannot begin
+    with contextlib.ExitStack() as stack:
+      self._folder = tempfile.mkdtemp(prefix=_FOLDER)
+      stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
+      lock = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+      stack.callback(os.close, lock)
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      job = stack.enter_context(tempfile.TemporaryFile())
+      limits = {
+        "cpu_seconds": math.ceil(self._limits.seconds) + 1,
+        "open_files": 32,
+        "memory_bytes": self._limits.memory_bytes,
+        "file_bytes": self._limits.file_bytes,
+      }
+      settings = {
+        "program": program.text,
+        "data": program.data,
+        "begun": _BEGUN,
+        "token": self._token,
+        "pipes": pipes,
+        "landlock": landlock,
+        "packages": [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))],
+        "limits": limits,
+      }
+      pickle.dump(settings, job)
+      job.seek(0)
+      self._output, output_end = os.pipe()
+      stack.callback(os.close, self._output)
+      self._results, results_end = os.pipe()
+      stack.callback(os.close, self._results)
+      try:
+        arguments = str(_RUNNER), self._folder, str(os.getpid()), str(results_end)
+        self._process = subprocess.Popen(
+          [sys.executable, "-s", "-P", "-B", *arguments],
+          stdin=job,
+          stdout=output_end,
+          stderr=subprocess.STDOUT,
+          pass_fds=(results_end, *pipes),
+          env=_environment(self._folder),
+          start_new_session=True,
+        )
+      finally:
+        os.close(output_end)
+        os.close(results_end)
+      stack.callback(self.kill)
+      self._stack = stack.pop_all()
 
-  def run(self, job) -> Outcome:
-    output, output_end = os.pipe()
-    results, results_end = os.pipe()
-    try:
-      arguments = str(_RUNNER), self._folder, str(os.getpid()), str(results_end)
-      process = subprocess.Popen(
-        [sys.executable, "-s", "-P", "-B", *arguments],
-        stdin=job,
-        stdout=output_end,
-        stderr=subprocess.STDOUT,
-        pass_fds=(results_end,),
-        env=_environment(self._folder),
-        start_new_session=True,
-      )
-    finally:
-      os.close(output_end)
-      os.close(results_end)
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    self._stack.close()
+
+  def kill(self) -> None:
+    self._process.kill()
+    self._process.wait()
+
+  def finish(self) -> Outcome:
+    """Waits until the process has ended or exceeded a limit."""
     try:
       with selectors.DefaultSelector() as selector:
-        exited = os.pidfd_open(process.pid)
+        exited = os.pidfd_open(self._process.pid)
         try:
           selector.register(exited, selectors.EVENT_READ, None)
-          selector.register(output, selectors.EVENT_READ, self._print)
-          selector.register(results, selectors.EVENT_READ, self._take)
+          selector.register(self._output, selectors.EVENT_READ, self._print)
+          selector.register(self._results, selectors.EVENT_READ, self._take)
           broken = self._watch(selector, exited)
         finally:
           os.close(exited)
     finally:
-      process.kill()
-      process.wait()
-      os.close(output)
-      os.close(results)
-    return self._outcome(broken, process.returncode)
+      self.kill()
+      self.begun.set()
+    return self._outcome(broken, self._process.returncode)
 
   def _watch(self, selector, exited) -> str | None:
     """Reads output until the process ends (returns None) or exceeds a limit (returns which)."""
@@ -265,6 +335,7 @@ class _Run:
     self._answer += data
     if self._began is None and self._answer.startswith(_BEGUN):
       self._began = time.monotonic()
+      self.begun.set()
     return "result limit" if len(self._answer) > self._limits.result_bytes else None
 
   def _broken(self, started) -> str | None:
@@ -283,7 +354,23 @@ class _Run:
         count += 1
         if count > self._limits.files or size > self._limits.folder_bytes:
           return "file limit"
-    return None
+    return "file limit" if size + self._removed_bytes() > self._limits.folder_bytes else None
+
+  def _removed_bytes(self) -> int:
+    """Returns the size of removed files that the process still uses; mapped ones count in full."""
+    sizes: dict[int, int] = {}  # by inode
+    process = pathlib.Path("/proc", str(self._process.pid))
+    with contextlib.suppress(OSError):  # it has just ended, or this user may not look
+      for descriptor in (process / "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+          status = descriptor.stat()
+          if stat.S_ISREG(status.st_mode) and not status.st_nlink:
+            sizes[status.st_ino] = status.st_blocks * 512
+      for line in (process / "maps").read_text("utf-8", errors="replace").splitlines():
+        *_, inode, path = line.split(maxsplit=5) if line.count(" ") > 5 else ("0", "")
+        if path.startswith(self._folder) and path.endswith(" (deleted)"):
+          sizes.setdefault(int(inode), self._limits.file_bytes)
+    return sum(sizes.values())
 
   def _outcome(self, broken, code) -> Outcome:
     output = self._tail.decode(errors="replace")

@@ -7,9 +7,11 @@ and the process cannot undo any of it:
   them creates a process, thread or socket, executes another program, signals or traces other
   processes, or changes limits.
 * Landlock (Linux 5.13 or later) denies access to the file system, except to read Python and the
-  system's libraries and to use regular files in one folder. This includes /proc, and so other
-  processes' data. Without Landlock, root becomes the user `NOBODY`, who can read world-readable
-  files, and the filter denies opening files for writing.
+  system's libraries and, since Linux 6.2, to use regular files in one folder. This includes
+  /proc, and so other processes' data. Without Landlock, root becomes the user `NOBODY`, who can
+  read world-readable files.
+* The filter denies opening files for writing where Landlock is missing or older than
+  `TRUNCATE_VERSION`, because such a Landlock lets any file be truncated that the user may write.
 * Capabilities are dropped and resources limited.
 
 Sources: Linux man pages seccomp(2), landlock(7), capset(2), prctl(2), setrlimit(2); system call
@@ -109,8 +111,6 @@ ALLOWED = {
 }
 OPEN, OPENAT = (2, None), (257, 56)
 IN_OWN_FOLDER = {  # which Landlock confines to the folder
-  "open": OPEN,
-  "openat": OPENAT,
   "unlink": (87, None),
   "unlinkat": (263, 35),
   "rename": (82, None),
@@ -121,7 +121,9 @@ KILL, TGKILL, FCNTL, IOCTL, PRLIMIT64 = (62, 129), (234, 131), (72, 25), (16, 29
 # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC; not F_SETOWN, which signals others.
 FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030)
 IOCTL_COMMANDS = (0x5401, 0x5450, 0x5451)  # TCGETS (isatty), FIONCLEX, FIOCLEX
-WRITING = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | getattr(os, "O_TMPFILE", 0) & ~os.O_DIRECTORY
+# Files without a name are in no folder, whose size is limited.
+NAMELESS = getattr(os, "O_TMPFILE", 0) & ~os.O_DIRECTORY
+WRITING = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | NAMELESS
 
 # Landlock rights, and how many of them each early version has.
 READ_FILE, READ_DIR, WRITE_FILE, REMOVE_FILE, MAKE_FILE, TRUNCATE = (
@@ -134,6 +136,7 @@ READ_FILE, READ_DIR, WRITE_FILE, REMOVE_FILE, MAKE_FILE, TRUNCATE = (
 )
 KNOWN_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
 LATER_RIGHTS = 16
+TRUNCATE_VERSION = 3  # the first with the right TRUNCATE (Linux 6.2)
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # on all architectures
 _GET_VERSION, _PATH_BENEATH = 1, 1
 
@@ -149,7 +152,7 @@ class Unconfinable(Exception):
 
 
 def confine(
-  folder: str, packages: list[str], limits: dict[str, int], parent: int, landlock: bool = True
+  folder: str, packages: list[str], limits: dict[str, int], parent: int, landlock: int | None = None
 ) -> None:
   """Confines this process to reading Python and using regular files in `folder`.
 
@@ -159,7 +162,7 @@ def confine(
     limits: "cpu_seconds", "memory_bytes" (address space), "file_bytes" (of one file),
       "open_files".
     parent: process id of the parent; this process is killed when the parent dies.
-    landlock: whether to use Landlock; False is for tests.
+    landlock: the newest version of Landlock to use, 0 for none; for tests.
 
   Raises:
     Unconfinable: the process cannot be confined.
@@ -185,13 +188,14 @@ def confine(
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     resource.setrlimit(kind, (value, value))
   _prctl(_SET_NO_NEW_PRIVS, 1)
-  version = _libc.syscall(_CREATE_RULESET, None, 0, _GET_VERSION) if landlock else 0
+  version = _libc.syscall(_CREATE_RULESET, None, 0, _GET_VERSION)
+  version = version if landlock is None else min(version, landlock)
   if version >= 1:
     _shut_file_system(folder, packages, version)
   else:
     _become_nobody()
   _drop_capabilities()
-  _filter_system_calls(machine, files=version >= 1)
+  _filter_system_calls(machine, files=version >= TRUNCATE_VERSION)
 
 
 def _prctl(option, value, pointer=None):
@@ -303,17 +307,14 @@ def filter_code(machine: str, files: bool, pid: int) -> list[tuple[int, int, int
       _return(_RET_ALLOW),
     ],
   )
-  if not files:
-    for numbers, argument in ((OPEN, 1), (OPENAT, 2)):
-      code += _if_equal(
-        numbers[column],
-        [
-          _load(_argument(argument)),
-          (0x54, 0, 0, WRITING),  # bitwise and
-          *_if_equal(0, [_return(_RET_ALLOW)]),
-          _return(_RET_EPERM),
-        ],
-      )
+  for numbers, argument in ((OPEN, 1), (OPENAT, 2)):
+    flags = _load(_argument(argument))
+    # Access mode 3 opens any file and device without a right, and can truncate it.
+    refused = [_and(os.O_ACCMODE), *_if_equal(os.O_ACCMODE, [_return(_RET_EPERM)])]
+    tests = [flags, *refused] if files else []
+    tests += [flags, _and(NAMELESS if files else WRITING)]
+    tests += [*_if_equal(0, [_return(_RET_ALLOW)]), _return(_RET_EPERM)]
+    code += _if_equal(numbers[column], tests)
   return [*code, _return(_RET_EPERM)]
 
 
@@ -327,6 +328,10 @@ def _argument(index):
 
 def _load(offset):
   return (0x20, 0, 0, offset)
+
+
+def _and(mask):
+  return (0x54, 0, 0, mask)
 
 
 def _return(action):

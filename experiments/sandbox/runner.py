@@ -4,7 +4,8 @@
 
 JOB is a pickled dictionary, PARENT a process id, RESULTS an open file descriptor. The process
 writes the job's "begun" to it before it runs the program and, if the program ran to the end,
-the job's "token" and the program's `__result__`.
+the job's "token" and the program's `__result__`. With "pipes", two more descriptors, the program
+has a `peer.Peer` as `__peer__`.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import traceback
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import confinement  # in this folder, the only one of the project on the path
+import peer
 
 del sys.path[0]
 
@@ -33,6 +35,8 @@ def main():
   os.close(null)
   # No __name__, as in HumanEval's own exec: code under "if __name__ == '__main__'" does not run.
   namespace = {"__data__": job["data"]}
+  if job["pipes"]:
+    namespace["__peer__"] = peer.Peer(*job["pipes"])
   sys.argv = ["program.py"]
   os.write(results, job["begun"])
   try:

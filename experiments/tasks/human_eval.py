@@ -16,7 +16,8 @@ used as in the first form.
 The validation split is a fixed quarter of the problems, 54 of 164, the same for both tasks;
 "test" is the rest, and "all" the whole set, for comparison with published numbers.
 
-Programs run in `experiments.sandbox`.
+Programs run in `experiments.sandbox`: a solution in one process, which gets arguments and
+returns plain data, and its tests in another, which has the expected answers and the verdict.
 """
 
 import ast
@@ -162,17 +163,33 @@ def _inputs(test):
   raise ValueError("the test has no inputs")
 
 
+def _solves(problem):
+  """Returns the reference solution as a program."""
+  return problem["prompt"] + problem["canonical_solution"]
+
+
 def _tested(problem, text, seconds):
-  test = f"{text}\n{problem['test']}\ncheck({problem['entry_point']})"
-  return Program(test, limits=Limits(seconds=seconds, memory_bytes=MEMORY_BYTES))
+  """Returns the problem's test of a solution, which runs in another process."""
+  name = problem["entry_point"]
+  # Tests may use other functions of the prompt; they get the prompt's.
+  test = f"{_solves(problem)}\n{name} = __peer__.call\n{problem['test']}\ncheck({name})"
+  limits = Limits(seconds=seconds, memory_bytes=MEMORY_BYTES)
+  return Program(test, limits=limits, peer=_served(problem, text, limits))
 
 
-def _driven(problem, text, seconds, **more):
-  job = {"solution": text, "entry_point": problem["entry_point"], "inputs": problem["inputs"]}
+def _served(problem, text, limits):
+  return Program(f"{text}\n__peer__.serve({problem['entry_point']})", limits=limits)
+
+
+def _driven(problem, seconds, text=None, **more):
+  """Returns the driver's run of the reference, or its comparison of a solution's `text` with it."""
+  job = {"entry_point": problem["entry_point"], "inputs": problem["inputs"]}
+  limits = Limits(seconds=seconds, memory_bytes=MEMORY_BYTES)
   return Program(
     _DRIVER.read_text("utf-8"),
     pickle.dumps(job | more),
-    Limits(seconds=seconds, memory_bytes=MEMORY_BYTES),
+    limits,
+    None if text is None else _served(problem, text, limits),
   )
 
 
@@ -204,9 +221,12 @@ def _run_references(problems, workers):
   """
   programs = []
   for problem in problems:
-    text = problem["prompt"] + problem["canonical_solution"]
-    run = _driven if "inputs" in problem else _tested
-    programs.append(run(problem, text, REFERENCE_SECONDS))
+    text = _solves(problem)
+    programs.append(
+      _driven(problem, REFERENCE_SECONDS, solution=text)
+      if "inputs" in problem
+      else _tested(problem, text, REFERENCE_SECONDS)
+    )
   keys = [hashlib.blake2b(repr((p.text, p.data)).encode()).digest() for p in programs]
   missing = {k: i for i, k in enumerate(keys) if k not in _references}
   outcomes = sandbox.run_programs([programs[i] for i in missing.values()], workers)
@@ -232,7 +252,7 @@ def _judge_plus(examples: Sequence[base.Example], outputs, workers, on_done):
       count, own = len(problem["inputs"]), problem["base"]
       ranges = [(0, count)] if own is None else [(0, own), (own, count)]
       more = dict(reference=reference.answers, atol=problem["atol"])
-      groups = [_driven(problem, text, PLUS_SECONDS, group=group, **more) for group in ranges]
+      groups = [_driven(problem, PLUS_SECONDS, text, group=group, **more) for group in ranges]
     programs += groups
     owners += [i] * len(groups)
   running = collections.Counter(owners)

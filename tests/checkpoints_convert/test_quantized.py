@@ -48,6 +48,7 @@ def config(family, **changes):
     | sizes
     | fixed
     | changes
+    | {name: fixed[name] for name in ("num_experts", "experts_per_token") if name in fixed}
   )
 
 

@@ -149,7 +149,7 @@ for arguments in json.load(sys.stdin):
     out, errors = io.StringIO(), io.StringIO()
     try:
       with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        app.run(generate.main)
+        app.run(generate.main, output=app.outputs.FILE)
     except SystemExit as exit:
       print(json.dumps([exit.code, out.getvalue(), errors.getvalue()]))
 """

@@ -151,6 +151,73 @@ def test_wrong_and_odd_solutions_fail(data_dir):
   assert scores("humaneval", data_dir, texts) == [0.0] * 5
 
 
+CHEATS = [
+  # An object that equals everything, also in disguise.
+  "    return type('Any', (), {'__eq__': lambda *_: True})()\n",
+  "    return type('Any', (int,), {'__eq__': lambda *_: True, '__sub__': lambda *_: 0})()\n",
+  # The expected answers or the judge's token, from wherever they may be.
+  """
+    import gc, sys
+    frame, found = sys._getframe(), []
+    while frame:
+      found += [*frame.f_locals.values(), *frame.f_globals.values()]
+      frame = frame.f_back
+    for thing in [*found, *gc.get_objects()]:
+      if isinstance(thing, dict) and "token" in thing:
+        import os
+        for end in range(3, 32):
+          try: os.write(end, thing["token"])
+          except OSError: pass
+      if isinstance(thing, dict) and "reference" in thing:
+        import pickle
+        return pickle.loads(thing["reference"])[0][0]
+    return None
+""",
+  # What the judge uses to compare.
+  """
+    import builtins, numpy
+    numpy.allclose = lambda *a, **k: True
+    builtins.abs = lambda *a: 0
+    builtins.isinstance = lambda *a: True
+    return None
+""",
+  # A trace that changes what runs next.
+  """
+    import sys
+    def trace(frame, event, arg):
+      frame.f_locals.clear()
+      return trace
+    sys.settrace(trace)
+    return None
+""",
+  # An answer that is an error for whoever reads it, or reads as a program.
+  """
+    import os, pickle
+    data = pickle.dumps(("answer", os.system))
+    for end in range(3, 32):
+      try: os.write(end, len(data).to_bytes(8, "little") + data)
+      except OSError: pass
+""",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["humaneval", "humaneval_plus"])
+def test_programs_written_to_deceive_the_judge_fail(name, data_dir):
+  for i in range(0, len(CHEATS), 3):
+    texts = CHEATS[i : i + 3]
+    assert scores(name, data_dir, (texts + texts)[:5]) == [0.0] * 5
+
+
+@pytest.mark.parametrize(
+  "body",
+  ["import numpy\n    return numpy.int64(2 * x) if isinstance(x, int) else x + x", "return x + x"],
+)
+def test_plain_answers_of_other_types_pass(body, data_dir):
+  texts = [f"    {body}\n", *references()[1:4], "    return dict.fromkeys(range(n)).keys()\n"]
+  assert scores("humaneval", data_dir, texts) == [1.0] * 4 + [0.0]  # a set is no list
+
+
 def test_plus_is_right_on_all_inputs_and_base_on_the_first(data_dir):
   texts = references()
   texts[0] = "    return x + x if x in (0, 2) else 0\n"

@@ -4,6 +4,7 @@ Were it to fail, they would do little: what they start is bounded in number and 
 the signals they send are ones that processes ignore.
 """
 
+import fcntl
 import os
 import pathlib
 import pickle
@@ -71,7 +72,7 @@ def run(request):
     python = public_python()
     if python is None:
       pytest.skip("needs a Python of 3.11 or later that all users can read")
-    options, identity = {"landlock": False}, {}
+    options, identity = {"landlock": 0}, {}
     if request.param == "an ordinary user":
       options = {}
       identity = {"user": confinement.NOBODY, "group": confinement.NOBODY, "extra_groups": []}
@@ -362,6 +363,56 @@ def test_a_hidden_hoard_of_removed_files_is_limited_by_descriptors(run):
     "  os.remove(f'{i}')"
   )
   assert not outcome.passed and "Error" in outcome.output
+
+
+@pytest.mark.parametrize("hide", ["os.dup(f.fileno())", "m.append(mmap.mmap(f.fileno(), 4096))"])
+def test_removed_files_count_as_long_as_they_are_open_or_mapped(run, hide):
+  outcome = run(
+    f"""
+import mmap, os, time
+m = []
+for i in range(12):
+  f = open('a', 'w+b')
+  f.write(bytes(1 << 20))
+  f.flush()
+  {hide}
+  os.remove('a')
+  time.sleep(0.1)
+""",
+    file_bytes=1 << 20,
+    folder_bytes=8 << 20,
+  )
+  assert not outcome.passed
+  if run.writes_files:
+    assert outcome.reason == "file limit"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_nothing_is_truncated_where_landlock_has_no_such_right(version, victim):
+  text = f"""
+import os
+for flags in (3 | os.O_TRUNC, os.O_RDONLY | os.O_TRUNC, os.O_WRONLY | os.O_TRUNC, os.O_WRONLY):
+  try:
+    os.open({str(victim)!r}, flags)
+  except PermissionError:
+    continue
+  raise SystemExit(f"opened with {{flags}}")
+"""
+  outcome = sandbox.run_program(text, landlock=version)
+  assert outcome.passed, outcome
+
+
+def test_folders_of_killed_runs_are_removed_and_those_of_others_stay(monkeypatch, tmp_path):
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+  for name in ("sandbox-abandoned", "sandbox-young", "sandbox-locked"):
+    (tmp_path / name).mkdir()
+    if name != "sandbox-young":
+      os.utime(tmp_path / name, (0, 0))
+  lock = os.open(tmp_path / "sandbox-locked", os.O_RDONLY)
+  fcntl.flock(lock, fcntl.LOCK_EX)
+  assert sandbox.run_program("").passed
+  os.close(lock)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["sandbox-locked", "sandbox-young"]
 
 
 def test_no_connection_arrives(run):

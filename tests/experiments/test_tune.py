@@ -429,7 +429,7 @@ for arguments in json.load(sys.stdin):
     flags.FLAGS.unparse_flags()
     sys.argv = ["tune", *arguments]
     try:
-      app.run(tune.main)
+      app.run(tune.main, output=app.outputs.SHARED)
     except SystemExit as exit:
       print(json.dumps(exit.code))
 """

@@ -1,0 +1,89 @@
+"""Where results go: one program at a time writes an output, and streams are not files."""
+
+from collections.abc import Iterator
+import contextlib
+import errno
+import fcntl
+import os
+import pathlib
+import shlex
+import socket
+import stat
+import sys
+
+FOLDER, FILE, SHARED = "folder", "file", "shared"  # what --output of a program is
+_LOCK = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # on some network file systems
+
+
+def is_stream(path: pathlib.Path) -> bool:
+  """Returns whether a path is a pipe, terminal or other device, which is only appended to."""
+  try:
+    mode = path.stat().st_mode
+  except (FileNotFoundError, NotADirectoryError):
+    return False
+  return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+@contextlib.contextmanager
+def held(output: str | None, kind: str = FOLDER) -> Iterator[None]:
+  """Holds an output, so that no other program writes it.
+
+  Args:
+    output: a path, or None for standard output.
+    kind: `FOLDER` or `FILE`; nothing is held for `SHARED` and for streams.
+
+  Raises:
+    ValueError: another program holds it, or the output is of the other kind.
+  """
+  path = pathlib.Path(output) if output else None
+  if path is None or kind == SHARED or is_stream(path):
+    if path is not None and kind == FOLDER:
+      raise ValueError(f"--output={output} is not a folder")
+    yield
+    return
+  if path.exists() and path.is_dir() != (kind == FOLDER):
+    raise ValueError(f"--output={output} must be a {kind}, and is none")
+  path = path.resolve()
+  folder = path if kind == FOLDER else path.parent
+  missing = [p for p in (folder, *folder.parents) if not p.exists()]
+  folder.mkdir(parents=True, exist_ok=True)
+  lock = folder / (_LOCK if kind == FOLDER else f".{path.name}{_LOCK}")
+  file = _acquire(lock, output)
+  try:
+    yield
+  finally:
+    with contextlib.suppress(OSError):
+      lock.unlink()
+    os.close(file)
+    with contextlib.suppress(OSError):  # not empty
+      for created in missing:
+        created.rmdir()
+
+
+def _acquire(lock, output):
+  """Returns the locked file of a lock, whose text says who has it."""
+  while True:
+    file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      who = os.read(file, 1000).decode(errors="replace").strip() or "another program"
+      os.close(file)
+      raise ValueError(
+        f"{output} is being written by {who}: wait for it, or choose another output"
+      ) from None
+    except OSError as error:
+      if error.errno not in _NO_LOCKS:
+        os.close(file)
+        raise
+      return file
+    # The former holder may have removed the file that was opened here.
+    with contextlib.suppress(FileNotFoundError):
+      if os.stat(lock).st_ino == os.fstat(file).st_ino:
+        break
+    os.close(file)
+  command = shlex.join([pathlib.Path(sys.argv[0]).stem, *sys.argv[1:]])
+  os.truncate(file, 0)
+  os.write(file, f"process {os.getpid()} on {socket.gethostname()} ({command})".encode()[:1000])
+  return file
