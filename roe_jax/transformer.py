@@ -37,6 +37,7 @@ class BlockOutputs(struct.PyTreeNode):
   router_logits: Any = None
 
 
+@jax.named_scope("embed")
 def embed(params: Params, tokens_BxT: jax.Array) -> jax.Array:
   """Embeds tokens: hidden states `[B, T, D]` before the first block."""
   mesh = sharding.mesh_of(params.embedding)
@@ -49,6 +50,7 @@ def embed(params: Params, tokens_BxT: jax.Array) -> jax.Array:
   return to_compute_dtype(take(params.embedding, tokens_BxT))
 
 
+@jax.named_scope("unembed")
 def unembed(params: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
   """Computes float32 logits `[..., V]` from hidden states `[..., D]` after the last block."""
 
@@ -70,6 +72,7 @@ def norm(config: ModelConfig, x: jax.Array, weight: jax.Array) -> jax.Array:
   return rms_norm(x, weight, config.rms_norm_eps, config.norm_weight_in_float32)
 
 
+@jax.named_scope("router")
 def router_logits(
   config: ModelConfig, layers: LayerParams, layer: jax.Array | int, normed: jax.Array
 ) -> jax.Array:

@@ -23,6 +23,7 @@ from checkpoints_convert import (
   convert_from_hugging_face,
   convert_to_hugging_face,
   hub,
+  outputs,
   tensor_names,
 )
 from roe_jax import checkpoint
@@ -452,7 +453,7 @@ def test_targets_and_arguments_are_refused_in_a_sentence(tmp_path, capsys):
   assert run(capsys, source=source, target=target)[0] == 0
   before = load_leaves(target)[0]
   for arguments, message in (
-    (dict(source=source, target=target), "exists: choose another.*--overwrite"),
+    (dict(source=source, target=target), "exists and is complete: choose.*--overwrite"),
     (dict(source=source), "--target is missing"),
     (dict(source=target, target=tmp_path / "x"), "already a .*--to_hugging_face"),
     (dict(source=source, target=tmp_path / "x", to_hugging_face=True), "is a Hugging Face folder"),
@@ -463,6 +464,14 @@ def test_targets_and_arguments_are_refused_in_a_sentence(tmp_path, capsys):
   ):
     code, _, errors = run(capsys, **arguments)
     assert code == 1 and re.search(message, errors[0]), errors
+  with outputs.held(str(target), outputs.WHOLE_FOLDER):
+    code, _, errors = run(capsys, source=source, target=target, overwrite=True)
+    assert code == 1 and f"is being written by process {os.getpid()}" in errors[0]
+  # A target that contains the source.
+  source.rename(target / "hub")
+  code, _, errors = run(capsys, source=target / "hub", target=target, overwrite=True)
+  assert code == 1 and "has the source" in errors[0]
+  (target / "hub").rename(source)
   shutil.rmtree(source)
   other = write_hub(source, "mixtral", seed=1)
   assert run(capsys, source=source, target=target, overwrite=True)[0] == 0
