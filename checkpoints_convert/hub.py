@@ -383,11 +383,12 @@ def _expert_form(
   }
   present = (set.union(*names.values()) - set.intersection(*names.values())) & set(tensors)
   form = max(names, key=lambda form: len(names[form] & present))
-  if present - names[form]:
+  if rest := present - names[form]:
+    other = max(names, key=lambda form: len(names[form] & rest))
     raise ConversionError(
-      f"{folder} has experts in two forms ({some(present - names[form], 1)} and "
-      f"{some(present & names[form], 1)}), so it mixes two downloads or was partly converted: "
-      "download the model again"
+      f"{folder} has experts in two forms ({some(rest, 1)} and "
+      f"{some((present & names[form]) - names[other], 1)}), so it mixes two downloads or was "
+      "partly converted: download the model again"
     )
   if present:
     return form
