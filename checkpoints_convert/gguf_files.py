@@ -102,15 +102,12 @@ def read_header(path: pathlib.Path) -> GgufFile:
 
   Raises:
     ConversionError: the file is not a whole GGUF file of a known version and byte order, is
-      truncated, or has a tensor that cannot be dequantized.
-    ModuleNotFoundError: the `gguf` package is not installed.
+      truncated, or has a tensor that cannot be dequantized; or the `gguf` package is not installed.
   """
   try:
     gguf.GGML_QUANT_SIZES  # noqa: B018 - imports the package
   except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-      f"{path} needs the gguf package: run {INSTALL}", name="gguf"
-    ) from error
+    raise ConversionError(f"{path} needs the gguf package: run {INSTALL}") from error
   part = _PART.search(path.name)
   if part and int(part[2]) > 1:
     _refuse_part(path, int(part[2]))

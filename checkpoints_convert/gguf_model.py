@@ -161,7 +161,6 @@ def expand(source: str) -> pathlib.Path:
   Raises:
     FileNotFoundError: there is no such file.
     ConversionError: it is not a whole GGUF file, or of an unsupported kind.
-    ModuleNotFoundError: the `gguf` package is not installed.
   """
   path = pathlib.Path(source).expanduser().absolute()
   if not path.is_file():

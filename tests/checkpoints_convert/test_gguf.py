@@ -585,5 +585,5 @@ def test_unknown_quantizations_and_a_missing_package_are_refused(tmp_path, monke
       raise ModuleNotFoundError("No module named 'gguf'")
 
   monkeypatch.setattr(gguf_files, "gguf", Missing("gguf"))
-  with pytest.raises(ModuleNotFoundError, match=r"needs the gguf package: run pip install"):
+  with pytest.raises(ConversionError, match=r"needs the gguf package: run pip install"):
     gguf_model.expand(str(path))
