@@ -51,7 +51,8 @@ class GgufTensor(TensorInfo):
 
   @property
   def stored_dtype(self) -> str:
-    return "uint8" if self.part != "numbers" else _DTYPE_NAMES.get(self.kind.name, self.kind.name)
+    name: str = self.kind.name
+    return "uint8" if self.part != "numbers" else _DTYPE_NAMES.get(name, name)
 
   def widened(self, shape: tuple[int, ...], spans: Spans) -> Spans:
     """Widens a part of the tensor to whole rows: blocks lie along the last axis."""

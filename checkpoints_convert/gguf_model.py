@@ -39,7 +39,7 @@ class Architecture:
 
   model_type: str
   block: str = "mlp."
-  experts: tuple[str, str, str] = tuple(
+  experts: tuple[str, ...] = tuple(
     f"experts.{{expert}}.{name}_proj" for name in ("gate", "up", "down")
   )
   router: str = "gate"
@@ -280,7 +280,9 @@ def hub_tensors(path: pathlib.Path) -> dict[str, GgufTensor]:
   """
   file = read_header(path)
   _, architecture = _architecture(file)
-  joint = dict(zip(("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"), architecture.experts))
+  joint: dict[str, str] = dict(
+    zip(("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"), architecture.experts)
+  )
   kinds = {file.tensors[n].kind.name for n in file.tensors if n.endswith("_exps.weight")}
   keeps_codes = architecture.model_type == "gpt_oss" and kinds == {"MXFP4"}
   tensors: dict[str, GgufTensor] = {}

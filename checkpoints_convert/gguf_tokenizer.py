@@ -118,7 +118,7 @@ def files(path: pathlib.Path, metadata: dict[str, Any]) -> dict[str, Any]:
       f"{path} has a tokenizer of the kind {kind!r}; supported: {', '.join(makers)}"
     )
   get = lambda key, default=None: metadata.get(_PREFIX + key, default)
-  tokens: list[str] = get("tokens", [])
+  tokens: list[str] = metadata.get(_PREFIX + "tokens", [])
   try:
     types = [_Type(value) for value in get("token_type") or [_Type.NORMAL] * len(tokens)]
     vocabulary = {t: i for i, (t, kind) in enumerate(zip(tokens, types)) if kind != _Type.UNUSED}

@@ -149,7 +149,7 @@ def test_every_architecture_has_the_weights_and_config_of_its_hub_form(tmp_path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_logits_are_those_of_transformers_with_the_same_file(tmp_path, family):
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
   from roe_jax import transformer
@@ -370,8 +370,9 @@ def test_byte_level_tokenizers_equal_the_original(tmp_path, pre):
     assert found.encode(text) == ids, text
     assert found.decode(ids) == expected.decode(ids)
   assert (found.bos_id, found.eos_ids) == (1, (0, 2))
-  assert found.is_special(1) and found.added_id("<tool>") is not None
-  assert not found.is_special(found.added_id("<tool>"))
+  tool = expected.token_to_id("<tool>")
+  assert found.added_id("<tool>") == tool and found.is_special(1)
+  assert tool is not None and not found.is_special(tool)
 
 
 def test_text_begins_and_ends_with_special_tokens_as_the_file_or_llama_cpp_says(tmp_path):
