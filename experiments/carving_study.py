@@ -16,6 +16,7 @@ Windows do not overlap. With --output, both resume when rerun with the same flag
 
 from collections.abc import Callable
 import functools
+import itertools
 import pathlib
 
 from absl import flags
@@ -33,6 +34,7 @@ from roe_jax import cache as kv_cache
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
+from roe_jax.routers import NONE
 from roe_jax.routing import with_experts
 from roe_jax.text.tokenizer import Tokenizer
 
@@ -206,8 +208,16 @@ def main(argv) -> None:
         f"--variants are PLAN:SPLIT:ROUTER with a split of {', '.join(SPLITS)} and a router of "
         f"{', '.join(ROUTERS)}, got {':'.join(variant)}"
       )
+  for name in FLAGS.checkpoints:  # check everything before any work
+    config = app.load_config(name)
+    for n, tau in itertools.product(FLAGS.members, FLAGS.sweep):
+      Roster.create(config, int(n), float(tau), seed=FLAGS.seed)
+    for count in FLAGS.active:
+      with_experts(config, int(count))
   texts = []
   if FLAGS.source:
+    if app.load_config(FLAGS.source).router != NONE:
+      raise ValueError(f"{FLAGS.source} has experts already: give a dense model")
     params, config, tokenizer = app.open_model(FLAGS.source, "float32")
     text = windows(tokenizer, FLAGS.text, FLAGS.num_tokens)
     calibration = windows(tokenizer, FLAGS.calibration, FLAGS.calibration_tokens)

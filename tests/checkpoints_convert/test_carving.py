@@ -18,6 +18,7 @@ from tokenizers import models, pre_tokenizers
 
 from checkpoints_convert import carve_checkpoint, carving, cli, convert_to_hugging_face, load
 from checkpoints_convert.common import ConversionError
+from experiments import carving_study
 from roe_jax import checkpoint, routing, scoring, transformer
 from roe_jax.checkpoint_folder import CARVING_FILE
 from roe_jax.families import from_hugging_face
@@ -243,6 +244,22 @@ def test_a_roster_runs_on_it(carved):
   logits, perturbed = jax.random.normal(jax.random.key(0), (2, 7, 3))
   _, gates = routing.route(config, logits, perturbed, "noisy")
   np.testing.assert_array_equal(gates, np.ones((7, 2)))
+
+
+def test_the_study_measures_what_the_checkpoint_does(source, carved):
+  params, config = load(str(source))
+  if config.dtype != "float32":
+    return
+  tokenizer = Tokenizer.load(source)
+  calibration = carve_checkpoint.calibration_tokens(tokenizer, source / "text.txt", 256, config)
+  text = np.random.default_rng(2).integers(WORDS, size=(2, 64))
+  for plan, model in (("S1A2E4", checkpoint.load(carved)), ("S1A3E4", (params, config))):
+    found = carving_study.perplexity_of_variant(
+      params, config, calibration, text, carving.Plan.parse(plan), "active", "linear"
+    )
+    log_probs = jax.nn.log_softmax(transformer.forward(*model, text)[0][:, :-1])
+    nll = -np.take_along_axis(np.asarray(log_probs), text[:, 1:, None], axis=-1).mean()
+    assert found == pytest.approx(np.exp(nll), rel=1e-3)
 
 
 @pytest.mark.parametrize(
