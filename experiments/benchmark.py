@@ -2,14 +2,15 @@
 
   python -m experiments.benchmark --preset=laptop
   python -m experiments.benchmark --preset=laptop --num_cores=1 --output=benchmark_one_core
+  python -m experiments.benchmark --preset=vocabulary --sweeps=aggregation,samplers
   python -m experiments.benchmark --preset=olmoe-1b-7b     (GPU or TPU, 16 GB)
   python -m experiments.benchmark --preset=mixtral-8x7b    (96 GB)
 
 Times decode steps and scoring of models with random weights against n, τ, context length, batch
-size and cache. The cases of a sweep take turns in each round, along with a measurement of memory
-bandwidth. The floor of a step is the time to read once what it needs: its unique active experts,
-attention, the output head, and the keys and values it attends to. Where torch and transformers
-are installed, the same model and roster run in transformers too.
+size, cache, aggregation and sampling. The cases of a sweep take turns in each round, along with a
+measurement of memory bandwidth. The floor of a step is the time to read once what it needs: its
+unique active experts, attention, the output head, and the keys and values it attends to. Where
+torch and transformers are installed, the same model and roster run in transformers too.
 
 Writes table.txt (also printed), results.jsonl (one line per case) and cost.png to --output.
 Rerun with the same flags, it keeps finished sweeps.
@@ -31,6 +32,7 @@ from experiments.cli import app
 from roe_jax import params as params_lib
 from roe_jax.config import DTYPES, ModelConfig
 from roe_jax.quantization import FORMATS
+from roe_jax.routers import ROUTERS
 
 FLAGS = flags.FLAGS
 SWEEPS = (*sweeps.SWEEPS, "transformers")
@@ -139,6 +141,11 @@ def chosen_sweeps(config: ModelConfig) -> list[str]:
       f"--sweeps: unknown {', '.join(unknown) or 'nothing'}; choose from {', '.join(SWEEPS)}"
     )
   chosen = [name for name in SWEEPS if name in FLAGS.sweeps]
+  if ROUTERS[config.router].axes is None and (chosen, FLAGS.num_members) != (["decode"], ["1"]):
+    raise ValueError(
+      f"{FLAGS.preset} is dense and runs without a roster only: give --sweeps=decode "
+      "--num_members=1"
+    )
   if "transformers" not in chosen or FLAGS.transformers == "no":
     return [name for name in chosen if name != "transformers"]
   missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
@@ -161,6 +168,8 @@ def needed_bytes(config: ModelConfig, sizes: Sizes, chosen: list[str]) -> int:
     "cache": 12 * sizes.cache_context,
     "late": sizes.context,
     "scoring": sizes.score_tokens,
+    "aggregation": sizes.score_tokens,
+    "samplers": sizes.context,
     "transformers": sizes.context,
   }
   # Capacities are rounded up. Caches are donated, so there is one of each.
