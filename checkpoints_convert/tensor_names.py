@@ -27,7 +27,8 @@ from roe_jax.checkpoint import Piece, piece_shapes
 from roe_jax.config import ModelConfig
 from roe_jax.quantization import pack, unpack
 
-# The layouts of experts: separate matrices, as on the hub, or one array for all.
+# The layouts of experts: as on the hub, which is separate matrices in most families, or the arrays
+# that transformers 5 holds in memory, one for all.
 SEPARATE, FUSED = "separate", "fused"
 _TILE = 256  # tile size of the first two axes when transposing
 
@@ -131,6 +132,20 @@ _GPT_OSS_EXPERTS = (
   Rule(_DOWN + "_bias", "experts.down_bias", "E D -> E D"),
 )
 
+_SPARSE = _LAYER + "block_sparse_moe."
+_GRANITE = (
+  *_COMMON,
+  *_QKV_BIASES,
+  _OUTPUT_BIAS,
+  Rule(_SPARSE + "router.layer.weight", "router", "E D -> E D", layout=SEPARATE),
+  Rule(_SPARSE + "input_linear.weight", "experts.gate_up", "E (U F) D -> E F U D", layout=SEPARATE),
+  Rule(_SPARSE + "output_linear.weight", "experts.down", "E D F -> E F D", layout=SEPARATE),
+  Rule(_SPARSE + "router.weight", "router", "E D -> E D", layout=FUSED),
+  Rule(_SPARSE + "experts.gate_up_proj", "experts.gate_up", "E (U F) D -> E F U D", layout=FUSED),
+  Rule(_SPARSE + "experts.down_proj", "experts.down", "E D F -> E F D", layout=FUSED),
+)
+_SHARED_MLP = _LAYER + "shared_mlp."
+
 FAMILIES: dict[str, tuple[Rule, ...]] = {
   "olmoe": (
     *_COMMON,
@@ -158,6 +173,22 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
     Rule(_MLP + "shared_expert_gate.weight", "shared_expert.gate", "I D -> I D"),
   ),
   "qwen3_moe": (*_COMMON, *_QK_NORMS_PER_HEAD, *_MLP_EXPERTS),
+  "granitemoe": _GRANITE,
+  "granitemoeshared": (
+    *_GRANITE,
+    Rule(
+      _SHARED_MLP + "input_linear.weight",
+      "shared_expert.gate_up",
+      "(U G) D -> G U D",
+      when="d_shared_expert",
+    ),
+    Rule(
+      _SHARED_MLP + "output_linear.weight",
+      "shared_expert.down",
+      "D G -> G D",
+      when="d_shared_expert",
+    ),
+  ),
   "llama": _DENSE,
   "mistral": _DENSE,
   "qwen2": _DENSE,

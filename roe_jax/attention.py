@@ -101,13 +101,14 @@ def attend_in_layer(
     `[B, T, H, C]` in the dtype of `query`, and the cache.
   """
   sinks = None if weights.sinks is None else to_compute_dtype(weights.sinks[layer])
+  options = dict(sinks_H=sinks, scale=config.attention_multiplier)
   is_sliding, index = location.is_sliding, location.index
   new = query_BxTxHxC, key_BxTxKxC, value_BxTxKxC, positions_BxT
   if cache is None:
     if is_sliding is False:
-      return attend(*new, sinks_H=sinks), None
+      return attend(*new, **options), None
     window = jnp.where(is_sliding, config.sliding_window or NO_POSITION, NO_POSITION)
-    return attend(*new, sinks_H=sinks, window=window), None
+    return attend(*new, **options, window=window), None
   written = key_BxTxKxC, value_BxTxKxC, positions_BxT[:, 0]
   sliding = cache.sliding
   if write and is_sliding is not True:
@@ -116,10 +117,11 @@ def attend_in_layer(
     cache = kv_cache.write(cache, *written, target)
 
   def attend_to_all():
-    return attend(*new, cache, index, sinks)
+    return attend(*new, cache, index, **options)
 
   def attend_to_window():
-    return attend(*new, sliding, index, sinks, config.sliding_window, attend_to_new=write)
+    window = config.sliding_window
+    return attend(*new, sliding, index, **options, window=window, attend_to_new=write)
 
   if isinstance(is_sliding, bool):
     heads = attend_to_window() if is_sliding else attend_to_all()
@@ -145,6 +147,7 @@ def attend(
   sinks_H: jax.Array | None = None,
   window: jax.Array | int | None = None,
   attend_to_new: bool = False,
+  scale: float | None = None,
 ) -> jax.Array:
   """Attends from each token to earlier cached positions and to itself.
 
@@ -163,6 +166,7 @@ def attend(
     sinks_H: one logit per head that takes part in the softmax without a value.
     window: attention window, including the current position; unlimited by default.
     attend_to_new: whether tokens attend to each other in addition to a cache.
+    scale: factor on the scores; `C**-0.5` by default.
 
   Returns:
     `[B, T, H, C]` in the dtype of `query`.
@@ -171,7 +175,7 @@ def attend(
   b, t, h, c = query_BxTxHxC.shape
   k = own_key_BxTxKxC.shape[2]
   query = query_BxTxHxC.reshape(b, t, k, h // k, c)
-  scale = c**-0.5
+  scale = c**-0.5 if scale is None else scale
 
   def visible(positions):
     """Returns the mask `[B, T, S]` of positions `[B, 1, S]`."""

@@ -17,7 +17,7 @@ from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
 from roe_jax.experts import Activation
 from roe_jax.noise import RoutingNoise
-from roe_jax.numerics import add, project, rms_norm, to_compute_dtype
+from roe_jax.numerics import add, multiply, project, rms_norm, to_compute_dtype
 from roe_jax.params import LayerParams, Params
 from roe_jax.routers import ROUTERS
 
@@ -37,8 +37,17 @@ class BlockOutputs(struct.PyTreeNode):
   router_logits: Any = None
 
 
-def embed(params: Params, tokens_BxT: jax.Array) -> jax.Array:
+def embed(params: Params, config: ModelConfig, tokens_BxT: jax.Array) -> jax.Array:
   """Embeds tokens: hidden states `[B, T, D]` before the first block."""
+  return scale(_embed(params, tokens_BxT), config.embedding_multiplier)
+
+
+def scale(x: jax.Array, factor: float) -> jax.Array:
+  """Returns `factor * x` in the dtype of `x`."""
+  return x if factor == 1 else multiply(x, jnp.float32(factor))
+
+
+def _embed(params, tokens_BxT):
   mesh = sharding.mesh_of(params.embedding)
   if mesh is None:
     return to_compute_dtype(params.embedding[tokens_BxT])
@@ -53,7 +62,8 @@ def unembed(params: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
   """Computes float32 logits `[..., V]` from hidden states `[..., D]` after the last block."""
 
   def run(final_norm, unembedding, x):
-    return project(norm(config, x, final_norm), unembedding[None], 0)
+    logits = project(norm(config, x, final_norm), unembedding[None], 0)
+    return logits if config.logits_scaling == 1 else logits / config.logits_scaling
 
   mesh = sharding.mesh_of(params.unembedding)
   if mesh is not None:
@@ -68,6 +78,11 @@ def unembed(params: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
 def norm(config: ModelConfig, x: jax.Array, weight: jax.Array) -> jax.Array:
   """Applies the RMSNorm of the residual stream, `[..., D]`."""
   return rms_norm(x, weight, config.rms_norm_eps, config.norm_weight_in_float32)
+
+
+def add_to_residual(config: ModelConfig, x: jax.Array, y: jax.Array) -> jax.Array:
+  """Adds what attention or the MoE block computes to the residual stream."""
+  return add(x, scale(y, config.residual_multiplier))
 
 
 def router_logits(
@@ -243,7 +258,7 @@ class _Block:
       self.write,
       self.lengths_B,
     )
-    x = add(x, attention.output(layers.attention, layer, heads))
+    x = add_to_residual(config, x, attention.output(layers.attention, layer, heads))
 
     normed = norm(config, x, layers.moe_norm[layer])
     logits = router_logits(config, layers, layer, normed)
@@ -264,7 +279,7 @@ class _Block:
       y = add(y, experts.shared(layers.shared_expert, layer, normed))
     _, key, value = new
     outputs = BlockOutputs(keys=key, values=value, experts=chosen, router_logits=logits)
-    return add(x, y), cache if self.write else None, outputs
+    return add_to_residual(config, x, y), cache if self.write else None, outputs
 
 
 def forward(
@@ -296,5 +311,7 @@ def forward(
       "and pass jnp.array([tokens]) for one sequence"
     )
   positions = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
-  x, _, outputs = run_layers(params, config, embed(params, tokens_BxT), positions, **options)
+  x, _, outputs = run_layers(
+    params, config, embed(params, config, tokens_BxT), positions, **options
+  )
   return unembed(params, config, x), outputs
