@@ -7,7 +7,7 @@ import sys
 from absl import flags, logging
 import jax
 
-from checkpoints_convert import quantize_checkpoint, summary
+from checkpoints_convert import outputs, quantize_checkpoint, summary
 from checkpoints_convert.common import ConversionError
 from checkpoints_convert.from_hugging_face import convert_from_hugging_face
 from checkpoints_convert.to_hugging_face import convert_to_hugging_face
@@ -62,7 +62,8 @@ def run(values: flags.FlagValues) -> int:
   if "verbosity" not in values or not values["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax logs every step at INFO
   try:
-    _convert(values)
+    with outputs.held(None if values.dry_run else values.target, outputs.WHOLE_FOLDER):
+      _convert(values)
   except (ValueError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1

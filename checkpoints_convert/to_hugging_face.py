@@ -51,7 +51,7 @@ def convert_to_hugging_face(
     FileNotFoundError: the source is not a complete checkpoint.
     FileExistsError: the target exists.
   """
-  checkpoint.check_target(target, overwrite, "config.json")
+  checkpoint.check_target(target, overwrite, "config.json", source)
   config = checkpoint.load_config(source)
   if dtype != "source":
     config = config.replace(dtype=dtype)

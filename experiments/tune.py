@@ -38,9 +38,10 @@ from absl import flags
 import numpy as np
 from tqdm import tqdm
 
+from checkpoints_convert import outputs
 from experiments import tasks
 from experiments.analysis import output_temperatures
-from experiments.cli import app, outputs
+from experiments.cli import app
 from experiments.evaluation.prompts import PromptBuilder
 from experiments.records import runs
 from experiments.tuning import confirm, trials, tuning_configs

@@ -40,6 +40,7 @@ def rotate(x_BxTxHxC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   return jnp.concatenate([new_first, new_second], axis=-1)
 
 
+@jax.named_scope("attention")
 def project(
   config: ModelConfig,
   weights: AttentionParams,
@@ -68,6 +69,7 @@ def project(
   return rotate(query, cos, sin), rotate(key, cos, sin), value
 
 
+@jax.named_scope("attention")
 def attend_in_layer(
   config: ModelConfig,
   weights: AttentionParams,
@@ -253,6 +255,7 @@ def block_size(platform: str | None = None) -> int:
   return 256 if (platform or jax.default_backend()) == "cpu" else 2048
 
 
+@jax.named_scope("attention")
 def output(weights: AttentionParams, layer: jax.Array | int, heads_BxTxHxC: jax.Array) -> jax.Array:
   """Projects the heads back to the residual stream, `[B, T, D]`."""
   projected = collectives.psum(

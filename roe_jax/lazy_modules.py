@@ -14,6 +14,15 @@ class LazyModule:
     return getattr(importlib.import_module(self._name), attribute)
 
 
+def is_available(module: Any) -> bool:
+  """Returns whether a `LazyModule` can be imported."""
+  try:
+    importlib.import_module(module._name)
+  except ImportError:
+    return False
+  return True
+
+
 # The languages of kernels, which CPUs do not use.
 if TYPE_CHECKING:
   from jax.experimental import pallas as pl

@@ -176,6 +176,7 @@ class RoutingNoise(struct.PyTreeNode):
   member: jax.Array
   family: Family = struct.field(pytree_node=False, default=FAMILIES[GUMBEL])
 
+  @jax.named_scope("router")
   def perturb(self, layer: jax.Array, logits_BxTxE: jax.Array, count: int) -> jax.Array:
     """Adds noise to router logits, of which the `count` largest are then chosen.
 

@@ -89,6 +89,16 @@ def dequantize(matrix: Quantized, dtype: jnp.dtype = jnp.float32) -> jax.Array:
   return jnp.concatenate([p.astype(dtype) for p in dequantize_parts(matrix)], axis=-1)
 
 
+def dequantize_layer(tree: Any, layer: Any, num_experts: int, dtype: jnp.dtype) -> Any:
+  """Returns one layer `[E, ...]` of a tree of `[L·E, ...]`, with quantized matrices in `dtype`."""
+  sliced = jax.tree.map(
+    lambda w: jax.lax.dynamic_slice_in_dim(w, layer * num_experts, num_experts), tree
+  )
+  return jax.tree.map(
+    lambda w: dequantize(w, dtype) if is_quantized(w) else w, sliced, is_leaf=is_quantized
+  )
+
+
 def dequantize_parts(matrix: Quantized) -> list[jax.Array]:
   """Like `dequantize` in float32, but separately for the halves of D that share a byte.
 

@@ -41,6 +41,7 @@ def with_experts(config: ModelConfig, count: int, gates: str = "model") -> Model
   )
 
 
+@jax.named_scope("router")
 def route(
   config: ModelConfig,
   logits: jax.Array,

@@ -37,6 +37,7 @@ class BlockOutputs(struct.PyTreeNode):
   router_logits: Any = None
 
 
+@jax.named_scope("embed")
 def embed(params: Params, config: ModelConfig, tokens_BxT: jax.Array) -> jax.Array:
   """Embeds tokens: hidden states `[B, T, D]` before the first block."""
   return scale(_embed(params, tokens_BxT), config.embedding_multiplier)
@@ -58,6 +59,7 @@ def _embed(params, tokens_BxT):
   return to_compute_dtype(take(params.embedding, tokens_BxT))
 
 
+@jax.named_scope("unembed")
 def unembed(params: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
   """Computes float32 logits `[..., V]` from hidden states `[..., D]` after the last block."""
 
@@ -85,6 +87,7 @@ def add_to_residual(config: ModelConfig, x: jax.Array, y: jax.Array) -> jax.Arra
   return add(x, scale(y, config.residual_multiplier))
 
 
+@jax.named_scope("router")
 def router_logits(
   config: ModelConfig, layers: LayerParams, layer: jax.Array | int, normed: jax.Array
 ) -> jax.Array:

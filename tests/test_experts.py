@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from roe_jax import experts as experts_lib
-from roe_jax import numerics
-from roe_jax.experts import tiled_loop
+from roe_jax import lazy_modules, numerics
+from roe_jax.experts import choices, tiled_loop
 from roe_jax.params import ExpertParams
 
 pytestmark = pytest.mark.slow
@@ -248,6 +248,36 @@ def test_a_kernel_is_used_only_if_it_works(strategy, expert_format, monkeypatch)
     monkeypatch.setitem(experts_lib._FUNCTIONS, strategy, broken)
     assert not works()
   experts_lib.kernel_passes.cache_clear()
+
+
+@pytest.mark.parametrize("strategy", ["gather_gemv", "grouped_matmul"])
+def test_without_pallas_triton_ragged_dot_takes_over(strategy, monkeypatch):
+  """As in a JAX that no longer has it: also for other platforms, whose branches are traced too."""
+  monkeypatch.setattr(lazy_modules.plgpu, "_name", "jax.experimental.pallas.removed")
+  assert not lazy_modules.is_available(lazy_modules.plgpu)
+  params, args = weights(), rows(7)
+  run = jax.jit(lambda *args: experts_lib.apply(*args, strategy))
+  assert_agrees(run(params, 1, *args), params, 1, *args, PLAIN)
+  assert "ragged_dot" in str(jax.make_jaxpr(run)(params, 1, *args))
+  quantized, _ = expert_loop.quantized_weights("int4", (L, E), F, D)
+  jax.make_jaxpr(run)(quantized, 1, *args)
+
+
+def test_crossovers_of_a_measured_device_come_before_those_of_its_platform(monkeypatch):
+  measured = (choices.Step("dense", max_pairs=2), choices.Step("ragged_dot"))
+  monkeypatch.setitem(choices.CROSSOVERS, ("NVIDIA H100", "bfloat16"), measured)
+
+  def chosen(kind, format, n):
+    steps = choices.steps(kind, "gpu", format)
+    return next(s.strategy for s in steps if s.holds(n, 8, 64))
+
+  assert [chosen("NVIDIA H100 80GB HBM3", "bfloat16", n) for n in (16, 17)] == [
+    "dense",
+    "ragged_dot",
+  ]
+  # Other devices and formats keep the platform's lines.
+  assert chosen("NVIDIA A100", "bfloat16", 4) == chosen("NVIDIA H100", "int8", 4) == "gather_gemv"
+  assert choices.steps("NVIDIA H100", "gpu", "int8")[-1] == choices.Step("tiled_loop")
 
 
 def test_an_unknown_strategy_is_refused():

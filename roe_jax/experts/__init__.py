@@ -13,15 +13,20 @@ tokens. They differ in how often they read an expert's weights and where they ru
   accelerators.
 * `padded`: such blocks as one batched matmul with gathered weights. Differentiable; for
   training and small models.
+* `ragged_dot`, and `tokamax` where that package is installed: grouped matmul by
+  `jax.lax.ragged_dot` and `tokamax.ragged_dot`.
 
 The only expert of a dense model is computed without dispatch (`every_token.only`), whatever the
 strategy, unless it is quantized.
 
 `tiled_loop`, `gather_gemv` and `grouped_matmul` dequantize quantized experts tile by tile;
-`dense` and `padded` dequantize all experts of a layer, and are not chosen for them.
+the others dequantize all experts of a layer, and are not chosen for them.
+
+`choices` says which strategy is chosen.
 """
 
 import functools
+from importlib import util
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +34,7 @@ import numpy as np
 
 from roe_jax import collectives
 from roe_jax.experts import (
+  choices,
   every_token,
   expert_parallel,
   gather_gemv,
@@ -41,7 +47,7 @@ from roe_jax.experts.batched_matmul import dense, padded
 from roe_jax.experts.every_token import shared
 from roe_jax.numerics import to_compute_dtype
 from roe_jax.params import ExpertParams
-from roe_jax.quantization import CONTRACTED, dequantize, is_quantized, quantize
+from roe_jax.quantization import CONTRACTED, dequantize_layer, is_quantized, quantize
 
 _FUNCTIONS = {
   "tiled_loop": tiled_loop.compute,
@@ -49,10 +55,11 @@ _FUNCTIONS = {
   "gather_gemv": gather_gemv.compute,
   "grouped_matmul": grouped_matmul.compute,
   "padded": padded,
+  "ragged_dot": grouped_matmul.by_ragged_dot,
 }
+if util.find_spec("tokamax") is not None:
+  _FUNCTIONS["tokamax"] = grouped_matmul.by_tokamax
 STRATEGIES = tuple(_FUNCTIONS)
-# Number of tokens up to which `dense` is bound by reading the weights, on an H200.
-MAX_DENSE_TOKENS = 180
 
 
 def check_strategy(strategy: str | None) -> None:
@@ -72,22 +79,25 @@ def choose_strategy(
 ) -> str:
   """Chooses the strategy for a static number of tokens on `platform` (default: the backend).
 
-  A kernel is chosen only if `kernel_passes`, and on TPUs only if the weights' last axis
-  (`width`) is a multiple of 128: XLA would copy others into another layout in every call.
+  The first of `choices.steps` that holds. One other than `dense` and `tiled_loop`, which
+  run anywhere, must also pass `kernel_passes`, and on TPUs the weights' last axis (`width`)
+  must be a multiple of 128: XLA would copy others into another layout in every call.
   """
+  kind = platform or jax.default_backend()
+  if kind == jax.default_backend() != "cpu":
+    kind = jax.devices()[0].device_kind
   platform = platform or jax.default_backend()
-  fallback = "dense" if expert_format is None else "tiled_loop"
-  if platform == "cpu":
-    return "tiled_loop"
-  if num_tokens * experts_per_token <= num_experts // 2:
-    wanted = "gather_gemv"
-  elif num_tokens > MAX_DENSE_TOKENS or expert_format is not None:
-    wanted = "grouped_matmul"
-  else:
-    return "dense"
-  if platform == "tpu" and width % 128:
-    return fallback
-  return wanted if kernel_passes(wanted, dtype, expert_format) else fallback
+  runs_anywhere = ("tiled_loop", "dense")
+  for step in choices.steps(kind, platform, expert_format or dtype):
+    if step.holds(num_tokens, experts_per_token, num_experts) and (
+      step.strategy in runs_anywhere
+      or (
+        not (platform == "tpu" and width % 128)
+        and kernel_passes(step.strategy, dtype, expert_format)
+      )
+    ):
+      return step.strategy
+  raise AssertionError("the last step always holds")
 
 
 @functools.cache
@@ -132,6 +142,7 @@ def _error(strategy, dtype, expert_format):
   return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
+@jax.named_scope("experts")
 def apply(
   experts: ExpertParams,
   layer: jax.Array | int,
@@ -175,20 +186,10 @@ def apply(
   return compute(experts, jnp.asarray(layer), x_NxD, indices_NxA, gates_NxA)
 
 
-def _dequantize_layer(weights, layer, num_experts, dtype):
-  """Returns one layer's experts `[E, ...]`, with quantized matrices in `dtype`."""
-  sliced = jax.tree.map(
-    lambda w: jax.lax.dynamic_slice_in_dim(w, layer * num_experts, num_experts), weights
-  )
-  return jax.tree.map(
-    lambda w: dequantize(w, dtype) if is_quantized(w) else w, sliced, is_leaf=is_quantized
-  )
-
-
 def _compute(strategy, num_experts, activation, weights, layer, x, indices, gates):
   """Runs a strategy, with weights converted to the dtype that it takes."""
   if strategy in ("padded", "dense") and is_quantized(weights.down):
-    weights, layer = _dequantize_layer(weights, layer, num_experts, x.dtype), 0
+    weights, layer = dequantize_layer(weights, layer, num_experts, x.dtype), 0
   if strategy != "tiled_loop":
     weights = jax.tree.map(to_compute_dtype, weights)
   return _FUNCTIONS[strategy](num_experts, activation, weights, layer, x, indices, gates)

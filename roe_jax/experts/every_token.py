@@ -8,6 +8,7 @@ from roe_jax.numerics import add_bias, project, project_back, rounded
 from roe_jax.params import ExpertParams, SharedExpertParams
 
 
+@jax.named_scope("experts")
 def shared(weights: SharedExpertParams, layer: jax.Array | int, x: jax.Array) -> jax.Array:
   """Returns `down(silu(gate x) * up x)` of tokens `[..., D]`, in their dtype.
 

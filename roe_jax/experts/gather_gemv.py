@@ -17,9 +17,10 @@ import jax.numpy as jnp
 
 from roe_jax.experts.activation import Activation
 from roe_jax.experts.gpu_kernels import load, shifted, tile_at
+from roe_jax.experts.grouped_matmul import by_ragged_dot
 from roe_jax.experts.packing import combine
 from roe_jax.experts.tpu_kernels import apply_on_tpu
-from roe_jax.lazy_modules import pl, plgpu
+from roe_jax.lazy_modules import is_available, pl, plgpu
 from roe_jax.params import ExpertParams
 from roe_jax.quantization import (
   codes_and_scales,
@@ -66,8 +67,11 @@ def compute(
   def pairs(kernel):
     return functools.partial(by_pairs, kernel, num_experts, activation)
 
-  kernels = {"cuda": pairs(on_gpu), "rocm": pairs(on_gpu), "tpu": pairs(on_tpu)}
-  default = pairs(functools.partial(on_gpu, interpret=True))
+  if is_available(plgpu):
+    gpu, default = pairs(on_gpu), pairs(functools.partial(on_gpu, interpret=True))
+  else:  # Pallas' Triton backend is deprecated since jax 0.11
+    gpu = default = functools.partial(by_ragged_dot, num_experts, activation)
+  kernels = {"cuda": gpu, "rocm": gpu, "tpu": pairs(on_tpu)}
   inputs = weights, jnp.asarray(layer, jnp.int32), x, indices, gates
   return jax.lax.platform_dependent(*inputs, **kernels, default=default)
 

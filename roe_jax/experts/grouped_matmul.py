@@ -8,7 +8,7 @@ GPUs and TPUs do not use `ragged_dot_general` because XLA lowers it badly. For N
 jaxlib 0.10.2 by default expands it to a dense product over all groups, with E times the
 work and a masked copy of the tokens for each group; for a TPU v5e, XLA copied a layer's
 experts into another layout. It also needs a copy of one layer's experts, or groups for all
-layers.
+layers. It takes over on GPUs if Pallas' Triton backend, deprecated since jax 0.11, is gone.
 """
 
 import functools
@@ -20,9 +20,10 @@ from roe_jax.experts.activation import Activation
 from roe_jax.experts.gpu_kernels import apply_on_gpu
 from roe_jax.experts.packing import block_size, combine, plan
 from roe_jax.experts.tpu_kernels import apply_on_tpu
+from roe_jax.lazy_modules import is_available, plgpu
 from roe_jax.numerics import rounded
 from roe_jax.params import ExpertParams
-from roe_jax.quantization import Quantized
+from roe_jax.quantization import Quantized, dequantize_layer
 
 
 def compute(
@@ -47,11 +48,12 @@ def compute(
   def blocks(kernel):
     return functools.partial(by_blocks, kernel, num_experts, activation)
 
-  if isinstance(weights.down, Quantized):  # ragged_dot_general cannot dequantize
-    default = blocks(functools.partial(apply_on_gpu, interpret=True))
-  else:
-    default = functools.partial(by_ragged_dot, num_experts, activation)
-  gpu, tpu = blocks(apply_on_gpu), blocks(apply_on_tpu)
+  gpu = default = functools.partial(by_ragged_dot, num_experts, activation)
+  tpu = blocks(apply_on_tpu)
+  if is_available(plgpu):
+    gpu = blocks(apply_on_gpu)
+    if isinstance(weights.down, Quantized):  # without a dequantized copy of the layer
+      default = blocks(functools.partial(apply_on_gpu, interpret=True))
   inputs = weights, jnp.asarray(layer, jnp.int32), x, indices, gates
   return jax.lax.platform_dependent(*inputs, cuda=gpu, rocm=gpu, tpu=tpu, default=default)
 
@@ -70,34 +72,6 @@ def by_blocks(kernel, num_experts, activation, weights, layer, x, indices, gates
   return combine(out, gates, x.dtype)
 
 
-def by_ragged_dot(num_experts, activation, weights, layer, x, indices, gates):
-  """Uses `jax.lax.ragged_dot_general`; differentiable.
-
-  This copies the layer's experts. Groups for all layers (empty except this layer's) would
-  avoid the copy, but multiply the work by the number of layers where XLA expands the
-  operation to a dense one.
-  """
-  n, a = indices.shape
-  f, d = weights.down.shape[1:]
-  order = jnp.argsort(indices.reshape(n * a), stable=True)
-  experts = layer * num_experts + indices
-  sizes = jnp.bincount(indices.reshape(n * a), length=num_experts).astype(jnp.int32)
-  gate_up, down = (
-    jax.lax.dynamic_slice_in_dim(w, layer * num_experts, num_experts)
-    for w in (weights.gate_up, weights.down)
-  )
-  # Contracts the last axis in place, without a transposed copy of the weights.
-  projected = _ragged_dot(x[order // a], gate_up.reshape(num_experts, 2 * f, d), sizes, 2)
-  projected = projected.reshape(n * a, f, 2)
-  if weights.gate_up_bias is not None:
-    projected += weights.gate_up_bias[experts.reshape(n * a)[order]]
-  hidden = rounded(activation(*jnp.moveaxis(projected, 2, 0)), x.dtype)
-  out = _ragged_dot(hidden, down, sizes, 1)[jnp.argsort(order).reshape(n, a)]
-  if weights.down_bias is not None:
-    out += weights.down_bias[experts]
-  return combine(out, gates, x.dtype)
-
-
 def _ragged_dot(tokens, weights, sizes, axis):
   """Multiplies sorted tokens `[M, K]` by their group's matrix, contracting its `axis`; float32."""
   precision = jax.lax.Precision.HIGHEST if tokens.dtype == jnp.float32 else None
@@ -109,3 +83,44 @@ def _ragged_dot(tokens, weights, sizes, axis):
   return jax.lax.ragged_dot_general(
     tokens, weights, sizes, numbers, precision=precision, preferred_element_type=jnp.float32
   )
+
+
+def by_tokamax(*args):
+  """Uses `tokamax.ragged_dot`, which contracts the middle axis: XLA may copy `gate_up`."""
+  import tokamax  # pyright: ignore[reportMissingImports]
+
+  def ragged_dot(tokens, weights, sizes, axis):
+    weights = weights if axis == 1 else weights.swapaxes(1, 2)
+    precision = jax.lax.Precision.HIGHEST if tokens.dtype == jnp.float32 else None
+    return tokamax.ragged_dot(tokens, weights, sizes, precision, jnp.float32)
+
+  return by_ragged_dot(*args, ragged_dot=ragged_dot)
+
+
+def by_ragged_dot(
+  num_experts, activation, weights, layer, x, indices, gates, ragged_dot=_ragged_dot
+):
+  """Uses `jax.lax.ragged_dot_general`; differentiable.
+
+  This copies the layer's experts. Groups for all layers (empty except this layer's) would
+  avoid the copy, but multiply the work by the number of layers where XLA expands the
+  operation to a dense one.
+  """
+  n, a = indices.shape
+  order = jnp.argsort(indices.reshape(n * a), stable=True)
+  experts = layer * num_experts + indices
+  sizes = jnp.bincount(indices.reshape(n * a), length=num_experts).astype(jnp.int32)
+  gate_up, down = (
+    dequantize_layer(w, layer, num_experts, x.dtype) for w in (weights.gate_up, weights.down)
+  )
+  f, d = down.shape[1:]
+  # Contracts the last axis in place, without a transposed copy of the weights.
+  projected = ragged_dot(x[order // a], gate_up.reshape(num_experts, 2 * f, d), sizes, 2)
+  projected = projected.reshape(n * a, f, 2)
+  if weights.gate_up_bias is not None:
+    projected += weights.gate_up_bias[experts.reshape(n * a)[order]]
+  hidden = rounded(activation(*jnp.moveaxis(projected, 2, 0)), x.dtype)
+  out = ragged_dot(hidden, down, sizes, 1)[jnp.argsort(order).reshape(n, a)]
+  if weights.down_bias is not None:
+    out += weights.down_bias[experts]
+  return combine(out, gates, x.dtype)

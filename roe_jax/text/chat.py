@@ -10,17 +10,24 @@ import hashlib
 import json
 import os
 import pathlib
-from typing import Any
-
-import jinja2
-from jinja2 import ext, meta, nodes, sandbox
+from typing import TYPE_CHECKING, Any
 
 from roe_jax.checkpoint_folder import PathLike
 from roe_jax.completion import Completion
+from roe_jax.lazy_modules import LazyModule
 from roe_jax.text import answer as answer_lib
 from roe_jax.text import tokenizer as tokenizer_lib
 from roe_jax.text.answer import Answer, AnswerReader
 from roe_jax.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+  import jinja2
+  from jinja2 import ext, meta, nodes, sandbox
+else:
+  jinja2 = LazyModule("jinja2")
+  ext, meta, nodes, sandbox = (
+    LazyModule(f"jinja2.{name}") for name in ("ext", "meta", "nodes", "sandbox")
+  )
 
 TEMPLATE_FILE = "chat_template.jinja"
 # Variables that every template gets; any other that it uses is a setting.
@@ -266,22 +273,22 @@ def check_messages(messages: Any) -> None:
       )
 
 
-class _GenerationBlocks(ext.Extension):
-  """Renders the content of {% generation %} blocks, which mark training targets."""
-
-  tags = {"generation"}  # noqa: RUF012 - as in the base class
-
-  def parse(self, parser):
-    line = next(parser.stream).lineno
-    return nodes.Scope(
-      parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
-    )
-
-
-def _environment() -> jinja2.Environment:
+def _environment():
   """Returns a sandboxed environment, since templates are downloaded code."""
+
+  class GenerationBlocks(ext.Extension):
+    """Renders the content of {% generation %} blocks, which mark training targets."""
+
+    tags = {"generation"}  # noqa: RUF012 - as in the base class
+
+    def parse(self, parser):
+      line = next(parser.stream).lineno
+      return nodes.Scope(
+        parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+      )
+
   environment = sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, ext.loopcontrols]
+    trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlocks, ext.loopcontrols]
   )
   environment.globals["raise_exception"] = _raise_exception
   environment.filters["tojson"] = _to_json
