@@ -4,6 +4,7 @@ CKPT/model_config.json              ModelConfig.to_json()
 CKPT/tokenizer.json, ...            COMPANION_FILES, copied where they exist
 CKPT/params/top/                    embedding, final_norm, unembedding
 CKPT/params/layers_00000_00004/     layers 0 to 3, stacked on a leading axis
+CKPT/carving.json                   which neuron went where, if experts were carved
 CKPT/manifest.json                  format, pieces, provenance; written last
 """
 
@@ -25,6 +26,7 @@ FORMAT = 2
 CONFIG_FILE = "model_config.json"
 MANIFEST_FILE = "manifest.json"
 PLAN_FILE = "plan.json"  # only in a folder that is being written
+CARVING_FILE = "carving.json"  # which neuron of a dense model went where
 COMPANION_FILES = (
   "tokenizer.json",
   "tokenizer_config.json",
@@ -214,9 +216,11 @@ def start_partial(target: PathLike, marker: str, text: str) -> pathlib.Path:
   return partial
 
 
-def copy_companion_files(source: PathLike | None, target: PathLike) -> None:
-  """Copies the `COMPANION_FILES` that `source` has, if it is given."""
-  for name in COMPANION_FILES if source is not None else ():
+def copy_companion_files(
+  source: PathLike | None, target: PathLike, names: tuple[str, ...] = COMPANION_FILES
+) -> None:
+  """Copies the files of these names that `source` has, if it is given."""
+  for name in names if source is not None else ():
     file = pathlib.Path(source or "") / name
     if file.is_file():
       shutil.copyfile(file, pathlib.Path(target) / name)
