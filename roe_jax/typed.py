@@ -52,6 +52,35 @@ def check(name: str, value: Any, hint: Any) -> None:
     raise ValueError(f"{name} must be {allowed}, got {value!r}"[:300])
 
 
+def check_keys(
+  what: str,
+  values: dict[str, Any],
+  kinds: dict[str, Any],
+  required: bool = True,
+  others: bool = False,
+) -> None:
+  """Checks a dictionary from a JSON file.
+
+  Args:
+    what: its name in messages.
+    values: the dictionary.
+    kinds: the type of each key.
+    required: whether all keys must be there.
+    others: whether other keys may be there.
+
+  Raises:
+    ValueError: a key is missing or unknown, or a value is not of its type.
+  """
+  missing, unknown = sorted(kinds.keys() - values.keys()), sorted(values.keys() - kinds.keys())
+  if required and missing:
+    raise ValueError(f"{what} has no {', '.join(missing)}")
+  if unknown and not others:
+    raise ValueError(f"{what} has unknown keys: {', '.join(unknown)}"[:300])
+  for name, kind in kinds.items():
+    if name in values:
+      check(f"{name} of {what}", values[name], kind)
+
+
 @functools.cache
 def hints(kind: type) -> dict[str, Any]:
   """Returns the types of a dataclass's fields."""
@@ -66,12 +95,16 @@ def _members(hint):
 def _word(kind):
   if kind is types.NoneType:
     return "null"
+  if kind is dict or typing.get_origin(kind) is dict:
+    return "an object"
   if typing.get_origin(kind) is tuple:
     return "a list whose items are " + _word(typing.get_args(kind)[0]).removeprefix("an ") + "s"
   return _WORDS.get(kind, f"a {kind.__name__}")
 
 
 def _is(value, kind):
+  if typing.get_origin(kind) is dict:
+    return isinstance(value, dict)
   if typing.get_origin(kind) is tuple:
     return isinstance(value, tuple) and all(_is(v, typing.get_args(kind)[0]) for v in value)
   if kind is int:

@@ -175,7 +175,7 @@ def define_model_flags(default: str | None = None) -> None:
   flags.DEFINE_string(
     "checkpoint",
     default,
-    "Model to load: the folder of a roe_jax checkpoint, a Hugging Face folder, "
+    "Model to load: the folder of a roe_jax checkpoint, a Hugging Face folder, a .gguf file, "
     "hf:org/name[@revision] on the Hugging Face hub, or an embedded model: "
     + ", ".join(EMBEDDED + name for name in assets.NAMES)
     + ".",
@@ -621,8 +621,8 @@ def load_params(
   params, config = jax.block_until_ready(model_formats.load_params(folder, dtype, shardings))
   if checkpoints_convert.is_hugging_face(folder) and not name.startswith(EMBEDDED):
     print(
-      f"[read Hugging Face files in {time.perf_counter() - begin:.1f} s; to convert them, also to "
-      f"int8 or int4: python -m checkpoints_convert --source={folder} --target=NEW_FOLDER]",
+      f"[read {name} in {time.perf_counter() - begin:.1f} s; to convert it, also to "
+      f"int8 or int4: python -m checkpoints_convert --source={name} --target=NEW_FOLDER]",
       file=sys.stderr,
     )
   check_profile(params)
