@@ -153,6 +153,20 @@ _GPT_OSS_EXPERTS = (
   Rule(_DOWN + ".bias", "experts.down_bias", "E D -> E D", layout=SPLIT),
 )
 
+_SPARSE = _LAYER + "block_sparse_moe."
+_GRANITE = (
+  *_COMMON,
+  *_QKV_BIASES,
+  _OUTPUT_BIAS,
+  Rule(_SPARSE + "router.layer.weight", "router", "E D -> E D", layout=SEPARATE),
+  Rule(_SPARSE + "input_linear.weight", "experts.gate_up", "E (U F) D -> E F U D", layout=SEPARATE),
+  Rule(_SPARSE + "output_linear.weight", "experts.down", "E D F -> E F D", layout=SEPARATE),
+  Rule(_SPARSE + "router.weight", "router", "E D -> E D", layout=FUSED),
+  Rule(_SPARSE + "experts.gate_up_proj", "experts.gate_up", "E (U F) D -> E F U D", layout=FUSED),
+  Rule(_SPARSE + "experts.down_proj", "experts.down", "E D F -> E F D", layout=FUSED),
+)
+_SHARED_MLP = _LAYER + "shared_mlp."
+
 FAMILIES: dict[str, tuple[Rule, ...]] = {
   "olmoe": (
     *_COMMON,
@@ -180,6 +194,22 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
     Rule(_MLP + "shared_expert_gate.weight", "shared_expert.gate", "I D -> I D"),
   ),
   "qwen3_moe": (*_COMMON, *_QK_NORMS_PER_HEAD, *_MLP_EXPERTS),
+  "granitemoe": _GRANITE,
+  "granitemoeshared": (
+    *_GRANITE,
+    Rule(
+      _SHARED_MLP + "input_linear.weight",
+      "shared_expert.gate_up",
+      "(U G) D -> G U D",
+      when="d_shared_expert",
+    ),
+    Rule(
+      _SHARED_MLP + "output_linear.weight",
+      "shared_expert.down",
+      "D G -> G D",
+      when="d_shared_expert",
+    ),
+  ),
   "llama": _DENSE,
   "mistral": _DENSE,
   "qwen2": _DENSE,

@@ -81,6 +81,27 @@ def _qwen3(**fields: Any) -> ModelConfig:
   )
 
 
+def _granite(**fields: Any) -> ModelConfig:
+  return _preset(
+    "granitemoe",
+    vocab_size=49155,
+    num_kv_heads=8,
+    head_dim=64,
+    experts_per_token=8,
+    d_expert=512,
+    context_length=131072,
+    embedding_multiplier=12.0,
+    attention_multiplier=0.015625,
+    residual_multiplier=0.22,
+    logits_scaling=6.0,
+    rms_norm_eps=1e-6,
+    bos_token_id=0,
+    pad_token_id=0,
+    eos_token_ids=(0,),
+    **fields,
+  )
+
+
 PRESETS = {
   "olmoe-1b-7b": _preset(
     "olmoe",
@@ -135,6 +156,12 @@ PRESETS = {
     rms_norm_eps=1e-6,
     bos_token_id=151643,
     eos_token_ids=(151643,),
+  ),
+  "granite-3.1-1b-a400m": _granite(
+    num_layers=24, d_model=1024, num_heads=16, num_experts=32, rope_theta=1.5e6
+  ),
+  "granite-3.1-3b-a800m": _granite(
+    num_layers=32, d_model=1536, num_heads=24, num_experts=40, rope_theta=1e7
   ),
   "smollm2-135m": _preset(
     "llama",

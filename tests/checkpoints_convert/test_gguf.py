@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers, trainers
 
 import checkpoints_convert
-from checkpoints_convert import ConversionError, gguf_files, gguf_model, gguf_tokenizer
+from checkpoints_convert import ConversionError, gguf_files, gguf_model, gguf_tokenizer, hub
 from roe_jax import families, model_formats
 from roe_jax.quantization import Quantized, dequantize_on_host
 from roe_jax.text.chat import Chat
@@ -463,6 +463,9 @@ def small_llama(path, edit=with_tokenizer, tensors=lambda t: t, **changes):
 
 def test_a_file_is_a_model_wherever_a_folder_is_one(tmp_path):
   path = small_llama(tmp_path / "m.gguf")
+  fingerprint = hub.open_source(hub.find(str(path))).fingerprint
+  gguf_model._expand.cache_clear()  # as when another process resumes
+  assert hub.open_source(hub.find(str(path))).fingerprint == fingerprint
   params, config, tokenizer = model_formats.open_model(path)
   chat = Chat.load(model_formats.find_folder(path), tokenizer)
   prompt = chat.prompt([{"role": "user", "content": "quick"}])
