@@ -24,7 +24,7 @@ from roe_jax import cache as kv_cache
 from roe_jax import params as params_lib
 from roe_jax.checkpoint_folder import CARVING_FILE, named_leaves
 from roe_jax.config import ModelConfig
-from roe_jax.numerics import add, project
+from roe_jax.numerics import project
 from roe_jax.params import LayerParams
 from roe_jax.routers import LINEAR, NEURONS, NONE
 from roe_jax.text.tokenizer import Tokenizer
@@ -199,7 +199,8 @@ def carve(
   x = jnp.zeros(())
   for piece, arrays in pieces:
     if not piece.num_layers:
-      x = jnp.asarray(np.asarray(arrays["embedding"])[tokens_BxT])
+      top = params_lib.abstract(dense).replace(embedding=jnp.asarray(arrays["embedding"]))
+      x = transformer.embed(top, dense, jnp.asarray(tokens_BxT))
       yield piece, dict(arrays), []
       continue
     layers = _layer_params(dense, arrays)
@@ -262,7 +263,8 @@ def calibrate(config, is_sliding, layers, layer, x, positions, rotation):
       kv_cache.LayerLocation(is_sliding, layer),
       False,
     )
-    return add(x, attention.output(layers.attention, layer, heads))[0]
+    output = attention.output(layers.attention, layer, heads)
+    return transformer.add_to_residual(config, x, output)[0]
 
   x = jax.lax.map(attend, x)
   normed = transformer.norm(config, x, layers.moe_norm[layer]).reshape(-1, x.shape[-1])

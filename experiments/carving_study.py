@@ -106,7 +106,7 @@ def perplexity_of_variant(
   tokens = jnp.asarray(np.concatenate([calibration, text]))
   positions = jnp.arange(tokens.shape[1])[None]
   rotation = attention.rotation(config, positions)
-  x = transformer.embed(params, tokens)
+  x = transformer.embed(params, config, tokens)
   known = slice(calibration.size)
   for layer in range(config.num_layers):
     location = kv_cache.layer_location(config, layer, (layer, layer + 1))
@@ -138,7 +138,7 @@ def perplexity_of_variant(
     for expert, neurons in enumerate(division.experts):
       rows = np.flatnonzero((chosen == expert).any(axis=1))[:, None]
       hidden[rows, neurons] = (contributions / norms)[rows, neurons]
-    x += (hidden @ down).reshape(x.shape)
+    x = transformer.add_to_residual(config, x, jnp.asarray(hidden @ down).reshape(x.shape))
   nll = [
     _nll(params, config, states, jnp.asarray(tokens))
     for states, tokens in zip(x[len(calibration) :], text)

@@ -193,7 +193,7 @@ def test_layers_are_calibrated_on_carved_outputs_and_runs_are_equal(source, carv
   layers = params.layers
   positions = np.broadcast_to(np.arange(64), tokens.shape)
   x, _, _ = transformer.run_layers(
-    params, config, transformer.embed(params, tokens), positions, layers=(0, 1)
+    params, config, transformer.embed(params, config, tokens), positions, layers=(0, 1)
   )
   silent = layers.replace(
     experts=layers.experts.replace(down=0 * layers.experts.down),
