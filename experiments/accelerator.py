@@ -16,14 +16,13 @@ summary ends with the crossovers of expert strategies, to paste into `roe_jax.ex
 from collections.abc import Callable, Sequence
 import pathlib
 import signal
-import sys
 import time
 from typing import Any
 
 from absl import flags
 import jax
 
-from experiments.benchmarks import crossover_fit, device_stages, supervisor
+from experiments.benchmarks import crossover_fit, device_stages, expert_kernels, supervisor
 from experiments.benchmarks.floors import Rates
 from experiments.benchmarks.supervisor import FAILED, Stage
 from experiments.cli import app
@@ -43,13 +42,13 @@ def define_flags() -> None:
   flags.DEFINE_bool("retry", False, "Measure again what failed in an earlier run.")
 
 
-class _Terminated(BaseException):
+class _Terminated(SystemExit):
   """SIGTERM."""
 
 
 def _terminate(number, frame):
-  del number, frame
-  raise _Terminated
+  del frame
+  raise _Terminated(128 + number)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -84,15 +83,11 @@ def main(argv: Sequence[str]) -> None:
     app.write_atomically(output / "table.txt", text)
     return text
 
-  terminated = False
   try:
     supervisor.run(stages, saved, deadline, write)
-  except _Terminated:
-    terminated = True
-  print(write())
-  print(f"Saved {output}/results.jsonl and table.txt; {time.monotonic() - begin:.0f} s.")
-  if terminated:
-    sys.exit(128 + signal.SIGTERM)
+  finally:  # also after SIGTERM
+    print(write())
+    print(f"Saved {output}/results.jsonl and table.txt; {time.monotonic() - begin:.0f} s.")
 
 
 def _number(key: str, form: str = ".3f") -> Callable[[Record], str]:
@@ -197,11 +192,20 @@ def summary(stages: Sequence[Stage], saved: jsonl.SavedValues) -> str:
     parts.append(title + "\n" + aligned(["case", *columns], rows) if rows else title)
   if failures:
     parts.append("Failed:\n" + "\n".join(f"  {failure}" for failure in failures))
-  experts = [r for n, r in records.items() if n.startswith("experts/") and FAILED not in r]
   kind = records["machine/rates"]["device"]
-  if lines := crossover_fit.lines(kind, experts):
+  if lines := crossover_fit.lines(kind, _finished_experts(stages, saved)):
     parts.append("For CROSSOVERS in roe_jax/experts/choices.py:\n" + "\n".join(lines))
   return "\n\n".join(parts) + "\n"
+
+
+def _finished_experts(stages, saved):
+  """Returns the records of experts at points where no promising strategy is missing."""
+  stage = next((s for s in stages if s.name == "experts"), None)
+  if stage is None:
+    return []
+  missing = {c.name.rpartition(" ")[0] for c in expert_kernels.promising(stage.todo(saved))}
+  found = [(name.removeprefix("experts/"), r) for name, r in saved.items() if "strategy" in r]
+  return [r for name, r in found if name.rpartition(" ")[0] not in missing]
 
 
 def aligned(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,6 +1,6 @@
 """Expert strategies on one layer of published models: error, time, and ratio to the floor."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 import functools
 import itertools
 from typing import Any
@@ -16,6 +16,7 @@ from roe_jax import experts, presets, quantization
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.experts import Activation
+from roe_jax.numerics import to_compute_dtype
 
 MODELS = ("olmoe-1b-7b", "gpt-oss-20b", "qwen3-30b-a3b", "mixtral-8x7b")
 FORMATS = ("bfloat16", "mxfp4", "int8", "int4", "float32")
@@ -86,7 +87,7 @@ def reference(num_experts, activation, weights, x, indices, gates):
       lambda w: (
         quantization.dequantize(w)
         if quantization.is_quantized(w)
-        else params_lib.numerics.to_compute_dtype(w).astype(jnp.float32)
+        else to_compute_dtype(w).astype(jnp.float32)
       ),
       one,
       is_leaf=quantization.is_quantized,
@@ -99,7 +100,7 @@ def reference(num_experts, activation, weights, x, indices, gates):
       projected += w.gate_up_bias.T[:, None]
     out = jnp.dot(activation(*projected), w.down, precision="highest")
     if w.down_bias is not None:
-      out += w.down_bias
+      out += w.down_bias[None]
     return total + jnp.where(indices == i, gates, 0).sum(-1)[:, None] * out
 
   return jax.lax.fori_loop(0, num_experts, add, jnp.zeros(x.shape, jnp.float32))
@@ -203,16 +204,27 @@ def cases(toy: bool) -> list[Case]:
   if toy:
     groups = groups[:2]
 
-  def of(promising: bool) -> Iterator[Case]:
-    for (model, format), n in itertools.product(groups, sizes(toy)):
-      for strategy, (least, most) in PROMISING.items():
-        if strategy in experts.STRATEGIES and promising == (least <= n <= most):
-          yield Case(
-            f"{model} {format} {n} {strategy}",
-            functools.partial(_measure, model, format, strategy, n),
-          )
+  found = [
+    Case(
+      f"{model} {format} {n} {strategy}", functools.partial(_measure, model, format, strategy, n)
+    )
+    for (model, format), n in itertools.product(groups, sizes(toy))
+    for strategy in PROMISING
+    if strategy in experts.STRATEGIES
+  ]
+  first = promising(found)
+  return first + [case for case in found if case not in first]
 
-  return [*of(True), *of(False)]
+
+def promising(cases: Sequence[Case]) -> list[Case]:
+  """Returns the cases in which a strategy may be the fastest."""
+
+  def may_win(case):
+    *_, n, strategy = case.name.split(" ")
+    least, most = PROMISING[strategy]
+    return least <= int(n) <= most
+
+  return [case for case in cases if may_win(case)]
 
 
 def _measure(model, format, strategy, num_tokens, layers):

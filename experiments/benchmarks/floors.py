@@ -70,8 +70,8 @@ def measure(toy: bool) -> dict[str, Any]:
   The bandwidth is the larger one of copying an array and of reading it; the rate of matmuls the
   larger one of bfloat16 and float32 (on CPUs without bfloat16 units, the latter).
   """
-  size = 2**22 if toy else min(2**28, machine.free_bytes() // 32)
-  width = 512 if toy else 8192
+  size = 2**20 if toy else min(2**28, machine.free_bytes() // 32)
+  width = 256 if toy else 8192
   array = jnp.ones(size, jnp.float32)
   copy = _rate(lambda x, _: x + 1, array, 2 * array.nbytes)
   # Not linear in the last sum, so that the compiler can neither hoist nor factor it.
