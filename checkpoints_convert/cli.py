@@ -7,7 +7,7 @@ import sys
 from absl import flags, logging
 import jax
 
-from checkpoints_convert import quantize_checkpoint, summary
+from checkpoints_convert import carve_checkpoint, carving, outputs, quantize_checkpoint, summary
 from checkpoints_convert.common import ConversionError
 from checkpoints_convert.from_hugging_face import convert_from_hugging_face
 from checkpoints_convert.to_hugging_face import convert_to_hugging_face
@@ -46,6 +46,30 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     False,
     "Keep experts that are stored in MXFP4 (GPT-OSS); otherwise they are decoded to --dtype.",
   )
+  string(
+    "carve",
+    None,
+    "Carve experts out of a dense model: S4A8E16 divides each layer into 16 equal experts, of "
+    "which 4 process every token and 8 of the other 12 are active.",
+  )
+  string(
+    "calibration",
+    None,
+    "Text file whose tokens show which neurons are active together, with --carve.",
+  )
+  flags.DEFINE_integer(
+    "calibration_tokens",
+    carve_checkpoint.TOKENS,
+    "Number of tokens of --calibration to use.",
+    flag_values=values,
+  )
+  enum(
+    "carve_router",
+    carve_checkpoint.ROUTERS[0],
+    list(carve_checkpoint.ROUTERS),
+    "Router of carved experts: linear is fitted to the experts' activations by least squares; "
+    "neurons is one representative neuron per expert (CMoE).",
+  )
   boolean("dry_run", False, "Check the source and print what would be written, without writing.")
   boolean("to_hugging_face", False, "Convert a roe_jax checkpoint to a Hugging Face folder.")
   string("revision", None, "Branch, tag or commit on the hub.")
@@ -62,7 +86,8 @@ def run(values: flags.FlagValues) -> int:
   if "verbosity" not in values or not values["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax logs every step at INFO
   try:
-    _convert(values)
+    with outputs.held(None if values.dry_run else values.target, outputs.WHOLE_FOLDER):
+      _convert(values)
   except (ValueError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
@@ -82,9 +107,16 @@ def _convert(values: flags.FlagValues) -> None:
       "--quantize_experts and --keep_mxfp4 apply to checkpoints, but --to_hugging_face writes a "
       "Hugging Face folder: leave them out"
     )
+  _check_carving(values)
   from_checkpoint = values.quantize_experts and quantize_checkpoint.is_checkpoint(values.source)
   if values.dry_run and not (values.to_hugging_face or from_checkpoint):
-    print(summary.describe_source(values.source, values.revision, dtype=values.dtype, **formats))
+    carved = lambda config: config
+    if values.carve:
+      plan = carving.Plan.parse(values.carve)
+      carved = lambda config: carve_checkpoint.carved_config(config, plan, values.carve_router)
+    print(
+      summary.describe_source(values.source, values.revision, carved, dtype=values.dtype, **formats)
+    )
     return
   if values.dry_run:
     if from_checkpoint:
@@ -100,6 +132,17 @@ def _convert(values: flags.FlagValues) -> None:
   if values.to_hugging_face:
     arguments |= dict(max_shard_bytes=max_shard_bytes)
     config = convert_to_hugging_face(values.source, values.target, **arguments)
+  elif values.carve:
+    config = carve_checkpoint.convert(
+      values.source,
+      values.target,
+      plan=carving.Plan.parse(values.carve),
+      calibration=values.calibration,
+      router=values.carve_router,
+      num_tokens=values.calibration_tokens,
+      revision=values.revision,
+      **arguments,
+    )
   elif from_checkpoint:
     config = quantize_checkpoint.convert(values.source, values.target, **arguments, **formats)
   else:
@@ -109,6 +152,24 @@ def _convert(values: flags.FlagValues) -> None:
   print(
     f"wrote {values.target}: {config.family}, {config.num_layers} layers, {config.dtype}" + experts
   )
+
+
+def _check_carving(values: flags.FlagValues) -> None:
+  """Checks the flags of carving, as far as that needs no source."""
+  if not values.carve:
+    idle = [n for n in ("calibration", "calibration_tokens", "carve_router") if values[n].present]
+    if idle:
+      raise ConversionError(f"--{idle[0]} applies to --carve only: add --carve, or leave it out")
+    return
+  carving.Plan.parse(values.carve)
+  others = ("to_hugging_face", "quantize_experts", "keep_mxfp4")
+  given = [name for name in others if getattr(values, name)]
+  if given:
+    raise ConversionError(
+      f"--carve and --{given[0]} exclude each other: carve first, then convert the result"
+    )
+  if not (values.calibration or values.dry_run):
+    raise ConversionError("--carve needs --calibration: give a text file, such as TEXT.txt")
 
 
 def parse_size(text: str) -> int:

@@ -1,4 +1,4 @@
-"""What all programs share: complete --help, and a quiet end when their output is cut."""
+"""What all programs share: complete --help, paths with ~, a quiet end when their output is cut."""
 
 from collections.abc import Callable
 import os
@@ -9,6 +9,7 @@ from absl import app, flags
 
 # Flags of these packages are shown by --help; others only by --helpfull.
 _PACKAGES = ("checkpoints_convert", "experiments")
+_TEXTS = ("prompt", "stop", "system")  # flags whose values are never paths
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
@@ -16,12 +17,25 @@ def run(main: Callable[[list[str]], Any]) -> None:
 
   A closed standard output, as in `program | head`, ends it with the exit code of SIGPIPE.
   """
-  for module, defined in flags.FLAGS.flags_by_module_dict().items():
-    for flag in defined if module.split(".")[0] in _PACKAGES else ():
-      flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+  ours = [
+    flag
+    for module, defined in flags.FLAGS.flags_by_module_dict().items()
+    for flag in defined
+    if module.split(".")[0] in _PACKAGES
+  ]
+  for flag in ours:
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+  def expanded(argv):
+    # Shells do not expand the ~ of --target=~/model.
+    for flag in ours:
+      if flag.name not in _TEXTS and isinstance(flag.value, str) and flag.value.startswith("~/"):
+        flag.value = os.path.expanduser(flag.value)
+    return main(argv)
+
   try:
     try:
-      app.run(main)
+      app.run(expanded)
     finally:
       sys.stdout.flush()
   except BrokenPipeError:

@@ -35,7 +35,7 @@ def convert_from_hugging_face(
     ConversionError, ValueError: the source cannot be converted.
     FileExistsError: the target exists.
   """
-  checkpoint.check_target(target, overwrite, checkpoint.MANIFEST_FILE)
+  checkpoint.check_target(target, overwrite, checkpoint.MANIFEST_FILE, source)
   opened = hub.open_source(hub.find(source, revision), dtype, quantize_experts, keep_mxfp4)
   provenance = {
     "source": source,

@@ -54,7 +54,7 @@ def convert(
     FileNotFoundError: the source is not a complete checkpoint.
     FileExistsError: the target exists.
   """
-  checkpoint.check_target(target, overwrite, checkpoint.MANIFEST_FILE)
+  checkpoint.check_target(target, overwrite, checkpoint.MANIFEST_FILE, source)
   config = target_config(source, dtype, quantize_experts, keep_mxfp4)
   stored = checkpoint.load_config(source)
   provenance = checkpoint.load_provenance(source) | {

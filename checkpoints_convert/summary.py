@@ -1,5 +1,6 @@
 """Describes what a conversion would write."""
 
+from collections.abc import Callable
 import math
 import os
 from typing import Any
@@ -13,12 +14,18 @@ from roe_jax.checkpoint_folder import piece_num_bytes
 from roe_jax.config import ModelConfig
 
 
-def describe_source(source: str, revision: str | None, **options: Any) -> str:
+def describe_source(
+  source: str,
+  revision: str | None,
+  change: Callable[[ModelConfig], ModelConfig] = lambda config: config,
+  **options: Any,
+) -> str:
   """Describes a Hugging Face source; of a model on the hub only headers are downloaded.
 
   Args:
     source: a local folder, or a hub name.
     revision: branch, tag or commit on the hub.
+    change: changes the config of the source to that of what would be written.
     **options: see `hub.open_source`.
 
   Raises:
@@ -26,7 +33,7 @@ def describe_source(source: str, revision: str | None, **options: Any) -> str:
   """
   opened = hub.open_without_weights(source, revision, **options)
   stored = ", ".join(opened.stored_dtypes)
-  return f"source: {source} (dtypes in its files: {stored})\n" + describe(opened.config)
+  return f"source: {source} (dtypes in its files: {stored})\n" + describe(change(opened.config))
 
 
 def describe(config: ModelConfig) -> str:

@@ -9,7 +9,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from checkpoints_convert import quantize_checkpoint, safetensors_files, tensor_names
+from checkpoints_convert import (
+  carve_checkpoint,
+  quantize_checkpoint,
+  safetensors_files,
+  tensor_names,
+)
 from checkpoints_convert.common import check_space
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
@@ -39,7 +44,7 @@ def convert_to_hugging_face(
   An interrupted conversion resumes after the last finished file when it is called again.
 
   Args:
-    source: a roe_jax checkpoint.
+    source: a roe_jax checkpoint; one that was carved is written as the dense model.
     target: the folder to write, which `transformers` can load.
     dtype: "float32", "bfloat16", or "source" for the checkpoint's own. Experts in
       MXFP4 stay in MXFP4.
@@ -51,12 +56,15 @@ def convert_to_hugging_face(
     FileNotFoundError: the source is not a complete checkpoint.
     FileExistsError: the target exists.
   """
-  checkpoint.check_target(target, overwrite, "config.json")
+  checkpoint.check_target(target, overwrite, "config.json", source)
   config = checkpoint.load_config(source)
   if dtype != "source":
     config = config.replace(dtype=dtype)
   pieces = checkpoint.load_pieces(source)
   read = lambda names: checkpoint.iterate_pieces(source, names)
+  if carve_checkpoint.is_carved(config):
+    carved, config = config, carve_checkpoint.dense_config(config)
+    read = lambda names: carve_checkpoint.dense_pieces(source, carved, names)
   fingerprint = quantize_checkpoint.fingerprint(source)
   _write(target, config, pieces, read, source, fingerprint, max_shard_bytes)
   return config

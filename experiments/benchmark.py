@@ -2,14 +2,15 @@
 
   python -m experiments.benchmark --preset=laptop
   python -m experiments.benchmark --preset=laptop --num_cores=1 --output=benchmark_one_core
+  python -m experiments.benchmark --preset=vocabulary --sweeps=aggregation,samplers
   python -m experiments.benchmark --preset=olmoe-1b-7b     (GPU or TPU, 16 GB)
   python -m experiments.benchmark --preset=mixtral-8x7b    (96 GB)
 
 Times decode steps and scoring of models with random weights against n, τ, context length, batch
-size and cache. The cases of a sweep take turns in each round, along with a measurement of memory
-bandwidth. The floor of a step is the time to read once what it needs: its unique active experts,
-attention, the output head, and the keys and values it attends to. Where torch and transformers
-are installed, the same model and roster run in transformers too.
+size, cache, aggregation and sampling. The cases of a sweep take turns in each round, along with a
+measurement of memory bandwidth. The floor of a step is the time to read once what it needs: its
+unique active experts, attention, the output head, and the keys and values it attends to. Where
+torch and transformers are installed, the same model and roster run in transformers too.
 
 Writes table.txt (also printed), results.jsonl (one line per case) and cost.png to --output.
 Rerun with the same flags, it keeps finished sweeps.
@@ -161,6 +162,8 @@ def needed_bytes(config: ModelConfig, sizes: Sizes, chosen: list[str]) -> int:
     "cache": 12 * sizes.cache_context,
     "late": sizes.context,
     "scoring": sizes.score_tokens,
+    "aggregation": sizes.score_tokens,
+    "samplers": sizes.context,
     "transformers": sizes.context,
   }
   # Capacities are rounded up. Caches are donated, so there is one of each.

@@ -13,7 +13,8 @@ import pathlib
 from absl import flags
 import numpy as np
 
-from experiments.cli import app, outputs
+from checkpoints_convert import outputs
+from experiments.cli import app
 from experiments.cli.extras import matplotlib, plt
 
 FLAGS = flags.FLAGS

@@ -22,7 +22,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments.cli import app, outputs, text_files
+from checkpoints_convert import outputs
+from experiments.cli import app, text_files
 from experiments.records import jsonl
 from roe_jax import batching, decode, stopping
 from roe_jax.numerics import naming_sequences

@@ -1,14 +1,15 @@
 """Checks that a roster's results agree on all meshes, and times a decode step on each.
 
   python -m experiments.meshes
+  python -m experiments.meshes --dtype=bfloat16 --mesh=data:1 --mesh=expert:8 --batch_sizes=40,8,1
 
-Solves word problems greedily with the embedded models in float32, with the same seed, on
-meshes of forced host devices, and compares tokens and log-probabilities with those of the
-first mesh. A completion may part from the first mesh's only at a tie: the first mesh then
-scores both tokens, whose log-probabilities must agree to 1e-5; later tokens are not compared.
-Log-probabilities may differ by more than 1e-5 only after a tie between two experts of a
-router, which is measured. All devices share the same cores, so step times measure work and
-overhead, and do not decrease with the number of devices.
+Solves word problems greedily with the embedded models, with the same seed, on meshes of forced
+host devices, and compares tokens and log-probabilities with those of the first mesh. In float32, a
+completion may part from the first mesh's only at a tie: the first mesh then scores both tokens,
+whose log-probabilities must agree to 1e-5; later tokens are not compared. Log-probabilities may
+differ by more than 1e-5 only after a tie between two experts of a router, which is measured. In
+bfloat16, differences are only counted. All devices share the same cores, so step times measure
+work and overhead, and do not decrease with the number of devices.
 
 Takes about three minutes on two cores. Writes results.json and table.md to --output.
 """
@@ -65,7 +66,14 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     "host_devices", 8, "Number of devices that the CPU is split into; 0 uses the real devices."
   )
-  flags.DEFINE_integer("num_examples", 200, "Number of test problems, solved as one batch.")
+  flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
+  flags.DEFINE_integer("num_examples", 200, "Number of test problems.")
+  flags.DEFINE_list(
+    "batch_sizes",
+    [],
+    "Batch sizes, each measured on each mesh; the first is the reference. Default: all problems as "
+    "one batch.",
+  )
   flags.DEFINE_integer("max_new_tokens", 64, "Maximum number of tokens per problem.")
   flags.DEFINE_integer("num_members", 4, "Roster size n.")
   flags.DEFINE_float("tau", 0.3, "Router temperature τ of all layers.")
@@ -102,13 +110,13 @@ class Outlier:
     place: index of the first such token in its completion.
     difference: largest difference in the completion.
     margin: smallest router logit margin between a selected and an unselected expert up to that
-      token; see `diagnostics.routing_margins`.
+      token; see `diagnostics.routing_margins`. None in bfloat16, where it explains nothing.
   """
 
   text: int
   place: int
   difference: float
-  margin: float
+  margin: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +141,7 @@ class Comparison:
   def is_same(self) -> bool:
     """Whether tokens differ only at ties, and log-probabilities only after ties of experts."""
     return all(abs(t.gap) <= TOLERANCE for t in self.parted) and all(
-      o.margin <= ROUTING_TOLERANCE for o in self.outliers
+      o.margin is not None and o.margin <= ROUTING_TOLERANCE for o in self.outliers
     )
 
 
@@ -147,6 +155,7 @@ class Model:
   prompts: list[list[int]]
   stop_tokens: tuple[int, ...]
   max_new_tokens: int
+  batch_size: int
 
   def complete(self) -> list[Completion]:
     return decode.generate(
@@ -156,7 +165,7 @@ class Model:
       max_new_tokens=self.max_new_tokens,
       roster=self.roster,
       stop_tokens=self.stop_tokens,
-      batch_size=len(self.prompts),
+      batch_size=self.batch_size,
     ).completions
 
   def gap(self, text: int, before: Sequence[int], tokens: tuple[int, int]) -> float:
@@ -189,14 +198,14 @@ def open_model(
   tau: float,
   seed: int,
   max_new_tokens: int,
+  dtype: str = "float32",
 ) -> Model:
-  """Opens a model of word problems in float32 on a mesh."""
-  params, config, tokenizer = app.open_model(checkpoint, "float32", mesh)
+  """Opens a model of word problems on a mesh, to solve them as one batch."""
+  params, config, tokenizer = app.open_model(checkpoint, dtype, mesh)
   prompts = [tokenizer.encode(wordmath.prompt(p)) for p in wordmath.problems("test", num_examples)]
   roster = Roster.create(config, num_members, tau, seed=seed)
-  return Model(
-    params, config, roster, prompts, tokenizer_lib.stop_tokens(tokenizer, config), max_new_tokens
-  )
+  stop_tokens = tokenizer_lib.stop_tokens(tokenizer, config)
+  return Model(params, config, roster, prompts, stop_tokens, max_new_tokens, len(prompts))
 
 
 def compare_completions(
@@ -214,9 +223,9 @@ def compare_completions(
     difference = max(difference, float(found.max()))
     if found.max() > TOLERANCE:
       wrong = int(np.argmax(found > TOLERANCE))
-      outliers.append(
-        Outlier(text, wrong, float(found.max()), first.margin(text, one.tokens[:wrong]))
-      )
+      is_exact = first.config.dtype == "float32"
+      margin = first.margin(text, one.tokens[:wrong]) if is_exact else None
+      outliers.append(Outlier(text, wrong, float(found.max()), margin))
     if place is not None:
       parted.append(
         Tie(text, place, pairs[place], first.gap(text, one.tokens[:place], pairs[place]))
@@ -233,10 +242,10 @@ class Steps:
     self._model = params_lib.in_storage_dtype(model.params), model.config, model.roster
     self._state = decode.start(
       *self._model,
-      model.prompts,
-      range(len(model.prompts)),
+      model.prompts[: model.batch_size],
+      range(min(model.batch_size, len(model.prompts))),
       model.max_new_tokens,
-      len(model.prompts),
+      model.batch_size,
       prefill.capacity_for(model.config, model.prompts, model.max_new_tokens),
     )
     self._stop_tokens = jnp.full(8, -1)
@@ -317,6 +326,18 @@ def table(results: dict[str, dict[str, Any]]) -> str:
   return "\n".join(lines)
 
 
+def differences(results: dict[str, dict[str, dict[str, Any]]]) -> Iterator[str]:
+  """Yields how much the results of each case differ from those of the first."""
+  for name, cases in results.items():
+    for case, found in cases.items():
+      if same := found.get("comparison"):
+        yield (
+          f"{name}, {case}: {len(same['parted'])} of {same['num_identical'] + len(same['parted'])} "
+          "completions have other tokens; log-probabilities differ by up to "
+          f"{same['difference']:.2g}"
+        )
+
+
 def verdict(results: dict[str, dict[str, dict[str, Any]]], first: str) -> Iterator[str]:
   """Yields a sentence for every exception, and a verdict."""
   different = []
@@ -346,32 +367,41 @@ def verdict(results: dict[str, dict[str, dict[str, Any]]], first: str) -> Iterat
 
 
 def measure(
-  checkpoint: str, meshes: Sequence[str], rounds: int, on_turn=lambda: None, **settings: Any
+  checkpoint: str,
+  meshes: Sequence[str],
+  rounds: int,
+  on_turn=lambda: None,
+  batch_sizes: Sequence[int] = (),
+  **settings: Any,
 ) -> dict[str, dict[str, Any]]:
-  """Measures a model on each mesh; returns {mesh: results}.
+  """Measures a model on each mesh; returns {mesh: results}, or {"mesh, batch of B": results}.
 
   Args:
     checkpoint: the model, as in --checkpoints.
     meshes: the meshes, as in --mesh.
     rounds: number of timing rounds.
-    on_turn: called after each mesh's completions, and after each turn of timing.
+    on_turn: called after the completions of each case, and after each turn of timing.
+    batch_sizes: batch sizes on each mesh; by default all problems are one batch.
     **settings: further arguments of `open_model`.
   """
   results, steps = {}, {}
   for mesh in meshes:
-    model = open_model(checkpoint, mesh, **settings)
-    completions = model.complete()
-    if not results:
-      first, expected = model, completions
-    steps[mesh] = Steps(model)
-    results[mesh] = {"devices": model.params.final_norm.sharding.num_devices, **costs(steps[mesh])}
-    if model is not first:
-      comparison = compare_completions(first, expected, completions)
-      results[mesh] |= {"comparison": dataclasses.asdict(comparison), "same": comparison.is_same}
-    on_turn()
+    opened = open_model(checkpoint, mesh, **settings)
+    for size in batch_sizes or [opened.batch_size]:
+      model = dataclasses.replace(opened, batch_size=size)
+      completions, case = model.complete(), f"{mesh}, batch of {size}" if batch_sizes else mesh
+      if not results:
+        first, expected = model, completions
+      steps[case] = Steps(model)
+      devices = model.params.final_norm.sharding.num_devices
+      results[case] = {"devices": devices, **costs(steps[case])}
+      if model is not first:
+        comparison = compare_completions(first, expected, completions)
+        results[case] |= {"comparison": dataclasses.asdict(comparison), "same": comparison.is_same}
+      on_turn()
   if rounds:
-    for mesh, seconds in timing.take_turns(steps, rounds, on_turn=on_turn).items():
-      results[mesh]["seconds"] = timing.quartiles(seconds / STEPS)
+    for case, seconds in timing.take_turns(steps, rounds, on_turn=on_turn).items():
+      results[case]["seconds"] = timing.quartiles(seconds / STEPS)
   return results
 
 
@@ -390,17 +420,27 @@ def main(argv) -> None:
     app.parse_mesh(mesh)
   settings = {
     name: FLAGS[name].value
-    for name in ("num_examples", "num_members", "tau", "seed", "max_new_tokens")
+    for name in ("num_examples", "num_members", "tau", "seed", "max_new_tokens", "dtype")
   }
+  try:
+    batch_sizes = [int(size) for size in FLAGS.batch_sizes]
+    assert all(0 < size <= FLAGS.num_examples for size in batch_sizes)
+  except (ValueError, AssertionError):
+    raise ValueError(
+      f"--batch_sizes must be integers from 1 to --num_examples={FLAGS.num_examples}, got "
+      f"{','.join(FLAGS.batch_sizes)!r}"
+    ) from None
   results = {}
   with tqdm(
-    total=len(FLAGS.checkpoints) * len(FLAGS.mesh) * (1 + FLAGS.rounds),
+    total=len(FLAGS.checkpoints) * len(FLAGS.mesh) * max(1, len(batch_sizes)) * (1 + FLAGS.rounds),
     unit="turn",
     file=sys.stderr,
   ) as bar:
     for checkpoint in FLAGS.checkpoints:
       bar.set_description(pathlib.Path(checkpoint.removeprefix(app.EMBEDDED)).name)
-      results[checkpoint] = measure(checkpoint, FLAGS.mesh, FLAGS.rounds, bar.update, **settings)
+      results[checkpoint] = measure(
+        checkpoint, FLAGS.mesh, FLAGS.rounds, bar.update, batch_sizes, **settings
+      )
   output = pathlib.Path(FLAGS.output)
   app.write_atomically(
     output / "results.json",
@@ -410,7 +450,8 @@ def main(argv) -> None:
   text = "\n\n".join(f"## {name}\n\n{table(found)}" for name, found in results.items()) + "\n"
   app.write_atomically(output / "table.md", text)
   print(text)
-  print("\n".join(verdict(results, FLAGS.mesh[0])))
+  is_exact = FLAGS.dtype == "float32"
+  print("\n".join(verdict(results, FLAGS.mesh[0]) if is_exact else differences(results)))
   print(f"Saved {output}/table.md and results.json.")
 
 

@@ -31,10 +31,11 @@ import time
 
 from absl import flags
 
+from checkpoints_convert import outputs
 from experiments import figures, tasks
 from experiments.analysis import drawing
 from experiments.benchmarks import machine
-from experiments.cli import app, outputs, text_files
+from experiments.cli import app, text_files
 from experiments.figures import figure_models, results_page
 from experiments.figures.figure_run import (
   ABOUT,

@@ -24,7 +24,8 @@ from typing import Any
 from absl import flags
 import numpy as np
 
-from experiments.cli import app, outputs, text_files
+from checkpoints_convert import outputs
+from experiments.cli import app, text_files
 from experiments.records import jsonl
 from roe_jax import batching, scoring
 from roe_jax.config import ModelConfig

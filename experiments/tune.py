@@ -13,6 +13,8 @@ fresh noise seeds.
 
 Several processes may share a search: those of --num_workers, or several runs of the same
 command. (With --distributed, all processes run each trial together.) When rerun, it resumes.
+The values of trials do not depend on interruptions or on the number of processes. Which trials
+TPE suggests after the first sweep does: it learns from those that have ended by then.
 --output contains
 
 * `profile.json`, the best temperature profile (see `temperature_profiles`) so far. Its
@@ -30,17 +32,20 @@ Times include compilation. τ are traced: only the first trial compiles.
 import collections
 import contextlib
 import dataclasses
+import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 from absl import flags
 import numpy as np
 from tqdm import tqdm
 
+from checkpoints_convert import outputs
 from experiments import tasks
 from experiments.analysis import output_temperatures
-from experiments.cli import app, outputs
+from experiments.cli import app
 from experiments.evaluation.prompts import PromptBuilder
 from experiments.records import runs
 from experiments.tuning import confirm, trials, tuning_configs
@@ -56,6 +61,7 @@ from roe_jax.temperature_profiles import Profile
 FLAGS = flags.FLAGS
 PROFILE = "profile.json"
 SPLIT = "validation"
+_WORKER = "ROE_JAX_TUNE_WORKER"  # set in processes that `more_workers` starts
 
 
 def define_flags() -> None:
@@ -386,16 +392,33 @@ def confirm_best(params: Params, search: Search | None, setup: SearchSetup, mode
   }
 
 
+def end_with_parent() -> None:
+  """Ends this process at once when its standard input, a pipe, has lost its other end."""
+
+  def wait():
+    sys.stdin.read()
+    os._exit(1)  # a search resumes however its processes end
+
+  threading.Thread(target=wait, daemon=True).start()
+
+
 @contextlib.contextmanager
 def more_workers(output: pathlib.Path):
-  """Starts the other workers, which end with the search; each has its own log."""
+  """Starts the other workers, which end with the search or this process; each has its own log."""
   command = [sys.executable, "-m", "experiments.tune", *sys.argv[1:], "--num_workers=1"]
   logs = [output / f"worker-{i}.log" for i in range(1, FLAGS.num_workers)]
   workers = []
   try:
     for log in logs:
       with open(log, "w", encoding="utf-8") as file:
-        workers.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file))
+        worker = subprocess.Popen(
+          command,
+          stdin=subprocess.PIPE,
+          stdout=subprocess.DEVNULL,
+          stderr=file,
+          env=os.environ | {_WORKER: "1"},
+        )
+        workers.append(worker)
     yield
     for worker, log in zip(workers, logs):
       if worker.wait():
@@ -482,6 +505,8 @@ def print_report(profile: Profile, setup: SearchSetup) -> None:
 
 def main(argv) -> None:
   del argv
+  if os.environ.get(_WORKER):
+    end_with_parent()
   setup = prepare()
   search = app.in_all_processes(lambda: open_search(setup) if app.is_first_process() else None)
   if app.from_first_process(lambda: finished(setup) is None):

@@ -33,6 +33,16 @@ class Aggregation:
     return self.finish(self.add(None, logits), logits.shape[0])
 
 
+def _sum(values):
+  """Sums `[R, ...]` over members, as a product with ones.
+
+  XLA's CPU backend takes 30 times as long for a reduction over the leading axis (4 members, 64
+  tokens, a vocabulary of 50,304: 600 ms instead of 17 on two cores).
+  """
+  ones = jnp.ones(values.shape[0], values.dtype)
+  return jnp.tensordot(ones, values, 1, precision=jax.lax.Precision.HIGHEST)
+
+
 # Probabilities are summed as multiples of exp(-_SHIFT), so that float32 holds them down to
 # exp(-151), and smaller ones count as that.
 _SHIFT = 64.0
@@ -47,7 +57,7 @@ def _add_probabilities(state, logits):
   """
   exponentials = jnp.exp(logits - logits.max(axis=-1, keepdims=True) + _SHIFT)
   scale = math.exp(_SHIFT) / exponentials.sum(axis=-1, keepdims=True)
-  total = (exponentials * scale).sum(axis=0)
+  total = _sum(exponentials * scale)
   return total if state is None else state + total
 
 
@@ -64,7 +74,7 @@ MEAN_PROBABILITY = Aggregation(_add_probabilities, _log_mean)
 
 
 def _add_logits(state, logits):
-  total = logits.sum(axis=0)
+  total = _sum(logits)
   return total if state is None else state + total
 
 
@@ -74,7 +84,7 @@ MEAN_LOGIT = Aggregation(_add_logits, lambda state, n: jax.nn.log_softmax(state 
 
 def _add_votes(state, logits):
   """State: votes `[..., V]`, and the state of `MEAN_PROBABILITY`."""
-  votes = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1]).sum(axis=0)
+  votes = _sum(jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1]))
   if state is None:
     return votes, _add_probabilities(None, logits)
   return state[0] + votes, _add_probabilities(state[1], logits)
@@ -101,8 +111,8 @@ ALPHA, BETA = 0.1, 0.5
 def _add_contrast(state, logits):
   """State: the first member's logits, and the sum of the others'."""
   if state is None:
-    return logits[0], logits[1:].sum(axis=0)
-  return state[0], state[1] + logits.sum(axis=0)
+    return logits[0], _sum(logits[1:])
+  return state[0], state[1] + _sum(logits)
 
 
 def _contrast(state, n):

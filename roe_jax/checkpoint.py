@@ -26,6 +26,8 @@ import numpy as np
 
 from roe_jax import params as params_lib
 from roe_jax.checkpoint_folder import (
+  CARVING_FILE,
+  COMPANION_FILES,
   CONFIG_FILE,
   FORMAT,
   MANIFEST_FILE,
@@ -79,7 +81,7 @@ class Writer:
     Args:
       path: the folder to write.
       config: the model's config; `config.dtype` is the dtype on disk.
-      files: a folder from which `COMPANION_FILES` are copied.
+      files: a folder from which `COMPANION_FILES` and `CARVING_FILE` are copied.
       provenance: JSON values for the manifest: where the parameters came from.
       fingerprint: identifies the origin of the parameters; unfinished work of another
         fingerprint, config or plan is discarded. An empty one never resumes.
@@ -153,7 +155,7 @@ class Writer:
       for stray in self._params.iterdir():
         if stray.name not in self._written:
           shutil.rmtree(stray)
-      copy_companion_files(self._files, self._partial)
+      copy_companion_files(self._files, self._partial, (*COMPANION_FILES, CARVING_FILE))
       (self._partial / CONFIG_FILE).write_text(self.config.to_json(), encoding="utf-8")
       manifest = {
         "format": FORMAT,

@@ -4,6 +4,7 @@ CKPT/model_config.json              ModelConfig.to_json()
 CKPT/tokenizer.json, ...            COMPANION_FILES, copied where they exist
 CKPT/params/top/                    embedding, final_norm, unembedding
 CKPT/params/layers_00000_00004/     layers 0 to 3, stacked on a leading axis
+CKPT/carving.json                   which neuron went where, if experts were carved
 CKPT/manifest.json                  format, pieces, provenance; written last
 """
 
@@ -25,6 +26,7 @@ FORMAT = 2
 CONFIG_FILE = "model_config.json"
 MANIFEST_FILE = "manifest.json"
 PLAN_FILE = "plan.json"  # only in a folder that is being written
+CARVING_FILE = "carving.json"  # which neuron of a dense model went where
 COMPANION_FILES = (
   "tokenizer.json",
   "tokenizer_config.json",
@@ -149,11 +151,13 @@ def read_manifest(path: PathLike) -> dict[str, Any]:
 
 def partial_folder(target: PathLike) -> pathlib.Path:
   """Returns the folder in which `target` is built before it is renamed."""
-  target = pathlib.Path(target)
+  target = _resolved(target)
   return target.with_name(target.name + ".partial")
 
 
-def check_target(target: PathLike, overwrite: bool, marker: str) -> None:
+def check_target(
+  target: PathLike, overwrite: bool, marker: str, source: PathLike | None = None
+) -> None:
   """Checks that `target` may be written: absent, empty, or replaceable.
 
   Args:
@@ -161,22 +165,27 @@ def check_target(target: PathLike, overwrite: bool, marker: str) -> None:
     overwrite: whether an existing folder may be replaced.
     marker: a file that a replaceable folder contains, so that a mistyped target never deletes
       an unrelated folder.
+    source: a folder or file that is read meanwhile, so that the target must not contain it.
 
   Raises:
     FileExistsError: it may not be written.
   """
-  target = pathlib.Path(target)
+  target = _resolved(target)
   if not target.exists() or (target.is_dir() and not any(target.iterdir())):
     return
   if not overwrite:
+    complete = " and is complete" if (target / marker).is_file() else ""
     raise FileExistsError(
-      f"the target {target} exists: choose another, or replace it with --overwrite"
+      f"the target {target} exists{complete}: choose another, or replace it with --overwrite"
     )
   if not (target / marker).is_file():
     raise FileExistsError(
       f"the target {target} exists and has no {marker}, so this program did not write it and does "
       "not replace it: choose another target"
     )
+  found = None if source is None else _resolved(source)
+  if found and found.exists() and target in (found, *found.parents):
+    raise FileExistsError(f"the target {target} has the source {source} in it: choose another")
   if _replaced_folder(target).exists():
     raise FileExistsError(
       f"{_replaced_folder(target)} is needed to replace {target}, but it exists: move it away"
@@ -207,9 +216,11 @@ def start_partial(target: PathLike, marker: str, text: str) -> pathlib.Path:
   return partial
 
 
-def copy_companion_files(source: PathLike | None, target: PathLike) -> None:
-  """Copies the `COMPANION_FILES` that `source` has, if it is given."""
-  for name in COMPANION_FILES if source is not None else ():
+def copy_companion_files(
+  source: PathLike | None, target: PathLike, names: tuple[str, ...] = COMPANION_FILES
+) -> None:
+  """Copies the files of these names that `source` has, if it is given."""
+  for name in names if source is not None else ():
     file = pathlib.Path(source or "") / name
     if file.is_file():
       shutil.copyfile(file, pathlib.Path(target) / name)
@@ -217,12 +228,17 @@ def copy_companion_files(source: PathLike | None, target: PathLike) -> None:
 
 def publish(target: PathLike) -> None:
   """Renames the partial folder of `target` to `target`, replacing an existing folder."""
-  target = pathlib.Path(target)
+  target = _resolved(target)
   replaced = _replaced_folder(target)
   if target.exists():
     target.rename(replaced)
   partial_folder(target).rename(target)
   shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _resolved(path: PathLike) -> pathlib.Path:
+  """Follows symbolic links, so that what they point to is replaced."""
+  return pathlib.Path(path).resolve()
 
 
 def _replaced_folder(target: pathlib.Path) -> pathlib.Path:

@@ -11,12 +11,16 @@ from roe_jax import rope
 from roe_jax.quantization import FORMATS
 from roe_jax.rope import RopeScaling
 from roe_jax.routers import LINEAR, ROUTERS
+from roe_jax.typed import check_fields
 
 DTYPES = ("float32", "bfloat16")
-_SIZES = (
+# Tables are built for each layer and expert, also of a config that no file belongs to.
+MAXIMUM = {"num_layers": 2000, "num_experts": 8192}
+_POSITIVE = (
   "vocab_size num_layers d_model num_heads num_kv_heads head_dim num_experts experts_per_token "
-  "d_expert context_length"
+  "d_expert context_length rope_theta clip_qkv swiglu_limit"
 ).split()
+_NOT_NEGATIVE = ("d_shared_expert rms_norm_eps initializer_range bos_token_id pad_token_id").split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +121,19 @@ class ModelConfig:
 
   def __post_init__(self):
     for name in ("eos_token_ids", "sliding_layers"):
-      object.__setattr__(self, name, tuple(getattr(self, name)))
+      if isinstance(getattr(self, name), list):  # from JSON
+        object.__setattr__(self, name, tuple(getattr(self, name)))
     if isinstance(self.rope_scaling, dict):  # from JSON
       object.__setattr__(self, "rope_scaling", rope.from_fields(self.rope_scaling))
+    check_fields(self, _POSITIVE, _NOT_NEGATIVE)
+    for name, most in MAXIMUM.items():
+      if getattr(self, name) > most:
+        raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
+    if any(token < 0 for token in self.eos_token_ids):
+      raise ValueError(f"eos_token_ids must be at least 0, got {list(self.eos_token_ids)}")
+    if self.rope_scaling is not None:
+      scaled = [f.name for f in dataclasses.fields(self.rope_scaling) if f.name != "truncate"]
+      check_fields(self.rope_scaling, scaled)
     if self.expert_format is not None and self.expert_format not in FORMATS:
       raise ValueError(
         f"unknown expert_format {self.expert_format!r}; choose one of {', '.join(FORMATS)}, or None"
@@ -128,10 +142,6 @@ class ModelConfig:
       raise ValueError(f"unknown router {self.router!r}; choose one of {', '.join(ROUTERS)}")
     if self.dtype not in DTYPES:
       raise ValueError(f"unsupported dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}")
-    for name in _SIZES:
-      value = getattr(self, name)
-      if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"

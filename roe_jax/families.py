@@ -9,7 +9,8 @@ import dataclasses
 import math
 from typing import Any
 
-from roe_jax import rope
+from roe_jax import config as config_lib
+from roe_jax import rope, typed
 from roe_jax.config import ModelConfig
 from roe_jax.routers import NONE
 
@@ -352,10 +353,18 @@ def from_hugging_face(hf: dict[str, Any], dtype: str | None = None) -> ModelConf
       library does not compute in) replaced by float32.
 
   Raises:
-    ValueError: an unknown architecture, or an unsupported setting that would change results.
+    ValueError: an unknown architecture, an unsupported setting that would change results, or a
+      value of a wrong type.
   """
+  try:
+    return _from_hugging_face(hf, dtype)
+  except (TypeError, AttributeError, ArithmeticError) as error:
+    raise ValueError(f"config.json has an impossible value: {error}") from error
+
+
+def _from_hugging_face(hf, dtype):
   name = hf.get("model_type")
-  if name not in FAMILIES:
+  if not isinstance(name, str) or name not in FAMILIES:
     raise ValueError(
       f"unsupported architecture: config.json has model_type {name!r}; "
       f"supported: {', '.join(FAMILIES)}"
@@ -371,10 +380,24 @@ def from_hugging_face(hf: dict[str, Any], dtype: str | None = None) -> ModelConf
     if hf.get(key, value) != value:
       _refuse(key, hf[key], value)
   values: dict[str, Any] = {field: hf.get(key) for field, key in keys.items()}
-  values |= {name: float(values[name]) for name in ("rms_norm_eps", "initializer_range")}
+  for field, key in keys.items():
+    if values[field] is not None:
+      hint = typed.hints(ModelConfig)[field]
+      typed.check(f"config.json: {key}", values[field], hint)
+      values[field] = float(values[field]) if hint is float else values[field]
+    if field in config_lib.MAXIMUM and values[field] > config_lib.MAXIMUM[field]:
+      raise ValueError(
+        f"config.json: {key} must be at most {config_lib.MAXIMUM[field]}, got {values[field]}"
+      )
+  if (values["pad_token_id"] or 0) < 0:  # old configs mean that there is none
+    values["pad_token_id"] = None
   values |= family.fixed
-  values["head_dim"] = hf.get("head_dim") or values["d_model"] // values["num_heads"]
-  values["num_kv_heads"] = values["num_kv_heads"] or values["num_heads"]
+  typed.check("config.json: head_dim", hf.get("head_dim"), int | None)
+  values["head_dim"] = hf.get("head_dim") or values["d_model"] // max(values["num_heads"], 1)
+  if values["num_kv_heads"] is None:
+    values["num_kv_heads"] = values["num_heads"]
+  for key in ("tie_word_embeddings", "use_sliding_window"):
+    typed.check(f"config.json: {key}", hf.get(key), bool | None)
   window, layers = _window(family, hf, values["num_layers"], values["context_length"])
   values["rope_theta"], scaling = _rope(name, hf)
   eos = hf["eos_token_id"]
@@ -497,6 +520,7 @@ def _expert_format(family, hf):
 def _window(family, hf, num_layers, context_length):
   """Returns the window and the layers that have it."""
   window = hf["sliding_window"]
+  typed.check("config.json: sliding_window", window, int | None)
   if (
     not window
     or window >= context_length
@@ -522,12 +546,16 @@ def _rope(family, hf):
   `original_max_position_embeddings` in either if the same key is outside, too.
   """
   settings = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+  typed.check("config.json: its RoPE settings", settings, dict)
   if any(isinstance(value, dict) for value in settings.values()):
     _refuse("rope_parameters", settings, "the same for all layers")
   partial = settings.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
   if partial not in (None, 1):
     _refuse("partial_rotary_factor", partial, 1.0)
-  theta = float(settings.get("rope_theta") or hf["rope_theta"])
+  theta = settings.get("rope_theta")
+  theta = hf["rope_theta"] if theta is None else theta
+  typed.check("config.json: rope_theta", theta, float)
+  theta = float(theta)
   kind = settings.get("rope_type") or settings.get("type", "default")
   if kind == "default":
     return theta, None
@@ -547,16 +575,20 @@ def _rope(family, hf):
     raise ValueError(
       f"config.json of a {family} model has rope type {kind} and no {', '.join(missing)}"
     )
-  fields: dict[str, Any] = {
-    name: values[name] if name in ("original_context", "truncate") else float(values[name])
-    for name in names
-  }
+  fields: dict[str, Any] = {}
+  for field, hint in typed.hints(rope.SCALINGS[kind]).items():
+    if field in names:
+      typed.check(f"config.json: {field} of its RoPE settings", values[field], hint)
+      fields[field] = float(values[field]) if hint is float else values[field]
   return theta, rope.SCALINGS[kind](**fields)
 
 
 def _yarn(settings, implied_factor):
   """Returns the fields of YaRN that have defaults."""
-  factor = float(settings["factor"] or implied_factor)
+  numbers = ("factor", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow")
+  for name in numbers:
+    typed.check(f"config.json: {name} of its RoPE settings", settings.get(name), float | None)
+  factor = float(implied_factor if settings["factor"] is None else settings["factor"])
 
   def magnitude(scale):
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -571,6 +603,6 @@ def _yarn(settings, implied_factor):
     "factor": factor,
     "beta_fast": settings.get("beta_fast") or 32,
     "beta_slow": settings.get("beta_slow") or 1,
-    "truncate": bool(settings.get("truncate", True)),
+    "truncate": settings.get("truncate", True),
     "attention_factor": attention_factor,
   }

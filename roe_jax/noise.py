@@ -177,7 +177,7 @@ class RoutingNoise(struct.PyTreeNode):
   family: Family = struct.field(pytree_node=False, default=FAMILIES[GUMBEL])
 
   @jax.named_scope("router")
-  def perturb(self, layer: jax.Array, logits_BxTxE: jax.Array, count: int) -> jax.Array:
+  def perturb(self, layer: jax.Array | int, logits_BxTxE: jax.Array, count: int) -> jax.Array:
     """Adds noise to router logits, of which the `count` largest are then chosen.
 
     With Gumbel noise: logits + τ_l · G, arXiv 2509.17238 eq. (1). Always float32:

@@ -67,7 +67,7 @@ class LayerParams(struct.PyTreeNode):
   attention: AttentionParams
   moe_norm: Any  # [L, D]
   experts: ExpertParams
-  router: Any = None  # [L, E, D]; None without a router
+  router: Any = None  # [L, E, D], or as its kind in `routers` says; None without a router
   router_bias: Any = None  # [L, E]
   shared_expert: SharedExpertParams | None = None
 

@@ -38,6 +38,7 @@ from roe_jax.routers import ROUTERS
 
 CACHES = ("clean", "standard")
 MEMORY_BUDGET = 256 * 2**20
+_MAX_MEMBERS = 2**20  # each has an entry in several tables
 
 _NO_MEMBERS = (
   "temperatures without num_members would be the baseline, whose only member has no noise: pass "
@@ -237,6 +238,8 @@ class Roster:
     """Creates a roster for models of so many layers."""
     if not _is_integer(num_members) or num_members < 1:
       raise ValueError(f"num_members must be an integer of at least 1, got {num_members!r}")
+    if num_members > _MAX_MEMBERS:
+      raise ValueError(f"num_members must be at most {_MAX_MEMBERS}, got {num_members}")
     traced = _is_traced(temperatures)
     values = np.ones(layers) if traced else _as_temperatures(temperatures, layers)
     if not np.all(np.isfinite(values)) or np.any(values < 0):

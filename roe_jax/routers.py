@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from roe_jax.numerics import add_bias, project, rounded
 
 LINEAR = "linear"
+NEURONS = "neurons"
 NONE = "none"
+_SMALLEST = 1e-20  # where a neuron is zero, its logarithm is finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,4 +51,15 @@ class Router:
     return rounded(scores, x.dtype).astype(jnp.float32)
 
 
-ROUTERS = {LINEAR: Router(("routed_experts", "embed")), NONE: Router(None)}
+def _log_of_neurons(projected: jax.Array) -> jax.Array:
+  """Returns log |h| of one SwiGLU neuron per expert from its gate and up projections."""
+  hidden = jax.nn.silu(projected[..., 0]) * projected[..., 1]
+  return jnp.log(jnp.abs(hidden) + _SMALLEST)
+
+
+ROUTERS = {
+  LINEAR: Router(("routed_experts", "embed")),
+  # CMoE (arXiv 2502.04416): the activation of one neuron represents its expert.
+  NEURONS: Router(("routed_experts", "gate_up", "embed"), _log_of_neurons),
+  NONE: Router(None),
+}

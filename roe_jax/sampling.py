@@ -9,6 +9,10 @@ import numpy as np
 
 from roe_jax import noise as noise_lib
 
+# Sorting a vocabulary takes longer than a small model's step. So this many of the most probable
+# tokens are ranked first, and all tokens only where another one could be drawn.
+RANKED = 1024
+
 
 class Sampler(struct.PyTreeNode):
   """Greedy decoding, or sampling with temperature, top-k and top-p.
@@ -80,11 +84,38 @@ def choose(
     return jnp.argmax(log_probs_BxV, axis=-1).astype(jnp.int32)
   key = noise_lib.stream_key(seed, noise_lib.SAMPLING)
   keys = noise_lib.position_keys(key, request_ids_B, positions_B[:, None])[:, 0]
-  ranked, tokens = jax.lax.top_k(log_probs_BxV / sampler.temperature, log_probs_BxV.shape[-1])
-  rank = jnp.broadcast_to(jnp.arange(ranked.shape[-1]), ranked.shape)
-  keep = (sampler.top_k == 0) | (rank < sampler.top_k)
-  probs = jax.nn.softmax(jnp.where(keep, ranked, -jnp.inf), axis=-1)
+  scaled = log_probs_BxV / sampler.temperature
+  size = scaled.shape[-1]
+  noise = jax.vmap(lambda key: jax.random.gumbel(key, (size,)))(keys)
+  if size <= RANKED:
+    return _draw(sampler, scaled, noise, size)[0]
+  tokens, is_exact = _draw(sampler, scaled, noise, RANKED)
+  return jax.lax.cond(
+    jnp.all(is_exact), lambda: tokens, lambda: _draw(sampler, scaled, noise, size)[0]
+  )
+
+
+def _draw(sampler, scaled_BxV, noise_BxV, count):
+  """Draws tokens, of which only the `count` most probable are ranked.
+
+  Noise is added by rank, so that a token does not depend on `count`.
+
+  Returns:
+    The tokens `[B]`, and whether ranking the others would not change them, `[B]`.
+  """
+  # The barrier: XLA's CPU backend sorts everything if it sees a slice of what is ranked.
+  ranked, tokens = jax.lax.optimization_barrier(jax.lax.top_k(scaled_BxV, count))
+  keep = (sampler.top_k == 0) | (jnp.arange(count)[None] < sampler.top_k)
+  kept = jnp.where(keep, ranked, -jnp.inf)
+  total = jax.nn.logsumexp(kept, axis=-1, keepdims=True)
+  if count < scaled_BxV.shape[-1]:
+    of_all = jax.nn.logsumexp(scaled_BxV, axis=-1, keepdims=True)
+    total = jnp.where(sampler.top_k == 0, of_all, total)
+  probs = jnp.exp(kept - total)
   keep &= jnp.cumsum(probs, axis=-1) - probs < sampler.top_p
-  ranked = jnp.where(keep, ranked, -jnp.inf)
-  drawn = jax.vmap(jax.random.categorical)(keys, ranked)
-  return jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
+  noisy = jnp.where(keep, ranked, -jnp.inf) + noise_BxV[:, :count]
+  drawn = jnp.argmax(noisy, axis=-1, keepdims=True)
+  others = ranked[:, -1] + jnp.max(noise_BxV[:, count:], axis=-1, initial=-jnp.inf)
+  is_exact = ~keep[:, -1] | (jnp.max(noisy, axis=-1) >= others)
+  is_exact &= (sampler.top_k == 0) | (sampler.top_k <= count)
+  return jnp.take_along_axis(tokens, drawn, axis=-1)[:, 0].astype(jnp.int32), is_exact

@@ -13,27 +13,27 @@ defaults for `Roster.from_profile` and the roster flags. The other entries are p
 import dataclasses
 import hashlib
 import json
-import math
 import pathlib
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from roe_jax import typed
 from roe_jax.checkpoint_folder import PathLike
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 
-# Roster settings that a profile is tuned for.
-ROSTER_SETTINGS = (
-  "num_members",
-  "gate_weights",
-  "noise",
-  "cache",
-  "recompute",
-  "aggregation",
-  "include_clean",
-)
+# Roster settings that a profile is tuned for, and their types.
+ROSTER_SETTINGS = {
+  "num_members": int,
+  "gate_weights": str,
+  "noise": str,
+  "cache": str,
+  "recompute": bool,
+  "aggregation": str,
+  "include_clean": bool,
+}
 # Properties of a model that its temperatures depend on and that no dtype or quantization changes.
 SIZES = (
   "family",
@@ -120,25 +120,24 @@ def read(path: PathLike) -> Profile:
   )
   try:
     values = json.loads(path.read_text("utf-8"))
-    temperatures = tuple(float(t) for t in values["temperatures"])
-  except (KeyError, TypeError, ValueError) as error:  # includes JSON and decoding errors
+    temperatures = tuple(values["temperatures"])
+    typed.check("temperatures", temperatures, tuple[float, ...])
+  except (KeyError, TypeError, ValueError, RecursionError) as error:  # also of JSON and decoding
     raise ValueError(expected) from error
-  if not isinstance(values["temperatures"], list) or not all(
-    math.isfinite(t) and t >= 0 for t in temperatures
-  ):
+  if not isinstance(values["temperatures"], list) or min(temperatures, default=0) < 0:
     raise ValueError(expected)
+  temperatures = tuple(map(float, temperatures))
   known = {f.name for f in dataclasses.fields(Profile)} - {"temperatures"}
   profile = Profile(temperatures, **{k: v for k, v in values.items() if k in known})
-  damaged = [name for name in known - {"seed"} if not isinstance(getattr(profile, name), dict)]
-  if not damaged and profile.model:
-    damaged += sorted({*SIZES, ROUTERS} - set(profile.model))
-  if not damaged:
-    damaged += sorted(set(profile.roster) - set(ROSTER_SETTINGS))
-  if damaged:
+  try:
+    typed.check_fields(profile)
+    of_model = {name: typed.hints(ModelConfig)[name] for name in SIZES} | {ROUTERS: str}
+    typed.check_keys("model", profile.model, of_model if profile.model else {}, others=True)
+    typed.check_keys("roster", profile.roster, ROSTER_SETTINGS, required=False)
+  except ValueError as error:
     raise ValueError(
-      f"the temperature profile {path} is damaged or from another version: check its "
-      f"{', '.join(damaged)}"
-    )
+      f"the temperature profile {path} is damaged or from another version: {error}"
+    ) from error
   return profile
 
 

@@ -247,27 +247,47 @@ class _Block:
       self.lengths_B,
     )
     x = add(x, attention.output(layers.attention, layer, heads))
-
-    normed = norm(config, x, layers.moe_norm[layer])
-    logits = router_logits(config, layers, layer, normed)
-    perturbed = None if noise is None else noise.perturb(layer, logits, config.experts_per_token)
-    chosen, gates = routing.route(config, logits, perturbed, self.gate_weights)
-    b, t, d = x.shape
-    y = experts.apply(
-      layers.experts,
-      layer,
-      normed.reshape(b * t, d),
-      chosen.reshape(b * t, -1),
-      gates.reshape(b * t, -1),
-      self.strategy,
-      Activation(config.swiglu_limit, config.swiglu_alpha),
-      self.tokens_sharded,
-    ).reshape(b, t, d)
-    if layers.shared_expert is not None:
-      y = add(y, experts.shared(layers.shared_expert, layer, normed))
+    x, chosen, logits = feed_forward(
+      config, layers, layer, x, noise, self.gate_weights, self.strategy, self.tokens_sharded
+    )
     _, key, value = new
     outputs = BlockOutputs(keys=key, values=value, experts=chosen, router_logits=logits)
-    return add(x, y), cache if self.write else None, outputs
+    return x, cache if self.write else None, outputs
+
+
+def feed_forward(
+  config: ModelConfig,
+  layers: LayerParams,
+  layer: jax.Array | int,
+  x: jax.Array,
+  noise: RoutingNoise | None = None,
+  gate_weights: str = routing.CLEAN,
+  strategy: str | None = None,
+  tokens_sharded: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Runs the MoE half of a block on hidden states `[B, T, D]`; see `run_layers` for the arguments.
+
+  Returns:
+    The hidden states, the chosen experts `[B, T, A]`, and the router logits `[B, T, E]`.
+  """
+  normed = norm(config, x, layers.moe_norm[layer])
+  logits = router_logits(config, layers, layer, normed)
+  perturbed = None if noise is None else noise.perturb(layer, logits, config.experts_per_token)
+  chosen, gates = routing.route(config, logits, perturbed, gate_weights)
+  b, t, d = x.shape
+  y = experts.apply(
+    layers.experts,
+    layer,
+    normed.reshape(b * t, d),
+    chosen.reshape(b * t, -1),
+    gates.reshape(b * t, -1),
+    strategy,
+    Activation(config.swiglu_limit, config.swiglu_alpha),
+    tokens_sharded,
+  ).reshape(b, t, d)
+  if layers.shared_expert is not None:
+    y = add(y, experts.shared(layers.shared_expert, layer, normed))
+  return add(x, y), chosen, logits
 
 
 def forward(

@@ -245,6 +245,12 @@ def test_an_existing_target_is_replaced_only_if_asked_and_a_checkpoint(saved, tm
   assert_equal(checkpoint.load(target)[0], other)
   assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
+  (tmp_path / "link").symlink_to("c")
+  checkpoint.save(tmp_path / "link", saved[1], OLMOE, overwrite=True)
+  assert (tmp_path / "link").is_symlink()
+  assert_equal(checkpoint.load(target)[0], saved[1])
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "link"]
+
   (tmp_path / "thesis").mkdir()
   (tmp_path / "thesis" / "text").write_text("precious")
   with pytest.raises(FileExistsError, match="this program did not write it"):

@@ -1,6 +1,7 @@
 """Reading, refusing and writing model configs."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -9,7 +10,7 @@ import pytest
 import tiny
 
 from roe_jax.config import ModelConfig
-from roe_jax.families import FAMILIES, from_hugging_face, to_hugging_face
+from roe_jax.families import COMMON_KEYS, FAMILIES, from_hugging_face, to_hugging_face
 from roe_jax.presets import PRESETS
 from roe_jax.rope import Yarn
 
@@ -443,3 +444,46 @@ def test_json_with_unknown_or_missing_keys_is_refused():
 def test_impossible_sizes_are_refused_by_name(changes, message):
   with pytest.raises(ValueError, match=message):
     tiny.config("olmoe").replace(**changes)
+
+
+NONSENSE = ("x", [], {}, True, -1, 0, math.nan, math.inf, 2.5, [[1]], {"a": 1}, 10**9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nonsense_in_a_config_is_refused_in_a_sentence(family):
+  """Or it is a config that a model may have; never another error, and never NaN."""
+  keys = COMMON_KEYS | FAMILIES[family].keys
+  others = ("rope_scaling", "layer_types", "eos_token_id", "torch_dtype", "model_type")
+  nested = ("factor", "original_max_position_embeddings", "rope_theta", "rope_type")
+  for key in (*keys.values(), *others, *nested):
+    for value in NONSENSE:
+      rope = {"rope_type": "yarn", "factor": 2.0}
+      hf = {"model_type": family, "rope_scaling": rope | ({key: value} if key in nested else {})}
+      try:
+        config = from_hugging_face(hf | ({} if key in nested else {key: value}))
+      except ValueError as error:
+        assert "\n" not in str(error) and len(str(error)) < 500
+        continue
+      for name, read in dataclasses.asdict(config).items():
+        assert read is None or not isinstance(read, float) or math.isfinite(read), name
+      assert config.rope_theta > 0 and config.rms_norm_eps >= 0 and config.num_kv_heads > 0
+
+
+@pytest.mark.parametrize(
+  "key, value, message",
+  [
+    ("rms_norm_eps", -1, "rms_norm_eps must be at least 0, got -1"),
+    ("rms_norm_eps", math.nan, "rms_norm_eps must be a finite number, got nan"),
+    ("rope_theta", 0, "rope_theta must be positive, got 0"),
+    ("sliding_window", True, "sliding_window must be an integer or null, got True"),
+    ("num_hidden_layers", "2", "num_hidden_layers must be an integer, got '2'"),
+    ("num_hidden_layers", 10**9, "num_hidden_layers must be at most"),
+    ("eos_token_id", 2.5, "eos_token_ids must be a list whose items are integers"),
+    ("eos_token_id", -1, "eos_token_ids must be at least 0"),
+    ("rope_scaling", {"rope_type": "yarn", "factor": math.inf}, "factor .* must be a finite"),
+    ("rope_scaling", {"rope_type": "yarn", "factor": -2.0}, "factor must be positive"),
+  ],
+)
+def test_nonsense_is_named(key, value, message):
+  with pytest.raises(ValueError, match=message):
+    from_hugging_face({"model_type": "mixtral", key: value})

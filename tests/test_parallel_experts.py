@@ -103,6 +103,15 @@ def test_devices_together_compute_what_one_does(strategy, expert, tensor, tokens
 
 
 @pytest.mark.parametrize("tokens_sharded", [False, True])
+def test_sums_over_devices_are_rounded_once(tokens_sharded):
+  """In bfloat16, almost all values equal those of one device: partial sums are float32."""
+  params, (x, *rest) = weights(dtype="bfloat16"), rows(64)
+  args = x.astype(jnp.bfloat16), *rest
+  actual = over_devices(mesh(8), "padded", params, args, tokens_sharded)
+  assert np.mean(np.asarray(actual) != np.asarray(on_one("padded", params, 1, *args))) < 0.01
+
+
+@pytest.mark.parametrize("tokens_sharded", [False, True])
 def test_members_of_a_roster_are_folded_into_the_rows(tokens_sharded):
   params, args = weights(bias=False), rows(8, lead=(3,))
   actual = over_devices(mesh(4, 2), "tiled_loop", params, args, tokens_sharded)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from roe_jax import sampling
+from roe_jax import noise, sampling
 from roe_jax.sampling import Sampler
 
 PROBABILITIES = np.array([0.05, 0.3, 0.02, 0.22, 0.08, 0.18, 0.1, 0.05])
@@ -64,6 +64,39 @@ def test_tokens_follow_the_exact_distribution(temperature, top_k, top_p, kept):
     assert p_value(tokens, expected) > 0.01
     # The same statistic tells a temperature 20 % higher.
     assert p_value(tokens, exact(1.2 * temperature, top_k, top_p)) < 1e-3
+
+
+def by_sorting(sampler, seed, log_probs, requests, positions):
+  """Ranks the whole vocabulary."""
+  key = noise.stream_key(seed, noise.SAMPLING)
+  keys = noise.position_keys(key, requests, positions[:, None])[:, 0]
+  order = jnp.argsort(-log_probs, axis=-1, stable=True)
+  ranked = jnp.take_along_axis(log_probs, order, axis=-1) / sampler.temperature
+  keep = (sampler.top_k == 0) | (jnp.arange(ranked.shape[-1])[None] < sampler.top_k)
+  probs = jax.nn.softmax(jnp.where(keep, ranked, -jnp.inf), axis=-1)
+  keep &= jnp.cumsum(probs, axis=-1) - probs < sampler.top_p
+  drawn = jax.vmap(jax.random.categorical)(keys, jnp.where(keep, ranked, -jnp.inf))
+  return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0]
+
+
+@pytest.fixture(scope="module")
+def sorting():
+  return jax.jit(by_sorting)
+
+
+@pytest.mark.parametrize("spread", [0.1, 2.0, 6.0])  # flat: all tokens must be ranked
+@pytest.mark.parametrize("settings", [(1.0,), (1.0, 40), (1.0, 0, 0.9), (0.7, 400, 0.95)])
+def test_most_tokens_need_not_be_ranked(sorting, settings, spread):
+  logits = spread * np.random.RandomState(0).standard_normal((64, 8 * sampling.RANKED))
+  logits[:, ::3] = logits[:, :1]  # ties
+  arguments = (
+    jnp.uint32(1),
+    jax.nn.log_softmax(jnp.asarray(logits, jnp.float32)),
+    jnp.arange(64, dtype=jnp.uint32),
+    jnp.arange(64),
+  )
+  sampler = Sampler.create(*settings)
+  np.testing.assert_array_equal(choose(sampler, *arguments), sorting(sampler, *arguments))
 
 
 def test_temperature_zero_is_the_most_probable_token():

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import random_models, timing
-from roe_jax import batching, prefill, scoring
+from roe_jax import batching, prefill, sampling, scoring
 from roe_jax import members as members_lib
 from roe_jax.config import ModelConfig
 from roe_jax.roster import Roster
+from roe_jax.sampling import Sampler
 
 # Steps take turns on this many tokens with different noise.
 NUM_SAMPLES = 8
@@ -23,12 +24,13 @@ SCORE_CHUNK = 64
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def decode_step(params, config, roster, cache, tokens_B, positions_B, request_ids_B):
-  """Runs a greedy decode step; returns the (donated) cache and tokens `[B]`."""
+def decode_step(params, config, roster, sampler, cache, tokens_B, positions_B, request_ids_B):
+  """Runs a decode step; returns the (donated) cache and tokens `[B]`."""
   outputs, cache = members_lib.step(
     params, config, roster, cache, tokens_B, positions_B, request_ids_B
   )
-  return cache, jnp.argmax(outputs.log_probs[:, 0], axis=-1)
+  log_probs = outputs.log_probs[:, 0]
+  return cache, sampling.choose(sampler, roster.seed, log_probs, request_ids_B, positions_B)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -159,15 +161,17 @@ class Bench:
       for i, tokens in enumerate(self.samples(box.batch_size))
     ]
 
-  def step(self, roster: Roster, box: Box) -> Call:
-    """Returns a call of the decode step after the context."""
-    inputs = self._inputs(box)
-    program = timing.compiled(decode_step, self.params, self.config, roster, box.cache, *inputs[0])
+  def step(self, roster: Roster, box: Box, sampler: Sampler | None = None) -> Call:
+    """Returns a call of the decode step after the context, greedy by default."""
+    inputs, sampler = self._inputs(box), sampler or Sampler.greedy()
+    program = timing.compiled(
+      decode_step, self.params, self.config, roster, sampler, box.cache, *inputs[0]
+    )
     turns = itertools.cycle(inputs)
 
     def run(count):
       for _ in range(count):
-        box.cache, chosen = program(self.params, roster, box.cache, *next(turns))
+        box.cache, chosen = program(self.params, roster, sampler, box.cache, *next(turns))
       jax.block_until_ready((box.cache, chosen))
 
     return Call(run, timing.memory(program), program.as_text)
@@ -199,7 +203,7 @@ class Bench:
       targets,
       jnp.full(box.batch_size, start),
       jnp.arange(box.batch_size, dtype=jnp.uint32),
-      jnp.ones(1),
+      None,
     )
     program = timing.compiled(
       scoring.score_chunk, self.params, self.config, roster, box.cache, *inputs

@@ -43,6 +43,21 @@ PRESETS = {
     context_length=4096,
     **_OLMOE,
   ),
+  # Its output layer costs more than its blocks, as in models trained to try things out.
+  "vocabulary": ModelConfig(
+    vocab_size=50304,
+    num_layers=2,
+    d_model=128,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=32,
+    num_experts=8,
+    experts_per_token=2,
+    d_expert=128,
+    context_length=4096,
+    initializer_range=0.4,  # logits as peaked as those of trained models
+    **_OLMOE,
+  ),
   **presets.PRESETS,
 }
 # Prime, so that no two matrices or experts start at the same value.

@@ -6,6 +6,8 @@ import dataclasses
 from experiments.benchmarks import bench as bench_lib
 from experiments.benchmarks import random_models
 from experiments.benchmarks.bench import Bench, Call
+from roe_jax.aggregation import AGGREGATIONS
+from roe_jax.sampling import Sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +219,42 @@ def scoring(bench: Bench, sizes: Sizes) -> list[Case]:
   return cases
 
 
+def aggregation(bench: Bench, sizes: Sizes) -> list[Case]:
+  """A chunk of scoring with each aggregation, whose cost grows with the vocabulary."""
+  n, length = 4, sizes.score_tokens - 1
+  box = bench.clean_history(length)
+
+  def case(variant, n, tau, **settings):
+    call = bench.score_chunk(bench.roster(n, tau, **settings), box)
+    return Case(variant, n, tau, length, 1, ((call, 1),), ("baseline", 1, 0.0, length, 1))
+
+  return [case("baseline", 1, 0.0)] + [
+    case(name, n, bench.temperature, aggregation=name) for name in AGGREGATIONS
+  ]
+
+
+def samplers(bench: Bench, sizes: Sizes) -> list[Case]:
+  """Decode steps of the baseline with each kind of sampling."""
+  box = bench.clean_history(sizes.context)
+  return [
+    Case(
+      name,
+      1,
+      0.0,
+      sizes.context,
+      1,
+      ((bench.step(bench.roster(1, 0.0), box, Sampler.create(*settings)), 1),),
+      ("greedy", 1, 0.0, sizes.context, 1),
+    )
+    for name, settings in (
+      ("greedy", ()),
+      ("temperature 0.7", (0.7,)),
+      ("temperature 0.7, top-k 40", (0.7, 40)),
+      ("temperature 0.7, top-p 0.95", (0.7, 0, 0.95)),
+    )
+  ]
+
+
 SWEEPS: dict[str, Callable[[Bench, Sizes], list[Case]]] = {
   "decode": decode,
   "context": context,
@@ -224,4 +262,6 @@ SWEEPS: dict[str, Callable[[Bench, Sizes], list[Case]]] = {
   "cache": cache,
   "late": late,
   "scoring": scoring,
+  "aggregation": aggregation,
+  "samplers": samplers,
 }

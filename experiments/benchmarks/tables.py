@@ -16,6 +16,8 @@ TITLES = {
   "cache": "Decode step by cache (ratio: to Clean Cache)",
   "late": "Noise in the second half of the layers only (ratio: to members sharing the first half)",
   "scoring": "Scoring a sequence (ratio: to the baseline)",
+  "aggregation": "Scoring a chunk by aggregation (ratio: to the baseline)",
+  "samplers": "Decode step by sampling settings (ratio: to greedy)",
   "transformers": "Decode step compared with transformers (ratio: to roe_jax at the same n)",
 }
 _COLUMNS = (

@@ -13,8 +13,8 @@ import jax
 from jax.sharding import AbstractMesh
 
 import checkpoints_convert
-from checkpoints_convert import command_line
-from experiments.cli import distributed, extras, outputs, text_files
+from checkpoints_convert import command_line, outputs
+from experiments.cli import distributed, extras, text_files
 from experiments.cli import dry_run as dry_run_lib
 from experiments.cli.distributed import (
   broadcast,

@@ -7,7 +7,8 @@ import pathlib
 import sys
 from typing import Any
 
-from experiments.cli import app, outputs, text_files
+from checkpoints_convert import outputs
+from experiments.cli import app, text_files
 
 
 def read(path: str | None, keys: Iterable[str]) -> list[dict[str, Any]]:

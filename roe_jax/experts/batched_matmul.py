@@ -20,7 +20,7 @@ def padded(num_experts, activation, weights, layer, x, indices, gates):
   out = einsum("kbf,kfd->kbd", hidden, weights.down[experts])
   if weights.down_bias is not None:
     out += weights.down_bias[experts][:, None]
-  return combine(out.reshape(-1, x.shape[1])[places], gates, x.dtype)
+  return combine(out.reshape(-1, x.shape[1])[places], gates)
 
 
 def dense(num_experts, activation, weights, layer, x, indices, gates):
@@ -41,4 +41,4 @@ def dense(num_experts, activation, weights, layer, x, indices, gates):
   y = einsum("enf,efd->nd", hidden, of_layer(weights.down))
   if weights.down_bias is not None:
     y += einsum("ne,ed->nd", by_expert, of_layer(weights.down_bias).astype(jnp.float32))
-  return rounded(y, x.dtype)
+  return y

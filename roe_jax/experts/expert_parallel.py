@@ -28,7 +28,7 @@ from roe_jax.experts import kernel_check
 from roe_jax.numerics import rounded
 from roe_jax.params import ExpertParams
 
-# `(x [N, D], indices [N, A], gates [N, A]) -> [N, D]` over this device's experts.
+# `(x [N, D], indices [N, A], gates [N, A]) -> [N, D] float32` over this device's experts.
 LocalExperts = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 # Tokens per device from which an all-to-all exchange is considered, its capacity per
@@ -58,11 +58,11 @@ def apply(
     tokens_sharded: whether the devices along `expert` hold different tokens.
 
   Returns:
-    `[N, D]` in the dtype of `x`; sums over devices are in float32.
+    `[N, D]` in the dtype of `x`; sums over experts and devices are in float32, rounded once.
   """
   devices = collectives.axis_size("expert")
   if devices * collectives.axis_size("tensor") == 1:
-    return local_experts(x, indices, gates)
+    return rounded(local_experts(x, indices, gates), x.dtype)
   if not tokens_sharded:
     y = _apply_own(local_experts, num_experts, x, indices, gates)
     return rounded(collectives.psum(y, "expert", "tensor"), x.dtype)
@@ -286,4 +286,4 @@ def _apply_own(local_experts, num_experts, x, indices, gates):
   if num_experts < indices.shape[1]:  # at most num_experts choices are on this device
     order = jnp.argsort(own, axis=1)[:, :num_experts]
     own, gates = (jnp.take_along_axis(a, order, axis=1) for a in (own, gates))
-  return local_experts(x, own, gates).astype(jnp.float32)
+  return local_experts(x, own, gates)

@@ -60,7 +60,7 @@ def compute(
     gates: `[N, A]` float32 gate weights.
 
   Returns:
-    `[N, D]` in the dtype of `x`; products are accumulated in float32. There is no
+    `[N, D]` float32. There is no
     derivative and no batching rule; `shard_map` needs `check_vma=False`.
   """
 
@@ -82,7 +82,7 @@ def by_pairs(kernel, num_experts, activation, weights, layer, x, indices, gates)
   out = kernel(activation, experts, weights, x)
   if weights.down_bias is not None:
     out += weights.down_bias[experts]
-  return combine(out, gates, x.dtype)
+  return combine(out, gates)
 
 
 def on_tpu(activation, experts, weights, x, interpret=False):

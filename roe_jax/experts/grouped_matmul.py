@@ -41,7 +41,7 @@ def compute(
     num_experts, activation, weights, layer, x, indices, gates: as in `gather_gemv.compute`.
 
   Returns:
-    `[N, D]` in the dtype of `x`; products are accumulated in float32. There is no
+    `[N, D]` float32. There is no
     derivative on GPUs and TPUs; `shard_map` needs `check_vma=False`.
   """
 
@@ -69,7 +69,7 @@ def by_blocks(kernel, num_experts, activation, weights, layer, x, indices, gates
   out = kernel(activation, experts, weights, x_blocks).reshape(-1, x.shape[1])[places]
   if weights.down_bias is not None:
     out += weights.down_bias[first + indices]
-  return combine(out, gates, x.dtype)
+  return combine(out, gates)
 
 
 def _ragged_dot(tokens, weights, sizes, axis):
@@ -123,4 +123,4 @@ def by_ragged_dot(
   out = ragged_dot(hidden, down, sizes, 1)[jnp.argsort(order).reshape(n, a)]
   if weights.down_bias is not None:
     out += weights.down_bias[experts]
-  return combine(out, gates, x.dtype)
+  return combine(out, gates)

@@ -3,8 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from roe_jax.numerics import rounded
-
 
 def plan(
   indices: jax.Array, num_experts: int, block: int
@@ -42,11 +40,11 @@ def block_size(num_pairs: int, num_experts: int, least: int, most: int) -> int:
   return min(most, max(least, 1 << (max(1, 2 * num_pairs // num_experts) - 1).bit_length()))
 
 
-def combine(out: jax.Array, gates: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """Returns `[N, D]`: `[N, A, D]` float32 outputs summed over choices, weighted by `[N, A]` gates.
+def combine(out: jax.Array, gates: jax.Array) -> jax.Array:
+  """Sums `[N, A, D]` float32 outputs over choices, weighted by `[N, A]` gates: `[N, D]` float32.
 
   Outputs with gate zero may have any value, including NaN.
   """
   # Not an einsum: its default precision on accelerators is lower than float32.
   gates = gates[..., None]
-  return rounded(jnp.where(gates == 0, 0, out * gates).sum(1), dtype)
+  return jnp.where(gates == 0, 0, out * gates).sum(1)

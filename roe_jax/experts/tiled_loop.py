@@ -87,7 +87,7 @@ def compute(num_experts, activation, weights, layer, x, indices, gates):
     sorted_y = sorted_y.at[:pairs].set(bias.astype(jnp.float32))
   sorted_y = jax.lax.fori_loop(0, jnp.count_nonzero(counts), add_expert, sorted_y)
   places = jnp.zeros(pairs, jnp.int32).at[by_expert].set(jnp.arange(pairs), unique_indices=True)
-  return combine(sorted_y[places.reshape(n, a)], gates, x.dtype)
+  return combine(sorted_y[places.reshape(n, a)], gates)
 
 
 def _dequantized(tile, dtype):

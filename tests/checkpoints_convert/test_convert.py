@@ -23,6 +23,8 @@ from checkpoints_convert import (
   convert_from_hugging_face,
   convert_to_hugging_face,
   hub,
+  outputs,
+  safetensors_files,
   tensor_names,
 )
 from roe_jax import checkpoint
@@ -320,12 +322,12 @@ REFUSALS = {
   "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
   "broken config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
   "architecture": (
-    lambda f: edit_json(f / "config.json", model_type="llama"),
-    "unsupported architecture.*'llama'.*supported: olmoe, mixtral",
+    lambda f: edit_json(f / "config.json", model_type="bloom"),
+    "unsupported architecture.*'bloom'.*supported: olmoe, mixtral",
   ),
   "rope": (
-    lambda f: edit_json(f / "config.json", rope_scaling={"rope_type": "linear"}),
-    "rope type = 'linear'",
+    lambda f: edit_json(f / "config.json", rope_scaling={"rope_type": "dynamic"}),
+    "rope type = 'dynamic'",
   ),
   "pickles": (only_pickles, "pytorch_model.bin.*can run arbitrary code"),
   "nothing": (lambda f: [p.unlink() for p in f.glob("model*")], "has no safetensors files"),
@@ -452,7 +454,7 @@ def test_targets_and_arguments_are_refused_in_a_sentence(tmp_path, capsys):
   assert run(capsys, source=source, target=target)[0] == 0
   before = load_leaves(target)[0]
   for arguments, message in (
-    (dict(source=source, target=target), "exists: choose another.*--overwrite"),
+    (dict(source=source, target=target), "exists and is complete: choose.*--overwrite"),
     (dict(source=source), "--target is missing"),
     (dict(source=target, target=tmp_path / "x"), "already a .*--to_hugging_face"),
     (dict(source=source, target=tmp_path / "x", to_hugging_face=True), "is a Hugging Face folder"),
@@ -463,11 +465,34 @@ def test_targets_and_arguments_are_refused_in_a_sentence(tmp_path, capsys):
   ):
     code, _, errors = run(capsys, **arguments)
     assert code == 1 and re.search(message, errors[0]), errors
+  with outputs.held(str(target), outputs.WHOLE_FOLDER):
+    code, _, errors = run(capsys, source=source, target=target, overwrite=True)
+    assert code == 1 and f"is being written by process {os.getpid()}" in errors[0]
+  # A target that contains the source.
+  source.rename(target / "hub")
+  code, _, errors = run(capsys, source=target / "hub", target=target, overwrite=True)
+  assert code == 1 and "has the source" in errors[0]
+  (target / "hub").rename(source)
   shutil.rmtree(source)
   other = write_hub(source, "mixtral", seed=1)
   assert run(capsys, source=source, target=target, overwrite=True)[0] == 0
   assert_same_bits(load_leaves(target)[0], expected_params("mixtral", other))
   assert not np.array_equal(before["embedding"], other["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize(
+  "spans", [[(0, 8), (4, 12)], [(0, 8), (0, 8)], [(0, 8), (12, 20)], [(4, 8)]]
+)
+def test_tensors_that_overlap_or_leave_holes_are_refused(tmp_path, spans):
+  header = {
+    f"t{i}": {"dtype": "F32", "shape": [(stop - start) // 4], "data_offsets": [start, stop]}
+    for i, (start, stop) in enumerate(spans)
+  }
+  text = json.dumps(header).encode()
+  data = len(text).to_bytes(8, "little") + text + bytes(max(stop for _, stop in spans))
+  (tmp_path / "model.safetensors").write_bytes(data)
+  with pytest.raises(ConversionError, match="is not a complete safetensors file .*invalid offset"):
+    safetensors_files.read_headers(tmp_path)
 
 
 def test_sizes_are_parsed():

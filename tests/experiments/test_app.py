@@ -96,3 +96,17 @@ def test_output_that_is_cut_ends_a_program_quietly():
   program = f'{sys.executable} -c "{code}" --help | head -1; echo ${{PIPESTATUS[0]}}'
   done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
   assert done.stderr == "" and done.stdout.endswith("\n141\n")
+
+
+def test_a_home_folder_is_expanded_in_paths_and_not_in_text():
+  code = "from absl import flags; from checkpoints_convert import command_line as c; "
+  code += "flags.DEFINE_string('target', '', ''); flags.DEFINE_string('prompt', '', ''); "
+  code += "c._PACKAGES = ('__main__', '-c'); "
+  code += "c.run(lambda argv: print(flags.FLAGS.target, flags.FLAGS.prompt))"
+  done = subprocess.run(
+    [sys.executable, "-c", code, "--target=~/x", "--prompt=~/y"],
+    capture_output=True,
+    text=True,
+    env={"HOME": "/home/me"},
+  )
+  assert done.stdout == "/home/me/x ~/y\n", done.stderr

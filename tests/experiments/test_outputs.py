@@ -7,12 +7,13 @@ import threading
 
 import pytest
 
-from experiments.cli import app, outputs
+from checkpoints_convert import outputs
+from experiments.cli import app
 from experiments.records import jsonl
 
 HOLDER = """
 import sys
-from experiments.cli import outputs
+from checkpoints_convert import outputs
 with outputs.held(sys.argv[1], sys.argv[2]):
   print("held", flush=True)
   sys.stdin.read()
@@ -84,7 +85,7 @@ def test_an_output_of_the_wrong_kind_is_refused(tmp_path):
     (tmp_path, outputs.FILE),
     (pathlib.Path(os.devnull), outputs.FOLDER),
   ):
-    with pytest.raises(ValueError, match=f"--output={path} "):
+    with pytest.raises(ValueError, match=f"{path} must be a {kind}"):
       with outputs.held(str(path), kind):
         pass
 

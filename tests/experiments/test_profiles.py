@@ -190,10 +190,17 @@ def test_experts_do_not_matter_to_a_profile(profile, model):
     (lambda text: text.replace("0.25", "-0.25"), "non-negative"),
     (lambda text: text.replace("0.25", "NaN"), "finite"),
     (lambda text: text.replace("0.25", '"a"'), "not a temperature profile"),
-    (lambda text: text.replace('"routers"', '"rooters"'), "check its routers"),
-    (lambda text: text.replace('"gate_weights"', '"gates"'), "check its gates"),
-    (lambda text: json.dumps(json.loads(text) | {"model": 3}), "check its model"),
+    (lambda text: text.replace('"routers"', '"rooters"'), "model has no routers"),
+    (lambda text: text.replace('"gate_weights"', '"gates"'), "unknown keys: gates"),
+    (lambda text: json.dumps(json.loads(text) | {"model": 3}), "model must be an object, got 3"),
     (lambda text: json.dumps(json.loads(text) | {"temperatures": "12"}), "list of non-negative"),
+    (lambda text: json.dumps(json.loads(text) | {"temperatures": [True]}), "list of non-negative"),
+    (
+      lambda text: json.dumps(json.loads(text) | {"roster": {"num_members": "8"}}),
+      "num_members of",
+    ),
+    (lambda text: json.dumps(json.loads(text) | {"seed": [1]}), "seed must be an integer"),
+    (lambda text: "[" * 10**5, "not a temperature profile"),
   ],
 )
 def test_a_damaged_profile_is_refused(profile, tmp_path, damage, message):

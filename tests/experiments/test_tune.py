@@ -1,6 +1,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 import types
 
@@ -213,8 +215,17 @@ def test_two_workers_killed_and_started_again_end_as_one_that_was_not(
   while not (output / "trials.jsonl").exists():
     assert time.monotonic() < deadline and process.is_alive()
     time.sleep(0.05)
-  os.killpg(process.pid, signal.SIGKILL)
+  list_processes = ["ps", "-A", "-ww", "-o", "args="]
+  running = lambda: (
+    str(output) in subprocess.run(list_processes, capture_output=True, text=True).stdout
+  )
+  assert sys.platform != "linux" or running()
+  os.kill(process.pid, signal.SIGKILL)  # the worker ends, too
   process.join()
+  deadline = time.monotonic() + 10
+  while running():
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
   done = run(tiny_checkpoint, output, "--num_workers=2")
   assert done.returncode == 0, done.errors
   expected = lines(tuned[1] / "trials.jsonl")

@@ -11,7 +11,9 @@ import socket
 import stat
 import sys
 
-FOLDER, FILE, SHARED = "folder", "file", "shared"  # what --output of a program is
+# What a program writes: into a folder; a file; a folder that it replaces as a whole; or something
+# that several processes may write at once.
+FOLDER, FILE, WHOLE_FOLDER, SHARED = "folder", "file", "whole folder", "shared"
 _LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # on some network file systems
 
@@ -31,19 +33,17 @@ def held(output: str | None, kind: str = FOLDER) -> Iterator[None]:
 
   Args:
     output: a path, or None for standard output.
-    kind: `FOLDER` or `FILE`; nothing is held for `SHARED` and for streams.
+    kind: see above; nothing is held for `SHARED` and for files that are streams.
 
   Raises:
     ValueError: another program holds it, or the output is of the other kind.
   """
   path = pathlib.Path(output) if output else None
-  if path is None or kind == SHARED or is_stream(path):
-    if path is not None and kind == FOLDER:
-      raise ValueError(f"--output={output} is not a folder")
+  if path is None or kind == SHARED or (kind == FILE and is_stream(path)):
     yield
     return
-  if path.exists() and path.is_dir() != (kind == FOLDER):
-    raise ValueError(f"--output={output} must be a {kind}, and is none")
+  if path.exists() and path.is_dir() == (kind == FILE):
+    raise ValueError(f"{output} must be a {FILE if kind == FILE else FOLDER}, and is none")
   path = path.resolve()
   folder = path if kind == FOLDER else path.parent
   missing = [p for p in (folder, *folder.parents) if not p.exists()]
