@@ -76,7 +76,8 @@ def main(argv: Sequence[str]) -> None:
         saved.forget(name)
   rates = Rates(record["bandwidth"], record["flops"])
   stages = [s for s in device_stages.stages(toy, rates) if s.name in FLAGS.stages]
-  stages = [s.scaled(FLAGS.budget_s / LIMITS_FOR) for s in stages]
+  # A laptop that is busy may take long to compile; a device is lent for minutes.
+  stages = [s.scaled(FLAGS.budget_s / LIMITS_FOR, patience=5 if toy else 1) for s in stages]
 
   def write():
     text = summary([first, *stages], saved)
@@ -222,7 +223,8 @@ def program() -> None:
   define_flags()
   # The device belongs to the child processes.
   jax.config.update("jax_platforms", "cpu")
-  app.run(main, not_distributed="it measures one device")
+  # JAX itself needs scipy.
+  app.run(main, not_distributed="it measures one device", needs=("scipy",))
 
 
 if __name__ == "__main__":

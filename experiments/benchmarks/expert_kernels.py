@@ -110,7 +110,8 @@ class Layer:
   """A layer of one model and format, its tokens and their reference."""
 
   def __init__(self, model: str, format: str, toy: bool, num_tokens: int):
-    self.config = config = config_of(model, format, toy)
+    self._toy, self.config = toy, config_of(model, format, toy)
+    config = self.config
     specs = params_lib.describe(config).layers.experts
     self.weights = params_lib.in_storage_dtype(random_models.random_arrays(specs, config))
     self.activation = Activation(config.swiglu_limit, config.swiglu_alpha)
@@ -140,7 +141,8 @@ class Layer:
     """Returns the record of a strategy: its error against the reference, and its time."""
     config = self.config
     unique, num_bytes, flops = self.work(num_tokens)
-    steps = floors.steps_for(rates.floor(num_bytes, flops))
+    # In toy runs the kernels are interpreted, which takes long.
+    steps = 4 if self._toy else floors.steps_for(rates.floor(num_bytes, flops))
     indices, gates = self.indices[:, :num_tokens], self.gates[:, :num_tokens]
 
     @jax.jit
@@ -206,7 +208,9 @@ def cases(toy: bool) -> list[Case]:
 
   found = [
     Case(
-      f"{model} {format} {n} {strategy}", functools.partial(_measure, model, format, strategy, n)
+      f"{model} {format} {n} {strategy}",
+      functools.partial(_measure, model, format, strategy, n),
+      40,
     )
     for (model, format), n in itertools.product(groups, sizes(toy))
     for strategy in PROMISING

@@ -63,9 +63,14 @@ class Stage:
   opening: float = 60.0
   environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-  def scaled(self, factor: float) -> "Stage":
-    """Returns the stage with its limit scaled."""
-    return dataclasses.replace(self, seconds=self.seconds * factor)
+  def scaled(self, factor: float, patience: float = 1.0) -> "Stage":
+    """Returns the stage with its limit scaled, and by `patience` those of opening and cases."""
+    return dataclasses.replace(
+      self,
+      seconds=self.seconds * factor,
+      opening=self.opening * patience,
+      cases=[dataclasses.replace(c, seconds=c.seconds * patience) for c in self.cases],
+    )
 
   def todo(self, saved: jsonl.SavedValues) -> list[Case]:
     """Returns the cases without a record."""

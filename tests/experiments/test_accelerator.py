@@ -20,6 +20,7 @@ from experiments.benchmarks import (
   device_stages,
   expert_kernels,
   floors,
+  random_models,
   scope_times,
   supervisor,
 )
@@ -92,20 +93,27 @@ class Children:
       saved.put(f"{stage.name}/{case.name}", {})
 
 
-def test_stages_keep_to_their_limits_and_share_what_is_left(monkeypatch):
+def test_stages_keep_to_their_limits_and_share_what_is_left(monkeypatch, tmp_path):
   stages = [
     Stage("a", "", 25, opened, [Case(str(i), opened) for i in range(5)]),
     Stage("b", "", 5, opened, [Case("0", opened)]),
     Stage("c", "", 40, opened, [Case("0", opened)]),
   ]
-  children, saved = Children(monkeypatch, seconds=10), jsonl.SavedValues(None, {})
+  children, path = Children(monkeypatch, seconds=10), tmp_path / "results.jsonl"
+  saved = jsonl.SavedValues(path, {})
   supervisor.run(stages, saved, deadline=75)
   # a: 25 s hold two cases; b: 5 s hold none; c: one. Of the rest, b has the first turn.
   assert children.ran == ["a0", "a1", "c0", "b0", "a2", "a3"] and children.now == 75
   # A rerun continues with what has no line.
   children.ran.clear()
+  saved = jsonl.SavedValues(path, {})
   supervisor.run(stages, saved, deadline=1000)
   assert children.ran == ["a4"]
+  # What failed is measured again only if it is forgotten.
+  saved.put("c/0", {"failed": "why"})
+  saved.forget("c/0")
+  supervisor.run(stages, saved, deadline=2000)
+  assert children.ran == ["a4", "c0"]
 
 
 def test_a_floor_is_the_larger_time_of_bytes_and_flops():
@@ -234,21 +242,37 @@ def test_every_stage_has_columns_and_every_format_a_crossover():
 
 
 @pytest.mark.slow
-def test_a_terminated_run_says_what_it_has_and_the_next_one_continues(tmp_path):
-  flags = (f"--output={tmp_path / 'found'}", "--stages=profile", "--budget_s=200")
+def test_a_terminated_run_of_small_sizes_says_what_it_has(tmp_path):
   path = tmp_path / "found" / "results.jsonl"
-  first = programs.Run("experiments.accelerator", flags, devices=1)
-  while first.process.is_alive() and not path.exists():
+  flags = (f"--output={path.parent}", "--stages=experts,profile", "--budget_s=400")
+  run = programs.Run("experiments.accelerator", flags, devices=1)
+  while run.process.is_alive() and not (path.exists() and "experts/" in path.read_text()):
     time.sleep(0.05)
-  first.process.terminate()
-  assert first.exit_code() == 143, first.errors
-  assert "Time by scope: 0 of 1 cases" in first.output
-  done = programs.call("experiments.accelerator", *flags, devices=1)
-  assert done.returncode == 0, done.errors
+  run.process.terminate()
+  assert run.exit_code() == 143, run.errors
   table = (path.parent / "table.txt").read_text()
-  assert "Time by scope: 1 of 1 cases" in table and table in done.output
-  lines = [json.loads(line) for line in path.read_text().splitlines()]
-  (profile,) = (line["value"] for line in lines if line["name"] == "profile/n=4")
-  assert {"attention", "router", "experts", "unembed"} <= profile["scopes_ms"].keys()
-  rates = lines[-1]["value"] if lines[-1]["name"] == "machine/rates" else lines[0]["value"]
-  assert rates["bandwidth"] > 0 and rates["flops"] > 0 and rates["platform"] == "cpu"
+  assert "of 20 cases" in table and "Time by scope: 0 of 1 cases" in table and table in run.output
+  rates, *experts = [json.loads(line) for line in path.read_text().splitlines()]
+  assert rates["name"] == "machine/rates" and rates["value"]["platform"] == "cpu"
+  assert all(rates["value"][name] > 0 for name in ("bandwidth", "flops"))
+  for line in experts:
+    assert line["value"]["differs"] is None and line["value"]["to_floor"] > 0
+  # Nothing runs on.
+  before = path.read_bytes()
+  time.sleep(0.5)
+  assert path.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_step_has_its_time_in_scopes_and_the_embedded_models_their_tokens():
+  steps = device_stages._Steps(True, Rates(1e10, 1e11))
+  (case,) = device_stages._profile_cases(True)
+  found = case.run(steps)
+  assert {"attention", "router", "experts", "unembed"} <= found["scopes_ms"].keys()
+  assert sum(found["scopes_ms"].values()) > 0 and found["busy_ms"] > 0 and found["events"] > 0
+  case = device_stages._step_cases(True)[0]
+  record = case.run(steps)
+  assert record["ms"] > 0 and record["unique_experts"] == steps.bench.config.experts_per_token
+  # Bytes of one token's step: what is read once, at 10 GB/s; its FLOPs take less.
+  num_bytes = random_models.step_bytes(steps.bench.config, record["unique_experts"], 16)
+  assert record["floor_ms"] == pytest.approx(1e3 * num_bytes / 1e10)
