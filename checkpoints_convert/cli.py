@@ -24,7 +24,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   string(
     "source",
     None,
-    "What to convert: a Hugging Face folder or a hub name, org/name[@revision]; with "
+    "What to convert: a Hugging Face folder, a .gguf file or a hub name, org/name[@revision]; with "
     "--to_hugging_face a roe_jax checkpoint, with --quantize_experts any of these.",
     required=True,
   )

@@ -22,7 +22,7 @@ def convert_from_hugging_face(
   An interrupted conversion resumes after the last finished piece when it is called again.
 
   Args:
-    source: a local Hugging Face folder, or a hub name; see `hub.find`.
+    source: a local Hugging Face folder, a GGUF file, or a hub name; see `hub.find`.
     target: the checkpoint folder to write.
     dtype: "float32", "bfloat16" or "source"; see `hub.open_source`.
     quantize_experts: "int8", "int4" or None; see `hub.open_source`.

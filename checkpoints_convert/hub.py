@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_convert import safetensors_files, tensor_names
+from checkpoints_convert import gguf_model, safetensors_files, tensor_names
 from checkpoints_convert.common import ConversionError, note, some
 from checkpoints_convert.safetensors_files import TensorInfo
 from roe_jax import checkpoint
@@ -49,7 +49,7 @@ class Source:
     layout: the layout of the experts in the files; see `tensor_names`.
     config: the config of the model that is read.
     tensors: the tensors in its shards by name; exactly those that the model needs.
-    stored_dtypes: names of the dtypes in the shards.
+    stored_dtypes: names of the dtypes in the shards, and of GGUF's quantizations.
   """
 
   folder: pathlib.Path
@@ -65,8 +65,9 @@ class Source:
     files = {}
     for info in self.tensors.values():
       status = info.file.stat()
-      files[info.file.name] = [status.st_size, status.st_mtime_ns]
-    facts = [str(self.folder.resolve()), sorted(files.items()), self.config.to_json()]
+      path = info.file.parent.resolve() / info.file.name
+      files[str(path)] = [status.st_size, status.st_mtime_ns]
+    facts = [sorted(files.items()), self.config.to_json()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -74,14 +75,17 @@ def find(source: str, revision: str | None = None, weights: bool = True) -> path
   """Returns the folder of `source`, downloaded if it is a hub name.
 
   Args:
-    source: a local folder, or a hub name: `org/name` or `org/name@revision`, optionally with
-      `hf:` in front.
+    source: a local folder, a GGUF file (see `gguf_model.expand`), or a hub name: `org/name` or
+      `org/name@revision`, optionally with `hf:` in front.
     revision: branch, tag or commit on the hub, if the name has none.
     weights: whether to download the weights too; they are checked first, as in `open_source`.
 
   Raises:
-    ConversionError: `source` is neither, the download fails, or the weights cannot be read.
+    ConversionError: `source` is none of these, the download fails, or the weights cannot be read.
+    FileNotFoundError: there is no such GGUF file.
   """
+  if gguf_model.is_gguf(source):
+    return gguf_model.expand(source)
   folder = pathlib.Path(source).expanduser()
   if folder.is_dir():
     return folder
@@ -98,7 +102,8 @@ def _hub_name(source: str, revision: str | None) -> tuple[str, str | None]:
   match = _HUB_NAME.fullmatch(source.removeprefix(HUB))
   if not match or pathlib.Path(source).expanduser().exists():
     raise ConversionError(
-      f"the source {source!r} is neither a folder nor a hub name like org/name or org/name@revision"
+      f"the source {source!r} is neither a folder, a .gguf file nor a hub name like org/name or "
+      "org/name@revision"
     )
   name, at = match.groups()
   if at and revision and at != revision:
@@ -218,8 +223,10 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
   if inner:
     message += f", but it has such folders ({some(inner)}): give one of them"
   elif gguf or original:
-    what = "GGUF" if gguf else "its authors' format"
-    message += f" but has a model in {what} ({some(gguf or original)}): use the safetensors version"
+    what, use = "GGUF", "give that file"
+    if not gguf:
+      what, use = "its authors' format", "use the safetensors version"
+    message += f" but has a model in {what} ({some(gguf or original)}): {use}"
   raise ConversionError(message)
 
 
@@ -253,21 +260,25 @@ def open_source(
   """
   hf_config = read_config(folder)
   config = from_hugging_face(hf_config, dtype="float32")
-  if tensors is None:
+  source, gguf = folder, folder / gguf_model.WEIGHTS
+  if gguf.is_file():
+    source = gguf.resolve()
+    tensors = dict(gguf_model.hub_tensors(source))
+  elif tensors is None:
     tensors = safetensors_files.read_headers(folder)
-  tensors = _model_tensors(folder, hf_config, tensors)
-  stored = tuple(sorted({info.dtype.name for info in tensors.values()}))
+  tensors = _model_tensors(source, hf_config, tensors)
+  stored = tuple(sorted({info.stored_dtype for info in tensors.values()}))
   if dtype == "source":
     dtype = own_dtype(stored)
-  expert_format, layout = _expert_form(folder, config, tensors)
+  expert_format, layout = _expert_form(source, config, tensors)
   found = config.replace(dtype=dtype, expert_format=expert_format)
-  config = target_config(str(folder), found, quantize_experts, keep_mxfp4)
+  config = target_config(str(source), found, quantize_experts, keep_mxfp4)
   tensor_names.check_table(found)
-  _check_tensors(folder, found, layout, tensors)
+  _check_tensors(source, found, layout, tensors)
   if (folder / "tokenizer.json").is_file():
     check_vocabulary(Tokenizer.load(folder), config)
   else:
-    note(f"{folder} {missing_tokenizer(folder)}; without it, the model takes token ids only")
+    note(f"{source} {missing_tokenizer(folder)}; without it, the model takes token ids only")
   return Source(folder, found, layout, config, tensors, stored)
 
 
@@ -313,7 +324,8 @@ def open_without_weights(source: str, revision: str | None = None, **options: An
   """
   folder = find(source, revision, weights=False)
   tensors = None
-  if not (pathlib.Path(source).expanduser().is_dir() or safetensors_files.are_complete(folder)):
+  is_local = gguf_model.is_gguf(source) or pathlib.Path(source).expanduser().is_dir()
+  if not (is_local or safetensors_files.are_complete(folder)):
     tensors = _remote_tensors(folder, _hub_name(source, revision)[0])
   return open_source(folder, tensors=tensors, **options)
 
@@ -369,16 +381,17 @@ def _expert_form(
     }
     for f, layout in itertools.product(formats, tensor_names.layouts(config.family))
   }
-  common = set.intersection(*names.values())
-  found = {form: (expected - common) & set(tensors) for form, expected in names.items()}
-  forms = [form for form, own in found.items() if own]
-  if len(names) > 1 and len(forms) > 1:
+  present = (set.union(*names.values()) - set.intersection(*names.values())) & set(tensors)
+  form = max(names, key=lambda form: len(names[form] & present))
+  if rest := present - names[form]:
+    other = max(names, key=lambda form: len(names[form] & rest))
     raise ConversionError(
-      f"{folder} has experts in two forms ({' and '.join(some(found[f], 1) for f in forms)}), "
-      "so it mixes two downloads or was partly converted: download the model again"
+      f"{folder} has experts in two forms ({some(rest, 1)} and "
+      f"{some((present & names[form]) - names[other], 1)}), so it mixes two downloads or was "
+      "partly converted: download the model again"
     )
-  if len(names) > 1 and forms:
-    return forms[0]
+  if present:
+    return form
   return config.expert_format, tensor_names.SEPARATE
 
 

@@ -3,7 +3,7 @@
 import jax
 from tqdm import tqdm
 
-from checkpoints_convert import hub, reading
+from checkpoints_convert import gguf_model, hub, reading
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
@@ -33,7 +33,7 @@ def load(
   piece (twice, if experts are decoded or quantized) and one hub tensor.
 
   Args:
-    source: a local Hugging Face folder, or a hub name.
+    source: a local Hugging Face folder, a GGUF file, or a hub name.
     dtype: "float32", "bfloat16", or "source" for the dtype of the files.
     shardings: see `checkpoint.load`; made for the config that `load_config` returns for the same
       arguments.
@@ -66,8 +66,8 @@ def load(
 
 
 HUGGING_FACE = ModelFormat(
-  f"a Hugging Face folder, {hub.HUB}org/name[@revision]",
-  lambda name: name.startswith(hub.HUB) or hub.is_hugging_face(name),
+  f"a Hugging Face folder, a .gguf file, {hub.HUB}org/name[@revision]",
+  lambda name: name.startswith(hub.HUB) or gguf_model.is_gguf(name) or hub.is_hugging_face(name),
   lambda name, weights: hub.find(name, weights=weights),
   hub.load_config,
   lambda name, dtype, shardings: load(name, dtype or "source", shardings),

@@ -10,7 +10,7 @@ import math
 import jax
 import numpy as np
 
-from checkpoints_convert import hub, safetensors_files, tensor_names
+from checkpoints_convert import hub, tensor_names
 from checkpoints_convert.common import Spans
 from checkpoints_convert.expert_formats import recode
 from roe_jax.checkpoint import Piece, piece_shapes
@@ -165,10 +165,10 @@ def _fill(
     reads: dict[Spans, list[tuple[int, Spans]]] = {}
     for i, region in enumerate(regions):
       if region is not None:
-        spans = safetensors_files.widened(info, part.split, region)
+        spans = info.widened(part.split, region)
         reads.setdefault(spans, []).append((i, region))
     for spans, users in reads.items():
-      tensor = safetensors_files.read(info, part.split, spans)
+      tensor = info.read(part.split, spans)
       for i, region in users:
         own = tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(region, spans))
         part.fill(arrays[part.parameter][i], tensor[own], windows[part.parameter][i])

@@ -29,7 +29,7 @@ _DTYPES = {
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # If a part of a tensor is scattered in shorter runs of bytes, reading all of it is faster.
 SHORTEST_RUN = 64 << 10
-_AGAIN = "download the model again"
+AGAIN = "download the model again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,58 +42,58 @@ class TensorInfo:
   shape: tuple[int, ...]
   dtype: np.dtype
 
+  @property
+  def stored_dtype(self) -> str:
+    """The name of the dtype in the file."""
+    return self.dtype.name
 
-def widened(info: TensorInfo, shape: tuple[int, ...], spans: Spans) -> Spans:
-  """Widens a part of a tensor to whole axes where its runs of bytes would be too short.
+  def widened(self, shape: tuple[int, ...], spans: Spans) -> Spans:
+    """Widens a part of the tensor to whole axes where its runs of bytes would be too short.
 
-  Args:
-    info: the tensor.
-    shape: its shape, where merged axes may be split.
-    spans: the part to read, by axis.
-  """
-  return tuple(
-    span if (span[1] - span[0]) * stride >= SHORTEST_RUN else (0, size)
-    for span, size, stride in zip(spans, shape, _strides(info, shape))
-  )
+    Args:
+      shape: the tensor's shape, where merged axes may be split.
+      spans: the part to read, by axis.
+    """
+    return tuple(
+      span if (span[1] - span[0]) * stride >= SHORTEST_RUN else (0, size)
+      for span, size, stride in zip(spans, shape, self._strides(shape))
+    )
 
+  def read(self, shape: tuple[int, ...], spans: Spans) -> np.ndarray:
+    """Reads a part of the tensor in its own dtype, and only the bytes of that part.
 
-def read(info: TensorInfo, shape: tuple[int, ...], spans: Spans) -> np.ndarray:
-  """Reads a part of a tensor in its own dtype, and only the bytes of that part.
+    Args:
+      shape: the tensor's shape, where merged axes may be split.
+      spans: the part to read, by axis.
 
-  Args:
-    info: the tensor.
-    shape: its shape, where merged axes may be split.
-    spans: the part to read, by axis.
+    Raises:
+      ConversionError: the file became shorter after its header was read.
+    """
+    array = np.empty([stop - start for start, stop in spans], self.dtype)
+    cut = [i for i, (span, size) in enumerate(zip(spans, shape)) if span != (0, size)]
+    outer = cut[-1] if cut else 0  # the axes after this one are one run of bytes
+    strides = self._strides(shape)
+    with open(self.file, "rb", buffering=0) as file:
+      for index in np.ndindex(array.shape[:outer]):
+        file.seek(
+          self.offset
+          + sum((i + start) * stride for i, (start, _), stride in zip((*index, 0), spans, strides))
+        )
+        target = _bytes(array[index])
+        while target:
+          count = file.readinto(target)
+          if not count:
+            raise ConversionError(f"{self.file} ends in the middle of {self.name}: {AGAIN}")
+          target = target[count:]
+    return array
 
-  Raises:
-    ConversionError: the file became shorter after its header was read.
-  """
-  array = np.empty([stop - start for start, stop in spans], info.dtype)
-  cut = [i for i, (span, size) in enumerate(zip(spans, shape)) if span != (0, size)]
-  outer = cut[-1] if cut else 0  # the axes after this one are one run of bytes
-  strides = _strides(info, shape)
-  with open(info.file, "rb", buffering=0) as file:
-    for index in np.ndindex(array.shape[:outer]):
-      file.seek(
-        info.offset
-        + sum((i + start) * stride for i, (start, _), stride in zip((*index, 0), spans, strides))
-      )
-      target = _bytes(array[index])
-      while target:
-        count = file.readinto(target)
-        if not count:
-          raise ConversionError(f"{info.file} ends in the middle of {info.name}: {_AGAIN}")
-        target = target[count:]
-  return array
+  def _strides(self, shape):
+    """Returns the number of bytes from one index of each axis to the next."""
+    return [self.dtype.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
 def _bytes(array: np.ndarray) -> memoryview:
   return memoryview(array.reshape(-1).view(np.uint8).data)
-
-
-def _strides(info, shape):
-  """Returns the number of bytes from one index of each axis to the next."""
-  return [info.dtype.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
 def read_headers(folder: pathlib.Path) -> dict[str, TensorInfo]:
@@ -138,7 +138,7 @@ def _missing_weights(folder: pathlib.Path) -> str:
   if shards:
     return (
       f"{folder} has safetensors files ({some(shards)}) but neither {INDEX_FILE} nor "
-      f"{SINGLE_FILE}: {_AGAIN}"
+      f"{SINGLE_FILE}: {AGAIN}"
     )
   pickles = sorted(
     p.name for suffix in ("bin", "pt", "pth", "ckpt") for p in folder.glob(f"*.{suffix}")
@@ -160,7 +160,7 @@ def _read_index(folder: pathlib.Path) -> dict[str, str]:
       return index
   except (ValueError, KeyError, TypeError, AttributeError):
     pass
-  raise ConversionError(f"{path} is not a safetensors index: {_AGAIN}")
+  raise ConversionError(f"{path} is not a safetensors index: {AGAIN}")
 
 
 def _read_shards(folder: pathlib.Path) -> dict[str, TensorInfo]:
@@ -171,7 +171,7 @@ def _read_shards(folder: pathlib.Path) -> dict[str, TensorInfo]:
   if missing:
     raise ConversionError(
       f"{folder} lacks {len(missing)} of the {len(shards)} shards in its index "
-      f"({some(missing)}): {_AGAIN}"
+      f"({some(missing)}): {AGAIN}"
     )
   tensors = {}
   for path in paths:
@@ -196,7 +196,7 @@ def _read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
       pass  # checks the header, and that the tensors cover the file
   except safetensors.SafetensorError as error:
     raise ConversionError(
-      f"{path} is not a complete safetensors file ({error}): {_AGAIN}"
+      f"{path} is not a complete safetensors file ({error}): {AGAIN}"
     ) from error
   with open(path, "rb") as file:
     length = int.from_bytes(file.read(8), "little")

@@ -27,8 +27,9 @@ from roe_jax.checkpoint import Piece, piece_shapes
 from roe_jax.config import ModelConfig
 from roe_jax.quantization import pack, unpack
 
-# The layouts of experts: separate matrices, as on the hub, or one array for all.
-SEPARATE, FUSED = "separate", "fused"
+# The layouts of experts: as on the hub, usually separate matrices; one array for all gate and up
+# projections of a layer; or, in GGUF files of some families, one for gate and one for up.
+SEPARATE, FUSED, SPLIT = "separate", "fused", "split"
 _TILE = 256  # tile size of the first two axes when transposing
 
 
@@ -116,20 +117,55 @@ _DENSE = (
 _MLP_EXPERTS = _experts(_MLP, "gate_proj", "up_proj", "down_proj")
 
 
-def _mxfp4(tensor: str, parameter: str, pattern: str, stored: str) -> Rule:
-  return Rule(_MLP + tensor, parameter, pattern, when="expert_format", stored=stored)
+def _mxfp4(
+  tensor: str, parameter: str, pattern: str, stored: str, layout: str | None = SEPARATE
+) -> Rule:
+  return Rule(_MLP + tensor, parameter, pattern, when="expert_format", layout=layout, stored=stored)
+
+
+def _split_gate_up(name: str, i: int) -> tuple[Rule, ...]:
+  """Returns the rules of the gate (0) or up (1) projections of a GGUF file."""
+  at, gate_up = f"experts.{name}", "experts.gate_up"
+  return (
+    Rule(
+      f"{_MLP}{at}.weight", gate_up, f"E F D -> E F {i} D", unless="expert_format", layout=SPLIT
+    ),
+    _mxfp4(at + "_blocks", gate_up + ".codes", f"E F D -> E F {i} D", "blocks", SPLIT),
+    _mxfp4(at + "_scales", gate_up + ".scales", f"E F M -> E F {i} M", "bytes", SPLIT),
+    Rule(f"{_MLP}{at}.bias", gate_up + "_bias", f"E F -> E F {i}", layout=SPLIT),
+  )
 
 
 _GPT_OSS_EXPERTS = (
-  Rule(_GATE_UP, "experts.gate_up", "E D (F U) -> E F U D", unless="expert_format"),
-  Rule(_DOWN, "experts.down", "E F D -> E F D", unless="expert_format"),
+  Rule(
+    _GATE_UP, "experts.gate_up", "E D (F U) -> E F U D", unless="expert_format", layout=SEPARATE
+  ),
+  Rule(_DOWN, "experts.down", "E F D -> E F D", unless="expert_format", layout=SEPARATE),
   _mxfp4("experts.gate_up_proj_blocks", "experts.gate_up.codes", "E (F U) D -> E F U D", "blocks"),
   _mxfp4("experts.gate_up_proj_scales", "experts.gate_up.scales", "E (F U) M -> E F U M", "bytes"),
-  _mxfp4("experts.down_proj_blocks", "experts.down.codes", "E D F -> E F D", "blocks"),
-  _mxfp4("experts.down_proj_scales", "experts.down.scales", "E D N -> E N D", "bytes"),
-  Rule(_GATE_UP + "_bias", "experts.gate_up_bias", "E (F U) -> E F U"),
-  Rule(_DOWN + "_bias", "experts.down_bias", "E D -> E D"),
+  _mxfp4("experts.down_proj_blocks", "experts.down.codes", "E D F -> E F D", "blocks", None),
+  _mxfp4("experts.down_proj_scales", "experts.down.scales", "E D N -> E N D", "bytes", None),
+  Rule(_GATE_UP + "_bias", "experts.gate_up_bias", "E (F U) -> E F U", layout=SEPARATE),
+  Rule(_DOWN + "_bias", "experts.down_bias", "E D -> E D", layout=SEPARATE),
+  *_split_gate_up("gate_proj", 0),
+  *_split_gate_up("up_proj", 1),
+  Rule(_DOWN + ".weight", "experts.down", "E D F -> E F D", unless="expert_format", layout=SPLIT),
+  Rule(_DOWN + ".bias", "experts.down_bias", "E D -> E D", layout=SPLIT),
 )
+
+_SPARSE = _LAYER + "block_sparse_moe."
+_GRANITE = (
+  *_COMMON,
+  *_QKV_BIASES,
+  _OUTPUT_BIAS,
+  Rule(_SPARSE + "router.layer.weight", "router", "E D -> E D", layout=SEPARATE),
+  Rule(_SPARSE + "input_linear.weight", "experts.gate_up", "E (U F) D -> E F U D", layout=SEPARATE),
+  Rule(_SPARSE + "output_linear.weight", "experts.down", "E D F -> E F D", layout=SEPARATE),
+  Rule(_SPARSE + "router.weight", "router", "E D -> E D", layout=FUSED),
+  Rule(_SPARSE + "experts.gate_up_proj", "experts.gate_up", "E (U F) D -> E F U D", layout=FUSED),
+  Rule(_SPARSE + "experts.down_proj", "experts.down", "E D F -> E F D", layout=FUSED),
+)
+_SHARED_MLP = _LAYER + "shared_mlp."
 
 FAMILIES: dict[str, tuple[Rule, ...]] = {
   "olmoe": (
@@ -158,6 +194,22 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
     Rule(_MLP + "shared_expert_gate.weight", "shared_expert.gate", "I D -> I D"),
   ),
   "qwen3_moe": (*_COMMON, *_QK_NORMS_PER_HEAD, *_MLP_EXPERTS),
+  "granitemoe": _GRANITE,
+  "granitemoeshared": (
+    *_GRANITE,
+    Rule(
+      _SHARED_MLP + "input_linear.weight",
+      "shared_expert.gate_up",
+      "(U G) D -> G U D",
+      when="d_shared_expert",
+    ),
+    Rule(
+      _SHARED_MLP + "output_linear.weight",
+      "shared_expert.down",
+      "D G -> G D",
+      when="d_shared_expert",
+    ),
+  ),
   "llama": _DENSE,
   "mistral": _DENSE,
   "qwen2": _DENSE,

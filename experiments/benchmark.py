@@ -32,6 +32,7 @@ from experiments.cli import app
 from roe_jax import params as params_lib
 from roe_jax.config import DTYPES, ModelConfig
 from roe_jax.quantization import FORMATS
+from roe_jax.routers import ROUTERS
 
 FLAGS = flags.FLAGS
 SWEEPS = (*sweeps.SWEEPS, "transformers")
@@ -140,6 +141,11 @@ def chosen_sweeps(config: ModelConfig) -> list[str]:
       f"--sweeps: unknown {', '.join(unknown) or 'nothing'}; choose from {', '.join(SWEEPS)}"
     )
   chosen = [name for name in SWEEPS if name in FLAGS.sweeps]
+  if ROUTERS[config.router].axes is None and (chosen, FLAGS.num_members) != (["decode"], ["1"]):
+    raise ValueError(
+      f"{FLAGS.preset} is dense and runs without a roster only: give --sweeps=decode "
+      "--num_members=1"
+    )
   if "transformers" not in chosen or FLAGS.transformers == "no":
     return [name for name in chosen if name != "transformers"]
   missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]

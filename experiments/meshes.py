@@ -418,6 +418,8 @@ def main(argv) -> None:
     )
   for mesh in FLAGS.mesh:
     app.parse_mesh(mesh)
+  for name in FLAGS.checkpoints:  # check all before any work
+    Roster.create(app.load_config(name), FLAGS.num_members, FLAGS.tau, seed=FLAGS.seed)
   settings = {
     name: FLAGS[name].value
     for name in ("num_examples", "num_members", "tau", "seed", "max_new_tokens", "dtype")

@@ -248,6 +248,8 @@ def main(argv) -> None:
   del argv
   if FLAGS.num_members < 2:
     raise ValueError(f"--num_members must be at least 2, got {FLAGS.num_members}")
+  for checkpoint in FLAGS.checkpoints:  # check all before any work
+    app.roster_from_flags(app.load_config(checkpoint), check_idle=False)
   begin, output, models, texts = time.perf_counter(), pathlib.Path(FLAGS.output), {}, []
   (task,) = (tasks.get(name) for name in FLAGS.tasks)
   FLAGS.methods = ";".join([methods.BASELINE, *(f"{methods.ROSTER}:n={n}" for n in sizes())])

@@ -46,6 +46,7 @@ from experiments.figures.figure_run import (
   write_records,
 )
 from experiments.records import runs
+from roe_jax.roster import Roster
 
 FLAGS = flags.FLAGS
 
@@ -142,14 +143,15 @@ def make_figure_runs(names: list[str]) -> list[FigureRun]:
 
 
 def check_checkpoints(model: figure_models.Model) -> None:
-  """Checks that the model exists.
+  """Checks that the model exists and can run as a roster.
 
   Raises:
+    ValueError: it cannot.
     FileNotFoundError: it does not; the message has the command that makes it.
   """
   for checkpoint in model.checkpoints:
     try:
-      app.load_config(checkpoint)
+      Roster.create(app.load_config(checkpoint), 2, 1.0)
     except FileNotFoundError as error:
       raise FileNotFoundError(
         f"{error}; make {model.title} with `{'` and `'.join(model.prepare)}`, or give a folder "

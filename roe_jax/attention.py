@@ -1,5 +1,7 @@
 """Rotary embeddings, and attention to a KV cache and the token's own key and value."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -103,13 +105,14 @@ def attend_in_layer(
     `[B, T, H, C]` in the dtype of `query`, and the cache.
   """
   sinks = None if weights.sinks is None else to_compute_dtype(weights.sinks[layer])
+  attend_to = functools.partial(attend, sinks_H=sinks, scale=config.attention_multiplier)
   is_sliding, index = location.is_sliding, location.index
   new = query_BxTxHxC, key_BxTxKxC, value_BxTxKxC, positions_BxT
   if cache is None:
     if is_sliding is False:
-      return attend(*new, sinks_H=sinks), None
+      return attend_to(*new), None
     window = jnp.where(is_sliding, config.sliding_window or NO_POSITION, NO_POSITION)
-    return attend(*new, sinks_H=sinks, window=window), None
+    return attend_to(*new, window=window), None
   written = key_BxTxKxC, value_BxTxKxC, positions_BxT[:, 0]
   sliding = cache.sliding
   if write and is_sliding is not True:
@@ -118,10 +121,11 @@ def attend_in_layer(
     cache = kv_cache.write(cache, *written, target)
 
   def attend_to_all():
-    return attend(*new, cache, index, sinks)
+    return attend_to(*new, cache, index)
 
   def attend_to_window():
-    return attend(*new, sliding, index, sinks, config.sliding_window, attend_to_new=write)
+    window = config.sliding_window
+    return attend_to(*new, sliding, index, window=window, attend_to_new=write)
 
   if isinstance(is_sliding, bool):
     heads = attend_to_window() if is_sliding else attend_to_all()
@@ -147,6 +151,7 @@ def attend(
   sinks_H: jax.Array | None = None,
   window: jax.Array | int | None = None,
   attend_to_new: bool = False,
+  scale: float | None = None,
 ) -> jax.Array:
   """Attends from each token to earlier cached positions and to itself.
 
@@ -165,6 +170,7 @@ def attend(
     sinks_H: one logit per head that takes part in the softmax without a value.
     window: attention window, including the current position; unlimited by default.
     attend_to_new: whether tokens attend to each other in addition to a cache.
+    scale: factor on the scores; `C**-0.5` by default.
 
   Returns:
     `[B, T, H, C]` in the dtype of `query`.
@@ -173,7 +179,7 @@ def attend(
   b, t, h, c = query_BxTxHxC.shape
   k = own_key_BxTxKxC.shape[2]
   query = query_BxTxHxC.reshape(b, t, k, h // k, c)
-  scale = c**-0.5
+  factor = c**-0.5 if scale is None else scale
 
   def visible(positions):
     """Returns the mask `[B, T, S]` of positions `[B, 1, S]`."""
@@ -182,7 +188,7 @@ def attend(
 
   def add(carry, keys, values, visible):
     peak, total, mixed = carry
-    scores = einsum("btkgc,bksc->bkgts", query, keys) * scale
+    scores = einsum("btkgc,bksc->bkgts", query, keys) * factor
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     new_peak = jax.lax.stop_gradient(jnp.maximum(peak, scores.max(-1)))
     weights, shrink = jnp.exp(scores - new_peak[..., None]), jnp.exp(peak - new_peak)
@@ -202,7 +208,7 @@ def attend(
     return add(carry, keys, values, visible(positions) & (indices >= j * block))
 
   # A token's own score is finite: attending to no cached position is no special case.
-  own = einsum("btkgc,btkc->bkgt", query, own_key_BxTxKxC) * scale
+  own = einsum("btkgc,btkc->bkgt", query, own_key_BxTxKxC) * factor
   own_value = own_value_BxTxKxC.astype(jnp.float32).swapaxes(1, 2)[:, :, None]
   peak = jax.lax.stop_gradient(own)
   if sinks_H is not None:

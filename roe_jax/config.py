@@ -18,7 +18,8 @@ DTYPES = ("float32", "bfloat16")
 MAXIMUM = {"num_layers": 2000, "num_experts": 8192}
 _POSITIVE = (
   "vocab_size num_layers d_model num_heads num_kv_heads head_dim num_experts experts_per_token "
-  "d_expert context_length rope_theta clip_qkv swiglu_limit"
+  "d_expert context_length rope_theta clip_qkv swiglu_limit embedding_multiplier "
+  "attention_multiplier residual_multiplier logits_scaling"
 ).split()
 _NOT_NEGATIVE = ("d_shared_expert rms_norm_eps initializer_range bos_token_id pad_token_id").split()
 
@@ -65,6 +66,10 @@ class ModelConfig:
       `experts.Activation`); limit None: SwiGLU.
     d_shared_expert: hidden width of an expert that processes every token; 0: none.
     shared_expert_gate: whether its own gate weights it (Qwen2-MoE).
+    embedding_multiplier: factor on embedded tokens (Granite).
+    attention_multiplier: factor on attention scores; None: `C**-0.5`.
+    residual_multiplier: factor on what attention and the MoE block add to the residual stream.
+    logits_scaling: divides the logits.
     rope_theta: base of the rotary embedding.
     rope_scaling: its extension to a longer context, or None.
     rms_norm_eps: added to the mean square in every RMSNorm.
@@ -107,6 +112,10 @@ class ModelConfig:
   swiglu_alpha: float = 1.0
   d_shared_expert: int = 0
   shared_expert_gate: bool = True
+  embedding_multiplier: float = 1.0
+  attention_multiplier: float | None = None
+  residual_multiplier: float = 1.0
+  logits_scaling: float = 1.0
   rope_theta: float = 10000.0
   rope_scaling: RopeScaling | None = None
   rms_norm_eps: float = 1e-5

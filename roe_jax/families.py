@@ -78,8 +78,16 @@ _NULLABLE = (
 _EXPERT_COUNTS = ("num_experts", "num_local_experts")  # some files have the other name
 _EXPERTS = {"num_experts": "num_experts", "experts_per_token": "num_experts_per_tok"}
 _LOCAL_EXPERTS = _EXPERTS | {"num_experts": "num_local_experts"}
+# One key for both.
+_ATTENTION_BIAS = {"qkv_bias": "attention_bias", "output_bias": "attention_bias"}
 _ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 # A dense model is one expert per layer.
+_MULTIPLIERS = (
+  "embedding_multiplier",
+  "attention_multiplier",
+  "residual_multiplier",
+  "logits_scaling",
+)
 _DENSE = {
   "num_experts": 1,
   "experts_per_token": 1,
@@ -100,6 +108,34 @@ _QWEN_DEFAULTS = {
   "rms_norm_eps": 1e-6,
   "sliding_window": 4096,
   "max_window_layers": 28,
+}
+
+
+_GRANITE: dict[str, Any] = {
+  "defaults": {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+  }
+  | dict.fromkeys(_MULTIPLIERS, 1.0),
+  "keys": {
+    **_LOCAL_EXPERTS,
+    **_ATTENTION_BIAS,
+    **dict(zip(_MULTIPLIERS, _MULTIPLIERS)),
+    "d_expert": "intermediate_size",
+    "head_dim": "head_dim",
+  },
+  "fixed": {"normalize_gates": True, "gates_in_model_dtype": True, "qk_norm": False},
+  "has_window": False,
 }
 
 
@@ -260,6 +296,14 @@ FAMILIES = {
     supported={"attention_bias": False} | _ALL_SPARSE,
     needs_use_sliding_window=True,
   ),
+  "granitemoe": Family("GraniteMoeForCausalLM", **_GRANITE),
+  "granitemoeshared": Family(
+    "GraniteMoeSharedForCausalLM",
+    defaults=_GRANITE["defaults"] | {"shared_intermediate_size": 0},
+    keys=_GRANITE["keys"] | {"d_shared_expert": "shared_intermediate_size"},
+    fixed=_GRANITE["fixed"] | {"shared_expert_gate": False},
+    has_window=False,
+  ),
   "llama": Family(
     "LlamaForCausalLM",
     defaults={
@@ -278,8 +322,7 @@ FAMILIES = {
     keys={
       "d_expert": "intermediate_size",
       "head_dim": "head_dim",
-      "qkv_bias": "attention_bias",
-      "output_bias": "attention_bias",
+      **_ATTENTION_BIAS,
       "expert_bias": "mlp_bias",
     },
     fixed=_DENSE | {"qk_norm": False},
@@ -314,12 +357,7 @@ FAMILIES = {
   "qwen3": Family(
     "Qwen3ForCausalLM",
     defaults=_QWEN_DEFAULTS | {"head_dim": 128, "attention_bias": False},
-    keys={
-      "d_expert": "intermediate_size",
-      "head_dim": "head_dim",
-      "qkv_bias": "attention_bias",
-      "output_bias": "attention_bias",
-    },
+    keys={"d_expert": "intermediate_size", "head_dim": "head_dim", **_ATTENTION_BIAS},
     fixed=_DENSE | {"qk_norm": True, "qk_norm_per_head": True},
     needs_use_sliding_window=True,
     is_sliding=_above_max_window_layers,
@@ -449,6 +487,8 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
   hf = {"architectures": [family.architecture], "model_type": config.family}
   for field, key in keys.items():
     value = getattr(config, field)
+    if field == "attention_multiplier" and value is None:
+      value = config.head_dim**-0.5
     if hf.setdefault(key, value) != value:
       raise ValueError(
         f"{field} = {value} has no Hugging Face form: {config.family} models have one {key}, and "

@@ -154,7 +154,7 @@ def _prefill_cache(
       lengths_B=lengths_B,
     )
 
-  x = transformer.embed(params, tokens_BxT)
+  x = transformer.embed(params, config, tokens_BxT)
   if roster.cache == "clean":
     x, cache, outputs = run(x, cache, (0, config.num_layers))
     return cache, x[None], [jax.tree.map(lambda a: a[None], outputs)]
@@ -244,7 +244,9 @@ class _CleanCachePass:
   def shared_layers(self, tokens_BxT, keep=()):
     """Returns hidden states `[B, T, D]` before the first noise, and outputs up to there."""
     x, _, outputs = self._run(
-      transformer.embed(self.params, tokens_BxT), (0, self.roster.noisy_layers[0]), keep=keep
+      transformer.embed(self.params, self.config, tokens_BxT),
+      (0, self.roster.noisy_layers[0]),
+      keep=keep,
     )
     return x, outputs
 

@@ -1,8 +1,9 @@
 """Opens models by name, whatever their format.
 
 A name is the folder of a roe_jax checkpoint, `embedded:NAME`, or a name that another
-`ModelFormat` matches: `checkpoints_convert` adds Hugging Face folders and `hf:org/name`. A package
-adds a format with an entry point in the group `roe_jax.model_formats`, a program with `register`.
+`ModelFormat` matches: `checkpoints_convert` adds Hugging Face folders, GGUF files and
+`hf:org/name`. A package adds a format with an entry point in the group `roe_jax.model_formats`, a
+program with `register`.
 """
 
 from collections.abc import Callable
@@ -75,8 +76,8 @@ def open_model(
   """Opens a model.
 
   Args:
-    name: a roe_jax checkpoint folder, a Hugging Face folder, `hf:org/name[@revision]`, or
-      `embedded:NAME` (one of `assets.NAMES`).
+    name: a roe_jax checkpoint folder, a Hugging Face folder, a GGUF file,
+      `hf:org/name[@revision]`, or `embedded:NAME` (one of `assets.NAMES`).
     dtype: "float32" or "bfloat16"; the stored dtype by default.
     shardings: of the parameters, a `Params` tree (see `sharding.parameter_shardings`) or one for
       all; each device reads only its part. The default device by default.

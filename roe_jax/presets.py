@@ -8,7 +8,7 @@ from typing import Any
 
 from roe_jax.config import ModelConfig
 from roe_jax.families import FAMILIES
-from roe_jax.rope import Yarn
+from roe_jax.rope import Llama3, Yarn
 
 
 def _preset(family: str, **fields: Any) -> ModelConfig:
@@ -81,6 +81,27 @@ def _qwen3(**fields: Any) -> ModelConfig:
   )
 
 
+def _granite(**fields: Any) -> ModelConfig:
+  return _preset(
+    "granitemoe",
+    vocab_size=49155,
+    num_kv_heads=8,
+    head_dim=64,
+    experts_per_token=8,
+    d_expert=512,
+    context_length=131072,
+    embedding_multiplier=12.0,
+    attention_multiplier=0.015625,
+    residual_multiplier=0.22,
+    logits_scaling=6.0,
+    rms_norm_eps=1e-6,
+    bos_token_id=0,
+    pad_token_id=0,
+    eos_token_ids=(0,),
+    **fields,
+  )
+
+
 PRESETS = {
   "olmoe-1b-7b": _preset(
     "olmoe",
@@ -135,6 +156,59 @@ PRESETS = {
     rms_norm_eps=1e-6,
     bos_token_id=151643,
     eos_token_ids=(151643,),
+  ),
+  "granite-3.1-1b-a400m": _granite(
+    num_layers=24, d_model=1024, num_heads=16, num_experts=32, rope_theta=1.5e6
+  ),
+  "granite-3.1-3b-a800m": _granite(
+    num_layers=32, d_model=1536, num_heads=24, num_experts=40, rope_theta=1e7
+  ),
+  "smollm2-135m": _preset(
+    "llama",
+    vocab_size=49152,
+    num_layers=30,
+    d_model=576,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    d_expert=1536,
+    context_length=8192,
+    rope_theta=1e5,
+    bos_token_id=1,
+    pad_token_id=2,
+    eos_token_ids=(2,),
+  ),
+  "llama-3.2-1b": _preset(
+    "llama",
+    vocab_size=128256,
+    num_layers=16,
+    d_model=2048,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=64,
+    d_expert=8192,
+    context_length=131072,
+    rope_theta=5e5,
+    rope_scaling=Llama3(
+      factor=32.0, original_context=8192, low_freq_factor=1.0, high_freq_factor=4.0
+    ),
+    bos_token_id=128000,
+    eos_token_ids=(128001,),
+  ),
+  "qwen3-0.6b": _preset(
+    "qwen3",
+    vocab_size=151936,
+    num_layers=28,
+    d_model=1024,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=128,
+    d_expert=3072,
+    context_length=40960,
+    rope_theta=1e6,
+    rms_norm_eps=1e-6,
+    bos_token_id=151643,
+    eos_token_ids=(151645,),
   ),
   "qwen3-30b-a3b": _qwen3(num_layers=48, d_model=2048, num_heads=32, d_expert=768),
   "qwen3-235b-a22b": _qwen3(num_layers=94, d_model=4096, num_heads=64, d_expert=1536),

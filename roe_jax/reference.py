@@ -41,7 +41,7 @@ def member_states(
 
   def run(member, history):
     noise = noise_lib.RoutingNoise(keys, roster.temperatures, member, roster.perturb)
-    x = transformer.embed(params, tokens_BxT)
+    x = transformer.embed(params, config, tokens_BxT)
     own_history = []
     for layer in range(config.num_layers):
       past = history[layer] if history else None
@@ -68,8 +68,11 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
   sinks = layers.attention.sinks
   sinks = None if sinks is None else to_compute_dtype(sinks[layer])
   keys, values = history or (key, value)
-  heads = _attend(query, key, value, keys, values, sinks, window)
-  x = add(x, attention.output(params.layers.attention, layer, heads))
+  scale = config.attention_multiplier or config.head_dim**-0.5
+  heads = _attend(query, key, value, keys, values, sinks, window, scale)
+  x = transformer.add_to_residual(
+    config, x, attention.output(params.layers.attention, layer, heads)
+  )
   normed = transformer.norm(config, x, layers.moe_norm[layer])
   logits = transformer.router_logits(config, layers, layer, normed)
   perturbed = noise.perturb(layer, logits, config.experts_per_token)
@@ -87,16 +90,16 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
   y = rounded(y, x.dtype)
   if config.d_shared_expert:
     y = add(y, shared(layers.shared_expert, layer, normed))
-  return add(x, y), (key, value)
+  return transformer.add_to_residual(config, x, y), (key, value)
 
 
-def _attend(query, own_key, own_value, keys, values, sinks, window):
+def _attend(query, own_key, own_value, keys, values, sinks, window, scale):
   """Computes causal attention whose diagonal uses the token's own key and value.
 
   Sinks `[H]` are one more column without a value. `window` is the attention window,
   including the current position.
   """
-  b, t, h, c = query.shape
+  _, t, h, _ = query.shape
   groups = h // own_key.shape[2]
   own_key, own_value, keys, values = (
     jnp.repeat(a, groups, axis=2) for a in (own_key, own_value, keys, values)
@@ -108,10 +111,10 @@ def _attend(query, own_key, own_value, keys, values, sinks, window):
   diagonal, earlier = jnp.eye(t, dtype=bool), jnp.tri(t, k=-1, dtype=bool)
   if window is not None:
     earlier &= ~jnp.tri(t, k=-window, dtype=bool)
-  scores = jnp.where(diagonal, own[..., None], scores) / jnp.sqrt(jnp.float32(c))
+  scores = jnp.where(diagonal, own[..., None], scores) * scale
   scores = jnp.where(diagonal | earlier, scores, -jnp.inf)
   if sinks is not None:
-    column = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, None, None], (b, h, t, 1))
+    column = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, None, None], (len(query), h, t, 1))
     scores = jnp.concatenate([scores, column], axis=-1)
   weights = rounded(jax.nn.softmax(scores, axis=-1)[..., :t], query.dtype)
   mixed = einsum("bhts,bshc->bhtc", jnp.where(diagonal, 0, weights), values).swapaxes(1, 2)

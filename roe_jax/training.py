@@ -8,6 +8,7 @@ eq. 5). Both are averaged over layers as in OLMoE (arXiv 2409.02060 section 3).
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 from flax import struct
@@ -189,7 +190,7 @@ def loss(
   Returns:
     The loss, a float32 scalar, and a dict of float32 scalars: `cross_entropy` (weighted
     mean, in nats), `balance_loss` and `z_loss` (unweighted), and `load_entropy` (entropy
-    of the experts' loads, mean over layers; 1 is uniform).
+    of the experts' loads, mean over layers; 1 is uniform, 0 is one expert).
   """
   logits, outputs = transformer.forward(
     params,
@@ -214,7 +215,7 @@ def loss(
     + settings.balance_coefficient * parts["balance_loss"]
     + settings.z_coefficient * parts["z_loss"]
   )
-  entropy = jnp.mean(jax.scipy.special.entr(loads).sum(-1)) / jnp.log(config.num_experts)
+  entropy = jnp.mean(jax.scipy.special.entr(loads).sum(-1)) / math.log(max(config.num_experts, 2))
   return total, parts | {"load_entropy": entropy}
 
 

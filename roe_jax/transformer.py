@@ -17,7 +17,7 @@ from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
 from roe_jax.experts import Activation
 from roe_jax.noise import RoutingNoise
-from roe_jax.numerics import add, project, rms_norm, to_compute_dtype
+from roe_jax.numerics import add, multiply, project, rms_norm, to_compute_dtype
 from roe_jax.params import LayerParams, Params
 from roe_jax.routers import ROUTERS
 
@@ -38,8 +38,17 @@ class BlockOutputs(struct.PyTreeNode):
 
 
 @jax.named_scope("embed")
-def embed(params: Params, tokens_BxT: jax.Array) -> jax.Array:
+def embed(params: Params, config: ModelConfig, tokens_BxT: jax.Array) -> jax.Array:
   """Embeds tokens: hidden states `[B, T, D]` before the first block."""
+  return scale(_embed(params, tokens_BxT), config.embedding_multiplier)
+
+
+def scale(x: jax.Array, factor: float) -> jax.Array:
+  """Returns `factor * x` in the dtype of `x`."""
+  return x if factor == 1 else multiply(x, jnp.float32(factor))
+
+
+def _embed(params, tokens_BxT):
   mesh = sharding.mesh_of(params.embedding)
   if mesh is None:
     return to_compute_dtype(params.embedding[tokens_BxT])
@@ -55,7 +64,8 @@ def unembed(params: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
   """Computes float32 logits `[..., V]` from hidden states `[..., D]` after the last block."""
 
   def run(final_norm, unembedding, x):
-    return project(norm(config, x, final_norm), unembedding[None], 0)
+    logits = project(norm(config, x, final_norm), unembedding[None], 0)
+    return logits if config.logits_scaling == 1 else logits / config.logits_scaling
 
   mesh = sharding.mesh_of(params.unembedding)
   if mesh is not None:
@@ -70,6 +80,11 @@ def unembed(params: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
 def norm(config: ModelConfig, x: jax.Array, weight: jax.Array) -> jax.Array:
   """Applies the RMSNorm of the residual stream, `[..., D]`."""
   return rms_norm(x, weight, config.rms_norm_eps, config.norm_weight_in_float32)
+
+
+def add_to_residual(config: ModelConfig, x: jax.Array, y: jax.Array) -> jax.Array:
+  """Adds what attention or the MoE block computes to the residual stream."""
+  return add(x, scale(y, config.residual_multiplier))
 
 
 @jax.named_scope("router")
@@ -246,7 +261,7 @@ class _Block:
       self.write,
       self.lengths_B,
     )
-    x = add(x, attention.output(layers.attention, layer, heads))
+    x = add_to_residual(config, x, attention.output(layers.attention, layer, heads))
     x, chosen, logits = feed_forward(
       config, layers, layer, x, noise, self.gate_weights, self.strategy, self.tokens_sharded
     )
@@ -287,7 +302,7 @@ def feed_forward(
   ).reshape(b, t, d)
   if layers.shared_expert is not None:
     y = add(y, experts.shared(layers.shared_expert, layer, normed))
-  return add(x, y), chosen, logits
+  return add_to_residual(config, x, y), chosen, logits
 
 
 def forward(
@@ -319,5 +334,7 @@ def forward(
       "and pass jnp.array([tokens]) for one sequence"
     )
   positions = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
-  x, _, outputs = run_layers(params, config, embed(params, tokens_BxT), positions, **options)
+  x, _, outputs = run_layers(
+    params, config, embed(params, config, tokens_BxT), positions, **options
+  )
   return unembed(params, config, x), outputs

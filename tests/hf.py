@@ -5,6 +5,8 @@ model can be built in transformers (`to_model`) and here (`to_params`). Only
 `to_model` needs torch and transformers.
 """
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -84,6 +86,16 @@ SPECIFIC["llama"] = dict(attention_bias=False, mlp_bias=False)
 SPECIFIC["mistral"] = dict(sliding_window=None)
 SPECIFIC["qwen2"] = dict(use_sliding_window=False, sliding_window=4, max_window_layers=1)
 SPECIFIC["qwen3"] = SPECIFIC["qwen2"] | dict(head_dim=12, attention_bias=False)
+SPECIFIC["granitemoe"] = dict(
+  num_local_experts=8,
+  num_experts_per_tok=3,
+  attention_bias=False,
+  embedding_multiplier=3.0,
+  attention_multiplier=0.3,
+  residual_multiplier=0.7,
+  logits_scaling=2.5,
+)
+SPECIFIC["granitemoeshared"] = SPECIFIC["granitemoe"] | dict(shared_intermediate_size=20)
 FAMILIES = tuple(SPECIFIC)
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
 ROUTED = tuple(family for family in FAMILIES if family not in DENSE)
@@ -94,6 +106,8 @@ PREFIX = {
   "gpt_oss": "GptOss",
   "qwen2_moe": "Qwen2Moe",
   "qwen3_moe": "Qwen3Moe",
+  "granitemoe": "GraniteMoe",
+  "granitemoeshared": "GraniteMoeShared",
   "llama": "Llama",
   "mistral": "Mistral",
   "qwen2": "Qwen2",
@@ -119,7 +133,7 @@ def _sizes(hf):
     layers=hf["num_hidden_layers"],
     d=hf["hidden_size"],
     f=hf.get("moe_intermediate_size") or hf["intermediate_size"],
-    g=hf.get("shared_expert_intermediate_size"),
+    g=hf.get("shared_expert_intermediate_size") or hf.get("shared_intermediate_size"),
     v=hf["vocab_size"],
     h=heads,
     k=hf["num_key_value_heads"],
@@ -198,9 +212,24 @@ def random_state(hf, seed=0, scale=0.3):
         "mlp.shared_expert_gate.weight": (1, n["d"]),
       },
       "qwen3_moe": norms_per_head,
+      "granitemoe": attention_biases | {"self_attn.o_proj.bias": (n["d"],)}
+      if hf.get("attention_bias")
+      else {},
+      "granitemoeshared": {
+        "shared_mlp.input_linear.weight": (2 * n["g"], n["d"]),
+        "shared_mlp.output_linear.weight": (n["d"], n["g"]),
+      }
+      if n["g"]
+      else {},
     }[hf["model_type"]]
     if hf["model_type"] == "gpt_oss":
       del block["mlp.gate.weight"]
+    if hf["model_type"].startswith("granite"):
+      block["mlp.router.weight"] = block.pop("mlp.gate.weight")
+      block = {
+        name.replace("mlp.", "block_sparse_moe.", name.startswith("mlp.")): shape
+        for name, shape in block.items()
+      }
     if not hf.get("qkv_bias", True):
       block = {name: shape for name, shape in block.items() if not name.endswith("bias")}
     shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
@@ -214,6 +243,16 @@ def random_state(hf, seed=0, scale=0.3):
 
 def hub_state(hf, state):
   """The weights under the names and in the shapes of the hub's files."""
+  if hf["model_type"].startswith("granite"):
+    names = {
+      "experts.gate_up_proj": "input_linear.weight",
+      "experts.down_proj": "output_linear.weight",
+      "router.weight": "router.layer.weight",
+    }
+    return {
+      functools.reduce(lambda name, pair: name.replace(*pair), names.items(), name): weight
+      for name, weight in state.items()
+    }
   if hf["model_type"] not in HUB_EXPERTS:
     return state
   block, gate, up, down = HUB_EXPERTS[hf["model_type"]]
@@ -242,6 +281,9 @@ def to_params(hf, state, dtype="float32"):
       np.stack([reshape(state[f"model.layers.{layer}.{name}"]) for layer in range(n["layers"])]),
       dtype,
     )
+
+  if hf["model_type"].startswith("granite"):
+    state = {name.replace("block_sparse_moe.", "mlp."): w for name, w in state.items()}
 
   def by_head(heads):
     return lambda w: w.reshape(heads, n["c"], n["d"])
@@ -283,7 +325,14 @@ def to_params(hf, state, dtype="float32"):
       down=stacked("mlp.experts.down_proj", lambda w: w.transpose(0, 2, 1)),
     )
   shared = None
-  if n["g"]:
+  if n["g"] and hf["model_type"] == "granitemoeshared":
+    shared = SharedExpertParams(
+      gate_up=stacked(
+        "shared_mlp.input_linear.weight", lambda w: w.reshape(2, n["g"], n["d"]).swapaxes(0, 1)
+      ),
+      down=stacked("shared_mlp.output_linear.weight", lambda w: w.T),
+    )
+  elif n["g"]:
     shared = SharedExpertParams(
       gate_up=jnp.stack(
         [stacked(f"mlp.shared_expert.{name}_proj.weight") for name in ("gate", "up")], axis=2
@@ -291,7 +340,8 @@ def to_params(hf, state, dtype="float32"):
       down=stacked("mlp.shared_expert.down_proj.weight", lambda w: w.T),
       gate=stacked("mlp.shared_expert_gate.weight"),
     )
-  router = "mlp.router" if hf["model_type"] == "gpt_oss" else "mlp.gate"
+  is_named_router = hf["model_type"] in ("gpt_oss", "granitemoe", "granitemoeshared")
+  router = "mlp.router" if is_named_router else "mlp.gate"
   return Params(
     embedding=jnp.asarray(state["model.embed_tokens.weight"], dtype),
     layers=LayerParams(

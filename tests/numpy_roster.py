@@ -19,6 +19,8 @@ def member_logits(
   """
   p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
   layers = range(config.num_layers)
+  scale = config.attention_multiplier or config.head_dim**-0.5
+  residual = config.residual_multiplier
   temperatures = np.asarray(roster.temperatures, np.float64)
   draws = _draws(
     roster.seed,
@@ -107,13 +109,13 @@ def member_logits(
     heads = []
     for head in range(config.num_heads):
       group = head // (config.num_heads // config.num_kv_heads)
-      scores = np.array([query[head] @ k[group] for k, _ in seen]) / np.sqrt(config.head_dim)
+      scores = np.array([query[head] @ k[group] for k, _ in seen]) * scale
       weights = np.exp(scores)
       total = weights.sum() + (np.exp(a.sinks[layer, head]) if config.attention_sinks else 0)
       heads.append(sum(w * v[group] for w, (_, v) in zip(weights / total, seen)))
-    x = x + np.einsum("hc,hcd->d", np.array(heads), a.output[layer])
+    x = x + residual * np.einsum("hc,hcd->d", np.array(heads), a.output[layer])
     if config.output_bias:
-      x = x + a.output_bias[layer]
+      x = x + residual * a.output_bias[layer]
 
     normed = norm(x, p.layers.moe_norm[layer])
     clean = p.layers.router[layer] @ normed
@@ -138,24 +140,28 @@ def member_logits(
         up = np.maximum(np.minimum(up, config.swiglu_limit), -config.swiglu_limit)
         hidden = gate / (1 + np.exp(-config.swiglu_alpha * gate)) * (up + 1)
       y = hidden @ experts.down[layer, expert]
-      x = x + weight * (y + experts.down_bias[layer, expert] if config.expert_bias else y)
+      x = x + residual * weight * (
+        y + experts.down_bias[layer, expert] if config.expert_bias else y
+      )
     if config.d_shared_expert:
       shared = p.layers.shared_expert
       gate, up = np.einsum("d,fid->if", normed, shared.gate_up[layer])
       y = (gate / (1 + np.exp(-gate)) * up) @ shared.down[layer]
-      x = x + y / (1 + np.exp(-(shared.gate[layer, 0] @ normed)))
+      if config.shared_expert_gate:
+        y = y / (1 + np.exp(-(shared.gate[layer, 0] @ normed)))
+      x = x + residual * y
     return x, (key, value)
 
   def run(index, shared_history):
     """All positions of one member: logits, and its keys and values by layer."""
     own_history, logits = [[] for _ in layers], []
     for position, token in enumerate(tokens):
-      x = p.embedding[token]
+      x = config.embedding_multiplier * p.embedding[token]
       for layer in layers:
         history = (shared_history or own_history)[layer][:position]
         x, own = block(x, layer, position, index, history)
         own_history[layer].append(own)
-      logits.append(p.unembedding @ norm(x, p.final_norm))
+      logits.append(p.unembedding @ norm(x, p.final_norm) / config.logits_scaling)
     return np.array(logits), own_history
 
   shared = run(None, None)[1] if roster.cache == "clean" else None

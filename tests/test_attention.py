@@ -362,7 +362,7 @@ def test_no_logit_depends_on_a_later_token():
     return transformer.unembed(params, config, x)[0] @ mix
 
   # [t, s]: how the logits at t depend on the embedding at s.
-  jacobian = jax.jit(jax.jacrev(logits))(transformer.embed(params, tokens))[:, 0]
+  jacobian = jax.jit(jax.jacrev(logits))(transformer.embed(params, config, tokens))[:, 0]
   influence = np.abs(jacobian).max(-1)
   later = np.triu(np.ones((6, 6), bool), 1)
   np.testing.assert_array_equal(influence[later], 0)

@@ -75,6 +75,10 @@ CASES |= {
   "llama_biases": hf.config_json("llama", attention_bias=True, mlp_bias=True, head_dim=12),
   "llama_llama3": hf.config_json("llama", rope_scaling=LLAMA3),
   "llama_linear": hf.config_json("llama", rope_scaling=dict(type="linear", factor=4.0)),
+  "granitemoe": hf.config_json("granitemoe"),
+  "granitemoe_biases": hf.config_json("granitemoe", attention_bias=True, head_dim=12),
+  "granitemoeshared": hf.config_json("granitemoeshared"),
+  "granitemoeshared_without": hf.config_json("granitemoeshared", shared_intermediate_size=0),
   "mistral": hf.config_json("mistral"),
   "mistral_window": hf.config_json("mistral", sliding_window=6, head_dim=12),
   "qwen2": hf.config_json("qwen2"),
@@ -105,7 +109,7 @@ def forward(params, config, x):
 def prefill_piece(params, config, x, start, cache):
   positions = jnp.broadcast_to(start + jnp.arange(x.shape[1]), x.shape)
   hidden, cache, _ = transformer.run_layers(
-    params, config, transformer.embed(params, x), positions, cache, write=True
+    params, config, transformer.embed(params, config, x), positions, cache, write=True
   )
   return transformer.unembed(params, config, hidden), cache
 

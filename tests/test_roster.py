@@ -76,7 +76,7 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
 
 
 @pytest.mark.parametrize(
-  "model, cache", zip(hf.ROUTED, 3 * ["clean", "standard"]), indirect=["model"]
+  "model, cache", zip(hf.ROUTED, 4 * ["clean", "standard"]), indirect=["model"]
 )
 def test_members_are_those_of_the_definition(model, cache):
   config, params = model

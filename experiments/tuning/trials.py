@@ -143,6 +143,14 @@ class Trial:
   forward_passes: int = 0
 
 
+def _database_errors():
+  """Returns what a damaged study raises: errors of the database, or of values read from it."""
+  import sqlalchemy.exc
+
+  stored = (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError)
+  return (*stored, ValueError, KeyError, AssertionError, TypeError)
+
+
 class Search:
   """A new or resumed study.
 
@@ -154,7 +162,7 @@ class Search:
     seed: for the sampler.
 
   Raises:
-    ValueError: a setting is out of range.
+    ValueError: a setting is out of range, or the study in the folder is damaged.
   """
 
   def __init__(
@@ -166,16 +174,24 @@ class Search:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     (folder / "running").mkdir(parents=True, exist_ok=True)
     with self.locked():
-      storage = optuna.storages.RDBStorage(
-        f"sqlite:///{folder / 'study.db'}", engine_kwargs={"connect_args": {"timeout": 300}}
-      )
-      self._study = optuna.create_study(
-        storage=storage,
-        study_name=_STUDY,
-        load_if_exists=True,
-        direction="maximize" if maximize else "minimize",
-      )
-      for temperature in space.sweep()[len(self._study.get_trials(deepcopy=False)) :]:
+      path = folder / "study.db"
+      try:
+        storage = optuna.storages.RDBStorage(
+          f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 300}}
+        )
+        self._study = optuna.create_study(
+          storage=storage,
+          study_name=_STUDY,
+          load_if_exists=True,
+          direction="maximize" if maximize else "minimize",
+        )
+        known = self._study.get_trials(deepcopy=False)
+      except _database_errors() as error:
+        raise ValueError(
+          f"{path} is damaged ({str(error).splitlines()[0]}): restore it, or delete {folder} to "
+          "search again"
+        ) from error
+      for temperature in space.sweep()[len(known) :]:
         self._study.enqueue_trial(
           dict.fromkeys(space.distributions, temperature), user_attrs={"kind": "sweep"}
         )

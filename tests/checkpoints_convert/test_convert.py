@@ -431,7 +431,7 @@ REFUSALS = {
   ),
   "gguf": (
     lambda f: (f / "config.json").rename(f / "q4.gguf"),
-    r"a model in GGUF \(q4.gguf\): use the safetensors version",
+    r"a model in GGUF \(q4.gguf\): give that file",
   ),
   "tokenizer": (foreign_tokenizer, f"ids up to {V}, .* vocabulary has {V} tokens"),
 }
@@ -460,7 +460,10 @@ def test_targets_and_arguments_are_refused_in_a_sentence(tmp_path, capsys):
     (dict(source=source, target=tmp_path / "x", to_hugging_face=True), "is a Hugging Face folder"),
     (dict(source=target, target=source, to_hugging_face=True), "--overwrite"),
     (dict(source=source, target=source, overwrite=True), "no manifest.json"),
-    (dict(source=tmp_path / "absent", target=tmp_path / "x"), "neither a folder nor a hub"),
+    (
+      dict(source=tmp_path / "absent", target=tmp_path / "x"),
+      "neither a folder, a .gguf file nor a hub",
+    ),
     (dict(source=target, target=tmp_path / "x", max_shard_size="5 apples"), "like 5GB"),
   ):
     code, _, errors = run(capsys, **arguments)
@@ -696,7 +699,7 @@ def test_a_hub_name_with_two_revisions_or_an_empty_one_is_refused():
     ConversionError, match="some/model@v1 names a revision and so does --revision=v2"
   ):
     hub.find("some/model@v1", "v2")
-  with pytest.raises(ConversionError, match="neither a folder nor a hub name"):
+  with pytest.raises(ConversionError, match="neither a folder, .* nor a hub name"):
     hub.find("some/model@")
 
 

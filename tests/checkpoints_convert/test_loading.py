@@ -118,19 +118,19 @@ def test_parts_of_tensors_are_what_numpy_slices_and_their_bytes_alone_are_read(
     [(0, 4), (1, 3)], [(0, 6), (2, 3)], [(0, 5), (1, 5)], [(0, 8), (4, 7)]
   ):
     counted.clear()
-    found = safetensors_files.read(info, (4, 6, 5, 8), spans)
+    found = info.read((4, 6, 5, 8), spans)
     want = tensor.reshape(4, 6, 5, 8)[tuple(slice(*span) for span in spans)]
     np.testing.assert_array_equal(found, want)
     assert sum(counted) == want.nbytes
   # Runs of less than 100 bytes are not worth it: rows of 8 numbers have 32.
   monkeypatch.setattr(safetensors_files, "SHORTEST_RUN", 100)
-  assert safetensors_files.widened(info, (4, 6, 5, 8), ((1, 3), (2, 3), (1, 4), (1, 8))) == (
+  assert info.widened((4, 6, 5, 8), ((1, 3), (2, 3), (1, 4), (1, 8))) == (
     (1, 3),
     (2, 3),
     (0, 5),
     (0, 8),
   )
-  assert safetensors_files.widened(info, (4, 6, 5, 8), ((1, 3), (2, 3), (1, 5), (0, 8))) == (
+  assert info.widened((4, 6, 5, 8), ((1, 3), (2, 3), (1, 5), (0, 8))) == (
     (1, 3),
     (2, 3),
     (1, 5),

@@ -1,7 +1,9 @@
+import contextlib
 import json
 import os
 import pathlib
 import signal
+import sqlite3
 import subprocess
 import sys
 
@@ -245,3 +247,35 @@ def test_a_budget_below_the_sweep_is_refused(tmp_path):
   with pytest.raises(ValueError, match="at least 10, the steps of 0.05 up to 0.5"):
     Search(tmp_path, SPACE, 9, maximize=False)
   assert not list(pathlib.Path(tmp_path).iterdir())
+
+
+def flip(path):
+  data = bytearray(path.read_bytes())
+  data[: len(data) // 2 : 97] = b"\xff" * len(data[: len(data) // 2 : 97])
+  path.write_bytes(data)
+
+
+def execute(command):
+  def damage(path):
+    with contextlib.closing(sqlite3.connect(path)) as database:
+      database.execute(command)
+      database.commit()
+
+  return damage
+
+
+@pytest.mark.parametrize(
+  "damage",
+  [
+    lambda path: path.write_bytes(b"no database" * 100),
+    lambda path: os.truncate(path, path.stat().st_size // 2),
+    flip,
+    execute("UPDATE trial_user_attributes SET value_json = '{'"),
+  ],
+)
+def test_a_damaged_study_is_refused_in_a_sentence(tmp_path, damage):
+  Search(tmp_path, SPACE, 12, maximize=False)
+  damage(tmp_path / "study.db")
+  with pytest.raises(ValueError, match="study.db is damaged .*: restore it, or delete") as error:
+    Search(tmp_path, SPACE, 12, maximize=False)
+  assert "\n" not in str(error.value)
