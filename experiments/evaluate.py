@@ -30,7 +30,7 @@ from tqdm import tqdm
 from experiments import tasks as tasks_lib
 from experiments.cli import app, text_files
 from experiments.cli.extras import scipy, tabulate
-from experiments.evaluation.engine import Answers, Engine, Request, Stopwatch
+from experiments.evaluation.engine import Answers, Continuation, Engine, Prompt, Request, Stopwatch
 from experiments.records import runs
 from experiments.tasks.base import PAPER, SPLITS, Example, Task
 from roe_jax import temperature_profiles
@@ -338,6 +338,13 @@ def main(argv) -> None:
 
   loaded = app.in_all_processes(load)
   prepared_tasks = app.in_all_processes(lambda: [prepare(lm, name) for name in ours])
+  # The harness makes its requests later.
+  requests = [r for one in prepared_tasks for some in (*one.requests, one.references) for r in some]
+  for kind in (Continuation, Prompt):
+    lengths = [r.max_length for r in requests if isinstance(r, kind)]
+    batch_size = min(FLAGS.batch_size, max(1, len(lengths)))
+    length, scoring = max(lengths, default=0), kind is Continuation
+    app.check_memory(config, roster, batch_size=batch_size, length=length, scoring=scoring)
 
   params, config = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
   output = pathlib.Path(FLAGS.output)

@@ -210,6 +210,11 @@ def prepare() -> SearchSetup:
     pathlib.Path(FLAGS.output), config, tuning, roster, space, builder.settings, searched, fresh
   )
   setup.make_roster(0.0, FLAGS.seed + FLAGS.num_seeds)
+  for objective in (searched, fresh):
+    length, scoring = objective.longest()
+    largest = setup.make_roster(tuning.max_tau, FLAGS.seed)
+    size = min(FLAGS.batch_size, len(objective.examples))
+    app.check_memory(config, largest, batch_size=size, length=length, scoring=scoring)
   return setup
 
 
@@ -493,7 +498,8 @@ def print_report(profile: Profile, setup: SearchSetup) -> None:
     f"On the {len(profile.data['searched'])} search examples: {objective['name']} "
     f"{objective['value']:.4f}, baseline {objective['baseline']:.4f}. On "
     f"{confirmed['examples']} fresh examples, noise seeds "
-    f"{', '.join(map(str, confirmed['seeds']))} (95 % intervals; *: excludes zero):\n"
+    f"{', '.join(map(str, confirmed['seeds']))} (95 % intervals; *: significant after Holm's "
+    "correction):\n"
   )
   print(confirm.format_confirmation(confirmed, objective["name"]) + "\n")
   print(

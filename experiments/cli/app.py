@@ -6,15 +6,17 @@ import math
 import os
 import pathlib
 import sys
+import threading
 import time
 
 from absl import app, flags, logging
 import jax
 from jax.sharding import AbstractMesh
+from tqdm import tqdm
 
 import checkpoints_convert
 from checkpoints_convert import command_line, outputs
-from experiments.cli import distributed, extras, text_files
+from experiments.cli import distributed, extras, interrupts, text_files
 from experiments.cli import dry_run as dry_run_lib
 from experiments.cli.distributed import (
   broadcast,
@@ -69,8 +71,9 @@ def run(
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # Orbax logs every step at INFO
     os.environ["MPLBACKEND"] = "Agg"  # figures are only saved
+    interrupts.watch()
     use_compilation_cache()
-    programs = CompiledPrograms()
+    programs = CompiledPrograms(notice=True)
     try:
       for argument in sys.argv:
         text_files.check_text(argument, "the command line")
@@ -93,7 +96,7 @@ def run(
         raise
       sys.exit(f"error: this program needs {error.name}: {extras.INSTALL}")
     except KeyboardInterrupt:
-      sys.exit(130)
+      interrupts.end()  # sys.exit would wait for computations
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" in str(error):
         sys.exit(
@@ -120,10 +123,16 @@ def describe_os_error(error: OSError) -> str:
 
 
 class CompiledPrograms:
-  """Counts the programs that JAX compiles or loads from its cache from now on."""
+  """Counts the programs that JAX compiles or loads from its cache from now on.
 
-  def __init__(self):
+  With `notice`, it prints one line once compilation has taken more than `PATIENCE` seconds.
+  """
+
+  PATIENCE = 4.0
+
+  def __init__(self, notice: bool = False):
     self.count, self.seconds, self.cached = 0, 0.0, 0
+    self._notice, self._timer = notice, None
     jax.monitoring.register_event_duration_secs_listener(self._on_duration)
     jax.monitoring.register_event_listener(self._on_event)
 
@@ -131,9 +140,21 @@ class CompiledPrograms:
     if event == "/jax/core/compile/backend_compile_duration":  # also fires for cached programs
       self.count += 1
       self.seconds += seconds
+      if self._timer:
+        self._timer.cancel()
 
   def _on_event(self, event, **kwargs):
     self.cached += event == "/jax/compilation_cache/cache_hits"
+    if self._notice and event == "/jax/compilation_cache/compile_requests_use_cache":
+      self._timer = threading.Timer(max(0.0, self.PATIENCE - self.seconds), self._say)
+      self._timer.daemon = True
+      self._timer.start()
+
+  def _say(self):
+    if self._notice:
+      self._notice = False
+      message = "[JAX is compiling; the next run reads from its cache what took long]"
+      tqdm.write(message, file=sys.stderr)
 
   def __str__(self):
     return (
@@ -546,20 +567,21 @@ def _plan(config, roster, batch_size, length, scoring) -> tuple[dry_run_lib.Plan
   f = flags.FLAGS
   if f.dtype is not None:
     config = config.replace(dtype=f.dtype)
-  accelerator = f.accelerator
+  optional = lambda name: f[name].value if name in f else None  # without --dry_run
+  accelerator = optional("accelerator")
   if accelerator is None:
     accelerator = costs.of_kind(jax.devices()[0].device_kind)
   plan = dry_run_lib.Plan(
     config,
     roster,
     batch_size,
-    f.length or length or min(2048, config.context_length),
+    optional("length") or length or min(2048, config.context_length),
     scoring,
     accelerator,
-    f.overlap,
+    optional("overlap"),
   )
   sizes = {"data": 1} if f.mesh is None else parse_mesh(f.mesh)
-  num_devices = f.num_devices
+  num_devices = optional("num_devices")
   if num_devices is None:
     num_devices = math.prod(sizes.values()) if sizes else len(jax.devices())
   memory = plan.device and plan.device.memory

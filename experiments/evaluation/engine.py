@@ -64,6 +64,11 @@ class Continuation:
   tokens: tuple[int, ...]
   request_id: int
 
+  @property
+  def max_length(self) -> int:
+    """Tokens of the sequence."""
+    return len(self.context) + len(self.tokens)
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
@@ -91,6 +96,11 @@ class Prompt:
   sampler: tuple[float, int, float] = (0.0, 0, 1.0)
   stop_tokens: tuple[int, ...] = ()
   opening: tuple[int, ...] | None = None
+
+  @property
+  def max_length(self) -> int:
+    """Most tokens that the sequence can have."""
+    return len(self.tokens) + self.max_new_tokens
 
 
 Request = Continuation | Prompt

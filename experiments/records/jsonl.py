@@ -1,6 +1,7 @@
 """JSON lines: input requests, and result files that an interrupted run resumes."""
 
 from collections.abc import Callable, Iterable, Sequence
+import contextlib
 import json
 import os
 import pathlib
@@ -8,7 +9,7 @@ import sys
 from typing import Any
 
 from checkpoints_convert import outputs
-from experiments.cli import app, text_files
+from experiments.cli import app, interrupts, text_files
 
 
 def read(path: str | None, keys: Iterable[str]) -> list[dict[str, Any]]:
@@ -125,6 +126,7 @@ class Results:
     self._path = pathlib.Path(path) if path and not outputs.is_stream(pathlib.Path(path)) else None
     # Indices in the order of their lines.
     self._written = app.from_first_process(self._found) if self._path else []
+    self._at_exit = contextlib.ExitStack()
     self._waiting: dict[int, str] = {}  # lines that earlier ones must precede
     self._file = self._open(pathlib.Path(path)) if path else sys.stdout
     if self._written:
@@ -183,15 +185,21 @@ class Results:
     self._file.write(line)
     self._written.append(index)
 
+  def _print_waiting(self):
+    """Prints what was computed before an interruption."""
+    for index in sorted(self._waiting):
+      self._print(index, self._waiting[index])
+    self._file.flush()
+
   def __enter__(self) -> "Results":
+    if self._path is None:
+      self._at_exit.enter_context(interrupts.at_exit(self._print_waiting))
     return self
 
   def __exit__(self, *exception) -> None:
+    self._at_exit.close()
     if self._path is None:
-      # After an interruption, print what was computed.
-      for index in sorted(self._waiting):
-        self._print(index, self._waiting[index])
-      self._file.flush()
+      self._print_waiting()
     if self._file is not sys.stdout:
       self._file.close()
     if (
@@ -239,8 +247,19 @@ class SavedValues:
   def get(self, name: str, compute: Callable[[], Any]) -> Any:
     """Returns the JSON value `name`; if missing, all processes compute it and keep process 0's."""
     if name not in self._values:
-      value = json.loads(text_files.to_json(app.broadcast(compute())))
-      if self._path:
-        append(self._path, [{"name": name, "value": value, "settings": self._settings}])
-      self._values[name] = value
+      self.put(name, app.broadcast(compute()))
     return self._values[name]
+
+  def put(self, name: str, value: Any) -> None:
+    """Saves the JSON value `name`; a later value replaces it."""
+    value = json.loads(text_files.to_json(value))
+    if self._path:
+      append(self._path, [{"name": name, "value": value, "settings": self._settings}])
+    self._values[name] = value
+
+  def forget(self, name: str) -> None:
+    """Forgets a value, so that it is computed again; a later `put` replaces its line."""
+    self._values.pop(name, None)
+
+  def items(self) -> Iterable[tuple[str, Any]]:
+    return self._values.items()

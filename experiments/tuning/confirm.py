@@ -132,7 +132,8 @@ def compare(measured: dict[str, dict[str, np.ndarray]], fresh: Objective) -> lis
   """Returns differences between the candidates, paired by example, as JSON.
 
   Each has "of", "to", "fitted" (whether at fitted output temperatures), "value", "low" and
-  "high" (percent of the perplexity, or percentage points) and "excludes_zero".
+  "high" (percent of the perplexity, or percentage points), "excludes_zero", the "p" of a paired
+  test, that "adjusted" by Holm's correction over all differences, and "significant".
   """
   results = []
   for of, to in ((TUNED, BASELINE), (UNIFORM, BASELINE), (TUNED, UNIFORM)):
@@ -152,8 +153,12 @@ def compare(measured: dict[str, dict[str, np.ndarray]], fresh: Objective) -> lis
           "fitted": metric == "fitted_nll",
           **dataclasses.asdict(difference),
           "excludes_zero": difference.excludes_zero,
+          "p": paired_statistics.paired_test(a, b).p,
         }
       )
+  for d, adjusted in zip(results, paired_statistics.holm([d["p"] for d in results])):
+    is_significant = adjusted < paired_statistics.SIGNIFICANCE and d["excludes_zero"]
+    d |= {"adjusted": adjusted, "significant": is_significant}
   return results
 
 
@@ -173,7 +178,9 @@ def format_confirmation(confirmed: dict[str, Any], objective: str) -> str:
   def interval(of, to, fitted=False):
     for d in confirmed["differences"]:
       if (d["of"], d["to"], d["fitted"]) == (of, to, fitted):
-        return f"{d['value']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]" + " *" * d["excludes_zero"]
+        return f"{d['value']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]" + " *" * d.get(
+          "significant", False
+        )
     return ""
 
   fits = objective == Perplexity.name
@@ -207,7 +214,7 @@ def _sentence(confirmed, of, to, objective, fitted=False):
   }
   lower_is_better = objective == Perplexity.name
   where = " at fitted output temperatures" if fitted else ""
-  if not difference["excludes_zero"]:
+  if not difference.get("significant"):  # older profiles have no test
     return f"No significant difference in {objective} between {names[of]} and {names[to]}{where}."
   better = (difference["value"] < 0) == lower_is_better
   return (

@@ -94,6 +94,14 @@ class _Objective:
   batch_size: int
   allow_code_execution: bool = False
 
+  def longest(self) -> tuple[int, bool]:
+    """Returns the most tokens that a sequence can have, and whether sequences are scored."""
+    if isinstance(self, Perplexity):
+      return max(map(len, self.sequences)), True
+    if self.examples[0].kind == "choose":
+      return max(len(t) for choices in self._choices for t in choices.tokens), True
+    return max(map(len, self._prompts)) + self.examples[0].max_new_tokens, False
+
   def _score(self, params, roster, sequences, output_temperatures=(1.0,)):
     with naming_sequences([f"example {i}" for i in sequences.ids]):
       return scoring.score(

@@ -1,7 +1,11 @@
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
+import programs
 import pytest
 
 from experiments.cli import app
@@ -110,3 +114,36 @@ def test_a_home_folder_is_expanded_in_paths_and_not_in_text():
     env={"HOME": "/home/me"},
   )
   assert done.stdout == "/home/me/x ~/y\n", done.stderr
+
+
+BUSY = """
+import sys
+import jax
+from experiments.cli import app, interrupts
+from experiments.records import jsonl
+
+def main(argv):
+  interrupts.PATIENCE = 0.2
+  app.CompiledPrograms.PATIENCE = 0.0
+  with jsonl.Results(None, [{}, {}], {}) as results:
+    results.write(1, {"text": "computed"})
+    forever = lambda x: jax.lax.while_loop(lambda x: x > 0, lambda x: x + 1 % 2, x)
+    run = jax.jit(forever).lower(1.0).compile()
+    print("running", file=sys.stderr, flush=True)
+    run(1.0).block_until_ready()
+
+app.run(main)
+"""
+
+
+def test_an_interrupt_is_answered_in_a_long_computation(tmp_path):
+  """Python's own handler would wait for it; what is computed is printed."""
+  program = programs.Run(BUSY, [], tmp_path, devices=1)
+  errors, deadline = tmp_path / "errors", time.monotonic() + 120
+  while not (errors.exists() and "running" in program.errors) and time.monotonic() < deadline:
+    time.sleep(0.05)
+  os.kill(program.process.pid, signal.SIGINT)
+  assert program.exit_code(20) == 130
+  assert "[interrupted]" in program.errors and "Traceback" not in program.errors
+  assert '"computed"' in program.output
+  assert program.errors.count("[JAX is compiling") == 1

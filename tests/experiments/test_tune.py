@@ -356,7 +356,7 @@ def test_accuracy_of_chosen_answers(model):
 
 
 def test_what_is_not_clear_is_not_called_better():
-  def sentence(low, high):
+  def sentence(low, high, significant=True):
     difference = {
       "of": "tuned",
       "to": "baseline",
@@ -365,6 +365,7 @@ def test_what_is_not_clear_is_not_called_better():
       "low": low,
       "high": high,
       "excludes_zero": low > 0 or high < 0,
+      "significant": significant and (low > 0 or high < 0),
     }
     return confirm.format_confirmation(
       {
@@ -376,6 +377,7 @@ def test_what_is_not_clear_is_not_called_better():
 
   assert "No significant difference in accuracy" in sentence(-1, 3)
   assert "significantly better than the baseline" in sentence(1, 3)
+  assert "No significant difference in accuracy" in sentence(1, 3, significant=False)
   assert "significantly worse than the baseline" in sentence(-3, -1)
 
 
