@@ -31,7 +31,7 @@ class Architecture:
     experts: the hub's names of the experts' gate, up and down projections in `block`, without
       `{expert}` where all experts are one tensor.
     router: the hub's name of the router in `block`.
-    shared_expert: the prefix of the projections of its shared expert.
+    shared_expert: the hub's names of the gate, up and down projections of the shared expert.
     interleaved: whether queries and keys are stored in pairs; see `GgufTensor`.
     expert_width: the key of the experts' width in `config.json`.
     has_window: whether llama.cpp applies `attention.sliding_window` in this architecture.
@@ -44,7 +44,9 @@ class Architecture:
     f"experts.{{expert}}.{name}_proj" for name in ("gate", "up", "down")
   )
   router: str = "gate"
-  shared_expert: str = "mlp.shared_expert."
+  shared_expert: tuple[str, ...] = tuple(
+    f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")
+  )
   interleaved: bool = False
   expert_width: str = "intermediate_size"
   has_window: bool = False
@@ -73,7 +75,7 @@ ARCHITECTURES = {
     block="block_sparse_moe.",
     experts=_JOINT_EXPERTS,
     router="router.layer",
-    shared_expert="shared_mlp.",
+    shared_expert=("shared_mlp.gate_proj", "shared_mlp.up_proj", "shared_mlp.output_linear"),
     interleaved=True,
   ),
 }
@@ -138,11 +140,7 @@ _LAYER = {
   "ffn_down": "mlp.down_proj",
   "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
 }
-_SHARED_EXPERT = {
-  "ffn_gate_shexp": "gate_proj",
-  "ffn_up_shexp": "up_proj",
-  "ffn_down_shexp": "down_proj",
-}
+_SHARED_EXPERT = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
 _NAME = re.compile(r"blk\.(\d+)\.(\w+)(?:\.(\d+))?\.(weight|bias)")
 # The scaling of Llama 3.1 to 3.3; the factor is in `_ROPE_FACTORS`.
 _LLAMA3 = {
@@ -239,7 +237,7 @@ def config_json(file: GgufFile) -> dict[str, Any]:
     config["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
   config["tie_word_embeddings"] = "output.weight" not in file.tensors
   config["rope_scaling"] = _rope_scaling(file, values, config, head_dim)
-  if architecture.model_type == "llama":
+  if architecture.interleaved:
     config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
   return config | gguf_tokenizer.special_ids(file.metadata)
@@ -335,7 +333,7 @@ def _parts(
       yield f"{target}.{suffix}", tensor
     return
   if base in _SHARED_EXPERT:
-    yield f"{at}{architecture.shared_expert}{_SHARED_EXPERT[base]}.{suffix}", tensor
+    yield f"{at}{architecture.shared_expert[_SHARED_EXPERT.index(base)]}.{suffix}", tensor
     return
   if base == "ffn_gate_inp":
     yield f"{at}{architecture.block}{architecture.router}.{suffix}", tensor

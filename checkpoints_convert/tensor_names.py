@@ -164,6 +164,10 @@ _GRANITE = (
   Rule(_SPARSE + "router.weight", "router", "E D -> E D", layout=FUSED),
   Rule(_SPARSE + "experts.gate_up_proj", "experts.gate_up", "E (U F) D -> E F U D", layout=FUSED),
   Rule(_SPARSE + "experts.down_proj", "experts.down", "E D F -> E F D", layout=FUSED),
+  Rule(_SPARSE + "router.layer.weight", "router", "E D -> E D", layout=SPLIT),
+  Rule(_SPARSE + "experts.gate_proj.weight", "experts.gate_up", "E F D -> E F 0 D", layout=SPLIT),
+  Rule(_SPARSE + "experts.up_proj.weight", "experts.gate_up", "E F D -> E F 1 D", layout=SPLIT),
+  Rule(_SPARSE + "experts.down_proj.weight", "experts.down", "E D F -> E F D", layout=SPLIT),
 )
 _SHARED_MLP = _LAYER + "shared_mlp."
 
@@ -197,11 +201,25 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
   "granitemoe": _GRANITE,
   "granitemoeshared": (
     *_GRANITE,
-    Rule(
-      _SHARED_MLP + "input_linear.weight",
-      "shared_expert.gate_up",
-      "(U G) D -> G U D",
-      when="d_shared_expert",
+    *(
+      Rule(
+        _SHARED_MLP + "input_linear.weight",
+        "shared_expert.gate_up",
+        "(U G) D -> G U D",
+        when="d_shared_expert",
+        layout=layout,
+      )
+      for layout in (SEPARATE, FUSED)
+    ),
+    *(
+      Rule(
+        f"{_SHARED_MLP}{name}_proj.weight",
+        "shared_expert.gate_up",
+        f"G D -> G {i} D",
+        when="d_shared_expert",
+        layout=SPLIT,
+      )
+      for i, name in enumerate(("gate", "up"))
     ),
     Rule(
       _SHARED_MLP + "output_linear.weight",

@@ -71,10 +71,12 @@ class Call:
   Attributes:
     run: makes the call `count` times and waits for the results.
     memory: bytes, see `timing.memory`.
+    hlo: text of the compiled program.
   """
 
   run: Callable[[int], None]
   memory: dict[str, int] = dataclasses.field(default_factory=dict)
+  hlo: Callable[[], str] = lambda: ""
 
 
 class Bench:
@@ -172,7 +174,7 @@ class Bench:
         box.cache, chosen = program(self.params, roster, sampler, box.cache, *next(turns))
       jax.block_until_ready((box.cache, chosen))
 
-    return Call(run, timing.memory(program))
+    return Call(run, timing.memory(program), program.as_text)
 
   def recomputed_step(self, roster: Roster, context: int) -> Call:
     """Returns a call of a step without a cache, which runs the whole sequence for each token.

@@ -38,33 +38,44 @@ def needed_bytes(config, sizes: Sizes) -> int:
 
 
 def cases(bench: Bench, sizes: Sizes, num_cores: int) -> list[Case]:
+  """Returns the cases of a `Comparison` for all `NUM_MEMBERS`."""
+  torch.set_num_threads(num_cores)
+  comparison = Comparison(bench, sizes.context)
+  return [case for n in NUM_MEMBERS for case in comparison.of(n)]
+
+
+class Comparison:
   """Decode steps at τ > 0 in roe_jax and in transformers, with the same weights and tokens.
 
   For each n transformers uses the expert implementation and cache that were fastest in a short
   trial, without torch.compile.
   """
-  torch.set_num_threads(num_cores)
-  device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-  model = transformers_stock.build(bench.config, bench.config.dtype, device)
-  transformers_stock.copy_params(bench.params, model)
-  tau, box, found = bench.temperature, bench.clean_history(sizes.context), []
-  unique = bench.unique_experts(NUM_MEMBERS, tau, box)
-  expected = _baseline_log_probs(bench, sizes.context)
-  for n in NUM_MEMBERS:
+
+  def __init__(self, bench: Bench, context: int):
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    self._bench, self._context = bench, context
+    self._model = transformers_stock.build(bench.config, bench.config.dtype, device)
+    transformers_stock.copy_params(bench.params, self._model)
+    self._box = bench.clean_history(context)
+    self._unique = bench.unique_experts(NUM_MEMBERS, bench.temperature, self._box)
+    self._expected = _baseline_log_probs(bench, context)
+
+  def of(self, n: int) -> tuple[Case, Case]:
+    """Returns the case of roe_jax, and that of transformers, for n of `NUM_MEMBERS` members."""
+    bench, context, tau = self._bench, self._context, self._bench.temperature
     shared = dict(
       num_members=n,
       temperature=tau,
-      context=sizes.context,
+      context=context,
       batch_size=1,
-      baseline=("roe_jax", n, tau, sizes.context, 1),
-      unique_experts=unique[n],
-      floor_bytes=random_models.step_bytes(bench.config, unique[n], sizes.context),
+      baseline=("roe_jax", n, tau, context, 1),
+      unique_experts=self._unique[n],
+      floor_bytes=random_models.step_bytes(bench.config, self._unique[n], context),
     )
-    call = bench.step(bench.roster(n, tau), box)
-    found.append(Case("roe_jax", parts=((call, 1),), **shared))
-    call, options = _fastest(bench, model, sizes.context, n, expected)
-    found.append(Case("transformers", parts=((call, 1),), options=options, **shared))
-  return found
+    call = bench.step(bench.roster(n, tau), self._box)
+    ours = Case("roe_jax", parts=((call, 1),), **shared)
+    call, options = _fastest(bench, self._model, context, n, self._expected)
+    return ours, Case("transformers", parts=((call, 1),), options=options, **shared)
 
 
 def _baseline_log_probs(bench, context):

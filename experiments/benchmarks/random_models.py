@@ -1,6 +1,7 @@
 """Shapes of the benchmark, random weights for them, and the bytes a step must read."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,12 @@ def random_params(config: ModelConfig, seed: int = 0) -> Params:
   Repeats the same million normal values, since drawing billions takes long on a CPU. Timings
   depend on the values only through the choice of experts, which varies as much.
   """
-  specs, treedef = jax.tree.flatten(params_lib.describe(config))
+  return params_lib.in_storage_dtype(random_arrays(params_lib.describe(config), config, seed))
+
+
+def random_arrays(tree: Any, config: ModelConfig, seed: int = 0) -> Any:
+  """Returns random arrays for a tree of `ParamSpec`s; see `random_params`."""
+  specs, treedef = jax.tree.flatten(tree)
   of_normals, of_codes = jax.random.split(jax.random.key(seed))
   normals = jax.random.normal(of_normals, (_NUM_NORMALS,), jnp.float32)
   codes = jax.random.bits(of_codes, (_NUM_NORMALS,), jnp.uint8)
@@ -86,9 +92,7 @@ def random_params(config: ModelConfig, seed: int = 0) -> Params:
     values = codes if spec.init == "codes" else deviation * normals
     return jnp.tile(values.astype(dtype), -(-size // _NUM_NORMALS))[:size].reshape(spec.shape)
 
-  return params_lib.in_storage_dtype(
-    jax.tree.unflatten(treedef, [jax.jit(value, static_argnums=0)(s) for s in specs])
-  )
+  return jax.tree.unflatten(treedef, [jax.jit(value, static_argnums=0)(s) for s in specs])
 
 
 def cache_bytes(config: ModelConfig, context: int) -> int:

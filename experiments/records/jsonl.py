@@ -247,8 +247,19 @@ class SavedValues:
   def get(self, name: str, compute: Callable[[], Any]) -> Any:
     """Returns the JSON value `name`; if missing, all processes compute it and keep process 0's."""
     if name not in self._values:
-      value = json.loads(text_files.to_json(app.broadcast(compute())))
-      if self._path:
-        append(self._path, [{"name": name, "value": value, "settings": self._settings}])
-      self._values[name] = value
+      self.put(name, app.broadcast(compute()))
     return self._values[name]
+
+  def put(self, name: str, value: Any) -> None:
+    """Saves the JSON value `name`; a later value replaces it."""
+    value = json.loads(text_files.to_json(value))
+    if self._path:
+      append(self._path, [{"name": name, "value": value, "settings": self._settings}])
+    self._values[name] = value
+
+  def forget(self, name: str) -> None:
+    """Forgets a value, so that it is computed again; a later `put` replaces its line."""
+    self._values.pop(name, None)
+
+  def items(self) -> Iterable[tuple[str, Any]]:
+    return self._values.items()

@@ -29,6 +29,8 @@ ARCHITECTURES = {
   "qwen3_moe": "qwen3moe",
   "olmoe": "olmoe",
   "gpt_oss": "gpt-oss",
+  "granitemoe": "granitemoe",
+  "granitemoeshared": "granitemoe",
 }
 FAMILIES = tuple(ARCHITECTURES)
 LLAMA3 = dict(
@@ -66,11 +68,18 @@ def gguf_tensors(config, state):
     tensors[found] = weight
 
   for name, weight in state.items():
-    if arch == "llama" and "q_proj" in name:
+    if arch in ("llama", "granitemoe") and "q_proj" in name:
       weight = interleaved(weight, config["num_attention_heads"])
-    if arch == "llama" and "k_proj" in name:
+    if arch in ("llama", "granitemoe") and "k_proj" in name:
       weight = interleaved(weight, config["num_key_value_heads"])
-    if "gate_up_proj" in name:
+    if arch == "granitemoe":
+      name = name.replace("router.", "router.layer.")
+      name = name.replace(".block_sparse_moe.experts", ".mlp.experts")
+    if "shared_mlp.input_linear" in name:  # `GraniteMoeModel.modify_tensors`
+      layer = name.split(".")[2]
+      for kind, half in zip(("gate", "up"), np.split(weight, 2)):
+        tensors[f"blk.{layer}.ffn_{kind}_shexp.weight"] = half
+    elif "gate_up_proj" in name:
       in_pairs = config["model_type"] == "gpt_oss"
       if in_pairs and not name.endswith("bias"):
         weight = weight.swapaxes(1, 2)
@@ -111,7 +120,8 @@ def write(path, config, tensors, kinds=None, edit=lambda writer: None):
     writer.add_expert_used_count(config["num_experts_per_tok"])
   if width := config.get("moe_intermediate_size"):
     writer.add_expert_feed_forward_length(width)
-  if width := config.get("shared_expert_intermediate_size"):
+  shared = (config.get(f"shared_{name}intermediate_size") for name in ("expert_", ""))
+  if width := next(filter(None, shared), None):
     writer.add_expert_shared_feed_forward_length(width)
   if config["model_type"] == "gpt_oss":
     writer.add_expert_feed_forward_length(config["intermediate_size"])
@@ -119,6 +129,11 @@ def write(path, config, tensors, kinds=None, edit=lambda writer: None):
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_rope_scaling_factor(config["rope_scaling"]["factor"])
     writer.add_rope_scaling_orig_ctx_len(config["rope_scaling"]["original_max_position_embeddings"])
+  if ARCHITECTURES[config["model_type"]] == "granitemoe":
+    writer.add_attention_scale(config["attention_multiplier"])
+    writer.add_embedding_scale(config["embedding_multiplier"])
+    writer.add_residual_scale(config["residual_multiplier"])
+    writer.add_logit_scale(config["logits_scaling"])
   for kind in ("bos", "eos", "pad"):
     getattr(writer, f"add_{kind}_token_id")(config[f"{kind}_token_id"])
   edit(writer)

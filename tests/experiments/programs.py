@@ -15,6 +15,7 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
   [
     "checkpoints_convert.cli",
+    "experiments.accelerator",
     "experiments.benchmark",
     "experiments.evaluate",
     "experiments.generate",
