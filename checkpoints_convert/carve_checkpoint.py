@@ -24,7 +24,7 @@ from roe_jax import cache as kv_cache
 from roe_jax import params as params_lib
 from roe_jax.checkpoint_folder import CARVING_FILE, named_leaves
 from roe_jax.config import ModelConfig
-from roe_jax.numerics import add, project
+from roe_jax.numerics import project
 from roe_jax.params import LayerParams
 from roe_jax.routers import LINEAR, NEURONS, NONE
 from roe_jax.text.tokenizer import Tokenizer
@@ -50,6 +50,8 @@ def carved_config(dense: ModelConfig, plan: Plan, router: str = LINEAR) -> Model
       "--carve does not support biases in feed-forward networks (mlp_bias in config.json)"
     )
   width = plan.width(dense.d_expert)
+  if plan.active < 1:
+    raise ConversionError(f"--carve={plan} has no active routed expert: give an A of at least 1")
   return dense.replace(
     router=router,
     router_bias=router == LINEAR,
@@ -197,7 +199,8 @@ def carve(
   x = jnp.zeros(())
   for piece, arrays in pieces:
     if not piece.num_layers:
-      x = jnp.asarray(np.asarray(arrays["embedding"])[tokens_BxT])
+      top = params_lib.abstract(dense).replace(embedding=jnp.asarray(arrays["embedding"]))
+      x = transformer.embed(top, dense, jnp.asarray(tokens_BxT))
       yield piece, dict(arrays), []
       continue
     layers = _layer_params(dense, arrays)
@@ -210,7 +213,7 @@ def carve(
       location = kv_cache.layer_location(
         dense, piece.start + i, (piece.start + i, piece.start + i + 1)
       )
-      x, normed, contributions = _calibrate(
+      x, normed, contributions = calibrate(
         dense, location.is_sliding, layers, i, x, positions, rotation
       )
       divisions.append(
@@ -229,8 +232,22 @@ def _layer_params(config: ModelConfig, arrays: Mapping[str, Any]) -> LayerParams
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _calibrate(config, is_sliding, layers, layer, x, positions, rotation):
-  """Returns hidden states after attention, the MLP's input `[N, D]`, and contributions `[N, F]`."""
+def calibrate(config, is_sliding, layers, layer, x, positions, rotation):
+  """Runs a dense layer up to the activations of its neurons.
+
+  Args:
+    config: the dense model's config.
+    is_sliding: whether the layer has the sliding window.
+    layers: its parameters, and perhaps those of others.
+    layer: its index in them.
+    x: hidden states `[B, T, D]` before the layer.
+    positions: int32 `[1, T]`.
+    rotation: `attention.rotation` of the positions.
+
+  Returns:
+    Hidden states after attention, the feed-forward network's input `[B T, D]`, and contributions
+    `[B T, F]`, both float32.
+  """
 
   def attend(x):  # one sequence at a time, whose scores fit
     x = x[None]
@@ -246,14 +263,15 @@ def _calibrate(config, is_sliding, layers, layer, x, positions, rotation):
       kv_cache.LayerLocation(is_sliding, layer),
       False,
     )
-    return add(x, attention.output(layers.attention, layer, heads))[0]
+    output = attention.output(layers.attention, layer, heads)
+    return transformer.add_to_residual(config, x, output)[0]
 
   x = jax.lax.map(attend, x)
   normed = transformer.norm(config, x, layers.moe_norm[layer]).reshape(-1, x.shape[-1])
-  gate_up, down = layers.experts.gate_up[:, 0], layers.experts.down[layer, 0]
-  projected = project(normed, gate_up, layer)
+  gate_up = layers.experts.gate_up
+  projected = project(normed, gate_up.reshape(len(gate_up), *gate_up.shape[2:]), layer)
   hidden = jax.nn.silu(projected[..., 0]) * projected[..., 1]
-  norms = jnp.linalg.norm(down.astype(jnp.float32), axis=-1)
+  norms = jnp.linalg.norm(layers.experts.down[layer, 0].astype(jnp.float32), axis=-1)
   return x, normed.astype(jnp.float32), hidden * norms[None]
 
 

@@ -49,7 +49,7 @@ class Plan:
         f"all), got {text!r}"
       )
     shared, active, experts = map(int, match.groups())
-    if active < 1 or shared + active > experts:
+    if shared + active < 1 or shared + active > experts:
       raise ConversionError(
         f"--carve={text} needs at least one active expert and no more than {experts} shared and "
         f"active experts together, got {shared} shared and {active} active"
@@ -98,7 +98,9 @@ class Division:
     return np.concatenate([self.shared, self.experts.reshape(-1)])
 
 
-def divide(contributions_NxF: np.ndarray, plan: Plan, marked: int | None = None) -> Division:
+def divide(
+  contributions_NxF: np.ndarray, plan: Plan, marked: int | None = None, by_rate: bool = False
+) -> Division:
   """Divides neurons into a shared expert and balanced clusters of co-active neurons.
 
   The shared expert has the neurons with the largest mean square contribution. The others are
@@ -110,6 +112,7 @@ def divide(contributions_NxF: np.ndarray, plan: Plan, marked: int | None = None)
     contributions_NxF: float32, of each neuron on calibration tokens.
     plan: the sizes.
     marked: K_a, the number of neurons that are marked per token; a sixteenth by default.
+    by_rate: whether the shared expert has the most often marked neurons instead, as in CMoE.
 
   Raises:
     ConversionError: the neurons cannot be divided evenly.
@@ -117,11 +120,11 @@ def divide(contributions_NxF: np.ndarray, plan: Plan, marked: int | None = None)
   """
   num_neurons = contributions_NxF.shape[1]
   width = plan.width(num_neurons)
+  marks = activation_marks(contributions_NxF, marked or max(1, num_neurons // 16))
   power = np.einsum("nf,nf->f", contributions_NxF, contributions_NxF, dtype=np.float64)
-  ranked = np.argsort(-power, kind="stable")
+  ranked = np.argsort(-marks.sum(axis=0) if by_rate else -power, kind="stable")
   shared, rest = (np.sort(part) for part in np.split(ranked, [plan.shared * width]))
-  marks = activation_marks(contributions_NxF, marked or max(1, num_neurons // 16))[:, rest]
-  experts, representatives = balanced_clusters(marks, plan.routed)
+  experts, representatives = balanced_clusters(marks[:, rest], plan.routed)
   return Division(shared, rest[experts], rest[representatives])
 
 

@@ -7,7 +7,15 @@ import sys
 from absl import flags, logging
 import jax
 
-from checkpoints_convert import carve_checkpoint, carving, outputs, quantize_checkpoint, summary
+from checkpoints_convert import (
+  carve_checkpoint,
+  carving,
+  hub,
+  outputs,
+  quantize_checkpoint,
+  summary,
+  verification,
+)
 from checkpoints_convert.common import ConversionError
 from checkpoints_convert.from_hugging_face import convert_from_hugging_face
 from checkpoints_convert.to_hugging_face import convert_to_hugging_face
@@ -70,6 +78,14 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     "Router of carved experts: linear is fitted to the experts' activations by least squares; "
     "neurons is one representative neuron per expert (CMoE).",
   )
+  flags.DEFINE_integer(
+    "verify",
+    None,
+    "Compare the logits of the written checkpoint with those of transformers on this many tokens, "
+    "in float32, and fail if they differ.",
+    flag_values=values,
+  )
+  string("verify_text", None, "Text file for --verify. Default: random tokens.")
   boolean("dry_run", False, "Check the source and print what would be written, without writing.")
   boolean("to_hugging_face", False, "Convert a roe_jax checkpoint to a Hugging Face folder.")
   string("revision", None, "Branch, tag or commit on the hub.")
@@ -109,6 +125,7 @@ def _convert(values: flags.FlagValues) -> None:
     )
   _check_carving(values)
   from_checkpoint = values.quantize_experts and quantize_checkpoint.is_checkpoint(values.source)
+  _check_verification(values, from_checkpoint)
   if values.dry_run and not (values.to_hugging_face or from_checkpoint):
     carved = lambda config: config
     if values.carve:
@@ -152,6 +169,30 @@ def _convert(values: flags.FlagValues) -> None:
   print(
     f"wrote {values.target}: {config.family}, {config.num_layers} layers, {config.dtype}" + experts
   )
+
+  if values.verify is not None:
+    folder = hub.find(values.source, values.revision)
+    comparison = verification.verify(folder, values.target, values.verify, values.verify_text)
+    print(comparison)
+    if not comparison.passes:
+      raise ConversionError(
+        f"{values.target} is complete, but its logits are not those of transformers: see above"
+      )
+
+
+def _check_verification(values: flags.FlagValues, from_checkpoint: bool) -> None:
+  """Checks what --verify needs before anything is converted."""
+  if values.verify is None:
+    if values.verify_text is not None:
+      raise ConversionError("--verify_text applies to --verify only: add --verify=NUM_TOKENS")
+    return
+  if values.to_hugging_face or values.carve or values.dry_run or from_checkpoint:
+    raise ConversionError(
+      "--verify applies to converting a Hugging Face model to a checkpoint only: leave it out"
+    )
+  verification.check(values.source, values.verify, values.verify_text)
+  folder = hub.find(values.source, values.revision, weights=False)
+  verification.check_source(folder, values.verify, values.verify_text)
 
 
 def _check_carving(values: flags.FlagValues) -> None:

@@ -3,6 +3,7 @@
 import itertools
 
 import hf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import scipy.stats
 import tiny
 
 from roe_jax import noise as noise_lib
-from roe_jax import routing
+from roe_jax import routing, transformer
 
 LOGITS = np.array([1.2, 0.4, 0.0, -0.3, 0.9, -1.1])
 
@@ -265,3 +266,20 @@ def test_all_but_mixtral_round_their_gates_to_the_models_dtype():
     assert gates.dtype == jnp.float32
     expected = exact.astype(jnp.bfloat16).astype(jnp.float32) if rounds else exact
     np.testing.assert_array_equal(gates, expected)
+
+
+def test_a_dense_model_does_not_route():
+  """No choice, no sorting of tokens by expert, and no weights of a router."""
+  config = tiny.config("llama")
+  params = tiny.params(config)
+  program = str(
+    jax.make_jaxpr(lambda x: transformer.forward(params, config, x)[0])(jnp.zeros((1, 4), int))
+  )
+  assert params.layers.router is None
+  assert not [name for name in ("top_k", "sort", "custom_vmap") if f"{name}[" in program]
+  routed = tiny.config("olmoe")
+  weights = tiny.params(routed)
+  program = str(
+    jax.make_jaxpr(lambda x: transformer.forward(weights, routed, x)[0])(jnp.zeros((1, 4), int))
+  )
+  assert "top_k[" in program and "sort[" in program

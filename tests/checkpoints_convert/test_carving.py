@@ -18,6 +18,7 @@ from tokenizers import models, pre_tokenizers
 
 from checkpoints_convert import carve_checkpoint, carving, cli, convert_to_hugging_face, load
 from checkpoints_convert.common import ConversionError
+from experiments import carving_study
 from roe_jax import checkpoint, routing, scoring, transformer
 from roe_jax.checkpoint_folder import CARVING_FILE
 from roe_jax.families import from_hugging_face
@@ -102,11 +103,7 @@ def test_fitted_router_is_the_least_squares_solution():
 
 @pytest.mark.parametrize(
   "text, message",
-  [
-    ("4A8E16", "like S4A8E16"),
-    ("S4A13E16", "no more than 16"),
-    ("S16A0E16", "at least one active"),
-  ],
+  [("4A8E16", "like S4A8E16"), ("S4A13E16", "no more than 16"), ("S0A0E16", "at least one active")],
 )
 def test_plans_are_refused(text, message):
   with pytest.raises(ConversionError, match=message):
@@ -196,7 +193,7 @@ def test_layers_are_calibrated_on_carved_outputs_and_runs_are_equal(source, carv
   layers = params.layers
   positions = np.broadcast_to(np.arange(64), tokens.shape)
   x, _, _ = transformer.run_layers(
-    params, config, transformer.embed(params, tokens), positions, layers=(0, 1)
+    params, config, transformer.embed(params, config, tokens), positions, layers=(0, 1)
   )
   silent = layers.replace(
     experts=layers.experts.replace(down=0 * layers.experts.down),
@@ -249,10 +246,27 @@ def test_a_roster_runs_on_it(carved):
   np.testing.assert_array_equal(gates, np.ones((7, 2)))
 
 
+def test_the_study_measures_what_the_checkpoint_does(source, carved):
+  params, config = load(str(source))
+  if config.dtype != "float32":
+    return
+  tokenizer = Tokenizer.load(source)
+  calibration = carve_checkpoint.calibration_tokens(tokenizer, source / "text.txt", 256, config)
+  text = np.random.default_rng(2).integers(WORDS, size=(2, 64))
+  for plan, model in (("S1A2E4", checkpoint.load(carved)), ("S1A3E4", (params, config))):
+    found = carving_study.perplexity_of_variant(
+      params, config, calibration, text, carving.Plan.parse(plan), "active", "linear"
+    )
+    log_probs = jax.nn.log_softmax(transformer.forward(*model, text)[0][:, :-1])
+    nll = -np.take_along_axis(np.asarray(log_probs), text[:, 1:, None], axis=-1).mean()
+    assert found == pytest.approx(np.exp(nll), rel=1e-3)
+
+
 @pytest.mark.parametrize(
   "flags, message",
   [
     ({"carve": "S1A2E5"}, "divisor of 16"),
+    ({"carve": "S3A0E4"}, "no active routed expert"),
     ({"calibration_tokens": "1000"}, "has 300 tokens, fewer than"),
     ({"calibration_tokens": "10"}, "at least 64"),
     ({"calibration": None}, "--carve needs --calibration"),

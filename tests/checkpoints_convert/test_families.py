@@ -1,7 +1,10 @@
 """Every family: from the hub's tensor names to logits, and back bit by bit."""
 
 import json
+import re
+import shutil
 
+from absl import flags
 import hf
 import jax
 import jax.numpy as jnp
@@ -10,9 +13,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import checkpoints_convert
-from checkpoints_convert import convert_from_hugging_face, convert_to_hugging_face
+from checkpoints_convert import (
+  cli,
+  convert_from_hugging_face,
+  convert_to_hugging_face,
+  tensor_names,
+)
 from checkpoints_convert.common import ConversionError
-from roe_jax import checkpoint, sharding, transformer
+from roe_jax import assets, checkpoint, sharding, transformer
 from roe_jax import params as params_lib
 
 pytestmark = pytest.mark.slow
@@ -109,3 +117,60 @@ def test_biases_without_a_place_are_named(tmp_path):
   path.write_text(json.dumps(json.loads(path.read_text()) | {"qkv_bias": False}))
   with pytest.raises(ConversionError, match="does not have: .*k_proj.bias"):
     convert_from_hugging_face(str(tmp_path / "hub"), str(tmp_path / "roe"))
+
+
+def converted(capsys, folder, **arguments):
+  """Runs the converter; returns its exit code and all that it prints."""
+  values = flags.FlagValues()
+  cli.define_flags(values)
+  given = {"source": folder / "hub", "target": folder / "roe", "verify": 20} | arguments
+  values(["convert", *(f"--{name}={value}" for name, value in given.items())])
+  code = cli.run(values)
+  printed = capsys.readouterr()
+  return code, printed.out + printed.err
+
+
+def test_verifying_finds_a_wrong_tensor(tmp_path, capsys, monkeypatch):
+  pytest.importorskip("torch")
+  pytest.importorskip("transformers")
+  embedded = assets.path("wordmath_d32")
+  size = json.loads((embedded / "config.json").read_text())["vocab_size"]
+  write_hub(tmp_path / "hub", "llama", vocab_size=size)
+  for name in ("tokenizer.json", "tokenizer_config.json"):
+    shutil.copy(embedded / name, tmp_path / "hub")
+  (tmp_path / "text").write_text("0 1 2 3 4 5 6 7 8 9 " * 4)
+  code, printed = converted(capsys, tmp_path, verify=200, verify_text=tmp_path / "text")
+  assert code == 1 and "tokens, but --verify wants 200" in printed
+  assert not (tmp_path / "roe").exists()
+  code, printed = converted(capsys, tmp_path)
+  assert code == 0, printed
+  assert "against transformers on 20 tokens: largest relative difference" in printed
+  fill = tensor_names.Part.fill
+
+  def wrong(self, parameter, tensor, window=None):
+    fill(self, parameter, tensor[::-1] if self.parameter == "experts.down" else tensor, window)
+
+  monkeypatch.setattr(tensor_names.Part, "fill", wrong)
+  code, printed = converted(capsys, tmp_path, overwrite=True)
+  assert code == 1 and "roe is complete, but its logits are not those of transformers" in printed
+  assert checkpoint.load_config(tmp_path / "roe").family == "llama"
+
+
+@pytest.mark.parametrize(
+  "arguments, sentence",
+  [
+    (dict(verify=0), "at least 1 token"),
+    (dict(verify_text="no_such_file"), "there is no text file no_such_file"),
+    (dict(dry_run=True), "applies to converting a Hugging Face model"),
+    ({}, r"not installed: pip install \"roe_jax\[parity\]\""),
+  ],
+)
+def test_what_cannot_be_verified_is_refused_before_converting(
+  tmp_path, capsys, monkeypatch, arguments, sentence
+):
+  write_hub(tmp_path / "hub", "llama")
+  if not arguments:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  code, printed = converted(capsys, tmp_path, **arguments)
+  assert code == 1 and re.search(sentence, printed), printed
+  assert not (tmp_path / "roe").exists()

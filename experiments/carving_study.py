@@ -1,0 +1,260 @@
+"""Compares ways to carve experts out of a dense model, and rosters on carved checkpoints.
+
+  python -m experiments.carving_study --source=smollm2 --calibration=other.txt --text=wiki.txt
+  python -m experiments.carving_study --checkpoints=carved --text=wiki.txt
+
+With --source, prints the perplexity of a text for each of --variants, PLAN:SPLIT:ROUTER. Splits are
+active (`carving.divide`), cmoe (the neurons that are most often among the 10 largest activations),
+and random. Routers are linear and neurons as in checkpoints_convert --carve_router, and oracle,
+which knows the norm of each expert's contributions. An A of 0 is the shared expert alone.
+
+With --checkpoints, prints the perplexity of carved checkpoints at each number of --active experts,
+and with rosters, and the output temperature that is best for the same text.
+
+Windows do not overlap. With --output, both resume when rerun with the same flags.
+"""
+
+from collections.abc import Callable
+import functools
+import itertools
+import pathlib
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from checkpoints_convert import carve_checkpoint, carving
+from experiments.analysis import output_temperatures
+from experiments.cli import app, text_files
+from experiments.cli.extras import tabulate
+from experiments.records import jsonl
+from roe_jax import attention, scoring, transformer
+from roe_jax import cache as kv_cache
+from roe_jax.config import ModelConfig
+from roe_jax.params import Params
+from roe_jax.roster import Roster
+from roe_jax.routers import NONE
+from roe_jax.routing import with_experts
+from roe_jax.text.tokenizer import Tokenizer
+
+FLAGS = flags.FLAGS
+SPLITS = ("active", "cmoe", "random")
+ROUTERS = ("linear", "neurons", "oracle")
+_VARIANTS = (
+  "S4A8E16:random:linear",
+  "S12A0E16:active:linear",
+  "S4A8E16:cmoe:neurons",
+  "S4A8E16:active:neurons",
+  "S4A8E16:active:linear",
+  "S4A8E16:active:oracle",
+)
+
+
+def define_flags() -> None:
+  flags.DEFINE_string("source", None, "Dense model: a checkpoint, a folder or a hub name.")
+  flags.DEFINE_list("variants", list(_VARIANTS), "What to compare on --source.")
+  flags.DEFINE_string("calibration", None, "Text file to calibrate on, with --source.")
+  flags.DEFINE_integer("calibration_tokens", 4096, "Number of tokens of --calibration to use.")
+  flags.DEFINE_list("checkpoints", [], "Carved checkpoints to run rosters on.")
+  flags.DEFINE_list("active", [], "Numbers of active experts. Default: the model's, and all.")
+  flags.DEFINE_list("members", ["2", "8"], "Roster sizes n.")
+  flags.DEFINE_list("sweep", ["0.1", "0.3", "1.0"], "Router temperatures τ.")
+  flags.DEFINE_string("text", None, "Text file to compute perplexities of.", required=True)
+  flags.DEFINE_integer("num_tokens", 4096, "Number of tokens of --text to use.")
+  flags.DEFINE_integer("window", 512, "Tokens per window.")
+  flags.DEFINE_integer("seed", 0, "Seed for routing noise and random splits.")
+  flags.DEFINE_string("output", None, "Folder for the results. Default: none are saved.")
+
+
+def windows(tokenizer: Tokenizer, path: str, count: int) -> np.ndarray:
+  """Returns the first tokens of a text file as whole windows `[B, T]`.
+
+  Raises:
+    ValueError: the text has fewer tokens, or not even one window is asked for.
+  """
+  tokens = tokenizer.encode(text_files.read(path), add_special_tokens=False)
+  if not FLAGS.window <= count <= len(tokens):
+    raise ValueError(
+      f"{path} has {len(tokens)} tokens: give a number of tokens of at least one window "
+      f"({FLAGS.window}) and at most that, got {count}"
+    )
+  return np.asarray(tokens[: count // FLAGS.window * FLAGS.window]).reshape(-1, FLAGS.window)
+
+
+def _random_split(contributions, plan, seed):
+  neurons = np.random.default_rng(seed).permutation(contributions.shape[1])
+  shared, rest = np.split(neurons, [plan.shared * plan.width(len(neurons))])
+  experts = rest.reshape(plan.routed, -1)
+  return carving.Division(shared, experts, experts[:, 0])
+
+
+def _cmoe_split(contributions, norms, plan):
+  return carving.divide(contributions / norms, plan, marked=10, by_rate=True)
+
+
+def perplexity_of_variant(
+  params: Params,
+  config: ModelConfig,
+  calibration: np.ndarray,
+  text: np.ndarray,
+  plan: carving.Plan,
+  split: str,
+  router: str,
+) -> float:
+  """Returns the perplexity of a text under a carved model, which is not written."""
+  tokens = jnp.asarray(np.concatenate([calibration, text]))
+  positions = jnp.arange(tokens.shape[1])[None]
+  rotation = attention.rotation(config, positions)
+  x = transformer.embed(params, config, tokens)
+  known = slice(calibration.size)
+  for layer in range(config.num_layers):
+    location = kv_cache.layer_location(config, layer, (layer, layer + 1))
+    x, normed, contributions = carve_checkpoint.calibrate(
+      config, location.is_sliding, params.layers, layer, x, positions, rotation
+    )
+    normed, contributions = np.asarray(normed), np.asarray(contributions)
+    down = np.asarray(params.layers.experts.down[layer, 0], np.float32)
+    norms = np.linalg.norm(down, axis=1)
+    division = {
+      "active": lambda c: carving.divide(c, plan),
+      "cmoe": lambda c: _cmoe_split(c, norms, plan),
+      "random": lambda c: _random_split(c, plan, FLAGS.seed + layer),
+    }[split](contributions[known])
+    logs = carving.expert_contributions(contributions, division.experts)
+
+    def linear():
+      weights, bias = carving.fit_linear(normed[known], logs[known])
+      return normed @ weights.T + bias
+
+    scores = {
+      "linear": linear,
+      "neurons": lambda: np.abs(contributions / norms)[:, division.representatives],
+      "oracle": lambda: logs,
+    }[router]()
+    hidden = np.zeros_like(contributions)
+    hidden[:, division.shared] = (contributions / norms)[:, division.shared]
+    chosen = np.argsort(-scores, axis=1, kind="stable")[:, : plan.active]
+    for expert, neurons in enumerate(division.experts):
+      rows = np.flatnonzero((chosen == expert).any(axis=1))[:, None]
+      hidden[rows, neurons] = (contributions / norms)[rows, neurons]
+    x = transformer.add_to_residual(config, x, jnp.asarray(hidden @ down).reshape(x.shape))
+  nll = [
+    _nll(params, config, states, jnp.asarray(tokens))
+    for states, tokens in zip(x[len(calibration) :], text)
+  ]
+  return float(np.exp(np.mean(nll)))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _nll(params, config, x, tokens):
+  log_probs = jax.nn.log_softmax(transformer.unembed(params, config, x[None])[0, :-1])
+  return -jnp.take_along_axis(log_probs, tokens[1:, None], axis=1).mean()
+
+
+def roster_rows(
+  params: Params,
+  config: ModelConfig,
+  text: np.ndarray,
+  keep: Callable[[str, Callable], list[float]],
+) -> list[list]:
+  """Returns a table's rows for one carved checkpoint."""
+  grid = output_temperatures.padded([1.0, *output_temperatures.GRID], 14)
+  active = [int(a) for a in FLAGS.active] or [config.experts_per_token, config.num_experts]
+  settings = [(a, 1, 0.0) for a in active]
+  settings += [
+    (config.experts_per_token, int(n), float(t)) for t in FLAGS.sweep for n in FLAGS.members
+  ]
+  rows = []
+  for count, n, tau in settings:
+    model = with_experts(config, count)
+    roster = Roster.create(model, n, tau, seed=FLAGS.seed)
+
+    def nll():
+      scores = scoring.score(
+        params, model, text.tolist(), roster=roster, output_temperatures=grid, batch_size=4
+      )
+      return np.mean([s.log_probs.mean(axis=0, dtype=np.float64) for s in scores.sequences], axis=0)
+
+    values = -np.asarray(keep(f"{count} active, n = {n}, τ = {tau}", lambda: nll().tolist()))
+    best = output_temperatures.fit(values[None, 1:])
+    share = (config.d_shared_expert + count * config.d_expert) / (
+      config.d_shared_expert + config.num_experts * config.d_expert
+    )
+    perplexity, calibrated = np.exp([values[0], values[1:].min()])
+    rows.append(
+      [f"{count} of {config.num_experts}", f"{100 * n * share:.0f} %", n, tau if n > 1 else ""]
+      + [f"{perplexity:.2f}", f"{calibrated:.2f}", f"{best:.2f}"]
+    )
+    print(*rows[-1], sep=" | ", flush=True)
+  return rows
+
+
+def main(argv) -> None:
+  del argv
+  if bool(FLAGS.source) == bool(FLAGS.checkpoints):
+    raise ValueError("give either --source or --checkpoints")
+  if bool(FLAGS.source) != bool(FLAGS.calibration):
+    raise ValueError("--source and --calibration belong together: give both or neither")
+  output = FLAGS.output and pathlib.Path(FLAGS.output)
+  names = ("num_tokens", "window", "seed", "calibration", "calibration_tokens", "text")
+  saved = jsonl.SavedValues(
+    output / "measured.jsonl" if output else None, {n: FLAGS[n].value for n in names}
+  )
+  variants = [v.split(":") for v in FLAGS.variants]
+  for variant in variants:
+    if len(variant) != 3 or variant[1] not in SPLITS or variant[2] not in ROUTERS:
+      raise ValueError(
+        f"--variants are PLAN:SPLIT:ROUTER with a split of {', '.join(SPLITS)} and a router of "
+        f"{', '.join(ROUTERS)}, got {':'.join(variant)}"
+      )
+  for name in FLAGS.checkpoints:  # check everything before any work
+    config = app.load_config(name)
+    for n, tau in itertools.product(FLAGS.members, FLAGS.sweep):
+      Roster.create(config, int(n), float(tau), seed=FLAGS.seed)
+    for count in FLAGS.active:
+      with_experts(config, int(count))
+  texts = []
+  if FLAGS.source:
+    if app.load_config(FLAGS.source).router != NONE:
+      raise ValueError(f"{FLAGS.source} has experts already: give a dense model")
+    params, config, tokenizer = app.open_model(FLAGS.source, "float32")
+    text = windows(tokenizer, FLAGS.text, FLAGS.num_tokens)
+    calibration = windows(tokenizer, FLAGS.calibration, FLAGS.calibration_tokens)
+    rows = []
+    for plan, split, router in variants:
+      perplexity = saved.get(
+        f"{FLAGS.source}, {plan}:{split}:{router}",
+        lambda: perplexity_of_variant(
+          params, config, calibration, text, carving.Plan.parse(plan), split, router
+        ),
+      )
+      rows.append([plan, split, router, f"{perplexity:.2f}"])
+      print(*rows[-1], sep=" | ", flush=True)
+    texts.append(tabulate.tabulate(rows, ["carving", "split", "router", "perplexity"], "github"))
+  for name in FLAGS.checkpoints:
+    params, config, tokenizer = app.open_model(name, None)
+    text = windows(tokenizer, FLAGS.text, FLAGS.num_tokens)
+    keep = lambda part, compute: saved.get(f"{name}, {part}", compute)
+    headers = ["active experts", "active × n", "n", "τ", "perplexity", "at its best T", "best T"]
+    rows = roster_rows(params, config, text, keep)
+    texts.append(f"{name}\n\n" + tabulate.tabulate(rows, headers, "github"))
+  table = "\n\n".join(texts) + "\n"
+  print("\n" + table)
+  if output:
+    app.write_atomically(output / "table.md", table)
+
+
+def program() -> None:
+  """Runs this program with the command line's flags."""
+  define_flags()
+  app.run(
+    main,
+    not_distributed="it carves and scores on one device: carve with checkpoints_convert, and run "
+    "experiments.score on the result",
+    needs=("scipy", "tabulate"),
+  )
+
+
+if __name__ == "__main__":
+  program()
