@@ -1,7 +1,7 @@
 """Notebooks: links, install lines and commands are right; they run, or their Python cells do.
 
-Notebooks that need an accelerator or the hub are not executed as a whole: their Python cells run on a small
-model. The others are executed from a clean kernel.
+Notebooks that need an accelerator or the hub are not executed as a whole: their Python cells run on
+a small model. The others are executed from a clean kernel.
 """
 
 import configparser
