@@ -1,7 +1,7 @@
 """Notebooks: links, install lines and commands are right; they run, or their Python cells do.
 
-Notebooks that need an accelerator are not executed as a whole: their Python cells run on a small
-model. The others are executed from a clean kernel.
+Notebooks that need an accelerator or the hub are not executed as a whole: their Python cells run on
+a small model. The others are executed from a clean kernel.
 """
 
 import configparser
@@ -24,6 +24,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 JAX = {
   "quickstart": "jax>=0.10.2,<0.11",
   "reproduce_figures": "jax>=0.10.2,<0.11",
+  "any_model": "jax>=0.10.2,<0.11",
   "olmoe_colab": "jax[cuda12]>=0.10.2,<0.11",
   "tpu": "jax[tpu]>=0.10.2,<0.11",
 }
@@ -140,7 +141,7 @@ def test_a_program_that_fails_is_a_cell_that_fails(tmp_path):
 
 @pytest.fixture
 def small_olmoe(tmp_path, monkeypatch):
-  """A random model of OLMoE's family as ./olmoe, with a chat template."""
+  """A random model of OLMoE's family as ./olmoe and ./carved, with a chat template."""
   files = chat_formats.write(tmp_path / "files", "olmoe")
   config = ModelConfig(
     family="olmoe",
@@ -163,6 +164,7 @@ def small_olmoe(tmp_path, monkeypatch):
   checkpoint.save(
     tmp_path / "olmoe", params.initialize(config, jax.random.key(0)), config, files=files
   )
+  (tmp_path / "carved").symlink_to("olmoe")
   (tmp_path / "results/report").mkdir(parents=True)  # what a program before left
   (tmp_path / "results/report/report.md").write_text("# Report")
   monkeypatch.chdir(tmp_path)
