@@ -114,9 +114,9 @@ def by_loop(activation, params, x, experts, gates):
   return y, hidden_magnitude, magnitude
 
 
-def assert_agrees(actual, activation, params, x, experts, gates):
-  """Arguments as of `by_loop`; the dtype is that of `x`."""
-  assert actual.dtype == x.dtype and actual.shape == x.shape
+def assert_agrees(actual, activation, params, x, experts, gates, dtype=None):
+  """Arguments as of `by_loop`; the dtype is that of `x` unless given."""
+  assert actual.dtype == (dtype or x.dtype) and actual.shape == x.shape
   expected, hidden_magnitude, magnitude = by_loop(activation, params, x, experts, gates)
   # The hidden values and the output are rounded to the dtype once each, by half
   # a unit; float32 sums add a few units of float32.

@@ -63,7 +63,7 @@ def apply(strategy, activation, *args):
 
 def assert_agrees(strategy, params, layer, x, indices, gates, activation=CLAMPED):
   actual = apply(strategy, activation, params, layer, x, indices, gates)
-  expert_loop.assert_agrees(actual, activation, params, x, layer * E + indices, gates)
+  expert_loop.assert_agrees(actual, activation, params, x, layer * E + indices, gates, "float32")
 
 
 @every_strategy
@@ -85,7 +85,7 @@ def assert_quantized_agrees(strategy, format, dtype="float32", width=D, hidden=F
       gate_up=jnp.asarray(values.gate_up, dtype), down=jnp.asarray(values.down, dtype)
     )
   actual = apply(strategy, CLAMPED, params, 1, x, indices, gates)
-  expert_loop.assert_agrees(actual, CLAMPED, values, x, E + indices, gates)
+  expert_loop.assert_agrees(actual, CLAMPED, values, x, E + indices, gates, "float32")
 
 
 @every_strategy
