@@ -104,7 +104,7 @@ def _draw(sampler, scaled_BxV, noise_BxV, count):
     The tokens `[B]`, and whether ranking the others would not change them, `[B]`.
   """
   # The barrier: XLA's CPU backend sorts everything if it sees a slice of what is ranked.
-  ranked, tokens = jax.lax.optimization_barrier(jax.lax.top_k(scaled_BxV, count))
+  ranked, tokens = jax.lax.top_k(scaled_BxV, count)
   keep = (sampler.top_k == 0) | (jnp.arange(count)[None] < sampler.top_k)
   kept = jnp.where(keep, ranked, -jnp.inf)
   total = jax.nn.logsumexp(kept, axis=-1, keepdims=True)

@@ -66,8 +66,8 @@ def test_what_is_no_model_gets_a_sentence(tmp_path, monkeypatch):
     ValueError, match="'hf:nothing' is neither a folder, .* nor a hub name like org"
   ):
     app.load_config("hf:nothing")
-  (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-  with pytest.raises(ValueError, match="unsupported architecture.*'llama'"):
+  (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
+  with pytest.raises(ValueError, match="unsupported architecture.*'bloom'"):
     app.load_config(str(tmp_path))
   (tmp_path / "config.json").rename(tmp_path / "adapter_config.json")
   with pytest.raises(ValueError, match="is a PEFT adapter .* not a model: merge it"):
