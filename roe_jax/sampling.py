@@ -103,7 +103,6 @@ def _draw(sampler, scaled_BxV, noise_BxV, count):
   Returns:
     The tokens `[B]`, and whether ranking the others would not change them, `[B]`.
   """
-  # The barrier: XLA's CPU backend sorts everything if it sees a slice of what is ranked.
   ranked, tokens = jax.lax.top_k(scaled_BxV, count)
   keep = (sampler.top_k == 0) | (jnp.arange(count)[None] < sampler.top_k)
   kept = jnp.where(keep, ranked, -jnp.inf)
