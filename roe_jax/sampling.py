@@ -96,7 +96,7 @@ def choose(
 
 
 def _draw(sampler, scaled_BxV, noise_BxV, count):
-  """Draws tokens, of which only the `count` most probable are ranked.
+  """Draws tokens and ranks only the `count` most probable ones.
 
   Noise is added by rank, so that a token does not depend on `count`.
 

@@ -190,7 +190,7 @@ CHEATS = [
     sys.settrace(trace)
     return None
 """,
-  # An answer that is an error for whoever reads it, or reads as a program.
+  # An answer that runs code when it is unpickled.
   """
     import os, pickle
     data = pickle.dumps(("answer", os.system))
