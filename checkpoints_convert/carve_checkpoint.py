@@ -30,6 +30,7 @@ from roe_jax.routers import LINEAR, NEURONS, NONE
 from roe_jax.text.tokenizer import Tokenizer
 
 ROUTERS = (LINEAR, NEURONS)
+FINE_TUNING = "fine_tuning"  # in the provenance of a checkpoint whose weights were trained
 TOKENS = 16384
 _WINDOW = 512  # tokens of a calibration sequence
 
