@@ -100,8 +100,8 @@ def _gates(config, scales, logits, ranked, experts):
   if config.unit_gates:
     gates = 1.0
     if scales is not None:  # CMoE (arXiv 2502.04416)
-      scaled = to_compute_dtype(scales).astype(jnp.float32) * jax.nn.softmax(logits, axis=-1)
-      gates += jnp.take_along_axis(scaled, experts, axis=-1)
+      probabilities = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), experts, axis=-1)
+      gates += to_compute_dtype(scales).astype(jnp.float32)[experts] * probabilities
     gates = jnp.where(left_out, 0.0, gates)
     return gates / gates.sum(-1, keepdims=True) if config.normalize_gates else gates
   chosen = jnp.take_along_axis(logits, experts, axis=-1)
