@@ -70,7 +70,16 @@ def is_carved(config: ModelConfig) -> bool:
 
 
 def dense_config(carved: ModelConfig) -> ModelConfig:
-  """Returns the config of the dense model that a model was carved from."""
+  """Returns the config of the dense model that a model was carved from.
+
+  Raises:
+    ConversionError: the gates have learned scales, so no dense model is equal.
+  """
+  if carved.gate_scales:
+    raise ConversionError(
+      "a carved model that has learned scales of its gates has no dense form: convert the model "
+      "that it was fine-tuned from, or fine-tune with --gate_scales=false"
+    )
   return carved.replace(
     router=NONE,
     router_bias=False,

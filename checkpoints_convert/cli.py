@@ -188,8 +188,8 @@ def _check_verification(values: flags.FlagValues, from_checkpoint: bool) -> None
     return
   if values.to_hugging_face or values.dry_run or from_checkpoint:
     raise ConversionError(
-      "--verify applies to converting a Hugging Face model or GGUF file to a checkpoint only: leave "
-      "it out"
+      "--verify applies to converting a Hugging Face model or a GGUF file to a checkpoint only: "
+      "leave it out"
     )
   verification.check(values.verify, values.verify_text)
   folder = hub.find(values.source, values.revision, weights=False)

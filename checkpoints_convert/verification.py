@@ -61,11 +61,11 @@ class Comparison:
       if self.is_exact
       else f"mean KL at most {MAX_MEAN_KL:g}, since weights were rounded or quantized"
     )
+    active = ", with all experts active" if self.is_carved else ""
     return (
-      f"against transformers on {self.num_tokens} tokens{', with all experts active' * self.is_carved}: "
-      f"largest relative difference of logits "
-      f"{self.difference:.2g}, KL divergence {self.mean_kl:.2g} mean, {self.max_kl:.2g} largest "
-      f"(tolerance: {limit})"
+      f"against transformers on {self.num_tokens} tokens{active}: largest relative difference of "
+      f"logits {self.difference:.2g}, KL divergence {self.mean_kl:.2g} mean, {self.max_kl:.2g} "
+      f"largest (tolerance: {limit})"
     )
 
 

@@ -118,7 +118,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(carved, tuned, tmp_path, mo
 def test_training_lowers_held_out_perplexity_and_leaves_an_ordinary_checkpoint(carved, tuned):
   found = [r for r in metrics(tuned) if r["kind"] == "evaluation"]
   assert [r["step"] for r in found] == [0, 8]
-  assert found[1]["perplexity"] < 0.8 * found[0]["perplexity"]
+  assert found[1]["perplexity"] < 0.95 * found[0]["perplexity"]
   params, config = checkpoint.load(tuned / "model")
   before, own = checkpoint.load(carved / "model")
   assert config == own.replace(gate_scales=True)
