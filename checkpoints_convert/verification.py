@@ -133,7 +133,7 @@ def _check_metadata(own: dict[str, Any], read: dict[str, Any]) -> None:
     if isinstance(value, float) and isinstance(found, float):
       same = math.isclose(value, found, rel_tol=1e-6)
     if not same and name not in _IDLE:
-      raise ValueError(f"it reads {name} as {found}, which is {value}")
+      raise ValueError(f"it reads {name} as {found} instead of {value}")
 
 
 def verify(

@@ -187,7 +187,7 @@ def test_logits_are_those_of_transformers_with_the_same_file(tmp_path, family):
   "family, sentence",
   [
     ("llama", "on 20 tokens: largest relative difference"),
-    ("mixtral", "nothing to --verify with: it reads family as llama, which is mixtral"),
+    ("mixtral", "nothing to --verify with: it reads family as llama instead of mixtral"),
     ("olmoe", "nothing to --verify with: GGUF model with architecture olmoe is not supported"),
   ],
 )
