@@ -163,7 +163,7 @@ def perplexity(params: Params, config: ModelConfig, windows_BxT: np.ndarray) -> 
   return float(np.exp(-np.mean([s.log_probs.mean(dtype=np.float64) for s in scores.sequences])))
 
 
-def fine_tune(
+def adapt(
   settings: Settings,
   params: Params,
   config: ModelConfig,
@@ -264,7 +264,7 @@ def run(settings: Settings) -> None:
     print(f"{output / 'model'} is already complete")
     return
   params, config = load(settings)
-  params, metrics = fine_tune(settings, params, config, tokens, held_out)
+  params, metrics = adapt(settings, params, config, tokens, held_out)
   save(settings, params, config, metrics)
 
 
