@@ -136,7 +136,7 @@ def test_training_lowers_held_out_perplexity_and_leaves_an_ordinary_checkpoint(c
   [text] = tiny.texts([7])
   logits = diagnostics.member_logits(
     params, config, [text], all_positions=True, roster=roster, request_ids=[3]
-  )[0]
+  )[:, 0]
   expected = numpy_roster.member_logits(params, config, roster, text, 3)
   np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
 
