@@ -138,7 +138,7 @@ class Partners:
       while True:
         for key, _ in selector.select():
           if key.fileobj is self._listener:
-            self._accept(selector)
+            self._accept(selector, key.fileobj)
           else:
             self._receive(selector, key.fileobj)
         if self._listener and not self._missing:
@@ -148,8 +148,8 @@ class Partners:
           self._tell(missing=[])
           self._complete.set()
 
-  def _accept(self, selector):
-    connection, _ = self._listener.accept()
+  def _accept(self, selector, listener):
+    connection, _ = listener.accept()
     self._connections[connection] = b""
     selector.register(connection, selectors.EVENT_READ)
 
@@ -179,7 +179,7 @@ class Partners:
         continue
 
   def _on_message(self, connection, here=None, missing=None, bye=None, end=None, why=None):
-    if here in self._missing:
+    if here is not None and here in self._missing:
       self._missing.remove(here)
       self._numbers[connection] = here
       self._tell(missing=self._missing)
