@@ -1,4 +1,7 @@
-"""What all programs share: complete --help, paths with ~, a quiet end when their output is cut."""
+"""What all programs share: complete --help, paths with ~, a quiet end when their output is cut.
+
+Error messages may quote foreign files; their control characters never reach the terminal.
+"""
 
 from collections.abc import Callable
 import os
@@ -10,6 +13,14 @@ from absl import app, flags
 # Flags of these packages are shown by --help; others only by --helpfull.
 _PACKAGES = ("checkpoints_convert", "experiments")
 _TEXTS = ("prompt", "stop", "system")  # flags whose values are never paths
+
+
+def printable(message: str) -> str:
+  r"""Returns a message with escape sequences (`\x1b`) in place of characters that do not print."""
+  return "".join(
+    c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode()
+    for c in message
+  )
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
@@ -36,6 +47,9 @@ def run(main: Callable[[list[str]], Any]) -> None:
   try:
     try:
       app.run(expanded)
+    except SystemExit as end:
+      end.code = printable(end.code) if isinstance(end.code, str) else end.code
+      raise
     finally:
       sys.stdout.flush()
   except BrokenPipeError:

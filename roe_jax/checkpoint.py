@@ -404,7 +404,7 @@ def _check_piece(path: PathLike, piece: Piece, config: ModelConfig) -> None:
   from orbax.checkpoint import v1 as ocp
 
   with _reading(path, piece):
-    metadata: Any = ocp.metadata(_piece_folder(path, piece)).metadata
+    metadata: Any = ocp.metadata(str(_piece_folder(path, piece))).metadata
     if metadata is None:
       raise ValueError("its metadata cannot be read")
     found = traverse_util.flatten_dict(metadata, sep=".")
@@ -422,7 +422,7 @@ def _read(path: PathLike, piece: Piece, abstract: dict[str, Any]) -> dict[str, A
 
   tree = traverse_util.unflatten_dict(abstract, sep=".")
   with _reading(path, piece):
-    return traverse_util.flatten_dict(ocp.load(_piece_folder(path, piece), tree), sep=".")
+    return traverse_util.flatten_dict(ocp.load(str(_piece_folder(path, piece)), tree), sep=".")
 
 
 def _reading(path: PathLike, piece: Piece) -> contextlib.AbstractContextManager[None]:

@@ -102,6 +102,14 @@ def test_output_that_is_cut_ends_a_program_quietly():
   assert done.stderr == "" and done.stdout.endswith("\n141\n")
 
 
+def test_control_characters_in_error_messages_do_not_reach_the_terminal():
+  code = "import sys; from absl import flags; from checkpoints_convert import command_line as c; "
+  code += r"c.run(lambda argv: sys.exit('error: \x1b]0;title\x07 \r\u202eü\n\ud800'))"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert done.stderr == "error: \\x1b]0;title\\x07 \\r\\u202eü\n\\ud800\n"
+  assert done.returncode == 1
+
+
 def test_a_home_folder_is_expanded_in_paths_and_not_in_text():
   code = "from absl import flags; from checkpoints_convert import command_line as c; "
   code += "flags.DEFINE_string('target', '', ''); flags.DEFINE_string('prompt', '', ''); "
