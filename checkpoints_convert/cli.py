@@ -105,12 +105,11 @@ def run(values: flags.FlagValues) -> int:
   try:
     with outputs.held(None if values.dry_run else values.target, outputs.WHOLE_FOLDER):
       _convert(values)
+  except BrokenPipeError:
+    raise
   except (ValueError, OSError) as error:
-    print(f"error: {command_line.printable(str(error))}", file=sys.stderr)
+    print(f"error: {command_line.describe(error)}", file=sys.stderr)
     return 1
-  except KeyboardInterrupt:
-    print("interrupted: rerun the same command to resume after the last piece", file=sys.stderr)
-    return 130
   return 0
 
 
