@@ -110,7 +110,7 @@ def describe(error: BaseException) -> str:
     remedy = _REMEDIES.get(error.errno or 0, "")
     text = f"{' -> '.join(named) or _output()}: {error.strerror}{remedy and f': {remedy}'}"
   line = " ".join(part.strip() for part in text.splitlines() if part.strip())
-  line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+  line = printable(line)
   return line if len(line) <= _MESSAGE else line[: _MESSAGE - 4] + " ..."
 
 
@@ -118,3 +118,8 @@ def _output():
   """Names what was probably written when an error has no file name."""
   names = [n for n in ("output", "target") if n in flags.FLAGS and flags.FLAGS[n].value]
   return f"--{names[0]}={flags.FLAGS[names[0]].value}" if names else "standard output"
+
+
+def printable(text: str) -> str:
+  r"""Returns a text with escape sequences, such as `\x1b`, in place of control characters."""
+  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
