@@ -19,6 +19,7 @@ from tqdm import tqdm
 from checkpoints_convert import outputs
 from experiments.benchmarks import machine
 from experiments.cli import app, text_files
+from roe_jax import orbax_storage
 from roe_jax.training import TrainState
 
 # In a folder that a run starts in, or that was killed at its start.
@@ -126,7 +127,9 @@ def run(
   ) as saver:
     state = jax.jit(init)()
     if saver.latest is not None:
-      state = saver.load(saver.latest.step, state)
+      saved = output / "states" / str(saver.latest.step)
+      with orbax_storage.reading(f"the saved state {saved}", "delete it and rerun"):
+        state = saver.load(saver.latest.step, state)
     first = int(state.step)
     metrics = Metrics(output / "metrics.jsonl", first)
 
@@ -164,6 +167,7 @@ def run(
         write_evaluation(step)
         start = time.monotonic()
       if saves:
-        saver.save(step, state)
+        with orbax_storage.checksums():
+          saver.save(step, state)
     progress.close()
   return state, metrics
