@@ -158,7 +158,7 @@ class StandardCache(CacheMode):
     outputs = jax.tree.map(lambda *a: jnp.concatenate(a, axis=1).swapaxes(0, 1), *parts)
     return x_RxBxTxD, OwnHistories(shared, own), outputs
 
-  def map_members(self, function: Callable, members: jax.Array, own: KVCache | None) -> Any:
+  def map_members(self, function: Callable, members: jax.Array, own: KVCache | None) -> tuple:
     """Maps a function of a member and its history over members."""
     return jax.vmap(function)(members, own)
 
