@@ -129,7 +129,7 @@ def test_members_share_one_cache_without_copies():
   config = tiny.config("mixtral", num_heads=2, head_dim=64, context_length=4096)
   params = jax.eval_shape(lambda: tiny.params(config))
   rows, capacity = 2, 4096
-  rows_of_zeros = jnp.zeros(rows, jnp.uint32)
+  rows_of_zeros = jnp.zeros(rows, jnp.int32)
 
   def temporaries(num_members):
     roster = roster_lib.Roster.create(config, num_members, 0.5)

@@ -157,7 +157,7 @@ def test_contrast_with_the_second_expert_is_scmoe(request, family):
 def test_the_two_caches_differ_in_what_members_remember(olmoe):
   clean, standard = (
     logits(olmoe, Roster.create(olmoe[0], 3, [0.0, 0.8, 0.4], seed=9, cache=cache))
-    for cache in CACHES
+    for cache in ("clean", "standard")
   )
   assert_close(clean[0], standard[0])  # member 0 has no noise in either
   assert_close(clean[:, :, 0], standard[:, :, 0])  # no past at position 0
