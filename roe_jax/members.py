@@ -34,9 +34,11 @@ class RosterOutputs(struct.PyTreeNode):
   clean_tokens: jax.Array
 
 
-def empty_cache(config: ModelConfig, roster: Roster, *sizes: int, **options: Any) -> Any:
+def empty_cache(
+  config: ModelConfig, roster: Roster, batch_size: int, capacity: int, whole: bool = False
+) -> Any:
   """Returns the empty cache of a roster; see `CacheMode.empty` for the arguments."""
-  return roster.cache_mode.empty(config, roster, *sizes, **options)
+  return roster.cache_mode.empty(config, roster, batch_size, capacity, whole)
 
 
 def tokens_within_budget(
