@@ -21,8 +21,8 @@ tokens. They differ in how often they read an expert's weights and where they ru
 The only expert of a dense model is computed without dispatch (`every_token.only`), whatever the
 strategy, unless it is quantized.
 
-`native`, `tiled_loop`, `gather_gemv` and `grouped_matmul` dequantize quantized experts tile by tile;
-the others dequantize all experts of a layer, and are not chosen for them.
+`native`, `tiled_loop`, `gather_gemv` and `grouped_matmul` dequantize quantized experts as they
+read them; the others dequantize all experts of a layer, and are not chosen for them.
 
 `choices` says which strategy is chosen.
 """

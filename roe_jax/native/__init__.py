@@ -18,6 +18,7 @@ from roe_jax import kernel_check
 from roe_jax.native import native_build
 
 TARGETS = ("roe_jax_experts", "roe_jax_project", "roe_jax_project_back")
+GAP = 16  # of the scratch for activations: kGap in kernels.cc
 # Rows are read four elements at a time, or a multiple of that.
 MULTIPLE = 4
 # By dtype of unquantized weights, or quantized format; in the order of `Kind` in kernels.cc.
@@ -89,7 +90,7 @@ def apply_experts(
     biases: `[L·E, F, 2]` and `[L·E, D]`, or None.
   """
   (n, d), f = x.shape, gate_up[0].shape[1]
-  shapes = ((n, d), (indices.size, f), (n, d))
+  shapes = ((n, d), (indices.size, f), (n, d + GAP))
   results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
   y, _, _ = jax.ffi.ffi_call("roe_jax_experts", results)(
     jnp.asarray(layer, jnp.int32),
@@ -110,7 +111,7 @@ def apply_experts(
 def project(x: jax.Array, weights: jax.Array, index: jax.Array | int) -> jax.Array:
   """Computes `x @ weights[index].T`, `[N, R]` float32, for x `[N, D]` and weights `[L, R, D]`."""
   (n, d), rows = x.shape, weights.shape[1]
-  results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((n, rows), (n, d))]
+  results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((n, rows), (n, d + GAP))]
   return _product("roe_jax_project", results, x, weights, index)[0]
 
 

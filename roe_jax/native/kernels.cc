@@ -20,6 +20,7 @@
 #include <memory>
 #include <numeric>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 namespace roe {
@@ -75,26 +76,30 @@ ROE_INLINE float total(Floats<V> v) {
 }
 
 // Formats. `kPerLane` elements share a 32-bit lane; a row of D elements has `kHalves` passes over
-// its codes, one per half of D; `unpack` returns vector i of a unit.
+// its codes, one per half of D. `read` loads a unit, and `element` returns its vector i.
 
 struct Unscaled {
   static constexpr int kHalves = 1;
   static constexpr bool kScaled = false;
   static float scale(const void*, int64_t) { return 1; }
+  template <int V, int kHalf>
+  static ROE_INLINE const char* read(const char* unit) {
+    return unit;
+  }
 };
 
 struct Float32 : Unscaled {
   static constexpr int kPerLane = 1, kUnitBytesPerLane = 16;
-  template <int V>
-  static ROE_INLINE Floats<V> unpack(const char* unit, int i, int) {
+  template <int V, int kHalf>
+  static ROE_INLINE Floats<V> element(const char* unit, int i) {
     return load<Floats<V>>(unit + 4 * V * i);
   }
 };
 
 struct BFloat16 : Unscaled {
   static constexpr int kPerLane = 2, kUnitBytesPerLane = 8;
-  template <int V>
-  static ROE_INLINE Floats<V> unpack(const char* unit, int i, int) {
+  template <int V, int kHalf>
+  static ROE_INLINE Floats<V> element(const char* unit, int i) {
     const Ints<V> pair = load<Ints<V>>(unit + 4 * V * (i / 2));
     return bits<Floats<V>>(i % 2 ? pair & static_cast<int32_t>(0xffff0000) : pair << 16);
   }
@@ -104,47 +109,47 @@ inline float bfloat16_at(const void* data, int64_t i) {
   return bits<float>(static_cast<uint32_t>(static_cast<const uint16_t*>(data)[i]) << 16);
 }
 
-template <int V>
-ROE_INLINE Floats<V> signed_byte(Ints<V> lanes, int i) {
-  return __builtin_convertvector((lanes << (24 - 8 * i)) >> 24, Floats<V>);
-}
-
-struct Int8 {
-  static constexpr int kPerLane = 4, kUnitBytesPerLane = 4, kHalves = 1;
+struct Scaled {
+  static constexpr int kPerLane = 4, kUnitBytesPerLane = 4;
   static constexpr bool kScaled = true;
   static float scale(const void* scales, int64_t i) { return bfloat16_at(scales, i); }
-  template <int V>
-  static ROE_INLINE Floats<V> unpack(const char* unit, int i, int) {
-    return signed_byte<V>(load<Ints<V>>(unit), i);
+  template <int V, int kHalf>
+  static ROE_INLINE Ints<V> read(const char* unit) {
+    return load<Ints<V>>(unit);
+  }
+  // Of signed bytes.
+  template <int V, int kHalf>
+  static ROE_INLINE Floats<V> element(Ints<V> lanes, int i) {
+    return __builtin_convertvector((lanes << (24 - 8 * i)) >> 24, Floats<V>);
   }
 };
 
-struct Int4 {
-  static constexpr int kPerLane = 4, kUnitBytesPerLane = 4, kHalves = 2;
-  static constexpr bool kScaled = true;
-  static float scale(const void* scales, int64_t i) { return bfloat16_at(scales, i); }
-  template <int V>
-  static ROE_INLINE Floats<V> unpack(const char* unit, int i, int half) {
-    const int shift = 28 - 8 * i - 4 * half;
-    return __builtin_convertvector((load<Ints<V>>(unit) << shift) >> 28, Floats<V>);
+struct Int8 : Scaled {
+  static constexpr int kHalves = 1;
+};
+
+struct Int4 : Scaled {
+  static constexpr int kHalves = 2;
+  template <int V, int kHalf>
+  static ROE_INLINE Floats<V> element(Ints<V> lanes, int i) {
+    return __builtin_convertvector((lanes << (28 - 8 * i - 4 * kHalf)) >> 28, Floats<V>);
   }
 };
 
-struct MxFp4 {
-  static constexpr int kPerLane = 4, kUnitBytesPerLane = 4, kHalves = 2;
-  static constexpr bool kScaled = true;
-  // Half of 2^(exponent - 127), since codes are doubled; also right where that is subnormal.
+struct MxFp4 : Scaled {
+  static constexpr int kHalves = 2;
+  // Half of 2^(exponent - 127), since elements are doubled; also right where that is subnormal.
   static float scale(const void* scales, int64_t i) {
-    const int exponent = std::min<int>(static_cast<const uint8_t*>(scales)[i], 254);
-    return std::ldexp(0.5f, exponent - 127);
+    const uint32_t exponent = std::min<int>(static_cast<const uint8_t*>(scales)[i], 254);
+    return bits<float>(exponent > 1 ? (exponent - 1) << 23 : 1u << (21 + exponent));
   }
-  template <int V>
-  static ROE_INLINE Floats<V> unpack(const char* unit, int i, int half) {
+  template <int V, int kHalf>
+  static ROE_INLINE Ints<V> read(const char* unit) {
     // Twice the FP4 values, 0 1 2 3 4 6 8 12 and their negatives, in all bytes at once.
-    const Bytes<V> code = bits<Bytes<V>>(load<Ints<V>>(unit) >> (4 * half));
-    const Bytes<V> low = code & 7, negative = -((code >> 3) & 1);
-    const Bytes<V> more = (low > 4) + (low > 5) + 3 * (low > 6);
-    return signed_byte<V>(bits<Ints<V>>(((low - more) ^ negative) - negative), i);
+    const Bytes<V> code = bits<Bytes<V>>(load<Ints<V>>(unit) >> (4 * kHalf));
+    const Bytes<V> low = code & 7, negative = (code & 8) == 8, last = low > 6;
+    const Bytes<V> twice = low - (low > 4) - (low > 5) - last - last - last;
+    return bits<Ints<V>>((twice ^ negative) - negative);
   }
 };
 
@@ -160,15 +165,6 @@ void reorder(const float* from, float* to, int64_t size) {
   for (int64_t i = 0; i < size; i++) to[ordered<Format, V>(i)] = from[i];
 }
 
-template <class Format, int V>
-void restore(float* row, int64_t size) {
-  float buffer[4 * V];
-  for (int64_t first = 0; first < size; first += 4 * V) {
-    std::memcpy(buffer, row + first, sizeof buffer);
-    for (int i = 0; i < 4 * V; i++) row[first + i] = buffer[ordered<Format, V>(i)];
-  }
-}
-
 // A matrix of rows of `width` elements.
 struct Matrix {
   const char* codes;
@@ -177,52 +173,66 @@ struct Matrix {
   int64_t groups;  // scales per row; of `weigh`, rows per row of scales
 };
 
-// Computes out[r][n] = row r . x[n]. Row r of the result is `out + r * stride`.
-template <class Format, int V, int R, int N>
-void dot(const Matrix& m, int64_t row, const float* const* x, float* out, int64_t stride) {
+// Floats between the starts of rows of activations. Without the gap, rows of 4096 bytes would all
+// need the same few lines of a core's cache.
+constexpr int64_t kGap = 16;
+
+template <class Format, int V, int kHalf, int R, int N>
+ROE_INLINE void dot_half(
+    const Matrix& m, int64_t row, const float* const* x, Floats<V> (&sums)[R][N]) {
   constexpr int64_t unit = Format::kUnitBytesPerLane * V;
+  // Fewer sums would wait for one another.
+  constexpr int K = R * N < 8 ? 2 : 1;
   const int64_t width = m.width / Format::kHalves, row_bytes = width / (4 * V) * unit;
   const int64_t group = m.width / m.groups, run = std::gcd(group, width);
   const char* codes = m.codes + row * row_bytes;
-  Floats<V> sums[R][N] = {};
-  for (int half = 0; half < Format::kHalves; half++) {
-    for (int64_t begin = 0; begin < width; begin += run) {
-      Floats<V> parts[R][N] = {};
-      for (int64_t c = begin; c < begin + run; c += 4 * V) {
-        const char* from = codes + c / (4 * V) * unit;
-        const float* at[N];
-        ROE_UNROLL for (int n = 0; n < N; n++) at[n] = x[n] + half * width + c;
-        if (half == 0) {  // the rows that come next
-          ROE_UNROLL for (int r = 0; r < R; r++) {
-            for (int64_t b = 0; b < unit; b += 64) {
-              __builtin_prefetch(from + (R + r) * row_bytes + b);
-            }
-          }
-        }
-        ROE_UNROLL for (int i = 0; i < 4; i++) {
-          ROE_UNROLL for (int r = 0; r < R; r++) {
-            Floats<V> w;
-            if (half == 0) {
-              w = Format::template unpack<V>(from + r * row_bytes, i, 0);
-            } else {
-              w = Format::template unpack<V>(from + r * row_bytes, i, 1);
-            }
-            ROE_UNROLL for (int n = 0; n < N; n++) {
-              parts[r][n] += w * load<Floats<V>>(at[n] + i * V);
-            }
+  const float* at[N];
+  ROE_UNROLL for (int n = 0; n < N; n++) at[n] = x[n] + kHalf * width;
+  for (int64_t begin = 0; begin < width; begin += run) {
+    Floats<V> parts[K][R][N] = {};
+    for (int64_t c = begin; c < begin + run; c += 4 * V) {
+      if (kHalf == 0 && (unit >= 64 || reinterpret_cast<uintptr_t>(codes) % 64 == 0)) {
+        ROE_UNROLL for (int r = 0; r < R; r++) {  // the rows that come next, to the second cache
+          for (int64_t b = 0; b < unit; b += 64) {
+            __builtin_prefetch(codes + (R + r) * row_bytes + b, 0, 2);
           }
         }
       }
-      for (int r = 0; r < R; r++) {
-        float scale = 1;
-        if (Format::kScaled) {
-          const int64_t index = (row + r) * m.groups + (half * width + begin) / group;
-          scale = Format::scale(m.scales, index);
+      decltype(Format::template read<V, kHalf>(codes)) lanes[R];
+      ROE_UNROLL for (int r = 0; r < R; r++) {
+        lanes[r] = Format::template read<V, kHalf>(codes + r * row_bytes);
+      }
+      ROE_UNROLL for (int i = 0; i < 4; i++) {
+        ROE_UNROLL for (int r = 0; r < R; r++) {
+          const Floats<V> w = Format::template element<V, kHalf>(lanes[r], i);
+          ROE_UNROLL for (int n = 0; n < N; n++) {
+            parts[i % K][r][n] += w * load<Floats<V>>(at[n] + i * V);
+          }
         }
-        for (int n = 0; n < N; n++) sums[r][n] += scale * parts[r][n];
+      }
+      codes += unit;
+      ROE_UNROLL for (int n = 0; n < N; n++) at[n] += 4 * V;
+    }
+    ROE_UNROLL for (int r = 0; r < R; r++) {
+      float scale = 1;
+      if (Format::kScaled) {
+        const int64_t index = (row + r) * m.groups + (kHalf * width + begin) / group;
+        scale = Format::scale(m.scales, index);
+      }
+      ROE_UNROLL for (int n = 0; n < N; n++) {
+        const Floats<V> part = K == 1 ? parts[0][r][n] : parts[0][r][n] + parts[K - 1][r][n];
+        sums[r][n] += scale * part;
       }
     }
   }
+}
+
+// Computes out[r][n] = row r . x[n]. Row r of the result is `out + r * stride`.
+template <class Format, int V, int R, int N>
+void dot(const Matrix& m, int64_t row, const float* const* x, float* out, int64_t stride) {
+  Floats<V> sums[R][N] = {};
+  dot_half<Format, V, 0>(m, row, x, sums);
+  if constexpr (Format::kHalves == 2) dot_half<Format, V, 1>(m, row, x, sums);
   for (int r = 0; r < R; r++) {
     for (int n = 0; n < N; n++) out[r * stride + n] = total<V>(sums[r][n]);
   }
@@ -243,7 +253,7 @@ template <class Format, int V, int N>
 void dot_rows(
     const Matrix& m, int64_t begin, int64_t end, const float* const* x, float* out,
     int64_t stride) {
-  constexpr int rows = V == 1 ? 1 : N == 1 ? 8 : N <= 3 || kRegisters > 16 ? 4 : 2;
+  constexpr int rows = V == 1 ? 1 : N <= 2 || kRegisters > 16 ? 4 : 2;
   int64_t row = begin;
   for (; row + rows <= end; row += rows) {
     dot<Format, V, rows, N>(m, row, x, out + (row - begin) * stride, stride);
@@ -255,88 +265,109 @@ void dot_rows(
   }
 }
 
-// Computes y[n][columns] += sum over rows of h[n][row] * matrix[row][columns] for the columns of
-// `units` units from `first` on (in both halves of a row).
-template <class Format, int V, int N>
-void weigh_rows(
-    const Matrix& m, int64_t row, int64_t rows, int64_t first, int64_t units,
-    const float* const* h, const float* scales, float* const* y) {
+// Adds the sum over rows of h[n][row] * matrix[row] to y[n], for one half of the columns of `units`
+// units. `codes` is the first unit of the first row.
+template <class Format, int V, int N, int kHalf>
+ROE_INLINE void weigh_half(
+    const char* codes, int64_t row_bytes, int64_t rows, int64_t units, const float* const* h,
+    const float* scales, float* const* y) {
   constexpr int64_t unit = Format::kUnitBytesPerLane * V;
-  // Sums that fit the registers.
+  // As many sums as fit the registers.
   constexpr int Q = N * 4 + 5 <= kRegisters ? 4 : N * 2 + 3 <= kRegisters ? 2 : 1;
-  const int64_t width = m.width / Format::kHalves, row_bytes = width / (4 * V) * unit;
-  const char* codes = m.codes + row * row_bytes + first * unit;
   for (int64_t u = 0; u < units; u++, codes += unit) {
-    for (int64_t r = 0; r < rows; r++) {
-      for (int64_t b = 0; b < unit; b += 64) {
-        __builtin_prefetch(codes + (rows + r) * row_bytes + b);
+    if (kHalf == 0 && (unit >= 64 || reinterpret_cast<uintptr_t>(codes) % 64 == 0)) {
+      for (int64_t r = 0; r < rows; r++) {
+        for (int64_t b = 0; b < unit; b += 64) {
+          __builtin_prefetch(codes + (rows + r) * row_bytes + b, 0, 2);
+        }
       }
     }
-    ROE_UNROLL for (int half = 0; half < Format::kHalves; half++) {
-      ROE_UNROLL for (int q = 0; q < 4; q += Q) {
-        Floats<V> sums[N][Q] = {};
-        for (int64_t r = 0; r < rows; r++) {
-          ROE_UNROLL for (int i = 0; i < Q; i++) {
-            const Floats<V> w = Format::template unpack<V>(codes + r * row_bytes, q + i, half);
-            ROE_UNROLL for (int n = 0; n < N; n++) sums[n][i] += w * h[n][r];
-          }
-        }
+    ROE_UNROLL for (int q = 0; q < 4; q += Q) {
+      Floats<V> sums[N][Q] = {};
+      for (int64_t r = 0; r < rows; r++) {
+        const auto lanes = Format::template read<V, kHalf>(codes + r * row_bytes);
         ROE_UNROLL for (int i = 0; i < Q; i++) {
-          const int64_t at = u * 4 * V + (q + i) * V;
-          Floats<V> scale = Floats<V>{} + 1.0f;
-          if (Format::kScaled) scale = load<Floats<V>>(scales + half * units * 4 * V + at);
-          ROE_UNROLL for (int n = 0; n < N; n++) {
-            float* to = y[n] + half * width + first * 4 * V + at;
-            const Floats<V> sum = load<Floats<V>>(to) + scale * sums[n][i];
-            std::memcpy(to, &sum, sizeof sum);
-          }
+          const Floats<V> w = Format::template element<V, kHalf>(lanes, q + i);
+          ROE_UNROLL for (int n = 0; n < N; n++) sums[n][i] += w * h[n][r];
+        }
+      }
+      ROE_UNROLL for (int i = 0; i < Q; i++) {
+        const int64_t at = (kHalf * units + u) * 4 * V + (q + i) * V;
+        ROE_UNROLL for (int n = 0; n < N; n++) {
+          Floats<V> sum = sums[n][i];
+          if (Format::kScaled) sum *= load<Floats<V>>(scales + at);
+          sum += load<Floats<V>>(y[n] + at);
+          std::memcpy(y[n] + at, &sum, sizeof sum);
         }
       }
     }
   }
 }
 
-// Calls a function template with the number of tokens as a constant.
-#define ROE_BY_TOKENS(V, count, call)                                      \
-  switch (count) {                                                         \
-    case 1: { constexpr int N = 1; call; } break;                          \
-    case 2: { constexpr int N = std::min<int>(2, most_tokens<V>); call; } break; \
-    case 3: { constexpr int N = std::min<int>(3, most_tokens<V>); call; } break; \
-    case 4: { constexpr int N = std::min<int>(4, most_tokens<V>); call; } break; \
-    default: { constexpr int N = most_tokens<V>; call; } break;            \
+// Calls `f` with the number of tokens as a constant.
+template <int V, class F>
+ROE_INLINE void by_tokens(int64_t count, F f) {
+  const auto call = [&](auto n) {
+    f(std::integral_constant<int, std::min<int>(n, most_tokens<V>)>());
+  };
+  switch (count) {
+    case 1: return call(std::integral_constant<int, 1>());
+    case 2: return call(std::integral_constant<int, 2>());
+    case 3: return call(std::integral_constant<int, 3>());
+    case 4: return call(std::integral_constant<int, 4>());
+    default: return call(std::integral_constant<int, kTokens>());
   }
+}
 
-constexpr int64_t kRowBlock = 16;  // rows of `weigh`, which are read at a time
+constexpr int64_t kRowBlock = 8;  // rows of `weigh` that are read at a time
 
-// Computes y[n][columns] += h[n] . matrix rows [begin, begin + size), for all tokens.
+// Columns of a matrix whose rows are weighed: `units` units from `first` on, in each half.
+template <class Format, int V>
+struct Columns {
+  int64_t first, units, width;
+
+  int64_t size() const { return Format::kHalves * units * 4 * V; }
+
+  // The column at place `i` of an array in the order of vectors.
+  int64_t at(int64_t i) const {
+    constexpr int p = Format::kPerLane;
+    const int64_t size = units * 4 * V, half = i / size, c = i % size, b = c / (p * V) * (p * V);
+    return half * (width / Format::kHalves) + first * 4 * V + b + c % V * p + c % (p * V) / V;
+  }
+};
+
+// Computes y[n] += sum of h[n][i] * matrix row (begin + i) for `size` rows and all tokens. y holds
+// the columns in the order of vectors; `scales` has room for as many values.
 template <class Format, int V>
 void weigh(
-    const Matrix& m, int64_t begin, int64_t size, int64_t first, int64_t units, int64_t tokens,
-    const float* const* h, float* const* y, float* scales) {
-  const int64_t width = m.width / Format::kHalves, columns = units * 4 * V;
-  int64_t scaled = -1;
-  for (int64_t row = 0; row < size;) {
-    int64_t rows = std::min(kRowBlock, size - row);
+    const Matrix& m, int64_t begin, int64_t size, const Columns<Format, V>& columns,
+    int64_t tokens, const float* const* h, float* const* y, float* scales) {
+  constexpr int64_t unit = Format::kUnitBytesPerLane * V;
+  const int64_t row_bytes = m.width / Format::kHalves / (4 * V) * unit;
+  int64_t group = -1;
+  for (int64_t row = 0, rows; row < size; row += rows) {
+    rows = std::min(kRowBlock, size - row);
     if (Format::kScaled) {
-      const int64_t group = (begin + row) / m.groups;
-      rows = std::min(rows, (group + 1) * m.groups - begin - row);
-      if (group != scaled) {
-        for (int64_t i = 0; i < Format::kHalves * columns; i++) {
-          const int64_t half = i / columns, c = i % columns;
-          scales[half * columns + ordered<Format, V>(c)] =
-              Format::scale(m.scales, group * m.width + half * width + first * 4 * V + c);
-        }
-        scaled = group;
+      const int64_t now = (begin + row) / m.groups;
+      rows = std::min(rows, (now + 1) * m.groups - begin - row);
+      for (int64_t i = 0; now != group && i < columns.size(); i++) {
+        scales[i] = Format::scale(m.scales, now * m.width + columns.at(i));
       }
+      group = now;
     }
+    const char* codes = m.codes + (begin + row) * row_bytes + columns.first * unit;
     for (int64_t n = 0, count; n < tokens; n += count) {
       const float* at[kTokens];
       count = block_of<V>(tokens - n);
       for (int64_t i = 0; i < count; i++) at[i] = h[n + i] + row;
-      ROE_BY_TOKENS(V, count, (weigh_rows<Format, V, N>(
-                               m, begin + row, rows, first, units, at, scales, y + n)));
+      by_tokens<V>(count, [&](auto constant) {
+        constexpr int N = constant;
+        weigh_half<Format, V, N, 0>(codes, row_bytes, rows, columns.units, at, scales, y + n);
+        if constexpr (Format::kHalves == 2) {
+          weigh_half<Format, V, N, 1>(codes, row_bytes, rows, columns.units, at, scales, y + n);
+        }
+      });
     }
-    row += rows;
   }
 }
 
@@ -460,7 +491,7 @@ struct Experts {
   Activation activation;
   float* y;
   float* hidden;     // [num_tokens * num_choices, d_expert], scratch
-  float* reordered;  // [num_tokens, d_model], scratch
+  float* reordered;  // [num_tokens, d_model + kGap], scratch
 };
 
 inline float bias_at(const void* bias, bool is_bfloat16, int64_t i) {
@@ -492,15 +523,10 @@ void run_experts(Pool& pool, const Experts& e) {
     gates[place] = e.gates[p];
   }
   std::vector<const float*> x(n * a), hidden(n * a);
-  std::vector<float*> y(n * a);
-  const float* rows = e.x;
-  if (Format::kPerLane > 1) {
-    for (int64_t i = 0; i < n; i++) reorder<Format, V>(e.x + i * d, e.reordered + i * d, d);
-    rows = e.reordered;
-  }
+  const int64_t stride = d + kGap;
+  for (int64_t i = 0; i < n; i++) reorder<Format, V>(e.x + i * d, e.reordered + i * stride, d);
   for (int64_t p = 0; p < ends.back(); p++) {
-    x[p] = rows + tokens[p] * d;
-    y[p] = e.y + tokens[p] * d;
+    x[p] = e.reordered + tokens[p] * stride;
     hidden[p] = e.hidden + p * f;
   }
   const int64_t unit = Format::kUnitBytesPerLane * V;
@@ -515,8 +541,9 @@ void run_experts(Pool& pool, const Experts& e) {
     float out[2 * kTile * kTokens];
     for (int64_t p = ends[expert], count; p < ends[expert + 1]; p += count) {
       count = block_of<V>(ends[expert + 1] - p);
-      ROE_BY_TOKENS(V, count, (dot_rows<Format, V, N>(
-                               e.gate_up, row, row + 2 * size, &x[p], out, N)));
+      by_tokens<V>(count, [&](auto constant) {
+        dot_rows<Format, V, constant>(e.gate_up, row, row + 2 * size, &x[p], out, count);
+      });
       for (int64_t i = 0; i < count; i++) {
         float projected[2][kTile];
         for (int64_t j = 0; j < size; j++) {
@@ -539,38 +566,25 @@ void run_experts(Pool& pool, const Experts& e) {
   const int64_t all = d / Format::kHalves / (4 * V);
   const int64_t units = item_units<Format, V>(d, threads);
   const auto project_back = [&](int64_t item) {
-    const int64_t first = item * units, size = std::min(units, all - first);
-    std::vector<float> scales(Format::kScaled ? Format::kHalves * size * 4 * V : 0);
-    const int64_t half = d / Format::kHalves;
-    for (int64_t i = 0; i < n; i++) {
-      for (int64_t h = 0; h < Format::kHalves; h++) {
-        std::fill_n(e.y + i * d + h * half + first * 4 * V, size * 4 * V, 0.0f);
-      }
-    }
+    const Columns<Format, V> columns{item * units, std::min(units, all - item * units), d};
+    const int64_t size = columns.size(), stride = size + kGap;
+    std::vector<float> sums(n * stride), scales(size);
+    std::vector<float*> y(ends.back());
+    for (int64_t p = 0; p < ends.back(); p++) y[p] = sums.data() + tokens[p] * stride;
     for (const int64_t expert : active) {
-      const int64_t begin = ends[expert], count = ends[expert + 1] - begin;
+      const int64_t begin = ends[expert], end = ends[expert + 1];
       const int64_t index = e.layer * e.num_experts + expert;
       weigh<Format, V>(
-          e.down, index * f, f, first, size, count, &hidden[begin], &y[begin], scales.data());
-    }
-    for (int64_t i = 0; i < n; i++) {
-      for (int64_t h = 0; h < Format::kHalves; h++) {
-        if (Format::kPerLane > 1) {
-          restore<Format, V>(e.y + i * d + h * half + first * 4 * V, size * 4 * V);
+          e.down, index * f, f, columns, end - begin, &hidden[begin], &y[begin], scales.data());
+      for (int64_t p = begin; e.down_bias && p < end; p++) {
+        for (int64_t i = 0; i < size; i++) {
+          const int64_t at = index * d + columns.at(i);
+          y[p][i] += gates[p] * bias_at(e.down_bias, e.bias_is_bfloat16, at);
         }
       }
     }
-    if (e.down_bias) {
-      for (int64_t p = 0; p < ends.back(); p++) {
-        const int64_t expert =
-            std::upper_bound(ends.begin(), ends.end(), p) - ends.begin() - 1;
-        const int64_t index = e.layer * e.num_experts + expert;
-        for (int64_t h = 0; h < Format::kHalves; h++) {
-          for (int64_t c = h * half + first * 4 * V; c < h * half + (first + size) * 4 * V; c++) {
-            y[p][c] += gates[p] * bias_at(e.down_bias, e.bias_is_bfloat16, index * d + c);
-          }
-        }
-      }
+    for (int64_t t = 0; t < n; t++) {
+      for (int64_t i = 0; i < size; i++) e.y[t * d + columns.at(i)] = sums[t * stride + i];
     }
   };
   run(pool, threads,
@@ -584,10 +598,8 @@ void run_project(
     Pool& pool, const Matrix& m, int64_t first, int64_t rows, int64_t tokens, const float* x,
     float* reordered, float* y) {
   const int64_t d = m.width;
-  if (Format::kPerLane > 1) {
-    for (int64_t i = 0; i < tokens; i++) reorder<Format, V>(x + i * d, reordered + i * d, d);
-    x = reordered;
-  }
+  const int64_t stride = d + kGap;
+  for (int64_t i = 0; i < tokens; i++) reorder<Format, V>(x + i * d, reordered + i * stride, d);
   const int64_t threads = num_threads(pool, rows * d * Format::kUnitBytesPerLane / 4);
   run(pool, threads, {{(rows + 2 * kTile - 1) / (2 * kTile), [&](int64_t item) {
         const int64_t begin = item * 2 * kTile, end = std::min(rows, begin + 2 * kTile);
@@ -595,9 +607,10 @@ void run_project(
         for (int64_t n = 0, count; n < tokens; n += count) {
           const float* at[kTokens];
           count = block_of<V>(tokens - n);
-          for (int64_t i = 0; i < count; i++) at[i] = x + (n + i) * d;
-          ROE_BY_TOKENS(
-              V, count, (dot_rows<Format, V, N>(m, first + begin, first + end, at, out, N)));
+          for (int64_t i = 0; i < count; i++) at[i] = reordered + (n + i) * stride;
+          by_tokens<V>(count, [&](auto constant) {
+            dot_rows<Format, V, constant>(m, first + begin, first + end, at, out, count);
+          });
           for (int64_t i = 0; i < count; i++) {
             for (int64_t r = begin; r < end; r++) {
               y[(n + i) * rows + r] = out[(r - begin) * count + i];
@@ -616,21 +629,16 @@ void run_project_back(
   const int64_t threads = num_threads(pool, rows * d * Format::kUnitBytesPerLane / 4);
   const int64_t units = item_units<Format, V>(d, threads);
   std::vector<const float*> from(tokens);
-  std::vector<float*> to(tokens);
-  for (int64_t i = 0; i < tokens; i++) {
-    from[i] = x + i * rows;
-    to[i] = y + i * d;
-  }
+  for (int64_t t = 0; t < tokens; t++) from[t] = x + t * rows;
   run(pool, threads, {{(all + units - 1) / units, [&](int64_t item) {
-        const int64_t begin = item * units, size = std::min(units, all - begin);
-        for (int64_t i = 0; i < tokens; i++) {
-          std::fill_n(to[i] + begin * 4 * V, size * 4 * V, 0.0f);
-        }
-        weigh<Format, V>(m, first, rows, begin, size, tokens, from.data(), to.data(), nullptr);
-        if (Format::kPerLane > 1) {
-          for (int64_t i = 0; i < tokens; i++) {
-            restore<Format, V>(to[i] + begin * 4 * V, size * 4 * V);
-          }
+        const Columns<Format, V> columns{item * units, std::min(units, all - item * units), d};
+        const int64_t size = columns.size(), stride = size + kGap;
+        std::vector<float> sums(tokens * stride);
+        std::vector<float*> to(tokens);
+        for (int64_t t = 0; t < tokens; t++) to[t] = sums.data() + t * stride;
+        weigh<Format, V>(m, first, rows, columns, tokens, from.data(), to.data(), nullptr);
+        for (int64_t t = 0; t < tokens; t++) {
+          for (int64_t i = 0; i < size; i++) y[t * d + columns.at(i)] = to[t][i];
         }
       }}});
 }
@@ -638,46 +646,38 @@ void run_project_back(
 // A narrower width for runs of weights, of one scale, that the widest vectors do not divide.
 constexpr int kFewerLanes = kLanes == 16 ? 8 : 1;
 
-#define ROE_BY_LANES(run, call)               \
-  if (run % (4 * kLanes) == 0) {              \
-    constexpr int V = kLanes;                 \
-    call;                                     \
-  } else if (run % (4 * kFewerLanes) == 0) {  \
-    constexpr int V = kFewerLanes;            \
-    call;                                     \
-  } else {                                    \
-    constexpr int V = 1;                      \
-    call;                                     \
-  }
+template <class F>
+void by_lanes(int64_t run, F f) {
+  if (run % (4 * kLanes) == 0) return f(std::integral_constant<int, kLanes>());
+  if (run % (4 * kFewerLanes) == 0) return f(std::integral_constant<int, kFewerLanes>());
+  f(std::integral_constant<int, 1>());
+}
 
 enum class Kind { kFloat32, kBFloat16, kInt8, kInt4, kMxFp4 };
 
-// Of formats without scales.
-#define ROE_BY_DTYPE(is_bfloat16, call)   \
-  if (is_bfloat16) {                      \
-    using Format = BFloat16;              \
-    call;                                 \
-  } else {                                \
-    using Format = Float32;               \
-    call;                                 \
-  }
+template <class F>
+void by_dtype(bool is_bfloat16, F f) {
+  return is_bfloat16 ? f(BFloat16()) : f(Float32());
+}
 
-#define ROE_BY_FORMAT(kind, call)                                \
-  switch (kind) {                                                \
-    case Kind::kFloat32: { using Format = Float32; call; } break;   \
-    case Kind::kBFloat16: { using Format = BFloat16; call; } break; \
-    case Kind::kInt8: { using Format = Int8; call; } break;         \
-    case Kind::kInt4: { using Format = Int4; call; } break;         \
-    case Kind::kMxFp4: { using Format = MxFp4; call; } break;       \
+template <class F>
+void by_kind(Kind kind, F f) {
+  switch (kind) {
+    case Kind::kInt8: return f(Int8());
+    case Kind::kInt4: return f(Int4());
+    case Kind::kMxFp4: return f(MxFp4());
+    default: by_dtype(kind == Kind::kBFloat16, f);
   }
+}
 
 template <class Pool>
 void project(
     Pool& pool, bool is_bfloat16, const Matrix& m, int64_t first, int64_t rows, int64_t tokens,
     const float* x, float* reordered, float* y) {
-  ROE_BY_DTYPE(is_bfloat16, {
-    ROE_BY_LANES(
-        m.width, (run_project<Format, V>(pool, m, first, rows, tokens, x, reordered, y)));
+  by_dtype(is_bfloat16, [&](auto format) {
+    by_lanes(m.width, [&](auto lanes) {
+      run_project<decltype(format), lanes>(pool, m, first, rows, tokens, x, reordered, y);
+    });
   });
 }
 
@@ -685,17 +685,19 @@ template <class Pool>
 void project_back(
     Pool& pool, bool is_bfloat16, const Matrix& m, int64_t first, int64_t rows, int64_t tokens,
     const float* x, float* y) {
-  ROE_BY_DTYPE(is_bfloat16, {
-    ROE_BY_LANES(m.width, (run_project_back<Format, V>(pool, m, first, rows, tokens, x, y)));
+  by_dtype(is_bfloat16, [&](auto format) {
+    by_lanes(m.width, [&](auto lanes) {
+      run_project_back<decltype(format), lanes>(pool, m, first, rows, tokens, x, y);
+    });
   });
 }
 
 template <class Pool>
 void experts(Pool& pool, Kind kind, const Experts& e) {
-  ROE_BY_FORMAT(kind, {
-    const int64_t half = e.d_model / Format::kHalves;
-    const int64_t run = std::gcd(e.d_model / e.gate_up.groups, half);
-    ROE_BY_LANES(run, (run_experts<Format, V>(pool, e)));
+  by_kind(kind, [&](auto format) {
+    using Format = decltype(format);
+    const int64_t run = std::gcd(e.d_model / e.gate_up.groups, e.d_model / Format::kHalves);
+    by_lanes(run, [&](auto lanes) { run_experts<Format, lanes>(pool, e); });
   });
 }
 

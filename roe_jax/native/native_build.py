@@ -51,7 +51,8 @@ def library_path() -> pathlib.Path:
   Raises:
     BuildError: there is no compiler, it fails, or the cache folder is not writable.
   """
-  compiler = next(filter(None, map(shutil.which, (*filter(None, [os.environ.get("CXX")]), *COMPILERS))), None)
+  names = (os.environ.get("CXX", ""), *COMPILERS)
+  compiler = next((path for path in map(shutil.which, names) if path), None)
   if compiler is None:
     raise BuildError("no C++ compiler was found: install g++ or clang++")
   path = cache_folder() / f"{_key(compiler)}.so"
@@ -91,6 +92,8 @@ def _build(compiler, path):
     if done.returncode == 0:
       os.replace(partial, path)
       return
+    if for_this_cpu is None or for_this_cpu.split("=")[0] not in done.stderr:
+      break
   lines = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr.strip()]
   raise BuildError(f"{compiler} fails: {lines[0][:200]}")
 
