@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import checkpoints_convert
 from checkpoints_convert import command_line, outputs
-from experiments.cli import distributed, extras, interrupts, text_files
+from experiments.cli import distributed, extras, text_files
 from experiments.cli import dry_run as dry_run_lib
 from experiments.cli.distributed import (
   broadcast,
@@ -71,7 +71,6 @@ def run(
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # Orbax logs every step at INFO
     os.environ["MPLBACKEND"] = "Agg"  # figures are only saved
-    interrupts.watch()
     use_compilation_cache()
     programs = CompiledPrograms(notice=True)
     try:
@@ -85,18 +84,10 @@ def run(
         main(argv)
         print(f"[{programs}]", file=sys.stderr)
       distributed.finish()
-    except BrokenPipeError:
-      raise
-    except OSError as error:
-      sys.exit(f"error: {describe_os_error(error)}")
-    except (ValueError, FloatingPointError) as error:
-      sys.exit(f"error: {error}")
     except ModuleNotFoundError as error:
       if (error.name or "").split(".")[0] not in extras.PACKAGES:
         raise
       sys.exit(f"error: this program needs {error.name}: {extras.INSTALL}")
-    except KeyboardInterrupt:
-      interrupts.end()  # sys.exit would wait for computations
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" in str(error):
         sys.exit(
@@ -113,13 +104,6 @@ def run(
       raise
 
   command_line.run(guarded)
-
-
-def describe_os_error(error: OSError) -> str:
-  """Returns a sentence for an error of the file system."""
-  if error.strerror is None or error.filename is None:
-    return str(error.strerror or error)
-  return f"{error.filename}: {error.strerror}"
 
 
 class CompiledPrograms:
