@@ -50,12 +50,12 @@ def remembered(name: str, error: Callable[[], float]) -> float:
   """
   file = native_build.library_path().with_suffix(f".{name}")
   try:
-    return float(file.read_text())
+    return float(file.read_text("utf-8"))
   except (OSError, ValueError):
     found = error()
   partial = file.with_name(f"{file.name}.{os.getpid()}")
   try:
-    partial.write_text(str(found))
+    partial.write_text(str(found), "utf-8")
     os.replace(partial, file)
   except OSError:  # a full or read-only disk
     pass

@@ -86,7 +86,9 @@ def _build(compiler, path):
     command = [compiler, *FLAGS, *filter(None, [for_this_cpu])]
     command += [f"-I{jax.ffi.include_dir()}", "-o", str(partial), str(SOURCE)]
     try:
-      done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+      done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", timeout=TIMEOUT
+      )
     except subprocess.TimeoutExpired as error:
       raise BuildError(f"{compiler} took more than {TIMEOUT} s") from error
     if done.returncode == 0:
@@ -118,7 +120,7 @@ def _key(compiler):
 def _cpu():
   """Returns a description of the CPU's instruction sets."""
   with contextlib.suppress(OSError):
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+    for line in pathlib.Path("/proc/cpuinfo").read_text("utf-8").splitlines():
       if line.startswith(("flags", "Features")):
         return " ".join(sorted(line.split(":", 1)[1].split()))
   return platform.processor()
@@ -132,6 +134,6 @@ def _locked(path):
   except ImportError:
     yield
     return
-  with open(path, "w") as file:
+  with open(path, "wb") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     yield
