@@ -34,7 +34,7 @@ def test_products_are_those_of_float64(kernels, dtype, width, rows):
   exact = np.asarray(weights, np.float64)
   weights = numerics.to_storage_dtype(weights, jnp.zeros(0, numerics.storage_dtype(dtype)))
   for n in (1, 2, 3, 4, 5, 6, 13):
-    x, h = (random.standard_normal((n, size)).astype(np.float32) for size in (width, rows))
+    x, h = (jnp.float32(random.standard_normal((n, size))) for size in (width, rows))
     for layer in range(L):
       for found, left, right in (
         (native.project(x, weights, layer), x, exact[layer].T),
