@@ -16,10 +16,12 @@ from roe_jax import roster as roster_lib
 L, D, OUT = 3, 20, (4, 6)
 
 
-@pytest.fixture(params=[1, 160, 480, 10**6])
+@pytest.fixture(params=["native", 1, 160, 480, 10**6])
 def tile(request, monkeypatch):
-  """Bytes of a tile: a row (not used, as 24 has larger divisors), 2, 6 or all rows."""
-  monkeypatch.setattr(numerics, "tile_bytes", lambda: request.param)
+  """The native kernels; or bytes of a tile: a row (as 24 has larger ones, not used), 2, 6, all."""
+  if request.param != "native":
+    monkeypatch.setattr(numerics, "NATIVE_TOKENS", 0)
+    monkeypatch.setattr(numerics, "tile_bytes", lambda: request.param)
   return request.param
 
 
