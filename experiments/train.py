@@ -31,7 +31,7 @@ from experiments.benchmarks import machine
 from experiments.cli import app, text_files
 from experiments.tasks import wordmath, wordmath_tokenizer
 from experiments.training import configs, training_batches
-from roe_jax import decode, orbax_storage, training, transformer
+from roe_jax import decode, orbax_storage, training, transformer, typed
 
 FLAGS = flags.FLAGS
 
@@ -81,8 +81,9 @@ class Metrics:
     records = []
     for line in path.read_text("utf-8").splitlines() if path.exists() else []:
       try:
-        records.append(json.loads(line))
-      except json.JSONDecodeError:  # killed while writing
+        kinds = {"step": int, "kind": str, "seconds": float}
+        records.append(typed.parse(line, f"a line of {path}", kinds))
+      except ValueError:  # killed while writing
         break
     self.records = [r for r in records if r["step"] <= step]
     app.write_atomically(path, "".join(text_files.to_json(r) + "\n" for r in self.records))
@@ -107,7 +108,7 @@ def check_output(output: pathlib.Path, config: configs.TrainingConfig) -> None:
   path = output / "config.json"
   text = text_files.to_json(dataclasses.asdict(config), indent=2) + "\n"
   if path.exists():
-    existing = _flat(json.loads(path.read_text("utf-8")))
+    existing = _flat(typed.read(path))
     different = [k for k, v in _flat(json.loads(text)).items() if existing.get(k) != v]
     if different:
       raise ValueError(
