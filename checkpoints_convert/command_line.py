@@ -16,6 +16,8 @@ _PACKAGES = ("checkpoints_convert", "experiments")
 _TEXTS = ("prompt", "stop", "system")  # flags whose values are never paths
 _MESSAGE = 1000  # characters
 _CLOSED_PIPE = 141  # the exit code of SIGPIPE
+# Errors that are no mistakes in a program.
+EXPECTED = (ValueError, FloatingPointError, OSError, MemoryError)
 # What an error of the system calls for.
 _REMEDIES = {
   errno.EACCES: "change its permissions, or choose another path",
@@ -82,7 +84,7 @@ def reported() -> Iterator[None]:
     except KeyboardInterrupt as error:
       # sys.exit would wait for computations.
       interrupts.end(getattr(error, "number", interrupts.signal.SIGINT))
-    except (ValueError, FloatingPointError, OSError, MemoryError) as error:
+    except EXPECTED as error:
       _drop_output()
       sys.exit(f"error: {describe(error)}")
 
@@ -96,11 +98,11 @@ def _drop_output():
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
   """Returns the sentence of an error: one line of printable characters."""
   text = str(error)
   if isinstance(error, MemoryError):
-    text = f"out of memory{text and f' ({text})'}: use smaller settings, or a larger machine"
+    text = f"out of memory: {text or 'use smaller settings, or a larger machine'}"
   if isinstance(error, OSError) and error.strerror is not None:
     named = [
       os.fsdecode(f) for f in (error.filename, error.filename2) if isinstance(f, str | bytes)

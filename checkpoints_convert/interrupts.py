@@ -26,6 +26,7 @@ _SIGNALS = {
   signal.SIGTERM: ("[terminated]", (signal.SIG_DFL,)),
 }
 
+errors = 2  # file descriptor of standard error
 _callbacks: list[Callable[[], None]] = []
 _announced = threading.Lock()  # held from the first signal
 _raises = False
@@ -95,17 +96,32 @@ def at_exit(callback: Callable[[], None]) -> Iterator[None]:
 def end(number: int) -> NoReturn:
   """Ends the process as the signal of this number does in shells, with a message."""
   _announce(number)
+  _leave(128 + number)
+
+
+def abandon(code: int) -> NoReturn:
+  """Ends the process although its main thread may be busy, after the callbacks of `at_exit`."""
+  for callback in list(_callbacks):
+    callback()
+  _leave(code)
+
+
+def _leave(code):
   for stream in (sys.stdout, sys.stderr):
-    with contextlib.suppress(OSError, ValueError):  # its reader may be gone
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or its reader is gone
       stream.flush()
-  os._exit(128 + number)
+  os._exit(code)
+
+
+def say(text: str) -> None:
+  """Prints to standard error, not by sys.stderr, whose lock an interrupted thread may hold."""
+  with contextlib.suppress(OSError):
+    os.write(errors, text.encode())
 
 
 def _announce(number):
   if _announced.acquire(blocking=False):
-    # Not by sys.stderr, whose lock the interrupted thread may hold.
-    with contextlib.suppress(OSError):
-      os.write(2, f"\n{_SIGNALS[number][0]}\n".encode())
+    say(f"\n{_SIGNALS[number][0]}\n")
 
 
 def _on_signal(number, frame):
@@ -123,9 +139,7 @@ def _wait(reading):
       return
     _announce(number[0])
     if not select.select([pipe], [], [], PATIENCE)[0]:  # else a second signal
-      for callback in list(_callbacks):
-        callback()
-      end(number[0])
+      abandon(128 + number[0])
     os._exit(128 + number[0])
 
 

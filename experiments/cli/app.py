@@ -1,6 +1,6 @@
 """Start-up, error handling and the flags that all programs share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import math
 import os
@@ -78,32 +78,37 @@ def run(
         text_files.check_text(argument, "the command line")
       extras.check(needs)
       distributed.start(not_distributed)
-      with distributed.only_first_prints(), contextlib.ExitStack() as stack:
+      with (
+        distributed.ending_together(),
+        device_memory_named(),
+        distributed.only_first_prints(),
+        contextlib.ExitStack() as stack,
+      ):
         hold = outputs.held(getattr(flags.FLAGS, "output", None), output)
         in_all_processes(lambda: is_first_process() and stack.enter_context(hold))
         main(argv)
         print(f"[{programs}]", file=sys.stderr)
-      distributed.finish()
     except ModuleNotFoundError as error:
       if (error.name or "").split(".")[0] not in extras.PACKAGES:
         raise
       sys.exit(f"error: this program needs {error.name}: {extras.INSTALL}")
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" in str(error):
-        sys.exit(
-          f"error: out of memory ({str(error).splitlines()[0]}): use a smaller --batch_size, "
-          "--num_members or --memory_budget_mb, or more devices with --mesh; --dry_run estimates "
-          "the memory of generate, score and evaluate"
-        )
-      if distributed.num_processes() > 1:
-        print(
-          "[if another process has exited, it caused this error; rerun all processes with the "
-          "same flags to resume]",
-          file=sys.stderr,
-        )
-      raise
 
   command_line.run(guarded)
+
+
+@contextlib.contextmanager
+def device_memory_named() -> Iterator[None]:
+  """Raises MemoryError, with advice, where a device has too little memory."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise MemoryError(
+      f"{str(error).splitlines()[0]}: use a smaller --batch_size, --num_members or "
+      "--memory_budget_mb, or more devices with --mesh; --dry_run estimates the memory of "
+      "generate, score and evaluate"
+    ) from error
 
 
 class CompiledPrograms:
