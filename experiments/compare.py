@@ -345,8 +345,6 @@ def run(
   for name in ("num_seeds", "batch_size", "num_validation"):
     if FLAGS[name].value < 1:
       raise ValueError(f"--{name} must be at least 1, got {FLAGS[name].value}")
-  if FLAGS.recompute:
-    raise ValueError("--recompute has no meaningful costs to compare: remove it")
   wanted = [tasks.get(name) for name in FLAGS.tasks]
   for task in wanted:
     task.check_allowed(FLAGS.allow_code_execution)
@@ -361,6 +359,11 @@ def run(
     else [t for t in FLAGS.methods.split(";") if t.strip()]
   )
   found = methods_lib.parse_all(texts, config, base)
+  for method in found:
+    if not method.roster.cache_mode.keeps_history:
+      raise ValueError(
+        f"method {method.text!r} has no cache, so its costs cannot be compared: choose a cache"
+      )
 
   def read(split, limit):
     examples = {

@@ -30,7 +30,6 @@ ROSTER_SETTINGS = {
   "gate_weights": str,
   "noise": str,
   "cache": str,
-  "recompute": bool,
   "aggregation": str,
   "include_clean": bool,
 }
@@ -127,6 +126,8 @@ def read(path: PathLike) -> Profile:
     raise ValueError(expected)
   known = {f.name for f in dataclasses.fields(Profile)} - {"temperatures"}
   profile = Profile(temperatures, **{k: v for k, v in values.items() if k in known})
+  if isinstance(profile.roster, dict) and profile.roster.get("recompute") is False:
+    del profile.roster["recompute"]  # earlier versions wrote it
   try:
     typed.check_fields(profile)
     of_model = {name: typed.hints(ModelConfig)[name] for name in SIZES} | {ROUTERS: str}
