@@ -17,7 +17,7 @@ _WORDS = {int: "an integer", float: "a finite number", bool: "true or false", st
 def read(path: pathlib.Path, kind: Any = dict) -> Any:
   """Reads a JSON file; see `parse`."""
   try:
-    text = path.read_text("utf-8-sig")
+    text = path.read_bytes().decode("utf-8-sig")
   except UnicodeDecodeError as error:
     raise ValueError(f"{path} is not UTF-8 text: {error}") from error
   return parse(text, str(path), kind)
