@@ -30,7 +30,7 @@ from roe_jax.roster import Roster
 from roe_jax.text.chat import Chat
 
 COUNT = int(os.environ.get("ROE_JAX_FUZZ", 0))
-SECONDS, NUM_BYTES = 20, 1 << 30  # for one damaged subject of some 100 KB
+SECONDS, NUM_BYTES = 60, 1 << 30  # for one damaged subject of some 100 KB
 
 SPECIAL = ["<s>", "</s>", "<|user|>", "<|assistant|>"]
 ALPHABET = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
@@ -99,7 +99,7 @@ def model(tmp_path_factory):
     eos_token_ids=(1,), bos_token_id=0
   )
   params = tiny.params(config)
-  checkpoint.save(root / "checkpoint", params, config, files=root / "files", piece_bytes=1 << 14)
+  checkpoint.save(root / "checkpoint", params, config, files=root / "files")
   convert_to_hugging_face(
     str(root / "checkpoint"), str(root / "hugging_face"), max_shard_bytes=1 << 16
   )
@@ -242,6 +242,14 @@ class Attempt:
   detail: str = ""
 
 
+def where(error):
+  """The innermost place in this project that an error went through."""
+  places = traceback.extract_tb(error.__traceback__)
+  ours = [f for f in places if "/tests/" not in f.filename and "site-packages" not in f.filename]
+  last = (ours or places)[-1]
+  return f"at {pathlib.Path(last.filename).name}:{last.lineno}"
+
+
 def attempt(subject, number, model, work, expected, caplog):
   root, *rest = model
   read, _ = SUBJECTS[subject]
@@ -265,18 +273,12 @@ def attempt(subject, number, model, work, expected, caplog):
         found = read(folder, rest)
     except (ValueError, OSError, FloatingPointError) as error:
       return done("sentence", command_line.describe(error))
-    except damage.Hang:
-      return done("hang")
-    except MemoryError:
-      return done("memory")
+    except (damage.Hang, MemoryError) as error:
+      return done("hang" if isinstance(error, damage.Hang) else "memory", where(error))
+    except KeyboardInterrupt:
+      raise
     except BaseException as error:
-      if isinstance(error, KeyboardInterrupt):
-        raise
-      place = traceback.extract_tb(error.__traceback__)
-      ours = [f for f in place if "/tests/" not in f.filename and "site-packages" not in f.filename]
-      last = ours[-1] if ours else place[-1]
-      where = f"{pathlib.Path(last.filename).name}:{last.lineno}"
-      return done("traceback", f"{type(error).__name__} at {where}: {str(error)[:200]}")
+      return done("traceback", f"{type(error).__name__} {where(error)}: {str(error)[:200]}")
   differing = {name for name in expected if found[name] != expected[name]}
   if not differing:
     return done("same")
