@@ -224,10 +224,10 @@ def read_results(folder):
 # Of each subject, how its copy is read, and how often it is damaged.
 SUBJECTS = {
   "hugging_face": (lambda folder, model: read_model(str(folder), folder), 70),
-  "checkpoint": (lambda folder, model: read_model(str(folder), folder), 40),
+  "checkpoint": (lambda folder, model: read_model(str(folder), folder), 25),
   "gguf": (lambda folder, model: read_model(str(folder / "model.gguf"), folder), 40),
-  "profile": (read_profile, 25),
-  "results": (lambda folder, model: read_results(folder), 25),
+  "profile": (read_profile, 30),
+  "results": (lambda folder, model: read_results(folder), 35),
 }
 
 
