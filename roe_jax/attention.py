@@ -100,17 +100,17 @@ def attend_in_layer(
     `[B, T, H, C]` in the dtype of `query`, and the cache.
   """
   sinks = None if weights.sinks is None else to_compute_dtype(weights.sinks[layer])
-  attend_to = functools.partial(attend, sinks_H=sinks, scale=config.attention_multiplier)
   is_sliding, index = location.is_sliding, location.index
-  _, key_BxTxKxC, value_BxTxKxC = new
+  attend_to = functools.partial(
+    attend, *new, tokens.positions_BxT, sinks_H=sinks, scale=config.attention_multiplier
+  )
   cache, write = access.cache, access.write
-  new = *new, tokens.positions_BxT
   if cache is None:
     if is_sliding is False:
-      return attend_to(*new), None
+      return attend_to(), None
     window = jnp.where(is_sliding, config.sliding_window or NO_POSITION, NO_POSITION)
-    return attend_to(*new, window=window), None
-  written = key_BxTxKxC, value_BxTxKxC, tokens.positions_BxT[:, 0]
+    return attend_to(window=window), None
+  written = *new[1:], tokens.positions_BxT[:, 0]
   sliding = cache.sliding
   if write and is_sliding is not True:
     # A layer index out of bounds is dropped: the other kind's cache is not written.
@@ -118,11 +118,11 @@ def attend_in_layer(
     cache = kv_cache.write(cache, *written, target)
 
   def attend_to_all():
-    return attend_to(*new, cache, index)
+    return attend_to(cache, index)
 
   def attend_to_window():
     window = config.sliding_window
-    return attend_to(*new, sliding, index, window=window, attend_to_new=write)
+    return attend_to(sliding, index, window=window, attend_to_new=write)
 
   if isinstance(is_sliding, bool):
     heads = attend_to_window() if is_sliding else attend_to_all()

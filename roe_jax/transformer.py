@@ -316,7 +316,7 @@ def forward(
       "and pass jnp.array([tokens]) for one sequence"
     )
   positions = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
-  tokens, options = TokenBatch(positions, noise), LayerOptions(**options)
-  x = embed(params, config, tokens_BxT)
-  x, _, outputs = layer_runner(params)(params, config, x, tokens, options=options)
+  inputs = embed(params, config, tokens_BxT), TokenBatch(positions, noise)
+  run = layer_runner(params)
+  x, _, outputs = run(params, config, *inputs, options=LayerOptions(**options))
   return unembed(params, config, x), outputs
