@@ -15,7 +15,6 @@ noise seed.
 """
 
 from collections.abc import Iterator
-import json
 import pathlib
 import sys
 import time
@@ -33,7 +32,7 @@ from experiments.evaluation.measurer import SAMPLE_STRIDE, Batch, Measurer
 from experiments.evaluation.methods import BASELINE_SETTINGS, BEST_BASELINE, FITTED, Method
 from experiments.evaluation.prompts import PromptBuilder
 from experiments.records import runs
-from roe_jax import temperature_profiles
+from roe_jax import temperature_profiles, typed
 
 FLAGS = flags.FLAGS
 TEMPERATURES = "output_temperatures.json"
@@ -209,7 +208,7 @@ def fit(
 def _saved(path, task, compute):
   """Returns the task's entry in a JSON file; computes and writes it if it is missing."""
   known = app.from_first_process(
-    lambda: json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    lambda: typed.read(path, dict[str, dict]) if path.is_file() else {}
   )
   if task.name not in known:
     known[task.name] = compute()

@@ -118,14 +118,12 @@ def read(path: PathLike) -> Profile:
     'finite numbers under "temperatures"'
   )
   try:
-    values = json.loads(path.read_text("utf-8"))
-    temperatures = tuple(values["temperatures"])
-    typed.check("temperatures", temperatures, tuple[float, ...])
-  except (KeyError, TypeError, ValueError, RecursionError) as error:  # also of JSON and decoding
-    raise ValueError(expected) from error
-  if not isinstance(values["temperatures"], list) or min(temperatures, default=0) < 0:
+    values = typed.read(path, {"temperatures": list[float]})
+  except ValueError as error:
+    raise ValueError(f"{expected} ({error})") from error
+  temperatures = tuple(map(float, values["temperatures"]))
+  if min(temperatures, default=0) < 0:
     raise ValueError(expected)
-  temperatures = tuple(map(float, temperatures))
   known = {f.name for f in dataclasses.fields(Profile)} - {"temperatures"}
   profile = Profile(temperatures, **{k: v for k, v in values.items() if k in known})
   if isinstance(profile.roster, dict) and profile.roster.get("recompute") is False:
