@@ -7,7 +7,7 @@ import numpy as np
 import programs
 import pytest
 
-from experiments.evaluation.engine import request_id
+from experiments.evaluation.requests import request_id
 from experiments.records import runs
 from experiments.tasks import wordmath
 from roe_jax import checkpoint, scoring
