@@ -261,7 +261,7 @@ class Engine:
       kind = r.max_new_tokens, r.stop, r.sampler, r.stop_tokens, r.opening is None
       kinds.setdefault(kind, []).append(r)
     for (max_new_tokens, stop, sampler, stop_tokens, raw), prompts in kinds.items():
-      lengths = [r.max_length for r in prompts]
+      lengths = [min(r.max_length, self._model[1].context_length) for r in prompts]
       for batch, capacity in batching.by_length(lengths, len(lengths), prefill.MIN_CAPACITY):
         missing = [prompts[i] for i in batch if prompts[i] not in known]
         if not missing:

@@ -108,7 +108,7 @@ class RosterLM(TemplateLM):
         f"{', '.join(_SAMPLING)}, until and max_gen_toks"
       )
     of_sampler = tuple(sampler.values()) if samples else GREEDY
-    return self.builder.prompt(context, limit, stop, of_sampler, sample)
+    return self.builder.prompt(context, limit, stop, of_sampler, sample, reserve=True)
 
   # Methods that the harness calls
 

@@ -219,8 +219,11 @@ class RequestBuilder:
     stop: Sequence[str] = (),
     sampler: tuple[float, int, float] = GREEDY,
     sample: int = 0,
+    reserve: bool = False,
   ) -> Prompt:
     """Makes a request to complete a context.
+
+    Generation ends at the end of the model's context at the latest.
 
     Args:
       context: the text.
@@ -228,17 +231,19 @@ class RequestBuilder:
       stop: strings that end generation.
       sampler: temperature, top_k and top_p.
       sample: index of the sample, for several samples of one context.
+      reserve: whether to truncate the context so that all new tokens fit, as
+        lm-evaluation-harness does, and not only the first.
 
     Raises:
-      ValueError: the limit leaves no room for the context.
+      ValueError: the reserved tokens leave no room for the context.
     """
     limit, room = self.max_new_tokens or max_new_tokens, self._config.context_length
-    if limit >= room:
+    if reserve and limit >= room:
       raise ValueError(
         f"{limit} new tokens leave no room for a prompt in the model's context of {room}: decrease "
         "--max_new_tokens"
       )
-    tokens = self._truncate(context, self.encode(context), room - limit)
+    tokens = self._truncate(context, self.encode(context), room - (limit if reserve else 1))
     return Prompt(
       tuple(tokens) or (self.prefix_token,),
       request_id(context, sample),

@@ -112,6 +112,8 @@ def test_a_continuation_that_merges_with_its_context_is_encoded_apart(tmp_path):
     builder.continuation("b", "a" * 9)
   assert not builder.truncated
   assert pair("b" * 9, "a") == ((1,) * 8, (0,)) and builder.truncated == {request_id("b" * 9)}
+  kept = [len(builder.prompt("b" * 6, 4, reserve=reserve).tokens) for reserve in (False, True)]
+  assert kept == [6, 4] and len(builder.truncated) == 2
 
 
 @pytest.mark.parametrize(
