@@ -4,6 +4,7 @@
 `python -m checkpoints_convert`.
 """
 
+from checkpoints_convert import interrupts  # first: see there
 from checkpoints_convert.common import ConversionError
 from checkpoints_convert.from_hugging_face import convert_from_hugging_face
 from checkpoints_convert.hub import is_hugging_face, load_config

@@ -10,6 +10,7 @@ import jax
 from checkpoints_convert import (
   carve_checkpoint,
   carving,
+  command_line,
   hub,
   outputs,
   quantize_checkpoint,
@@ -104,12 +105,11 @@ def run(values: flags.FlagValues) -> int:
   try:
     with outputs.held(None if values.dry_run else values.target, outputs.WHOLE_FOLDER):
       _convert(values)
+  except BrokenPipeError:
+    raise
   except (ValueError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {command_line.describe(error)}", file=sys.stderr)
     return 1
-  except KeyboardInterrupt:
-    print("interrupted: rerun the same command to resume after the last piece", file=sys.stderr)
-    return 130
   return 0
 
 

@@ -9,6 +9,7 @@ from absl import logging
 import numpy as np
 from tqdm import tqdm
 
+from checkpoints_convert import command_line
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
 from roe_jax.checkpoint_folder import piece_num_bytes
@@ -30,7 +31,7 @@ def some(names: Collection[str], limit: int = 4) -> str:
 @functools.cache
 def note(message: str) -> None:
   """Logs a warning, once in a process."""
-  logging.warning("%s", message)
+  logging.warning("%s", command_line.printable(message))
 
 
 def check_space(target: str, needed: int) -> None:

@@ -15,7 +15,6 @@ summary ends with the crossovers of expert strategies, to paste into `roe_jax.ex
 
 from collections.abc import Callable, Sequence
 import pathlib
-import signal
 import time
 from typing import Any
 
@@ -42,21 +41,11 @@ def define_flags() -> None:
   flags.DEFINE_bool("retry", False, "Measure again what failed in an earlier run.")
 
 
-class _Terminated(SystemExit):
-  """SIGTERM."""
-
-
-def _terminate(number, frame):
-  del frame
-  raise _Terminated(128 + number)
-
-
 def main(argv: Sequence[str]) -> None:
   del argv
   begin = time.monotonic()
   if unknown := sorted(set(FLAGS.stages) - set(STAGES)):
     raise ValueError(f"--stages: unknown {unknown[0]!r}; choose from {', '.join(STAGES)}")
-  signal.signal(signal.SIGTERM, _terminate)
   output, deadline = pathlib.Path(FLAGS.output), begin + FLAGS.budget_s
   machine = jsonl.SavedValues(None, {})
   first = device_stages.machine_stage(FLAGS.toy)

@@ -6,6 +6,7 @@
 
 import sys
 
+from checkpoints_convert import command_line
 from experiments.cli import extras
 
 
@@ -14,11 +15,12 @@ def program() -> None:
     extras.check(("lm_eval", "scipy"))
   except ModuleNotFoundError as error:
     sys.exit(f"error: this program needs {error.name}: {extras.INSTALL}")
-  from lm_eval.__main__ import cli_evaluate
+  with command_line.reported():
+    from lm_eval.__main__ import cli_evaluate
 
-  from experiments.evaluation import lm_eval_model  # noqa: F401 - registers the model type
+    from experiments.evaluation import lm_eval_model  # noqa: F401 - registers the model type
 
-  cli_evaluate()
+    cli_evaluate()
 
 
 if __name__ == "__main__":

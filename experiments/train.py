@@ -31,7 +31,7 @@ from experiments.benchmarks import machine
 from experiments.cli import app, text_files
 from experiments.tasks import wordmath, wordmath_tokenizer
 from experiments.training import configs, training_batches
-from roe_jax import decode, training, transformer
+from roe_jax import decode, orbax_storage, training, transformer
 
 FLAGS = flags.FLAGS
 
@@ -220,7 +220,9 @@ def run(
   ) as saver:
     state = jax.jit(init)()
     if saver.latest is not None:
-      state = saver.load(saver.latest.step, state)
+      saved = output / "states" / str(saver.latest.step)
+      with orbax_storage.reading(f"the saved state {saved}", "delete it and rerun"):
+        state = saver.load(saver.latest.step, state)
     first = int(state.step)
     metrics = Metrics(output / "metrics.jsonl", first)
     last = next(
@@ -267,7 +269,8 @@ def run(
         progress.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
         mark = tokens, seconds()
       if saves:
-        saver.save(step, state)
+        with orbax_storage.checksums():
+          saver.save(step, state)
     progress.close()
   return state, last | {"seconds": metrics.seconds()}
 

@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
+from roe_jax import orbax_storage
 from roe_jax import params as params_lib
 from roe_jax.checkpoint_folder import (
   CARVING_FILE,
@@ -50,8 +51,6 @@ from roe_jax.checkpoint_folder import (
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.text.tokenizer import Tokenizer
-
-_CHUNK_BYTES = 32 << 20
 
 
 class Writer:
@@ -133,7 +132,7 @@ class Writer:
     _check_leaves(f"the piece {piece.name}", arrays, expected)
     from orbax.checkpoint import v1 as ocp
 
-    with _saving_context():
+    with orbax_storage.saving():
       # Overwrites only a piece that a killed run left half-written.
       ocp.save(
         str(self._params / piece.name),
@@ -380,29 +379,6 @@ def _check_leaves(what, got, expected):
       )
 
 
-def _saving_context() -> Any:
-  """Returns how Orbax stores arrays.
-
-  Uncompressed, because weights compress by only a fifth at a third of the speed; and in chunks
-  with at most one expert each, so that a device reads little more than its part.
-  """
-  from orbax.checkpoint import v1 as ocp  # slow: not when only flags are read
-
-  storage = ocp.options.ArrayOptions.Saving.StorageOptions
-
-  def storage_options(key, value):
-    del value
-    by_expert = any(getattr(k, "key", None) == "experts" for k in key)
-    return storage(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0, 1) if by_expert else None)
-
-  context = ocp.Context()
-  context.array.saving.use_compression = False
-  context.array.saving.scoped_storage_options_creator = storage_options
-  # No copies are needed: `save` blocks, so nothing changes the arrays while they are written.
-  context.memory.deepcopy_host_arrays = False
-  return context
-
-
 def _open(path: PathLike) -> tuple[ModelConfig, tuple[Piece, ...]]:
   """Returns the config and the pieces, after checking every piece against the config."""
   manifest = read_manifest(path)
@@ -427,8 +403,11 @@ def _check_piece(path: PathLike, piece: Piece, config: ModelConfig) -> None:
   """Compares the metadata of a piece with the config, without reading arrays."""
   from orbax.checkpoint import v1 as ocp
 
-  with _reading(path, piece) as folder:
-    found = traverse_util.flatten_dict(ocp.metadata(folder).metadata, sep=".")
+  with _reading(path, piece):
+    metadata: Any = ocp.metadata(str(_piece_folder(path, piece))).metadata
+    if metadata is None:
+      raise ValueError("its metadata cannot be read")
+    found = traverse_util.flatten_dict(metadata, sep=".")
   _check_leaves(
     f"the piece params/{piece.name} of the checkpoint {path}", found, piece_shapes(config, piece)
   )
@@ -442,23 +421,14 @@ def _read(path: PathLike, piece: Piece, abstract: dict[str, Any]) -> dict[str, A
   from orbax.checkpoint import v1 as ocp
 
   tree = traverse_util.unflatten_dict(abstract, sep=".")
-  with _reading(path, piece) as folder:
-    return traverse_util.flatten_dict(ocp.load(folder, tree), sep=".")
+  with _reading(path, piece):
+    return traverse_util.flatten_dict(ocp.load(str(_piece_folder(path, piece)), tree), sep=".")
 
 
-@contextlib.contextmanager
-def _reading(path: PathLike, piece: Piece) -> Iterator[str]:
-  """Yields the piece's folder and turns Orbax's exceptions into one sentence."""
-  try:
-    yield str(_piece_folder(path, piece))
-  except (RuntimeError, MemoryError):
-    raise  # out of memory, not a damaged file
-  except Exception as error:  # damaged files raise many types, even a bare Exception
-    reason = str(error).strip().split("\n")[0][:200]
-    raise ValueError(
-      f"the piece params/{piece.name} of the checkpoint {path} is damaged and cannot be read: "
-      f"copy, save or convert it again ({type(error).__name__}: {reason})"
-    ) from error
+def _reading(path: PathLike, piece: Piece) -> contextlib.AbstractContextManager[None]:
+  return orbax_storage.reading(
+    f"the piece params/{piece.name} of the checkpoint {path}", "copy, save or convert it again"
+  )
 
 
 def _with_shardings(shapes, shardings):

@@ -5,6 +5,7 @@ import chat_formats
 import pytest
 
 from roe_jax.completion import Completion
+from roe_jax.text import template_process
 from roe_jax.text.chat import Chat, check_messages, load_template
 from roe_jax.text.tokenizer import Tokenizer
 
@@ -162,6 +163,29 @@ def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path):
   for template in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}"):
     with pytest.raises(ValueError, match="refuses messages"):
       load("olmoe", tmp_path, template).render([USER])
+
+
+def test_templates_without_end_or_of_any_size_get_a_sentence(tmp_path, monkeypatch):
+  loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+  double = "{% set n = namespace(s='x') %}{% for i in range(40) %}{% set n.s = n.s ~ n.s %}"
+  monkeypatch.setattr(template_process, "SECONDS", 0.3)
+  template_process.end()
+  for template, sentence in [
+    (loops, r"it takes more than 0\.3 seconds"),
+    ("{{ lipsum(n=10 ** 9) }}", r"it takes more than 0\.3 seconds"),
+    ("{{ 'x' * 10 ** 10 }}", "it needs more than 512 MiB of memory"),
+    ("{{ '%10000000000d' % 1 }}", "it needs more than 512 MiB of memory"),
+    ("{{ '{:>10000000000}'.format(1) }}", "it needs more than 512 MiB of memory"),
+    (double + "{% endfor %}{{ n.s }}", "it (needs more than 512 MiB|takes more than).*"),
+    ("{% set n = 2 ** 24 %}{{ 'x' * n }}yz", "its text has more than 16,777,216 characters"),
+    ("{{ " + "(" * 10_000 + "1" + ")" * 10_000 + " }}", "maximum recursion depth exceeded.*"),
+  ]:
+    with pytest.raises(template_process.TemplateError, match=f"^{sentence}$"):
+      template_process.render(template, {}, DATE)
+  monkeypatch.undo()
+  template_process.end()
+  with pytest.raises(ValueError, match=rf"{tmp_path} refuses messages .*: it needs more than 512"):
+    load("olmoe", tmp_path, "{{ '%10000000000d' % messages|length }}").render([USER])
 
 
 def test_the_day_is_todays_unless_it_is_set(tmp_path):

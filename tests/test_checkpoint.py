@@ -270,6 +270,20 @@ def truncate_data(path):
   data.write_bytes(data.read_bytes()[:100])
 
 
+def flip_bit(path, array):
+  """Flips a bit of an array in the file that holds it."""
+  data = np.asarray(array).tobytes()[:16]
+  file = next(f for f in path.rglob("d/*") if data in f.read_bytes())
+  file.write_bytes(file.read_bytes().replace(data, bytes([data[0] ^ 1]) + data[1:]))
+
+
+def flip_bit_of_small_arrays(path):
+  """Flips a bit where Orbax keeps arrays of less than 1 KiB: in a node of its index."""
+  (node,) = (path / "params/layers_00004_00005/state/d").iterdir()
+  data = node.read_bytes()
+  node.write_bytes(data[:1000] + bytes([data[1000] ^ 1]) + data[1001:])
+
+
 @pytest.mark.parametrize(
   "damage,error,message",
   [
@@ -306,6 +320,17 @@ def truncate_data(path):
     (lambda p: edit_json(p / "model_config.json", num_heads="x"), ValueError, "num_heads"),
     (truncate_data, ValueError, "params/layers_00002_00004.*is damaged"),
     (
+      lambda p: flip_bit(p, initialize(OLMOE).embedding),
+      ValueError,
+      "params/top.*the checksum of embedding is wrong",
+    ),
+    (
+      lambda p: flip_bit(p, initialize(OLMOE).layers.attention.query[2]),
+      ValueError,
+      "params/layers_00002_00004.*the checksum of attention.query is wrong",
+    ),
+    (flip_bit_of_small_arrays, ValueError, "params/layers_00004_00005.*is damaged"),
+    (
       lambda p: next((p / "params/top").rglob("_METADATA")).unlink(),
       (ValueError, FileNotFoundError),
       "params/top.*is damaged",
@@ -322,6 +347,25 @@ def test_bad_folders_get_a_sentence(broken, damage, error, message):
   with pytest.raises(error, match=message) as info:
     checkpoint.load(broken)
   assert "\n" not in str(info.value)
+
+
+def test_sharded_and_partial_reads_detect_a_flipped_bit_too(saved, broken, capfd):
+  flip_bit(broken, saved[1].layers.experts.gate_up[3, 5])
+  mesh = jax.make_mesh((4,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+  placed = jax.tree.map(
+    lambda axes: NamedSharding(mesh, PartitionSpec(*({"experts": "expert"}.get(a) for a in axes))),
+    params_lib.logical_axes(OLMOE),
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+  piece = "layers_00002_00004"
+  wrong = rf"params/{piece} of .*damaged.*\(the checksum of experts.gate_up is wrong\)$"
+  with pytest.raises(ValueError, match=wrong):
+    checkpoint.load(broken, shardings=placed)
+  with pytest.raises(ValueError, match=wrong):
+    list(checkpoint.iterate_pieces(broken, [piece]))
+  assert capfd.readouterr().err == ""  # the sentence is all
+  (first,) = checkpoint.iterate_pieces(broken, ["layers_00000_00002"])
+  assert first[0].stop == 2
 
 
 def test_a_saved_checkpoint_has_the_tokenizer_or_a_warning_says_that_it_lacks_one(tmp_path):

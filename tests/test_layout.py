@@ -57,6 +57,15 @@ def test_the_files_of_experiments_are_its_programs():
 
 
 @pytest.mark.parametrize(
+  "path", [p for p in MODULES if "program" in {getattr(n, "name", "") for n in MODULES[p].body}]
+)
+def test_programs_report_errors_and_signals_in_the_one_place_that_does(path):
+  (program,) = (n for n in MODULES[path].body if getattr(n, "name", "") == "program")
+  called = {ast.unparse(node.func) for node in ast.walk(program) if isinstance(node, ast.Call)}
+  assert called & {"app.run", "command_line.run", "command_line.reported"}
+
+
+@pytest.mark.parametrize(
   "package, above", [("roe_jax", PACKAGES[1:]), ("checkpoints_convert", PACKAGES[2:])]
 )
 def test_imports_do_not_run_upward(package, above):

@@ -1,6 +1,6 @@
 """Start-up, error handling and the flags that all programs share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import math
 import os
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import checkpoints_convert
 from checkpoints_convert import command_line, outputs
-from experiments.cli import distributed, extras, interrupts, text_files
+from experiments.cli import distributed, extras, text_files
 from experiments.cli import dry_run as dry_run_lib
 from experiments.cli.distributed import (
   broadcast,
@@ -71,7 +71,6 @@ def run(
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # Orbax logs every step at INFO
     os.environ["MPLBACKEND"] = "Agg"  # figures are only saved
-    interrupts.watch()
     use_compilation_cache()
     programs = CompiledPrograms(notice=True)
     try:
@@ -79,47 +78,37 @@ def run(
         text_files.check_text(argument, "the command line")
       extras.check(needs)
       distributed.start(not_distributed)
-      with distributed.only_first_prints(), contextlib.ExitStack() as stack:
+      with (
+        distributed.ending_together(),
+        device_memory_named(),
+        distributed.only_first_prints(),
+        contextlib.ExitStack() as stack,
+      ):
         hold = outputs.held(getattr(flags.FLAGS, "output", None), output)
         in_all_processes(lambda: is_first_process() and stack.enter_context(hold))
         main(argv)
         print(f"[{programs}]", file=sys.stderr)
-      distributed.finish()
-    except BrokenPipeError:
-      raise
-    except OSError as error:
-      sys.exit(f"error: {describe_os_error(error)}")
-    except (ValueError, FloatingPointError) as error:
-      sys.exit(f"error: {error}")
     except ModuleNotFoundError as error:
       if (error.name or "").split(".")[0] not in extras.PACKAGES:
         raise
       sys.exit(f"error: this program needs {error.name}: {extras.INSTALL}")
-    except KeyboardInterrupt:
-      interrupts.end()  # sys.exit would wait for computations
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" in str(error):
-        sys.exit(
-          f"error: out of memory ({str(error).splitlines()[0]}): use a smaller --batch_size, "
-          "--num_members or --memory_budget_mb, or more devices with --mesh; --dry_run estimates "
-          "the memory of generate, score and evaluate"
-        )
-      if distributed.num_processes() > 1:
-        print(
-          "[if another process has exited, it caused this error; rerun all processes with the "
-          "same flags to resume]",
-          file=sys.stderr,
-        )
-      raise
 
   command_line.run(guarded)
 
 
-def describe_os_error(error: OSError) -> str:
-  """Returns a sentence for an error of the file system."""
-  if error.strerror is None or error.filename is None:
-    return str(error.strerror or error)
-  return f"{error.filename}: {error.strerror}"
+@contextlib.contextmanager
+def device_memory_named() -> Iterator[None]:
+  """Raises MemoryError, with advice, where a device has too little memory."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise MemoryError(
+      f"{str(error).splitlines()[0]}: use a smaller --batch_size, --num_members or "
+      "--memory_budget_mb, or more devices with --mesh; --dry_run estimates the memory of "
+      "generate, score and evaluate"
+    ) from error
 
 
 class CompiledPrograms:

@@ -6,7 +6,8 @@ decides what is computed next must be equal in all of them. Only process 0 reads
 writes results and prints; it broadcasts what it reads. Every process reads the
 checkpoint, so every host must see it under the same path.
 
-When a process dies, the others exit with an error after --host_timeout; rerun them all.
+When a process dies, the others exit with an error that names it (see `partners`), at the latest
+after --host_timeout; rerun them all.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,9 +15,10 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import socket
 import sys
-import time
+import traceback
 from typing import Any
 
 from absl import flags
@@ -25,11 +27,18 @@ from jax.experimental import multihost_utils
 import numpy as np
 from tqdm import tqdm
 
+from checkpoints_convert import command_line, interrupts
+from experiments.cli import partners
+from experiments.cli.partners import Partners
 from roe_jax import batching
 
 FLAGS = flags.FLAGS
 _EXPLICIT = ("coordinator_address", "num_processes", "process_id")
 _MESSAGE_BYTES = 1024
+_CONNECTING = 5  # seconds
+_OF_JAX = re.compile("[A-Z_]+: ")  # how JAX's errors begin, whatever their class
+
+_partners: Partners | None = None
 
 flags.DEFINE_bool(
   "distributed",
@@ -76,8 +85,10 @@ def start(refusal: str | None = None) -> None:
     return
   if refusal:
     raise ValueError(f"this program does not support --distributed: {refusal}")
-  if given:
-    _check(given)
+  address = _check(given) if given else None
+  print(f"[waiting up to {FLAGS.start_timeout} s for the other processes]", file=sys.stderr)
+  if address:
+    _meet(*address, given["process_id"], given["num_processes"])
   timeouts = dict(
     initialization_timeout=FLAGS.start_timeout,
     heartbeat_timeout_seconds=FLAGS.host_timeout,
@@ -85,9 +96,9 @@ def start(refusal: str | None = None) -> None:
   )
   # Every program can be killed at any time and resumed, so SIGTERM must end the process.
   jax.config.update("jax_enable_preemption_service", False)
-  print(f"[waiting up to {FLAGS.start_timeout} s for the other processes]", file=sys.stderr)
   try:
-    jax.distributed.initialize(**given, **timeouts)
+    with contextlib.nullcontext() if given else partners.ticking(FLAGS.start_timeout):
+      jax.distributed.initialize(**given, **timeouts)
   except (ValueError, RuntimeError) as error:
     if given:
       raise ValueError(
@@ -106,11 +117,15 @@ def start(refusal: str | None = None) -> None:
     f"{jax.device_count()} devices]",
     file=sys.stderr,
   )
+  if not given:
+    _meet_on_any_port()
+  if _partners:
+    partners.hold_back_noise()
   in_all_processes(_check_flags)
 
 
-def _check(given: dict[str, Any]) -> None:
-  """Validates explicit flags, and waits until the coordinator answers."""
+def _check(given: dict[str, Any]) -> tuple[str, int]:
+  """Validates explicit flags, and returns the coordinator's host and port."""
   missing = [name for name in _EXPLICIT if name not in given]
   if missing:
     raise ValueError(f"--{next(iter(given))} requires --{' and --'.join(missing)}")
@@ -123,20 +138,80 @@ def _check(given: dict[str, Any]) -> None:
   host, _, port = address.rpartition(":")
   if not host or not port.isdecimal():
     raise ValueError(f"--coordinator_address must be HOST:PORT, got {address!r}")
-  # JAX would abort without an error message.
-  deadline = time.monotonic() + FLAGS.start_timeout
-  while number:
+  return host.strip("[]"), int(port)
+
+
+def _meet(host: str, port: int, number: int, count: int) -> None:
+  """Waits until all processes are there; then the coordinator's port is JAX's."""
+  global _partners
+  address = f"--coordinator_address={host}:{port}"
+  _partners = Partners(number, count, FLAGS.start_timeout)
+  if number:
+    wanting = f"process 0 did not answer at {address} within {FLAGS.start_timeout} s"
+    with _timeout(
+      f"{wanting} ({{}}): check that it runs and that this host can connect to that port"
+    ):
+      _partners.connect(host, port)
+  else:
     try:
-      socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-      return
+      _partners.listen(port=port)
     except OSError as error:
-      if time.monotonic() > deadline:
-        raise ValueError(
-          f"process 0 did not answer at --coordinator_address={address} within "
-          f"{FLAGS.start_timeout} s ({error}): check that it runs and that this host can "
-          "connect to that port"
-        ) from error
-    time.sleep(0.2)
+      raise ValueError(
+        f"process 0 cannot listen at {address}: {error.strerror}: choose another port"
+      ) from error
+  with _timeout(
+    f"{{}} did not start within --start_timeout={FLAGS.start_timeout} s: see their logs"
+  ):
+    _partners.await_all()
+  if number:
+    with _timeout(f"{wanting} ({{}})"):  # JAX would abort without an error message
+      _partners.await_port(host, port)
+
+
+def _meet_on_any_port() -> None:
+  """Connects the processes of a detected cluster, if their hosts can."""
+  global _partners
+  number = jax.process_index()
+  meeting = Partners(number, jax.process_count(), _CONNECTING)
+  host, port = broadcast([socket.gethostname(), None if number else meeting.listen()])
+  with contextlib.suppress(TimeoutError):
+    if number:
+      meeting.connect(host, port)
+    _partners = meeting
+
+
+@contextlib.contextmanager
+def _timeout(message):
+  """Makes a ValueError of TimeoutError, and tells the others."""
+  try:
+    yield
+  except TimeoutError as error:
+    message = message.format(error)
+    _partners.leave(message)
+    raise ValueError(message) from error
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+  """Tells the other processes why this one ends, and ends as soon as another one does."""
+  if _partners is None:
+    yield
+    return
+  try:
+    yield
+    broadcast(None)
+    _partners.leave()
+  except (Exception, SystemExit) as error:
+    of_jax = isinstance(error, ValueError) and _OF_JAX.match(str(error))
+    if of_jax or isinstance(error, jax.errors.JaxRuntimeError):
+      _partners.await_end(FLAGS.host_timeout)
+    expected = isinstance(error, command_line.EXPECTED)
+    if not expected and not isinstance(error, SystemExit):
+      traceback.print_exc()
+    why = command_line.describe(error)
+    print(f"error: {why}" if expected else why, file=sys.stderr, flush=True)
+    _partners.leave(why)
+    interrupts.abandon(1)  # JAX would wait for the others
 
 
 def _check_flags() -> None:
@@ -181,7 +256,7 @@ def from_first_process(function: Callable[[], Any]) -> Any:
       value = function()
     except Exception as raised:
       error = raised
-  value, message = broadcast([value, str(error) if error else None])
+  value, message = broadcast([value, command_line.describe(error) if error else None])
   if error:
     raise error
   if message is not None:
@@ -202,7 +277,7 @@ def in_all_processes(function: Callable[[], Any]) -> Any:
     value = function()
   except (ValueError, OSError) as raised:
     error = raised
-  text = str(error or "").encode()[:_MESSAGE_BYTES]
+  text = (command_line.describe(error) if error else "").encode()[:_MESSAGE_BYTES]
   texts = multihost_utils.process_allgather(
     np.frombuffer(text.ljust(_MESSAGE_BYTES, b"\0"), np.uint8)
   )
@@ -261,8 +336,3 @@ def only_first_prints() -> Iterator[None]:
     contextlib.redirect_stderr(nowhere),
   ):
     yield
-
-
-def finish() -> None:
-  """Waits until all processes are done."""
-  broadcast(None)

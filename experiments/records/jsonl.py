@@ -8,8 +8,8 @@ import pathlib
 import sys
 from typing import Any
 
-from checkpoints_convert import outputs
-from experiments.cli import app, interrupts, text_files
+from checkpoints_convert import interrupts, outputs
+from experiments.cli import app, text_files
 
 
 def read(path: str | None, keys: Iterable[str]) -> list[dict[str, Any]]:

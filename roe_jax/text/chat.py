@@ -7,27 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import datetime
 import hashlib
-import json
 import os
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from roe_jax.checkpoint_folder import PathLike
 from roe_jax.completion import Completion
-from roe_jax.lazy_modules import LazyModule
 from roe_jax.text import answer as answer_lib
+from roe_jax.text import template_process
 from roe_jax.text import tokenizer as tokenizer_lib
 from roe_jax.text.answer import Answer, AnswerReader
 from roe_jax.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-  import jinja2
-  from jinja2 import ext, meta, nodes, sandbox
-else:
-  jinja2 = LazyModule("jinja2")
-  ext, meta, nodes, sandbox = (
-    LazyModule(f"jinja2.{name}") for name in ("ext", "meta", "nodes", "sandbox")
-  )
 
 TEMPLATE_FILE = "chat_template.jinja"
 # Variables that every template gets; any other that it uses is a setting.
@@ -72,14 +62,10 @@ class Chat:
     **settings: Any,
   ):
     """Creates the chat format of a jinja template; see `load`."""
-    environment = _environment()
     try:
-      self._template = environment.from_string(template)
-      used = meta.find_undeclared_variables(environment.parse(template))
-    except jinja2.TemplateSyntaxError as error:
-      raise ValueError(
-        f"{name} is not a valid jinja template: line {error.lineno}: {error.message}"
-      ) from error
+      used = template_process.variables(template)
+    except template_process.TemplateError as error:
+      raise ValueError(f"{name} is not a valid jinja template: {error}") from error
     settings = {key: value for key, value in settings.items() if value is not None}
     known = used - {*_BUILTINS, *tokenizer.named_tokens}
     for key in settings:
@@ -90,13 +76,13 @@ class Chat:
         )
     if date is not None and "strftime_now" not in used:
       raise ValueError(f"{name} does not use the date: leave it out")
-    self._name = name
+    self._name, self._template = name, template
     self._tokenizer = tokenizer
     self._date = _parse_date(date)
     self._variables = settings
     self.settings = settings | {"template": hashlib.sha256(template.encode()).hexdigest()[:16]}
     if "strftime_now" in used:
-      self.settings["date"] = self._date.date().isoformat()
+      self.settings["date"] = self._date.isoformat()
     self.stop_tokens = self._find_stop_tokens()
 
   @classmethod
@@ -179,15 +165,13 @@ class Chat:
       "tools": None,
       "documents": None,
       "add_generation_prompt": add_generation_prompt,
-      "strftime_now": lambda form: self._date.strftime(form),
     }
+    values = self._tokenizer.named_tokens | self._variables | values
     try:
-      return self._template.render({**self._tokenizer.named_tokens, **self._variables, **values})
-    except Exception as error:  # template code may raise anything
+      return template_process.render(self._template, values, self._date.isoformat())
+    except template_process.TemplateError as error:
       roles = ", ".join(str(m["role"]) for m in messages)
-      raise ValueError(
-        f"{self._name} refuses messages with the roles {roles}: " + " ".join(str(error).split())
-      ) from error
+      raise ValueError(f"{self._name} refuses messages with the roles {roles}: {error}") from error
 
   def _render_open(self, messages):
     """Renders messages, cut at the end of the last message's text."""
@@ -273,43 +257,9 @@ def check_messages(messages: Any) -> None:
       )
 
 
-def _environment():
-  """Returns a sandboxed environment, since templates are downloaded code."""
-
-  class GenerationBlocks(ext.Extension):
-    """Renders the content of {% generation %} blocks, which mark training targets."""
-
-    tags = {"generation"}  # noqa: RUF012 - as in the base class
-
-    def parse(self, parser):
-      line = next(parser.stream).lineno
-      return nodes.Scope(
-        parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
-      )
-
-  environment = sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlocks, ext.loopcontrols]
-  )
-  environment.globals["raise_exception"] = _raise_exception
-  environment.filters["tojson"] = _to_json
-  return environment
-
-
-def _raise_exception(message):
-  raise jinja2.TemplateError(message)
-
-
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-  # Jinja's own filter escapes for HTML.
-  return json.dumps(
-    value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-  )
-
-
-def _parse_date(date: str | None) -> datetime.datetime:
-  """Returns midnight of a day, by default today, so that all prompts of a run agree."""
+def _parse_date(date: str | None) -> datetime.date:
+  """Returns a day, by default today, so that all prompts of a run agree."""
   try:
-    day = datetime.date.today() if date is None else datetime.date.fromisoformat(date)
+    return datetime.date.today() if date is None else datetime.date.fromisoformat(date)
   except (TypeError, ValueError) as error:
     raise ValueError(f"the date must be YYYY-MM-DD, got {date!r}") from error
-  return datetime.datetime.combine(day, datetime.time())

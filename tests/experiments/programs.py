@@ -1,16 +1,19 @@
 """Programs in processes of their own, forked from one that has imported them."""
 
 import atexit
+import ctypes
 import multiprocessing
 import os
 import pathlib
 import runpy
+import signal
 import socket
 import sys
 import tempfile
 
 import jax
 
+_SET_PDEATHSIG = 1
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
   [
@@ -136,6 +139,8 @@ def free_port():
 
 def _main(module, arguments, logs, folder, environment):
   os.setsid()
+  if sys.platform == "linux":  # the fork server ends with the tests, however these end
+    ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)
   for name, descriptor, flags in (
     ("input", 0, os.O_RDONLY),
     ("output", 1, os.O_WRONLY | os.O_CREAT | os.O_TRUNC),

@@ -1,5 +1,7 @@
 import json
 import os
+import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -67,10 +69,18 @@ def test_what_is_no_mesh_is_refused(text):
     (
       "",
       "raise PermissionError(13, 'Permission denied', '/proc/version')",
-      "/proc/version: Permission denied",
+      "/proc/version: Permission denied: change its permissions, or choose another path",
     ),
-    ("", "open('/dev/full', 'w', 1).write('x' + chr(10))", "No space left on device"),
+    ("", "raise OSError(30, 'Read-only file system', 'f')", "choose a path that can be written"),
+    ("", "open('/dev/full', 'w', 1).write('x' + chr(10))", "No space left on device: free some"),
+    ("", "open('/' + 'x' * 300)", "x: File name too long: give a shorter path"),
+    ("", "open('/proc', 'w')", "error: /proc: Is a directory: give a file"),
+    ("", "open('/proc/version/x')", "/proc/version/x: Not a directory: give a path whose parts"),
+    ("", "import os; os.rename('/no/a', '/no/b')", "/no/a -> /no/b: No such file or directory"),
+    ("", "few_open_files(); [open('/proc/version') for _ in range(99)]", "raise the limit of open"),
+    ("", "raise MemoryError", "error: out of memory: use smaller settings"),
     ("", "raise FloatingPointError('not finite')", "error: not finite"),
+    ("", "raise ValueError('a\\n\\x1b]0;b' + 'c' * 9999)", "error: a \\x1b]0;bccc"),
   ],
 )
 def test_expected_failures_end_with_one_sentence(monkeypatch, capsys, needs, body, sentence):
@@ -80,9 +90,17 @@ def test_expected_failures_end_with_one_sentence(monkeypatch, capsys, needs, bod
     monkeypatch.setattr(sys, "argv", ["program"])
     main(sys.argv)
 
+  limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+  def few_open_files():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 9, limit[1]))
+
   def failing(argv):
     del argv
-    exec(body)
+    try:
+      exec(body, {"few_open_files": few_open_files})
+    finally:
+      resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
   monkeypatch.setattr(absl_app, "run", call)
   if needs:
@@ -92,6 +110,7 @@ def test_expected_failures_end_with_one_sentence(monkeypatch, capsys, needs, bod
   with pytest.raises(SystemExit) as ended:
     app.run(failing, needs=tuple(needs.strip("',").split()))
   assert sentence in str(ended.value)
+  assert str(ended.value).isprintable() and len(str(ended.value)) < 1100
 
 
 def test_output_that_is_cut_ends_a_program_quietly():
@@ -100,6 +119,15 @@ def test_output_that_is_cut_ends_a_program_quietly():
   program = f'{sys.executable} -c "{code}" --help | head -1; echo ${{PIPESTATUS[0]}}'
   done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
   assert done.stderr == "" and done.stdout.endswith("\n141\n")
+
+
+def test_standard_output_that_is_full_ends_a_program_with_one_sentence(tmp_path):
+  (tmp_path / "output").symlink_to("/dev/full")
+  code = "from checkpoints_convert import command_line as c\nc.run(lambda argv: print('x'))"
+  program = programs.Run(code, [], tmp_path)
+  assert program.exit_code(60) == 1
+  assert program.errors.count("\n") == 1
+  assert "error: standard output: No space left on device: free some space" in program.errors
 
 
 def test_a_home_folder_is_expanded_in_paths_and_not_in_text():
@@ -116,10 +144,66 @@ def test_a_home_folder_is_expanded_in_paths_and_not_in_text():
   assert done.stdout == "/home/me/x ~/y\n", done.stderr
 
 
+SIGNALS = [(signal.SIGINT, "[interrupted]"), (signal.SIGTERM, "[terminated]")]
+# In place of JAX, a module that gets a signal and, as some do, goes on after any exception.
+SIGNALED = """
+import os, time
+try:
+  os.kill(os.getpid(), {})
+  time.sleep(5)
+except BaseException:
+  pass
+"""
+
+
+@pytest.mark.parametrize("number, message", SIGNALS)
+@pytest.mark.parametrize("program", ["checkpoints_convert", "experiments.score"])
+def test_a_signal_ends_a_program_that_is_still_importing(tmp_path, program, number, message):
+  (tmp_path / "jax.py").write_text(SIGNALED.format(int(number)))
+  root = pathlib.Path(app.__file__).parents[2]
+  done = subprocess.run(
+    [sys.executable, "-m", program],
+    capture_output=True,
+    text=True,
+    env=os.environ | {"PYTHONPATH": f"{tmp_path}:{root}"},
+  )
+  assert (done.returncode, done.stdout + done.stderr) == (128 + number, f"\n{message}\n")
+
+
+WAITING = """
+import os, signal, sys, time
+from checkpoints_convert import command_line
+
+def main(argv):
+  if not (child := os.fork()):
+    time.sleep(100)
+  os.kill(child, signal.SIGTERM)  # which must not end this process
+  print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=sys.stderr, flush=True)
+  try:
+    time.sleep(100)
+  finally:
+    print("cleaned up")
+
+command_line.run(main)
+"""
+
+
+@pytest.mark.parametrize("number, message", SIGNALS)
+def test_a_signal_ends_a_program_and_not_its_parent(tmp_path, number, message):
+  program = programs.Run(WAITING, [], tmp_path)
+  deadline = time.monotonic() + 60
+  while not ((tmp_path / "errors").exists() and program.errors) and time.monotonic() < deadline:
+    time.sleep(0.01)
+  os.kill(program.process.pid, number)
+  assert program.exit_code(20) == 128 + number
+  assert program.errors == f"-15\n\n{message}\n" and program.output == "cleaned up\n"
+
+
 BUSY = """
 import sys
 import jax
-from experiments.cli import app, interrupts
+from checkpoints_convert import interrupts
+from experiments.cli import app
 from experiments.records import jsonl
 
 def main(argv):

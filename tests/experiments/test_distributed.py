@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 from absl.testing import flagsaver
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from experiments.cli import distributed
 from experiments.tasks import wordmath
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 
 ROSTER = ("--num_members=3", "--tau=0.4", "--seed=1")
 # Of each program its flags, and the file of its results.
@@ -107,6 +108,7 @@ def slurm(job):
   ]
 
 
+@slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_two_processes_and_one_device_give_the_same(program, tiny_checkpoint, tmp_path):
   arguments, results = PROGRAMS[program]
@@ -133,6 +135,7 @@ def test_two_processes_and_one_device_give_the_same(program, tiny_checkpoint, tm
   assert not list((tmp_path / "elsewhere").iterdir())
 
 
+@slow
 def test_standard_output_is_that_of_the_first_process(tiny_checkpoint, tmp_path):
   folder_with_input(tmp_path / "in", "generate")
   (tmp_path / "elsewhere").mkdir()
@@ -146,6 +149,7 @@ def test_standard_output_is_that_of_the_first_process(tiny_checkpoint, tmp_path)
   assert second.output == ""
 
 
+@slow
 @pytest.mark.parametrize(
   "case, sentence",
   [
@@ -216,3 +220,83 @@ def test_programs_of_one_process_say_why():
     ),
   ):
     distributed.start("it times one machine")
+
+
+PARTNER = """
+import sys, time
+from experiments.cli import partners
+number, count, port, seconds = map(int, sys.argv[1:5])
+partners.PERIOD = partners.PATIENCE = 0.2
+partner = partners.Partners(number, count, seconds)
+try:
+  partner.connect("127.0.0.1", port) if number else partner.listen(port=port)
+  partner.await_all()
+except TimeoutError as error:
+  sys.exit(f"timeout: {error}")
+print("together", flush=True)
+if sys.argv[5:] == [str(number)]:
+  partner.leave("no disk")
+else:
+  time.sleep(60)
+"""
+
+
+def start_partners(logs, seconds, numbers=range(3), failing=()):
+  port = programs.free_port()
+  found = {
+    i: programs.Run(PARTNER, [str(x) for x in (i, 3, port, seconds, *failing)], logs / str(i))
+    for i in numbers
+  }
+  deadline = time.monotonic() + 30
+  while len(found) == 3 and time.monotonic() < deadline:
+    time.sleep(0.02)
+    if all((logs / str(i) / "output").exists() and run.output for i, run in found.items()):
+      break
+  return found
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_all_processes_end_and_say_who_was_killed(tmp_path, lost):
+  found = start_partners(tmp_path, 30)
+  found.pop(lost).process.kill()
+  for run in found.values():
+    assert run.exit_code(10) == 1
+    *waiting, last = run.errors.splitlines()
+    assert last == (
+      f"error: process {lost} of 3 has ended: rerun all processes with the same flags to resume"
+    )
+    assert all(line.startswith("[waiting for process") for line in waiting)
+
+
+def test_all_processes_say_why_one_failed(tmp_path):
+  found = start_partners(tmp_path, 30, failing=[1])
+  assert found.pop(1).exit_code(10) == 0
+  for run in found.values():
+    assert run.exit_code(10) == 1
+    assert "error: process 1 of 3 failed (no disk): rerun all" in run.errors
+
+
+def test_processes_say_for_whom_they_wait(tmp_path):
+  found = start_partners(tmp_path, 1, numbers=(0, 2))
+  for run in found.values():
+    assert run.exit_code(10) == 1
+    *lines, last = run.errors.splitlines()
+    assert len(lines) > 2 and last == "timeout: process 1"
+    assert {line.partition(":")[0] for line in lines} <= {
+      "[waiting for process 1",
+      "[waiting for processes 1, 2",  # before it has come
+    }
+  alone = start_partners(tmp_path / "alone", 1, numbers=(2,))[2]
+  assert alone.exit_code(10) == 1
+  assert "[waiting for process 0 at 127.0.0.1:" in alone.errors and "refused" in alone.errors
+
+
+def test_a_process_number_that_is_taken_is_refused(tmp_path):
+  port = programs.free_port()
+  runs = [
+    programs.Run(PARTNER, [str(x) for x in (i, 3, port, 2)], tmp_path / str(n))
+    for n, i in enumerate((0, 1, 1))
+  ]
+  assert [run.exit_code(10) for run in runs] == [1, 1, 1]
+  said = runs[1].errors + runs[2].errors
+  assert said.count("several processes have --process_id=1") == 1

@@ -129,6 +129,13 @@ def test_a_killed_run_ends_as_one_that_was_not(config, tokenizer, whole_run, tmp
   assert last["tokens"] == expected[-2]["tokens"]
   assert sorted(p.name for p in (tmp_path / "states").iterdir()) == ["20", "25"]
 
+  file = max((tmp_path / "states" / "25").rglob("d/*"), key=lambda p: p.stat().st_size)
+  data = bytearray(file.read_bytes())
+  data[len(data) // 2] ^= 1
+  file.write_bytes(data)
+  with pytest.raises(ValueError, match=r"states/25 is damaged .*: delete it .*\(the checksum of"):
+    train.run(config, tmp_path, tokenizer)
+
 
 def _train(config, folder, tokenizer_file, cache):
   jax.config.update("jax_compilation_cache_dir", cache)
