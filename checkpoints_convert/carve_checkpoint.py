@@ -30,6 +30,7 @@ from roe_jax.routers import LINEAR, NEURONS, NONE
 from roe_jax.text.tokenizer import Tokenizer
 
 ROUTERS = (LINEAR, NEURONS)
+FINE_TUNING = "fine_tuning"  # in the provenance of a checkpoint whose weights were trained
 TOKENS = 16384
 _WINDOW = 512  # tokens of a calibration sequence
 
@@ -69,7 +70,16 @@ def is_carved(config: ModelConfig) -> bool:
 
 
 def dense_config(carved: ModelConfig) -> ModelConfig:
-  """Returns the config of the dense model that a model was carved from."""
+  """Returns the config of the dense model that a model was carved from.
+
+  Raises:
+    ConversionError: the gates have learned scales, so no dense model is equal.
+  """
+  if carved.gate_scales:
+    raise ConversionError(
+      "a carved model that has learned scales of its gates has no dense form: convert the model "
+      "that it was fine-tuned from, or fine-tune with --gate_scales=false"
+    )
   return carved.replace(
     router=NONE,
     router_bias=False,
@@ -133,7 +143,13 @@ def convert(
     target,
     config,
     files=opened.folder,
-    provenance={"source": source, "revision": revision, "dtype": config.dtype, "carving": facts},
+    provenance={
+      "source": source,
+      "revision": revision,
+      "source_dtypes": list(opened.stored_dtypes),
+      "dtype": config.dtype,
+      "carving": facts,
+    },
     fingerprint=opened.fingerprint + json.dumps(facts),
     piece_bytes=piece_bytes,
     overwrite=overwrite,

@@ -82,8 +82,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   flags.DEFINE_integer(
     "verify",
     None,
-    "Compare the logits of the written checkpoint with those of transformers on this many tokens, "
-    "in float32, and fail if they differ.",
+    "Compare the logits of the written checkpoint (with all experts active, if they were carved) "
+    "with those of transformers on this many tokens, in float32, and fail if they differ.",
     flag_values=values,
   )
   string("verify_text", None, "Text file for --verify. Default: random tokens.")
@@ -186,11 +186,12 @@ def _check_verification(values: flags.FlagValues, from_checkpoint: bool) -> None
     if values.verify_text is not None:
       raise ConversionError("--verify_text applies to --verify only: add --verify=NUM_TOKENS")
     return
-  if values.to_hugging_face or values.carve or values.dry_run or from_checkpoint:
+  if values.to_hugging_face or values.dry_run or from_checkpoint:
     raise ConversionError(
-      "--verify applies to converting a Hugging Face model to a checkpoint only: leave it out"
+      "--verify applies to converting a Hugging Face model or a GGUF file to a checkpoint only: "
+      "leave it out"
     )
-  verification.check(values.source, values.verify, values.verify_text)
+  verification.check(values.verify, values.verify_text)
   folder = hub.find(values.source, values.revision, weights=False)
   verification.check_source(folder, values.verify, values.verify_text)
 

@@ -14,7 +14,7 @@ import sys
 # What a program writes: into a folder; a file; a folder that it replaces as a whole; or something
 # that several processes may write at once.
 FOLDER, FILE, WHOLE_FOLDER, SHARED = "folder", "file", "whole folder", "shared"
-_LOCK = ".lock"
+LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # on some network file systems
 
 
@@ -48,7 +48,7 @@ def held(output: str | None, kind: str = FOLDER) -> Iterator[None]:
   folder = path if kind == FOLDER else path.parent
   missing = [p for p in (folder, *folder.parents) if not p.exists()]
   folder.mkdir(parents=True, exist_ok=True)
-  lock = folder / (_LOCK if kind == FOLDER else f".{path.name}{_LOCK}")
+  lock = folder / (LOCK if kind == FOLDER else f".{path.name}{LOCK}")
   file = _acquire(lock, output)
   try:
     yield

@@ -15,7 +15,7 @@ from checkpoints_convert import (
   safetensors_files,
   tensor_names,
 )
-from checkpoints_convert.common import check_space
+from checkpoints_convert.common import check_space, note
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
 from roe_jax.checkpoint import Piece
@@ -44,7 +44,8 @@ def convert_to_hugging_face(
   An interrupted conversion resumes after the last finished file when it is called again.
 
   Args:
-    source: a roe_jax checkpoint; one that was carved is written as the dense model.
+    source: a roe_jax checkpoint; one that was carved is written as the dense model, with a warning
+      if its weights were trained afterwards.
     target: the folder to write, which `transformers` can load.
     dtype: "float32", "bfloat16", or "source" for the checkpoint's own. Experts in
       MXFP4 stay in MXFP4.
@@ -63,6 +64,8 @@ def convert_to_hugging_face(
   pieces = checkpoint.load_pieces(source)
   read = lambda names: checkpoint.iterate_pieces(source, names)
   if carve_checkpoint.is_carved(config):
+    if carve_checkpoint.FINE_TUNING in checkpoint.load_provenance(source):
+      note(f"{source} was fine-tuned, so its dense form is not the model that it was carved from")
     carved, config = config, carve_checkpoint.dense_config(config)
     read = lambda names: carve_checkpoint.dense_pieces(source, carved, names)
   fingerprint = quantize_checkpoint.fingerprint(source)

@@ -1,8 +1,10 @@
 """Compares a converted checkpoint with the model that transformers makes of its source."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
+import math
 import pathlib
 from typing import Any
 
@@ -10,9 +12,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from checkpoints_convert import gguf_model, hub
+from checkpoints_convert import carve_checkpoint, gguf_model, hub
 from checkpoints_convert.common import ConversionError
 from roe_jax import checkpoint, transformer
+from roe_jax.families import from_hugging_face
+from roe_jax.routing import with_experts
 from roe_jax.text.tokenizer import Tokenizer
 
 # Largest relative difference of logits where the weights are the source's.
@@ -20,6 +24,8 @@ TOLERANCE = 1e-4
 # Largest mean KL divergence, in nats, where the weights were rounded or quantized.
 MAX_MEAN_KL = 0.1
 _WINDOW = 256  # tokens per sequence
+# Settings that change no logits.
+_IDLE = "bos_token_id pad_token_id eos_token_ids context_length initializer_range".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Comparison:
     mean_kl, max_kl: KL divergence of the checkpoint's next-token distributions from those of
       transformers, in nats.
     is_exact: whether the weights are the source's, neither rounded nor quantized.
+    is_carved: whether all experts were active, since the checkpoint was carved out of the source.
   """
 
   num_tokens: int
@@ -39,6 +46,7 @@ class Comparison:
   mean_kl: float
   max_kl: float
   is_exact: bool
+  is_carved: bool
 
   @property
   def passes(self) -> bool:
@@ -53,14 +61,15 @@ class Comparison:
       if self.is_exact
       else f"mean KL at most {MAX_MEAN_KL:g}, since weights were rounded or quantized"
     )
+    active = ", with all experts active" if self.is_carved else ""
     return (
-      f"against transformers on {self.num_tokens} tokens: largest relative difference of logits "
-      f"{self.difference:.2g}, KL divergence {self.mean_kl:.2g} mean, {self.max_kl:.2g} largest "
-      f"(tolerance: {limit})"
+      f"against transformers on {self.num_tokens} tokens{active}: largest relative difference of "
+      f"logits {self.difference:.2g}, KL divergence {self.mean_kl:.2g} mean, {self.max_kl:.2g} "
+      f"largest (tolerance: {limit})"
     )
 
 
-def check(source: str, num_tokens: int, text: str | None) -> None:
+def check(num_tokens: int, text: str | None) -> None:
   """Checks what a comparison needs, before anything is converted.
 
   Raises:
@@ -74,31 +83,57 @@ def check(source: str, num_tokens: int, text: str | None) -> None:
     raise ConversionError(
       '--verify compares with transformers, which is not installed: pip install "roe_jax[parity]"'
     )
-  if gguf_model.is_gguf(source):
-    raise ConversionError(
-      "--verify compares with transformers, which does not read all GGUF files alike: leave it out"
-    )
 
 
 def check_source(folder: pathlib.Path, num_tokens: int, text: str | None) -> None:
-  """Checks that transformers knows the architecture of a Hugging Face folder.
+  """Checks that transformers knows the architecture of a folder that `hub.find` returns.
 
   Raises:
-    ConversionError: it does not, or the text is too short.
+    ConversionError: it does not, it reads the metadata of a GGUF file otherwise, or the text is
+      too short.
     FileNotFoundError: there is a text and no tokenizer.
   """
   if text is not None:
     _encode(folder, num_tokens, text)
   import transformers
 
-  try:
-    config = transformers.AutoConfig.from_pretrained(folder)
+  path, options = _location(folder)
+  with _one_sentence(path, options):
+    config = transformers.AutoConfig.from_pretrained(path, **options)
     transformers.AutoModelForCausalLM._model_mapping[type(config)]
-  except Exception as error:  # configs raise many types
-    reason = str(error).strip().split("\n")[0][:200]
+    if options:
+      _check_metadata(hub.read_config(folder), config.to_dict())
+
+
+def _location(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, str]]:
+  """Returns the arguments with which transformers opens a folder that `hub.find` returns."""
+  gguf = (folder / gguf_model.WEIGHTS).resolve()
+  return (gguf.parent, {"gguf_file": gguf.name}) if gguf.is_file() else (folder, {})
+
+
+@contextlib.contextmanager
+def _one_sentence(path, options):
+  """Turns what transformers raises into one sentence."""
+  try:
+    yield
+  except Exception as error:  # configs and models raise many types
+    reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
     raise ConversionError(
-      f"transformers cannot open {folder}, so there is nothing to --verify with: {reason}"
+      f"transformers cannot open {path / options.get('gguf_file', '')}, so there is nothing to "
+      f"--verify with: {reason}"
     ) from error
+
+
+def _check_metadata(own: dict[str, Any], read: dict[str, Any]) -> None:
+  """Checks that transformers reads the same settings of a GGUF file; it leaves out some."""
+  ours, theirs = (dataclasses.asdict(from_hugging_face(c, "float32")) for c in (own, read))
+  for name, value in ours.items():
+    found = theirs[name]
+    same = value == found
+    if isinstance(value, float) and isinstance(found, float):
+      same = math.isclose(value, found, rel_tol=1e-6)
+    if not same and name not in _IDLE:
+      raise ValueError(f"it reads {name} as {found} instead of {value}")
 
 
 def verify(
@@ -107,7 +142,7 @@ def verify(
   """Compares a checkpoint with transformers, in float32.
 
   Args:
-    folder: the Hugging Face folder that was converted.
+    folder: the folder that was converted, as `hub.find` returns it.
     target: the checkpoint.
     num_tokens: number of tokens.
     text: a file of text; random tokens by default.
@@ -124,13 +159,19 @@ def verify(
     tokens = _encode(folder, num_tokens, text)
   stored = checkpoint.load_config(target)
   dtypes = checkpoint.load_provenance(target)["source_dtypes"]
+  is_carved = carve_checkpoint.is_carved(config)
+  if is_carved:  # with all experts active it is the source
+    config = with_experts(config, config.num_experts)
   is_exact = stored.expert_format in (None, "mxfp4") and stored.dtype in (
     "float32",
     hub.own_dtype(dtypes),
   )
-  model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-    folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-  ).eval()
+  path, options = _location(folder)
+  options |= dict(attn_implementation="eager", experts_implementation="eager")
+  with _one_sentence(path, options):
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+      path, dtype=torch.float32, **options
+    ).eval()
   forward = jax.jit(functools.partial(transformer.forward, config=config))
   size = min(_WINDOW, config.context_length)
   largest, difference, kl = 0.0, 0.0, []
@@ -144,7 +185,12 @@ def verify(
     p, q = (_log_softmax(logits) for logits in (theirs, ours))
     kl.extend((np.exp(p) * (p - q)).sum(-1))
   return Comparison(
-    num_tokens, float(difference / largest), float(np.mean(kl)), float(np.max(kl)), is_exact
+    num_tokens,
+    float(difference / largest),
+    float(np.mean(kl)),
+    float(np.max(kl)),
+    is_exact,
+    is_carved,
   )
 
 

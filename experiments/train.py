@@ -2,36 +2,27 @@
 
     python -m experiments.train --config=wordmath_control --output=DIR
 
-Configs are the files of `experiments/training/configs`. The output folder holds
-
-* `config.json`: the config with the flags' overrides;
-* `metrics.jsonl`: a line every few steps and for every evaluation;
-* `states/`: the last two training states. The same command resumes from them and ends with the
-  parameters of an uninterrupted run;
-* `model/`: the final checkpoint with bfloat16 weights, tokenizer, and provenance with the scores
-  of these weights.
+Configs are the files of `experiments/training/configs`. The output folder holds what
+`training_loop` says, and in `model/` the final checkpoint with bfloat16 weights, tokenizer, and
+provenance with the scores of these weights. The same command resumes an interrupted run.
 """
 
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
-import time
 
 from absl import flags, logging
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
-from tqdm import tqdm
 
 from checkpoints_convert import save_hugging_face
-from experiments.benchmarks import machine
-from experiments.cli import app, text_files
+from experiments.cli import app
 from experiments.tasks import wordmath, wordmath_tokenizer
-from experiments.training import configs, training_batches
-from roe_jax import decode, orbax_storage, training, transformer
+from experiments.training import configs, training_batches, training_loop
+from roe_jax import decode, training, transformer
 
 FLAGS = flags.FLAGS
 
@@ -71,60 +62,6 @@ def apply_flags(config: configs.TrainingConfig) -> configs.TrainingConfig:
   if FLAGS.problems is not None:
     changes["num_problems"] = FLAGS.problems or None
   return config.replace(settings=dataclasses.replace(config.settings, **settings), **changes)
-
-
-class Metrics:
-  """`metrics.jsonl`: one line per record, with each step once even if the run was interrupted."""
-
-  def __init__(self, path: pathlib.Path, step: int):
-    """Opens the file at `path`, and drops records after `step`."""
-    records = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
-      try:
-        records.append(json.loads(line))
-      except json.JSONDecodeError:  # killed while writing
-        break
-    self.records = [r for r in records if r["step"] <= step]
-    app.write_atomically(path, "".join(text_files.to_json(r) + "\n" for r in self.records))
-    self._file = path.open("a", encoding="utf-8")
-
-  def write(self, record: dict) -> None:
-    self.records.append(record)
-    self._file.write(text_files.to_json(record) + "\n")
-    self._file.flush()
-
-  def seconds(self) -> float:
-    """Returns the training time up to the last record."""
-    return max((r["seconds"] for r in self.records), default=0.0)
-
-
-def check_output(output: pathlib.Path, config: configs.TrainingConfig) -> None:
-  """Writes the config to the output folder, or checks the one that is there.
-
-  Raises:
-    ValueError: the folder holds a run with another config, or other files.
-  """
-  path = output / "config.json"
-  text = text_files.to_json(dataclasses.asdict(config), indent=2) + "\n"
-  if path.exists():
-    existing = _flat(json.loads(path.read_text("utf-8")))
-    different = [k for k, v in _flat(json.loads(text)).items() if existing.get(k) != v]
-    if different:
-      raise ValueError(
-        f"{output} holds a run with another config (it differs in {', '.join(different)}): give "
-        "another --output, or the flags of that run"
-      )
-  elif output.exists() and any(p.name != "config.json.partial" for p in output.iterdir()):
-    raise ValueError(f"{output} is not empty and holds no training run: give another --output")
-  else:
-    app.write_atomically(path, text)
-
-
-def _flat(values, prefix=""):
-  flat = {}
-  for name, value in values.items():
-    flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-  return flat
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -184,13 +121,6 @@ def command() -> str:
   return " ".join(["python -m experiments.train", *given, "--output=DIR"])
 
 
-def describe_machine() -> str:
-  found = machine.describe(machine.pin(None))
-  cores = f"{found['cores']} core{'s' if found['cores'] > 1 else ''}"
-  accelerator = "" if found["platform"] == "cpu" else f", {found['device']}"
-  return f"{found['cpu']}, {cores}{accelerator}"
-
-
 def run(
   config: configs.TrainingConfig, output: pathlib.Path, tokenizer: tokenizers.Tokenizer
 ) -> tuple[training.TrainState, dict]:
@@ -211,68 +141,23 @@ def run(
     config.seed,
     config.model.pad_token_id,
   )
-  num_steps = config.settings.num_steps
-  from orbax.checkpoint import v1 as ocp  # slow
 
-  keep = ocp.training.preservation_policies.LatestN(2)
-  with ocp.training.Checkpointer(
-    (output / "states").absolute(), preservation_policy=keep, cleanup_tmp_directories=True
-  ) as saver:
-    state = jax.jit(init)()
-    if saver.latest is not None:
-      saved = output / "states" / str(saver.latest.step)
-      with orbax_storage.reading(f"the saved state {saved}", "delete it and rerun"):
-        state = saver.load(saver.latest.step, state)
-    first = int(state.step)
-    metrics = Metrics(output / "metrics.jsonl", first)
-    last = next(
-      (r for r in reversed(metrics.records) if r["kind"] == "training"),
-      {"tokens": 0, "seconds": 0.0},
-    )
-    tokens, before, start = last["tokens"], metrics.seconds(), time.monotonic()
+  def step_fn(state, index):
+    batch = make_batch(index)
+    state, values = training.train_step(state, batch, config=config.model, settings=config.settings)
+    return state, values, int((batch.weights > 0).sum())
 
-    def seconds():
-      return round(before + time.monotonic() - start, 2)
-
-    progress = tqdm(total=num_steps, initial=first, unit="step", mininterval=2, dynamic_ncols=True)
-    mark = tokens, seconds()  # the rate is measured from here, without evaluations
-    for step in range(first + 1, num_steps + 1):
-      batch = make_batch(step - 1)
-      state, values = training.train_step(
-        state, batch, config=config.model, settings=config.settings
-      )
-      tokens += int((batch.weights > 0).sum())
-      progress.update()
-      saves = step % config.save_every == 0 or step == num_steps
-      if saves or step % config.log_every == 0:
-        values = {k: float(f"{float(v):.6g}") for k, v in values.items()}
-        now = seconds()
-        rate = (tokens - mark[0]) / max(now - mark[1], 1e-3)
-        mark = tokens, now
-        last = {
-          "step": step,
-          "kind": "training",
-          **values,
-          "tokens": tokens,
-          "tokens_per_second": round(rate),
-          "seconds": now,
-        }
-        metrics.write(last)
-        progress.set_postfix(loss=f"{values['loss']:.4f}")
-        if not np.isfinite(values["loss"]):
-          raise ValueError(
-            f"the loss is {values['loss']} at step {step}: give a lower --learning_rate"
-          )
-      if step % config.evaluate_every == 0 or step == num_steps:
-        scores = validate(state.params, config, tokenizer)
-        metrics.write({"step": step, "kind": "evaluation", **scores, "seconds": seconds()})
-        progress.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
-        mark = tokens, seconds()
-      if saves:
-        with orbax_storage.checksums():
-          saver.save(step, state)
-    progress.close()
-  return state, last | {"seconds": metrics.seconds()}
+  state, metrics = training_loop.run(
+    output,
+    init,
+    step_fn,
+    lambda state: validate(state.params, config, tokenizer),
+    num_steps=config.settings.num_steps,
+    log_every=config.log_every,
+    save_every=config.save_every,
+    evaluate_every=config.evaluate_every,
+  )
+  return state, metrics.last("training") or {}
 
 
 def finish(
@@ -299,7 +184,7 @@ def finish(
       "steps": int(state.step),
       "tokens": last["tokens"],
       "seconds": last["seconds"],
-      "machine": describe_machine(),
+      "machine": training_loop.describe_machine(),
       "jax": jax.__version__,
       "scores": {"of": f"the stored weights run in {config.model.dtype}", **scores},
     },
@@ -312,7 +197,7 @@ def main(argv) -> None:
   logging.set_verbosity(logging.WARNING)
   output = pathlib.Path(FLAGS.output)
   config = apply_flags(configs.load(FLAGS.config))
-  check_output(output, config)
+  training_loop.check_output(output, dataclasses.asdict(config))
   if (output / "model").exists():
     print(f"{output / 'model'} is already complete")
     return

@@ -44,6 +44,8 @@ class ModelConfig:
     context_length: maximum sequence length, in tokens.
     router: kind of router, a name in `routers.ROUTERS`.
     unit_gates: whether the chosen experts have gates of one (dense models) instead of a softmax.
+    gate_scales: whether these gates are 1 + u p, with a learned scale u of each expert and the
+      softmax p over all experts (fine-tuned carved models).
     normalize_gates: whether the gates of the chosen experts are scaled to sum to one
       (Mixtral; `norm_topk_prob`) or remain a softmax over all experts.
     gate_mass_experts: scales gates that are not normalized to the sum of the gates of
@@ -99,6 +101,7 @@ class ModelConfig:
   qk_norm: bool
   router: str = LINEAR
   unit_gates: bool = False
+  gate_scales: bool = False
   qk_norm_per_head: bool = False
   clip_qkv: float | None = None
   qkv_bias: bool = False
@@ -165,6 +168,11 @@ class ModelConfig:
       raise ValueError(
         f"a model with router {self.router!r} has one expert per layer with a gate of one, got "
         f"num_experts {self.num_experts} and unit_gates {self.unit_gates}"
+      )
+    if self.gate_scales and (ROUTERS[self.router].axes is None or not self.unit_gates):
+      raise ValueError(
+        f"gate_scales scale the gates of one of a model with a router, got router {self.router!r} "
+        f"and unit_gates {self.unit_gates}"
       )
     if not 1 <= (self.gate_mass_experts or 1) <= self.experts_per_token:
       raise ValueError(

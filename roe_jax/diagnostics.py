@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import batching, prefill, reference, routing, sharding, transformer
+from roe_jax import batching, prefill, reference, sharding, transformer
 from roe_jax import members as members_lib
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
@@ -322,7 +322,7 @@ def _shared_experts(params, config, roster, cache, tokens, request_ids):
 def _margins(params, config, roster, cache, tokens, request_ids):
   """Returns the margins `[L, R, B, T]`."""
 
-  def margin(logits_BxTxE, perturbed_BxTxE):
+  def margin(layer, logits_BxTxE, perturbed_BxTxE):
     best, _ = jax.lax.top_k(perturbed_BxTxE, config.experts_per_token + 1)
     return best[..., -2] - best[..., -1]
 
@@ -351,8 +351,10 @@ def _logits_at(params, config, roster, cache, tokens, request_ids, *, last_B, of
 def _trace(params, config, roster, cache, tokens, request_ids):
   """Returns chosen experts and gates `[L, R, B, T, A]` and router logits `[L, R, B, T, E]`."""
 
-  def route(logits_BxTxE, perturbed_BxTxE):
-    return routing.route(config, logits_BxTxE, perturbed_BxTxE, roster.gate_weights)
+  def route(layer, logits_BxTxE, perturbed_BxTxE):
+    return transformer.route(
+      config, params.layers, layer, logits_BxTxE, perturbed_BxTxE, roster.gate_weights
+    )
 
   (chosen, gates), router_logits = _of_router_logits(
     route, params, config, roster, cache, tokens, request_ids
@@ -361,7 +363,7 @@ def _trace(params, config, roster, cache, tokens, request_ids):
 
 
 def _of_router_logits(compute, params, config, roster, cache, tokens, request_ids):
-  """Applies `compute` to router logits `[B, T, E]` of each layer and member, and noisy ones.
+  """Applies `compute` to each layer's index and router logits `[B, T, E]` without and with noise.
 
   Returns:
     Its results `[L, R, ...]`, and the logits without noise `[L, R, B, T, E]`.
@@ -373,7 +375,8 @@ def _of_router_logits(compute, params, config, roster, cache, tokens, request_id
 
   def of_member(layer, member, logits_BxTxE):
     noise = members_lib.routing_noise(roster, request_ids, positions, member)
-    return compute(logits_BxTxE, noise.perturb(layer, logits_BxTxE, config.experts_per_token))
+    perturbed_BxTxE = noise.perturb(layer, logits_BxTxE, config.experts_per_token)
+    return compute(layer, logits_BxTxE, perturbed_BxTxE)
 
   of_members = jax.vmap(of_member, in_axes=(None, 0, 0))
   found = jax.lax.map(

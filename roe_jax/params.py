@@ -69,6 +69,7 @@ class LayerParams(struct.PyTreeNode):
   experts: ExpertParams
   router: Any = None  # [L, E, D], or as its kind in `routers` says; None without a router
   router_bias: Any = None  # [L, E]
+  gate_scales: Any = None  # [L, E]
   shared_expert: SharedExpertParams | None = None
 
 
@@ -86,7 +87,7 @@ class ParamSpec:
   Attributes:
     shape: the array's shape.
     axes: logical axis names, one per dimension.
-    init: "ones", "normal", "codes" (random bits), or "scales" (such that random codes
+    init: "ones", "zeros", "normal", "codes" (random bits), or "scales" (such that random codes
       have the standard deviation of "normal").
     scale: factor on the config's `initializer_range`.
     dtype: dtype name; None for the config's dtype.
@@ -189,6 +190,7 @@ def describe(config: ModelConfig) -> Params:
         down_bias=spec_if(config.expert_bias, "layers", "experts", "embed"),
       ),
       router_bias=spec_if(config.router_bias, "layers", "routed_experts"),
+      gate_scales=spec_if(config.gate_scales, "layers", "routed_experts", init="zeros"),
       shared_expert=shared_expert if config.d_shared_expert else None,
     ),
     final_norm=spec("embed", init="ones"),
@@ -218,6 +220,8 @@ def initialize(config: ModelConfig, key: jax.Array) -> Params:
     dtype = _dtype(config, spec)
     if spec.init == "ones":
       return jnp.ones(spec.shape, dtype)
+    if spec.init == "zeros":
+      return jnp.zeros(spec.shape, dtype)
     if spec.init == "codes":
       return jax.lax.bitcast_convert_type(jax.random.bits(key, spec.shape, jnp.uint8), dtype)
     stddev = config.initializer_range * spec.scale

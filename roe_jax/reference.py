@@ -8,7 +8,7 @@ addresses, the routing rule and the elementary parts of a block.
 import jax
 import jax.numpy as jnp
 
-from roe_jax import attention, routing, transformer
+from roe_jax import attention, transformer
 from roe_jax import noise as noise_lib
 from roe_jax.config import ModelConfig
 from roe_jax.experts import Activation, shared
@@ -76,7 +76,7 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
   normed = transformer.norm(config, x, layers.moe_norm[layer])
   logits = transformer.router_logits(config, layers, layer, normed)
   perturbed = noise.perturb(layer, logits, config.experts_per_token)
-  chosen, gates = routing.route(config, logits, perturbed, gate_weights)
+  chosen, gates = transformer.route(config, layers, layer, logits, perturbed, gate_weights)
   by_expert = jnp.sum(jax.nn.one_hot(chosen, config.num_experts) * gates[..., None], axis=-2)
   projected = einsum("btd,efcd->btecf", normed, experts.gate_up)
   if config.expert_bias:

@@ -1,10 +1,12 @@
 """Routing: from router logits to the chosen experts and their gates."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from roe_jax.config import ModelConfig
-from roe_jax.numerics import rounded
+from roe_jax.numerics import rounded, to_compute_dtype
 
 CLEAN = "clean"
 NOISY = "noisy"
@@ -47,6 +49,7 @@ def route(
   logits: jax.Array,
   perturbed: jax.Array | None = None,
   gate_weights: str = CLEAN,
+  scales: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Chooses the experts with the largest perturbed logits and computes their gates.
 
@@ -64,6 +67,7 @@ def route(
     perturbed: `[..., E]` float32, the logits with noise, or None. An expert at -inf has a
       gate of zero.
     gate_weights: one of `GATE_WEIGHTS`.
+    scales: `[E]`, u of each expert if the model has `gate_scales`.
 
   Returns:
     The chosen experts `[..., A]` int32, best first, and their gates `[..., A]` float32
@@ -73,15 +77,16 @@ def route(
     return jnp.zeros(logits.shape, jnp.int32), jnp.ones(logits.shape, jnp.float32)
   ranked = logits if perturbed is None else perturbed
   _, experts = jax.lax.top_k(ranked, config.experts_per_token)
-  gates = _gates(config, ranked if gate_weights == NOISY else logits, ranked, experts)
+  gates_of = functools.partial(_gates, config, scales)
+  gates = gates_of(ranked if gate_weights == NOISY else logits, ranked, experts)
   if not config.normalize_gates:
     mass_of = config.gate_mass_experts or config.experts_per_token
     if gate_weights == CLEAN_RESCALED and perturbed is not None:
       _, clean_experts = jax.lax.top_k(logits, mass_of)
       # Summed in the order of the experts, so that the factor is exactly one
       # where both choices are the same set.
-      clean_mass = _gates(config, logits, logits, jnp.sort(clean_experts)).sum(-1, keepdims=True)
-      mass = _gates(config, logits, ranked, jnp.sort(experts)).sum(-1, keepdims=True)
+      clean_mass = gates_of(logits, logits, jnp.sort(clean_experts)).sum(-1, keepdims=True)
+      mass = gates_of(logits, ranked, jnp.sort(experts)).sum(-1, keepdims=True)
       gates = gates * (clean_mass / mass)
     elif config.gate_mass_experts is not None:
       gates = gates * (gates[..., :mass_of].sum(-1, keepdims=True) / gates.sum(-1, keepdims=True))
@@ -90,10 +95,14 @@ def route(
   return experts, gates
 
 
-def _gates(config, logits, ranked, experts):
+def _gates(config, scales, logits, ranked, experts):
   left_out = jnp.isneginf(jnp.take_along_axis(ranked, experts, axis=-1))
   if config.unit_gates:
-    gates = jnp.where(left_out, 0.0, 1.0)
+    gates = 1.0
+    if scales is not None:  # CMoE (arXiv 2502.04416)
+      probabilities = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), experts, axis=-1)
+      gates += to_compute_dtype(scales).astype(jnp.float32)[experts] * probabilities
+    gates = jnp.where(left_out, 0.0, gates)
     return gates / gates.sum(-1, keepdims=True) if config.normalize_gates else gates
   chosen = jnp.take_along_axis(logits, experts, axis=-1)
   if ranked is not logits:

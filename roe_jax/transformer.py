@@ -95,6 +95,19 @@ def router_logits(
   return ROUTERS[config.router].logits(layers.router, layers.router_bias, layer, normed)
 
 
+def route(
+  config: ModelConfig,
+  layers: LayerParams,
+  layer: jax.Array | int,
+  logits: jax.Array,
+  perturbed: jax.Array | None,
+  gate_weights: str,
+) -> tuple[jax.Array, jax.Array]:
+  """Chooses the experts of a layer and computes their gates; see `routing.route`."""
+  scales = None if layers.gate_scales is None else layers.gate_scales[layer]
+  return routing.route(config, logits, perturbed, gate_weights, scales)
+
+
 def run_layers(
   params: Params,
   config: ModelConfig,
@@ -288,7 +301,7 @@ def feed_forward(
   normed = norm(config, x, layers.moe_norm[layer])
   logits = router_logits(config, layers, layer, normed)
   perturbed = None if noise is None else noise.perturb(layer, logits, config.experts_per_token)
-  chosen, gates = routing.route(config, logits, perturbed, gate_weights)
+  chosen, gates = route(config, layers, layer, logits, perturbed, gate_weights)
   b, t, d = x.shape
   y = experts.apply(
     layers.experts,

@@ -48,12 +48,15 @@ def member_logits(
     turned = (x[:, :half] + 1j * x[:, half:]) * magnitude * np.exp(1j * position * frequencies)
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
-  def gates(clean, noisy, chosen):
+  def gates(clean, noisy, chosen, layer):
     """The weights of the chosen experts by the setting's rule."""
     source = noisy if roster.gate_weights == "noisy" else clean
     probabilities = np.exp(source - source.max())
     probabilities /= probabilities.sum()
     weights = probabilities[chosen]
+    if config.unit_gates:
+      scales = p.layers.gate_scales[layer, chosen] if config.gate_scales else 0
+      weights = 1 + scales * weights
     weights = np.where(np.isneginf(noisy[chosen]), 0, weights)
     if config.normalize_gates:
       return weights / weights.sum()
@@ -125,7 +128,7 @@ def member_logits(
     chosen = np.argsort(-noisy)[: config.experts_per_token]
     if index is not None:
       record(layer, position, chosen)
-    for expert, weight in zip(chosen, gates(clean, noisy, chosen)):
+    for expert, weight in zip(chosen, gates(clean, noisy, chosen, layer)):
       experts = p.layers.experts
       gate, up = np.einsum("d,fid->if", normed, experts.gate_up[layer, expert])
       if config.expert_bias:

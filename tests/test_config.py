@@ -439,6 +439,7 @@ def test_json_with_unknown_or_missing_keys_is_refused():
     ({"sliding_layers": (1,)}, "sliding_window"),
     ({"sliding_window": 4, "sliding_layers": (3,)}, "indices of the 3 layers"),
     ({"expert_format": "int3"}, "int3.*int8, int4, mxfp4"),
+    ({"gate_scales": True}, "gate_scales scale the gates of one"),
   ],
 )
 def test_impossible_sizes_are_refused_by_name(changes, message):

@@ -126,6 +126,22 @@ def test_gates_follow_the_formulas(family, normalize, gate_weights):
   np.testing.assert_allclose(gates, expected, rtol=2e-6)
 
 
+@pytest.mark.parametrize("gate_weights", ["clean", "noisy"])
+def test_scaled_gates_are_one_plus_a_share_of_the_softmax(gate_weights):
+  config = tiny.config("olmoe", unit_gates=True, gate_scales=True, gates_in_model_dtype=False)
+  logits, noise = random_rows(num_rows=20)
+  scales = np.linspace(-1, 2, 8).astype(np.float32)
+  experts, gates = routing.route(
+    config, jnp.asarray(logits), jnp.asarray(logits + noise), gate_weights, jnp.asarray(scales)
+  )
+  p = np.exp(np.float64(logits + noise if gate_weights == "noisy" else logits))
+  p /= p.sum(-1, keepdims=True)
+  expected = np.take_along_axis(1 + scales * p, np.asarray(experts), axis=-1)
+  np.testing.assert_allclose(gates, expected, rtol=1e-5)
+  _, ones = routing.route(config, jnp.asarray(logits), scales=jnp.zeros(8))
+  np.testing.assert_array_equal(ones, np.ones((20, 3)))
+
+
 def test_the_gate_rules_differ_where_they_should():
   logits, noise = map(jnp.asarray, random_rows())
 

@@ -288,6 +288,32 @@ def test_wrong_input_is_refused(source, tmp_path, capsys, flags, message):
   assert not list(tmp_path.iterdir())
 
 
+def test_carved_checkpoints_are_verified_with_all_experts(source, tmp_path, capsys):
+  pytest.importorskip("torch")
+  pytest.importorskip("transformers")
+  if json.loads((source / "config.json").read_text())["torch_dtype"] != "float32":
+    return
+  given = dict(source=source, carve="S1A2E4", calibration=source / "text.txt")
+  assert _run(**given, target=tmp_path / "carved", calibration_tokens="256", verify=20) == 0
+  assert "on 20 tokens, with all experts active: largest relative" in capsys.readouterr().out
+
+
+def test_fine_tuned_checkpoints_are_not_the_dense_model(carved, tmp_path, caplog):
+  """Their gates are not one; without scales, the weights are exported, but not the source's."""
+  params, config = checkpoint.load(carved)
+  provenance = checkpoint.load_provenance(carved) | {"fine_tuning": {}}
+  checkpoint.save(tmp_path / "tuned", params, config, files=carved, provenance=provenance)
+  convert_to_hugging_face(str(tmp_path / "tuned"), str(tmp_path / "dense"))
+  assert "tuned was fine-tuned, so its dense form is not the model" in caplog.text
+  config = config.replace(gate_scales=True)
+  scales = jnp.zeros((config.num_layers, config.num_experts), config.dtype)
+  params = params.replace(layers=params.layers.replace(gate_scales=scales))
+  checkpoint.save(tmp_path / "scaled", params, config, files=carved, provenance=provenance)
+  with pytest.raises(ConversionError, match="has learned scales of its gates"):
+    convert_to_hugging_face(str(tmp_path / "scaled"), str(tmp_path / "target"))
+  assert not (tmp_path / "target").exists()
+
+
 def test_missing_scipy_and_experts_are_refused(source, tmp_path, monkeypatch):
   sparse = from_hugging_face(hf.config_json("mixtral"))
   with pytest.raises(ConversionError, match="mixtral model has 8 experts per layer already"):

@@ -4,6 +4,7 @@ import json
 import math
 import types
 
+from absl import flags
 import gguf
 import hf
 import jax
@@ -13,7 +14,7 @@ import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers, trainers
 
 import checkpoints_convert
-from checkpoints_convert import ConversionError, gguf_files, gguf_model, gguf_tokenizer, hub
+from checkpoints_convert import ConversionError, cli, gguf_files, gguf_model, gguf_tokenizer, hub
 from roe_jax import families, model_formats
 from roe_jax.quantization import Quantized, dequantize_on_host
 from roe_jax.text.chat import Chat
@@ -180,6 +181,30 @@ def test_logits_are_those_of_transformers_with_the_same_file(tmp_path, family):
   expected = hf.logits(model, x)
   actual = jax.jit(transformer.forward, static_argnums=1)(params, found, x)[0]
   assert np.abs(np.asarray(actual) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+  "family, sentence",
+  [
+    ("llama", "on 20 tokens: largest relative difference"),
+    ("mixtral", "nothing to --verify with: it reads family as llama instead of mixtral"),
+    ("olmoe", "nothing to --verify with: GGUF model with architecture olmoe is not supported"),
+  ],
+)
+def test_files_are_verified_where_transformers_reads_the_same_model(
+  tmp_path, capsys, family, sentence
+):
+  pytest.importorskip("torch"), pytest.importorskip("transformers")
+  config = config_json(family)
+  path = write(tmp_path / "m.gguf", config, gguf_tensors(config, hf.random_state(config)))
+  values = flags.FlagValues()
+  cli.define_flags(values)
+  values(["convert", f"--source={path}", f"--target={tmp_path / 'roe'}", "--verify=20"])
+  verified = family == "llama"
+  assert cli.run(values) == (0 if verified else 1)
+  printed = capsys.readouterr()
+  assert sentence in printed.out + printed.err
+  assert (tmp_path / "roe").exists() == verified
 
 
 def test_tied_embeddings_biases_and_experts_in_tensors_of_their_own(tmp_path):

@@ -11,9 +11,10 @@ import programs
 import pytest
 import tokenizers
 
+from checkpoints_convert import outputs
 from experiments import train
 from experiments.tasks import wordmath, wordmath_tokenizer
-from experiments.training import configs, training_batches
+from experiments.training import configs, training_batches, training_loop
 import roe_jax
 from roe_jax import assets
 
@@ -207,14 +208,15 @@ def test_the_checkpoint_holds_rounded_weights_and_their_scores(
 
 
 def test_a_folder_belongs_to_one_config(config, tmp_path):
-  train.check_output(tmp_path / "run", config)
-  train.check_output(tmp_path / "run", config)
+  with outputs.held(str(tmp_path / "run")):  # as a program does
+    training_loop.check_output(tmp_path / "run", dataclasses.asdict(config))
+  training_loop.check_output(tmp_path / "run", dataclasses.asdict(config))
   with pytest.raises(ValueError, match=r"another config \(it differs in seed\)"):
-    train.check_output(tmp_path / "run", config.replace(seed=1))
+    training_loop.check_output(tmp_path / "run", dataclasses.asdict(config.replace(seed=1)))
   (tmp_path / "other").mkdir()
   (tmp_path / "other" / "thesis.tex").touch()
   with pytest.raises(ValueError, match="holds no training run"):
-    train.check_output(tmp_path / "other", config)
+    training_loop.check_output(tmp_path / "other", dataclasses.asdict(config))
 
 
 @pytest.mark.parametrize(
