@@ -206,7 +206,7 @@ class Engine:
         sequences.append(before + tokens)
         starts.append(len(before))
         ids.append(request.request_id)
-    if self._roster.recompute or not sequences:
+    if not (self._roster.cache_mode.keeps_history and sequences):
       return Cost()
     unique = diagnostics.unique_experts(*self._model, self._roster, sequences, starts, ids)
     steps = sum(map(len, sequences)) - sum(starts)
@@ -301,30 +301,20 @@ class Engine:
       settings = dict(opening=request.opening, stop_strings=request.stop)
       text = answer_lib.read(self._tokenizer, completion, **settings).final or ""
     before, count = len(request.tokens), len(completion.tokens)
-    cost = Cost(
-      count,
-      self._forward_passes(before - 1, count),
-      costs.generation_flops(self._model[1], self._roster, before, count),
-      _stopwatch().lap(),
-      peak,
+    passes = self._roster.cache_mode.generation(self._roster, before, count)
+    cost = dataclasses.replace(
+      self._cost(count, passes), seconds=_stopwatch().lap(), peak_bytes=peak
     )
     return Generated(text, completion, cost)
 
   def _scoring_cost(self, request):
-    roster, config = self._roster, self._model[1]
     length, start = request.max_length, len(request.context)
-    filled_first = roster.cache == "clean" and not roster.is_baseline
-    before = length - 1 if filled_first else start - 1
-    return Cost(
-      length - start,
-      self._forward_passes(before, length - start),
-      costs.scoring_flops(config, roster, length, start),
-    )
+    passes = self._roster.cache_mode.scoring(self._roster, length, start)
+    return self._cost(length - start, passes)
 
-  def _forward_passes(self, before, predicting):
-    """Tokens x members, of the history and of what is predicted."""
-    members = len(self._roster.members)
-    return before * len(self._roster.history().members) + predicting * members
+  def _cost(self, num_tokens, passes):
+    flops = sum(costs.forward_flops(self._model[1], *p) for p in passes)
+    return Cost(num_tokens, sum(p.tokens for p in passes), flops)
 
   def _peak(self, slots, positions, *chunk, **kind):
     params, config = self._model

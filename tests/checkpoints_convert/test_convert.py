@@ -395,7 +395,15 @@ REFUSALS = {
   ),
   "index of numbers": (
     lambda f: edit_index(f, lambda i: i.update({Q0: 1})),
-    "is not a safetensors index",
+    f"is not a safetensors index .'{Q0}' of weight_map of .* must be text, got 1",
+  ),
+  "index with paths": (
+    lambda f: edit_index(f, lambda i: i.update({Q0: f"../{SHARD}"})),
+    "is not a safetensors index .shards must be files in its folder",
+  ),
+  "nested index": (
+    lambda f: (f / "model.safetensors.index.json").write_text("[" * 10**5),
+    "is not a safetensors index .*nested too deeply",
   ),
   "pointer": (
     lambda f: (f / SHARD).write_text(POINTER),
