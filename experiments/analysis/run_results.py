@@ -300,7 +300,7 @@ def check_comparable(results: Sequence[Result], baseline: Result) -> None:
     if len(programs) > 1:
       raise ValueError(
         f"{result.path} cannot be compared with {baseline.path}: their costs were measured by "
-        f"different definitions ({', '.join(sorted(programs))}), at least one of an earlier version: "
+        f"different definitions ({', '.join(sorted(programs))}), one of an earlier version: "
         "repeat that run, or report them separately"
       )
     for task in result.records.keys() & baseline.records.keys():
