@@ -152,6 +152,8 @@ def _is(value, kind):
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
   if kind is float:
     # A comparison, because math.isfinite fails on integers that no float is.
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_number and abs(value) <= sys.float_info.max
+    most = sys.float_info.max
+    return (
+      isinstance(value, numbers.Real) and not isinstance(value, bool) and -most <= value <= most
+    )
   return isinstance(value, kind)

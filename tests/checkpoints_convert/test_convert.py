@@ -325,6 +325,10 @@ REFUSALS = {
     lambda f: edit_json(f / "config.json", model_type="bloom"),
     "unsupported architecture.*'bloom'.*supported: olmoe, mixtral",
   ),
+  "bomb": (
+    lambda f: edit_json(f / "config.json", num_hidden_layers=2000, num_experts=8192),
+    "tensors, but the 2,000 layers and 8,192 experts of its config.json require more than",
+  ),
   "rope": (
     lambda f: edit_json(f / "config.json", rope_scaling={"rope_type": "dynamic"}),
     "rope type = 'dynamic'",
