@@ -152,8 +152,6 @@ def _is(value, kind):
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
   if kind is float:
     # A comparison, because math.isfinite fails on integers that no float is.
-    most = sys.float_info.max
-    return (
-      isinstance(value, numbers.Real) and not isinstance(value, bool) and -most <= value <= most
-    )
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and abs(typing.cast(float, value)) <= sys.float_info.max
   return isinstance(value, kind)
