@@ -165,12 +165,10 @@ def test_a_bfloat16_step_makes_no_float32_copies(monkeypatch, num_members):
   )
   roster = roster_lib.Roster.create(config, num_members, 0.5)
   cache = jax.eval_shape(lambda: kv_cache.empty(config, 1, 4096))
-  one = lambda dtype: jax.ShapeDtypeStruct((1,), dtype)
-  compiled = (
-    jax.jit(members_lib.step, static_argnames="config", donate_argnames="cache")
-    .lower(params, config, roster, cache, one(jnp.int32), one(jnp.int32), one(jnp.uint32))
-    .compile()
-  )
+  one = lambda dtype: jax.ShapeDtypeStruct((1, 1), dtype)
+  ids = jax.ShapeDtypeStruct((1,), jnp.uint32)
+  run = members_lib.RosterPass(params, config, roster, one(jnp.int32), one(jnp.int32), ids)
+  compiled = jax.jit(roster.cache_mode.step, donate_argnames="cache").lower(run, cache).compile()
   temporaries = compiled.memory_analysis().temp_size_in_bytes
   assert params_lib.num_bytes(config) > 37e6 and cache.keys.size * 2 / 3 == 2 * 2**20
   assert temporaries < 1.5e6 + num_members * 1e5
