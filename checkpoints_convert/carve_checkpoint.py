@@ -19,7 +19,7 @@ import numpy as np
 from checkpoints_convert import carving, hub, reading
 from checkpoints_convert.carving import Plan
 from checkpoints_convert.common import ConversionError, write_pieces
-from roe_jax import attention, checkpoint, transformer
+from roe_jax import attention, checkpoint, transformer, typed
 from roe_jax import cache as kv_cache
 from roe_jax import params as params_lib
 from roe_jax.checkpoint_folder import CARVING_FILE, named_leaves
@@ -322,12 +322,12 @@ def dense_pieces(
     ConversionError: the checkpoint has no valid carving.json.
   """
   try:
-    text = (pathlib.Path(source) / CARVING_FILE).read_text("utf-8")
-    neurons = np.array(json.loads(text)["neurons"])
+    file = pathlib.Path(source) / CARVING_FILE
+    neurons = np.array(typed.read(file, {"neurons": list[list[int]]})["neurons"])
     width = dense_config(carved).d_expert
     if not np.array_equal(np.sort(neurons), np.tile(np.arange(width), (carved.num_layers, 1))):
       raise ValueError("its neurons are not those of the model")
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (OSError, ValueError) as error:
     raise ConversionError(
       f"{source} has experts that were carved out of a dense model, but its {CARVING_FILE} cannot "
       f"be used: {error}"

@@ -17,6 +17,7 @@ import numpy as np
 from checkpoints_convert import mxfp4
 from checkpoints_convert.common import ConversionError, Spans
 from checkpoints_convert.safetensors_files import AGAIN, TensorInfo
+from roe_jax import typed
 from roe_jax.lazy_modules import LazyModule
 
 if TYPE_CHECKING:
@@ -30,6 +31,19 @@ _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 # Value types by number, as `struct` reads them.
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_MOST_AXES = 4
+# Types of the values that are read, where they are there.
+_KINDS: dict[str, Any] = {
+  "general.architecture": str,
+  "general.alignment": int,
+  "split.count": int,
+  "tokenizer.chat_template": str,
+  "tokenizer.ggml.model": str,
+  "tokenizer.ggml.pre": str,
+  "tokenizer.ggml.tokens": list[str],
+  "tokenizer.ggml.merges": list[str],
+  "tokenizer.ggml.token_type": list[int],
+}
 # Elements that are dequantized at once. The package takes 16 rows, of which loading SmolLM2-135M
 # (576 elements in a row) takes 4.8 s of CPU time, and with this 3.8 s.
 _CHUNK = 1 << 16
@@ -134,15 +148,18 @@ def read_header(path: pathlib.Path) -> GgufFile:
       num_tensors, num_values = _unpack(file, "QQ")
       metadata = {_string(file): _value(file, *_unpack(file, "I")) for _ in range(num_values)}
       entries = [_entry(file) for _ in range(num_tensors)]
-    except (struct.error, UnicodeDecodeError, MemoryError, OverflowError) as error:
+    except (struct.error, UnicodeDecodeError, MemoryError, OverflowError, RecursionError) as error:
       raise ConversionError(
         f"{path} is truncated or damaged: its header cannot be read ({error}): {AGAIN}"
       ) from error
     header_end = file.tell()
     size = file.seek(0, 2)
+  typed.check_keys(str(path), metadata, _KINDS, required=False, others=True)
   if metadata.get("split.count", 0) > 1:
     _refuse_part(path, metadata["split.count"])
   alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+  if alignment < 1:
+    raise ConversionError(f"general.alignment of {path} must be positive, got {alignment}")
   data = -(-header_end // alignment) * alignment
   tensors, end = {}, 0
   for name, shape, kind, offset in entries:
@@ -221,7 +238,9 @@ def _entry(file: BinaryIO) -> tuple[str, tuple[int, ...], int, int]:
   """Returns a tensor's name, its shape in numpy's order, type and offset in the data."""
   name = _string(file)
   (num_axes,) = _unpack(file, "I")
+  if not 1 <= num_axes <= _MOST_AXES:
+    raise struct.error(f"{name} has {num_axes} axes")
   *shape, kind, offset = _unpack(file, f"{num_axes}QIQ")
-  if not shape:
-    raise struct.error(f"{name} has no axes")
+  if 0 in shape:
+    raise struct.error(f"{name} has an axis of 0")
   return name, tuple(reversed(shape)), kind, offset

@@ -14,10 +14,12 @@ import numpy as np
 from checkpoints_convert import gguf_tokenizer
 from checkpoints_convert.common import ConversionError, note, some
 from checkpoints_convert.gguf_files import GgufFile, GgufTensor, experts, read_header
+from roe_jax import typed
 
 SUFFIX = ".gguf"
 WEIGHTS = "model.gguf"  # in a folder that `expand` makes: a link to the file
 _REQUIRED = object()
+_NUMBER = bool | int | float
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -210,6 +212,11 @@ def config_json(file: GgufFile) -> dict[str, Any]:
     for key, value in file.metadata.items()
     if key.startswith(name + ".")
   }
+  for key in values.keys() & {*_KEYS, *_ROPE_KEYS, *_OTHER_KEYS}:
+    kind = (
+      str if key == "rope.scaling.type" else _NUMBER | list[_NUMBER] if key in _KEYS else _NUMBER
+    )
+    typed.check(f"{name}.{key} of {file.path}", values[key], kind)
   unused = set(values) - {*_KEYS, *_ROPE_KEYS, *_OTHER_KEYS}
   if unused:
     note(f"{file.path} has metadata that are not used: {some({f'{name}.{k}' for k in unused})}")
@@ -226,6 +233,10 @@ def config_json(file: GgufFile) -> dict[str, Any]:
       value = float(str(np.float32(value)))  # the shortest number, such as 1e-05
     if value is not None:
       config[target] = value
+  for target in config.keys() & {"hidden_size", "num_attention_heads", "head_dim"}:
+    typed.check(f"{target} of {file.path}", config[target], int)
+    if config[target] < 1:
+      raise ConversionError(f"{target} of {file.path} must be positive, got {config[target]}")
   width = values.get("expert_feed_forward_length", values.get("feed_forward_length"))
   config[architecture.expert_width] = width
   head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])

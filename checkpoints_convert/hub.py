@@ -375,13 +375,21 @@ def _expert_form(
   """Returns the experts' format and layout in the tensors, or config.json's if they have none."""
   layers = checkpoint.Piece("", 0, config.num_layers)
   formats = (None, *FAMILIES[config.family].formats)
-  names = {
-    (f, layout): {
-      part.tensor for part in tensor_names.parts(config.replace(expert_format=f), layers, layout)
-    }
-    for f, layout in itertools.product(formats, tensor_names.layouts(config.family))
-  }
-  present = (set.union(*names.values()) - set.intersection(*names.values())) & set(tensors)
+  # More tensors are never in these files, however many layers and experts config.json claims.
+  most = 4 * len(tensors) + 1000
+  names = {}
+  for f, layout in itertools.product(formats, tensor_names.layouts(config.family)):
+    parts = tensor_names.parts(config.replace(expert_format=f), layers, layout)
+    found = {part.tensor for part in itertools.islice(parts, most + 1)}
+    if len(found) <= most:
+      names[f, layout] = found
+  if not names:
+    raise ConversionError(
+      f"{folder} has {len(tensors):,} tensors, but the {config.num_layers:,} layers and "
+      f"{config.num_experts:,} experts of its config.json require more than {most:,}"
+    )
+  common = set.intersection(*names.values()) if len(names) > 1 else set()
+  present = (set.union(*names.values()) - common) & set(tensors)
   form = max(names, key=lambda form: len(names[form] & present))
   if rest := present - names[form]:
     other = max(names, key=lambda form: len(names[form] & rest))

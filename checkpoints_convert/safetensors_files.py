@@ -17,6 +17,7 @@ import numpy as np
 import safetensors
 
 from checkpoints_convert.common import ConversionError, Spans, note, some
+from roe_jax import typed
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -155,12 +156,12 @@ def _read_index(folder: pathlib.Path) -> dict[str, str]:
   """Returns the name of each tensor's shard."""
   path = folder / INDEX_FILE
   try:
-    index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    if all(isinstance(shard, str) for shard in index.values()):
-      return index
-  except (ValueError, KeyError, TypeError, AttributeError):
-    pass
-  raise ConversionError(f"{path} is not a safetensors index: {AGAIN}")
+    index = typed.read(path, {"weight_map": dict[str, str]})["weight_map"]
+    if other := [shard for shard in index.values() if shard != pathlib.PurePath(shard).name]:
+      raise ValueError(f"shards must be files in its folder, got {some(other, 1)}")
+  except ValueError as error:
+    raise ConversionError(f"{path} is not a safetensors index ({error}): {AGAIN}") from error
+  return index
 
 
 def _read_shards(folder: pathlib.Path) -> dict[str, TensorInfo]:

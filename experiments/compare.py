@@ -15,7 +15,6 @@ noise seed.
 """
 
 from collections.abc import Iterator
-import json
 import pathlib
 import sys
 import time
@@ -33,7 +32,7 @@ from experiments.evaluation.measurer import SAMPLE_STRIDE, Batch, Measurer
 from experiments.evaluation.methods import BASELINE_SETTINGS, BEST_BASELINE, FITTED, Method
 from experiments.evaluation.prompts import PromptBuilder
 from experiments.records import runs
-from roe_jax import temperature_profiles
+from roe_jax import temperature_profiles, typed
 
 FLAGS = flags.FLAGS
 TEMPERATURES = "output_temperatures.json"
@@ -209,7 +208,7 @@ def fit(
 def _saved(path, task, compute):
   """Returns the task's entry in a JSON file; computes and writes it if it is missing."""
   known = app.from_first_process(
-    lambda: json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    lambda: typed.read(path, dict[str, dict]) if path.is_file() else {}
   )
   if task.name not in known:
     known[task.name] = compute()
@@ -346,8 +345,6 @@ def run(
   for name in ("num_seeds", "batch_size", "num_validation"):
     if FLAGS[name].value < 1:
       raise ValueError(f"--{name} must be at least 1, got {FLAGS[name].value}")
-  if FLAGS.recompute:
-    raise ValueError("--recompute has no meaningful costs to compare: remove it")
   wanted = [tasks.get(name) for name in FLAGS.tasks]
   for task in wanted:
     task.check_allowed(FLAGS.allow_code_execution)
@@ -362,6 +359,11 @@ def run(
     else [t for t in FLAGS.methods.split(";") if t.strip()]
   )
   found = methods_lib.parse_all(texts, config, base)
+  for method in found:
+    if not method.roster.cache_mode.keeps_history:
+      raise ValueError(
+        f"method {method.text!r} has no cache, so its costs cannot be compared: choose a cache"
+      )
 
   def read(split, limit):
     examples = {

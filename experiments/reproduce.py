@@ -22,7 +22,6 @@ from collections.abc import Iterable
 import contextlib
 import dataclasses
 import datetime
-import json
 import os
 import pathlib
 import shlex
@@ -46,6 +45,7 @@ from experiments.figures.figure_run import (
   write_records,
 )
 from experiments.records import runs
+from roe_jax import typed
 from roe_jax.roster import Roster
 
 FLAGS = flags.FLAGS
@@ -218,7 +218,7 @@ class Stopwatch:
     return sum(known.get(name, 0.0) for name in names)
 
   def _read(self):
-    return json.loads(self._path.read_text("utf-8")) if self._path.is_file() else {}
+    return typed.read(self._path, dict[str, float]) if self._path.is_file() else {}
 
 
 def finish(run: FigureRun, stopwatch: Stopwatch) -> str:
@@ -228,7 +228,7 @@ def finish(run: FigureRun, stopwatch: Stopwatch) -> str:
   runs.claim(run.folder, run.settings)
   path = run.folder / ABOUT
   if path.is_file():
-    about, records = json.loads(path.read_text("utf-8")), read_records(run.folder / RECORDS)
+    about, records = typed.read(path), read_records(run.folder / RECORDS)
   else:
     with stopwatch(run.figure):
       records = figure.measure(run)

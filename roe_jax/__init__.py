@@ -9,6 +9,7 @@ roe_jax.perplexity(params, config, tokens, roster=roster)
 import importlib.metadata
 
 from roe_jax.aggregation import AGGREGATIONS, Aggregation
+from roe_jax.cache_modes import CACHES, CacheMode
 from roe_jax.checkpoint import save
 from roe_jax.completion import Completion, Generation, Throughput
 from roe_jax.config import ModelConfig
@@ -19,6 +20,7 @@ from roe_jax.model_formats import find_folder, load_config, load_params, open_mo
 from roe_jax.params import Params, initialize
 from roe_jax.presets import PRESETS
 from roe_jax.roster import Roster
+from roe_jax.roster_caches import CleanCache, NoCache, StandardCache
 from roe_jax.routing import GATE_WEIGHTS
 from roe_jax.sampling import Sampler
 from roe_jax.scoring import perplexity, score
@@ -34,17 +36,22 @@ except importlib.metadata.PackageNotFoundError:  # a source tree that was not in
 
 __all__ = [
   "AGGREGATIONS",
+  "CACHES",
   "GATE_WEIGHTS",
   "PRESETS",
   "Aggregation",
   "Answer",
+  "CacheMode",
   "Chat",
+  "CleanCache",
   "Completion",
   "Generation",
   "ModelConfig",
+  "NoCache",
   "Params",
   "Roster",
   "Sampler",
+  "StandardCache",
   "StreamDecoder",
   "Throughput",
   "Tokenizer",

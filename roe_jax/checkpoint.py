@@ -34,10 +34,12 @@ from roe_jax.checkpoint_folder import (
   MANIFEST_FILE,
   PIECE_BYTES,
   PLAN_FILE,
+  TOP,
   PathLike,
   Piece,
   check_target,
   copy_companion_files,
+  layers_piece,
   named_leaves,
   partial_folder,
   piece_arrays,
@@ -385,7 +387,7 @@ def _open(path: PathLike) -> tuple[ModelConfig, tuple[Piece, ...]]:
   config = load_config(path)
   pieces = tuple(Piece(**p) for p in manifest["pieces"])
   bounds = [0, *(p.stop for p in pieces[1:])]
-  if pieces[0].num_layers or bounds != [*(p.start for p in pieces[1:]), config.num_layers]:
+  if pieces != (TOP, *map(layers_piece, bounds, bounds[1:])) or bounds[-1] != config.num_layers:
     raise ValueError(
       f"the pieces of the checkpoint {path} are {[p.name for p in pieces]}, not "
       f'"top" followed by the {config.num_layers} layers of its config in order'

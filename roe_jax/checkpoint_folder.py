@@ -9,7 +9,6 @@ CKPT/manifest.json                  format, pieces, provenance; written last
 """
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 
 from roe_jax import params as params_lib
+from roe_jax import typed
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 
@@ -61,11 +61,19 @@ class Piece:
     return self.stop - self.start
 
 
+TOP = Piece("top")
+
+
+def layers_piece(start: int, stop: int) -> Piece:
+  """Returns the piece of the layers from `start` to `stop`."""
+  return Piece(f"layers_{start:05d}_{stop:05d}", start, stop)
+
+
 def plan_pieces(config: ModelConfig, piece_bytes: int = PIECE_BYTES) -> tuple[Piece, ...]:
   """Returns the "top" piece, then pieces of as many layers as fit in `piece_bytes` (at least 1)."""
   step = max(1, piece_bytes // piece_num_bytes(config, Piece("", 0, 1)))
   bounds = [(i, min(i + step, config.num_layers)) for i in range(0, config.num_layers, step)]
-  return (Piece("top"), *(Piece(f"layers_{a:05d}_{b:05d}", a, b) for a, b in bounds))
+  return (TOP, *(layers_piece(a, b) for a, b in bounds))
 
 
 def piece_shapes(config: ModelConfig, piece: Piece) -> dict[str, jax.ShapeDtypeStruct]:
@@ -137,15 +145,16 @@ def read_manifest(path: PathLike) -> dict[str, Any]:
       f"the checkpoint {path} has no {MANIFEST_FILE}, so it is incomplete: copy, save or convert "
       "it again"
     )
-  try:
-    manifest = json.loads((path / MANIFEST_FILE).read_text("utf-8"))
-    found = manifest["format"]
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"{path / MANIFEST_FILE} is not a checkpoint manifest: {error}") from error
-  if found != FORMAT:
+  manifest = typed.read(path / MANIFEST_FILE, {"format": int})
+  if manifest["format"] != FORMAT:
     raise ValueError(
-      f"the checkpoint {path} has format {found}, but this version of roe_jax reads format {FORMAT}"
+      f"the checkpoint {path} has format {manifest['format']}, but this version of roe_jax reads "
+      f"format {FORMAT}"
     )
+  what = str(path / MANIFEST_FILE)
+  typed.check_keys(what, manifest, {"pieces": list[dict], "provenance": dict}, others=True)
+  for piece in manifest["pieces"]:
+    typed.check_keys(f"a piece in {what}", piece, typed.hints(Piece))
   return manifest
 
 

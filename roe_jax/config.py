@@ -7,11 +7,10 @@ it to and from Hugging Face configs.
 import dataclasses
 import json
 
-from roe_jax import rope
+from roe_jax import rope, typed
 from roe_jax.quantization import FORMATS
 from roe_jax.rope import RopeScaling
 from roe_jax.routers import LINEAR, ROUTERS
-from roe_jax.typed import check_fields
 
 DTYPES = ("float32", "bfloat16")
 # Tables are built for each layer and expert, also of a config that no file belongs to.
@@ -137,7 +136,7 @@ class ModelConfig:
         object.__setattr__(self, name, tuple(getattr(self, name)))
     if isinstance(self.rope_scaling, dict):  # from JSON
       object.__setattr__(self, "rope_scaling", rope.from_fields(self.rope_scaling))
-    check_fields(self, _POSITIVE, _NOT_NEGATIVE)
+    typed.check_fields(self, _POSITIVE, _NOT_NEGATIVE)
     for name, most in MAXIMUM.items():
       if getattr(self, name) > most:
         raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
@@ -145,7 +144,7 @@ class ModelConfig:
       raise ValueError(f"eos_token_ids must be at least 0, got {list(self.eos_token_ids)}")
     if self.rope_scaling is not None:
       scaled = [f.name for f in dataclasses.fields(self.rope_scaling) if f.name != "truncate"]
-      check_fields(self.rope_scaling, scaled)
+      typed.check_fields(self.rope_scaling, scaled)
     if self.expert_format is not None and self.expert_format not in FORMATS:
       raise ValueError(
         f"unknown expert_format {self.expert_format!r}; choose one of {', '.join(FORMATS)}, or None"
@@ -205,12 +204,7 @@ class ModelConfig:
     Raises:
       ValueError: invalid JSON, or missing or unknown keys.
     """
-    try:
-      values = json.loads(text)
-    except json.JSONDecodeError as error:
-      raise ValueError(f"the model config is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-      raise ValueError("the model config must be a JSON object")
+    values = typed.parse(text, "the model config")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     missing = sorted(

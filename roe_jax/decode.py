@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import time
+from typing import Any
 
 from flax import struct
 import jax
@@ -19,9 +20,9 @@ import numpy as np
 from roe_jax import batching, prefill, sampling, sharding
 from roe_jax import members as members_lib
 from roe_jax import params as params_lib
-from roe_jax.cache import KVCache
 from roe_jax.completion import Completion, Generation, Throughput
 from roe_jax.config import ModelConfig
+from roe_jax.members import RosterPass
 from roe_jax.numerics import NonFiniteLogits
 from roe_jax.params import Params
 from roe_jax.roster import Roster
@@ -46,7 +47,7 @@ class DecodeState(struct.PyTreeNode):
     limits: `[B]` int32, length at which a sequence ends.
     done: `[B]` bool; True also in an empty slot.
     request_ids: `[B]` uint32.
-    cache: see `members.empty_cache`; holds positions < `lengths - 1`.
+    cache: see `CacheMode.empty`; holds positions < `lengths - 1`.
   """
 
   tokens: jax.Array
@@ -56,7 +57,7 @@ class DecodeState(struct.PyTreeNode):
   limits: jax.Array
   done: jax.Array
   request_ids: jax.Array
-  cache: KVCache | None
+  cache: Any
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -89,16 +90,9 @@ def decode_steps(
   def step(carry):
     count, state = carry
     positions = state.lengths - 1
-    outputs, cache = members_lib.step(
-      params,
-      config,
-      roster,
-      state.cache,
-      state.tokens[slots, positions],
-      positions,
-      state.request_ids,
-      state.tokens,
-    )
+    tokens = state.tokens[slots, positions]
+    run = RosterPass.of_step(params, config, roster, tokens, positions, state.request_ids)
+    outputs, cache = roster.cache_mode.step(run, state.cache)
     log_probs = outputs.log_probs[:, 0]
     token = sampling.choose(sampler, roster.seed, log_probs, state.request_ids, positions)
 
@@ -146,8 +140,7 @@ def start(
   cache = batching.init_sharded(
     params, members_lib.empty_cache, config, roster, batch_size=num_slots, capacity=capacity
   )
-  if cache is not None:
-    cache = prefill.fill_cache(params, config, roster, cache, tokens, lengths - 1, ids)
+  cache = prefill.fill_cache(params, config, roster, cache, tokens, lengths - 1, ids)
   state = DecodeState(
     tokens=tokens,
     log_probs=jnp.zeros(tokens.shape, jnp.float32),
@@ -170,7 +163,7 @@ def insert_sequence(
   def put(axis):
     return lambda into, source: sharding.copy_slot(into, source, axis, slot, other_slot)
 
-  cache = jax.tree.map(put(-4), state.cache, other.cache)  # [..., B, K, S, C] in all modes
+  cache = jax.tree.map(put(-4), state.cache, other.cache)
   rest = jax.tree.map(put(0), state.replace(cache=None), other.replace(cache=None))
   return rest.replace(cache=cache)
 

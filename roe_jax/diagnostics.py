@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import batching, prefill, reference, sharding, transformer
+from roe_jax import batching, prefill, sharding, transformer
 from roe_jax import members as members_lib
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
@@ -114,15 +114,13 @@ def routing_trace(
     params: the model's parameters.
     config: its architecture.
     sequences: token ids, one batch.
-    roster: the settings, with a cache; the baseline by default.
+    roster: the settings; the baseline by default.
     request_ids: see `decode.generate`.
 
   Raises:
-    ValueError: a sequence is invalid, or the roster has no cache.
+    ValueError: a sequence is invalid.
   """
   roster = roster or Roster.create(config)
-  if roster.recompute:
-    raise ValueError("routing is traced for rosters with a cache, not with recompute")
   found = _at_all_positions(_trace, params, config, roster, sequences, request_ids)
   cut = np.s_[:, :, : len(sequences), : max(map(len, sequences))]
   return RoutingTrace(*(a[cut] for a in found))
@@ -145,7 +143,7 @@ def routing_agreement(
   Args:
     params: the model's parameters.
     config: its architecture.
-    roster: a Clean Cache roster with at least one noisy member.
+    roster: one with a shared history (Clean Cache) and at least one noisy member.
     sequences: token ids, one batch.
     starts: see `scoring.score`.
     request_ids: see `decode.generate`.
@@ -156,7 +154,7 @@ def routing_agreement(
   Raises:
     ValueError: the roster has no noisy member or no Clean Cache, or a sequence is invalid.
   """
-  if roster.cache != "clean" or roster.recompute or roster.members == (0,):
+  if not roster.cache_mode.is_shared or roster.members == (0,):
     raise ValueError("routing agreement needs a Clean Cache roster with a noisy member")
   starts = [1] * len(sequences) if starts is None else starts
   shared_BxT = _at_all_positions(_shared_experts, params, config, roster, sequences, request_ids)
@@ -182,7 +180,7 @@ def routing_margins(
   Args:
     params: the model's parameters.
     config: its architecture, with E > A.
-    roster: a Clean Cache roster.
+    roster: the settings.
     sequences: token ids, one batch.
     request_ids: see `decode.generate`.
 
@@ -191,10 +189,8 @@ def routing_margins(
     sequence's end are undefined.
 
   Raises:
-    ValueError: the roster has no Clean Cache, or a sequence is invalid.
+    ValueError: a sequence is invalid.
   """
-  if roster.cache != "clean" or roster.recompute:
-    raise ValueError("routing margins need a Clean Cache roster")
   margins = _at_all_positions(_margins, params, config, roster, sequences, request_ids)
   return margins[:, :, : len(sequences), : max(map(len, sequences))]
 
@@ -243,8 +239,8 @@ def unique_experts(
   Raises:
     ValueError: the roster has no cache, a sequence is invalid, or no token is predicted.
   """
-  if roster.recompute:
-    raise ValueError("unique experts are counted for rosters with a cache, not with recompute")
+  if not roster.cache_mode.keeps_history:
+    raise ValueError("unique experts are counted for rosters with a cache, not with cache='none'")
   starts = [1] * len(sequences) if starts is None else list(starts)
   num_steps = max(len(t) - s for t, s in zip(sequences, starts))
   if num_steps < 1:
@@ -286,21 +282,28 @@ def _at_all_positions(compute, params, config, roster, sequences, request_ids):
     capacity=capacity,
     whole=True,
   )
-  if roster.cache == "clean" and not roster.recompute:
+  if roster.cache_mode.is_shared:
     cache = prefill.fill_cache(params, config, roster, cache, tokens, longest - 1, ids)
   return jax.tree.map(np.asarray, compute(params, config, roster, cache, tokens, ids))
 
 
-def _positions(tokens):
-  return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+def _run(params, config, roster, tokens, request_ids):
+  """Returns the pass over all positions."""
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  return members_lib.RosterPass(params, config, roster, tokens, positions, request_ids)
+
+
+def _states(params, config, roster, cache, tokens, request_ids, keep=()):
+  """Returns all members' states and outputs at all positions; see `CacheMode.states`."""
+  run = _run(params, config, roster, tokens, request_ids)
+  x, _, outputs = roster.cache_mode.states(run, cache, keep)
+  return x, outputs
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _active_experts(params, config, roster, cache, tokens, request_ids):
   """Returns whether any member chose each expert, bool `[L, B, T, E]`."""
-  _, outputs = members_lib.states_and_outputs(
-    params, config, roster, cache, tokens, _positions(tokens), request_ids, keep=("experts",)
-  )
+  _, outputs = _states(params, config, roster, cache, tokens, request_ids, ("experts",))
   chosen = outputs.experts
   active = jax.nn.one_hot(chosen, config.num_experts, dtype=bool).any(axis=(1, -2))
   return sharding.with_sharding_constraint(params, active)
@@ -309,9 +312,7 @@ def _active_experts(params, config, roster, cache, tokens, request_ids):
 @functools.partial(jax.jit, static_argnames="config")
 def _shared_experts(params, config, roster, cache, tokens, request_ids):
   """Returns the mean fraction of experts shared with the clean member, `[L, B, T]`."""
-  _, outputs = members_lib.states_and_outputs(
-    params, config, roster, cache, tokens, _positions(tokens), request_ids, keep=("experts",)
-  )
+  _, outputs = _states(params, config, roster, cache, tokens, request_ids, ("experts",))
   chosen = outputs.experts
   clean, noisy = chosen[:, :1], chosen[:, 1:]
   shared = (noisy[..., :, None] == clean[..., None, :]).any(-1)
@@ -332,18 +333,13 @@ def _margins(params, config, roster, cache, tokens, request_ids):
 @functools.partial(jax.jit, static_argnames=("config", "of_members"))
 def _logits_at(params, config, roster, cache, tokens, request_ids, *, last_B, of_members):
   """Returns members' logits `[R, B, T, V]`, or the roster's log-probabilities with R = 1."""
-  if roster.recompute:
-    x = reference.member_states(params, config, roster, tokens, request_ids)
-  else:
-    x, _ = members_lib.states_and_outputs(
-      params, config, roster, cache, tokens, _positions(tokens), request_ids
-    )
+  x, _ = _states(params, config, roster, cache, tokens, request_ids)
   if last_B is not None:
     x = jnp.take_along_axis(x, last_B[None, :, None, None], axis=2)
   if of_members:
     found = transformer.unembed(params, config, x)
   else:
-    found = members_lib.aggregate(params, config, roster, x).log_probs[None]
+    found = _run(params, config, roster, tokens, request_ids).aggregate(x).log_probs[None]
   return sharding.with_sharding_constraint(params, found)
 
 
@@ -368,13 +364,11 @@ def _of_router_logits(compute, params, config, roster, cache, tokens, request_id
   Returns:
     Its results `[L, R, ...]`, and the logits without noise `[L, R, B, T, E]`.
   """
-  positions = _positions(tokens)
-  _, outputs = members_lib.states_and_outputs(
-    params, config, roster, cache, tokens, positions, request_ids, keep=("router_logits",)
-  )
+  run = _run(params, config, roster, tokens, request_ids)
+  _, outputs = _states(params, config, roster, cache, tokens, request_ids, ("router_logits",))
 
   def of_member(layer, member, logits_BxTxE):
-    noise = members_lib.routing_noise(roster, request_ids, positions, member)
+    noise = run.noise(member)
     perturbed_BxTxE = noise.perturb(layer, logits_BxTxE, config.experts_per_token)
     return compute(layer, logits_BxTxE, perturbed_BxTxE)
 

@@ -9,10 +9,13 @@ tile by tile, so that the copy stays in the core's cache (measured: 1.5 times th
 to read the weights, instead of 2.2). The same loop converts weights that are stored as
 bfloat16 bits (`storage_dtype`). Where XLA spreads every operation over several cores,
 tiles are larger: handing out a small one takes longer than computing it.
+
+With few tokens, `project` and `project_back` use the kernels of `native` where those are available.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import functools
 import math
 import os
 from typing import Any
@@ -20,12 +23,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from roe_jax import collectives
+from roe_jax import collectives, kernel_check, native
 
 # Bytes of a tile in float32. On one core it must fit the L2 cache; on several cores this
 # size, a whole expert, was fastest.
 ONE_CORE_TILE = 512 * 1024
 TILE = 4 * 1024 * 1024
+# Most tokens for which the native kernels multiply with a matrix.
+NATIVE_TOKENS = 64
 
 
 def einsum(subscripts: str, x: jax.Array, weights: jax.Array) -> jax.Array:
@@ -125,18 +130,21 @@ def project(x: jax.Array, weights: jax.Array, layer: jax.Array | int) -> jax.Arr
   Returns:
     `[..., *out]` float32.
   """
-  out = weights.shape[1:-1]
-  size = math.prod(out)
-  rows = tile_rows(size, weights.shape[-1])
+  l, *out, d = weights.shape
+  y = _product(weights, _project_tiled)(x, weights.reshape(l, -1, d), layer)
+  return y.reshape(*x.shape[:-1], *out)
+
+
+def _project_tiled(x, weights, layer):
+  _, size, d = weights.shape
+  rows = tile_rows(size, d)
 
   def add(tile, start, y):
     part = einsum("...d,td->...t", x, tile)
     return jax.lax.dynamic_update_slice_in_dim(y, part, start, y.ndim - 1)
 
   y = jnp.zeros((*x.shape[:-1], size), jnp.float32)
-  matrices = weights.reshape(-1, weights.shape[-1])
-  y = loop_over_tiles(matrices, layer * size, size, rows, add, y)
-  return y.reshape(*x.shape[:-1], *out)
+  return loop_over_tiles(weights.reshape(-1, d), layer * size, size, rows, add, y)
 
 
 def project_back(x: jax.Array, weights: jax.Array, layer: jax.Array | int) -> jax.Array:
@@ -150,18 +158,78 @@ def project_back(x: jax.Array, weights: jax.Array, layer: jax.Array | int) -> ja
   Returns:
     `[..., D]` float32.
   """
-  inner = weights.ndim - 2
-  size = math.prod(weights.shape[1:-1])
-  x = x.reshape(*x.shape[:-inner], size)
-  rows = tile_rows(size, weights.shape[-1])
+  l, *inner, d = weights.shape
+  x = x.reshape(*x.shape[: -len(inner)], math.prod(inner))
+  weights = weights.reshape(l, -1, d)
+  return _product(weights, _project_back_tiled)(x, weights, layer)
+
+
+def _project_back_tiled(x, weights, layer):
+  _, size, d = weights.shape
+  rows = tile_rows(size, d)
 
   def add(tile, start, y):
     part = jax.lax.dynamic_slice_in_dim(x, start, rows, x.ndim - 1)
     return y + einsum("...t,td->...d", part, tile)
 
-  y = jnp.zeros((*x.shape[:-1], weights.shape[-1]), jnp.float32)
-  matrices = weights.reshape(size * weights.shape[0], -1)
-  return loop_over_tiles(matrices, layer * size, size, rows, add, y)
+  y = jnp.zeros((*x.shape[:-1], d), jnp.float32)
+  return loop_over_tiles(weights.reshape(-1, d), layer * size, size, rows, add, y)
+
+
+_PRODUCTS = {_project_tiled: native.project, _project_back_tiled: native.project_back}
+
+
+def _product(weights, tiled):
+  """Returns the function of a product: with the native kernel, if that can multiply with these."""
+  usable = weights.dtype in (jnp.float32, jnp.uint16) and weights.shape[-1] % native.MULTIPLE == 0
+  if usable and native.is_available() and _native_passes(str(weights.dtype)):
+    return _with_kernel(tiled)
+  return tiled
+
+
+@functools.cache
+def _with_kernel(tiled):
+  """Returns `tiled`, with the kernel for few tokens. A mapped axis of x is folded into tokens."""
+
+  @jax.custom_batching.custom_vmap
+  def folding(x, weights, layer):
+    *lead, size = x.shape
+    tokens = math.prod(lead)
+    if tokens > NATIVE_TOKENS:
+      return tiled(x, weights, layer)
+    return _PRODUCTS[tiled](x.reshape(tokens, size), weights, layer).reshape(*lead, -1)
+
+  @folding.def_vmap
+  def _(axis_size, in_batched, x, weights, layer):
+    del axis_size
+    if any(in_batched[1:]):
+      axes = [0 if batched else None for batched in in_batched]
+      return jax.vmap(tiled, in_axes=axes)(x, weights, layer), True
+    return folding(x, weights, layer), True
+
+  product = jax.custom_jvp(folding)
+  product.defjvp(functools.partial(jax.jvp, tiled))
+  return product
+
+
+@functools.cache
+def _native_passes(dtype):
+  """Checks the native kernels against the tiled products, on a small case."""
+
+  def error():
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (9, 128))
+    weights = jax.random.normal(keys[1], (2, 128, 128))
+    weights = to_storage_dtype(weights, jnp.zeros(0, dtype))
+    pairs = [(kernel(x, weights, 1), tiled(x, weights, 1)) for tiled, kernel in _PRODUCTS.items()]
+    return max(float(jnp.abs(found - right).max() / jnp.abs(right).max()) for found, right in pairs)
+
+  return kernel_check.passes(
+    functools.partial(native.remembered, f"products_{dtype}", error),
+    1e-5,
+    what=f"the native product with {dtype} weights",
+    instead="the tiled one",
+  )
 
 
 def loop_over_tiles(

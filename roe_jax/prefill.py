@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,6 @@ import numpy as np
 
 from roe_jax import batching
 from roe_jax import members as members_lib
-from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
@@ -24,28 +24,29 @@ def prefill_chunk(
   params: Params,
   config: ModelConfig,
   roster: Roster,
-  cache: KVCache,
+  cache: Any,
   tokens_BxT: jax.Array,
   starts_B: jax.Array,
   request_ids_B: jax.Array,
   lengths_B: jax.Array | None = None,
-) -> KVCache:
+) -> Any:
   """Writes T tokens at positions from `starts_B` on to the (donated) cache."""
   positions = starts_B[:, None] + jnp.arange(tokens_BxT.shape[1])[None]
-  return members_lib.prefill_cache(
-    params, config, roster, cache, tokens_BxT, positions, request_ids_B, lengths_B
-  )[0]
+  run = members_lib.RosterPass(
+    params, config, roster, tokens_BxT, positions, request_ids_B, lengths_B
+  )
+  return roster.cache_mode.prefill(run, cache)
 
 
 def fill_cache(
   params: Params,
   config: ModelConfig,
   roster: Roster,
-  cache: KVCache,
+  cache: Any,
   tokens_BxS: jax.Array,
   lengths: np.ndarray | int,
   request_ids_B: jax.Array,
-) -> KVCache:
+) -> Any:
   """Prefills the positions below each sequence's length (or one length of all) in chunks."""
   batch_size, padded = tokens_BxS.shape
   start, longest = 0, int(np.max(lengths))

@@ -1,14 +1,7 @@
 """Roster of Experts: n noisy members of one MoE model (arXiv 2509.17238).
 
-A `Roster` holds the settings; `roe_jax.members` runs the members on a batch, with one of
-three kinds of history:
-
-* Clean Cache: one KV cache, written by the clean member. Every member attends to it and
-  to its own key and value at its position.
-* Standard cache: every member is its own sequence, noisy at every position, with its
-  own KV cache.
-* No cache (`recompute=True`): either history is recomputed at each step by
-  `roe_jax.reference`. Slow; the two caches are tested against it.
+A `Roster` holds the settings; its cache mode (see `roster_caches`) runs the members on a batch
+through `roe_jax.members`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,11 +25,11 @@ from roe_jax.aggregation import (
   Aggregation,
   check_aggregation,
 )
+from roe_jax.cache_modes import CACHES, CacheMode
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.routers import ROUTERS
 
-CACHES = ("clean", "standard")
 MEMORY_BUDGET = 256 * 2**20
 _MAX_MEMBERS = 2**20  # each has an entry in several tables
 
@@ -51,6 +44,8 @@ _NO_TEMPERATURES = (
 
 
 _STATIC = {"static": True}
+# Settings that name an object, and the attribute that holds it.
+_OBJECTS = {"aggregation": "combine", "noise": "perturb", "cache": "cache_mode"}
 
 
 @jax.tree_util.register_dataclass
@@ -65,9 +60,9 @@ class Roster:
     seed: uint32 scalar, seed of routing noise and sampling.
     num_members: n, the number of distributions that are averaged.
     include_clean: whether the noise-free member 0 is one of the n.
-    cache: the history that members attend to: the clean member's ("clean") or each
-      member's own ("standard").
-    recompute: whether to recompute that history instead of caching it.
+    cache: a name in `cache_modes.CACHES`, or "module:attribute": the KV cache that members
+      attend to. The clean member's ("clean"), each member's own ("standard"), or none, so that
+      each step computes every member's whole sequence ("none").
     aggregation: a name in `aggregation.AGGREGATIONS`, or "module:attribute".
     gate_weights: see `routing.route`.
     noise: a name in `noise.FAMILIES`, or "module:function".
@@ -78,6 +73,7 @@ class Roster:
     expert_strategy: see `experts.apply`.
     combine: the aggregation of that name when the roster was created.
     perturb: the noise of that name when the roster was created.
+    cache_mode: the cache of that name when the roster was created.
   """
 
   temperatures: jax.Array
@@ -85,7 +81,6 @@ class Roster:
   num_members: int = dataclasses.field(metadata=_STATIC)
   include_clean: bool = dataclasses.field(metadata=_STATIC)
   cache: str = dataclasses.field(metadata=_STATIC)
-  recompute: bool = dataclasses.field(metadata=_STATIC)
   aggregation: str = dataclasses.field(metadata=_STATIC)
   gate_weights: str = dataclasses.field(metadata=_STATIC)
   noise: str = dataclasses.field(metadata=_STATIC)
@@ -95,6 +90,7 @@ class Roster:
   # Compiled functions are cached by these objects: a name may be given to another one.
   combine: Aggregation = dataclasses.field(metadata=_STATIC)
   perturb: noise_lib.Family = dataclasses.field(metadata=_STATIC)
+  cache_mode: CacheMode = dataclasses.field(metadata=_STATIC)
 
   @classmethod
   def create(
@@ -105,8 +101,7 @@ class Roster:
     *,
     seed: int = 0,
     include_clean: bool = True,
-    cache: str = "clean",
-    recompute: bool = False,
+    cache: str | CacheMode = "clean",
     aggregation: str | Aggregation = "mean_probability",
     gate_weights: str = routing.CLEAN,
     noise: str | noise_lib.Family = noise_lib.GUMBEL,
@@ -125,6 +120,7 @@ class Roster:
       temperatures: one τ for all layers, or a list with one per layer. An explicit 0 runs
         n equal members, so that a sweep over τ can start with it.
       seed: in [0, 2**32).
+      cache: a name, "module:attribute", or a `CacheMode`.
       aggregation: a name, "module:attribute", or an `Aggregation`.
       noise: a name, "module:function", or a function as in `noise.FAMILIES`.
       noisy_layers: by default from the first to the last layer with τ > 0. Set it to vary
@@ -146,7 +142,6 @@ class Roster:
       seed=seed,
       include_clean=include_clean,
       cache=cache,
-      recompute=recompute,
       aggregation=aggregation,
       gate_weights=gate_weights,
       noise=noise,
@@ -196,13 +191,13 @@ class Roster:
     Raises:
       ValueError: a setting is out of range or unknown.
     """
-    names = [f.name for f in dataclasses.fields(self) if f.name not in ("combine", "perturb")]
+    names = [f.name for f in dataclasses.fields(self) if f.name not in _OBJECTS.values()]
     if unknown := sorted(set(changes) - set(names)):
       raise ValueError(f"unknown {unknown[0]}; the settings of a roster are {', '.join(names)}")
     settings: dict[str, Any] = {name: getattr(self, name) for name in names} | changes
     temperatures, layers = settings["temperatures"], len(self.temperatures)
-    for name, function in (("aggregation", self.combine), ("noise", self.perturb)):
-      settings[name] = changes.get(name, (settings[name], function))
+    for name, attribute in _OBJECTS.items():
+      settings[name] = changes.get(name, (settings[name], getattr(self, attribute)))
     first, end = self.noisy_layers
     if "noisy_layers" not in changes and not _is_traced(temperatures):
       noisy = np.flatnonzero(_as_temperatures(temperatures, layers))
@@ -227,7 +222,6 @@ class Roster:
     seed,
     include_clean,
     cache,
-    recompute,
     aggregation,
     gate_weights,
     noise,
@@ -244,12 +238,11 @@ class Roster:
     values = np.ones(layers) if traced else _as_temperatures(temperatures, layers)
     if not np.all(np.isfinite(values)) or np.any(values < 0):
       raise ValueError(f"temperatures must be finite and not negative, got {values.tolist()}")
-    for name, value, known in (
-      ("cache", cache, CACHES),
-      ("gate_weights", gate_weights, routing.GATE_WEIGHTS),
-    ):
-      if value not in known:
-        raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
+    if gate_weights not in routing.GATE_WEIGHTS:
+      raise ValueError(
+        f"unknown gate_weights {gate_weights!r}; choose one of {', '.join(routing.GATE_WEIGHTS)}"
+      )
+    cache, cache_mode = _resolve("cache", cache, CACHES, lambda v: isinstance(v, CacheMode))
     aggregation, combine = _resolve(
       "aggregation", aggregation, AGGREGATIONS, lambda v: isinstance(v, Aggregation)
     )
@@ -290,7 +283,6 @@ class Roster:
       int(num_members),
       bool(include_clean),
       cache,
-      bool(recompute),
       aggregation,
       gate_weights,
       noise,
@@ -299,6 +291,7 @@ class Roster:
       expert_strategy,
       combine,
       perturb,
+      cache_mode,
     )
 
   @property
@@ -310,12 +303,12 @@ class Roster:
   def members(self) -> tuple[int, ...]:
     """Indices of the members that are computed.
 
-    Clean Cache needs member 0 for its keys and values even if it is not averaged.
+    Member 0 writes a history that all members share, even if it is not averaged.
     """
     if self.include_clean:
       return tuple(range(self.num_members))
     noisy = tuple(range(1, self.num_members + 1))
-    return (0, *noisy) if self.cache == "clean" else noisy
+    return (0, *noisy) if self.cache_mode.is_shared else noisy
 
   @property
   def aggregate_with(self) -> Aggregation:
@@ -341,11 +334,11 @@ class Roster:
       )
 
   def history(self) -> "Roster":
-    """Returns the roster that writes the history: with Clean Cache the clean member alone.
+    """Returns the roster that writes the history: a shared one, the clean member alone.
 
     So rosters of all sizes share one compiled prefill.
     """
-    if self.cache == "standard":
+    if not self.cache_mode.is_shared:
       return self
     layers = self.temperatures.shape[0]
     return dataclasses.replace(
@@ -368,7 +361,6 @@ class Roster:
       "seed": int(self.seed),
       "include_clean": self.include_clean,
       "cache": self.cache,
-      "recompute": self.recompute,
       "aggregation": self.aggregation,
       "gate_weights": self.gate_weights,
       "noise": self.noise,
@@ -415,10 +407,10 @@ def _as_temperatures(temperatures: Any, layers: int) -> np.ndarray:
 def _resolve(
   kind: str, value: Any, table: Mapping[str, Any], fits: Callable[[Any], bool]
 ) -> tuple[str, Any]:
-  """Returns the name of a noise or aggregation, and the object.
+  """Returns the name of a noise, aggregation or cache, and the object.
 
   Args:
-    kind: "noise" or "aggregation", for errors.
+    kind: "noise", "aggregation" or "cache", for errors.
     value: a name in `table`, "module:attribute", the object, or its name and the object.
     table: the known ones.
     fits: whether an object is one.

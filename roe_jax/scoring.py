@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import batching, prefill, reference, sharding
+from roe_jax import batching, prefill, sharding
 from roe_jax import members as members_lib
 from roe_jax import params as params_lib
-from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
 from roe_jax.numerics import NonFiniteLogits, naming_sequences
 from roe_jax.params import Params
@@ -70,20 +69,18 @@ def score_chunk(
   params: Params,
   config: ModelConfig,
   roster: Roster,
-  cache: KVCache | None,
+  cache: Any,
   tokens_BxT: jax.Array,
   targets_BxT: jax.Array,
   starts_B: jax.Array,
   request_ids_B: jax.Array,
   output_temperatures_G: jax.Array | None,
   candidates_BxK: jax.Array | None = None,
-) -> tuple[KVCache | None, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[Any, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
   """Scores targets, and candidates in their place, at T positions of each sequence.
 
-  For a Clean Cache roster the (donated) cache must hold all earlier clean keys and
-  values, and is not written. Otherwise the chunk is part of a pass over the whole
-  sequence that writes the cache. Without output temperatures (G = 1, a temperature of 1)
-  nothing is renormalized.
+  See `CacheMode.score` for what the (donated) cache must hold. Without output temperatures
+  (G = 1, a temperature of 1) nothing is renormalized.
 
   Returns:
     The cache, log-probabilities `[B, T, G]`, the roster's most probable tokens `[B, T]`
@@ -91,18 +88,8 @@ def score_chunk(
     log-probabilities of the candidates `[B, T, K, G]`.
   """
   positions = starts_B[:, None] + jnp.arange(tokens_BxT.shape[1])[None]
-  if roster.recompute:
-    x = reference.member_states(params, config, roster, tokens_BxT, request_ids_B)
-    outputs = members_lib.aggregate(params, config, roster, x)
-  elif cache is not None and _prefilled(roster):
-    outputs, _ = members_lib.against_clean_cache(
-      params, config, roster, cache, tokens_BxT, positions, request_ids_B
-    )
-  else:
-    cache, x = members_lib.prefill_cache(
-      params, config, roster, cache, tokens_BxT, positions, request_ids_B
-    )
-    outputs = members_lib.aggregate(params, config, roster, x)
+  run = members_lib.RosterPass(params, config, roster, tokens_BxT, positions, request_ids_B)
+  outputs, cache = roster.cache_mode.score(run, cache)
   log_probs = outputs.log_probs
 
   greedy = jnp.argmax(log_probs, axis=-1)
@@ -125,11 +112,6 @@ def score_chunk(
   return cache, *sharding.with_sharding_constraint(
     params, (scores[..., 0, :], greedy, scores[..., 1, :], outputs.clean_tokens, scores[..., 2:, :])
   )
-
-
-def _prefilled(roster):
-  """Returns whether positions are scored in parallel against a cache that is filled first."""
-  return roster.cache == "clean" and not roster.is_baseline
 
 
 def score(
@@ -244,7 +226,7 @@ def _score_batch(
   begins[:count] = [s - 1 for s in starts]
   ends[:count] = [len(s) - 1 for s in sequences]
   ids, earliest = jnp.asarray(padded_ids), int(begins[:count].min())
-  prefilled = _prefilled(roster)
+  fills_first = roster.cache_mode.fills_first(roster)
   cache = batching.init_sharded(
     params,
     members_lib.empty_cache,
@@ -252,11 +234,9 @@ def _score_batch(
     roster,
     batch_size=batch_size,
     capacity=capacity,
-    whole=prefilled,
+    whole=fills_first,
   )
-  if roster.recompute:
-    chunk_size = capacity
-  elif prefilled:
+  if fills_first:
     prompts = tokens[:, :capacity]
     cache = prefill.fill_cache(params, config, roster, cache, prompts, longest - 1, ids)
     offsets = begins
@@ -265,7 +245,7 @@ def _score_batch(
   found = [[] for _ in sequences]
   for step in range(0, needed, chunk):
     first = jnp.asarray(offsets + step)
-    if not (roster.recompute or prefilled) and step + chunk <= earliest:
+    if not fills_first and step + chunk <= earliest:
       inputs = tokens[:, step : step + chunk]
       cache = prefill.prefill_chunk(params, config, roster.history(), cache, inputs, first, ids)
       continue
@@ -303,7 +283,8 @@ def default_chunk_size(
   """Returns how many positions to score together.
 
   The largest power of two, at most 256, that fits the memory budget for one member with
-  little padding: few shapes to compile.
+  little padding: few shapes to compile. Without a history all: each chunk computes the whole
+  sequence again.
 
   Args:
     config: the model's architecture.
@@ -312,6 +293,8 @@ def default_chunk_size(
     needed: positions to score in the longest of them.
     platform: see `members.tokens_within_budget`.
   """
+  if not roster.cache_mode.keeps_history:
+    return batching.bucket(needed)
   within = members_lib.tokens_within_budget(config, roster.memory_budget, platform)
   fitting = max(1, within // batch_size)
   return min(

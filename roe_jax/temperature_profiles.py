@@ -30,7 +30,6 @@ ROSTER_SETTINGS = {
   "gate_weights": str,
   "noise": str,
   "cache": str,
-  "recompute": bool,
   "aggregation": str,
   "include_clean": bool,
 }
@@ -119,16 +118,16 @@ def read(path: PathLike) -> Profile:
     'finite numbers under "temperatures"'
   )
   try:
-    values = json.loads(path.read_text("utf-8"))
-    temperatures = tuple(values["temperatures"])
-    typed.check("temperatures", temperatures, tuple[float, ...])
-  except (KeyError, TypeError, ValueError, RecursionError) as error:  # also of JSON and decoding
-    raise ValueError(expected) from error
-  if not isinstance(values["temperatures"], list) or min(temperatures, default=0) < 0:
+    values = typed.read(path, {"temperatures": list[float]})
+  except ValueError as error:
+    raise ValueError(f"{expected} ({error})") from error
+  temperatures = tuple(map(float, values["temperatures"]))
+  if min(temperatures, default=0) < 0:
     raise ValueError(expected)
-  temperatures = tuple(map(float, temperatures))
   known = {f.name for f in dataclasses.fields(Profile)} - {"temperatures"}
   profile = Profile(temperatures, **{k: v for k, v in values.items() if k in known})
+  if isinstance(profile.roster, dict) and profile.roster.get("recompute") is False:
+    del profile.roster["recompute"]  # earlier versions wrote it
   try:
     typed.check_fields(profile)
     of_model = {name: typed.hints(ModelConfig)[name] for name in SIZES} | {ROUTERS: str}

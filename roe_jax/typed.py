@@ -1,15 +1,49 @@
-"""Checks the values of a dataclass against the types of its fields."""
+"""Reads JSON files and checks values from outside against types."""
 
 from collections.abc import Collection
 import dataclasses
 import functools
+import json
 import math
 import numbers
+import pathlib
 import types
 import typing
 from typing import Any
 
 _WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "text"}
+
+
+def read(path: pathlib.Path, kind: Any = dict) -> Any:
+  """Reads a JSON file; see `parse`."""
+  try:
+    text = path.read_bytes().decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+  return parse(text, str(path), kind)
+
+
+def parse(text: str, what: str, kind: Any = dict) -> Any:
+  """Parses JSON.
+
+  Args:
+    text: the JSON.
+    what: its name in messages.
+    kind: its type, or for an object the types of the keys that it must have.
+
+  Raises:
+    ValueError: it is malformed, nested too deeply, or of another type.
+  """
+  try:
+    value = json.loads(text)
+  except RecursionError as error:
+    raise ValueError(f"{what} is nested too deeply") from error
+  except ValueError as error:
+    raise ValueError(f"{what} is not valid JSON: {error}") from error
+  check(what, value, dict if isinstance(kind, dict) else kind)
+  if isinstance(kind, dict):
+    check_keys(what, value, kind, others=True)
+  return value
 
 
 def check_fields(
@@ -41,15 +75,18 @@ def check_fields(
 
 
 def check(name: str, value: Any, hint: Any) -> None:
-  """Checks that a value is of a type, such as `int`, `float | None` or `tuple[int, ...]`.
+  """Checks a value against a type such as `int`, `float | None`, `list[int]` or `dict[str, int]`.
 
   Raises:
     ValueError: it is not; the message has the `name`.
   """
-  kinds = _members(hint)
-  if not any(_is(value, kind) for kind in kinds):
-    allowed = " or ".join(_word(kind) for kind in kinds)
+  kinds = [kind for kind in _members(hint) if _is(value, kind)]
+  if not kinds:
+    allowed = " or ".join(_word(kind) for kind in _members(hint))
     raise ValueError(f"{name} must be {allowed}, got {value!r}"[:300])
+  if isinstance(value, dict) and typing.get_args(kinds[0]):
+    for key, item in value.items():
+      check(f"{key!r} of {name}", item, typing.get_args(kinds[0])[1])
 
 
 def check_keys(
@@ -96,17 +133,21 @@ def _word(kind):
   if kind is types.NoneType:
     return "null"
   if kind is dict or typing.get_origin(kind) is dict:
-    return "an object"
-  if typing.get_origin(kind) is tuple:
-    return "a list whose items are " + _word(typing.get_args(kind)[0]).removeprefix("an ") + "s"
+    return "a JSON object"
+  if typing.get_origin(kind) in (list, tuple):
+    items = (_word(item) for item in _members(typing.get_args(kind)[0]))
+    return f"a list whose items are {' or '.join(w.partition(' ')[2] or w for w in items)}s"
   return _WORDS.get(kind, f"a {kind.__name__}")
 
 
 def _is(value, kind):
+  if kind is Any:
+    return True
   if typing.get_origin(kind) is dict:
     return isinstance(value, dict)
-  if typing.get_origin(kind) is tuple:
-    return isinstance(value, tuple) and all(_is(v, typing.get_args(kind)[0]) for v in value)
+  if (container := typing.get_origin(kind)) in (list, tuple):
+    items = _members(typing.get_args(kind)[0])
+    return isinstance(value, container) and all(any(_is(v, i) for i in items) for v in value)
   if kind is int:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
   if kind is float:

@@ -129,21 +129,14 @@ def test_members_share_one_cache_without_copies():
   config = tiny.config("mixtral", num_heads=2, head_dim=64, context_length=4096)
   params = jax.eval_shape(lambda: tiny.params(config))
   rows, capacity = 2, 4096
+  rows_of_zeros = jnp.zeros(rows, jnp.int32)
 
   def temporaries(num_members):
     roster = roster_lib.Roster.create(config, num_members, 0.5)
     cache = members_lib.empty_cache(config, roster, rows, capacity)
     compiled = (
-      jax.jit(members_lib.member_states, static_argnames="config")
-      .lower(
-        params,
-        config,
-        roster,
-        cache,
-        jnp.zeros((rows, 1), jnp.int32),
-        jnp.zeros((rows, 1), jnp.int32),
-        jnp.zeros(rows, jnp.uint32),
-      )
+      jax.jit(roster.cache_mode.states)
+      .lower(members_lib.RosterPass.of_step(params, config, roster, *3 * [rows_of_zeros]), cache)
       .compile()
     )
     return compiled.memory_analysis().temp_size_in_bytes
@@ -160,4 +153,6 @@ def test_cache_bytes_are_those_of_the_arrays():
     arrays = members_lib.empty_cache(CONFIG, roster, 3, 16)
     expected = members * 2 * 3 * 3 * 2 * 16 * 8 * 4
     assert sum(a.nbytes for a in jax.tree.leaves(arrays)) == expected
-    assert members_lib.cache_bytes(CONFIG, roster, 3, 16) == expected
+    assert roster.cache_mode.bytes(CONFIG, roster, 3, 16) == expected
+  roster = roster_lib.Roster.create(CONFIG, 5, 0.5, cache="none")
+  assert roster.cache_mode.bytes(CONFIG, roster, 3, 16) == 3 * 16 * 4  # the tokens

@@ -298,7 +298,7 @@ def test_a_template_is_found_in_the_files_that_may_hold_it(tmp_path):
   with pytest.raises(ValueError, match="chat templates tool_use and none named default"):
     load_template(tmp_path)
   config.write_text(json.dumps({"chat_template": ["x"]}))
-  with pytest.raises(ValueError, match='a list of objects with "name"'):
+  with pytest.raises(ValueError, match="must be text or a list whose items are JSON objects"):
     load_template(tmp_path)
   file.write_text("{% for %}")
   with pytest.raises(ValueError, match="is not a valid jinja template: line 1"):

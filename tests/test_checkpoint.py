@@ -299,7 +299,28 @@ def flip_bit_of_small_arrays(path):
       "is a Hugging Face folder.*checkpoints_convert --source=",
     ),
     (lambda p: (p / "manifest.json").unlink(), FileNotFoundError, "has no manifest.json"),
-    (lambda p: (p / "manifest.json").write_text("[]"), ValueError, "not a checkpoint manifest"),
+    (lambda p: (p / "manifest.json").write_text("[]"), ValueError, "manifest.json must be a JSON"),
+    (lambda p: (p / "manifest.json").write_text("{}"), ValueError, "manifest.json has no format"),
+    (
+      lambda p: edit_json(p / "manifest.json", pieces=[{"name": "top", "start": 0, "stop": True}]),
+      ValueError,
+      "stop of a piece in .*manifest.json must be an integer, got True",
+    ),
+    (
+      lambda p: edit_json(p / "manifest.json", pieces=[{"name": "../x", "start": 0, "stop": 5}]),
+      ValueError,
+      r"the pieces of .* are \['../x'\], not",
+    ),
+    (
+      lambda p: edit_json(p / "manifest.json", pieces={}),
+      ValueError,
+      "pieces of .* must be a list",
+    ),
+    (
+      lambda p: (p / "model_config.json").write_text("[" * 10**5),
+      ValueError,
+      "the model config is nested too deeply",
+    ),
     (lambda p: edit_json(p / "manifest.json", format=99), ValueError, "format 99"),
     (
       lambda p: shutil.rmtree(p / "params/layers_00002_00004"),

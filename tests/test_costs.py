@@ -89,7 +89,7 @@ def test_generation_and_scoring_are_sums_of_their_passes():
   roster, plain = Roster.create(CONFIG, 4, 0.3), Roster.create(CONFIG)
 
   def prefill(*positions):
-    return costs.forward_flops(CONFIG, plain, range(*positions), predict=False)
+    return costs.forward_flops(CONFIG, plain, range(*positions), predicted=0)
 
   assert costs.generation_flops(CONFIG, roster, 7, 3) == prefill(6) + costs.forward_flops(
     CONFIG, roster, range(6, 9)

@@ -62,12 +62,12 @@ def test_unique_experts_are_counted(olmoe, settings):
 def test_what_cannot_be_counted_is_refused(olmoe):
   config, params = olmoe
   with pytest.raises(ValueError, match="rosters with a cache"):
-    diagnostics.unique_experts(params, config, Roster.create(config, recompute=True), TEXTS)
+    diagnostics.unique_experts(params, config, Roster.create(config, cache="none"), TEXTS)
   with pytest.raises(ValueError, match="no token is predicted"):
     diagnostics.unique_experts(params, config, Roster.create(config), [[1, 2]], [2])
 
 
-@pytest.mark.parametrize("cache", ["clean", "standard"])
+@pytest.mark.parametrize("cache", ["clean", "standard", "none"])
 def test_logits_and_routing_of_members_are_those_of_the_definition(olmoe, cache):
   config, params = olmoe
   roster = Roster.create(config, 3, [0.0, 0.8, 0.4], seed=9, cache=cache, gate_weights="noisy")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from roe_jax import experts as experts_lib
-from roe_jax import lazy_modules, numerics
+from roe_jax import lazy_modules, native, numerics
 from roe_jax.experts import choices, tiled_loop
 from roe_jax.params import ExpertParams
 
@@ -209,11 +209,12 @@ def test_choice_of_strategy(monkeypatch):
   def choice(*args):
     return experts_lib.choose_strategy(*args)
 
-  assert (
-    choice(1, 8, 64, "float32", "cpu") == choice(1000, 8, 64, "bfloat16", "cpu") == "tiled_loop"
-  )
   monkeypatch.setattr(experts_lib, "kernel_passes", lambda *args: True)
-  assert choice(1, 8, 64, "bfloat16", "cpu", "int4") == "tiled_loop"
+  for available, chosen in ((True, "native"), (False, "tiled_loop")):
+    monkeypatch.setattr(native, "is_available", lambda available=available: available)
+    assert choice(1, 8, 64, "float32", "cpu") == choice(1000, 8, 64, "bfloat16", "cpu") == chosen
+    assert choice(1, 8, 64, "bfloat16", "cpu", "int4") == chosen
+    assert choice(1, 8, 64, "float32", "cpu", None, 6) == "tiled_loop"
   # A layout that a TPU's kernel would have changed.
   assert choice(1, 8, 64, "bfloat16", "tpu", None, 2880) == "dense"
   assert choice(1, 8, 64, "bfloat16", "tpu", "mxfp4", 1440) == "tiled_loop"
@@ -230,12 +231,13 @@ def test_choice_of_strategy(monkeypatch):
 
 @pytest.mark.parametrize(
   "strategy, expert_format",
-  [("gather_gemv", None), ("gather_gemv", "mxfp4"), ("grouped_matmul", "int8")],
+  [("gather_gemv", None), ("gather_gemv", "mxfp4"), ("grouped_matmul", "int8"), ("native", "int4")],
 )
 def test_a_kernel_is_used_only_if_it_works(strategy, expert_format, monkeypatch):
   def works():
     return experts_lib.kernel_passes(strategy, "float32", expert_format)
 
+  monkeypatch.setattr(native, "remembered", lambda name, error: error())
   experts_lib.kernel_passes.cache_clear()
   # Called while a program is traced, as the choice is.
   jax.jit(lambda x: x if works() else 1 / 0)(1.0)
@@ -281,7 +283,9 @@ def test_crossovers_of_a_measured_device_come_before_those_of_its_platform(monke
 
 
 def test_an_unknown_strategy_is_refused():
-  with pytest.raises(ValueError, match="'fast'.*tiled_loop, dense, gather_gemv, grouped_matmul"):
+  with pytest.raises(
+    ValueError, match="'fast'.*native, tiled_loop, dense, gather_gemv, grouped_matmul"
+  ):
     experts_lib.apply(weights(), 0, *rows(1), "fast")
 
 

@@ -271,10 +271,9 @@ def test_members_choose_by_float32_noise_of_their_address(family, dtype):
   positions = jnp.tile(jnp.arange(40), (3, 1)) + jnp.asarray([[0], [4], [20]])
   requests = jnp.asarray([2, 2**32 - 1, 5], jnp.uint32)
   cache = members_lib.empty_cache(config, roster, 3, 64)
-  run = jax.jit(members_lib.member_states, static_argnames=("config", "keep"))
-  _, outputs = run(
-    params, config, roster, cache, tokens, positions, requests, keep=("experts", "router_logits")
-  )
+  run = members_lib.RosterPass(params, config, roster, tokens, positions, requests)
+  states = jax.jit(roster.cache_mode.states, static_argnames="keep")
+  *_, outputs = states(run, cache, keep=("experts", "router_logits"))
   keys = noise_lib.position_keys(noise_lib.stream_key(11, noise_lib.ROUTING), requests, positions)
   changed_by_rounding = 0
   for layer in range(config.num_layers):

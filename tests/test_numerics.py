@@ -16,10 +16,12 @@ from roe_jax import roster as roster_lib
 L, D, OUT = 3, 20, (4, 6)
 
 
-@pytest.fixture(params=[1, 160, 480, 10**6])
+@pytest.fixture(params=["native", 1, 160, 480, 10**6])
 def tile(request, monkeypatch):
-  """Bytes of a tile: a row (not used, as 24 has larger divisors), 2, 6 or all rows."""
-  monkeypatch.setattr(numerics, "tile_bytes", lambda: request.param)
+  """The native kernels; or bytes of a tile: a row (as 24 has larger ones, not used), 2, 6, all."""
+  if request.param != "native":
+    monkeypatch.setattr(numerics, "NATIVE_TOKENS", 0)
+    monkeypatch.setattr(numerics, "tile_bytes", lambda: request.param)
   return request.param
 
 
@@ -163,12 +165,10 @@ def test_a_bfloat16_step_makes_no_float32_copies(monkeypatch, num_members):
   )
   roster = roster_lib.Roster.create(config, num_members, 0.5)
   cache = jax.eval_shape(lambda: kv_cache.empty(config, 1, 4096))
-  one = lambda dtype: jax.ShapeDtypeStruct((1,), dtype)
-  compiled = (
-    jax.jit(members_lib.step, static_argnames="config", donate_argnames="cache")
-    .lower(params, config, roster, cache, one(jnp.int32), one(jnp.int32), one(jnp.uint32))
-    .compile()
-  )
+  one = lambda dtype: jax.ShapeDtypeStruct((1, 1), dtype)
+  ids = jax.ShapeDtypeStruct((1,), jnp.uint32)
+  run = members_lib.RosterPass(params, config, roster, one(jnp.int32), one(jnp.int32), ids)
+  compiled = jax.jit(roster.cache_mode.step, donate_argnames="cache").lower(run, cache).compile()
   temporaries = compiled.memory_analysis().temp_size_in_bytes
   assert params_lib.num_bytes(config) > 37e6 and cache.keys.size * 2 / 3 == 2 * 2**20
   assert temporaries < 1.5e6 + num_members * 1e5

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from roe_jax import experts as experts_lib
-from roe_jax import sharding
-from roe_jax.experts import expert_parallel, kernel_check
+from roe_jax import kernel_check, sharding
+from roe_jax.experts import expert_parallel
 from roe_jax.params import ExpertParams
 
 pytestmark = pytest.mark.slow

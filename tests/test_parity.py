@@ -177,13 +177,15 @@ def test_decoding_token_by_token(family):
     ids,
   )
   expected = np.asarray(jax.nn.log_softmax(hf.logits(model, x)))
-  step = jax.jit(members_lib.step, static_argnames="config")
+  step = jax.jit(roster.cache_mode.step)
   for offset in range(8):
     positions = np.array(lengths) - 1 + offset
     rows = np.arange(3)
-    outputs, cache = step(
-      params, config, roster, cache, jnp.asarray(x[rows, positions]), jnp.asarray(positions), ids
+    tokens_B = jnp.asarray(x[rows, positions])
+    run = members_lib.RosterPass.of_step(
+      params, config, roster, tokens_B, jnp.asarray(positions), ids
     )
+    outputs, cache = step(run, cache)
     assert_close(outputs.log_probs[:, 0], expected[rows, positions])
 
 

@@ -231,7 +231,7 @@ def test_a_quantized_model_is_the_model_of_its_widened_weights(format):
     for p, c, r in (
       (params, config, roster),
       (widened, plain, roster),
-      (params, config, Roster.create(config, 3, 0.5, recompute=True)),
+      (params, config, Roster.create(config, 3, 0.5, cache="none")),
     )
   ]
   for other in scores[1:]:

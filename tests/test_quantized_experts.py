@@ -88,7 +88,7 @@ def apply(strategy, activation, params, layer, *row_args):
 
 def check(strategy, params, n, dtype, activation=Activation(), d=D):
   args = rows(n, dtype, d)
-  in_float32 = strategy in (None, "tiled_loop") or dtype == "float32"
+  in_float32 = strategy in (None, "native", "tiled_loop") or dtype == "float32"
   for layer in range(L):
     actual = apply(strategy, activation, params, layer, *args)
     assert actual.dtype == args[0].dtype

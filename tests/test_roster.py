@@ -9,22 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_roster
 import pytest
+import recomputed
 import tiny
 
-from roe_jax import (
-  aggregation,
-  attention,
-  decode,
-  prefill,
-  reference,
-  routing,
-  scoring,
-  transformer,
-)
+from roe_jax import aggregation, attention, decode, prefill, routing, scoring, transformer
 from roe_jax import members as members_lib
 from roe_jax import noise as noise_lib
 from roe_jax import params as params_lib
-from roe_jax import roster as roster_lib
+from roe_jax.cache_modes import CACHES
 from roe_jax.roster import Roster
 
 # Largest error over largest logit: float32 against float64, some ten layers of
@@ -38,17 +30,27 @@ REQUESTS = jnp.asarray([3, 2**32 - 2], jnp.uint32)
 @functools.partial(jax.jit, static_argnames=("config", "keep"))
 def member_states(params, config, roster, keep=()):
   """All members at all positions of `TOKENS`, through the roster's cache."""
-  positions = jnp.tile(jnp.arange(LENGTH), (2, 1))
   cache = members_lib.empty_cache(config, roster, 2, 16, whole=True)
-  cache, x = members_lib.prefill_cache(params, config, roster, cache, TOKENS, positions, REQUESTS)
-  if roster.cache == "standard":
-    return x, None
-  return members_lib.member_states(params, config, roster, cache, TOKENS, positions, REQUESTS, keep)
+  run = of_tokens(params, config, roster)
+  if roster.cache_mode.is_shared:
+    cache = roster.cache_mode.prefill(run, cache)
+  x, _, outputs = roster.cache_mode.states(run, cache, keep)
+  return x, outputs
+
+
+def of_tokens(params, config, roster):
+  positions = jnp.tile(jnp.arange(LENGTH), (2, 1))
+  return members_lib.RosterPass(params, config, roster, TOKENS, positions, REQUESTS)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def aggregate(params, config, roster, x):
+  return of_tokens(params, config, roster).aggregate(x)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def recomputed_states(params, config, roster):
-  return reference.member_states(params, config, roster, TOKENS, REQUESTS)
+  return recomputed.member_states(params, config, roster, TOKENS, REQUESTS)
 
 
 def logits(model, roster):
@@ -155,7 +157,7 @@ def test_contrast_with_the_second_expert_is_scmoe(request, family):
 def test_the_two_caches_differ_in_what_members_remember(olmoe):
   clean, standard = (
     logits(olmoe, Roster.create(olmoe[0], 3, [0.0, 0.8, 0.4], seed=9, cache=cache))
-    for cache in roster_lib.CACHES
+    for cache in ("clean", "standard")
   )
   assert_close(clean[0], standard[0])  # member 0 has no noise in either
   assert_close(clean[:, :, 0], standard[:, :, 0])  # no past at position 0
@@ -232,7 +234,7 @@ def test_computing_shared_layers_once_changes_nothing(olmoe):
   assert np.any(kept_full.experts[1, 0] != kept_full.experts[1, 3])
 
 
-@pytest.mark.parametrize("cache", roster_lib.CACHES)
+@pytest.mark.parametrize("cache", CACHES)
 def test_more_members_do_not_change_the_earlier_ones(olmoe, cache):
   few, many = (logits(olmoe, Roster.create(olmoe[0], n, 0.7, cache=cache)) for n in (2, 4))
   assert_close(many[:2], few)
@@ -250,11 +252,11 @@ def test_members_without_the_clean_one(olmoe):
     assert roster.members == expected and not roster.is_baseline
   # The clean member keeps the cache, and has no part in the average.
   roster = Roster.create(config, 3, 0.7, include_clean=False)
-  outputs = members_lib.aggregate(params, config, roster, x)
+  outputs = aggregate(params, config, roster, x)
   assert_close(outputs.log_probs, np.log(np.exp(members[1:]).mean(0)))
   np.testing.assert_array_equal(outputs.clean_tokens, np.argmax(members[0], -1))
   standard = Roster.create(config, 3, 0.7, include_clean=False, cache="standard")
-  outputs = members_lib.aggregate(params, config, standard, x[1:])
+  outputs = aggregate(params, config, standard, x[1:])
   assert_close(outputs.log_probs, np.log(np.exp(members[1:]).mean(0)))
   assert np.all(outputs.clean_tokens == -1)
 
@@ -292,7 +294,7 @@ def test_a_new_aggregation_is_available_by_its_name(olmoe, monkeypatch):
   monkeypatch.setitem(aggregation.AGGREGATIONS, "last_member", last_member)
   roster = Roster.create(config, 4, 0.7, aggregation="last_member")
   x, _ = member_states(params, config, Roster.create(config, 4, 0.7))
-  outputs = members_lib.aggregate(params, config, roster, x)
+  outputs = aggregate(params, config, roster, x)
   np.testing.assert_array_equal(
     outputs.log_probs, jax.nn.log_softmax(transformer.unembed(params, config, x[-1]))
   )
@@ -344,8 +346,7 @@ def test_settings_are_plain_values_that_make_the_same_roster():
     [0, 0.3, 0.25],
     seed=2**32 - 1,
     include_clean=False,
-    cache="standard",
-    recompute=True,
+    cache="none",
     aggregation="majority",
     gate_weights="noisy",
     noise="uniform",
@@ -357,8 +358,7 @@ def test_settings_are_plain_values_that_make_the_same_roster():
     temperatures=[0, 0.3, 0.25],
     seed=2**32 - 1,
     include_clean=False,
-    cache="standard",
-    recompute=True,
+    cache="none",
     aggregation="majority",
     gate_weights="noisy",
     noise="uniform",
@@ -464,7 +464,7 @@ def test_an_aggregation_is_the_object_that_its_name_has_when_the_roster_is_creat
 ):
   config, params = olmoe
   x = jax.random.normal(jax.random.key(1), (2, 1, 1, config.d_model))
-  run = jax.jit(members_lib.aggregate, static_argnums=1)
+  run = aggregate
   found = []
   for member in (0, 1):
     only = aggregation.Aggregation(
@@ -521,12 +521,12 @@ def test_batches_of_members_are_aggregated_as_all_at_once(olmoe, setting):
   results = []
   for members, largest in ((100, 8), (3, 3), (1, 2)):
     roster = Roster.create(config, 7, 0.7, memory_budget=budget(config, members, 6), **setting)
-    first, others = members_lib._batches(config, roster, 6)
+    first, others = members_lib.batches(config, roster, 6)
     assert first.size + others.size == len(roster.members)
     assert max(first.size, others.shape[1] if len(others) else 0) <= largest
     x = jax.random.normal(jax.random.key(1), (len(roster.members), 2, 3, config.d_model))
-    results.append(jax.jit(members_lib.aggregate, static_argnums=1)(params, config, roster, x))
-  assert not len(members_lib._batches(config, roster.replace(memory_budget=2**30), 6)[1])
+    results.append(aggregate(params, config, roster, x))
+  assert not len(members_lib.batches(config, roster.replace(memory_budget=2**30), 6)[1])
   for other in results[1:]:
     np.testing.assert_allclose(other.log_probs, results[0].log_probs, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(other.clean_tokens, results[0].clean_tokens)
@@ -536,7 +536,6 @@ def test_batches_of_members_are_aggregated_as_all_at_once(olmoe, setting):
 @pytest.mark.slow
 def test_batches_of_members_are_computed_as_all_at_once(olmoe, include_clean):
   config, params = olmoe
-  positions = jnp.tile(jnp.arange(LENGTH), (2, 1))
   results = []
   for members in (100, 2):
     roster = Roster.create(
@@ -546,15 +545,10 @@ def test_batches_of_members_are_computed_as_all_at_once(olmoe, include_clean):
       include_clean=include_clean,
       memory_budget=budget(config, members, 2 * LENGTH),
     )
-    cache = members_lib.empty_cache(config, roster, 2, 16)
-    cache, _ = members_lib.prefill_cache(
-      params, config, roster.history(), cache, TOKENS, positions, REQUESTS
-    )
-    results.append(
-      jax.jit(members_lib.against_clean_cache, static_argnames=("config", "keep"))(
-        params, config, roster, cache, TOKENS, positions, REQUESTS, keep=("keys",)
-      )
-    )
+    mode, cache = roster.cache_mode, members_lib.empty_cache(config, roster, 2, 16)
+    cache = mode.prefill(of_tokens(params, config, roster.history()), cache)
+    run = jax.jit(mode._distributions, static_argnames="keep")
+    results.append(run(of_tokens(params, config, roster), cache, keep=("keys",)))
   (one, one_kept), (other, other_kept) = results
   np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-5, atol=1e-5)
   np.testing.assert_array_equal(one.clean_tokens, other.clean_tokens)

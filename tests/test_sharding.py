@@ -384,8 +384,8 @@ def test_a_text_that_is_streamed_on_a_mesh(params):
   assert same_tokens(actual, expected)
 
 
-def test_recomputing_on_a_mesh(params):
-  roster = Roster.create(CONFIG, 2, 0.5, recompute=True)
+def test_no_cache_on_a_mesh(params):
+  roster = Roster.create(CONFIG, 2, 0.5, cache="none")
   texts = tiny.texts([6, 4], 64)
   placed = sharding.shard_params(params, CONFIG, make_mesh(CONFIG, 2, 2, 2))
   actual, expected = (

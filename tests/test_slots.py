@@ -55,9 +55,9 @@ def schedule(counts, num_slots):
   [
     ("olmoe", {}, {}, ((2, 1), (9, 2))),
     ("mixtral", {"cache": "standard"}, {"sampler": Sampler.greedy()}, ((3, 2),)),
-    ("olmoe", {"recompute": True}, {}, ((2, 2),)),
+    ("olmoe", {"cache": "none"}, {}, ((2, 2),)),
   ],
-  ids=["clean", "standard greedy", "recompute"],
+  ids=["clean", "standard greedy", "none"],
 )
 def test_neither_slots_nor_order_matter(request, monkeypatch, family, settings, options, sizes):
   """Each prompt is continued as if it were alone."""

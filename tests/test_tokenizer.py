@@ -199,9 +199,9 @@ def test_tokens_of_all_files_are_those_of_transformers(files, tmp_path):
 
 
 def test_malformed_added_tokens_get_a_sentence(tmp_path):
-  for wrong in ({"x": ADDED}, {"331": "<new>", "332": 3}, [1]):
+  for wrong in ({"x": ADDED}, {"331": "<new>", "332": 3}, {"331": ADDED | {"special": 1}}, [1]):
     write(tmp_path, byte_level(), tokenizer_config={"added_tokens_decoder": wrong})
-    with pytest.raises(ValueError, match="tokenizer_config.json has malformed special or added"):
+    with pytest.raises(ValueError, match=r"tokenizer_config.json (has malformed|must be)"):
       Tokenizer.load(tmp_path)
 
 
@@ -246,6 +246,25 @@ def test_bad_folders_get_a_sentence(tmp_path):
   with pytest.raises(ValueError, match="is not a tokenizer.json"):
     Tokenizer.load(tmp_path)
   write(tmp_path, byte_level())
+  for name, text, message in [
+    ("tokenizer_config.json", "[" * 10**5, "tokenizer_config.json is nested too deeply"),
+    ("tokenizer_config.json", "[]", "tokenizer_config.json must be a JSON object"),
+    ("tokenizer_config.json", '{"eos_token": 5}', "eos_token of .* must be text or a JSON object"),
+    ("tokenizer_config.json", '{"split_special_tokens": 1}', "must be true or false or null"),
+    ("tokenizer_config.json", '{"extra_special_tokens": [null]}', "extra_special_tokens of .*list"),
+    ("tokenizer_config.json", '{"extra_special_tokens": {"x": 1}}', "'x' of extra_special_tokens"),
+    ("added_tokens.json", '{"<new>": true}', "'<new>' of .*added_tokens.json must be an integer"),
+    ("added_tokens.json", '{"<new>": NaN}', "'<new>' of .*added_tokens.json must be an integer"),
+    ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id of .* must be an integer"),
+    ("generation_config.json", '{"eos_token_id": [1, true]}', "or a list whose items are integers"),
+    ("generation_config.json", '{"eos_token_id": -1}', "eos_token_id of .* must be a token id"),
+    ("generation_config.json", '{"eos_token_id": [1e30]}', "eos_token_id of .* must be an integer"),
+    ("config.json", '{"pad_token_id": 99999999999}', "pad_token_id of .*config.json must be a tok"),
+  ]:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+      Tokenizer.load(tmp_path)
+    (tmp_path / name).unlink()
   (tmp_path / "generation_config.json").write_text("{")
   with pytest.raises(ValueError, match="generation_config.json is not valid JSON"):
     Tokenizer.load(tmp_path)

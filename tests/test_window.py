@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recomputed import RECOMPUTED
 import tiny
 
 from roe_jax import decode, diagnostics, prefill, scoring, transformer
@@ -62,7 +63,7 @@ SETTINGS = [("alternating", "clean", [0, 0.6, 0]), ("all", "standard", [0.6, 0, 
 def test_generation_is_that_without_a_cache(layers, cache, temperatures):
   c = config(layers)
   roster = Roster.create(c, 3, temperatures, seed=2, cache=cache)
-  assert_same(run(c, roster=roster), run(c, roster=roster.replace(recompute=True)))
+  assert_same(run(c, roster=roster), run(c, roster=roster.replace(cache=RECOMPUTED[cache])))
 
 
 @pytest.mark.parametrize("layers, cache, temperatures", SETTINGS)
@@ -111,7 +112,8 @@ def test_slots_of_other_texts_and_those_used_again_do_not_matter():
 def test_in_bfloat16_too():
   c = config("alternating", dtype="bfloat16")
   roster = Roster.create(c, 2, [0, 0.6, 0.6])
-  for found, expected in zip(run(c, roster=roster), run(c, roster=roster.replace(recompute=True))):
+  expected = run(c, roster=roster.replace(cache=RECOMPUTED["clean"]))
+  for found, expected in zip(run(c, roster=roster), expected):
     np.testing.assert_allclose(found.log_probs[0], expected.log_probs[0], atol=0.1)
 
 
@@ -173,7 +175,7 @@ def test_a_window_does_not_grow_with_the_context():
   def num_bytes(layers, capacity, **options):
     c = config(layers)
     roster = Roster.create(c, 3, [0, 0.5, 0.5], cache=options.pop("cache", "clean"))
-    return members_lib.cache_bytes(c, roster, 4, capacity, **options)
+    return roster.cache_mode.bytes(c, roster, 4, capacity, **options)
 
   for cache in ("clean", "standard"):
     assert num_bytes("all", 64, cache=cache) == num_bytes("all", 65536, cache=cache)

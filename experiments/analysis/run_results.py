@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 import dataclasses
 import glob
-import json
 import pathlib
 import re
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from experiments.analysis.calibration_error import Events
 from experiments.cli import text_files
 from experiments.records import runs
+from roe_jax import typed
 
 # Metrics that are a task's result, in order of preference.
 QUALITY = ("exact_match", "acc", "pass@1")
@@ -174,22 +174,17 @@ def load_runs(patterns: Sequence[str]) -> list[Result]:
 def _load(path):
   settings, lines, _ = runs.load(path)
   records: dict[str, dict[str, dict[int, Any]]] = {}
-  for number, line in enumerate(lines, 1):
-    try:
-      task, example, seed = runs.key(line)
-      if not isinstance(line["metrics"], dict):
-        raise TypeError
-    except (KeyError, TypeError, ValueError) as error:
-      raise ValueError(
-        f"line {number} of {path / runs.EXAMPLES} is not a record of a run: it needs "
-        '"task", "example", "seed" and "metrics"'
-      ) from error
+  for line in lines:
+    task, example, seed = runs.key(line)
     records.setdefault(task, {}).setdefault(example, {})[seed] = line
   label = str(settings.get("label") or settings.get("name") or path.name)
   temperatures = {task: settings.get("output_temperature") for task in records}
   fitted = {}
   if (path / TEMPERATURES).is_file():
-    fitted = json.loads((path / TEMPERATURES).read_text("utf-8"))
+    fitted = typed.read(path / TEMPERATURES, dict[str, dict])
+    for task, found in fitted.items():
+      kinds = {"temperature": float | None, "examples": int}
+      typed.check_keys(f"{task!r} of {path / TEMPERATURES}", found, kinds, others=True)
     temperatures |= {task: found["temperature"] for task, found in fitted.items()}
   return Result(
     path,
@@ -218,20 +213,17 @@ def load_tunings(patterns: Sequence[str]) -> list[Tuning]:
 
 
 def _load_tuning(path, name):
+  kinds = {"number": int, "state": str, "value": float | None, "temperatures": list[float]}
   try:
-    profile = json.loads((path / PROFILE).read_text("utf-8")) if (path / PROFILE).is_file() else {}
-    trials = sorted(runs.read_lines(path / TRIALS), key=lambda t: t["number"])
-    for trial in trials:
-      trial["state"], trial["value"], list(trial["temperatures"])
-  except (KeyError, TypeError, ValueError) as error:
+    profile = typed.read(path / PROFILE) if (path / PROFILE).is_file() else {}
+    lines = runs.read_lines(path / TRIALS, kinds=kinds)
+  except ValueError as error:
     raise ValueError(
-      f"{path} is not the folder of a search: its {PROFILE} or {TRIALS} cannot be "
-      f"read ({type(error).__name__}: {error})"
+      f"{path} is not the folder of a search: its {PROFILE} or {TRIALS} cannot be read ({error})"
     ) from error
+  trials = sorted(lines, key=lambda t: t["number"])
   settings = path / runs.SETTINGS
-  command = (
-    json.loads(settings.read_text("utf-8")).get(runs.COMMAND) if settings.is_file() else None
-  )
+  command = typed.read(settings).get(runs.COMMAND) if settings.is_file() else None
   return Tuning(name, profile, trials, command)
 
 

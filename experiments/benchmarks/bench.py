@@ -14,6 +14,7 @@ from experiments.benchmarks import random_models, timing
 from roe_jax import batching, prefill, sampling, scoring
 from roe_jax import members as members_lib
 from roe_jax.config import ModelConfig
+from roe_jax.members import RosterPass
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
@@ -26,9 +27,8 @@ SCORE_CHUNK = 64
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(params, config, roster, sampler, cache, tokens_B, positions_B, request_ids_B):
   """Runs a decode step; returns the (donated) cache and tokens `[B]`."""
-  outputs, cache = members_lib.step(
-    params, config, roster, cache, tokens_B, positions_B, request_ids_B
-  )
+  run = RosterPass.of_step(params, config, roster, tokens_B, positions_B, request_ids_B)
+  outputs, cache = roster.cache_mode.step(run, cache)
   log_probs = outputs.log_probs[:, 0]
   return cache, sampling.choose(sampler, roster.seed, log_probs, request_ids_B, positions_B)
 
@@ -36,17 +36,8 @@ def decode_step(params, config, roster, sampler, cache, tokens_B, positions_B, r
 @functools.partial(jax.jit, static_argnames="config")
 def chosen_experts(params, config, roster, cache, tokens_B, positions_B, request_ids_B):
   """Returns the experts of all members at one position, `[L, R, B, 1, A]`."""
-  _, outputs = members_lib.member_states(
-    params,
-    config,
-    roster,
-    cache,
-    tokens_B[:, None],
-    positions_B[:, None],
-    request_ids_B,
-    keep=("experts",),
-  )
-  return outputs.experts
+  run = RosterPass.of_step(params, config, roster, tokens_B, positions_B, request_ids_B)
+  return roster.cache_mode.states(run, cache, keep=("experts",))[2].experts
 
 
 @dataclasses.dataclass

@@ -14,8 +14,8 @@ from experiments.benchmarks import random_models, transformers_stock
 from experiments.benchmarks.bench import Bench, Call
 from experiments.benchmarks.sweeps import Case, Sizes
 from experiments.benchmarks.transformers_stock import StockRoster
-from roe_jax import members as members_lib
 from roe_jax import params as params_lib
+from roe_jax.members import RosterPass
 
 NUM_MEMBERS = (1, 4, 16, 32)
 # `batched_mm` gathers the weights of every token's experts: hopeless beyond this.
@@ -86,7 +86,8 @@ def _baseline_log_probs(bench, context):
   @jax.jit
   def run(params, cache, tokens_B):
     positions, ids = np.full(1, context, np.int32), np.zeros(1, np.uint32)
-    outputs, _ = members_lib.step(params, config, roster, cache, tokens_B, positions, ids)
+    run = RosterPass.of_step(params, config, roster, tokens_B, positions, ids)
+    outputs, _ = roster.cache_mode.step(run, cache)
     return outputs.log_probs[:, 0]
 
   return np.asarray(run(bench.params, box.cache, bench.samples(1)[0]))

@@ -231,14 +231,15 @@ class _Generation:
     self.nvml = power.load_nvml()
 
   def measure(self, cached: bool, tau: float, n: int) -> dict[str, Any]:
-    roster = overhead.all_members(self.config, n, tau, recompute=not cached)
+    cache = "clean" if cached else "none"
+    roster = overhead.all_members(self.config, n, tau, cache=cache)
     case = overhead.case(self.params, self.config, roster, self.prompts, 1, self.new_tokens)
     case.call(1)
     seconds = floors.median_seconds(lambda: case.call(1), rounds=5, budget=3.0)
     watts = power.mean_watts(self.nvml, lambda: case.call(1), seconds=1.5)
     per_token = seconds / self.new_tokens
     return {
-      "cache": "clean" if cached else "none",
+      "cache": cache,
       "temperature": tau,
       "num_members": n,
       "ms_per_token": 1e3 * per_token,

@@ -11,6 +11,7 @@ import numpy as np
 from experiments.benchmarks import machine, timing
 from experiments.benchmarks.sweeps import Case
 from experiments.cli import app, text_files
+from experiments.records.jsonl import read_lines
 
 KEY = ("variant", "num_members", "temperature", "context", "batch_size")
 
@@ -108,12 +109,13 @@ class Folder:
     if not self._path.exists():
       return
     try:
-      self.records = [json.loads(line) for line in text_files.read(self._path).split("\n") if line]
-      kept = [record["settings"] for record in self.records]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+      self.records = read_lines(self._path, kinds={"sweep": str, "settings": dict})
+    except ValueError as error:
       raise ValueError(
-        f"{self._path} was not written by this program: give another --output or remove the file"
+        f"{self._path} was not written by this program: give another --output or remove the file "
+        f"({error})"
       ) from error
+    kept = [record["settings"] for record in self.records]
     for other in kept:
       changed = [
         name for name in {**other, **self._settings} if other.get(name) != self._settings.get(name)

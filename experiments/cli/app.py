@@ -38,11 +38,12 @@ from roe_jax import (
   temperature_profiles,
 )
 from roe_jax.aggregation import AGGREGATIONS
+from roe_jax.cache_modes import CACHES
 from roe_jax.config import ModelConfig
 from roe_jax.experts import STRATEGIES
 from roe_jax.model_formats import EMBEDDED
 from roe_jax.params import Params
-from roe_jax.roster import CACHES, MEMORY_BUDGET, Roster
+from roe_jax.roster import MEMORY_BUDGET, Roster
 from roe_jax.temperature_profiles import Profile
 from roe_jax.text.chat import Chat
 from roe_jax.text.tokenizer import Tokenizer
@@ -304,16 +305,11 @@ def define_roster_flags(num_members: int = 1) -> None:
     "other roster flags.",
   )
   flags.DEFINE_integer("seed", 0, "Seed for routing noise and sampling.")
-  flags.DEFINE_enum(
+  flags.DEFINE_string(
     "cache",
     "clean",
-    CACHES,
-    "KV cache the members attend to: the clean member's (clean) or each member's own (standard).",
-  )
-  flags.DEFINE_bool(
-    "recompute",
-    False,
-    "Recompute the whole sequence at each step instead of using a KV cache: slow, for reference.",
+    f"KV cache the members attend to: {', '.join(CACHES)}, or module:attribute. The clean member's "
+    "(clean), each member's own (standard), or none: every step computes the whole sequence.",
   )
   flags.DEFINE_string(
     "aggregation",
@@ -535,7 +531,7 @@ def check_memory(
   Raises:
     ValueError: the devices have less memory than a run needs.
   """
-  if roster.recompute or length < 2:
+  if not roster.cache_mode.keeps_history or length < 2:
     return
   plan, mesh = _plan(config, roster, batch_size, min(length, config.context_length), scoring)
   need, device = dry_run_lib.total_bytes(plan, mesh), jax.local_devices()[0]

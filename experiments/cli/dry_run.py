@@ -9,7 +9,7 @@ import dataclasses
 
 from jax.sharding import AbstractMesh
 
-from roe_jax import batching, costs, decode, members, prefill, scoring, sharding
+from roe_jax import batching, costs, decode, prefill, scoring, sharding
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.costs import DeviceCost, Memory
@@ -46,8 +46,8 @@ class Plan:
   overlap: float | None = None
 
   def __post_init__(self):
-    if self.roster.recompute:
-      raise ValueError("--dry_run estimates rosters with a KV cache only: remove --recompute")
+    if not self.roster.cache_mode.keeps_history:
+      raise ValueError("--dry_run estimates rosters with a KV cache only: remove --cache=none")
     if not 2 <= self.length <= self.config.context_length:
       raise ValueError(
         f"--length must lie in [2, {self.config.context_length}] (the model's context), "
@@ -67,8 +67,8 @@ class Plan:
 
   @property
   def filled_first(self) -> bool:
-    """Whether a clean prefill fills the cache before positions are scored."""
-    return self.scoring and self.roster.cache == "clean" and not self.roster.is_baseline
+    """Whether a prefill fills the cache before positions are scored."""
+    return self.scoring and self.roster.cache_mode.fills_first(self.roster)
 
   @property
   def capacity(self) -> int:
@@ -229,10 +229,9 @@ def _work(plan, mesh) -> Iterator[str]:
 
 def _num_batches(plan):
   """Number of batches of members, as the memory budget requires."""
-  if plan.roster.cache == "standard":
-    return 1
   tokens = plan.batch_size * plan.positions
-  return 1 + members.batch_sizes(plan.config, plan.roster, tokens, plan.platform)[1]
+  batches = plan.roster.cache_mode.member_batches(plan.config, plan.roster, tokens, plan.platform)
+  return 1 + batches[1]
 
 
 def _times(plans, mesh, calls, line):

@@ -256,7 +256,7 @@ class Engine:
         sequences.append(before + tokens)
         starts.append(len(before))
         ids.append(request.request_id)
-    if self._roster.recompute or not sequences:
+    if not (self._roster.cache_mode.keeps_history and sequences):
       return {}
     unique = diagnostics.unique_experts(*self._model, self._roster, sequences, starts, ids)
     steps = sum(map(len, sequences)) - sum(starts)
@@ -374,23 +374,16 @@ class Engine:
     }
 
   def _scoring_cost(self, length, start):
-    roster, config = self._roster, self._model[1]
-    filled_first = roster.cache == "clean" and not roster.is_baseline
-    before = length - 1 if filled_first else start - 1
-    return {
-      "tokens": length - start,
-      "forward_passes": self._forward_passes(before, length - start),
-      "flops": costs.scoring_flops(config, roster, length, start),
-    }
+    passes = self._roster.cache_mode.scoring(self._roster, length, start)
+    return self._cost(length - start, passes)
 
   def _generation_cost(self, prompt_length, num_tokens):
+    passes = self._roster.cache_mode.generation(self._roster, prompt_length, num_tokens)
+    return self._cost(num_tokens, passes)
+
+  def _cost(self, num_tokens, passes):
     return {
       "tokens": num_tokens,
-      "forward_passes": self._forward_passes(prompt_length - 1, num_tokens),
-      "flops": costs.generation_flops(self._model[1], self._roster, prompt_length, num_tokens),
+      "forward_passes": sum(p.tokens for p in passes),
+      "flops": sum(costs.forward_flops(self._model[1], *p) for p in passes),
     }
-
-  def _forward_passes(self, before, predicting):
-    """Tokens x members, of the history and of what is predicted."""
-    members = len(self._roster.members)
-    return before * len(self._roster.history().members) + predicting * members

@@ -189,7 +189,8 @@ def _group(opened, config, batch_size, cached):
   sizes = [
     (tau, n) for tau in config.temperatures for n in (config.members if cached else config.uncached)
   ]
-  rosters = {key: all_members(model, key[1], key[0], recompute=not cached) for key in sizes}
+  cache = "clean" if cached else "none"
+  rosters = {key: all_members(model, key[1], key[0], cache=cache) for key in sizes}
   cases = {
     key: case(params, model, roster, prompts, batch_size, config.new_tokens)
     for key, roster in rosters.items()

@@ -1,6 +1,5 @@
 """The page of all figures of a model, made from the records in docs/results."""
 
-import json
 import pathlib
 import shutil
 
@@ -9,6 +8,7 @@ from experiments.analysis import drawing
 from experiments.cli import app
 from experiments.figures.figure_models import Model
 from experiments.figures.figure_run import ABOUT, PICTURE, RECORDS, read_records
+from roe_jax import typed
 
 PARTS = (
   ("The paper's figures and tables", figures.PAPER),
@@ -64,7 +64,7 @@ def text(kept: pathlib.Path, model: Model) -> str:
 
 
 def _section(kept, name):
-  figure, about = figures.get(name), json.loads((kept / name / ABOUT).read_text("utf-8"))
+  figure, about = figures.get(name), typed.read(kept / name / ABOUT)
   records, machine = read_records(kept / name / RECORDS), about["machine"]
   parts = [
     f"### {name}: {figure.TITLE}",

@@ -12,7 +12,6 @@ instead of programs.
 
 from collections.abc import Sequence
 import dataclasses
-import json
 import pathlib
 from typing import Any, ClassVar
 
@@ -21,6 +20,7 @@ from experiments.analysis.run_results import Tuning
 from experiments.figures import compared, figure_models
 from experiments.figures.figure_run import Command, FigureRun
 from experiments.tuning import confirm
+from roe_jax import typed
 
 Record = dict[str, Any]
 
@@ -54,7 +54,7 @@ def records(run: FigureRun, tasks: Sequence[str]) -> list[Record]:
       {
         "task": task,
         "category": run.model.category(task),
-        "settings": json.loads((folder / "settings.json").read_text("utf-8")),
+        "settings": typed.read(folder / "settings.json"),
         "profile": search.profile,
         "differences": _tested(folder / "confirm", search.profile),
         "trials": search.trials,

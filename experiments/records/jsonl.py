@@ -10,6 +10,7 @@ from typing import Any
 
 from checkpoints_convert import interrupts, outputs
 from experiments.cli import app, text_files
+from roe_jax import typed
 
 
 def read(path: str | None, keys: Iterable[str]) -> list[dict[str, Any]]:
@@ -41,12 +42,7 @@ def parse(lines: Sequence[str], keys: Iterable[str]) -> list[dict[str, Any]]:
   for number, line in enumerate(lines, 1):
     if not line.strip():
       continue
-    try:
-      request = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise ValueError(f"input line {number} is not valid JSON: {error}") from error
-    if not isinstance(request, dict):
-      raise ValueError(f"input line {number} must be a JSON object, got {line.strip()[:60]}")
+    request = typed.parse(line, f"input line {number}")
     if unknown := sorted(request.keys() - set(keys)):
       raise ValueError(
         f"input line {number} has the unknown key {unknown[0]!r}: use {', '.join(keys)}, and flags "
@@ -59,17 +55,27 @@ def parse(lines: Sequence[str], keys: Iterable[str]) -> list[dict[str, Any]]:
   return requests
 
 
-def read_lines(path: pathlib.Path, repair: bool = False) -> list[dict[str, Any]]:
+def read_lines(
+  path: pathlib.Path, repair: bool = False, kinds: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
   """Reads the complete lines of a file as JSON objects; none if the file does not exist.
 
   Args:
     path: the file.
     repair: whether to remove an incomplete last line, which a killed run leaves.
+    kinds: types of the keys that each line must have.
+
+  Raises:
+    ValueError: a line is not such an object.
   """
   if not path.is_file():
     return []
   whole, _, torn = text_files.read(path).rpartition("\n")
-  lines = [json.loads(line) for line in whole.split("\n") if line]
+  lines = [
+    typed.parse(line, f"line {number} of {path}", kinds or {})
+    for number, line in enumerate(whole.split("\n"), 1)
+    if line
+  ]
   if torn and repair:
     app.write_atomically(path, whole + "\n" if whole else "")
   return lines
@@ -154,17 +160,16 @@ class Results:
       f"{self._path} has results of other requests or settings: choose another file or delete it"
     )
     try:
-      results = read_lines(self._path)
+      results = read_lines(self._path, kinds={"index": int, "settings": dict})
       indices = [result["index"] for result in results]
       same = len(set(indices)) == len(indices) and all(
-        type(i) is int
-        and 0 <= i < len(self._requests)
+        0 <= i < len(self._requests)
         and result["settings"] == self._settings
         and {k: result[k] for k in ("index", *self._KEYS) if k in result} == self._head(i)
         for i, result in zip(indices, results)
       )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-      raise ValueError(refusal) from error
+    except ValueError as error:
+      raise ValueError(f"{refusal} ({error})") from error
     if not same:
       raise ValueError(refusal)
     read_lines(self._path, repair=True)
@@ -232,12 +237,13 @@ class SavedValues:
 
   def _found(self):
     try:
-      lines = read_lines(self._path)
-      values = {line["name"]: line["value"] for line in lines if line["settings"] == self._settings}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+      lines = read_lines(self._path, kinds={"name": str, "value": object, "settings": dict})
+    except ValueError as error:
       raise ValueError(
-        f"{self._path} does not have values of earlier runs: choose another output or delete it"
+        f"{self._path} does not have values of earlier runs: choose another output or delete it "
+        f"({error})"
       ) from error
+    values = {line["name"]: line["value"] for line in lines if line["settings"] == self._settings}
     read_lines(self._path, repair=True)
     return values
 

@@ -25,6 +25,7 @@ import numpy as np
 from experiments.cli import app, text_files
 from experiments.records import jsonl
 from experiments.records.jsonl import read_lines
+from roe_jax import typed
 
 SETTINGS, EXAMPLES, COSTS, SUMMARY = (
   "settings.json",
@@ -35,6 +36,15 @@ SETTINGS, EXAMPLES, COSTS, SUMMARY = (
 COMMAND = "command"
 # (task, example, seed)
 Key = tuple[str, str, int]
+
+
+# The types of a line of `examples.jsonl`; metrics that are not finite are null.
+KINDS: dict[str, Any] = {
+  "task": str,
+  "example": str | int,
+  "seed": int,
+  "metrics": dict[str, float | bool | None],
+}
 
 
 def key(record: dict[str, Any]) -> Key:
@@ -56,7 +66,10 @@ def claim(path: pathlib.Path, settings: dict[str, Any]) -> None:
     )
     app.write_atomically(found, text_files.to_json(wanted | {COMMAND: command}, indent=2) + "\n")
     return
-  there = json.loads(found.read_text("utf-8"))
+  try:
+    there = typed.read(found)
+  except ValueError as error:
+    raise ValueError(f"{error}: choose another folder or delete {path}") from error
   there.pop(COMMAND, None)
   differing = sorted(k for k in there.keys() | wanted.keys() if there.get(k) != wanted.get(k))
   if differing:
@@ -86,7 +99,7 @@ class Run:
     def opened():
       claim(self.path, {"name": name, **settings})
       read_lines(self.path / COSTS, repair=True)
-      return [key(record) for record in read_lines(self.path / EXAMPLES, repair=True)]
+      return [key(record) for record in read_lines(self.path / EXAMPLES, True, KINDS)]
 
     self.done = {tuple(k) for k in app.from_first_process(opened)}
 
@@ -117,7 +130,7 @@ class Run:
     total: dict[str, float] = {}
     for line in read_lines(self.path / COSTS):
       for name, value in line.items():
-        if name in ("task", "seed") or isinstance(value, (str, bool, type(None))):
+        if name in ("task", "seed") or type(value) not in (int, float):
           continue
         largest = name.startswith("peak_")
         total[name] = max(total.get(name, value), value) if largest else total.get(name, 0) + value
@@ -188,6 +201,7 @@ def load(path: str | pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]]
 
   Raises:
     FileNotFoundError: the folder is not a finished run.
+    ValueError: a file of it is damaged.
   """
   path = pathlib.Path(path)
   for name in (SETTINGS, EXAMPLES, SUMMARY):
@@ -196,7 +210,7 @@ def load(path: str | pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]]
         f"{path} has no {name}, so it is not a finished run: rerun the program that writes it"
       )
   return (
-    json.loads((path / SETTINGS).read_text("utf-8")),
-    read_lines(path / EXAMPLES),
-    json.loads((path / SUMMARY).read_text("utf-8")),
+    typed.read(path / SETTINGS),
+    read_lines(path / EXAMPLES, kinds=KINDS),
+    typed.read(path / SUMMARY),
   )

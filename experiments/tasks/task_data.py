@@ -4,10 +4,11 @@ from collections.abc import Callable
 import dataclasses
 import gzip
 import hashlib
-import json
 import pathlib
 import re
 from typing import Any
+
+from roe_jax import typed
 
 Row = dict[str, Any]
 
@@ -80,12 +81,13 @@ def read(path: pathlib.Path) -> list[Row]:
       if ".raw" in path.suffixes:
         rows = [{"text": line} for line in file]
       elif ".jsonl" in path.suffixes:
-        rows = [json.loads(line) for line in file if line.strip()]
+        lines = ((i, line) for i, line in enumerate(file, 1) if line.strip())
+        rows = [typed.parse(line, f"line {i}") for i, line in lines]
       else:
-        rows = json.load(file)
-  except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        rows = typed.parse(file.read(), "it", list[dict])
+  except (OSError, EOFError, ValueError) as error:
     raise ValueError(f"{path} cannot be read: {error}") from error
-  if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) for r in rows):
+  if not rows:
     raise ValueError(
       f"{path} must contain JSON objects, in a list (.json) or one per line (.jsonl)"
     )

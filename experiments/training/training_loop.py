@@ -19,7 +19,7 @@ from tqdm import tqdm
 from checkpoints_convert import outputs
 from experiments.benchmarks import machine
 from experiments.cli import app, text_files
-from roe_jax import orbax_storage
+from roe_jax import orbax_storage, typed
 from roe_jax.training import TrainState
 
 # In a folder that a run starts in, or that was killed at its start.
@@ -34,8 +34,8 @@ class Metrics:
     records = []
     for line in path.read_text("utf-8").splitlines() if path.exists() else []:
       try:
-        records.append(json.loads(line))
-      except json.JSONDecodeError:  # killed while writing
+        records.append(typed.parse(line, str(path), {"step": int, "kind": str}))
+      except ValueError:  # killed while writing
         break
     self.records = [r for r in records if r["step"] <= step]
     app.write_atomically(path, "".join(text_files.to_json(r) + "\n" for r in self.records))
@@ -60,7 +60,7 @@ def check_output(output: pathlib.Path, config: dict[str, Any]) -> None:
   path = output / "config.json"
   text = text_files.to_json(config, indent=2) + "\n"
   if path.exists():
-    existing = _flat(json.loads(path.read_text("utf-8")))
+    existing = _flat(typed.read(path))
     different = [k for k, v in _flat(json.loads(text)).items() if existing.get(k) != v]
     if different:
       raise ValueError(

@@ -65,11 +65,12 @@ class _Sequences:
 
   def usage(self, roster: Roster) -> Usage:
     """Returns the compute for scoring them."""
-    prefilled = sum(map(len, self.tokens)) - len(self.tokens)
-    scored, members = int(self.counts.sum()), len(roster.members)
-    if roster.is_baseline or roster.cache == "standard":
-      return Usage(scored, prefilled * members)
-    return Usage(scored, prefilled + scored * members)
+    passes = (
+      p
+      for tokens, start in zip(self.tokens, self.starts)
+      for p in roster.cache_mode.scoring(roster, len(tokens), start)
+    )
+    return Usage(int(self.counts.sum()), sum(p.tokens for p in passes))
 
 
 @dataclasses.dataclass(eq=False)
@@ -233,11 +234,13 @@ class Accuracy(_Objective):
         request_ids=list(self.ids[part]),
         batch_size=self.batch_size,
       )
-    tokens, members = found.throughput.tokens, len(roster.members)
-    prefilled = sum(map(len, prompts)) - len(prompts)
-    prefilled *= members if roster.cache == "standard" else 1
+    passes = (
+      p
+      for prompt, completion in zip(prompts, found.completions)
+      for p in roster.cache_mode.generation(roster, len(prompt), len(completion.tokens))
+    )
     answers = [builder.answer(e, c) for e, c in zip(self.examples[part], found.completions)]
-    return answers, Usage(tokens, prefilled + tokens * members)
+    return answers, Usage(found.throughput.tokens, sum(p.tokens for p in passes))
 
   def value(self, values: np.ndarray) -> float:
     """Returns the mean over all examples."""

@@ -167,8 +167,7 @@ def call(
     )
     dense_bytes = (sharded_flops / 2 + router_size) * item
     cost.weights += times * layers * (dense_bytes + unique_experts / e * per_expert / t)
-    # Members share the clean cache, or each has its own.
-    caches = 1 if roster.cache == "clean" else batch.members
+    caches = roster.cache_mode.histories(batch.members)
     cost.cache += times * caches * batch.sequences * 2 * key_bytes * windows[-1]
     found = Counter()
     for c, count in _layer_collectives(config, mesh, batch, item).items():

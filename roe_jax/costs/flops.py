@@ -8,7 +8,7 @@ from roe_jax.roster import Roster
 
 
 def forward_flops(
-  config: ModelConfig, roster: Roster, positions: range, predict: bool = True
+  config: ModelConfig, roster: Roster, positions: range, predicted: int | None = None
 ) -> int:
   """Counts the FLOPs of a roster's matmuls at some positions of one sequence.
 
@@ -17,10 +17,10 @@ def forward_flops(
 
   Args:
     config: the model's architecture.
-    roster: its settings; a recomputing roster is counted as if it had a cache.
+    roster: its settings.
     positions: consecutive positions; each attends to the earlier ones in its window
       and to itself.
-    predict: whether next-token distributions are computed, or only the cache.
+    predicted: at how many of them next-token distributions are computed; all by default.
   """
   first, members = roster.noisy_layers[0], len(roster.members)
 
@@ -28,7 +28,8 @@ def forward_flops(
     attended = sum(window_size(config, layer, p) for layer in layers for p in positions)
     return len(positions) * len(layers) * _layer_flops(config) + attended * attention_flops(config)
 
-  head = 2 * config.vocab_size * config.d_model * len(positions) if predict else 0
+  predicted = len(positions) if predicted is None else predicted
+  head = 2 * config.vocab_size * config.d_model * predicted
   return layers_flops(range(first)) + members * (
     layers_flops(range(first, config.num_layers)) + head
   )
@@ -38,21 +39,14 @@ def generation_flops(
   config: ModelConfig, roster: Roster, prompt_length: int, num_new_tokens: int
 ) -> int:
   """Counts the FLOPs of prefilling a prompt and decoding new tokens; see `forward_flops`."""
-  last = prompt_length - 1
-  return forward_flops(config, roster.history(), range(last), predict=False) + forward_flops(
-    config, roster, range(last, last + num_new_tokens)
-  )
+  passes = roster.cache_mode.generation(roster, prompt_length, num_new_tokens)
+  return sum(forward_flops(config, *p) for p in passes)
 
 
 def scoring_flops(config: ModelConfig, roster: Roster, length: int, start: int = 1) -> int:
-  """Counts the FLOPs of scoring a sequence's tokens from index `start`; see `forward_flops`.
-
-  With the clean cache all positions run twice: clean to fill the cache, then as a roster.
-  """
-  filled_first = roster.cache == "clean" and not roster.is_baseline
-  return forward_flops(
-    config, roster.history(), range(length - 1 if filled_first else start - 1), predict=False
-  ) + forward_flops(config, roster, range(start - 1, length - 1))
+  """Counts the FLOPs of scoring a sequence's tokens from index `start`; see `forward_flops`."""
+  passes = roster.cache_mode.scoring(roster, length, start)
+  return sum(forward_flops(config, *p) for p in passes)
 
 
 def _layer_flops(config):

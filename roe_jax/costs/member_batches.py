@@ -6,7 +6,6 @@ import math
 
 from jax.sharding import AbstractMesh
 
-from roe_jax import members as members_lib
 from roe_jax import sharding
 from roe_jax.config import ModelConfig
 from roe_jax.experts import expert_parallel
@@ -74,13 +73,10 @@ def batches(
   positions: int,
   platform: str | None = None,
 ) -> list[MemberBatch]:
-  """Returns the batches of a call in order; see `members.against_clean_cache`."""
+  """Returns the batches of a call in order; see `CacheMode.member_batches`."""
   first, end = roster.noisy_layers[0], config.num_layers
-  if roster.cache == "clean":
-    size, *others = members_lib.batch_sizes(config, roster, batch_size * positions, platform)
-    sizes = [(size, 1), tuple(reversed(others))]
-  else:
-    sizes = [(len(roster.members), 1)]
+  size, *others = roster.cache_mode.member_batches(config, roster, batch_size * positions, platform)
+  sizes = [(size, 1), tuple(reversed(others))]
   shape = batch_size, positions, config.d_model
   shared = [_batch(mesh, shape, range(first), 1, None)] if first else []
   return shared + [

@@ -4,6 +4,8 @@ For each token, all strategies compute the gate-weighted sum of the outputs of i
 experts, `down(activation(gate x, up x))` plus biases if the model has them. None drops
 tokens. They differ in how often they read an expert's weights and where they run:
 
+* `native`: a kernel in C++ that reads each unique active expert once. For CPUs where a C++
+  compiler is installed.
 * `tiled_loop`: a loop over the unique active experts. Each tile of their weights is read
   once and multiplied with the expert's tokens block by block. For CPUs.
 * `dense`: every expert for every token, as batched matmuls. For rosters on accelerators,
@@ -19,8 +21,8 @@ tokens. They differ in how often they read an expert's weights and where they ru
 The only expert of a dense model is computed without dispatch (`every_token.only`), whatever the
 strategy, unless it is quantized.
 
-`tiled_loop`, `gather_gemv` and `grouped_matmul` dequantize quantized experts tile by tile;
-the others dequantize all experts of a layer, and are not chosen for them.
+`native`, `tiled_loop`, `gather_gemv` and `grouped_matmul` dequantize quantized experts as they
+read them; the others dequantize all experts of a layer, and are not chosen for them.
 
 `choices` says which strategy is chosen.
 """
@@ -32,14 +34,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import collectives
+from roe_jax import collectives, kernel_check, native
 from roe_jax.experts import (
   choices,
   every_token,
   expert_parallel,
   gather_gemv,
   grouped_matmul,
-  kernel_check,
+  native_kernel,
   tiled_loop,
 )
 from roe_jax.experts.activation import Activation
@@ -50,6 +52,7 @@ from roe_jax.params import ExpertParams
 from roe_jax.quantization import CONTRACTED, dequantize_layer, is_quantized, quantize
 
 _FUNCTIONS = {
+  "native": native_kernel.compute,
   "tiled_loop": tiled_loop.compute,
   "dense": dense,
   "gather_gemv": gather_gemv.compute,
@@ -60,6 +63,9 @@ _FUNCTIONS = {
 if util.find_spec("tokamax") is not None:
   _FUNCTIONS["tokamax"] = grouped_matmul.by_tokamax
 STRATEGIES = tuple(_FUNCTIONS)
+# By platform, of the last axis of weights: on TPUs XLA would copy others into another layout in
+# every call.
+MULTIPLES = {"cpu": native.MULTIPLE, "tpu": 128}
 
 
 def check_strategy(strategy: str | None) -> None:
@@ -80,8 +86,8 @@ def choose_strategy(
   """Chooses the strategy for a static number of tokens on `platform` (default: the backend).
 
   The first of `choices.steps` that holds. One other than `dense` and `tiled_loop`, which
-  run anywhere, must also pass `kernel_passes`, and on TPUs the weights' last axis (`width`)
-  must be a multiple of 128: XLA would copy others into another layout in every call.
+  run anywhere, must also pass `kernel_passes`, and the weights' last axis (`width`) must be a
+  multiple of `MULTIPLES`.
   """
   kind = platform or jax.default_backend()
   if kind == jax.default_backend() != "cpu":
@@ -92,7 +98,8 @@ def choose_strategy(
     if step.holds(num_tokens, experts_per_token, num_experts) and (
       step.strategy in runs_anywhere
       or (
-        not (platform == "tpu" and width % 128)
+        width % MULTIPLES.get(platform, 1) == 0
+        and (step.strategy != "native" or native.is_available())
         and kernel_passes(step.strategy, dtype, expert_format)
       )
     ):
@@ -103,13 +110,16 @@ def choose_strategy(
 @functools.cache
 def kernel_passes(strategy: str, dtype: str, expert_format: str | None = None) -> bool:
   """Checks a strategy against `dense` on this machine's device, on a small case."""
+  error = functools.partial(_error, strategy, dtype, expert_format)
+  if strategy == "native":
+    error = functools.partial(native.remembered, f"experts_{expert_format or dtype}", error)
   return kernel_check.passes(
-    functools.partial(_error, strategy, dtype, expert_format),
+    error,
     # TPU kernels round dequantized weights once more.
     tolerance=2e-2 if dtype == "bfloat16" else 1e-4,
     what=f"the expert strategy {strategy!r} in {dtype}"
     + (f" with experts in {expert_format}" if expert_format else ""),
-    instead=repr("tiled_loop" if expert_format else "dense"),
+    instead=repr("tiled_loop" if expert_format or strategy == "native" else "dense"),
   )
 
 
@@ -190,7 +200,7 @@ def _compute(strategy, num_experts, activation, weights, layer, x, indices, gate
   """Runs a strategy, with weights converted to the dtype that it takes."""
   if strategy in ("padded", "dense") and is_quantized(weights.down):
     weights, layer = dequantize_layer(weights, layer, num_experts, x.dtype), 0
-  if strategy != "tiled_loop":
+  if strategy not in ("native", "tiled_loop"):  # these read bfloat16 bits
     weights = jax.tree.map(to_compute_dtype, weights)
   return _FUNCTIONS[strategy](num_experts, activation, weights, layer, x, indices, gates)
 

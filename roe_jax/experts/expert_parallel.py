@@ -23,8 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from roe_jax import collectives
-from roe_jax.experts import kernel_check
+from roe_jax import collectives, kernel_check
 from roe_jax.numerics import rounded
 from roe_jax.params import ExpertParams
 

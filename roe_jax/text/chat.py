@@ -220,7 +220,8 @@ def load_template(folder: PathLike) -> str:
   if (folder / TEMPLATE_FILE).is_file():
     return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
   for file in ("tokenizer_config.json", "chat_template.json"):
-    template = tokenizer_lib.read_json(folder / file).get("chat_template")
+    kinds = {"chat_template": str | list[dict] | None}
+    template = tokenizer_lib.read_json(folder / file, kinds).get("chat_template")
     if isinstance(template, list):
       try:
         named = {entry["name"]: entry["template"] for entry in template}

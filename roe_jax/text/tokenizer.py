@@ -4,16 +4,25 @@ tokenizer_config.json, special_tokens_map.json and added_tokens.json apply as in
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-import json
 import pathlib
 import re
 from typing import Any
 
 import tokenizers
 
+from roe_jax import typed
 from roe_jax.checkpoint_folder import CONFIG_FILE, PathLike
 from roe_jax.config import ModelConfig
 
+_KINDS = ("bos", "eos", "pad")
+# The values of tokenizer_config.json and special_tokens_map.json that are read.
+_SETTINGS: dict[str, Any] = {
+  "added_tokens_decoder": dict[str, dict] | None,
+  "additional_special_tokens": list[str | dict] | None,
+  "extra_special_tokens": dict[str, str | dict] | list[str | dict] | None,
+  "split_special_tokens": bool | None,
+}
+_SETTINGS |= {f"{kind}_token": str | dict | None for kind in (*_KINDS, "unk", "sep", "cls", "mask")}
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 # Other formats of tokenizers, which transformers can convert.
@@ -82,7 +91,7 @@ class Tokenizer:
       raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
     named = _add_tokens(tokenizer, folder)
     own = {name: tokenizer.token_to_id(text) for name, text in named.items()}
-    configs = [_model_ids(folder), read_json(folder / "generation_config.json")]
+    configs = [_model_ids(folder), _special_ids(folder / "generation_config.json")]
 
     def ids(kind):
       found = [own.get(f"{kind}_token"), *(c.get(f"{kind}_token_id") for c in configs)]
@@ -202,27 +211,35 @@ def missing_tokenizer(folder: pathlib.Path) -> str:
   return "has no tokenizer.json"
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path, kinds: dict[str, Any] | None = None) -> dict[str, Any]:
   """Returns the JSON object in a file, or {} if the file does not exist.
 
+  Args:
+    path: the file.
+    kinds: types of its keys; they may be missing.
+
   Raises:
-    ValueError: the file does not contain a JSON object.
+    ValueError: the file does not contain a JSON object of these types.
   """
-  if not path.is_file():
-    return {}
-  try:
-    values = json.loads(path.read_text("utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is not valid JSON: {error}") from error
-  if not isinstance(values, dict):
-    raise ValueError(f"{path} must contain a JSON object")
+  values = typed.read(path) if path.is_file() else {}
+  typed.check_keys(str(path), values, kinds or {}, required=False, others=True)
+  return values
+
+
+def _special_ids(path: pathlib.Path) -> dict[str, Any]:
+  """Returns a config with special token ids, each an integer, a list of them, or null."""
+  values = read_json(path, {f"{kind}_token_id": int | list[int] | None for kind in _KINDS})
+  for name in (f"{kind}_token_id" for kind in _KINDS):
+    ids = values.get(name)
+    if any(not 0 <= i < 2**31 for i in (ids if isinstance(ids, list) else [ids or 0])):
+      raise ValueError(f"{name} of {path} must be a token id, got {ids}"[:300])
   return values
 
 
 def _model_ids(folder: pathlib.Path) -> dict[str, Any]:
   """Returns the special ids of the model's config, under Hugging Face names."""
   if not (folder / CONFIG_FILE).is_file():
-    return read_json(folder / "config.json")
+    return _special_ids(folder / "config.json")
   config = ModelConfig.from_json((folder / CONFIG_FILE).read_text("utf-8"))
   return {
     "bos_token_id": config.bos_token_id,
@@ -241,11 +258,11 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path) -> dict[s
     ValueError: a file is malformed.
   """
   path = folder / "tokenizer_config.json"
-  settings = read_json(path)
+  settings = read_json(path, _SETTINGS)
   listed = settings.get("added_tokens_decoder")
   if listed is None:  # older files, which the newer one replaces
     path = folder / "special_tokens_map.json"
-    settings |= read_json(path)
+    settings |= read_json(path, _SETTINGS)
     path = folder / "added_tokens.json"
   try:
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
@@ -262,7 +279,7 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path) -> dict[s
     if listed is None:
       added = {
         i: tokenizers.AddedToken(text, normalized=text not in texts, special=text in texts)
-        for text, i in read_json(path).items()
+        for text, i in _added_ids(path).items()
       } | tokenizer.get_added_tokens_decoder()
     else:
       path = folder / "tokenizer_config.json"
@@ -277,6 +294,12 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path) -> dict[s
   tokenizer.add_tokens(tokens)
   tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens"))
   return {name: token.content for name, token in named.items()}
+
+
+def _added_ids(path: pathlib.Path) -> dict[str, int]:
+  values = read_json(path)
+  typed.check(str(path), values, dict[str, int])
+  return values
 
 
 def _token(value: str | dict[str, Any], special: bool = True) -> tokenizers.AddedToken:

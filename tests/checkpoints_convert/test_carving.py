@@ -332,9 +332,12 @@ def test_dry_run_describes_the_carved_model(source, tmp_path, capsys):
 
 def test_damaged_carving_file_is_refused(carved, tmp_path):
   shutil.copytree(carved, tmp_path / "damaged")
-  (tmp_path / "damaged" / CARVING_FILE).write_text('{"neurons": [[0, 1]]}')
-  with pytest.raises(ConversionError, match="its carving.json cannot be used"):
-    convert_to_hugging_face(str(tmp_path / "damaged"), str(tmp_path / "dense"))
+  whole = json.loads((carved / CARVING_FILE).read_text())["neurons"]
+  as_floats = [[float(i) for i in layer] for layer in whole]
+  for damage in ('{"neurons": [[0, 1]]}', "[" * 10**5, json.dumps({"neurons": as_floats})):
+    (tmp_path / "damaged" / CARVING_FILE).write_text(damage)
+    with pytest.raises(ConversionError, match="its carving.json cannot be used"):
+      convert_to_hugging_face(str(tmp_path / "damaged"), str(tmp_path / "dense"))
 
 
 def _run(**given):

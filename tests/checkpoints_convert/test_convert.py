@@ -325,6 +325,10 @@ REFUSALS = {
     lambda f: edit_json(f / "config.json", model_type="bloom"),
     "unsupported architecture.*'bloom'.*supported: olmoe, mixtral",
   ),
+  "bomb": (
+    lambda f: edit_json(f / "config.json", num_hidden_layers=2000, num_experts=8192),
+    "tensors, but the 2,000 layers and 8,192 experts of its config.json require more than",
+  ),
   "rope": (
     lambda f: edit_json(f / "config.json", rope_scaling={"rope_type": "dynamic"}),
     "rope type = 'dynamic'",
@@ -395,7 +399,15 @@ REFUSALS = {
   ),
   "index of numbers": (
     lambda f: edit_index(f, lambda i: i.update({Q0: 1})),
-    "is not a safetensors index",
+    f"is not a safetensors index .'{Q0}' of weight_map of .* must be text, got 1",
+  ),
+  "index with paths": (
+    lambda f: edit_index(f, lambda i: i.update({Q0: f"../{SHARD}"})),
+    "is not a safetensors index .shards must be files in its folder",
+  ),
+  "nested index": (
+    lambda f: (f / "model.safetensors.index.json").write_text("[" * 10**5),
+    "is not a safetensors index .*nested too deeply",
   ),
   "pointer": (
     lambda f: (f / SHARD).write_text(POINTER),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import struct
 import types
 
 from absl import flags
@@ -564,6 +565,10 @@ def extra(name):
   return lambda path: small_llama(path, tensors=lambda t: t | {name: np.zeros(4, np.float32)})
 
 
+# One value: an array of an array, and so on.
+NESTED = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"a" + struct.pack("<I", 9)
+NESTED += struct.pack("<IQ", 9, 1) * 50_000
+
 BAD = {
   "absent": (lambda path: path, "there is no file .*m.gguf"),
   "empty": (lambda path: [path, path.write_bytes(b"")][0], "is not a GGUF file"),
@@ -571,6 +576,15 @@ BAD = {
   "version": (damage(changed(4, b"\x01\0\0\0")), "of version 1, but only the versions 2 and 3"),
   "big-endian": (damage(changed(4, b"\0\0\0\x03")), "big-endian"),
   "header": (damage(lambda data: data[:300]), "truncated or damaged: its header"),
+  "nested": (
+    lambda path: [path, path.write_bytes(NESTED)][0],
+    "damaged: its header cannot be read .maximum recursion depth",
+  ),
+  "type": (with_value("general.architecture", 5), "general.architecture of .* must be text, got 5"),
+  "alignment": (with_value("general.alignment", 0), "general.alignment of .* must be positive"),
+  "heads": (with_value("llama.attention.head_count", 0), "num_attention_heads of .* be positive"),
+  "width": (with_value("llama.embedding_length", "x"), "llama.embedding_length of .* got 'x'"),
+  "chat template": (with_value("tokenizer.chat_template", 5), "chat_template of .* must be text"),
   "data": (damage(lambda data: data[:-64]), "truncated: it has .* bytes, but its header describes"),
   "split by name": (
     lambda path: small_llama(path.with_name("m-00001-of-00002.gguf")),

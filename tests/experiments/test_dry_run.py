@@ -102,8 +102,8 @@ def test_without_an_accelerator_there_are_no_times():
 def test_bad_settings_are_refused(settings, sentence):
   with pytest.raises(ValueError, match=sentence):
     plan(**settings)
-  with pytest.raises(ValueError, match="remove --recompute"):
-    dry_run.Plan(MIXTRAL, Roster.create(MIXTRAL, 4, 0.3, recompute=True), 16, 64)
+  with pytest.raises(ValueError, match="remove --cache=none"):
+    dry_run.Plan(MIXTRAL, Roster.create(MIXTRAL, 4, 0.3, cache="none"), 16, 64)
 
 
 def run(program, *arguments):

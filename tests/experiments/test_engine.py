@@ -199,7 +199,7 @@ def test_experts_are_counted_where_tokens_are_predicted(olmoe, roster, answered)
     found = answering.experts_read(made)
     assert found["steps"] == 1 + 1 + answering.answer(made)[2]["tokens"]
     assert bounds[0] <= found["unique_experts_read"] / found["steps"] <= bounds[1]
-  recomputing = Roster.create(config, 2, 0.5, recompute=True)
+  recomputing = Roster.create(config, 2, 0.5, cache="none")
   assert engine(olmoe, recomputing).experts_read(made[:2]) == {}
 
 

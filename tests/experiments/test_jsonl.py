@@ -13,6 +13,7 @@ REQUESTS = [{"id": i, "prompt": f"p{i}"} for i in range(3)]
   [
     (["{"], "line 1 is not valid JSON"),
     (["{}", "[]"], "line 2 must be a JSON object"),
+    (["{}", "[" * 10**5], "line 2 is nested too deeply"),
     ([""], "the input is empty"),
     (['{"id": 1}', '{"max_tokens": 5}'], "line 2 has the unknown key 'max_tokens'"),
     (['{"id": "\\ud83d"}'], r"line 1 is not valid text.*surrogate \\ud83d"),

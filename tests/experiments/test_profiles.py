@@ -192,7 +192,10 @@ def test_experts_do_not_matter_to_a_profile(profile, model):
     (lambda text: text.replace("0.25", '"a"'), "not a temperature profile"),
     (lambda text: text.replace('"routers"', '"rooters"'), "model has no routers"),
     (lambda text: text.replace('"gate_weights"', '"gates"'), "unknown keys: gates"),
-    (lambda text: json.dumps(json.loads(text) | {"model": 3}), "model must be an object, got 3"),
+    (
+      lambda text: json.dumps(json.loads(text) | {"model": 3}),
+      "model must be a JSON object, got 3",
+    ),
     (lambda text: json.dumps(json.loads(text) | {"temperatures": "12"}), "list of non-negative"),
     (lambda text: json.dumps(json.loads(text) | {"temperatures": [True]}), "list of non-negative"),
     (

@@ -1,3 +1,4 @@
+import json
 import statistics
 
 import numpy as np
@@ -36,6 +37,39 @@ def test_a_run_goes_on_where_it_stopped_and_ends_the_same(tmp_path):
   settings, lines, found = runs.load(path)
   assert settings.pop("command").startswith("python -m experiments.")
   assert settings == {"name": "plain", "n": 1} and len(lines) == 2 and found == summary
+
+
+DEEP = "[" * 10**5
+
+
+@pytest.mark.parametrize(
+  "name, text, message",
+  [
+    (runs.SETTINGS, "{", "settings.json is not valid JSON"),
+    (runs.SETTINGS, "null", "settings.json must be a JSON object, got None"),
+    (runs.SETTINGS, DEEP, "settings.json is nested too deeply"),
+    (runs.SUMMARY, "[1]", "summary.json must be a JSON object"),
+    (runs.SUMMARY, "\xff", "summary.json is not UTF-8 text"),
+    (runs.EXAMPLES, DEEP, "line 1 of .*examples.jsonl is nested too deeply"),
+    (runs.EXAMPLES, "{}", "line 1 of .*examples.jsonl has no example, metrics, seed, task"),
+    (runs.EXAMPLES, {"seed": True}, "seed of line 1 of .* must be an integer, got True"),
+    (runs.EXAMPLES, {"example": 1.5}, "example of line 1 of .* must be text or an integer"),
+    (runs.EXAMPLES, {"metrics": []}, "metrics of line 1 of .* must be a JSON object"),
+    (runs.EXAMPLES, {"metrics": {"acc": "1"}}, "'acc' of metrics of line 1 of .* a finite number"),
+    (runs.EXAMPLES, {"metrics": {"acc": float("nan")}}, "'acc' of metrics .*, got nan"),
+  ],
+)
+def test_damaged_files_of_a_run_get_a_sentence(tmp_path, name, text, message):
+  run = runs.Run(tmp_path, "plain", {})
+  run.write([record("a")])
+  run.finish()
+  text = text if isinstance(text, str) else json.dumps(record("a") | text)
+  (tmp_path / name).write_text(text + "\n", encoding="latin-1")
+  with pytest.raises(ValueError, match=message):
+    runs.load(tmp_path)
+  if name != runs.SUMMARY:  # a rerun replaces it
+    with pytest.raises(ValueError, match=message):
+      runs.Run(tmp_path, "plain", {})
 
 
 def test_a_summary_has_perplexities_and_the_uncertainty_of_every_metric():

@@ -394,7 +394,9 @@ def test_missing_data_are_named(tmp_path, data_dir):
     tasks.get("paper/svamp").examples("test", tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("content", ["", "[", "{}", "[]", "[1]", '{"a": 1}\n{"b": 2}\n'])
+@pytest.mark.parametrize(
+  "content", ["", "[", "{}", "[]", "[1]", '{"a": 1}\n{"b": 2}\n', "[" * 10**5]
+)
 def test_broken_files_are_refused(data_dir, content):
   (data_dir / "dataset/AddSub/test.json").write_text(content)
   with pytest.raises(

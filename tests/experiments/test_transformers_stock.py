@@ -108,9 +108,9 @@ def roe_jax_log_probs(case):
   def run(params):
     positions = jnp.tile(jnp.arange(LENGTH), (2, 1))
     cache = kv_cache.empty(config, 2, 16)
-    cache, _ = members_lib.prefill_cache(params, config, roster, cache, TOKENS, positions, REQUESTS)
-    x, _ = members_lib.member_states(params, config, roster, cache, TOKENS, positions, REQUESTS)
-    return members_lib.aggregate(params, config, roster, x).log_probs
+    run = members_lib.RosterPass(params, config, roster, TOKENS, positions, REQUESTS)
+    x, *_ = roster.cache_mode.states(run, roster.cache_mode.prefill(run, cache))
+    return run.aggregate(x).log_probs
 
   return np.asarray(run(params(case)))
 

@@ -1,9 +1,11 @@
-"""A reference implementation of a roster, slow and simple, to test the fast paths against.
+"""A reference implementation of a roster as a cache mode, slow and simple, to test others against.
 
 It recomputes everything from the tokens: full attention matrices, every expert for
 every token, one member at a time. It shares with the fast path only the noise's
 addresses, the routing rule and the elementary parts of a block.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +17,43 @@ from roe_jax.experts import Activation, shared
 from roe_jax.numerics import add, einsum, rounded, to_compute_dtype
 from roe_jax.params import Params
 from roe_jax.quantization import dequantize, is_quantized
+from roe_jax.roster import Roster
+from roe_jax.roster_caches import NoCache
+from roe_jax.transformer import BlockOutputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Recomputed(NoCache):
+  """No cache: members attend to the clean member's recomputed history, or to their own."""
+
+  is_shared: bool = False
+
+  def run_whole(self, run, keep=()):
+    assert not keep
+    arguments = run.params, run.config, run.roster, run.tokens_BxT, run.request_ids_B
+    return member_states(*arguments), BlockOutputs()
+
+
+# The history of each cache.
+RECOMPUTED = {"clean": Recomputed(True), "standard": Recomputed(False)}
 
 
 def member_states(
-  params: Params, config: ModelConfig, roster, tokens_BxT: jax.Array, request_ids_B: jax.Array
+  params: Params,
+  config: ModelConfig,
+  roster: Roster,
+  tokens_BxT: jax.Array,
+  request_ids_B: jax.Array,
 ) -> jax.Array:
   """Returns every member's hidden states after the last block.
 
-  With `roster.cache == "clean"` a member attends to the clean member's keys and values
-  at earlier positions and to its own at the current one; with "standard", to its own.
+  With a shared history a member attends to the clean member's keys and values at earlier
+  positions and to its own at the current one; otherwise to its own.
 
   Args:
     params: the model's parameters.
     config: its architecture.
-    roster: a `roster.Roster`.
+    roster: the settings.
     tokens_BxT: int32 sequences from position 0 on, padded on the right.
     request_ids_B: uint32.
 
@@ -49,7 +74,7 @@ def member_states(
       own_history.append(own)
     return x, own_history
 
-  history = run(jnp.int32(0), None)[1] if roster.cache == "clean" else None
+  history = run(jnp.int32(0), None)[1] if roster.cache_mode.is_shared else None
   return jax.lax.map(lambda member: run(member, history)[0], jnp.asarray(roster.members))
 
 

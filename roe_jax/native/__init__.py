@@ -1,0 +1,134 @@
+"""Kernels in C++ for CPUs, called through `jax.ffi`: experts, and products with few tokens.
+
+They read weights once, in their storage format, and accumulate in float32. They are built at
+their first use (see `native_build`) and compared with the pure JAX code that serves without them.
+`ROE_JAX_NATIVE=0` turns them off.
+"""
+
+from collections.abc import Callable
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from roe_jax import kernel_check
+from roe_jax.native import native_build
+
+TARGETS = ("roe_jax_experts", "roe_jax_project", "roe_jax_project_back")
+GAP = 16  # of the scratch for activations: kGap in kernels.cc
+# Rows are read four elements at a time, or a multiple of that.
+MULTIPLE = 4
+# By dtype of unquantized weights, or quantized format; in the order of `Kind` in kernels.cc.
+KINDS = {name: i for i, name in enumerate(("float32", "bfloat16", "int8", "int4", "mxfp4"))}
+
+
+def is_available() -> bool:
+  """Returns whether the kernels can be used here; builds them. Warns once if that fails."""
+  return jax.default_backend() == "cpu" and os.environ.get("ROE_JAX_NATIVE") != "0" and _is_built()
+
+
+@functools.cache
+def _is_built():
+  def error():
+    library = native_build.load()
+    for name in TARGETS:
+      jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return 0.0
+
+  return kernel_check.passes(error, 0.0, "the native CPU kernels", "XLA's code")
+
+
+def remembered(name: str, error: Callable[[], float]) -> float:
+  """Returns the error of a check of this library on this machine, computed once.
+
+  Args:
+    name: of the check.
+    error: computes it.
+  """
+  file = native_build.library_path().with_suffix(f".{name}")
+  try:
+    return float(file.read_text("utf-8"))
+  except (OSError, ValueError):
+    found = error()
+  partial = file.with_name(f"{file.name}.{os.getpid()}")
+  try:
+    partial.write_text(str(found), "utf-8")
+    os.replace(partial, file)
+  except OSError:  # a full or read-only disk
+    pass
+  return found
+
+
+def apply_experts(
+  kind: str,
+  num_experts: int,
+  limit: float | None,
+  alpha: float,
+  layer: jax.Array | int,
+  x: jax.Array,
+  indices: jax.Array,
+  gates: jax.Array,
+  gate_up: tuple[jax.Array, jax.Array | None],
+  down: tuple[jax.Array, jax.Array | None],
+  biases: tuple[jax.Array | None, jax.Array | None],
+) -> jax.Array:
+  """Returns the gate-weighted sum of the active experts' outputs, `[N, D]` float32.
+
+  Args:
+    kind: one of `KINDS`.
+    num_experts: E.
+    limit, alpha: see `experts.Activation`.
+    layer: int32 scalar; may be traced.
+    x: `[N, D]`; hidden values are rounded to its dtype.
+    indices: `[N, A]` int32. Pairs with gate zero may have any.
+    gates: `[N, A]` float32.
+    gate_up, down: codes `[L·E, F, 2, D]` and `[L·E, F, D]`, or `D/2` for four bits, and scales
+      or None; see `quantization.Quantized`.
+    biases: `[L·E, F, 2]` and `[L·E, D]`, or None.
+  """
+  (n, d), f = x.shape, gate_up[0].shape[1]
+  shapes = ((n, d), (indices.size, f), (n, d + GAP))
+  results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  y, _, _ = jax.ffi.ffi_call("roe_jax_experts", results)(
+    jnp.asarray(layer, jnp.int32),
+    x.astype(jnp.float32),
+    indices.astype(jnp.int32),
+    gates.astype(jnp.float32),
+    *map(_bits, (*gate_up, *down, *biases)),
+    kind=KINDS[kind],
+    num_experts=num_experts,
+    limit=np.float32(0 if limit is None else limit),
+    alpha=np.float32(alpha),
+    clamped=limit is not None,
+    round=x.dtype == jnp.bfloat16,
+  )
+  return y
+
+
+def project(x: jax.Array, weights: jax.Array, index: jax.Array | int) -> jax.Array:
+  """Computes `x @ weights[index].T`, `[N, R]` float32, for x `[N, D]` and weights `[L, R, D]`."""
+  (n, d), rows = x.shape, weights.shape[1]
+  results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((n, rows), (n, d + GAP))]
+  return _product("roe_jax_project", results, x, weights, index)[0]
+
+
+def project_back(x: jax.Array, weights: jax.Array, index: jax.Array | int) -> jax.Array:
+  """Computes `x @ weights[index]`, `[N, D]` float32, for x `[N, R]` and weights `[L, R, D]`."""
+  results = [jax.ShapeDtypeStruct((x.shape[0], weights.shape[2]), jnp.float32)]
+  return _product("roe_jax_project_back", results, x, weights, index)[0]
+
+
+def _product(target, results, x, weights, index):
+  return jax.ffi.ffi_call(target, results)(
+    jnp.asarray(index, jnp.int32), x.astype(jnp.float32), _bits(weights)
+  )
+
+
+def _bits(array: Any) -> jax.Array:
+  """Returns bfloat16 as bits, and an empty array for None."""
+  if array is None:
+    return jnp.zeros(0)
+  return jax.lax.bitcast_convert_type(array, jnp.uint16) if array.dtype == jnp.bfloat16 else array

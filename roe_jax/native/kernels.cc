@@ -1,0 +1,820 @@
+// Expert layers and matrix products with few tokens on CPUs.
+//
+// Weights are read once, in their storage format, dequantized in registers, and multiplied in
+// float32 with all tokens that need them. Every sum has a fixed order, so results do not depend
+// on the number of threads.
+//
+// A *unit* is four vectors of V elements, the unit of reading. A format loads the codes of a unit
+// as 32-bit lanes and takes one element from every lane at a time; so vectors hold elements in
+// an order of their own, in which activations are also held (`reorder`).
+//
+// Built by build.py. Without ROE_JAX_FFI defined it is only the kernels, for tests of their own.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace roe {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRegisters = 32;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kRegisters = 32;
+#else
+constexpr int kLanes = 4, kRegisters = 16;
+#endif
+
+#define ROE_INLINE inline __attribute__((always_inline))
+#define ROE_UNROLL _Pragma("GCC unroll 8")
+
+template <int V>
+struct Simd {
+  typedef float Floats __attribute__((vector_size(4 * V)));
+  typedef int32_t Ints __attribute__((vector_size(4 * V)));
+  typedef int8_t Bytes __attribute__((vector_size(4 * V)));
+};
+template <int V>
+using Floats = typename Simd<V>::Floats;
+template <int V>
+using Ints = typename Simd<V>::Ints;
+template <int V>
+using Bytes = typename Simd<V>::Bytes;
+
+template <class T>
+ROE_INLINE T load(const void* from) {
+  T value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <class To, class From>
+ROE_INLINE To bits(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  return load<To>(&value);
+}
+
+template <int V>
+ROE_INLINE float total(Floats<V> v) {
+  if constexpr (V == 1) {
+    return v[0];
+  } else {
+    Floats<V / 2> halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    return total<V / 2>(halves[0] + halves[1]);
+  }
+}
+
+// Formats. `kPerLane` elements share a 32-bit lane; a row of D elements has `kHalves` passes over
+// its codes, one per half of D. `read` loads a unit, and `element` returns its vector i.
+
+struct Unscaled {
+  static constexpr int kHalves = 1;
+  static constexpr bool kScaled = false;
+  static float scale(const void*, int64_t) { return 1; }
+  template <int V, int kHalf>
+  static ROE_INLINE const char* read(const char* unit) {
+    return unit;
+  }
+};
+
+struct Float32 : Unscaled {
+  static constexpr int kPerLane = 1, kUnitBytesPerLane = 16;
+  template <int V, int kHalf>
+  static ROE_INLINE Floats<V> element(const char* unit, int i) {
+    return load<Floats<V>>(unit + 4 * V * i);
+  }
+};
+
+struct BFloat16 : Unscaled {
+  static constexpr int kPerLane = 2, kUnitBytesPerLane = 8;
+  template <int V, int kHalf>
+  static ROE_INLINE Floats<V> element(const char* unit, int i) {
+    const Ints<V> pair = load<Ints<V>>(unit + 4 * V * (i / 2));
+    return bits<Floats<V>>(i % 2 ? pair & static_cast<int32_t>(0xffff0000) : pair << 16);
+  }
+};
+
+inline float bfloat16_at(const void* data, int64_t i) {
+  return bits<float>(static_cast<uint32_t>(static_cast<const uint16_t*>(data)[i]) << 16);
+}
+
+struct Scaled {
+  static constexpr int kPerLane = 4, kUnitBytesPerLane = 4;
+  static constexpr bool kScaled = true;
+  static float scale(const void* scales, int64_t i) { return bfloat16_at(scales, i); }
+  template <int V, int kHalf>
+  static ROE_INLINE Ints<V> read(const char* unit) {
+    return load<Ints<V>>(unit);
+  }
+  // Of signed bytes.
+  template <int V, int kHalf>
+  static ROE_INLINE Floats<V> element(Ints<V> lanes, int i) {
+    return __builtin_convertvector((lanes << (24 - 8 * i)) >> 24, Floats<V>);
+  }
+};
+
+struct Int8 : Scaled {
+  static constexpr int kHalves = 1;
+};
+
+struct Int4 : Scaled {
+  static constexpr int kHalves = 2;
+  template <int V, int kHalf>
+  static ROE_INLINE Floats<V> element(Ints<V> lanes, int i) {
+    return __builtin_convertvector((lanes << (28 - 8 * i - 4 * kHalf)) >> 28, Floats<V>);
+  }
+};
+
+struct MxFp4 : Scaled {
+  static constexpr int kHalves = 2;
+  // Half of 2^(exponent - 127), since elements are doubled; also right where that is subnormal.
+  static float scale(const void* scales, int64_t i) {
+    const uint32_t exponent = std::min<int>(static_cast<const uint8_t*>(scales)[i], 254);
+    return bits<float>(exponent > 1 ? (exponent - 1) << 23 : 1u << (21 + exponent));
+  }
+  template <int V, int kHalf>
+  static ROE_INLINE Ints<V> read(const char* unit) {
+    // Twice the FP4 values, 0 1 2 3 4 6 8 12 and their negatives, in all bytes at once.
+    const Bytes<V> code = bits<Bytes<V>>(load<Ints<V>>(unit) >> (4 * kHalf));
+    const Bytes<V> low = code & 7, negative = (code & 8) == 8, last = low > 6;
+    const Bytes<V> twice = low - (low > 4) - (low > 5) - last - last - last;
+    return bits<Ints<V>>((twice ^ negative) - negative);
+  }
+};
+
+// Where element `i` of a row is in the order of vectors.
+template <class Format, int V>
+ROE_INLINE int64_t ordered(int64_t i) {
+  constexpr int p = Format::kPerLane;
+  return i / (p * V) * (p * V) + i % p * V + i % (p * V) / p;
+}
+
+template <class Format, int V>
+void reorder(const float* from, float* to, int64_t size) {
+  for (int64_t i = 0; i < size; i++) to[ordered<Format, V>(i)] = from[i];
+}
+
+// A matrix of rows of `width` elements.
+struct Matrix {
+  const char* codes;
+  const char* scales;
+  int64_t width;
+  int64_t groups;  // scales per row; of `weigh`, rows per row of scales
+};
+
+// Floats between the starts of rows of activations. Without the gap, rows of 4096 bytes would all
+// need the same few lines of a core's cache.
+constexpr int64_t kGap = 16;
+
+template <class Format, int V, int kHalf, int R, int N>
+ROE_INLINE void dot_half(
+    const Matrix& m, int64_t row, const float* const* x, Floats<V> (&sums)[R][N]) {
+  constexpr int64_t unit = Format::kUnitBytesPerLane * V;
+  // Fewer sums would wait for one another.
+  constexpr int K = R * N < 8 ? 2 : 1;
+  const int64_t width = m.width / Format::kHalves, row_bytes = width / (4 * V) * unit;
+  const int64_t group = m.width / m.groups, run = std::gcd(group, width);
+  const char* codes = m.codes + row * row_bytes;
+  const float* at[N];
+  ROE_UNROLL for (int n = 0; n < N; n++) at[n] = x[n] + kHalf * width;
+  for (int64_t begin = 0; begin < width; begin += run) {
+    Floats<V> parts[K][R][N] = {};
+    for (int64_t c = begin; c < begin + run; c += 4 * V) {
+      if (kHalf == 0 && (unit >= 64 || reinterpret_cast<uintptr_t>(codes) % 64 == 0)) {
+        ROE_UNROLL for (int r = 0; r < R; r++) {  // the rows that come next, to the second cache
+          for (int64_t b = 0; b < unit; b += 64) {
+            __builtin_prefetch(codes + (R + r) * row_bytes + b, 0, 2);
+          }
+        }
+      }
+      decltype(Format::template read<V, kHalf>(codes)) lanes[R];
+      ROE_UNROLL for (int r = 0; r < R; r++) {
+        lanes[r] = Format::template read<V, kHalf>(codes + r * row_bytes);
+      }
+      ROE_UNROLL for (int i = 0; i < 4; i++) {
+        ROE_UNROLL for (int r = 0; r < R; r++) {
+          const Floats<V> w = Format::template element<V, kHalf>(lanes[r], i);
+          ROE_UNROLL for (int n = 0; n < N; n++) {
+            parts[i % K][r][n] += w * load<Floats<V>>(at[n] + i * V);
+          }
+        }
+      }
+      codes += unit;
+      ROE_UNROLL for (int n = 0; n < N; n++) at[n] += 4 * V;
+    }
+    ROE_UNROLL for (int r = 0; r < R; r++) {
+      float scale = 1;
+      if (Format::kScaled) {
+        const int64_t index = (row + r) * m.groups + (kHalf * width + begin) / group;
+        scale = Format::scale(m.scales, index);
+      }
+      ROE_UNROLL for (int n = 0; n < N; n++) {
+        const Floats<V> part = K == 1 ? parts[0][r][n] : parts[0][r][n] + parts[K - 1][r][n];
+        sums[r][n] += scale * part;
+      }
+    }
+  }
+}
+
+// Computes out[r][n] = row r . x[n]. Row r of the result is `out + r * stride`.
+template <class Format, int V, int R, int N>
+void dot(const Matrix& m, int64_t row, const float* const* x, float* out, int64_t stride) {
+  Floats<V> sums[R][N] = {};
+  dot_half<Format, V, 0>(m, row, x, sums);
+  if constexpr (Format::kHalves == 2) dot_half<Format, V, 1>(m, row, x, sums);
+  for (int r = 0; r < R; r++) {
+    for (int n = 0; n < N; n++) out[r * stride + n] = total<V>(sums[r][n]);
+  }
+}
+
+// Most tokens that are multiplied at a time; one with the narrow vectors of odd sizes.
+constexpr int kTokens = 6;
+template <int V>
+constexpr int64_t most_tokens = V == 1 ? 1 : kTokens;
+
+// Tokens of the next block, of those that are left.
+template <int V>
+int64_t block_of(int64_t left) {
+  return std::min(left == 5 ? 3 : left, most_tokens<V>);
+}
+
+template <class Format, int V, int N>
+void dot_rows(
+    const Matrix& m, int64_t begin, int64_t end, const float* const* x, float* out,
+    int64_t stride) {
+  constexpr int rows = V == 1 ? 1 : N <= 2 || kRegisters > 16 ? 4 : 2;
+  int64_t row = begin;
+  for (; row + rows <= end; row += rows) {
+    dot<Format, V, rows, N>(m, row, x, out + (row - begin) * stride, stride);
+  }
+  for (; row < end; row++) {
+    for (int n = 0; n < N; n++) {
+      dot<Format, V, 1, 1>(m, row, x + n, out + (row - begin) * stride + n, stride);
+    }
+  }
+}
+
+// Adds the sum over rows of h[n][row] * matrix[row] to y[n], for one half of the columns of `units`
+// units. `codes` is the first unit of the first row.
+template <class Format, int V, int N, int kHalf>
+ROE_INLINE void weigh_half(
+    const char* codes, int64_t row_bytes, int64_t rows, int64_t units, const float* const* h,
+    const float* scales, float* const* y) {
+  constexpr int64_t unit = Format::kUnitBytesPerLane * V;
+  // As many sums as fit the registers.
+  constexpr int Q = N * 4 + 5 <= kRegisters ? 4 : N * 2 + 3 <= kRegisters ? 2 : 1;
+  for (int64_t u = 0; u < units; u++, codes += unit) {
+    if (kHalf == 0 && (unit >= 64 || reinterpret_cast<uintptr_t>(codes) % 64 == 0)) {
+      for (int64_t r = 0; r < rows; r++) {
+        for (int64_t b = 0; b < unit; b += 64) {
+          __builtin_prefetch(codes + (rows + r) * row_bytes + b, 0, 2);
+        }
+      }
+    }
+    ROE_UNROLL for (int q = 0; q < 4; q += Q) {
+      Floats<V> sums[N][Q] = {};
+      for (int64_t r = 0; r < rows; r++) {
+        const auto lanes = Format::template read<V, kHalf>(codes + r * row_bytes);
+        ROE_UNROLL for (int i = 0; i < Q; i++) {
+          const Floats<V> w = Format::template element<V, kHalf>(lanes, q + i);
+          ROE_UNROLL for (int n = 0; n < N; n++) sums[n][i] += w * h[n][r];
+        }
+      }
+      ROE_UNROLL for (int i = 0; i < Q; i++) {
+        const int64_t at = (kHalf * units + u) * 4 * V + (q + i) * V;
+        ROE_UNROLL for (int n = 0; n < N; n++) {
+          Floats<V> sum = sums[n][i];
+          if (Format::kScaled) sum *= load<Floats<V>>(scales + at);
+          sum += load<Floats<V>>(y[n] + at);
+          std::memcpy(y[n] + at, &sum, sizeof sum);
+        }
+      }
+    }
+  }
+}
+
+// Calls `f` with the number of tokens as a constant.
+template <int V, class F>
+ROE_INLINE void by_tokens(int64_t count, F f) {
+  const auto call = [&](auto n) {
+    f(std::integral_constant<int, std::min<int>(n, most_tokens<V>)>());
+  };
+  switch (count) {
+    case 1: return call(std::integral_constant<int, 1>());
+    case 2: return call(std::integral_constant<int, 2>());
+    case 3: return call(std::integral_constant<int, 3>());
+    case 4: return call(std::integral_constant<int, 4>());
+    default: return call(std::integral_constant<int, kTokens>());
+  }
+}
+
+constexpr int64_t kRowBlock = 8;  // rows of `weigh` that are read at a time
+
+// Columns of a matrix whose rows are weighed: `units` units from `first` on, in each half.
+template <class Format, int V>
+struct Columns {
+  int64_t first, units, width;
+
+  int64_t size() const { return Format::kHalves * units * 4 * V; }
+
+  // The column at place `i` of an array in the order of vectors.
+  int64_t at(int64_t i) const {
+    constexpr int p = Format::kPerLane;
+    const int64_t size = units * 4 * V, half = i / size, c = i % size, b = c / (p * V) * (p * V);
+    return half * (width / Format::kHalves) + first * 4 * V + b + c % V * p + c % (p * V) / V;
+  }
+};
+
+// Computes y[n] += sum of h[n][i] * matrix row (begin + i) for `size` rows and all tokens. y holds
+// the columns in the order of vectors; `scales` has room for as many values.
+template <class Format, int V>
+void weigh(
+    const Matrix& m, int64_t begin, int64_t size, const Columns<Format, V>& columns,
+    int64_t tokens, const float* const* h, float* const* y, float* scales) {
+  constexpr int64_t unit = Format::kUnitBytesPerLane * V;
+  const int64_t row_bytes = m.width / Format::kHalves / (4 * V) * unit;
+  int64_t group = -1;
+  for (int64_t row = 0, rows; row < size; row += rows) {
+    rows = std::min(kRowBlock, size - row);
+    if (Format::kScaled) {
+      const int64_t now = (begin + row) / m.groups;
+      rows = std::min(rows, (now + 1) * m.groups - begin - row);
+      for (int64_t i = 0; now != group && i < columns.size(); i++) {
+        scales[i] = Format::scale(m.scales, now * m.width + columns.at(i));
+      }
+      group = now;
+    }
+    const char* codes = m.codes + (begin + row) * row_bytes + columns.first * unit;
+    for (int64_t n = 0, count; n < tokens; n += count) {
+      const float* at[kTokens];
+      count = block_of<V>(tokens - n);
+      for (int64_t i = 0; i < count; i++) at[i] = h[n + i] + row;
+      by_tokens<V>(count, [&](auto constant) {
+        constexpr int N = constant;
+        weigh_half<Format, V, N, 0>(codes, row_bytes, rows, columns.units, at, scales, y + n);
+        if constexpr (Format::kHalves == 2) {
+          weigh_half<Format, V, N, 1>(codes, row_bytes, rows, columns.units, at, scales, y + n);
+        }
+      });
+    }
+  }
+}
+
+// Work in phases of independent items, which threads take one by one. Whoever starts it does all
+// that no other thread has taken, so it ends even if no other thread ever comes.
+class Job {
+ public:
+  struct Phase {
+    int64_t count;
+    std::function<void(int64_t)> run;
+  };
+
+  explicit Job(std::vector<Phase> phases) : phases_(std::move(phases)), state_(phases_.size()) {}
+
+  void work(bool until_done) {
+    for (size_t p = 0; p < phases_.size(); p++) {
+      const int64_t count = phases_[p].count;
+      for (int64_t i; (i = state_[p].next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+        phases_[p].run(i);
+        state_[p].done.fetch_add(1, std::memory_order_acq_rel);
+      }
+      if (!until_done && p + 1 == phases_.size()) return;
+      for (int spins = 0; state_[p].done.load(std::memory_order_acquire) < count; spins++) {
+        if (spins > 4096) std::this_thread::yield();
+      }
+    }
+  }
+
+ private:
+  struct alignas(64) State {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  std::vector<Phase> phases_;
+  std::vector<State> state_;
+};
+
+// `Pool` has `Schedule(function)` and `num_threads()`.
+template <class Pool>
+void run(Pool& pool, int64_t threads, std::vector<Job::Phase> phases) {
+  int64_t most = 0;
+  for (const auto& phase : phases) most = std::max(most, phase.count);
+  const auto job = std::make_shared<Job>(std::move(phases));
+  for (int64_t i = 1; i < std::min(threads, most); i++) {
+    pool.Schedule([job] { job->work(false); });
+  }
+  job->work(true);
+}
+
+// Bytes of weights from which one more thread pays.
+constexpr int64_t kThreadBytes = 1 << 16;
+
+template <class Pool>
+int64_t num_threads(Pool& pool, int64_t bytes) {
+  return std::clamp<int64_t>(bytes / kThreadBytes, 1, std::max<int64_t>(1, pool.num_threads()));
+}
+
+// Units of columns per item: two items per thread, but segments of rows of at least 256 bytes.
+template <class Format, int V>
+int64_t item_units(int64_t width, int64_t threads) {
+  const int64_t all = width / Format::kHalves / (4 * V);
+  if (threads == 1) return all;
+  const int64_t least = std::max<int64_t>(1, 256 / (Format::kUnitBytesPerLane * V));
+  return std::min(all, std::max(least, (all + 2 * threads - 1) / (2 * threads)));
+}
+
+struct Activation {
+  float limit;  // infinite: SwiGLU without a clamp
+  float alpha;
+  bool clamped;
+  bool round;  // hidden values to bfloat16
+};
+
+ROE_INLINE float exponential(float x) {
+  x = x < 88.0f ? x : 88.0f;
+  x = x > -87.0f ? x : -87.0f;
+  const float shifted = x * 1.44269504f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const int32_t exponent = (bits<int32_t>(shifted) - 0x4b400000 + 127) << 23;
+  return p * bits<float>(exponent);
+}
+
+ROE_INLINE float to_bfloat16(float x) {
+  const uint32_t raw = bits<uint32_t>(x);
+  const uint32_t rounded = (raw + 0x7fff + ((raw >> 16) & 1)) & 0xffff0000;
+  return x == x ? bits<float>(rounded) : x;
+}
+
+ROE_INLINE float activate(const Activation& a, float gate, float up) {
+  float hidden;
+  if (a.clamped) {
+    gate = gate > a.limit ? a.limit : gate;
+    up = up > a.limit ? a.limit : up;
+    up = up < -a.limit ? -a.limit : up;
+    hidden = (up + 1) * gate / (1 + exponential(-a.alpha * gate));
+  } else {
+    hidden = gate / (1 + exponential(-gate)) * up;
+  }
+  return a.round ? to_bfloat16(hidden) : hidden;
+}
+
+constexpr int64_t kTile = 32;  // neurons of an item
+
+struct Experts {
+  int64_t num_tokens, num_choices, num_experts, d_model, d_expert;
+  int64_t layer;
+  Matrix gate_up, down;
+  const void* gate_up_bias;  // null without one; of the format's unquantized dtype
+  const void* down_bias;
+  bool bias_is_bfloat16;
+  const float* x;
+  const int32_t* indices;
+  const float* gates;
+  Activation activation;
+  float* y;
+  float* hidden;     // [num_tokens * num_choices, d_expert], scratch
+  float* reordered;  // [num_tokens, d_model + kGap], scratch
+};
+
+inline float bias_at(const void* bias, bool is_bfloat16, int64_t i) {
+  return is_bfloat16 ? bfloat16_at(bias, i) : static_cast<const float*>(bias)[i];
+}
+
+template <class Format, int V, class Pool>
+void run_experts(Pool& pool, const Experts& e) {
+  const int64_t n = e.num_tokens, a = e.num_choices, d = e.d_model, f = e.d_expert;
+  // Pairs sorted by expert; pairs with gate zero are left out.
+  std::vector<int64_t> ends(e.num_experts + 1, 0);
+  std::vector<int64_t> active, tokens(n * a);
+  std::vector<float> gates(n * a);
+  const auto counts = [&](int64_t p) {
+    return e.gates[p] != 0 && e.indices[p] >= 0 && e.indices[p] < e.num_experts;
+  };
+  for (int64_t p = 0; p < n * a; p++) {
+    if (counts(p)) ends[e.indices[p] + 1]++;
+  }
+  for (int64_t i = 0; i < e.num_experts; i++) {
+    if (ends[i + 1]) active.push_back(i);
+    ends[i + 1] += ends[i];
+  }
+  std::vector<int64_t> next(ends.begin(), ends.end() - 1);
+  for (int64_t p = 0; p < n * a; p++) {
+    if (!counts(p)) continue;
+    const int64_t place = next[e.indices[p]]++;
+    tokens[place] = p / a;
+    gates[place] = e.gates[p];
+  }
+  std::vector<const float*> x(n * a), hidden(n * a);
+  const int64_t stride = d + kGap;
+  for (int64_t i = 0; i < n; i++) reorder<Format, V>(e.x + i * d, e.reordered + i * stride, d);
+  for (int64_t p = 0; p < ends.back(); p++) {
+    x[p] = e.reordered + tokens[p] * stride;
+    hidden[p] = e.hidden + p * f;
+  }
+  const int64_t unit = Format::kUnitBytesPerLane * V;
+  const int64_t bytes = 3 * f * (d / Format::kHalves / (4 * V)) * unit;
+  const int64_t threads = num_threads(pool, bytes * static_cast<int64_t>(active.size()));
+
+  const int64_t tiles = (f + kTile - 1) / kTile;
+  const auto project = [&](int64_t item) {
+    const int64_t expert = active[item / tiles], first = item % tiles * kTile;
+    const int64_t size = std::min(kTile, f - first);
+    const int64_t row = ((e.layer * e.num_experts + expert) * f + first) * 2;
+    float out[2 * kTile * kTokens];
+    for (int64_t p = ends[expert], count; p < ends[expert + 1]; p += count) {
+      count = block_of<V>(ends[expert + 1] - p);
+      by_tokens<V>(count, [&](auto constant) {
+        dot_rows<Format, V, constant>(e.gate_up, row, row + 2 * size, &x[p], out, count);
+      });
+      for (int64_t i = 0; i < count; i++) {
+        float projected[2][kTile];
+        for (int64_t j = 0; j < size; j++) {
+          for (int c = 0; c < 2; c++) {
+            float value = out[(2 * j + c) * count + i];
+            if (e.gate_up_bias) {
+              value += bias_at(e.gate_up_bias, e.bias_is_bfloat16, row + 2 * j + c);
+            }
+            projected[c][j] = value;
+          }
+        }
+        float* to = e.hidden + (p + i) * f + first;
+        for (int64_t j = 0; j < size; j++) {
+          to[j] = gates[p + i] * activate(e.activation, projected[0][j], projected[1][j]);
+        }
+      }
+    }
+  };
+
+  const int64_t all = d / Format::kHalves / (4 * V);
+  const int64_t units = item_units<Format, V>(d, threads);
+  const auto project_back = [&](int64_t item) {
+    const Columns<Format, V> columns{item * units, std::min(units, all - item * units), d};
+    const int64_t size = columns.size(), stride = size + kGap;
+    std::vector<float> sums(n * stride), scales(size);
+    std::vector<float*> y(ends.back());
+    for (int64_t p = 0; p < ends.back(); p++) y[p] = sums.data() + tokens[p] * stride;
+    for (const int64_t expert : active) {
+      const int64_t begin = ends[expert], end = ends[expert + 1];
+      const int64_t index = e.layer * e.num_experts + expert;
+      weigh<Format, V>(
+          e.down, index * f, f, columns, end - begin, &hidden[begin], &y[begin], scales.data());
+      for (int64_t p = begin; e.down_bias && p < end; p++) {
+        for (int64_t i = 0; i < size; i++) {
+          const int64_t at = index * d + columns.at(i);
+          y[p][i] += gates[p] * bias_at(e.down_bias, e.bias_is_bfloat16, at);
+        }
+      }
+    }
+    for (int64_t t = 0; t < n; t++) {
+      for (int64_t i = 0; i < size; i++) e.y[t * d + columns.at(i)] = sums[t * stride + i];
+    }
+  };
+  run(pool, threads,
+      {{static_cast<int64_t>(active.size()) * tiles, project},
+       {(all + units - 1) / units, project_back}});
+}
+
+// Computes y[n][r] = x[n] . matrix row (first + r), for `rows` rows.
+template <class Format, int V, class Pool>
+void run_project(
+    Pool& pool, const Matrix& m, int64_t first, int64_t rows, int64_t tokens, const float* x,
+    float* reordered, float* y) {
+  const int64_t d = m.width;
+  const int64_t stride = d + kGap;
+  for (int64_t i = 0; i < tokens; i++) reorder<Format, V>(x + i * d, reordered + i * stride, d);
+  const int64_t threads = num_threads(pool, rows * d * Format::kUnitBytesPerLane / 4);
+  run(pool, threads, {{(rows + 2 * kTile - 1) / (2 * kTile), [&](int64_t item) {
+        const int64_t begin = item * 2 * kTile, end = std::min(rows, begin + 2 * kTile);
+        float out[2 * kTile * kTokens];
+        for (int64_t n = 0, count; n < tokens; n += count) {
+          const float* at[kTokens];
+          count = block_of<V>(tokens - n);
+          for (int64_t i = 0; i < count; i++) at[i] = reordered + (n + i) * stride;
+          by_tokens<V>(count, [&](auto constant) {
+            dot_rows<Format, V, constant>(m, first + begin, first + end, at, out, count);
+          });
+          for (int64_t i = 0; i < count; i++) {
+            for (int64_t r = begin; r < end; r++) {
+              y[(n + i) * rows + r] = out[(r - begin) * count + i];
+            }
+          }
+        }
+      }}});
+}
+
+// Computes y[n] = sum over r of x[n][r] * matrix row (first + r), for `rows` rows.
+template <class Format, int V, class Pool>
+void run_project_back(
+    Pool& pool, const Matrix& m, int64_t first, int64_t rows, int64_t tokens, const float* x,
+    float* y) {
+  const int64_t d = m.width, all = d / (4 * V);
+  const int64_t threads = num_threads(pool, rows * d * Format::kUnitBytesPerLane / 4);
+  const int64_t units = item_units<Format, V>(d, threads);
+  std::vector<const float*> from(tokens);
+  for (int64_t t = 0; t < tokens; t++) from[t] = x + t * rows;
+  run(pool, threads, {{(all + units - 1) / units, [&](int64_t item) {
+        const Columns<Format, V> columns{item * units, std::min(units, all - item * units), d};
+        const int64_t size = columns.size(), stride = size + kGap;
+        std::vector<float> sums(tokens * stride);
+        std::vector<float*> to(tokens);
+        for (int64_t t = 0; t < tokens; t++) to[t] = sums.data() + t * stride;
+        weigh<Format, V>(m, first, rows, columns, tokens, from.data(), to.data(), nullptr);
+        for (int64_t t = 0; t < tokens; t++) {
+          for (int64_t i = 0; i < size; i++) y[t * d + columns.at(i)] = to[t][i];
+        }
+      }}});
+}
+
+// A narrower width for runs of weights, of one scale, that the widest vectors do not divide.
+constexpr int kFewerLanes = kLanes == 16 ? 8 : 1;
+
+template <class F>
+void by_lanes(int64_t run, F f) {
+  if (run % (4 * kLanes) == 0) return f(std::integral_constant<int, kLanes>());
+  if (run % (4 * kFewerLanes) == 0) return f(std::integral_constant<int, kFewerLanes>());
+  f(std::integral_constant<int, 1>());
+}
+
+enum class Kind { kFloat32, kBFloat16, kInt8, kInt4, kMxFp4 };
+
+template <class F>
+void by_dtype(bool is_bfloat16, F f) {
+  return is_bfloat16 ? f(BFloat16()) : f(Float32());
+}
+
+template <class F>
+void by_kind(Kind kind, F f) {
+  switch (kind) {
+    case Kind::kInt8: return f(Int8());
+    case Kind::kInt4: return f(Int4());
+    case Kind::kMxFp4: return f(MxFp4());
+    default: by_dtype(kind == Kind::kBFloat16, f);
+  }
+}
+
+template <class Pool>
+void project(
+    Pool& pool, bool is_bfloat16, const Matrix& m, int64_t first, int64_t rows, int64_t tokens,
+    const float* x, float* reordered, float* y) {
+  by_dtype(is_bfloat16, [&](auto format) {
+    by_lanes(m.width, [&](auto lanes) {
+      run_project<decltype(format), lanes>(pool, m, first, rows, tokens, x, reordered, y);
+    });
+  });
+}
+
+template <class Pool>
+void project_back(
+    Pool& pool, bool is_bfloat16, const Matrix& m, int64_t first, int64_t rows, int64_t tokens,
+    const float* x, float* y) {
+  by_dtype(is_bfloat16, [&](auto format) {
+    by_lanes(m.width, [&](auto lanes) {
+      run_project_back<decltype(format), lanes>(pool, m, first, rows, tokens, x, y);
+    });
+  });
+}
+
+template <class Pool>
+void experts(Pool& pool, Kind kind, const Experts& e) {
+  by_kind(kind, [&](auto format) {
+    using Format = decltype(format);
+    const int64_t run = std::gcd(e.d_model / e.gate_up.groups, e.d_model / Format::kHalves);
+    by_lanes(run, [&](auto lanes) { run_experts<Format, lanes>(pool, e); });
+  });
+}
+
+}  // namespace roe
+
+#ifdef ROE_JAX_FFI
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+using Floats2 = ffi::Buffer<ffi::F32>;
+
+const char* data_or_null(const ffi::AnyBuffer& buffer) {
+  return buffer.element_count() ? static_cast<const char*>(buffer.untyped_data()) : nullptr;
+}
+
+ffi::Error Experts(
+    ffi::ThreadPool pool, ffi::Buffer<ffi::S32> layer, Floats2 x, ffi::Buffer<ffi::S32> indices,
+    Floats2 gates, ffi::AnyBuffer gate_up, ffi::AnyBuffer gate_up_scales, ffi::AnyBuffer down,
+    ffi::AnyBuffer down_scales, ffi::AnyBuffer gate_up_bias, ffi::AnyBuffer down_bias,
+    ffi::Result<Floats2> y, ffi::Result<Floats2> hidden, ffi::Result<Floats2> reordered,
+    int64_t kind, int64_t num_experts, float limit, float alpha, bool clamped, bool round) {
+  roe::Experts e;
+  e.num_tokens = x.dimensions()[0];
+  e.num_choices = indices.dimensions()[1];
+  e.num_experts = num_experts;
+  e.d_model = x.dimensions()[1];
+  e.d_expert = hidden->dimensions()[1];
+  e.layer = layer.typed_data()[0];
+  const bool scaled = gate_up_scales.element_count() > 0;
+  e.gate_up = {data_or_null(gate_up), data_or_null(gate_up_scales), e.d_model,
+               scaled ? static_cast<int64_t>(gate_up_scales.dimensions().back()) : 1};
+  e.down = {data_or_null(down), data_or_null(down_scales), e.d_model,
+            scaled ? e.d_expert / static_cast<int64_t>(down_scales.dimensions()[1]) : 1};
+  e.gate_up_bias = data_or_null(gate_up_bias);
+  e.down_bias = data_or_null(down_bias);
+  e.bias_is_bfloat16 = gate_up_bias.element_type() == ffi::U16;
+  e.x = x.typed_data();
+  e.indices = indices.typed_data();
+  e.gates = gates.typed_data();
+  e.activation = {limit, alpha, clamped, round};
+  e.y = y->typed_data();
+  e.hidden = hidden->typed_data();
+  e.reordered = reordered->typed_data();
+  roe::experts(pool, static_cast<roe::Kind>(kind), e);
+  return ffi::Error::Success();
+}
+
+roe::Matrix matrix(const ffi::AnyBuffer& weights) {
+  return {data_or_null(weights), nullptr, static_cast<int64_t>(weights.dimensions().back()), 1};
+}
+
+// `index` counts matrices of as many rows as are used.
+ffi::Error Project(
+    ffi::ThreadPool pool, ffi::Buffer<ffi::S32> index, Floats2 x, ffi::AnyBuffer weights,
+    ffi::Result<Floats2> y, ffi::Result<Floats2> reordered) {
+  const int64_t rows = y->dimensions()[1];
+  roe::project(
+      pool, weights.element_type() == ffi::U16, matrix(weights), index.typed_data()[0] * rows,
+      rows, x.dimensions()[0], x.typed_data(), reordered->typed_data(), y->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error ProjectBack(
+    ffi::ThreadPool pool, ffi::Buffer<ffi::S32> index, Floats2 x, ffi::AnyBuffer weights,
+    ffi::Result<Floats2> y) {
+  const int64_t rows = x.dimensions()[1];
+  roe::project_back(
+      pool, weights.element_type() == ffi::U16, matrix(weights), index.typed_data()[0] * rows,
+      rows, x.dimensions()[0], x.typed_data(), y->typed_data());
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    roe_jax_experts, Experts,
+    ffi::Ffi::Bind()
+        .Ctx<ffi::ThreadPool>()
+        .Arg<ffi::Buffer<ffi::S32>>()
+        .Arg<Floats2>()
+        .Arg<ffi::Buffer<ffi::S32>>()
+        .Arg<Floats2>()
+        .Arg<ffi::AnyBuffer>()
+        .Arg<ffi::AnyBuffer>()
+        .Arg<ffi::AnyBuffer>()
+        .Arg<ffi::AnyBuffer>()
+        .Arg<ffi::AnyBuffer>()
+        .Arg<ffi::AnyBuffer>()
+        .Ret<Floats2>()
+        .Ret<Floats2>()
+        .Ret<Floats2>()
+        .Attr<int64_t>("kind")
+        .Attr<int64_t>("num_experts")
+        .Attr<float>("limit")
+        .Attr<float>("alpha")
+        .Attr<bool>("clamped")
+        .Attr<bool>("round"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    roe_jax_project, Project,
+    ffi::Ffi::Bind()
+        .Ctx<ffi::ThreadPool>()
+        .Arg<ffi::Buffer<ffi::S32>>()
+        .Arg<Floats2>()
+        .Arg<ffi::AnyBuffer>()
+        .Ret<Floats2>()
+        .Ret<Floats2>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    roe_jax_project_back, ProjectBack,
+    ffi::Ffi::Bind()
+        .Ctx<ffi::ThreadPool>()
+        .Arg<ffi::Buffer<ffi::S32>>()
+        .Arg<Floats2>()
+        .Arg<ffi::AnyBuffer>()
+        .Ret<Floats2>());
+
+#endif  // ROE_JAX_FFI
