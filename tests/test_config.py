@@ -475,6 +475,7 @@ def test_nonsense_in_a_config_is_refused_in_a_sentence(family):
   [
     ("rms_norm_eps", -1, "rms_norm_eps must be at least 0, got -1"),
     ("rms_norm_eps", math.nan, "rms_norm_eps must be a finite number, got nan"),
+    ("rms_norm_eps", 10**400, "rms_norm_eps must be a finite number, got 1000"),
     ("rope_theta", 0, "rope_theta must be positive, got 0"),
     ("sliding_window", True, "sliding_window must be an integer or null, got True"),
     ("num_hidden_layers", "2", "num_hidden_layers must be an integer, got '2'"),
