@@ -1,6 +1,7 @@
 """The file of --trace: what the members of a roster compute for each sequence, as arrays."""
 
 from collections.abc import Sequence
+import io
 import pathlib
 import zipfile
 
@@ -53,8 +54,9 @@ def write(
     if is_first:
       arrays = {name: array[..., 0, :, :] for name, array in found._asdict().items()}
       with zipfile.ZipFile(partial, "a") as file:
-        for name, array in ({"tokens": np.int32(tokens)} | arrays).items():
-          with file.open(f"{i}/{name}.npy", "w", force_zip64=True) as entry:
-            np.lib.format.write_array(entry, np.ascontiguousarray(array))
+        for name, array in ({"tokens": np.asarray(tokens, np.int32)} | arrays).items():
+          content = io.BytesIO()
+          np.lib.format.write_array(content, np.ascontiguousarray(array))
+          file.writestr(f"{i}/{name}.npy", content.getbuffer())
   if is_first:
     partial.replace(path)
