@@ -26,7 +26,7 @@ TPE suggests after the first sweep does: it learns from those that have ended by
 * `confirm/baseline`, `confirm/tuned`, `confirm/uniform`: the confirmation as runs;
 * `study.db`, the Optuna study, and `settings.json`.
 
-Times include compilation. τ are traced: only the first trial compiles.
+Costs are those of `experiments.records.cost`. τ are traced: only the first trial compiles.
 """
 
 import collections
@@ -46,10 +46,10 @@ from checkpoints_convert import outputs
 from experiments import tasks
 from experiments.analysis import output_temperatures
 from experiments.cli import app
-from experiments.evaluation.prompts import PromptBuilder
 from experiments.records import runs
+from experiments.records.cost import Cost
 from experiments.tuning import confirm, trials, tuning_configs
-from experiments.tuning.objectives import OBJECTIVES, Objective, Perplexity, Usage
+from experiments.tuning.objectives import OBJECTIVES, Objective, Perplexity
 from experiments.tuning.trials import Search, Space
 from experiments.tuning.tuning_configs import TuningConfig
 from roe_jax import temperature_profiles
@@ -108,7 +108,7 @@ class SearchSetup:
     tuning: settings of --config and the flags.
     roster: settings of the roster.
     space: the search space.
-    prompts: prompt settings, see `PromptBuilder.settings`.
+    prompts: prompt settings, see `RequestBuilder.settings`.
     searched: the objective on the search examples.
     fresh: the objective on the confirmation's examples.
   """
@@ -200,21 +200,23 @@ def prepare() -> SearchSetup:
   if tuning.objective == Perplexity.name:
     output_temperatures.warn(task.name, count)
   tuning = dataclasses.replace(tuning, num_examples=count)
-  builder = app.prompt_builder(config, app.load_tokenizer(FLAGS.checkpoint))
+  builder = app.request_builder(config, app.load_tokenizer(FLAGS.checkpoint))
   settings = FLAGS.batch_size, FLAGS.allow_code_execution
-  searched, fresh = (
-    OBJECTIVES[tuning.objective](config, builder, task, [examples[i] for i in ids], ids, *settings)
-    for ids in (range(count), fresh)
+  make = OBJECTIVES[tuning.objective]
+  searched, fresh = app.in_all_processes(
+    lambda: [
+      make(config, builder, task, some, *settings)
+      for some in (examples[:count], [examples[i] for i in fresh])
+    ]
   )
+  builder.report_truncated()
   setup = SearchSetup(
     pathlib.Path(FLAGS.output), config, tuning, roster, space, builder.settings, searched, fresh
   )
   setup.make_roster(0.0, FLAGS.seed + FLAGS.num_seeds)
+  largest = setup.make_roster(tuning.max_tau, FLAGS.seed)
   for objective in (searched, fresh):
-    length, scoring = objective.longest()
-    largest = setup.make_roster(tuning.max_tau, FLAGS.seed)
-    size = min(FLAGS.batch_size, len(objective.examples))
-    app.check_memory(config, largest, batch_size=size, length=length, scoring=scoring)
+    app.check_memory_of(config, largest, objective.requests, FLAGS.batch_size)
   return setup
 
 
@@ -234,10 +236,7 @@ def choose_examples(
   """
   confirms = FLAGS.num_confirm or num_examples
   examples = app.in_all_processes(
-    lambda: PromptBuilder.limited(
-      task.examples(SPLIT, FLAGS.data_dir, num_examples + confirms, FLAGS.chat),
-      FLAGS.max_new_tokens,
-    )
+    lambda: task.examples(SPLIT, FLAGS.data_dir, num_examples + confirms, FLAGS.chat)
   )
   app.check_same([[e.prompt, e.reference] for e in examples], tasks.OTHER_DATA)
   if FLAGS.num_confirm is None and len(examples) < 2 * num_examples:
@@ -283,7 +282,7 @@ class OnModel:
     self.name, self.maximize = setup.searched.name, setup.searched.maximize
     self.value = setup.searched.value
 
-  def measure(self, temperatures, part: slice) -> tuple[np.ndarray, Usage]:
+  def measure(self, temperatures, part: slice) -> tuple[np.ndarray, Cost]:
     app.broadcast([list(temperatures), part.start, part.stop])
     return self._measure(temperatures, part)
 

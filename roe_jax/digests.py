@@ -16,7 +16,7 @@ import xxhash
 
 from roe_jax.orbax_storage import Damage
 
-_MOST_UNITS = 48  # along an axis; so meshes of 2, 3, 4, 6, 8, 12, 16, ... devices split no unit
+_MOST_UNITS = 16  # along an axis; so meshes of 2, 4, 8 and 16 devices split no unit
 _EXPERTS = "experts."
 
 
@@ -80,7 +80,7 @@ class _Units:
   def __init__(self, name: str, shape: tuple[int, ...], num_lead: int):
     self._lead = min(num_lead + name.startswith(_EXPERTS), len(shape) - 1)
     size = shape[self._lead]
-    count = size if size <= 16 else math.gcd(size, _MOST_UNITS)
+    count = size if size <= _MOST_UNITS else math.gcd(size, _MOST_UNITS)
     self._rows = size // count
     self.grid = (*shape[: self._lead], 1 + count)
 

@@ -547,8 +547,11 @@ def test_batches_of_members_are_computed_as_all_at_once(olmoe, include_clean):
     )
     mode, cache = roster.cache_mode, members_lib.empty_cache(config, roster, 2, 16)
     cache = mode.prefill(of_tokens(params, config, roster.history()), cache)
-    run = jax.jit(mode._distributions, static_argnames="keep")
-    results.append(run(of_tokens(params, config, roster), cache, keep=("keys",)))
+    run = of_tokens(params, config, roster)
+    x, shared = mode._run_shared(run, cache, ("keys",))
+    first, _ = members_lib.batches(config, roster, TOKENS.size)
+    _, kept = mode._run_members(run, cache, x, shared, first, ("keys",))
+    results.append((jax.jit(mode.score)(run, cache)[0], kept))
   (one, one_kept), (other, other_kept) = results
   np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-5, atol=1e-5)
   np.testing.assert_array_equal(one.clean_tokens, other.clean_tokens)

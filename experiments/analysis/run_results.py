@@ -53,7 +53,7 @@ class Result:
 
   @property
   def measured_by(self) -> str | None:
-    """The program whose definitions its costs have; None: not recorded."""
+    """What measured its costs: `cost.MEASURED_BY`, or an earlier program; None: not recorded."""
     for line in self.costs:
       if "measured_by" in line:
         return line["measured_by"]
@@ -300,8 +300,8 @@ def check_comparable(results: Sequence[Result], baseline: Result) -> None:
     if len(programs) > 1:
       raise ValueError(
         f"{result.path} cannot be compared with {baseline.path}: their costs were measured by "
-        f"{' and '.join(sorted(programs))}, which count tokens, forward passes, seconds and "
-        "memory differently; report them separately"
+        f"different definitions ({', '.join(sorted(programs))}), one of an earlier version: "
+        "repeat that run, or report them separately"
       )
     for task in result.records.keys() & baseline.records.keys():
       if not result.records[task].keys() & baseline.records[task].keys():

@@ -26,7 +26,7 @@ from experiments.cli.distributed import (
   is_first_process,
 )
 from experiments.cli.distributed import progress as progress
-from experiments.evaluation.prompts import PromptBuilder
+from experiments.evaluation.requests import Continuation, Request, RequestBuilder
 from roe_jax import (
   assets,
   costs,
@@ -288,9 +288,13 @@ def load_chat(tokenizer: Tokenizer, use_chat: bool | None = None) -> Chat | None
   return load(broadcast(load(f.chat_date).settings.get("date")))
 
 
-def prompt_builder(config: ModelConfig, tokenizer: Tokenizer) -> PromptBuilder:
-  """Returns the prompt builder that the chat flags ask for; raises as `load_chat`."""
-  return PromptBuilder(config, tokenizer, load_chat(tokenizer), flags.FLAGS.system)
+def request_builder(config: ModelConfig, tokenizer: Tokenizer) -> RequestBuilder:
+  """Returns the request builder that the chat flags and --max_new_tokens ask for.
+
+  Raises as `load_chat`.
+  """
+  f = flags.FLAGS
+  return RequestBuilder(config, tokenizer, load_chat(tokenizer), f.system, f.max_new_tokens)
 
 
 def define_roster_flags(num_members: int = 1) -> None:
@@ -545,6 +549,17 @@ def check_memory(
       f"for sequences of {length} tokens, and this device has {memory / 2**30:.1f}: use smaller "
       "ones, --cache=clean or more devices, and see --dry_run"
     )
+
+
+def check_memory_of(
+  config: ModelConfig, roster: Roster, requests: Sequence[Request], batch_size: int
+) -> None:
+  """Checks that the answers to requests fit the memory; raises as `check_memory`."""
+  for scoring in (False, True):
+    lengths = [r.max_length for r in requests if isinstance(r, Continuation) == scoring]
+    if lengths:
+      size = min(batch_size, len(lengths))
+      check_memory(config, roster, batch_size=size, length=max(lengths), scoring=scoring)
 
 
 def _plan(config, roster, batch_size, length, scoring) -> tuple[dry_run_lib.Plan, AbstractMesh]:

@@ -5,7 +5,8 @@ their first use (see `native_build`) and compared with the pure JAX code that se
 `ROE_JAX_NATIVE=0` turns them off.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import functools
 import os
 from typing import Any
@@ -28,6 +29,19 @@ KINDS = {name: i for i, name in enumerate(("float32", "bfloat16", "int8", "int4"
 def is_available() -> bool:
   """Returns whether the kernels can be used here; builds them. Warns once if that fails."""
   return jax.default_backend() == "cpu" and os.environ.get("ROE_JAX_NATIVE") != "0" and _is_built()
+
+
+@contextlib.contextmanager
+def turned_off() -> Iterator[None]:
+  """Turns the kernels off in programs that are traced within."""
+  before = os.environ.get("ROE_JAX_NATIVE")
+  os.environ["ROE_JAX_NATIVE"] = "0"
+  try:
+    yield
+  finally:
+    del os.environ["ROE_JAX_NATIVE"]
+    if before is not None:
+      os.environ["ROE_JAX_NATIVE"] = before
 
 
 @functools.cache

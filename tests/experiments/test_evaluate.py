@@ -7,7 +7,7 @@ import numpy as np
 import programs
 import pytest
 
-from experiments.evaluation.engine import request_id
+from experiments.evaluation.requests import request_id
 from experiments.records import runs
 from experiments.tasks import wordmath
 from roe_jax import checkpoint, scoring
@@ -149,7 +149,6 @@ REFUSALS = [
   (["--tasks=gsm8k", "--data_dir=x"], "--data_dir applies to this project's tasks"),
   (["--tasks=wordmath", "--system=x"], "--system applies to chats only"),
   (["--tasks=wordmath", "--chat"], "has no chat template"),
-  (["--tasks=wordmath", "--max_new_tokens=128"], "wordmath/test/0: 128 new tokens leave no room"),
   (["--tasks=paper/gsm8k", "--data_dir={empty}"], "no data of gsm8k"),
   (["--tasks=wordmath", "--tau={other}"], "temperature profile has 3 layers"),
 ]

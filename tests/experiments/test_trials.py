@@ -222,7 +222,7 @@ def test_a_worker_makes_the_trial_that_another_lost_while_it_ran(tmp_path):
 def test_a_model_without_finite_values_is_an_error(tmp_path):
   class Broken(Quadratic):
     def measure(self, temperatures, part):
-      return np.full(part.stop - part.start, np.nan), closed_form.Usage()
+      return np.full(part.stop - part.start, np.nan), closed_form.Cost()
 
   with pytest.raises(ValueError, match=r"no finite loss at τ = \[0.0, 0.05"):
     searched(tmp_path, 11, objective=Broken())
