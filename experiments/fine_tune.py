@@ -45,8 +45,8 @@ class Settings:
   output: str
   steps: int = 100
   rank: int = 8
-  learning_rate: float = 1e-3
-  gate_learning_rate: float = 1e-2
+  learning_rate: float = 3e-3
+  gate_learning_rate: float = 3e-2
   gate_scales: bool | None = None
   train_router: bool = True
   window: int = 256

@@ -18,11 +18,13 @@ class TokenBatch(struct.PyTreeNode):
     noise: the routing noise, or None.
     lengths_B: int32; positions at or beyond a sequence's length are not written to the
       cache of sliding layers. By default all are.
+    router_bias: `[L, E]` float32 added to all router logits, or None.
   """
 
   positions_BxT: jax.Array
   noise: RoutingNoise | None = None
   lengths_B: jax.Array | None = None
+  router_bias: jax.Array | None = None
 
 
 class CacheAccess(struct.PyTreeNode):

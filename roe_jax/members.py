@@ -118,7 +118,7 @@ class RosterPass(struct.PyTreeNode):
 
   def token_batch(self, noise: noise_lib.RoutingNoise | None = None) -> TokenBatch:
     """Returns the tokens as `layers` takes them."""
-    return TokenBatch(self.positions_BxT, noise, self.lengths_B)
+    return TokenBatch(self.positions_BxT, noise, self.lengths_B, self.roster.router_bias)
 
   def options(
     self, layers: tuple[int, int] | None = None, keep: tuple[str, ...] = ()

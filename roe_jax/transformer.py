@@ -18,7 +18,7 @@ from roe_jax.config import ModelConfig
 from roe_jax.experts import Activation
 from roe_jax.layer_inputs import CacheAccess, LayerOptions, TokenBatch
 from roe_jax.noise import RoutingNoise
-from roe_jax.numerics import add, multiply, project, rms_norm, to_compute_dtype
+from roe_jax.numerics import add, add_bias, multiply, project, rms_norm, to_compute_dtype
 from roe_jax.params import LayerParams, Params
 from roe_jax.routers import ROUTERS
 
@@ -214,6 +214,7 @@ def _run_layers_on_mesh(
       keys=sequences, temperatures=PartitionSpec(), member=PartitionSpec(*members)
     ),
     lengths_B=None if tokens.lengths_B is None else sequences,
+    router_bias=None if tokens.router_bias is None else PartitionSpec(),
   )
   layers = sharding.parameter_specs(mesh, config).layers
   x, written, found = sharding.map_shards(
@@ -243,7 +244,8 @@ class _Block:
       config, layers.attention, layer, new, self.tokens, access, location
     )
     x = add_to_residual(config, x, attention.output(layers.attention, layer, heads))
-    x, chosen, logits = feed_forward(config, layers, layer, x, noise, options)
+    bias = self.tokens.router_bias
+    x, chosen, logits = feed_forward(config, layers, layer, x, noise, options, bias)
     outputs = {"keys": new[1], "values": new[2], "experts": chosen, "router_logits": logits}
     outputs = BlockOutputs(**{name: outputs[name] for name in options.keep})
     return x, cache if access.write else None, outputs
@@ -256,6 +258,7 @@ def feed_forward(
   x: jax.Array,
   noise: RoutingNoise | None = None,
   options: LayerOptions = LayerOptions(),
+  router_bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Runs the MoE half of a block on hidden states `[B, T, D]`; see `run_layers` for the arguments.
 
@@ -264,6 +267,7 @@ def feed_forward(
   """
   normed = norm(config, x, layers.moe_norm[layer])
   logits = router_logits(config, layers, layer, normed)
+  logits = add_bias(logits, router_bias, layer)
   perturbed = None if noise is None else noise.perturb(layer, logits, config.experts_per_token)
   chosen, gates = route(config, layers, layer, logits, perturbed, options.gate_weights)
   b, t, d = x.shape
