@@ -8,16 +8,17 @@ Writes one run per method to --output, which `experiments.report` turns into a p
 forward passes as a roster of --num_members.
 
 Methods take turns on each batch, in a shuffled order, so that other load on the machine
-affects all alike. Times cover the answers only, without compilation; likelihoods, and the
-unique active experts of a task's first batch, are computed separately. Output temperatures
-are fitted, and the best baseline settings selected, on validation examples with the first
-noise seed.
+affects all alike. Costs (`experiments.records.cost`) are those of the answers; likelihoods are
+computed separately, and unique active experts are counted on a task's first batch. Output
+temperatures are fitted, and the best baseline settings selected, on validation examples with
+the first noise seed.
 """
 
 from collections.abc import Iterator
 import pathlib
 import sys
 import time
+from typing import Any
 
 from absl import flags
 import numpy as np
@@ -28,23 +29,16 @@ from experiments.analysis import output_temperatures
 from experiments.cli import app, text_files
 from experiments.cli.extras import tabulate
 from experiments.evaluation import methods as methods_lib
-from experiments.evaluation.measurer import SAMPLE_STRIDE, Batch, Measurer
+from experiments.evaluation.engine import Likelihood
+from experiments.evaluation.measurer import Measurer
 from experiments.evaluation.methods import BASELINE_SETTINGS, BEST_BASELINE, FITTED, Method
-from experiments.evaluation.prompts import PromptBuilder
+from experiments.evaluation.requests import RequestBuilder, TaskRequests
 from experiments.records import runs
 from roe_jax import temperature_profiles, typed
 
 FLAGS = flags.FLAGS
 TEMPERATURES = "output_temperatures.json"
 SETTINGS = "baseline_settings.json"
-COST_DESCRIPTIONS = {
-  "tokens": "tokens of the answers",
-  "forward_passes": "generated tokens x members, without prompts",
-  "flops": "FLOPs of prompts and answers, see roe_jax.costs",
-  "peak_bytes": "estimated weights, cache and activations of one device",
-  "unique_experts_read": "unique active experts per layer, mean over layers, summed over the steps "
-  "of one batch",
-}
 
 
 def define_flags(checkpoint: str | None = None) -> None:
@@ -76,28 +70,22 @@ def define_flags(checkpoint: str | None = None) -> None:
   flags.DEFINE_string("output", "results/compare", "Folder of the runs.")
 
 
-def batches(task: tasks.Task, examples: list[tasks.Example]) -> Iterator[Batch]:
-  """Yields a task's examples in batches; their ids are their indices."""
+def batches(examples: list[tasks.Example]) -> Iterator[list[tasks.Example]]:
+  """Yields examples in batches."""
   for first in range(0, len(examples), FLAGS.batch_size):
-    part = examples[first : first + FLAGS.batch_size]
-    yield Batch(task, part, list(range(first, first + len(part))))
+    yield examples[first : first + FLAGS.batch_size]
 
 
 def check_examples(task: tasks.Task, examples: list[tasks.Example]) -> None:
   """Checks that examples are of one kind.
 
   Raises:
-    ValueError: there are none or too many, or they differ in kind or stop strings.
+    ValueError: there are none, or they differ in kind.
   """
   if not examples:
     raise ValueError(f"task {task.name} has no examples in this split")
-  if len(examples) > SAMPLE_STRIDE:
-    raise ValueError(
-      f"task {task.name} has {len(examples)} examples, more than {SAMPLE_STRIDE}: "
-      "set --num_examples"
-    )
-  if len({(e.kind, e.stop) for e in examples}) > 1:
-    raise ValueError(f"the examples of task {task.name} differ in kind or stop strings")
+  if len({e.kind for e in examples}) > 1:
+    raise ValueError(f"the examples of task {task.name} differ in kind")
 
 
 def check_methods(found: list[Method], examples: dict[str, list[tasks.Example]]) -> list[Method]:
@@ -119,21 +107,7 @@ def check_methods(found: list[Method], examples: dict[str, list[tasks.Example]])
   return kept
 
 
-def check_memory(
-  method: Method, examples: list[tasks.Example], prompt_builder: PromptBuilder
-) -> None:
-  """Checks that a method's answers to a task fit the memory; raises as `app.check_memory`."""
-  chooses, size = examples[0].kind == "choose", min(FLAGS.batch_size, len(examples))
-  if chooses:
-    texts = (prompt_builder.with_text(e, c)[0] for e in examples for c in e.choices)
-    length = max(map(len, texts))
-  else:
-    length = max(len(prompt_builder.prompt(e)) + e.max_new_tokens for e in examples)
-    size *= method.num_samples
-  app.check_memory(method.config, method.roster, batch_size=size, length=length, scoring=chooses)
-
-
-def settings_of(method: Method, model: str, prompt_builder: PromptBuilder) -> dict:
+def settings_of(method: Method, model: str, builder: RequestBuilder) -> dict:
   """Returns the settings of the method's run."""
   f = FLAGS
   return {
@@ -152,7 +126,7 @@ def settings_of(method: Method, model: str, prompt_builder: PromptBuilder) -> di
     "tasks": f.tasks,
     "num_examples": f.num_examples,
     "split": f.split,
-    **prompt_builder.settings,
+    **builder.settings,
     "max_new_tokens": f.max_new_tokens,
     "seeds": seeds_of(method),
     "batch_size": f.batch_size,
@@ -161,7 +135,6 @@ def settings_of(method: Method, model: str, prompt_builder: PromptBuilder) -> di
     or "of the reference and its end-of-text token; for tasks with choices, of the right one",
     "calibration": "the most probable token at each position of the reference; for tasks with "
     "choices, the most probable choice",
-    "costs": COST_DESCRIPTIONS,
     **({"data_dir": f.data_dir} if f.data_dir else {}),
   }
 
@@ -188,8 +161,8 @@ def fit(
   def compute():
     found = [
       one
-      for batch in batches(task, validation)
-      for one in measurer.likelihoods(method, FLAGS.seed, batch, output_temperatures.GRID)
+      for batch in batches(validation)
+      for one in measurer.likelihoods(method, FLAGS.seed, task, batch, output_temperatures.GRID)
       if one is not None
     ]
     if not found:
@@ -235,9 +208,9 @@ def choose(
     for settings in BASELINE_SETTINGS:
       outputs = [
         output
-        for batch in batches(task, validation)
+        for batch in batches(validation)
         for output in measurer.answer(
-          method.with_sampling(settings), FLAGS.seed, batch, [1.0]
+          method.with_sampling(settings), FLAGS.seed, task, batch
         ).outputs
       ]
       metrics = app.from_first_process(
@@ -257,34 +230,42 @@ def measure(
   method: Method,
   run: runs.Run,
   seed: int,
-  batch: Batch,
+  task: tasks.Task,
+  batch: list[tasks.Example],
   fitted: float | None,
   count_experts: bool,
 ) -> None:
   """Measures a method on a batch and writes the records."""
   own = fitted if method.name == FITTED and fitted else method.output_temperature
   at = [own, fitted or own]
-  answers = measurer.answer(method, seed, batch, at)
-  likelihoods = answers.likelihoods or [None] * len(batch.examples)
+  answers = measurer.answer(method, seed, task, batch, at, count_experts)
+  likelihoods = answers.likelihoods or [None] * len(batch)
   if not method.no_likelihood and not answers.likelihoods:
-    likelihoods = measurer.likelihoods(method, seed, batch, at)
-  if count_experts:
-    answers.cost.update(measurer.experts_read(method, seed, answers))
+    likelihoods = measurer.likelihoods(method, seed, task, batch, at)
   scored = app.from_first_process(
-    lambda: batch.task.score_all(batch.examples, answers.outputs, FLAGS.allow_code_execution)
+    lambda: task.score_all(batch, answers.outputs, FLAGS.allow_code_execution)
   )
   records = []
-  for example, metrics, details, likelihood in zip(
-    batch.examples, scored, answers.details, likelihoods
-  ):
-    record = {"task": batch.task.name, "example": example.id, "seed": seed, **details}
+  for example, metrics, details, likelihood in zip(batch, scored, answers.details, likelihoods):
+    record = {"task": task.name, "example": example.id, "seed": seed, **details}
     has_fitted = fitted is not None and method.name != FITTED
-    record |= likelihood.record(has_fitted) if likelihood else {"metrics": {}}
+    record |= record_of(likelihood, has_fitted) if likelihood else {"metrics": {}}
     record["metrics"] |= metrics
     records.append(record)
-  run.write(
-    records, {"measured_by": "compare", "task": batch.task.name, "seed": seed, **answers.cost}
-  )
+  run.write(records, {"task": task.name, "seed": seed, **answers.cost.line()})
+
+
+def record_of(likelihood: Likelihood, fitted: bool) -> dict[str, Any]:
+  """Returns metrics and confidences at the first output temperature and, if fitted, the next."""
+  record = {
+    "metrics": {"nll": float(likelihood.nll[0]), "tokens": likelihood.tokens},
+    "confidences": likelihood.confidences[0].round(6).tolist(),
+    "correct": likelihood.correct.tolist(),
+  }
+  if fitted:
+    record["metrics"]["fitted_nll"] = float(likelihood.nll[1])
+    record["fitted_confidences"] = likelihood.confidences[1].round(6).tolist()
+  return record
 
 
 def table(found: list[Method], opened: dict[str, runs.Run], task: tasks.Task) -> str:
@@ -352,7 +333,7 @@ def run(
   if FLAGS.dtype:
     config = config.replace(dtype=FLAGS.dtype)
   base = app.roster_from_flags(config, check_idle=False)  # of methods with their own settings
-  prompt_builder = app.prompt_builder(config, app.load_tokenizer(FLAGS.checkpoint))
+  builder = app.request_builder(config, app.load_tokenizer(FLAGS.checkpoint))
   texts = (
     methods_lib.default_texts(config, base.num_members)
     if FLAGS.methods is None
@@ -366,12 +347,7 @@ def run(
       )
 
   def read(split, limit):
-    examples = {
-      t.name: PromptBuilder.limited(
-        t.examples(split, FLAGS.data_dir, limit, FLAGS.chat), FLAGS.max_new_tokens
-      )
-      for t in wanted
-    }
+    examples = {t.name: t.examples(split, FLAGS.data_dir, limit, FLAGS.chat) for t in wanted}
     for task in wanted:
       check_examples(task, examples[task.name])
     return examples
@@ -391,18 +367,26 @@ def run(
   if any(method.fits_temperature for method in found):
     for name, some in validation.items():
       output_temperatures.warn(name, sum(bool(e.reference or e.choices) for e in some))
+  asked = app.in_all_processes(
+    lambda: [
+      TaskRequests.of(builder, task, part[task.name])
+      for part in (examples, validation)
+      for task in wanted
+    ]
+  )
   for method in found:
-    for some in examples.values():
-      check_memory(method, some, prompt_builder)
+    size = method.num_samples * FLAGS.batch_size
+    for one in asked:
+      requests = one.all_answering * method.num_samples
+      app.check_memory_of(method.config, method.roster, requests, size)
   params, _ = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
   for method in found:
     if method.profile:
       method.profile.check_routers(params)
-  measurer = Measurer(params, prompt_builder, FLAGS.batch_size)
+  measurer = Measurer(params, builder, FLAGS.batch_size)
   model, output = temperature_profiles.fingerprint(params), pathlib.Path(FLAGS.output)
   opened = {
-    m.text: runs.Run(output / m.folder, m.text, settings_of(m, model, prompt_builder))
-    for m in found
+    m.text: runs.Run(output / m.folder, m.text, settings_of(m, model, builder)) for m in found
   }
   total = sum(len(seeds_of(m)) for m in found) * sum(map(len, examples.values()))
   with tqdm(total=total, unit="example", file=sys.stderr) as bar:
@@ -412,23 +396,25 @@ def run(
       fitted = {
         m.text: fit(measurer, m, task, output / m.folder, validation[task.name]) for m in of_task
       }
-      for number, batch in enumerate(batches(task, examples[task.name])):
+      for number, batch in enumerate(batches(examples[task.name])):
         turns = [(m, seed) for m in of_task for seed in seeds_of(m)]
         for i in np.random.default_rng(number).permutation(len(turns)):
           method, seed = turns[i]
           bar.set_description(f"{task.name}: {method.text}")
-          keys = {(task.name, e.id, seed) for e in batch.examples}
+          keys = {(task.name, e.id, seed) for e in batch}
           if not keys <= opened[method.text].done:
             measure(
               measurer,
               method,
               opened[method.text],
               seed,
+              task,
               batch,
               fitted[method.text],
               count_experts=count_experts and number == 0 and seed == FLAGS.seed,
             )
-          bar.update(len(batch.examples))
+          bar.update(len(batch))
+  builder.report_truncated()
   for one in opened.values():
     one.finish()
   return found, opened, examples

@@ -16,7 +16,6 @@ rerun resumes. The results of lm-evaluation-harness are in OUTPUT/harness.json.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import pathlib
 import sys
@@ -30,9 +29,11 @@ from tqdm import tqdm
 from experiments import tasks as tasks_lib
 from experiments.cli import app, text_files
 from experiments.cli.extras import scipy, tabulate
-from experiments.evaluation.engine import Answers, Continuation, Engine, Prompt, Request, Stopwatch
+from experiments.evaluation.answers import Answers
+from experiments.evaluation.engine import Engine
+from experiments.evaluation.requests import RequestBuilder, TaskRequests
 from experiments.records import runs
-from experiments.tasks.base import PAPER, SPLITS, Example, Task
+from experiments.tasks.base import PAPER, SPLITS
 from roe_jax import temperature_profiles
 
 if TYPE_CHECKING:
@@ -94,25 +95,6 @@ def define_flags() -> None:
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class PreparedTask:
-  """One of this project's tasks with its requests.
-
-  Attributes:
-    name: its name in --tasks.
-    task: the task.
-    examples: its examples.
-    requests: for each example, the requests that answer it.
-    references: for each example, the request that scores its reference, or None.
-  """
-
-  name: str
-  task: Task
-  examples: list[Example]
-  requests: list[list[Request]]
-  references: list[Request | None]
-
-
 def check_flags() -> tuple[list[str], list[str]]:
   """Returns the names of this project's tasks and of the harness's.
 
@@ -142,70 +124,45 @@ def check_flags() -> tuple[list[str], list[str]]:
   return ours, theirs
 
 
-def prepare(lm: RosterLM, name: str) -> PreparedTask:
+def prepare(builder: RequestBuilder, name: str) -> TaskRequests:
   """Makes the requests of one of this project's tasks.
 
   Raises:
     ValueError: its data cannot be read, or a request does not fit the model.
   """
-  task = OURS[name]
-  examples = task.examples(FLAGS.split, FLAGS.data_dir, FLAGS.num_examples, FLAGS.chat)
-  requests, references = [], []
-  for example in examples:
-    prompt = example.prompt
-    if FLAGS.chat:
-      system = [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
-      prompt = lm.apply_chat_template([*system, *example.messages])
-    try:
-      if example.choices is None:
-        requests.append(
-          [lm.prompt(prompt, {"until": list(example.stop), "max_gen_toks": example.max_new_tokens})]
-        )
-      else:
-        requests.append([lm.continuation(prompt, choice) for choice in example.choices])
-      # Raw text ends after its reference; the template decides how a chat does.
-      references.append(
-        None
-        if example.reference is None
-        else lm.continuation(prompt, example.reference, end=not FLAGS.chat)
-      )
-    except ValueError as error:
-      raise ValueError(f"{example.id}: {error}") from error
-  return PreparedTask(name, task, examples, requests, references)
+  examples = OURS[name].examples(FLAGS.split, FLAGS.data_dir, FLAGS.num_examples, FLAGS.chat)
+  return TaskRequests.of(builder, OURS[name], examples)
 
 
-def evaluate_ours(lm: RosterLM, prepared: PreparedTask, run: runs.Run, seed: int) -> None:
+def evaluate_ours(lm: RosterLM, asked: TaskRequests, run: runs.Run, seed: int) -> None:
   """Answers and scores the examples of one of this project's tasks; writes the records."""
-  if all((prepared.name, e.id, seed) in run.done for e in prepared.examples):
+  task, examples = asked.task, asked.examples
+  if all((task.name, e.id, seed) in run.done for e in examples):
     return
-  label = f"{prepared.name}, seed {seed}"
-  answers = iter(lm.answers(label, [r for requests in prepared.requests for r in requests]))
-  answers = [[next(answers) for _ in requests] for requests in prepared.requests]
-  wanted = [r for r in prepared.references if r is not None]
+  label = f"{task.name}, seed {seed}"
+  answers = list(asked.by_example(lm.answers(label, asked.all_answering)))
+  wanted = asked.all_references
   referred = iter(lm.answers(f"{label}, references", wanted) if wanted else ())
   outputs = [
     found[0]["text"] if example.choices is None else [a["log_prob"] for a in found]
-    for example, found in zip(prepared.examples, answers)
+    for example, found in zip(examples, answers)
   ]
 
   def score():  # in one process, since time limits could differ between processes
     with tqdm(
-      total=len(outputs),
-      desc=f"{label}, scoring",
-      file=sys.stderr,
-      disable=not prepared.task.runs_code,
+      total=len(outputs), desc=f"{label}, scoring", file=sys.stderr, disable=not task.runs_code
     ) as bar:
-      return prepared.task.score_all(
-        prepared.examples, outputs, FLAGS.allow_code_execution, FLAGS.workers, bar.update
+      return task.score_all(
+        examples, outputs, FLAGS.allow_code_execution, FLAGS.workers, bar.update
       )
 
   metrics = app.from_first_process(score)
   records = []
-  for i, (example, output) in enumerate(zip(prepared.examples, outputs)):
-    if prepared.references[i] is not None:
+  for i, (example, output) in enumerate(zip(examples, outputs)):
+    if asked.references[i] is not None:
       found = next(referred)
       metrics[i] |= {"nll": -found["log_prob"], "tokens": found["tokens"]}
-    record = {"task": prepared.name, "example": example.id, "seed": seed, "metrics": metrics[i]}
+    record = {"task": task.name, "example": example.id, "seed": seed, "metrics": metrics[i]}
     if example.choices is None:
       confidence = np.exp(answers[i][0]["log_prob"])
       record |= {"output": output, "finish_reason": answers[i][0]["finish_reason"]}
@@ -213,12 +170,11 @@ def evaluate_ours(lm: RosterLM, prepared: PreparedTask, run: runs.Run, seed: int
       confidence = scipy.special.softmax(output).max()
       record["log_probs"] = output
     records.append(
-      record
-      | {"confidences": [float(confidence)], "correct": [metrics[i][prepared.task.metric] == 1]}
+      record | {"confidences": [float(confidence)], "correct": [metrics[i][task.metric] == 1]}
     )
-  write(lm, run, seed, prepared.name, label, records)
+  write(lm, run, seed, task.name, label, records)
   if wanted:
-    write(lm, run, seed, f"{prepared.name}, references", f"{label}, references", [])
+    write(lm, run, seed, f"{task.name}, references", f"{label}, references", [])
 
 
 def write(
@@ -231,16 +187,8 @@ def write(
   )
   if [task, seed] not in known:
     requests = list(dict.fromkeys(lm.requests[label]))
-    cost = {
-      "measured_by": "evaluate",
-      "task": task,
-      "seed": seed,
-      **lm.engine.cost(requests),
-      **lm.engine.experts_read(requests[:EXPERTS_OF]),
-    }
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-      cost["peak_bytes"] = stats["peak_bytes_in_use"]
+    counted = lm.saved.experts_read(lm.engine, requests[:EXPERTS_OF])
+    cost = {"task": task, "seed": seed, **(lm.saved.cost(requests) + counted).line()}
   run.write([r for r in records if runs.key(r) not in run.done], cost)
 
 
@@ -259,19 +207,19 @@ def evaluate_theirs(
   }
 
 
-def rows_of_ours(summary: dict[str, Any], prepared: PreparedTask) -> list[list[Any]]:
+def rows_of_ours(summary: dict[str, Any], asked: TaskRequests) -> list[list[Any]]:
   """Returns table rows: metric, value, its standard error, standard deviation over seeds, examples.
 
   Args:
     summary: the task's entry in summary.json.
-    prepared: the task.
+    asked: the task's requests.
   """
   perplexity, metrics = "perplexity", summary["metrics"]
-  order = lambda m: (m == perplexity, m != prepared.task.metric)
-  counts = {perplexity: sum(r is not None for r in prepared.references)}
+  order = lambda m: (m == perplexity, m != asked.task.metric)
+  counts = {perplexity: len(asked.all_references)}
   return [
     [
-      prepared.name,
+      asked.task.name,
       metric,
       metrics[metric],
       summary["standard_errors"].get(metric),
@@ -321,11 +269,11 @@ def main(argv) -> None:
     app.print_dry_run(config, roster, batch_size=FLAGS.batch_size)
     return
   tokenizer = app.load_tokenizer(FLAGS.checkpoint)
-  chat = app.load_chat(tokenizer)
+  builder = app.request_builder(config, tokenizer)
   # Takes seconds, so not before the flags are checked.
   from experiments.evaluation import lm_eval_model, lm_eval_tasks
 
-  lm = lm_eval_model.RosterLM(FLAGS.checkpoint, config, tokenizer, chat, FLAGS.max_new_tokens)
+  lm = lm_eval_model.RosterLM(FLAGS.checkpoint, builder)
 
   def load():
     if not theirs:
@@ -337,14 +285,14 @@ def main(argv) -> None:
     return loaded
 
   loaded = app.in_all_processes(load)
-  prepared_tasks = app.in_all_processes(lambda: [prepare(lm, name) for name in ours])
+  asked = app.in_all_processes(lambda: [prepare(builder, name) for name in ours])
   # The harness makes its requests later.
-  requests = [r for one in prepared_tasks for some in (*one.requests, one.references) for r in some]
-  for kind in (Continuation, Prompt):
-    lengths = [r.max_length for r in requests if isinstance(r, kind)]
-    batch_size = min(FLAGS.batch_size, max(1, len(lengths)))
-    length, scoring = max(lengths, default=0), kind is Continuation
-    app.check_memory(config, roster, batch_size=batch_size, length=length, scoring=scoring)
+  app.check_memory_of(
+    config,
+    roster,
+    [r for one in asked for r in (*one.all_answering, *one.all_references)],
+    FLAGS.batch_size,
+  )
 
   params, config = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
   output = pathlib.Path(FLAGS.output)
@@ -356,7 +304,7 @@ def main(argv) -> None:
   method = "baseline" if roster.is_baseline else "roster"
   run = runs.Run(
     output,
-    output.name,
+    None,
     {
       "method": method,
       "label": method if roster.is_baseline else f"roster, n = {roster.num_members}",
@@ -367,7 +315,7 @@ def main(argv) -> None:
       "forward_passes_per_token": len(roster.members),
       "stochastic": roster.noisy_layers[0] < config.num_layers,
       "confidence": _CONFIDENCE,
-      "chat": chat.settings if chat else None,
+      **builder.settings,
       **{
         name: FLAGS[name].value
         for name in (
@@ -378,43 +326,34 @@ def main(argv) -> None:
           "include_path",
           "num_fewshot",
           "max_new_tokens",
-          "system",
         )
       },
     },
   )
   cache = pathlib.Path(FLAGS.request_cache) if FLAGS.request_cache else output / "requests"
-  stopwatch, by_seed = Stopwatch(), {}
+  by_seed = {}
   for seed in seeds:
     seeded = roster.replace(seed=jax.numpy.uint32(seed))
-    lm.engine = Engine(
-      params,
-      config,
-      tokenizer,
-      seeded,
-      Answers.of(cache, {**model, "roster": seeded.settings()}),
-      batch_size=FLAGS.batch_size,
-      stopwatch=stopwatch,
-    )
+    lm.engine = Engine(params, config, tokenizer, seeded, FLAGS.batch_size)
+    lm.saved = Answers.of(cache, {**model, "roster": seeded.settings()})
     lm.requests.clear()
-    for prepared in prepared_tasks:
-      evaluate_ours(lm, prepared, run, seed)
+    for one in asked:
+      evaluate_ours(lm, one, run, seed)
     if loaded:
       by_seed[str(seed)] = evaluate_theirs(lm, loaded, run, seed)
       app.write_atomically(
         output / HARNESS, text_files.to_json(by_seed, indent=2, default=str) + "\n"
       )
-  print_report(run, prepared_tasks, by_seed, len(lm.truncated))
+  print_report(run, asked, by_seed)
+  builder.report_truncated()
 
 
-def print_report(
-  run: runs.Run, prepared_tasks: list[PreparedTask], by_seed: dict[str, Any], truncated: int
-) -> None:
+def print_report(run: runs.Run, asked: list[TaskRequests], by_seed: dict[str, Any]) -> None:
   """Finishes a run; prints its table and a one-line summary."""
   summary = run.finish()
   if not app.is_first_process():
     return
-  rows = [row for one in prepared_tasks for row in rows_of_ours(summary["tasks"][one.name], one)]
+  rows = [row for one in asked for row in rows_of_ours(summary["tasks"][one.task.name], one)]
   rows += rows_of_theirs(by_seed, summary["tasks"])
   print(
     tabulate.tabulate(
@@ -424,11 +363,6 @@ def print_report(
       missingval="",
     )
   )
-  if truncated:
-    print(
-      f"[{truncated} prompts exceeded the model's context and were truncated on the left]",
-      file=sys.stderr,
-    )
   cost = summary["costs"]
   examples = sum(task["examples"] for task in summary["tasks"].values())
   seeds = max(task["seeds"] for task in summary["tasks"].values())

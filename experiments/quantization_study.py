@@ -21,12 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import tasks
 from experiments.analysis import paired_statistics
 from experiments.cli import app, text_files
 from experiments.cli.extras import tabulate
+from experiments.evaluation.engine import Engine
+from experiments.evaluation.requests import Continuation, RequestBuilder, TaskRequests
 from experiments.records import jsonl
-from experiments.tasks import wordmath
-from roe_jax import batching, diagnostics, quantization, scoring, transformer
+from roe_jax import batching, diagnostics, quantization, transformer
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
@@ -55,55 +57,31 @@ def define_flags() -> None:
   flags.DEFINE_string("output", "results/quantization", "Folder for the results.")
 
 
-@dataclasses.dataclass(frozen=True)
-class Problems:
-  """Tokenized problems: prompts, and sequences of prompt and solution."""
-
-  prompts: list[list[int]]
-  sequences: list[list[int]]
-
-  @property
-  def starts(self) -> list[int]:
-    return [len(p) for p in self.prompts]
-
-  @property
-  def num_tokens(self) -> np.ndarray:
-    """`[X]` tokens of each solution."""
-    return np.array([len(s) - len(p) for s, p in zip(self.sequences, self.prompts)])
-
-  def __getitem__(self, which: slice) -> "Problems":
-    return Problems(self.prompts[which], self.sequences[which])
+def read(builder: RequestBuilder, split: str, count: int) -> list[Continuation]:
+  """Returns the requests that score the solutions of word problems."""
+  task = tasks.get("wordmath")
+  examples = task.examples(split, limit=count)
+  return TaskRequests.of(builder, task, examples, num_samples=0).all_references
 
 
-def tokenize(tokenizer: Tokenizer, problems: list[wordmath.Problem], eos: int) -> Problems:
-  prompts = [tokenizer.encode(wordmath.prompt(p)) for p in problems]
-  solutions = [
-    tokenizer.encode(wordmath.completion(p), add_special_tokens=False) + [eos] for p in problems
-  ]
-  return Problems(prompts, [p + s for p, s in zip(prompts, solutions)])
-
-
-def nll_of(params: Params, config: ModelConfig, roster: Roster, problems: Problems) -> list[float]:
-  """Returns the negative log-probability of each solution in nats."""
-  scores = scoring.score(
-    params, config, problems.sequences, problems.starts, roster=roster, batch_size=FLAGS.batch_size
-  )
-  return [float(-s.log_probs.sum(dtype=np.float64)) for s in scores.sequences]
+def num_tokens(problems: list[Continuation]) -> np.ndarray:
+  """Returns `[X]` tokens of each solution."""
+  return np.array([len(p.tokens) for p in problems])
 
 
 def routing(
-  params: Params, config: ModelConfig, problems: Problems
+  params: Params, config: ModelConfig, problems: list[Continuation]
 ) -> tuple[np.ndarray, np.ndarray]:
   """Runs the router without noise at the positions that predict the solutions' tokens.
 
   Returns:
     `[L, P, A]` chosen experts, and `[L, P]` gaps between the A-th and the next router logit.
   """
-  sequences = problems.sequences
+  sequences = [p.sequence for p in problems]
   tokens = batching.pad(sequences, len(sequences), batching.bucket(max(map(len, sequences))))
   wanted = np.zeros(tokens.shape, bool)
-  for mask, sequence, start in zip(wanted, sequences, problems.starts):
-    mask[start - 1 : len(sequence) - 1] = True
+  for mask, p in zip(wanted, problems):
+    mask[len(p.context) - 1 : p.max_length - 1] = True
   experts, logits = _route(params_lib.in_storage_dtype(params), config, jnp.asarray(tokens))
   ordered = np.sort(np.asarray(logits)[:, wanted], axis=-1)
   a = config.experts_per_token
@@ -124,9 +102,10 @@ def shared_experts(chosen: np.ndarray, baseline: np.ndarray) -> np.ndarray:
 def measure(
   params: Params,
   config: ModelConfig,
+  tokenizer: Tokenizer,
   format: str,
-  validation: Problems,
-  test: Problems,
+  validation: list[Continuation],
+  test: list[Continuation],
   keep: Callable[[str, Callable], Any],
   on_scored: Callable[[int], None],
 ) -> dict:
@@ -135,6 +114,7 @@ def measure(
   Args:
     params: the unquantized parameters.
     config: their architecture.
+    tokenizer: the model's tokenizer.
     format: one of `FORMATS`.
     validation: problems of the sweep.
     test: problems on which formats are compared.
@@ -152,7 +132,8 @@ def measure(
 
   def nll(name, n, temperature, problems):
     roster = Roster.create(config, n, temperature, seed=FLAGS.seed)
-    values = keep(name, lambda: nll_of(*model(), roster, problems))
+    engine = lambda: Engine(*model(), tokenizer, roster, FLAGS.batch_size)
+    values = keep(name, lambda: [float(a.nll[0]) for a in engine().answer(problems)])
     on_scored(len(values))
     return values
 
@@ -167,7 +148,8 @@ def measure(
     batch = test[: FLAGS.batch_size]
     chosen, gaps = routing(*model(), batch)
     roster = Roster.create(config, n, FLAGS.tau, seed=FLAGS.seed)
-    agreement = diagnostics.routing_agreement(*model(), roster, batch.sequences, batch.starts)
+    sequences, starts = [p.sequence for p in batch], [len(p.context) for p in batch]
+    agreement = diagnostics.routing_agreement(*model(), roster, sequences, starts)
     return {
       "experts": chosen.tolist(),
       "router_gap": gaps.mean(axis=1).tolist(),
@@ -186,13 +168,16 @@ def measure(
 
 
 def summarize(
-  measured: dict[str, dict], test: Problems, validation: Problems, sweep: list[float]
+  measured: dict[str, dict],
+  test: list[Continuation],
+  validation: list[Continuation],
+  sweep: list[float],
 ) -> list[dict]:
   """Returns a row of values per format, with differences from bfloat16 or from the baseline."""
   reference = {k: np.array(v) for k, v in measured[UNQUANTIZED].items()}
-  paired = functools.partial(paired_statistics.paired_perplexity, tokens=test.num_tokens)
+  paired = functools.partial(paired_statistics.paired_perplexity, tokens=num_tokens(test))
   paired_validation = functools.partial(
-    paired_statistics.paired_perplexity, tokens=validation.num_tokens
+    paired_statistics.paired_perplexity, tokens=num_tokens(validation)
   )
   best_unquantized = int(np.argmin(reference["sweep"].sum(axis=1)))
   rows = []
@@ -205,9 +190,9 @@ def summarize(
         "format": name,
         "expert_bytes": int(m["expert_bytes"]),
         "model_bytes": int(m["model_bytes"]),
-        "perplexity": float(np.exp(m["baseline"].sum() / test.num_tokens.sum())),
+        "perplexity": float(np.exp(m["baseline"].sum() / num_tokens(test).sum())),
         "to_unquantized": paired(m["baseline"], reference["baseline"]),
-        "roster_perplexity": float(np.exp(m["roster"].sum() / test.num_tokens.sum())),
+        "roster_perplexity": float(np.exp(m["roster"].sum() / num_tokens(test).sum())),
         "roster_to_unquantized": paired(m["roster"], reference["roster"]),
         "roster_to_baseline": paired(m["roster"], m["baseline"]),
         "router_agreement": shared_experts(m["experts"], reference["experts"]).tolist(),
@@ -337,15 +322,18 @@ def main(argv) -> None:
     for checkpoint in FLAGS.checkpoints:
       name = pathlib.Path(checkpoint.removeprefix(app.EMBEDDED)).name
       params, config, tokenizer = app.open_model(checkpoint, UNQUANTIZED)
+      builder = RequestBuilder(config, tokenizer)
       validation, test = (
-        tokenize(tokenizer, wordmath.problems(split, count), config.eos_token_ids[0])
+        read(builder, split, count)
         for split, count in (("validation", FLAGS.num_validation), ("test", FLAGS.num_examples))
       )
       by_format = {}
       for format in FLAGS.formats:
         bar.set_description(f"{name} {format}")
         keep = lambda part, compute: saved.get(f"{checkpoint}, {format}: {part}", compute)
-        by_format[format] = measure(params, config, format, validation, test, keep, bar.update)
+        by_format[format] = measure(
+          params, config, tokenizer, format, validation, test, keep, bar.update
+        )
       rows = summarize(by_format, test, validation, sweep)
       texts.append(f"## {name}\n\n{tables(rows, FLAGS.num_members, FLAGS.tau)}")
       summary[name] = rows

@@ -22,7 +22,8 @@ from experiments.analysis.paired_statistics import Difference
 from experiments.cli import app
 from experiments.cli.extras import plt, tabulate
 from experiments.evaluation import methods
-from roe_jax import decode
+from experiments.evaluation.engine import Engine
+from experiments.evaluation.requests import TaskRequests
 
 FLAGS = flags.FLAGS
 DEFAULTS = {
@@ -163,25 +164,16 @@ def show_solution(checkpoint: str, rows: list[dict], task: tasks.Task) -> str:
     key=lambda i: (by_baseline[i][0] != by_roster[i][0], by_roster[i][1] - by_baseline[i][1], -i),
   )
   params, config, tokenizer = app.open_model(checkpoint, FLAGS.dtype, FLAGS.mesh)
-  builder = app.prompt_builder(config, tokenizer)
   # Its whole batch, for which everything is compiled already.
   first = index - index % FLAGS.batch_size
-  batch = examples[first : first + FLAGS.batch_size]
-  completion = decode.generate(
-    params,
-    config,
-    [builder.prompt(e) for e in batch],
-    max_new_tokens=FLAGS.max_new_tokens,
-    roster=methods.parse(
-      f"roster:n={FLAGS.num_members}", config, app.roster_from_flags(config, check_idle=False)
-    ).with_seed(seed),
-    stop_tokens=builder.stop_tokens,
-    stop_strings=batch[0].stop,
-    decode=tokenizer.decode,
-    stop_reader=builder.stop_reader(batch),
-    request_ids=range(first, first + len(batch)),
-    batch_size=FLAGS.batch_size,
-  ).completions[index - first]
+  asked = TaskRequests.of(
+    app.request_builder(config, tokenizer), task, examples[first : first + FLAGS.batch_size]
+  )
+  roster = methods.parse(
+    f"roster:n={FLAGS.num_members}", config, app.roster_from_flags(config, check_idle=False)
+  ).with_seed(seed)
+  engine = Engine(params, config, tokenizer, roster, FLAGS.batch_size)
+  completion = engine.answer(asked.all_answering)[index - first].completion
 
   def visible(token):
     return repr(tokenizer.decode([token], skip_special_tokens=False))

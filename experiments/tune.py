@@ -26,7 +26,7 @@ TPE suggests after the first sweep does: it learns from those that have ended by
 * `confirm/baseline`, `confirm/tuned`, `confirm/uniform`: the confirmation as runs;
 * `study.db`, the Optuna study, and `settings.json`.
 
-Times include compilation. τ are traced: only the first trial compiles.
+Costs are those of `experiments.records.cost`. τ are traced: only the first trial compiles.
 """
 
 import collections
@@ -46,10 +46,10 @@ from checkpoints_convert import outputs
 from experiments import tasks
 from experiments.analysis import output_temperatures
 from experiments.cli import app
-from experiments.evaluation.prompts import PromptBuilder
 from experiments.records import runs
+from experiments.records.cost import Cost
 from experiments.tuning import confirm, trials, tuning_configs
-from experiments.tuning.objectives import OBJECTIVES, Objective, Perplexity, Usage
+from experiments.tuning.objectives import OBJECTIVES, Objective, Perplexity
 from experiments.tuning.trials import Search, Space
 from experiments.tuning.tuning_configs import TuningConfig
 from roe_jax import temperature_profiles
@@ -108,7 +108,7 @@ class SearchSetup:
     tuning: settings of --config and the flags.
     roster: settings of the roster.
     space: the search space.
-    prompts: prompt settings, see `PromptBuilder.settings`.
+    prompts: prompt settings, see `RequestBuilder.settings`.
     searched: the objective on the search examples.
     fresh: the objective on the confirmation's examples.
   """
@@ -200,21 +200,23 @@ def prepare() -> SearchSetup:
   if tuning.objective == Perplexity.name:
     output_temperatures.warn(task.name, count)
   tuning = dataclasses.replace(tuning, num_examples=count)
-  builder = app.prompt_builder(config, app.load_tokenizer(FLAGS.checkpoint))
+  builder = app.request_builder(config, app.load_tokenizer(FLAGS.checkpoint))
   settings = FLAGS.batch_size, FLAGS.allow_code_execution
-  searched, fresh = (
-    OBJECTIVES[tuning.objective](config, builder, task, [examples[i] for i in ids], ids, *settings)
-    for ids in (range(count), fresh)
+  make = OBJECTIVES[tuning.objective]
+  searched, fresh = app.in_all_processes(
+    lambda: [
+      make(config, builder, task, some, *settings)
+      for some in (examples[:count], [examples[i] for i in fresh])
+    ]
   )
+  builder.report_truncated()
   setup = SearchSetup(
     pathlib.Path(FLAGS.output), config, tuning, roster, space, builder.settings, searched, fresh
   )
   setup.make_roster(0.0, FLAGS.seed + FLAGS.num_seeds)
+  largest = setup.make_roster(tuning.max_tau, FLAGS.seed)
   for objective in (searched, fresh):
-    length, scoring = objective.longest()
-    largest = setup.make_roster(tuning.max_tau, FLAGS.seed)
-    size = min(FLAGS.batch_size, len(objective.examples))
-    app.check_memory(config, largest, batch_size=size, length=length, scoring=scoring)
+    app.check_memory_of(config, largest, objective.requests, FLAGS.batch_size)
   return setup
 
 
@@ -234,10 +236,7 @@ def choose_examples(
   """
   confirms = FLAGS.num_confirm or num_examples
   examples = app.in_all_processes(
-    lambda: PromptBuilder.limited(
-      task.examples(SPLIT, FLAGS.data_dir, num_examples + confirms, FLAGS.chat),
-      FLAGS.max_new_tokens,
-    )
+    lambda: task.examples(SPLIT, FLAGS.data_dir, num_examples + confirms, FLAGS.chat)
   )
   app.check_same([[e.prompt, e.reference] for e in examples], tasks.OTHER_DATA)
   if FLAGS.num_confirm is None and len(examples) < 2 * num_examples:
@@ -283,7 +282,7 @@ class OnModel:
     self.name, self.maximize = setup.searched.name, setup.searched.maximize
     self.value = setup.searched.value
 
-  def measure(self, temperatures, part: slice) -> tuple[np.ndarray, Usage]:
+  def measure(self, temperatures, part: slice) -> tuple[np.ndarray, Cost]:
     app.broadcast([list(temperatures), part.start, part.stop])
     return self._measure(temperatures, part)
 
@@ -441,8 +440,8 @@ def run_search(params: Params, setup: SearchSetup, search: Search | None) -> Non
   path = setup.output / PROFILE
 
   def check():
-    if search and path.is_file():
-      temperature_profiles.read(path).check_routers(params)
+    if profile := read_profile(setup.output) if search else None:
+      profile.check_routers(params)
 
   app.in_all_processes(check)
   baseline = setup.searched.value(baseline_values(params, setup))
@@ -485,9 +484,23 @@ def run_search(params: Params, setup: SearchSetup, search: Search | None) -> Non
 
 def finished(setup: SearchSetup) -> Profile | None:
   """Returns the confirmed profile if the search is finished."""
-  path = setup.output / PROFILE
-  profile = temperature_profiles.read(path) if path.is_file() else None
-  return profile if profile and profile.objective["confirmed"] else None
+  profile = read_profile(setup.output)
+  return profile if profile and profile.objective.get("confirmed") else None
+
+
+def read_profile(output: pathlib.Path) -> Profile | None:
+  """Reads the profile of a search, if there is one.
+
+  Raises:
+    ValueError: it is damaged; the message says how to write it again.
+  """
+  path = output / PROFILE
+  try:
+    return temperature_profiles.read(path) if path.is_file() else None
+  except ValueError as error:
+    raise ValueError(
+      f"{error}; delete it and run the same command again, which writes it from study.db"
+    ) from error
 
 
 def print_report(profile: Profile, setup: SearchSetup) -> None:

@@ -109,7 +109,7 @@ class RunCost:
     tokens_per_second: median over batches.
     forward_passes: per example (tokens x members).
     flops: forward FLOPs per example.
-    unique_experts: mean number of unique active experts per layer and step.
+    unique_experts: mean number of unique active experts per layer and token.
     peak_bytes: memory.
   """
 

@@ -16,7 +16,7 @@ FLAT = 0.01  # percent or points: smaller differences are not magnified
 COSTS = {  # name: title and unit
   "ms_per_token": ("milliseconds per token", 1),
   "flops": ("forward FLOPs per example", 1),
-  "unique_experts": ("unique active experts\nper layer and step", 1),
+  "unique_experts": ("unique active experts\nper layer and token", 1),
   "peak_bytes": ("peak memory (MiB)", 2**20),
   "forward_passes": ("forward passes per example", 1),
 }

@@ -215,13 +215,13 @@ def cost_section(rows: Sequence[comparisons.RunCost]) -> str:
     "tokens/s": lambda r: number(r.tokens_per_second, ".4g"),
     "forward passes per example": lambda r: number(r.forward_passes, ".4g"),
     "forward FLOPs per example": lambda r: number(r.flops),
-    "unique active experts per layer and step": lambda r: number(r.unique_experts),
+    "unique active experts per layer and token": lambda r: number(r.unique_experts),
     "peak memory (MiB)": lambda r: mebibytes(r.peak_bytes, ".4g"),
   }
   return (
     table_of(rows, columns) + "\n\nTokens per second are medians over batches. Forward passes "
     "(tokens x members) and FLOPs are per example and seed. Unique active experts are means over "
-    "layers and steps."
+    "layers and tokens of answers."
   )
 
 

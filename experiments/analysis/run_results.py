@@ -13,6 +13,7 @@ from experiments.analysis.calibration_error import Events
 from experiments.cli import text_files
 from experiments.records import runs
 from roe_jax import typed
+from roe_jax.checkpoint_folder import resolved
 
 # Metrics that are a task's result, in order of preference.
 QUALITY = ("exact_match", "acc", "pass@1")
@@ -53,7 +54,7 @@ class Result:
 
   @property
   def measured_by(self) -> str | None:
-    """The program whose definitions its costs have; None: not recorded."""
+    """What measured its costs: `cost.MEASURED_BY`, or an earlier program; None: not recorded."""
     for line in self.costs:
       if "measured_by" in line:
         return line["measured_by"]
@@ -240,7 +241,7 @@ def _folders(patterns, holding, what):
       raise FileNotFoundError(f"{pattern} finds no folder of a {what} (one with {holding})")
     if paths is None and not (here[0] / holding).is_file():
       raise FileNotFoundError(f"{pattern} is not the folder of a {what}: it has no {holding}")
-    found += [p for p in here if p.resolve() not in {f.resolve() for f in found}]
+    found += [p for p in here if resolved(p) not in set(map(resolved, found))]
   return found
 
 
@@ -300,8 +301,8 @@ def check_comparable(results: Sequence[Result], baseline: Result) -> None:
     if len(programs) > 1:
       raise ValueError(
         f"{result.path} cannot be compared with {baseline.path}: their costs were measured by "
-        f"{' and '.join(sorted(programs))}, which count tokens, forward passes, seconds and "
-        "memory differently; report them separately"
+        f"different definitions ({', '.join(sorted(programs))}), one of an earlier version: "
+        "repeat that run, or report them separately"
       )
     for task in result.records.keys() & baseline.records.keys():
       if not result.records[task].keys() & baseline.records[task].keys():

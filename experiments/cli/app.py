@@ -26,7 +26,7 @@ from experiments.cli.distributed import (
   is_first_process,
 )
 from experiments.cli.distributed import progress as progress
-from experiments.evaluation.prompts import PromptBuilder
+from experiments.evaluation.requests import Continuation, Request, RequestBuilder
 from roe_jax import (
   assets,
   costs,
@@ -39,6 +39,7 @@ from roe_jax import (
 )
 from roe_jax.aggregation import AGGREGATIONS
 from roe_jax.cache_modes import CACHES
+from roe_jax.checkpoint_folder import resolved
 from roe_jax.config import ModelConfig
 from roe_jax.experts import STRATEGIES
 from roe_jax.model_formats import EMBEDDED
@@ -288,9 +289,13 @@ def load_chat(tokenizer: Tokenizer, use_chat: bool | None = None) -> Chat | None
   return load(broadcast(load(f.chat_date).settings.get("date")))
 
 
-def prompt_builder(config: ModelConfig, tokenizer: Tokenizer) -> PromptBuilder:
-  """Returns the prompt builder that the chat flags ask for; raises as `load_chat`."""
-  return PromptBuilder(config, tokenizer, load_chat(tokenizer), flags.FLAGS.system)
+def request_builder(config: ModelConfig, tokenizer: Tokenizer) -> RequestBuilder:
+  """Returns the request builder that the chat flags and --max_new_tokens ask for.
+
+  Raises as `load_chat`.
+  """
+  f = flags.FLAGS
+  return RequestBuilder(config, tokenizer, load_chat(tokenizer), f.system, f.max_new_tokens)
 
 
 def define_roster_flags(num_members: int = 1) -> None:
@@ -547,6 +552,17 @@ def check_memory(
     )
 
 
+def check_memory_of(
+  config: ModelConfig, roster: Roster, requests: Sequence[Request], batch_size: int
+) -> None:
+  """Checks that the answers to requests fit the memory; raises as `check_memory`."""
+  for scoring in (False, True):
+    lengths = [r.max_length for r in requests if isinstance(r, Continuation) == scoring]
+    if lengths:
+      size = min(batch_size, len(lengths))
+      check_memory(config, roster, batch_size=size, length=max(lengths), scoring=scoring)
+
+
 def _plan(config, roster, batch_size, length, scoring) -> tuple[dry_run_lib.Plan, AbstractMesh]:
   """Returns the run that the flags describe, and its mesh."""
   f = flags.FLAGS
@@ -630,7 +646,7 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
     return
   path.parent.mkdir(parents=True, exist_ok=True)
-  path = path.resolve()  # a symbolic link stays one
+  path = resolved(path)  # a symbolic link stays one
   temporary = path.with_name(path.name + ".partial")
   temporary.write_text(text, encoding="utf-8")
   temporary.replace(path)

@@ -1,27 +1,20 @@
-"""Answers requests to one model with one roster, in batches of few shapes, each request once.
+"""Answers requests to one model with one roster, in batches of few shapes, each request once."""
 
-A request scores a continuation or completes a prompt. Its noise is addressed by the text of
-its context (`request_id`), independent of task, index, batch and number of examples. So all
-choices of a question, and the reference of a problem, see the same roster as a generation.
-
-`Answers` saves each answer and its cost in a file at once. A killed program resumes, and ends
-with the same answers and costs, up to rounding and seconds. Only process 0 writes the file.
-"""
-
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 import dataclasses
-import hashlib
-import pathlib
+import functools
 import time
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments import tasks
-from experiments.cli import app, text_files
-from experiments.records import jsonl
-from roe_jax import batching, costs, decode, diagnostics, prefill, scoring
+from experiments.cli.extras import scipy
+from experiments.evaluation.requests import Continuation, Prompt, Request
+from experiments.records.cost import Cost
+from experiments.tasks.base import Example
+from roe_jax import batching, costs, decode, diagnostics, prefill, scoring, sharding
+from roe_jax.completion import Completion
 from roe_jax.config import ModelConfig
 from roe_jax.numerics import naming_sequences
 from roe_jax.params import Params
@@ -30,120 +23,90 @@ from roe_jax.sampling import Sampler
 from roe_jax.text import answer as answer_lib
 from roe_jax.text.tokenizer import Tokenizer
 
-Answer = dict[str, Any]
 
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+  """The answer to a `Continuation`, at G output temperatures.
 
-def request_id(context: str, sample: int = 0) -> int:
-  """Returns the noise address of a context: 32 bits of a hash of its text.
-
-  Among ten thousand contexts, two share an address with a probability of 1 %; they then share
-  noise at equal positions, without further effect.
-
-  Args:
-    context: the text before what the model predicts.
-    sample: index that distinguishes samples of one context, or windows of one text.
+  Attributes:
+    token_log_probs: `[X, G]` float64, of each token.
+    confidences: `[G, X]` float64, probability of the most probable token at each position, or
+      (`[G, 1]`) of the most probable choice.
+    correct: `[X]` or `[1]` bool, whether that token is the continuation's, or that choice is right.
+    cost: its cost.
   """
-  digest = hashlib.blake2b(f"{sample}\n{context}".encode(), digest_size=4).digest()
-  return int.from_bytes(digest, "little")
+
+  token_log_probs: np.ndarray
+  confidences: np.ndarray
+  correct: np.ndarray
+  cost: Cost = dataclasses.field(default_factory=Cost)
+
+  @property
+  def tokens(self) -> int:
+    """Number of tokens."""
+    return len(self.token_log_probs)
+
+  @property
+  def log_probs(self) -> np.ndarray:
+    """`[G]` log-likelihood, in nats."""
+    return self.token_log_probs.sum(axis=0)
+
+  @property
+  def nll(self) -> np.ndarray:
+    """`[G]` negative log-likelihood, in nats."""
+    return -self.log_probs
+
+  @property
+  def is_greedy(self) -> bool:
+    """Whether each token is the most probable one."""
+    return bool(self.correct.all())
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns what is saved of an answer at one output temperature."""
+    return {
+      "log_prob": float(self.log_probs[0]),
+      "is_greedy": self.is_greedy,
+      "tokens": self.tokens,
+      "cost": self.cost.to_json(),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
-class Continuation:
-  """A request to score tokens after a context.
-
-  Its answer has "log_prob" (summed, in nats), "is_greedy" (whether each token is the most
-  probable one), "tokens" (their number) and "cost".
+class Generated:
+  """The answer to a `Prompt`.
 
   Attributes:
-    context: token ids, at least one.
-    tokens: token ids, at least one.
-    request_id: its noise address.
+    text: for a chat, the answer without reasoning, "" if generation ended before it.
+    completion: all that was generated.
+    cost: its cost.
   """
 
-  context: tuple[int, ...]
-  tokens: tuple[int, ...]
-  request_id: int
+  text: str
+  completion: Completion
+  cost: Cost
 
-  @property
-  def max_length(self) -> int:
-    """Tokens of the sequence."""
-    return len(self.context) + len(self.tokens)
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-  """A request to complete a prompt.
-
-  Its answer has "text" (for a chat, the answer without reasoning, "" if generation ended before
-  it), "finish_reason", "log_prob" (summed, in nats), "generated" (token ids), "tokens" (their
-  number) and "cost".
-
-  Attributes:
-    tokens: token ids, at least one.
-    request_id: its noise address.
-    max_new_tokens: maximum number of generated tokens.
-    stop: strings that end generation.
-    sampler: temperature, top_k and top_p; see `Sampler.create`.
-    stop_tokens: tokens that end generation.
-    opening: for a chat, the prompt's tokens that start the answer (see `chat.Prompt`); None
-      if all generated text is the answer.
-  """
-
-  tokens: tuple[int, ...]
-  request_id: int
-  max_new_tokens: int
-  stop: tuple[str, ...] = ()
-  sampler: tuple[float, int, float] = (0.0, 0, 1.0)
-  stop_tokens: tuple[int, ...] = ()
-  opening: tuple[int, ...] | None = None
-
-  @property
-  def max_length(self) -> int:
-    """Most tokens that the sequence can have."""
-    return len(self.tokens) + self.max_new_tokens
+  def to_json(self) -> dict[str, Any]:
+    """Returns what is saved of an answer."""
+    c = self.completion
+    return {
+      "text": self.text,
+      "finish_reason": c.finish_reason,
+      "log_prob": float(np.sum(c.log_probs, dtype=np.float64)),
+      "generated": c.tokens,
+      "tokens": len(c.tokens),
+      "cost": self.cost.to_json(),
+    }
 
 
-Request = Continuation | Prompt
+Answer = Likelihood | Generated
 
 
-def key(request: Request) -> str:
-  """Returns the key of a request's answer."""
-  fields = [type(request).__name__, *dataclasses.astuple(request)]
-  return hashlib.sha256(text_files.to_json(fields).encode()).hexdigest()[:32]
-
-
-class Answers:
-  """Answers by request key, in a JSON lines file whose first line has the settings."""
-
-  def __init__(self, path: pathlib.Path | None = None, settings: dict[str, Any] | None = None):
-    """Opens or creates the file; without a path, answers stay in memory."""
-    self._path = path
-
-    def read():
-      lines = jsonl.read_lines(path, repair=True)
-      if not lines:
-        app.write_atomically(path, text_files.to_json({"settings": settings}) + "\n")
-      return lines[1:]
-
-    lines = app.from_first_process(read) if path else []
-    self._answers = {line["key"]: line["answer"] for line in lines}
-
-  @classmethod
-  def of(cls, folder: pathlib.Path, settings: dict[str, Any]) -> "Answers":
-    """Opens the answers for `settings` in a folder that several settings share."""
-    digest = hashlib.sha256(text_files.to_json(settings, sort_keys=True).encode()).hexdigest()
-    return cls(folder / f"{digest[:16]}.jsonl", settings)
-
-  def __contains__(self, key: str) -> bool:
-    return key in self._answers
-
-  def __getitem__(self, key: str) -> Answer:
-    return self._answers[key]
-
-  def write(self, answers: dict[str, Answer]) -> None:
-    self._answers |= answers
-    if self._path:
-      jsonl.append(self._path, ({"key": k, "answer": answer} for k, answer in answers.items()))
+def of_choices(example: Example, choices: Sequence[Likelihood]) -> Likelihood:
+  """Returns the likelihood of the right choice, with the probability of the most probable one."""
+  log_probs = np.array([c.log_probs for c in choices])  # [K, G]
+  p = np.exp(scipy.special.log_softmax(log_probs, axis=0))
+  best, right = int(log_probs[:, 0].argmax()), choices[example.target]
+  return Likelihood(right.token_log_probs, p[best][:, None], np.array([best == example.target]))
 
 
 class Stopwatch:
@@ -172,8 +135,12 @@ class Stopwatch:
     return max(0.0, seconds)
 
 
+# One for the process, since JAX keeps its listeners forever.
+_stopwatch = functools.cache(Stopwatch)
+
+
 class Engine:
-  """Answers requests that have no answer yet.
+  """Answers requests to a model with a roster.
 
   Attributes:
     batch_size: number of requests per batch.
@@ -185,163 +152,133 @@ class Engine:
     config: ModelConfig,
     tokenizer: Tokenizer,
     roster: Roster,
-    answers: Answers,
-    *,
     batch_size: int = 16,
-    stopwatch: Stopwatch | None = None,
   ):
-    """Creates an engine.
-
-    Args:
-      params: the model's parameters.
-      config: its config.
-      tokenizer: its tokenizer.
-      roster: the roster that also made `answers`.
-      answers: the answers so far, to which new ones are added.
-      batch_size: number of requests per batch.
-      stopwatch: a stopwatch, which engines can share.
-    """
     self.batch_size = batch_size
-    self._model = params, config
-    self._tokenizer, self._roster, self._answers = tokenizer, roster, answers
-    self._stopwatch = stopwatch or Stopwatch()
+    self._model, self._tokenizer, self._roster = (params, config), tokenizer, roster
 
   def answer(
-    self, requests: Sequence[Request], on_answered: Callable[[int], None] = lambda count: None
-  ) -> list[Answer]:
+    self,
+    requests: Sequence[Request],
+    output_temperatures: Sequence[float] = (1.0,),
+    known: Container[Request] = (),
+    on_answers: Callable[[dict[Request, Answer]], None] = lambda answers: None,
+  ) -> list[Answer | None]:
     """Returns the answers in the order of the requests.
 
     Args:
-      requests: the requests; equal ones are computed once.
-      on_answered: called with the number of unique requests that already have an answer, and
-        then whenever more are answered.
-
-    Raises:
-      ValueError: the requests differ between processes.
+      requests: the requests; equal ones are answered once.
+      output_temperatures: `[G]`, of likelihoods.
+      known: requests that are not answered (None), but still determine the shapes of batches.
+      on_answers: called with some answers as soon as they are there.
     """
-    keys = [key(r) for r in requests]
-    app.check_same(keys, tasks.OTHER_DATA)
-    unique = dict(zip(keys, requests))
-    on_answered(sum(k in self._answers for k in unique))
-    self._stopwatch.lap()
-    self._score({k: r for k, r in unique.items() if isinstance(r, Continuation)}, on_answered)
-    self._generate({k: r for k, r in unique.items() if isinstance(r, Prompt)}, on_answered)
-    return [self._answers[k] for k in keys]
+    answers: dict[Request, Answer] = {}
 
-  def cost(self, requests: Iterable[Request]) -> dict[str, float]:
-    """Returns the summed cost of unique requests.
+    def keep(some):
+      answers.update(some)
+      on_answers(some)
 
-    "tokens" generated or scored, "forward_passes" (tokens x members), "flops", and "seconds"
-    without compilation.
-    """
-    total: dict[str, float] = {}
-    for k in dict.fromkeys(map(key, requests)):
-      for name, value in self._answers[k]["cost"].items():
-        total[name] = total.get(name, 0) + value
-    return total
+    unique = dict.fromkeys(requests)
+    _stopwatch().lap()
+    self._score(
+      [r for r in unique if isinstance(r, Continuation)], output_temperatures, known, keep
+    )
+    self._generate([r for r in unique if isinstance(r, Prompt)], known, keep)
+    return [answers.get(r) for r in requests]
 
-  def experts_read(self, requests: Sequence[Request]) -> dict[str, float]:
-    """Returns the unique active experts of all members per token, as costs.
+  def experts_read(self, requests: Sequence[Request], generated: Sequence[Sequence[int]]) -> Cost:
+    """Counts unique active experts, as a cost of nothing else; see `Cost`.
 
-    "unique_experts_read" is a mean over layers, summed over tokens ("steps"). Returns {} for a
-    roster without a KV cache.
+    Args:
+      requests: answered requests.
+      generated: for each request, the tokens that it generated; ignored for continuations.
+
+    Returns:
+      The cost, of zeros for a roster without a KV cache.
     """
     sequences, starts, ids = [], [], []
-    for request in requests:
+    for request, written in zip(requests, generated, strict=True):
       if isinstance(request, Continuation):
         before, tokens = request.context, request.tokens
       else:
-        before, tokens = request.tokens, tuple(self._answers[key(request)]["generated"])
+        before, tokens = request.tokens, tuple(written)
       if len(before) + len(tokens) <= self._model[1].context_length:
         sequences.append(before + tokens)
         starts.append(len(before))
         ids.append(request.request_id)
     if not (self._roster.cache_mode.keeps_history and sequences):
-      return {}
+      return Cost()
     unique = diagnostics.unique_experts(*self._model, self._roster, sequences, starts, ids)
     steps = sum(map(len, sequences)) - sum(starts)
-    return {"unique_experts_read": float(unique.by_position.mean()) * steps, "steps": steps}
+    return Cost(unique_experts_read=float(unique.by_position.mean()) * steps, steps=steps)
 
-  def _score(self, requests, on_answered):
+  def _score(self, requests, output_temperatures, known, keep):
     # Continuations that differ in their last token are one sequence with several candidates.
-    groups: dict[Any, dict[int, str]] = {}
-    for k, r in requests.items():
-      groups.setdefault((r.context, r.tokens[:-1], r.request_id), {})[r.tokens[-1]] = k
-    sequences = [
-      (context + tokens + (next(iter(last)),), len(context), i, last)
-      for (context, tokens, i), last in groups.items()
-    ]
-    slots = min(self.batch_size, batching.bucket(len(sequences)))
+    groups: dict[Any, list[Continuation]] = {}
+    for r in requests:
+      groups.setdefault((r.context, r.tokens[:-1], r.request_id), []).append(r)
+    groups = list(groups.values())
+    slots = min(self.batch_size, batching.bucket(len(groups)))
     # Batches are made from all sequences, so that a resumed run has the same ones.
     for batch, positions in batching.by_length(
-      [len(sequence) - 1 for sequence, *_ in sequences], self.batch_size, prefill.MIN_CAPACITY
+      [some[0].max_length - 1 for some in groups], self.batch_size, prefill.MIN_CAPACITY
     ):
-      missing = [
-        sequences[i] for i in batch if any(k not in self._answers for k in sequences[i][3].values())
-      ]
+      missing = [groups[i] for i in batch if any(r not in known for r in groups[i])]
       if not missing:
         continue
-      tokens, starts, ids, lasts = zip(*missing)
-      with naming_sequences([self._name(sequence) for sequence in tokens]):
+      first = [some[0] for some in missing]
+      sequences = [r.sequence for r in first]
+      with naming_sequences(map(self._name, sequences)):
         found = scoring.score(
           *self._model,
-          tokens,
-          starts,
+          sequences,
+          [len(r.context) for r in first],
           roster=self._roster,
-          request_ids=ids,
-          candidates=[list(last) for last in lasts],
+          request_ids=[r.request_id for r in first],
+          output_temperatures=output_temperatures,
+          candidates=[[r.tokens[-1] for r in some] for some in missing],
           batch_size=self.batch_size,
           min_shape=(slots, positions),
         ).sequences
-      seconds = self._stopwatch.lap() / len(missing)
+      seconds = _stopwatch().lap() / len(missing)
+      peak = self._peak(slots, positions, prefill.PREFILL_CHUNK, kind="score")
       answers = {}
-      for sequence, start, last, scores in zip(tokens, starts, lasts, found):
-        cost = self._scoring_cost(len(sequence), start) | {"seconds": seconds}
-        answers |= self._scored(sequence[start:-1], last, scores, cost)
-      answers = {k: answer for k, answer in answers.items() if k not in self._answers}
-      self._answers.write(answers)
-      on_answered(len(answers))
+      for some, scores in zip(missing, found):
+        cost = dataclasses.replace(self._scoring_cost(some[0]), seconds=seconds, peak_bytes=peak)
+        for r, last in zip(some, scores.candidate_log_probs.astype(np.float64)):
+          answers[r] = Likelihood(
+            np.concatenate([scores.log_probs[:-1].astype(np.float64), last[None]]),
+            np.exp(scores.greedy_log_probs.T.astype(np.float64)),
+            scores.greedy_tokens == np.array(r.tokens),
+            cost,
+          )
+          cost = Cost(tokens=1)  # further candidates are free
+      keep({r: answer for r, answer in answers.items() if r not in known})
 
-  def _scored(self, tokens, last, scores, cost):
-    before = float(scores.log_probs[:-1, 0].sum(dtype=np.float64))
-    greedy = scores.greedy_tokens.tolist()
-    answers = {}
-    for (token, k), log_prob in zip(last.items(), scores.candidate_log_probs[:, 0]):
-      answers[k] = {
-        "log_prob": before + float(log_prob),
-        "is_greedy": greedy == [*tokens, token],
-        "tokens": len(tokens) + 1,
-        "cost": cost,
-      }
-      cost = {"tokens": 1}  # further candidates are free
-    return answers
-
-  def _generate(self, requests, on_answered):
-    kinds: dict[Any, dict[str, Prompt]] = {}
-    for k, r in requests.items():
+  def _generate(self, requests, known, keep):
+    kinds: dict[Any, list[Prompt]] = {}
+    for r in requests:
       kind = r.max_new_tokens, r.stop, r.sampler, r.stop_tokens, r.opening is None
-      kinds.setdefault(kind, {})[k] = r
+      kinds.setdefault(kind, []).append(r)
     for (max_new_tokens, stop, sampler, stop_tokens, raw), prompts in kinds.items():
-      lengths = [len(r.tokens) + max_new_tokens for r in prompts.values()]
-      for batch, _ in batching.by_length(lengths, len(lengths), prefill.MIN_CAPACITY):
-        items = list(prompts.items())
-        missing = [items[i] for i in batch if items[i][0] not in self._answers]
+      lengths = [min(r.max_length, self._model[1].context_length) for r in prompts]
+      for batch, capacity in batching.by_length(lengths, len(lengths), prefill.MIN_CAPACITY):
+        missing = [prompts[i] for i in batch if prompts[i] not in known]
         if not missing:
           continue
+        peak = self._peak(min(self.batch_size, batching.bucket(len(batch))), capacity)
 
-        def write(index, completion, missing=missing):
-          k, request = missing[index]
-          self._answers.write({k: self._generated(request, completion)})
-          on_answered(1)
+        def keep_one(index, completion, missing=missing, peak=peak):
+          keep({missing[index]: self._generated(missing[index], completion, peak)})
 
         def stop_reader(index, missing=missing):
-          opening = missing[index][1].opening
+          opening = missing[index].opening
           return answer_lib.reader(self._tokenizer, opening, skip_special_tokens=False)
 
-        with naming_sequences([self._name(r.tokens) for _, r in missing]):
+        with naming_sequences([self._name(r.tokens) for r in missing]):
           decode.generate(
             *self._model,
-            [r.tokens for _, r in missing],
+            [r.tokens for r in missing],
             max_new_tokens=max_new_tokens,
             roster=self._roster,
             sampler=Sampler.create(*sampler),
@@ -350,40 +287,41 @@ class Engine:
             decode=self._tokenizer.decode,
             stop_reader=None if raw else stop_reader,
             batch_size=self.batch_size,
-            request_ids=[r.request_id for _, r in missing],
-            on_finished=write,
+            request_ids=[r.request_id for r in missing],
+            on_finished=keep_one,
           )
 
   def _name(self, tokens):
     """Returns what errors call a request: the end of its text."""
     return f"the request that ends with {self._tokenizer.decode(list(tokens))[-60:]!r}"
 
-  def _generated(self, request, completion):
+  def _generated(self, request, completion, peak):
     text = completion.text
     if request.opening is not None:
       settings = dict(opening=request.opening, stop_strings=request.stop)
       text = answer_lib.read(self._tokenizer, completion, **settings).final or ""
-    return {
-      "text": text,
-      "finish_reason": completion.finish_reason,
-      "log_prob": float(np.sum(completion.log_probs, dtype=np.float64)),
-      "generated": completion.tokens,
-      "tokens": len(completion.tokens),
-      "cost": self._generation_cost(len(request.tokens), len(completion.tokens))
-      | {"seconds": self._stopwatch.lap()},
-    }
+    before, count = len(request.tokens), len(completion.tokens)
+    passes = self._roster.cache_mode.generation(self._roster, before, count)
+    cost = dataclasses.replace(
+      self._cost(count, passes), seconds=_stopwatch().lap(), peak_bytes=peak
+    )
+    return Generated(text, completion, cost)
 
-  def _scoring_cost(self, length, start):
+  def _scoring_cost(self, request):
+    length, start = request.max_length, len(request.context)
     passes = self._roster.cache_mode.scoring(self._roster, length, start)
     return self._cost(length - start, passes)
 
-  def _generation_cost(self, prompt_length, num_tokens):
-    passes = self._roster.cache_mode.generation(self._roster, prompt_length, num_tokens)
-    return self._cost(num_tokens, passes)
-
   def _cost(self, num_tokens, passes):
-    return {
-      "tokens": num_tokens,
-      "forward_passes": sum(p.tokens for p in passes),
-      "flops": sum(costs.forward_flops(self._model[1], *p) for p in passes),
-    }
+    flops = sum(costs.forward_flops(self._model[1], *p) for p in passes)
+    return Cost(num_tokens, sum(p.tokens for p in passes), flops)
+
+  def _peak(self, slots, positions, *chunk, **kind):
+    params, config = self._model
+    mesh = sharding.mesh_of(params.embedding) or sharding.abstract_mesh(config, 1)
+    return costs.memory(config, self._roster, mesh, slots, positions, *chunk, **kind).total
+
+
+def total(answers: Iterable[Answer]) -> Cost:
+  """Returns the cost of all answers."""
+  return sum((a.cost for a in answers), Cost())

@@ -240,7 +240,7 @@ def records(
     elif task.OUTPUT_TYPE == "loglikelihood_rolling":
       metrics |= {
         "nll": -outputs[0],
-        "tokens": sum(len(w.tokens) for w in lm.windows(*first["arguments"][0])),
+        "tokens": sum(len(w.tokens) for w in lm.builder.windows(*first["arguments"][0])),
       }
     elif task.OUTPUT_TYPE == "generate_until":
       record["outputs"] = [list(responses) for responses in first["resps"]]

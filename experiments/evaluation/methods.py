@@ -150,6 +150,12 @@ class Method:
     """Whether an output temperature is fitted; sampling settings already have one."""
     return not self.no_likelihood and self.sampler.is_greedy
 
+  @property
+  def sampling(self) -> tuple[float, int, float]:
+    """Temperature, top_k and top_p of the sampler; see `requests.Prompt`."""
+    settings = SAMPLING | self.sampler.settings()
+    return tuple(settings[name] for name in SAMPLING)
+
   def with_seed(self, seed: int) -> Roster:
     return self.roster.replace(seed=jnp.asarray(seed, jnp.uint32))
 

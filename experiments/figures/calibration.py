@@ -23,7 +23,7 @@ from experiments.analysis.paired_statistics import Estimate
 from experiments.figures import compared, figure_models, likelihoods
 from experiments.figures.figure_run import FigureRun
 from experiments.tuning.objectives import Perplexity
-from roe_jax import diagnostics, scoring
+from roe_jax import diagnostics
 from roe_jax.roster import Roster
 
 TITLE = "How much of the gain is calibration"
@@ -94,37 +94,28 @@ def _score(
   objective: Perplexity,
   roster: Roster,
   temperatures: np.ndarray,
-  ids: range,
 ) -> Tokens:
-  scores = scoring.score(
-    scorer.params,
-    scorer.config,
-    objective.sequences,
-    objective.starts,
-    roster=roster,
-    request_ids=ids,
-    # One more than on the grid, as many in every call, to reuse the compiled program.
-    output_temperatures=output_temperatures.padded([1.0, *temperatures], len(GRID) + 1),
-    batch_size=16,
-  ).sequences
+  # One more than on the grid, as many in every call, to reuse the compiled program.
+  grid = output_temperatures.padded([1.0, *temperatures], len(GRID) + 1)
+  found = objective.likelihoods(scorer.params, roster, slice(None), grid)
   return Tokens(
-    -np.concatenate([s.log_probs for s in scores]).astype(np.float64)[:, 1 : 1 + len(temperatures)],
-    np.exp(np.concatenate([s.greedy_log_probs[:, 0] for s in scores])),
-    np.repeat(np.arange(len(scores)), [len(s.log_probs) for s in scores]),
+    -np.concatenate([f.token_log_probs for f in found])[:, 1 : 1 + len(temperatures)],
+    np.concatenate([f.confidences[0] for f in found]),
+    np.repeat(np.arange(len(found)), [f.tokens for f in found]),
   )
 
 
 def _margins(scorer: likelihoods.ReferenceScorer, objective: Perplexity) -> np.ndarray:
   """Returns `[M]` smallest routing margins over layers, where each scored token is predicted."""
   baseline, found = Roster.create(scorer.config), []
-  for first in range(0, len(objective.sequences), 16):
-    some = objective.sequences[first : first + 16]
-    margins = diagnostics.routing_margins(scorer.params, scorer.config, baseline, some)
+  for first in range(0, len(objective.requests), 16):
+    some = objective.requests[first : first + 16]
+    margins = diagnostics.routing_margins(
+      scorer.params, scorer.config, baseline, [r.sequence for r in some]
+    )
     found += [
-      margin[start - 1 : len(sequence) - 1]
-      for margin, sequence, start in zip(
-        margins[:, 0].min(axis=0), some, objective.starts[first : first + 16]
-      )
+      margin[len(r.context) - 1 : r.max_length - 1]
+      for margin, r in zip(margins[:, 0].min(axis=0), some)
     ]
   return np.concatenate(found)
 
@@ -146,8 +137,6 @@ def _measure(run: FigureRun, checkpoint: str) -> dict[str, Any]:
   config = run.config
   scorer = likelihoods.ReferenceScorer(run, checkpoint, config.task, config.num_examples)
   fit_on, report_on = scorer.choose_on, scorer.report_on
-  fit_ids = range(len(fit_on.sequences))
-  report_ids = range(len(fit_ids), len(fit_ids) + len(report_on.sequences))
   seeds = range(run.seed, run.seed + config.num_seeds)
   rosters = {
     "baseline": [Roster.create(scorer.config)],
@@ -156,9 +145,7 @@ def _measure(run: FigureRun, checkpoint: str) -> dict[str, Any]:
       for s in seeds
     ],
   }
-  on_grid = {
-    name: _score(scorer, fit_on, of_seeds[0], GRID, fit_ids) for name, of_seeds in rosters.items()
-  }
+  on_grid = {name: _score(scorer, fit_on, of_seeds[0], GRID) for name, of_seeds in rosters.items()}
   of_fit = _classes(config, on_grid["baseline"].top)
   every = np.full(len(of_fit), True)
   fitted = {
@@ -166,10 +153,7 @@ def _measure(run: FigureRun, checkpoint: str) -> dict[str, Any]:
     for name, t in on_grid.items()
   }
   reported = {
-    name: [
-      _score(scorer, report_on, roster, np.array([1.0, *fitted[name]]), report_ids)
-      for roster in of_seeds
-    ]
+    name: [_score(scorer, report_on, roster, np.array([1.0, *fitted[name]])) for roster in of_seeds]
     for name, of_seeds in rosters.items()
   }
   baseline = reported["baseline"][0]
@@ -187,7 +171,7 @@ def _measure(run: FigureRun, checkpoint: str) -> dict[str, Any]:
   )
 
   def by_sequence(values, chosen):
-    return np.bincount(baseline.sequence[chosen], values[chosen], len(report_on.sequences)).tolist()
+    return np.bincount(baseline.sequence[chosen], values[chosen], len(report_on.requests)).tolist()
 
   return {
     "temperatures": {name: dict(zip((ALL, *config.classes), t)) for name, t in fitted.items()},

@@ -35,7 +35,7 @@ def records(results: Sequence[Result], baseline: Result, **also) -> list[Record]
     "perplexity_difference" (percent, both at output temperature 1); "fitted" and
     "fitted_difference" (percent, both at fitted output temperatures) and
     "output_temperature"; "ms_per_token", "flops", "forward_passes" (per example),
-    "unique_experts" (per layer and step), "peak_bytes". Estimates are {"value", "low",
+    "unique_experts" (per layer and token), "peak_bytes". Estimates are {"value", "low",
     "high"}, tested differences also have "p", "adjusted" and "significant"; None: not measured.
   """
   quality = {(q.task, q.result.label): q for q in comparisons.quality(results, baseline)}

@@ -13,7 +13,7 @@ import numpy as np
 from experiments import tasks
 from experiments.analysis import comparisons, output_temperatures, paired_statistics
 from experiments.cli import app
-from experiments.evaluation.prompts import PromptBuilder
+from experiments.evaluation.requests import RequestBuilder
 from experiments.figures import compared
 from experiments.figures.figure_run import FigureRun
 from experiments.tuning.objectives import Perplexity
@@ -75,18 +75,16 @@ class ReferenceScorer:
         date=run.model.chat["chat_date"],
         reasoning_effort=run.model.chat["reasoning_effort"],
       )
-    builder = PromptBuilder(self.config, tokenizer, chat)
+    builder = RequestBuilder(self.config, tokenizer, chat)
     self.choose_on, self.report_on = (
-      Perplexity(
-        self.config, builder, task, some, range(start, start + len(some)), run.model.batch_size
-      )
-      for some, start in ((examples[:first], 0), (rest, first))
+      Perplexity(self.config, builder, task, some, run.model.batch_size)
+      for some in (examples[:first], rest)
     )
 
   def value(self, roster: Roster) -> float:
     """Returns the mean nats per token on those to choose on."""
     objective = self.choose_on
-    nll = objective.nll(self.params, roster, slice(None), output_temperatures.padded([1.0]))
+    nll, _ = objective.nll(self.params, roster, slice(None), output_temperatures.padded([1.0]))
     return float(nll[:, 0].sum() / objective.tokens.sum())
 
   def measure(self, roster: Callable[[int], Roster], seeds: Sequence[int]) -> dict[str, Any]:
@@ -99,15 +97,13 @@ class ReferenceScorer:
     Returns:
       JSON: "temperature", and "nll" and "fitted_nll" `[X][S]`, nats of each sequence.
     """
-    on_grid = self.choose_on.nll(
+    on_grid, _ = self.choose_on.nll(
       self.params, roster(seeds[0]), slice(None), output_temperatures.GRID
     )
     temperature = output_temperatures.fit(on_grid)
     both = output_temperatures.padded([1.0, temperature])
-    nll = np.stack(
-      [self.report_on.nll(self.params, roster(seed), slice(None), both)[:, :2] for seed in seeds],
-      axis=1,
-    )  # [X, S, 2]
+    of_seed = lambda seed: self.report_on.nll(self.params, roster(seed), slice(None), both)[0]
+    nll = np.stack([of_seed(seed)[:, :2] for seed in seeds], axis=1)  # [X, S, 2]
     return {
       "temperature": temperature,
       "nll": nll[..., 0].tolist(),

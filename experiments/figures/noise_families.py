@@ -65,7 +65,7 @@ def measure(run: FigureRun) -> list[compared.Record]:
   scorer = likelihoods.ReferenceScorer(run, run.model.checkpoint, task, config.num_examples)
   tokens = scorer.report_on.tokens
   seeds = range(run.seed, run.seed + config.num_seeds)
-  agreement_on = scorer.report_on.sequences[: config.agreement_sequences]
+  agreement_on = [r.sequence for r in scorer.report_on.requests[: config.agreement_sequences]]
 
   def roster(seed, family, gates, strength, cache=run.model.cache):
     return Roster.create(

@@ -55,7 +55,9 @@ def text(kept: pathlib.Path, model: Model) -> str:
     f"# Results: {model.title}\n\nMade by `python -m experiments.reproduce`; sections give their "
     "command, date, seeds and machine. Intervals are 95 % bootstrap intervals over examples. These "
     "results say nothing about large models: we did not have the paper's checkpoints. With them, "
-    "run the same commands with `--model=olmoe`, `mixtral` or `gpt_oss`."
+    "run the same commands with `--model=olmoe`, `mixtral` or `gpt_oss`. Sections dated before "
+    "2026-11-27 addressed noise by the index of an example, and count unique active experts per "
+    "step of a batch instead of per token."
   ]
   for title, names in PARTS:
     if names := _complete(kept, names):

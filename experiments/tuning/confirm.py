@@ -12,7 +12,6 @@ the search examples.
 from collections.abc import Callable, Sequence
 import dataclasses
 import pathlib
-import time
 from typing import Any
 
 import numpy as np
@@ -79,12 +78,8 @@ def measure(
   }
   fits = isinstance(fresh, Perplexity)
   if fits:
-    nll = searched.nll(
-      params,
-      rosters[candidate.seeds[0]],
-      slice(0, len(searched.examples)),
-      output_temperatures.GRID,
-    )
+    roster = rosters[candidate.seeds[0]]
+    nll, _ = searched.nll(params, roster, slice(None), output_temperatures.GRID)
     settings["output_temperature"] = output_temperatures.fit(nll)
     both = output_temperatures.padded([1.0, settings["output_temperature"]])
   run = runs.Run(folder / candidate.name, candidate.name, settings)
@@ -92,25 +87,18 @@ def measure(
     for batch in batches:
       ids = [e.id for e in fresh.examples[batch]]
       if not all((task, i, seed) in run.done for i in ids):
-        begin = time.perf_counter()
         if fits:
-          nll, usage = fresh.nll(params, roster, batch, both), fresh.usage(roster, batch)
+          nll, cost = fresh.nll(params, roster, batch, both)
           metrics = [
             {"nll": float(n[0]), "fitted_nll": float(n[1]), "tokens": int(tokens)}
             for n, tokens in zip(nll, fresh.tokens[batch])
           ]
         else:
-          values, usage = fresh.measure(params, roster, batch)
+          values, cost = fresh.measure(params, roster, batch)
           metrics = [{fresh.metric: float(v)} for v in values]
         run.write(
           [{"task": task, "example": i, "seed": seed, "metrics": m} for i, m in zip(ids, metrics)],
-          {
-            "measured_by": "tune",
-            "task": task,
-            "seed": seed,
-            **dataclasses.asdict(usage),
-            "seconds": time.perf_counter() - begin,
-          },
+          {"task": task, "seed": seed, **cost.line()},
         )
       on_batch()
   costs = run.finish()["costs"]

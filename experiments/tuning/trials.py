@@ -28,7 +28,8 @@ import numpy as np
 
 from experiments.cli import app, text_files
 from experiments.cli.extras import optuna, scipy
-from experiments.tuning.objectives import Usage
+from experiments.records.cost import Cost
+from roe_jax.typed import check, check_keys
 
 STEP = 0.05  # of the sweep
 # Probability of pruning a trial that is no worse than the best one.
@@ -38,6 +39,9 @@ TRIALS = "trials.jsonl"
 
 _STUDY = "temperatures"
 _VALUES, _MADE = "values", "made"  # attributes of trials
+_RESULTS = dict(
+  state=str, examples=int, seconds=float, tokens=int, forward_passes=int
+)  # of a trial that was made
 _POLL_SECONDS = 0.5
 
 
@@ -109,8 +113,8 @@ class Objective(Protocol):
   name: str
   maximize: bool
 
-  def measure(self, temperatures: Sequence[float], part: slice) -> tuple[np.ndarray, Usage]:
-    """Returns `[X]` numbers of a slice of the examples, and the compute used."""
+  def measure(self, temperatures: Sequence[float], part: slice) -> tuple[np.ndarray, Cost]:
+    """Returns `[X]` numbers of a slice of the examples, and the cost."""
 
   def value(self, values: np.ndarray) -> float:
     """Returns the objective from the numbers of all examples; it grows with their mean."""
@@ -128,8 +132,7 @@ class Trial:
     temperatures: τ of each layer.
     value: the objective, extrapolated if pruned; None if failed or running.
     examples: number of examples measured.
-    seconds: wall time, including compilation.
-    tokens, forward_passes: see `objectives.Usage`.
+    tokens, forward_passes, seconds: see `Cost`.
   """
 
   number: int
@@ -186,6 +189,11 @@ class Search:
           direction="maximize" if maximize else "minimize",
         )
         known = self._study.get_trials(deepcopy=False)
+        for trial in known:  # or those without results would be waited for
+          if trial.state == optuna.trial.TrialState.COMPLETE:
+            check_keys("a trial", trial.user_attrs, {_VALUES: list, _MADE: dict}, others=True)
+            check_keys("a trial", trial.user_attrs[_MADE], _RESULTS)
+            check("its value", trial.value, float)
       except _database_errors() as error:
         raise ValueError(
           f"{path} is damaged ({str(error).splitlines()[0]}): restore it, or delete {folder} to "
@@ -282,12 +290,12 @@ class Search:
     return self._study.ask(self.space.distributions)
 
   def _make(self, trial, objective, batches, prune):
-    begin, usage, values = time.perf_counter(), Usage(), np.empty(0)
+    cost, values = Cost(), np.empty(0)
     temperatures, pruned = self.space.temperatures(trial.params), False
     best = self._values_of_best() if prune else None
     for batch in batches:
-      found, batch_usage = objective.measure(temperatures, batch)
-      values, usage = np.concatenate([values, found]), usage + batch_usage
+      found, of_batch = objective.measure(temperatures, batch)
+      values, cost = np.concatenate([values, found]), cost + of_batch
       if not np.all(np.isfinite(found)):
         raise ValueError(f"the model gives no finite {objective.name} at τ = {temperatures}")
       if best is not None and batch is not batches[-1]:
@@ -303,8 +311,7 @@ class Search:
       {
         "state": "pruned" if pruned else "complete",
         "examples": seen,
-        "seconds": time.perf_counter() - begin,
-        **dataclasses.asdict(usage),
+        **{name: getattr(cost, name) for name in ("tokens", "forward_passes", "seconds")},
       },
     )
     with self.locked():  # so that it is not mistaken for a lost trial

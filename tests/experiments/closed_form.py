@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from experiments.tuning.objectives import Usage
+from experiments.records.cost import Cost
 from experiments.tuning.trials import Search, Space
 
 SPACE = Space(num_layers=4, fixed_layers=1, max_tau=0.5)
@@ -46,7 +46,7 @@ class Quadratic:
     time.sleep(self._seconds)
     self.calls.append((tuple(temperatures), part))
     values = (self._levels + self.exact(temperatures) + self._slopes * sum(temperatures))[part]
-    return (-values if self.maximize else values), Usage(len(values), 2 * len(values))
+    return (-values if self.maximize else values), Cost(len(values), 2 * len(values))
 
   def exact(self, temperatures):
     return float(((np.array(temperatures)[1:-1] - self._optimum) ** 2).sum())

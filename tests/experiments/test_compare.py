@@ -13,9 +13,10 @@ from experiments import tasks
 from experiments.analysis import output_temperatures
 from experiments.cli import app
 from experiments.evaluation import methods
-from experiments.evaluation.measurer import SAMPLE_STRIDE, Batch, Measurer
-from experiments.evaluation.prompts import PromptBuilder
+from experiments.evaluation.measurer import Measurer
+from experiments.evaluation.requests import RequestBuilder, request_id
 from experiments.records import runs
+from experiments.tuning import objectives
 from roe_jax import decode, diagnostics, scoring
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
@@ -97,7 +98,7 @@ def test_answers_are_those_of_the_method(output, model):
       config,
       prompts,
       max_new_tokens=96,
-      request_ids=range(LIMIT),
+      request_ids=[request_id(e.prompt) for e in examples],
       decode=tokenizer.decode,
       roster=Roster.create(config, 3, 0.5, seed=seed),
     ).completions
@@ -109,7 +110,7 @@ def test_answers_are_those_of_the_method(output, model):
     config,
     prompts[4:],
     max_new_tokens=96,
-    request_ids=[4 + SAMPLE_STRIDE],
+    request_ids=[request_id(examples[4].prompt, 1)],
     decode=tokenizer.decode,
     sampler=Sampler.create(0.7),
     roster=Roster.create(config, seed=1),
@@ -124,26 +125,22 @@ def test_costs_are_counted(output, model):
   _, lines, costs = of(output, "roster_n=3")
   examples = tasks.get("wordmath").examples("test", limit=BATCH)
   prompts = [tokenizer.encode(e.prompt) for e in examples]
+  ids = [request_id(e.prompt) for e in examples]
   roster = Roster.create(config, 3, 0.5)
   written = [
     c.tokens
     for c in decode.generate(
-      params, config, prompts, max_new_tokens=96, request_ids=range(BATCH), roster=roster
+      params, config, prompts, max_new_tokens=96, request_ids=ids, roster=roster
     ).completions
   ]
   first = next(c for c in costs if c["seed"] == 0 and "steps" in c)
-  assert first["tokens"] == first["tokens_written"] == sum(map(len, written))
-  assert first["forward_passes"] == 3 * first["tokens"]
-  assert first["steps"] == max(map(len, written))
+  before = sum(map(len, prompts)) - BATCH
+  assert first["tokens"] == first["steps"] == sum(map(len, written))
+  assert first["forward_passes"] == before + 3 * first["tokens"]
   unique = diagnostics.unique_experts(
-    params,
-    config,
-    roster,
-    [p + w for p, w in zip(prompts, written)],
-    list(map(len, prompts)),
-    range(BATCH),
+    params, config, roster, [p + w for p, w in zip(prompts, written)], list(map(len, prompts)), ids
   )
-  assert first["unique_experts_read"] == pytest.approx(unique.by_step.mean() * first["steps"])
+  assert first["unique_experts_read"] == pytest.approx(unique.by_position.mean() * first["steps"])
   # By hand, of the plain model in two layers: projections to queries, keys, values
   # and back, router, two experts of three matrices, attention; and the vocabulary.
   _, _, costs = of(output, "baseline")
@@ -161,11 +158,53 @@ def test_costs_are_counted(output, model):
       total += 2 * layer
     total += len(tokens) * 2 * 16 * config.vocab_size
   assert plain["flops"] == total
-  # As many rows for each token that is written, whether by members or by samples.
-  for name in ("roster_n=3", "self_consistency_n=3"):
-    settings, _, costs = of(output, name)
-    samples = settings["num_samples"]
-    assert {c["forward_passes"] * samples / c["tokens_written"] for c in costs} == {3}
+  # The prompt of each sample goes through the network; only the selected one's tokens count.
+  _, lines, costs = of(output, "self_consistency_n=3")
+  line = lines[examples[0].id, 0]
+  passes = 0
+  for e, prompt in zip(examples, prompts):
+    for text in lines[e.id, 0]["samples"]:
+      passes += len(prompt) - 1
+  first = next(c for c in costs if c["seed"] == 0 and "steps" in c)
+  assert first["forward_passes"] == passes + first["steps"] and first["steps"] > first["tokens"]
+  assert line["output"] == line["samples"][line["picked"]]
+
+
+def test_evaluate_and_tune_give_the_same_numbers(output, model, tiny_checkpoint, tmp_path):
+  params, config, tokenizer = model
+  done = programs.call(
+    "experiments.evaluate",
+    f"--checkpoint={tiny_checkpoint}",
+    "--tasks=wordmath",
+    "--num_members=3",
+    "--tau=0.5",
+    "--num_seeds=2",
+    f"--num_examples={LIMIT}",
+    f"--batch_size={BATCH}",
+    f"--output={tmp_path / 'run'}",
+  )
+  assert done.returncode == 0, done.errors
+  _, compared, costs = of(output, "roster_n=3")
+  _, evaluated, others = of(tmp_path, "run")
+  assert compared.keys() == evaluated.keys()
+  for key, line in evaluated.items():
+    assert line["output"] == compared[key]["output"]
+    assert line["metrics"] == pytest.approx(
+      {name: compared[key]["metrics"][name] for name in line["metrics"]}, rel=1e-5
+    )
+  answering = [c for c in others if c["task"] == "wordmath"]
+  for name in ("tokens", "forward_passes", "flops"):
+    assert sum(c[name] for c in answering) == sum(c[name] for c in costs)
+  examples = tasks.get("wordmath").examples("test", limit=LIMIT)
+  ours = RequestBuilder(config, tokenizer), tasks.get("wordmath"), examples
+  roster = Roster.create(config, 3, 0.5, seed=1)
+  nll, _ = objectives.Perplexity(config, *ours, 4).measure(params, roster, slice(None))
+  accuracy = objectives.Accuracy(config, *ours, 4)
+  right, cost = accuracy.measure(params, roster, slice(None))
+  for e, n, r in zip(examples, nll, right):
+    metrics = evaluated[e.id, 1]["metrics"]
+    assert n == pytest.approx(metrics["nll"], rel=1e-5) and r == metrics["exact_match"]
+  assert cost.forward_passes == sum(c["forward_passes"] for c in costs if c["seed"] == 1)
 
 
 def test_likelihoods_are_those_of_the_distribution(output, model):
@@ -187,7 +226,7 @@ def test_likelihoods_are_those_of_the_distribution(output, model):
       [text],
       [len(prompt)],
       roster=roster,
-      request_ids=[4],
+      request_ids=[request_id(example.prompt)],
       output_temperatures=(1.0, fitted["temperature"]),
     ).sequences[0]
     metrics = line["metrics"]
@@ -266,10 +305,10 @@ def test_choices_are_judged_by_their_probability(model):
     target=1,
     reference=" 2 pears",
   )
-  batch = Batch(tasks.get("paper/arc_easy"), [example], [9])
+  task = tasks.get("paper/arc_easy")
   method = methods.parse("roster:n=3,t=0.5", config, Roster.create(config))
-  measurer = Measurer(params, PromptBuilder(config, tokenizer), BATCH)
-  answers = measurer.answer(method, 4, batch, [1.0, 2.0])
+  measurer = Measurer(params, RequestBuilder(config, tokenizer), BATCH)
+  answers = measurer.answer(method, 4, task, [example], [1.0, 2.0])
   prompt = tokenizer.encode(example.prompt)
   texts = [prompt + tokenizer.encode(c, add_special_tokens=False) for c in example.choices]
   sums = np.array(
@@ -281,7 +320,7 @@ def test_choices_are_judged_by_their_probability(model):
         texts,
         [len(prompt)] * 3,
         roster=method.with_seed(4),
-        request_ids=[9] * 3,
+        request_ids=[request_id(example.prompt)] * 3,
         output_temperatures=(1.0, 2.0),
       ).sequences
     ]
@@ -295,8 +334,11 @@ def test_choices_are_judged_by_their_probability(model):
   )
   assert likelihood.correct.tolist() == [best == 1]
   counts = [len(t) - len(prompt) for t in texts]
-  assert likelihood.tokens == counts[1] and answers.cost["tokens"] == sum(counts)
-  assert answers.cost["forward_passes"] == 3 * sum(counts)
+  # " 1" and " 3" differ in their last token: they are one sequence.
+  assert likelihood.tokens == counts[1] and answers.cost.tokens == counts[0] + counts[1] + 1
+  assert answers.cost.forward_passes == sum(
+    len(t) - 1 + 3 * c for t, c in zip(texts[:2], counts[:2])
+  )
 
 
 def test_the_baseline_settings_with_most_right_answers_are_chosen_and_kept(
@@ -311,11 +353,11 @@ def test_the_baseline_settings_with_most_right_answers_are_chosen_and_kept(
   class AtSevenTenths:
     """Writes two right solutions at a temperature of 0.7, and one otherwise."""
 
-    def answer(self, method, seed, batch, output_temperatures):
+    def answer(self, method, seed, task, batch):
       asked.append(method.sampler.settings())
       right = 2 if asked[-1]["temperature"] == 0.7 else 1
       return types.SimpleNamespace(
-        outputs=[e.reference if validation.index(e) < right else "" for e in batch.examples]
+        outputs=[e.reference if validation.index(e) < right else "" for e in batch]
       )
 
   monkeypatch.setattr(

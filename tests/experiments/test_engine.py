@@ -11,14 +11,11 @@ import pytest
 import tiny
 
 from experiments.evaluation import engine as engine_lib
-from experiments.evaluation.engine import (
-  Answers,
-  Continuation,
-  Engine,
-  Prompt,
-  Stopwatch,
-  request_id,
-)
+from experiments.evaluation import requests as requests_lib
+from experiments.evaluation.answers import Answers
+from experiments.evaluation.engine import Engine, Stopwatch
+from experiments.evaluation.requests import Continuation, Prompt, request_id
+from experiments.records.cost import Cost
 from roe_jax import scoring as score_lib
 from roe_jax.roster import Roster
 
@@ -39,9 +36,16 @@ def roster(olmoe):
   return Roster.create(olmoe[0], 3, [0, 0.7, 0.4], seed=5)
 
 
-def engine(olmoe, roster, answers=None, batch_size=4):
-  config, params = olmoe
-  return Engine(params, config, Letters(), roster, answers or Answers(), batch_size=batch_size)
+class Answering:
+  """An engine and its answers."""
+
+  def __init__(self, olmoe, roster, saved=None, batch_size=4):
+    config, params = olmoe
+    self.engine = Engine(params, config, Letters(), roster, batch_size)
+    self.saved = saved or Answers()
+
+  def answer(self, requests, on_answered=lambda count: None):
+    return self.saved.complete(self.engine, requests, on_answered)
 
 
 def requests():
@@ -61,7 +65,7 @@ def requests():
 def answered(olmoe, roster):
   """Requests, and their answers all at once."""
   made = requests()
-  return made, engine(olmoe, roster).answer(made)
+  return made, Answering(olmoe, roster).answer(made)
 
 
 def assert_same(one, other):
@@ -84,7 +88,7 @@ def test_addresses_are_bits_of_a_hash_of_the_text():
 def test_neither_order_nor_batches_nor_a_limit_matter(olmoe, roster, answered):
   made, expected = answered
   order = np.random.RandomState(0).permutation(len(made))[:17]
-  found = engine(olmoe, roster, batch_size=3).answer([made[i] for i in order])
+  found = Answering(olmoe, roster, batch_size=3).answer([made[i] for i in order])
   assert_same(found, [expected[i] for i in order])
   assert len({a["text"] for a in expected[-6:]}) > 1
 
@@ -117,7 +121,7 @@ def test_choices_that_differ_in_the_last_token_are_one_text(olmoe, roster, monke
   monkeypatch.setattr(engine_lib.scoring, "score", counting)
   made = requests()[:24]  # six questions with choices a, b, cd, ce
   made += made[:3]  # and some of them again
-  engine(olmoe, roster).answer(made)
+  Answering(olmoe, roster).answer(made)
   assert sum(counts) == 12 and max(counts) <= 4
 
 
@@ -126,7 +130,7 @@ def test_a_sample_has_noise_and_draws_of_its_own(olmoe, roster):
   made = [
     Prompt(context, request_id("context", sample), 8, sampler=(1.0, 0, 1.0)) for sample in (0, 1, 0)
   ]
-  first, second, again = engine(olmoe, roster).answer(made)
+  first, second, again = Answering(olmoe, roster).answer(made)
   assert first == again and first["text"] != second["text"]
 
 
@@ -139,29 +143,30 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_answers(olmoe, roster, answ
       raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    engine(olmoe, roster, Answers(path, {"a": 1})).answer(made, interrupted)
+    Answering(olmoe, roster, Answers(path, {"a": 1})).answer(made, interrupted)
   there = path.read_text().count("\n") - 1
   assert 0 < there < len(made)
   with path.open("a") as file:  # as if it had been killed within a line
     file.write('{"key": "12')
   counts = []
-  going_on = engine(olmoe, roster, Answers(path))
+  going_on = Answering(olmoe, roster, Answers(path))
   found = going_on.answer(made, counts.append)
   assert counts[0] == there and sum(counts) == len(made)
   assert [f | {"cost": None} for f in found] == [e | {"cost": None} for e in expected]
   lines = [json.loads(line) for line in path.read_text().splitlines()]
   assert lines[0] == {"settings": {"a": 1}} and len(lines) == len(made) + 1
-  whole = engine(olmoe, roster)
+  whole = Answering(olmoe, roster)
   whole.answer(made)
-  costs = [e.cost(made) for e in (going_on, whole)]
+  costs = [dataclasses.asdict(e.saved.cost(made)) for e in (going_on, whole)]
   assert all(cost.pop("seconds") > 0 for cost in costs)
   assert costs[0] == costs[1]
 
 
 def test_answers_of_other_settings_are_in_another_file(tmp_path):
   one, other = ({"roster": {"seed": seed}} for seed in (0, 1))
-  Answers.of(tmp_path, one).write({"k": {"log_prob": 1.0}})
-  assert "k" in Answers.of(tmp_path, one) and "k" not in Answers.of(tmp_path, other)
+  request = Continuation((1,), (2,), 3)
+  Answers.of(tmp_path, one).write({request: {"log_prob": 1.0}})
+  assert request in Answers.of(tmp_path, one) and request not in Answers.of(tmp_path, other)
 
 
 @pytest.mark.parametrize(
@@ -178,15 +183,15 @@ def test_forward_rows_against_counts_by_hand(olmoe, settings, before, scored, pr
   config, _ = olmoe
   context = tuple(tiny.texts([9])[0])
   made = [Continuation(context, (7, 1), 0), Continuation(context, (7, 2), 0), Prompt(context, 0, 6)]
-  answering = engine(olmoe, Roster.create(config, **settings))
+  answering = Answering(olmoe, Roster.create(config, **settings))
   answering.answer(made)
-  score, generate = answering.cost(made[:2]), answering.cost(made[2:])
+  score, generate = answering.saved.cost(made[:2]), answering.saved.cost(made[2:])
   filled_first = settings["num_members"] > 1 and settings.get("cache") != "standard"
-  assert score["forward_passes"] == (10 if filled_first else 8) * before + 2 * scored
-  assert score["tokens"] == 3  # one shared, and a last one each
-  assert generate["forward_passes"] == 8 * prompt + 6 * generated
-  assert generate["tokens"] == 6
-  assert 0 < score["flops"] and 0 < generate["flops"]
+  assert score.forward_passes == (10 if filled_first else 8) * before + 2 * scored
+  assert score.tokens == 3  # one shared, and a last one each
+  assert generate.forward_passes == 8 * prompt + 6 * generated
+  assert generate.tokens == 6
+  assert 0 < score.flops and 0 < generate.flops and 0 < score.peak_bytes
 
 
 def test_experts_are_counted_where_tokens_are_predicted(olmoe, roster, answered):
@@ -194,13 +199,13 @@ def test_experts_are_counted_where_tokens_are_predicted(olmoe, roster, answered)
   config, _ = olmoe
   made = [*answered[0][:2], answered[0][-1]]
   for setting, bounds in ((Roster.create(config), (3, 3)), (roster, (3.5, (3 + 8 + 8) / 3))):
-    answering = engine(olmoe, setting)
+    answering = Answering(olmoe, setting)
     answering.answer(made)
-    found = answering.experts_read(made)
-    assert found["steps"] == 1 + 1 + answering.answer(made)[2]["tokens"]
-    assert bounds[0] <= found["unique_experts_read"] / found["steps"] <= bounds[1]
+    found = answering.saved.experts_read(answering.engine, made)
+    assert found.steps == 1 + 1 + answering.answer(made)[2]["tokens"]
+    assert bounds[0] <= found.unique_experts_read / found.steps <= bounds[1]
   recomputing = Roster.create(config, 2, 0.5, cache="none")
-  assert engine(olmoe, recomputing).experts_read(made[:2]) == {}
+  assert Answering(olmoe, recomputing).engine.experts_read(made[:2], [(), ()]) == Cost()
 
 
 def test_compiling_is_not_counted():
@@ -229,5 +234,5 @@ def test_requests_are_known_by_all_that_their_answers_depend_on():
     opening=None,
   )
   assert changes.keys() == {f.name for f in dataclasses.fields(Prompt)}
-  keys = {engine_lib.key(dataclasses.replace(prompt, **{k: v})) for k, v in changes.items()}
-  assert len(keys | {engine_lib.key(prompt)}) == len(changes) + 1
+  keys = {requests_lib.key(dataclasses.replace(prompt, **{k: v})) for k, v in changes.items()}
+  assert len(keys | {requests_lib.key(prompt)}) == len(changes) + 1

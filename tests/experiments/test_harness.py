@@ -8,15 +8,13 @@ from lm_eval.api.instance import Instance
 import numpy as np
 import pytest
 import tiny
-import tokenizers
 
-from experiments.evaluation import engine as engine_lib
 from experiments.evaluation import lm_eval_model, lm_eval_tasks
-from experiments.evaluation.engine import Answers, Engine, request_id
+from experiments.evaluation.engine import Engine
+from experiments.evaluation.requests import RequestBuilder, request_id
 from experiments.tasks import wordmath, wordmath_tokenizer
 from roe_jax import checkpoint
 from roe_jax.checkpoint_folder import CONFIG_FILE
-from roe_jax.completion import Completion
 from roe_jax.families import from_hugging_face
 from roe_jax.roster import Roster
 from roe_jax.text.chat import Chat
@@ -55,15 +53,9 @@ def model(folder):
 def adapter(folder, model, batch_size=3, **settings):
   config = from_hugging_face(model[0])
   tokenizer = Tokenizer.load(folder)
-  lm = lm_eval_model.RosterLM("name", config, tokenizer)
-  lm.engine = Engine(
-    hf.to_params(*model),
-    config,
-    tokenizer,
-    Roster.create(config, **settings),
-    Answers(),
-    batch_size=batch_size,
-  )
+  lm = lm_eval_model.RosterLM("name", RequestBuilder(config, tokenizer))
+  roster = Roster.create(config, **settings)
+  lm.engine = Engine(hf.to_params(*model), config, tokenizer, roster, batch_size)
   return lm
 
 
@@ -119,24 +111,7 @@ def test_likelihoods_are_those_of_the_harness_with_transformers(ours, theirs):
   found = ours.loglikelihood(instances("loglikelihood", pairs() + more))
   np.testing.assert_allclose([f[0] for f in found], [e[0] for e in expected], atol=1e-4)
   assert [f[1] for f in found] == [e[1] for e in expected]
-  assert request_id(" ".join(QUESTIONS)) in ours.truncated
-
-
-def test_a_continuation_that_merges_with_its_context_is_encoded_apart(tmp_path):
-  """As the harness encodes pairs for models with an encoder; its causal models refuse it."""
-  raw = tokenizers.Tokenizer(
-    tokenizers.models.BPE({"a": 0, "b": 1, " ": 2, "ab": 3, " b": 4}, [("a", "b"), (" ", "b")])
-  )
-  raw.save(str(tmp_path / "tokenizer.json"))
-  config = tiny.config("olmoe", vocab_size=8, context_length=64, eos_token_ids=(7,))
-  lm = lm_eval_model.RosterLM("name", config, Tokenizer.load(tmp_path))
-  pair = lambda *texts: (lambda c: (c.context, c.tokens))(lm.continuation(*texts))
-  assert pair("ba", "b") == ((1, 0), (1,))
-  assert pair("b ", "b") == ((1,), (4,))
-  assert pair("ba", "ba") == ((1, 0), (0,))  # as the harness does, also its causal models
-  assert pair("", "ab") == ((7,), (3,))
-  with pytest.raises(ValueError, match="has no tokens"):
-    lm.continuation("ba", "")
+  assert request_id(" ".join(QUESTIONS)) in ours.builder.truncated
 
 
 def test_rolling_likelihoods_are_those_of_the_harness_with_transformers(ours, theirs):
@@ -146,7 +121,7 @@ def test_rolling_likelihoods_are_those_of_the_harness_with_transformers(ours, th
     instances("loglikelihood_rolling", texts), disable_tqdm=True
   )
   np.testing.assert_allclose(found, expected, atol=1e-4)
-  assert len(ours.windows(*texts[1])) > 2
+  assert len(ours.builder.windows(*texts[1])) > 2
 
 
 def test_generated_texts_are_those_of_the_harness_with_transformers(ours, theirs):
@@ -179,7 +154,7 @@ def test_a_roster_answers_the_same_whatever_the_order_the_batches_and_the_other_
   # One request's choices are read off one distribution: the probabilities of all tokens are 1.
   one = adapter(folder, model, **settings)
   tokens = one.tok_encode(QUESTIONS[0])
-  wanted = [((QUESTIONS[0], ""), tokens, [i]) for i in range(one._config.vocab_size)]
+  wanted = [((QUESTIONS[0], ""), tokens, [i]) for i in range(one.builder.tokenizer.vocab_size)]
   found = one._loglikelihood_tokens(wanted)
   assert sum(np.exp([f[0] for f in found])) == pytest.approx(1, abs=1e-5)
 
@@ -216,7 +191,7 @@ def test_chats_are_prompts_of_the_template_that_end_with_its_turn(tmp_path, name
   config = tiny.config("olmoe", vocab_size=tokenizer.vocab_size, context_length=256)
   (tmp_path / CONFIG_FILE).write_text(config.to_json())
   chat = Chat.load(tmp_path, tokenizer)
-  lm = lm_eval_model.RosterLM(str(tmp_path), config, tokenizer, chat)
+  lm = lm_eval_model.RosterLM(str(tmp_path), RequestBuilder(config, tokenizer, chat))
   messages = [{"role": "user", "content": "What is 1+1?"}]
   for said in (messages, [*messages, {"role": "assistant", "content": "It is"}]):
     prompt = lm.prompt(lm.apply_chat_template(said), {"until": ["5"], "max_gen_toks": 9})
@@ -226,32 +201,8 @@ def test_chats_are_prompts_of_the_template_that_end_with_its_turn(tmp_path, name
     assert prompt.stop_tokens == chat.stop_tokens
   assert lm.chat_template(True) == chat_formats.TEMPLATES[name]
   # Without a chat from the beginning, as the harness's own program asks for it.
-  late = lm_eval_model.RosterLM(str(tmp_path), config, tokenizer)
+  late = lm_eval_model.RosterLM(str(tmp_path), RequestBuilder(config, tokenizer))
   assert late.prompt(late.apply_chat_template(said), {"until": ["5"], "max_gen_toks": 9}) == prompt
-
-
-def test_the_answer_of_a_chat_is_what_follows_the_reasoning(tmp_path, monkeypatch):
-  chat_formats.write(tmp_path, "thinking")
-  tokenizer = Tokenizer.load(tmp_path)
-  config = tiny.config("olmoe", vocab_size=tokenizer.vocab_size, context_length=256)
-  written = ["<think>17 or 5</think>It is 5<|im_end|>", "<think>17 or"]
-
-  def generate(params, config, prompts, *, on_finished, **settings):
-    for i, text in enumerate(written):
-      tokens = tokenizer.encode(text, add_special_tokens=False)
-      reason = "stop_token" if i == 0 else "length"
-      on_finished(i, Completion(tokens, [-0.5] * len(tokens), tokens, reason, text))
-
-  monkeypatch.setattr(engine_lib.decode, "generate", generate)
-  lm = lm_eval_model.RosterLM(str(tmp_path), config, tokenizer, Chat.load(tmp_path, tokenizer))
-  lm.engine = Engine(None, config, tokenizer, Roster.create(config), Answers())
-  contexts = [lm.apply_chat_template([{"role": "user", "content": text}]) for text in ("bb", "a")]
-  found = lm.generate_until(
-    instances(
-      "generate_until", [(context, {"until": [], "max_gen_toks": 9}) for context in contexts]
-    )
-  )
-  assert sorted(found) == ["", "It is 5"]
 
 
 def test_the_harnesss_program_finds_the_model_by_name(tiny_checkpoint):
@@ -265,15 +216,9 @@ def test_the_harnesss_program_finds_the_model_by_name(tiny_checkpoint):
   (found,) = lm.loglikelihood(instances("loglikelihood", [(QUESTIONS[0], " 12")]))
   params, config = checkpoint.load(tiny_checkpoint)
   tokenizer = Tokenizer.load(tiny_checkpoint)
-  other = lm_eval_model.RosterLM(str(tiny_checkpoint), config, tokenizer)
-  other.engine = Engine(
-    params,
-    config,
-    tokenizer,
-    Roster.create(config, 2, [0.5, 0.25], gate_weights="noisy"),
-    Answers(),
-    batch_size=2,
-  )
+  other = lm_eval_model.RosterLM(str(tiny_checkpoint), RequestBuilder(config, tokenizer))
+  roster = Roster.create(config, 2, [0.5, 0.25], gate_weights="noisy")
+  other.engine = Engine(params, config, tokenizer, roster, 2)
   assert other.loglikelihood(instances("loglikelihood", [(QUESTIONS[0], " 12")])) == [found]
   with pytest.raises(ValueError, match="unknown model_args temperature: the roster's settings are"):
     get_model("roe_jax").create_from_arg_string(f"checkpoint={tiny_checkpoint},temperature=1")

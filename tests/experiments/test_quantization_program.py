@@ -6,6 +6,7 @@ import pytest
 
 from experiments import quantization_study
 from experiments.analysis.paired_statistics import Difference
+from experiments.evaluation.requests import Continuation
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
 
@@ -98,7 +99,7 @@ def test_a_summary_compares_the_sweeps_best_with_that_without_quantization():
       sweep=sweep,
     )
 
-  texts = quantization_study.Problems([[1], [1]], [[1, 2, 3], [1, 2, 3]])
+  texts = [Continuation((1,), (2, 3), 0)] * 2
   rows = quantization_study.summarize(
     {"bfloat16": measured([[0.9, 0.9], [1.0, 1.0]]), "int4": measured([[1.0, 1.0], [0.8, 0.8]])},
     texts,

@@ -222,7 +222,7 @@ def test_a_worker_makes_the_trial_that_another_lost_while_it_ran(tmp_path):
 def test_a_model_without_finite_values_is_an_error(tmp_path):
   class Broken(Quadratic):
     def measure(self, temperatures, part):
-      return np.full(part.stop - part.start, np.nan), closed_form.Usage()
+      return np.full(part.stop - part.start, np.nan), closed_form.Cost()
 
   with pytest.raises(ValueError, match=r"no finite loss at τ = \[0.0, 0.05"):
     searched(tmp_path, 11, objective=Broken())
@@ -271,10 +271,12 @@ def execute(command):
     lambda path: os.truncate(path, path.stat().st_size // 2),
     flip,
     execute("UPDATE trial_user_attributes SET value_json = '{'"),
+    execute("DELETE FROM trial_user_attributes"),
+    execute("UPDATE trial_user_attributes SET value_json = '1' WHERE key = 'made'"),
   ],
 )
 def test_a_damaged_study_is_refused_in_a_sentence(tmp_path, damage):
-  Search(tmp_path, SPACE, 12, maximize=False)
+  searched(tmp_path, 10)
   damage(tmp_path / "study.db")
   with pytest.raises(ValueError, match="study.db is damaged .*: restore it, or delete") as error:
     Search(tmp_path, SPACE, 12, maximize=False)

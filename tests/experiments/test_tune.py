@@ -14,7 +14,7 @@ import pytest
 from experiments import tasks, tune
 from experiments.analysis import output_temperatures, paired_statistics
 from experiments.cli import app
-from experiments.evaluation.prompts import PromptBuilder
+from experiments.evaluation.requests import RequestBuilder, request_id
 from experiments.records import runs
 from experiments.tasks import base
 from experiments.tuning import confirm, objectives, tuning_configs
@@ -74,16 +74,18 @@ def texts_of(model, split_examples):
   return texts, [len(p) for p in prompts]
 
 
-def nll_of(model, examples, roster, ids):
+def nll_of(model, examples, roster):
   """Independent of `objectives`: one text at a time."""
   params, config, _ = model
   texts, starts = texts_of(model, examples)
   return np.array(
     [
-      -scoring.score(params, config, [text], [start], roster=roster, request_ids=[i])
+      -scoring.score(
+        params, config, [text], [start], roster=roster, request_ids=[request_id(e.prompt)]
+      )
       .sequences[0]
       .log_probs.sum(dtype=float)
-      for text, start, i in zip(texts, starts, ids)
+      for text, start, e in zip(texts, starts, examples)
     ]
   )
 
@@ -117,11 +119,11 @@ def test_a_trials_value_is_the_perplexity_of_the_references_with_the_searchs_noi
   _, output = tuned
   for trial in lines(output / "trials.jsonl"):
     roster = Roster.create(model[1], 3, trial["temperatures"], seed=0)
-    nll = nll_of(model, examples, roster, range(5))
+    nll = nll_of(model, examples, roster)
     assert trial["value"] == pytest.approx(np.exp(nll.sum() / count), rel=1e-5)
     assert trial["tokens"] == count
     assert trial["forward_passes"] == sum(map(len, texts)) - 5 + 3 * count
-  baseline = nll_of(model, examples, Roster.create(model[1]), range(5))
+  baseline = nll_of(model, examples, Roster.create(model[1]))
   objective = temperature_profiles.read(output / "profile.json").objective
   assert objective["baseline"] == pytest.approx(np.exp(baseline.sum() / count), rel=1e-5)
 
@@ -135,11 +137,9 @@ def test_the_winner_is_confirmed_on_fresh_problems_with_fresh_noise_paired_with_
   examples = tasks.get("wordmath").examples("validation", limit=9)[5:]
   texts, starts = texts_of(model, examples)
   tokens = np.array([len(t) - s for t, s in zip(texts, starts)])
-  baseline = nll_of(model, examples, Roster.create(model[1]), range(5, 9))
+  baseline = nll_of(model, examples, Roster.create(model[1]))
   seeds = [
-    nll_of(
-      model, examples, Roster.create(model[1], 3, profile.temperatures, seed=seed), range(5, 9)
-    )
+    nll_of(model, examples, Roster.create(model[1], 3, profile.temperatures, seed=seed))
     for seed in (1, 2)
   ]
   for seed, nll in zip((1, 2), seeds):
@@ -244,14 +244,8 @@ def test_two_workers_killed_and_started_again_end_as_one_that_was_not(
 def perplexity(model):
   _, config, tokenizer = model
   task = tasks.get("wordmath")
-  return objectives.Perplexity(
-    config,
-    PromptBuilder(config, tokenizer),
-    task,
-    task.examples("validation", limit=6),
-    range(6),
-    batch_size=3,
-  )
+  examples = task.examples("validation", limit=6)
+  return objectives.Perplexity(config, RequestBuilder(config, tokenizer), task, examples, 3)
 
 
 def test_equal_temperatures_have_equal_values_bit_for_bit(model, perplexity):
@@ -301,12 +295,10 @@ def test_accuracy_of_written_answers(model):
   judged = base.Task(
     "length", "math", "long", None, base.each(lambda e, output: {"long": float(len(output))}), ""
   )
-  objective = objectives.Accuracy(
-    config, PromptBuilder(config, tokenizer), judged, examples, range(7, 10), 2
-  )
+  objective = objectives.Accuracy(config, RequestBuilder(config, tokenizer), judged, examples, 2)
   roster = Roster.create(config, 3, 0.5, seed=4)
   values, cost = objective.measure(params, roster, slice(1, 3))
-  for value, example, i in zip(values, examples[1:], (8, 9)):
+  for value, example in zip(values, examples[1:]):
     prompt = tokenizer.encode(example.prompt)
     alone = decode.generate(
       params,
@@ -314,7 +306,7 @@ def test_accuracy_of_written_answers(model):
       [prompt],
       max_new_tokens=example.max_new_tokens,
       roster=roster,
-      request_ids=[i],
+      request_ids=[request_id(example.prompt)],
       decode=tokenizer.decode,
     )
     assert value == len(alone.completions[0].text)
@@ -328,13 +320,11 @@ def test_accuracy_of_chosen_answers(model):
     for i in range(3)
   ]
   task = base.Task("choices", "commonsense", "acc", None, base.each(base.chosen), "")
-  objective = objectives.Accuracy(
-    config, PromptBuilder(config, tokenizer), task, examples, range(3), batch_size=4
-  )
+  objective = objectives.Accuracy(config, RequestBuilder(config, tokenizer), task, examples, 4)
   roster = Roster.create(config, 3, 0.5)
   values, cost = objective.measure(params, roster, slice(0, 3))
   expected = []
-  for i, e in enumerate(examples):
+  for e in examples:
     prompt = tokenizer.encode(e.prompt)
     sums = [
       scoring.score(
@@ -343,7 +333,7 @@ def test_accuracy_of_chosen_answers(model):
         [prompt + tokenizer.encode(c)],
         [len(prompt)],
         roster=roster,
-        request_ids=[i],
+        request_ids=[request_id(e.prompt)],
       )
       .sequences[0]
       .log_probs.sum()
@@ -455,3 +445,10 @@ def test_bad_settings_are_refused_before_any_work(tiny_checkpoint, tmp_path):
   for line, sentence in zip(done.output.splitlines(), REFUSED.values(), strict=True):
     assert json.loads(line).startswith("error: ") and sentence in line
   assert not (tmp_path / "output").exists()
+
+
+def test_a_torn_profile_says_how_to_write_it_again(tmp_path):
+  assert tune.read_profile(tmp_path) is None
+  (tmp_path / tune.PROFILE).write_text('{"temperatures": [0.1')
+  with pytest.raises(ValueError, match=r"profile.json .* delete it and run the same command again"):
+    tune.read_profile(tmp_path)
