@@ -14,7 +14,7 @@ from checkpoints_convert import interrupts
 # Flags of these packages are shown by --help; others only by --helpfull.
 _PACKAGES = ("checkpoints_convert", "experiments")
 _TEXTS = ("prompt", "stop", "system")  # flags whose values are never paths
-_MESSAGE = 1000  # characters
+_MESSAGE = 800  # characters
 _CLOSED_PIPE = 141  # the exit code of SIGPIPE
 # Errors that are no mistakes in a program.
 EXPECTED = (ValueError, FloatingPointError, OSError, MemoryError)
@@ -111,7 +111,9 @@ def describe(error: BaseException) -> str:
     text = f"{' -> '.join(named) or _output()}: {error.strerror}{remedy and f': {remedy}'}"
   line = " ".join(part.strip() for part in text.splitlines() if part.strip())
   line = printable(line)
-  return line if len(line) <= _MESSAGE else line[: _MESSAGE - 4] + " ..."
+  if len(line) > _MESSAGE:  # the end says what to do
+    line = f"{line[: _MESSAGE - 300]} ... {line[-300:]}"
+  return line
 
 
 def _output():

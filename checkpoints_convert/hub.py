@@ -18,6 +18,7 @@ from checkpoints_convert.common import ConversionError, note, some
 from checkpoints_convert.safetensors_files import TensorInfo
 from roe_jax import checkpoint
 from roe_jax import params as params_lib
+from roe_jax.checkpoint_folder import resolved
 from roe_jax.config import ModelConfig
 from roe_jax.families import FAMILIES, from_hugging_face
 from roe_jax.text.tokenizer import Tokenizer, check_vocabulary, missing_tokenizer, read_json
@@ -65,7 +66,7 @@ class Source:
     files = {}
     for info in self.tensors.values():
       status = info.file.stat()
-      path = info.file.parent.resolve() / info.file.name
+      path = resolved(info.file.parent) / info.file.name
       files[str(path)] = [status.st_size, status.st_mtime_ns]
     facts = [sorted(files.items()), self.config.to_json()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -262,7 +263,7 @@ def open_source(
   config = from_hugging_face(hf_config, dtype="float32")
   source, gguf = folder, folder / gguf_model.WEIGHTS
   if gguf.is_file():
-    source = gguf.resolve()
+    source = resolved(gguf)
     tensors = dict(gguf_model.hub_tensors(source))
   elif tensors is None:
     tensors = safetensors_files.read_headers(folder)

@@ -106,7 +106,7 @@ def abandon(code: int) -> NoReturn:
   _leave(code)
 
 
-def _leave(code):
+def _leave(code) -> NoReturn:
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or its reader is gone
       stream.flush()

@@ -11,6 +11,8 @@ import socket
 import stat
 import sys
 
+from roe_jax.checkpoint_folder import resolved
+
 # What a program writes: into a folder; a file; a folder that it replaces as a whole; or something
 # that several processes may write at once.
 FOLDER, FILE, WHOLE_FOLDER, SHARED = "folder", "file", "whole folder", "shared"
@@ -44,7 +46,7 @@ def held(output: str | None, kind: str = FOLDER) -> Iterator[None]:
     return
   if path.exists() and path.is_dir() == (kind == FILE):
     raise ValueError(f"{output} must be a {FILE if kind == FILE else FOLDER}, and is none")
-  path = path.resolve()
+  path = resolved(path)
   folder = path if kind == FOLDER else path.parent
   missing = [p for p in (folder, *folder.parents) if not p.exists()]
   folder.mkdir(parents=True, exist_ok=True)

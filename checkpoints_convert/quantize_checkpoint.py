@@ -8,6 +8,7 @@ from checkpoints_convert import hub
 from checkpoints_convert.common import ConversionError, write_pieces
 from checkpoints_convert.expert_formats import recode
 from roe_jax import checkpoint
+from roe_jax.checkpoint_folder import resolved
 from roe_jax.config import ModelConfig
 
 
@@ -86,5 +87,5 @@ def convert(
 def fingerprint(source: str) -> str:
   """Returns a hash of a checkpoint that changes with its manifest or the manifest's time."""
   manifest = pathlib.Path(source) / checkpoint.MANIFEST_FILE
-  facts = [str(manifest.resolve()), manifest.stat().st_mtime_ns, manifest.read_text("utf-8")]
+  facts = [str(resolved(manifest)), manifest.stat().st_mtime_ns, manifest.read_text("utf-8")]
   return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

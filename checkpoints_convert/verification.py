@@ -15,6 +15,7 @@ from tqdm import tqdm
 from checkpoints_convert import carve_checkpoint, gguf_model, hub
 from checkpoints_convert.common import ConversionError
 from roe_jax import checkpoint, transformer
+from roe_jax.checkpoint_folder import resolved
 from roe_jax.families import from_hugging_face
 from roe_jax.routing import with_experts
 from roe_jax.text.tokenizer import Tokenizer
@@ -107,7 +108,7 @@ def check_source(folder: pathlib.Path, num_tokens: int, text: str | None) -> Non
 
 def _location(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, str]]:
   """Returns the arguments with which transformers opens a folder that `hub.find` returns."""
-  gguf = (folder / gguf_model.WEIGHTS).resolve()
+  gguf = resolved(folder / gguf_model.WEIGHTS)
   return (gguf.parent, {"gguf_file": gguf.name}) if gguf.is_file() else (folder, {})
 
 

@@ -7,9 +7,9 @@
   python -m experiments.benchmark --preset=mixtral-8x7b    (96 GB)
 
 Times decode steps and scoring of models with random weights against n, τ, context length, batch
-size, cache, aggregation and sampling. The cases of a sweep take turns in each round, along with a
-measurement of memory bandwidth. The floor of a step is the time to read once what it needs: its
-unique active experts, attention, the output head, and the keys and values it attends to. Where
+size, cache, aggregation, sampling and kernels. The cases of a sweep take turns in each round, along
+with a measurement of memory bandwidth. The floor of a step is the time to read once what it needs:
+its unique active experts, attention, the output head, and the keys and values it attends to. Where
 torch and transformers are installed, the same model and roster run in transformers too.
 
 Writes table.txt (also printed), results.jsonl (one line per case) and cost.png to --output.
@@ -29,6 +29,7 @@ from experiments.benchmarks import bench as bench_lib
 from experiments.benchmarks import machine, random_models, sweep_results, sweeps, tables
 from experiments.benchmarks.sweeps import Sizes
 from experiments.cli import app
+from roe_jax import native
 from roe_jax import params as params_lib
 from roe_jax.config import DTYPES, ModelConfig
 from roe_jax.quantization import FORMATS
@@ -146,6 +147,9 @@ def chosen_sweeps(config: ModelConfig) -> list[str]:
       f"{FLAGS.preset} is dense and runs without a roster only: give --sweeps=decode "
       "--num_members=1"
     )
+  if "kernels" in chosen and not native.is_available():
+    print("Not compared with native kernels: there are none here.")
+    chosen.remove("kernels")
   if "transformers" not in chosen or FLAGS.transformers == "no":
     return [name for name in chosen if name != "transformers"]
   missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
@@ -170,6 +174,7 @@ def needed_bytes(config: ModelConfig, sizes: Sizes, chosen: list[str]) -> int:
     "scoring": sizes.score_tokens,
     "aggregation": sizes.score_tokens,
     "samplers": sizes.context,
+    "kernels": sizes.context,
     "transformers": sizes.context,
   }
   # Capacities are rounded up. Caches are donated, so there is one of each.

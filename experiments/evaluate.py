@@ -304,7 +304,7 @@ def main(argv) -> None:
   method = "baseline" if roster.is_baseline else "roster"
   run = runs.Run(
     output,
-    output.name,
+    None,
     {
       "method": method,
       "label": method if roster.is_baseline else f"roster, n = {roster.num_members}",

@@ -27,6 +27,7 @@ from checkpoints_convert import carve_checkpoint, quantize_checkpoint
 from experiments.cli import app, text_files
 from experiments.training import low_rank, training_loop
 from roe_jax import checkpoint, scoring, training
+from roe_jax.checkpoint_folder import resolved
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.routers import NONE
@@ -45,8 +46,8 @@ class Settings:
   output: str
   steps: int = 100
   rank: int = 8
-  learning_rate: float = 1e-3
-  gate_learning_rate: float = 1e-2
+  learning_rate: float = 3e-3
+  gate_learning_rate: float = 3e-2
   gate_scales: bool | None = None
   train_router: bool = True
   window: int = 256
@@ -121,8 +122,8 @@ def check(settings: Settings, config: ModelConfig) -> None:
   for field in ("learning_rate", "gate_learning_rate"):
     if not 0 < getattr(settings, field) < math.inf:
       raise ValueError(f"--{field} must be positive, got {getattr(settings, field)}")
-  source = app.checkpoint_path(name).resolve()
-  output = pathlib.Path(settings.output).resolve()
+  source = resolved(app.checkpoint_path(name))
+  output = resolved(settings.output)
   if source == output or output in source.parents or source in output.parents:
     raise ValueError(
       f"--output={settings.output} and --checkpoint={name} are within each other: give another "
@@ -255,7 +256,7 @@ def run(settings: Settings) -> None:
   check(settings, config)
   tokens, held_out = split_text(settings, app.load_tokenizer(settings.checkpoint))
   source, output = app.checkpoint_path(settings.checkpoint), pathlib.Path(settings.output)
-  facts = {"checkpoint": str(source.resolve()), **settings.facts()}
+  facts = {"checkpoint": str(resolved(source)), **settings.facts()}
   if quantize_checkpoint.is_checkpoint(str(source)):
     facts["checkpoint_sha256"] = quantize_checkpoint.fingerprint(str(source))
   facts["text_sha256"] = hashlib.sha256(tokens.tobytes() + held_out.tobytes()).hexdigest()

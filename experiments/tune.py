@@ -440,8 +440,8 @@ def run_search(params: Params, setup: SearchSetup, search: Search | None) -> Non
   path = setup.output / PROFILE
 
   def check():
-    if search and path.is_file():
-      temperature_profiles.read(path).check_routers(params)
+    if profile := read_profile(setup.output) if search else None:
+      profile.check_routers(params)
 
   app.in_all_processes(check)
   baseline = setup.searched.value(baseline_values(params, setup))
@@ -484,9 +484,23 @@ def run_search(params: Params, setup: SearchSetup, search: Search | None) -> Non
 
 def finished(setup: SearchSetup) -> Profile | None:
   """Returns the confirmed profile if the search is finished."""
-  path = setup.output / PROFILE
-  profile = temperature_profiles.read(path) if path.is_file() else None
-  return profile if profile and profile.objective["confirmed"] else None
+  profile = read_profile(setup.output)
+  return profile if profile and profile.objective.get("confirmed") else None
+
+
+def read_profile(output: pathlib.Path) -> Profile | None:
+  """Reads the profile of a search, if there is one.
+
+  Raises:
+    ValueError: it is damaged; the message says how to write it again.
+  """
+  path = output / PROFILE
+  try:
+    return temperature_profiles.read(path) if path.is_file() else None
+  except ValueError as error:
+    raise ValueError(
+      f"{error}; delete it and run the same command again, which writes it from study.db"
+    ) from error
 
 
 def print_report(profile: Profile, setup: SearchSetup) -> None:

@@ -14,16 +14,17 @@ from roe_jax.checkpoint import save
 from roe_jax.completion import Completion, Generation, Throughput
 from roe_jax.config import ModelConfig
 from roe_jax.decode import generate, stream
-from roe_jax.diagnostics import member_logits, next_token_distributions, routing_trace
+from roe_jax.diagnostics import member_logits, next_token_distributions, trace
 from roe_jax.families import from_hugging_face, to_hugging_face
 from roe_jax.model_formats import find_folder, load_config, load_params, open_model
+from roe_jax.noise import FAMILIES as NOISES
 from roe_jax.params import Params, initialize
 from roe_jax.presets import PRESETS
 from roe_jax.roster import Roster
 from roe_jax.roster_caches import CleanCache, NoCache, StandardCache
 from roe_jax.routing import GATE_WEIGHTS
 from roe_jax.sampling import Sampler
-from roe_jax.scoring import perplexity, score
+from roe_jax.scoring import log_probs, perplexity, score
 from roe_jax.text.answer import Answer
 from roe_jax.text.chat import Chat
 from roe_jax.text.tokenizer import StreamDecoder, Tokenizer
@@ -38,6 +39,7 @@ __all__ = [
   "AGGREGATIONS",
   "CACHES",
   "GATE_WEIGHTS",
+  "NOISES",
   "PRESETS",
   "Aggregation",
   "Answer",
@@ -63,13 +65,14 @@ __all__ = [
   "initialize",
   "load_config",
   "load_params",
+  "log_probs",
   "member_logits",
   "next_token_distributions",
   "open_model",
   "perplexity",
-  "routing_trace",
   "save",
   "score",
   "stream",
   "to_hugging_face",
+  "trace",
 ]

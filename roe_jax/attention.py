@@ -9,6 +9,7 @@ from roe_jax import cache as kv_cache
 from roe_jax import collectives, numerics
 from roe_jax.cache import NO_POSITION, KVCache, LayerLocation, SlidingCache
 from roe_jax.config import ModelConfig
+from roe_jax.layer_inputs import CacheAccess, TokenBatch
 from roe_jax.numerics import add, add_bias, einsum, multiply, rms_norm, rounded, to_compute_dtype
 from roe_jax.params import AttentionParams
 
@@ -76,14 +77,10 @@ def attend_in_layer(
   config: ModelConfig,
   weights: AttentionParams,
   layer: jax.Array | int,
-  query_BxTxHxC: jax.Array,
-  key_BxTxKxC: jax.Array,
-  value_BxTxKxC: jax.Array,
-  positions_BxT: jax.Array,
-  cache: KVCache | None,
+  new: tuple[jax.Array, jax.Array, jax.Array],
+  tokens: TokenBatch,
+  access: CacheAccess,
   location: LayerLocation,
-  write: bool,
-  lengths_B: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
   """Attends with full or sliding attention, as the layer requires, and writes the cache.
 
@@ -94,26 +91,26 @@ def attend_in_layer(
     config: the model's architecture.
     weights: attention parameters of all layers, for the sinks.
     layer: may be traced.
-    query_BxTxHxC, key_BxTxKxC, value_BxTxKxC: of the tokens, rotated.
-    positions_BxT: int32.
-    cache: see `transformer.run_layers`.
+    new: queries, keys and values of the tokens, as `project` returns them.
+    tokens: their positions.
+    access: the cache.
     location: of the layer in the cache.
-    write: whether to write keys and values to the cache.
-    lengths_B: see `cache.write_sliding`.
 
   Returns:
     `[B, T, H, C]` in the dtype of `query`, and the cache.
   """
   sinks = None if weights.sinks is None else to_compute_dtype(weights.sinks[layer])
-  attend_to = functools.partial(attend, sinks_H=sinks, scale=config.attention_multiplier)
   is_sliding, index = location.is_sliding, location.index
-  new = query_BxTxHxC, key_BxTxKxC, value_BxTxKxC, positions_BxT
+  attend_to = functools.partial(
+    attend, *new, tokens.positions_BxT, sinks_H=sinks, scale=config.attention_multiplier
+  )
+  cache, write = access.cache, access.write
   if cache is None:
     if is_sliding is False:
-      return attend_to(*new), None
+      return attend_to(), None
     window = jnp.where(is_sliding, config.sliding_window or NO_POSITION, NO_POSITION)
-    return attend_to(*new, window=window), None
-  written = key_BxTxKxC, value_BxTxKxC, positions_BxT[:, 0]
+    return attend_to(window=window), None
+  written = *new[1:], tokens.positions_BxT[:, 0]
   sliding = cache.sliding
   if write and is_sliding is not True:
     # A layer index out of bounds is dropped: the other kind's cache is not written.
@@ -121,22 +118,20 @@ def attend_in_layer(
     cache = kv_cache.write(cache, *written, target)
 
   def attend_to_all():
-    return attend_to(*new, cache, index)
+    return attend_to(cache, index)
 
   def attend_to_window():
     window = config.sliding_window
-    return attend_to(*new, sliding, index, window=window, attend_to_new=write)
+    return attend_to(sliding, index, window=window, attend_to_new=write)
 
   if isinstance(is_sliding, bool):
     heads = attend_to_window() if is_sliding else attend_to_all()
   else:
     heads = jax.lax.cond(is_sliding, attend_to_window, attend_to_all)
   if write and sliding is not None and is_sliding is not False:
-    # Always true: XLA copies the cache, unless the write depends on what was computed
-    # from it.
-    after_reading = (heads[0, 0, 0, 0] <= jnp.inf) | jnp.isnan(heads[0, 0, 0, 0])
-    target = jnp.where(is_sliding & after_reading, index, len(sliding.keys))
-    sliding = kv_cache.write_sliding(sliding, *written, target, lengths_B)
+    target = jnp.where(is_sliding, index, len(sliding.keys))
+    target = kv_cache.after_reading(heads[0, 0, 0, 0], target)
+    sliding = kv_cache.write_sliding(sliding, *written, target, tokens.lengths_B)
     cache = cache.replace(sliding=sliding)
   return heads, cache
 

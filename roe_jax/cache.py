@@ -203,6 +203,19 @@ def write_step(
   return write(cache, keys[~is_sliding], values[~is_sliding], positions_B).replace(sliding=sliding)
 
 
+def after_reading(read: jax.Array, value: jax.Array) -> jax.Array:
+  """Returns `value`, to be written to a cache, as a result of what was computed from it.
+
+  Otherwise XLA copies a cache that is written where it is still read.
+
+  Args:
+    read: computed from the cache; broadcasts to `value`.
+    value: what is written, or where.
+  """
+  always = (read <= jnp.inf) | jnp.isnan(read)
+  return jnp.where(always, value, jnp.zeros_like(value))
+
+
 def _put(array, new, indices_BxT, layer):
   """Writes `new` `[B, T, K, C]` or `[L, B, T, K, C]` to `array`; drops indices out of bounds."""
   batch = jnp.arange(len(indices_BxT))[:, None]

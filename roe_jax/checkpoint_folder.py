@@ -160,7 +160,7 @@ def read_manifest(path: PathLike) -> dict[str, Any]:
 
 def partial_folder(target: PathLike) -> pathlib.Path:
   """Returns the folder in which `target` is built before it is renamed."""
-  target = _resolved(target)
+  target = resolved(target)
   return target.with_name(target.name + ".partial")
 
 
@@ -179,7 +179,7 @@ def check_target(
   Raises:
     FileExistsError: it may not be written.
   """
-  target = _resolved(target)
+  target = resolved(target)
   if not target.exists() or (target.is_dir() and not any(target.iterdir())):
     return
   if not overwrite:
@@ -192,7 +192,7 @@ def check_target(
       f"the target {target} exists and has no {marker}, so this program did not write it and does "
       "not replace it: choose another target"
     )
-  found = None if source is None else _resolved(source)
+  found = None if source is None else resolved(source)
   if found and found.exists() and target in (found, *found.parents):
     raise FileExistsError(f"the target {target} has the source {source} in it: choose another")
   if _replaced_folder(target).exists():
@@ -237,7 +237,7 @@ def copy_companion_files(
 
 def publish(target: PathLike) -> None:
   """Renames the partial folder of `target` to `target`, replacing an existing folder."""
-  target = _resolved(target)
+  target = resolved(target)
   replaced = _replaced_folder(target)
   if target.exists():
     target.rename(replaced)
@@ -245,9 +245,9 @@ def publish(target: PathLike) -> None:
   shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _resolved(path: PathLike) -> pathlib.Path:
-  """Follows symbolic links, so that what they point to is replaced."""
-  return pathlib.Path(path).resolve()
+def resolved(path: PathLike) -> pathlib.Path:
+  """Follows symbolic links; unlike `Path.resolve`, never fails where they point to each other."""
+  return pathlib.Path(os.path.realpath(path))
 
 
 def _replaced_folder(target: pathlib.Path) -> pathlib.Path:

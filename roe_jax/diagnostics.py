@@ -84,31 +84,33 @@ def _logits(params, config, sequences, roster, request_ids, all_positions, of_me
   return found if all_positions else found[:, :, 0]
 
 
-class RoutingTrace(NamedTuple):
-  """The routing of all members at all positions.
+class Trace(NamedTuple):
+  """The logits and routing of all members at all positions.
 
   Values beyond a sequence's end are undefined.
 
   Attributes:
+    logits: `[R, B, S, V]` float32.
     experts: `[L, R, B, S, A]` int32, the chosen experts, best first.
     gates: `[L, R, B, S, A]` float32, their gates.
     router_logits: `[L, R, B, S, E]` float32, without noise.
   """
 
+  logits: np.ndarray
   experts: np.ndarray
   gates: np.ndarray
   router_logits: np.ndarray
 
 
-def routing_trace(
+def trace(
   params: Params,
   config: ModelConfig,
   sequences: Sequence[Sequence[int]],
   *,
   roster: Roster | None = None,
   request_ids: Sequence[int] | None = None,
-) -> RoutingTrace:
-  """Traces which experts each member chooses in each layer, with which gates.
+) -> Trace:
+  """Computes each member's logits, and which experts it chooses in each layer, with which gates.
 
   Args:
     params: the model's parameters.
@@ -122,8 +124,8 @@ def routing_trace(
   """
   roster = roster or Roster.create(config)
   found = _at_all_positions(_trace, params, config, roster, sequences, request_ids)
-  cut = np.s_[:, :, : len(sequences), : max(map(len, sequences))]
-  return RoutingTrace(*(a[cut] for a in found))
+  cut = np.s_[..., : len(sequences), : max(map(len, sequences)), :]
+  return Trace(*(a[cut] for a in found))
 
 
 def routing_agreement(
@@ -345,27 +347,28 @@ def _logits_at(params, config, roster, cache, tokens, request_ids, *, last_B, of
 
 @functools.partial(jax.jit, static_argnames="config")
 def _trace(params, config, roster, cache, tokens, request_ids):
-  """Returns chosen experts and gates `[L, R, B, T, A]` and router logits `[L, R, B, T, E]`."""
+  """Returns the fields of `Trace`."""
 
   def route(layer, logits_BxTxE, perturbed_BxTxE):
     return transformer.route(
       config, params.layers, layer, logits_BxTxE, perturbed_BxTxE, roster.gate_weights
     )
 
-  (chosen, gates), router_logits = _of_router_logits(
+  (chosen, gates), router_logits, x = _of_router_logits(
     route, params, config, roster, cache, tokens, request_ids
   )
-  return chosen, gates, router_logits
+  logits = sharding.with_sharding_constraint(params, transformer.unembed(params, config, x))
+  return logits, chosen, gates, router_logits
 
 
 def _of_router_logits(compute, params, config, roster, cache, tokens, request_ids):
   """Applies `compute` to each layer's index and router logits `[B, T, E]` without and with noise.
 
   Returns:
-    Its results `[L, R, ...]`, and the logits without noise `[L, R, B, T, E]`.
+    Its results `[L, R, ...]`, the logits without noise `[L, R, B, T, E]`, and the members' states.
   """
   run = _run(params, config, roster, tokens, request_ids)
-  _, outputs = _states(params, config, roster, cache, tokens, request_ids, ("router_logits",))
+  x, outputs = _states(params, config, roster, cache, tokens, request_ids, ("router_logits",))
 
   def of_member(layer, member, logits_BxTxE):
     noise = run.noise(member)
@@ -377,4 +380,4 @@ def _of_router_logits(compute, params, config, roster, cache, tokens, request_id
     lambda a: of_members(a[0], jnp.asarray(roster.members), a[1]),
     (jnp.arange(config.num_layers), outputs.router_logits),
   )
-  return sharding.with_sharding_constraint(params, (found, outputs.router_logits))
+  return *sharding.with_sharding_constraint(params, (found, outputs.router_logits)), x

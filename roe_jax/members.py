@@ -6,6 +6,7 @@ the batches run in sequence.
 """
 
 from collections.abc import Callable
+import functools
 import math
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from roe_jax import attention, transformer
 from roe_jax import noise as noise_lib
 from roe_jax.config import ModelConfig
+from roe_jax.layer_inputs import LayerOptions, TokenBatch
 from roe_jax.params import Params
 from roe_jax.roster import Roster
 
@@ -76,7 +78,7 @@ class RosterPass(struct.PyTreeNode):
     tokens_BxT: int32.
     positions_BxT: int32, consecutive along T.
     request_ids_B: uint32.
-    lengths_B: see `transformer.run_layers`; matters if generation continues from here with
+    lengths_B: see `TokenBatch`; matters if generation continues from here with
       sliding layers.
   """
 
@@ -109,28 +111,20 @@ class RosterPass(struct.PyTreeNode):
     """Returns hidden states `[B, T, D]` before the first block."""
     return transformer.embed(self.params, self.config, self.tokens_BxT)
 
-  def layers(
-    self,
-    x: jax.Array,
-    layers: tuple[int, int],
-    cache: Any,
-    noise: noise_lib.RoutingNoise | None = None,
-    **options: Any,
-  ) -> tuple[jax.Array, Any, transformer.BlockOutputs]:
-    """Runs `transformer.run_layers` with the roster's settings."""
-    return transformer.run_layers(
-      self.params,
-      self.config,
-      x,
-      self.positions_BxT,
-      cache,
-      layers=layers,
-      noise=noise,
-      gate_weights=self.roster.gate_weights,
-      strategy=self.roster.expert_strategy,
-      lengths_B=self.lengths_B,
-      **options,
-    )
+  @property
+  def layers(self) -> Callable:
+    """`transformer.run_layers` with these parameters."""
+    return functools.partial(transformer.layer_runner(self.params), self.params, self.config)
+
+  def token_batch(self, noise: noise_lib.RoutingNoise | None = None) -> TokenBatch:
+    """Returns the tokens as `layers` takes them."""
+    return TokenBatch(self.positions_BxT, noise, self.lengths_B, self.roster.router_bias)
+
+  def options(
+    self, layers: tuple[int, int] | None = None, keep: tuple[str, ...] = ()
+  ) -> LayerOptions:
+    """Returns the roster's settings of a range of layers (default: all)."""
+    return LayerOptions(layers, self.roster.gate_weights, self.roster.expert_strategy, keep)
 
   def aggregate(self, x_RxBxTxD: jax.Array) -> RosterOutputs:
     """Aggregates all members' final hidden states, in batches of members."""

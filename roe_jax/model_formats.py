@@ -8,6 +8,7 @@ program with `register`.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -126,13 +127,18 @@ def find_folder(name: PathLike, weights: bool = False) -> pathlib.Path:
   return model_format.find_folder(name, weights)
 
 
+@functools.cache  # finding them takes 20 ms
+def _entry_points() -> tuple[importlib.metadata.EntryPoint, ...]:
+  return tuple(importlib.metadata.entry_points(group=ENTRY_POINTS))
+
+
 def _resolve(name: PathLike) -> tuple[ModelFormat, str]:
   """Returns a model's format, and its name there."""
   name = os.fspath(name)
   if name.startswith(EMBEDDED):
     name = str(assets.path(name.removeprefix(EMBEDDED)))
   name = os.path.expanduser(name)
-  for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+  for entry in _entry_points():
     if entry.name not in _FORMATS:
       register(entry.name, entry.load())
   for model_format in _FORMATS.values():

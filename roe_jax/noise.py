@@ -80,12 +80,13 @@ def _swap(key, logits, temperature, count):
   replaced &= order_of < others.size
   partner = jax.random.permutation(order, others)[jnp.clip(order_of, 0, others.size - 1)]
   none = logits.size  # out of bounds, where nothing is written
-  return (
+  swapped = (
     logits.at[jnp.where(replaced, chosen, none)]
     .set(logits[partner], mode="drop")
     .at[jnp.where(replaced, partner, none)]
     .set(logits[chosen], mode="drop")
   )
+  return _without_banned(logits, swapped)
 
 
 def _uniform_choice(key, logits, temperature, count):
@@ -93,7 +94,13 @@ def _uniform_choice(key, logits, temperature, count):
   del count
   coin, order = jax.random.split(key)
   permuted = jax.random.permutation(order, logits)
-  return jnp.where(jax.random.bernoulli(coin, temperature), permuted, logits)
+  permuted = jnp.where(jax.random.bernoulli(coin, temperature), permuted, logits)
+  return _without_banned(logits, permuted)
+
+
+def _without_banned(logits, perturbed):
+  """Keeps experts at -inf there, where a noise moves logits between experts."""
+  return jnp.where(jnp.isneginf(logits), -jnp.inf, perturbed)
 
 
 def _second_expert(key, logits, temperature, count):

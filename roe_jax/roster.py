@@ -58,6 +58,8 @@ class Roster:
   Attributes:
     temperatures: `[L]` float32, τ of each layer in units of router logits.
     seed: uint32 scalar, seed of routing noise and sampling.
+    router_bias: `[L, E]` float32 added to the router logits of all members, also of the clean one:
+      steers routing; -inf bans an expert. None adds nothing.
     num_members: n, the number of distributions that are averaged.
     include_clean: whether the noise-free member 0 is one of the n.
     cache: a name in `cache_modes.CACHES`, or "module:attribute": the KV cache that members
@@ -78,6 +80,7 @@ class Roster:
 
   temperatures: jax.Array
   seed: jax.Array
+  router_bias: jax.Array | None
   num_members: int = dataclasses.field(metadata=_STATIC)
   include_clean: bool = dataclasses.field(metadata=_STATIC)
   cache: str = dataclasses.field(metadata=_STATIC)
@@ -100,6 +103,7 @@ class Roster:
     temperatures: float | Sequence[float] | None = None,
     *,
     seed: int = 0,
+    router_bias: Any = None,
     include_clean: bool = True,
     cache: str | CacheMode = "clean",
     aggregation: str | Aggregation = "mean_probability",
@@ -140,6 +144,7 @@ class Roster:
       num_members=1 if num_members is None else num_members,
       temperatures=temperatures,
       seed=seed,
+      router_bias=router_bias,
       include_clean=include_clean,
       cache=cache,
       aggregation=aggregation,
@@ -220,6 +225,7 @@ class Roster:
     num_members,
     temperatures,
     seed,
+    router_bias,
     include_clean,
     cache,
     aggregation,
@@ -280,6 +286,7 @@ class Roster:
     return cls(
       jnp.asarray(temperatures if traced else values, jnp.float32),
       jnp.asarray(seed, jnp.uint32),
+      router_bias if _is_traced(router_bias) else _as_router_bias(router_bias, layers),
       int(num_members),
       bool(include_clean),
       cache,
@@ -332,6 +339,22 @@ class Roster:
         f"the roster has temperatures for {self.temperatures.shape[0]} layers and the model "
         f"has {config.num_layers}: create it with Roster.create and this model's config"
       )
+    self._check_router_bias(config)
+
+  def _check_router_bias(self, config):
+    bias, choices = self.router_bias, config.experts_per_token
+    if bias is None:
+      return
+    if bias.shape != (config.num_layers, config.num_experts):
+      raise ValueError(
+        f"router_bias must have shape [{config.num_layers}, {config.num_experts}] (layers, experts "
+        f"of the model), got {list(bias.shape)}"
+      )
+    if not _is_traced(bias) and (np.isfinite(bias).sum(axis=1) < choices).any():
+      raise ValueError(
+        f"router_bias bans too many experts of a layer: a token needs {choices} that are not at "
+        "-inf"
+      )
 
   def history(self) -> "Roster":
     """Returns the roster that writes the history: a shared one, the clean member alone.
@@ -355,7 +378,11 @@ class Roster:
 
   def settings(self) -> dict[str, Any]:
     """Returns all settings that affect results as JSON values, to be recorded with them."""
-    return {
+    biased = {}
+    if self.router_bias is not None:  # JSON has no infinity
+      rows = np.asarray(self.router_bias).tolist()
+      biased["router_bias"] = [[v if np.isfinite(v) else str(v) for v in row] for row in rows]
+    return biased | {
       "num_members": self.num_members,
       "temperatures": [round(float(t), 6) for t in np.asarray(self.temperatures)],
       "seed": int(self.seed),
@@ -402,6 +429,21 @@ def _as_temperatures(temperatures: Any, layers: int) -> np.ndarray:
       f"model), got shape {list(values.shape)}"
     )
   return values
+
+
+def _as_router_bias(bias: Any, layers: int) -> jax.Array | None:
+  """Returns a router bias as float32."""
+  if bias is None:
+    return None
+  try:
+    values = np.asarray(bias, np.float32)
+  except (TypeError, ValueError):
+    values = np.zeros(())
+  if values.ndim != 2 or len(values) != layers or not np.all(values < np.inf):
+    raise ValueError(
+      f"router_bias must be numbers [{layers}, E], one per layer and expert, finite or -inf"
+    )
+  return jnp.asarray(values)
 
 
 def _resolve(

@@ -1,6 +1,6 @@
 """The cache modes: Clean Cache, the standard cache, and no cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 
@@ -13,6 +13,7 @@ from roe_jax import members as members_lib
 from roe_jax import sharding
 from roe_jax.cache import KVCache
 from roe_jax.cache_modes import CACHES, CacheMode, Pass
+from roe_jax.layer_inputs import CacheAccess
 from roe_jax.members import RosterOutputs, RosterPass
 from roe_jax.transformer import BlockOutputs
 
@@ -35,7 +36,8 @@ class CleanCache(CacheMode):
 
   def _run_clean(self, run, cache):
     """Runs the clean member and writes the cache; returns its states, and the cache."""
-    return run.layers(run.embed(), (0, run.config.num_layers), cache, write=True)[:2]
+    access = CacheAccess(cache, write=True)
+    return run.layers(run.embed(), run.token_batch(), access, run.options())[:2]
 
   def states(self, run: RosterPass, cache: KVCache, keep=()):
     x, shared = self._run_shared(run, cache, keep)
@@ -45,7 +47,8 @@ class CleanCache(CacheMode):
 
   def _run_shared(self, run, cache, keep=()):
     """Returns hidden states `[B, T, D]` before the first noise, and outputs up to there."""
-    x, _, outputs = run.layers(run.embed(), (0, run.roster.noisy_layers[0]), cache, keep=keep)
+    options = run.options((0, run.roster.noisy_layers[0]), keep)
+    x, _, outputs = run.layers(run.embed(), run.token_batch(), CacheAccess(cache), options)
     return x, outputs
 
   def _run_members(self, run, cache, x, shared, members, keep=()):
@@ -56,57 +59,42 @@ class CleanCache(CacheMode):
       `values` `[L, B, T, K, C]`, and all members' `experts` and `router_logits`.
     """
     first, end = run.roster.noisy_layers
-    noise = run.noise(members)
-
-    def lift(block):
-      def lifted(x_RxBxTxD, noise):
-        axes = None if noise is None else noise.replace(keys=None, temperatures=None, member=0)
-        x, _, outputs = jax.vmap(block, in_axes=(0, axes))(x_RxBxTxD, noise)
-        keys, values = jax.tree.map(lambda a: a[0], (outputs.keys, outputs.values))
-        return x, None, outputs.replace(keys=keys, values=values)
-
-      return lifted
-
     x = jnp.broadcast_to(x, (len(members), *x.shape))
-    parts = []
-    if first:
-      chosen, logits = jax.tree.map(
-        lambda a: jnp.repeat(a[:, None], len(members), axis=1),
-        (shared.experts, shared.router_logits),
-      )
-      parts.append(shared.replace(experts=chosen, router_logits=logits))
-    for layers, own_noise in (((first, end), noise), ((end, run.config.num_layers), None)):
-      if layers[0] < layers[1]:
-        x, _, outputs = run.layers(x, layers, cache, own_noise, keep=keep, lift=lift)
-        parts.append(outputs)
-    return x, jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+    chosen, logits = jax.tree.map(
+      lambda a: jnp.repeat(a[:, None], len(members), axis=1), (shared.experts, shared.router_logits)
+    )
+    parts = [shared.replace(experts=chosen, router_logits=logits)]
+    noisy, clean = run.token_batch(run.noise(members)), run.token_batch()
+    for layers, tokens in (((first, end), noisy), ((end, run.config.num_layers), clean)):
+      x, _, outputs = run.layers(x, tokens, CacheAccess(cache), run.options(layers, keep))
+      parts.append(outputs)
+    return x, _joined(parts, axis=0)
 
-  def _distributions(self, run, cache, keep=()):
-    """Returns the roster's outputs, in batches of members, and those of the clean member."""
+  def step(
+    self, run: RosterPass, cache: KVCache, write: bool = True
+  ) -> tuple[RosterOutputs, KVCache]:
+    """Runs the members in batches that fit the memory budget, and writes the cache."""
+    keep = ("keys", "values") if write else ()
     x, shared = self._run_shared(run, cache, keep)
     first, others = members_lib.batches(run.config, run.roster, run.tokens_BxT.size)
-    states, outputs = self._run_members(run, cache, x, shared, first, keep)
+    states, own = self._run_members(run, cache, x, shared, first, keep)
 
     def more(members):
       return self._run_members(run, cache, x, BlockOutputs(), members)[0]
 
-    return run.aggregate_batches(states, more, others), outputs
-
-  def step(self, run: RosterPass, cache: KVCache) -> tuple[RosterOutputs, KVCache]:
-    outputs, own = self._distributions(run, cache, keep=("keys", "values"))
+    outputs = run.aggregate_batches(states, more, others)
+    if not write:
+      return outputs, cache
     keys, values = own.keys, own.values
-    if self.member_batches(run.config, run.roster, run.tokens_BxT.size)[1]:
-      # Always true: XLA copies the cache for members that read it later, unless the
-      # write depends on their results.
-      last_B = outputs.log_probs[:, 0, 0]
-      after_reading = ((last_B <= jnp.inf) | jnp.isnan(last_B))[:, None, None, None]
-      keys, values = (jnp.where(after_reading, a, jnp.zeros_like(a)) for a in (keys, values))
-    write = functools.partial(kv_cache.write_step, run.config)
-    return outputs, sharding.write(write, cache, keys, values, run.positions_BxT[:, 0])
+    if len(others):
+      last = outputs.log_probs[:, 0, 0, None, None, None]  # the other members read it later
+      keys, values = (kv_cache.after_reading(last, a) for a in (keys, values))
+    put = functools.partial(kv_cache.write_step, run.config)
+    return outputs, sharding.write(put, cache, keys, values, run.positions_BxT[:, 0])
 
   def score(self, run: RosterPass, cache: KVCache) -> tuple[RosterOutputs, KVCache]:
     if self.fills_first(run.roster):
-      return self._distributions(run, cache)[0], cache
+      return self.step(run, cache, write=False)
     x, cache = self._run_clean(run, cache)
     return run.aggregate(x[None]), cache
 
@@ -115,6 +103,12 @@ class CleanCache(CacheMode):
 
   def member_batches(self, config, roster, tokens_per_member, platform=None):
     return members_lib.batch_sizes(config, roster, tokens_per_member, platform)
+
+
+def _joined(parts: Sequence[BlockOutputs], axis: int) -> BlockOutputs:
+  """Joins the outputs of ranges of layers; empty ranges have none."""
+  parts = [p for p in parts if jax.tree.leaves(p)] or [BlockOutputs()]
+  return jax.tree.map(lambda *a: jnp.concatenate(a, axis=axis), *parts)
 
 
 class OwnHistories(struct.PyTreeNode):
@@ -131,7 +125,13 @@ class OwnHistories(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class StandardCache(CacheMode):
-  """A KV cache for each member, which is its own sequence, noisy at every position."""
+  """A KV cache for each member, which is its own sequence, noisy at every position.
+
+  Attributes:
+    over_members: maps a function of a member and its cache over members.
+  """
+
+  over_members = staticmethod(jax.vmap)
 
   def empty(self, config, roster, batch_size, capacity, whole=False) -> OwnHistories:
     first, members = roster.noisy_layers[0], len(roster.members)
@@ -143,24 +143,28 @@ class StandardCache(CacheMode):
 
   def states(self, run: RosterPass, cache: OwnHistories, keep=()):
     (first, end), num_layers = run.roster.noisy_layers, run.config.num_layers
-    layers = functools.partial(run.layers, write=cache.own is not None, keep=keep)
-    x, shared, outputs = layers(run.embed(), (0, first), cache.shared)
-    members = jnp.asarray(run.roster.members)
+    members, write = jnp.asarray(run.roster.members), cache.own is not None
+
+    def inputs(cache, layers, noise=None, offset=0):
+      access = CacheAccess(cache, write, offset)
+      return run.token_batch(noise), access, run.options(layers, keep)
+
+    x, shared, outputs = run.layers(run.embed(), *inputs(cache.shared, (0, first)))
 
     def run_member(member, own):
-      x_m, own, noisy = layers(x, (first, end), own, run.noise(member), cache_offset=first)
-      x_m, own, after = layers(x_m, (end, num_layers), own, cache_offset=first)
+      x_m, own, noisy = run.layers(x, *inputs(own, (first, end), run.noise(member), first))
+      x_m, own, after = run.layers(x_m, *inputs(own, (end, num_layers), offset=first))
       return x_m, own, (noisy, after)
 
-    x_RxBxTxD, own, others = self.map_members(run_member, members, cache.own)
+    x_RxBxTxD, own, others = self.over_members(run_member)(members, cache.own)
     of_all = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(members), *a.shape)), outputs)
-    parts = [o for o in (of_all, *others) if jax.tree.leaves(o)] or [BlockOutputs()]
-    outputs = jax.tree.map(lambda *a: jnp.concatenate(a, axis=1).swapaxes(0, 1), *parts)
+    outputs = jax.tree.map(lambda a: a.swapaxes(0, 1), _joined((of_all, *others), axis=1))
     return x_RxBxTxD, OwnHistories(shared, own), outputs
 
-  def map_members(self, function: Callable, members: jax.Array, own: KVCache | None) -> tuple:
-    """Maps a function of a member and its history over members."""
-    return jax.vmap(function)(members, own)
+
+def _one_by_one(function: Callable) -> Callable:
+  """Maps a function over members one at a time, to hold the activations of one."""
+  return lambda members, own: jax.lax.map(lambda member: function(member, own), members)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +176,7 @@ class NoCache(StandardCache):
   """
 
   keeps_history = False
+  over_members = staticmethod(_one_by_one)
 
   def empty(self, config, roster, batch_size, capacity, whole=False) -> jax.Array:
     return jnp.zeros((batch_size, 1, capacity, 1), jnp.int32)
@@ -196,9 +201,6 @@ class NoCache(StandardCache):
     """Runs all members on whole sequences; returns states and outputs as `states` does."""
     x, _, outputs = super().states(run, OwnHistories(), keep)
     return x, outputs
-
-  def map_members(self, function, members, own):
-    return jax.lax.map(lambda member: function(member, own), members)  # so few activations
 
   def histories(self, num_members: int) -> int:
     return 0

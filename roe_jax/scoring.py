@@ -114,6 +114,36 @@ def score_chunk(
   )
 
 
+def log_probs(
+  params: Params,
+  config: ModelConfig,
+  tokens_BxT: jax.Array,
+  roster: Roster,
+  request_ids_B: jax.Array | None = None,
+) -> jax.Array:
+  """Computes a roster's distributions at all positions; pure, for use inside `jax.jit`.
+
+  Args:
+    params: the model's parameters.
+    config: its architecture.
+    tokens_BxT: int32 tokens from position 0 on, padded on the right.
+    roster: the settings; temperatures, seed and router bias may be traced.
+    request_ids_B: uint32 addresses of the noise; 0, 1, ... by default.
+
+  Returns:
+    Log-probabilities of the next token, float32 `[B, T, V]`.
+  """
+  b, t = tokens_BxT.shape
+  ids = jnp.arange(b, dtype=jnp.uint32) if request_ids_B is None else request_ids_B
+  positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+  run = members_lib.RosterPass(params, config, roster, tokens_BxT, positions, ids)
+  mode = roster.cache_mode
+  cache = mode.empty(config, roster, b, t, whole=True)
+  if mode.fills_first(roster):
+    cache = mode.prefill(run.replace(roster=roster.history()), cache)
+  return mode.score(run, cache)[0].log_probs
+
+
 def score(
   params: Params,
   config: ModelConfig,

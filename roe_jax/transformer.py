@@ -16,8 +16,9 @@ from roe_jax import cache as kv_cache
 from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
 from roe_jax.experts import Activation
+from roe_jax.layer_inputs import CacheAccess, LayerOptions, TokenBatch
 from roe_jax.noise import RoutingNoise
-from roe_jax.numerics import add, multiply, project, rms_norm, to_compute_dtype
+from roe_jax.numerics import add, add_bias, multiply, project, rms_norm, to_compute_dtype
 from roe_jax.params import LayerParams, Params
 from roe_jax.routers import ROUTERS
 
@@ -112,136 +113,117 @@ def run_layers(
   params: Params,
   config: ModelConfig,
   x: jax.Array,
-  positions_BxT: jax.Array,
-  cache: KVCache | None = None,
-  *,
-  layers: tuple[int, int] | None = None,
-  noise: RoutingNoise | None = None,
-  gate_weights: str = routing.CLEAN,
-  write: bool = False,
-  cache_offset: int = 0,
-  keep: tuple[str, ...] = (),
-  lift: Callable = lambda block: block,
-  strategy: str | None = None,
-  lengths_B: jax.Array | None = None,
-  tokens_sharded: bool = False,
+  tokens: TokenBatch,
+  access: CacheAccess = CacheAccess(),
+  options: LayerOptions = LayerOptions(),
 ) -> tuple[jax.Array, KVCache | None, BlockOutputs]:
-  """Runs a range of blocks on hidden states.
+  """Runs a range of blocks on hidden states, on one device; see `layer_runner` for meshes.
 
   The token at position t attends to positions < t (the last `sliding_window` of them in
   sliding layers, including t) and to its own key and value. The earlier positions are in
 
-  * the cache as given, if `write` is off (decoding; a roster's members; scoring against a
-    filled cache);
-  * the cache after writing this call's keys and values, if `write` is on (prefill);
+  * the cache as given, without `access.write` (decoding; a roster's members; scoring against
+    a filled cache);
+  * the cache after writing this call's keys and values, with it (prefill);
   * this call's keys and values, without a cache (training).
 
   Args:
     params: the model's parameters.
     config: its architecture.
-    x: hidden states `[B, T, D]`, or with more leading axes if `lift` maps over them.
-    positions_BxT: int32, consecutive along T.
-    cache: keys and values so far, or None.
-    layers: `(first, end)` of the range; all layers by default.
-    noise: the routing noise, or None.
-    gate_weights: see `routing.route`.
-    write: whether to write this call's keys and values to the cache first.
-    cache_offset: the first layer in the cache.
-    keep: names of the `BlockOutputs` to return.
-    lift: transforms each block's function `(x, noise) -> (x, cache, outputs)`, for example
-      with `vmap` over the members of a roster.
-    strategy: see `experts.apply`.
-    lengths_B: int32; positions at or beyond a sequence's length are not written to the
-      cache of sliding layers. By default all are.
-    tokens_sharded: see `experts.apply`; set inside a `shard_map`.
+    x: hidden states `[B, T, D]`; `[R, B, T, D]` of roster members that share a cache, which is
+      not written, with `tokens.noise.member` `[R]`.
+    tokens: their positions and noise.
+    access: the cache.
+    options: the layers, and settings.
 
   Returns:
-    The hidden states, the cache (written if `write`), and the outputs in `keep`, stacked
-    over the range of layers.
+    The hidden states, the cache (written if `access.write`), and the outputs in
+    `options.keep`, stacked over the range of layers: `keys` and `values` of the first member,
+    `experts` and `router_logits` of all.
   """
-  first, end = layers or (0, config.num_layers)
+  first, end = options.layers or (0, config.num_layers)
   if first == end:
-    return x, cache, BlockOutputs()
-  mesh = sharding.mesh_of(params.layers)
-  if mesh is not None:
-    options = dict(layers=layers, gate_weights=gate_weights, cache_offset=cache_offset)
-    options |= dict(write=write, keep=keep, lift=lift, strategy=strategy)
-    return _run_layers_sharded(
-      mesh, params, config, x, positions_BxT, cache, noise, lengths_B, options
-    )
-  block_of = _Block(
-    config,
-    params.layers,
-    positions_BxT,
-    attention.rotation(config, positions_BxT),
-    gate_weights,
-    write,
-    strategy,
-    lengths_B,
-    tokens_sharded,
-  )
-  dropped = dict.fromkeys({f.name for f in dataclasses.fields(BlockOutputs)} - set(keep))
+    return x, access.cache, BlockOutputs()
+  block = _Block(config, params.layers, tokens, attention.rotation(config, tokens.positions_BxT))
+  noise, of_members = tokens.noise, x.ndim == 4
+  member_axes = noise and noise.replace(keys=None, temperatures=None, member=0)
 
   def step(carry, layer):
-    x, written = carry
-    location = kv_cache.layer_location(config, layer, (first, end), cache_offset)
-
-    def block(x, noise):
-      x, after, outputs = block_of(layer, location, x, written if write else cache, noise)
-      return x, after, outputs.replace(**dropped)
-
-    x, after, outputs = lift(block)(x, noise)
-    return (x, after), outputs
+    x, cache = carry
+    location = kv_cache.layer_location(config, layer, (first, end), access.offset)
+    used = access.replace(cache=cache) if access.write else access
+    run = functools.partial(block, layer, location, used, options)
+    if of_members:
+      run = jax.vmap(run, in_axes=(0, member_axes))
+    x, cache, outputs = run(x, noise)
+    if of_members:
+      keys, values = jax.tree.map(lambda a: a[0], (outputs.keys, outputs.values))
+      outputs = outputs.replace(keys=keys, values=values)
+    return (x, cache), outputs
 
   # A read-only cache stays out of the carry.
-  (x, written), outputs = jax.lax.scan(step, (x, cache if write else None), jnp.arange(first, end))
-  return x, written if write else cache, outputs
+  carry = x, access.cache if access.write else None
+  (x, written), outputs = jax.lax.scan(step, carry, jnp.arange(first, end))
+  return x, written if access.write else access.cache, outputs
 
 
-def _run_layers_sharded(mesh, params, config, x, positions_BxT, cache, noise, lengths_B, options):
+def layer_runner(params: Params) -> Callable:
+  """Returns `run_layers`; for parameters on a mesh, a function that runs it on all shards."""
+  mesh = sharding.mesh_of(params.layers)
+  return run_layers if mesh is None else functools.partial(_run_layers_on_mesh, mesh)
+
+
+def _run_layers_on_mesh(
+  mesh, params, config, x, tokens, access=CacheAccess(), options=LayerOptions()
+):
   """Runs `run_layers` on a mesh: each device on its shards."""
+  first, end = options.layers or (0, config.num_layers)
+  if first == end:
+    return x, access.cache, BlockOutputs()
   hidden = sharding.spec(mesh, ("members", "batch", "positions", "embed")[-x.ndim :], x.shape)
   *members, batch, _, _ = hidden
   member_axes = sharding.axes_of(members)
-  sequences, caches = PartitionSpec(batch), sharding.state_specs(mesh, cache)
+  sequences, caches = PartitionSpec(batch), sharding.state_specs(mesh, access)
   heads = sharding.spec(mesh, ("kv_heads",), (config.num_kv_heads,))
   own = PartitionSpec(None, batch, None, *heads)
   chosen = PartitionSpec(None, *hidden[:-1])
   outputs = {"keys": own, "values": own, "experts": chosen, "router_logits": chosen}
-  outputs = BlockOutputs(**{name: outputs[name] for name in options["keep"]})
-  tokens_sharded = sharding.EXPERT in sharding.axes_of(hidden)
+  outputs = BlockOutputs(**{name: outputs[name] for name in options.keep})
+  sharded = sharding.EXPERT in sharding.axes_of(hidden)
 
-  def part(layers, x, positions_BxT, cache, noise, lengths_B):
+  def part(layers, x, tokens, access):
     layers = layers.replace(experts=experts.expert_parallel.bias_on_one_device(layers.experts))
     x, written, outputs = run_layers(
       Params(None, layers, None, None),
       config,
       x,
-      positions_BxT,
-      cache,
-      noise=noise,
-      lengths_B=lengths_B,
-      tokens_sharded=tokens_sharded,
-      **options,
+      tokens,
+      access,
+      dataclasses.replace(options, tokens_sharded=sharded),
     )
     # Keys and values are those of the first member, which the first device runs.
     keys, values = jax.tree.map(
       lambda a: collectives.broadcast_from_first(a, *member_axes), (outputs.keys, outputs.values)
     )
-    return x, written if options["write"] else None, outputs.replace(keys=keys, values=values)
+    return x, written if access.write else None, outputs.replace(keys=keys, values=values)
 
-  noises = noise and noise.replace(
-    keys=sequences, temperatures=PartitionSpec(), member=PartitionSpec(*members)
+  of_tokens = tokens.replace(
+    positions_BxT=sequences,
+    noise=tokens.noise
+    and tokens.noise.replace(
+      keys=sequences, temperatures=PartitionSpec(), member=PartitionSpec(*members)
+    ),
+    lengths_B=None if tokens.lengths_B is None else sequences,
+    router_bias=None if tokens.router_bias is None else PartitionSpec(),
   )
   layers = sharding.parameter_specs(mesh, config).layers
-  lengths = None if lengths_B is None else sequences
   x, written, found = sharding.map_shards(
     part,
     mesh,
-    (layers, hidden, sequences, caches, noises, lengths),
-    (hidden, caches if options["write"] else None, outputs),
-  )(params.layers, x, positions_BxT, cache, noise, lengths_B)
-  return x, written if options["write"] else cache, found
+    (layers, hidden, of_tokens, caches),
+    (hidden, caches.cache if access.write else None, outputs),
+  )(params.layers, x, tokens, access)
+  return x, written if access.write else access.cache, found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,37 +232,23 @@ class _Block:
 
   config: ModelConfig
   layers: LayerParams
-  positions_BxT: jax.Array
+  tokens: TokenBatch
   rotation: tuple[jax.Array, jax.Array]
-  gate_weights: str
-  write: bool
-  strategy: str | None
-  lengths_B: jax.Array | None
-  tokens_sharded: bool
 
-  def __call__(self, layer, location, x, cache, noise):
-    """Returns the hidden states, the cache if written, and all outputs."""
+  def __call__(self, layer, location, access, options, x, noise):
+    """Returns the hidden states, the cache if written, and the outputs that are kept."""
     config, layers = self.config, self.layers
     normed = norm(config, x, layers.attention_norm[layer])
     new = attention.project(config, layers.attention, layer, normed, *self.rotation)
     heads, cache = attention.attend_in_layer(
-      config,
-      layers.attention,
-      layer,
-      *new,
-      self.positions_BxT,
-      cache,
-      location,
-      self.write,
-      self.lengths_B,
+      config, layers.attention, layer, new, self.tokens, access, location
     )
     x = add_to_residual(config, x, attention.output(layers.attention, layer, heads))
-    x, chosen, logits = feed_forward(
-      config, layers, layer, x, noise, self.gate_weights, self.strategy, self.tokens_sharded
-    )
-    _, key, value = new
-    outputs = BlockOutputs(keys=key, values=value, experts=chosen, router_logits=logits)
-    return x, cache if self.write else None, outputs
+    bias = self.tokens.router_bias
+    x, chosen, logits = feed_forward(config, layers, layer, x, noise, options, bias)
+    outputs = {"keys": new[1], "values": new[2], "experts": chosen, "router_logits": logits}
+    outputs = BlockOutputs(**{name: outputs[name] for name in options.keep})
+    return x, cache if access.write else None, outputs
 
 
 def feed_forward(
@@ -289,9 +257,8 @@ def feed_forward(
   layer: jax.Array | int,
   x: jax.Array,
   noise: RoutingNoise | None = None,
-  gate_weights: str = routing.CLEAN,
-  strategy: str | None = None,
-  tokens_sharded: bool = False,
+  options: LayerOptions = LayerOptions(),
+  router_bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Runs the MoE half of a block on hidden states `[B, T, D]`; see `run_layers` for the arguments.
 
@@ -300,8 +267,9 @@ def feed_forward(
   """
   normed = norm(config, x, layers.moe_norm[layer])
   logits = router_logits(config, layers, layer, normed)
+  logits = add_bias(logits, router_bias, layer)
   perturbed = None if noise is None else noise.perturb(layer, logits, config.experts_per_token)
-  chosen, gates = route(config, layers, layer, logits, perturbed, gate_weights)
+  chosen, gates = route(config, layers, layer, logits, perturbed, options.gate_weights)
   b, t, d = x.shape
   y = experts.apply(
     layers.experts,
@@ -309,9 +277,9 @@ def feed_forward(
     normed.reshape(b * t, d),
     chosen.reshape(b * t, -1),
     gates.reshape(b * t, -1),
-    strategy,
+    options.strategy,
     Activation(config.swiglu_limit, config.swiglu_alpha),
-    tokens_sharded,
+    options.tokens_sharded,
   ).reshape(b, t, d)
   if layers.shared_expert is not None:
     y = add(y, experts.shared(layers.shared_expert, layer, normed))
@@ -319,7 +287,11 @@ def feed_forward(
 
 
 def forward(
-  params: Params, config: ModelConfig, tokens_BxT: jax.Array, **options
+  params: Params,
+  config: ModelConfig,
+  tokens_BxT: jax.Array,
+  noise: RoutingNoise | None = None,
+  **options: Any,
 ) -> tuple[jax.Array, BlockOutputs]:
   """Computes the baseline's logits for whole sequences, without a cache.
 
@@ -328,7 +300,8 @@ def forward(
     config: its architecture.
     tokens_BxT: int32 tokens from position 0 on, padded on the right; an array or lists of
       one length.
-    **options: passed to `run_layers`.
+    noise: the routing noise of one roster member, or None.
+    **options: see `LayerOptions`.
 
   Returns:
     Logits `[B, T, V]` float32, and the outputs in `keep`.
@@ -347,7 +320,7 @@ def forward(
       "and pass jnp.array([tokens]) for one sequence"
     )
   positions = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
-  x, _, outputs = run_layers(
-    params, config, embed(params, config, tokens_BxT), positions, **options
-  )
+  inputs = embed(params, config, tokens_BxT), TokenBatch(positions, noise)
+  run = layer_runner(params)
+  x, _, outputs = run(params, config, *inputs, options=LayerOptions(**options))
   return unembed(params, config, x), outputs

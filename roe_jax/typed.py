@@ -4,9 +4,9 @@ from collections.abc import Collection
 import dataclasses
 import functools
 import json
-import math
 import numbers
 import pathlib
+import sys
 import types
 import typing
 from typing import Any
@@ -151,5 +151,7 @@ def _is(value, kind):
   if kind is int:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
   if kind is float:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    # A comparison, because math.isfinite fails on integers that no float is.
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and abs(typing.cast(float, value)) <= sys.float_info.max
   return isinstance(value, kind)

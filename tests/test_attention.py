@@ -9,6 +9,7 @@ import tiny
 from roe_jax import attention, numerics, transformer
 from roe_jax import cache as kv_cache
 from roe_jax.cache import KVCache, SlidingCache
+from roe_jax.layer_inputs import LayerOptions, TokenBatch
 from roe_jax.rope import Yarn
 
 B, T, S, H, K, C = 2, 5, 9, 4, 2, 8
@@ -358,7 +359,8 @@ def test_no_logit_depends_on_a_later_token():
   mix = jnp.asarray(np.random.RandomState(2).standard_normal(config.vocab_size), jnp.float32)
 
   def logits(x):
-    x, _, _ = transformer.run_layers(params, config, x, jnp.arange(6)[None], strategy="dense")
+    tokens, options = TokenBatch(jnp.arange(6)[None]), LayerOptions(strategy="dense")
+    x, _, _ = transformer.run_layers(params, config, x, tokens, options=options)
     return transformer.unembed(params, config, x)[0] @ mix
 
   # [t, s]: how the logits at t depend on the embedding at s.

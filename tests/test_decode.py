@@ -1,11 +1,16 @@
 """Generation: where texts end, and that batching does not matter."""
 
+import pathlib
+import traceback
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from roe_jax import batching, decode, prefill, scoring
+import roe_jax
+from roe_jax import batching, decode, experts, members, prefill, scoring
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
@@ -300,3 +305,30 @@ def test_non_finite_logits_are_an_error_that_names_sequence_and_position(olmoe):
   assert sorted(finished) == [0, 2]  # nothing computed is lost
   with pytest.raises(FloatingPointError, match="sequence 0"):
     list(decode.stream(params, config, [5], max_new_tokens=1))
+
+
+@pytest.mark.parametrize("cache", ["clean", "standard"])
+def test_the_step_reaches_the_experts_in_few_calls(olmoe, monkeypatch, cache):
+  """At most 12 functions of the package, from the decode step to the one that multiplies."""
+  config, params = olmoe
+  package, found = str(pathlib.Path(roe_jax.__file__).parent), []
+  for name, function in experts._FUNCTIONS.items():
+
+    def recorded(*arguments, function=function):
+      calls = [f.name for f in traceback.extract_stack() if f.filename.startswith(package)]
+      found.append([*calls, "strategy"])
+      return function(*arguments)
+
+    monkeypatch.setitem(experts._FUNCTIONS, name, recorded)
+  roster = Roster.create(config, 3, [0, 0.5, 0.3], cache=cache, expert_strategy="tiled_loop")
+  shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
+  arrays = [shape(t, 2, 128) for t in (jnp.int32, jnp.float32, jnp.int32)]
+  arrays += [shape(t, 2) for t in (jnp.int32, jnp.int32, bool, jnp.uint32)]
+  state = decode.DecodeState(
+    *arrays, jax.eval_shape(lambda: members.empty_cache(config, roster, 2, 128))
+  )
+  step = lambda *rest: decode.decode_steps.__wrapped__(params, config, roster, *rest)
+  experts._with_member_folding.cache_clear()
+  jax.eval_shape(step, Sampler.greedy(), state, shape(jnp.int32, 1), shape(jnp.int32))
+  assert found and found[0][0] == "decode_steps"
+  assert max(map(len, found)) <= 12, max(found, key=len)

@@ -82,7 +82,11 @@ def test_logits_and_routing_of_members_are_those_of_the_definition(olmoe, cache)
     np.testing.assert_allclose(last[:, i], expected[:, -1], rtol=1e-4, atol=1e-4)
     mean = np.mean([np.exp(z) / np.exp(z).sum() for z in expected[:, -1]], axis=0)
     np.testing.assert_allclose(after[i], np.log(mean), rtol=1e-4, atol=1e-4)
-  trace = diagnostics.routing_trace(params, config, texts, **arguments)
+  trace = diagnostics.trace(params, config, texts, **arguments)
+  for i, text in enumerate(texts):
+    np.testing.assert_allclose(
+      trace.logits[:, i, : len(text)], logits[:, i, : len(text)], rtol=1e-4, atol=1e-4
+    )
   # No noise in the first layer and in the clean member: the best of the softmax, by hand.
   best = np.argsort(-trace.router_logits[0], axis=-1)[..., : config.experts_per_token]
   length = len(texts[1])

@@ -12,6 +12,7 @@ from roe_jax import cache as kv_cache
 from roe_jax import decode, families, prefill, transformer
 from roe_jax import members as members_lib
 from roe_jax import roster as roster_lib
+from roe_jax.layer_inputs import CacheAccess, TokenBatch
 
 pytestmark = pytest.mark.slow
 
@@ -108,9 +109,9 @@ def forward(params, config, x):
 @functools.partial(jax.jit, static_argnames="config")
 def prefill_piece(params, config, x, start, cache):
   positions = jnp.broadcast_to(start + jnp.arange(x.shape[1]), x.shape)
-  hidden, cache, _ = transformer.run_layers(
-    params, config, transformer.embed(params, config, x), positions, cache, write=True
-  )
+  tokens, access = TokenBatch(positions), CacheAccess(cache, write=True)
+  x = transformer.embed(params, config, x)
+  hidden, cache, _ = transformer.run_layers(params, config, x, tokens, access)
   return transformer.unembed(params, config, hidden), cache
 
 

@@ -1,5 +1,6 @@
 """Rosters: members, caches, settings."""
 
+import dataclasses
 import functools
 import json
 
@@ -12,6 +13,7 @@ import pytest
 import recomputed
 import tiny
 
+import roe_jax
 from roe_jax import aggregation, attention, decode, prefill, routing, scoring, transformer
 from roe_jax import members as members_lib
 from roe_jax import noise as noise_lib
@@ -547,8 +549,11 @@ def test_batches_of_members_are_computed_as_all_at_once(olmoe, include_clean):
     )
     mode, cache = roster.cache_mode, members_lib.empty_cache(config, roster, 2, 16)
     cache = mode.prefill(of_tokens(params, config, roster.history()), cache)
-    run = jax.jit(mode._distributions, static_argnames="keep")
-    results.append(run(of_tokens(params, config, roster), cache, keep=("keys",)))
+    run = of_tokens(params, config, roster)
+    x, shared = mode._run_shared(run, cache, ("keys",))
+    first, _ = members_lib.batches(config, roster, TOKENS.size)
+    _, kept = mode._run_members(run, cache, x, shared, first, ("keys",))
+    results.append((jax.jit(mode.score)(run, cache)[0], kept))
   (one, one_kept), (other, other_kept) = results
   np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-5, atol=1e-5)
   np.testing.assert_array_equal(one.clean_tokens, other.clean_tokens)
@@ -601,3 +606,75 @@ def test_layers_before_the_first_noise_share_one_standard_cache(olmoe):
   )
   for one, other in zip(shared, alone):
     np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-5, atol=1e-5)
+
+
+# From user code
+
+
+def test_a_router_bias_is_that_of_the_model():
+  """GPT-OSS has a bias on its router logits."""
+  config = tiny.config("gpt_oss")
+  params = tiny.params(config)
+  bias = np.random.RandomState(5).standard_normal((3, config.num_experts)).astype(np.float32)
+  own = params.replace(
+    layers=params.layers.replace(router_bias=params.layers.router_bias + jnp.asarray(bias))
+  )
+  roster = Roster.create(config, 3, [0, 0.7, 0.4], seed=9)
+  run = jax.jit(scoring.log_probs, static_argnums=1)
+  biased = run(params, config, TOKENS, roster.replace(router_bias=bias), REQUESTS)
+  assert_close(biased, run(own, config, TOKENS, roster, REQUESTS))
+  assert np.abs(np.asarray(biased - run(params, config, TOKENS, roster, REQUESTS))).max() > 0.01
+
+
+def test_a_router_bias_is_recorded_and_checked(olmoe):
+  config, _ = olmoe
+  bias = np.zeros((3, config.num_experts), np.float32)
+  bias[1, 2] = -np.inf
+  roster = Roster.create(config, 2, 0.5, router_bias=bias)
+  settings = json.loads(json.dumps(roster.settings(), allow_nan=False))
+  np.testing.assert_array_equal(Roster.create(config, **settings).router_bias, bias)
+  assert "router_bias" not in Roster.create(config).settings()
+  for wrong in (bias[:2], bias[:, :-1], bias + np.nan, np.inf - bias, np.full_like(bias, -np.inf)):
+    with pytest.raises(ValueError, match="router_bias"):
+      Roster.create(config, 2, 0.5, router_bias=wrong)
+
+
+@pytest.mark.parametrize("noise", ["swap", "uniform_choice", "gumbel"])
+def test_no_noise_chooses_a_banned_expert(noise):
+  logits = jnp.array([3.0, -jnp.inf, 1.0, 0.0, 2.0])
+  keys = jax.random.split(noise_lib.stream_key(0, noise_lib.ROUTING), 20)
+  perturb = lambda key: noise_lib.FAMILIES[noise](key, logits, jnp.float32(1), 2)
+  assert (jax.vmap(perturb)(keys)[:, 1] == -jnp.inf).all()
+
+
+@dataclasses.dataclass(frozen=True)
+class HalfCache(roe_jax.CleanCache):
+  def empty(self, config, *sizes, **options):
+    return super().empty(config.replace(dtype="bfloat16"), *sizes, **options)
+
+
+def test_noise_aggregation_and_cache_are_registered_by_name(olmoe, monkeypatch):
+  """Gumbel noise, means of probabilities and a Clean Cache with keys in bfloat16, in one jit."""
+  config, params = olmoe
+  gumbel = lambda key, logits, tau, count: logits + tau * jax.random.gumbel(key, logits.shape)
+  mean = roe_jax.Aggregation(
+    add=lambda state, z: jnp.exp(jax.nn.log_softmax(z)).sum(0) + (0 if state is None else state),
+    finish=lambda state, n: jnp.log(state / n),
+  )
+  monkeypatch.setitem(roe_jax.NOISES, "mine", gumbel)
+  monkeypatch.setitem(roe_jax.AGGREGATIONS, "mine", mean)
+  monkeypatch.setitem(roe_jax.CACHES, "half", HalfCache())
+  roster = Roster.create(config, 3, [0.3, 0.8, 0.4], seed=9)
+  mine = roster.replace(noise="mine", aggregation="mine", cache="half")
+  assert mine.settings()["cache"] == "half"
+  whole, half = (r.cache_mode.bytes(config, r, 2, 16) for r in (roster, mine))
+  assert half == whole / 2
+
+  @jax.jit
+  def log_probs(params, roster, tau):
+    return roe_jax.log_probs(params, config, TOKENS, roster.replace(temperatures=tau), REQUESTS)
+
+  tau = jnp.asarray([0.3, 0.8, 0.4])
+  found, expected = (log_probs(params, r, tau) for r in (mine, roster))
+  clean = log_probs(params, roster, 0 * tau)
+  assert np.median(np.abs(found - expected)) < 0.02 < np.median(np.abs(clean - expected))

@@ -13,6 +13,7 @@ from experiments.analysis.calibration_error import Events
 from experiments.cli import text_files
 from experiments.records import runs
 from roe_jax import typed
+from roe_jax.checkpoint_folder import resolved
 
 # Metrics that are a task's result, in order of preference.
 QUALITY = ("exact_match", "acc", "pass@1")
@@ -240,7 +241,7 @@ def _folders(patterns, holding, what):
       raise FileNotFoundError(f"{pattern} finds no folder of a {what} (one with {holding})")
     if paths is None and not (here[0] / holding).is_file():
       raise FileNotFoundError(f"{pattern} is not the folder of a {what}: it has no {holding}")
-    found += [p for p in here if p.resolve() not in {f.resolve() for f in found}]
+    found += [p for p in here if resolved(p) not in set(map(resolved, found))]
   return found
 
 

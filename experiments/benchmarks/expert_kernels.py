@@ -12,7 +12,7 @@ import numpy as np
 from experiments.benchmarks import floors, random_models
 from experiments.benchmarks.floors import Rates
 from experiments.benchmarks.supervisor import Case
-from roe_jax import experts, presets, quantization
+from roe_jax import experts, native, presets, quantization
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.experts import Activation
@@ -32,6 +32,7 @@ FIRST = (
 )
 # Numbers of tokens for which a strategy may be the fastest; others come last.
 PROMISING = {
+  "native": (1, 64),
   "gather_gemv": (1, 64),
   "dense": (8, 256),
   "grouped_matmul": (8, 2048),
@@ -214,7 +215,7 @@ def cases(toy: bool) -> list[Case]:
     )
     for (model, format), n in itertools.product(groups, sizes(toy))
     for strategy in PROMISING
-    if strategy in experts.STRATEGIES
+    if strategy in experts.STRATEGIES and (strategy != "native" or native.is_available())
   ]
   first = promising(found)
   return first + [case for case in found if case not in first]

@@ -6,6 +6,7 @@ import dataclasses
 from experiments.benchmarks import bench as bench_lib
 from experiments.benchmarks import random_models
 from experiments.benchmarks.bench import Bench, Call
+from roe_jax import native
 from roe_jax.aggregation import AGGREGATIONS
 from roe_jax.sampling import Sampler
 
@@ -255,6 +256,32 @@ def samplers(bench: Bench, sizes: Sizes) -> list[Case]:
   ]
 
 
+def kernels(bench: Bench, sizes: Sizes) -> list[Case]:
+  """Decode steps with the native kernels and with XLA's code alone."""
+  tau, box = bench.temperature, bench.clean_history(sizes.context)
+  unique, cases = bench.unique_experts(sizes.num_members, tau, box), []
+  for n in sizes.num_members:
+    native_step = bench.step(bench.roster(n, tau), box)
+    with native.turned_off():
+      # With a strategy of its own, the program is traced again.
+      xla_step = bench.step(bench.roster(n, tau, expert_strategy="tiled_loop"), box)
+    cases += [
+      Case(
+        variant,
+        n,
+        tau,
+        sizes.context,
+        1,
+        ((call, 1),),
+        baseline=("native", n, tau, sizes.context, 1),
+        unique_experts=unique[n],
+        floor_bytes=random_models.step_bytes(bench.config, unique[n], sizes.context),
+      )
+      for variant, call in (("native", native_step), ("XLA", xla_step))
+    ]
+  return cases
+
+
 SWEEPS: dict[str, Callable[[Bench, Sizes], list[Case]]] = {
   "decode": decode,
   "context": context,
@@ -264,4 +291,5 @@ SWEEPS: dict[str, Callable[[Bench, Sizes], list[Case]]] = {
   "scoring": scoring,
   "aggregation": aggregation,
   "samplers": samplers,
+  "kernels": kernels,
 }

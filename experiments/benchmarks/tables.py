@@ -18,6 +18,7 @@ TITLES = {
   "scoring": "Scoring a sequence (ratio: to the baseline)",
   "aggregation": "Scoring a chunk by aggregation (ratio: to the baseline)",
   "samplers": "Decode step by sampling settings (ratio: to greedy)",
+  "kernels": "Decode step with the native kernels and without (ratio: to native at the same n)",
   "transformers": "Decode step compared with transformers (ratio: to roe_jax at the same n)",
 }
 _COLUMNS = (

@@ -39,6 +39,7 @@ from roe_jax import (
 )
 from roe_jax.aggregation import AGGREGATIONS
 from roe_jax.cache_modes import CACHES
+from roe_jax.checkpoint_folder import resolved
 from roe_jax.config import ModelConfig
 from roe_jax.experts import STRATEGIES
 from roe_jax.model_formats import EMBEDDED
@@ -645,7 +646,7 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
     return
   path.parent.mkdir(parents=True, exist_ok=True)
-  path = path.resolve()  # a symbolic link stays one
+  path = resolved(path)  # a symbolic link stays one
   temporary = path.with_name(path.name + ".partial")
   temporary.write_text(text, encoding="utf-8")
   temporary.replace(path)

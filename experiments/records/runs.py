@@ -26,6 +26,7 @@ from experiments.cli import app, text_files
 from experiments.records import jsonl
 from experiments.records.jsonl import read_lines
 from roe_jax import typed
+from roe_jax.checkpoint_folder import resolved
 
 SETTINGS, EXAMPLES, COSTS, SUMMARY = (
   "settings.json",
@@ -52,8 +53,18 @@ def key(record: dict[str, Any]) -> Key:
   return record["task"], str(record["example"]), int(record["seed"])
 
 
-def claim(path: pathlib.Path, settings: dict[str, Any]) -> None:
+def claim(
+  path: pathlib.Path, settings: dict[str, Any], kept: tuple[str, ...] = ()
+) -> dict[str, Any]:
   """Writes the settings of a run into its folder, or checks those that are there.
+
+  Args:
+    path: the folder.
+    settings: the settings.
+    kept: settings that may differ from those in the folder, which stay.
+
+  Returns:
+    The settings in the folder.
 
   Raises:
     ValueError: the folder has a run with other settings.
@@ -65,18 +76,20 @@ def claim(path: pathlib.Path, settings: dict[str, Any]) -> None:
       ["python", "-m", f"experiments.{pathlib.Path(sys.argv[0]).stem}", *sys.argv[1:]]
     )
     app.write_atomically(found, text_files.to_json(wanted | {COMMAND: command}, indent=2) + "\n")
-    return
+    return wanted
   try:
     there = typed.read(found)
   except ValueError as error:
     raise ValueError(f"{error}: choose another folder or delete {path}") from error
   there.pop(COMMAND, None)
+  wanted |= {name: there[name] for name in kept if name in there}
   differing = sorted(k for k in there.keys() | wanted.keys() if there.get(k) != wanted.get(k))
   if differing:
     raise ValueError(
       f"{path} has a run with other settings ({', '.join(differing)}): choose another folder "
       "or delete it"
     )
+  return there
 
 
 class Run:
@@ -88,20 +101,28 @@ class Run:
     done: keys of the examples that are done.
   """
 
-  def __init__(self, path: str | pathlib.Path, name: str, settings: dict[str, Any]):
+  def __init__(self, path: str | pathlib.Path, name: str | None, settings: dict[str, Any]):
     """Opens or creates a folder.
+
+    Args:
+      path: the folder.
+      name: its name in tables; None for the name that its folder had when it was created.
+      settings: everything that its results depend on.
 
     Raises:
       ValueError: the folder has a run with another name or other settings.
     """
-    self.path, self.name = pathlib.Path(path), name
+    self.path = pathlib.Path(path)
 
     def opened():
-      claim(self.path, {"name": name, **settings})
+      kept = () if name else ("name",)
+      named = claim(self.path, {"name": name or resolved(self.path).name, **settings}, kept)
       read_lines(self.path / COSTS, repair=True)
-      return [key(record) for record in read_lines(self.path / EXAMPLES, True, KINDS)]
+      done = [key(record) for record in read_lines(self.path / EXAMPLES, True, KINDS)]
+      return named["name"], done
 
-    self.done = {tuple(k) for k in app.from_first_process(opened)}
+    self.name, done = app.from_first_process(opened)
+    self.done = {tuple(k) for k in done}
 
   def write(self, records: Iterable[dict[str, Any]], costs: dict[str, Any] | None = None) -> None:
     """Appends lines of examples and one line of their costs."""

@@ -97,8 +97,8 @@ def forward(
 ) -> jax.Array:
   """Computes logits `[B, T, V]` with adapters, which are added layer by layer.
 
-  So the derivative by a whole matrix exists for one layer at a time. Activations within a layer
-  are computed again for the derivative.
+  So the derivative by a whole matrix exists for one layer at a time. For the derivative, merged
+  matrices, attention scores and what is between products are computed again.
 
   Args:
     params: float32 parameters.
@@ -117,7 +117,8 @@ def forward(
     return x, None
 
   x = transformer.embed(params, config, tokens_BxT)
-  x, _ = jax.lax.scan(jax.checkpoint(block), x, (params.layers, tuned))
+  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  x, _ = jax.lax.scan(jax.checkpoint(block, policy=policy), x, (params.layers, tuned))
   return transformer.unembed(params, config, x)
 
 

@@ -29,6 +29,7 @@ import numpy as np
 from experiments.cli import app, text_files
 from experiments.cli.extras import optuna, scipy
 from experiments.records.cost import Cost
+from roe_jax.typed import check, check_keys
 
 STEP = 0.05  # of the sweep
 # Probability of pruning a trial that is no worse than the best one.
@@ -38,6 +39,9 @@ TRIALS = "trials.jsonl"
 
 _STUDY = "temperatures"
 _VALUES, _MADE = "values", "made"  # attributes of trials
+_RESULTS = dict(
+  state=str, examples=int, seconds=float, tokens=int, forward_passes=int
+)  # of a trial that was made
 _POLL_SECONDS = 0.5
 
 
@@ -185,6 +189,11 @@ class Search:
           direction="maximize" if maximize else "minimize",
         )
         known = self._study.get_trials(deepcopy=False)
+        for trial in known:  # or those without results would be waited for
+          if trial.state == optuna.trial.TrialState.COMPLETE:
+            check_keys("a trial", trial.user_attrs, {_VALUES: list, _MADE: dict}, others=True)
+            check_keys("a trial", trial.user_attrs[_MADE], _RESULTS)
+            check("its value", trial.value, float)
       except _database_errors() as error:
         raise ValueError(
           f"{path} is damaged ({str(error).splitlines()[0]}): restore it, or delete {folder} to "

@@ -47,7 +47,7 @@ from roe_jax.experts import (
 from roe_jax.experts.activation import Activation
 from roe_jax.experts.batched_matmul import dense, padded
 from roe_jax.experts.every_token import shared
-from roe_jax.numerics import to_compute_dtype
+from roe_jax.numerics import rounded, to_compute_dtype
 from roe_jax.params import ExpertParams
 from roe_jax.quantization import CONTRACTED, dequantize_layer, is_quantized, quantize
 
@@ -145,8 +145,11 @@ def _error(strategy, dtype, expert_format):
   gates, indices = jax.lax.top_k(jax.random.uniform(keys[5], (tokens, num_experts)), choices)
 
   def run(name):
-    compute = functools.partial(_compute, name, num_experts, Activation(limit=1.0, alpha=1.7))
-    return np.asarray(jax.jit(compute)(weights, 1, x, indices, gates), np.float32)
+    def compute(weights, *tokens):
+      activation = Activation(limit=1.0, alpha=1.7)
+      return _function(name, num_experts, activation, weights, 1, x.dtype)(*tokens)
+
+    return np.asarray(jax.jit(compute)(weights, x, indices, gates), np.float32)
 
   actual, expected = run(strategy), run("dense")
   return np.abs(actual - expected).max() / np.abs(expected).max()
@@ -196,13 +199,13 @@ def apply(
   return compute(experts, jnp.asarray(layer), x_NxD, indices_NxA, gates_NxA)
 
 
-def _compute(strategy, num_experts, activation, weights, layer, x, indices, gates):
-  """Runs a strategy, with weights converted to the dtype that it takes."""
+def _function(strategy, num_experts, activation, weights, layer, dtype):
+  """Returns a strategy as a function of tokens, with weights in the dtype that it takes."""
   if strategy in ("padded", "dense") and is_quantized(weights.down):
-    weights, layer = dequantize_layer(weights, layer, num_experts, x.dtype), 0
+    weights, layer = dequantize_layer(weights, layer, num_experts, dtype), 0
   if strategy not in ("native", "tiled_loop"):  # these read bfloat16 bits
     weights = jax.tree.map(to_compute_dtype, weights)
-  return _FUNCTIONS[strategy](num_experts, activation, weights, layer, x, indices, gates)
+  return functools.partial(_FUNCTIONS[strategy], num_experts, activation, weights, layer)
 
 
 def _not_differentiable(compute):
@@ -229,16 +232,21 @@ def _with_member_folding(num_experts, activation, strategy, devices, tokens_shar
     width = jax.tree.leaves(weights.down)[0].shape[-1]
     expert_format = weights.down.format if is_quantized(weights.down) else None
 
-    def local_experts(x, indices, gates):
-      n, a = indices.shape
-      chosen = strategy or choose_strategy(
-        n, a, num_experts * devices, str(x.dtype), width=width, expert_format=expert_format
-      )
+    def local_experts(num_tokens, num_choices):
+      dtype, sizes = str(x.dtype), (num_tokens, num_choices, num_experts * devices)
+      chosen = strategy or choose_strategy(*sizes, dtype, width=width, expert_format=expert_format)
+      function = _function(chosen, num_experts, activation, weights, layer, x.dtype)
       if chosen == "gather_gemv" and devices > 1:  # index E (no expert) must be valid too
-        indices = jnp.minimum(indices, num_experts - 1)
-      return _compute(chosen, num_experts, activation, weights, layer, x, indices, gates)
+        return lambda x, indices, gates: function(x, jnp.minimum(indices, num_experts - 1), gates)
+      return function
 
-    return expert_parallel.apply(local_experts, num_experts, x, indices, gates, tokens_sharded)
+    if devices * collectives.axis_size("tensor") == 1:
+      return rounded(local_experts(*indices.shape)(x, indices, gates), x.dtype)
+
+    def local(x, indices, gates):
+      return local_experts(*indices.shape)(x, indices, gates)
+
+    return expert_parallel.apply(local, num_experts, x, indices, gates, tokens_sharded)
 
   if strategy in ("padded", "dense"):
     return compute

@@ -46,7 +46,7 @@ def apply(
   gates: jax.Array,
   tokens_sharded: bool,
 ) -> jax.Array:
-  """Returns the gate-weighted sum over the experts of all devices.
+  """Returns the gate-weighted sum over the experts of several devices.
 
   Args:
     local_experts: applies this device's experts.
@@ -60,8 +60,6 @@ def apply(
     `[N, D]` in the dtype of `x`; sums over experts and devices are in float32, rounded once.
   """
   devices = collectives.axis_size("expert")
-  if devices * collectives.axis_size("tensor") == 1:
-    return rounded(local_experts(x, indices, gates), x.dtype)
   if not tokens_sharded:
     y = _apply_own(local_experts, num_experts, x, indices, gates)
     return rounded(collectives.psum(y, "expert", "tensor"), x.dtype)

@@ -5,7 +5,8 @@ their first use (see `native_build`) and compared with the pure JAX code that se
 `ROE_JAX_NATIVE=0` turns them off.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import functools
 import os
 from typing import Any
@@ -30,6 +31,19 @@ def is_available() -> bool:
   return jax.default_backend() == "cpu" and os.environ.get("ROE_JAX_NATIVE") != "0" and _is_built()
 
 
+@contextlib.contextmanager
+def turned_off() -> Iterator[None]:
+  """Turns the kernels off in programs that are traced within."""
+  before = os.environ.get("ROE_JAX_NATIVE")
+  os.environ["ROE_JAX_NATIVE"] = "0"
+  try:
+    yield
+  finally:
+    del os.environ["ROE_JAX_NATIVE"]
+    if before is not None:
+      os.environ["ROE_JAX_NATIVE"] = before
+
+
 @functools.cache
 def _is_built():
   def error():
@@ -38,7 +52,7 @@ def _is_built():
       jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return 0.0
 
-  return kernel_check.passes(error, 0.0, "the native CPU kernels", "XLA's code")
+  return kernel_check.passes(error, 0.0, "the library of native CPU kernels", "XLA's code")
 
 
 def remembered(name: str, error: Callable[[], float]) -> float:

@@ -22,6 +22,7 @@ from experiments import carving_study
 from roe_jax import checkpoint, routing, scoring, transformer
 from roe_jax.checkpoint_folder import CARVING_FILE
 from roe_jax.families import from_hugging_face
+from roe_jax.layer_inputs import LayerOptions, TokenBatch
 from roe_jax.roster import Roster
 from roe_jax.text.tokenizer import Tokenizer
 
@@ -191,17 +192,15 @@ def test_layers_are_calibrated_on_carved_outputs_and_runs_are_equal(source, carv
   tokenizer = Tokenizer.load(source)
   tokens = np.reshape(tokenizer.encode((source / "text.txt").read_text())[:256], (-1, 64))
   layers = params.layers
-  positions = np.broadcast_to(np.arange(64), tokens.shape)
-  x, _, _ = transformer.run_layers(
-    params, config, transformer.embed(params, config, tokens), positions, layers=(0, 1)
-  )
+  batch = TokenBatch(jnp.broadcast_to(jnp.arange(64), tokens.shape))
+  x = transformer.embed(params, config, tokens)
+  x, _, _ = transformer.run_layers(params, config, x, batch, options=LayerOptions((0, 1)))
   silent = layers.replace(
     experts=layers.experts.replace(down=0 * layers.experts.down),
     shared_expert=layers.shared_expert.replace(down=0 * layers.shared_expert.down),
   )
-  x, _, _ = transformer.run_layers(
-    params.replace(layers=silent), config, x, positions, layers=(1, 2)
-  )
+  params = params.replace(layers=silent)
+  x, _, _ = transformer.run_layers(params, config, x, batch, options=LayerOptions((1, 2)))
   normed = np.asarray(transformer.norm(config, x, layers.moe_norm[1])).reshape(256, -1)
   at = "model.layers.1.mlp.{}_proj.weight"
   gate, up, down = (

@@ -6,9 +6,9 @@ import numpy as np
 import programs
 import pytest
 
-from experiments.benchmarks import machine, random_models, timing
+from experiments.benchmarks import bench, machine, random_models, sweeps, timing
+from roe_jax import native, quantization
 from roe_jax import params as params_lib
-from roe_jax import quantization
 
 pytestmark = pytest.mark.slow
 
@@ -235,3 +235,13 @@ def test_bandwidth_is_read_from_all_of_an_array(monkeypatch):
   call, num_bytes = machine.bandwidth_call()
   call()
   assert num_bytes == 2**20
+
+
+def test_the_kernels_sweep_times_the_same_step_with_and_without_them():
+  if not native.is_available():
+    pytest.skip("no C++ compiler")
+  sizes = sweeps.Sizes((2,), 8, (8,), (1,), 8, 9)
+  ours, xla = sweeps.kernels(bench.Bench(TINY, 0.5, 0), sizes)
+  assert xla.baseline == ours.baseline == ours.key and ours.floor_bytes == xla.floor_bytes != 0
+  called = [case.parts[0][0].hlo().count("roe_jax_") > 0 for case in (ours, xla)]
+  assert called == [True, False] and native.is_available()

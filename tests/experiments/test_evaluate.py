@@ -70,7 +70,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_files_of_one_that_was_not(
     "--num_seeds=2",
     "--seed=3",
   )
-  whole, other = tmp_path / "run", tmp_path / "killed" / "run"  # a run is called as its folder
+  whole, other = tmp_path / "run", tmp_path / "killed" / "run"
   first = start(tiny_checkpoint, f"--output={whole}", *arguments)
   assert first.returncode == 0, first.errors
   settings, records, summary = runs.load(whole)
@@ -117,6 +117,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_files_of_one_that_was_not(
     time.sleep(0.01)
   killed.process.kill()
   killed.process.join()
+  other = other.parent.rename(tmp_path / "moved") / "run"
+  other = other.rename(tmp_path / "renamed")
+  cache = other / "requests"
   there = sum(path.read_text().count("\n") for path in cache.glob("*.jsonl"))
   assert there < sum(path.read_text().count("\n") for path in (whole / "requests").glob("*.jsonl"))
   second = start(tiny_checkpoint, f"--output={other}", *arguments)

@@ -18,6 +18,8 @@ from experiments.training import low_rank
 from roe_jax import checkpoint, diagnostics, transformer
 from roe_jax.roster import Roster
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def carved(tmp_path_factory):

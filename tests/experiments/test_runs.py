@@ -116,6 +116,15 @@ def test_other_settings_are_refused(tmp_path):
     runs.Run(tmp_path, "r", {"n": 2, "seed": 0})
 
 
+def test_a_folder_with_a_run_may_be_renamed(tmp_path):
+  runs.Run(tmp_path / "first", None, {"n": 1}).write([record("a")])
+  (tmp_path / "first").rename(tmp_path / "second")
+  again = runs.Run(tmp_path / "second", None, {"n": 1})
+  assert again.done == {("t", "a", 0)} and again.finish()["name"] == "first"
+  with pytest.raises(ValueError, match=r"other settings \(name\)"):  # of a method, for example
+    runs.Run(tmp_path / "second", "other", {"n": 1})
+
+
 def test_an_unfinished_run_is_no_result(tmp_path):
   runs.Run(tmp_path, "r", {}).write([record("a")])
   with pytest.raises(FileNotFoundError, match="summary.json, so it is not a finished run"):

@@ -271,10 +271,12 @@ def execute(command):
     lambda path: os.truncate(path, path.stat().st_size // 2),
     flip,
     execute("UPDATE trial_user_attributes SET value_json = '{'"),
+    execute("DELETE FROM trial_user_attributes"),
+    execute("UPDATE trial_user_attributes SET value_json = '1' WHERE key = 'made'"),
   ],
 )
 def test_a_damaged_study_is_refused_in_a_sentence(tmp_path, damage):
-  Search(tmp_path, SPACE, 12, maximize=False)
+  searched(tmp_path, 10)
   damage(tmp_path / "study.db")
   with pytest.raises(ValueError, match="study.db is damaged .*: restore it, or delete") as error:
     Search(tmp_path, SPACE, 12, maximize=False)

@@ -445,3 +445,10 @@ def test_bad_settings_are_refused_before_any_work(tiny_checkpoint, tmp_path):
   for line, sentence in zip(done.output.splitlines(), REFUSED.values(), strict=True):
     assert json.loads(line).startswith("error: ") and sentence in line
   assert not (tmp_path / "output").exists()
+
+
+def test_a_torn_profile_says_how_to_write_it_again(tmp_path):
+  assert tune.read_profile(tmp_path) is None
+  (tmp_path / tune.PROFILE).write_text('{"temperatures": [0.1')
+  with pytest.raises(ValueError, match=r"profile.json .* delete it and run the same command again"):
+    tune.read_profile(tmp_path)

@@ -1,0 +1,60 @@
+"""What `transformer.run_layers` takes: where tokens are, the cache, and settings."""
+
+import dataclasses
+
+from flax import struct
+import jax
+
+from roe_jax import routing
+from roe_jax.cache import KVCache
+from roe_jax.noise import RoutingNoise
+
+
+class TokenBatch(struct.PyTreeNode):
+  """Where T tokens of each sequence are, and the noise of their routing.
+
+  Attributes:
+    positions_BxT: int32, consecutive along T.
+    noise: the routing noise, or None.
+    lengths_B: int32; positions at or beyond a sequence's length are not written to the
+      cache of sliding layers. By default all are.
+    router_bias: `[L, E]` float32 added to all router logits, or None.
+  """
+
+  positions_BxT: jax.Array
+  noise: RoutingNoise | None = None
+  lengths_B: jax.Array | None = None
+  router_bias: jax.Array | None = None
+
+
+class CacheAccess(struct.PyTreeNode):
+  """How layers use a cache.
+
+  Attributes:
+    cache: keys and values so far, or None.
+    write: whether to write the keys and values of the tokens first.
+    offset: the first layer in the cache.
+  """
+
+  cache: KVCache | None = None
+  write: bool = struct.field(pytree_node=False, default=False)
+  offset: int = struct.field(pytree_node=False, default=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerOptions:
+  """Settings of a range of layers.
+
+  Attributes:
+    layers: `(first, end)` of the range; all layers by default.
+    gate_weights: see `routing.route`.
+    strategy: see `experts.apply`.
+    keep: names of the `BlockOutputs` to return.
+    tokens_sharded: see `experts.apply`; set inside a `shard_map`.
+  """
+
+  layers: tuple[int, int] | None = None
+  gate_weights: str = routing.CLEAN
+  strategy: str | None = None
+  keep: tuple[str, ...] = ()
+  tokens_sharded: bool = False

@@ -1,0 +1,218 @@
+// Runs the native kernels on random shapes: for sanitizers, and against sums in double precision.
+//
+//   g++ -std=c++17 -O1 -g -march=native -fsanitize=address,undefined -pthread -I roe_jax/native
+//       tests/native_fuzz.cc -o fuzz && ./fuzz 300
+//   (and with -fsanitize=thread)
+//
+// All arrays are exactly as large as the kernels may read or write.
+
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <random>
+
+#include "kernels.cc"
+
+namespace {
+
+struct Pool {
+  int64_t threads;
+  std::mutex mutex;
+  std::vector<std::thread> started;
+
+  template <class F>
+  void Schedule(F f) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    started.emplace_back(f);
+  }
+  int64_t num_threads() const { return threads; }
+  ~Pool() {
+    for (auto& thread : started) thread.join();
+  }
+};
+
+std::mt19937 generator(0);
+
+int64_t between(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(generator);
+}
+
+std::vector<float> normals(int64_t size) {
+  std::normal_distribution<float> normal;
+  std::vector<float> values(size);
+  for (float& v : values) v = normal(generator);
+  return values;
+}
+
+// A matrix as it is stored, and its values.
+struct Stored {
+  std::vector<char> codes, scales;
+  std::vector<double> values;
+};
+
+constexpr double kFp4[] = {0, .5, 1, 1.5, 2, 3, 4, 6, -0., -.5, -1, -1.5, -2, -3, -4, -6};
+
+// Groups run along rows of `width` (down = 1), or over `down` rows of one column.
+Stored stored(roe::Kind kind, int64_t rows, int64_t width, int64_t along, int64_t down) {
+  Stored m;
+  m.values.resize(rows * width);
+  const bool scaled = kind >= roe::Kind::kInt8, exponents = kind == roe::Kind::kMxFp4;
+  const int64_t groups = width / along, count = scaled ? rows / down * groups : 0;
+  std::vector<double> scales(count);
+  m.scales.resize(count * (exponents ? 1 : 2));
+  for (int64_t i = 0; i < count; i++) {
+    const int exponent = between(120, 124);
+    scales[i] = std::ldexp(1.0, exponent - 127);
+    const uint16_t as_bfloat16 = exponent << 7;
+    if (exponents) {
+      m.scales[i] = static_cast<char>(exponent);
+    } else {
+      std::memcpy(&m.scales[2 * i], &as_bfloat16, 2);
+    }
+  }
+  const int64_t bytes = kind == roe::Kind::kFloat32 ? 4 : kind == roe::Kind::kBFloat16 ? 2 : 1;
+  m.codes.assign(rows * (kind >= roe::Kind::kInt4 ? width / 2 : bytes * width), 0);
+  for (int64_t i = 0; i < rows * width; i++) {
+    const int64_t row = i / width, c = i % width;
+    double value;
+    if (bytes > 1) {
+      const uint32_t raw = roe::bits<uint32_t>(normals(1)[0]) & 0xffff0000;
+      value = roe::bits<float>(raw);
+      std::memcpy(&m.codes[i * bytes], reinterpret_cast<const char*>(&raw) + 4 - bytes, bytes);
+    } else if (kind == roe::Kind::kInt8) {
+      value = m.codes[i] = between(-128, 127);
+    } else {
+      const int code = between(0, 15), high = c >= width / 2;
+      m.codes[row * (width / 2) + c % (width / 2)] |= code << (4 * high);
+      value = exponents ? kFp4[code] : (code ^ 8) - 8;
+    }
+    m.values[i] = scaled ? value * scales[row / down * groups + c / along] : value;
+  }
+  return m;
+}
+
+void expect(const std::vector<float>& found, const std::vector<double>& right, const char* what) {
+  double largest = 0, error = 0;
+  for (size_t i = 0; i < right.size(); i++) {
+    largest = std::max(largest, std::abs(right[i]));
+    error = std::max(error, std::abs(found[i] - right[i]));
+  }
+  if (!(error <= 1e-5 * largest)) {
+    std::printf("%s: error %g of %g\n", what, error, largest);
+    std::exit(1);
+  }
+}
+
+void experts(roe::Kind kind) {
+  const bool packed = kind >= roe::Kind::kInt4, blocks = kind == roe::Kind::kMxFp4;
+  const int64_t step = blocks ? 32 : packed ? 8 : 4;
+  const int64_t n = between(1, 20), count = between(1, 6), a = between(1, count);
+  const int64_t d = step * between(1, 24), f = blocks ? 32 * between(1, 3) : between(1, 80);
+  const int64_t most = kind == roe::Kind::kInt8 ? 128 : kind == roe::Kind::kInt4 ? 64 : 32;
+  const bool scaled = kind >= roe::Kind::kInt8;
+  const int64_t along = scaled ? std::gcd(most, d) : d, down = scaled ? std::gcd(most, f) : 1;
+  const int64_t layer = between(0, 1), of_layer = layer * count;
+  const Stored gate_up = stored(kind, 2 * count * f * 2, d, along, 1);
+  const Stored back = stored(kind, 2 * count * f, d, scaled ? 1 : d, down);
+  const auto x = normals(n * d), gate_up_bias = normals(2 * count * f * 2);
+  const auto down_bias = normals(2 * count * d);
+  const bool biased = between(0, 1);
+  std::vector<int32_t> indices(n * a);
+  std::vector<float> gates = normals(n * a);
+  for (int64_t t = 0; t < n; t++) {
+    std::vector<int32_t> all(count);
+    std::iota(all.begin(), all.end(), 0);
+    std::shuffle(all.begin(), all.end(), generator);
+    std::copy_n(all.begin(), a, indices.begin() + t * a);
+  }
+  if (between(0, 1)) gates[0] = 0, indices[0] = count;
+  const roe::Activation activation{1.5f, 1.7f, between(0, 1) == 1, false};
+
+  std::vector<double> right(n * d, 0.0);
+  for (int64_t p = 0; p < n * a; p++) {
+    if (gates[p] == 0) continue;
+    const int64_t expert = of_layer + indices[p], t = p / a;
+    for (int64_t j = 0; j < f; j++) {
+      double projected[2];
+      for (int c = 0; c < 2; c++) {
+        const int64_t row = (expert * f + j) * 2 + c;
+        projected[c] = biased ? gate_up_bias[row] : 0;
+        for (int64_t i = 0; i < d; i++) projected[c] += x[t * d + i] * gate_up.values[row * d + i];
+      }
+      double gate = projected[0], up = projected[1], hidden;
+      if (activation.clamped) {
+        gate = std::min(gate, 1.5);
+        up = std::clamp(up, -1.5, 1.5);
+        hidden = (up + 1) * gate / (1 + std::exp(-1.7f * gate));
+      } else {
+        hidden = gate / (1 + std::exp(-gate)) * up;
+      }
+      for (int64_t i = 0; i < d; i++) {
+        right[t * d + i] += gates[p] * hidden * back.values[(expert * f + j) * d + i];
+      }
+    }
+    for (int64_t i = 0; biased && i < d; i++) {
+      right[t * d + i] += gates[p] * down_bias[expert * d + i];
+    }
+  }
+
+  std::vector<float> first;
+  for (const int64_t threads : {1, 2, 5}) {
+    std::vector<float> y(n * d, NAN), hidden(n * a * f), reordered(n * (d + roe::kGap));
+    roe::Experts e;
+    e.num_tokens = n, e.num_choices = a, e.num_experts = count, e.d_model = d, e.d_expert = f;
+    e.layer = layer;
+    e.gate_up = {gate_up.codes.data(), gate_up.scales.data(), d, d / along};
+    e.down = {back.codes.data(), back.scales.data(), d, down};
+    e.gate_up_bias = biased ? gate_up_bias.data() : nullptr;
+    e.down_bias = biased ? down_bias.data() : nullptr;
+    e.bias_is_bfloat16 = false;
+    e.x = x.data(), e.indices = indices.data(), e.gates = gates.data();
+    e.activation = activation;
+    e.y = y.data(), e.hidden = hidden.data(), e.reordered = reordered.data();
+    {
+      Pool pool{threads, {}, {}};
+      roe::experts(pool, kind, e);
+    }
+    expect(y, right, "experts");
+    if (first.empty()) first = y;
+    if (first != y) std::printf("experts: %d threads differ\n", int(threads)), std::exit(1);
+  }
+}
+
+void products(roe::Kind kind) {
+  const int64_t n = between(1, 20), d = 4 * between(1, 100), rows = between(1, 200);
+  const bool is_bfloat16 = kind == roe::Kind::kBFloat16;
+  const int64_t index = between(0, 1);
+  const Stored m = stored(kind, 2 * rows, d, d, 1);
+  const auto x = normals(n * d), h = normals(n * rows);
+  std::vector<double> there(n * rows, 0.0), back(n * d, 0.0);
+  for (int64_t t = 0; t < n; t++) {
+    for (int64_t r = 0; r < rows; r++) {
+      for (int64_t i = 0; i < d; i++) {
+        const double w = m.values[(index * rows + r) * d + i];
+        there[t * rows + r] += x[t * d + i] * w;
+        back[t * d + i] += h[t * rows + r] * w;
+      }
+    }
+  }
+  std::vector<float> one(n * rows, NAN), other(n * d, NAN), reordered(n * (d + roe::kGap));
+  const roe::Matrix matrix{m.codes.data(), nullptr, d, 1};
+  Pool pool{between(1, 4), {}, {}};
+  roe::project(
+      pool, is_bfloat16, matrix, index * rows, rows, n, x.data(), reordered.data(), one.data());
+  roe::project_back(pool, is_bfloat16, matrix, index * rows, rows, n, h.data(), other.data());
+  expect(one, there, "project");
+  expect(other, back, "project_back");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 100;
+  for (int i = 0; i < rounds; i++) {
+    for (int kind = 0; kind < 5; kind++) experts(static_cast<roe::Kind>(kind));
+    for (int kind = 0; kind < 2; kind++) products(static_cast<roe::Kind>(kind));
+  }
+  std::printf("%d rounds of random shapes passed\n", rounds);
+}
