@@ -23,7 +23,7 @@ from typing import Any
 from absl import flags
 
 from checkpoints_convert import outputs
-from experiments.cli import app, text_files
+from experiments.cli import app, text_files, trace_file
 from experiments.records import jsonl
 from roe_jax import batching, decode, stopping
 from roe_jax.numerics import naming_sequences
@@ -42,6 +42,7 @@ def define_flags() -> None:
   app.define_model_flags()
   app.define_roster_flags()
   app.define_dry_run_flags()
+  trace_file.define_flag()
   app.define_chat_flags()
   flags.DEFINE_string("prompt", None, "Prompt to complete at the terminal.")
   flags.DEFINE_string(
@@ -262,6 +263,8 @@ def complete_lines(
     ) as bar,
   ):
     indices = results.missing
+    if FLAGS.trace is not None and len(indices) < len(inputs.requests):
+      raise ValueError("--trace needs all results of one run: choose another --output")
     unanswered = 0
 
     def write(position, completion):
@@ -272,7 +275,7 @@ def complete_lines(
       bar.update()
 
     with naming_sequences([f"input request {i + 1}" for i in indices]):
-      throughput = decode.generate(
+      generation = decode.generate(
         params,
         config,
         [inputs.tokens[i] for i in indices],
@@ -286,8 +289,12 @@ def complete_lines(
         request_ids=indices,
         batch_size=FLAGS.batch_size,
         on_finished=write,
-      ).throughput
-  print(f"[{len(indices)} prompts: {throughput}; including compilation]", file=sys.stderr)
+      )
+  completed = zip(inputs.tokens, generation.completions)
+  trace_file.write(params, config, roster, [list(t) + list(c.tokens) for t, c in completed])
+  print(
+    f"[{len(indices)} prompts: {generation.throughput}; including compilation]", file=sys.stderr
+  )
   if unanswered:
     print(
       f"[{unanswered} results ended before the answer: increase --max_new_tokens "
@@ -304,6 +311,8 @@ def main(argv) -> None:
     raise ValueError('--show_reasoning applies to --prompt only: lines always have "reasoning"')
   if FLAGS.max_new_tokens < 1 or FLAGS.batch_size < 1:
     raise ValueError("--max_new_tokens and --batch_size must be at least 1")
+  app.refuse_idle(FLAGS.prompt is not None, ("trace",), "applies to --input only: remove --prompt")
+  trace_file.check()
   stopping.check_strings(FLAGS.stop)
   app.refuse_idle(
     FLAGS.temperature == 0,

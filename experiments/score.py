@@ -25,7 +25,7 @@ from absl import flags
 import numpy as np
 
 from checkpoints_convert import outputs
-from experiments.cli import app, text_files
+from experiments.cli import app, text_files, trace_file
 from experiments.records import jsonl
 from roe_jax import batching, scoring
 from roe_jax.config import ModelConfig
@@ -43,6 +43,7 @@ def define_flags() -> None:
   app.define_model_flags()
   app.define_roster_flags()
   app.define_dry_run_flags()
+  trace_file.define_flag()
   flags.DEFINE_string("text", None, "Text file to compute the perplexity of.")
   flags.DEFINE_integer("window", None, "Tokens per window. Default: the model's context.")
   flags.DEFINE_integer("stride", None, "Tokens between windows. Default: half a window.")
@@ -205,12 +206,15 @@ def continuations(
           },
         )
       bar.update(len(missing))
+  trace_file.write(params, config, roster, sequences)
 
 
 def main(argv) -> None:
   del argv
   if FLAGS.text is not None and FLAGS.input is not None:
     raise ValueError("--text computes a perplexity and --input scores continuations: use one")
+  app.refuse_idle(FLAGS.text is not None, ("trace",), "applies to --input only")
+  trace_file.check()
   if FLAGS.batch_size < 1:
     raise ValueError("--batch_size must be at least 1")
   config = app.load_config(FLAGS.checkpoint)

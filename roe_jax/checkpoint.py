@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import contextlib
 import ctypes
 import dataclasses
-import functools
 import json
 import pathlib
 import shutil
@@ -24,7 +23,7 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import orbax_storage
+from roe_jax import digests, orbax_storage
 from roe_jax import params as params_lib
 from roe_jax.checkpoint_folder import (
   CARVING_FILE,
@@ -141,6 +140,7 @@ class Writer:
         traverse_util.unflatten_dict(dict(arrays), sep="."),
         overwrite=True,
       )
+    digests.write(self._params / piece.name, arrays, int(piece.num_layers > 0))
     self._written.add(piece.name)
 
   def finish(self) -> None:
@@ -152,6 +152,7 @@ class Writer:
     missing = [p.name for p in self.pieces if not self.is_written(p)]
     if missing:
       raise ValueError(f"cannot finish {self.path}: pieces not written: {', '.join(missing)}")
+    self._sync("written")
     if jax.process_index() == 0:
       for stray in self._params.iterdir():
         if stray.name not in self._written:
@@ -171,7 +172,7 @@ class Writer:
     self._sync("finish")
 
   def _is_complete(self, piece: Piece) -> bool:
-    if not (self._params / piece.name).is_dir():
+    if not digests.are_written(self._params / piece.name):
       return False
     try:
       _check_piece(self._partial, piece, self.config)
@@ -274,7 +275,12 @@ def load(
   """
   stored, pieces = _open(path)
   config = stored if dtype is None else stored.replace(dtype=dtype)
-  read = functools.partial(_read, path)
+
+  def read(piece, arrays):
+    on_disk = piece_shapes(stored, piece)
+    like = {n: s.update(dtype=on_disk[n].dtype) for n, s in arrays.items()}
+    return {n: x.astype(arrays[n].dtype) for n, x in _read(path, piece, like).items()}
+
   return assemble(config, pieces, read, shardings), config
 
 
@@ -408,7 +414,7 @@ def _check_piece(path: PathLike, piece: Piece, config: ModelConfig) -> None:
   with _reading(path, piece):
     metadata: Any = ocp.metadata(str(_piece_folder(path, piece))).metadata
     if metadata is None:
-      raise ValueError("its metadata cannot be read")
+      raise orbax_storage.Damage("its metadata cannot be read")
     found = traverse_util.flatten_dict(metadata, sep=".")
   _check_leaves(
     f"the piece params/{piece.name} of the checkpoint {path}", found, piece_shapes(config, piece)
@@ -420,11 +426,14 @@ def _piece_folder(path: PathLike, piece: Piece) -> pathlib.Path:
 
 
 def _read(path: PathLike, piece: Piece, abstract: dict[str, Any]) -> dict[str, Any]:
+  """Reads and checks a piece's arrays."""
   from orbax.checkpoint import v1 as ocp
 
-  tree = traverse_util.unflatten_dict(abstract, sep=".")
+  folder, tree = _piece_folder(path, piece), traverse_util.unflatten_dict(abstract, sep=".")
   with _reading(path, piece):
-    return traverse_util.flatten_dict(ocp.load(str(_piece_folder(path, piece)), tree), sep=".")
+    found = traverse_util.flatten_dict(ocp.load(str(folder), tree), sep=".")
+    digests.check(folder, found, int(piece.num_layers > 0))
+  return found
 
 
 def _reading(path: PathLike, piece: Piece) -> contextlib.AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""How Orbax stores the arrays of a checkpoint: in what chunks, with checksums, and how it fails."""
+"""How Orbax stores arrays: in what chunks, with what checksums, and how it fails."""
 
 from collections.abc import Iterator
 import contextlib
@@ -14,12 +14,16 @@ import warnings
 _CHUNK_BYTES = 32 << 20
 
 
+class Damage(ValueError):
+  """A file is damaged; the message says what was found."""
+
+
 @contextlib.contextmanager
 def checksums() -> Iterator[None]:
   """Adds a CRC-32C to each chunk of the arrays that Orbax writes in this context.
 
   TensorStore checks it whenever it reads the chunk, in all versions of Orbax. Orbax has no option
-  to write it, so its description of arrays is extended.
+  to write it, so its description of arrays is extended. It is for small arrays: see `digests`.
   """
   from orbax.checkpoint._src.serialization import tensorstore_utils  # slow
 
@@ -45,7 +49,7 @@ def checksums() -> Iterator[None]:
 
 @contextlib.contextmanager
 def saving() -> Iterator[None]:
-  """Sets how arrays are saved: with checksums, uncompressed, with at most one expert in a chunk.
+  """Sets how arrays are saved: uncompressed, with at most one expert in a chunk.
 
   Weights compress by only a fifth at a third of the speed. With chunks of one expert, a device
   reads little more than its part.
@@ -64,7 +68,7 @@ def saving() -> Iterator[None]:
   context.array.saving.scoped_storage_options_creator = storage_options
   # No copies are needed: `save` blocks, so nothing changes the arrays while they are written.
   context.memory.deepcopy_host_arrays = False
-  with context, checksums():
+  with context:
     yield
 
 
@@ -118,6 +122,8 @@ def _silence_other_reads() -> None:
 
 def _reason(error: BaseException) -> str:
   text = str(error).strip().split("\n")[0]
+  if isinstance(error, Damage):
+    return text
   array = re.search(r'"([\w.]+)/c/[^"]*"', text)
   if array and "Digest mismatch" in text:
     return f"the checksum of {array[1]} is wrong"

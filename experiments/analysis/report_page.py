@@ -296,12 +296,9 @@ def findings(
       )
   for row in likelihoods:
     if row.result is baseline and row.fitted:
-      d = row.difference
-      verb = "lowers" if d.value < 0 else "raises"
       parts.append(
-        f"{row.task}: one fitted output temperature "
-        f"{verb if d.excludes_zero else 'does not significantly change'} the perplexity of "
-        f"{baseline.label} ({difference(d, 2, ' %')})."
+        f"{row.task}: one fitted output temperature changes the perplexity of {baseline.label} by "
+        f"{difference(row.difference, 2, ' %')} (95 % interval, not corrected)."
       )
   return "\n\n".join(parts)
 

@@ -85,8 +85,8 @@ class Program:
     text: Python source.
     data: its variable `__data__`.
     limits: its resource limits.
-    peer: another program, which runs beside it in a sandbox of its own until this one ends. The
-      variable `__peer__` of both is a `peer.Peer`, with which one calls what the other serves.
+    peer: another program, which runs at the same time in another sandbox until this one ends. In
+      both programs the variable `__peer__` is a `peer.Peer`, which calls functions of the other.
   """
 
   text: str

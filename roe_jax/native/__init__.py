@@ -52,7 +52,7 @@ def _is_built():
       jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return 0.0
 
-  return kernel_check.passes(error, 0.0, "the native CPU kernels", "XLA's code")
+  return kernel_check.passes(error, 0.0, "the library of native CPU kernels", "XLA's code")
 
 
 def remembered(name: str, error: Callable[[], float]) -> float:

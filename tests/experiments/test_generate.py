@@ -47,7 +47,8 @@ def test_lines_in_lines_out_and_a_killed_run_goes_on_where_it_stopped(tiny_check
     "--batch_size=3",
     "--max_new_tokens=90",
   )
-  first = run(tiny_checkpoint, f"--output={other}", *arguments)
+  trace = f"--trace={tmp_path / 'trace.npz'}"
+  first = run(tiny_checkpoint, f"--output={other}", trace, *arguments)
   assert first.returncode == 0, first.errors
   expected = [json.loads(line) for line in other.read_text().splitlines()]
   assert [(r["index"], r["id"]) for r in expected] == [(i, f"p{i}") for i in range(12)]
@@ -68,6 +69,13 @@ def test_lines_in_lines_out_and_a_killed_run_goes_on_where_it_stopped(tiny_check
     decode=tokenizer.decode,
   ).completions[0]
   assert (expected[7]["tokens"], expected[7]["text"]) == (alone.tokens, alone.text)
+  with np.load(tmp_path / "trace.npz") as found:
+    logits, sequence = found["7/logits"], found["7/tokens"].tolist()
+  assert sequence == tokenizer.encode(prompts[7]) + alone.tokens
+  members = np.exp(logits - logits.max(-1, keepdims=True))
+  mean = (members / members.sum(-1, keepdims=True)).mean(0)[-len(alone.tokens) - 1 : -1]
+  chosen = mean[np.arange(len(alone.tokens)), alone.tokens]
+  np.testing.assert_allclose(np.log(chosen), alone.log_probs, atol=1e-3)
 
   killed = start(tiny_checkpoint, f"--output={target}", *arguments)
   while killed.process.is_alive() and not (target.exists() and target.read_text().count("\n") >= 4):
@@ -90,6 +98,8 @@ def test_lines_in_lines_out_and_a_killed_run_goes_on_where_it_stopped(tiny_check
   refused = run(tiny_checkpoint, f"--output={target}", *arguments, "--seed=1")
   assert refused.returncode == 1
   assert "other requests or settings" in refused.errors
+  refused = run(tiny_checkpoint, f"--output={target}", trace, *arguments)
+  assert refused.returncode == 1 and "choose another --output" in refused.errors
 
 
 def test_a_prompt_is_streamed_to_the_terminal(tiny_checkpoint):

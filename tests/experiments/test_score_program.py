@@ -3,6 +3,7 @@ import json
 import numpy as np
 import programs
 import pytest
+import scipy.special
 
 from roe_jax import checkpoint, scoring
 from roe_jax.roster import Roster
@@ -30,7 +31,8 @@ def test_continuations_are_scored_as_by_the_library(tiny_checkpoint, model, tmp_
   params, config, tokenizer, roster = model
   source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
   source.write_text("".join(json.dumps({"prompt": p, "continuation": c}) + "\n" for p, c in PAIRS))
-  done = run(tiny_checkpoint, f"--input={source}", f"--output={target}", *mesh)
+  trace = tmp_path / "trace.npz"
+  done = run(tiny_checkpoint, f"--input={source}", f"--output={target}", f"--trace={trace}", *mesh)
   assert done.returncode == 0, done.errors
   prompts, ends = zip(*[[tokenizer.encode(t) for t in pair] for pair in PAIRS])
   expected = scoring.score(
@@ -42,6 +44,13 @@ def test_continuations_are_scored_as_by_the_library(tiny_checkpoint, model, tmp_
     assert record["log_prob"] == pytest.approx(sum(record["log_probs"]))
     assert record["tokens"] == end
     assert record["is_greedy"] == (text.greedy_tokens.tolist() == end)
+  with np.load(trace) as found:
+    for i, (prompt, end) in enumerate(zip(prompts, ends)):
+      np.testing.assert_array_equal(found[f"{i}/tokens"], prompt + end)
+      members = scipy.special.softmax(found[f"{i}/logits"], axis=-1)  # [R, S, V]
+      at = np.arange(len(prompt) - 1, len(prompt) + len(end) - 1)
+      log_probs = np.log(members[:, at, end].mean(0))
+      np.testing.assert_allclose(log_probs, records[i]["log_probs"], atol=1e-3)
 
 
 def test_a_texts_perplexity_is_printed_beside_the_plain_models(tiny_checkpoint, model, tmp_path):
