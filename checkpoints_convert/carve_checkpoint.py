@@ -24,6 +24,7 @@ from roe_jax import cache as kv_cache
 from roe_jax import params as params_lib
 from roe_jax.checkpoint_folder import CARVING_FILE, named_leaves
 from roe_jax.config import ModelConfig
+from roe_jax.layer_inputs import CacheAccess, TokenBatch
 from roe_jax.numerics import project
 from roe_jax.params import LayerParams
 from roe_jax.routers import LINEAR, NEURONS, NONE
@@ -269,15 +270,9 @@ def calibrate(config, is_sliding, layers, layer, x, positions, rotation):
     x = x[None]
     normed = transformer.norm(config, x, layers.attention_norm[layer])
     new = attention.project(config, layers.attention, layer, normed, *rotation)
+    location = kv_cache.LayerLocation(is_sliding, layer)
     heads, _ = attention.attend_in_layer(
-      config,
-      layers.attention,
-      layer,
-      *new,
-      positions,
-      None,
-      kv_cache.LayerLocation(is_sliding, layer),
-      False,
+      config, layers.attention, layer, new, TokenBatch(positions), CacheAccess(), location
     )
     output = attention.output(layers.attention, layer, heads)
     return transformer.add_to_residual(config, x, output)[0]
