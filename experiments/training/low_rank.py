@@ -19,6 +19,7 @@ from roe_jax import params as params_lib
 from roe_jax import training, transformer
 from roe_jax.checkpoint_folder import named_leaves
 from roe_jax.config import ModelConfig
+from roe_jax.layer_inputs import LayerOptions, TokenBatch
 from roe_jax.params import LayerParams, Params
 from roe_jax.training import TrainSettings, TrainState
 
@@ -108,12 +109,13 @@ def forward(
     strategy: a differentiable one of `experts.apply`.
   """
   one_layer = config.replace(num_layers=1, sliding_window=None, sliding_layers=())
-  positions = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
+  batch = TokenBatch(jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape))
+  options = LayerOptions(strategy=strategy)
 
   def block(x, layer):
     layers, tuned = jax.tree.map(lambda a: a[None], layer)
     of_layer = Params(None, merge(layers, tuned), None, None)
-    x, _, _ = transformer.run_layers(of_layer, one_layer, x, positions, strategy=strategy)
+    x, _, _ = transformer.run_layers(of_layer, one_layer, x, batch, options=options)
     return x, None
 
   x = transformer.embed(params, config, tokens_BxT)
