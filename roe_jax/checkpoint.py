@@ -403,6 +403,8 @@ def _open(path: PathLike) -> tuple[ModelConfig, tuple[Piece, ...]]:
       raise FileNotFoundError(
         f"the checkpoint {path} has no piece params/{piece.name}: copy, save or convert it again"
       )
+    with _reading(path, piece):
+      orbax_storage.check_files(_piece_folder(path, piece))
     _check_piece(path, piece, config)
   return config, pieces
 

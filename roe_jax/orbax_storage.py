@@ -5,6 +5,7 @@ import contextlib
 import functools
 import gc
 import logging
+import os
 import re
 import sys
 import traceback
@@ -70,6 +71,20 @@ def saving() -> Iterator[None]:
   context.memory.deepcopy_host_arrays = False
   with context:
     yield
+
+
+def check_files(folder: str | os.PathLike[str]) -> None:
+  """Checks that a folder has files and folders only: reading a pipe would wait forever.
+
+  Raises:
+    Damage: it has something else, such as a pipe or a broken link.
+  """
+  with os.scandir(folder) as entries:
+    for entry in entries:
+      if entry.is_dir():
+        check_files(entry)
+      elif not entry.is_file():
+        raise Damage(f"{entry.name} is not a file")
 
 
 @contextlib.contextmanager

@@ -261,7 +261,10 @@ def attempt(subject, number, model, work, expected, caplog):
   # Of the many files of an array each as often as one other.
   kinds = sorted({p.suffix or "array" for p in files})
   kind = choice.choice(kinds)
-  path = choice.choice([p for p in files if (p.suffix or "array") == kind])
+  # Orbax names the files of arrays at random.
+  content = lambda p: (p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest())
+  of_kind = [p for p in files if (p.suffix or "array") == kind]
+  path = choice.choice(sorted(of_kind, key=content) if kind == "array" else of_kind)
   change = damage.damage(choice, path)
   done = lambda *outcome: Attempt(number, str(path.relative_to(folder)), change, *outcome)
   caplog.clear()
