@@ -2,6 +2,13 @@
 
 from importlib import metadata
 import os
+import signal
+import threading
+
+# Programs of tests are interrupted, also where the tests run in the background of a shell, which
+# ignores Ctrl-C.
+if threading.current_thread() is threading.main_thread():
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before JAX is imported: eight devices on the host, for the tests of sharding,
 # and little effort of LLVM, as nearly all of the tests' time is compiling.

@@ -226,17 +226,12 @@ def test_a_quantized_model_is_the_model_of_its_widened_weights(format):
   )
   texts = tiny.texts([9, 12])
   roster = Roster.create(config, 3, 0.5)
-  scores = [
-    scoring.score(p, c, texts, roster=r).sequences
-    for p, c, r in (
-      (params, config, roster),
-      (widened, plain, roster),
-      (params, config, Roster.create(config, 3, 0.5, cache="none")),
-    )
-  ]
-  for other in scores[1:]:
-    for one, two in zip(scores[0], other):
-      np.testing.assert_allclose(one.log_probs, two.log_probs, rtol=1e-3, atol=1e-4)
+  quantized, of_plain = (params, config), (widened, plain)
+  own = [roster.replace(cache=cache) for cache in ("standard", "none")]
+  for one, other in (((*quantized, roster), (*of_plain, roster)), [(*quantized, r) for r in own]):
+    scores = [scoring.score(p, c, texts, roster=r).sequences for p, c, r in (one, other)]
+    for found, expected in zip(*scores):
+      np.testing.assert_allclose(found.log_probs, expected.log_probs, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

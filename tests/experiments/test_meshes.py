@@ -11,7 +11,6 @@ import pytest
 from experiments import meshes
 from roe_jax import diagnostics, members, transformer
 from roe_jax import params as params_lib
-from roe_jax.roster import Roster
 
 pytestmark = pytest.mark.slow
 
@@ -109,10 +108,6 @@ def test_margins_are_distances_between_chosen_and_other_experts(model):
     np.testing.assert_allclose(margins[0, member, 0], ranked[:, 3] - ranked[:, 4], atol=1e-5)
   ranked = np.sort(outputs.router_logits[:, 0])[..., ::-1]
   np.testing.assert_allclose(margins[:, 0, 0], ranked[..., 3] - ranked[..., 4], atol=1e-5)
-  with pytest.raises(ValueError, match="need a Clean Cache"):
-    diagnostics.routing_margins(
-      model.params, model.config, Roster.create(model.config, 2, 0.3, cache="standard"), [text]
-    )
 
 
 def test_the_program_writes_a_table_and_says_what_it_found(tmp_path):
