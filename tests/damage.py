@@ -133,7 +133,7 @@ def _json(random, document):
       holder[str(new)[:40]] = other[-1]
     else:
       holder.append(holder[key])
-    return f"one more beside {name}", document
+    return f"one more next to {name}", document
   holder[key] = new
   return f"{str(new)[:40]!r} for {name}", document
 
