@@ -171,10 +171,11 @@ def test_a_signal_ends_a_program_that_is_still_importing(tmp_path, program, numb
 
 
 WAITING = """
-import os, signal, sys, time
+import os, signal, sys, time, warnings
 from checkpoints_convert import command_line
 
 def main(argv):
+  warnings.simplefilter("ignore")  # of forks with threads, from Python 3.12 on
   if not (child := os.fork()):
     time.sleep(100)
   os.kill(child, signal.SIGTERM)  # which must not end this process
