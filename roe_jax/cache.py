@@ -102,7 +102,7 @@ def empty(
   batch_size: int,
   capacity: int,
   layers: tuple[int, int] | None = None,
-  whole: bool = False,
+  rerun: int = 0,
 ) -> KVCache:
   """Returns an empty cache.
 
@@ -111,14 +111,14 @@ def empty(
     batch_size: B.
     capacity: S, the number of positions it can hold.
     layers: `(first, end)` of its layers; all by default.
-    whole: whether sliding layers also keep `capacity` positions instead of only the
-      last `config.sliding_window`.
+    rerun: how many positions sliding layers keep beyond the last `config.sliding_window`, so
+      that so many of the newest can be run again.
   """
   is_sliding = _is_sliding(config)[slice(*(layers or (0, config.num_layers)))]
   cache = KVCache(*_zeros(config, int((~is_sliding).sum()), batch_size, capacity))
   if config.sliding_window is None:
     return cache
-  kept = capacity if whole else min(capacity, config.sliding_window)
+  kept = min(capacity, config.sliding_window + rerun)
   keys, values = _zeros(config, int(is_sliding.sum()), batch_size, kept)
   positions = jnp.full((len(keys), batch_size, 1, kept, 1), NO_POSITION, jnp.int32)
   return cache.replace(sliding=SlidingCache(keys, values, positions))

@@ -8,6 +8,7 @@ object, and all programs ask it.
 import math
 from typing import Any, NamedTuple
 
+from flax import struct
 import jax
 
 from roe_jax.config import ModelConfig
@@ -32,6 +33,18 @@ class Pass(NamedTuple):
     return len(self.positions) * len(self.roster.members)
 
 
+class Draft(struct.PyTreeNode):
+  """What the clean member computed at T positions.
+
+  Attributes:
+    x: `[B, T, D]`, its hidden states before the first noise, which all members share.
+    logits: `[B, T, V]` float32.
+  """
+
+  x: jax.Array
+  logits: jax.Array
+
+
 class CacheMode:
   """A way to keep the history of sequences; subclasses define at least `empty` and `states`.
 
@@ -50,7 +63,7 @@ class CacheMode:
   keeps_history = True
 
   def empty(
-    self, config: ModelConfig, roster: Any, batch_size: int, capacity: int, whole: bool = False
+    self, config: ModelConfig, roster: Any, batch_size: int, capacity: int, rerun: int = 0
   ) -> Any:
     """Returns an empty cache.
 
@@ -59,8 +72,8 @@ class CacheMode:
       roster: the settings.
       batch_size: B.
       capacity: S, the number of positions it can hold.
-      whole: whether sliding layers also keep all positions. Needed to run positions
-        against a cache that already holds later ones (scoring, diagnostics).
+      rerun: how many of the newest positions are run against it again (drafted tokens; all
+        of them in scoring and diagnostics): sliding layers keep so many more.
     """
     raise NotImplementedError
 
@@ -95,16 +108,30 @@ class CacheMode:
     """
     return self.step(run, cache)
 
+  def draft(self, run: Any, cache: Any) -> tuple[Draft, Any]:
+    """Runs the clean member alone at T = 1 positions and writes the cache; if `is_shared`."""
+    raise NotImplementedError
+
+  def verify(self, run: Any, cache: Any, draft: Draft) -> Any:
+    """Returns the `members.RosterOutputs` of T positions that are drafted; if `is_shared`.
+
+    Args:
+      run: the tokens: the last one, and those drafted after it.
+      cache: as the last `draft` returned it.
+      draft: what the clean member computed at these positions.
+    """
+    raise NotImplementedError
+
   def fills_first(self, roster: Any) -> bool:
     """Returns whether a prefill of whole sequences comes before any position is scored."""
     del roster
     return False
 
   def bytes(
-    self, config: ModelConfig, roster: Any, batch_size: int, capacity: int, whole: bool = False
+    self, config: ModelConfig, roster: Any, batch_size: int, capacity: int, rerun: int = 0
   ) -> int:
     """Returns the memory of `empty` in bytes."""
-    shapes = jax.eval_shape(lambda: self.empty(config, roster, batch_size, capacity, whole))
+    shapes = jax.eval_shape(lambda: self.empty(config, roster, batch_size, capacity, rerun))
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(shapes))
 
   def histories(self, num_members: int) -> int:

@@ -19,6 +19,7 @@ class Completion:
       "context" (end of the model's context).
     text: decoded tokens without the stop token, cut before a stop string; None
       without a `decode` function.
+    members: how many members each token is the choice of.
   """
 
   tokens: list[int]
@@ -26,6 +27,7 @@ class Completion:
   clean_tokens: list[int]
   finish_reason: str
   text: str | None = None
+  members: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,24 +36,28 @@ class Throughput:
 
   Attributes:
     tokens: generated tokens in all completions.
-    steps: decode steps; each adds one token to every running slot.
+    steps: decode steps; each adds one token to every running slot, or several that were drafted.
     occupancy: mean fraction of slots that were running.
     seconds: wall time, including prefill and compilation.
+    drafted: tokens drafted in running slots.
   """
 
   tokens: int
   steps: int
   occupancy: float
   seconds: float
+  drafted: int = 0
 
   @property
   def tokens_per_second(self) -> float:
     return self.tokens / self.seconds if self.seconds else 0.0
 
   def __str__(self) -> str:
+    drafted = f", {self.drafted} tokens drafted" if self.drafted else ""
     return (
       f"{self.tokens} tokens in {self.seconds:.1f} s ({self.tokens_per_second:.1f} "
       f"tokens/s) and {self.steps} steps, {100 * self.occupancy:.0f} % of the slots running"
+      f"{drafted}"
     )
 
 

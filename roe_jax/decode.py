@@ -17,12 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import batching, prefill, sampling, sharding
+from roe_jax import batching, drafting, prefill, sharding
 from roe_jax import members as members_lib
 from roe_jax import params as params_lib
 from roe_jax.completion import Completion, Generation, Throughput
 from roe_jax.config import ModelConfig
-from roe_jax.members import RosterPass
 from roe_jax.numerics import NonFiniteLogits
 from roe_jax.params import Params
 from roe_jax.roster import Roster
@@ -43,6 +42,7 @@ class DecodeState(struct.PyTreeNode):
     tokens: `[B, S]` int32, prompts and generated tokens.
     log_probs: `[B, S]` float32 of each generated token.
     clean_tokens: `[B, S]` int32, the clean member's choice at each generated position.
+    members: `[B, S]` int32, how many members each generated token is the choice of.
     lengths: `[B]` int32, tokens so far.
     limits: `[B]` int32, length at which a sequence ends.
     done: `[B]` bool; True also in an empty slot.
@@ -53,6 +53,7 @@ class DecodeState(struct.PyTreeNode):
   tokens: jax.Array
   log_probs: jax.Array
   clean_tokens: jax.Array
+  members: jax.Array
   lengths: jax.Array
   limits: jax.Array
   done: jax.Array
@@ -60,7 +61,7 @@ class DecodeState(struct.PyTreeNode):
   cache: Any
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("config", "draft_tokens"), donate_argnames="state")
 def decode_steps(
   params: Params,
   config: ModelConfig,
@@ -69,6 +70,7 @@ def decode_steps(
   state: DecodeState,
   stop_tokens: jax.Array,
   num_steps: jax.Array,
+  draft_tokens: int = 1,
 ) -> tuple[DecodeState, jax.Array]:
   """Decodes all running sequences until one of them ends.
 
@@ -80,6 +82,7 @@ def decode_steps(
     state: donated.
     stop_tokens: `[X]` int32, padded with -1.
     num_steps: int32 scalar, traced: the maximum number of steps.
+    draft_tokens: J, static: a step adds one to J tokens to each sequence.
 
   Returns:
     The state, and the number of steps taken.
@@ -89,25 +92,36 @@ def decode_steps(
 
   def step(carry):
     count, state = carry
-    positions = state.lengths - 1
-    tokens = state.tokens[slots, positions]
-    run = RosterPass.of_step(params, config, roster, tokens, positions, state.request_ids)
-    outputs, cache = roster.cache_mode.step(run, state.cache)
-    log_probs = outputs.log_probs[:, 0]
-    token = sampling.choose(sampler, roster.seed, log_probs, state.request_ids, positions)
+    last = state.lengths - 1
+    found, cache = drafting.next_tokens(
+      params,
+      config,
+      roster,
+      sampler,
+      state.tokens[slots, last],
+      last,
+      state.request_ids,
+      state.cache,
+      draft_tokens,
+    )
+    indices = state.lengths[:, None] + jnp.arange(draft_tokens)[None]
+    ends = jnp.isin(found.tokens, stop_tokens) | (indices + 1 >= state.limits[:, None])
+    goes_on = found.agree & ~ends
+    holds = jnp.cumprod(goes_on[:, :-1], axis=1, dtype=jnp.int32)
+    holds = jnp.pad(holds, ((0, 0), (1, 0)), constant_values=1) == 1
+    holds &= ~state.done[:, None]
+    indices = jnp.where(holds, indices, state.tokens.shape[1])
 
-    def put(array, value):
-      kept = array[slots, state.lengths]
-      return array.at[slots, state.lengths].set(jnp.where(state.done, kept, value))
+    def put(array, values):
+      return array.at[slots[:, None], indices].set(values, mode="drop")
 
-    lengths = jnp.where(state.done, state.lengths, state.lengths + 1)
-    ended = jnp.isin(token, stop_tokens) | (lengths >= state.limits)
     return count + 1, state.replace(
-      tokens=put(state.tokens, token),
-      log_probs=put(state.log_probs, log_probs[slots, token]),
-      clean_tokens=put(state.clean_tokens, outputs.clean_tokens[:, 0]),
-      lengths=lengths,
-      done=state.done | ended,
+      tokens=put(state.tokens, found.tokens),
+      log_probs=put(state.log_probs, found.log_probs),
+      clean_tokens=put(state.clean_tokens, found.clean_tokens),
+      members=put(state.members, found.members),
+      lengths=state.lengths + holds.sum(axis=1),
+      done=state.done | jnp.any(holds & ends, axis=1),
       cache=cache,
     )
 
@@ -128,23 +142,31 @@ def start(
   max_new_tokens: int,
   num_slots: int,
   capacity: int,
+  draft_tokens: int = 0,
 ) -> DecodeState:
   """Prefills the prompts, one per slot from the first on.
 
-  The last token of each prompt is left for the first step.
+  The last token of each prompt is left for the first step, which drafts at most `draft_tokens`.
   """
   lengths, ids = np.ones(num_slots, np.int32), np.zeros(num_slots, np.uint32)
   lengths[: len(prompts)] = [len(p) for p in prompts]
   ids[: len(prompts)] = request_ids
   tokens, ids = batching.pad(prompts, num_slots, capacity), jnp.asarray(ids)
   cache = batching.init_sharded(
-    params, members_lib.empty_cache, config, roster, batch_size=num_slots, capacity=capacity
+    params,
+    members_lib.empty_cache,
+    config,
+    roster,
+    batch_size=num_slots,
+    capacity=capacity,
+    rerun=draft_tokens,
   )
   cache = prefill.fill_cache(params, config, roster, cache, tokens, lengths - 1, ids)
   state = DecodeState(
     tokens=tokens,
     log_probs=jnp.zeros(tokens.shape, jnp.float32),
     clean_tokens=jnp.full(tokens.shape, -1, jnp.int32),
+    members=jnp.zeros(tokens.shape, jnp.int32),
     lengths=jnp.asarray(lengths),
     limits=jnp.asarray(np.minimum(lengths + max_new_tokens, config.context_length)),
     done=jnp.arange(num_slots) >= len(prompts),
@@ -176,6 +198,7 @@ class _Slots:
     waiting: indices of prompts that are not prefilled yet.
     steps: decode steps taken.
     slot_steps: sum over those steps of the number of running slots.
+    drafted: tokens drafted in running slots.
   """
 
   def __init__(
@@ -189,16 +212,18 @@ class _Slots:
     stops: Stops,
     max_new_tokens: int,
     num_slots: int,
+    draft_tokens: int,
   ):
     self.sequences: list[OpenSequence | None] = [None] * num_slots
     self.waiting = deque(range(len(prompts)))
-    self.steps = self.slot_steps = 0
+    self.steps = self.slot_steps = self.drafted = 0
     self._model = params_lib.in_storage_dtype(params), config, roster
     self._sampler, self._stops, self._stop_tokens = sampler, stops, stops.token_array()
     self._prompts, self._ids, self._max_new_tokens = prompts, request_ids, max_new_tokens
     self._capacity = prefill.capacity_for(config, prompts, max_new_tokens)
     self._state = None
     self._ready_state = None
+    self._draft_tokens, self._draft_length = draft_tokens, drafting.DraftLength(draft_tokens)
     self._not_finite: dict[int, int] = {}  # {slot: first position with non-finite logits}
     self._ready: deque[tuple[int, int]] = deque()  # (slot in the ready state, prompt)
 
@@ -234,17 +259,27 @@ class _Slots:
       self._max_new_tokens,
       num_slots,
       self._capacity,
+      self._draft_tokens,
     )
 
   def _opened(self, index):
     return OpenSequence(index, len(self._prompts[index]), self._stops)
 
-  def advance(self, num_steps: int) -> None:
-    """Decodes until a sequence ends, for at most `num_steps` steps."""
+  def advance(self, num_tokens: int) -> None:
+    """Decodes until a sequence ends, for at most `num_tokens` tokens or a step."""
+    size, running = self._draft_length.size, np.array([s is not None for s in self.sequences])
+    arguments = np.int32(max(1, num_tokens // size)), size
+    before = jax.device_get(self._state.lengths)
     self._state, steps = decode_steps(
-      *self._model, self._sampler, self._state, self._stop_tokens, np.int32(num_steps)
+      *self._model, self._sampler, self._state, self._stop_tokens, *arguments
     )
     self.steps += int(steps)
+    slot_steps = int(steps) * int(running.sum())
+    self.slot_steps += slot_steps
+    if size > 1:
+      self.drafted += slot_steps * size
+      kept = (jax.device_get(self._state.lengths) - before)[running].sum()
+      self._draft_length.update(slot_steps, int(kept))
     if self._stops.strings:
       tokens, lengths = jax.device_get((self._state.tokens, self._state.lengths))
       stopped = [
@@ -260,13 +295,16 @@ class _Slots:
     for slot, sequence in enumerate(self.sequences):
       if sequence is not None and state.done[slot] and slot not in self._not_finite:
         ended.append((sequence.index, self._completion(slot, state)))
-        self.slot_steps += int(state.lengths[slot]) - sequence.start
         self.sequences[slot] = None
     return ended
 
-  def completion(self, slot: int) -> Completion:
-    """Returns the completion in a slot so far."""
-    return self._completion(slot, self._fetched())
+  def completions(self, slot: int, start: int) -> Iterator[Completion]:
+    """Yields the completion in a slot up to each of its tokens from the one of index `start` on."""
+    state = self._fetched()
+    last = self._completion(slot, state)
+    for count in range(start + 1, len(last.tokens)):
+      yield self._completion(slot, state, count)
+    yield last
 
   def check_finite(self) -> None:
     """Checks the log-probabilities that were fetched last.
@@ -291,15 +329,16 @@ class _Slots:
     }
     return state
 
-  def _completion(self, slot, state):
-    return self.sequences[slot].completion(
-      state.tokens[slot],
-      state.log_probs[slot],
-      state.clean_tokens[slot],
-      int(state.lengths[slot]),
-      bool(state.done[slot]),
-      self._model[1].context_length,
-    )
+  def _completion(self, slot, state, count=None):
+    """Returns the completion in a slot so far, or its first tokens."""
+    sequence = self.sequences[slot]
+    of_tokens = {
+      name: getattr(state, name)[slot] for name in ("log_probs", "clean_tokens", "members")
+    }
+    length = int(state.lengths[slot]) if count is None else sequence.start + count
+    done = count is None and bool(state.done[slot])
+    context_length = self._model[1].context_length
+    return sequence.completion(state.tokens[slot], of_tokens, length, done, context_length)
 
 
 def generate(
@@ -316,6 +355,7 @@ def generate(
   stop_reader: Callable[[int], StopReader] | None = None,
   request_ids: Sequence[int] | None = None,
   batch_size: int = 16,
+  draft_tokens: int = 0,
   on_finished: Callable[[int, Completion], None] = lambda index, completion: None,
 ) -> Generation:
   """Generates completions of prompts.
@@ -347,6 +387,9 @@ def generate(
       returns, with special tokens if it has a parameter `skip_special_tokens`.
     request_ids: addresses of the prompts' randomness, in [0, 2**32); 0, 1, ... by default.
     batch_size: number of slots.
+    draft_tokens: maximum number of tokens that the clean member drafts before the other members
+      run at their positions together (see `drafting`); 0 drafts none. The number follows the
+      share of drafted tokens that are kept. Results are equal up to rounding.
     on_finished: called with the index of a prompt and its completion when it is finished.
 
   Raises:
@@ -363,7 +406,18 @@ def generate(
   if batch_size < 1:
     raise ValueError(f"batch_size must be at least 1, got {batch_size}")
   num_slots = min(batch_size, batching.bucket(len(prompts)))
-  slots = _Slots(params, config, roster, sampler, prompts, ids, stops, max_new_tokens, num_slots)
+  slots = _Slots(
+    params,
+    config,
+    roster,
+    sampler,
+    prompts,
+    ids,
+    stops,
+    max_new_tokens,
+    num_slots,
+    drafting.checked(roster, draft_tokens),
+  )
   completions: dict[int, Completion] = {}
   while slots.unfinished:
     slots.fill()
@@ -377,6 +431,7 @@ def generate(
     slots.steps,
     slots.slot_steps / max(1, slots.steps * len(slots.sequences)),
     time.perf_counter() - begin,
+    slots.drafted,
   )
   return Generation(
     [completions[i] for i in range(len(prompts))],
@@ -405,6 +460,7 @@ def stream(
   decode: Callable[[list[int]], str] | None = None,
   stop_reader: Callable[[int], StopReader] | None = None,
   request_id: int = 0,
+  draft_tokens: int = 0,
 ) -> Iterator[Completion]:
   """Generates the completion of one prompt; yields it so far after every token.
 
@@ -423,15 +479,17 @@ def stream(
     stop_reader,
   )
   ids = batching.request_ids([request_id], 1)
-  slots = _Slots(params, config, roster, sampler, [prompt], ids, stops, max_new_tokens, 1)
+  draft_tokens = drafting.checked(roster, draft_tokens)
+  settings = ids, stops, max_new_tokens, 1, draft_tokens
+  slots = _Slots(params, config, roster, sampler, [prompt], *settings)
   slots.fill()
-  finish_reason = ""
+  count, finish_reason = 0, ""
   while not finish_reason:
     slots.advance(1)
-    completion = slots.completion(0)
-    slots.check_finite()  # what was fetched for it
-    finish_reason = completion.finish_reason
-    yield completion
+    for completion in slots.completions(0, count):
+      slots.check_finite()  # what was fetched for it
+      yield completion
+    count, finish_reason = len(completion.tokens), completion.finish_reason
 
 
 def _checked(

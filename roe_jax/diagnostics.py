@@ -282,7 +282,7 @@ def _at_all_positions(compute, params, config, roster, sequences, request_ids):
     roster,
     batch_size=len(ids),
     capacity=capacity,
-    whole=True,
+    rerun=capacity,
   )
   if roster.cache_mode.is_shared:
     cache = prefill.fill_cache(params, config, roster, cache, tokens, longest - 1, ids)

@@ -30,17 +30,19 @@ class RosterOutputs(struct.PyTreeNode):
     log_probs: `[B, T, V]` float32.
     clean_tokens: `[B, T]` int32, the clean member's most probable token; -1 if that
       member is not computed.
+    members: `[B, T]` int32, how many members are averaged.
   """
 
   log_probs: jax.Array
   clean_tokens: jax.Array
+  members: jax.Array
 
 
 def empty_cache(
-  config: ModelConfig, roster: Roster, batch_size: int, capacity: int, whole: bool = False
+  config: ModelConfig, roster: Roster, batch_size: int, capacity: int, rerun: int = 0
 ) -> Any:
   """Returns the empty cache of a roster; see `CacheMode.empty` for the arguments."""
-  return roster.cache_mode.empty(config, roster, batch_size, capacity, whole)
+  return roster.cache_mode.empty(config, roster, batch_size, capacity, rerun)
 
 
 def tokens_within_budget(
@@ -126,46 +128,71 @@ class RosterPass(struct.PyTreeNode):
     """Returns the roster's settings of a range of layers (default: all)."""
     return LayerOptions(layers, self.roster.gate_weights, self.roster.expert_strategy, keep)
 
+  def unembed(self, x: jax.Array) -> jax.Array:
+    """Computes float32 logits `[..., V]` from hidden states after the last block."""
+    return transformer.unembed(self.params, self.config, x)
+
   def aggregate(self, x_RxBxTxD: jax.Array) -> RosterOutputs:
     """Aggregates all members' final hidden states, in batches of members."""
     first, others = batches(self.config, self.roster, math.prod(x_RxBxTxD.shape[1:3]))
     rest = x_RxBxTxD[len(first) :].reshape(*others.shape, *x_RxBxTxD.shape[1:])
-    return self.aggregate_batches(x_RxBxTxD[: len(first)], lambda x: x, rest)
+    return self.aggregate_batches(self.unembed(x_RxBxTxD[: len(first)]), self.unembed, rest)
 
   def aggregate_batches(
-    self, x_RxBxTxD: jax.Array, states: Callable[[jax.Array], jax.Array], others: jax.Array
+    self, logits_RxBxTxV: jax.Array, logits: Callable[[jax.Array], jax.Array], others: jax.Array
   ) -> RosterOutputs:
-    """Aggregates the states of a first batch of members and of `states(batch)` of others.
+    """Aggregates the logits of a first batch of members and `logits(batch)` of others.
 
     Args:
-      x_RxBxTxD: final hidden states of the first members.
-      states: returns those of a batch.
+      logits_RxBxTxV: float32, those of the first members.
+      logits: computes those of a batch.
       others: other batches, stacked; may be none.
     """
+    found = averaged = logits_RxBxTxV
+    has_clean = self.roster.members[0] == 0
+    if has_clean and not self.roster.include_clean:
+      averaged = found[1:]
+    total = self.roster.aggregate_with.add(None, averaged)
+    return self._finish(total, logits, others, found[0] if has_clean else None)
+
+  def aggregate_after(
+    self, clean_BxTxV: jax.Array, logits: Callable[[jax.Array], jax.Array]
+  ) -> RosterOutputs:
+    """Aggregates the clean member's logits, float32, and `logits(batch)` of the others."""
+    first, others = batches(self.config, self.roster, clean_BxTxV[..., 0].size, after_clean=True)
+    add = self.roster.aggregate_with.add
+    total = add(None, clean_BxTxV[None]) if self.roster.include_clean else None
+    return self._finish(add(total, logits(first)), logits, others, clean_BxTxV)
+
+  def _finish(self, total, logits, others, clean_BxTxV):
+    """Adds the other batches to the state of the aggregation, and finishes it."""
     roster, aggregation = self.roster, self.roster.aggregate_with
-
-    def logits(x):
-      return transformer.unembed(self.params, self.config, x)
-
-    found = logits(x_RxBxTxD)
-    if roster.members[0] == 0:
-      clean_tokens = jnp.argmax(found[0], axis=-1).astype(jnp.int32)
-      found = found if roster.include_clean else found[1:]
-    else:
-      clean_tokens = jnp.full(found.shape[1:3], -1, jnp.int32)
-    total = aggregation.add(None, found)
     if len(others):
-      add = lambda total, batch: (aggregation.add(total, logits(states(batch))), None)
+      add = lambda total, batch: (aggregation.add(total, logits(batch)), None)
       total, _ = jax.lax.scan(add, total, others)
-    return RosterOutputs(aggregation.finish(total, roster.num_members), clean_tokens)
+    log_probs = aggregation.finish(total, roster.num_members)
+    clean_tokens = jnp.full(log_probs.shape[:2], -1, jnp.int32)
+    if clean_BxTxV is not None:
+      clean_tokens = jnp.argmax(clean_BxTxV, axis=-1).astype(jnp.int32)
+    return RosterOutputs(log_probs, clean_tokens, jnp.full_like(clean_tokens, roster.num_members))
 
 
 def batches(
-  config: ModelConfig, roster: Roster, tokens_per_member: int
+  config: ModelConfig, roster: Roster, tokens_per_member: int, after_clean: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the first batch of members `[R1]`, and batches `[X, R2]` of the others."""
-  members = np.asarray(roster.members)
-  first, *others = batch_sizes(config, roster, tokens_per_member)
+  """Returns the first batch of members `[R1]`, and batches `[X, R2]` of the others.
+
+  Args:
+    config: the model's architecture.
+    roster: the settings.
+    tokens_per_member: sequences x positions.
+    after_clean: whether the clean member is left out.
+  """
+  members = np.asarray(roster.members)[int(after_clean) :]
+  if after_clean:
+    first, *others = _split(len(members), config, roster, tokens_per_member)
+  else:
+    first, *others = batch_sizes(config, roster, tokens_per_member)
   return jnp.asarray(members[:first]), jnp.asarray(members[first:].reshape(others))
 
 
@@ -184,10 +211,14 @@ def batch_sizes(
     The size of the first batch, the number of other batches, and their common size.
   """
   members = roster.members
-  most = max(1, tokens_within_budget(config, roster.memory_budget, platform) // tokens_per_member)
-  count = -(-len(members) // most)
-  size = -(-len(members) // count)
-  first = len(members) - (count - 1) * size
-  if first == 1 and count > 1 and members[0] == 0 and not roster.include_clean:
+  first, count, size = _split(len(members), config, roster, tokens_per_member, platform)
+  if first == 1 and count and members[0] == 0 and not roster.include_clean:
     count, first = count - 1, first + size  # the first batch must contain an averaged member
-  return first, count - 1, size
+  return first, count, size
+
+
+def _split(num_members, config, roster, tokens_per_member, platform=None):
+  within = tokens_within_budget(config, roster.memory_budget, platform)
+  count = -(-num_members // max(1, within // tokens_per_member))
+  size = -(-num_members // count)
+  return num_members - (count - 1) * size, count - 1, size

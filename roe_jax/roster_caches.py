@@ -12,7 +12,7 @@ from roe_jax import cache as kv_cache
 from roe_jax import members as members_lib
 from roe_jax import sharding
 from roe_jax.cache import KVCache
-from roe_jax.cache_modes import CACHES, CacheMode, Pass
+from roe_jax.cache_modes import CACHES, CacheMode, Draft, Pass
 from roe_jax.layer_inputs import CacheAccess
 from roe_jax.members import RosterOutputs, RosterPass
 from roe_jax.transformer import BlockOutputs
@@ -28,8 +28,8 @@ class CleanCache(CacheMode):
 
   is_shared = True
 
-  def empty(self, config, roster, batch_size, capacity, whole=False) -> KVCache:
-    return kv_cache.empty(config, batch_size, capacity, whole=whole)
+  def empty(self, config, roster, batch_size, capacity, rerun=0) -> KVCache:
+    return kv_cache.empty(config, batch_size, capacity, rerun=rerun)
 
   def prefill(self, run: RosterPass, cache: KVCache) -> KVCache:
     return self._run_clean(run, cache)[1]
@@ -80,17 +80,39 @@ class CleanCache(CacheMode):
     states, own = self._run_members(run, cache, x, shared, first, keep)
 
     def more(members):
-      return self._run_members(run, cache, x, BlockOutputs(), members)[0]
+      return run.unembed(self._run_members(run, cache, x, BlockOutputs(), members)[0])
 
-    outputs = run.aggregate_batches(states, more, others)
+    outputs = run.aggregate_batches(run.unembed(states), more, others)
     if not write:
       return outputs, cache
+    last = outputs.log_probs[:, 0, 0] if len(others) else None  # the other members read it later
+    return outputs, self._write(run, cache, own, last)
+
+  def _write(self, run, cache, own, read_later=None):
+    """Writes one position of each sequence: `own`'s keys and values of all layers."""
     keys, values = own.keys, own.values
-    if len(others):
-      last = outputs.log_probs[:, 0, 0, None, None, None]  # the other members read it later
-      keys, values = (kv_cache.after_reading(last, a) for a in (keys, values))
+    if read_later is not None:
+      keys, values = (
+        kv_cache.after_reading(read_later[:, None, None, None], a) for a in (keys, values)
+      )
     put = functools.partial(kv_cache.write_step, run.config)
-    return outputs, sharding.write(put, cache, keys, values, run.positions_BxT[:, 0])
+    return sharding.write(put, cache, keys, values, run.positions_BxT[:, 0])
+
+  def draft(self, run: RosterPass, cache: KVCache) -> tuple[Draft, KVCache]:
+    keep = ("keys", "values")
+    x, before = self._run_shared(run, cache, keep)
+    options = run.options((run.roster.noisy_layers[0], run.config.num_layers), keep)
+    last, _, after = run.layers(x, run.token_batch(), CacheAccess(cache), options)
+    return Draft(x, run.unembed(last)), self._write(run, cache, _joined((before, after), axis=0))
+
+  def verify(self, run: RosterPass, cache: KVCache, draft: Draft) -> RosterOutputs:
+    if sharding.mesh_of(run.params.layers) is not None:
+      return self.step(run, cache, write=False)[0]  # all members: their number fits the mesh
+
+    def logits(members):
+      return run.unembed(self._run_members(run, cache, draft.x, BlockOutputs(), members)[0])
+
+    return run.aggregate_after(draft.logits, logits)
 
   def score(self, run: RosterPass, cache: KVCache) -> tuple[RosterOutputs, KVCache]:
     if self.fills_first(run.roster):
@@ -133,11 +155,11 @@ class StandardCache(CacheMode):
 
   over_members = staticmethod(jax.vmap)
 
-  def empty(self, config, roster, batch_size, capacity, whole=False) -> OwnHistories:
+  def empty(self, config, roster, batch_size, capacity, rerun=0) -> OwnHistories:
     first, members = roster.noisy_layers[0], len(roster.members)
-    own = kv_cache.empty(config, batch_size, capacity, (first, config.num_layers), whole)
+    own = kv_cache.empty(config, batch_size, capacity, (first, config.num_layers), rerun)
     return OwnHistories(
-      kv_cache.empty(config, batch_size, capacity, (0, first), whole),
+      kv_cache.empty(config, batch_size, capacity, (0, first), rerun),
       jax.tree.map(lambda c: jnp.tile(c, (members, *[1] * c.ndim)), own),
     )
 
@@ -178,7 +200,7 @@ class NoCache(StandardCache):
   keeps_history = False
   over_members = staticmethod(_one_by_one)
 
-  def empty(self, config, roster, batch_size, capacity, whole=False) -> jax.Array:
+  def empty(self, config, roster, batch_size, capacity, rerun=0) -> jax.Array:
     return jnp.zeros((batch_size, 1, capacity, 1), jnp.int32)
 
   def prefill(self, run: RosterPass, cache: jax.Array) -> jax.Array:

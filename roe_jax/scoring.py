@@ -138,7 +138,7 @@ def log_probs(
   positions = jnp.broadcast_to(jnp.arange(t), (b, t))
   run = members_lib.RosterPass(params, config, roster, tokens_BxT, positions, ids)
   mode = roster.cache_mode
-  cache = mode.empty(config, roster, b, t, whole=True)
+  cache = mode.empty(config, roster, b, t, rerun=t)
   if mode.fills_first(roster):
     cache = mode.prefill(run.replace(roster=roster.history()), cache)
   return mode.score(run, cache)[0].log_probs
@@ -264,7 +264,7 @@ def _score_batch(
     roster,
     batch_size=batch_size,
     capacity=capacity,
-    whole=fills_first,
+    rerun=capacity * fills_first,
   )
   if fills_first:
     prompts = tokens[:, :capacity]

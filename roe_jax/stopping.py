@@ -1,7 +1,7 @@
 """Stop tokens and stop strings."""
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import inspect
@@ -182,19 +182,29 @@ class OpenSequence:
   def completion(
     self,
     tokens_S: np.ndarray,
-    log_probs_S: np.ndarray,
-    clean_tokens_S: np.ndarray,
+    of_tokens: Mapping[str, np.ndarray],
     length: int,
     done: bool,
     context_length: int,
   ) -> Completion:
-    """Returns the completion so far; `finish_reason` is "" until it is done."""
-    end = length if self._count is None else self.start + self._count
+    """Returns the completion so far; `finish_reason` is "" until it is done.
+
+    Args:
+      tokens_S: int32.
+      of_tokens: what `Completion` has of each token, `[S]`.
+      length: number of tokens, including the prompt's.
+      done: whether it ends there, if not before at a stop string.
+      context_length: the model's.
+    """
+    count = self._count
+    if count is not None and length < self.start + count:
+      count = None
+    end = length if count is None else self.start + count
     generated = tokens_S[self.start : end].tolist()
     decode, text = self._stops.decode, None
     if decode is not None:
       text = decode(self._stops.without_stop_token(generated))
-    if self._count is not None:
+    if count is not None:
       reason = "stop_string"
       text = decode and cut(generated, self._stops.strings, self._make_reader, decode)
     elif not done:
@@ -205,8 +215,7 @@ class OpenSequence:
       reason = "context" if end >= context_length else "length"
     return Completion(
       generated,
-      log_probs_S[self.start : end].tolist(),
-      clean_tokens_S[self.start : end].tolist(),
-      reason,
-      text,
+      finish_reason=reason,
+      text=text,
+      **{name: values[self.start : end].tolist() for name, values in of_tokens.items()},
     )

@@ -52,7 +52,7 @@ def lowered(config, roster, kind, texts, positions):
       integers,
       integers == 0,
       integers.astype(jnp.uint32),
-      members.empty_cache(config, roster, texts, CAPACITY, whole=kind == "score"),
+      members.empty_cache(config, roster, texts, CAPACITY, rerun=CAPACITY * (kind == "score")),
     )
 
   shapes = jax.eval_shape(state)

@@ -59,7 +59,7 @@ def test_an_empty_window_is_as_long_as_rows_see_or_as_the_text():
   assert cache.sliding.keys.shape == cache.sliding.values.shape == (3, 5, 2, 4, 8)
   assert cache.sliding.positions.shape == (3, 5, 1, 4, 1)
   assert (cache.sliding.positions == kv_cache.NO_POSITION).all()
-  assert kv_cache.empty(SLIDING, 5, 7, whole=True).sliding.capacity == 7
+  assert kv_cache.empty(SLIDING, 5, 7, rerun=7).sliding.capacity == 7
   assert kv_cache.empty(SLIDING, 5, 3).sliding.capacity == 3
   assert kv_cache.empty(SLIDING, 5, 7, (2, 5)).sliding.keys.shape[0] == 1
   assert kv_cache.empty(CONFIG, 5, 7).sliding is None

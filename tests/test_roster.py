@@ -32,7 +32,7 @@ REQUESTS = jnp.asarray([3, 2**32 - 2], jnp.uint32)
 @functools.partial(jax.jit, static_argnames=("config", "keep"))
 def member_states(params, config, roster, keep=()):
   """All members at all positions of `TOKENS`, through the roster's cache."""
-  cache = members_lib.empty_cache(config, roster, 2, 16, whole=True)
+  cache = members_lib.empty_cache(config, roster, 2, 16, rerun=16)
   run = of_tokens(params, config, roster)
   if roster.cache_mode.is_shared:
     cache = roster.cache_mode.prefill(run, cache)

@@ -181,7 +181,7 @@ def test_a_window_does_not_grow_with_the_context():
     assert num_bytes("all", 64, cache=cache) == num_bytes("all", 65536, cache=cache)
   slot, position = 2 * 4 * 2 * 8 * 4, 4 * 4
   assert num_bytes("alternating", 1024) == 1024 * slot + 2 * WINDOW * (slot + position)
-  assert num_bytes("alternating", 1024, whole=True) == 1024 * (3 * slot + 2 * position)
+  assert num_bytes("alternating", 1024, rerun=1024) == 1024 * (3 * slot + 2 * position)
   assert num_bytes("all", 3) == 3 * 3 * (slot + position)
 
 

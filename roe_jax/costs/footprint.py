@@ -67,7 +67,9 @@ def memory(
     mesh, params_lib.abstract(config), sharding.parameter_specs(mesh, config)
   )
   cache = jax.eval_shape(
-    lambda: members_lib.empty_cache(config, roster, batch_size, capacity, whole=kind == "score")
+    lambda: members_lib.empty_cache(
+      config, roster, batch_size, capacity, rerun=capacity * (kind == "score")
+    )
   )
   t, e, a = mesh.shape[TENSOR], mesh.shape[EXPERT], config.experts_per_token
   cache_block = min(capacity, attention.block_size(platform))

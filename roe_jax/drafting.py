@@ -1,0 +1,149 @@
+"""Self-speculative decoding: the clean member drafts tokens, and the whole roster verifies them.
+
+Noise and sampling are addressed by (request, position), so the distributions at drafted positions
+are those of ordinary decoding as long as the tokens before are the same: the longest prefix that
+the roster agrees with is kept, and its own token where it first differs.
+"""
+
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from roe_jax import sampling
+from roe_jax.config import ModelConfig
+from roe_jax.members import RosterPass
+from roe_jax.params import Params
+from roe_jax.roster import Roster
+from roe_jax.sampling import Sampler
+
+
+class NextTokens(struct.PyTreeNode):
+  """The roster's choices at J consecutive positions of each sequence, `[B, J]`.
+
+  The choice at j holds if those before it agree with the drafted tokens.
+
+  Attributes:
+    tokens: int32.
+    log_probs: float32, of the tokens.
+    clean_tokens: int32, the clean member's most probable tokens.
+    members: int32, how many members are averaged.
+    agree: bool, whether the tokens are the drafted ones.
+  """
+
+  tokens: jax.Array
+  log_probs: jax.Array
+  clean_tokens: jax.Array
+  members: jax.Array
+  agree: jax.Array
+
+
+def next_tokens(
+  params: Params,
+  config: ModelConfig,
+  roster: Roster,
+  sampler: Sampler,
+  tokens_B: jax.Array,
+  positions_B: jax.Array,
+  request_ids_B: jax.Array,
+  cache: Any,
+  count: int,
+) -> tuple[NextTokens, Any]:
+  """Chooses the next tokens of each sequence.
+
+  Args:
+    params: the model's parameters.
+    config: its architecture.
+    roster: the settings.
+    sampler: how tokens are chosen, also drafted ones.
+    tokens_B: int32, the last token of each sequence.
+    positions_B: int32, where it is.
+    request_ids_B: uint32.
+    cache: holds earlier positions.
+    count: J; with 1 nothing is drafted.
+
+  Returns:
+    The tokens, and the cache with J positions written.
+  """
+  mode = roster.cache_mode
+
+  def choose(log_probs_BxJxV, positions_BxJ):
+    ids = jnp.broadcast_to(request_ids_B[:, None], positions_BxJ.shape).reshape(-1)
+    flat = log_probs_BxJxV.reshape(-1, log_probs_BxJxV.shape[-1]), ids, positions_BxJ.reshape(-1)
+    return sampling.choose(sampler, roster.seed, *flat).reshape(positions_BxJ.shape)
+
+  def draft(carry, offset):
+    tokens, cache = carry
+    positions = positions_B + offset
+    run = RosterPass.of_step(params, config, roster, tokens, positions, request_ids_B)
+    drafted, cache = mode.draft(run, cache)
+    log_probs = jax.nn.log_softmax(drafted.logits, axis=-1)
+    token = choose(log_probs, positions[:, None])[:, 0]
+    return (token, cache), (tokens, token, jax.tree.map(lambda a: a[:, 0], drafted))
+
+  if count == 1:
+    run = RosterPass.of_step(params, config, roster, tokens_B, positions_B, request_ids_B)
+    outputs, cache = mode.step(run, cache)
+    positions_BxJ, drafted_BxJ = positions_B[:, None], outputs.clean_tokens
+  else:
+    offsets = jnp.arange(count)
+    (_, cache), found = jax.lax.scan(draft, (tokens_B, cache), offsets)
+    inputs_BxJ, drafted_BxJ, drafts = jax.tree.map(lambda a: a.swapaxes(0, 1), found)
+    positions_BxJ = positions_B[:, None] + offsets[None]
+    run = RosterPass(params, config, roster, inputs_BxJ, positions_BxJ, request_ids_B)
+    outputs = mode.verify(run, cache, drafts)
+  tokens = choose(outputs.log_probs, positions_BxJ)
+  log_probs = jnp.take_along_axis(outputs.log_probs, tokens[..., None], axis=-1)[..., 0]
+  agree = tokens == drafted_BxJ
+  return NextTokens(tokens, log_probs, outputs.clean_tokens, outputs.members, agree), cache
+
+
+def checked(roster: Roster, draft_tokens: int) -> int:
+  """Returns the maximum number of drafted tokens; 0 for the baseline, which needs no drafts.
+
+  Raises:
+    ValueError: it is out of range, or members have histories of their own.
+  """
+  if draft_tokens < 0 or draft_tokens == 1:
+    raise ValueError(
+      f"draft_tokens must be 0 (no drafts) or at least 2, got {draft_tokens}: of one drafted token "
+      "the roster computes all anyway"
+    )
+  if draft_tokens and not roster.cache_mode.is_shared:
+    raise ValueError(
+      f"draft_tokens needs a cache that all members share (cache='clean'); with {roster.cache!r} "
+      "each noisy member writes a history of its own, one token after the other"
+    )
+  return 0 if roster.is_baseline else draft_tokens
+
+
+class DraftLength:
+  """How many tokens to draft: follows the share of them that is kept, within powers of two.
+
+  Attributes:
+    size: J of the next rounds; 1 if nothing is drafted.
+  """
+
+  # A round is worth its drafts at about these shares of J: at an acceptance rate of 0.9 J
+  # becomes 8, at 0.7 it becomes 4.
+  _GROW, _SHRINK = 0.8, 0.55
+  _WINDOW = 64  # drafted tokens between decisions
+
+  def __init__(self, most: int):
+    """Starts with `most`, which is never exceeded; 0 drafts nothing."""
+    self._most, self.size = most, max(1, most)
+    self._kept = self._drafted = 0
+
+  def update(self, rounds: int, kept: int) -> None:
+    """Counts rounds of single sequences, and the tokens that they kept."""
+    self._kept += kept
+    self._drafted += rounds * self.size
+    if self.size == 1 or self._drafted < self._WINDOW:
+      return
+    share = self._kept / self._drafted
+    self._kept = self._drafted = 0
+    if share > self._GROW:
+      self.size = min(2 * self.size, self._most)
+    elif share < self._SHRINK:
+      self.size = max(2, self.size // 2)
