@@ -23,10 +23,14 @@ class Aggregation:
       The state is None before the first; its size does not depend on the number of members.
     finish: `(state, n) -> log_probs`: the normalized float32 log-probabilities
       `[..., V]` of n members.
+    scores: `(state, n) -> sums`: `[..., V]` float32, to which each of n members adds between 0
+      and 1, and whose order after all n is that of `finish`; there n may be int32 `[..., 1]`. None
+      if there is no such sum; then `member_stop` is refused.
   """
 
   add: Callable[[Any, jax.Array], Any]
-  finish: Callable[[Any, int], jax.Array]
+  finish: Callable[[Any, Any], jax.Array]
+  scores: Callable[[Any, int], jax.Array] | None = None
 
   def __call__(self, logits: jax.Array) -> jax.Array:
     """Returns the log-probabilities `[..., V]` of members `[R, ..., V]`, all at once."""
@@ -66,11 +70,16 @@ def _log_mean(state, n):
   # Without the shift where float32 allows: log(state) - _SHIFT would cancel digits.
   is_small = mean < _SMALL
   value = jnp.where(is_small, jnp.maximum(state, jnp.finfo(jnp.float32).tiny), mean)
-  return jnp.log(value) - jnp.where(is_small, _SHIFT + math.log(n), 0.0)
+  return jnp.log(value) - jnp.where(is_small, _SHIFT + jnp.log(n), 0.0)
+
+
+def _sums(state, n):
+  del n
+  return state * math.exp(-_SHIFT)
 
 
 # The mean of the members' distributions, as in arXiv 2509.17238: log mean_i softmax(logits_i).
-MEAN_PROBABILITY = Aggregation(_add_probabilities, _log_mean)
+MEAN_PROBABILITY = Aggregation(_add_probabilities, _log_mean, _sums)
 
 
 def _add_logits(state, logits):
@@ -96,9 +105,14 @@ def _elect(state, n):
   return total - jnp.log(n + 1.0)
 
 
+def _shares_of_votes(state, n):
+  votes, probabilities = state
+  return (votes + _sums(probabilities, n) / n) / (1 + 1 / n)
+
+
 # Each member votes for its most probable token. One extra vote is the mean
 # distribution: it breaks ties and leaves no token with probability zero.
-MAJORITY = Aggregation(_add_votes, _elect)
+MAJORITY = Aggregation(_add_votes, _elect, _shares_of_votes)
 
 
 # SCMoE (arXiv 2405.14507): contrasts member 0, the clean one, with the mean of the

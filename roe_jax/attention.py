@@ -118,11 +118,11 @@ def attend_in_layer(
     cache = kv_cache.write(cache, *written, target)
 
   def attend_to_all():
-    return attend_to(cache, index)
+    return attend_to(cache, index, rows=access.rows)
 
   def attend_to_window():
     window = config.sliding_window
-    return attend_to(sliding, index, window=window, attend_to_new=write)
+    return attend_to(sliding, index, window=window, attend_to_new=write, rows=access.rows)
 
   if isinstance(is_sliding, bool):
     heads = attend_to_window() if is_sliding else attend_to_all()
@@ -147,6 +147,7 @@ def attend(
   window: jax.Array | int | None = None,
   attend_to_new: bool = False,
   scale: float | None = None,
+  rows: jax.Array | None = None,
 ) -> jax.Array:
   """Attends from each token to earlier cached positions and to itself.
 
@@ -166,6 +167,7 @@ def attend(
     window: attention window, including the current position; unlimited by default.
     attend_to_new: whether tokens attend to each other in addition to a cache.
     scale: factor on the scores; `C**-0.5` by default.
+    rows: see `CacheAccess`.
 
   Returns:
     `[B, T, H, C]` in the dtype of `query`.
@@ -194,12 +196,12 @@ def attend(
     assert cache is not None
     # The last block may overlap the one before; entries counted there are masked.
     start = jnp.minimum(j * block, cache.capacity - block)
-    keys, values = (_block(a, layer, start, block) for a in (cache.keys, cache.values))
+    keys, values = (_block(a, layer, start, block, rows) for a in (cache.keys, cache.values))
     indices = start + jnp.arange(block)[None, None]
     if isinstance(cache, KVCache):
       positions = indices
     else:
-      positions = _block(cache.positions, layer, start, block)[..., 0]
+      positions = _block(cache.positions, layer, start, block, rows)[..., 0]
     return add(carry, keys, values, visible(positions) & (indices >= j * block))
 
   # A token's own score is finite: attending to no cached position is no special case.
@@ -230,10 +232,14 @@ def attend(
   return heads.transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
 
 
-def _block(array, layer, start, block):
-  """Slices a block `[B, K, block, C]` of a layer from a cache's array."""
+def _block(array, layer, start, block, rows=None):
+  """Slices a block `[B, K, block, C]` of a layer from a cache's array, of all sequences or some."""
   _, b, k, _, c = array.shape
-  return jax.lax.dynamic_slice(array, (layer, 0, 0, start, 0), (1, b, k, block, c))[0]
+
+  def part(row, count):
+    return jax.lax.dynamic_slice(array, (layer, row, 0, start, 0), (1, count, k, block, c))[0]
+
+  return part(0, b) if rows is None else jax.vmap(lambda row: part(row, 1)[0])(rows)
 
 
 def _blocks(cache, positions_BxT, window, block):

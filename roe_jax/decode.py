@@ -269,6 +269,7 @@ class _Slots:
     """Decodes until a sequence ends, for at most `num_tokens` tokens or a step."""
     size, running = self._draft_length.size, np.array([s is not None for s in self.sequences])
     arguments = np.int32(max(1, num_tokens // size)), size
+    assert self._state is not None
     before = jax.device_get(self._state.lengths)
     self._state, steps = decode_steps(
       *self._model, self._sampler, self._state, self._stop_tokens, *arguments

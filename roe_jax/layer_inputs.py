@@ -34,11 +34,14 @@ class CacheAccess(struct.PyTreeNode):
     cache: keys and values so far, or None.
     write: whether to write the keys and values of the tokens first.
     offset: the first layer in the cache.
+    rows: `[B]` int32, the sequence in the cache of each sequence of tokens; by default they are
+      the same. Only to read.
   """
 
   cache: KVCache | None = None
   write: bool = struct.field(pytree_node=False, default=False)
   offset: int = struct.field(pytree_node=False, default=0)
+  rows: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)

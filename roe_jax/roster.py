@@ -18,6 +18,7 @@ import numpy as np
 
 from roe_jax import experts, routing, temperature_profiles
 from roe_jax import noise as noise_lib
+from roe_jax.adaptive import Stop, Unsure
 from roe_jax.aggregation import (
   AGGREGATIONS,
   MEAN_LOGIT,
@@ -73,6 +74,10 @@ class Roster:
     memory_budget: approximate memory in bytes for the activations of members computed
       together; affects results by rounding only.
     expert_strategy: see `experts.apply`.
+    unsure: positions at which the noisy members run, an `adaptive.Unsure`: where the clean member
+      is unsure. Its distribution is the roster's at others. None: at all positions.
+    member_stop: an `adaptive.Stop`: members run in batches until the most probable token is
+      settled, and those that ran are averaged. None: all members run.
     combine: the aggregation of that name when the roster was created.
     perturb: the noise of that name when the roster was created.
     cache_mode: the cache of that name when the roster was created.
@@ -81,6 +86,7 @@ class Roster:
   temperatures: jax.Array
   seed: jax.Array
   router_bias: jax.Array | None
+  unsure: Unsure | None
   num_members: int = dataclasses.field(metadata=_STATIC)
   include_clean: bool = dataclasses.field(metadata=_STATIC)
   cache: str = dataclasses.field(metadata=_STATIC)
@@ -90,6 +96,7 @@ class Roster:
   noisy_layers: tuple[int, int] = dataclasses.field(metadata=_STATIC)
   memory_budget: int = dataclasses.field(metadata=_STATIC)
   expert_strategy: str | None = dataclasses.field(metadata=_STATIC)
+  member_stop: Stop | None = dataclasses.field(metadata=_STATIC)
   # Compiled functions are cached by these objects: a name may be given to another one.
   combine: Aggregation = dataclasses.field(metadata=_STATIC)
   perturb: noise_lib.Family = dataclasses.field(metadata=_STATIC)
@@ -112,6 +119,8 @@ class Roster:
     noisy_layers: tuple[int, int] | None = None,
     memory_budget: int = MEMORY_BUDGET,
     expert_strategy: str | None = None,
+    unsure: str | Unsure | None = None,
+    member_stop: str | float | Stop | None = None,
   ) -> "Roster":
     """Creates a roster for models of `config`; by default the baseline.
 
@@ -129,6 +138,8 @@ class Roster:
       noise: a name, "module:function", or a function as in `noise.FAMILIES`.
       noisy_layers: by default from the first to the last layer with τ > 0. Set it to vary
         τ within the range without recompiling, or to run a roster at τ = 0.
+      unsure: such as "margin<0.5", "top_probability<0.9" or "entropy>1" (nats).
+      member_stop: "exact", or an error rate.
 
     Raises:
       ValueError: a setting is out of range or unknown, or only one of `num_members` and
@@ -153,6 +164,8 @@ class Roster:
       noisy_layers=noisy_layers,
       memory_budget=memory_budget,
       expert_strategy=expert_strategy,
+      unsure=unsure,
+      member_stop=member_stop,
     )
     if not roster.is_baseline and temperatures is None and noisy_layers is None:
       raise ValueError(_NO_TEMPERATURES)
@@ -234,6 +247,8 @@ class Roster:
     noisy_layers,
     memory_budget,
     expert_strategy,
+    unsure,
+    member_stop,
   ) -> "Roster":
     """Creates a roster for models of so many layers."""
     if not _is_integer(num_members) or num_members < 1:
@@ -281,12 +296,26 @@ class Roster:
     if memory_budget < 1:
       raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
     experts.check_strategy(expert_strategy)
+    unsure = Unsure.create(unsure) if isinstance(unsure, str) else unsure
+    if unsure is not None and unsure.is_everywhere:
+      unsure = None
+    if not (member_stop is None or isinstance(member_stop, Stop)):
+      member_stop = Stop.create(member_stop)
     if num_members == 1 and include_clean:
       first, end = layers, layers  # the clean member alone
+      unsure = member_stop = None
+    if (unsure or member_stop) and not cache_mode.is_shared:
+      raise ValueError(
+        "unsure and member_stop need a cache that all members share (cache='clean'): with "
+        f"{cache!r} each noisy member writes a history of its own and cannot be left out"
+      )
+    if member_stop is not None:
+      member_stop.check(combine, aggregation)
     return cls(
       jnp.asarray(temperatures if traced else values, jnp.float32),
       jnp.asarray(seed, jnp.uint32),
       router_bias if _is_traced(router_bias) else _as_router_bias(router_bias, layers),
+      unsure,
       int(num_members),
       bool(include_clean),
       cache,
@@ -296,6 +325,7 @@ class Roster:
       (first, end),
       int(memory_budget),
       expert_strategy,
+      member_stop,
       combine,
       perturb,
       cache_mode,
@@ -321,6 +351,11 @@ class Roster:
   def aggregate_with(self) -> Aggregation:
     """The aggregation; it does not affect the baseline."""
     return MEAN_LOGIT if self.is_baseline else self.combine
+
+  @property
+  def is_adaptive(self) -> bool:
+    """Whether members run only where, or until, they are needed."""
+    return self.unsure is not None or self.member_stop is not None
 
   def check(self, config: ModelConfig) -> None:
     """Checks that the roster fits the model.
@@ -372,17 +407,23 @@ class Roster:
       aggregation="mean_probability",
       gate_weights=routing.CLEAN,
       noise=noise_lib.GUMBEL,
+      unsure=None,
+      member_stop=None,
       combine=MEAN_PROBABILITY,
       perturb=noise_lib.FAMILIES[noise_lib.GUMBEL],
     )
 
   def settings(self) -> dict[str, Any]:
     """Returns all settings that affect results as JSON values, to be recorded with them."""
-    biased = {}
+    optional = {}
     if self.router_bias is not None:  # JSON has no infinity
       rows = np.asarray(self.router_bias).tolist()
-      biased["router_bias"] = [[v if np.isfinite(v) else str(v) for v in row] for row in rows]
-    return biased | {
+      optional["router_bias"] = [[v if np.isfinite(v) else str(v) for v in row] for row in rows]
+    if self.unsure is not None:
+      optional["unsure"] = str(self.unsure)
+    if self.member_stop is not None:
+      optional["member_stop"] = self.member_stop.setting
+    return optional | {
       "num_members": self.num_members,
       "temperatures": [round(float(t), 6) for t in np.asarray(self.temperatures)],
       "seed": int(self.seed),

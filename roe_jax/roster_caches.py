@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from roe_jax import cache as kv_cache
 from roe_jax import members as members_lib
-from roe_jax import sharding
+from roe_jax import settling, sharding
 from roe_jax.cache import KVCache
 from roe_jax.cache_modes import CACHES, CacheMode, Draft, Pass
 from roe_jax.layer_inputs import CacheAccess
@@ -42,7 +42,7 @@ class CleanCache(CacheMode):
   def states(self, run: RosterPass, cache: KVCache, keep=()):
     x, shared = self._run_shared(run, cache, keep)
     members = jnp.asarray(run.roster.members)
-    x, outputs = self._run_members(run, cache, x, shared, members, keep)
+    x, outputs = self._run_members(run, CacheAccess(cache), x, shared, members, keep)
     return x, cache, outputs
 
   def _run_shared(self, run, cache, keep=()):
@@ -51,7 +51,7 @@ class CleanCache(CacheMode):
     x, _, outputs = run.layers(run.embed(), run.token_batch(), CacheAccess(cache), options)
     return x, outputs
 
-  def _run_members(self, run, cache, x, shared, members, keep=()):
+  def _run_members(self, run, access, x, shared, members, keep=()):
     """Runs the other layers for some members.
 
     Returns:
@@ -66,7 +66,7 @@ class CleanCache(CacheMode):
     parts = [shared.replace(experts=chosen, router_logits=logits)]
     noisy, clean = run.token_batch(run.noise(members)), run.token_batch()
     for layers, tokens in (((first, end), noisy), ((end, run.config.num_layers), clean)):
-      x, _, outputs = run.layers(x, tokens, CacheAccess(cache), run.options(layers, keep))
+      x, _, outputs = run.layers(x, tokens, access, run.options(layers, keep))
       parts.append(outputs)
     return x, _joined(parts, axis=0)
 
@@ -74,13 +74,17 @@ class CleanCache(CacheMode):
     self, run: RosterPass, cache: KVCache, write: bool = True
   ) -> tuple[RosterOutputs, KVCache]:
     """Runs the members in batches that fit the memory budget, and writes the cache."""
+    if run.roster.is_adaptive:
+      draft, cache = self.draft(run, cache, write)
+      return self.verify(run, cache, draft), cache
     keep = ("keys", "values") if write else ()
+    access = CacheAccess(cache)
     x, shared = self._run_shared(run, cache, keep)
     first, others = members_lib.batches(run.config, run.roster, run.tokens_BxT.size)
-    states, own = self._run_members(run, cache, x, shared, first, keep)
+    states, own = self._run_members(run, access, x, shared, first, keep)
 
     def more(members):
-      return run.unembed(self._run_members(run, cache, x, BlockOutputs(), members)[0])
+      return run.unembed(self._run_members(run, access, x, BlockOutputs(), members)[0])
 
     outputs = run.aggregate_batches(run.unembed(states), more, others)
     if not write:
@@ -98,21 +102,26 @@ class CleanCache(CacheMode):
     put = functools.partial(kv_cache.write_step, run.config)
     return sharding.write(put, cache, keys, values, run.positions_BxT[:, 0])
 
-  def draft(self, run: RosterPass, cache: KVCache) -> tuple[Draft, KVCache]:
-    keep = ("keys", "values")
+  def draft(self, run: RosterPass, cache: KVCache, write: bool = True) -> tuple[Draft, KVCache]:
+    keep = ("keys", "values") if write else ()
     x, before = self._run_shared(run, cache, keep)
     options = run.options((run.roster.noisy_layers[0], run.config.num_layers), keep)
     last, _, after = run.layers(x, run.token_batch(), CacheAccess(cache), options)
-    return Draft(x, run.unembed(last)), self._write(run, cache, _joined((before, after), axis=0))
+    draft = Draft(x, run.unembed(last))
+    if write:
+      cache = self._write(run, cache, _joined((before, after), axis=0))
+    return draft, cache
 
   def verify(self, run: RosterPass, cache: KVCache, draft: Draft) -> RosterOutputs:
+    def logits(run, draft, rows, members):
+      access = CacheAccess(cache, rows=rows)
+      return run.unembed(self._run_members(run, access, draft.x, BlockOutputs(), members)[0])
+
+    if run.roster.is_adaptive:
+      return settling.complete(run, draft, logits)
     if sharding.mesh_of(run.params.layers) is not None:
       return self.step(run, cache, write=False)[0]  # all members: their number fits the mesh
-
-    def logits(members):
-      return run.unembed(self._run_members(run, cache, draft.x, BlockOutputs(), members)[0])
-
-    return run.aggregate_after(draft.logits, logits)
+    return run.aggregate_after(draft.logits, functools.partial(logits, run, draft, None))
 
   def score(self, run: RosterPass, cache: KVCache) -> tuple[RosterOutputs, KVCache]:
     if self.fills_first(run.roster):
