@@ -19,7 +19,9 @@ class Completion:
       "context" (end of the model's context).
     text: decoded tokens without the stop token, cut before a stop string; None
       without a `decode` function.
-    members: how many members each token is the choice of.
+    members: how many members were computed at each token's position.
+    forward_passes: tokens x members computed after the prompt, those of drafted tokens that were
+      not kept included.
   """
 
   tokens: list[int]
@@ -28,6 +30,7 @@ class Completion:
   finish_reason: str
   text: str | None = None
   members: list[int] = dataclasses.field(default_factory=list)
+  forward_passes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,8 @@ class DecodeState(struct.PyTreeNode):
     tokens: `[B, S]` int32, prompts and generated tokens.
     log_probs: `[B, S]` float32 of each generated token.
     clean_tokens: `[B, S]` int32, the clean member's choice at each generated position.
-    members: `[B, S]` int32, how many members each generated token is the choice of.
+    members: `[B, S]` int32, how many members were computed for each generated token.
+    passes: `[B]` int32, sum of these over all steps, drafted tokens that were not kept included.
     lengths: `[B]` int32, tokens so far.
     limits: `[B]` int32, length at which a sequence ends.
     done: `[B]` bool; True also in an empty slot.
@@ -54,6 +55,7 @@ class DecodeState(struct.PyTreeNode):
   log_probs: jax.Array
   clean_tokens: jax.Array
   members: jax.Array
+  passes: jax.Array
   lengths: jax.Array
   limits: jax.Array
   done: jax.Array
@@ -120,6 +122,7 @@ def decode_steps(
       log_probs=put(state.log_probs, found.log_probs),
       clean_tokens=put(state.clean_tokens, found.clean_tokens),
       members=put(state.members, found.members),
+      passes=state.passes + jnp.where(state.done, 0, found.members.sum(axis=1)),
       lengths=state.lengths + holds.sum(axis=1),
       done=state.done | jnp.any(holds & ends, axis=1),
       cache=cache,
@@ -142,11 +145,10 @@ def start(
   max_new_tokens: int,
   num_slots: int,
   capacity: int,
-  draft_tokens: int = 0,
 ) -> DecodeState:
   """Prefills the prompts, one per slot from the first on.
 
-  The last token of each prompt is left for the first step, which drafts at most `draft_tokens`.
+  The last token of each prompt is left for the first step.
   """
   lengths, ids = np.ones(num_slots, np.int32), np.zeros(num_slots, np.uint32)
   lengths[: len(prompts)] = [len(p) for p in prompts]
@@ -159,7 +161,7 @@ def start(
     roster,
     batch_size=num_slots,
     capacity=capacity,
-    rerun=draft_tokens,
+    rerun=roster.draft_tokens,
   )
   cache = prefill.fill_cache(params, config, roster, cache, tokens, lengths - 1, ids)
   state = DecodeState(
@@ -167,6 +169,7 @@ def start(
     log_probs=jnp.zeros(tokens.shape, jnp.float32),
     clean_tokens=jnp.full(tokens.shape, -1, jnp.int32),
     members=jnp.zeros(tokens.shape, jnp.int32),
+    passes=jnp.zeros(num_slots, jnp.int32),
     lengths=jnp.asarray(lengths),
     limits=jnp.asarray(np.minimum(lengths + max_new_tokens, config.context_length)),
     done=jnp.arange(num_slots) >= len(prompts),
@@ -212,7 +215,6 @@ class _Slots:
     stops: Stops,
     max_new_tokens: int,
     num_slots: int,
-    draft_tokens: int,
   ):
     self.sequences: list[OpenSequence | None] = [None] * num_slots
     self.waiting = deque(range(len(prompts)))
@@ -223,7 +225,7 @@ class _Slots:
     self._capacity = prefill.capacity_for(config, prompts, max_new_tokens)
     self._state = None
     self._ready_state = None
-    self._draft_tokens, self._draft_length = draft_tokens, drafting.DraftLength(draft_tokens)
+    self._draft_length = drafting.DraftLength(roster)
     self._not_finite: dict[int, int] = {}  # {slot: first position with non-finite logits}
     self._ready: deque[tuple[int, int]] = deque()  # (slot in the ready state, prompt)
 
@@ -259,7 +261,6 @@ class _Slots:
       self._max_new_tokens,
       num_slots,
       self._capacity,
-      self._draft_tokens,
     )
 
   def _opened(self, index):
@@ -339,7 +340,8 @@ class _Slots:
     length = int(state.lengths[slot]) if count is None else sequence.start + count
     done = count is None and bool(state.done[slot])
     context_length = self._model[1].context_length
-    return sequence.completion(state.tokens[slot], of_tokens, length, done, context_length)
+    found = sequence.completion(state.tokens[slot], of_tokens, length, done, context_length)
+    return dataclasses.replace(found, forward_passes=int(state.passes[slot]))
 
 
 def generate(
@@ -356,7 +358,6 @@ def generate(
   stop_reader: Callable[[int], StopReader] | None = None,
   request_ids: Sequence[int] | None = None,
   batch_size: int = 16,
-  draft_tokens: int = 0,
   on_finished: Callable[[int, Completion], None] = lambda index, completion: None,
 ) -> Generation:
   """Generates completions of prompts.
@@ -388,9 +389,6 @@ def generate(
       returns, with special tokens if it has a parameter `skip_special_tokens`.
     request_ids: addresses of the prompts' randomness, in [0, 2**32); 0, 1, ... by default.
     batch_size: number of slots.
-    draft_tokens: maximum number of tokens that the clean member drafts before the other members
-      run at their positions together (see `drafting`); 0 drafts none. The number follows the
-      share of drafted tokens that are kept. Results are equal up to rounding.
     on_finished: called with the index of a prompt and its completion when it is finished.
 
   Raises:
@@ -407,18 +405,7 @@ def generate(
   if batch_size < 1:
     raise ValueError(f"batch_size must be at least 1, got {batch_size}")
   num_slots = min(batch_size, batching.bucket(len(prompts)))
-  slots = _Slots(
-    params,
-    config,
-    roster,
-    sampler,
-    prompts,
-    ids,
-    stops,
-    max_new_tokens,
-    num_slots,
-    drafting.checked(roster, draft_tokens),
-  )
+  slots = _Slots(params, config, roster, sampler, prompts, ids, stops, max_new_tokens, num_slots)
   completions: dict[int, Completion] = {}
   while slots.unfinished:
     slots.fill()
@@ -461,7 +448,6 @@ def stream(
   decode: Callable[[list[int]], str] | None = None,
   stop_reader: Callable[[int], StopReader] | None = None,
   request_id: int = 0,
-  draft_tokens: int = 0,
 ) -> Iterator[Completion]:
   """Generates the completion of one prompt; yields it so far after every token.
 
@@ -480,9 +466,7 @@ def stream(
     stop_reader,
   )
   ids = batching.request_ids([request_id], 1)
-  draft_tokens = drafting.checked(roster, draft_tokens)
-  settings = ids, stops, max_new_tokens, 1, draft_tokens
-  slots = _Slots(params, config, roster, sampler, [prompt], *settings)
+  slots = _Slots(params, config, roster, sampler, [prompt], ids, stops, max_new_tokens, 1)
   slots.fill()
   count, finish_reason = 0, ""
   while not finish_reason:

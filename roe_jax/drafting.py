@@ -28,7 +28,7 @@ class NextTokens(struct.PyTreeNode):
     tokens: int32.
     log_probs: float32, of the tokens.
     clean_tokens: int32, the clean member's most probable tokens.
-    members: int32, how many members are averaged.
+    members: int32, how many members were computed.
     agree: bool, whether the tokens are the drafted ones.
   """
 
@@ -99,25 +99,6 @@ def next_tokens(
   return NextTokens(tokens, log_probs, outputs.clean_tokens, outputs.members, agree), cache
 
 
-def checked(roster: Roster, draft_tokens: int) -> int:
-  """Returns the maximum number of drafted tokens; 0 for the baseline, which needs no drafts.
-
-  Raises:
-    ValueError: it is out of range, or members have histories of their own.
-  """
-  if draft_tokens < 0 or draft_tokens == 1:
-    raise ValueError(
-      f"draft_tokens must be 0 (no drafts) or at least 2, got {draft_tokens}: of one drafted token "
-      "the roster computes all anyway"
-    )
-  if draft_tokens and not roster.cache_mode.is_shared:
-    raise ValueError(
-      f"draft_tokens needs a cache that all members share (cache='clean'); with {roster.cache!r} "
-      "each noisy member writes a history of its own, one token after the other"
-    )
-  return 0 if roster.is_baseline else draft_tokens
-
-
 class DraftLength:
   """How many tokens to draft: follows the share of them that is kept, within powers of two.
 
@@ -130,9 +111,10 @@ class DraftLength:
   _GROW, _SHRINK = 0.8, 0.55
   _WINDOW = 64  # drafted tokens between decisions
 
-  def __init__(self, most: int):
-    """Starts with `most`, which is never exceeded; 0 drafts nothing."""
-    self._most, self.size = most, max(1, most)
+  def __init__(self, roster: Roster):
+    """Starts with `roster.draft_tokens`, which is never exceeded; the baseline needs no drafts."""
+    self._most = 0 if roster.is_baseline else roster.draft_tokens
+    self.size = max(1, self._most)
     self._kept = self._drafted = 0
 
   def update(self, rounds: int, kept: int) -> None:

@@ -30,7 +30,7 @@ class RosterOutputs(struct.PyTreeNode):
     log_probs: `[B, T, V]` float32.
     clean_tokens: `[B, T]` int32, the clean member's most probable token; -1 if that
       member is not computed.
-    members: `[B, T]` int32, how many members are averaged.
+    members: `[B, T]` int32, how many members were computed.
   """
 
   log_probs: jax.Array
@@ -174,7 +174,8 @@ class RosterPass(struct.PyTreeNode):
     clean_tokens = jnp.full(log_probs.shape[:2], -1, jnp.int32)
     if clean_BxTxV is not None:
       clean_tokens = jnp.argmax(clean_BxTxV, axis=-1).astype(jnp.int32)
-    return RosterOutputs(log_probs, clean_tokens, jnp.full_like(clean_tokens, roster.num_members))
+    members = jnp.full_like(clean_tokens, len(roster.members))
+    return RosterOutputs(log_probs, clean_tokens, members)
 
 
 def batches(

@@ -74,6 +74,8 @@ class Roster:
     memory_budget: approximate memory in bytes for the activations of members computed
       together; affects results by rounding only.
     expert_strategy: see `experts.apply`.
+    draft_tokens: maximum number of tokens that the clean member drafts before all members run at
+      their positions together, see `drafting`; 0 drafts none. Affects results by rounding only.
     unsure: positions at which the noisy members run, an `adaptive.Unsure`: where the clean member
       is unsure. Its distribution is the roster's at others. None: at all positions.
     member_stop: an `adaptive.Stop`: members run in batches until the most probable token is
@@ -96,6 +98,7 @@ class Roster:
   noisy_layers: tuple[int, int] = dataclasses.field(metadata=_STATIC)
   memory_budget: int = dataclasses.field(metadata=_STATIC)
   expert_strategy: str | None = dataclasses.field(metadata=_STATIC)
+  draft_tokens: int = dataclasses.field(metadata=_STATIC)
   member_stop: Stop | None = dataclasses.field(metadata=_STATIC)
   # Compiled functions are cached by these objects: a name may be given to another one.
   combine: Aggregation = dataclasses.field(metadata=_STATIC)
@@ -119,6 +122,7 @@ class Roster:
     noisy_layers: tuple[int, int] | None = None,
     memory_budget: int = MEMORY_BUDGET,
     expert_strategy: str | None = None,
+    draft_tokens: int = 0,
     unsure: str | Unsure | None = None,
     member_stop: str | float | Stop | None = None,
   ) -> "Roster":
@@ -164,6 +168,7 @@ class Roster:
       noisy_layers=noisy_layers,
       memory_budget=memory_budget,
       expert_strategy=expert_strategy,
+      draft_tokens=draft_tokens,
       unsure=unsure,
       member_stop=member_stop,
     )
@@ -247,6 +252,7 @@ class Roster:
     noisy_layers,
     memory_budget,
     expert_strategy,
+    draft_tokens,
     unsure,
     member_stop,
   ) -> "Roster":
@@ -296,6 +302,11 @@ class Roster:
     if memory_budget < 1:
       raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
     experts.check_strategy(expert_strategy)
+    if not _is_integer(draft_tokens) or draft_tokens < 0 or draft_tokens == 1:
+      raise ValueError(
+        f"draft_tokens must be 0 (no drafts) or an integer of at least 2, got {draft_tokens!r}: a "
+        "single drafted token would not be verified sooner than it is computed"
+      )
     unsure = Unsure.create(unsure) if isinstance(unsure, str) else unsure
     if unsure is not None and unsure.is_everywhere:
       unsure = None
@@ -304,11 +315,16 @@ class Roster:
     if num_members == 1 and include_clean:
       first, end = layers, layers  # the clean member alone
       unsure = member_stop = None
-    if (unsure or member_stop) and not cache_mode.is_shared:
-      raise ValueError(
-        "unsure and member_stop need a cache that all members share (cache='clean'): with "
-        f"{cache!r} each noisy member writes a history of its own and cannot be left out"
-      )
+    for name, given in (
+      ("draft_tokens", draft_tokens),
+      ("unsure", unsure),
+      ("member_stop", member_stop),
+    ):
+      if given and not cache_mode.is_shared:
+        raise ValueError(
+          f"{name} needs a cache that all members share (cache='clean'): with {cache!r} each noisy "
+          "member writes a history of its own, one token after the other"
+        )
     if member_stop is not None:
       member_stop.check(combine, aggregation)
     return cls(
@@ -325,6 +341,7 @@ class Roster:
       (first, end),
       int(memory_budget),
       expert_strategy,
+      int(draft_tokens),
       member_stop,
       combine,
       perturb,
@@ -407,6 +424,7 @@ class Roster:
       aggregation="mean_probability",
       gate_weights=routing.CLEAN,
       noise=noise_lib.GUMBEL,
+      draft_tokens=0,
       unsure=None,
       member_stop=None,
       combine=MEAN_PROBABILITY,

@@ -29,6 +29,7 @@ class SequenceScore:
     greedy_log_probs: `[X, G]` float32, its log-probability.
     clean_greedy_tokens: `[X]` int32, the clean member's most probable token (-1 if that
       member is not computed).
+    members: `[X]` int32, how many members were computed at each scored position.
     candidate_log_probs: `[K, G]` float32, log-probability of each candidate last token.
   """
 
@@ -36,6 +37,7 @@ class SequenceScore:
   greedy_tokens: np.ndarray
   greedy_log_probs: np.ndarray
   clean_greedy_tokens: np.ndarray
+  members: np.ndarray
   candidate_log_probs: np.ndarray
 
 
@@ -76,7 +78,7 @@ def score_chunk(
   request_ids_B: jax.Array,
   output_temperatures_G: jax.Array | None,
   candidates_BxK: jax.Array | None = None,
-) -> tuple[Any, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[Any, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
   """Scores targets, and candidates in their place, at T positions of each sequence.
 
   See `CacheMode.score` for what the (donated) cache must hold. Without output temperatures
@@ -84,8 +86,8 @@ def score_chunk(
 
   Returns:
     The cache, log-probabilities `[B, T, G]`, the roster's most probable tokens `[B, T]`
-    and their log-probabilities `[B, T, G]`, the clean member's `[B, T]`, and
-    log-probabilities of the candidates `[B, T, K, G]`.
+    and their log-probabilities `[B, T, G]`, the clean member's `[B, T]`, how many members were
+    computed `[B, T]`, and log-probabilities of the candidates `[B, T, K, G]`.
   """
   positions = starts_B[:, None] + jnp.arange(tokens_BxT.shape[1])[None]
   run = members_lib.RosterPass(params, config, roster, tokens_BxT, positions, request_ids_B)
@@ -109,9 +111,9 @@ def score_chunk(
     log_totals = jnp.moveaxis(jax.lax.map(log_total, output_temperatures_G), 0, -1)
     scores = chosen / output_temperatures_G.reshape(1, 1, 1, -1) - log_totals
   # Replicated: every process reads them.
-  return cache, *sharding.with_sharding_constraint(
-    params, (scores[..., 0, :], greedy, scores[..., 1, :], outputs.clean_tokens, scores[..., 2:, :])
-  )
+  of_clean = outputs.clean_tokens, outputs.members
+  found = scores[..., 0, :], greedy, scores[..., 1, :], *of_clean, scores[..., 2:, :]
+  return cache, *sharding.with_sharding_constraint(params, found)
 
 
 def log_probs(
@@ -302,7 +304,7 @@ def _score_batch(
 def _joined(pieces, num_temperatures, num_candidates):
   if not pieces:
     none, no_tokens = np.zeros((0, num_temperatures), np.float32), np.zeros(0, np.int32)
-    return SequenceScore(none, no_tokens, none, no_tokens, none)
+    return SequenceScore(none, no_tokens, none, no_tokens, no_tokens, none)
   *parts, candidates = (np.concatenate(part) for part in zip(*pieces))
   return SequenceScore(*parts, candidate_log_probs=candidates[-1, :num_candidates])
 

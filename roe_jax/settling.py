@@ -144,13 +144,13 @@ def _until_settled(run, clean, is_open, logits):
 
   zeros = (jnp.zeros_like(clean),) * 2 if stop.error_rate else (jnp.zeros(()),) * 2
   total = aggregation.add(None, clean[None]) if roster.include_clean else None
-  count = jnp.full(is_open.shape, int(roster.include_clean), jnp.int32)
+  count = jnp.zeros(is_open.shape, jnp.int32)
   state = add((total, zeros, count), noisy[:first], jnp.ones_like(is_open))
   still_open = is_open & ~settled(state, 0)
   more = lambda carry: (carry[0] < len(batches)) & carry[1].any()
   _, _, (total, _, count) = jax.lax.while_loop(more, step, (jnp.int32(0), still_open, state))
-  log_probs = aggregation.finish(total, count[..., None])
-  return RosterOutputs(log_probs, jnp.argmax(clean, axis=-1).astype(jnp.int32), count)
+  log_probs = aggregation.finish(total, count[..., None] + roster.include_clean)
+  return RosterOutputs(log_probs, jnp.argmax(clean, axis=-1).astype(jnp.int32), count + 1)
 
 
 def _where(mask, new: Any, old: Any):

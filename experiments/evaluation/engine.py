@@ -244,7 +244,7 @@ class Engine:
       peak = self._peak(slots, positions, prefill.PREFILL_CHUNK, kind="score")
       answers = {}
       for some, scores in zip(missing, found):
-        cost = dataclasses.replace(self._scoring_cost(some[0]), seconds=seconds, peak_bytes=peak)
+        cost = dataclasses.replace(self._scoring_cost(some[0], scores.members), seconds=seconds, peak_bytes=peak)
         for r, last in zip(some, scores.candidate_log_probs.astype(np.float64)):
           answers[r] = Likelihood(
             np.concatenate([scores.log_probs[:-1].astype(np.float64), last[None]]),
@@ -302,19 +302,22 @@ class Engine:
       text = answer_lib.read(self._tokenizer, completion, **settings).final or ""
     before, count = len(request.tokens), len(completion.tokens)
     passes = self._roster.cache_mode.generation(self._roster, before, count)
-    cost = dataclasses.replace(
-      self._cost(count, passes), seconds=_stopwatch().lap(), peak_bytes=peak
-    )
+    cost = self._cost(count, passes, completion.forward_passes)
+    cost = dataclasses.replace(cost, seconds=_stopwatch().lap(), peak_bytes=peak)
     return Generated(text, completion, cost)
 
-  def _scoring_cost(self, request):
+  def _scoring_cost(self, request, members):
     length, start = request.max_length, len(request.context)
     passes = self._roster.cache_mode.scoring(self._roster, length, start)
-    return self._cost(length - start, passes)
+    return self._cost(length - start, passes, int(members.sum()))
 
-  def _cost(self, num_tokens, passes):
-    flops = sum(costs.forward_flops(self._model[1], *p) for p in passes)
-    return Cost(num_tokens, sum(p.tokens for p in passes), flops)
+  def _cost(self, num_tokens, passes, computed):
+    """Returns the cost of an answer, for which so many tokens x members were computed."""
+    flops = [costs.forward_flops(self._model[1], *p) for p in passes]
+    tokens, nominal = sum(p.tokens for p in passes), num_tokens * len(self._roster.members)
+    # More with drafts that were not kept, less with members that did not run.
+    more = computed - nominal
+    return Cost(num_tokens, tokens + more, sum(flops) + more * flops[-1] / passes[-1].tokens)
 
   def _peak(self, slots, positions, *chunk, **kind):
     params, config = self._model
