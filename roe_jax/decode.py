@@ -8,20 +8,17 @@ state, and copied from there into free slots.
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
-import functools
 import time
-from typing import Any
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import batching, drafting, prefill, sharding
-from roe_jax import members as members_lib
+from roe_jax import batching, drafting, prefill
 from roe_jax import params as params_lib
 from roe_jax.completion import Completion, Generation, Throughput
 from roe_jax.config import ModelConfig
+from roe_jax.decode_state import DecodeState, decode_steps, insert_sequence, start
 from roe_jax.numerics import NonFiniteLogits
 from roe_jax.params import Params
 from roe_jax.roster import Roster
@@ -33,164 +30,6 @@ SEGMENT = 32
 # Prefilling one prompt is hardly faster than prefilling several. So the next prompts, a
 # quarter as many as there are slots, are prefilled together and kept ready.
 READY_SHARE = 4
-
-
-class DecodeState(struct.PyTreeNode):
-  """The sequences in B slots.
-
-  Attributes:
-    tokens: `[B, S]` int32, prompts and generated tokens.
-    log_probs: `[B, S]` float32 of each generated token.
-    clean_tokens: `[B, S]` int32, the clean member's choice at each generated position.
-    members: `[B, S]` int32, how many members were computed for each generated token.
-    passes: `[B]` int32, sum of these over all steps, drafted tokens that were not kept included.
-    lengths: `[B]` int32, tokens so far.
-    limits: `[B]` int32, length at which a sequence ends.
-    done: `[B]` bool; True also in an empty slot.
-    request_ids: `[B]` uint32.
-    cache: see `CacheMode.empty`; holds positions < `lengths - 1`.
-  """
-
-  tokens: jax.Array
-  log_probs: jax.Array
-  clean_tokens: jax.Array
-  members: jax.Array
-  passes: jax.Array
-  lengths: jax.Array
-  limits: jax.Array
-  done: jax.Array
-  request_ids: jax.Array
-  cache: Any
-
-
-@functools.partial(jax.jit, static_argnames=("config", "draft_tokens"), donate_argnames="state")
-def decode_steps(
-  params: Params,
-  config: ModelConfig,
-  roster: Roster,
-  sampler: Sampler,
-  state: DecodeState,
-  stop_tokens: jax.Array,
-  num_steps: jax.Array,
-  draft_tokens: int = 1,
-) -> tuple[DecodeState, jax.Array]:
-  """Decodes all running sequences until one of them ends.
-
-  Args:
-    params: the model's parameters.
-    config: its architecture.
-    roster: the settings.
-    sampler: how tokens are chosen.
-    state: donated.
-    stop_tokens: `[X]` int32, padded with -1.
-    num_steps: int32 scalar, traced: the maximum number of steps.
-    draft_tokens: J, static: a step adds one to J tokens to each sequence.
-
-  Returns:
-    The state, and the number of steps taken.
-  """
-  done_before = state.done
-  slots = jnp.arange(state.tokens.shape[0])
-
-  def step(carry):
-    count, state = carry
-    last = state.lengths - 1
-    found, cache = drafting.next_tokens(
-      params,
-      config,
-      roster,
-      sampler,
-      state.tokens[slots, last],
-      last,
-      state.request_ids,
-      state.cache,
-      draft_tokens,
-    )
-    indices = state.lengths[:, None] + jnp.arange(draft_tokens)[None]
-    ends = jnp.isin(found.tokens, stop_tokens) | (indices + 1 >= state.limits[:, None])
-    goes_on = found.agree & ~ends
-    holds = jnp.cumprod(goes_on[:, :-1], axis=1, dtype=jnp.int32)
-    holds = jnp.pad(holds, ((0, 0), (1, 0)), constant_values=1) == 1
-    holds &= ~state.done[:, None]
-    indices = jnp.where(holds, indices, state.tokens.shape[1])
-
-    def put(array, values):
-      return array.at[slots[:, None], indices].set(values, mode="drop")
-
-    return count + 1, state.replace(
-      tokens=put(state.tokens, found.tokens),
-      log_probs=put(state.log_probs, found.log_probs),
-      clean_tokens=put(state.clean_tokens, found.clean_tokens),
-      members=put(state.members, found.members),
-      passes=state.passes + jnp.where(state.done, 0, found.members.sum(axis=1)),
-      lengths=state.lengths + holds.sum(axis=1),
-      done=state.done | jnp.any(holds & ends, axis=1),
-      cache=cache,
-    )
-
-  def none_ended(carry):
-    count, state = carry
-    return (count < num_steps) & jnp.all(state.done == done_before)
-
-  count, state = jax.lax.while_loop(none_ended, step, (jnp.int32(0), state))
-  return sharding.with_sharding_constraint(params, state), count
-
-
-def start(
-  params: Params,
-  config: ModelConfig,
-  roster: Roster,
-  prompts: Sequence[Sequence[int]],
-  request_ids: Sequence[int],
-  max_new_tokens: int,
-  num_slots: int,
-  capacity: int,
-) -> DecodeState:
-  """Prefills the prompts, one per slot from the first on.
-
-  The last token of each prompt is left for the first step.
-  """
-  lengths, ids = np.ones(num_slots, np.int32), np.zeros(num_slots, np.uint32)
-  lengths[: len(prompts)] = [len(p) for p in prompts]
-  ids[: len(prompts)] = request_ids
-  tokens, ids = batching.pad(prompts, num_slots, capacity), jnp.asarray(ids)
-  cache = batching.init_sharded(
-    params,
-    members_lib.empty_cache,
-    config,
-    roster,
-    batch_size=num_slots,
-    capacity=capacity,
-    rerun=roster.draft_tokens,
-  )
-  cache = prefill.fill_cache(params, config, roster, cache, tokens, lengths - 1, ids)
-  state = DecodeState(
-    tokens=tokens,
-    log_probs=jnp.zeros(tokens.shape, jnp.float32),
-    clean_tokens=jnp.full(tokens.shape, -1, jnp.int32),
-    members=jnp.zeros(tokens.shape, jnp.int32),
-    passes=jnp.zeros(num_slots, jnp.int32),
-    lengths=jnp.asarray(lengths),
-    limits=jnp.asarray(np.minimum(lengths + max_new_tokens, config.context_length)),
-    done=jnp.arange(num_slots) >= len(prompts),
-    request_ids=ids,
-    cache=cache,
-  )
-  return batching.device_put_like(params, state)
-
-
-@functools.partial(jax.jit, donate_argnames="state")
-def insert_sequence(
-  state: DecodeState, slot: jax.Array, other: DecodeState, other_slot: jax.Array
-) -> DecodeState:
-  """Copies the sequence in a slot of another state to a slot of the (donated) state."""
-
-  def put(axis):
-    return lambda into, source: sharding.copy_slot(into, source, axis, slot, other_slot)
-
-  cache = jax.tree.map(put(-4), state.cache, other.cache)
-  rest = jax.tree.map(put(0), state.replace(cache=None), other.replace(cache=None))
-  return rest.replace(cache=cache)
 
 
 class _Slots:
@@ -223,8 +62,8 @@ class _Slots:
     self._sampler, self._stops, self._stop_tokens = sampler, stops, stops.token_array()
     self._prompts, self._ids, self._max_new_tokens = prompts, request_ids, max_new_tokens
     self._capacity = prefill.capacity_for(config, prompts, max_new_tokens)
-    self._state = None
-    self._ready_state = None
+    self._state: DecodeState | None = None
+    self._ready_state: DecodeState | None = None
     self._draft_length = drafting.DraftLength(roster)
     self._not_finite: dict[int, int] = {}  # {slot: first position with non-finite logits}
     self._ready: deque[tuple[int, int]] = deque()  # (slot in the ready state, prompt)
@@ -268,11 +107,12 @@ class _Slots:
 
   def advance(self, num_tokens: int) -> None:
     """Decodes until a sequence ends, for at most `num_tokens` tokens or a step."""
+    assert self._state is not None
     size, running = self._draft_length.size, np.array([s is not None for s in self.sequences])
     arguments = np.int32(max(1, num_tokens // size)), size
     assert self._state is not None
     before = jax.device_get(self._state.lengths)
-    self._state, steps = decode_steps(
+    state, steps = decode_steps(
       *self._model, self._sampler, self._state, self._stop_tokens, *arguments
     )
     self.steps += int(steps)
@@ -280,15 +120,16 @@ class _Slots:
     self.slot_steps += slot_steps
     if size > 1:
       self.drafted += slot_steps * size
-      kept = (jax.device_get(self._state.lengths) - before)[running].sum()
+      kept = (jax.device_get(state.lengths) - before)[running].sum()
       self._draft_length.update(slot_steps, int(kept))
     if self._stops.strings:
-      tokens, lengths = jax.device_get((self._state.tokens, self._state.lengths))
+      tokens, lengths = jax.device_get((state.tokens, state.lengths))
       stopped = [
         sequence is not None and sequence.hits_stop_string(*rest)
         for sequence, *rest in zip(self.sequences, tokens, lengths)
       ]
-      self._state = self._state.replace(done=self._state.done | jnp.asarray(np.array(stopped)))
+      state = state.replace(done=state.done | jnp.asarray(np.array(stopped)))
+    self._state = state
 
   def harvest(self) -> list[tuple[int, Completion]]:
     """Returns (prompt index, completion) of the sequences that have ended; frees their slots."""
@@ -341,7 +182,8 @@ class _Slots:
     done = count is None and bool(state.done[slot])
     context_length = self._model[1].context_length
     found = sequence.completion(state.tokens[slot], of_tokens, length, done, context_length)
-    return dataclasses.replace(found, forward_passes=int(state.passes[slot]))
+    passes = state.passes[slot, sequence.start : sequence.start + len(found.tokens)]
+    return dataclasses.replace(found, forward_passes=int(passes.sum()))
 
 
 def generate(

@@ -4,20 +4,19 @@ A `Roster` holds the settings; its cache mode (see `roster_caches`) runs the mem
 through `roe_jax.members`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 import dataclasses
-import importlib
 import operator
 import os
 from typing import Any
 
 import jax
-from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 
 from roe_jax import experts, routing, temperature_profiles
 from roe_jax import noise as noise_lib
+from roe_jax import roster_settings as given
 from roe_jax.adaptive import Stop, Unsure
 from roe_jax.aggregation import (
   AGGREGATIONS,
@@ -222,14 +221,14 @@ class Roster:
     for name, attribute in _OBJECTS.items():
       settings[name] = changes.get(name, (settings[name], getattr(self, attribute)))
     first, end = self.noisy_layers
-    if "noisy_layers" not in changes and not _is_traced(temperatures):
-      noisy = np.flatnonzero(_as_temperatures(temperatures, layers))
+    if "noisy_layers" not in changes and not given.is_traced(temperatures):
+      noisy = np.flatnonzero(given.as_temperatures(temperatures, layers))
       if first == end or (noisy.size and not first <= noisy[0] <= noisy[-1] < end):
         settings["noisy_layers"] = None
     roster = self._checked(layers, **settings)
     first, end = roster.noisy_layers
     if first == end and len({"temperatures", "num_members"} & changes.keys()) == 1:
-      if roster.is_baseline and (_is_traced(temperatures) or np.any(temperatures)):
+      if roster.is_baseline and (given.is_traced(temperatures) or np.any(temperatures)):
         raise ValueError(_NO_MEMBERS)
       if not roster.is_baseline and "num_members" in changes:
         raise ValueError(_NO_TEMPERATURES)
@@ -257,31 +256,31 @@ class Roster:
     member_stop,
   ) -> "Roster":
     """Creates a roster for models of so many layers."""
-    if not _is_integer(num_members) or num_members < 1:
+    if not given.is_integer(num_members) or num_members < 1:
       raise ValueError(f"num_members must be an integer of at least 1, got {num_members!r}")
     if num_members > _MAX_MEMBERS:
       raise ValueError(f"num_members must be at most {_MAX_MEMBERS}, got {num_members}")
-    traced = _is_traced(temperatures)
-    values = np.ones(layers) if traced else _as_temperatures(temperatures, layers)
+    traced = given.is_traced(temperatures)
+    values = np.ones(layers) if traced else given.as_temperatures(temperatures, layers)
     if not np.all(np.isfinite(values)) or np.any(values < 0):
       raise ValueError(f"temperatures must be finite and not negative, got {values.tolist()}")
     if gate_weights not in routing.GATE_WEIGHTS:
       raise ValueError(
         f"unknown gate_weights {gate_weights!r}; choose one of {', '.join(routing.GATE_WEIGHTS)}"
       )
-    cache, cache_mode = _resolve("cache", cache, CACHES, lambda v: isinstance(v, CacheMode))
-    aggregation, combine = _resolve(
+    cache, cache_mode = given.resolve("cache", cache, CACHES, lambda v: isinstance(v, CacheMode))
+    aggregation, combine = given.resolve(
       "aggregation", aggregation, AGGREGATIONS, lambda v: isinstance(v, Aggregation)
     )
-    noise, perturb = _resolve("noise", noise, noise_lib.FAMILIES, callable)
+    noise, perturb = given.resolve("noise", noise, noise_lib.FAMILIES, callable)
     check_aggregation(combine)
     if noise in noise_lib.PROBABILITIES and np.any(values > 1):
       raise ValueError(
         f"with noise {noise!r} a temperature is the probability "
         f"{noise_lib.PROBABILITIES[noise]} and at most 1, got {values.tolist()}"
       )
-    in_range = _is_integer(seed) and 0 <= operator.index(seed) <= noise_lib.MAX_SEED
-    if not (_is_traced(seed) or in_range):
+    in_range = given.is_integer(seed) and 0 <= operator.index(seed) <= noise_lib.MAX_SEED
+    if not (given.is_traced(seed) or in_range):
       raise ValueError(f"seed must be an integer in [0, 2**32), got {seed!r}")
     noisy = np.flatnonzero(values)
     needed = (int(noisy[0]), int(noisy[-1]) + 1) if noisy.size else (layers, layers)
@@ -302,35 +301,23 @@ class Roster:
     if memory_budget < 1:
       raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
     experts.check_strategy(expert_strategy)
-    if not _is_integer(draft_tokens) or draft_tokens < 0 or draft_tokens == 1:
+    if not given.is_integer(draft_tokens) or draft_tokens < 0 or draft_tokens == 1:
       raise ValueError(
         f"draft_tokens must be 0 (no drafts) or an integer of at least 2, got {draft_tokens!r}: a "
         "single drafted token would not be verified sooner than it is computed"
       )
-    unsure = Unsure.create(unsure) if isinstance(unsure, str) else unsure
-    if unsure is not None and unsure.is_everywhere:
-      unsure = None
-    if not (member_stop is None or isinstance(member_stop, Stop)):
-      member_stop = Stop.create(member_stop)
+    unsure, member_stop = given.as_adaptive(unsure, member_stop)
     if num_members == 1 and include_clean:
       first, end = layers, layers  # the clean member alone
       unsure = member_stop = None
-    for name, given in (
-      ("draft_tokens", draft_tokens),
-      ("unsure", unsure),
-      ("member_stop", member_stop),
-    ):
-      if given and not cache_mode.is_shared:
-        raise ValueError(
-          f"{name} needs a cache that all members share (cache='clean'): with {cache!r} each noisy "
-          "member writes a history of its own, one token after the other"
-        )
+    if not cache_mode.is_shared:
+      given.check_unset(cache, draft_tokens=draft_tokens, unsure=unsure, member_stop=member_stop)
     if member_stop is not None:
       member_stop.check(combine, aggregation)
     return cls(
       jnp.asarray(temperatures if traced else values, jnp.float32),
       jnp.asarray(seed, jnp.uint32),
-      router_bias if _is_traced(router_bias) else _as_router_bias(router_bias, layers),
+      router_bias if given.is_traced(router_bias) else given.as_router_bias(router_bias, layers),
       unsure,
       int(num_members),
       bool(include_clean),
@@ -402,7 +389,7 @@ class Roster:
         f"router_bias must have shape [{config.num_layers}, {config.num_experts}] (layers, experts "
         f"of the model), got {list(bias.shape)}"
       )
-    if not _is_traced(bias) and (np.isfinite(bias).sum(axis=1) < choices).any():
+    if not given.is_traced(bias) and (np.isfinite(bias).sum(axis=1) < choices).any():
       raise ValueError(
         f"router_bias bans too many experts of a layer: a token needs {choices} that are not at "
         "-inf"
@@ -452,94 +439,3 @@ class Roster:
       "noise": self.noise,
       "noisy_layers": list(self.noisy_layers),
     }
-
-
-def _is_traced(value: Any) -> bool:
-  return isinstance(value, Tracer)
-
-
-def _is_integer(value: Any) -> bool:
-  """Whether a value is an integer, or an array of one, but not a bool."""
-  try:
-    operator.index(value)
-  except TypeError:
-    return False
-  return not isinstance(value, (bool, np.bool_))
-
-
-def _as_temperatures(temperatures: Any, layers: int) -> np.ndarray:
-  """Returns temperatures as float32, one per layer."""
-  if isinstance(temperatures, (str, os.PathLike, Mapping)):
-    raise ValueError(
-      f"temperatures must be numbers, got {temperatures!r}: use "
-      "Roster.from_profile(path, config) for a temperature profile"
-    )
-  try:
-    values = np.asarray(0.0 if temperatures is None else temperatures, np.float32)
-  except (TypeError, ValueError):
-    raise ValueError(
-      f"temperatures must be one number or a list with one per layer, got {temperatures!r}"
-    ) from None
-  if values.ndim == 0:
-    values = np.full(layers, values)
-  if values.shape != (layers,):
-    raise ValueError(
-      f"temperatures must be one number or a list of {layers} (one per layer of the "
-      f"model), got shape {list(values.shape)}"
-    )
-  return values
-
-
-def _as_router_bias(bias: Any, layers: int) -> jax.Array | None:
-  """Returns a router bias as float32."""
-  if bias is None:
-    return None
-  try:
-    values = np.asarray(bias, np.float32)
-  except (TypeError, ValueError):
-    values = np.zeros(())
-  if values.ndim != 2 or len(values) != layers or not np.all(values < np.inf):
-    raise ValueError(
-      f"router_bias must be numbers [{layers}, E], one per layer and expert, finite or -inf"
-    )
-  return jnp.asarray(values)
-
-
-def _resolve(
-  kind: str, value: Any, table: Mapping[str, Any], fits: Callable[[Any], bool]
-) -> tuple[str, Any]:
-  """Returns the name of a noise, aggregation or cache, and the object.
-
-  Args:
-    kind: "noise", "aggregation" or "cache", for errors.
-    value: a name in `table`, "module:attribute", the object, or its name and the object.
-    table: the known ones.
-    fits: whether an object is one.
-
-  Raises:
-    ValueError: there is none.
-  """
-  if isinstance(value, tuple):
-    return value
-  name = value
-  if not isinstance(value, str):
-    source = getattr(value, "add", value)  # an aggregation goes by the name of its function
-    module, own = (getattr(source, f"__{a}__", None) for a in ("module", "qualname"))
-    own = f"{module or '__main__'}:{own or type(source).__name__}"
-    name = next((known for known, found in table.items() if found is value), own)
-  elif value in table:
-    value = table[value]
-  elif ":" in value:
-    module, _, attribute = value.partition(":")
-    try:
-      value = operator.attrgetter(attribute)(importlib.import_module(module))
-    except (ImportError, AttributeError, ValueError) as error:
-      raise ValueError(
-        f"cannot import {kind} {name!r}, which must be module:attribute: {error} (the current "
-        "folder is searched under python -m, others through PYTHONPATH)"
-      ) from error
-  if isinstance(value, str) or not fits(value):
-    raise ValueError(
-      f"unknown {kind} {value!r}; choose one of {', '.join(table)}, or give module:attribute"
-    )
-  return name, value

@@ -47,7 +47,7 @@ def lowered(config, roster, kind, texts, positions):
     return decode.DecodeState(
       tokens,
       tokens.astype(jnp.float32),
-      tokens,
+      *[tokens] * 3,
       integers,
       integers,
       integers == 0,

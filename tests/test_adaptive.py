@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from roe_jax import adaptive, decode, diagnostics, scoring
-from roe_jax.adaptive import Stop, Unsure
+from roe_jax import adaptive, diagnostics, scoring
 from roe_jax.roster import Roster
 
 TEXTS = tiny.texts([16, 16, 16])

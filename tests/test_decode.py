@@ -322,7 +322,7 @@ def test_the_step_reaches_the_experts_in_few_calls(olmoe, monkeypatch, cache):
     monkeypatch.setitem(experts._FUNCTIONS, name, recorded)
   roster = Roster.create(config, 3, [0, 0.5, 0.3], cache=cache, expert_strategy="tiled_loop")
   shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
-  arrays = [shape(t, 2, 128) for t in (jnp.int32, jnp.float32, jnp.int32)]
+  arrays = [shape(t, 2, 128) for t in (jnp.int32, jnp.float32, *[jnp.int32] * 3)]
   arrays += [shape(t, 2) for t in (jnp.int32, jnp.int32, bool, jnp.uint32)]
   state = decode.DecodeState(
     *arrays, jax.eval_shape(lambda: members.empty_cache(config, roster, 2, 128))

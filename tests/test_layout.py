@@ -141,7 +141,7 @@ def reached(path, head_only):
 
 
 PROGRAMS = [p for p in NAMED if p.parent == pathlib.Path("experiments")]
-EXTRAS = {"lm_eval", "matplotlib", "optuna", "scipy", "tabulate"}
+EXTRAS = {"lm_eval", "matplotlib", "optuna", "tabulate"}
 SLOW = {"datasets", "orbax", "torch", "transformers"}
 
 

@@ -210,7 +210,7 @@ def test_no_step_copies_a_cache(cache):
   roster = Roster.create(c, 2, [0.5] * 3, cache=cache)
   state = jax.eval_shape(
     lambda: decode.DecodeState(
-      *(jnp.zeros((2, 4096), t) for t in (jnp.int32, jnp.float32, jnp.int32)),
+      *(jnp.zeros((2, 4096), t) for t in (jnp.int32, jnp.float32, *[jnp.int32] * 3)),
       *(jnp.zeros(2, t) for t in (jnp.int32, jnp.int32, bool, jnp.uint32)),
       members_lib.empty_cache(c, roster, 2, 4096),
     )
