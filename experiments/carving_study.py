@@ -28,7 +28,7 @@ from checkpoints_convert import carve_checkpoint, carving
 from experiments.analysis import output_temperatures
 from experiments.cli import app, text_files
 from experiments.cli.extras import tabulate
-from experiments.records import jsonl
+from experiments.records import store
 from roe_jax import attention, scoring, transformer
 from roe_jax import cache as kv_cache
 from roe_jax.config import ModelConfig
@@ -198,7 +198,7 @@ def main(argv) -> None:
     raise ValueError("--source and --calibration belong together: give both or neither")
   output = FLAGS.output and pathlib.Path(FLAGS.output)
   names = ("num_tokens", "window", "seed", "calibration", "calibration_tokens", "text")
-  saved = jsonl.SavedValues(
+  saved = store.SavedValues(
     output / "measured.jsonl" if output else None, {n: FLAGS[n].value for n in names}
   )
   variants = [v.split(":") for v in FLAGS.variants]

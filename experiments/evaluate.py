@@ -182,10 +182,7 @@ def write(
 ) -> None:
   """Adds missing records and their costs to a run."""
   cost = None
-  known = app.from_first_process(
-    lambda: [[c["task"], c["seed"]] for c in runs.read_lines(run.path / runs.COSTS)]
-  )
-  if [task, seed] not in known:
+  if not any((c["task"], c["seed"]) == (task, seed) for c in run.cost_lines):
     requests = list(dict.fromkeys(lm.requests[label]))
     counted = lm.saved.experts_read(lm.engine, requests[:EXPERTS_OF])
     cost = {"task": task, "seed": seed, **(lm.saved.cost(requests) + counted).line()}

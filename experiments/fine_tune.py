@@ -228,7 +228,7 @@ def save(
   own: dict[str, Any] = {"source": settings.checkpoint}
   if quantize_checkpoint.is_checkpoint(str(source)):
     own = checkpoint.load_provenance(source)
-  scores = [r["perplexity"] for r in metrics.records if r["kind"] == "evaluation"]
+  scores = [r["perplexity"] for r in metrics.records.values() if r["kind"] == "evaluation"]
   seconds = (metrics.last("training") or {})["seconds"]
   facts = {
     **settings.facts(),

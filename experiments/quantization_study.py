@@ -27,7 +27,7 @@ from experiments.cli import app, text_files
 from experiments.cli.extras import tabulate
 from experiments.evaluation.engine import Engine
 from experiments.evaluation.requests import Continuation, RequestBuilder, TaskRequests
-from experiments.records import jsonl
+from experiments.records import store
 from roe_jax import batching, diagnostics, quantization, transformer
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
@@ -314,7 +314,7 @@ def main(argv) -> None:
     for t in (FLAGS.tau, *sweep):
       Roster.create(config, FLAGS.num_members, t, seed=FLAGS.seed)
   output, settings = pathlib.Path(FLAGS.output), _settings()
-  saved = jsonl.SavedValues(output / "measured.jsonl", settings)
+  saved = store.SavedValues(output / "measured.jsonl", settings)
   texts, summary = [], {}
   total = 2 * FLAGS.num_examples + (1 + len(sweep)) * FLAGS.num_validation
   total *= len(FLAGS.checkpoints) * len(FLAGS.formats)

@@ -26,7 +26,7 @@ import numpy as np
 
 from checkpoints_convert import outputs
 from experiments.cli import app, text_files, trace_file
-from experiments.records import jsonl
+from experiments.records import jsonl, store
 from roe_jax import batching, scoring
 from roe_jax.config import ModelConfig
 from roe_jax.numerics import naming_sequences
@@ -65,7 +65,7 @@ def text_perplexity(
   """Prints the perplexity of --text, cut into windows, under the baseline and the roster."""
   common = {"window": cut.window, "stride": cut.stride}
   output = FLAGS.output and pathlib.Path(FLAGS.output)
-  kept = jsonl.SavedValues(
+  kept = store.SavedValues(
     None
     if output is None or outputs.is_stream(output)
     else pathlib.Path(f"{output}.windows.jsonl"),

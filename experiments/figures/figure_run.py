@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from experiments import tasks
 from experiments.analysis import run_results as results_lib
-from experiments.cli import app, text_files
+from experiments.cli import text_files
 from experiments.figures.figure_models import Model
-from experiments.records import jsonl, runs
+from experiments.records import store
 
 # In a figure's folder.
 RECORDS, ABOUT, PICTURE = "records.jsonl", "about.json", "figure.png"
@@ -79,7 +79,7 @@ def _flag(name, value):
   )
 
 
-class Measurements(jsonl.SavedValues):
+class Measurements(store.SavedValues):
   """Saved measurements with a progress bar that names the current one."""
 
   def __init__(self, path: pathlib.Path, settings: dict[str, Any]):
@@ -217,13 +217,3 @@ class FigureRun:
   def tuned(self, task: str) -> results_lib.Tuning:
     """Loads the search of `tune(task)`."""
     return results_lib.load_tunings([str(self.tuning_folder(task))])[0]
-
-
-def write_records(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
-  """Writes JSON lines atomically."""
-  app.write_atomically(path, "".join(text_files.to_json(record) + "\n" for record in records))
-
-
-def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Reads what `write_records` wrote."""
-  return runs.read_lines(path)

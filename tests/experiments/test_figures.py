@@ -31,8 +31,8 @@ from experiments.figures import (
   table1,
   transfer,
 )
-from experiments.figures.figure_run import RECORDS, FigureRun, read_records
-from experiments.records import runs
+from experiments.figures.figure_run import RECORDS, FigureRun
+from experiments.records import runs, store
 from roe_jax import decode, presets
 from roe_jax import params as params_lib
 
@@ -453,7 +453,7 @@ def test_larger_models_are_made_on_one_device_only(tmp_path):
 @pytest.mark.parametrize("name", ["fig6", "caches", "ceiling", "sparsity", "iso_compute"])
 def test_lower_perplexity_is_drawn_higher(name):
   measure = "fitted_difference" if name == "iso_compute" else "perplexity_difference"
-  records = read_records(ROOT / "docs/results/embedded" / name / RECORDS)
+  records = store.read_lines(ROOT / "docs/results/embedded" / name / RECORDS)
   figure = figures.get(name).draw(records)
   drawn = {
     round(float(y), 9)
