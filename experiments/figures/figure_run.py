@@ -14,6 +14,8 @@ from tqdm import tqdm
 from experiments import tasks
 from experiments.analysis import run_results as results_lib
 from experiments.cli import text_files
+from experiments.evaluation import methods as methods_lib
+from experiments.evaluation.methods import Spec
 from experiments.figures.figure_models import Model
 from experiments.records import store
 
@@ -180,14 +182,14 @@ class FigureRun:
     """Returns the folder of the search of that name or task."""
     return self.root / "tune" / pathlib.PurePath(name).name
 
-  def compare(self, name: str, task_names: list[str], methods: list[str], **flags) -> Command:
+  def compare(self, name: str, task_names: list[str], methods: list[Spec], **flags) -> Command:
     """Returns a comparison in `root`/compare/`name`; `flags` override those of the model."""
     model = self.model
     settings = dict(
       checkpoint=model.checkpoint,
       mesh=model.mesh,
       tasks=task_names,
-      methods="; ".join(methods),
+      methods="; ".join(map(str, methods)),
       num_members=model.num_members,
       cache=model.cache,
       tau=model.tau,
@@ -209,10 +211,10 @@ class FigureRun:
     settings = dict(data_dir=self.data_dir, allow_code_execution=self.allow_code_execution or None)
     return settings | (dict(chat=True, **self.model.chat) if self.uses_chat(*names) else {})
 
-  def compared(self, name: str) -> dict[str, results_lib.Result]:
-    """Loads the runs of `compare(name, ...)`, by their method as given."""
+  def compared(self, name: str) -> dict[Spec, results_lib.Result]:
+    """Loads the runs of `compare(name, ...)`, by their method."""
     found = results_lib.load_runs([str(self.root / "compare" / name / "*")])
-    return {result.settings["spelled"]: result for result in found}
+    return {methods_lib.read(result.settings["spelled"]): result for result in found}
 
   def tuned(self, task: str) -> results_lib.Tuning:
     """Loads the search of `tune(task)`."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments.analysis import drawing, paired_statistics, report_page
 from experiments.analysis.run_results import FITTED_NLL, TOKENS, Result, quality_metric
+from experiments.evaluation.methods import Baseline, RosterOf, Spec, read
 from experiments.figures import compared, figure_models, searches
 from experiments.figures.figure_run import Command, FigureRun
 
@@ -41,10 +42,10 @@ class Config:
 CONFIGS = figure_models.configs(Config(), embedded=Config(num_examples=60))
 
 
-def _methods(run):
+def _methods(run) -> dict[Spec, str]:
   """Returns {method: the task that τ was tuned for, or what else it is}."""
-  profiles = {f"roster:profile={run.profile(task)}": task for task in run.model.tasks}
-  return {BASELINE: BASELINE} | profiles | {f"roster:t={run.model.tau:g}": UNIFORM}
+  profiles = {RosterOf(profile=str(run.profile(task))): task for task in run.model.tasks}
+  return {Baseline(): BASELINE, **profiles, RosterOf(t=run.model.tau): UNIFORM}
 
 
 def commands(run: FigureRun) -> list[Command]:
@@ -55,8 +56,8 @@ def commands(run: FigureRun) -> list[Command]:
 
 def measure(run: FigureRun) -> list[dict]:
   results, sources = run.compared("transfer"), _methods(run)
-  found = compared.records([results[method] for method in sources], results[BASELINE])
-  found = [r | {"tuned_for": sources[r["method"]]} for r in found]
+  found = compared.records([results[method] for method in sources], results[Baseline()])
+  found = [r | {"tuned_for": sources[read(r["method"])]} for r in found]
   found.sort(key=lambda r: run.model.tasks.index(r["task"]))
   rosters = {s: results[m] for m, s in sources.items() if s not in (BASELINE, UNIFORM)}
   return found + own_and_others(rosters)
