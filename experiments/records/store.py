@@ -75,7 +75,7 @@ class Store:
     check: Callable[[Sequence[Record]], None] = lambda lines: None,
     refusal: str = "was not written by this program",
   ):
-    """Opens a file; the first record creates it.
+    """Opens a file; the first record creates it, or the header.
 
     Args:
       path: the file, or None.
@@ -95,7 +95,7 @@ class Store:
     self.records: dict[Any, Record] = {}
 
     def opened() -> list[Record]:
-      if path is None or not path.is_file():
+      if path is None or not (header or path.is_file()):
         return []
       try:
         with _locked(path) as file:
@@ -103,6 +103,8 @@ class Store:
           self._check_header(lines)
           check(lines)
           _repair(file)
+          if header and not lines:
+            file.write(_line({SETTINGS: self._settings}).encode())
       except ValueError as error:
         raise ValueError(
           f"{path} {refusal}: choose another output or delete it ({error})"
@@ -130,11 +132,8 @@ class Store:
     for line in lines:
       self._remember(json.loads(line))
     if self.path and lines and app.is_first_process():
-      self.path.parent.mkdir(parents=True, exist_ok=True)
       with _locked(self.path) as file:
         _repair(file)
-        if self._header and not file.seek(0, os.SEEK_END):
-          lines.insert(0, _line({SETTINGS: self._settings}))
         data = memoryview("".join(lines).encode())
         while data:
           data = data[file.write(data) :]
@@ -151,6 +150,7 @@ class Store:
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path) -> Iterator[IO[bytes]]:
+  path.parent.mkdir(parents=True, exist_ok=True)
   with path.open("a+b", buffering=0) as file:
     outputs.lock_file(file.fileno())
     yield file
