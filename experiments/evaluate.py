@@ -298,13 +298,14 @@ def main(argv) -> None:
     "model": temperature_profiles.model_of(FLAGS.checkpoint, config, params),
     "dtype": config.dtype,
   }
-  method = "baseline" if roster.is_baseline else "roster"
+  is_baseline = roster.is_baseline and roster.router_bias is None
+  method = "baseline" if is_baseline else "roster"
   run = runs.Run(
     output,
     None,
     {
       "method": method,
-      "label": method if roster.is_baseline else f"roster, n = {roster.num_members}",
+      "label": method if is_baseline else f"roster, n = {roster.num_members}",
       "checkpoint": FLAGS.checkpoint,
       **model,
       "roster": roster.settings(),

@@ -80,7 +80,7 @@ def text_perplexity(
   )
   results = {}
   for name, setting in {"baseline": Roster.create(config), "roster": roster}.items():
-    if name == "roster" and roster.is_baseline:
+    if name == "roster" and roster.is_baseline and roster.router_bias is None:
       continue
     nll = []
     with app.progress(desc=name, unit="window", total=len(cut.sequences)) as bar:
@@ -172,16 +172,11 @@ def continuations(
   requests: list[dict[str, Any]],
   sequences: list[list[int]],
   starts: list[int],
+  results: jsonl.Results,
 ) -> None:
   """Scores the continuations of --input, writing results as batches are done."""
-  settings = {
-    "checkpoint": FLAGS.checkpoint,
-    "dtype": config.dtype,
-    "roster": roster.settings(),
-    "special_tokens": FLAGS.special_tokens,
-  }
   with (
-    jsonl.Results(FLAGS.output, requests, settings) as results,
+    results,
     app.progress(
       total=len(requests), initial=len(requests) - len(results.missing), unit="sequence"
     ) as bar,
@@ -232,8 +227,15 @@ def main(argv) -> None:
     cut = scoring.windows(config, tokens, FLAGS.window, FLAGS.stride)
     run, inputs, sequences = text_perplexity, (tokens, cut), cut.sequences
   else:
-    run, inputs = continuations, read_pairs(config, tokenizer)
-    sequences = inputs[1]
+    requests, sequences, starts = read_pairs(config, tokenizer)
+    settings = {
+      "checkpoint": FLAGS.checkpoint,
+      "dtype": FLAGS.dtype or config.dtype,
+      "roster": roster.settings(),
+      "special_tokens": FLAGS.special_tokens,
+    }
+    results = jsonl.Results(FLAGS.output, requests, settings)
+    run, inputs = continuations, (requests, sequences, starts, results)
   longest = max(map(len, sequences))
   app.check_memory(config, roster, batch_size=FLAGS.batch_size, length=longest, scoring=True)
   params, config = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)

@@ -169,6 +169,7 @@ def prepare() -> SearchSetup:
   """
   if FLAGS["tau"].present:
     raise ValueError("--tau cannot be given, since it is tuned here: use --max_tau")
+  app.refuse_idle(True, ("router_bias",), "is not part of a temperature profile: leave it out")
   tuning = overrides.from_flags(tuning_configs.load(FLAGS.config))
   for name, value in (
     ("num_examples", tuning.num_examples),

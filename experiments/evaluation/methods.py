@@ -220,6 +220,7 @@ def _create_roster(config, base, **settings):
     seed=int(base.seed),
     expert_strategy=base.expert_strategy,
     memory_budget=base.memory_budget,
+    router_bias=base.router_bias,
     **settings,
   )
 
