@@ -27,7 +27,7 @@ def parse(name: str, text: str, hint: Any) -> Any:
   Raises:
     ValueError: it is of another type.
   """
-  for kind in typed.members(hint):
+  for kind in typed.kinds_of(hint):
     with contextlib.suppress(KeyError, ValueError):
       if text == _NULL and kind is types.NoneType:
         return None
@@ -38,7 +38,7 @@ def parse(name: str, text: str, hint: Any) -> Any:
       value = _WORDS[text.lower()] if kind is bool else kind(text)
       typed.check(name, value, kind)
       return value
-  allowed = " or ".join(map(typed.describe, typed.members(hint)))
+  allowed = " or ".join(map(typed.describe, typed.kinds_of(hint)))
   raise ValueError(f"{name} must be {allowed}, got {text!r}")
 
 
@@ -98,5 +98,5 @@ def define_flags(config: Any, helps: Mapping[str, str], defaults: bool = True, *
     str: flags.DEFINE_string,
   }
   for name, text in helps.items():
-    kind = next(k for k in typed.members(hints[name]) if k in define)
+    kind = next(k for k in typed.kinds_of(hints[name]) if k in define)
     define[kind](flag_of.get(name, name), getattr(config, name) if defaults else None, text)

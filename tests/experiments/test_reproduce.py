@@ -120,7 +120,7 @@ def test_settings_are_overridden_wherever_they_are():
 )
 def test_wrong_settings_are_refused(given, message):
   with pytest.raises(ValueError, match=message):
-    reproduce.overridden([Config()], [given])
+    reproduce.overridden([Config(), figure_models.get("embedded")], [given])
 
 
 def test_a_command_is_what_one_types(tmp_path):
