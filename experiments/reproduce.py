@@ -36,8 +36,15 @@ from experiments.analysis import drawing
 from experiments.benchmarks import machine
 from experiments.cli import app, overrides, text_files
 from experiments.figures import figure_models, results_page
-from experiments.figures.figure_run import ABOUT, RECORDS, Command, FigureRun
-from experiments.records import runs, store
+from experiments.figures.figure_run import (
+  ABOUT,
+  RECORDS,
+  Command,
+  FigureRun,
+  read_records,
+  write_records,
+)
+from experiments.records import runs
 from roe_jax import typed
 from roe_jax.roster import Roster
 
@@ -207,11 +214,11 @@ def finish(run: FigureRun, stopwatch: Stopwatch) -> str:
   runs.claim(run.folder, run.settings)
   path = run.folder / ABOUT
   if path.is_file():
-    about, records = typed.read(path), store.read_lines(run.folder / RECORDS)
+    about, records = typed.read(path), read_records(run.folder / RECORDS)
   else:
     with stopwatch(run.figure):
       records = figure.measure(run)
-    store.write_lines(run.folder / RECORDS, records)
+    write_records(run.folder / RECORDS, records)
     about = {
       "figure": run.figure,
       "model": run.model.title,

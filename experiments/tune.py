@@ -391,7 +391,7 @@ def confirm_best(params: Params, search: Search | None, setup: SearchSetup, mode
     "examples": len(setup.fresh.examples),
     "seeds": list(seeds),
     "values": confirm.values(metrics, setup.fresh),
-    "differences": confirm.compare(metrics, setup.fresh),
+    "differences": [c.to_json() for c in confirm.compare(metrics, setup.fresh)],
     "cost": dict(costs),
   }
 

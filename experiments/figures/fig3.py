@@ -66,7 +66,7 @@ def draw(records: list[compared.Record]):
   of = {(r["task"], r["label"]): r for r in records}
   figure, axes = drawing.axes(1, 2, width=max(4.5, 1.0 * len(tasks) + 1.5), height=2.6)
   upper, lower = axes[:, 0]
-  read = lambda label, name: [compared.read(of[task, label][name]) for task in tasks]
+  read = lambda label, name: [of[task, label][name] for task in tasks]
   drawing.dots(upper, tasks, {label: read(label, "quality") for label in (BASELINE, ROSTER)})
   upper.set_ylabel("task result (%)")
   drawing.zero(lower)

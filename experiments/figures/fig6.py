@@ -73,7 +73,7 @@ def table(records: list[compared.Record]) -> str:
 def findings(records: list[compared.Record]) -> str:
   best = []
   for task in compared.unique(records, "task"):
-    top = max((r for r in records if r["task"] == task), key=lambda r: r["quality"]["value"])
+    top = max((r for r in records if r["task"] == task), key=lambda r: r["quality"].value)
     best.append(f"{top['τ']:g} on {task}")
   return (
     f"The best task results are at τ = {', '.join(best)}, which means little by itself because "

@@ -13,11 +13,13 @@ from tqdm import tqdm
 
 from experiments import tasks
 from experiments.analysis import run_results as results_lib
+from experiments.analysis.paired_statistics import Difference
 from experiments.cli import text_files
 from experiments.evaluation import methods as methods_lib
 from experiments.evaluation.methods import Spec
 from experiments.figures.figure_models import Model
 from experiments.records import store
+from experiments.tuning.confirm import Contrast
 
 # In a figure's folder.
 RECORDS, ABOUT, PICTURE = "records.jsonl", "about.json", "figure.png"
@@ -219,3 +221,22 @@ class FigureRun:
   def tuned(self, task: str) -> results_lib.Tuning:
     """Loads the search of `tune(task)`."""
     return results_lib.load_tunings([str(self.tuning_folder(task))])[0]
+
+
+def write_records(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
+  """Writes the records of a figure atomically; their values may be estimates or contrasts."""
+  plain = (text_files.to_json(record, default=lambda e: e.to_json()) for record in records)
+  store.write_lines(path, map(json.loads, plain))
+
+
+def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Reads what `write_records` wrote."""
+  return [{k: _typed(v) for k, v in record.items()} for record in store.read_lines(path)]
+
+
+def _typed(value):
+  if isinstance(value, list):
+    return [_typed(v) for v in value]
+  if not isinstance(value, dict) or not {"value", "low", "high"} <= value.keys():
+    return value
+  return (Contrast if "of" in value else Difference).from_json(value)

@@ -7,8 +7,7 @@ from experiments import figures
 from experiments.analysis import drawing
 from experiments.cli import app
 from experiments.figures.figure_models import Model
-from experiments.figures.figure_run import ABOUT, PICTURE, RECORDS
-from experiments.records import store
+from experiments.figures.figure_run import ABOUT, PICTURE, RECORDS, read_records
 from roe_jax import typed
 
 PARTS = (
@@ -39,7 +38,7 @@ def write(path: pathlib.Path, root: pathlib.Path, model: Model) -> str:
         shutil.copyfile(root / name / file, kept / name / file)
   found = _complete(kept, figures.NAMES)
   for name in found:
-    picture = figures.get(name).draw(store.read_lines(kept / name / RECORDS))
+    picture = figures.get(name).draw(read_records(kept / name / RECORDS))
     if picture is not None:
       drawing.save(picture, kept / name / pathlib.Path(PICTURE).stem, ("png",))
   app.write_atomically(path, text(kept, model))
@@ -68,7 +67,7 @@ def text(kept: pathlib.Path, model: Model) -> str:
 
 def _section(kept, name):
   figure, about = figures.get(name), typed.read(kept / name / ABOUT)
-  records, machine = store.read_lines(kept / name / RECORDS), about["machine"]
+  records, machine = read_records(kept / name / RECORDS), about["machine"]
   parts = [
     f"### {name}: {figure.TITLE}",
     figure.BACKGROUND,

@@ -14,8 +14,7 @@ import pytest
 
 from experiments import figures, reproduce
 from experiments.figures import figure_models, results_page
-from experiments.figures.figure_run import Command, FigureRun
-from experiments.records import store
+from experiments.figures.figure_run import Command, FigureRun, read_records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +220,7 @@ def test_the_results_page_is_what_its_records_say():
 def test_every_figure_is_drawn_of_its_records(name):
   root = pathlib.Path(reproduce.__file__).parents[1]
   folder = root / "docs/results/embedded" / name
-  picture = figures.get(name).draw(store.read_lines(folder / "records.jsonl"))
+  picture = figures.get(name).draw(read_records(folder / "records.jsonl"))
   assert (picture is None) == (not (folder / "figure.png").exists())
   if picture is not None:
     picture.canvas.draw()

@@ -354,8 +354,8 @@ def test_what_is_not_clear_is_not_called_better():
       "value": (low + high) / 2,
       "low": low,
       "high": high,
-      "excludes_zero": low > 0 or high < 0,
-      "significant": significant and (low > 0 or high < 0),
+      "p": 0.01 if significant else 0.2,
+      "adjusted": 0.02 if significant else 0.4,
     }
     return confirm.format_confirmation(
       {
