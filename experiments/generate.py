@@ -333,12 +333,12 @@ def main(argv) -> None:
   tokenizer = app.load_tokenizer(FLAGS.checkpoint)
   requests = jsonl.read(FLAGS.input, KEYS) if FLAGS.prompt is None else [{"prompt": FLAGS.prompt}]
   inputs = prepare(requests, config, tokenizer, roster, sampler)
-  longest = max(map(len, inputs.tokens)) + FLAGS.max_new_tokens
-  batch_size = FLAGS.batch_size if FLAGS.prompt is None else 1
-  app.check_memory(config, roster, batch_size=batch_size, length=longest)
   results = FLAGS.prompt is None and jsonl.Results(FLAGS.output, requests, inputs.settings)
   if results and FLAGS.trace is not None and len(results.missing) < len(requests):
     raise ValueError("--trace needs all results of one run: choose another --output")
+  longest = max(map(len, inputs.tokens)) + FLAGS.max_new_tokens
+  batch_size = FLAGS.batch_size if FLAGS.prompt is None else 1
+  app.check_memory(config, roster, batch_size=batch_size, length=longest)
   params, config = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
   model = params, config, tokenizer, roster, sampler, inputs
   if results:
