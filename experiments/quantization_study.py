@@ -23,7 +23,7 @@ import numpy as np
 
 from experiments import tasks
 from experiments.analysis import paired_statistics
-from experiments.cli import app, text_files
+from experiments.cli import app, overrides, text_files
 from experiments.cli.extras import tabulate
 from experiments.evaluation.engine import Engine
 from experiments.evaluation.requests import Continuation, RequestBuilder, TaskRequests
@@ -290,7 +290,7 @@ def _settings() -> dict:
 
 def main(argv) -> None:
   del argv
-  sweep = [float(t) for t in FLAGS.sweep]
+  sweep = list(overrides.items("sweep", float))
   if min(FLAGS.num_examples, FLAGS.num_validation, FLAGS.batch_size) < 1:
     raise ValueError("--num_examples, --num_validation and --batch_size must be at least 1")
   if FLAGS.num_members < 2 or not sweep:

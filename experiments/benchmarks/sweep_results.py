@@ -103,13 +103,16 @@ class Folder:
     self._settings = json.loads(text_files.to_json(settings))
     kinds = {"sweep": str, "settings": dict}
     path = path / "results.jsonl"
-    self._store = store.Store(path, None, settings, kinds=kinds, check=self._check)
+    refusal = "does not have results of this run"
+    self._store = store.Store(path, None, settings, kinds=kinds, check=self._check, refusal=refusal)
 
   def _check(self, lines):
     for other in (line["settings"] for line in lines):
       for name in {**other, **self._settings}:
         if other.get(name) != self._settings.get(name):
-          raise ValueError(f"it has {name} = {other.get(name)!r}, not {self._settings.get(name)!r}")
+          raise ValueError(
+            f"it holds results with {name} = {other.get(name)!r}, not {self._settings.get(name)!r}"
+          )
 
   @property
   def records(self) -> list[dict[str, Any]]:

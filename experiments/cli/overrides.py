@@ -42,6 +42,11 @@ def parse(name: str, text: str, hint: Any) -> Any:
   raise ValueError(f"{name} must be {allowed}, got {text!r}")
 
 
+def items(flag: str, kind: type) -> tuple[Any, ...]:
+  """Returns the values of a list flag; raises as `parse`."""
+  return tuple(parse(f"--{flag}", text, kind) for text in flags.FLAGS[flag].value)
+
+
 def changed(config: Config, values: Mapping[str, Any], positive: Collection[str] = ()) -> Config:
   """Returns a dataclass with other values of some fields.
 
