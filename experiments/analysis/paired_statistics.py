@@ -85,6 +85,40 @@ class Difference(Estimate):
     return dataclasses.replace(self, value=-self.value, low=-self.high, high=-self.low)
 
 
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+  """A difference between two candidates of a confirmation, paired by example.
+
+  Attributes:
+    of, to: names of the candidates.
+    fitted: whether at fitted output temperatures.
+    difference: in percent of the perplexity, or percentage points.
+  """
+
+  of: str
+  to: str
+  fitted: bool
+  difference: Difference
+
+  @property
+  def kind(self) -> tuple[str, str, bool]:
+    return self.of, self.to, self.fitted
+
+  def to_json(self) -> dict[str, Any]:
+    return {
+      "of": self.of,
+      "to": self.to,
+      "fitted": self.fitted,
+      **self.difference.to_json(),
+      "excludes_zero": self.difference.excludes_zero,
+    }
+
+  @classmethod
+  def from_json(cls, values: dict[str, Any]) -> "Contrast":
+    difference = Difference.from_json(values)
+    return cls(values["of"], values["to"], values["fitted"], difference)
+
+
 def over_seeds(values: np.ndarray) -> np.ndarray:
   """Averages `[X, S]` over seeds to `[X]`; returns `[X]` unchanged."""
   values = np.asarray(values, float)

@@ -13,13 +13,12 @@ from tqdm import tqdm
 
 from experiments import tasks
 from experiments.analysis import run_results as results_lib
-from experiments.analysis.paired_statistics import Difference
+from experiments.analysis.paired_statistics import Contrast, Difference
 from experiments.cli import text_files
 from experiments.evaluation import methods as methods_lib
 from experiments.evaluation.methods import Spec
 from experiments.figures.figure_models import Model
 from experiments.records import store
-from experiments.tuning.confirm import Contrast
 
 # In a figure's folder.
 RECORDS, ABOUT, PICTURE = "records.jsonl", "about.json", "figure.png"

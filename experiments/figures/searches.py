@@ -15,12 +15,11 @@ import dataclasses
 from typing import Any, ClassVar
 
 from experiments.analysis import drawing, pictures, report_page
-from experiments.analysis.paired_statistics import Difference
+from experiments.analysis.paired_statistics import Contrast, Difference
 from experiments.analysis.run_results import Tuning
 from experiments.figures import compared, figure_models
 from experiments.figures.figure_run import Command, FigureRun
 from experiments.tuning import confirm
-from experiments.tuning.confirm import Contrast
 from roe_jax import typed
 
 Record = dict[str, Any]
@@ -45,7 +44,7 @@ def records(run: FigureRun, tasks: Sequence[str]) -> list[Record]:
   """Returns a record per task.
 
   Each has "task" and "category"; "settings", "profile" and "trials" as written by tune; and
-  "differences" of the confirmation (`confirm.Contrast`), with Holm's correction over tasks.
+  "differences" of the confirmation (`Contrast`), with Holm's correction over tasks.
   """
   found = []
   for task in tasks:

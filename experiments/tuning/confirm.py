@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from experiments.analysis import output_temperatures, paired_statistics
-from experiments.analysis.paired_statistics import Difference
+from experiments.analysis.paired_statistics import Contrast
 from experiments.cli import app
 from experiments.cli.extras import tabulate
 from experiments.records import runs
@@ -115,40 +115,6 @@ def by_example(path: pathlib.Path, examples: Sequence[str]) -> dict[str, np.ndar
     for name, value in record["metrics"].items():
       found.setdefault(name, {}).setdefault(record["example"], []).append(value)
   return {name: np.array([np.mean(values[e]) for e in examples]) for name, values in found.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Contrast:
-  """A difference between two candidates, paired by example.
-
-  Attributes:
-    of, to: names of the candidates.
-    fitted: whether at fitted output temperatures.
-    difference: in percent of the perplexity, or percentage points.
-  """
-
-  of: str
-  to: str
-  fitted: bool
-  difference: Difference
-
-  @property
-  def kind(self) -> tuple[str, str, bool]:
-    return self.of, self.to, self.fitted
-
-  def to_json(self) -> dict[str, Any]:
-    return {
-      "of": self.of,
-      "to": self.to,
-      "fitted": self.fitted,
-      **self.difference.to_json(),
-      "excludes_zero": self.difference.excludes_zero,
-    }
-
-  @classmethod
-  def from_json(cls, values: dict[str, Any]) -> "Contrast":
-    difference = Difference.from_json(values)
-    return cls(values["of"], values["to"], values["fitted"], difference)
 
 
 def compare(measured: dict[str, dict[str, np.ndarray]], fresh: Objective) -> list[Contrast]:

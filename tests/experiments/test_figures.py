@@ -300,7 +300,7 @@ def test_records_of_figures_come_back_as_they_were_written(tmp_path):
   difference = paired_statistics.Difference(-0.4, -0.8, -0.1, 0.01, 0.02)
   records = [
     {"task": "t", "d": difference, "untested": paired_statistics.Difference(1.0, 0.5, 2.0)},
-    {"differences": [confirm.Contrast("tuned", "baseline", True, difference)], "n": None},
+    {"differences": [paired_statistics.Contrast("tuned", "baseline", True, difference)], "n": None},
   ]
   write_records(tmp_path / RECORDS, records)
   assert read_records(tmp_path / RECORDS) == records
@@ -312,7 +312,7 @@ def test_records_of_figures_come_back_as_they_were_written(tmp_path):
 @pytest.fixture
 def search():
   """A search by perplexity of four trials, one pruned."""
-  difference = confirm.Contrast(
+  difference = paired_statistics.Contrast(
     "tuned", "baseline", False, paired_statistics.Difference(-0.4, -0.8, 0.1, 0.1, 0.1)
   )
   trial = lambda number, kind, state, temperatures, value, rows: {
