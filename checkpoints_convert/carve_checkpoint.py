@@ -28,6 +28,7 @@ from roe_jax.layer_inputs import CacheAccess, TokenBatch
 from roe_jax.numerics import project
 from roe_jax.params import LayerParams
 from roe_jax.routers import LINEAR, NEURONS, NONE
+from roe_jax.text import utf8
 from roe_jax.text.tokenizer import Tokenizer
 
 ROUTERS = (LINEAR, NEURONS)
@@ -180,8 +181,8 @@ def calibration_tokens(
     ConversionError: the file cannot be read, or has fewer tokens.
   """
   try:
-    read = pathlib.Path(text).expanduser().read_text("utf-8")
-  except (OSError, UnicodeDecodeError) as error:
+    read = utf8.read(pathlib.Path(text).expanduser())
+  except (OSError, ValueError) as error:
     raise ConversionError(f"--calibration must be a text file in UTF-8: {error}") from error
   window = min(_WINDOW, config.context_length)
   if count < window:

@@ -27,6 +27,8 @@ FP4 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
 def config(family, **changes):
   fixed = {"normalize_gates": False} | families.FAMILIES[family].fixed
   sizes = dict(d_shared_expert=16, qkv_bias=True) if family == "qwen2_moe" else {}
+  if family == "emo":
+    sizes = dict(d_shared_expert=changes.get("d_expert", F))
   if family == "gpt_oss":
     sizes = dict(swiglu_limit=7.0, swiglu_alpha=1.702, expert_format="mxfp4")
   return ModelConfig(
