@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import batching, drafting, prefill, sharding
+from roe_jax import batching, drafting, prefill, sampling, sharding
 from roe_jax import members as members_lib
 from roe_jax.config import ModelConfig
+from roe_jax.members import RosterPass
 from roe_jax.params import Params
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
@@ -78,21 +79,27 @@ def decode_steps(
   def step(carry):
     count, state = carry
     last = state.lengths - 1
-    found, cache = drafting.next_tokens(
-      params,
-      config,
-      roster,
-      sampler,
-      state.tokens[slots, last],
-      last,
-      state.request_ids,
-      state.cache,
-      draft_tokens,
-    )
+    tokens, request_ids = state.tokens[slots, last], state.request_ids
+    if draft_tokens == 1:
+      run = RosterPass.of_step(params, config, roster, tokens, last, request_ids)
+      outputs, cache = roster.cache_mode.step(run, state.cache)
+      drafted = outputs.clean_tokens
+    else:
+      outputs, drafted, cache = drafting.draft_and_verify(
+        params, config, roster, sampler, tokens, last, request_ids, state.cache, draft_tokens
+      )
     indices = state.lengths[:, None] + jnp.arange(draft_tokens)[None]
     first = indices == state.lengths[:, None]
-    ends = jnp.isin(found.tokens, stop_tokens) | (indices + 1 >= state.limits[:, None])
-    goes_on = found.agree & ~ends
+    chosen = sampling.choose(
+      sampler,
+      roster.seed,
+      outputs.log_probs.reshape(-1, config.vocab_size),
+      jnp.repeat(request_ids, draft_tokens),
+      (indices - 1).reshape(-1),
+    ).reshape(indices.shape)
+    log_probs = jnp.take_along_axis(outputs.log_probs, chosen[..., None], axis=-1)[..., 0]
+    ends = jnp.isin(chosen, stop_tokens) | (indices + 1 >= state.limits[:, None])
+    goes_on = (chosen == drafted) & ~ends
     holds = jnp.cumprod(goes_on[:, :-1], axis=1, dtype=jnp.int32)
     holds = jnp.pad(holds, ((0, 0), (1, 0)), constant_values=1) == 1
     holds &= ~state.done[:, None]
@@ -102,11 +109,11 @@ def decode_steps(
       return array.at[slots[:, None], indices].set(values, mode="drop")
 
     return count + 1, state.replace(
-      tokens=put(state.tokens, found.tokens),
-      log_probs=put(state.log_probs, found.log_probs),
-      clean_tokens=put(state.clean_tokens, found.clean_tokens),
-      members=put(state.members, found.members),
-      passes=put(state.passes, jnp.where(first, found.members.sum(axis=1, keepdims=True), 0)),
+      tokens=put(state.tokens, chosen),
+      log_probs=put(state.log_probs, log_probs),
+      clean_tokens=put(state.clean_tokens, outputs.clean_tokens),
+      members=put(state.members, outputs.members),
+      passes=put(state.passes, jnp.where(first, outputs.members.sum(axis=1, keepdims=True), 0)),
       lengths=state.lengths + holds.sum(axis=1),
       done=state.done | jnp.any(holds & ends, axis=1),
       cache=cache,

@@ -7,39 +7,18 @@ the roster agrees with is kept, and its own token where it first differs.
 
 from typing import Any
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 
 from roe_jax import sampling
 from roe_jax.config import ModelConfig
-from roe_jax.members import RosterPass
+from roe_jax.members import RosterOutputs, RosterPass
 from roe_jax.params import Params
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
 
-class NextTokens(struct.PyTreeNode):
-  """The roster's choices at J consecutive positions of each sequence, `[B, J]`.
-
-  The choice at j holds if those before it agree with the drafted tokens.
-
-  Attributes:
-    tokens: int32.
-    log_probs: float32, of the tokens.
-    clean_tokens: int32, the clean member's most probable tokens.
-    members: int32, how many members were computed.
-    agree: bool, whether the tokens are the drafted ones.
-  """
-
-  tokens: jax.Array
-  log_probs: jax.Array
-  clean_tokens: jax.Array
-  members: jax.Array
-  agree: jax.Array
-
-
-def next_tokens(
+def draft_and_verify(
   params: Params,
   config: ModelConfig,
   roster: Roster,
@@ -49,54 +28,43 @@ def next_tokens(
   request_ids_B: jax.Array,
   cache: Any,
   count: int,
-) -> tuple[NextTokens, Any]:
-  """Chooses the next tokens of each sequence.
+) -> tuple[RosterOutputs, jax.Array, Any]:
+  """Drafts J tokens of each sequence, and runs the roster at their positions together.
 
   Args:
     params: the model's parameters.
     config: its architecture.
     roster: the settings.
-    sampler: how tokens are chosen, also drafted ones.
+    sampler: how drafted tokens are chosen.
     tokens_B: int32, the last token of each sequence.
     positions_B: int32, where it is.
     request_ids_B: uint32.
     cache: holds earlier positions.
-    count: J; with 1 nothing is drafted.
+    count: J.
 
   Returns:
-    The tokens, and the cache with J positions written.
+    The roster's outputs at J positions from the last token's on, which hold as long as the drafted
+    tokens before are the roster's; the tokens drafted there, int32 `[B, J]`; and the cache with
+    these positions written.
   """
   mode = roster.cache_mode
-
-  def choose(log_probs_BxJxV, positions_BxJ):
-    ids = jnp.broadcast_to(request_ids_B[:, None], positions_BxJ.shape).reshape(-1)
-    flat = log_probs_BxJxV.reshape(-1, log_probs_BxJxV.shape[-1]), ids, positions_BxJ.reshape(-1)
-    return sampling.choose(sampler, roster.seed, *flat).reshape(positions_BxJ.shape)
 
   def draft(carry, offset):
     tokens, cache = carry
     positions = positions_B + offset
     run = RosterPass.of_step(params, config, roster, tokens, positions, request_ids_B)
     drafted, cache = mode.draft(run, cache)
+    drafted = jax.tree.map(lambda a: a[:, 0], drafted)
     log_probs = jax.nn.log_softmax(drafted.logits, axis=-1)
-    token = choose(log_probs, positions[:, None])[:, 0]
-    return (token, cache), (tokens, token, jax.tree.map(lambda a: a[:, 0], drafted))
+    token = sampling.choose(sampler, roster.seed, log_probs, request_ids_B, positions)
+    return (token, cache), (tokens, token, drafted)
 
-  if count == 1:
-    run = RosterPass.of_step(params, config, roster, tokens_B, positions_B, request_ids_B)
-    outputs, cache = mode.step(run, cache)
-    positions_BxJ, drafted_BxJ = positions_B[:, None], outputs.clean_tokens
-  else:
-    offsets = jnp.arange(count)
-    (_, cache), found = jax.lax.scan(draft, (tokens_B, cache), offsets)
-    inputs_BxJ, drafted_BxJ, drafts = jax.tree.map(lambda a: a.swapaxes(0, 1), found)
-    positions_BxJ = positions_B[:, None] + offsets[None]
-    run = RosterPass(params, config, roster, inputs_BxJ, positions_BxJ, request_ids_B)
-    outputs = mode.verify(run, cache, drafts)
-  tokens = choose(outputs.log_probs, positions_BxJ)
-  log_probs = jnp.take_along_axis(outputs.log_probs, tokens[..., None], axis=-1)[..., 0]
-  agree = tokens == drafted_BxJ
-  return NextTokens(tokens, log_probs, outputs.clean_tokens, outputs.members, agree), cache
+  offsets = jnp.arange(count)
+  (_, cache), found = jax.lax.scan(draft, (tokens_B, cache), offsets)
+  inputs_BxJ, drafted_BxJ, drafts = jax.tree.map(lambda a: a.swapaxes(0, 1), found)
+  positions_BxJ = positions_B[:, None] + offsets[None]
+  run = RosterPass(params, config, roster, inputs_BxJ, positions_BxJ, request_ids_B)
+  return mode.verify(run, cache, drafts), drafted_BxJ, cache
 
 
 class DraftLength:
