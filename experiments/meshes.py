@@ -78,6 +78,12 @@ def define_flags() -> None:
   flags.DEFINE_integer("num_members", 4, "Roster size n.")
   flags.DEFINE_float("tau", 0.3, "Router temperature τ of all layers.")
   flags.DEFINE_integer("seed", 0, "Seed for routing noise.")
+  flags.DEFINE_float(
+    "temperature", 0.0, "Sampling temperature of the next tokens; 0 takes the most probable one."
+  )
+  flags.DEFINE_integer(
+    "draft_tokens", 0, "Each mesh solves the problems also with so many drafted tokens; 0: without."
+  )
   flags.DEFINE_integer(
     "rounds", 9, "Timing rounds, in which the meshes take turns; 0 skips timing."
   )
@@ -156,6 +162,7 @@ class Model:
   stop_tokens: tuple[int, ...]
   max_new_tokens: int
   batch_size: int
+  sampler: Sampler
 
   def complete(self) -> list[Completion]:
     return decode.generate(
@@ -164,6 +171,7 @@ class Model:
       self.prompts,
       max_new_tokens=self.max_new_tokens,
       roster=self.roster,
+      sampler=self.sampler,
       stop_tokens=self.stop_tokens,
       batch_size=self.batch_size,
     ).completions
@@ -192,20 +200,22 @@ class Model:
 
 def open_model(
   checkpoint: str,
-  mesh: str,
+  mesh: str | None,
   num_examples: int,
   num_members: int,
   tau: float,
   seed: int,
   max_new_tokens: int,
   dtype: str = "float32",
+  temperature: float = 0.0,
 ) -> Model:
   """Opens a model of word problems on a mesh, to solve them as one batch."""
   params, config, tokenizer = app.open_model(checkpoint, dtype, mesh)
   prompts = [tokenizer.encode(wordmath.prompt(p)) for p in wordmath.problems("test", num_examples)]
   roster = Roster.create(config, num_members, tau, seed=seed)
   stop_tokens = tokenizer_lib.stop_tokens(tokenizer, config)
-  return Model(params, config, roster, prompts, stop_tokens, max_new_tokens, len(prompts))
+  sampler = Sampler.create(temperature)
+  return Model(params, config, roster, prompts, stop_tokens, max_new_tokens, len(prompts), sampler)
 
 
 def compare_completions(
@@ -302,27 +312,19 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         f"{len(same['outliers'])}",
       )
     )
-    moved = found["collectives"].values()
+    moved, cost = found.get("collectives", {}).values(), ("",) * 3
     time = (
       "{1:.1f} [{0:.1f}, {2:.1f}]".format(*(1e3 * q for q in found["seconds"]))
       if "seconds" in found
       else ""
     )
-    lines.append(
-      "| "
-      + " | ".join(
-        (
-          mesh,
-          str(found["devices"]),
-          *against,
-          time,
-          str(sum(m["count"] for m in moved)),
-          f"{sum(m['bytes'] for m in moved) / 1e6:.2f}",
-          f"{(found['argument_bytes'] + found['temp_bytes']) / 1e6:.1f}",
-        )
+    if "temp_bytes" in found:
+      cost = (
+        str(sum(m["count"] for m in moved)),
+        f"{sum(m['bytes'] for m in moved) / 1e6:.2f}",
+        f"{(found['argument_bytes'] + found['temp_bytes']) / 1e6:.1f}",
       )
-      + " |"
-    )
+    lines.append("| " + " | ".join((mesh, str(found["devices"]), *against, time, *cost)) + " |")
   return "\n".join(lines)
 
 
@@ -372,9 +374,12 @@ def measure(
   rounds: int,
   on_turn=lambda: None,
   batch_sizes: Sequence[int] = (),
+  draft_tokens: int = 0,
   **settings: Any,
 ) -> dict[str, dict[str, Any]]:
   """Measures a model on each mesh; returns {mesh: results}, or {"mesh, batch of B": results}.
+
+  With drafts there are also results of "..., drafts", without costs and times.
 
   Args:
     checkpoint: the model, as in --checkpoints.
@@ -382,6 +387,7 @@ def measure(
     rounds: number of timing rounds.
     on_turn: called after the completions of each case, and after each turn of timing.
     batch_sizes: batch sizes on each mesh; by default all problems are one batch.
+    draft_tokens: as in --draft_tokens.
     **settings: further arguments of `open_model`.
   """
   results, steps = {}, {}
@@ -396,13 +402,23 @@ def measure(
       devices = model.params.final_norm.sharding.num_devices
       results[case] = {"devices": devices, **costs(steps[case])}
       if model is not first:
-        comparison = compare_completions(first, expected, completions)
-        results[case] |= {"comparison": dataclasses.asdict(comparison), "same": comparison.is_same}
+        results[case] |= _compared(first, expected, completions)
       on_turn()
+      if draft_tokens:
+        drafting = dataclasses.replace(
+          model, roster=model.roster.replace(draft_tokens=draft_tokens)
+        )
+        drafted = _compared(first, expected, drafting.complete())
+        results[f"{case}, drafts"] = {"devices": devices, **drafted}
   if rounds:
     for case, seconds in timing.take_turns(steps, rounds, on_turn=on_turn).items():
       results[case]["seconds"] = timing.quartiles(seconds / STEPS)
   return results
+
+
+def _compared(first, expected, completions):
+  comparison = compare_completions(first, expected, completions)
+  return {"comparison": dataclasses.asdict(comparison), "same": comparison.is_same}
 
 
 def main(argv) -> None:
@@ -419,10 +435,21 @@ def main(argv) -> None:
   for mesh in FLAGS.mesh:
     app.parse_mesh(mesh)
   for name in FLAGS.checkpoints:  # check all before any work
-    Roster.create(app.load_config(name), FLAGS.num_members, FLAGS.tau, seed=FLAGS.seed)
+    config, drafts = app.load_config(name), FLAGS.draft_tokens
+    Roster.create(config, FLAGS.num_members, FLAGS.tau, seed=FLAGS.seed, draft_tokens=drafts)
+  Sampler.create(FLAGS.temperature)
   settings = {
     name: FLAGS[name].value
-    for name in ("num_examples", "num_members", "tau", "seed", "max_new_tokens", "dtype")
+    for name in (
+      "num_examples",
+      "num_members",
+      "tau",
+      "seed",
+      "max_new_tokens",
+      "dtype",
+      "temperature",
+      "draft_tokens",
+    )
   }
   try:
     batch_sizes = [int(size) for size in FLAGS.batch_sizes]

@@ -32,6 +32,8 @@ ROSTER_SETTINGS = {
   "cache": str,
   "aggregation": str,
   "include_clean": bool,
+  "unsure": str | None,
+  "member_stop": str | float | None,
 }
 # Properties of a model that its temperatures depend on and that no dtype or quantization changes.
 SIZES = (
@@ -152,7 +154,7 @@ def model_of(name: str, config: ModelConfig, params: Params) -> dict[str, Any]:
 
 def roster_of(settings: dict[str, Any]) -> dict[str, Any]:
   """Returns a profile's "roster" entry, given `Roster.settings()`."""
-  return {name: settings[name] for name in ROSTER_SETTINGS}
+  return {name: settings[name] for name in ROSTER_SETTINGS if name in settings}
 
 
 def fingerprint(params: Params) -> str:

@@ -94,7 +94,7 @@ def assert_quantized_agrees(strategy, format, dtype="float32", width=D, hidden=F
 
 
 @every_strategy
-@pytest.mark.parametrize("format, dtype", zip(FORMATS, ["float32", "bfloat16", "bfloat16"]))
+@pytest.mark.parametrize("format, dtype", list(zip(FORMATS, ["float32", "bfloat16", "bfloat16"])))
 def test_quantized_experts_agree_with_a_loop(format, dtype, strategy):
   # The second half of a row starts within a group of four-bit weights.
   assert D // 2 % group_size("int4", D) != 0

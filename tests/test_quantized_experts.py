@@ -109,7 +109,7 @@ def test_strategies_agree_with_a_loop(strategy, format, n, dtype):
   check(strategy, weights(format), n, dtype)
 
 
-@pytest.mark.parametrize("strategy, format", zip(experts_lib.STRATEGIES, 2 * list(FORMATS)))
+@pytest.mark.parametrize("strategy, format", list(zip(experts_lib.STRATEGIES, 2 * list(FORMATS))))
 def test_biases_and_the_clamped_activation(strategy, format):
   check(strategy, weights(format, biases=True), 5, "float32", CLAMPED)
 

@@ -19,6 +19,7 @@ from roe_jax import members as members_lib
 from roe_jax import noise as noise_lib
 from roe_jax import params as params_lib
 from roe_jax.cache_modes import CACHES
+from roe_jax.layer_inputs import CacheAccess
 from roe_jax.roster import Roster
 
 # Largest error over largest logit: float32 against float64, some ten layers of
@@ -80,7 +81,7 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
 
 
 @pytest.mark.parametrize(
-  "model, cache", zip(hf.ROUTED, 4 * ["clean", "standard"]), indirect=["model"]
+  "model, cache", list(zip(hf.ROUTED, 4 * ["clean", "standard"])), indirect=["model"]
 )
 def test_members_are_those_of_the_definition(model, cache):
   config, params = model
@@ -177,7 +178,10 @@ ONE_MEMBER = [
 
 
 @pytest.mark.parametrize(
-  "model, settings", zip(["olmoe", "gpt_oss", "qwen2_moe"], ONE_MEMBER), indirect=["model"], ids=str
+  "model, settings",
+  list(zip(["olmoe", "gpt_oss", "qwen2_moe"], ONE_MEMBER)),
+  indirect=["model"],
+  ids=str,
 )
 @pytest.mark.slow
 def test_one_member_is_bitwise_the_plain_model(model, settings):
@@ -552,7 +556,7 @@ def test_batches_of_members_are_computed_as_all_at_once(olmoe, include_clean):
     run = of_tokens(params, config, roster)
     x, shared = mode._run_shared(run, cache, ("keys",))
     first, _ = members_lib.batches(config, roster, TOKENS.size)
-    _, kept = mode._run_members(run, cache, x, shared, first, ("keys",))
+    _, kept = mode._run_members(run, CacheAccess(cache), x, shared, first, ("keys",))
     results.append((jax.jit(mode.score)(run, cache)[0], kept))
   (one, one_kept), (other, other_kept) = results
   np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-5, atol=1e-5)

@@ -341,6 +341,24 @@ def define_roster_flags(num_members: int = 1) -> None:
     'to the router logits of all members, also of the clean one; "-inf" bans an expert.',
   )
   flags.DEFINE_bool("include_clean", True, "Include the clean (noise-free) member in the roster.")
+  flags.DEFINE_string(
+    "unsure",
+    None,
+    "Where the noisy members run: only where the clean member is unsure, such as margin<0.5, "
+    "top_probability<0.9 or entropy>1 (nats). Default: everywhere.",
+  )
+  flags.DEFINE_string(
+    "member_stop",
+    None,
+    "When no more members run for a token: when it is settled (exact), or is with this error rate. "
+    "Default: all members run.",
+  )
+  flags.DEFINE_integer(
+    "draft_tokens",
+    0,
+    "Maximum number of tokens that the clean member drafts before all members run at their "
+    "positions together; 0 drafts none. Generates the same tokens.",
+  )
   flags.DEFINE_enum(
     "expert_strategy",
     None,
@@ -420,6 +438,7 @@ def roster_from_flags(config: ModelConfig, check_idle: bool = True) -> Roster:
     expert_strategy=f.expert_strategy,
     memory_budget=f.memory_budget_mb << 20,
     router_bias=from_first_process(_router_bias),
+    draft_tokens=f.draft_tokens,
     **settings,
   )
   if not check_idle:
@@ -431,7 +450,8 @@ def roster_from_flags(config: ModelConfig, check_idle: bool = True) -> Roster:
   # An explicit --num_members=1 is the start of a sweep.
   if roster.is_baseline and not f["num_members"].present:
     refuse_idle(any(roster.temperatures), ("tau",), needs)
-    refuse_idle(True, ("noise", "gate_weights", "cache", "aggregation"), needs)
+    idle = "noise", "gate_weights", "cache", "aggregation", "unsure", "member_stop", "draft_tokens"
+    refuse_idle(True, idle, needs)
   return roster
 
 

@@ -244,7 +244,9 @@ class Engine:
       peak = self._peak(slots, positions, prefill.PREFILL_CHUNK, kind="score")
       answers = {}
       for some, scores in zip(missing, found):
-        cost = dataclasses.replace(self._scoring_cost(some[0], scores.members), seconds=seconds, peak_bytes=peak)
+        cost = dataclasses.replace(
+          self._scoring_cost(some[0], scores.members), seconds=seconds, peak_bytes=peak
+        )
         for r, last in zip(some, scores.candidate_log_probs.astype(np.float64)):
           answers[r] = Likelihood(
             np.concatenate([scores.log_probs[:-1].astype(np.float64), last[None]]),

@@ -6,7 +6,8 @@ A method is written as NAME or NAME:SETTING=VALUE,...:
     baseline+temperature                    its output temperature fitted on validation examples
     best_baseline                           the best of `BASELINE_SETTINGS` on validation examples
     roster:n=8,t=0.3,aggregation=mean_logit any of n, t (or profile=FILE with the τ of each layer),
-                                            cache, aggregation, include_clean, gate_weights, noise
+                                            cache, aggregation, include_clean, gate_weights, noise,
+                                            unsure, member_stop
     experts:k=16,gates=rescaled             the baseline with k experts per token
     self_consistency:n=8,temperature=0.7    majority vote over n samples of the baseline
     best_of:n=8,temperature=0.7             the most probable of n samples
@@ -221,6 +222,7 @@ def _create_roster(config, base, **settings):
     expert_strategy=base.expert_strategy,
     memory_budget=base.memory_budget,
     router_bias=base.router_bias,
+    draft_tokens=base.draft_tokens,
     **settings,
   )
 
@@ -272,6 +274,8 @@ class RosterOf(Spec):
   include_clean: bool | None = None
   gate_weights: str | None = None
   noise: str | None = None
+  unsure: str | None = None
+  member_stop: str | None = None
 
   def make(self, config, base):
     given = {_ROSTER_NAMES.get(key, key): value for key, value in self.given.items()}
@@ -301,6 +305,8 @@ class RosterOf(Spec):
       "aggregation": "{}",
       "gate_weights": "{} gates",
       "noise": "{} noise",
+      "unsure": "where {}",
+      "member_stop": "members until settled ({})",
       "include_clean": "with clean member" if roster.include_clean else "without clean member",
     }
     parts = [
