@@ -1,7 +1,7 @@
-// Expert layers and matrix products with few tokens on CPUs.
+// Expert layers and matrix products with up to some hundred tokens on CPUs.
 //
-// Weights are read once, in their storage format, dequantized in registers, and multiplied in
-// float32 with all tokens that need them. Every sum has a fixed order, so results do not depend
+// Weights are read in their storage format, dequantized in registers (with many tokens, a tile at a
+// time), and multiplied in float32 with all tokens that need them. Every sum has a fixed order, so results do not depend
 // on the number of threads.
 //
 // A *unit* is four vectors of V elements, the unit of reading. A format loads the codes of a unit
@@ -400,7 +400,6 @@ constexpr int64_t kTile = 32;          // neurons of an item
 constexpr int64_t kTileRows = 32;      // of a tile
 constexpr int64_t kTileColumns = 1024;
 constexpr int64_t kChunk = 512;        // columns of a tile that a block of tokens passes at a time
-constexpr int64_t kMany = 8;           // tokens from which on
 constexpr int64_t kMost = 48;          // tokens that pass together
 
 // Memory of a thread, kept for its later items.
@@ -414,9 +413,10 @@ struct Scratch {
   }
 };
 
-template <int V>
+// Whether tiles pay, by measurement.
+template <class Format, int V>
 bool is_many(int64_t tokens) {
-  return V > 1 && tokens >= kMany;
+  return V > 1 && tokens >= (Format::kScaled ? 8 : 16);
 }
 
 // The size of the next of the fewest parts of `left`, of at most `most` each, that are about equal.
@@ -560,7 +560,7 @@ template <class Format, int V>
 int64_t dot_tokens(
     const Matrix& m, int64_t begin, int64_t rows, const float* const* x, int64_t tokens,
     float* out) {
-  if (is_many<V>(tokens)) {
+  if (is_many<Format, V>(tokens)) {
     const int64_t count = part_of(tokens, kMost);
     for (int64_t r = 0; r < rows; r += kTileRows) {
       dot_many<Format, V>(
@@ -641,7 +641,7 @@ template <class Format, int V>
 void weigh_tokens(
     const Matrix& m, int64_t begin, int64_t size, const Columns<Format, V>& columns,
     int64_t tokens, const float* const* h, float* const* y, float* scales) {
-  if (is_many<V>(tokens)) {
+  if (is_many<Format, V>(tokens)) {
     weigh_many<Format, V>(m, begin, size, columns, tokens, h, y, scales);
   } else {
     weigh<Format, V>(m, begin, size, columns, tokens, h, y, scales);
@@ -706,7 +706,7 @@ int64_t num_threads(Pool& pool, int64_t bytes) {
 template <class Format, int V>
 int64_t item_units(int64_t width, int64_t threads, int64_t tokens) {
   const int64_t all = width / Format::kHalves / (4 * V);
-  if (is_many<V>(tokens)) {
+  if (is_many<Format, V>(tokens)) {
     const int64_t most = kTileColumns / Format::kHalves / (4 * V);
     return std::clamp<int64_t>((all + threads - 1) / threads, 1, most);
   }
