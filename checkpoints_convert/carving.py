@@ -97,6 +97,13 @@ class Division:
     """All neurons `[F]`: those of the shared expert, then those of each expert."""
     return np.concatenate([self.shared, self.experts.reshape(-1)])
 
+  @property
+  def owners(self) -> np.ndarray:
+    """The expert of each neuron, int `[F]`; E is the shared expert."""
+    owners = np.full(len(self.order), len(self.experts))
+    owners[self.experts] = np.arange(len(self.experts))[:, None]
+    return owners
+
 
 def divide(
   contributions_NxF: np.ndarray, plan: Plan, marked: int | None = None, by_rate: bool = False

@@ -135,13 +135,9 @@ def perplexity_of_variant(
       "neurons": lambda: np.abs(contributions / norms)[:, division.representatives],
       "oracle": lambda: logs,
     }[router]()
-    hidden = np.zeros_like(contributions)
-    hidden[:, division.shared] = (contributions / norms)[:, division.shared]
-    chosen = np.argsort(-scores, axis=1, kind="stable")[:, : plan.active]
-    for expert, neurons in enumerate(division.experts):
-      rows = np.flatnonzero((chosen == expert).any(axis=1))[:, None]
-      hidden[rows, neurons] = (contributions / norms)[rows, neurons]
-    x = transformer.add_to_residual(config, x, jnp.asarray(hidden @ down).reshape(x.shape))
+    x = carve_checkpoint.add_active(
+      config, plan.active, x, contributions, down, division.owners, scores
+    )
   nll = [
     _nll(params, config, states, jnp.asarray(tokens))
     for states, tokens in zip(x[len(calibration) :], text)
