@@ -27,9 +27,9 @@ import numpy as np
 
 from checkpoints_convert import carve_checkpoint, carving
 from experiments.analysis import output_temperatures, paired_statistics
-from experiments.cli import app, text_files
+from experiments.cli import app, overrides, text_files
 from experiments.cli.extras import tabulate
-from experiments.records import jsonl
+from experiments.records import store
 from roe_jax import attention, scoring, transformer
 from roe_jax import cache as kv_cache
 from roe_jax.config import ModelConfig
@@ -214,9 +214,14 @@ def main(argv) -> None:
     raise ValueError("--source and --calibration belong together: give both or neither")
   output = FLAGS.output and pathlib.Path(FLAGS.output)
   names = ("num_tokens", "window", "seed", "calibration", "calibration_tokens", "text")
+<<<<<<< HEAD
   saved = jsonl.SavedValues(
     output / "measured.jsonl" if output else None,
     {n: FLAGS[n].value for n in names} | {"temperatures": TEMPERATURES.tolist()},
+=======
+  saved = store.SavedValues(
+    output / "measured.jsonl" if output else None, {n: FLAGS[n].value for n in names}
+>>>>>>> main
   )
   variants = [v.split(":") for v in FLAGS.variants]
   for variant in variants:
@@ -227,10 +232,11 @@ def main(argv) -> None:
       )
   for name in FLAGS.checkpoints:  # check everything before any work
     config = app.load_config(name)
-    for n, tau in itertools.product(FLAGS.members, FLAGS.sweep):
-      Roster.create(config, int(n), float(tau), seed=FLAGS.seed)
-    for count in FLAGS.active:
-      with_experts(config, int(count))
+    members, sweep = overrides.items("members", int), overrides.items("sweep", float)
+    for n, tau in itertools.product(members, sweep):
+      Roster.create(config, n, tau, seed=FLAGS.seed)
+    for count in overrides.items("active", int):
+      with_experts(config, count)
   texts = []
   if FLAGS.source:
     if app.load_config(FLAGS.source).router != NONE:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_convert import carve_checkpoint, quantize_checkpoint
-from experiments.cli import app, text_files
+from experiments.cli import app, overrides, text_files
 from experiments.training import low_rank, training_loop
 from roe_jax import checkpoint, scoring, training
 from roe_jax.checkpoint_folder import resolved
@@ -64,15 +64,11 @@ class Settings:
 
 
 def define_flags() -> None:
-  defaults = {f.name: f.default for f in dataclasses.fields(Settings)}
-
-  def define(kind, name, help):
-    getattr(flags, f"DEFINE_{kind}")(name, defaults[name], help)
-
   required = dict(default=None, required=True)
   flags.DEFINE_string("checkpoint", help="Model to fine-tune: a carved checkpoint.", **required)
   flags.DEFINE_string("text", help="Text file to train on; its end is held out.", **required)
   flags.DEFINE_string("output", help="Folder for the run.", **required)
+<<<<<<< HEAD
   define("integer", "steps", "Number of steps.")
   define("integer", "rank", "Rank of the adapters; 0 for none.")
   define("float", "learning_rate", "Peak learning rate of the adapters and the router.")
@@ -85,6 +81,22 @@ def define_flags() -> None:
   define("integer", "evaluate_every", "Steps between evaluations. Default: at the end only.")
   define("integer", "save_every", "Steps between saved states.")
   define("integer", "seed", "Seed for the adapters and for the sequences of each step.")
+=======
+  helps = {
+    "steps": "Number of steps.",
+    "rank": "Rank of the adapters.",
+    "learning_rate": "Peak learning rate of the adapters and the router.",
+    "gate_learning_rate": "Peak learning rate of the gates' scales.",
+    "gate_scales": "Train scales of the gates. Default: if the gates are one.",
+    "train_router": "Train the router.",
+    "window": "Tokens per sequence.",
+    "batch_size": "Sequences per step.",
+    "held_out_tokens": "Tokens at the end of the text to hold out.",
+    "save_every": "Steps between saved states.",
+    "seed": "Seed for the adapters and for the sequences of each step.",
+  }
+  overrides.define_flags(Settings, helps)
+>>>>>>> main
 
 
 def check(settings: Settings, config: ModelConfig) -> None:
@@ -235,7 +247,7 @@ def save(
   own: dict[str, Any] = {"source": settings.checkpoint}
   if quantize_checkpoint.is_checkpoint(str(source)):
     own = checkpoint.load_provenance(source)
-  scores = [r["perplexity"] for r in metrics.records if r["kind"] == "evaluation"]
+  scores = [r["perplexity"] for r in metrics.records.values() if r["kind"] == "evaluation"]
   seconds = (metrics.last("training") or {})["seconds"]
   facts = {
     **settings.facts(),
@@ -278,7 +290,7 @@ def run(settings: Settings) -> None:
 
 def main(argv) -> None:
   del argv
-  run(Settings(**{f.name: FLAGS[f.name].value for f in dataclasses.fields(Settings)}))
+  run(overrides.from_flags(Settings(FLAGS.checkpoint, FLAGS.text, FLAGS.output)))
 
 
 def program() -> None:
