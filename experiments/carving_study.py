@@ -214,14 +214,9 @@ def main(argv) -> None:
     raise ValueError("--source and --calibration belong together: give both or neither")
   output = FLAGS.output and pathlib.Path(FLAGS.output)
   names = ("num_tokens", "window", "seed", "calibration", "calibration_tokens", "text")
-<<<<<<< HEAD
-  saved = jsonl.SavedValues(
+  saved = store.SavedValues(
     output / "measured.jsonl" if output else None,
     {n: FLAGS[n].value for n in names} | {"temperatures": TEMPERATURES.tolist()},
-=======
-  saved = store.SavedValues(
-    output / "measured.jsonl" if output else None, {n: FLAGS[n].value for n in names}
->>>>>>> main
   )
   variants = [v.split(":") for v in FLAGS.variants]
   for variant in variants:

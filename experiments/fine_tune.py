@@ -68,23 +68,9 @@ def define_flags() -> None:
   flags.DEFINE_string("checkpoint", help="Model to fine-tune: a carved checkpoint.", **required)
   flags.DEFINE_string("text", help="Text file to train on; its end is held out.", **required)
   flags.DEFINE_string("output", help="Folder for the run.", **required)
-<<<<<<< HEAD
-  define("integer", "steps", "Number of steps.")
-  define("integer", "rank", "Rank of the adapters; 0 for none.")
-  define("float", "learning_rate", "Peak learning rate of the adapters and the router.")
-  define("float", "gate_learning_rate", "Peak learning rate of the gates' scales.")
-  define("bool", "gate_scales", "Train scales of the gates. Default: if the gates are one.")
-  define("bool", "train_router", "Train the router.")
-  define("integer", "window", "Tokens per sequence.")
-  define("integer", "batch_size", "Sequences per step.")
-  define("integer", "held_out_tokens", "Tokens at the end of the text to hold out.")
-  define("integer", "evaluate_every", "Steps between evaluations. Default: at the end only.")
-  define("integer", "save_every", "Steps between saved states.")
-  define("integer", "seed", "Seed for the adapters and for the sequences of each step.")
-=======
   helps = {
     "steps": "Number of steps.",
-    "rank": "Rank of the adapters.",
+    "rank": "Rank of the adapters; 0 for none.",
     "learning_rate": "Peak learning rate of the adapters and the router.",
     "gate_learning_rate": "Peak learning rate of the gates' scales.",
     "gate_scales": "Train scales of the gates. Default: if the gates are one.",
@@ -92,11 +78,11 @@ def define_flags() -> None:
     "window": "Tokens per sequence.",
     "batch_size": "Sequences per step.",
     "held_out_tokens": "Tokens at the end of the text to hold out.",
+    "evaluate_every": "Steps between evaluations. Default: at the end only.",
     "save_every": "Steps between saved states.",
     "seed": "Seed for the adapters and for the sequences of each step.",
   }
   overrides.define_flags(Settings, helps)
->>>>>>> main
 
 
 def check(settings: Settings, config: ModelConfig) -> None:
