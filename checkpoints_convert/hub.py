@@ -20,7 +20,8 @@ from roe_jax import checkpoint
 from roe_jax import params as params_lib
 from roe_jax.checkpoint_folder import resolved
 from roe_jax.config import ModelConfig
-from roe_jax.families import FAMILIES, from_hugging_face
+from roe_jax.families import from_hugging_face
+from roe_jax.family_table import FAMILIES
 from roe_jax.text.tokenizer import Tokenizer, check_vocabulary, missing_tokenizer, read_json
 
 HUB = "hf:"

@@ -29,6 +29,25 @@ def is_stream(path: pathlib.Path) -> bool:
   return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
+def lock_file(file: int, wait: bool = True) -> bool:
+  """Locks an open file until it is closed; returns False if another process has the lock.
+
+  File systems without locks lock nothing.
+
+  Args:
+    file: its descriptor.
+    wait: whether to wait for the lock.
+  """
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+  except BlockingIOError:
+    return False
+  except OSError as error:
+    if error.errno not in _NO_LOCKS:
+      raise
+  return True
+
+
 @contextlib.contextmanager
 def held(output: str | None, kind: str = FOLDER) -> Iterator[None]:
   """Holds an output, so that no other program writes it.
@@ -67,19 +86,10 @@ def _acquire(lock, output):
   """Returns the locked file of a lock, whose text says who has it."""
   while True:
     file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not lock_file(file, wait=False):
       who = os.read(file, 1000).decode(errors="replace").strip() or "another program"
       os.close(file)
-      raise ValueError(
-        f"{output} is being written by {who}: wait for it, or choose another output"
-      ) from None
-    except OSError as error:
-      if error.errno not in _NO_LOCKS:
-        os.close(file)
-        raise
-      return file
+      raise ValueError(f"{output} is being written by {who}: wait for it, or choose another output")
     # The former holder may have removed the file that was opened here.
     with contextlib.suppress(FileNotFoundError):
       if os.stat(lock).st_ino == os.fstat(file).st_ino:

@@ -38,12 +38,15 @@ class Rule:
   """One kind of hub tensor.
 
   Attributes:
-    tensor: its name, with placeholders `{layer}` and `{expert}`.
+    tensor: its name, with placeholders `{layer}`, `{expert}` and `{shared}`, the index of a shared
+      expert that comes after the others.
     parameter: the parameter's name in its piece (`checkpoint.piece_shapes`).
     pattern: see the module docstring.
     when: a field of `ModelConfig`; the tensor exists only if it is set.
     unless: a field of `ModelConfig`; the tensor exists only if it is not set.
     layout: the layout in which the tensor exists; all by default.
+    shared_rows: whether the tensor has one more row for each shared expert after the parameter's.
+      They have no effect: they are not read, and zeros are written.
     stored: "numbers" of any floating-point dtype; "bytes" that are copied unchanged; or "blocks"
       of 4-bit codes (see `mxfp4`), which the parameter packs in pairs along its last axis. The
       pattern describes unpacked codes.
@@ -55,6 +58,7 @@ class Rule:
   when: str | None = None
   unless: str | None = None
   layout: str | None = None
+  shared_rows: bool = False
   stored: str = "numbers"
 
 
@@ -63,16 +67,19 @@ _ATTENTION = _LAYER + "self_attn."
 _MLP = _LAYER + "mlp."
 _GATE_UP, _DOWN = _MLP + "experts.gate_up_proj", _MLP + "experts.down_proj"
 
-_COMMON = (
+_WITHOUT_NORMS = (
   Rule("model.embed_tokens.weight", "embedding", "V D -> V D"),
   Rule("model.norm.weight", "final_norm", "D -> D"),
   Rule("lm_head.weight", "unembedding", "V D -> V D"),
-  Rule(_LAYER + "input_layernorm.weight", "attention_norm", "D -> D"),
-  Rule(_LAYER + "post_attention_layernorm.weight", "moe_norm", "D -> D"),
   Rule(_ATTENTION + "q_proj.weight", "attention.query", "(H C) D -> H C D"),
   Rule(_ATTENTION + "k_proj.weight", "attention.key", "(K C) D -> K C D"),
   Rule(_ATTENTION + "v_proj.weight", "attention.value", "(K C) D -> K C D"),
   Rule(_ATTENTION + "o_proj.weight", "attention.output", "D (H C) -> H C D"),
+)
+_COMMON = (
+  *_WITHOUT_NORMS,
+  Rule(_LAYER + "input_layernorm.weight", "attention_norm", "D -> D"),
+  Rule(_LAYER + "post_attention_layernorm.weight", "moe_norm", "D -> D"),
 )
 
 
@@ -178,6 +185,25 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
     Rule(_ATTENTION + "k_norm.weight", "attention.key_norm", "(K C) -> K C"),
     *_MLP_EXPERTS,
   ),
+  "emo": (
+    *_WITHOUT_NORMS,
+    Rule(_LAYER + "pre_attention_layernorm.weight", "attention_norm", "D -> D"),
+    Rule(_LAYER + "pre_feedforward_layernorm.weight", "moe_norm", "D -> D"),
+    *_QKV_BIASES,
+    _OUTPUT_BIAS,
+    Rule(_MLP + "gate.weight", "router", "E D -> E D", shared_rows=True),
+    Rule(_MLP + "experts.{expert}.gate_proj.weight", "experts.gate_up", "F D -> expert F 0 D"),
+    Rule(_MLP + "experts.{expert}.up_proj.weight", "experts.gate_up", "F D -> expert F 1 D"),
+    Rule(_MLP + "experts.{expert}.down_proj.weight", "experts.down", "D F -> expert F D"),
+    *(
+      Rule(_MLP + "experts.{shared}." + name, parameter, pattern, when="d_shared_expert")
+      for name, parameter, pattern in (
+        ("gate_proj.weight", "shared_expert.gate_up", "G D -> G 0 D"),
+        ("up_proj.weight", "shared_expert.gate_up", "G D -> G 1 D"),
+        ("down_proj.weight", "shared_expert.down", "D G -> G D"),
+      )
+    ),
+  ),
   "mixtral": (*_COMMON, *_experts(_LAYER + "block_sparse_moe.", "w1", "w3", "w2")),
   "gpt_oss": (
     *_COMMON,
@@ -242,6 +268,7 @@ class Part:
     tensor: the full name in the hub file.
     shape: the shape in the hub file.
     split: the shape with merged axes split.
+    size: the number of its elements that the parameter has.
     parameter: the parameter's name in the piece.
     is_bytes: whether the tensor is uint8, as opposed to floating-point.
   """
@@ -252,9 +279,10 @@ class Part:
     source, target = rule.pattern.split(" -> ")
     groups = [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w+", source)]
     axes = [axis for group in groups for axis in group]
-    self.tensor = rule.tensor.format(layer=layer, expert=expert)
+    self.tensor = rule.tensor.format(layer=layer, expert=expert, shared=sizes["E"])
     self.parameter = rule.parameter
     self.shape = tuple(math.prod(sizes[a] for a in group) for group in groups)
+    self.size = math.prod(self.shape)
     self.is_bytes = rule.stored != "numbers"
     self._in_blocks = rule.stored == "blocks"
     if self._in_blocks:
@@ -263,6 +291,8 @@ class Part:
     self.split = self._sizes
     if self._in_blocks:
       self.split = (*self._sizes[:-1], *self.shape[-2:])
+    if rule.shared_rows:
+      self.shape = self.split = (self.shape[0] + sizes["S"], *self.shape[1:])
     order = [axes.index(token) for token in target.split() if token in axes]
     self._inverse = tuple(order.index(i) for i in range(len(axes)))
     self._index: tuple[Any, ...] = () if row is None else (row,)
@@ -312,6 +342,7 @@ class Part:
       if self._in_blocks:
         sizes = (*sizes[:-2], 32 * sizes[-2])
     if not self._in_blocks:
+      tensor = tensor[: sizes[0]] if tensor.shape == self.split else tensor
       self._copy(tensor.reshape(sizes), parameter[index].transpose(self._inverse))
       return
     # One expert at a time, because unpacked codes take twice the memory.
@@ -325,7 +356,9 @@ class Part:
     tensor = np.empty(self.shape, parameter.dtype)
     part = parameter[self._index]
     if not self._in_blocks:
-      self._copy(part.transpose(self._inverse), tensor.reshape(self._sizes))
+      own = tensor.reshape(-1)[: self.size].reshape(self._sizes)
+      self._copy(part.transpose(self._inverse), own)
+      tensor.reshape(-1)[self.size :] = 0
       return tensor
     for blocks, codes in zip(tensor, part):
       loose = np.empty(self._sizes[1:], np.uint8)
@@ -372,6 +405,7 @@ def parts(config: ModelConfig, piece: Piece, layout: str = SEPARATE) -> Iterator
     "E": config.num_experts,
     "F": config.d_expert,
     "G": config.d_shared_expert,
+    "S": config.d_shared_expert // config.d_expert,
     "U": 2,
     "I": 1,
     "M": config.d_model // 32,
@@ -414,7 +448,7 @@ def check_table(config: ModelConfig) -> None:
           f"the table of {config.family} fills {part.parameter}, which a "
           f"{config.family} model does not have"
         )
-      filled[part.parameter] += math.prod(part.shape)
+      filled[part.parameter] += part.size
     wrong = [name for name, size in filled.items() if size != math.prod(shapes[name].shape)]
     if wrong:
       raise ConversionError(

@@ -18,6 +18,7 @@ from roe_jax import checkpoint, transformer
 from roe_jax.checkpoint_folder import resolved
 from roe_jax.families import from_hugging_face
 from roe_jax.routing import with_experts
+from roe_jax.text import utf8
 from roe_jax.text.tokenizer import Tokenizer
 
 # Largest relative difference of logits where the weights are the source's.
@@ -197,7 +198,7 @@ def verify(
 
 def _encode(folder, num_tokens, text):
   """Returns the first tokens of the text file."""
-  tokens = Tokenizer.load(folder).encode(pathlib.Path(text).read_text("utf-8"))
+  tokens = Tokenizer.load(folder).encode(utf8.read(text))
   if len(tokens) < num_tokens:
     raise ConversionError(f"{text} has {len(tokens)} tokens, but --verify wants {num_tokens}")
   return np.asarray(tokens[:num_tokens])

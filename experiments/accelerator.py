@@ -25,7 +25,7 @@ from experiments.benchmarks import crossover_fit, device_stages, expert_kernels,
 from experiments.benchmarks.floors import Rates
 from experiments.benchmarks.supervisor import FAILED, Stage
 from experiments.cli import app
-from experiments.records import jsonl
+from experiments.records import store
 
 FLAGS = flags.FLAGS
 LIMITS_FOR = 480.0  # seconds that the stages' limits are meant for
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
   if unknown := sorted(set(FLAGS.stages) - set(STAGES)):
     raise ValueError(f"--stages: unknown {unknown[0]!r}; choose from {', '.join(STAGES)}")
   output, deadline = pathlib.Path(FLAGS.output), begin + FLAGS.budget_s
-  machine = jsonl.SavedValues(None, {})
+  machine = store.SavedValues(None, {})
   first = device_stages.machine_stage(FLAGS.toy)
   supervisor.run_stage(first, machine, deadline)
   (record,) = (record for _, record in machine.items()) if machine.items() else ({},)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     )
   toy = record["platform"] == "cpu" if FLAGS.toy is None else FLAGS.toy
   settings = {"device": record["device"], "jax": record["jax"], "toy": toy}
-  saved = jsonl.SavedValues(output / "results.jsonl", settings)
+  saved = store.SavedValues(output / "results.jsonl", settings)
   saved.put("machine/rates", record)
   if FLAGS.retry:
     for name, value in list(saved.items()):
@@ -164,7 +164,7 @@ def _with_comparisons(records: dict[str, Record]) -> dict[str, Record]:
   return found
 
 
-def summary(stages: Sequence[Stage], saved: jsonl.SavedValues) -> str:
+def summary(stages: Sequence[Stage], saved: store.SavedValues) -> str:
   """Returns the tables of all stages, what failed and why, and the crossovers to paste."""
   records = _with_comparisons(dict(saved.items()))
   parts, failures = [], []

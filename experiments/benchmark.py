@@ -28,7 +28,7 @@ from tqdm import tqdm
 from experiments.benchmarks import bench as bench_lib
 from experiments.benchmarks import machine, random_models, sweep_results, sweeps, tables
 from experiments.benchmarks.sweeps import Sizes
-from experiments.cli import app
+from experiments.cli import app, overrides
 from roe_jax import native
 from roe_jax import params as params_lib
 from roe_jax.config import DTYPES, ModelConfig
@@ -75,12 +75,7 @@ def define_flags() -> None:
 
 def _numbers(name: str) -> tuple[int, ...]:
   """Returns the integers of a list flag in ascending order."""
-  try:
-    values = sorted({int(text) for text in FLAGS[name].value})
-  except ValueError as error:
-    raise ValueError(
-      f"--{name} must be a comma-separated list of integers, got {','.join(FLAGS[name].value)!r}"
-    ) from error
+  values = sorted(set(overrides.items(name, int)))
   if not values or values[0] < 1:
     raise ValueError(
       f"--{name} must be a list of integers of at least 1, got {','.join(FLAGS[name].value)!r}"

@@ -9,7 +9,8 @@ and random. Routers are linear and neurons as in checkpoints_convert --carve_rou
 which knows the norm of each expert's contributions. An A of 0 is the shared expert alone.
 
 With --checkpoints, prints the perplexity of carved checkpoints at each number of --active experts,
-and with rosters, and the output temperature that is best for the same text.
+and with rosters of --seeds seeds, and the output temperature that is best for the same text.
+Differences from the baseline are paired by window, with 95 % bootstrap intervals over windows.
 
 Windows do not overlap. With --output, both resume when rerun with the same flags.
 """
@@ -25,10 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_convert import carve_checkpoint, carving
-from experiments.analysis import output_temperatures
-from experiments.cli import app, text_files
+from experiments.analysis import output_temperatures, paired_statistics
+from experiments.cli import app, overrides, text_files
 from experiments.cli.extras import tabulate
-from experiments.records import jsonl
+from experiments.records import store
 from roe_jax import attention, scoring, transformer
 from roe_jax import cache as kv_cache
 from roe_jax.config import ModelConfig
@@ -39,6 +40,7 @@ from roe_jax.routing import with_experts
 from roe_jax.text.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
+TEMPERATURES = np.geomspace(0.5, 2.0, 25)  # output temperatures; 1 is among them
 SPLITS = ("active", "cmoe", "random")
 ROUTERS = ("linear", "neurons", "oracle")
 _VARIANTS = (
@@ -57,13 +59,14 @@ def define_flags() -> None:
   flags.DEFINE_string("calibration", None, "Text file to calibrate on, with --source.")
   flags.DEFINE_integer("calibration_tokens", 4096, "Number of tokens of --calibration to use.")
   flags.DEFINE_list("checkpoints", [], "Carved checkpoints to run rosters on.")
-  flags.DEFINE_list("active", [], "Numbers of active experts. Default: the model's, and all.")
+  flags.DEFINE_list("active", [], "Numbers of active experts besides the model's. Default: all.")
   flags.DEFINE_list("members", ["2", "8"], "Roster sizes n.")
   flags.DEFINE_list("sweep", ["0.1", "0.3", "1.0"], "Router temperatures τ.")
   flags.DEFINE_string("text", None, "Text file to compute perplexities of.", required=True)
   flags.DEFINE_integer("num_tokens", 4096, "Number of tokens of --text to use.")
   flags.DEFINE_integer("window", 512, "Tokens per window.")
-  flags.DEFINE_integer("seed", 0, "Seed for routing noise and random splits.")
+  flags.DEFINE_integer("seed", 0, "First seed for routing noise, and seed for random splits.")
+  flags.DEFINE_integer("seeds", 3, "Number of seeds for routing noise.", lower_bound=1)
   flags.DEFINE_string("output", None, "Folder for the results. Default: none are saved.")
 
 
@@ -132,13 +135,9 @@ def perplexity_of_variant(
       "neurons": lambda: np.abs(contributions / norms)[:, division.representatives],
       "oracle": lambda: logs,
     }[router]()
-    hidden = np.zeros_like(contributions)
-    hidden[:, division.shared] = (contributions / norms)[:, division.shared]
-    chosen = np.argsort(-scores, axis=1, kind="stable")[:, : plan.active]
-    for expert, neurons in enumerate(division.experts):
-      rows = np.flatnonzero((chosen == expert).any(axis=1))[:, None]
-      hidden[rows, neurons] = (contributions / norms)[rows, neurons]
-    x = transformer.add_to_residual(config, x, jnp.asarray(hidden @ down).reshape(x.shape))
+    x = carve_checkpoint.add_active(
+      config, plan.active, x, contributions, down, division.owners, scores
+    )
   nll = [
     _nll(params, config, states, jnp.asarray(tokens))
     for states, tokens in zip(x[len(calibration) :], text)
@@ -156,38 +155,55 @@ def roster_rows(
   params: Params,
   config: ModelConfig,
   text: np.ndarray,
-  keep: Callable[[str, Callable], list[float]],
+  keep: Callable[[str, Callable], list[list[float]]],
 ) -> list[list]:
-  """Returns a table's rows for one carved checkpoint."""
-  grid = output_temperatures.padded([1.0, *output_temperatures.GRID], 14)
-  active = [int(a) for a in FLAGS.active] or [config.experts_per_token, config.num_experts]
-  settings = [(a, 1, 0.0) for a in active]
-  settings += [
-    (config.experts_per_token, int(n), float(t)) for t in FLAGS.sweep for n in FLAGS.members
-  ]
-  rows = []
+  """Returns a table's rows for one carved checkpoint, with its baseline first."""
+  active = [int(a) for a in FLAGS.active] or [config.num_experts]
+  own = config.experts_per_token
+  settings = [(a, 1, 0.0) for a in dict.fromkeys([own, *active])]
+  settings += [(own, int(n), float(t)) for t in FLAGS.sweep for n in FLAGS.members]
+  tokens = np.full(len(text), text.shape[1] - 1)
+  rows, baseline = [], None
   for count, n, tau in settings:
     model = with_experts(config, count)
-    roster = Roster.create(model, n, tau, seed=FLAGS.seed)
 
-    def nll():
+    def nll(seed):
+      roster = Roster.create(model, n, tau, seed=seed)
       scores = scoring.score(
-        params, model, text.tolist(), roster=roster, output_temperatures=grid, batch_size=4
+        params,
+        model,
+        text.tolist(),
+        roster=roster,
+        output_temperatures=TEMPERATURES.tolist(),
+        batch_size=4,
       )
-      return np.mean([s.log_probs.mean(axis=0, dtype=np.float64) for s in scores.sequences], axis=0)
+      return [(-s.log_probs.sum(axis=0, dtype=np.float64)).tolist() for s in scores.sequences]
 
-    values = -np.asarray(keep(f"{count} active, n = {n}, τ = {tau}", lambda: nll().tolist()))
-    best = output_temperatures.fit(values[None, 1:])
+    seeds = range(FLAGS.seed, FLAGS.seed + (FLAGS.seeds if n > 1 else 1))
+    name = f"{count} active, n = {n}, τ = {tau}, seed = "
+    nll_XxSxG = np.stack([keep(f"{name}{seed}", lambda: nll(seed)) for seed in seeds], axis=1)
+    total_G = nll_XxSxG.sum(axis=(0, 1))
+    plain, fitted = (nll_XxSxG[..., i] for i in (len(TEMPERATURES) // 2, np.argmin(total_G)))
     share = (config.d_shared_expert + count * config.d_expert) / (
       config.d_shared_expert + config.num_experts * config.d_expert
     )
-    perplexity, calibrated = np.exp([values[0], values[1:].min()])
-    rows.append(
-      [f"{count} of {config.num_experts}", f"{100 * n * share:.0f} %", n, tau if n > 1 else ""]
-      + [f"{perplexity:.2f}", f"{calibrated:.2f}", f"{best:.2f}"]
-    )
-    print(*rows[-1], sep=" | ", flush=True)
+    row = [f"{count} of {config.num_experts}", f"{100 * n * share:.0f} %", n, tau if n > 1 else ""]
+    row.append(f"{paired_statistics.perplexity(plain, tokens).value:.2f}")
+    row.append(_difference(plain, baseline and baseline[0], tokens))
+    row.append(f"{paired_statistics.perplexity(fitted, tokens).value:.2f}")
+    row.append(f"{output_temperatures.fit(total_G[None], TEMPERATURES):.2f}")
+    row.append(_difference(fitted, baseline and baseline[1], tokens))
+    rows.append(row)
+    print(*row, sep=" | ", flush=True)
+    baseline = baseline or (plain, fitted)
   return rows
+
+
+def _difference(nll_XxS, baseline_XxS, tokens_X) -> str:
+  if baseline_XxS is None:
+    return ""
+  found = paired_statistics.paired_perplexity(nll_XxS, baseline_XxS, tokens_X)
+  return f"{found.value:+.1f} % [{found.low:+.1f}, {found.high:+.1f}]"
 
 
 def main(argv) -> None:
@@ -198,8 +214,9 @@ def main(argv) -> None:
     raise ValueError("--source and --calibration belong together: give both or neither")
   output = FLAGS.output and pathlib.Path(FLAGS.output)
   names = ("num_tokens", "window", "seed", "calibration", "calibration_tokens", "text")
-  saved = jsonl.SavedValues(
-    output / "measured.jsonl" if output else None, {n: FLAGS[n].value for n in names}
+  saved = store.SavedValues(
+    output / "measured.jsonl" if output else None,
+    {n: FLAGS[n].value for n in names} | {"temperatures": TEMPERATURES.tolist()},
   )
   variants = [v.split(":") for v in FLAGS.variants]
   for variant in variants:
@@ -210,10 +227,11 @@ def main(argv) -> None:
       )
   for name in FLAGS.checkpoints:  # check everything before any work
     config = app.load_config(name)
-    for n, tau in itertools.product(FLAGS.members, FLAGS.sweep):
-      Roster.create(config, int(n), float(tau), seed=FLAGS.seed)
-    for count in FLAGS.active:
-      with_experts(config, int(count))
+    members, sweep = overrides.items("members", int), overrides.items("sweep", float)
+    for n, tau in itertools.product(members, sweep):
+      Roster.create(config, n, tau, seed=FLAGS.seed)
+    for count in overrides.items("active", int):
+      with_experts(config, count)
   texts = []
   if FLAGS.source:
     if app.load_config(FLAGS.source).router != NONE:
@@ -229,14 +247,19 @@ def main(argv) -> None:
           params, config, calibration, text, carving.Plan.parse(plan), split, router
         ),
       )
-      rows.append([plan, split, router, f"{perplexity:.2f}"])
+      share = carving.Plan.parse(plan)
+      share = f"{100 * (share.shared + share.active) / share.experts:.1f} %"
+      rows.append([share, plan, split, router, f"{perplexity:.2f}"])
       print(*rows[-1], sep=" | ", flush=True)
-    texts.append(tabulate.tabulate(rows, ["carving", "split", "router", "perplexity"], "github"))
+    headers = ["neurons active", "carving", "split", "router", "perplexity"]
+    texts.append(tabulate.tabulate(rows, headers, "github"))
   for name in FLAGS.checkpoints:
     params, config, tokenizer = app.open_model(name, None)
     text = windows(tokenizer, FLAGS.text, FLAGS.num_tokens)
     keep = lambda part, compute: saved.get(f"{name}, {part}", compute)
-    headers = ["active experts", "active × n", "n", "τ", "perplexity", "at its best T", "best T"]
+    against = "difference"
+    headers = ["active experts", "active × n", "n", "τ", "perplexity", against]
+    headers += ["at its best T", "best T", against]
     rows = roster_rows(params, config, text, keep)
     texts.append(f"{name}\n\n" + tabulate.tabulate(rows, headers, "github"))
   table = "\n\n".join(texts) + "\n"

@@ -33,7 +33,7 @@ from experiments.evaluation.engine import Likelihood
 from experiments.evaluation.measurer import Measurer
 from experiments.evaluation.methods import BASELINE_SETTINGS, BEST_BASELINE, FITTED, Method
 from experiments.evaluation.requests import RequestBuilder, TaskRequests
-from experiments.records import runs
+from experiments.records import runs, store
 from roe_jax import temperature_profiles, typed
 
 FLAGS = flags.FLAGS
@@ -274,7 +274,7 @@ def table(found: list[Method], opened: dict[str, runs.Run], task: tasks.Task) ->
   for method in found:
     run = opened[method.text]
     metrics = runs.load(run.path)[2]["tasks"][task.name]["metrics"]
-    parts = [c for c in runs.read_lines(run.path / runs.COSTS) if c["task"] == task.name]
+    parts = [c for c in store.read_lines(run.path / runs.COSTS) if c["task"] == task.name]
     counted = [c for c in parts if "steps" in c]
 
     def of_tokens(name):

@@ -182,10 +182,7 @@ def write(
 ) -> None:
   """Adds missing records and their costs to a run."""
   cost = None
-  known = app.from_first_process(
-    lambda: [[c["task"], c["seed"]] for c in runs.read_lines(run.path / runs.COSTS)]
-  )
-  if [task, seed] not in known:
+  if not any((c["task"], c["seed"]) == (task, seed) for c in run.cost_lines):
     requests = list(dict.fromkeys(lm.requests[label]))
     counted = lm.saved.experts_read(lm.engine, requests[:EXPERTS_OF])
     cost = {"task": task, "seed": seed, **(lm.saved.cost(requests) + counted).line()}
@@ -301,13 +298,14 @@ def main(argv) -> None:
     "model": temperature_profiles.model_of(FLAGS.checkpoint, config, params),
     "dtype": config.dtype,
   }
-  method = "baseline" if roster.is_baseline else "roster"
+  is_baseline = roster.is_baseline and roster.router_bias is None
+  method = "baseline" if is_baseline else "roster"
   run = runs.Run(
     output,
     None,
     {
       "method": method,
-      "label": method if roster.is_baseline else f"roster, n = {roster.num_members}",
+      "label": method if is_baseline else f"roster, n = {roster.num_members}",
       "checkpoint": FLAGS.checkpoint,
       **model,
       "roster": roster.settings(),

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_convert import carve_checkpoint, quantize_checkpoint
-from experiments.cli import app, text_files
+from experiments.cli import app, overrides, text_files
 from experiments.training import low_rank, training_loop
 from roe_jax import checkpoint, scoring, training
 from roe_jax.checkpoint_folder import resolved
@@ -53,36 +53,36 @@ class Settings:
   window: int = 256
   batch_size: int = 4
   held_out_tokens: int = 2048
+  evaluate_every: int | None = None
   save_every: int = 25
   seed: int = 0
 
   def facts(self) -> dict[str, Any]:
     """Returns the values that the result depends on, except the model and the text."""
-    others = ("checkpoint", "text", "output", "save_every")
+    others = ("checkpoint", "text", "output", "evaluate_every", "save_every")
     return {n: v for n, v in dataclasses.asdict(self).items() if n not in others}
 
 
 def define_flags() -> None:
-  defaults = {f.name: f.default for f in dataclasses.fields(Settings)}
-
-  def define(kind, name, help):
-    getattr(flags, f"DEFINE_{kind}")(name, defaults[name], help)
-
   required = dict(default=None, required=True)
   flags.DEFINE_string("checkpoint", help="Model to fine-tune: a carved checkpoint.", **required)
   flags.DEFINE_string("text", help="Text file to train on; its end is held out.", **required)
   flags.DEFINE_string("output", help="Folder for the run.", **required)
-  define("integer", "steps", "Number of steps.")
-  define("integer", "rank", "Rank of the adapters.")
-  define("float", "learning_rate", "Peak learning rate of the adapters and the router.")
-  define("float", "gate_learning_rate", "Peak learning rate of the gates' scales.")
-  define("bool", "gate_scales", "Train scales of the gates. Default: if the gates are one.")
-  define("bool", "train_router", "Train the router.")
-  define("integer", "window", "Tokens per sequence.")
-  define("integer", "batch_size", "Sequences per step.")
-  define("integer", "held_out_tokens", "Tokens at the end of the text to hold out.")
-  define("integer", "save_every", "Steps between saved states.")
-  define("integer", "seed", "Seed for the adapters and for the sequences of each step.")
+  helps = {
+    "steps": "Number of steps.",
+    "rank": "Rank of the adapters; 0 for none.",
+    "learning_rate": "Peak learning rate of the adapters and the router.",
+    "gate_learning_rate": "Peak learning rate of the gates' scales.",
+    "gate_scales": "Train scales of the gates. Default: if the gates are one.",
+    "train_router": "Train the router.",
+    "window": "Tokens per sequence.",
+    "batch_size": "Sequences per step.",
+    "held_out_tokens": "Tokens at the end of the text to hold out.",
+    "evaluate_every": "Steps between evaluations. Default: at the end only.",
+    "save_every": "Steps between saved states.",
+    "seed": "Seed for the adapters and for the sequences of each step.",
+  }
+  overrides.define_flags(Settings, helps)
 
 
 def check(settings: Settings, config: ModelConfig) -> None:
@@ -108,17 +108,22 @@ def check(settings: Settings, config: ModelConfig) -> None:
     )
   limits = {
     "steps": (1, math.inf),
-    "rank": (1, config.d_model),
+    "rank": (0, config.d_model),
     "window": (2, min(config.context_length, config.sliding_window or config.context_length)),
     "batch_size": (1, math.inf),
     "held_out_tokens": (settings.window, math.inf),
+    "evaluate_every": (1, math.inf),
     "save_every": (1, math.inf),
     "seed": (0, 2**32 - 1),
   }
   for field, (least, most) in limits.items():
-    if not least <= (value := getattr(settings, field)) <= most:
+    value = getattr(settings, field)
+    if value is not None and not least <= value <= most:
       allowed = f"at least {least}" if most == math.inf else f"between {least} and {most}"
       raise ValueError(f"--{field} must be {allowed}, got {value}")
+  scales = settings.gate_scales is not False and config.unit_gates
+  if not (settings.rank or settings.train_router or scales):
+    raise ValueError("--rank=0 without the router and scales trains nothing: give a --rank")
   for field in ("learning_rate", "gate_learning_rate"):
     if not 0 < getattr(settings, field) < math.inf:
       raise ValueError(f"--{field} must be positive, got {getattr(settings, field)}")
@@ -212,7 +217,7 @@ def adapt(
     num_steps=settings.steps,
     log_every=LOG_EVERY,
     save_every=settings.save_every,
-    evaluate_every=settings.steps,
+    evaluate_every=settings.evaluate_every or settings.steps,
     evaluate_first=True,
   )
   return merged(state), metrics
@@ -228,7 +233,7 @@ def save(
   own: dict[str, Any] = {"source": settings.checkpoint}
   if quantize_checkpoint.is_checkpoint(str(source)):
     own = checkpoint.load_provenance(source)
-  scores = [r["perplexity"] for r in metrics.records if r["kind"] == "evaluation"]
+  scores = [r["perplexity"] for r in metrics.records.values() if r["kind"] == "evaluation"]
   seconds = (metrics.last("training") or {})["seconds"]
   facts = {
     **settings.facts(),
@@ -271,7 +276,7 @@ def run(settings: Settings) -> None:
 
 def main(argv) -> None:
   del argv
-  run(Settings(**{f.name: FLAGS[f.name].value for f in dataclasses.fields(Settings)}))
+  run(overrides.from_flags(Settings(FLAGS.checkpoint, FLAGS.text, FLAGS.output)))
 
 
 def program() -> None:

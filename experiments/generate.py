@@ -253,18 +253,22 @@ def show_answer(inputs: GenerationInputs, completion, printer: Printer, reasonin
 
 
 def complete_lines(
-  params, config, tokenizer, roster: Roster, sampler: Sampler, inputs: GenerationInputs
+  params,
+  config,
+  tokenizer,
+  roster: Roster,
+  sampler: Sampler,
+  inputs: GenerationInputs,
+  results: jsonl.Results,
 ) -> None:
   """Completes the prompts of --input, writing each result when it is done."""
   with (
-    jsonl.Results(FLAGS.output, inputs.requests, inputs.settings) as results,
+    results,
     app.progress(
       total=len(inputs.requests), initial=len(inputs.requests) - len(results.missing), unit="prompt"
     ) as bar,
   ):
     indices = results.missing
-    if FLAGS.trace is not None and len(indices) < len(inputs.requests):
-      raise ValueError("--trace needs all results of one run: choose another --output")
     unanswered = 0
 
     def write(position, completion):
@@ -329,12 +333,18 @@ def main(argv) -> None:
   tokenizer = app.load_tokenizer(FLAGS.checkpoint)
   requests = jsonl.read(FLAGS.input, KEYS) if FLAGS.prompt is None else [{"prompt": FLAGS.prompt}]
   inputs = prepare(requests, config, tokenizer, roster, sampler)
+  results = FLAGS.prompt is None and jsonl.Results(FLAGS.output, requests, inputs.settings)
+  if results and FLAGS.trace is not None and len(results.missing) < len(requests):
+    raise ValueError("--trace needs all results of one run: choose another --output")
   longest = max(map(len, inputs.tokens)) + FLAGS.max_new_tokens
   batch_size = FLAGS.batch_size if FLAGS.prompt is None else 1
   app.check_memory(config, roster, batch_size=batch_size, length=longest)
   params, config = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
-  run = complete_lines if FLAGS.prompt is None else stream_to_terminal
-  run(params, config, tokenizer, roster, sampler, inputs)
+  model = params, config, tokenizer, roster, sampler, inputs
+  if results:
+    complete_lines(*model, results)
+  else:
+    stream_to_terminal(*model)
 
 
 def program() -> None:

@@ -11,7 +11,6 @@ Prints tables and writes all values to --output. Rerun with the same flags, it r
 """
 
 from collections.abc import Callable
-import dataclasses
 import functools
 import pathlib
 from typing import Any
@@ -23,11 +22,11 @@ import numpy as np
 
 from experiments import tasks
 from experiments.analysis import paired_statistics
-from experiments.cli import app, text_files
+from experiments.cli import app, overrides, text_files
 from experiments.cli.extras import tabulate
 from experiments.evaluation.engine import Engine
 from experiments.evaluation.requests import Continuation, RequestBuilder, TaskRequests
-from experiments.records import jsonl
+from experiments.records import store
 from roe_jax import batching, diagnostics, quantization, transformer
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
@@ -290,7 +289,7 @@ def _settings() -> dict:
 
 def main(argv) -> None:
   del argv
-  sweep = [float(t) for t in FLAGS.sweep]
+  sweep = list(overrides.items("sweep", float))
   if min(FLAGS.num_examples, FLAGS.num_validation, FLAGS.batch_size) < 1:
     raise ValueError("--num_examples, --num_validation and --batch_size must be at least 1")
   if FLAGS.num_members < 2 or not sweep:
@@ -314,7 +313,7 @@ def main(argv) -> None:
     for t in (FLAGS.tau, *sweep):
       Roster.create(config, FLAGS.num_members, t, seed=FLAGS.seed)
   output, settings = pathlib.Path(FLAGS.output), _settings()
-  saved = jsonl.SavedValues(output / "measured.jsonl", settings)
+  saved = store.SavedValues(output / "measured.jsonl", settings)
   texts, summary = [], {}
   total = 2 * FLAGS.num_examples + (1 + len(sweep)) * FLAGS.num_validation
   total *= len(FLAGS.checkpoints) * len(FLAGS.formats)
@@ -340,7 +339,7 @@ def main(argv) -> None:
   app.write_atomically(
     output / "results.json",
     text_files.to_json(
-      {"settings": settings, "models": summary}, indent=2, default=dataclasses.asdict
+      {"settings": settings, "models": summary}, indent=2, default=lambda d: d.to_json()
     )
     + "\n",
   )

@@ -169,9 +169,8 @@ def show_solution(checkpoint: str, rows: list[dict], task: tasks.Task) -> str:
   asked = TaskRequests.of(
     app.request_builder(config, tokenizer), task, examples[first : first + FLAGS.batch_size]
   )
-  roster = methods.parse(
-    f"roster:n={FLAGS.num_members}", config, app.roster_from_flags(config, check_idle=False)
-  ).with_seed(seed)
+  base = app.roster_from_flags(config, check_idle=False)
+  roster = methods.RosterOf(FLAGS.num_members).make(config, base).with_seed(seed)
   engine = Engine(params, config, tokenizer, roster, FLAGS.batch_size)
   completion = engine.answer(asked.all_answering)[index - first].completion
 
@@ -244,7 +243,7 @@ def main(argv) -> None:
     app.roster_from_flags(app.load_config(checkpoint), check_idle=False)
   begin, output, models, texts = time.perf_counter(), pathlib.Path(FLAGS.output), {}, []
   (task,) = (tasks.get(name) for name in FLAGS.tasks)
-  FLAGS.methods = ";".join([methods.BASELINE, *(f"{methods.ROSTER}:n={n}" for n in sizes())])
+  FLAGS.methods = ";".join(map(str, [methods.Baseline(), *map(methods.RosterOf, sizes())]))
   for checkpoint in FLAGS.checkpoints:
     name = pathlib.Path(checkpoint.removeprefix(app.EMBEDDED)).name
     FLAGS.checkpoint, FLAGS.output = checkpoint, str(output / name)

@@ -34,7 +34,7 @@ from checkpoints_convert import outputs
 from experiments import figures, tasks
 from experiments.analysis import drawing
 from experiments.benchmarks import machine
-from experiments.cli import app, text_files
+from experiments.cli import app, overrides, text_files
 from experiments.figures import figure_models, results_page
 from experiments.figures.figure_run import (
   ABOUT,
@@ -88,7 +88,7 @@ def overridden(settings: list[object], given: list[str]) -> list[object]:
   """Overrides the fields of dataclasses by --set, wherever there is a field of that name.
 
   Raises:
-    ValueError: no field has that name, or the value has the wrong type.
+    ValueError: no field has that name, or the value has the wrong type or is out of range.
   """
   named = [{f.name for f in dataclasses.fields(s)} for s in settings]
   for text in given:
@@ -98,28 +98,14 @@ def overridden(settings: list[object], given: list[str]) -> list[object]:
       raise ValueError(
         f"--set={text}: it must be NAME=VALUE with one of {', '.join(sorted(known))}"
       )
-    settings = [
-      dataclasses.replace(s, **{name: _parse(text, value, getattr(s, name))})
-      if name in names
-      else s
-      for s, names in zip(settings, named)
-    ]
+    try:
+      settings = [
+        overrides.changed(s, {name: value}, figures.BUDGETS) if name in names else s
+        for s, names in zip(settings, named)
+      ]
+    except ValueError as error:
+      raise ValueError(f"--set={text}: {error}") from error
   return settings
-
-
-def _parse(text, value, old):
-  """Parses `value` to the type of `old`; tuples use semicolons."""
-  try:
-    if isinstance(old, tuple):
-      kind = type(old[0]) if old else str
-      return tuple(kind(part) for part in value.split(";"))
-    if isinstance(old, bool):
-      return {"true": True, "false": False}[value.lower()]
-    if old is None or isinstance(old, int):
-      return int(value)
-    return type(old)(value)
-  except (KeyError, ValueError):
-    raise ValueError(f"--set={text}: the value must be like {old!r}") from None
 
 
 def make_figure_runs(names: list[str]) -> list[FigureRun]:

@@ -26,7 +26,7 @@ import numpy as np
 
 from checkpoints_convert import outputs
 from experiments.cli import app, text_files, trace_file
-from experiments.records import jsonl
+from experiments.records import jsonl, store
 from roe_jax import batching, scoring
 from roe_jax.config import ModelConfig
 from roe_jax.numerics import naming_sequences
@@ -65,7 +65,7 @@ def text_perplexity(
   """Prints the perplexity of --text, cut into windows, under the baseline and the roster."""
   common = {"window": cut.window, "stride": cut.stride}
   output = FLAGS.output and pathlib.Path(FLAGS.output)
-  kept = jsonl.SavedValues(
+  kept = store.SavedValues(
     None
     if output is None or outputs.is_stream(output)
     else pathlib.Path(f"{output}.windows.jsonl"),
@@ -80,7 +80,7 @@ def text_perplexity(
   )
   results = {}
   for name, setting in {"baseline": Roster.create(config), "roster": roster}.items():
-    if name == "roster" and roster.is_baseline:
+    if name == "roster" and roster.is_baseline and roster.router_bias is None:
       continue
     nll = []
     with app.progress(desc=name, unit="window", total=len(cut.sequences)) as bar:
@@ -172,16 +172,11 @@ def continuations(
   requests: list[dict[str, Any]],
   sequences: list[list[int]],
   starts: list[int],
+  results: jsonl.Results,
 ) -> None:
   """Scores the continuations of --input, writing results as batches are done."""
-  settings = {
-    "checkpoint": FLAGS.checkpoint,
-    "dtype": config.dtype,
-    "roster": roster.settings(),
-    "special_tokens": FLAGS.special_tokens,
-  }
   with (
-    jsonl.Results(FLAGS.output, requests, settings) as results,
+    results,
     app.progress(
       total=len(requests), initial=len(requests) - len(results.missing), unit="sequence"
     ) as bar,
@@ -232,8 +227,15 @@ def main(argv) -> None:
     cut = scoring.windows(config, tokens, FLAGS.window, FLAGS.stride)
     run, inputs, sequences = text_perplexity, (tokens, cut), cut.sequences
   else:
-    run, inputs = continuations, read_pairs(config, tokenizer)
-    sequences = inputs[1]
+    requests, sequences, starts = read_pairs(config, tokenizer)
+    settings = {
+      "checkpoint": FLAGS.checkpoint,
+      "dtype": FLAGS.dtype or config.dtype,
+      "roster": roster.settings(),
+      "special_tokens": FLAGS.special_tokens,
+    }
+    results = jsonl.Results(FLAGS.output, requests, settings)
+    run, inputs = continuations, (requests, sequences, starts, results)
   longest = max(map(len, sequences))
   app.check_memory(config, roster, batch_size=FLAGS.batch_size, length=longest, scoring=True)
   params, config = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)

@@ -19,12 +19,13 @@ import numpy as np
 import tokenizers
 
 from checkpoints_convert import save_hugging_face
-from experiments.cli import app
+from experiments.cli import app, overrides
 from experiments.tasks import wordmath, wordmath_tokenizer
 from experiments.training import configs, training_batches, training_loop
 from roe_jax import decode, training, transformer
 
 FLAGS = flags.FLAGS
+_FLAGS = {"num_steps": "steps", "noise_temperature": "tau"}
 
 MAX_NEW_TOKENS = 64  # The longest completion has less than 60.
 
@@ -32,16 +33,20 @@ MAX_NEW_TOKENS = 64  # The longest completion has less than 60.
 def define_flags() -> None:
   flags.DEFINE_string("config", None, "Name of a config in experiments/training/configs.")
   flags.DEFINE_string("output", None, "Folder for the run.")
-  flags.DEFINE_integer("steps", None, "Number of steps; the config's by default.")
-  flags.DEFINE_integer("seed", None, "Seed; the config's by default.")
-  flags.DEFINE_integer("batch_size", None, "Problems per step; the config's by default.")
-  flags.DEFINE_integer(
-    "problems",
-    None,
-    "Size of the training set, 0 for a stream of new problems; the config's by default.",
+  default = "the config's by default."
+  overrides.define_flags(
+    configs.TrainingConfig,
+    {"seed": f"Seed; {default}", "batch_size": f"Problems per step; {default}"},
+    defaults=False,
   )
-  flags.DEFINE_float("learning_rate", None, "Peak learning rate; the config's by default.")
-  flags.DEFINE_float("tau", None, "Router temperature τ in training; the config's by default.")
+  problems = f"Size of the training set, 0 for a stream of new problems; {default}"
+  flags.DEFINE_integer("problems", None, problems)
+  settings = {
+    "num_steps": f"Number of steps; {default}",
+    "learning_rate": f"Peak learning rate; {default}",
+    "noise_temperature": f"Router temperature τ in training; {default}",
+  }
+  overrides.define_flags(training.TrainSettings, settings, defaults=False, **_FLAGS)
   flags.mark_flags_as_required(["config", "output"])
 
 
@@ -51,17 +56,10 @@ def apply_flags(config: configs.TrainingConfig) -> configs.TrainingConfig:
   Raises:
     ValueError: a value is out of range.
   """
-
-  def given(**values):
-    return {name: value for name, value in values.items() if value is not None}
-
-  settings = given(
-    num_steps=FLAGS.steps, learning_rate=FLAGS.learning_rate, noise_temperature=FLAGS.tau
-  )
-  changes = given(seed=FLAGS.seed, batch_size=FLAGS.batch_size)
+  config = overrides.from_flags(config)
   if FLAGS.problems is not None:
-    changes["num_problems"] = FLAGS.problems or None
-  return config.replace(settings=dataclasses.replace(config.settings, **settings), **changes)
+    config = config.replace(num_problems=FLAGS.problems or None)
+  return config.replace(settings=overrides.from_flags(config.settings, **_FLAGS))
 
 
 @functools.partial(jax.jit, static_argnames="config")

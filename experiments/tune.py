@@ -45,7 +45,7 @@ from tqdm import tqdm
 from checkpoints_convert import outputs
 from experiments import tasks
 from experiments.analysis import output_temperatures
-from experiments.cli import app
+from experiments.cli import app, overrides
 from experiments.records import runs
 from experiments.records.cost import Cost
 from experiments.tuning import confirm, trials, tuning_configs
@@ -79,13 +79,14 @@ def define_flags() -> None:
   flags.DEFINE_enum(
     "objective", None, list(OBJECTIVES), f"{objective}; {default_is(default.objective)}."
   )
-  for define, name, text in (
-    (flags.DEFINE_integer, "num_examples", "Validation examples that trials see"),
-    (flags.DEFINE_integer, "num_trials", "Number of trials, including the sweep"),
-    (flags.DEFINE_float, "max_tau", "Largest τ tried"),
-    (flags.DEFINE_integer, "fixed_layers", "Number of first and of last layers that keep τ = 0"),
-  ):
-    define(name, None, f"{text}; {default_is(getattr(default, name))}.")
+  helps = {
+    "num_examples": "Validation examples that trials see",
+    "num_trials": "Number of trials, including the sweep",
+    "max_tau": "Largest τ tried",
+    "fixed_layers": "Number of first and of last layers that keep τ = 0",
+  }
+  helps = {name: f"{text}; {default_is(getattr(default, name))}." for name, text in helps.items()}
+  overrides.define_flags(TuningConfig, helps, defaults=False)
   flags.DEFINE_enum("sampler", "tpe", ["tpe", "sweep"], "TPE after a sweep, or only the sweep.")
   prune = "Whether to stop trials significantly worse than the best one; never in a sweep."
   flags.DEFINE_bool("prune", True, prune)
@@ -168,9 +169,8 @@ def prepare() -> SearchSetup:
   """
   if FLAGS["tau"].present:
     raise ValueError("--tau cannot be given, since it is tuned here: use --max_tau")
-  tuning = tuning_configs.load(FLAGS.config)
-  given = {f.name: FLAGS[f.name].value for f in dataclasses.fields(tuning) if FLAGS[f.name].present}
-  tuning = dataclasses.replace(tuning, **given)
+  app.refuse_idle(True, ("router_bias",), "is not part of a temperature profile: leave it out")
+  tuning = overrides.from_flags(tuning_configs.load(FLAGS.config))
   for name, value in (
     ("num_examples", tuning.num_examples),
     ("num_trials", tuning.num_trials),
@@ -391,7 +391,7 @@ def confirm_best(params: Params, search: Search | None, setup: SearchSetup, mode
     "examples": len(setup.fresh.examples),
     "seeds": list(seeds),
     "values": confirm.values(metrics, setup.fresh),
-    "differences": confirm.compare(metrics, setup.fresh),
+    "differences": [c.to_json() for c in confirm.compare(metrics, setup.fresh)],
     "cost": dict(costs),
   }
 

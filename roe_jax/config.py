@@ -30,7 +30,7 @@ class ModelConfig:
   Sizes use the axis letters of the shapes throughout the library.
 
   Attributes:
-    family: the Hugging Face architecture, a name in `families.FAMILIES`.
+    family: the Hugging Face architecture, a name in `family_table.FAMILIES`.
     vocab_size: V.
     num_layers: L; every layer has attention and an MoE block.
     d_model: D.

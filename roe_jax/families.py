@@ -1,10 +1,9 @@
-"""Model families on the Hugging Face hub: one table maps `config.json` to `ModelConfig`.
+"""Model families on the Hugging Face hub: `config.json` to `ModelConfig` and back.
 
-An entry of `FAMILIES` is all that the library knows about a family beyond its
-`ModelConfig`; tensor names are in `checkpoints_convert.tensor_names`.
+`family_table` has what the library knows about each family; tensor names are in
+`checkpoints_convert.tensor_names`.
 """
 
-from collections.abc import Callable
 import dataclasses
 import math
 from typing import Any
@@ -12,50 +11,8 @@ from typing import Any
 from roe_jax import config as config_lib
 from roe_jax import rope, typed
 from roe_jax.config import ModelConfig
-from roe_jax.routers import NONE
+from roe_jax.family_table import COMMON_KEYS, FAMILIES
 
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-  """A model family.
-
-  Attributes:
-    architecture: its class in transformers.
-    defaults: keys of `config.json` with the values that transformers assumes for missing ones.
-    keys: the key of each `ModelConfig` field that is read, in addition to `COMMON_KEYS`.
-    fixed: fields with the same value in all models of the family.
-    supported: the only supported value of some `config.json` keys; also their default.
-    has_window: whether the architecture has a `sliding_window`.
-    needs_use_sliding_window: whether the window applies only with `use_sliding_window`.
-    is_sliding: `(config.json, layer) -> bool`, which layers have the window by default
-      (without `layer_types`); None if all have it.
-    formats: expert quantization formats of its hub checkpoints.
-  """
-
-  architecture: str
-  defaults: dict[str, Any]
-  keys: dict[str, str]
-  fixed: dict[str, Any]
-  supported: dict[str, Any] = dataclasses.field(default_factory=dict)
-  has_window: bool = True
-  needs_use_sliding_window: bool = False
-  is_sliding: Callable[[dict[str, Any], int], bool] | None = None
-  formats: tuple[str, ...] = ()
-
-
-COMMON_KEYS = {
-  "vocab_size": "vocab_size",
-  "num_layers": "num_hidden_layers",
-  "d_model": "hidden_size",
-  "num_heads": "num_attention_heads",
-  "num_kv_heads": "num_key_value_heads",
-  "context_length": "max_position_embeddings",
-  "rms_norm_eps": "rms_norm_eps",
-  "rope_theta": "rope_theta",
-  "initializer_range": "initializer_range",
-  "bos_token_id": "bos_token_id",
-  "pad_token_id": "pad_token_id",
-}
 _COMMON_DEFAULTS = {
   "rms_norm_eps": 1e-5,
   "rope_theta": 1e4,
@@ -76,293 +33,6 @@ _NULLABLE = (
   "head_dim",
 )
 _EXPERT_COUNTS = ("num_experts", "num_local_experts")  # some files have the other name
-_EXPERTS = {"num_experts": "num_experts", "experts_per_token": "num_experts_per_tok"}
-_LOCAL_EXPERTS = _EXPERTS | {"num_experts": "num_local_experts"}
-# One key for both.
-_ATTENTION_BIAS = {"qkv_bias": "attention_bias", "output_bias": "attention_bias"}
-_ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
-# A dense model is one expert per layer.
-_MULTIPLIERS = (
-  "embedding_multiplier",
-  "attention_multiplier",
-  "residual_multiplier",
-  "logits_scaling",
-)
-_DENSE = {
-  "num_experts": 1,
-  "experts_per_token": 1,
-  "router": NONE,
-  "unit_gates": True,
-  "normalize_gates": False,
-  "gates_in_model_dtype": False,
-}
-
-_QWEN_DEFAULTS = {
-  "vocab_size": 151936,
-  "hidden_size": 4096,
-  "intermediate_size": 22016,
-  "num_hidden_layers": 32,
-  "num_attention_heads": 32,
-  "num_key_value_heads": 32,
-  "max_position_embeddings": 32768,
-  "rms_norm_eps": 1e-6,
-  "sliding_window": 4096,
-  "max_window_layers": 28,
-}
-
-
-_GRANITE: dict[str, Any] = {
-  "defaults": {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 2048,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "rms_norm_eps": 1e-6,
-    "attention_bias": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-  }
-  | dict.fromkeys(_MULTIPLIERS, 1.0),
-  "keys": {
-    **_LOCAL_EXPERTS,
-    **_ATTENTION_BIAS,
-    **dict(zip(_MULTIPLIERS, _MULTIPLIERS)),
-    "d_expert": "intermediate_size",
-    "head_dim": "head_dim",
-  },
-  "fixed": {"normalize_gates": True, "gates_in_model_dtype": True, "qk_norm": False},
-  "has_window": False,
-}
-
-
-def _above_max_window_layers(hf, layer):
-  return layer >= hf["max_window_layers"]
-
-
-FAMILIES = {
-  "olmoe": Family(
-    "OlmoeForCausalLM",
-    defaults={
-      "vocab_size": 50304,
-      "hidden_size": 2048,
-      "intermediate_size": 2048,
-      "num_hidden_layers": 16,
-      "num_attention_heads": 16,
-      "max_position_embeddings": 4096,
-      "num_experts": 64,
-      "num_experts_per_tok": 8,
-      "norm_topk_prob": False,
-      "clip_qkv": None,
-      "pad_token_id": 1,
-      "eos_token_id": 50279,
-    },
-    keys={
-      **_EXPERTS,
-      "d_expert": "intermediate_size",
-      "normalize_gates": "norm_topk_prob",
-      "clip_qkv": "clip_qkv",
-    },
-    fixed={"gates_in_model_dtype": True, "qk_norm": True},
-    supported={"attention_bias": False},
-    has_window=False,
-  ),
-  "mixtral": Family(
-    "MixtralForCausalLM",
-    defaults={
-      "vocab_size": 32000,
-      "hidden_size": 4096,
-      "intermediate_size": 14336,
-      "num_hidden_layers": 32,
-      "num_attention_heads": 32,
-      "num_key_value_heads": 8,
-      "max_position_embeddings": 131072,
-      "num_local_experts": 8,
-      "num_experts_per_tok": 2,
-      "rope_theta": 1e6,
-      "bos_token_id": 1,
-      "eos_token_id": 2,
-    },
-    keys={**_LOCAL_EXPERTS, "d_expert": "intermediate_size", "head_dim": "head_dim"},
-    fixed={"normalize_gates": True, "gates_in_model_dtype": False, "qk_norm": False},
-    supported={"attention_bias": False},
-  ),
-  "gpt_oss": Family(
-    "GptOssForCausalLM",
-    defaults={
-      "vocab_size": 201088,
-      "hidden_size": 2880,
-      "intermediate_size": 2880,
-      "num_hidden_layers": 36,
-      "num_attention_heads": 64,
-      "num_key_value_heads": 8,
-      "head_dim": 64,
-      "max_position_embeddings": 131072,
-      "num_local_experts": 128,
-      "num_experts_per_tok": 4,
-      "swiglu_limit": 7.0,
-      "swiglu_alpha": 1.702,
-      "sliding_window": 128,
-      "rope_theta": 150000.0,
-      "rope_parameters": {
-        "rope_type": "yarn",
-        "factor": 32.0,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "truncate": False,
-        "original_max_position_embeddings": 4096,
-      },
-    },
-    keys={
-      **_LOCAL_EXPERTS,
-      "d_expert": "intermediate_size",
-      "head_dim": "head_dim",
-      "swiglu_limit": "swiglu_limit",
-      "swiglu_alpha": "swiglu_alpha",
-    },
-    fixed={
-      "normalize_gates": True,
-      "gates_in_model_dtype": True,
-      "qk_norm": False,
-      "qkv_bias": True,
-      "output_bias": True,
-      "attention_sinks": True,
-      "router_bias": True,
-      "expert_bias": True,
-      "norm_weight_in_float32": True,
-    },
-    supported={"attention_bias": True},
-    is_sliding=lambda hf, layer: layer % 2 == 0,
-    formats=("mxfp4",),
-  ),
-  "qwen2_moe": Family(
-    "Qwen2MoeForCausalLM",
-    defaults={
-      "vocab_size": 151936,
-      "hidden_size": 2048,
-      "moe_intermediate_size": 1408,
-      "shared_expert_intermediate_size": 5632,
-      "num_hidden_layers": 24,
-      "num_attention_heads": 16,
-      "num_key_value_heads": 16,
-      "max_position_embeddings": 32768,
-      "num_experts": 60,
-      "num_experts_per_tok": 4,
-      "norm_topk_prob": False,
-      "qkv_bias": True,
-      "rms_norm_eps": 1e-6,
-      "sliding_window": 4096,
-      "max_window_layers": 28,
-    },
-    keys={
-      **_EXPERTS,
-      "d_expert": "moe_intermediate_size",
-      "d_shared_expert": "shared_expert_intermediate_size",
-      "normalize_gates": "norm_topk_prob",
-      "qkv_bias": "qkv_bias",
-      "head_dim": "head_dim",
-    },
-    fixed={"gates_in_model_dtype": True, "qk_norm": False},
-    supported=_ALL_SPARSE,
-    needs_use_sliding_window=True,
-    is_sliding=lambda hf, layer: layer % 2 == 0 and layer < hf["max_window_layers"],
-  ),
-  "qwen3_moe": Family(
-    "Qwen3MoeForCausalLM",
-    defaults={
-      "vocab_size": 151936,
-      "hidden_size": 2048,
-      "moe_intermediate_size": 768,
-      "num_hidden_layers": 24,
-      "num_attention_heads": 32,
-      "num_key_value_heads": 4,
-      "max_position_embeddings": 32768,
-      "num_experts": 128,
-      "num_experts_per_tok": 8,
-      "norm_topk_prob": False,
-      "rms_norm_eps": 1e-6,
-      "sliding_window": 4096,
-    },
-    keys={
-      **_EXPERTS,
-      "d_expert": "moe_intermediate_size",
-      "normalize_gates": "norm_topk_prob",
-      "head_dim": "head_dim",
-    },
-    fixed={"gates_in_model_dtype": True, "qk_norm": True, "qk_norm_per_head": True},
-    supported={"attention_bias": False} | _ALL_SPARSE,
-    needs_use_sliding_window=True,
-  ),
-  "granitemoe": Family("GraniteMoeForCausalLM", **_GRANITE),
-  "granitemoeshared": Family(
-    "GraniteMoeSharedForCausalLM",
-    defaults=_GRANITE["defaults"] | {"shared_intermediate_size": 0},
-    keys=_GRANITE["keys"] | {"d_shared_expert": "shared_intermediate_size"},
-    fixed=_GRANITE["fixed"] | {"shared_expert_gate": False},
-    has_window=False,
-  ),
-  "llama": Family(
-    "LlamaForCausalLM",
-    defaults={
-      "vocab_size": 32000,
-      "hidden_size": 4096,
-      "intermediate_size": 11008,
-      "num_hidden_layers": 32,
-      "num_attention_heads": 32,
-      "max_position_embeddings": 2048,
-      "rms_norm_eps": 1e-6,
-      "attention_bias": False,
-      "mlp_bias": False,
-      "bos_token_id": 1,
-      "eos_token_id": 2,
-    },
-    keys={
-      "d_expert": "intermediate_size",
-      "head_dim": "head_dim",
-      **_ATTENTION_BIAS,
-      "expert_bias": "mlp_bias",
-    },
-    fixed=_DENSE | {"qk_norm": False},
-    has_window=False,
-  ),
-  "mistral": Family(
-    "MistralForCausalLM",
-    defaults={
-      "vocab_size": 32000,
-      "hidden_size": 4096,
-      "intermediate_size": 14336,
-      "num_hidden_layers": 32,
-      "num_attention_heads": 32,
-      "num_key_value_heads": 8,
-      "max_position_embeddings": 131072,
-      "rms_norm_eps": 1e-6,
-      "sliding_window": 4096,
-      "bos_token_id": 1,
-      "eos_token_id": 2,
-    },
-    keys={"d_expert": "intermediate_size", "head_dim": "head_dim"},
-    fixed=_DENSE | {"qk_norm": False},
-  ),
-  "qwen2": Family(
-    "Qwen2ForCausalLM",
-    defaults=_QWEN_DEFAULTS,
-    keys={"d_expert": "intermediate_size", "head_dim": "head_dim"},
-    fixed=_DENSE | {"qk_norm": False, "qkv_bias": True},
-    needs_use_sliding_window=True,
-    is_sliding=_above_max_window_layers,
-  ),
-  "qwen3": Family(
-    "Qwen3ForCausalLM",
-    defaults=_QWEN_DEFAULTS | {"head_dim": 128, "attention_bias": False},
-    keys={"d_expert": "intermediate_size", "head_dim": "head_dim", **_ATTENTION_BIAS},
-    fixed=_DENSE | {"qk_norm": True, "qk_norm_per_head": True},
-    needs_use_sliding_window=True,
-    is_sliding=_above_max_window_layers,
-  ),
-}
 _COMMON_SUPPORTED = {"hidden_act": "silu"}
 _ROPE_KEYS = {"original_context": "original_max_position_embeddings"}
 _DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
@@ -417,6 +87,7 @@ def _from_hugging_face(hf, dtype):
   for key, value in (_COMMON_SUPPORTED | family.supported).items():
     if hf.get(key, value) != value:
       _refuse(key, hf[key], value)
+  hf = family.read(hf)
   values: dict[str, Any] = {field: hf.get(key) for field, key in keys.items()}
   for field, key in keys.items():
     if values[field] is not None:
@@ -527,7 +198,7 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
         "lm_head",
       ],
     }
-  return hf
+  return family.write(hf)
 
 
 def _refuse(name, value, supported):

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from roe_jax.config import ModelConfig
-from roe_jax.families import FAMILIES
+from roe_jax.family_table import FAMILIES
 from roe_jax.rope import Llama3, Yarn
 
 

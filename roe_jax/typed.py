@@ -66,7 +66,7 @@ def check_fields(
     hint = hints(type(values))[name]
     check(name, value, hint)
     if value is not None and name in positive and not value > 0:
-      allowed = f"positive{' or null' if types.NoneType in _members(hint) else ''}"
+      allowed = f"positive{' or null' if types.NoneType in kinds_of(hint) else ''}"
     elif value is not None and name in not_negative and not value >= 0:
       allowed = "at least 0"
     else:
@@ -80,9 +80,9 @@ def check(name: str, value: Any, hint: Any) -> None:
   Raises:
     ValueError: it is not; the message has the `name`.
   """
-  kinds = [kind for kind in _members(hint) if _is(value, kind)]
+  kinds = [kind for kind in kinds_of(hint) if _is(value, kind)]
   if not kinds:
-    allowed = " or ".join(_word(kind) for kind in _members(hint))
+    allowed = " or ".join(describe(kind) for kind in kinds_of(hint))
     raise ValueError(f"{name} must be {allowed}, got {value!r}"[:300])
   if isinstance(value, dict) and typing.get_args(kinds[0]):
     for key, item in value.items():
@@ -124,18 +124,20 @@ def hints(kind: type) -> dict[str, Any]:
   return typing.get_type_hints(kind)
 
 
-def _members(hint):
+def kinds_of(hint: Any) -> tuple[Any, ...]:
+  """Returns the types of a union, or the type itself."""
   is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
   return typing.get_args(hint) if is_union else (hint,)
 
 
-def _word(kind):
+def describe(kind: Any) -> str:
+  """Returns a type's name in messages."""
   if kind is types.NoneType:
     return "null"
   if kind is dict or typing.get_origin(kind) is dict:
     return "a JSON object"
   if typing.get_origin(kind) in (list, tuple):
-    items = (_word(item) for item in _members(typing.get_args(kind)[0]))
+    items = (describe(item) for item in kinds_of(typing.get_args(kind)[0]))
     return f"a list whose items are {' or '.join(w.partition(' ')[2] or w for w in items)}s"
   return _WORDS.get(kind, f"a {kind.__name__}")
 
@@ -146,7 +148,7 @@ def _is(value, kind):
   if typing.get_origin(kind) is dict:
     return isinstance(value, dict)
   if (container := typing.get_origin(kind)) in (list, tuple):
-    items = _members(typing.get_args(kind)[0])
+    items = kinds_of(typing.get_args(kind)[0])
     return isinstance(value, container) and all(any(_is(v, i) for i in items) for v in value)
   if kind is int:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)

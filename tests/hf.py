@@ -97,6 +97,10 @@ SPECIFIC["granitemoe"] = dict(
 )
 SPECIFIC["granitemoeshared"] = SPECIFIC["granitemoe"] | dict(shared_intermediate_size=20)
 FAMILIES = tuple(SPECIFIC)
+# Not in transformers: its other tests are in test_families.
+SPECIFIC["emo"] = dict(
+  num_experts=9, num_experts_per_tok=3, num_shared_experts=1, norm_topk_prob=False
+)
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
 ROUTED = tuple(family for family in FAMILIES if family not in DENSE)
 # Its classes in transformers begin with this.

@@ -11,8 +11,10 @@ import re
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-  "--xla_force_host_platform_device_count=64 --xla_backend_optimization_level=0"
+# Those of the tests, which make compiling quick, with other devices.
+os.environ["XLA_FLAGS"] = " ".join(
+  [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
+  + ["--xla_force_host_platform_device_count=64"]
 )
 
 import jax

@@ -247,7 +247,7 @@ LLAMA3 = dict(
 LINEAR = dict(type="linear", rope_theta=55.0, factor=4.0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", hf.FAMILIES)
 def test_missing_keys_mean_what_they_mean_to_transformers(family):
   """Every key is left out or null in turn; no value is its default, so that each matters."""
   pytest.importorskip("torch")

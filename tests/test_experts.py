@@ -48,11 +48,18 @@ def apply(strategy, params, layer, *row_args, activation=PLAIN):
 STRATEGIES = experts_lib.STRATEGIES
 
 
-# One token; few; many, and no multiple of a block.
-@pytest.mark.parametrize("n, dtype", [(1, "bfloat16"), (7, "float32"), (33, "float32")])
-@pytest.mark.parametrize("strategy", [*STRATEGIES, None])
-@every_activation
-def test_strategies_agree_with_a_loop(activation, strategy, n, dtype):
+# One token; few; many, and no multiple of a block. Each strategy meets both activations, each
+# activation all sizes.
+@pytest.mark.parametrize(
+  "strategy, activation, n, dtype",
+  [
+    (strategy, list(expert_loop.ACTIVATIONS)[(i + j) % 2], n, dtype)
+    for i, strategy in enumerate([*STRATEGIES, None])
+    for j, (n, dtype) in enumerate([(1, "bfloat16"), (7, "float32"), (33, "float32")])
+  ],
+)
+def test_strategies_agree_with_a_loop(strategy, activation, n, dtype):
+  activation = expert_loop.ACTIVATIONS[activation]
   params = weights(dtype, activation)
   args = rows(n, dtype)
   for layer in range(L):

@@ -23,7 +23,7 @@ from tokenizers import decoders, pre_tokenizers
 
 from checkpoints_convert import command_line, common, convert_to_hugging_face
 from experiments.analysis import run_results
-from experiments.records import jsonl, runs
+from experiments.records import jsonl, runs, store
 from roe_jax import checkpoint, model_formats, temperature_profiles
 from roe_jax.checkpoint_folder import named_leaves
 from roe_jax.roster import Roster
@@ -170,7 +170,7 @@ def write_results(folder):
   with jsonl.Results(str(folder / "out.jsonl"), REQUESTS, SETTINGS) as results:
     for i in range(3):
       results.write(i, {"text": f"a{i}"})
-  values = jsonl.SavedValues(folder / "values.jsonl", SETTINGS)
+  values = store.SavedValues(folder / "values.jsonl", SETTINGS)
   values.put("x", 1.5)
   values.put("y", [1, 2])
 
@@ -209,7 +209,7 @@ def read_results(folder):
   resumed = runs.Run(folder / "run", "run", SETTINGS)
   with jsonl.Results(str(folder / "out.jsonl"), REQUESTS, SETTINGS) as results:
     missing = results.missing
-  values = jsonl.SavedValues(folder / "values.jsonl", SETTINGS)
+  values = store.SavedValues(folder / "values.jsonl", SETTINGS)
   return {
     "settings": settings,
     "records": (records, result.records),

@@ -59,6 +59,13 @@ def assert_same(completions, expected):
 SETTINGS = [("alternating", "clean", [0, 0.6, 0]), ("all", "standard", [0.6, 0, 0.6])]
 
 
+def with_chunks(*sizes):
+  """Settings of the tests above, whose programs are compiled, and a size for each."""
+  return pytest.mark.parametrize(
+    "layers, cache, temperatures, chunk", [(*s, size) for s, size in zip(SETTINGS, sizes)]
+  )
+
+
 @pytest.mark.parametrize("layers, cache, temperatures", SETTINGS)
 def test_generation_is_that_without_a_cache(layers, cache, temperatures):
   c = config(layers)
@@ -66,32 +73,33 @@ def test_generation_is_that_without_a_cache(layers, cache, temperatures):
   assert_same(run(c, roster=roster), run(c, roster=roster.replace(cache=RECOMPUTED[cache])))
 
 
-@pytest.mark.parametrize("layers, cache, temperatures", SETTINGS)
-def test_scores_are_those_of_generation_in_chunks_of_any_size(layers, cache, temperatures):
+@with_chunks(3, None)
+def test_scores_are_those_of_generation_in_chunks_of_any_size(layers, cache, temperatures, chunk):
   c = config(layers)
   roster = Roster.create(c, 3, temperatures, seed=2, cache=cache)
   generated = run(c, roster=roster)
   texts = [p + g.tokens for p, g in zip(PROMPTS, generated)]
-  for chunk_size in (3, None):
-    scores = scoring.score(
-      tiny.params(c),
-      c,
-      texts,
-      [len(p) for p in PROMPTS],
-      roster=roster,
-      request_ids=IDS,
-      chunk_size=chunk_size,
-      batch_size=3,
-    )
-    for found, expected in zip(scores.sequences, generated):
-      np.testing.assert_allclose(found.log_probs[:, 0], expected.log_probs, atol=3e-5)
-      assert found.clean_greedy_tokens.tolist() == expected.clean_tokens
+  scores = scoring.score(
+    tiny.params(c),
+    c,
+    texts,
+    [len(p) for p in PROMPTS],
+    roster=roster,
+    request_ids=IDS,
+    chunk_size=chunk,
+    batch_size=3,
+  )
+  for found, expected in zip(scores.sequences, generated):
+    np.testing.assert_allclose(found.log_probs[:, 0], expected.log_probs, atol=3e-5)
+    assert found.clean_greedy_tokens.tolist() == expected.clean_tokens
 
 
-@pytest.mark.parametrize("chunk, cache", [(3, "clean"), (16, "standard")])
-def test_prefill_in_chunks_shorter_and_longer_than_the_window(monkeypatch, chunk, cache):
-  c = config()
-  roster = Roster.create(c, 2, [0, 0.6, 0.6], cache=cache)
+@with_chunks(3, 16)
+def test_prefill_in_chunks_shorter_and_longer_than_the_window(
+  monkeypatch, layers, cache, temperatures, chunk
+):
+  c = config(layers)
+  roster = Roster.create(c, 3, temperatures, seed=2, cache=cache)
   expected = run(c, roster=roster)
   monkeypatch.setattr(prefill, "PREFILL_CHUNK", chunk)
   assert_same(run(c, roster=roster), expected)
@@ -99,12 +107,12 @@ def test_prefill_in_chunks_shorter_and_longer_than_the_window(monkeypatch, chunk
 
 def test_slots_of_other_texts_and_those_used_again_do_not_matter():
   c = config()
-  options = {"roster": Roster.create(c, 3, [0, 0.6, 0.6])}
-  alone = [run(c, [p], [i], **options)[0] for p, i in zip(PROMPTS, IDS)]
-  assert_same(run(c, batch_size=2, **options), alone)
+  roster = Roster.create(c, 3, [0, 0.6, 0], seed=2)
+  alone, options = run(c, roster=roster), {"batch_size": 2, "roster": roster}
+  assert_same(run(c, **options), alone)
   order = [2, 4, 1, 0, 3]
   assert_same(
-    run(c, [PROMPTS[i] for i in order], [IDS[i] for i in order], batch_size=3, **options),
+    run(c, [PROMPTS[i] for i in order], [IDS[i] for i in order], **options),
     [alone[i] for i in order],
   )
 

@@ -177,12 +177,9 @@ def paired_brier(events: Events, baseline: Events) -> tuple[Difference, paired_s
   if not np.array_equal(events.counts, baseline.counts):
     raise ValueError("Brier scores are compared on the same events")
   ours, theirs = _squares(events), _squares(baseline)
-  return (
-    Difference(
-      *paired_statistics.bootstrap([ours - theirs, events.counts], paired_statistics.ratio)
-    ),
-    paired_statistics.paired_test(ours, theirs),
-  )
+  test = paired_statistics.paired_test(ours, theirs)
+  samples = [ours - theirs, events.counts]
+  return Difference(*paired_statistics.bootstrap(samples, paired_statistics.ratio), test.p), test
 
 
 def _check_paired(events, baseline):

@@ -201,6 +201,7 @@ def _quality(result, baseline, task, metric):
   comparison = None
   if result is not baseline:
     theirs = baseline.values(task, metric, examples)
+    test = paired_statistics.paired_test(values, theirs)
     name, *filters = metric.split(",")
     comparison = Comparison(
       result.label,
@@ -209,8 +210,8 @@ def _quality(result, baseline, task, metric):
       MEASURES[name] + "".join(f" ({part})" for part in filters),
       " points",
       len(examples),
-      paired_statistics.paired_accuracy(values, theirs),
-      paired_statistics.paired_test(values, theirs),
+      paired_statistics.tested(paired_statistics.paired_accuracy(values, theirs), test),
+      test,
     )
   missing, between = len(either) - len(examples), None if between is None else 100 * between
   value = paired_statistics.accuracy(values)
@@ -255,8 +256,10 @@ def compare_perplexities(
   method: str, baseline: str, task: str, ours: np.ndarray, theirs: np.ndarray, tokens: np.ndarray
 ) -> Comparison:
   """Compares two methods' perplexities, from negative log-probabilities `[X]` or `[X, S]`."""
-  difference = paired_statistics.paired_perplexity(ours, theirs, tokens)
   test = paired_statistics.paired_test(ours, theirs)
+  difference = paired_statistics.tested(
+    paired_statistics.paired_perplexity(ours, theirs, tokens), test
+  )
   return Comparison(method, baseline, task, "perplexity", " %", len(tokens), difference, test)
 
 
@@ -355,7 +358,12 @@ def tasks_of(results: Sequence[Result]) -> list[str]:
 
 def corrected(rows):
   """Returns rows with Holm's correction over all of their comparisons."""
-  compared = iter(paired_statistics.corrected([row.comparison for row in rows if row.comparison]))
+  differences = paired_statistics.corrected(
+    [row.comparison and row.comparison.difference for row in rows]
+  )
   return [
-    dataclasses.replace(row, comparison=next(compared)) if row.comparison else row for row in rows
+    dataclasses.replace(row, comparison=dataclasses.replace(row.comparison, difference=d))
+    if d
+    else row
+    for row, d in zip(rows, differences)
   ]

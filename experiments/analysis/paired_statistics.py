@@ -11,8 +11,9 @@ likelihoods in 90 and 93 %. BCa would need a jackknife and is undefined where no
 differs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -41,10 +42,39 @@ class Estimate:
   low: float
   high: float
 
+  def scaled(self, factor: float) -> "Estimate":
+    """Returns the estimate of a multiple, for a factor above 0."""
+    return Estimate(factor * self.value, factor * self.low, factor * self.high)
+
+  def to_json(self) -> dict[str, Any]:
+    return dataclasses.asdict(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class Difference(Estimate):
-  """A difference from a baseline on the same examples, with its interval."""
+  """A difference from a baseline on the same examples, with its interval.
+
+  Attributes:
+    p: p-value of a paired test; None: not tested.
+    adjusted: p-value after Holm's correction over a table, see `corrected`.
+  """
+
+  p: float | None = None
+  adjusted: float | None = None
+
+  @classmethod
+  def from_json(cls, values: Mapping[str, Any]) -> "Difference":
+    """Returns the difference, or estimate, that `to_json` wrote."""
+    return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+
+  def to_json(self) -> dict[str, Any]:
+    tested = {"p": self.p, "adjusted": self.adjusted, "significant": self.is_significant}
+    return Estimate(self.value, self.low, self.high).to_json() | ({} if self.p is None else tested)
+
+  @property
+  def is_significant(self) -> bool:
+    """Whether p < 0.05 after Holm's correction and the interval excludes zero."""
+    return self.adjusted is not None and self.adjusted < SIGNIFICANCE and self.excludes_zero
 
   @property
   def excludes_zero(self) -> bool:
@@ -52,7 +82,41 @@ class Difference(Estimate):
     return self.low > 0 or self.high < 0
 
   def __neg__(self) -> "Difference":
-    return Difference(-self.value, -self.high, -self.low)
+    return dataclasses.replace(self, value=-self.value, low=-self.high, high=-self.low)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+  """A difference between two candidates of a confirmation, paired by example.
+
+  Attributes:
+    of, to: names of the candidates.
+    fitted: whether at fitted output temperatures.
+    difference: in percent of the perplexity, or percentage points.
+  """
+
+  of: str
+  to: str
+  fitted: bool
+  difference: Difference
+
+  @property
+  def kind(self) -> tuple[str, str, bool]:
+    return self.of, self.to, self.fitted
+
+  def to_json(self) -> dict[str, Any]:
+    return {
+      "of": self.of,
+      "to": self.to,
+      "fitted": self.fitted,
+      **self.difference.to_json(),
+      "excludes_zero": self.difference.excludes_zero,
+    }
+
+  @classmethod
+  def from_json(cls, values: dict[str, Any]) -> "Contrast":
+    difference = Difference.from_json(values)
+    return cls(values["of"], values["to"], values["fitted"], difference)
 
 
 def over_seeds(values: np.ndarray) -> np.ndarray:
@@ -277,7 +341,6 @@ class Comparison:
     examples: X, the examples that both have.
     difference: with its interval.
     test: the test.
-    adjusted: p-value after Holm's correction over the table; see `corrected`.
   """
 
   method: str
@@ -288,12 +351,23 @@ class Comparison:
   examples: int
   difference: Difference
   test: Test
-  adjusted: float = 1.0
+
+  def to_json(self) -> dict[str, Any]:
+    d = self.difference
+    return dataclasses.asdict(self) | {
+      "difference": Estimate(d.value, d.low, d.high).to_json(),
+      "adjusted": self.adjusted,
+      "is_significant": self.is_significant,
+    }
+
+  @property
+  def adjusted(self) -> float:
+    """The p-value after Holm's correction."""
+    return 1.0 if self.difference.adjusted is None else self.difference.adjusted
 
   @property
   def is_significant(self) -> bool:
-    """Whether p < 0.05 after Holm's correction and the interval excludes zero."""
-    return self.adjusted < SIGNIFICANCE and self.difference.excludes_zero
+    return self.difference.is_significant
 
   @property
   def verdict(self) -> str:
@@ -318,7 +392,15 @@ class Comparison:
     return f"{self.task}: {self.method} {verb} {self.measure} against {self.baseline} ({figures})."
 
 
-def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
-  """Returns the rows of one table with Holm's correction over all of them."""
-  adjusted = holm([c.test.p for c in comparisons])
-  return [dataclasses.replace(c, adjusted=a) for c, a in zip(comparisons, adjusted)]
+def tested(difference: Difference, test: Test) -> Difference:
+  """Returns a difference with the p-value of its test."""
+  return dataclasses.replace(difference, p=test.p)
+
+
+def corrected(differences: Sequence[Difference | None]) -> list[Difference | None]:
+  """Returns the differences of one table with Holm's correction over those that were tested."""
+  adjusted = iter(holm([d.p for d in differences if d and d.p is not None]))
+  return [
+    d if d is None or d.p is None else dataclasses.replace(d, adjusted=next(adjusted))
+    for d in differences
+  ]

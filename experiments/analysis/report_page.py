@@ -326,17 +326,21 @@ def tuning_section(tunings: Sequence[Tuning]) -> str:
     "confirmation on fresh examples with fresh noise counts.",
   ]
   confirmed = [(t, t.profile.get("objective", {}).get("confirmed")) for t in tunings]
-  found = [(t, c["examples"], d) for t, c in confirmed if c for d in c["differences"]]
+  found = [
+    (t, c["examples"], d, Difference.from_json(d))
+    for t, c in confirmed
+    if c
+    for d in c["differences"]
+  ]
   if found:
-    interval = lambda d: Difference(d["value"], d["low"], d["high"])
     columns = {
       "search": lambda r: r[0].name,
       "method": lambda r: r[2]["of"],
       "against": lambda r: r[2]["to"],
       "output T fitted to both": lambda r: "yes" if r[2]["fitted"] else "no",
       "examples": lambda r: r[1],
-      "difference": lambda r: difference(interval(r[2]), 2, " points" if r[0].maximizes else " %"),
-      "interval excludes zero": lambda r: "yes" if interval(r[2]).excludes_zero else "no",
+      "difference": lambda r: difference(r[3], 2, " points" if r[0].maximizes else " %"),
+      "interval excludes zero": lambda r: "yes" if r[3].excludes_zero else "no",
     }
     parts += [
       table_of(found, columns),

@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.analysis.calibration_error import Events
 from experiments.cli import text_files
-from experiments.records import runs
+from experiments.records import runs, store
 from roe_jax import typed
 from roe_jax.checkpoint_folder import resolved
 
@@ -192,7 +192,7 @@ def _load(path):
     label,
     settings,
     records,
-    runs.read_lines(path / runs.COSTS),
+    store.read_lines(path / runs.COSTS),
     {task: t for task, t in temperatures.items() if t is not None},
     {task: f["examples"] for task, f in fitted.items() if f["temperature"] is not None},
   )
@@ -217,7 +217,7 @@ def _load_tuning(path, name):
   kinds = {"number": int, "state": str, "value": float | None, "temperatures": list[float]}
   try:
     profile = typed.read(path / PROFILE) if (path / PROFILE).is_file() else {}
-    lines = runs.read_lines(path / TRIALS, kinds=kinds)
+    lines = store.read_lines(path / TRIALS, kinds=kinds)
   except ValueError as error:
     raise ValueError(
       f"{path} is not the folder of a search: its {PROFILE} or {TRIALS} cannot be read ({error})"

@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 from experiments.cli import app
-from experiments.records import jsonl
+from experiments.records import store
 
 # JAX starts afresh in a spawned process, where a forked one would inherit its threads.
 _processes = multiprocessing.get_context("spawn")
@@ -72,7 +72,7 @@ class Stage:
       cases=[dataclasses.replace(c, seconds=c.seconds * patience) for c in self.cases],
     )
 
-  def todo(self, saved: jsonl.SavedValues) -> list[Case]:
+  def todo(self, saved: store.SavedValues) -> list[Case]:
     """Returns the cases without a record."""
     if f"{self.name}/{OPENING}" in saved:
       return []
@@ -81,7 +81,7 @@ class Stage:
 
 def run(
   stages: Sequence[Stage],
-  saved: jsonl.SavedValues,
+  saved: store.SavedValues,
   deadline: float,
   on_stage: Callable[[], None] = lambda: None,
 ) -> None:
@@ -101,7 +101,7 @@ def run(
     on_stage()
 
 
-def run_stage(stage: Stage, saved: jsonl.SavedValues, deadline: float) -> None:
+def run_stage(stage: Stage, saved: store.SavedValues, deadline: float) -> None:
   """Runs the cases of a stage that have no record, up to a deadline.
 
   A case that the deadline cuts off gets no record, so that a rerun measures it.

@@ -10,8 +10,8 @@ import numpy as np
 
 from experiments.benchmarks import machine, timing
 from experiments.benchmarks.sweeps import Case
-from experiments.cli import app, text_files
-from experiments.records.jsonl import read_lines
+from experiments.cli import text_files
+from experiments.records import store
 
 KEY = ("variant", "num_members", "temperature", "context", "batch_size")
 
@@ -88,9 +88,6 @@ class Folder:
   """Finished sweeps in `results.jsonl`, one line per case.
 
   The file is rewritten atomically after each sweep.
-
-  Attributes:
-    records: records of all finished sweeps, in the order they ran.
   """
 
   def __init__(self, path: pathlib.Path, settings: dict[str, Any]):
@@ -103,43 +100,34 @@ class Folder:
     Raises:
       ValueError: the folder holds results with other settings.
     """
-    self._path = path / "results.jsonl"
     self._settings = json.loads(text_files.to_json(settings))
-    self.records = []
-    if not self._path.exists():
-      return
-    try:
-      self.records = read_lines(self._path, kinds={"sweep": str, "settings": dict})
-    except ValueError as error:
-      raise ValueError(
-        f"{self._path} was not written by this program: give another --output or remove the file "
-        f"({error})"
-      ) from error
-    kept = [record["settings"] for record in self.records]
-    for other in kept:
-      changed = [
-        name for name in {**other, **self._settings} if other.get(name) != self._settings.get(name)
-      ]
-      if changed:
-        name = changed[0]
-        raise ValueError(
-          f"{self._path} holds results with {name} = {other.get(name)!r}, not "
-          f"{self._settings.get(name)!r}: give another --output or remove the file"
-        )
+    kinds = {"sweep": str, "settings": dict}
+    path = path / "results.jsonl"
+    refusal = "does not have results of this run"
+    self._store = store.Store(path, None, settings, kinds=kinds, check=self._check, refusal=refusal)
+
+  def _check(self, lines):
+    for other in (line["settings"] for line in lines):
+      for name in {**other, **self._settings}:
+        if other.get(name) != self._settings.get(name):
+          raise ValueError(
+            f"it holds results with {name} = {other.get(name)!r}, not {self._settings.get(name)!r}"
+          )
+
+  @property
+  def records(self) -> list[dict[str, Any]]:
+    """Records of all finished sweeps, in the order they ran."""
+    return list(self._store.records.values())
 
   def has(self, sweep: str) -> bool:
     """Whether the sweep is finished."""
-    return any(record["sweep"] == sweep for record in self.records)
+    return bool(self.of(sweep))
 
   def add(self, sweep: str, records: Sequence[dict[str, Any]]) -> None:
     """Adds the records of a finished sweep."""
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    self.records += [
-      {"sweep": sweep} | record | {"date": date, "settings": self._settings} for record in records
-    ]
-    app.write_atomically(
-      self._path, "".join(text_files.to_json(record) + "\n" for record in self.records)
-    )
+    also = {"date": date, "settings": self._settings}
+    self._store.replace([*self.records, *({"sweep": sweep} | r | also for r in records)])
 
   def of(self, sweep: str) -> list[dict[str, Any]]:
     """Returns the records of one sweep."""

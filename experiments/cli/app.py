@@ -36,6 +36,7 @@ from roe_jax import (
   routing,
   sharding,
   temperature_profiles,
+  typed,
 )
 from roe_jax.aggregation import AGGREGATIONS
 from roe_jax.cache_modes import CACHES
@@ -333,6 +334,12 @@ def define_roster_flags(num_members: int = 1) -> None:
     f"Noise that selects the noisy members' experts: {', '.join(noise.FAMILIES)}, or "
     "module:function.",
   )
+  flags.DEFINE_string(
+    "router_bias",
+    None,
+    "JSON file with lists of numbers, one list per layer and one number per expert, that are added "
+    'to the router logits of all members, also of the clean one; "-inf" bans an expert.',
+  )
   flags.DEFINE_bool("include_clean", True, "Include the clean (noise-free) member in the roster.")
   flags.DEFINE_enum(
     "expert_strategy",
@@ -363,6 +370,16 @@ def _numbers_or_profile(text: str) -> float | list[float] | Profile:
     return values[0] if len(values) == 1 else values
   except ValueError:
     return from_first_process(lambda: _read_temperatures(text))
+
+
+def _router_bias():
+  """Returns the numbers of --router_bias, or None; process 0 reads the file."""
+  if flags.FLAGS.router_bias is None:
+    return None
+  path = pathlib.Path(flags.FLAGS.router_bias)
+  if not path.is_file():
+    raise ValueError(f"--router_bias={path} must be an existing JSON file")
+  return typed.read(path, list)
 
 
 def _read_temperatures(text):
@@ -402,6 +419,7 @@ def roster_from_flags(config: ModelConfig, check_idle: bool = True) -> Roster:
     seed=f.seed,
     expert_strategy=f.expert_strategy,
     memory_budget=f.memory_budget_mb << 20,
+    router_bias=from_first_process(_router_bias),
     **settings,
   )
   if not check_idle:

@@ -2,38 +2,11 @@
 
 import json
 import math
-import pathlib
 from typing import Any
 
+from roe_jax.text import utf8
 
-def read(path: str | pathlib.Path) -> str:
-  """Reads a text file.
-
-  Raises:
-    FileNotFoundError: the file does not exist.
-    ValueError: it is not UTF-8.
-  """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise FileNotFoundError(f"{path} does not exist")
-  return decode(path.read_bytes(), str(path))
-
-
-def decode(data: bytes, name: str) -> str:
-  """Decodes UTF-8, with or without a byte order mark; `name` is the source in the error.
-
-  Raises:
-    ValueError: the bytes are not UTF-8.
-  """
-  try:
-    return data.decode("utf-8-sig")
-  except UnicodeDecodeError as error:
-    utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
-    found = "it is UTF-16" if utf16 else f"byte {data[error.start]:#04x} at offset {error.start}"
-    raise ValueError(
-      f"{name} is not UTF-8 text ({found}): convert it, for example with iconv -f "
-      f"{'UTF-16' if utf16 else 'LATIN1'} -t UTF-8"
-    ) from error
+read, decode = utf8.read, utf8.decode_text
 
 
 def check_text(text: str, what: str) -> None:

@@ -13,7 +13,7 @@ from experiments import tasks
 from experiments.cli import app, text_files
 from experiments.evaluation.engine import Engine
 from experiments.evaluation.requests import Request, key
-from experiments.records import jsonl
+from experiments.records import store
 from experiments.records.cost import Cost
 
 
@@ -24,17 +24,9 @@ class Answers:
   """
 
   def __init__(self, path: pathlib.Path | None = None, settings: dict[str, Any] | None = None):
-    """Opens or creates the file; without a path, answers stay in memory."""
-    self._path = path
-
-    def read():
-      lines = jsonl.read_lines(path, repair=True)
-      if not lines:
-        app.write_atomically(path, text_files.to_json({"settings": settings}) + "\n")
-      return lines[1:]
-
-    lines = app.from_first_process(read) if path else []
-    self._answers = {line["key"]: line["answer"] for line in lines}
+    """Opens the file; without a path, answers stay in memory."""
+    kinds = {"key": str, "answer": dict}
+    self._store = store.Store(path, lambda r: r["key"], settings, kinds=kinds, header=True)
 
   @classmethod
   def of(cls, folder: pathlib.Path, settings: dict[str, Any]) -> "Answers":
@@ -43,16 +35,10 @@ class Answers:
     return cls(folder / f"{digest[:16]}.jsonl", settings)
 
   def __contains__(self, request: Request) -> bool:
-    return key(request) in self._answers
+    return key(request) in self._store.records
 
   def __getitem__(self, request: Request) -> dict[str, Any]:
-    return self._answers[key(request)]
-
-  def write(self, answers: dict[Request, dict[str, Any]]) -> None:
-    by_key = {key(r): answer for r, answer in answers.items()}
-    self._answers |= by_key
-    if self._path:
-      jsonl.append(self._path, ({"key": k, "answer": a} for k, a in by_key.items()))
+    return self._store.records[key(request)]["answer"]
 
   def complete(
     self,
@@ -76,7 +62,7 @@ class Answers:
     on_answered(len(known))
 
     def keep(some):
-      self.write({r: answer.to_json() for r, answer in some.items()})
+      self._store.add({"key": key(r), "answer": answer.to_json()} for r, answer in some.items())
       on_answered(len(some))
 
     engine.answer(requests, known=known, on_answers=keep)

@@ -12,19 +12,22 @@ A method is written as NAME or NAME:SETTING=VALUE,...:
     best_of:n=8,temperature=0.7             the most probable of n samples
     scmoe                                   contrast with a forward pass of second-best experts
 
-Defaults come from `METHODS` and, for a roster, from the program's flags.
+Defaults come from the program's flags, the model and `SAMPLING`.
 """
+
+from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 import dataclasses
 import pathlib
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
 from experiments import tasks
+from experiments.cli import overrides
 from experiments.tasks import llm_adapters, wordmath
 from experiments.tasks.wordmath_task import WORDMATH
 from roe_jax import routing, temperature_profiles
@@ -49,36 +52,7 @@ BASELINE_SETTINGS = tuple(
   dict(temperature=temperature, top_k=0, top_p=top_p)
   for temperature, top_p in ((0.0, 1.0), (0.3, 1.0), (0.7, 1.0), (0.7, 0.95), (1.0, 1.0))
 )
-# Settings of each method and their defaults; None: set by the program's flags or the model.
-METHODS: dict[str, dict[str, Any]] = {
-  BASELINE: SAMPLING | dict(temperature=0.0),
-  FITTED: {},
-  BEST_BASELINE: {},
-  ROSTER: dict(
-    n=None,
-    t=None,
-    profile=None,
-    cache=None,
-    aggregation=None,
-    include_clean=None,
-    gate_weights=None,
-    noise=None,
-  ),
-  EXPERTS: dict(k=None, gates="model"),
-  VOTE: dict(n=None, **SAMPLING),
-  BEST: dict(n=None, **SAMPLING),
-  SCMOE: {},
-}
 _ROSTER_NAMES = {"n": "num_members", "t": "temperatures"}
-_TYPES = dict(
-  n=int,
-  k=int,
-  top_k=int,
-  t=float,
-  temperature=float,
-  top_p=float,
-  include_clean=lambda text: {"true": True, "false": False}[text],
-)
 
 # {task: extracts the answer to vote on}
 EXTRACT: dict[str, Callable[[str], Hashable | None]] = {
@@ -92,8 +66,7 @@ class Method:
   """A method to get answers from a model.
 
   Attributes:
-    name: a key of `METHODS`.
-    text: the method as written, without spaces around separators.
+    spec: how it is written.
     label: its name in tables.
     config: the model's config, as the method changes it.
     roster: its roster, with the first noise seed.
@@ -102,14 +75,22 @@ class Method:
     profile: source of the roster's temperatures, or None.
   """
 
-  name: str
-  text: str
+  spec: Spec
   label: str
   config: ModelConfig
   roster: Roster
   sampler: Sampler
   num_samples: int = 1
   profile: temperature_profiles.Profile | None = None
+
+  @property
+  def name(self) -> str:
+    """A key of `METHODS`."""
+    return self.spec.NAME
+
+  @property
+  def text(self) -> str:
+    return str(self.spec)
 
   @property
   def folder(self) -> str:
@@ -159,7 +140,7 @@ class Method:
   def with_seed(self, seed: int) -> Roster:
     return self.roster.replace(seed=jnp.asarray(seed, jnp.uint32))
 
-  def with_sampling(self, settings: dict[str, Any]) -> "Method":
+  def with_sampling(self, settings: dict[str, Any]) -> Method:
     """Returns the method with other arguments of `Sampler.create`."""
     return dataclasses.replace(self, sampler=Sampler.create(**settings))
 
@@ -204,38 +185,33 @@ def vote(answers: Sequence[Hashable | None]) -> int:
   return answers.index(votes.most_common(1)[0][0]) if votes else 0
 
 
-def parse(text: str, config: ModelConfig, base: Roster) -> Method:
-  """Parses a method.
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """A method as it is written; None: set by the program's flags or the model."""
 
-  Args:
-    text: the method in the module's syntax.
-    config: the model's config.
-    base: roster with the settings of the program's flags.
+  NAME: ClassVar[str]
 
-  Raises:
-    ValueError: the method or a setting is unknown, or a value is out of range.
-  """
-  text = re.sub(r"\s*([:,=+])\s*", r"\1", text.strip())
-  name, colon, rest = text.partition(":")
-  if name not in METHODS:
-    raise ValueError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
-  given = {}
-  for part in rest.split(",") if colon else ():
-    key, equals, value = part.partition("=")
-    if not equals or key not in METHODS[name] or key in given:
-      known = ", ".join(METHODS[name]) or "none"
-      raise ValueError(
-        f"method {text!r}: {part!r} must be SETTING=VALUE, each setting once; settings of "
-        f"{name}: {known}"
-      )
-    try:
-      given[key] = _TYPES.get(key, str)(value)
-    except (KeyError, ValueError):
-      raise ValueError(f"method {text!r}: {key} cannot be {value!r}") from None
-  try:
-    return _MAKERS[name](name, text, config, base, METHODS[name] | given, given)
-  except ValueError as error:
-    raise ValueError(f"method {text!r}: {error}") from error
+  @property
+  def given(self) -> dict[str, Any]:
+    return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+  def __str__(self) -> str:
+    settings = ",".join(f"{key}={_written(value)}" for key, value in self.given.items())
+    return f"{self.NAME}:{settings}" if settings else self.NAME
+
+  def make(self, config: ModelConfig, base: Roster) -> Method:
+    """Returns the method on a model; `base` has the settings of the program's flags.
+
+    Raises:
+      ValueError: a setting is out of range.
+    """
+    raise NotImplementedError
+
+
+def _written(value):
+  if isinstance(value, bool):
+    return str(value).lower()
+  return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else value
 
 
 def _create_roster(config, base, **settings):
@@ -244,126 +220,227 @@ def _create_roster(config, base, **settings):
     seed=int(base.seed),
     expert_strategy=base.expert_strategy,
     memory_budget=base.memory_budget,
+    router_bias=base.router_bias,
     **settings,
   )
 
 
-def _baseline(name, text, config, base, settings, given):
-  labels = {FITTED: "baseline, fitted output temperature", BEST_BASELINE: "baseline, best settings"}
-  label = labels.get(name) or ", ".join(
-    ["baseline", *(f"{key} {value:g}" for key, value in given.items())]
-  )
-  sampler = Sampler.create(**settings) if name == BASELINE else Sampler.greedy()
-  return Method(name, text, label, config, _create_roster(config, base), sampler)
+def _sampler(spec, **defaults):
+  """Returns a sampler with the settings that are given, and the words of a label for them."""
+  given = {key: value for key, value in spec.given.items() if key in SAMPLING}
+  words = "".join(f", {key} {value:g}" for key, value in given.items())
+  return Sampler.create(**(SAMPLING | defaults | given)), words
 
 
-def _roster(name, text, config, base, settings, given):
-  names = [_ROSTER_NAMES.get(key, key) for key in METHODS[ROSTER] if key != "profile"]
-  values = {key: getattr(base, key) for key in names}
-  values |= {_ROSTER_NAMES.get(key, key): value for key, value in given.items() if key != "profile"}
-  profile = None
-  if settings["profile"]:
-    if settings["t"] is not None:
-      raise ValueError("t and profile both set the temperatures: use one of them")
-    path = pathlib.Path(settings["profile"])
-    if not path.is_file():
-      raise ValueError(f"temperature profile {path} does not exist")
-    profile = temperature_profiles.read(path)
-    profile.check_sizes(config)
-    values["temperatures"] = profile.temperatures
-  roster = _create_roster(config, base, **values)
-  # A search may find that zero temperatures are best, so a profile may have them.
-  if roster.is_baseline or not (profile or bool(jnp.any(roster.temperatures > 0))):
-    raise ValueError(
-      "it is the baseline: set n to at least 2, and router temperatures with t=... or --tau"
-    )
-  descriptions = {
-    "t": "τ = {:g}",
-    "cache": "{} cache",
-    "aggregation": "{}",
-    "gate_weights": "{} gates",
-    "noise": "{} noise",
-    "include_clean": "with clean member" if roster.include_clean else "without clean member",
-  }
-  parts = [
-    d.format(given[key]).replace("_", " ") for key, d in descriptions.items() if key in given
+@dataclasses.dataclass(frozen=True)
+class Baseline(Spec):
+  NAME = BASELINE
+  temperature: float | None = None
+  top_k: int | None = None
+  top_p: float | None = None
+
+  def make(self, config, base):
+    sampler, words = _sampler(self, temperature=0.0)
+    return Method(self, f"baseline{words}", config, _create_roster(config, base), sampler)
+
+
+@dataclasses.dataclass(frozen=True)
+class FittedBaseline(Spec):
+  NAME = FITTED
+  LABEL: ClassVar[str] = "baseline, fitted output temperature"
+
+  def make(self, config, base):
+    return Method(self, self.LABEL, config, _create_roster(config, base), Sampler.greedy())
+
+
+@dataclasses.dataclass(frozen=True)
+class BestBaseline(FittedBaseline):
+  NAME = BEST_BASELINE
+  LABEL = "baseline, best settings"
+
+
+@dataclasses.dataclass(frozen=True)
+class RosterOf(Spec):
+  """A roster; `t` is τ of all layers, and `profile` the file of a temperature profile."""
+
+  NAME = ROSTER
+  n: int | None = None
+  t: float | None = None
+  profile: str | None = None
+  cache: str | None = None
+  aggregation: str | None = None
+  include_clean: bool | None = None
+  gate_weights: str | None = None
+  noise: str | None = None
+
+  def make(self, config, base):
+    given = {_ROSTER_NAMES.get(key, key): value for key, value in self.given.items()}
+    names = [_ROSTER_NAMES.get(f.name, f.name) for f in dataclasses.fields(self)]
+    values = {key: getattr(base, key) for key in names if key != "profile"} | given
+    profile, source = None, []
+    if path := values.pop("profile", None):
+      if self.t is not None:
+        raise ValueError("t and profile both set the temperatures: use one of them")
+      path = pathlib.Path(path)
+      if not path.is_file():
+        raise ValueError(f"temperature profile {path} does not exist")
+      profile = temperature_profiles.read(path)
+      profile.check_sizes(config)
+      values["temperatures"] = profile.temperatures
+      # `experiments.tune` names all of its profiles profile.json.
+      source = [f"τ of {path.stem if path.stem != 'profile' else path.parent.name}"]
+    roster = _create_roster(config, base, **values)
+    # A search may find that zero temperatures are best, so a profile may have them.
+    if roster.is_baseline or not (profile or bool(jnp.any(roster.temperatures > 0))):
+      raise ValueError(
+        "it is the baseline: set n to at least 2, and router temperatures with t=... or --tau"
+      )
+    descriptions = {
+      "t": "τ = {:g}",
+      "cache": "{} cache",
+      "aggregation": "{}",
+      "gate_weights": "{} gates",
+      "noise": "{} noise",
+      "include_clean": "with clean member" if roster.include_clean else "without clean member",
+    }
+    parts = [
+      d.format(self.given[key]).replace("_", " ")
+      for key, d in descriptions.items()
+      if key in self.given
+    ]
+    label = ", ".join([f"roster, n = {roster.num_members}", *source, *parts])
+    return Method(self, label, config, roster, Sampler.greedy(), profile=profile)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts(Spec):
+  NAME = EXPERTS
+  k: int | None = None
+  gates: str | None = None
+
+  def make(self, config, base):
+    own, gates = config.experts_per_token, self.gates or "model"
+    k = min(2 * own, config.num_experts) if self.k is None else self.k
+    changed = routing.with_experts(config, k, gates)
+    labels = {"model": "", "rescaled": f", gates as of {own}", "renormalized": ", gates sum to 1"}
+    label = f"{k} experts{labels[gates]}"
+    return Method(self, label, changed, _create_roster(changed, base), Sampler.greedy())
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfConsistency(Spec):
+  NAME = VOTE
+  LABEL: ClassVar[str] = "self-consistency, {} samples"
+  n: int | None = None
+  temperature: float | None = None
+  top_k: int | None = None
+  top_p: float | None = None
+
+  def make(self, config, base):
+    n = base.num_members if self.n is None else self.n
+    sampler, words = _sampler(self)
+    if n < 2 or sampler.is_greedy:
+      raise ValueError(
+        f"n must be at least 2 and temperature above 0, got n={n} and "
+        f"temperature={float(sampler.temperature):g}"
+      )
+    label = self.LABEL.format(n) + words
+    return Method(self, label, config, _create_roster(config, base), sampler, n)
+
+
+@dataclasses.dataclass(frozen=True)
+class BestOf(SelfConsistency):
+  NAME = BEST
+  LABEL = "best of {} samples"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scmoe(Spec):
+  NAME = SCMOE
+
+  def make(self, config, base):
+    # Two members: the clean one, and one that uses the second-best expert only.
+    contrast = dict(noise="second_expert", cache="standard", aggregation="contrast")
+    roster = _create_roster(config, base, num_members=2, temperatures=1.0, **contrast)
+    return Method(self, "SCMoE", config, roster, Sampler.greedy())
+
+
+_SPECS = (Baseline, FittedBaseline, BestBaseline, RosterOf, Experts, SelfConsistency, BestOf, Scmoe)
+METHODS: dict[str, type[Spec]] = {spec.NAME: spec for spec in _SPECS}
+
+
+def read(text: str) -> Spec:
+  """Parses a method as it is written.
+
+  Raises:
+    ValueError: the method or a setting is unknown, or a value is of another type.
+  """
+  text = re.sub(r"\s*([:,=+])\s*", r"\1", text.strip())
+  name, colon, rest = text.partition(":")
+  if name not in METHODS:
+    raise ValueError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
+  known, given = [f.name for f in dataclasses.fields(METHODS[name])], {}
+  for part in rest.split(",") if colon else ():
+    key, equals, value = part.partition("=")
+    if not equals or key not in known or key in given:
+      raise ValueError(
+        f"method {text!r}: {part!r} must be SETTING=VALUE, each setting once; settings of "
+        f"{name}: {', '.join(known) or 'none'}"
+      )
+    given[key] = value
+  try:
+    return overrides.changed(METHODS[name](), given)
+  except ValueError as error:
+    raise ValueError(f"method {text!r}: {error}") from error
+
+
+def parse(text: str, config: ModelConfig, base: Roster) -> Method:
+  """Parses a method and makes it; see `read` and `Spec.make`."""
+  spec = read(text)
+  try:
+    return spec.make(config, base)
+  except ValueError as error:
+    raise ValueError(f"method {str(spec)!r}: {error}") from error
+
+
+def at_equal_compute(n: int, experts: Sequence[Spec]) -> list[Spec]:
+  """Returns methods with as many forward passes as a roster of n, and cheaper ones.
+
+  A roster without its clean member has n - 1 noisy ones, since the clean one still writes the
+  cache.
+
+  Args:
+    n: number of members.
+    experts: the methods with more experts per token.
+  """
+  return [
+    Baseline(),
+    FittedBaseline(),
+    BestBaseline(),
+    *experts,
+    RosterOf(n=n),
+    RosterOf(n=n, gate_weights="noisy"),
+    RosterOf(n=n, aggregation="mean_logit"),
+    RosterOf(n=n - 1, include_clean=False),
+    RosterOf(n=n, cache="standard"),
+    SelfConsistency(n=n),
+    BestOf(n=n),
+    Scmoe(),
   ]
-  # `experiments.tune` names all of its profiles profile.json.
-  source = [f"τ of {path.stem if path.stem != 'profile' else path.parent.name}"] if profile else []
-  label = ", ".join([f"roster, n = {roster.num_members}", *source, *parts])
-  return Method(name, text, label, config, roster, Sampler.greedy(), profile=profile)
-
-
-def _experts(name, text, config, base, settings, given):
-  own = config.experts_per_token
-  k = min(2 * own, config.num_experts) if settings["k"] is None else settings["k"]
-  changed = routing.with_experts(config, k, settings["gates"])
-  gates = {"model": "", "rescaled": ", gates as of {}", "renormalized": ", gates sum to 1"}
-  label = f"{k} experts" + gates[settings["gates"]].format(own)
-  return Method(name, text, label, changed, _create_roster(changed, base), Sampler.greedy())
-
-
-def _sampled(name, text, config, base, settings, given):
-  n = base.num_members if settings["n"] is None else settings["n"]
-  sampler = Sampler.create(**{key: settings[key] for key in SAMPLING})
-  if n < 2 or sampler.is_greedy:
-    raise ValueError(
-      f"n must be at least 2 and temperature above 0, got n={n} and "
-      f"temperature={settings['temperature']:g}"
-    )
-  label = f"self-consistency, {n} samples" if name == VOTE else f"best of {n} samples"
-  label += "".join(f", {key} {given[key]:g}" for key in SAMPLING if key in given)
-  return Method(name, text, label, config, _create_roster(config, base), sampler, n)
-
-
-def _scmoe(name, text, config, base, settings, given):
-  # Two members: the clean one, and one that uses the second-best expert only.
-  contrast = dict(noise="second_expert", cache="standard", aggregation="contrast")
-  roster = _create_roster(config, base, num_members=2, temperatures=1.0, **contrast)
-  return Method(name, text, "SCMoE", config, roster, Sampler.greedy())
-
-
-_MAKERS: dict[str, Callable[..., Method]] = {
-  BASELINE: _baseline,
-  FITTED: _baseline,
-  BEST_BASELINE: _baseline,
-  ROSTER: _roster,
-  EXPERTS: _experts,
-  VOTE: _sampled,
-  BEST: _sampled,
-  SCMOE: _scmoe,
-}
 
 
 def default_texts(config: ModelConfig, n: int) -> list[str]:
-  """Returns the methods with as many forward passes as a roster of n, and cheaper ones.
+  """Returns the methods of `at_equal_compute` for a model.
 
-  A roster without its clean member has n - 1 noisy ones, since the clean one still writes the
-  cache. Methods with more experts per token use twice the model's number, and n times it (at
-  most all).
+  Methods with more experts per token use twice the model's number, and n times it (at most all).
   """
   own, most = config.experts_per_token, config.num_experts
   rules = ["model"] if config.normalize_gates else list(routing.EXTRA_GATES)
-  experts = [f"{EXPERTS}:k={min(2 * own, most)},gates={rule}" for rule in rules]
+  experts = [Experts(min(2 * own, most), rule) for rule in rules]
   if n > 2 and 2 * own < most:
-    experts.append(
-      f"{EXPERTS}:k={min(n * own, most)},gates="
-      + ("model" if config.normalize_gates else "rescaled")
-    )
-  return [
-    BASELINE,
-    FITTED,
-    BEST_BASELINE,
-    *experts,
-    f"{ROSTER}:n={n}",
-    f"{ROSTER}:n={n},gate_weights=noisy",
-    f"{ROSTER}:n={n},aggregation=mean_logit",
-    f"{ROSTER}:n={n - 1},include_clean=false",
-    f"{ROSTER}:n={n},cache=standard",
-    f"{VOTE}:n={n}",
-    f"{BEST}:n={n}",
-    SCMOE,
-  ]
+    gates = "model" if config.normalize_gates else "rescaled"
+    experts.append(Experts(min(n * own, most), gates))
+  return list(map(str, at_equal_compute(n, experts)))
 
 
 def parse_all(texts: Sequence[str], config: ModelConfig, base: Roster) -> list[Method]:

@@ -9,6 +9,7 @@ baseline: task results, perplexity, memory and time.
 import dataclasses
 
 from experiments.analysis import drawing
+from experiments.evaluation.methods import Baseline, RosterOf, Spec, read
 from experiments.figures import compared, figure_models
 from experiments.figures.figure_run import Command, FigureRun
 
@@ -39,18 +40,16 @@ class Config:
 CONFIGS = figure_models.configs(
   Config(), embedded=Config(task="wordmath", num_examples=60, num_seeds=1)
 )
-VARIANTS = {
-  "Clean Cache": "cache=clean",
-  "standard cache": "cache=standard",
-  "Clean Cache, without clean member": "cache=clean,include_clean=false",
-  "standard cache, without clean member": "cache=standard,include_clean=false",
-}
 
 
-def _methods(n):
+def _methods(n) -> dict[Spec, str]:
   """Returns {method: label}, the baseline first."""
-  return {"baseline": "baseline"} | {
-    f"roster:n={n - ('include_clean' in text)},{text}": label for label, text in VARIANTS.items()
+  return {
+    Baseline(): "baseline",
+    RosterOf(n, cache="clean"): "Clean Cache",
+    RosterOf(n, cache="standard"): "standard cache",
+    RosterOf(n - 1, cache="clean", include_clean=False): "Clean Cache, without clean member",
+    RosterOf(n - 1, cache="standard", include_clean=False): "standard cache, without clean member",
   }
 
 
@@ -71,8 +70,8 @@ def measure(run: FigureRun) -> list[compared.Record]:
   labels, found = _methods(run.config.num_members), []
   for name in map(_name, run.model.checkpoints):
     results = run.compared(f"caches-{name}")
-    records = compared.records([results[m] for m in labels], results["baseline"], model=name)
-    found += [r | {"label": labels[r["method"]]} for r in records]
+    records = compared.records([results[m] for m in labels], results[Baseline()], model=name)
+    found += [r | {"label": labels[read(r["method"])]} for r in records]
   return compared.corrected(found)
 
 
@@ -89,7 +88,8 @@ def draw(records: list[compared.Record]):
   models = compared.unique(records, "model")
   of = {(r["model"], r["label"]): r for r in records}
   figure, ((*_, left, right),) = drawing.axes(len(compared.GAINS), width=3.6, height=3.2)
-  series = {label: [of[m, label] for m in models] for label in VARIANTS}
+  labels = list(_methods(2).values())[1:]
+  series = {label: [of[m, label] for m in models] for label in labels}
   for name, axis in zip(compared.GAINS, figure.axes):
     compared.draw_dots(axis, name, models, series)
   right.sharey(left)

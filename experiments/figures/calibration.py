@@ -208,12 +208,12 @@ def measure(run: FigureRun) -> list[dict]:
 
 def _ratio(numerator, denominator):
   samples = [numerator, np.array(denominator)]
-  return compared.estimate(paired_statistics.bootstrap(samples, paired_statistics.ratio))
+  return Estimate(*paired_statistics.bootstrap(samples, paired_statistics.ratio))
 
 
 def _share(baseline, roster, gain):
   """Returns the gain of the baseline's T in percent of the roster's with its own T, or None."""
-  return _ratio(100 * np.array(baseline), roster) if gain["low"] > 0 else None
+  return _ratio(100 * np.array(baseline), roster) if gain.low > 0 else None
 
 
 def table(records: list[dict]) -> str:
@@ -241,13 +241,13 @@ def findings(records: list[dict]) -> str:
   for r in (r for r in records if r["class"] == ALL):
     if share := r["share of calibration"]:
       sentences.append(
-        f"{r['model']}: one output temperature on the baseline gains {share['value']:.0f} % "
-        f"[{share['low']:.0f}, {share['high']:.0f}] of what the roster with its own gains."
+        f"{r['model']}: one output temperature on the baseline gains {share.value:.0f} % "
+        f"[{share.low:.0f}, {share.high:.0f}] of what the roster with its own gains."
       )
     else:
       sentences.append(
         f"{r['model']}: the roster with its own output temperature has no significant gain "
-        f"({compared.interval(r['roster, one T'])} x 0.001 nat per token), so its share of "
+        f"({report_page.difference(r['roster, one T'])} x 0.001 nat per token), so its share of "
         "calibration is undefined."
       )
   return " ".join(sentences)
@@ -260,13 +260,10 @@ def draw(records: list[dict]):
   for model, axis in zip(models, axes[:, 0]):
     shown = [r for r in records if r["model"] == model]
 
-    def contribution(r, system):
-      return Estimate(*(r["share"] * r[system][name] for name in ("value", "low", "high")))
-
     drawing.zero(axis)
     names = [r["class"].replace(" routing margin", "\nmargin") for r in shown]
     groups = [f"{name}\n{100 * r['share']:.1f} %" for name, r in zip(names, shown)]
-    series = {label: [contribution(r, s) for r in shown] for s, label in SYSTEMS.items()}
+    series = {label: [r[s].scaled(r["share"]) for r in shown] for s, label in SYSTEMS.items()}
     drawing.dots(axis, groups, series)
     # All tokens are split once by confidence, and once by routing margin.
     num_margins = sum(r["class"] in MARGINS for r in shown)

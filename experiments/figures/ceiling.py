@@ -21,6 +21,7 @@ import dataclasses
 import numpy as np
 
 from experiments.analysis import drawing, report_page
+from experiments.analysis.paired_statistics import Difference
 from experiments.cli.extras import scipy
 from experiments.figures import compared, figure_models, likelihoods
 from experiments.figures.figure_run import FigureRun
@@ -112,15 +113,15 @@ def fit_ceiling(n: np.ndarray, nll: np.ndarray, tokens: np.ndarray) -> dict:
     weights = np.bincount(rng.integers(len(tokens), size=len(tokens)), minlength=len(tokens))
     resampled.append(limits(weights.astype(float))[1])
   low, high = map(float, np.quantile(resampled, [0.025, 0.975]))
-  significant = low > 0 or high < 0
-  reached = {str(int(k)): float(100 * g / limit) for k, g in zip(n.tolist(), gains)}
+  limit = Difference(float(limit), low, high)
+  reached = {str(int(k)): float(100 * g / limit.value) for k, g in zip(n.tolist(), gains)}
   return {
-    "limit": {"value": float(limit), "low": low, "high": high, "significant": significant},
+    "limit": limit,
     "a": a,
     "b": exponent(n[many], (nll.sum(axis=1) / tokens.sum())[many]),
     "nll": ceiling,
     "baseline_nll": float(nll[0].sum() / tokens.sum()),
-    "reached": reached if significant else None,
+    "reached": reached if limit.excludes_zero else None,
   }
 
 
@@ -162,7 +163,9 @@ def table(records: list[dict]) -> str:
   columns = {
     "model": "model",
     "": lambda f: KINDS[f["fit"]][1],
-    "ceiling (%)": lambda f: compared.cell(f["limit"], 2, True),
+    "ceiling (%)": lambda f: (
+      report_page.difference(f["limit"], 2) + " *" * f["limit"].excludes_zero
+    ),
     "exponent if fitted": lambda f: f"{f['b']:.2f}",
     **{f"n = {k}": reached(k) for k in ("2", "8", "32", "128") if k in known},
   }
@@ -178,7 +181,7 @@ def findings(records: list[dict]) -> str:
   sentences = []
   for f in _parts(records)[1]:
     what = f"{f['model']}, {KINDS[f['fit']][1]}"
-    limit = compared.interval(f["limit"], 2, " %")
+    limit = report_page.difference(f["limit"], 2, " %")
     if not f["reached"]:
       sentences.append(
         f"{what}: no ceiling that differs significantly from the baseline ({limit})."
@@ -201,7 +204,7 @@ def draw(records: list[dict]):
       numbers, style = [r["n"] for r in shown], drawing.style(0) | {"markersize": 4}
       compared.draw_gains(axis, name, numbers, shown, label="measured", **style)
       f = next(f for f in fits if f["model"] == model and f["fit"] == kind)
-      n, limit = np.geomspace(2, numbers[-1], 60), -compared.read(f["limit"])
+      n, limit = np.geomspace(2, numbers[-1], 60), -f["limit"]
       fitted = -100 * np.expm1(curve(n, f["nll"], f["a"]) - f["baseline_nll"])
       axis.plot(n, fitted, "-", color="0.4", linewidth=1, label="fitted L + a / n")
       interval = dict(color="0.9", zorder=-1, label="ceiling L, 95 % interval")

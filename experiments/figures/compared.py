@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from experiments.analysis import comparisons, drawing, paired_statistics, report_page
-from experiments.analysis.paired_statistics import Comparison, Difference, Estimate
+from experiments.analysis.paired_statistics import Difference, Estimate
 from experiments.analysis.run_results import Result
 
 Record = dict[str, Any]
@@ -35,8 +35,8 @@ def records(results: Sequence[Result], baseline: Result, **also) -> list[Record]
     "perplexity_difference" (percent, both at output temperature 1); "fitted" and
     "fitted_difference" (percent, both at fitted output temperatures) and
     "output_temperature"; "ms_per_token", "flops", "forward_passes" (per example),
-    "unique_experts" (per layer and token), "peak_bytes". Estimates are {"value", "low",
-    "high"}, tested differences also have "p", "adjusted" and "significant"; None: not measured.
+    "unique_experts" (per layer and token), "peak_bytes". Estimates are of type `Estimate`,
+    differences `Difference`; None: not measured.
   """
   quality = {(q.task, q.result.label): q for q in comparisons.quality(results, baseline)}
   likelihood = {
@@ -60,12 +60,12 @@ def records(results: Sequence[Result], baseline: Result, **also) -> list[Record]
           "examples": q.examples if q else len(result.records[task]),
           "seeds": result.seeds(task),
           "metric": q.metric if q else None,
-          "quality": estimate(q and q.value),
-          "quality_difference": as_json(q and q.comparison),
-          "perplexity": estimate(unfitted and unfitted.perplexity),
-          "perplexity_difference": estimate(unfitted and unfitted.difference),
-          "fitted": estimate(fitted and fitted.perplexity),
-          "fitted_difference": as_json(fitted and fitted.comparison),
+          "quality": q and q.value,
+          "quality_difference": q and q.comparison and q.comparison.difference,
+          "perplexity": unfitted and unfitted.perplexity,
+          "perplexity_difference": unfitted and unfitted.difference,
+          "fitted": fitted and fitted.perplexity,
+          "fitted_difference": fitted and fitted.comparison and fitted.comparison.difference,
           "output_temperature": result.output_temperatures.get(task),
           "ms_per_token": cost.ms_per_token,
           "flops": cost.flops,
@@ -79,53 +79,19 @@ def records(results: Sequence[Result], baseline: Result, **also) -> list[Record]
 
 def corrected(found: Sequence[Record]) -> list[Record]:
   """Returns records with Holm's correction over all of them, for each tested measure."""
-  found = [dict(r) for r in found]
+  found = list(found)
   for measure in ("quality_difference", "fitted_difference"):
-    tested = [r for r in found if r.get(measure)]
-    for r, d in zip(tested, holm([r[measure] for r in tested])):
-      r[measure] = d
+    differences = paired_statistics.corrected([r.get(measure) for r in found])
+    found = [r | {measure: d} if d else r for r, d in zip(found, differences)]
   return found
 
 
-def holm(differences: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-  """Returns differences with "adjusted" by Holm's correction over their "p", and "significant"."""
-  return [
-    d | {"adjusted": p, "significant": p < paired_statistics.SIGNIFICANCE and read(d).excludes_zero}
-    for d, p in zip(differences, paired_statistics.holm([d["p"] for d in differences]))
-  ]
-
-
-def estimate(e: Estimate | tuple[float, float, float] | None) -> dict[str, float] | None:
-  """Returns an estimate, or (value, low, high), as JSON."""
-  if isinstance(e, tuple):
-    e = Estimate(*e)
-  return None if e is None else {"value": e.value, "low": e.low, "high": e.high}
-
-
-def as_json(c: Comparison | None) -> dict[str, Any] | None:
-  """Returns a comparison as JSON."""
-  if c is None:
-    return None
-  tested = {"p": c.test.p, "adjusted": c.adjusted, "significant": c.is_significant}
-  return estimate(c.difference) | tested
-
-
-def read(value: dict[str, Any] | None) -> Difference | None:
-  """Returns the estimate or difference that was written as JSON."""
-  return value and Difference(value["value"], value["low"], value["high"])
-
-
-def interval(value: dict[str, Any], places: int = 2, unit: str = "") -> str:
-  """Formats a difference for a sentence."""
-  return report_page.difference(read(value), places, unit)
-
-
-def cell(value: dict[str, Any] | None, places: int, signed: bool = False) -> str:
+def cell(value: Estimate | None, places: int, signed: bool = False) -> str:
   """Formats an estimate for a table; a significant difference gets a star."""
   if value is None:
     return ""
-  formatted = (report_page.difference if signed else report_page.estimate)(read(value), places)
-  return formatted + (" *" if value.get("significant") else "")
+  formatted = (report_page.difference if signed else report_page.estimate)(value, places)
+  return formatted + (" *" if isinstance(value, Difference) and value.is_significant else "")
 
 
 COLUMNS: dict[str, tuple[str, Callable[[Record], str]]] = {
@@ -184,9 +150,9 @@ def _findings(found, measure):
   if not tested:
     return f"Differences in {what} were not measured."
   significant = [
-    f"{r['label']} on {r['task']} {interval(r[measure], 2, unit)}"
+    f"{r['label']} on {r['task']} {report_page.difference(r[measure], 2, unit)}"
     for r in tested
-    if r[measure].get("significant")
+    if r[measure].is_significant
   ]
   number = f"{len(significant)} {'is' if len(significant) == 1 else 'are'}"
   return (
@@ -210,7 +176,7 @@ def unique(found: Sequence[Record], name: str) -> list[Any]:
 
 def gain(r: Record | None, name: str) -> Difference | None:
   """Returns a difference in `GAINS` with the sign that makes more better."""
-  d = read(r and r[name])
+  d = r and r[name]
   return d if d is None or name == "quality_difference" else -d
 
 
@@ -227,8 +193,3 @@ def draw_gains(axis, name: str, x: Sequence[float], found: Sequence[Record], **s
   """Draws gains of records with error bars; see `drawing.errorbars`."""
   drawing.zero(axis)
   drawing.errorbars(axis, x, [gain(r, name) for r in found], **settings)
-
-
-def draw_line(axis, x: Sequence[float], values: Sequence[dict[str, Any]], **settings) -> None:
-  """Draws estimates (as JSON) with error bars; see `drawing.errorbars`."""
-  drawing.errorbars(axis, x, list(map(read, values)), **settings)

@@ -11,6 +11,7 @@ seeds.
 import dataclasses
 
 from experiments.analysis import drawing
+from experiments.evaluation.methods import Baseline, RosterOf, read
 from experiments.figures import compared, figure_models
 from experiments.figures.figure_run import Command, FigureRun
 
@@ -36,7 +37,7 @@ def commands(run: FigureRun) -> list[Command]:
     for task in run.model.tasks
     for command in (
       run.tune(task),
-      run.compare(f"tuned-{task}", [task], [BASELINE, f"roster:profile={run.profile(task)}"]),
+      run.compare(f"tuned-{task}", [task], [Baseline(), RosterOf(profile=str(run.profile(task)))]),
     )
   ]
 
@@ -46,9 +47,9 @@ def measure(run: FigureRun) -> list[compared.Record]:
   for task in run.model.tasks:
     results = run.compared(f"tuned-{task}")
     also = dict(category=run.model.category(task), checkpoint=run.model.checkpoint)
-    found += compared.records(list(results.values()), results[BASELINE], **also)
+    found += compared.records(list(results.values()), results[Baseline()], **also)
   for record in found:
-    record["label"] = BASELINE if record["method"] == BASELINE else ROSTER
+    record["label"] = BASELINE if read(record["method"]) == Baseline() else ROSTER
   return compared.corrected(found)
 
 
@@ -65,7 +66,7 @@ def draw(records: list[compared.Record]):
   of = {(r["task"], r["label"]): r for r in records}
   figure, axes = drawing.axes(1, 2, width=max(4.5, 1.0 * len(tasks) + 1.5), height=2.6)
   upper, lower = axes[:, 0]
-  read = lambda label, name: [compared.read(of[task, label][name]) for task in tasks]
+  read = lambda label, name: [of[task, label][name] for task in tasks]
   drawing.dots(upper, tasks, {label: read(label, "quality") for label in (BASELINE, ROSTER)})
   upper.set_ylabel("task result (%)")
   drawing.zero(lower)

@@ -56,10 +56,10 @@ def draw(records: list[dict]):
   figure, ((left, right),) = drawing.axes(2, width=4.2, height=3.2)
   for index, (label, rows) in enumerate(overhead.series(records).items()):
     style, numbers = drawing.line(index), [r["n"] for r in rows]
-    compared.draw_line(left, numbers, [r["ms_per_token"] for r in rows], label=label, **style)
+    drawing.errorbars(left, numbers, [r["ms_per_token"] for r in rows], label=label, **style)
     if rows[0]["unique_experts"] is not None:
       right.errorbar(numbers, [r["unique_experts"] for r in rows], label=label, **style)
-  medians = [r["ms_per_token"]["value"] for r in records]
+  medians = [r["ms_per_token"].value for r in records]
   drawing.value_axis(left, "y", "ms per token\n(median, quartiles)", medians)
   right.set_ylabel("unique active experts\n(per layer and step)")
   right.set_ylim(0, records[0]["num_experts"] * 1.05)

@@ -17,6 +17,7 @@ import dataclasses
 import numpy as np
 
 from experiments.analysis import drawing, paired_statistics, report_page
+from experiments.analysis.paired_statistics import Estimate
 from experiments.figures import compared, figure_models, likelihoods, scaling_law
 from experiments.figures.figure_run import Command, FigureRun
 from roe_jax import temperature_profiles
@@ -99,10 +100,10 @@ def measure(run: FigureRun) -> list[dict]:
           "label": label + suffix,
           "n": n,
           "is_fitted": name == "fitted_nll",
-          "perplexity": compared.estimate(paired_statistics.perplexity(nll, tokens)),
+          "perplexity": paired_statistics.perplexity(nll, tokens),
           "size": size,
           "by_kaplan": _equivalent(first, nll, tokens, size, scaling_law.KAPLAN),
-          "by_family": _equivalent(first, nll, tokens, size, family["exponent"]["value"]),
+          "by_family": _equivalent(first, nll, tokens, size, family["exponent"].value),
         }
       )
   return records
@@ -115,7 +116,7 @@ def _equivalent(baseline, nll, tokens, size, exponent):
     losses = (paired_statistics.ratio(nll, count, axis) for nll in (theirs, ours))
     return scaling_law.equivalent(size, *losses, exponent)
 
-  return compared.estimate(paired_statistics.bootstrap([nll, baseline, tokens], statistic))
+  return Estimate(*paired_statistics.bootstrap([nll, baseline, tokens], statistic))
 
 
 def _family(run, keep):
@@ -153,7 +154,7 @@ def _family(run, keep):
       {"model": name.rpartition(":")[2], "size": int(s), "nll_per_token": float(m)}
       for name, s, m in zip(FAMILY, sizes, means)
     ],
-    "exponent": {"value": scaling_law.fit_exponent(sizes, means), "low": low, "high": high},
+    "exponent": Estimate(scaling_law.fit_exponent(sizes, means), low, high),
   }
 
 
@@ -161,7 +162,7 @@ def _size(value):
   def short(v):
     return f"{v / 1e9:.2f} B" if v >= 1e9 else f"{v / 1e6:.3g} M"
 
-  return f"{short(value['value'])} [{short(value['low'])}, {short(value['high'])}]"
+  return f"{short(value.value)} [{short(value.low)}, {short(value.high)}]"
 
 
 def table(records: list[dict]) -> str:
@@ -180,7 +181,7 @@ def table(records: list[dict]) -> str:
   e = law["exponent"]
   return (
     f"{report_page.table_of(rows, columns)}\n\nSizes are non-embedding parameters; the model has "
-    f"{rows[0]['size']:,}. The fitted α is {e['value']:.2f} [{e['low']:.2f}, {e['high']:.2f}], of "
+    f"{rows[0]['size']:,}. The fitted α is {e.value:.2f} [{e.low:.2f}, {e.high:.2f}], of "
     f"three models:\n\n{report_page.table_of(law['family'], family)}"
   )
 
@@ -191,13 +192,13 @@ def findings(records: list[dict]) -> str:
   fitted = next(r for r in rows if r["label"] == FITTED)
 
   def times(record, key):
-    return f"{record[key]['value'] / record['size']:.2f}"
+    return f"{record[key].value / record['size']:.2f}"
 
   return (
     f"By α = 0.076, a roster of {best['n']} is equivalent to a baseline model of "
     f"{_size(best['by_kaplan'])}, {times(best, 'by_kaplan')} times the size, and the baseline "
     f"with one fitted output temperature to {times(fitted, 'by_kaplan')} times its own size. By "
-    f"the α of our own family, {law['value']:.2f} [{law['low']:.2f}, {law['high']:.2f}], the same "
+    f"the α of our own family, {law.value:.2f} [{law.low:.2f}, {law.high:.2f}], the same "
     f"perplexities are worth {times(best, 'by_family')} and {times(fitted, 'by_family')} times "
     "the size."
   )
@@ -206,13 +207,13 @@ def findings(records: list[dict]) -> str:
 def draw(records: list[dict]):
   rows = records[1:]
   figure, axes = drawing.axes(2, width=4.0, height=3.2)
-  fitted = f"α = {records[0]['exponent']['value']:.2f}, from three embedded models"
+  fitted = f"α = {records[0]['exponent'].value:.2f}, from three embedded models"
   for axis, key, title in zip(axes[0], ("by_kaplan", "by_family"), ("α = 0.076", fitted)):
     for index, (is_fitted, label) in enumerate(((False, "at T = 1"), (True, "at fitted T"))):
       shown = [r for r in rows if r["is_fitted"] == is_fitted]
-      ratios = [{k: v / r["size"] for k, v in r[key].items()} for r in shown]
+      ratios = [r[key].scaled(1 / r["size"]) for r in shown]
       x = [r["n"] for r in shown]
-      compared.draw_line(axis, x, ratios, label=label, **drawing.line(index))
+      drawing.errorbars(axis, x, ratios, label=label, **drawing.line(index))
     axis.axhline(1, color="0.6", linewidth=0.8, zorder=0)
     drawing.members_axis(axis, sorted({r["n"] for r in rows}))
     axis.set_title(title, fontsize=9)

@@ -102,8 +102,8 @@ def _measure(run, config, sizes):
     roster = overhead.all_members(model, n, tau, cache=run.model.cache)
     cases[f"n = {n}"] = case(params, model, roster)
   for (n, law), size in sizes.items():
-    if size["low"] > own and size["value"] <= config.largest * own:
-      larger = scaling_law.resized(model, size["value"])
+    if size.low > own and size.value <= config.largest * own:
+      larger = scaling_law.resized(model, size.value)
       larger_params = random_models.random_params(larger)
       cases[f"{n}, {law}"] = case(larger_params, larger, Roster.create(larger))
   for c in cases.values():
@@ -125,7 +125,7 @@ def _measure(run, config, sizes):
         "n": n,
         "law": law,
         "equivalent": size,
-        "size": int(size["value"]),
+        "size": int(size.value),
       }
       if name in cases:
         memory = cases[name].bytes and cases[roster].bytes / cases[name].bytes
@@ -133,7 +133,7 @@ def _measure(run, config, sizes):
           "roster_time_ratio": timing.median_ratio(seconds[roster], seconds[name]),
           "roster_memory_ratio": memory or None,
         }
-      elif size["low"] <= own:
+      elif size.low <= own:
         record["reason"] = (
           "no larger model: the equivalent size's interval includes the model's own"
         )
@@ -184,7 +184,7 @@ def draw(records: list[dict]):
     style = drawing.line(index) | {"label": label}
     shown = [r for r in records if r["law"] == law and "ms_per_token" in r]
     if shown:
-      compared.draw_line(left, [r["n"] for r in shown], [r["ms_per_token"] for r in shown], **style)
+      drawing.errorbars(left, [r["n"] for r in shown], [r["ms_per_token"] for r in shown], **style)
     memory = [(r["n"], r["bytes"] / 2**20) for r in shown if r["bytes"]]
     if memory:
       right.errorbar(*zip(*memory), **style)

@@ -9,6 +9,7 @@ baseline on the same examples, and the perplexity of their references where ther
 import dataclasses
 
 from experiments.analysis import drawing
+from experiments.evaluation.methods import Baseline, RosterOf, Spec, read
 from experiments.figures import compared, figure_models
 from experiments.figures.figure_run import Command, FigureRun
 
@@ -41,9 +42,9 @@ class Config:
 CONFIGS = figure_models.configs(Config(), embedded=Config(num_examples=50))
 
 
-def _methods(config):
+def _methods(config) -> dict[Spec, float]:
   """Returns {method: τ}."""
-  return {"baseline": 0.0} | {f"roster:t={t:g}": t for t in config.temperatures}
+  return {Baseline(): 0.0} | {RosterOf(t=t): t for t in config.temperatures}
 
 
 def commands(run: FigureRun) -> list[Command]:
@@ -58,8 +59,10 @@ def commands(run: FigureRun) -> list[Command]:
 
 def measure(run: FigureRun) -> list[compared.Record]:
   results, tau = run.compared("sweep"), _methods(run.config)
-  found = compared.records(list(results.values()), results["baseline"])
-  return sorted((r | {"τ": tau[r["method"]]} for r in found), key=lambda r: (r["task"], r["τ"]))
+  found = compared.records(list(results.values()), results[Baseline()])
+  return sorted(
+    (r | {"τ": tau[read(r["method"])]} for r in found), key=lambda r: (r["task"], r["τ"])
+  )
 
 
 def table(records: list[compared.Record]) -> str:
@@ -70,7 +73,7 @@ def table(records: list[compared.Record]) -> str:
 def findings(records: list[compared.Record]) -> str:
   best = []
   for task in compared.unique(records, "task"):
-    top = max((r for r in records if r["task"] == task), key=lambda r: r["quality"]["value"])
+    top = max((r for r in records if r["task"] == task), key=lambda r: r["quality"].value)
     best.append(f"{top['τ']:g} on {task}")
   return (
     f"The best task results are at τ = {', '.join(best)}, which means little by itself because "

@@ -13,9 +13,12 @@ from tqdm import tqdm
 
 from experiments import tasks
 from experiments.analysis import run_results as results_lib
-from experiments.cli import app, text_files
+from experiments.analysis.paired_statistics import Contrast, Difference
+from experiments.cli import text_files
+from experiments.evaluation import methods as methods_lib
+from experiments.evaluation.methods import Spec
 from experiments.figures.figure_models import Model
-from experiments.records import jsonl, runs
+from experiments.records import store
 
 # In a figure's folder.
 RECORDS, ABOUT, PICTURE = "records.jsonl", "about.json", "figure.png"
@@ -79,7 +82,7 @@ def _flag(name, value):
   )
 
 
-class Measurements(jsonl.SavedValues):
+class Measurements(store.SavedValues):
   """Saved measurements with a progress bar that names the current one."""
 
   def __init__(self, path: pathlib.Path, settings: dict[str, Any]):
@@ -180,14 +183,14 @@ class FigureRun:
     """Returns the folder of the search of that name or task."""
     return self.root / "tune" / pathlib.PurePath(name).name
 
-  def compare(self, name: str, task_names: list[str], methods: list[str], **flags) -> Command:
+  def compare(self, name: str, task_names: list[str], methods: list[Spec], **flags) -> Command:
     """Returns a comparison in `root`/compare/`name`; `flags` override those of the model."""
     model = self.model
     settings = dict(
       checkpoint=model.checkpoint,
       mesh=model.mesh,
       tasks=task_names,
-      methods="; ".join(methods),
+      methods="; ".join(map(str, methods)),
       num_members=model.num_members,
       cache=model.cache,
       tau=model.tau,
@@ -209,10 +212,10 @@ class FigureRun:
     settings = dict(data_dir=self.data_dir, allow_code_execution=self.allow_code_execution or None)
     return settings | (dict(chat=True, **self.model.chat) if self.uses_chat(*names) else {})
 
-  def compared(self, name: str) -> dict[str, results_lib.Result]:
-    """Loads the runs of `compare(name, ...)`, by their method as given."""
+  def compared(self, name: str) -> dict[Spec, results_lib.Result]:
+    """Loads the runs of `compare(name, ...)`, by their method."""
     found = results_lib.load_runs([str(self.root / "compare" / name / "*")])
-    return {result.settings["spelled"]: result for result in found}
+    return {methods_lib.read(result.settings["spelled"]): result for result in found}
 
   def tuned(self, task: str) -> results_lib.Tuning:
     """Loads the search of `tune(task)`."""
@@ -220,10 +223,19 @@ class FigureRun:
 
 
 def write_records(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
-  """Writes JSON lines atomically."""
-  app.write_atomically(path, "".join(text_files.to_json(record) + "\n" for record in records))
+  """Writes the records of a figure atomically; their values may be estimates or contrasts."""
+  plain = (text_files.to_json(record, default=lambda e: e.to_json()) for record in records)
+  store.write_lines(path, map(json.loads, plain))
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
   """Reads what `write_records` wrote."""
-  return runs.read_lines(path)
+  return [{k: _typed(v) for k, v in record.items()} for record in store.read_lines(path)]
+
+
+def _typed(value):
+  if isinstance(value, list):
+    return [_typed(v) for v in value]
+  if not isinstance(value, dict) or not {"value", "low", "high"} <= value.keys():
+    return value
+  return (Contrast if "of" in value else Difference).from_json(value)

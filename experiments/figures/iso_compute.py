@@ -10,6 +10,7 @@ SCMoE, each with its cost.
 import dataclasses
 
 from experiments.analysis import pictures
+from experiments.evaluation.methods import Experts, Spec, at_equal_compute, read
 from experiments.figures import compared
 from experiments.figures.figure_run import Command, FigureRun
 
@@ -41,8 +42,7 @@ class Config:
 
 def _experts(some, many):
   rules = ("model", "rescaled", "renormalized")
-  some = [f"experts:k={some},gates={gates}" for gates in rules]
-  return (*some, f"experts:k={many},gates=rescaled")
+  return (*(str(Experts(some, rule)) for rule in rules), str(Experts(many, "rescaled")))
 
 
 CONFIGS = {
@@ -53,23 +53,9 @@ CONFIGS = {
 }
 
 
-def methods(config: Config) -> list[str]:
-  """Returns the methods, as given to `experiments.compare`."""
-  n = config.num_members
-  return [
-    "baseline",
-    "baseline+temperature",
-    "best_baseline",
-    *config.experts,
-    f"roster:n={n}",
-    f"roster:n={n},gate_weights=noisy",
-    f"roster:n={n},aggregation=mean_logit",
-    f"roster:n={n - 1},include_clean=false",
-    f"roster:n={n},cache=standard",
-    f"self_consistency:n={n}",
-    f"best_of:n={n}",
-    "scmoe",
-  ]
+def methods(config: Config) -> list[Spec]:
+  """Returns the methods to compare."""
+  return at_equal_compute(config.num_members, list(map(read, config.experts)))
 
 
 def commands(run: FigureRun) -> list[Command]:

@@ -148,9 +148,9 @@ def record(
     "task": task,
     "label": label,
     "examples": len(tokens),
-    "perplexity": compared.estimate(paired_statistics.perplexity(ours["nll"], tokens)),
-    "perplexity_difference": compared.estimate(difference),
-    "fitted": compared.estimate(paired_statistics.perplexity(ours["fitted_nll"], tokens)),
-    "fitted_difference": compared.as_json(comparison),
+    "perplexity": paired_statistics.perplexity(ours["nll"], tokens),
+    "perplexity_difference": difference,
+    "fitted": paired_statistics.perplexity(ours["fitted_nll"], tokens),
+    "fitted_difference": comparison and comparison.difference,
     "output_temperature": found["temperature"],
   }

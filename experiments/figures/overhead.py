@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import tasks
+from experiments.analysis.paired_statistics import Estimate
 from experiments.benchmarks import machine, power, timing
 from experiments.cli import app
 from experiments.figures import figure_models
@@ -156,7 +157,7 @@ def timings(seconds: np.ndarray, first: np.ndarray, tokens: int) -> dict[str, An
   """Returns milliseconds per token (median and quartiles), and the ratio to the first case."""
   low, median, high = timing.quartiles(1e3 * seconds / tokens)
   return {
-    "ms_per_token": {"value": median, "low": low, "high": high},
+    "ms_per_token": Estimate(median, low, high),
     "time_ratio": timing.median_ratio(seconds, first),
     "rounds": int(np.isfinite(seconds).sum()),
   }

@@ -77,8 +77,7 @@ def _retained(record):
   if not searches.gained(record):
     return None
   gain, d = searches.searched_gain(record), searches.fresh(record)
-  low, high = sorted(100 * d[bound] / gain for bound in ("low", "high"))
-  return {"value": 100 * d["value"] / gain, "low": low, "high": high}
+  return (d if gain > 0 else -d).scaled(100 / abs(gain))
 
 
 def table(records: list[dict]) -> str:
@@ -127,8 +126,8 @@ def findings(records: list[dict]) -> str:
   )
   gained = [r for r in records if r["retained"]]
   if gained:
-    retained = [r["retained"]["value"] for r in gained]
-    significant = sum(r["retained"]["low"] > 0 and r["fresh"]["significant"] for r in gained)
+    retained = [r["retained"].value for r in gained]
+    significant = sum(r["retained"].low > 0 and r["fresh"].is_significant for r in gained)
     text += (
       f"{np.median(retained):.0f} % of the search gain (median; {min(retained):.0f} to "
       f"{max(retained):.0f} %) is retained on fresh examples, where it is significant on "
@@ -147,7 +146,7 @@ def findings(records: list[dict]) -> str:
   layered = [
     r["task"]
     for r in records
-    if (d := r["to_uniform"]) and d["significant"] and _is_better(r, d["value"], 0.0)
+    if (d := r["to_uniform"]) and d.is_significant and _is_better(r, d.value, 0.0)
   ]
   return text + (
     "A τ per layer is significantly better than the best one τ for all layers on "

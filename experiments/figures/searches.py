@@ -12,10 +12,10 @@ instead of programs.
 
 from collections.abc import Sequence
 import dataclasses
-import pathlib
 from typing import Any, ClassVar
 
-from experiments.analysis import drawing, paired_statistics, pictures, report_page
+from experiments.analysis import drawing, pictures, report_page
+from experiments.analysis.paired_statistics import Contrast, Difference
 from experiments.analysis.run_results import Tuning
 from experiments.figures import compared, figure_models
 from experiments.figures.figure_run import Command, FigureRun
@@ -44,8 +44,7 @@ def records(run: FigureRun, tasks: Sequence[str]) -> list[Record]:
   """Returns a record per task.
 
   Each has "task" and "category"; "settings", "profile" and "trials" as written by tune; and
-  "differences" of the confirmation (see `confirm.compare`) with a paired test's "p",
-  "adjusted" by Holm's correction over tasks, and "significant".
+  "differences" of the confirmation (`Contrast`), with Holm's correction over tasks.
   """
   found = []
   for task in tasks:
@@ -56,7 +55,7 @@ def records(run: FigureRun, tasks: Sequence[str]) -> list[Record]:
         "category": run.model.category(task),
         "settings": typed.read(folder / "settings.json"),
         "profile": search.profile,
-        "differences": _tested(folder / "confirm", search.profile),
+        "differences": _differences(search),
         "trials": search.trials,
       }
     )
@@ -68,30 +67,28 @@ def measure(run: FigureRun) -> list[Record]:
   return [r | {"trials": []} for r in records(run, run.model.tasks)]
 
 
-def _tested(folder: pathlib.Path, profile):
-  """Returns the differences of a confirmation with p-values, from its runs."""
-  confirmed = profile["objective"]["confirmed"]
-  metrics = {
-    name: confirm.by_example(folder / name, profile["data"]["confirmed"])
-    for name in confirmed["values"]
-  }
-  found = []
-  for d in confirmed["differences"]:
-    ours, theirs = metrics[d["of"]], metrics[d["to"]]
-    name = next(m for m in ("fitted_nll" if d["fitted"] else "nll", *ours) if m in ours)
-    found.append(d | {"p": paired_statistics.paired_test(ours[name], theirs[name]).p})
+def _differences(search):
+  """Returns the differences of a search's confirmation.
+
+  Raises:
+    ValueError: an earlier version wrote them without a test.
+  """
+  found = list(map(Contrast.from_json, search.profile["objective"]["confirmed"]["differences"]))
+  if any(c.difference.p is None for c in found):
+    raise ValueError(
+      f"the temperature profile for {search.name} has differences without a test, of an earlier "
+      "version: delete its profile.json, and rerun, which writes it from study.db"
+    )
   return found
 
 
 def corrected(found: Sequence[Record]) -> list[Record]:
   """Returns records with Holm's correction over tasks, for each kind of difference."""
-  kind = lambda d: (d["of"], d["to"], d["fitted"])
-  tests = {}
-  for r in found:
-    for d in r["differences"]:
-      tests.setdefault(kind(d), []).append(d)
-  adjusted = {k: iter(compared.holm(differences)) for k, differences in tests.items()}
-  return [r | {"differences": [next(adjusted[kind(d)]) for d in r["differences"]]} for r in found]
+  tests: dict[Any, list[Contrast]] = {}
+  for c in (c for r in found for c in r["differences"]):
+    tests.setdefault(c.kind, []).append(c)
+  adjusted = {kind: iter(confirm.corrected(contrasts)) for kind, contrasts in tests.items()}
+  return [r | {"differences": [next(adjusted[c.kind]) for c in r["differences"]]} for r in found]
 
 
 def tuning(record: Record) -> Tuning:
@@ -101,11 +98,10 @@ def tuning(record: Record) -> Tuning:
 
 def fresh(
   record: Record, of: str = confirm.TUNED, to: str = confirm.BASELINE, fitted: bool = False
-) -> dict[str, Any] | None:
+) -> Difference | None:
   """Returns a difference on the confirmation's fresh examples; None: not measured."""
-  return next(
-    (d for d in record["differences"] if (d["of"], d["to"], d["fitted"]) == (of, to, fitted)), None
-  )
+  kind = of, to, fitted
+  return next((c.difference for c in record["differences"] if c.kind == kind), None)
 
 
 def searched_gain(record: Record) -> float:
@@ -153,7 +149,7 @@ def findings(found: Sequence[Record]) -> str:
   kept = [
     r["task"]
     for r in gains
-    if (d := fresh(r))["significant"] and (d["value"] < 0) == (searched_gain(r) < 0)
+    if (d := fresh(r)) and d.is_significant and (d.value < 0) == (searched_gain(r) < 0)
   ]
   return (
     f"On the search examples the best trial beats the baseline on {len(gains)} of "

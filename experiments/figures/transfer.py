@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments.analysis import drawing, paired_statistics, report_page
 from experiments.analysis.run_results import FITTED_NLL, TOKENS, Result, quality_metric
+from experiments.evaluation.methods import Baseline, RosterOf, Spec, read
 from experiments.figures import compared, figure_models, searches
 from experiments.figures.figure_run import Command, FigureRun
 
@@ -41,10 +42,10 @@ class Config:
 CONFIGS = figure_models.configs(Config(), embedded=Config(num_examples=60))
 
 
-def _methods(run):
+def _methods(run) -> dict[Spec, str]:
   """Returns {method: the task that τ was tuned for, or what else it is}."""
-  profiles = {f"roster:profile={run.profile(task)}": task for task in run.model.tasks}
-  return {BASELINE: BASELINE} | profiles | {f"roster:t={run.model.tau:g}": UNIFORM}
+  profiles = {RosterOf(profile=str(run.profile(task))): task for task in run.model.tasks}
+  return {Baseline(): BASELINE, **profiles, RosterOf(t=run.model.tau): UNIFORM}
 
 
 def commands(run: FigureRun) -> list[Command]:
@@ -55,8 +56,8 @@ def commands(run: FigureRun) -> list[Command]:
 
 def measure(run: FigureRun) -> list[dict]:
   results, sources = run.compared("transfer"), _methods(run)
-  found = compared.records([results[method] for method in sources], results[BASELINE])
-  found = [r | {"tuned_for": sources[r["method"]]} for r in found]
+  found = compared.records([results[method] for method in sources], results[Baseline()])
+  found = [r | {"tuned_for": sources[read(r["method"])]} for r in found]
   found.sort(key=lambda r: run.model.tasks.index(r["task"]))
   rosters = {s: results[m] for m, s in sources.items() if s not in (BASELINE, UNIFORM)}
   return found + own_and_others(rosters)
@@ -86,8 +87,8 @@ def own_and_others(rosters: dict[str, Result]) -> list[dict]:
       arrays = [np.concatenate(a) for a in zip(*(p[name] for p in parts if name in p))]
       difference = None
       if arrays:
-        p = paired_statistics.paired_test(*arrays[:2]).p
-        difference = compared.estimate(compare(*arrays)) | {"p": p}
+        test = paired_statistics.paired_test(*arrays[:2])
+        difference = paired_statistics.tested(compare(*arrays), test)
       record[f"{name}_difference"] = difference
     found.append(record)
   return compared.corrected(found)
@@ -156,13 +157,13 @@ def findings(records: list[dict]) -> str:
     tested = [r[name] for r in own if r[name]]
     if tested:
       *single, pooled = tested
-      wins = [sign * d["value"] > 0 for d in single if d["significant"]]
+      wins = [sign * d.value > 0 for d in single if d.is_significant]
       verdict = "no significant difference"
-      if pooled["significant"]:
-        verdict = f"significantly {'better' if sign * pooled['value'] > 0 else 'worse'}"
+      if pooled.is_significant:
+        verdict = f"significantly {'better' if sign * pooled.value > 0 else 'worse'}"
       sentences.append(
         f"A task's own temperature profile against the mean of the others', in {what}: {verdict} "
-        f"over all tasks ({compared.interval(pooled, places, unit)}); after Holm's correction "
+        f"over all tasks ({report_page.difference(pooled, places, unit)}); after Holm's correction "
         f"significantly better on {sum(wins)} of {report_page.count(len(single), 'task')}, worse "
         f"on {len(wins) - sum(wins)}."
       )
@@ -186,7 +187,7 @@ def draw(records: list[dict]):
         style = dict(ha="center", va="center", fontsize=7)
         style["color"] = "white" if value > 0.3 * top else "black"
         style["fontweight"] = "bold" if row == column else "normal"
-        star = "*" * cells[row][column]["significant"]
+        star = "*" * cells[row][column].is_significant
         axis.text(column, row, f"{value:+.{places}f}{star}", **style)
     axis.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right", fontsize=7)
     axis.set_yticks(range(len(sources)), sources, fontsize=7)

@@ -1,6 +1,6 @@
 """JSON lines: input requests, and result files that an interrupted run resumes."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 import contextlib
 import json
 import os
@@ -10,6 +10,7 @@ from typing import Any
 
 from checkpoints_convert import interrupts, outputs
 from experiments.cli import app, text_files
+from experiments.records import store
 from roe_jax import typed
 
 
@@ -55,44 +56,6 @@ def parse(lines: Sequence[str], keys: Iterable[str]) -> list[dict[str, Any]]:
   return requests
 
 
-def read_lines(
-  path: pathlib.Path, repair: bool = False, kinds: dict[str, Any] | None = None
-) -> list[dict[str, Any]]:
-  """Reads the complete lines of a file as JSON objects; none if the file does not exist.
-
-  Args:
-    path: the file.
-    repair: whether to remove an incomplete last line, which a killed run leaves.
-    kinds: types of the keys that each line must have.
-
-  Raises:
-    ValueError: a line is not such an object.
-  """
-  if not path.is_file():
-    return []
-  whole, _, torn = text_files.read(path).rpartition("\n")
-  lines = [
-    typed.parse(line, f"line {number} of {path}", kinds or {})
-    for number, line in enumerate(whole.split("\n"), 1)
-    if line
-  ]
-  if torn and repair:
-    app.write_atomically(path, whole + "\n" if whole else "")
-  return lines
-
-
-def append(path: pathlib.Path, records: Iterable[dict[str, Any]]) -> None:
-  """Appends records as JSON lines, in process 0 only."""
-  if app.is_first_process():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In one write, because several runs may append to the same file of answers.
-    text = "".join(text_files.to_json(record) + "\n" for record in records)
-    data = memoryview(text.encode())
-    with path.open("ab", buffering=0) as file:
-      while data:
-        data = data[file.write(data) :]
-
-
 def tokens_of(request: dict[str, Any], name: str, encode, what: str) -> list[int]:
   """Returns a request's token ids: of its text `name`, or its ids `name + "_tokens"`.
 
@@ -127,145 +90,75 @@ class Results:
       ValueError: the file has results of other requests or settings.
     """
     self._requests = requests
-    self._settings = json.loads(text_files.to_json(settings))
-    # None: what is written cannot be read again.
-    self._path = pathlib.Path(path) if path and not outputs.is_stream(pathlib.Path(path)) else None
-    # Indices in the order of their lines.
-    self._written = app.from_first_process(self._found) if self._path else []
+    # Without a path: what is written to a stream cannot be read again.
+    is_file = path is not None and not outputs.is_stream(pathlib.Path(path))
+    self._store = store.Store(
+      pathlib.Path(path) if path and is_file else None,
+      lambda record: record["index"],
+      settings,
+      kinds={"index": int, store.SETTINGS: dict},
+      check=lambda lines: self._check(lines, settings),
+      refusal="has results of other requests or settings",
+    )
+    self._stream = None if is_file else _opened(path)
+    self._num_printed = 0
     self._at_exit = contextlib.ExitStack()
-    self._waiting: dict[int, str] = {}  # lines that earlier ones must precede
-    self._file = self._open(pathlib.Path(path)) if path else sys.stdout
-    if self._written:
-      print(f"[{path} has {len(self._written)} of {len(requests)} results]", file=sys.stderr)
-
-  def _open(self, path):
-    if not app.is_first_process():
-      return open(os.devnull, "a", encoding="utf-8")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("a", encoding="utf-8")
+    if self._store.records:
+      print(f"[{path} has {len(self._store.records)} of {len(requests)} results]", file=sys.stderr)
 
   @property
   def missing(self) -> list[int]:
     """Indices of the requests without a result."""
-    there = self._waiting.keys() | set(self._written)
-    return [i for i in range(len(self._requests)) if i not in there]
+    return [i for i in range(len(self._requests)) if i not in self._store.records]
 
   def _head(self, index):
     request = self._requests[index]
     return {"index": index} | {k: request[k] for k in self._KEYS if k in request}
 
-  def _found(self):
-    """Indices of the results in the file, in its order."""
-    refusal = (
-      f"{self._path} has results of other requests or settings: choose another file or delete it"
-    )
-    try:
-      results = read_lines(self._path, kinds={"index": int, "settings": dict})
-      indices = [result["index"] for result in results]
-      same = len(set(indices)) == len(indices) and all(
-        0 <= i < len(self._requests)
-        and result["settings"] == self._settings
-        and {k: result[k] for k in ("index", *self._KEYS) if k in result} == self._head(i)
-        for i, result in zip(indices, results)
-      )
-    except ValueError as error:
-      raise ValueError(f"{refusal} ({error})") from error
-    if not same:
-      raise ValueError(refusal)
-    read_lines(self._path, repair=True)
-    return indices
+  def _check(self, lines, settings):
+    if len({line["index"] for line in lines}) < len(lines):
+      raise ValueError("a request has several results")
+    for line in lines:
+      index = line["index"]
+      if not 0 <= index < len(self._requests) or self._head(index) != {
+        k: line[k] for k in ("index", *self._KEYS) if k in line
+      }:
+        raise ValueError(f"request {index} is another one")
+      if line[store.SETTINGS] != json.loads(text_files.to_json(settings)):
+        raise ValueError(f"the settings of request {index} differ")
 
   def write(self, index: int, record: dict[str, Any]) -> None:
     """Writes the result of request `index`, after those that must precede it."""
-    line = text_files.to_json(self._head(index) | record | {"settings": self._settings}) + "\n"
-    if self._path:
-      self._print(index, line)
-    else:
-      self._waiting[index] = line
-      while len(self._written) in self._waiting:
-        self._print(len(self._written), self._waiting.pop(len(self._written)))
-    self._file.flush()
+    self._store.add([self._head(index) | record])
+    while self._stream and self._num_printed in self._store.records:
+      self._print(self._num_printed)
+      self._num_printed += 1
 
-  def _print(self, index, line):
-    self._file.write(line)
-    self._written.append(index)
+  def _print(self, index):
+    print(text_files.to_json(self._store.records[index]), file=self._stream, flush=True)
 
   def _print_waiting(self):
     """Prints what was computed before an interruption."""
-    for index in sorted(self._waiting):
-      self._print(index, self._waiting[index])
-    self._file.flush()
+    for index in sorted(i for i in self._store.records if i >= self._num_printed):
+      self._print(index)
+    self._num_printed = len(self._requests)
 
   def __enter__(self) -> "Results":
-    if self._path is None:
+    if self._stream:
       self._at_exit.enter_context(interrupts.at_exit(self._print_waiting))
     return self
 
   def __exit__(self, *exception) -> None:
     self._at_exit.close()
-    if self._path is None:
+    if self._stream:
       self._print_waiting()
-    if self._file is not sys.stdout:
-      self._file.close()
-    if (
-      self._path
-      and app.is_first_process()
-      and not self.missing
-      and self._written != sorted(self._written)
-    ):
-      lines = dict(zip(self._written, text_files.read(self._path).split("\n")))
-      app.write_atomically(self._path, "".join(lines[i] + "\n" for i in sorted(lines)))
+      if self._stream is not sys.stdout:
+        self._stream.close()
+    elif not self.missing and list(self._store.records) != sorted(self._store.records):
+      self._store.replace(record for _, record in sorted(self._store.records.items()))
 
 
-class SavedValues:
-  """Named values that are saved in a file as they are computed, so that a rerun reuses them.
-
-  Each line has the settings that its value depends on; lines with other settings are ignored.
-  """
-
-  def __init__(self, path: pathlib.Path | None, settings: dict[str, Any]):
-    """Opens `path`; None keeps values in memory only.
-
-    Raises:
-      ValueError: the file was not written by this class.
-    """
-    self._path = path
-    self._settings = json.loads(text_files.to_json(settings))
-    self._values = app.from_first_process(self._found) if path else {}
-    if self._values:
-      print(f"[{path} has {len(self._values)} values of this run]", file=sys.stderr)
-
-  def _found(self):
-    try:
-      lines = read_lines(self._path, kinds={"name": str, "value": object, "settings": dict})
-    except ValueError as error:
-      raise ValueError(
-        f"{self._path} does not have values of earlier runs: choose another output or delete it "
-        f"({error})"
-      ) from error
-    values = {line["name"]: line["value"] for line in lines if line["settings"] == self._settings}
-    read_lines(self._path, repair=True)
-    return values
-
-  def __contains__(self, name: str) -> bool:
-    return name in self._values
-
-  def get(self, name: str, compute: Callable[[], Any]) -> Any:
-    """Returns the JSON value `name`; if missing, all processes compute it and keep process 0's."""
-    if name not in self._values:
-      self.put(name, app.broadcast(compute()))
-    return self._values[name]
-
-  def put(self, name: str, value: Any) -> None:
-    """Saves the JSON value `name`; a later value replaces it."""
-    value = json.loads(text_files.to_json(value))
-    if self._path:
-      append(self._path, [{"name": name, "value": value, "settings": self._settings}])
-    self._values[name] = value
-
-  def forget(self, name: str) -> None:
-    """Forgets a value, so that it is computed again; a later `put` replaces its line."""
-    self._values.pop(name, None)
-
-  def items(self) -> Iterable[tuple[str, Any]]:
-    return self._values.items()
+def _opened(path):
+  if path is None:
+    return sys.stdout
+  return open(path if app.is_first_process() else os.devnull, "a", encoding="utf-8")

@@ -13,7 +13,7 @@ perplexities of references, see `means`. A killed run resumes. Only process 0 re
 writes; all processes know what is done.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 import json
 import pathlib
 import shlex
@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from experiments.cli import app, text_files
-from experiments.records import jsonl
-from experiments.records.jsonl import read_lines
+from experiments.records import store
+from experiments.records.store import read_lines
 from roe_jax import typed
 from roe_jax.checkpoint_folder import resolved
 
@@ -99,6 +99,7 @@ class Run:
     path: its folder.
     name: its name in tables.
     done: keys of the examples that are done.
+    cost_lines: lines of `costs.jsonl`.
   """
 
   def __init__(self, path: str | pathlib.Path, name: str | None, settings: dict[str, Any]):
@@ -113,43 +114,38 @@ class Run:
       ValueError: the folder has a run with another name or other settings.
     """
     self.path = pathlib.Path(path)
+    kept = () if name else ("name",)
+    wanted = {"name": name or resolved(self.path).name, **settings}
+    self.name = app.from_first_process(lambda: claim(self.path, wanted, kept)["name"])
+    self._examples = store.Store(self.path / EXAMPLES, key, kinds=KINDS)
+    self._costs = store.Store(self.path / COSTS, None)
 
-    def opened():
-      kept = () if name else ("name",)
-      named = claim(self.path, {"name": name or resolved(self.path).name, **settings}, kept)
-      read_lines(self.path / COSTS, repair=True)
-      done = [key(record) for record in read_lines(self.path / EXAMPLES, True, KINDS)]
-      return named["name"], done
+  @property
+  def done(self) -> Collection[Key]:
+    return self._examples.records.keys()
 
-    self.name, done = app.from_first_process(opened)
-    self.done = {tuple(k) for k in done}
+  @property
+  def cost_lines(self) -> Collection[dict[str, Any]]:
+    return self._costs.records.values()
 
   def write(self, records: Iterable[dict[str, Any]], costs: dict[str, Any] | None = None) -> None:
     """Appends lines of examples and one line of their costs."""
-    records = list(records)
-    self.done.update(map(key, records))
     if costs is not None:  # first, so that a kill in between does not lose costs
-      jsonl.append(self.path / COSTS, [costs])
-    jsonl.append(self.path / EXAMPLES, records)
+      self._costs.add([costs])
+    self._examples.add(records)
 
   def finish(self) -> dict[str, Any]:
     """Sorts the lines; writes and returns the summary."""
-
-    def summary():
-      records = sorted(read_lines(self.path / EXAMPLES), key=key)
-      app.write_atomically(
-        self.path / EXAMPLES, "".join(text_files.to_json(r) + "\n" for r in records)
-      )
-      found = {"name": self.name, "tasks": means(records), "costs": self.costs()}
-      app.write_atomically(self.path / SUMMARY, text_files.to_json(found, indent=2) + "\n")
-      return found
-
-    return app.from_first_process(summary)
+    self._examples.replace(sorted(self._examples.records.values(), key=key))
+    tasks = means(self._examples.records.values())
+    found = {"name": self.name, "tasks": tasks, "costs": self.costs()}
+    app.write_atomically(self.path / SUMMARY, text_files.to_json(found, indent=2) + "\n")
+    return found
 
   def costs(self) -> dict[str, float]:
     """Sums the numbers of `costs.jsonl`; takes the maximum of those named "peak_..."."""
     total: dict[str, float] = {}
-    for line in read_lines(self.path / COSTS):
+    for line in self.cost_lines:
       for name, value in line.items():
         if name in ("task", "seed") or type(value) not in (int, float):
           continue

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from checkpoints_convert import outputs
 from experiments.benchmarks import machine
 from experiments.cli import app, text_files
+from experiments.records import store
 from roe_jax import orbax_storage, typed
 from roe_jax.training import TrainState
 
@@ -26,29 +27,17 @@ from roe_jax.training import TrainState
 _OWN = ("config.json.partial", outputs.LOCK)
 
 
-class Metrics:
+class Metrics(store.Store):
   """`metrics.jsonl`: one line per record, with each step once even if the run was interrupted."""
 
   def __init__(self, path: pathlib.Path, step: int):
     """Opens the file at `path`, and drops records after `step`."""
-    records = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
-      try:
-        records.append(typed.parse(line, str(path), {"step": int, "kind": str}))
-      except ValueError:  # killed while writing
-        break
-    self.records = [r for r in records if r["step"] <= step]
-    app.write_atomically(path, "".join(text_files.to_json(r) + "\n" for r in self.records))
-    self._file = path.open("a", encoding="utf-8")
-
-  def write(self, record: dict) -> None:
-    self.records.append(record)
-    self._file.write(text_files.to_json(record) + "\n")
-    self._file.flush()
+    super().__init__(path, lambda r: (r["step"], r["kind"]), kinds={"step": int, "kind": str})
+    self.replace([r for r in self.records.values() if r["step"] <= step])
 
   def last(self, kind: str) -> dict | None:
     """Returns the last record of a kind."""
-    return next((r for r in reversed(self.records) if r["kind"] == kind), None)
+    return next((r for r in reversed(self.records.values()) if r["kind"] == kind), None)
 
 
 def check_output(output: pathlib.Path, config: dict[str, Any]) -> None:
@@ -135,13 +124,16 @@ def run(
 
     def write_evaluation(step):
       scores = evaluate(state)
-      metrics.write({"step": step, "kind": "evaluation", **scores})
-      tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+      record = {"step": step, "kind": "evaluation", **scores, "seconds": round(seconds, 2)}
+      metrics.add([record])
+      values = ", ".join(f"{k} {v:.4g}" for k, v in scores.items())
+      tqdm.write(f"step {step}, {seconds / 60:.1f} minutes of training: {values}")
 
+    before = metrics.last("training") or {"tokens": 0, "seconds": 0.0}
+    tokens, seconds = before["tokens"], before["seconds"]
     if evaluate_first and metrics.last("evaluation") is None:
       write_evaluation(first)
-    before = metrics.last("training") or {"tokens": 0, "seconds": 0.0}
-    tokens, seconds, start = before["tokens"], before["seconds"], time.monotonic()
+    start = time.monotonic()
     mark = tokens, seconds  # the rate is measured from here
     progress = tqdm(total=num_steps, initial=first, unit="step", mininterval=2, dynamic_ncols=True)
     for step in range(first + 1, num_steps + 1):
@@ -155,7 +147,7 @@ def run(
         rate = (tokens - mark[0]) / max(seconds - mark[1], 1e-3)
         mark = tokens, seconds
         record = {"tokens": tokens, "tokens_per_second": round(rate), "seconds": round(seconds, 2)}
-        metrics.write({"step": step, "kind": "training", **values, **record})
+        metrics.add([{"step": step, "kind": "training", **values, **record}])
         progress.set_postfix(loss=f"{values['loss']:.4f}")
         if not np.isfinite(values["loss"]):
           raise ValueError(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from experiments.analysis import output_temperatures, paired_statistics
+from experiments.analysis.paired_statistics import Contrast
 from experiments.cli import app
 from experiments.cli.extras import tabulate
 from experiments.records import runs
@@ -116,14 +117,9 @@ def by_example(path: pathlib.Path, examples: Sequence[str]) -> dict[str, np.ndar
   return {name: np.array([np.mean(values[e]) for e in examples]) for name, values in found.items()}
 
 
-def compare(measured: dict[str, dict[str, np.ndarray]], fresh: Objective) -> list[dict[str, Any]]:
-  """Returns differences between the candidates, paired by example, as JSON.
-
-  Each has "of", "to", "fitted" (whether at fitted output temperatures), "value", "low" and
-  "high" (percent of the perplexity, or percentage points), "excludes_zero", the "p" of a paired
-  test, that "adjusted" by Holm's correction over all differences, and "significant".
-  """
-  results = []
+def compare(measured: dict[str, dict[str, np.ndarray]], fresh: Objective) -> list[Contrast]:
+  """Returns differences between the candidates, with Holm's correction over all of them."""
+  found = []
   for of, to in ((TUNED, BASELINE), (UNIFORM, BASELINE), (TUNED, UNIFORM)):
     if of not in measured or to not in measured:
       continue
@@ -134,20 +130,15 @@ def compare(measured: dict[str, dict[str, np.ndarray]], fresh: Objective) -> lis
         if isinstance(fresh, Perplexity)
         else paired_statistics.paired_accuracy(a, b)
       )
-      results.append(
-        {
-          "of": of,
-          "to": to,
-          "fitted": metric == "fitted_nll",
-          **dataclasses.asdict(difference),
-          "excludes_zero": difference.excludes_zero,
-          "p": paired_statistics.paired_test(a, b).p,
-        }
-      )
-  for d, adjusted in zip(results, paired_statistics.holm([d["p"] for d in results])):
-    is_significant = adjusted < paired_statistics.SIGNIFICANCE and d["excludes_zero"]
-    d |= {"adjusted": adjusted, "significant": is_significant}
-  return results
+      difference = paired_statistics.tested(difference, paired_statistics.paired_test(a, b))
+      found.append(Contrast(of, to, metric == "fitted_nll", difference))
+  return corrected(found)
+
+
+def corrected(found: Sequence[Contrast]) -> list[Contrast]:
+  """Returns contrasts with Holm's correction over all of them."""
+  differences = paired_statistics.corrected([c.difference for c in found])
+  return [dataclasses.replace(c, difference=d) for c, d in zip(found, differences)]
 
 
 def values(measured: dict[str, dict[str, np.ndarray]], fresh: Objective) -> dict[str, Any]:
@@ -163,13 +154,11 @@ def values(measured: dict[str, dict[str, np.ndarray]], fresh: Objective) -> dict
 def format_confirmation(confirmed: dict[str, Any], objective: str) -> str:
   """Formats the confirmation as a table, with its result in sentences."""
 
+  differences = {c.kind: c.difference for c in map(Contrast.from_json, confirmed["differences"])}
+
   def interval(of, to, fitted=False):
-    for d in confirmed["differences"]:
-      if (d["of"], d["to"], d["fitted"]) == (of, to, fitted):
-        return f"{d['value']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]" + " *" * d.get(
-          "significant", False
-        )
-    return ""
+    d = differences.get((of, to, fitted))
+    return d and f"{d.value:+.2f} [{d.low:+.2f}, {d.high:+.2f}]" + " *" * d.is_significant
 
   fits = objective == Perplexity.name
   unit = "%" if fits else "points"
@@ -183,18 +172,16 @@ def format_confirmation(confirmed: dict[str, Any], objective: str) -> str:
       row += [f"{value['fitted']:.4f}", interval(name, BASELINE, True)]
     rows.append(row)
   table = tabulate.tabulate(rows, headers=["", *headers], tablefmt="github", disable_numparse=True)
-  sentences = [_sentence(confirmed, TUNED, BASELINE, objective)]
+  sentences = [_sentence(differences, TUNED, BASELINE, objective)]
   if UNIFORM in confirmed["values"]:
-    sentences.append(_sentence(confirmed, TUNED, UNIFORM, objective))
+    sentences.append(_sentence(differences, TUNED, UNIFORM, objective))
   if fits:
-    sentences.append(_sentence(confirmed, TUNED, BASELINE, objective, fitted=True))
+    sentences.append(_sentence(differences, TUNED, BASELINE, objective, fitted=True))
   return f"{table}\n\n" + " ".join(sentences)
 
 
-def _sentence(confirmed, of, to, objective, fitted=False):
-  difference = next(
-    d for d in confirmed["differences"] if (d["of"], d["to"], d["fitted"]) == (of, to, fitted)
-  )
+def _sentence(differences, of, to, objective, fitted=False):
+  difference = differences[of, to, fitted]
   names = {
     BASELINE: "the baseline",
     UNIFORM: "the best uniform τ",
@@ -202,9 +189,9 @@ def _sentence(confirmed, of, to, objective, fitted=False):
   }
   lower_is_better = objective == Perplexity.name
   where = " at fitted output temperatures" if fitted else ""
-  if not difference.get("significant"):  # older profiles have no test
+  if not difference.is_significant:  # older profiles have no test
     return f"No significant difference in {objective} between {names[of]} and {names[to]}{where}."
-  better = (difference["value"] < 0) == lower_is_better
+  better = (difference.value < 0) == lower_is_better
   return (
     f"{names[of].capitalize()} is significantly {'better' if better else 'worse'} than "
     f"{names[to]}{where}."

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
-import fcntl
 import math
 import pathlib
 import time
@@ -26,8 +25,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from experiments.cli import app, text_files
+from checkpoints_convert import outputs
 from experiments.cli.extras import optuna, scipy
+from experiments.records import store
 from experiments.records.cost import Cost
 from roe_jax.typed import check, check_keys
 
@@ -246,10 +246,7 @@ class Search:
 
   def export(self) -> None:
     """Rewrites `trials.jsonl`."""
-    app.write_atomically(
-      self.folder / TRIALS,
-      "".join(text_files.to_json(dataclasses.asdict(t)) + "\n" for t in self.trials()),
-    )
+    store.write_lines(self.folder / TRIALS, map(dataclasses.asdict, self.trials()))
 
   @contextlib.contextmanager
   def _next(self) -> Iterator[optuna.Trial | None]:
@@ -373,14 +370,10 @@ def is_hopeless(values: np.ndarray, best: np.ndarray, maximize: bool, looks: int
 def lock_on(path: pathlib.Path) -> Iterator[None]:
   """Holds a lock that only one process can hold, and that is released when it ends."""
   with open(path, "w", encoding="utf-8") as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
+    outputs.lock_file(file.fileno())
     yield
 
 
 def _is_free(path):
   with open(path, "w", encoding="utf-8") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      return False
-  return True
+    return outputs.lock_file(file.fileno(), wait=False)

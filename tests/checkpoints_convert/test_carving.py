@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shutil
+import types
 
 from absl import flags as flags_lib
 import hf
@@ -16,7 +17,14 @@ from scipy import optimize
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from checkpoints_convert import carve_checkpoint, carving, cli, convert_to_hugging_face, load
+from checkpoints_convert import (
+  carve_checkpoint,
+  carving,
+  cli,
+  convert_to_hugging_face,
+  load,
+  verification,
+)
 from checkpoints_convert.common import ConversionError
 from experiments import carving_study
 from roe_jax import checkpoint, routing, scoring, transformer
@@ -59,6 +67,17 @@ def test_planted_groups_are_recovered():
   active = np.abs(contributions) > 0.5
   for token, expert in enumerate(best):
     assert active[token, division.experts[expert]].all()
+
+
+def test_the_largest_contributions_are_marked_also_where_some_are_equal():
+  random = np.random.default_rng(0)
+  size = np.concatenate(
+    [random.normal(size=(20, 64)), random.integers(-2, 3, (20, 64)), [[0] * 64]]
+  )
+  marks = carving.activation_marks(size.astype(np.float32), 5)
+  assert (marks.sum(axis=1) == 5).all()
+  least = np.where(marks, abs(size), np.inf).min(axis=1)
+  assert (least >= np.where(marks, 0, abs(size)).max(axis=1)).all()
 
 
 def test_clusters_minimize_the_total_distance():
@@ -259,6 +278,55 @@ def test_the_study_measures_what_the_checkpoint_does(source, carved):
     log_probs = jax.nn.log_softmax(transformer.forward(*model, text)[0][:, :-1])
     nll = -np.take_along_axis(np.asarray(log_probs), text[:, 1:, None], axis=-1).mean()
     assert found == pytest.approx(np.exp(nll), rel=1e-3)
+
+
+def test_rosters_are_compared_with_the_baseline_by_window(monkeypatch):
+  """Three seeds' gains of 0.1, 0.2 and 0.6 nats per token average to 0.3 in each window."""
+  config = from_hugging_face({"model_type": "olmoe", "num_experts": 8, "num_experts_per_tok": 2})
+  flags = dict(active=["8"], sweep=["0.3"], members=["4"], seed=5, seeds=3)
+  monkeypatch.setattr(carving_study, "FLAGS", types.SimpleNamespace(**flags))
+  gains = {5: 0.1, 6: 0.2, 7: 0.6}
+
+  def score(params, model, sequences, *, roster, output_temperatures, batch_size):
+    gain = gains[int(roster.seed)] if roster.num_members > 1 else 0.0
+    at = -(np.log(output_temperatures) ** 2)
+    nll = [np.linspace(2, 3, len(s) - 1) + i for i, s in enumerate(sequences)]
+    found = [types.SimpleNamespace(log_probs=at - n[:, None] + gain) for n in nll]
+    return types.SimpleNamespace(sequences=found)
+
+  monkeypatch.setattr(carving_study.scoring, "score", score)
+  asked = []
+
+  def keep(name, compute):
+    asked.append(name)
+    return compute()
+
+  rows = carving_study.roster_rows(None, config, np.zeros((3, 9), int), keep)
+  assert [row[:4] for row in rows] == [
+    ["2 of 8", "25 %", 1, ""],
+    ["8 of 8", "100 %", 1, ""],
+    ["2 of 8", "100 %", 4, 0.3],
+  ]
+  assert rows[0][5] == "" and rows[1][5] == "+0.0 % [+0.0, +0.0]"
+  assert [row[7] for row in rows] == ["1.00"] * 3 and rows[2][8] == rows[2][5]
+  change = 100 * np.expm1(-0.3)
+  assert rows[2][5] == f"{change:+.1f} % [{change:+.1f}, {change:+.1f}]"
+  assert float(rows[2][4]) == pytest.approx(np.exp(3.5 - 0.3), abs=0.01)
+  assert len(asked) == 5 and len(set(asked)) == 5  # each seed is saved on its own
+
+
+def test_texts_are_read_as_they_are(tmp_path, monkeypatch):
+  file = tmp_path / "text.txt"
+  file.write_bytes("\ufeffé\r\nb\rc\n".encode())
+  want = [ord(c) for c in "é\r\nb\rc\n"]
+  tokenizer = types.SimpleNamespace(encode=lambda text, **_: [ord(c) for c in text])
+  config = types.SimpleNamespace(context_length=len(want))
+  found = carve_checkpoint.calibration_tokens(tokenizer, file, len(want), config)
+  assert found.tolist() == [want]
+  monkeypatch.setattr(Tokenizer, "load", lambda _: tokenizer)
+  assert verification._encode(tmp_path, len(want), file).tolist() == want
+  monkeypatch.setattr(carving_study, "FLAGS", types.SimpleNamespace(window=len(want)))
+  assert carving_study.windows(tokenizer, file, len(want)).tolist() == [want]
 
 
 @pytest.mark.parametrize(

@@ -174,3 +174,98 @@ def test_what_cannot_be_verified_is_refused_before_converting(
   code, printed = converted(capsys, tmp_path, **arguments)
   assert code == 1 and re.search(sentence, printed), printed
   assert not (tmp_path / "roe").exists()
+
+
+def emo_logits(torch, hf_config, tensors, tokens):
+  """The model of github.com/allenai/EMO (src/vllm_plugin/emo_plugin.py) in plain PyTorch."""
+  functional, weights = torch.nn.functional, {n: torch.tensor(w) for n, w in tensors.items()}
+  heads, width = hf_config["num_attention_heads"], hf_config["hidden_size"]
+  c, size = width // heads, len(tokens)
+  groups = heads // hf_config["num_key_value_heads"]
+  frequencies = hf_config["rope_theta"] ** (-torch.arange(0, c, 2) / c)
+  angles = torch.outer(torch.arange(size), torch.cat([frequencies, frequencies]))
+
+  def norm(x, name):
+    return functional.rms_norm(x, (width,), weights[name + ".weight"], hf_config["rms_norm_eps"])
+
+  def turned(x):
+    first, second = x.chunk(2, -1)
+    return x * angles.cos() + torch.cat([-second, first], -1) * angles.sin()
+
+  def mlp(x, name):
+    gate, up, down = (weights[f"{name}.{part}_proj.weight"] for part in ("gate", "up", "down"))
+    return (functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+  x = weights["model.embed_tokens.weight"][tokens]
+  for layer in range(hf_config["num_hidden_layers"]):
+    name = f"model.layers.{layer}"
+    h = norm(x, name + ".pre_attention_layernorm")
+    q, k, v = (
+      (h @ weights[f"{name}.self_attn.{p}_proj.weight"].T).view(size, -1, c).transpose(0, 1)
+      for p in "qkv"
+    )
+    k, v = (part.repeat_interleave(groups, 0) for part in (turned(k), v))
+    h = functional.scaled_dot_product_attention(turned(q), k, v, is_causal=True)
+    x = x + h.transpose(0, 1).reshape(size, -1) @ weights[name + ".self_attn.o_proj.weight"].T
+    h = norm(x, name + ".pre_feedforward_layernorm")
+    scores = h @ weights[name + ".mlp.gate.weight"].T
+    shared = hf_config["num_shared_experts"]
+    split = hf_config["num_experts"] - shared
+    parts = [(scores[:, :split], hf_config["num_experts_per_tok"] - shared, 0)]
+    parts += [(scores[:, split:], shared, split)] if shared else []
+    for logits, count, first in parts:  # each with its own softmax over all of its experts
+      gates, chosen = logits.softmax(-1).topk(count)
+      for token, slot in np.ndindex(size, count):
+        expert = f"{name}.mlp.experts.{first + chosen[token, slot]}"
+        x[token] += gates[token, slot] * mlp(h[token], expert)
+  return (norm(x, "model.norm") @ weights["lm_head.weight"].T).numpy()
+
+
+@pytest.mark.parametrize("shared", [1, 0])
+def test_emo_computes_what_its_published_code_does(tmp_path, shared):
+  torch = pytest.importorskip("torch")
+  hf_config = hf.config_json("emo", num_shared_experts=shared, torch_dtype="float32")
+  hf_config |= dict(architectures=["EmoForCausalLM"])
+  random = np.random.default_rng(3)
+  d, f, kv = 32, 16, 16
+  shapes = {"model.embed_tokens": (48, d), "model.norm": (d,), "lm_head": (48, d)}
+  for layer in range(2):
+    block = {"pre_attention_layernorm": (d,), "pre_feedforward_layernorm": (d,)}
+    block |= {"self_attn.q_proj": (d, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d)}
+    block |= {"self_attn.o_proj": (d, d), "mlp.gate": (9, d)}
+    for expert in range(9):
+      expert = f"mlp.experts.{expert}"
+      block |= {f"{expert}.gate_proj": (f, d), f"{expert}.up_proj": (f, d)}
+      block |= {f"{expert}.down_proj": (d, f)}
+    shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
+  tensors = {
+    name + ".weight": (
+      random.uniform(0.5, 1.5, s) if "norm" in name else random.normal(0, 0.3, s)
+    ).astype(np.float32)
+    for name, s in shapes.items()
+  }
+  (tmp_path / "hub").mkdir()
+  (tmp_path / "hub" / "config.json").write_text(json.dumps(hf_config))
+  save_file(tensors, tmp_path / "hub" / "model.safetensors")
+  tokens = random.integers(48, size=12)
+  params, config = checkpoints_convert.load(str(tmp_path / "hub"))
+  assert (config.num_experts, config.experts_per_token) == (9 - shared, 3 - shared)
+  want = emo_logits(torch, hf_config, tensors, tokens)
+  np.testing.assert_allclose(logits(params, config, tokens[None])[0], want, rtol=1e-4, atol=1e-4)
+  convert_from_hugging_face(str(tmp_path / "hub"), str(tmp_path / "roe"))
+  convert_to_hugging_face(str(tmp_path / "roe"), str(tmp_path / "back"))
+  written = json.loads((tmp_path / "back" / "config.json").read_text())
+  names = (
+    "model_type",
+    "architectures",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_shared_experts",
+  )
+  assert {n: written[n] for n in names} == {n: hf_config[n] for n in names}
+  back = load_file(tmp_path / "back" / "model.safetensors")
+  assert set(back) == set(tensors)
+  for name, tensor in tensors.items():
+    if name.endswith("mlp.gate.weight") and shared:
+      tensor = np.concatenate([tensor[:8], np.zeros((1, d), np.float32)])  # it has no effect
+    np.testing.assert_array_equal(back[name], tensor, err_msg=name)

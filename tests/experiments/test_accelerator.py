@@ -27,7 +27,7 @@ from experiments.benchmarks import (
 from experiments.benchmarks.floors import Rates
 from experiments.benchmarks.scope_times import Event
 from experiments.benchmarks.supervisor import Case, Stage
-from experiments.records import jsonl
+from experiments.records import store
 from roe_jax import native
 from roe_jax.experts import choices
 from roe_jax.experts.choices import Step
@@ -66,7 +66,7 @@ def test_cases_that_hang_crash_or_raise_are_lines_and_the_others_run(tmp_path):
   ]
   stage = Stage("stage", "", 100, opened, cases)
   path = tmp_path / "results.jsonl"
-  supervisor.run([stage], jsonl.SavedValues(path, {}), time.monotonic() + 100)
+  supervisor.run([stage], store.SavedValues(path, {}), time.monotonic() + 100)
   lines = [json.loads(line) for line in path.read_text().splitlines()]
   values = {line["name"].removeprefix("stage/"): line["value"] for line in lines}
   assert list(values) == [c.name for c in cases]
@@ -101,13 +101,13 @@ def test_stages_keep_to_their_limits_and_share_what_is_left(monkeypatch, tmp_pat
     Stage("c", "", 40, opened, [Case("0", opened)]),
   ]
   children, path = Children(monkeypatch, seconds=10), tmp_path / "results.jsonl"
-  saved = jsonl.SavedValues(path, {})
+  saved = store.SavedValues(path, {})
   supervisor.run(stages, saved, deadline=75)
   # a: 25 s hold two cases; b: 5 s hold none; c: one. Of the rest, b has the first turn.
   assert children.ran == ["a0", "a1", "c0", "b0", "a2", "a3"] and children.now == 75
   # A rerun continues with what has no line.
   children.ran.clear()
-  saved = jsonl.SavedValues(path, {})
+  saved = store.SavedValues(path, {})
   supervisor.run(stages, saved, deadline=1000)
   assert children.ran == ["a4"]
   # What failed is measured again only if it is forgotten.

@@ -106,7 +106,7 @@ def test_finished_sweeps_are_not_measured_again(folder):
 REFUSED = {
   "--preset=huge": "value should be one of",
   "--num_members=0,1": "--num_members must be a list of integers of at least 1",
-  "--num_members=a": "--num_members must be a comma-separated list of integers",
+  "--num_members=a": "--num_members must be an integer, got 'a'",
   "--contexts=8,4096": "sequences of 4097 tokens, but the context length of tiny is 4096",
   "--tau=0": "--tau must be positive",
   "--rounds=0": "--rounds must be at least 1",

@@ -15,7 +15,7 @@ from experiments.cli import app
 from experiments.evaluation import methods
 from experiments.evaluation.measurer import Measurer
 from experiments.evaluation.requests import RequestBuilder, request_id
-from experiments.records import runs
+from experiments.records import runs, store
 from experiments.tuning import objectives
 from roe_jax import decode, diagnostics, scoring
 from roe_jax.roster import Roster
@@ -62,7 +62,7 @@ def of(output, name):
   return (
     settings,
     {(r["example"], r["seed"]): r for r in lines},
-    runs.read_lines(output / name / runs.COSTS),
+    store.read_lines(output / name / runs.COSTS),
   )
 
 
@@ -278,7 +278,7 @@ def test_a_killed_comparison_goes_on_where_it_stopped(output, tiny_checkpoint):
     assert one["output"] == other["output"]
     assert one["metrics"] == pytest.approx(other["metrics"], rel=1e-4)
   assert (output / "scmoe" / runs.COSTS).read_text() == others
-  assert len(runs.read_lines(path / runs.COSTS)) == 6  # of four batches, two done twice
+  assert len(store.read_lines(path / runs.COSTS)) == 6  # of four batches, two done twice
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What figures compute: laws, fits, differences, costs, against closed forms."""
 
 import dataclasses
+import json
 import pathlib
 import threading
 import types
@@ -14,7 +15,7 @@ import tiny
 
 from experiments import figures
 from experiments.analysis import paired_statistics
-from experiments.analysis.run_results import Result
+from experiments.analysis.run_results import Result, Tuning
 from experiments.benchmarks import power, timing
 from experiments.figures import (
   calibration,
@@ -31,8 +32,8 @@ from experiments.figures import (
   table1,
   transfer,
 )
-from experiments.figures.figure_run import RECORDS, FigureRun, read_records
-from experiments.records import runs
+from experiments.figures.figure_run import RECORDS, FigureRun, read_records, write_records
+from experiments.tuning import confirm
 from roe_jax import decode, presets
 from roe_jax import params as params_lib
 
@@ -91,8 +92,8 @@ def test_shares_of_a_ceiling_are_told_where_it_is_clear():
   base = tokens * 0.2
   gain = np.where(n == 1, 0.0, 0.1 - 0.1 / n)[:, None] * tokens * random.uniform(0.5, 1.5, 80)
   found = ceiling.fit_ceiling(n, base - gain, tokens)
-  assert found["b"] == pytest.approx(1, abs=0.02) and found["limit"]["significant"]
-  assert found["limit"]["value"] == pytest.approx(
+  assert found["b"] == pytest.approx(1, abs=0.02) and found["limit"].excludes_zero
+  assert found["limit"].value == pytest.approx(
     100 * np.expm1(-0.1 * (gain[-1] / 0.1 / (1 - 1 / 64)).sum() / tokens.sum()), rel=0.02
   )
   # The last one has all but 1 / n of it.
@@ -115,39 +116,23 @@ def test_classes_of_tokens_are_between_their_bounds():
 def test_the_share_of_calibration_is_told_only_of_a_clear_gain():
   random = np.random.default_rng(0)
   roster = random.normal(2.0, 0.5, 100)
-  clear = dict(
-    zip(
-      ("value", "low", "high"),
-      paired_statistics.bootstrap([roster, np.ones(100)], paired_statistics.ratio),
-    )
+  clear = paired_statistics.Estimate(
+    *paired_statistics.bootstrap([roster, np.ones(100)], paired_statistics.ratio)
   )
-  assert calibration._share(0.7 * roster, roster, clear)["value"] == pytest.approx(70)
-  assert calibration._share(0.7 * roster, roster, clear | {"low": -0.1}) is None
+  assert calibration._share(0.7 * roster, roster, clear).value == pytest.approx(70)
+  unclear = dataclasses.replace(clear, low=-0.1)
+  assert calibration._share(0.7 * roster, roster, unclear) is None
 
 
 def test_differences_are_corrected_over_all_records():
   p = [0.001, 0.02, 0.03, 0.4]
   found = compared.corrected(
-    [
-      {
-        "quality_difference": {
-          "value": 2.0,
-          "low": 1.0,
-          "high": 3.0,
-          "p": x,
-          "adjusted": x,
-          "significant": True,
-        }
-      }
-      for x in p
-    ]
+    [{"quality_difference": paired_statistics.Difference(2.0, 1.0, 3.0, x, x)} for x in p]
     + [{"quality_difference": None}]
   )
   expected = multipletests(p, method="holm")[1]
-  assert [r["quality_difference"]["adjusted"] for r in found[:4]] == pytest.approx(
-    expected.tolist()
-  )
-  assert [r["quality_difference"]["significant"] for r in found[:4]] == [True, False, False, False]
+  assert [r["quality_difference"].adjusted for r in found[:4]] == pytest.approx(expected.tolist())
+  assert [r["quality_difference"].is_significant for r in found[:4]] == [True, False, False, False]
   assert "1 is significant" in compared.findings(
     [r | {"label": "x", "task": "y"} for r in found], ("quality",)
   )
@@ -167,10 +152,10 @@ def test_a_record_of_likelihoods_is_paired_with_the_baseline():
     "fitted_nll": (0.15 * tokens[:, None] * [1.01, 0.99]).tolist(),
   }
   record = likelihoods.record(ours, baseline, tokens, "roster", "wordmath")
-  assert record["perplexity"]["value"] == pytest.approx(np.exp(0.18))
-  assert record["perplexity_difference"]["value"] == pytest.approx(100 * np.expm1(-0.02))
-  assert record["fitted_difference"]["value"] == pytest.approx(0, abs=1e-9)
-  assert not record["fitted_difference"]["significant"]
+  assert record["perplexity"].value == pytest.approx(np.exp(0.18))
+  assert record["perplexity_difference"].value == pytest.approx(100 * np.expm1(-0.02))
+  assert record["fitted_difference"].value == pytest.approx(0, abs=1e-9)
+  assert not record["fitted_difference"].is_significant
   alone = likelihoods.record(baseline, baseline, tokens, "baseline", "wordmath")
   assert alone["perplexity_difference"] is None and alone["fitted_difference"] is None
 
@@ -248,7 +233,7 @@ def test_a_case_of_overhead_writes_what_generation_writes_with_all_members(monke
 def test_ratios_are_within_rounds():
   seconds, first = np.array([2.0, 6.0, 4.0]), np.array([1.0, 3.0, 1.0])
   found = overhead.timings(seconds, first, 4)
-  assert found["time_ratio"] == 2.0 and found["ms_per_token"]["value"] == 1000.0
+  assert found["time_ratio"] == 2.0 and found["ms_per_token"].value == 1000.0
   assert found["rounds"] == 3
 
 
@@ -272,14 +257,14 @@ def test_a_tasks_own_profile_is_compared_with_the_mean_of_the_others():
   worse = {"a": 0.0, "b": 0.5, "c": 0.1}
   found = transfer.own_and_others({t: result(t, tasks, right[t], nll + worse[t]) for t in tasks})
   assert [r["task"] for r in found] == [*tasks, "all tasks"]
-  assert found[0]["quality_difference"]["value"] == pytest.approx(
+  assert found[0]["quality_difference"].value == pytest.approx(
     100 * (1 - (right["b"] + right["c"]).mean() / 2)
   )
-  assert [r["fitted_difference"]["value"] for r in found] == pytest.approx(
+  assert [r["fitted_difference"].value for r in found] == pytest.approx(
     [100 * np.expm1(x / 10) for x in (-0.3, 0.45, -0.15, 0.0)]
   )
   # The nll differ alike on all examples of a task, and cancel over all tasks.
-  assert [r["fitted_difference"]["significant"] for r in found] == [True, True, True, False]
+  assert [r["fitted_difference"].is_significant for r in found] == [True, True, True, False]
   text = transfer.findings(found)
   assert (
     "perplexity at fitted output temperatures: no significant difference over all tasks" in text
@@ -288,61 +273,48 @@ def test_a_tasks_own_profile_is_compared_with_the_mean_of_the_others():
   assert transfer.own_and_others({"a": result("a", ["a"], right["a"], nll)}) == []
 
 
-def write_confirmation(folder, name, nll, tokens):
-  run = runs.Run(folder / name, name, {"seeds": [1]})
-  run.write(
-    [
-      {"task": "t", "example": f"t/{i}", "seed": 1, "metrics": {"nll": x, "tokens": int(k)}}
-      for i, (x, k) in enumerate(zip(nll, tokens))
-    ],
-    {"task": "t", "seed": 1},
-  )
-  run.finish()
-
-
-def test_confirmations_are_tested_and_corrected_over_tasks(tmp_path):
-  random = np.random.default_rng(0)
-  tokens, expected, found = random.integers(5, 15, 60), [], []
+def test_confirmations_are_corrected_over_tasks():
+  random, fresh = np.random.default_rng(0), types.SimpleNamespace(metric="acc")
+  expected, found = [], []
   for task, shift in (("one", 0.02), ("two", 0.2), ("three", 0.0)):
     baseline = random.uniform(1, 2, 60)
     tuned = baseline - shift + random.normal(0, 0.1, 60)
-    for name, nll in (("baseline", baseline), ("tuned", tuned)):
-      write_confirmation(tmp_path / task, name, nll, tokens)
-    d = paired_statistics.paired_perplexity(tuned, baseline, tokens)
-    profile = {
-      "data": {"confirmed": [f"t/{i}" for i in range(60)]},
-      "objective": {
-        "confirmed": {
-          "values": {"baseline": {}, "tuned": {}},
-          "differences": [
-            {"of": "tuned", "to": "baseline", "fitted": False, **dataclasses.asdict(d)}
-          ],
-        }
-      },
-    }
+    contrasts = confirm.compare({"baseline": {"acc": baseline}, "tuned": {"acc": tuned}}, fresh)
+    differences = json.loads(json.dumps([c.to_json() for c in contrasts]))
+    profile = {"objective": {"confirmed": {"differences": differences}}}
     expected.append(paired_statistics.paired_test(tuned, baseline).p)
-    found.append({"differences": searches._tested(tmp_path / task, profile)})
+    found.append({"differences": searches._differences(Tuning(task, profile, []))})
+    assert found[-1]["differences"] == contrasts
   found = searches.corrected(found)
-  fresh = [searches.fresh(r) for r in found]
-  assert [d["p"] for d in fresh] == pytest.approx(expected)
-  assert [d["adjusted"] for d in fresh] == pytest.approx(multipletests(expected, method="holm")[1])
-  assert [d["significant"] for d in fresh] == [False, True, False]
+  differences = [searches.fresh(r) for r in found]
+  assert [d.p for d in differences] == pytest.approx(expected)
+  corrected = multipletests(expected, method="holm")[1]
+  assert [d.adjusted for d in differences] == pytest.approx(corrected)
+  assert [d.is_significant for d in differences] == [False, True, False]
+  del profile["objective"]["confirmed"]["differences"][0]["p"]
+  with pytest.raises(ValueError, match="differences without a test, of an earlier version: delete"):
+    searches._differences(Tuning("three", profile, []))
+
+
+def test_records_of_figures_come_back_as_they_were_written(tmp_path):
+  difference = paired_statistics.Difference(-0.4, -0.8, -0.1, 0.01, 0.02)
+  records = [
+    {"task": "t", "d": difference, "untested": paired_statistics.Difference(1.0, 0.5, 2.0)},
+    {"differences": [paired_statistics.Contrast("tuned", "baseline", True, difference)], "n": None},
+  ]
+  write_records(tmp_path / RECORDS, records)
+  assert read_records(tmp_path / RECORDS) == records
+  line = json.loads((tmp_path / RECORDS).read_text().splitlines()[0])
+  values = {"value": -0.4, "low": -0.8, "high": -0.1, "p": 0.01, "adjusted": 0.02}
+  assert line["d"] == values | {"significant": True}
 
 
 @pytest.fixture
 def search():
   """A search by perplexity of four trials, one pruned."""
-  difference = {
-    "of": "tuned",
-    "to": "baseline",
-    "fitted": False,
-    "value": -0.4,
-    "low": -0.8,
-    "high": 0.1,
-    "p": 0.1,
-    "adjusted": 0.1,
-    "significant": False,
-  }
+  difference = paired_statistics.Contrast(
+    "tuned", "baseline", False, paired_statistics.Difference(-0.4, -0.8, 0.1, 0.1, 0.1)
+  )
   trial = lambda number, kind, state, temperatures, value, rows: {
     "number": number,
     "kind": kind,
@@ -413,7 +385,7 @@ def test_a_search_costs_what_its_trials_cost(search, monkeypatch):
   ]
   assert record["roster_tokens"] == 40  # 160 rows of four members
   # -0.4 of -5 percent; what TPE gave up is no value that it found.
-  assert [record["retained"][k] for k in ("value", "low", "high")] == pytest.approx([8, -2, 16])
+  assert dataclasses.astuple(record["retained"]) == pytest.approx((8, -2, 16))
   assert record["equal_trials"] == {"trials": 2, "sweep": 1.92, "tpe": 1.9}
   text = search_cost.findings([record])
   assert "8 % of the search gain (median; 8 to 8 %) is" in text
@@ -461,7 +433,7 @@ def test_lower_perplexity_is_drawn_higher(name):
     for container in axis.containers
     for y in container.lines[0].get_ydata()
   }
-  reductions = {round(-r[measure]["value"], 9) for r in records if r.get(measure)}
+  reductions = {round(-r[measure].value, 9) for r in records if r.get(measure)}
   reductions -= {0.0}
   assert reductions and reductions <= drawn
   plt.close(figure)

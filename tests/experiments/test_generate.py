@@ -95,6 +95,8 @@ def test_lines_in_lines_out_and_a_killed_run_goes_on_where_it_stopped(tiny_check
     np.testing.assert_allclose(one.pop("log_probs"), record.pop("log_probs"), atol=1e-4)
     assert one == record
 
+  # Before the parameters are read, which a mesh of too many devices would end.
+  arguments += ("--mesh=expert:97",)
   refused = run(tiny_checkpoint, f"--output={target}", *arguments, "--seed=1")
   assert refused.returncode == 1
   assert "other requests or settings" in refused.errors

@@ -1,9 +1,11 @@
+import concurrent.futures
+import fcntl
 import itertools
 import json
 
 import pytest
 
-from experiments.records import jsonl
+from experiments.records import jsonl, store
 
 REQUESTS = [{"id": i, "prompt": f"p{i}"} for i in range(3)]
 
@@ -138,19 +140,19 @@ def test_values_are_computed_once_for_each_name_and_settings(tmp_path):
     return {"x": (1, 2.5)}
 
   for _ in range(2):  # the second time from the file, past a torn line
-    kept = jsonl.SavedValues(path, {"n": 1})
+    kept = store.SavedValues(path, {"n": 1})
     assert kept.get("a", compute) == kept.get("a", compute) == {"x": [1, 2.5]}
     assert "a" in kept and "b" not in kept and len(calls) == 1
     with path.open("a") as file:
       file.write('{"name": "b", "val')
-  other = jsonl.SavedValues(path, {"n": 2})
+  other = store.SavedValues(path, {"n": 2})
   assert "a" not in other and other.get("a", lambda: 7) == 7
-  assert jsonl.SavedValues(path, {"n": 1}).get("a", compute) == {"x": [1, 2.5]} and len(calls) == 1
+  assert store.SavedValues(path, {"n": 1}).get("a", compute) == {"x": [1, 2.5]} and len(calls) == 1
   assert len(path.read_text().splitlines()) == 2
 
 
 def test_values_without_a_file_are_kept_for_the_run():
-  kept = jsonl.SavedValues(None, {})
+  kept = store.SavedValues(None, {})
   assert kept.get("a", lambda: 1) == kept.get("a", lambda: 2) == 1
 
 
@@ -159,7 +161,7 @@ def test_a_file_of_something_else_is_refused_and_kept(tmp_path, content):
   path = tmp_path / "values.jsonl"
   path.write_text(content)
   with pytest.raises(ValueError, match="does not have values of earlier runs"):
-    jsonl.SavedValues(path, {})
+    store.SavedValues(path, {})
   assert path.read_text() == content
 
 
@@ -168,7 +170,7 @@ def test_only_newlines_end_a_line_and_a_byte_order_mark_is_skipped(tmp_path):
   line = json.dumps(value, ensure_ascii=False)
   path.write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n{line}\n".encode())
   assert jsonl.read(str(path), ["id"]) == [value] * 2
-  assert jsonl.read_lines(path) == [value] * 2
+  assert store.read_lines(path) == [value] * 2
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
@@ -181,7 +183,7 @@ def test_another_encoding_is_refused_with_the_name_of_the_file(tmp_path, encodin
 
 def test_written_lines_are_valid_json_whatever_the_values(tmp_path):
   path = tmp_path / "out.jsonl"
-  jsonl.append(path, [{"x": [float("nan"), -float("inf"), 1.5]}])
+  store.Store(path, None).add([{"x": [float("nan"), -float("inf"), 1.5]}])
   with jsonl.Results(str(tmp_path / "results.jsonl"), [{}], {}) as results:
     results.write(0, {"x": float("nan")})
 
@@ -190,3 +192,31 @@ def test_written_lines_are_valid_json_whatever_the_values(tmp_path):
 
   for file, x in ((path, [None, None, 1.5]), (tmp_path / "results.jsonl", None)):
     assert json.loads(file.read_text(), parse_constant=refuse)["x"] == x
+
+
+def test_programs_that_share_a_file_wait_for_each_other(tmp_path):
+  path = tmp_path / "answers.jsonl"
+  line = '{"key": "a", "answer": 1}\n'
+
+  def opened():
+    return store.Store(path, lambda r: r["key"], {"n": 1}, header=True)
+
+  opened().add([{"key": "b", "answer": 2}])
+  with path.open("ab", buffering=0) as other, concurrent.futures.ThreadPoolExecutor() as pool:
+    fcntl.flock(other, fcntl.LOCK_EX)
+    other.write(line[:9].encode())  # the other program is within a line
+    reader = pool.submit(opened)
+    with pytest.raises(concurrent.futures.TimeoutError):
+      reader.result(timeout=0.05)
+    other.write(line[9:].encode())
+    fcntl.flock(other, fcntl.LOCK_UN)
+    found = reader.result()
+  assert list(found.records) == ["b", "a"]
+  # Another program that is killed within a line leaves the lines after it whole.
+  path.write_text(path.read_text() + line[:9])
+  found.add([{"key": "a", "answer": 3}])
+  lines = [json.loads(text) for text in path.read_text().splitlines()]
+  assert lines[0] == {"settings": {"n": 1}} and [r["answer"] for r in lines[1:]] == [2, 1, 3]
+  assert opened().records == {r["key"]: r for r in lines[1:]}
+  with pytest.raises(ValueError, match="not written by this program: .* depend on other settings"):
+    store.Store(path, None, {"n": 2}, header=True)

@@ -87,6 +87,27 @@ def test_a_roster_takes_a_profiles_settings_except_where_flags_are_given(
   assert roster.gate_weights == "noisy"
 
 
+def test_a_router_bias_is_read_from_a_file(model, tmp_path, parsed):
+  path = tmp_path / "bias.json"
+  parsed(f"--router_bias={path}")
+  with pytest.raises(ValueError, match="--router_bias=.*bias.json must be an existing JSON file"):
+    app.roster_from_flags(model[1])
+  bias = [[0.0, 1.5, "-inf", -2.0], [0.0] * 4]
+  path.write_text(json.dumps(bias))
+  settings = app.roster_from_flags(model[1]).settings()
+  assert settings["router_bias"] == bias and settings["num_members"] == 1
+  for wrong, sentence in (
+    ({"a": 1}, "must be a list"),
+    (bias[:1], r"must be numbers \[2, E\]"),
+    ([row[1:] for row in bias], r"must have shape \[2, 4\] \(layers, experts .*got \[2, 3\]"),
+    ([["a"] * 4] * 2, r"must be numbers \[2, E\]"),
+    ([["-inf"] * 3 + [0.0]] * 2, "bans too many experts"),
+  ):
+    path.write_text(json.dumps(wrong))
+    with pytest.raises(ValueError, match=sentence):
+      app.roster_from_flags(model[1])
+
+
 def test_a_roster_is_created_from_a_profile_in_python(profile, model, tmp_path):
   params, config = model
   write(profile, tmp_path / "p.json")

@@ -248,7 +248,7 @@ def test_examples_are_paired_by_what_they_are_called_and_missing_ones_are_counte
   )
   runs = results_lib.load_runs([f"{tmp_path}/*"])
   line = comparisons.quality(runs, runs[0])[1]
-  assert line.comparison.difference == paired_statistics.Difference(0.0, 0.0, 0.0)
+  assert line.comparison.difference == paired_statistics.Difference(0.0, 0.0, 0.0, 1.0, 1.0)
   assert (line.examples, line.missing) == (40, 10)
   assert (
     "wordmath: left out 10 examples that only one of same and baseline has; 40 paired."

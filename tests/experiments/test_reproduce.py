@@ -98,8 +98,10 @@ def test_every_figure_has_what_a_figure_has(name):
 def test_settings_are_overridden_wherever_they_are():
   model, config = reproduce.overridden(
     [figure_models.get("embedded"), Config()],
-    ["sizes=4;8", "step=0.1", "num_examples=7", "math=gsm8k;svamp"],
+    ["sizes=4;8", "step=0.1", "num_examples=7", "math=gsm8k;svamp", "mesh=expert:2"],
   )
+  assert model.mesh == "expert:2"
+  assert reproduce.overridden([model], ["num_examples=null"])[0].num_examples is None
   assert config == Config((4, 8), 0.1)
   assert model.num_examples == 7 and model.math == ("gsm8k", "svamp")
 
@@ -109,13 +111,15 @@ def test_settings_are_overridden_wherever_they_are():
   [
     ("n=3", "must be NAME=VALUE with one of .*step"),
     ("step", "must be NAME=VALUE"),
-    ("step=many", "the value must be like 0.05"),
-    ("sizes=a;b", r"must be like \(1, 2\)"),
+    ("step=many", "step must be a finite number, got 'many'"),
+    ("step=nan", "step must be a finite number, got 'nan'"),
+    ("sizes=a;b", "sizes must be a list whose items are integers, got 'a;b'"),
+    ("num_examples=0", "num_examples must be positive, got 0"),
   ],
 )
 def test_wrong_settings_are_refused(given, message):
   with pytest.raises(ValueError, match=message):
-    reproduce.overridden([Config()], [given])
+    reproduce.overridden([Config(), figure_models.get("embedded")], [given])
 
 
 def test_a_command_is_what_one_types(tmp_path):

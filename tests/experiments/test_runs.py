@@ -31,7 +31,8 @@ def test_a_run_goes_on_where_it_stopped_and_ends_the_same(tmp_path):
     file.write('{"task": "t", "exam')  # torn by a kill
   again = runs.Run(path, "plain", {"n": 1})
   assert again.done == {("t", "b", 0)}
-  again.write([record("a")], {"task": "t", "seed": 0, "tokens": 5})
+  # A batch that was cut off within its lines is measured as a whole again.
+  again.write([record("a"), record("b", correct=0.0)], {"task": "t", "seed": 0, "tokens": 5})
   assert again.finish() == summary
   assert (path / runs.EXAMPLES).read_text() == (tmp_path / "whole" / runs.EXAMPLES).read_text()
   settings, lines, found = runs.load(path)

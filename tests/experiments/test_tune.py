@@ -354,8 +354,8 @@ def test_what_is_not_clear_is_not_called_better():
       "value": (low + high) / 2,
       "low": low,
       "high": high,
-      "excludes_zero": low > 0 or high < 0,
-      "significant": significant and (low > 0 or high < 0),
+      "p": 0.01 if significant else 0.2,
+      "adjusted": 0.02 if significant else 0.4,
     }
     return confirm.format_confirmation(
       {
@@ -407,7 +407,8 @@ def test_the_papers_budgets():
 
 REFUSED = {
   ("--max_tau=0",): "max_tau must be finite and above 0",
-  ("--max_tau=nan",): "max_tau must be finite",
+  ("--max_tau=nan",): "max_tau must be a finite number, got nan",
+  ("--router_bias=b.json",): "--router_bias is not part of a temperature profile",
   ("--fixed_layers=1",): "give 0 to 0, got 1",
   ("--num_trials=2",): "num_trials must be at least 3",
   ("--config=paper_math_gpt5",): "unknown tuning config 'paper_math_gpt5'",
