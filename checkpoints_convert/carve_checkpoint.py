@@ -28,6 +28,7 @@ from roe_jax.layer_inputs import CacheAccess, TokenBatch
 from roe_jax.numerics import project
 from roe_jax.params import LayerParams
 from roe_jax.routers import LINEAR, NEURONS, NONE
+from roe_jax.routers import ROUTERS as ROUTER_KINDS
 from roe_jax.text import utf8
 from roe_jax.text.tokenizer import Tokenizer
 
@@ -234,11 +235,18 @@ def carve(
       x, normed, contributions = calibrate(
         dense, location.is_sliding, layers, i, x, positions, rotation
       )
-      divisions.append(
-        _carve_layer(carved, arrays, result, i, np.asarray(normed), np.asarray(contributions), plan)
+      division = _carve_layer(
+        carved, arrays, result, i, np.asarray(normed), np.asarray(contributions), plan
       )
-      own = {name: jnp.asarray(result[name][i : i + 1]) for name in result}
-      x = _feed_forward(carved, _layer_params(carved, own), x)
+      router, bias = (
+        jnp.asarray(result[name][i : i + 1]) if name in result else None
+        for name in ("router", "router_bias")
+      )
+      scores = ROUTER_KINDS[carved.router].logits(router, bias, 0, normed)
+      x = add_active(
+        carved, plan.active, x, contributions, layers.experts.down[i, 0], division.owners, scores
+      )
+      divisions.append(division)
     yield piece, result, divisions
 
 
@@ -287,9 +295,27 @@ def calibrate(config, is_sliding, layers, layer, x, positions, rotation):
   return x, normed.astype(jnp.float32), hidden * norms[None]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _feed_forward(config, layers, x):
-  return jax.lax.map(lambda x: transformer.feed_forward(config, layers, 0, x[None])[0][0], x)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def add_active(config, active, x, contributions, down, owners, scores):
+  """Adds the output of a carved layer's feed-forward network, from its neurons' contributions.
+
+  Args:
+    config: the model's config.
+    active: A, the number of routed experts per token.
+    x: hidden states `[B, T, D]` before the network.
+    contributions: `[B T, F]`; see `calibrate`.
+    down: `[F, D]`.
+    owners: int `[F]`; see `carving.Division`.
+    scores: `[B T, E]`, which order the routed experts.
+  """
+  down = down.astype(jnp.float32)
+  norms = jnp.linalg.norm(down, axis=-1, keepdims=True)
+  chosen = jnp.ones((len(scores), scores.shape[1] + 1), bool)  # the shared expert comes last
+  chosen = chosen.at[:, :-1].set(False)
+  _, experts = jax.lax.top_k(scores, active)
+  chosen = chosen.at[jnp.arange(len(scores))[:, None], experts].set(True)
+  output = jnp.where(chosen[:, owners], contributions, 0) @ (down / jnp.where(norms > 0, norms, 1))
+  return transformer.add_to_residual(config, x, output.reshape(x.shape).astype(x.dtype))
 
 
 def _carve_layer(carved, arrays, result, layer, normed, contributions, plan) -> carving.Division:

@@ -97,6 +97,13 @@ class Division:
     """All neurons `[F]`: those of the shared expert, then those of each expert."""
     return np.concatenate([self.shared, self.experts.reshape(-1)])
 
+  @property
+  def owners(self) -> np.ndarray:
+    """The expert of each neuron, int `[F]`; E is the shared expert."""
+    owners = np.full(len(self.order), len(self.experts))
+    owners[self.experts] = np.arange(len(self.experts))[:, None]
+    return owners
+
 
 def divide(
   contributions_NxF: np.ndarray, plan: Plan, marked: int | None = None, by_rate: bool = False
@@ -131,9 +138,11 @@ def divide(
 def activation_marks(contributions_NxF: np.ndarray, count: int) -> np.ndarray:
   """Marks the `count` neurons with the largest absolute contribution of each token: bool [N, F]."""
   size = np.abs(contributions_NxF)
-  marks = np.zeros(size.shape, bool)
-  top = np.argpartition(-size, count - 1, axis=1)[:, :count]
-  np.put_along_axis(marks, top, True, axis=1)
+  last = size.shape[1] - count
+  marks = size >= np.partition(size, last, axis=1)[:, last, None]  # 8 times faster than an argsort
+  tied = np.flatnonzero(marks.sum(axis=1) != count)
+  marks[tied] = False
+  marks[tied[:, None], np.argpartition(size[tied], last, axis=1)[:, last:]] = True
   return marks
 
 

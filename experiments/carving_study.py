@@ -40,6 +40,7 @@ from roe_jax.routing import with_experts
 from roe_jax.text.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
+TEMPERATURES = np.geomspace(0.5, 2.0, 25)  # output temperatures; 1 is among them
 SPLITS = ("active", "cmoe", "random")
 ROUTERS = ("linear", "neurons", "oracle")
 _VARIANTS = (
@@ -134,13 +135,9 @@ def perplexity_of_variant(
       "neurons": lambda: np.abs(contributions / norms)[:, division.representatives],
       "oracle": lambda: logs,
     }[router]()
-    hidden = np.zeros_like(contributions)
-    hidden[:, division.shared] = (contributions / norms)[:, division.shared]
-    chosen = np.argsort(-scores, axis=1, kind="stable")[:, : plan.active]
-    for expert, neurons in enumerate(division.experts):
-      rows = np.flatnonzero((chosen == expert).any(axis=1))[:, None]
-      hidden[rows, neurons] = (contributions / norms)[rows, neurons]
-    x = transformer.add_to_residual(config, x, jnp.asarray(hidden @ down).reshape(x.shape))
+    x = carve_checkpoint.add_active(
+      config, plan.active, x, contributions, down, division.owners, scores
+    )
   nll = [
     _nll(params, config, states, jnp.asarray(tokens))
     for states, tokens in zip(x[len(calibration) :], text)
@@ -161,7 +158,6 @@ def roster_rows(
   keep: Callable[[str, Callable], list[list[float]]],
 ) -> list[list]:
   """Returns a table's rows for one carved checkpoint, with its baseline first."""
-  grid = [1.0, *output_temperatures.GRID.tolist()]
   active = [int(a) for a in FLAGS.active] or [config.num_experts]
   own = config.experts_per_token
   settings = [(a, 1, 0.0) for a in dict.fromkeys([own, *active])]
@@ -174,15 +170,20 @@ def roster_rows(
     def nll(seed):
       roster = Roster.create(model, n, tau, seed=seed)
       scores = scoring.score(
-        params, model, text.tolist(), roster=roster, output_temperatures=grid, batch_size=4
+        params,
+        model,
+        text.tolist(),
+        roster=roster,
+        output_temperatures=TEMPERATURES.tolist(),
+        batch_size=4,
       )
       return [(-s.log_probs.sum(axis=0, dtype=np.float64)).tolist() for s in scores.sequences]
 
     seeds = range(FLAGS.seed, FLAGS.seed + (FLAGS.seeds if n > 1 else 1))
     name = f"{count} active, n = {n}, τ = {tau}, seed = "
     nll_XxSxG = np.stack([keep(f"{name}{seed}", lambda: nll(seed)) for seed in seeds], axis=1)
-    total_G = nll_XxSxG.sum(axis=(0, 1))[1:]
-    plain, fitted = nll_XxSxG[..., 0], nll_XxSxG[..., 1 + np.argmin(total_G)]
+    total_G = nll_XxSxG.sum(axis=(0, 1))
+    plain, fitted = (nll_XxSxG[..., i] for i in (len(TEMPERATURES) // 2, np.argmin(total_G)))
     share = (config.d_shared_expert + count * config.d_expert) / (
       config.d_shared_expert + config.num_experts * config.d_expert
     )
@@ -190,7 +191,7 @@ def roster_rows(
     row.append(f"{paired_statistics.perplexity(plain, tokens).value:.2f}")
     row.append(_difference(plain, baseline and baseline[0], tokens))
     row.append(f"{paired_statistics.perplexity(fitted, tokens).value:.2f}")
-    row.append(f"{output_temperatures.fit(total_G[None]):.2f}")
+    row.append(f"{output_temperatures.fit(total_G[None], TEMPERATURES):.2f}")
     row.append(_difference(fitted, baseline and baseline[1], tokens))
     rows.append(row)
     print(*row, sep=" | ", flush=True)
@@ -214,7 +215,8 @@ def main(argv) -> None:
   output = FLAGS.output and pathlib.Path(FLAGS.output)
   names = ("num_tokens", "window", "seed", "calibration", "calibration_tokens", "text")
   saved = store.SavedValues(
-    output / "measured.jsonl" if output else None, {n: FLAGS[n].value for n in names}
+    output / "measured.jsonl" if output else None,
+    {n: FLAGS[n].value for n in names} | {"temperatures": TEMPERATURES.tolist()},
   )
   variants = [v.split(":") for v in FLAGS.variants]
   for variant in variants:

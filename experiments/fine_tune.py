@@ -53,12 +53,13 @@ class Settings:
   window: int = 256
   batch_size: int = 4
   held_out_tokens: int = 2048
+  evaluate_every: int | None = None
   save_every: int = 25
   seed: int = 0
 
   def facts(self) -> dict[str, Any]:
     """Returns the values that the result depends on, except the model and the text."""
-    others = ("checkpoint", "text", "output", "save_every")
+    others = ("checkpoint", "text", "output", "evaluate_every", "save_every")
     return {n: v for n, v in dataclasses.asdict(self).items() if n not in others}
 
 
@@ -69,7 +70,7 @@ def define_flags() -> None:
   flags.DEFINE_string("output", help="Folder for the run.", **required)
   helps = {
     "steps": "Number of steps.",
-    "rank": "Rank of the adapters.",
+    "rank": "Rank of the adapters; 0 for none.",
     "learning_rate": "Peak learning rate of the adapters and the router.",
     "gate_learning_rate": "Peak learning rate of the gates' scales.",
     "gate_scales": "Train scales of the gates. Default: if the gates are one.",
@@ -77,6 +78,7 @@ def define_flags() -> None:
     "window": "Tokens per sequence.",
     "batch_size": "Sequences per step.",
     "held_out_tokens": "Tokens at the end of the text to hold out.",
+    "evaluate_every": "Steps between evaluations. Default: at the end only.",
     "save_every": "Steps between saved states.",
     "seed": "Seed for the adapters and for the sequences of each step.",
   }
@@ -106,17 +108,22 @@ def check(settings: Settings, config: ModelConfig) -> None:
     )
   limits = {
     "steps": (1, math.inf),
-    "rank": (1, config.d_model),
+    "rank": (0, config.d_model),
     "window": (2, min(config.context_length, config.sliding_window or config.context_length)),
     "batch_size": (1, math.inf),
     "held_out_tokens": (settings.window, math.inf),
+    "evaluate_every": (1, math.inf),
     "save_every": (1, math.inf),
     "seed": (0, 2**32 - 1),
   }
   for field, (least, most) in limits.items():
-    if not least <= (value := getattr(settings, field)) <= most:
+    value = getattr(settings, field)
+    if value is not None and not least <= value <= most:
       allowed = f"at least {least}" if most == math.inf else f"between {least} and {most}"
       raise ValueError(f"--{field} must be {allowed}, got {value}")
+  scales = settings.gate_scales is not False and config.unit_gates
+  if not (settings.rank or settings.train_router or scales):
+    raise ValueError("--rank=0 without the router and scales trains nothing: give a --rank")
   for field in ("learning_rate", "gate_learning_rate"):
     if not 0 < getattr(settings, field) < math.inf:
       raise ValueError(f"--{field} must be positive, got {getattr(settings, field)}")
@@ -210,7 +217,7 @@ def adapt(
     num_steps=settings.steps,
     log_every=LOG_EVERY,
     save_every=settings.save_every,
-    evaluate_every=settings.steps,
+    evaluate_every=settings.evaluate_every or settings.steps,
     evaluate_first=True,
   )
   return merged(state), metrics

@@ -11,7 +11,6 @@ Prints tables and writes all values to --output. Rerun with the same flags, it r
 """
 
 from collections.abc import Callable
-import dataclasses
 import functools
 import pathlib
 from typing import Any
@@ -340,7 +339,7 @@ def main(argv) -> None:
   app.write_atomically(
     output / "results.json",
     text_files.to_json(
-      {"settings": settings, "models": summary}, indent=2, default=dataclasses.asdict
+      {"settings": settings, "models": summary}, indent=2, default=lambda d: d.to_json()
     )
     + "\n",
   )

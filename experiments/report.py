@@ -16,7 +16,6 @@ on validation data) and `tokens`; for calibration the lists `confidences`,
 Missing entries are reported as not measured.
 """
 
-import dataclasses
 import pathlib
 import re
 import shlex
@@ -132,7 +131,7 @@ def write(
     text += "\n\n" + "\n\n".join([f"## {title}", body, *shown])
   app.write_atomically(output / "report.md", text + "\n")
   compared = [
-    dataclasses.asdict(line.comparison) | {"is_significant": line.comparison.is_significant}
+    line.comparison.to_json()
     for lines in (quality, likelihoods, calibrations)
     for line in lines
     if line.comparison

@@ -106,8 +106,11 @@ void expect(const std::vector<float>& found, const std::vector<double>& right, c
 void experts(roe::Kind kind) {
   const bool packed = kind >= roe::Kind::kInt4, blocks = kind == roe::Kind::kMxFp4;
   const int64_t step = blocks ? 32 : packed ? 8 : 4;
-  const int64_t n = between(1, 20), count = between(1, 6), a = between(1, count);
-  const int64_t d = step * between(1, 24), f = blocks ? 32 * between(1, 3) : between(1, 80);
+  const bool large = between(0, 9) == 0;  // more than a tile has, of tokens and columns
+  const int64_t n = large ? between(40, 110) : between(1, 20);
+  const int64_t count = between(1, 6), a = between(1, count);
+  const int64_t d = large ? 64 * between(15, 35) : step * between(1, 24);
+  const int64_t f = blocks ? 32 * between(1, 3) : between(1, 80);
   const int64_t most = kind == roe::Kind::kInt8 ? 128 : kind == roe::Kind::kInt4 ? 64 : 32;
   const bool scaled = kind >= roe::Kind::kInt8;
   const int64_t along = scaled ? std::gcd(most, d) : d, down = scaled ? std::gcd(most, f) : 1;
@@ -181,7 +184,9 @@ void experts(roe::Kind kind) {
 }
 
 void products(roe::Kind kind) {
-  const int64_t n = between(1, 20), d = 4 * between(1, 100), rows = between(1, 200);
+  const bool large = between(0, 9) == 0;
+  const int64_t n = large ? between(40, 110) : between(1, 20), rows = between(1, 200);
+  const int64_t d = large ? 32 * between(30, 70) : 4 * between(1, 100);
   const bool is_bfloat16 = kind == roe::Kind::kBFloat16;
   const int64_t index = between(0, 1);
   const Stored m = stored(kind, 2 * rows, d, d, 1);

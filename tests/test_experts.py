@@ -219,8 +219,8 @@ def test_choice_of_strategy(monkeypatch):
   monkeypatch.setattr(experts_lib, "kernel_passes", lambda *args: True)
   for available, chosen in ((True, "native"), (False, "tiled_loop")):
     monkeypatch.setattr(native, "is_available", lambda available=available: available)
-    assert choice(1, 8, 64, "float32", "cpu") == choice(64, 8, 64, "bfloat16", "cpu") == chosen
-    assert choice(65, 8, 64, "float32", "cpu") == "tiled_loop"
+    assert choice(1, 8, 64, "float32", "cpu") == choice(1024, 8, 64, "bfloat16", "cpu") == chosen
+    assert choice(1025, 8, 64, "float32", "cpu") == "tiled_loop"
     assert choice(1, 8, 64, "bfloat16", "cpu", "int4") == chosen
     assert choice(1, 8, 64, "float32", "cpu", None, 6) == "tiled_loop"
   # A layout that a TPU's kernel would have changed.

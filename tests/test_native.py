@@ -25,15 +25,16 @@ def kernels():
     pytest.skip("no C++ compiler")
 
 
-# Vectors of every width, with rows that no block divides; one, few and many tokens.
-@pytest.mark.parametrize("width, rows", [(4, 1), (36, 7), (64, 67), (288, 130)])
+# Vectors of every width, with rows that no block divides; one, few and many tokens, and more
+# tokens and columns than a tile has.
+@pytest.mark.parametrize("width, rows", [(4, 1), (36, 7), (64, 67), (288, 130), (1120, 35)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_products_are_those_of_float64(kernels, dtype, width, rows):
   random = np.random.RandomState(0)
   weights = jnp.asarray(random.standard_normal((L, rows, width)), dtype)
   exact = np.asarray(weights, np.float64)
   weights = numerics.to_storage_dtype(weights, jnp.zeros(0, numerics.storage_dtype(dtype)))
-  for n in (1, 2, 3, 4, 5, 6, 13):
+  for n in (1, 2, 3, 4, 5, 6, 13, 50):
     x, h = (jnp.float32(random.standard_normal((n, size))) for size in (width, rows))
     for layer in range(L):
       for found, left, right in (

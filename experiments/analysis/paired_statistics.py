@@ -352,6 +352,14 @@ class Comparison:
   difference: Difference
   test: Test
 
+  def to_json(self) -> dict[str, Any]:
+    d = self.difference
+    return dataclasses.asdict(self) | {
+      "difference": Estimate(d.value, d.low, d.high).to_json(),
+      "adjusted": self.adjusted,
+      "is_significant": self.is_significant,
+    }
+
   @property
   def adjusted(self) -> float:
     """The p-value after Holm's correction."""

@@ -17,8 +17,15 @@ import nbformat
 FOLDER = pathlib.Path(__file__).resolve().parent
 
 
-def execute(notebook: nbformat.NotebookNode, folder: pathlib.Path) -> nbformat.NotebookNode:
+def execute(
+  notebook: nbformat.NotebookNode, folder: pathlib.Path, timeout: int = 300
+) -> nbformat.NotebookNode:
   """Executes a notebook in `folder` and returns it with outputs, without stderr and times.
+
+  Args:
+    notebook: the notebook, which is changed.
+    folder: the working folder. A model in `folder/org/name` stands for that name on the hub.
+    timeout: seconds per cell.
 
   Raises:
     nbclient.exceptions.CellExecutionError: a cell fails, or a program that it starts.
@@ -27,7 +34,7 @@ def execute(notebook: nbformat.NotebookNode, folder: pathlib.Path) -> nbformat.N
   paths = {name: f"{path}{os.pathsep}{os.environ.get(name, '')}" for name, path in paths.items()}
   client = nbclient.NotebookClient(
     notebook,
-    timeout=300,
+    timeout=timeout,
     record_timing=False,
     kernel_name="python3",
     extra_arguments=["--InteractiveShell.system_raise_on_error=True"],

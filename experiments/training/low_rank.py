@@ -59,18 +59,18 @@ def init(
   Args:
     params: the model's parameters.
     config: its architecture.
-    rank: r.
+    rank: r; 0 for no adapters.
     whole: names of the parameters that are tuned as they are.
     key: is consumed.
   """
   leaves = named_leaves(params.layers)
-  names = matrices(config)
+  names = matrices(config) if rank else []
   deviation = config.d_model**-0.5
   return Tuned(
     {name: jnp.zeros((*leaves[name].shape[:-1], rank)) for name in names},
     {
       name: deviation * jax.random.normal(k, (config.num_layers, rank, config.d_model))
-      for name, k in zip(names, jax.random.split(key, len(names)))
+      for name, k in zip(names, jax.random.split(key, len(names) or 1))
     },
     {name: leaves[name].astype(jnp.float32) for name in whole},
   )

@@ -124,13 +124,16 @@ def run(
 
     def write_evaluation(step):
       scores = evaluate(state)
-      metrics.add([{"step": step, "kind": "evaluation", **scores}])
-      tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+      record = {"step": step, "kind": "evaluation", **scores, "seconds": round(seconds, 2)}
+      metrics.add([record])
+      values = ", ".join(f"{k} {v:.4g}" for k, v in scores.items())
+      tqdm.write(f"step {step}, {seconds / 60:.1f} minutes of training: {values}")
 
+    before = metrics.last("training") or {"tokens": 0, "seconds": 0.0}
+    tokens, seconds = before["tokens"], before["seconds"]
     if evaluate_first and metrics.last("evaluation") is None:
       write_evaluation(first)
-    before = metrics.last("training") or {"tokens": 0, "seconds": 0.0}
-    tokens, seconds, start = before["tokens"], before["seconds"], time.monotonic()
+    start = time.monotonic()
     mark = tokens, seconds  # the rate is measured from here
     progress = tqdm(total=num_steps, initial=first, unit="step", mininterval=2, dynamic_ncols=True)
     for step in range(first + 1, num_steps + 1):

@@ -1,7 +1,7 @@
-// Expert layers and matrix products with few tokens on CPUs.
+// Expert layers and matrix products with up to some hundred tokens on CPUs.
 //
-// Weights are read once, in their storage format, dequantized in registers, and multiplied in
-// float32 with all tokens that need them. Every sum has a fixed order, so results do not depend
+// Weights are read in their storage format, dequantized in registers (with many tokens, a tile at a
+// time), and multiplied in float32 with all tokens that need them. Every sum has a fixed order, so results do not depend
 // on the number of threads.
 //
 // A *unit* is four vectors of V elements, the unit of reading. A format loads the codes of a unit
@@ -62,6 +62,17 @@ template <class To, class From>
 ROE_INLINE To bits(From value) {
   static_assert(sizeof(To) == sizeof(From));
   return load<To>(&value);
+}
+
+// Keeps a vector in a register; else compilers may load it anew for each of its uses.
+template <int V>
+ROE_INLINE Floats<V> kept(Floats<V> v) {
+#if defined(__x86_64__)
+  if constexpr (V > 1) asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  if constexpr (V > 1) asm("" : "+w"(v));
+#endif
+  return v;
 }
 
 template <int V>
@@ -328,13 +339,25 @@ struct Columns {
 
   int64_t size() const { return Format::kHalves * units * 4 * V; }
 
-  // The column at place `i` of an array in the order of vectors.
-  int64_t at(int64_t i) const {
-    constexpr int p = Format::kPerLane;
-    const int64_t size = units * 4 * V, half = i / size, c = i % size, b = c / (p * V) * (p * V);
-    return half * (width / Format::kHalves) + first * 4 * V + b + c % V * p + c % (p * V) / V;
+  // Calls `f` with every column and its place in arrays in the order of vectors.
+  template <class F>
+  ROE_INLINE void each(F f) const {
+    for (int half = 0; half < Format::kHalves; half++) {
+      const int64_t column = half * (width / Format::kHalves) + first * 4 * V;
+      const int64_t place = half * units * 4 * V;
+      for (int64_t i = 0; i < units * 4 * V; i++) f(column + i, place + ordered<Format, V>(i));
+    }
   }
 };
+
+// Reads the scales of a row's columns.
+template <class Format, int V>
+void read_scales(const Matrix& m, int64_t row, const Columns<Format, V>& columns, float* scales) {
+  const int64_t first = row / m.groups * m.width;
+  columns.each([&](int64_t column, int64_t i) {
+    scales[i] = Format::scale(m.scales, first + column);
+  });
+}
 
 // Computes y[n] += sum of h[n][i] * matrix row (begin + i) for `size` rows and all tokens. y holds
 // the columns in the order of vectors; `scales` has room for as many values.
@@ -350,9 +373,7 @@ void weigh(
     if (Format::kScaled) {
       const int64_t now = (begin + row) / m.groups;
       rows = std::min(rows, (now + 1) * m.groups - begin - row);
-      for (int64_t i = 0; now != group && i < columns.size(); i++) {
-        scales[i] = Format::scale(m.scales, now * m.width + columns.at(i));
-      }
+      if (now != group) read_scales(m, begin + row, columns, scales);
       group = now;
     }
     const char* codes = m.codes + (begin + row) * row_bytes + columns.first * unit;
@@ -368,6 +389,262 @@ void weigh(
         }
       });
     }
+  }
+}
+
+// Many tokens. A tile of weights is dequantized once, to float32, and stays in the core's second
+// cache while all tokens pass, a block of which stays in the first. Tiles are as wide as a page of
+// memory, since to look up pages takes long.
+
+constexpr int64_t kTile = 32;          // neurons of an item
+constexpr int64_t kTileRows = 32;      // of a tile
+constexpr int64_t kTileColumns = 1024;
+constexpr int64_t kChunk = 512;        // columns of a tile that a block of tokens passes at a time
+constexpr int64_t kMost = 48;          // tokens that pass together
+
+// Memory of a thread, kept for its later items.
+struct Scratch {
+  alignas(64) float weights[(kTileRows + kGap) * kTileColumns];
+  alignas(64) float sums[kTileRows * kMost * kLanes];
+
+  static Scratch& of_this_thread() {
+    static thread_local const std::unique_ptr<Scratch> scratch(new Scratch);
+    return *scratch;
+  }
+};
+
+// Whether tiles pay, by measurement.
+template <class Format, int V>
+bool is_many(int64_t tokens) {
+  return V > 1 && tokens >= (Format::kScaled ? 8 : 16);
+}
+
+// The size of the next of the fewest parts of `left`, of at most `most` each, that are about equal.
+inline int64_t part_of(int64_t left, int64_t most) {
+  const int64_t parts = (left + most - 1) / most;
+  return (left + parts - 1) / parts;
+}
+
+// Calls `f` for blocks of tokens: with the number of tokens as a constant, and the first of them.
+template <class F>
+ROE_INLINE void by_blocks(int64_t tokens, F f) {
+  for (int64_t n = 0, count; n < tokens; n += count) {
+    count = part_of(tokens - n, kTokens);
+    switch (count) {
+      case 3: f(std::integral_constant<int, 3>(), n); break;
+      case 4: f(std::integral_constant<int, 4>(), n); break;
+      case 5: f(std::integral_constant<int, 5>(), n); break;
+      default: f(std::integral_constant<int, 6>(), n);
+    }
+  }
+}
+
+template <int V>
+ROE_INLINE void store(float* to, Floats<V> value) {
+  std::memcpy(to, &value, sizeof value);
+}
+
+// Calls `f` with every vector of one half of a row, and its place. Prefetches `ahead` bytes.
+template <class Format, int V, int kHalf, class F>
+ROE_INLINE void each_vector(const char* codes, int64_t units, int64_t ahead, F f) {
+  constexpr int64_t unit = Format::kUnitBytesPerLane * V;
+  for (int64_t u = 0; u < units; u++, codes += unit) {
+    for (int64_t b = 0; b < unit; b += 64) __builtin_prefetch(codes + ahead + b, 0, 3);
+    const auto lanes = Format::template read<V, kHalf>(codes);
+    ROE_UNROLL for (int i = 0; i < 4; i++) {
+      f(4 * u + i, Format::template element<V, kHalf>(lanes, i));
+    }
+  }
+}
+
+// Bytes of the fewest rows that are at least a page.
+inline int64_t bytes_ahead(int64_t row_bytes) {
+  return (4095 + row_bytes) / row_bytes * row_bytes;
+}
+
+// Adds the products of R rows of weights with N tokens to `sums`.
+template <int V, int R, int N>
+ROE_INLINE void dot_chunk(
+    const float* weights, int64_t stride, const float* const* x, int64_t first, int64_t size,
+    Floats<V>* to, int64_t to_stride) {
+  Floats<V> sums[R][N];
+  const float* at[N];
+  ROE_UNROLL for (int n = 0; n < N; n++) at[n] = x[n] + first;
+  ROE_UNROLL for (int r = 0; r < R; r++) {
+    ROE_UNROLL for (int n = 0; n < N; n++) sums[r][n] = to[r * to_stride + n];
+  }
+  for (int64_t c = 0; c < size; c += V) {
+    Floats<V> w[R];
+    ROE_UNROLL for (int r = 0; r < R; r++) {
+      w[r] = kept<V>(load<Floats<V>>(weights + r * stride + c));
+    }
+    ROE_UNROLL for (int n = 0; n < N; n++) {
+      const Floats<V> values = kept<V>(load<Floats<V>>(at[n] + c));
+      ROE_UNROLL for (int r = 0; r < R; r++) sums[r][n] += w[r] * values;
+    }
+  }
+  ROE_UNROLL for (int r = 0; r < R; r++) {
+    ROE_UNROLL for (int n = 0; n < N; n++) to[r * to_stride + n] = sums[r][n];
+  }
+}
+
+// Multiplies `size` columns of `rows` rows, from column `first` of the tokens on, with all tokens.
+template <int V>
+void dot_tile(
+    const float* weights, int64_t stride, int64_t rows, const float* const* x, int64_t tokens,
+    int64_t first, int64_t size, Floats<V>* sums) {
+  constexpr int R = kRegisters > 16 ? 4 : 2;
+  for (int64_t c = 0, chunk; c < size; c += chunk) {
+    chunk = std::min(kChunk, size - c);
+    by_blocks(tokens, [&](auto constant, int64_t n) {
+      constexpr int N = constant;
+      int64_t row = 0;
+      for (; row + R <= rows; row += R) {
+        dot_chunk<V, R, N>(
+            weights + row * stride + c, stride, x + n, first + c, chunk, sums + row * tokens + n,
+            tokens);
+      }
+      for (; row < rows; row++) {
+        dot_chunk<V, 1, N>(
+            weights + row * stride + c, stride, x + n, first + c, chunk, sums + row * tokens + n,
+            tokens);
+      }
+    });
+  }
+}
+
+// Computes out[r][n] = row r . x[n], as `dot`, for at most `kTileRows` rows and `kMost` tokens.
+template <class Format, int V>
+void dot_many(
+    const Matrix& m, int64_t begin, int64_t rows, const float* const* x, int64_t tokens,
+    float* out) {
+  constexpr int64_t unit = Format::kUnitBytesPerLane * V, most = kTileColumns / (4 * V);
+  Scratch& scratch = Scratch::of_this_thread();
+  auto* sums = reinterpret_cast<Floats<V>*>(scratch.sums);
+  std::fill_n(sums, rows * tokens, Floats<V>{});
+  const int64_t width = m.width / Format::kHalves, all = width / (4 * V), row_bytes = all * unit;
+  const int64_t group = m.width / m.groups, ahead = bytes_ahead(row_bytes);
+  for (int64_t u = 0, units; u < all; u += units) {
+    units = std::min(most, all - u);
+    const int64_t size = units * 4 * V, stride = size + kGap;
+    const char* codes = m.codes + begin * row_bytes + u * unit;
+    const auto half = [&](auto constant) {
+      constexpr int kHalf = constant;
+      for (int64_t r = 0; r < rows; r++) {
+        for (int64_t i = 0, run; i < units; i += run) {
+          const int64_t column = kHalf * width + (u + i) * 4 * V;
+          float* to = scratch.weights + r * stride + i * 4 * V;
+          run = units - i;
+          float scale = 1;
+          if (Format::kScaled) {
+            run = std::min(run, (group - column % group) / (4 * V));
+            scale = Format::scale(m.scales, (begin + r) * m.groups + column / group);
+          }
+          each_vector<Format, V, kHalf>(
+              codes + r * row_bytes + i * unit, run, ahead, [&](int64_t at, Floats<V> w) {
+                store<V>(to + at * V, Format::kScaled ? w * scale : w);
+              });
+        }
+      }
+      dot_tile<V>(
+          scratch.weights, stride, rows, x, tokens, kHalf * width + u * 4 * V, size, sums);
+    };
+    half(std::integral_constant<int, 0>());
+    if constexpr (Format::kHalves == 2) half(std::integral_constant<int, 1>());
+  }
+  for (int64_t i = 0; i < rows * tokens; i++) out[i] = total<V>(sums[i]);
+}
+
+// Computes out[r][n] = row r . x[n] for the first `count` of `tokens` tokens, and returns count.
+template <class Format, int V>
+int64_t dot_tokens(
+    const Matrix& m, int64_t begin, int64_t rows, const float* const* x, int64_t tokens,
+    float* out) {
+  if (is_many<Format, V>(tokens)) {
+    const int64_t count = part_of(tokens, kMost);
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      dot_many<Format, V>(
+          m, begin + r, std::min(kTileRows, rows - r), x, count, out + r * count);
+    }
+    return count;
+  }
+  const int64_t count = block_of<V>(tokens);
+  by_tokens<V>(count, [&](auto constant) {
+    dot_rows<Format, V, constant>(m, begin, begin + rows, x, out, count);
+  });
+  return count;
+}
+
+// As `weigh`, for at most `kTileColumns` columns.
+template <class Format, int V>
+void weigh_many(
+    const Matrix& m, int64_t begin, int64_t size, const Columns<Format, V>& columns,
+    int64_t tokens, const float* const* h, float* const* y, float* scales) {
+  constexpr int64_t unit = Format::kUnitBytesPerLane * V;
+  constexpr int Q = kRegisters > 16 ? 4 : 2;
+  float* const weights = Scratch::of_this_thread().weights;
+  const int64_t row_bytes = m.width / Format::kHalves / (4 * V) * unit;
+  const int64_t panels = columns.size() / (Q * V), ahead = bytes_ahead(row_bytes);
+  int64_t group = -1;
+  for (int64_t row = 0, rows; row < size; row += rows) {
+    rows = std::min(kTileRows, size - row);
+    const int64_t stride = rows * Q * V + kGap;
+    const char* codes = m.codes + (begin + row) * row_bytes + columns.first * unit;
+    for (int64_t r = 0; r < rows; r++) {
+      if (Format::kScaled && (begin + row + r) / m.groups != group) {
+        group = (begin + row + r) / m.groups;
+        read_scales(m, begin + row + r, columns, scales);
+      }
+      const auto half = [&](auto constant) {
+        constexpr int kHalf = constant;
+        const int64_t first = kHalf * columns.units * 4;
+        each_vector<Format, V, kHalf>(
+            codes + r * row_bytes, columns.units, ahead, [&](int64_t at, Floats<V> w) {
+              at += first;
+              if (Format::kScaled) w *= load<Floats<V>>(scales + at * V);
+              store<V>(weights + at / Q * stride + (r * Q + at % Q) * V, w);
+            });
+      };
+      half(std::integral_constant<int, 0>());
+      if constexpr (Format::kHalves == 2) half(std::integral_constant<int, 1>());
+    }
+    for (int64_t p = 0; p < panels; p++) {
+      const float* panel = weights + p * stride;
+      by_blocks(tokens, [&](auto constant, int64_t n) {
+        constexpr int N = constant;
+        Floats<V> sums[N][Q];
+        const float* at[N];
+        ROE_UNROLL for (int i = 0; i < N; i++) {
+          at[i] = h[n + i] + row;
+          const float* from = y[n + i] + p * Q * V;
+          ROE_UNROLL for (int q = 0; q < Q; q++) sums[i][q] = load<Floats<V>>(from + q * V);
+        }
+        for (int64_t r = 0; r < rows; r++) {
+          Floats<V> w[Q];
+          ROE_UNROLL for (int q = 0; q < Q; q++) {
+            w[q] = kept<V>(load<Floats<V>>(panel + (r * Q + q) * V));
+          }
+          ROE_UNROLL for (int i = 0; i < N; i++) {
+            ROE_UNROLL for (int q = 0; q < Q; q++) sums[i][q] += w[q] * at[i][r];
+          }
+        }
+        ROE_UNROLL for (int i = 0; i < N; i++) {
+          float* to = y[n + i] + p * Q * V;
+          ROE_UNROLL for (int q = 0; q < Q; q++) store<V>(to + q * V, sums[i][q]);
+        }
+      });
+    }
+  }
+}
+
+template <class Format, int V>
+void weigh_tokens(
+    const Matrix& m, int64_t begin, int64_t size, const Columns<Format, V>& columns,
+    int64_t tokens, const float* const* h, float* const* y, float* scales) {
+  if (is_many<Format, V>(tokens)) {
+    weigh_many<Format, V>(m, begin, size, columns, tokens, h, y, scales);
+  } else {
+    weigh<Format, V>(m, begin, size, columns, tokens, h, y, scales);
   }
 }
 
@@ -424,10 +701,15 @@ int64_t num_threads(Pool& pool, int64_t bytes) {
   return std::clamp<int64_t>(bytes / kThreadBytes, 1, std::max<int64_t>(1, pool.num_threads()));
 }
 
-// Units of columns per item: two items per thread, but segments of rows of at least 256 bytes.
+// Units of columns per item. With few tokens two items per thread, but segments of rows of at least
+// 256 bytes.
 template <class Format, int V>
-int64_t item_units(int64_t width, int64_t threads) {
+int64_t item_units(int64_t width, int64_t threads, int64_t tokens) {
   const int64_t all = width / Format::kHalves / (4 * V);
+  if (is_many<Format, V>(tokens)) {
+    const int64_t most = kTileColumns / Format::kHalves / (4 * V);
+    return std::clamp<int64_t>((all + threads - 1) / threads, 1, most);
+  }
   if (threads == 1) return all;
   const int64_t least = std::max<int64_t>(1, 256 / (Format::kUnitBytesPerLane * V));
   return std::min(all, std::max(least, (all + 2 * threads - 1) / (2 * threads)));
@@ -440,43 +722,52 @@ struct Activation {
   bool round;  // hidden values to bfloat16
 };
 
-ROE_INLINE float exponential(float x) {
-  x = x < 88.0f ? x : 88.0f;
-  x = x > -87.0f ? x : -87.0f;
-  const float shifted = x * 1.44269504f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
+template <int V>
+ROE_INLINE Floats<V> select(Ints<V> mask, Floats<V> yes, Floats<V> no) {
+  return bits<Floats<V>>((mask & bits<Ints<V>>(yes)) | (~mask & bits<Ints<V>>(no)));
+}
+
+template <int V>
+ROE_INLINE Floats<V> exponential(Floats<V> x) {
+  const Floats<V> most = Floats<V>{} + 88.0f, least = Floats<V>{} - 87.0f;
+  x = select<V>(x < most, x, most);
+  x = select<V>(x > least, x, least);
+  const Floats<V> shifted = x * 1.44269504f + 12582912.0f;
+  const Floats<V> n = shifted - 12582912.0f;
+  const Floats<V> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats<V> p = Floats<V>{} + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const int32_t exponent = (bits<int32_t>(shifted) - 0x4b400000 + 127) << 23;
-  return p * bits<float>(exponent);
+  const Ints<V> exponent = (bits<Ints<V>>(shifted) - 0x4b400000 + 127) << 23;
+  return p * bits<Floats<V>>(exponent);
 }
 
-ROE_INLINE float to_bfloat16(float x) {
-  const uint32_t raw = bits<uint32_t>(x);
-  const uint32_t rounded = (raw + 0x7fff + ((raw >> 16) & 1)) & 0xffff0000;
-  return x == x ? bits<float>(rounded) : x;
+template <int V>
+ROE_INLINE Floats<V> to_bfloat16(Floats<V> x) {
+  typedef uint32_t Unsigned __attribute__((vector_size(4 * V)));
+  const Unsigned raw = bits<Unsigned>(x);
+  const Unsigned rounded = (raw + 0x7fff + ((raw >> 16) & 1)) & 0xffff0000;
+  return select<V>(x == x, bits<Floats<V>>(rounded), x);
 }
 
-ROE_INLINE float activate(const Activation& a, float gate, float up) {
-  float hidden;
+template <int V>
+ROE_INLINE Floats<V> activate(const Activation& a, Floats<V> gate, Floats<V> up) {
+  Floats<V> hidden;
   if (a.clamped) {
-    gate = gate > a.limit ? a.limit : gate;
-    up = up > a.limit ? a.limit : up;
-    up = up < -a.limit ? -a.limit : up;
-    hidden = (up + 1) * gate / (1 + exponential(-a.alpha * gate));
+    const Floats<V> most = Floats<V>{} + a.limit;
+    gate = select<V>(gate > most, most, gate);
+    up = select<V>(up > most, most, up);
+    up = select<V>(up < -most, -most, up);
+    hidden = (up + 1) * gate / (1 + exponential<V>(-a.alpha * gate));
   } else {
-    hidden = gate / (1 + exponential(-gate)) * up;
+    hidden = gate / (1 + exponential<V>(-gate)) * up;
   }
-  return a.round ? to_bfloat16(hidden) : hidden;
+  return a.round ? to_bfloat16<V>(hidden) : hidden;
 }
-
-constexpr int64_t kTile = 32;  // neurons of an item
 
 struct Experts {
   int64_t num_tokens, num_choices, num_experts, d_model, d_expert;
@@ -538,14 +829,11 @@ void run_experts(Pool& pool, const Experts& e) {
     const int64_t expert = active[item / tiles], first = item % tiles * kTile;
     const int64_t size = std::min(kTile, f - first);
     const int64_t row = ((e.layer * e.num_experts + expert) * f + first) * 2;
-    float out[2 * kTile * kTokens];
+    float out[2 * kTile * kMost];
+    float projected[2][kTile] = {};
     for (int64_t p = ends[expert], count; p < ends[expert + 1]; p += count) {
-      count = block_of<V>(ends[expert + 1] - p);
-      by_tokens<V>(count, [&](auto constant) {
-        dot_rows<Format, V, constant>(e.gate_up, row, row + 2 * size, &x[p], out, count);
-      });
+      count = dot_tokens<Format, V>(e.gate_up, row, 2 * size, &x[p], ends[expert + 1] - p, out);
       for (int64_t i = 0; i < count; i++) {
-        float projected[2][kTile];
         for (int64_t j = 0; j < size; j++) {
           for (int c = 0; c < 2; c++) {
             float value = out[(2 * j + c) * count + i];
@@ -556,40 +844,49 @@ void run_experts(Pool& pool, const Experts& e) {
           }
         }
         float* to = e.hidden + (p + i) * f + first;
-        for (int64_t j = 0; j < size; j++) {
-          to[j] = gates[p + i] * activate(e.activation, projected[0][j], projected[1][j]);
+        for (int64_t j = 0; j < kTile; j += V) {
+          const Floats<V> h = activate<V>(
+              e.activation, load<Floats<V>>(projected[0] + j), load<Floats<V>>(projected[1] + j));
+          store<V>(projected[0] + j, gates[p + i] * h);
         }
+        std::copy_n(projected[0], size, to);
       }
     }
   };
 
   const int64_t all = d / Format::kHalves / (4 * V);
-  const int64_t units = item_units<Format, V>(d, threads);
+  int64_t most = 0;
+  for (const int64_t expert : active) most = std::max(most, ends[expert + 1] - ends[expert]);
+  const int64_t units = item_units<Format, V>(d, threads, most);
+  const int64_t segments = (all + units - 1) / units;
+  const auto segment = [&](int64_t i) {
+    return Columns<Format, V>{i * units, std::min(units, all - i * units), d};
+  };
+  const auto weigh_expert = [&](int64_t expert, const Columns<Format, V>& columns,
+                                float* const* y, float* scales) {
+    const int64_t begin = ends[expert], end = ends[expert + 1];
+    const int64_t index = e.layer * e.num_experts + expert;
+    weigh_tokens<Format, V>(
+        e.down, index * f, f, columns, end - begin, &hidden[begin], y + begin, scales);
+    for (int64_t p = begin; e.down_bias && p < end; p++) {
+      columns.each([&](int64_t column, int64_t i) {
+        y[p][i] += gates[p] * bias_at(e.down_bias, e.bias_is_bfloat16, index * d + column);
+      });
+    }
+  };
   const auto project_back = [&](int64_t item) {
-    const Columns<Format, V> columns{item * units, std::min(units, all - item * units), d};
+    const auto columns = segment(item);
     const int64_t size = columns.size(), stride = size + kGap;
     std::vector<float> sums(n * stride), scales(size);
     std::vector<float*> y(ends.back());
     for (int64_t p = 0; p < ends.back(); p++) y[p] = sums.data() + tokens[p] * stride;
-    for (const int64_t expert : active) {
-      const int64_t begin = ends[expert], end = ends[expert + 1];
-      const int64_t index = e.layer * e.num_experts + expert;
-      weigh<Format, V>(
-          e.down, index * f, f, columns, end - begin, &hidden[begin], &y[begin], scales.data());
-      for (int64_t p = begin; e.down_bias && p < end; p++) {
-        for (int64_t i = 0; i < size; i++) {
-          const int64_t at = index * d + columns.at(i);
-          y[p][i] += gates[p] * bias_at(e.down_bias, e.bias_is_bfloat16, at);
-        }
-      }
-    }
+    for (const int64_t expert : active) weigh_expert(expert, columns, y.data(), scales.data());
     for (int64_t t = 0; t < n; t++) {
-      for (int64_t i = 0; i < size; i++) e.y[t * d + columns.at(i)] = sums[t * stride + i];
+      columns.each([&](int64_t column, int64_t i) { e.y[t * d + column] = sums[t * stride + i]; });
     }
   };
   run(pool, threads,
-      {{static_cast<int64_t>(active.size()) * tiles, project},
-       {(all + units - 1) / units, project_back}});
+      {{static_cast<int64_t>(active.size()) * tiles, project}, {segments, project_back}});
 }
 
 // Computes y[n][r] = x[n] . matrix row (first + r), for `rows` rows.
@@ -599,18 +896,17 @@ void run_project(
     float* reordered, float* y) {
   const int64_t d = m.width;
   const int64_t stride = d + kGap;
-  for (int64_t i = 0; i < tokens; i++) reorder<Format, V>(x + i * d, reordered + i * stride, d);
+  std::vector<const float*> at(tokens);
+  for (int64_t i = 0; i < tokens; i++) {
+    reorder<Format, V>(x + i * d, reordered + i * stride, d);
+    at[i] = reordered + i * stride;
+  }
   const int64_t threads = num_threads(pool, rows * d * Format::kUnitBytesPerLane / 4);
   run(pool, threads, {{(rows + 2 * kTile - 1) / (2 * kTile), [&](int64_t item) {
         const int64_t begin = item * 2 * kTile, end = std::min(rows, begin + 2 * kTile);
-        float out[2 * kTile * kTokens];
+        float out[2 * kTile * kMost];
         for (int64_t n = 0, count; n < tokens; n += count) {
-          const float* at[kTokens];
-          count = block_of<V>(tokens - n);
-          for (int64_t i = 0; i < count; i++) at[i] = reordered + (n + i) * stride;
-          by_tokens<V>(count, [&](auto constant) {
-            dot_rows<Format, V, constant>(m, first + begin, first + end, at, out, count);
-          });
+          count = dot_tokens<Format, V>(m, first + begin, end - begin, &at[n], tokens - n, out);
           for (int64_t i = 0; i < count; i++) {
             for (int64_t r = begin; r < end; r++) {
               y[(n + i) * rows + r] = out[(r - begin) * count + i];
@@ -627,7 +923,7 @@ void run_project_back(
     float* y) {
   const int64_t d = m.width, all = d / (4 * V);
   const int64_t threads = num_threads(pool, rows * d * Format::kUnitBytesPerLane / 4);
-  const int64_t units = item_units<Format, V>(d, threads);
+  const int64_t units = item_units<Format, V>(d, threads, tokens);
   std::vector<const float*> from(tokens);
   for (int64_t t = 0; t < tokens; t++) from[t] = x + t * rows;
   run(pool, threads, {{(all + units - 1) / units, [&](int64_t item) {
@@ -636,9 +932,10 @@ void run_project_back(
         std::vector<float> sums(tokens * stride);
         std::vector<float*> to(tokens);
         for (int64_t t = 0; t < tokens; t++) to[t] = sums.data() + t * stride;
-        weigh<Format, V>(m, first, rows, columns, tokens, from.data(), to.data(), nullptr);
+        weigh_tokens<Format, V>(
+            m, first, rows, columns, tokens, from.data(), to.data(), nullptr);
         for (int64_t t = 0; t < tokens; t++) {
-          for (int64_t i = 0; i < size; i++) y[t * d + columns.at(i)] = to[t][i];
+          columns.each([&](int64_t column, int64_t i) { y[t * d + column] = to[t][i]; });
         }
       }}});
 }

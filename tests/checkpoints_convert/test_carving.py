@@ -69,6 +69,17 @@ def test_planted_groups_are_recovered():
     assert active[token, division.experts[expert]].all()
 
 
+def test_the_largest_contributions_are_marked_also_where_some_are_equal():
+  random = np.random.default_rng(0)
+  size = np.concatenate(
+    [random.normal(size=(20, 64)), random.integers(-2, 3, (20, 64)), [[0] * 64]]
+  )
+  marks = carving.activation_marks(size.astype(np.float32), 5)
+  assert (marks.sum(axis=1) == 5).all()
+  least = np.where(marks, abs(size), np.inf).min(axis=1)
+  assert (least >= np.where(marks, 0, abs(size)).max(axis=1)).all()
+
+
 def test_clusters_minimize_the_total_distance():
   rng = np.random.default_rng(1)
   marks = rng.random((20, 6)) < 0.4

@@ -288,6 +288,21 @@ def test_a_sentence_says_what_is_clear_and_what_is_not():
     assert unclear.verdict == "no significant difference"
 
 
+def test_a_comparison_as_json():
+  assert comparison(3.2, 1.1, 5.3, 0.002, 0.004).to_json() == {
+    "method": "roster",
+    "baseline": "baseline",
+    "task": "gsm8k",
+    "measure": "accuracy",
+    "unit": " points",
+    "examples": 1319,
+    "difference": {"value": 3.2, "low": 1.1, "high": 5.3},
+    "test": {"name": "McNemar", "p": 0.002, "discordance": 0.1},
+    "adjusted": 0.004,
+    "is_significant": True,
+  }
+
+
 def test_correction_is_over_all_lines_of_a_table():
   lines = [paired_statistics.Difference(3.0, 1.0, 5.0, p) for p in (0.02, 0.03, 0.6)]
   not_tested = paired_statistics.Difference(3.0, 1.0, 5.0)
