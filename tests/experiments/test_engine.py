@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import time
+import types
 
 import jax
 import numpy as np
@@ -165,7 +166,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_answers(olmoe, roster, answ
 def test_answers_of_other_settings_are_in_another_file(tmp_path):
   one, other = ({"roster": {"seed": seed}} for seed in (0, 1))
   request = Continuation((1,), (2,), 3)
-  Answers.of(tmp_path, one).write({request: {"log_prob": 1.0}})
+  answer = types.SimpleNamespace(to_json=lambda: {"log_prob": 1.0})
+  engine = types.SimpleNamespace(
+    answer=lambda requests, known, on_answers: on_answers(dict.fromkeys(requests, answer))
+  )
+  assert Answers.of(tmp_path, one).complete(engine, [request]) == [{"log_prob": 1.0}]
   assert request in Answers.of(tmp_path, one) and request not in Answers.of(tmp_path, other)
 
 
