@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from roe_jax import adaptive, diagnostics, scoring
+from roe_jax.adaptive import Stop, Unsure
 from roe_jax.roster import Roster
 
 TEXTS = tiny.texts([16, 16, 16])
@@ -95,3 +96,41 @@ def test_an_exact_stop_changes_no_greedy_token(include_clean, log_probs, member_
   np.testing.assert_allclose(found, expected, atol=3e-5)
   whole = log_probs(num, 0.4, **settings)
   np.testing.assert_array_equal(found.argmax(-1), whole.argmax(-1))
+
+
+def test_majority_is_settled_when_the_votes_are(log_probs):
+  settings = {"aggregation": "majority"}
+  found = log_probs(NUM, 0.4, member_stop="exact", **settings)
+  np.testing.assert_array_equal(found.argmax(-1), log_probs(NUM, 0.4, **settings).argmax(-1))
+
+
+@pytest.mark.parametrize("rare", [0.0, 0.08], ids=["normal", "rare members differ much"])
+def test_a_statistical_stop_errs_at_most_as_often_as_stated(rare):
+  """Simulated members of 4,000 tokens: 32 noisy ones in batches of 4, as they run."""
+  rate, rows, noisy = 0.05, 4000, 32
+  random = np.random.default_rng(0)
+  share = 0.5 + random.normal(0.03, 0.06, (rows, 1)) + random.normal(0, 0.1, (rows, noisy))
+  share = np.where(random.random(share.shape) < rare, 0.1, share).clip(0, 1)
+  p = jnp.asarray(np.stack([share, 1 - share], axis=-1), jnp.float32)
+  stop, stopped_at = Stop.create(rate), np.full(rows, noisy)
+  leader = np.zeros(rows, int)
+  for count in range(4, noisy + 1, 4):
+    sums, squares = p[:, :count].sum(axis=1), (p[:, :count] ** 2).sum(axis=1)
+    is_settled = np.asarray(stop.settled(sums, sums, squares, jnp.int32(count), noisy - count))
+    now = (stopped_at == noisy) & (is_settled | (count == noisy))
+    leader[now] = np.asarray(sums).argmax(-1)[now]
+    stopped_at[now & (count < noisy)] = count
+  wrong = leader != np.asarray(p.sum(axis=1)).argmax(-1)
+  assert wrong.mean() < rate
+  assert stopped_at.mean() < 0.9 * noisy and (stopped_at == noisy).any()
+
+
+@pytest.mark.parametrize(
+  "text, sure, unsure",
+  [("margin<0.5", [0.8, 0.1], [0.5, 0.2]), ("top_probability<0.6", [0.7, 0.2], [0.5, 0.0])],
+)
+def test_thresholds_by_hand(text, sure, unsure):
+  both = np.array([[*p, 1 - sum(p)] for p in (sure, unsure)])
+  doubt = Unsure.create(text).doubt(jnp.log(jnp.asarray(both, jnp.float32) + 1e-9))
+  assert (np.asarray(doubt) > 0).tolist() == [False, True]
+  assert str(Unsure.create(text)) == text
