@@ -5,6 +5,7 @@ what that costs; `roster_caches` has the three of `CACHES`. `Roster.cache_mode` 
 object, and all programs ask it.
 """
 
+from collections.abc import Sequence
 import math
 from typing import Any, NamedTuple
 
@@ -139,10 +140,15 @@ class CacheMode:
     return 1 if self.is_shared else num_members
 
   def member_batches(
-    self, config: ModelConfig, roster: Any, tokens_per_member: int, platform: str | None = None
+    self,
+    config: ModelConfig,
+    roster: Any,
+    shape: Sequence[int],
+    mesh: Any = None,
+    platform: str | None = None,
   ) -> tuple[int, int, int]:
     """Returns in which batches the members run, as `members.batch_sizes`: here as one."""
-    del config, tokens_per_member, platform
+    del config, shape, mesh, platform
     return len(roster.members), 0, 0
 
   def generation(self, roster: Any, prompt_length: int, num_new_tokens: int) -> list[Pass]:

@@ -5,7 +5,7 @@ by their index. As many members as fit the roster's memory budget run as one bat
 the batches run in sequence.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 import math
 from typing import Any
@@ -13,9 +13,10 @@ from typing import Any
 from flax import struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 import numpy as np
 
-from roe_jax import attention, transformer
+from roe_jax import attention, sharding, transformer
 from roe_jax import noise as noise_lib
 from roe_jax.config import ModelConfig
 from roe_jax.layer_inputs import LayerOptions, TokenBatch
@@ -105,6 +106,11 @@ class RosterPass(struct.PyTreeNode):
     """Returns a pass over one token of each sequence."""
     return cls(params, config, roster, tokens_B[:, None], positions_B[:, None], request_ids_B)
 
+  @property
+  def mesh(self) -> AbstractMesh | None:
+    """The mesh that the parameters are on."""
+    return sharding.mesh_of(self.params.layers)
+
   def noise(self, member: jax.Array) -> noise_lib.RoutingNoise:
     """Returns the noise of member(s) `member` at these addresses."""
     return routing_noise(self.roster, self.request_ids_B, self.positions_BxT, member)
@@ -134,7 +140,7 @@ class RosterPass(struct.PyTreeNode):
 
   def aggregate(self, x_RxBxTxD: jax.Array) -> RosterOutputs:
     """Aggregates all members' final hidden states, in batches of members."""
-    first, others = batches(self.config, self.roster, math.prod(x_RxBxTxD.shape[1:3]))
+    first, others = batches(self.config, self.roster, x_RxBxTxD.shape[1:3], self.mesh)
     rest = x_RxBxTxD[len(first) :].reshape(*others.shape, *x_RxBxTxD.shape[1:])
     return self.aggregate_batches(self.unembed(x_RxBxTxD[: len(first)]), self.unembed, rest)
 
@@ -159,7 +165,8 @@ class RosterPass(struct.PyTreeNode):
     self, clean_BxTxV: jax.Array, logits: Callable[[jax.Array], jax.Array]
   ) -> RosterOutputs:
     """Aggregates the clean member's logits, float32, and `logits(batch)` of the others."""
-    first, others = batches(self.config, self.roster, clean_BxTxV[..., 0].size, after_clean=True)
+    shape = clean_BxTxV.shape[:2]
+    first, others = batches(self.config, self.roster, shape, self.mesh, after_clean=True)
     add = self.roster.aggregate_with.add
     total = add(None, clean_BxTxV[None]) if self.roster.include_clean else None
     return self._finish(add(total, logits(first)), logits, others, clean_BxTxV)
@@ -179,47 +186,73 @@ class RosterPass(struct.PyTreeNode):
 
 
 def batches(
-  config: ModelConfig, roster: Roster, tokens_per_member: int, after_clean: bool = False
+  config: ModelConfig,
+  roster: Roster,
+  shape: Sequence[int],
+  mesh: sharding.AnyMesh | None = None,
+  after_clean: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the first batch of members `[R1]`, and batches `[X, R2]` of the others.
 
   Args:
     config: the model's architecture.
     roster: the settings.
-    tokens_per_member: sequences x positions.
+    shape: sequences and positions.
+    mesh: the mesh that they run on, if any.
     after_clean: whether the clean member is left out.
   """
   members = np.asarray(roster.members)[int(after_clean) :]
-  if after_clean:
-    first, *others = _split(len(members), config, roster, tokens_per_member)
-  else:
-    first, *others = batch_sizes(config, roster, tokens_per_member)
+  split = _split if after_clean else batch_sizes
+  first, *others = split(config, roster, shape, mesh)
   return jnp.asarray(members[:first]), jnp.asarray(members[first:].reshape(others))
 
 
 def batch_sizes(
-  config: ModelConfig, roster: Roster, tokens_per_member: int, platform: str | None = None
+  config: ModelConfig,
+  roster: Roster,
+  shape: Sequence[int],
+  mesh: sharding.AnyMesh | None = None,
+  platform: str | None = None,
 ) -> tuple[int, int, int]:
-  """Splits the members into batches that fit the memory budget.
+  """Splits the members into batches that fit the memory budget of a device.
 
   Args:
     config: the model's architecture.
     roster: the settings.
-    tokens_per_member: sequences x positions.
+    shape: sequences and positions.
+    mesh: the mesh that they run on, if any.
     platform: see `tokens_within_budget`.
 
   Returns:
     The size of the first batch, the number of other batches, and their common size.
   """
   members = roster.members
-  first, count, size = _split(len(members), config, roster, tokens_per_member, platform)
+  first, count, size = _split(config, roster, shape, mesh, platform, len(members))
   if first == 1 and count and members[0] == 0 and not roster.include_clean:
     count, first = count - 1, first + size  # the first batch must contain an averaged member
   return first, count, size
 
 
-def _split(num_members, config, roster, tokens_per_member, platform=None):
-  within = tokens_within_budget(config, roster.memory_budget, platform)
-  count = -(-num_members // max(1, within // tokens_per_member))
-  size = -(-num_members // count)
+def _split(config, roster, shape, mesh, platform=None, num_members=None):
+  """Splits the members, by default those after the clean one, as `batch_sizes` does."""
+  if num_members is None:
+    num_members = len(roster.members) - 1
+  of_members, of_sequences = token_shards(mesh, num_members, shape[0])
+  within = tokens_within_budget(config, roster.memory_budget, platform) * of_members * of_sequences
+  count = -(-num_members // max(1, within // math.prod(shape)))
+  size = -(-num_members // (count * of_members)) * of_members  # so that devices split each batch
+  count = -(-num_members // size)
   return num_members - (count - 1) * size, count - 1, size
+
+
+def token_shards(
+  mesh: sharding.AnyMesh | None, num_members: int, batch_size: int
+) -> tuple[int, int]:
+  """Returns over how many devices of a mesh members and sequences are split."""
+  if mesh is None:
+    return 1, 1
+  of_members, of_sequences = sharding.spec(mesh, ("members", "batch"), (num_members, batch_size))
+  return (
+    math.prod(mesh.shape[a] for a in sharding.axes_of([of_members])),
+    math.prod(mesh.shape[a] for a in sharding.axes_of([of_sequences])),
+  )

@@ -80,7 +80,7 @@ class CleanCache(CacheMode):
     keep = ("keys", "values") if write else ()
     access = CacheAccess(cache)
     x, shared = self._run_shared(run, cache, keep)
-    first, others = members_lib.batches(run.config, run.roster, run.tokens_BxT.size)
+    first, others = members_lib.batches(run.config, run.roster, run.tokens_BxT.shape, run.mesh)
     states, own = self._run_members(run, access, x, shared, first, keep)
 
     def more(members):
@@ -119,7 +119,7 @@ class CleanCache(CacheMode):
 
     if run.roster.is_adaptive:
       return settling.complete(run, draft, logits)
-    if sharding.mesh_of(run.params.layers) is not None:
+    if run.mesh is not None:
       return self.step(run, cache, write=False)[0]  # all members: their number fits the mesh
     return run.aggregate_after(draft.logits, functools.partial(logits, run, draft, None))
 
@@ -132,8 +132,8 @@ class CleanCache(CacheMode):
   def fills_first(self, roster) -> bool:
     return not roster.is_baseline
 
-  def member_batches(self, config, roster, tokens_per_member, platform=None):
-    return members_lib.batch_sizes(config, roster, tokens_per_member, platform)
+  def member_batches(self, config, roster, shape, mesh=None, platform=None):
+    return members_lib.batch_sizes(config, roster, shape, mesh, platform)
 
 
 def _joined(parts: Sequence[BlockOutputs], axis: int) -> BlockOutputs:
@@ -236,7 +236,7 @@ class NoCache(StandardCache):
   def histories(self, num_members: int) -> int:
     return 0
 
-  def member_batches(self, config, roster, tokens_per_member, platform=None):
+  def member_batches(self, config, roster, shape, mesh=None, platform=None):
     return 1, len(roster.members) - 1, 1
 
   def generation(self, roster, prompt_length: int, num_new_tokens: int) -> list[Pass]:

@@ -273,7 +273,8 @@ def _score_batch(
     cache = prefill.fill_cache(params, config, roster, cache, prompts, longest - 1, ids)
     offsets = begins
   needed = int(np.max(ends - offsets))
-  chunk = chunk_size or default_chunk_size(config, roster, batch_size, needed)
+  mesh = sharding.mesh_of(params.layers)
+  chunk = chunk_size or default_chunk_size(config, roster, batch_size, needed, mesh)
   found = [[] for _ in sequences]
   for step in range(0, needed, chunk):
     first = jnp.asarray(offsets + step)
@@ -310,7 +311,12 @@ def _joined(pieces, num_temperatures, num_candidates):
 
 
 def default_chunk_size(
-  config: ModelConfig, roster: Roster, batch_size: int, needed: int, platform: str | None = None
+  config: ModelConfig,
+  roster: Roster,
+  batch_size: int,
+  needed: int,
+  mesh: sharding.AnyMesh | None = None,
+  platform: str | None = None,
 ) -> int:
   """Returns how many positions to score together.
 
@@ -323,12 +329,14 @@ def default_chunk_size(
     roster: the settings.
     batch_size: sequences scored together.
     needed: positions to score in the longest of them.
+    mesh: the mesh that they run on, if any.
     platform: see `members.tokens_within_budget`.
   """
   if not roster.cache_mode.keeps_history:
     return batching.bucket(needed)
   within = members_lib.tokens_within_budget(config, roster.memory_budget, platform)
-  fitting = max(1, within // batch_size)
+  of_members, of_sequences = members_lib.token_shards(mesh, 1, batch_size)
+  fitting = max(1, within * of_members * of_sequences // batch_size)
   return min(
     prefill.PREFILL_CHUNK,
     1 << (fitting.bit_length() - 1),

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from roe_jax import members as members_lib
-from roe_jax import sharding
 from roe_jax.adaptive import Stop
 from roe_jax.aggregation import MEAN_LOGIT
 from roe_jax.cache_modes import Draft
@@ -37,7 +36,7 @@ def complete(run: RosterPass, draft: Draft, logits: Logits) -> RosterOutputs:
   roster, clean = run.roster, draft.logits
   doubt = jnp.ones(clean.shape[:2]) if roster.unsure is None else roster.unsure.doubt(clean)
   is_unsure = doubt > 0
-  if sharding.mesh_of(run.params.layers) is not None:
+  if run.mesh is not None:
     return _settle(run, draft, is_unsure, lambda members: logits(run, draft, None, members))
   num_rows, (_, t) = clean[..., 0].size, clean.shape[:2]
   size = _piece_size(run, num_rows)

@@ -26,6 +26,8 @@ from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 
+AnyMesh = Mesh | AbstractMesh
+
 DATA, EXPERT, TENSOR = AXES = ("data", "expert", "tensor")
 
 _BATCH = ((DATA, EXPERT), (DATA,), (EXPERT,), ())
@@ -58,7 +60,7 @@ RULES: dict[str, tuple[tuple[str, ...], ...]] = {
 _PRIORITY = {name: i for i, name in enumerate(RULES)}
 
 
-def spec(mesh: Mesh | AbstractMesh, axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
+def spec(mesh: AnyMesh, axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
   """Returns how an array with these logical axes is split.
 
   Raises:
@@ -232,7 +234,7 @@ def _abstract(sizes):
   return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def bytes_on_device(mesh: Mesh | AbstractMesh, tree: Any, specs: Any) -> int:
+def bytes_on_device(mesh: AnyMesh, tree: Any, specs: Any) -> int:
   """Returns the bytes of one device's shards of arrays (or `ShapeDtypeStruct`s)."""
 
   def of(array, spec):
@@ -242,7 +244,7 @@ def bytes_on_device(mesh: Mesh | AbstractMesh, tree: Any, specs: Any) -> int:
   return sum(jax.tree.leaves(jax.tree.map(of, tree, specs)))
 
 
-def parameter_specs(mesh: Mesh | AbstractMesh, config: ModelConfig) -> Params:
+def parameter_specs(mesh: AnyMesh, config: ModelConfig) -> Params:
   """Returns a `Params` tree of `PartitionSpec`s."""
   return jax.tree.map(lambda leaf: spec(mesh, leaf.axes, leaf.shape), params_lib.describe(config))
 
@@ -257,7 +259,7 @@ def shard_params(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
   return jax.device_put(params, parameter_shardings(mesh, config))
 
 
-def state_specs(mesh: Mesh | AbstractMesh, state: Any) -> Any:
+def state_specs(mesh: AnyMesh, state: Any) -> Any:
   """Returns the `PartitionSpec`s of caches, or of a decode state.
 
   Caches are arrays `[..., B, K, S, C]`. Everything else is small and replicated.
@@ -273,7 +275,7 @@ def state_specs(mesh: Mesh | AbstractMesh, state: Any) -> Any:
   return jax.tree.map(of, state)
 
 
-def state_shardings(mesh: Mesh | AbstractMesh, state: Any) -> Any:
+def state_shardings(mesh: AnyMesh, state: Any) -> Any:
   """Returns the shardings of `state_specs`."""
   return _shardings(mesh, state_specs(mesh, state))
 

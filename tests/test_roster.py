@@ -14,7 +14,7 @@ import recomputed
 import tiny
 
 import roe_jax
-from roe_jax import aggregation, attention, decode, prefill, routing, scoring, transformer
+from roe_jax import aggregation, attention, decode, prefill, routing, scoring, sharding, transformer
 from roe_jax import members as members_lib
 from roe_jax import noise as noise_lib
 from roe_jax import params as params_lib
@@ -527,15 +527,32 @@ def test_batches_of_members_are_aggregated_as_all_at_once(olmoe, setting):
   results = []
   for members, largest in ((100, 8), (3, 3), (1, 2)):
     roster = Roster.create(config, 7, 0.7, memory_budget=budget(config, members, 6), **setting)
-    first, others = members_lib.batches(config, roster, 6)
+    first, others = members_lib.batches(config, roster, (2, 3))
     assert first.size + others.size == len(roster.members)
     assert max(first.size, others.shape[1] if len(others) else 0) <= largest
     x = jax.random.normal(jax.random.key(1), (len(roster.members), 2, 3, config.d_model))
     results.append(aggregate(params, config, roster, x))
-  assert not len(members_lib.batches(config, roster.replace(memory_budget=2**30), 6)[1])
+  assert not len(members_lib.batches(config, roster.replace(memory_budget=2**30), (2, 3))[1])
   for other in results[1:]:
     np.testing.assert_allclose(other.log_probs, results[0].log_probs, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(other.clean_tokens, results[0].clean_tokens)
+
+
+@pytest.mark.parametrize(
+  "num_members, fitting, sequences, expected",
+  [
+    (8, 2, 4, (8, 0, 8)),  # each of four devices has one sequence of all eight members
+    (8, 1, 1, (4, 1, 4)),  # one member each
+    (6, 1, 1, (2, 2, 2)),  # four devices do not divide six members, but two do
+    (7, 3, 1, (1, 2, 3)),  # nothing is split
+  ],
+)
+def test_the_memory_budget_is_that_of_a_device(olmoe, num_members, fitting, sequences, expected):
+  config, _ = olmoe
+  mesh = sharding.abstract_mesh(config, 4, data=2, expert=2)
+  memory = budget(config, fitting, sequences)
+  roster = Roster.create(config, num_members, 0.7, memory_budget=memory)
+  assert members_lib.batch_sizes(config, roster, (sequences, 1), mesh) == expected
 
 
 @pytest.mark.parametrize("include_clean", [True, False])
@@ -555,7 +572,7 @@ def test_batches_of_members_are_computed_as_all_at_once(olmoe, include_clean):
     cache = mode.prefill(of_tokens(params, config, roster.history()), cache)
     run = of_tokens(params, config, roster)
     x, shared = mode._run_shared(run, cache, ("keys",))
-    first, _ = members_lib.batches(config, roster, TOKENS.size)
+    first, _ = members_lib.batches(config, roster, TOKENS.shape)
     _, kept = mode._run_members(run, CacheAccess(cache), x, shared, first, ("keys",))
     results.append((jax.jit(mode.score)(run, cache)[0], kept))
   (one, one_kept), (other, other_kept) = results

@@ -82,13 +82,12 @@ class Plan:
   def prefill_positions(self) -> int:
     return min(prefill.PREFILL_CHUNK, self.length)
 
-  @property
-  def positions(self) -> int:
-    """Positions of each sequence in one forward pass of the roster."""
+  def positions(self, mesh: AbstractMesh) -> int:
+    """Returns the positions of each sequence in one forward pass of the roster."""
     if not self.scoring:
       return 1
     return scoring.default_chunk_size(
-      self.config, self.roster, self.batch_size, self.length - 1, self.platform
+      self.config, self.roster, self.batch_size, self.length - 1, mesh, self.platform
     )
 
   def memory(self, mesh: AbstractMesh) -> Memory:
@@ -98,7 +97,7 @@ class Plan:
       sizes = mesh, self.batch_size, self.capacity, positions
       return costs.memory(self.config, roster, *sizes, kind=kind, platform=self.platform)
 
-    most = of(self.roster, self.positions, "score" if self.scoring else "step")
+    most = of(self.roster, self.positions(mesh), "score" if self.scoring else "step")
     if self.scoring and not self.filled_first:
       return most
     prefill = of(self.roster.history(), self.prefill_positions, "prefill")
@@ -113,7 +112,7 @@ class Plan:
     """Returns the cost of the last decode step, or of scoring a chunk at half the length."""
     context = self.length // 2 if self.scoring else self.length - 1
     kind = "score" if self.scoring else "step"
-    return self._cost(mesh, self.roster, context, self.positions, kind)
+    return self._cost(mesh, self.roster, context, self.positions(mesh), kind)
 
   def _cost(self, mesh, roster, context, positions, kind):
     sizes = mesh, self.batch_size, context, positions
@@ -126,7 +125,7 @@ class Plan:
     call = costs.seconds(self.call(mesh), self.device).total
     if not self.scoring:
       return call
-    chunks = -(-self.length // self.positions)
+    chunks = -(-self.length // self.positions(mesh))
     fills = -(-self.length // self.prefill_positions) if self.filled_first else 0
     return chunks * call + fills * costs.seconds(self.prefill(mesh), self.device).total
 
@@ -201,13 +200,14 @@ def _work(plan, mesh) -> Iterator[str]:
     baseline = Roster.create(plan.config, memory_budget=plan.roster.memory_budget)
     plans.append(dataclasses.replace(plan, roster=baseline))
   calls = [p.call(mesh) for p in plans]
-  what = f"{plan.positions} positions per sequence" if plan.scoring else "one decode step"
+  positions = plan.positions(mesh)
+  what = f"{positions} positions per sequence" if plan.scoring else "one decode step"
   yield f"{what:34}" + "".join(f"{f'n = {p.roster.num_members}':>12}" for p in plans)
 
   def line(name, values, digits=3):
     return f"  {name:32}" + "".join(f"{v:12.{digits}f}" for v in values)
 
-  tokens, num_experts = plan.batch_size * plan.positions, plan.config.num_experts
+  tokens, num_experts = plan.batch_size * positions, plan.config.num_experts
   yield line(
     f"active experts of {num_experts}" + (", at most" if plan.overlap is None else ""),
     [
@@ -216,7 +216,7 @@ def _work(plan, mesh) -> Iterator[str]:
     ],
     1,
   )
-  yield line("reads of the weights", map(_num_batches, plans), 0)
+  yield line("reads of the weights", [_num_batches(p, mesh) for p in plans], 0)
   yield line("TFLOPs per device", [c.flops / 1e12 for c in calls])
   for name in ("weights", "cache", "logits"):
     yield line(f"GB of {name} read", [getattr(c, name) / 1e9 for c in calls])
@@ -227,11 +227,11 @@ def _work(plan, mesh) -> Iterator[str]:
   yield line("GFLOPs per token, all devices", [_token_flops(p) / 1e9 for p in plans])
 
 
-def _num_batches(plan):
+def _num_batches(plan, mesh):
   """Number of batches of members, as the memory budget requires."""
-  tokens = plan.batch_size * plan.positions
-  batches = plan.roster.cache_mode.member_batches(plan.config, plan.roster, tokens, plan.platform)
-  return 1 + batches[1]
+  shape = plan.batch_size, plan.positions(mesh)
+  mode, platform = plan.roster.cache_mode, plan.platform
+  return 1 + mode.member_batches(plan.config, plan.roster, shape, mesh, platform)[1]
 
 
 def _times(plans, mesh, calls, line):

@@ -20,7 +20,8 @@ class Memory:
 
   Attributes:
     weights, cache: exact.
-    tokens: tokens, their log-probabilities and the clean member's choices; exact.
+    tokens: tokens, their log-probabilities, the clean member's choices, and how many members and
+      forward passes each took; exact.
     activations: an estimate, see `memory`.
   """
 
@@ -68,7 +69,11 @@ def memory(
   )
   cache = jax.eval_shape(
     lambda: members_lib.empty_cache(
-      config, roster, batch_size, capacity, rerun=capacity * (kind == "score")
+      config,
+      roster,
+      batch_size,
+      capacity,
+      rerun=capacity if kind == "score" else roster.draft_tokens,
     )
   )
   t, e, a = mesh.shape[TENSOR], mesh.shape[EXPERT], config.experts_per_token
@@ -82,4 +87,4 @@ def memory(
     logits = 0 if batch.is_shared or kind == "prefill" else 4 * batch.head_tokens * vocab
     activations = max(activations, block, logits)
   cache_bytes = sharding.bytes_on_device(mesh, cache, sharding.state_specs(mesh, cache))
-  return Memory(weights, cache_bytes, 3 * 4 * batch_size * capacity, 4 * activations)
+  return Memory(weights, cache_bytes, 5 * 4 * batch_size * capacity, 4 * activations)

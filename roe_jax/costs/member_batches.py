@@ -75,7 +75,9 @@ def batches(
 ) -> list[MemberBatch]:
   """Returns the batches of a call in order; see `CacheMode.member_batches`."""
   first, end = roster.noisy_layers[0], config.num_layers
-  size, *others = roster.cache_mode.member_batches(config, roster, batch_size * positions, platform)
+  size, *others = roster.cache_mode.member_batches(
+    config, roster, (batch_size, positions), mesh, platform
+  )
   sizes = [(size, 1), tuple(reversed(others))]
   shape = batch_size, positions, config.d_model
   shared = [_batch(mesh, shape, range(first), 1, None)] if first else []
