@@ -37,11 +37,15 @@ SETTINGS = (
 def define_flags() -> None:
   flags.DEFINE_string("checkpoint", "embedded:wordmath_control", "Model that solves word problems.")
   flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
-  flags.DEFINE_integer("num_examples", 64, "Number of test problems.")
-  flags.DEFINE_integer("batch_size", 1, "Problems solved together.")
-  flags.DEFINE_integer("max_new_tokens", 64, "Maximum number of tokens per problem.")
-  flags.DEFINE_integer("num_members", 32, "Roster size n.")
-  flags.DEFINE_float("tau", 0.5, "Router temperature τ of all layers.")
+  for name, default, text in (
+    ("num_examples", 64, "Number of test problems."),
+    ("batch_size", 1, "Problems solved together."),
+    ("max_new_tokens", 64, "Maximum number of tokens per problem."),
+    ("num_members", 32, "Roster size n."),
+    ("rounds", 5, "Timing rounds, in which all ways take turns."),
+  ):
+    flags.DEFINE_integer(name, default, text, lower_bound=1)
+  flags.DEFINE_float("tau", 0.5, "Router temperature τ of all layers.", lower_bound=0.0)
   flags.DEFINE_integer("seed", 0, "Seed for routing noise.")
   flags.DEFINE_list("draft_tokens", ["4", "8", "16"], "Maximum numbers of drafted tokens.")
   flags.DEFINE_list(
@@ -51,7 +55,6 @@ def define_flags() -> None:
     "experiments.generate; also together with --member_stop and the first of --draft_tokens.",
   )
   flags.DEFINE_list("member_stop", ["exact", "0.01"], "When no more members run.")
-  flags.DEFINE_integer("rounds", 5, "Timing rounds, in which all ways take turns.")
   flags.DEFINE_string("output", "results/roster_speed", "Folder of the results.")
 
 
@@ -194,9 +197,6 @@ def table(results: dict[str, Result], scores: dict[str, dict[str, float]]) -> st
 
 def main(argv) -> None:
   del argv
-  for name in ("num_examples", "batch_size", "rounds", "max_new_tokens"):
-    if FLAGS[name].value < 1:
-      raise ValueError(f"--{name} must be at least 1, got {FLAGS[name].value}")
   drafts = overrides.items("draft_tokens", int)
   config = app.load_config(FLAGS.checkpoint)
   roster = Roster.create(config, FLAGS.num_members, FLAGS.tau, seed=FLAGS.seed)

@@ -1,0 +1,42 @@
+"""The threshold of an adaptive roster is the lowest that loses few enough tokens."""
+
+import numpy as np
+import programs
+import pytest
+
+from experiments import adapt, roster_speed
+from roe_jax import load_config
+from roe_jax.completion import Completion
+from roe_jax.roster import Roster
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.5])
+def test_the_threshold_is_the_lowest_that_loses_few_enough(share):
+  random = np.random.default_rng(1)
+  top = random.random(1000).astype(np.float32)
+  found = adapt.Tokens(top, random.random(1000) < 0.1 * (1 - top))
+  at = adapt.threshold(found, share)
+  allowed = share * 1000
+  assert found.lost(at) <= allowed
+  lower = [t for t in top if t < at]
+  if lower:  # the next lower one loses too many
+    assert found.lost(float(max(lower))) > allowed and found.unsure(at) == len(lower) / 1000
+  else:
+    assert at == 0 and found.changed.sum() <= allowed
+
+
+def test_tokens_are_compared_up_to_the_first_that_differs():
+  texts = [[[1, 2, 3], [4, 5]], [[1, 7, 3, 3], [4, 5, 6]]]
+  expected, found = ([Completion(t, [], [], "length") for t in some] for some in texts)
+  assert roster_speed.changed_tokens(expected, found) == (1, 4)
+
+
+@pytest.mark.slow
+def test_a_profile_says_where_members_run(tmp_path):
+  model = "embedded:wordmath_control"
+  flags = ["--num_members=3", "--tau=2", "--max_new_tokens=8", "--batch_size=4"]
+  sizes = ["--num_examples=4", "--num_confirm=3", f"--output={tmp_path}"]
+  programs.run("experiments.adapt", [f"--checkpoint={model}", *flags, *sizes], devices=1)
+  roster = Roster.from_profile(tmp_path / "profile.json", load_config(model))
+  assert roster.num_members == 3
+  assert roster.unsure is None or roster.unsure.measure == "top_probability"
