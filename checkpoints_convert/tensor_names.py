@@ -282,7 +282,6 @@ class Part:
     self.tensor = rule.tensor.format(layer=layer, expert=expert, shared=sizes["E"])
     self.parameter = rule.parameter
     self.shape = tuple(math.prod(sizes[a] for a in group) for group in groups)
-    self.size = math.prod(self.shape)
     self.is_bytes = rule.stored != "numbers"
     self._in_blocks = rule.stored == "blocks"
     if self._in_blocks:
@@ -291,6 +290,7 @@ class Part:
     self.split = self._sizes
     if self._in_blocks:
       self.split = (*self._sizes[:-1], *self.shape[-2:])
+    self.size = math.prod(self.shape)
     if rule.shared_rows:
       self.shape = self.split = (self.shape[0] + sizes["S"], *self.shape[1:])
     order = [axes.index(token) for token in target.split() if token in axes]

@@ -250,7 +250,8 @@ def test_stop_strings_end_the_answer_and_see_special_tokens(
       for n in [*range(segment, len(ids), segment), len(ids)]
       if sequence.hits_stop_string(array, n)
     ]
-    found = sequence.completion(array, array, array, seen[0], True, 1000)
+    of_tokens = {"log_probs": array, "clean_tokens": array}
+    found = sequence.completion(array, of_tokens, seen[0], True, 1000)
     assert (found.finish_reason, found.tokens) == ("stop_string", ids[:expected])
     if left is not None:
       assert found.text == left

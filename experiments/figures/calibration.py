@@ -247,7 +247,7 @@ def findings(records: list[dict]) -> str:
     else:
       sentences.append(
         f"{r['model']}: the roster with its own output temperature has no significant gain "
-        f"({report_page.difference(r['roster, one T'])} x 0.001 nat per token), so its share of "
+        f"({report_page.difference(r['roster, one T'], 2)} x 0.001 nat per token), so its share of "
         "calibration is undefined."
       )
   return " ".join(sentences)

@@ -233,9 +233,9 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
   return [{k: _typed(v) for k, v in record.items()} for record in store.read_lines(path)]
 
 
-def _typed(value):
+def _typed(value, kind=Difference):
   if isinstance(value, list):
-    return [_typed(v) for v in value]
+    return [_typed(v, Contrast if isinstance(v, dict) and "of" in v else Difference) for v in value]
   if not isinstance(value, dict) or not {"value", "low", "high"} <= value.keys():
     return value
-  return (Contrast if "of" in value else Difference).from_json(value)
+  return kind.from_json(value)  # earlier versions wrote contrasts also where one is meant

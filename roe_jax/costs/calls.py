@@ -18,7 +18,7 @@ from roe_jax.sharding import AXES, DATA, EXPERT, TENSOR
 
 # Collectives of a few bytes by which a step replicates its state (tokens, lengths) when
 # sequences are sharded, as counted in compiled programs.
-STATE_COLLECTIVES = 12
+STATE_COLLECTIVES = 14
 
 
 @dataclasses.dataclass(frozen=True)

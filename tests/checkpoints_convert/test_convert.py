@@ -323,7 +323,7 @@ REFUSALS = {
   "broken config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
   "architecture": (
     lambda f: edit_json(f / "config.json", model_type="bloom"),
-    "unsupported architecture.*'bloom'.*supported: olmoe, mixtral",
+    "unsupported architecture.*'bloom'.*supported: olmoe, emo, mixtral",
   ),
   "bomb": (
     lambda f: edit_json(f / "config.json", num_hidden_layers=2000, num_experts=8192),
