@@ -179,10 +179,10 @@ def main(argv) -> None:
   )
   path = pathlib.Path(FLAGS.output) / PROFILE
   app.write_atomically(path, profile.to_json())
-  report(entry, roster, path)
+  print_result(entry, roster, path)
 
 
-def report(entry: dict, roster: Roster, path: pathlib.Path) -> None:
+def print_result(entry: dict, roster: Roster, path: pathlib.Path) -> None:
   """Prints the result."""
   chosen, confirmed, at = entry["chosen_on"], entry["confirmed"], entry["threshold"]
   low, high = (100 * bound for bound in confirmed["interval"])
