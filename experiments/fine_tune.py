@@ -169,7 +169,7 @@ def perplexity(params: Params, config: ModelConfig, windows_BxT: np.ndarray) -> 
   return float(np.exp(-np.mean([s.log_probs.mean(dtype=np.float64) for s in scores.sequences])))
 
 
-def adapt(
+def run_training(
   settings: Settings,
   params: Params,
   config: ModelConfig,
@@ -270,7 +270,7 @@ def run(settings: Settings) -> None:
     print(f"{output / 'model'} is already complete")
     return
   params, config = load(settings)
-  params, metrics = adapt(settings, params, config, tokens, held_out)
+  params, metrics = run_training(settings, params, config, tokens, held_out)
   save(settings, params, config, metrics)
 
 

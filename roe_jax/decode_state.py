@@ -82,11 +82,21 @@ def decode_steps(
     tokens, request_ids = state.tokens[slots, last], state.request_ids
     if draft_tokens == 1:
       run = RosterPass.of_step(params, config, roster, tokens, last, request_ids)
+      run = run.replace(needed_BxT=~state.done[:, None])
       outputs, cache = roster.cache_mode.step(run, state.cache)
       drafted = outputs.clean_tokens
     else:
       outputs, drafted, cache = drafting.draft_and_verify(
-        params, config, roster, sampler, tokens, last, request_ids, state.cache, draft_tokens
+        params,
+        config,
+        roster,
+        sampler,
+        tokens,
+        last,
+        request_ids,
+        ~state.done,
+        state.cache,
+        draft_tokens,
       )
     indices = state.lengths[:, None] + jnp.arange(draft_tokens)[None]
     first = indices == state.lengths[:, None]

@@ -26,6 +26,7 @@ def draft_and_verify(
   tokens_B: jax.Array,
   positions_B: jax.Array,
   request_ids_B: jax.Array,
+  running_B: jax.Array,
   cache: Any,
   count: int,
 ) -> tuple[RosterOutputs, jax.Array, Any]:
@@ -39,6 +40,7 @@ def draft_and_verify(
     tokens_B: int32, the last token of each sequence.
     positions_B: int32, where it is.
     request_ids_B: uint32.
+    running_B: bool, whether the sequence goes on.
     cache: holds earlier positions.
     count: J.
 
@@ -64,6 +66,7 @@ def draft_and_verify(
   inputs_BxJ, drafted_BxJ, drafts = jax.tree.map(lambda a: a.swapaxes(0, 1), found)
   positions_BxJ = positions_B[:, None] + offsets[None]
   run = RosterPass(params, config, roster, inputs_BxJ, positions_BxJ, request_ids_B)
+  run = run.replace(needed_BxT=jnp.broadcast_to(running_B[:, None], positions_BxJ.shape))
   return mode.verify(run, cache, drafts), drafted_BxJ, cache
 
 

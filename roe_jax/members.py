@@ -83,6 +83,8 @@ class RosterPass(struct.PyTreeNode):
     request_ids_B: uint32.
     lengths_B: see `TokenBatch`; matters if generation continues from here with
       sliding layers.
+    needed_BxT: bool, whether the outputs are used, or None if all are. An adaptive roster runs no
+      members elsewhere.
   """
 
   params: Params
@@ -92,6 +94,7 @@ class RosterPass(struct.PyTreeNode):
   positions_BxT: jax.Array
   request_ids_B: jax.Array
   lengths_B: jax.Array | None = None
+  needed_BxT: jax.Array | None = None
 
   @classmethod
   def of_step(

@@ -78,11 +78,12 @@ def score_chunk(
   request_ids_B: jax.Array,
   output_temperatures_G: jax.Array | None,
   candidates_BxK: jax.Array | None = None,
+  needed_BxT: jax.Array | None = None,
 ) -> tuple[Any, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
   """Scores targets, and candidates in their place, at T positions of each sequence.
 
   See `CacheMode.score` for what the (donated) cache must hold. Without output temperatures
-  (G = 1, a temperature of 1) nothing is renormalized.
+  (G = 1, a temperature of 1) nothing is renormalized. `needed_BxT` is that of `RosterPass`.
 
   Returns:
     The cache, log-probabilities `[B, T, G]`, the roster's most probable tokens `[B, T]`
@@ -91,6 +92,7 @@ def score_chunk(
   """
   positions = starts_B[:, None] + jnp.arange(tokens_BxT.shape[1])[None]
   run = members_lib.RosterPass(params, config, roster, tokens_BxT, positions, request_ids_B)
+  run = run.replace(needed_BxT=needed_BxT)
   outputs, cache = roster.cache_mode.score(run, cache)
   log_probs = outputs.log_probs
 
@@ -285,8 +287,10 @@ def _score_batch(
     columns = (offsets + step)[:, None] + np.arange(chunk)
     inputs = jnp.take_along_axis(tokens, jnp.minimum(columns, capacity), axis=1)
     targets = jnp.take_along_axis(tokens, jnp.minimum(columns + 1, capacity), axis=1)
+    needed = jnp.asarray((columns >= begins[:, None]) & (columns < ends[:, None]))
+    settings = temperatures, candidates, needed
     cache, *results = score_chunk(
-      params, config, roster, cache, inputs, targets, first, ids, temperatures, candidates
+      params, config, roster, cache, inputs, targets, first, ids, *settings
     )
     results = [np.asarray(r) for r in results]
     for i in range(count):

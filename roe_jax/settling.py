@@ -36,6 +36,9 @@ def complete(run: RosterPass, draft: Draft, logits: Logits) -> RosterOutputs:
   roster, clean = run.roster, draft.logits
   doubt = jnp.ones(clean.shape[:2]) if roster.unsure is None else roster.unsure.doubt(clean)
   is_unsure = doubt > 0
+  if run.needed_BxT is not None:
+    is_unsure &= run.needed_BxT
+    doubt = jnp.where(is_unsure, doubt, 0.0)
   if run.mesh is not None:
     return _settle(run, draft, is_unsure, lambda members: logits(run, draft, None, members))
   num_rows, (_, t) = clean[..., 0].size, clean.shape[:2]
@@ -57,6 +60,7 @@ def complete(run: RosterPass, draft: Draft, logits: Logits) -> RosterOutputs:
       positions_BxT=take(run.positions_BxT),
       request_ids_B=run.request_ids_B[rows],
       lengths_B=None,
+      needed_BxT=None,
     )
     part = jax.tree.map(take, draft)
     is_used = i * size + jnp.arange(size) < count
