@@ -58,9 +58,11 @@ class CacheMode:
     is_shared: whether all members attend to one history, which member 0 writes. A shared
       cache is prefilled before `states`; others are written by it.
     keeps_history: whether a step computes one position of each sequence; else all again.
+    can_draft: whether it has `draft` and `verify`, for drafted tokens and adaptive rosters.
   """
 
   is_shared = False
+  can_draft = False
   keeps_history = True
 
   def empty(
@@ -110,11 +112,11 @@ class CacheMode:
     return self.step(run, cache)
 
   def draft(self, run: Any, cache: Any) -> tuple[Draft, Any]:
-    """Runs the clean member alone at T = 1 positions and writes the cache; if `is_shared`."""
+    """Runs the clean member alone at T = 1 positions and writes the cache; if it `can_draft`."""
     raise NotImplementedError
 
   def verify(self, run: Any, cache: Any, draft: Draft) -> Any:
-    """Returns the `members.RosterOutputs` of T positions that are drafted; if `is_shared`.
+    """Returns the `members.RosterOutputs` of T positions that are drafted; if it `can_draft`.
 
     Args:
       run: the tokens: the last one, and those drafted after it.

@@ -40,7 +40,7 @@ def draft_and_verify(
     tokens_B: int32, the last token of each sequence.
     positions_B: int32, where it is.
     request_ids_B: uint32.
-    running_B: bool, whether the sequence goes on.
+    running_B: bool, whether the sequence is unfinished.
     cache: holds earlier positions.
     count: J.
 

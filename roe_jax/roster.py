@@ -310,7 +310,7 @@ class Roster:
     if num_members == 1 and include_clean:
       first, end = layers, layers  # the clean member alone
       unsure = member_stop = None
-    if not cache_mode.is_shared:
+    if not cache_mode.can_draft:
       given.check_unset(cache, draft_tokens=draft_tokens, unsure=unsure, member_stop=member_stop)
     if member_stop is not None:
       member_stop.check(combine, aggregation)

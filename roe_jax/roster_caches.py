@@ -27,6 +27,7 @@ class CleanCache(CacheMode):
   """
 
   is_shared = True
+  can_draft = True
 
   def empty(self, config, roster, batch_size, capacity, rerun=0) -> KVCache:
     return kv_cache.empty(config, batch_size, capacity, rerun=rerun)

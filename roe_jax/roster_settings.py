@@ -84,8 +84,8 @@ def check_unset(cache: str, **settings: Any) -> None:
   """Raises a ValueError if one of these settings is given with such a cache."""
   for name in (name for name, value in settings.items() if value):
     raise ValueError(
-      f"{name} needs a cache that all members share (cache='clean'): with {cache!r} each noisy "
-      "member writes a history of its own, one token after the other"
+      f"{name} needs a cache that all members share and that the clean member can fill ahead "
+      f"(cache='clean'), which {cache!r} is not"
     )
 
 
