@@ -50,6 +50,11 @@ class ModelConfig:
     gate_mass_experts: scales gates that are not normalized to the sum of the gates of
       this many best experts; None: no scaling. No released model sets it: see
       `routing.with_experts`.
+    expert_mass: if set, a token's experts are the fewest whose router probabilities sum to this
+      (XMoE, arXiv 2403.18926), at most `experts_per_token` and at least one. None, as in all
+      released models: always `experts_per_token`.
+    expert_mass_of: whether these probabilities are of the logits with noise ("noisy") or without
+      ("clean"); the order is that of the logits with noise.
     gates_in_model_dtype: whether gates are rounded to `dtype` before use (OLMoE) or kept
       in float32 (Mixtral).
     qk_norm: RMSNorm of queries and keys: over all heads (OLMoE) or, with
@@ -124,6 +129,8 @@ class ModelConfig:
   norm_weight_in_float32: bool = False
   expert_format: str | None = None
   gate_mass_experts: int | None = None
+  expert_mass: float | None = None
+  expert_mass_of: str = "noisy"
   initializer_range: float = 0.02
   bos_token_id: int | None = None
   pad_token_id: int | None = None
@@ -178,6 +185,10 @@ class ModelConfig:
         f"gate_mass_experts must be None or lie in [1, {self.experts_per_token}] "
         f"(experts_per_token), got {self.gate_mass_experts}"
       )
+    if not 0 < (1 if self.expert_mass is None else self.expert_mass) <= 1:
+      raise ValueError(f"expert_mass must be None or lie in (0, 1], got {self.expert_mass}")
+    if self.expert_mass_of not in ("clean", "noisy"):
+      raise ValueError(f"expert_mass_of must be clean or noisy, got {self.expert_mass_of!r}")
     layers = self.sliding_layers
     window = self.sliding_window
     if (window is None) == bool(layers) or (window is not None and window < 1):

@@ -91,7 +91,7 @@ class Trace(NamedTuple):
 
   Attributes:
     logits: `[R, B, S, V]` float32.
-    experts: `[L, R, B, S, A]` int32, the chosen experts, best first.
+    experts: `[L, R, B, S, A]` int32, the chosen experts, best first; E where one is left out.
     gates: `[L, R, B, S, A]` float32, their gates.
     router_logits: `[L, R, B, S, E]` float32, without noise.
   """
@@ -138,7 +138,7 @@ def routing_agreement(
 ) -> np.ndarray:
   """Measures how often the noisy members choose the clean member's experts, by layer.
 
-  The fraction of a noisy member's A experts that the clean member chose at the same
+  The fraction of a noisy member's experts that the clean member chose at the same
   position, averaged over noisy members and over the positions that predict the tokens
   from `starts` on.
 
@@ -205,11 +205,14 @@ class UniqueExperts:
     by_position: `[L]` float64, over all members at one position; mean over positions.
     by_step: `[L]` float64, over all members of all sequences that decode together; mean
       over steps.
+    per_member: `[L]` float64, experts of one member at one position; mean over both. A, unless
+      some are left out (see `routing.route`).
     num_steps: number of steps.
   """
 
   by_position: np.ndarray
   by_step: np.ndarray
+  per_member: np.ndarray
   num_steps: int
 
 
@@ -225,9 +228,9 @@ def unique_experts(
   """Counts the unique active experts.
 
   Counts the positions that predict the tokens from `starts` on, and all experts computed
-  there, including those with a gate of zero (`noise="second_expert"`) and those of a
-  clean member that only writes the cache. The first such positions of all sequences are
-  the first step, and so on, as if all sequences were decoded together.
+  there, including those of a clean member that only writes the cache. The first such
+  positions of all sequences are the first step, and so on, as if all sequences were decoded
+  together.
 
   Args:
     params: the model's parameters.
@@ -249,19 +252,19 @@ def unique_experts(
     raise ValueError("no token is predicted: a sequence must be longer than its start")
   ids = batching.request_ids(request_ids, len(sequences))
   steps = np.zeros((config.num_layers, num_steps, config.num_experts), bool)
-  positions = []
+  positions, counts = [], []
   for first in range(0, len(sequences), batch_size):
     batch = slice(first, first + batch_size)
-    active = _at_all_positions(
+    active, used = _at_all_positions(
       _active_experts, params, config, roster, sequences[batch], ids[batch]
     )
     for i, (sequence, start) in enumerate(zip(sequences[batch], starts[batch])):
-      own = active[:, i, start - 1 : len(sequence) - 1]
-      steps[:, : own.shape[1]] |= own
-      positions.append(own.sum(axis=-1))
-  return UniqueExperts(
-    np.concatenate(positions, axis=1).mean(axis=1), steps.sum(axis=-1).mean(axis=1), num_steps
-  )
+      own = np.s_[:, i, start - 1 : len(sequence) - 1]
+      steps[:, : active[own].shape[1]] |= active[own]
+      positions.append(active[own].sum(axis=-1))
+      counts.append(used[own])
+  by_position, per_member = (np.concatenate(a, axis=1).mean(axis=1) for a in (positions, counts))
+  return UniqueExperts(by_position, steps.sum(axis=-1).mean(axis=1), per_member, num_steps)
 
 
 def _at_all_positions(compute, params, config, roster, sequences, request_ids):
@@ -304,11 +307,12 @@ def _states(params, config, roster, cache, tokens, request_ids, keep=()):
 
 @functools.partial(jax.jit, static_argnames="config")
 def _active_experts(params, config, roster, cache, tokens, request_ids):
-  """Returns whether any member chose each expert, bool `[L, B, T, E]`."""
+  """Returns whether any member chose each expert, bool `[L, B, T, E]`, and their mean number."""
   _, outputs = _states(params, config, roster, cache, tokens, request_ids, ("experts",))
   chosen = outputs.experts
   active = jax.nn.one_hot(chosen, config.num_experts, dtype=bool).any(axis=(1, -2))
-  return sharding.with_sharding_constraint(params, active)
+  used = (chosen < config.num_experts).sum(axis=-1).mean(axis=1)
+  return sharding.with_sharding_constraint(params, (active, used))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -317,17 +321,21 @@ def _shared_experts(params, config, roster, cache, tokens, request_ids):
   _, outputs = _states(params, config, roster, cache, tokens, request_ids, ("experts",))
   chosen = outputs.experts
   clean, noisy = chosen[:, :1], chosen[:, 1:]
-  shared = (noisy[..., :, None] == clean[..., None, :]).any(-1)
-  return sharding.with_sharding_constraint(params, shared.mean(axis=(1, -1)))
+  used = noisy < config.num_experts
+  shared = (noisy[..., :, None] == clean[..., None, :]).any(-1) & used
+  fraction = shared.sum(-1) / used.sum(-1)
+  return sharding.with_sharding_constraint(params, fraction.mean(axis=1))
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _margins(params, config, roster, cache, tokens, request_ids):
   """Returns the margins `[L, R, B, T]`."""
 
-  def margin(layer, logits_BxTxE, perturbed_BxTxE):
+  def margin(layer, count, logits_BxTxE, perturbed_BxTxE):
+    del layer, logits_BxTxE
     best, _ = jax.lax.top_k(perturbed_BxTxE, config.experts_per_token + 1)
-    return best[..., -2] - best[..., -1]
+    count = config.experts_per_token if count is None else count
+    return best[..., count - 1] - best[..., count]
 
   return _of_router_logits(margin, params, config, roster, cache, tokens, request_ids)[0]
 
@@ -349,9 +357,9 @@ def _logits_at(params, config, roster, cache, tokens, request_ids, *, last_B, of
 def _trace(params, config, roster, cache, tokens, request_ids):
   """Returns the fields of `Trace`."""
 
-  def route(layer, logits_BxTxE, perturbed_BxTxE):
+  def route(layer, count, logits_BxTxE, perturbed_BxTxE):
     return transformer.route(
-      config, params.layers, layer, logits_BxTxE, perturbed_BxTxE, roster.gate_weights
+      config, params.layers, layer, logits_BxTxE, perturbed_BxTxE, roster.gate_weights, count
     )
 
   (chosen, gates), router_logits, x = _of_router_logits(
@@ -362,7 +370,12 @@ def _trace(params, config, roster, cache, tokens, request_ids):
 
 
 def _of_router_logits(compute, params, config, roster, cache, tokens, request_ids):
-  """Applies `compute` to each layer's index and router logits `[B, T, E]` without and with noise.
+  """Applies `compute` to each layer and member.
+
+  Args:
+    compute: takes the layer, how many experts the member uses (None: all A), and router logits
+      `[B, T, E]` without and with noise.
+    params, config, roster, cache, tokens, request_ids: the pass.
 
   Returns:
     Its results `[L, R, ...]`, the logits without noise `[L, R, B, T, E]`, and the members' states.
@@ -373,7 +386,8 @@ def _of_router_logits(compute, params, config, roster, cache, tokens, request_id
   def of_member(layer, member, logits_BxTxE):
     noise = run.noise(member)
     perturbed_BxTxE = noise.perturb(layer, logits_BxTxE, config.experts_per_token)
-    return compute(layer, logits_BxTxE, perturbed_BxTxE)
+    count = run.token_batch().router.count(member, layer)
+    return compute(layer, count, logits_BxTxE, perturbed_BxTxE)
 
   of_members = jax.vmap(of_member, in_axes=(None, 0, 0))
   found = jax.lax.map(

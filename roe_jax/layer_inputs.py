@@ -10,6 +10,23 @@ from roe_jax.cache import KVCache
 from roe_jax.noise import RoutingNoise
 
 
+class RouterInputs(struct.PyTreeNode):
+  """What a roster adds to the model's routers.
+
+  Attributes:
+    bias: `[L, E]` float32 added to all router logits, or None.
+    counts: `[M, L]` int32, how many of the A experts each member uses, by its index; M = 1 if all
+      use as many. None: all A.
+  """
+
+  bias: jax.Array | None = None
+  counts: jax.Array | None = None
+
+  def count(self, member: jax.Array | int, layer: jax.Array | int) -> jax.Array | None:
+    """Returns how many experts a member uses in a layer, int32 scalar, or None."""
+    return None if self.counts is None else self.counts.at[member, layer].get(mode="clip")
+
+
 class TokenBatch(struct.PyTreeNode):
   """Where T tokens of each sequence are, and the noise of their routing.
 
@@ -18,13 +35,13 @@ class TokenBatch(struct.PyTreeNode):
     noise: the routing noise, or None.
     lengths_B: int32; positions at or beyond a sequence's length are not written to the
       cache of sliding layers. By default all are.
-    router_bias: `[L, E]` float32 added to all router logits, or None.
+    router: what is added to the routers.
   """
 
   positions_BxT: jax.Array
   noise: RoutingNoise | None = None
   lengths_B: jax.Array | None = None
-  router_bias: jax.Array | None = None
+  router: RouterInputs = RouterInputs()
 
 
 class CacheAccess(struct.PyTreeNode):

@@ -19,7 +19,7 @@ import numpy as np
 from roe_jax import attention, sharding, transformer
 from roe_jax import noise as noise_lib
 from roe_jax.config import ModelConfig
-from roe_jax.layer_inputs import LayerOptions, TokenBatch
+from roe_jax.layer_inputs import LayerOptions, RouterInputs, TokenBatch
 from roe_jax.params import Params
 from roe_jax.roster import Roster
 
@@ -129,7 +129,8 @@ class RosterPass(struct.PyTreeNode):
 
   def token_batch(self, noise: noise_lib.RoutingNoise | None = None) -> TokenBatch:
     """Returns the tokens as `layers` takes them."""
-    return TokenBatch(self.positions_BxT, noise, self.lengths_B, self.roster.router_bias)
+    router = RouterInputs(self.roster.router_bias, self.roster.experts_by_layer)
+    return TokenBatch(self.positions_BxT, noise, self.lengths_B, router)
 
   def options(
     self, layers: tuple[int, int] | None = None, keep: tuple[str, ...] = ()

@@ -53,13 +53,16 @@ _OBJECTS = {"aggregation": "combine", "noise": "perturb", "cache": "cache_mode"}
 class Roster:
   """The settings of a roster; construct with `Roster.create` or `Roster.from_profile`.
 
-  Temperatures and seed are traced: changing them compiles nothing.
+  Temperatures, seed and numbers of experts are traced: changing them compiles nothing.
 
   Attributes:
     temperatures: `[L]` float32, τ of each layer in units of router logits.
     seed: uint32 scalar, seed of routing noise and sampling.
     router_bias: `[L, E]` float32 added to the router logits of all members, also of the clean one:
       steers routing; -inf bans an expert. None adds nothing.
+    experts_by_layer: `[M, L]` int32, how many experts each member uses in each layer, at most the
+      model's `experts_per_token` (see `routing.with_experts` to have more); M = 1 if all members
+      use as many. None: all `experts_per_token`.
     num_members: n, the number of distributions that are averaged.
     include_clean: whether the noise-free member 0 is one of the n.
     cache: a name in `cache_modes.CACHES`, or "module:attribute": the KV cache that members
@@ -87,6 +90,7 @@ class Roster:
   temperatures: jax.Array
   seed: jax.Array
   router_bias: jax.Array | None
+  experts_by_layer: jax.Array | None
   unsure: Unsure | None
   num_members: int = dataclasses.field(metadata=_STATIC)
   include_clean: bool = dataclasses.field(metadata=_STATIC)
@@ -113,6 +117,7 @@ class Roster:
     *,
     seed: int = 0,
     router_bias: Any = None,
+    experts_by_layer: Any = None,
     include_clean: bool = True,
     cache: str | CacheMode = "clean",
     aggregation: str | Aggregation = "mean_probability",
@@ -136,6 +141,8 @@ class Roster:
       temperatures: one τ for all layers, or a list with one per layer. An explicit 0 runs
         n equal members, so that a sweep over τ can start with it.
       seed: in [0, 2**32).
+      experts_by_layer: one number, a list with one per layer, or a list with such a value for each
+        member, from member 0 (the clean one, also if it is not averaged) on.
       cache: a name, "module:attribute", or a `CacheMode`.
       aggregation: a name, "module:attribute", or an `Aggregation`.
       noise: a name, "module:function", or a function as in `noise.FAMILIES`.
@@ -159,6 +166,7 @@ class Roster:
       temperatures=temperatures,
       seed=seed,
       router_bias=router_bias,
+      experts_by_layer=experts_by_layer,
       include_clean=include_clean,
       cache=cache,
       aggregation=aggregation,
@@ -171,7 +179,7 @@ class Roster:
       unsure=unsure,
       member_stop=member_stop,
     )
-    if not roster.is_baseline and temperatures is None and noisy_layers is None:
+    if not roster.is_baseline and roster._is_uniform(temperatures) and noisy_layers is None:
       raise ValueError(_NO_TEMPERATURES)
     if roster.is_baseline and num_members is None and np.any(roster.temperatures):
       raise ValueError(_NO_MEMBERS)
@@ -222,7 +230,9 @@ class Roster:
       settings[name] = changes.get(name, (settings[name], getattr(self, attribute)))
     first, end = self.noisy_layers
     if "noisy_layers" not in changes and not given.is_traced(temperatures):
-      noisy = np.flatnonzero(given.as_temperatures(temperatures, layers))
+      values = given.as_temperatures(temperatures, layers)
+      counts = given.as_experts_by_layer(settings["experts_by_layer"], layers)
+      noisy = given.differing_layers(values, counts)
       if first == end or (noisy.size and not first <= noisy[0] <= noisy[-1] < end):
         settings["noisy_layers"] = None
     roster = self._checked(layers, **settings)
@@ -230,7 +240,7 @@ class Roster:
     if first == end and len({"temperatures", "num_members"} & changes.keys()) == 1:
       if roster.is_baseline and (given.is_traced(temperatures) or np.any(temperatures)):
         raise ValueError(_NO_MEMBERS)
-      if not roster.is_baseline and "num_members" in changes:
+      if not roster.is_baseline and "num_members" in changes and roster._is_uniform(None):
         raise ValueError(_NO_TEMPERATURES)
     return roster
 
@@ -243,6 +253,7 @@ class Roster:
     temperatures,
     seed,
     router_bias,
+    experts_by_layer,
     include_clean,
     cache,
     aggregation,
@@ -282,7 +293,9 @@ class Roster:
     in_range = given.is_integer(seed) and 0 <= operator.index(seed) <= noise_lib.MAX_SEED
     if not (given.is_traced(seed) or in_range):
       raise ValueError(f"seed must be an integer in [0, 2**32), got {seed!r}")
-    noisy = np.flatnonzero(values)
+    num_rows = num_members + (not include_clean)
+    experts_by_layer = given.as_experts_by_layer(experts_by_layer, layers, num_rows)
+    noisy = given.differing_layers(values, experts_by_layer)
     needed = (int(noisy[0]), int(noisy[-1]) + 1) if noisy.size else (layers, layers)
     if noisy_layers is None:
       noisy_layers = needed
@@ -291,8 +304,8 @@ class Roster:
       raise ValueError(f"noisy_layers must be a range within (0, {layers}), got {noisy_layers}")
     if noisy.size and not (first <= needed[0] and needed[1] <= end):
       raise ValueError(
-        f"noisy_layers {noisy_layers} leaves out layers with a temperature above 0; these span "
-        f"{needed}"
+        f"noisy_layers {noisy_layers} leaves out layers with a temperature above 0 or with other "
+        f"numbers of experts; these span {needed}"
       )
     if aggregation == "contrast" and not include_clean:
       raise ValueError(
@@ -318,6 +331,7 @@ class Roster:
       jnp.asarray(temperatures if traced else values, jnp.float32),
       jnp.asarray(seed, jnp.uint32),
       router_bias if given.is_traced(router_bias) else given.as_router_bias(router_bias, layers),
+      experts_by_layer,
       unsure,
       int(num_members),
       bool(include_clean),
@@ -379,6 +393,20 @@ class Roster:
         f"has {config.num_layers}: create it with Roster.create and this model's config"
       )
     self._check_router_bias(config)
+    counts = self.experts_by_layer
+    if counts is None or given.is_traced(counts):
+      return
+    if counts.shape[1] != config.num_layers or int(counts.max()) > config.experts_per_token:
+      raise ValueError(
+        f"experts_by_layer {np.asarray(counts).tolist()} does not fit a model of "
+        f"{config.num_layers} layers that uses at most {config.experts_per_token} experts per "
+        "token: change the model with routing.with_experts(config, k) to use more"
+      )
+
+  def _is_uniform(self, temperatures):
+    """Whether no temperatures are given and all members use the same numbers of experts."""
+    counts = self.experts_by_layer
+    return temperatures is None and (counts is None or len(counts) == 1)
 
   def _check_router_bias(self, config):
     bias, choices = self.router_bias, config.experts_per_token
@@ -411,6 +439,7 @@ class Roster:
       aggregation="mean_probability",
       gate_weights=routing.CLEAN,
       noise=noise_lib.GUMBEL,
+      experts_by_layer=None if self.experts_by_layer is None else self.experts_by_layer[:1],
       draft_tokens=0,
       unsure=None,
       member_stop=None,
@@ -424,6 +453,8 @@ class Roster:
     if self.router_bias is not None:  # JSON has no infinity
       rows = np.asarray(self.router_bias).tolist()
       optional["router_bias"] = [[v if np.isfinite(v) else str(v) for v in row] for row in rows]
+    if self.experts_by_layer is not None:
+      optional["experts_by_layer"] = np.asarray(self.experts_by_layer).tolist()
     if self.unsure is not None:
       optional["unsure"] = str(self.unsure)
     if self.member_stop is not None:

@@ -65,6 +65,41 @@ def as_router_bias(bias: Any, layers: int) -> jax.Array | None:
   return jnp.asarray(values)
 
 
+def as_experts_by_layer(counts: Any, layers: int, members: int | None = None) -> jax.Array | None:
+  """Returns how many experts members use, int32 `[M, L]`; M = 1 if all use as many."""
+  if counts is None or is_traced(counts):
+    return counts
+  try:
+    by_member = np.iterable(counts) and any(map(np.iterable, counts))
+    rows = counts if by_member else [counts]
+    table = [np.broadcast_to(np.asarray(row), (layers,)) for row in rows]
+    values = np.stack(table)
+  except (TypeError, ValueError):
+    values = np.zeros(())
+  if values.ndim != 2 or values.dtype.kind not in "iu" or (values < 1).any():
+    raise ValueError(
+      f"experts_by_layer must be a positive integer, a list of {layers} (one per layer of the "
+      f"model), or such values in a list for each member, got {counts!r}"
+    )
+  if (values == values[0]).all():
+    values = values[:1]
+  if members is not None and len(values) not in (1, members):
+    raise ValueError(
+      f"experts_by_layer has values for {len(values)} members and the roster has {members} "
+      "(with a clean one that is not averaged)"
+    )
+  return jnp.asarray(values, jnp.int32)
+
+
+def differing_layers(temperatures: np.ndarray, counts: Any) -> np.ndarray:
+  """Returns the layers where members differ: by noise, or by their number of experts `[M, L]`."""
+  differ = temperatures != 0
+  if counts is not None:
+    rows = np.ones_like(counts) if is_traced(counts) else np.asarray(counts)
+    differ |= (rows != rows[:1]).any(axis=0) | (is_traced(counts) and len(rows) > 1)
+  return np.flatnonzero(differ)
+
+
 def as_adaptive(unsure: Any, member_stop: Any) -> tuple[Unsure | None, Stop | None]:
   """Returns where and until when members run; None if everywhere, and if all do.
 

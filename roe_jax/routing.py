@@ -12,21 +12,31 @@ CLEAN = "clean"
 NOISY = "noisy"
 CLEAN_RESCALED = "clean_rescaled"
 GATE_WEIGHTS = (CLEAN, NOISY, CLEAN_RESCALED)
-EXTRA_GATES = ("model", "rescaled", "renormalized")
+EXTRA_GATES = ("model", "raw", "rescaled", "renormalized")
 
 
-def with_experts(config: ModelConfig, count: int, gates: str = "model") -> ModelConfig:
+def with_experts(
+  config: ModelConfig, count: int, gates: str = "model", mass: float | None = None
+) -> ModelConfig:
   """Returns the model with another number of experts per token, k' instead of k.
 
   `gates` sets the gates of the chosen experts:
 
   * `model`: the model's own rule, at k'.
+  * `raw`: the probabilities of all experts, not scaled.
   * `rescaled`: scaled so that they sum to what the gates of the best k alone would.
     Equal to `model` where gates are normalized.
   * `renormalized`: scaled so that they sum to one.
 
+  Args:
+    config: the model's architecture.
+    count: k', the largest number with `mass`.
+    gates: one of `EXTRA_GATES`.
+    mass: a token's experts are the fewest that have this probability; see
+      `ModelConfig.expert_mass`.
+
   Raises:
-    ValueError: `count` or `gates` is invalid.
+    ValueError: `count`, `gates` or `mass` is invalid.
   """
   if gates not in EXTRA_GATES:
     raise ValueError(f"unknown gates {gates!r}; choose one of {', '.join(EXTRA_GATES)}")
@@ -38,8 +48,9 @@ def with_experts(config: ModelConfig, count: int, gates: str = "model") -> Model
     )
   return config.replace(
     experts_per_token=count,
+    expert_mass=config.expert_mass if mass is None else mass,
     gate_mass_experts=config.experts_per_token if gates == "rescaled" else None,
-    normalize_gates=config.normalize_gates or gates == "renormalized",
+    normalize_gates=(config.normalize_gates and gates != "raw") or gates == "renormalized",
   )
 
 
@@ -50,6 +61,7 @@ def route(
   perturbed: jax.Array | None = None,
   gate_weights: str = CLEAN,
   scales: jax.Array | None = None,
+  count: jax.Array | int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Chooses the experts with the largest perturbed logits and computes their gates.
 
@@ -62,41 +74,72 @@ def route(
     choice. Differs from `clean` only where gates are not normalized (OLMoE).
 
   Args:
-    config: whether gates are normalized, and the dtype that they are used in.
+    config: how many experts, whether gates are normalized, and the dtype that they are used in.
     logits: `[..., E]` float32 router logits.
-    perturbed: `[..., E]` float32, the logits with noise, or None. An expert at -inf has a
-      gate of zero.
+    perturbed: `[..., E]` float32, the logits with noise, or None. An expert at -inf is left out.
     gate_weights: one of `GATE_WEIGHTS`.
     scales: `[E]`, u of each expert if the model has `gate_scales`.
+    count: how many of the A experts are used, int32 broadcastable to `[...]`; None: all. Gates are
+      then those of `with_experts(count)`.
 
   Returns:
     The chosen experts `[..., A]` int32, best first, and their gates `[..., A]` float32
-    (rounded to `config.dtype` where the family rounds them).
+    (rounded to `config.dtype` where the family rounds them). An expert that is left out has
+    index E and a gate of zero.
   """
   if logits.shape[-1] == 1 and perturbed is None:  # no choice: a dense model
     return jnp.zeros(logits.shape, jnp.int32), jnp.ones(logits.shape, jnp.float32)
   ranked = logits if perturbed is None else perturbed
-  _, experts = jax.lax.top_k(ranked, config.experts_per_token)
+  values, experts = jax.lax.top_k(ranked, config.experts_per_token)
+  banned = jnp.isneginf(values)
+  left_out = banned | _beyond(config, logits, ranked, experts, count)
   gates_of = functools.partial(_gates, config, scales)
-  gates = gates_of(ranked if gate_weights == NOISY else logits, ranked, experts)
+  by = ranked if gate_weights == NOISY else logits
+  gates = gates_of(by, experts, left_out)
   if not config.normalize_gates:
-    mass_of = config.gate_mass_experts or config.experts_per_token
+    of_best = config.gate_mass_experts
     if gate_weights == CLEAN_RESCALED and perturbed is not None:
-      _, clean_experts = jax.lax.top_k(logits, mass_of)
-      # Summed in the order of the experts, so that the factor is exactly one
-      # where both choices are the same set.
-      clean_mass = gates_of(logits, logits, jnp.sort(clean_experts)).sum(-1, keepdims=True)
-      mass = gates_of(logits, ranked, jnp.sort(experts)).sum(-1, keepdims=True)
-      gates = gates * (clean_mass / mass)
-    elif config.gate_mass_experts is not None:
-      gates = gates * (gates[..., :mass_of].sum(-1, keepdims=True) / gates.sum(-1, keepdims=True))
+      _, clean = jax.lax.top_k(logits, of_best or config.experts_per_token)
+      unused = False if of_best else _beyond(config, logits, logits, clean, count)
+      gates *= _mass(gates_of, logits, clean, unused) / _mass(gates_of, logits, experts, left_out)
+    elif of_best is not None:
+      whole = gates_of(by, experts, banned)
+      gates *= whole[..., :of_best].sum(-1, keepdims=True) / gates.sum(-1, keepdims=True)
   if config.gates_in_model_dtype:
     gates = rounded(gates, jnp.dtype(config.dtype)).astype(jnp.float32)
-  return experts, gates
+  return jnp.where(left_out, logits.shape[-1], experts), gates
 
 
-def _gates(config, scales, logits, ranked, experts):
-  left_out = jnp.isneginf(jnp.take_along_axis(ranked, experts, axis=-1))
+def _beyond(config, logits, ranked, experts, count):
+  """Returns which of the experts, best first, are beyond the count or the mass: `[..., A]`."""
+  rank = jax.lax.broadcasted_iota(jnp.int32, experts.shape, experts.ndim - 1)
+  beyond = jnp.zeros(experts.shape, bool)
+  if count is not None:
+    beyond |= rank >= jnp.broadcast_to(count, experts.shape[:-1])[..., None]
+  if config.expert_mass is not None and config.expert_mass < 1:
+    # XMoE (arXiv 2403.18926): a rank is used while those before it have less than the mass.
+    # Compared with what is left, since a sum of probabilities reaches 1 too early in float32.
+    p = jax.nn.softmax(logits if config.expert_mass_of == CLEAN else ranked, axis=-1)
+    others = jnp.put_along_axis(p, experts, 0.0, axis=-1, inplace=False)
+    chosen = jnp.take_along_axis(p, experts, axis=-1)
+    left = jnp.cumsum(chosen[..., ::-1], axis=-1)[..., ::-1] + others.sum(-1, keepdims=True)
+    beyond |= (left <= 1 - config.expert_mass) & (rank > 0)
+  return beyond
+
+
+def _mass(gates_of, logits, experts, left_out):
+  """Returns the sum of the gates, `[..., 1]`.
+
+  In the order of the experts, so that it is the same for two choices of one set.
+  """
+  none = logits.shape[-1]
+  ordered = jnp.sort(jnp.where(left_out, none, experts), axis=-1)
+  last = ordered == none
+  return gates_of(logits, jnp.where(last, 0, ordered), last).sum(-1, keepdims=True)
+
+
+def _gates(config, scales, logits, experts, left_out):
+  """Returns the gates of the experts `[..., A]` from logits; zero for those left out."""
   if config.unit_gates:
     gates = 1.0
     if scales is not None:  # CMoE (arXiv 2502.04416)
@@ -104,9 +147,7 @@ def _gates(config, scales, logits, ranked, experts):
       gates += to_compute_dtype(scales).astype(jnp.float32)[experts] * probabilities
     gates = jnp.where(left_out, 0.0, gates)
     return gates / gates.sum(-1, keepdims=True) if config.normalize_gates else gates
-  chosen = jnp.take_along_axis(logits, experts, axis=-1)
-  if ranked is not logits:
-    chosen = jnp.where(left_out, -jnp.inf, chosen)
+  chosen = jnp.where(left_out, -jnp.inf, jnp.take_along_axis(logits, experts, axis=-1))
   if config.normalize_gates:
     # Equal to a softmax over all experts, renormalized over the chosen ones.
     return jax.nn.softmax(chosen, axis=-1)

@@ -16,7 +16,7 @@ from roe_jax import cache as kv_cache
 from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
 from roe_jax.experts import Activation
-from roe_jax.layer_inputs import CacheAccess, LayerOptions, TokenBatch
+from roe_jax.layer_inputs import CacheAccess, LayerOptions, RouterInputs, TokenBatch
 from roe_jax.noise import RoutingNoise
 from roe_jax.numerics import add, add_bias, multiply, project, rms_norm, to_compute_dtype
 from roe_jax.params import LayerParams, Params
@@ -28,7 +28,7 @@ class BlockOutputs(struct.PyTreeNode):
 
   Attributes:
     keys, values: `[B, T, K, C]` of the tokens, to be written to a cache.
-    experts: `[B, T, A]` int32, the chosen experts.
+    experts: `[B, T, A]` int32, the chosen experts; E where one is left out.
     router_logits: `[B, T, E]` float32, without noise.
   """
 
@@ -103,10 +103,11 @@ def route(
   logits: jax.Array,
   perturbed: jax.Array | None,
   gate_weights: str,
+  count: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Chooses the experts of a layer and computes their gates; see `routing.route`."""
   scales = None if layers.gate_scales is None else layers.gate_scales[layer]
-  return routing.route(config, logits, perturbed, gate_weights, scales)
+  return routing.route(config, logits, perturbed, gate_weights, scales, count)
 
 
 def run_layers(
@@ -214,7 +215,7 @@ def _run_layers_on_mesh(
       keys=sequences, temperatures=PartitionSpec(), member=PartitionSpec(*members)
     ),
     lengths_B=None if tokens.lengths_B is None else sequences,
-    router_bias=None if tokens.router_bias is None else PartitionSpec(),
+    router=jax.tree.map(lambda _: PartitionSpec(), tokens.router),
   )
   layers = sharding.parameter_specs(mesh, config).layers
   x, written, found = sharding.map_shards(
@@ -244,8 +245,8 @@ class _Block:
       config, layers.attention, layer, new, self.tokens, access, location
     )
     x = add_to_residual(config, x, attention.output(layers.attention, layer, heads))
-    bias = self.tokens.router_bias
-    x, chosen, logits = feed_forward(config, layers, layer, x, noise, options, bias)
+    router = self.tokens.router
+    x, chosen, logits = feed_forward(config, layers, layer, x, noise, options, router)
     outputs = {"keys": new[1], "values": new[2], "experts": chosen, "router_logits": logits}
     outputs = BlockOutputs(**{name: outputs[name] for name in options.keep})
     return x, cache if access.write else None, outputs
@@ -258,7 +259,7 @@ def feed_forward(
   x: jax.Array,
   noise: RoutingNoise | None = None,
   options: LayerOptions = LayerOptions(),
-  router_bias: jax.Array | None = None,
+  router: RouterInputs = RouterInputs(),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Runs the MoE half of a block on hidden states `[B, T, D]`; see `run_layers` for the arguments.
 
@@ -267,9 +268,10 @@ def feed_forward(
   """
   normed = norm(config, x, layers.moe_norm[layer])
   logits = router_logits(config, layers, layer, normed)
-  logits = add_bias(logits, router_bias, layer)
+  logits = add_bias(logits, router.bias, layer)
   perturbed = None if noise is None else noise.perturb(layer, logits, config.experts_per_token)
-  chosen, gates = route(config, layers, layer, logits, perturbed, options.gate_weights)
+  count = router.count(0 if noise is None else noise.member, layer)
+  chosen, gates = route(config, layers, layer, logits, perturbed, options.gate_weights, count)
   b, t, d = x.shape
   y = experts.apply(
     layers.experts,

@@ -87,6 +87,13 @@ def member_logits(
         noisy[[expert, other]] = clean[[other, expert]]
     return noisy
 
+  def count(index, layer):
+    """How many experts a member uses."""
+    if roster.experts_by_layer is None:
+      return config.experts_per_token
+    rows = np.asarray(roster.experts_by_layer)
+    return rows[0 if index is None or len(rows) == 1 else roster.members[index]][layer]
+
   def block(x, layer, position, index, history):
     a = p.layers.attention
     normed = norm(x, p.layers.attention_norm[layer])
@@ -125,7 +132,7 @@ def member_logits(
     if config.router_bias:
       clean = clean + p.layers.router_bias[layer]
     noisy = perturbed(clean, index, layer, position)
-    chosen = np.argsort(-noisy)[: config.experts_per_token]
+    chosen = np.argsort(-noisy)[: count(index, layer)]
     if index is not None:
       record(layer, position, chosen)
     for expert, weight in zip(chosen, gates(clean, noisy, chosen, layer)):

@@ -31,7 +31,7 @@ def experts_by_definition(model, roster):
   [
     dict(num_members=3, temperatures=[0.0, 0.8, 0.4], seed=9),
     dict(num_members=3, temperatures=[0.0, 0.8, 0.0], seed=9, cache="standard"),
-    dict(),
+    dict(experts_by_layer=[3, 2, 1]),
   ],
   ids=str,
 )
@@ -40,21 +40,24 @@ def test_unique_experts_are_counted(olmoe, settings):
   config, params = olmoe
   roster = Roster.create(config, **settings)
   found = experts_by_definition(olmoe, roster)
-  by_position, by_step = [], []
+  by_position, by_step, per_member = [], [], []
   for layer in range(config.num_layers):
-    sets, steps = [], {}
+    sets, steps, counts = [], {}, []
     for row, (text, start) in enumerate(zip(TEXTS, STARTS)):
       for step, position in enumerate(range(start - 1, len(text) - 1)):
         experts = set(np.ravel(found[layer, row, position]).tolist())
         sets.append(len(experts))
+        counts += map(len, found[layer, row, position])
         steps.setdefault(step, set()).update(experts)
     by_position.append(np.mean(sets))
     by_step.append(np.mean([len(s) for s in steps.values()]))
+    per_member.append(np.mean(counts))
   unique = diagnostics.unique_experts(params, config, roster, TEXTS, STARTS, IDS, batch_size=2)
   assert unique.num_steps == 5
   np.testing.assert_allclose(unique.by_position, by_position)
   np.testing.assert_allclose(unique.by_step, by_step)
-  if settings:
+  np.testing.assert_allclose(unique.per_member, per_member)
+  if "seed" in settings:
     # Without noise in the first layer all members are one.
     assert unique.by_position[0] == config.experts_per_token < unique.by_position[1]
 

@@ -135,6 +135,28 @@ def test_more_experts_per_token_are_those_of_the_definition(olmoe):
   )
 
 
+@pytest.mark.parametrize("cache, tau", [("clean", None), ("standard", [0.0, 0.8, 0.4])])
+@pytest.mark.slow
+def test_members_with_their_own_numbers_of_experts_are_those_of_the_definition(olmoe, cache, tau):
+  config, params = olmoe
+  more = routing.with_experts(config, config.experts_per_token + 1)
+  counts = [3, [3, 2, 4], [3, 4, 1]]
+  roster = Roster.create(more, 3, tau, experts_by_layer=counts, cache=cache, seed=9)
+  assert roster.noisy_layers == (1, 3)  # the first layer is that of all members
+  expected = by_definition((more, params), roster)
+  assert np.abs(expected[1] - expected[2]).max() > 0.05 * np.abs(expected).max()
+  assert_close(logits((more, params), roster), expected)
+  if tau is None:  # the clean member is the model's own
+    assert_close(expected[:1], by_definition(olmoe, Roster.create(config)))
+    # Other numbers compile nothing, and are those of models with so many experts.
+    fewer = roster.replace(experts_by_layer=[2, [2, 3, 3], [2, 3, 3]])
+    programs = member_states._cache_size()
+    found = logits((more, params), fewer)
+    assert member_states._cache_size() == programs
+    own = routing.with_experts(config, 2)
+    assert_close(found[:1], by_definition((own, params), Roster.create(own)))
+
+
 @pytest.mark.parametrize("family", ["olmoe", "mixtral"])
 @pytest.mark.slow
 def test_contrast_with_the_second_expert_is_scmoe(request, family):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import tiny
 
@@ -210,7 +211,7 @@ def test_an_expert_at_minus_infinity_has_no_weight(family, gate_weights):
   experts, gates = routing.route(
     tiny.config(family), jnp.asarray(logits), jnp.asarray(alone), gate_weights
   )
-  np.testing.assert_array_equal(experts[:, 0], 5)
+  np.testing.assert_array_equal(experts, [[5, 8, 8]] * len(logits))
   p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   expected = {
     "clean": p[:, 5],
@@ -234,8 +235,8 @@ def test_more_experts_are_weighted_as_asked(family, normalized, gates):
   p = np.sort(p / p.sum(-1, keepdims=True))[:, ::-1][:, :5]
   mass = (
     np.ones((len(p), 1))
-    if normalized or gates == "renormalized"
-    else p[:, : {"model": 5, "rescaled": 3}[gates]].sum(-1, keepdims=True)
+    if (normalized and gates != "raw") or gates == "renormalized"
+    else p[:, : {"model": 5, "raw": 5, "rescaled": 3}[gates]].sum(-1, keepdims=True)
   )
   np.testing.assert_allclose(weights, p / p.sum(-1, keepdims=True) * mass, rtol=2e-6)
 
@@ -265,12 +266,84 @@ def test_a_roster_of_more_experts_keeps_the_mass_of_the_models_own(gate_weights)
     (9, "model", r"must lie in \[1, 8\] for a model with 8 experts, got 9"),
     (2, "rescaled", r"must lie in \[3, 8\]"),
     (0, "model", r"\[1, 8\]"),
-    (4, "mean", "unknown gates 'mean'; choose one of model, rescaled, renormalized"),
+    (4, "mean", "unknown gates 'mean'; choose one of model, raw, rescaled, renormalized"),
   ],
 )
 def test_impossible_numbers_of_experts_are_refused(count, gates, message):
   with pytest.raises(ValueError, match=message):
     routing.with_experts(tiny.config("olmoe"), count, gates)
+
+
+@pytest.mark.parametrize("gate_weights", routing.GATE_WEIGHTS)
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "unit gates"])
+def test_fewer_experts_than_the_model_has_are_those_of_a_model_with_so_many(family, gate_weights):
+  """For one count, a count of each row, and the mass that makes one."""
+  config = tiny.config("olmoe" if family == "unit gates" else family, experts_per_token=5)
+  if family == "unit gates":
+    config = config.replace(unit_gates=True, gate_scales=True)
+  logits, noise = map(jnp.asarray, random_rows())
+  scales = jnp.linspace(-0.5, 0.5, 8) if config.gate_scales else None
+  own = {}
+  for count in (1, 3, 5):
+    few = config.replace(experts_per_token=count)
+    own[count] = routing.route(few, logits, logits + noise, gate_weights, scales)
+    experts, gates = routing.route(
+      config, logits, logits + noise, gate_weights, scales, jnp.int32(count)
+    )
+    np.testing.assert_array_equal(experts[:, :count], own[count][0])
+    np.testing.assert_array_equal(experts[:, count:], 8)
+    np.testing.assert_allclose(gates[:, :count], own[count][1], rtol=1e-6)
+    np.testing.assert_array_equal(gates[:, count:], 0)
+  rows = np.array([1, 3, 5] * 167)[:500]
+  found = routing.route(config, logits, logits + noise, gate_weights, scales, jnp.asarray(rows))
+  for count, expected in own.items():
+    for actual, wanted in zip(found, expected):
+      np.testing.assert_allclose(actual[rows == count][:, :count], wanted[rows == count], rtol=1e-6)
+
+
+def fewest_with_mass(p, order, mass):
+  """The fewest experts of probability `mass` among all subsets that `order` starts with."""
+  if order is not None:
+    return next(set(order[:i]) for i in range(1, 9) if i == 8 or p[order[:i]].sum() >= mass)
+  for size in range(1, 9):
+    best = max(itertools.combinations(range(8), size), key=lambda chosen: p[list(chosen)].sum())
+    if size == 8 or p[list(best)].sum() >= mass:
+      return set(best)
+
+
+@pytest.mark.parametrize("mass_of", ["clean", "noisy"])
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+def test_the_fewest_experts_with_a_mass_are_chosen(family, mass_of):
+  logits, noise = random_rows(100)
+  softmax = lambda z: scipy.special.softmax(z.astype(np.float64), axis=-1)
+  config = tiny.config(family, num_experts=8, expert_mass_of=mass_of)
+  counts = []
+  for mass in (1e-6, 0.4, 0.9, 0.999, 1.0):
+    of_mass = routing.with_experts(config, 8, "raw", mass)
+    experts, gates = map(np.asarray, routing.route(of_mass, jnp.asarray(logits)))
+    for row, chosen in zip(softmax(logits), experts):
+      assert set(chosen) - {8} == fewest_with_mass(row, None, mass)
+    p = np.append(softmax(logits), np.zeros((100, 1)), axis=1)
+    np.testing.assert_allclose(gates, np.take_along_axis(p, experts, 1), rtol=2e-6)
+    scaled = routing.with_experts(config, 8, "rescaled", mass)
+    whole = np.sort(p)[:, -3:].sum(1) if family == "olmoe" else 1
+    np.testing.assert_allclose(
+      routing.route(scaled, jnp.asarray(logits))[1].sum(-1), whole, rtol=2e-6
+    )
+    counts.append((experts < 8).sum(1))
+    # With noise, in the order of the noisy logits.
+    perturbed = logits + noise
+    found = np.asarray(routing.route(of_mass, jnp.asarray(logits), jnp.asarray(perturbed))[0])
+    by = softmax(logits if mass_of == "clean" else perturbed)
+    for row, order, chosen in zip(by, np.argsort(-perturbed), found):
+      assert set(chosen) - {8} == fewest_with_mass(row, order, mass)
+  assert (np.diff(counts, axis=0) >= 0).all()
+  assert (counts[0] == 1).all() and (counts[-1] == 8).all()
+  capped = routing.with_experts(config, 2, mass=0.999)
+  assert (np.asarray(routing.route(capped, jnp.asarray(logits))[0]) < 8).all()
+  for mass in (0.0, 1.1):
+    with pytest.raises(ValueError, match=r"expert_mass must be None or lie in \(0, 1\]"):
+      routing.with_experts(config, 2, mass=mass)
 
 
 def test_all_but_mixtral_round_their_gates_to_the_models_dtype():

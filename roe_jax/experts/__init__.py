@@ -177,7 +177,7 @@ def apply(
     experts: weights of all layers.
     layer: index of the layer; may be traced.
     x_NxD: tokens.
-    indices_NxA: int32 active experts of each token.
+    indices_NxA: int32 active experts of each token; E for none, with a gate of zero.
     gates_NxA: float32 gate weights.
     strategy: one of `STRATEGIES`, or None to choose by platform and shapes.
     activation: activation between the projections.
@@ -236,7 +236,7 @@ def _with_member_folding(num_experts, activation, strategy, devices, tokens_shar
       dtype, sizes = str(x.dtype), (num_tokens, num_choices, num_experts * devices)
       chosen = strategy or choose_strategy(*sizes, dtype, width=width, expert_format=expert_format)
       function = _function(chosen, num_experts, activation, weights, layer, x.dtype)
-      if chosen == "gather_gemv" and devices > 1:  # index E (no expert) must be valid too
+      if chosen == "gather_gemv":  # index E (no expert) must be valid too
         return lambda x, indices, gates: function(x, jnp.minimum(indices, num_experts - 1), gates)
       return function
 
