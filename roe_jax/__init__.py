@@ -17,8 +17,8 @@ from roe_jax.decode import generate, stream
 from roe_jax.diagnostics import member_logits, next_token_distributions, trace
 from roe_jax.families import from_hugging_face, to_hugging_face
 from roe_jax.model_formats import find_folder, load_config, load_params, open_model
-from roe_jax.noise import FAMILIES as NOISES
 from roe_jax.params import Params, initialize
+from roe_jax.perturbations import FAMILIES as NOISES
 from roe_jax.presets import PRESETS
 from roe_jax.roster import Roster
 from roe_jax.roster_caches import CleanCache, NoCache, StandardCache

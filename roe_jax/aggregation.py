@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from roe_jax.makers import parametric
+
 
 @dataclasses.dataclass(frozen=True)
 class Aggregation:
@@ -26,11 +28,14 @@ class Aggregation:
     scores: `(state, n) -> sums`: `[..., V]` float32, to which each of n members adds between 0
       and 1, and whose order after all n is that of `finish`; there n may be int32 `[..., 1]`. None
       if there is no such sum; then `member_stop` is refused.
+    contrasts: whether member 0, the clean one, is not like the others, and tokens that it finds
+      improbable get probability zero.
   """
 
   add: Callable[[Any, jax.Array], Any]
   finish: Callable[[Any, Any], jax.Array]
   scores: Callable[[Any, int], jax.Array] | None = None
+  contrasts: bool = False
 
   def __call__(self, logits: jax.Array) -> jax.Array:
     """Returns the log-probabilities `[..., V]` of members `[R, ..., V]`, all at once."""
@@ -115,13 +120,6 @@ def _shares_of_votes(state, n):
 MAJORITY = Aggregation(_add_votes, _elect, _shares_of_votes)
 
 
-# SCMoE (arXiv 2405.14507): contrasts member 0, the clean one, with the mean of the
-# others: z = (1 + β) z_0 - β mean_i z_i over the tokens to which member 0 gives at
-# least α times its maximum probability; other tokens get probability zero. The
-# paper contrasts the logits of one weak pass, with these values of α and β.
-ALPHA, BETA = 0.1, 0.5
-
-
 def _add_contrast(state, logits):
   """State: the first member's logits, and the sum of the others'."""
   if state is None:
@@ -129,21 +127,37 @@ def _add_contrast(state, logits):
   return state[0], state[1] + _sum(logits)
 
 
-def _contrast(state, n):
-  strong, weak = state
-  plausible = strong >= math.log(ALPHA) + strong.max(axis=-1, keepdims=True)
-  z = (1 + BETA) * strong - BETA * weak / (n - 1)
-  return jax.nn.log_softmax(jnp.where(plausible, z, -jnp.inf), axis=-1)
+@parametric
+def contrast(alpha: float = 0.1, beta: float = 0.5) -> Aggregation:
+  """Contrasts member 0, the clean one, with the mean of the others (SCMoE, arXiv 2405.14507).
 
+  z = (1 + β) z_0 - β mean_i z_i over the tokens to which member 0 gives at least α times its
+  maximum probability; other tokens get probability zero. The paper contrasts the logits of one
+  weak pass, with α = 0.1, and tunes β.
 
-CONTRAST = Aggregation(_add_contrast, _contrast)
+  Raises:
+    ValueError: α or β is out of range.
+  """
+  if not 0 < alpha <= 1 or not beta >= 0:
+    raise ValueError(f"alpha must lie in (0, 1] and beta be at least 0, got {alpha} and {beta}")
+
+  def finish(state, n):
+    strong, weak = state
+    plausible = strong >= math.log(alpha) + strong.max(axis=-1, keepdims=True)
+    z = (1 + beta) * strong - beta * weak / (n - 1)
+    return jax.nn.log_softmax(jnp.where(plausible, z, -jnp.inf), axis=-1)
+
+  return Aggregation(_add_contrast, finish, contrasts=True)
+
 
 AGGREGATIONS = {
   "mean_probability": MEAN_PROBABILITY,
   "mean_logit": MEAN_LOGIT,
   "majority": MAJORITY,
-  "contrast": CONTRAST,
+  "contrast": contrast(),
 }
+# Those with parameters, which are written as "NAME(PARAMETER=VALUE,...)".
+MAKERS = {"contrast": contrast}
 
 
 @functools.lru_cache

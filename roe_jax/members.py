@@ -68,7 +68,7 @@ def routing_noise(
   """Returns the noise of member(s) `member` at the given addresses."""
   key = noise_lib.stream_key(roster.seed, noise_lib.ROUTING)
   keys = noise_lib.position_keys(key, request_ids_B, positions_BxT)
-  return noise_lib.RoutingNoise(keys, roster.temperatures, member, roster.perturb)
+  return noise_lib.RoutingNoise(keys, roster.temperatures, member, roster.perturb, roster.num_noisy)
 
 
 class RosterPass(struct.PyTreeNode):

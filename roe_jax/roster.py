@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import experts, routing, temperature_profiles
+from roe_jax import aggregation as aggregations
+from roe_jax import experts, perturbations, routing, temperature_profiles
 from roe_jax import noise as noise_lib
 from roe_jax import roster_settings as given
 from roe_jax.adaptive import Stop, Unsure
@@ -68,9 +69,11 @@ class Roster:
     cache: a name in `cache_modes.CACHES`, or "module:attribute": the KV cache that members
       attend to. The clean member's ("clean"), each member's own ("standard"), or none, so that
       each step computes every member's whole sequence ("none").
-    aggregation: a name in `aggregation.AGGREGATIONS`, or "module:attribute".
+    aggregation: a name in `aggregation.AGGREGATIONS`, NAME(PARAMETER=VALUE,...) of one in
+      `aggregation.MAKERS`, or "module:attribute".
     gate_weights: see `routing.route`.
-    noise: a name in `noise.FAMILIES`, or "module:function".
+    noise: a name in `perturbations.FAMILIES`, NAME(PARAMETER=VALUE,...) of one in
+      `perturbations.MAKERS`, or "module:function".
     noisy_layers: `(first, end)`, the range of layers that may have noise; layers before
       it are computed once for all members.
     memory_budget: approximate memory in bytes for the activations of members computed
@@ -105,7 +108,7 @@ class Roster:
   member_stop: Stop | None = dataclasses.field(metadata=_STATIC)
   # Compiled functions are cached by these objects: a name may be given to another one.
   combine: Aggregation = dataclasses.field(metadata=_STATIC)
-  perturb: noise_lib.Family = dataclasses.field(metadata=_STATIC)
+  perturb: perturbations.Family = dataclasses.field(metadata=_STATIC)
   cache_mode: CacheMode = dataclasses.field(metadata=_STATIC)
 
   @classmethod
@@ -122,7 +125,7 @@ class Roster:
     cache: str | CacheMode = "clean",
     aggregation: str | Aggregation = "mean_probability",
     gate_weights: str = routing.CLEAN,
-    noise: str | noise_lib.Family = noise_lib.GUMBEL,
+    noise: str | perturbations.Family = perturbations.GUMBEL,
     noisy_layers: tuple[int, int] | None = None,
     memory_budget: int = MEMORY_BUDGET,
     expert_strategy: str | None = None,
@@ -145,7 +148,7 @@ class Roster:
         member, from member 0 (the clean one, also if it is not averaged) on.
       cache: a name, "module:attribute", or a `CacheMode`.
       aggregation: a name, "module:attribute", or an `Aggregation`.
-      noise: a name, "module:function", or a function as in `noise.FAMILIES`.
+      noise: a name, "module:function", or a function as in `perturbations.FAMILIES`.
       noisy_layers: by default from the first to the last layer with τ > 0. Set it to vary
         τ within the range without recompiling, or to run a roster at τ = 0.
       unsure: such as "margin<0.5", "top_probability<0.9" or "entropy>1" (nats).
@@ -185,7 +188,8 @@ class Roster:
       raise ValueError(_NO_MEMBERS)
     roster.check(config)
     if not roster.is_baseline:
-      noise_lib.check_family(roster.perturb, config.num_experts, config.experts_per_token)
+      sizes = config.num_experts, config.experts_per_token, roster.num_noisy
+      perturbations.check(roster.perturb, *sizes)
     return roster
 
   @classmethod
@@ -281,14 +285,20 @@ class Roster:
       )
     cache, cache_mode = given.resolve("cache", cache, CACHES, lambda v: isinstance(v, CacheMode))
     aggregation, combine = given.resolve(
-      "aggregation", aggregation, AGGREGATIONS, lambda v: isinstance(v, Aggregation)
+      "aggregation",
+      aggregation,
+      AGGREGATIONS,
+      lambda v: isinstance(v, Aggregation),
+      aggregations.MAKERS,
     )
-    noise, perturb = given.resolve("noise", noise, noise_lib.FAMILIES, callable)
+    noise, perturb = given.resolve(
+      "noise", noise, perturbations.FAMILIES, callable, perturbations.MAKERS
+    )
     check_aggregation(combine)
-    if noise in noise_lib.PROBABILITIES and np.any(values > 1):
+    if noise in perturbations.PROBABILITIES and np.any(values > 1):
       raise ValueError(
         f"with noise {noise!r} a temperature is the probability "
-        f"{noise_lib.PROBABILITIES[noise]} and at most 1, got {values.tolist()}"
+        f"{perturbations.PROBABILITIES[noise]} and at most 1, got {values.tolist()}"
       )
     in_range = given.is_integer(seed) and 0 <= operator.index(seed) <= noise_lib.MAX_SEED
     if not (given.is_traced(seed) or in_range):
@@ -307,9 +317,10 @@ class Roster:
         f"noisy_layers {noisy_layers} leaves out layers with a temperature above 0 or with other "
         f"numbers of experts; these span {needed}"
       )
-    if aggregation == "contrast" and not include_clean:
+    if combine.contrasts and not include_clean:
       raise ValueError(
-        "aggregation 'contrast' contrasts the clean member with the others: it needs include_clean"
+        f"aggregation {aggregation!r} contrasts the clean member with the others: it needs "
+        "include_clean"
       )
     if memory_budget < 1:
       raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
@@ -364,6 +375,16 @@ class Roster:
       return tuple(range(self.num_members))
     noisy = tuple(range(1, self.num_members + 1))
     return (0, *noisy) if self.cache_mode.is_shared else noisy
+
+  @property
+  def num_noisy(self) -> int:
+    """Number of members with noise."""
+    return self.num_members - self.include_clean
+
+  @property
+  def is_random(self) -> bool:
+    """Whether results depend on the seed, apart from sampling."""
+    return bool(np.any(self.temperatures)) and perturbations.is_random(self.perturb)
 
   @property
   def aggregate_with(self) -> Aggregation:
@@ -438,13 +459,13 @@ class Roster:
       noisy_layers=(layers, layers),
       aggregation="mean_probability",
       gate_weights=routing.CLEAN,
-      noise=noise_lib.GUMBEL,
+      noise=perturbations.GUMBEL,
       experts_by_layer=None if self.experts_by_layer is None else self.experts_by_layer[:1],
       draft_tokens=0,
       unsure=None,
       member_stop=None,
       combine=MEAN_PROBABILITY,
-      perturb=noise_lib.FAMILIES[noise_lib.GUMBEL],
+      perturb=perturbations.FAMILIES[perturbations.GUMBEL],
     )
 
   def settings(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 
+from roe_jax import makers
 from roe_jax.adaptive import Stop, Unsure
 
 
@@ -125,15 +126,21 @@ def check_unset(cache: str, **settings: Any) -> None:
 
 
 def resolve(
-  kind: str, value: Any, table: Mapping[str, Any], fits: Callable[[Any], bool]
+  kind: str,
+  value: Any,
+  table: Mapping[str, Any],
+  fits: Callable[[Any], bool],
+  known_makers: Mapping[str, Callable] = {},
 ) -> tuple[str, Any]:
   """Returns the name of a noise, aggregation or cache, and the object.
 
   Args:
     kind: "noise", "aggregation" or "cache", for errors.
-    value: a name in `table`, "module:attribute", the object, or its name and the object.
+    value: a name in `table`, "module:attribute", the object, or its name and the object; or, with
+      parameters, as `makers.read` reads it.
     table: the known ones.
     fits: whether an object is one.
+    known_makers: functions that make one with parameters.
 
   Raises:
     ValueError: there is none.
@@ -145,9 +152,12 @@ def resolve(
     source = getattr(value, "add", value)  # an aggregation goes by the name of its function
     module, own = (getattr(source, f"__{a}__", None) for a in ("module", "qualname"))
     own = f"{module or '__main__'}:{own or type(source).__name__}"
-    name = next((known for known, found in table.items() if found is value), own)
+    name = next((known for known, found in table.items() if found is value), None)
+    name = name or makers.written(value) or own
   elif value in table:
     value = table[value]
+  elif (made := makers.read(value, known_makers)) is not None:
+    name, value = makers.written(made), made
   elif ":" in value:
     module, _, attribute = value.partition(":")
     try:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from roe_jax.aggregation import AGGREGATIONS
+from roe_jax.aggregation import contrast as make_contrast
 
 
 def softmax(x):
@@ -55,6 +56,19 @@ def test_aggregations_follow_their_formulas(name, scale):
   with np.errstate(divide="ignore"):  # the contrast leaves tokens without probability
     expected = np.log(FORMULAS[name](logits.astype(np.float64)))
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_the_contrast_has_its_parameters():
+  logits = random_logits(2.0).astype(np.float64)
+  strong, weak = logits[0], logits[1:].mean(axis=0)
+  for alpha, beta in ((0.1, 0.0), (0.5, 0.9)):
+    p = softmax(strong)
+    plausible = p >= alpha * p.max(-1, keepdims=True)
+    expected = softmax(np.where(plausible, (1 + beta) * strong - beta * weak, -np.inf))
+    found = make_contrast(alpha, beta)(jnp.asarray(logits, jnp.float32))
+    np.testing.assert_allclose(np.exp(found), expected, rtol=1e-5, atol=2e-5)
+  with pytest.raises(ValueError, match="beta be at least 0"):
+    make_contrast(beta=-1)
 
 
 def test_every_aggregation_has_a_formula_and_they_differ():

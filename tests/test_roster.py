@@ -14,7 +14,17 @@ import recomputed
 import tiny
 
 import roe_jax
-from roe_jax import aggregation, attention, decode, prefill, routing, scoring, sharding, transformer
+from roe_jax import (
+  aggregation,
+  attention,
+  decode,
+  perturbations,
+  prefill,
+  routing,
+  scoring,
+  sharding,
+  transformer,
+)
 from roe_jax import members as members_lib
 from roe_jax import noise as noise_lib
 from roe_jax import params as params_lib
@@ -474,14 +484,14 @@ def test_a_noise_is_the_function_that_its_name_has_when_the_roster_is_created(ol
     return np.asarray(kept.experts[0, 1])
 
   keep = lambda key, logits, temperature, count: logits
-  monkeypatch.setitem(noise_lib.FAMILIES, "mine", keep)
+  monkeypatch.setitem(perturbations.FAMILIES, "mine", keep)
   kept = chosen("mine")
   # Defined again under its name, as in a notebook.
-  monkeypatch.setitem(noise_lib.FAMILIES, "mine", negated)
+  monkeypatch.setitem(perturbations.FAMILIES, "mine", negated)
   np.testing.assert_array_equal(chosen("mine"), chosen(f"{__name__}:negated"))
   assert not np.intersect1d(kept[0, 0], chosen("mine")[0, 0]).size
   np.testing.assert_array_equal(chosen(keep), kept)
-  monkeypatch.delitem(noise_lib.FAMILIES, "mine")
+  monkeypatch.delitem(perturbations.FAMILIES, "mine")
   roster = Roster.create(config, 2, 1.0, noise=negated)
   assert roster.noise == f"{__name__}:negated"
   assert Roster.create(config, **roster.settings()).perturb is negated
@@ -686,7 +696,7 @@ def test_a_router_bias_is_recorded_and_checked(olmoe):
 def test_no_noise_chooses_a_banned_expert(noise):
   logits = jnp.array([3.0, -jnp.inf, 1.0, 0.0, 2.0])
   keys = jax.random.split(noise_lib.stream_key(0, noise_lib.ROUTING), 20)
-  perturb = lambda key: noise_lib.FAMILIES[noise](key, logits, jnp.float32(1), 2)
+  perturb = lambda key: perturbations.FAMILIES[noise](key, logits, jnp.float32(1), 2)
   assert (jax.vmap(perturb)(keys)[:, 1] == -jnp.inf).all()
 
 

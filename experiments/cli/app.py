@@ -30,15 +30,16 @@ from experiments.evaluation.requests import Continuation, Request, RequestBuilde
 from roe_jax import (
   assets,
   costs,
+  makers,
   model_formats,
-  noise,
+  perturbations,
   presets,
   routing,
   sharding,
   temperature_profiles,
   typed,
 )
-from roe_jax.aggregation import AGGREGATIONS
+from roe_jax.aggregation import AGGREGATIONS, MAKERS
 from roe_jax.cache_modes import CACHES
 from roe_jax.checkpoint_folder import resolved
 from roe_jax.config import ModelConfig
@@ -320,7 +321,8 @@ def define_roster_flags(num_members: int = 1) -> None:
   flags.DEFINE_string(
     "aggregation",
     "mean_probability",
-    f"How members' predictions are combined: {', '.join(AGGREGATIONS)}, or module:attribute.",
+    f"How members' predictions are combined: {', '.join(AGGREGATIONS)}, or module:attribute; with "
+    f"parameters: {makers.usages(MAKERS)}.",
   )
   flags.DEFINE_enum(
     "gate_weights",
@@ -330,9 +332,9 @@ def define_roster_flags(num_members: int = 1) -> None:
   )
   flags.DEFINE_string(
     "noise",
-    noise.GUMBEL,
-    f"Noise that selects the noisy members' experts: {', '.join(noise.FAMILIES)}, or "
-    "module:function.",
+    perturbations.GUMBEL,
+    f"Noise that selects the noisy members' experts: {', '.join(perturbations.FAMILIES)}, or "
+    f"module:function; with parameters: {makers.usages(perturbations.MAKERS)}.",
   )
   flags.DEFINE_string(
     "router_bias",

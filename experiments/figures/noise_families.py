@@ -17,8 +17,7 @@ import numpy as np
 from experiments.analysis import drawing
 from experiments.figures import compared, figure_models, likelihoods
 from experiments.figures.figure_run import FigureRun
-from roe_jax import diagnostics
-from roe_jax import noise as noise_lib
+from roe_jax import diagnostics, perturbations
 from roe_jax.roster import Roster
 
 TITLE = "Which noise matters"
@@ -86,7 +85,7 @@ def measure(run: FigureRun) -> list[compared.Record]:
   baseline = keep.get("baseline", scorer.baseline)
   found = [likelihoods.record(baseline, baseline, tokens, "baseline", task)]
   for family in config.families:
-    tried = config.probabilities if family in noise_lib.PROBABILITIES else config.temperatures
+    tried = config.probabilities if family in perturbations.PROBABILITIES else config.temperatures
     for gates in config.gates:
       name = f"{family}, {gates} gates"
       values = [
