@@ -15,6 +15,7 @@ the first noise seed.
 """
 
 from collections.abc import Iterator
+import functools
 import pathlib
 import sys
 import time
@@ -31,7 +32,8 @@ from experiments.cli.extras import tabulate
 from experiments.evaluation import methods as methods_lib
 from experiments.evaluation.engine import Likelihood
 from experiments.evaluation.measurer import Measurer
-from experiments.evaluation.methods import BASELINE_SETTINGS, BEST_BASELINE, FITTED, Method
+from experiments.evaluation.method import Method
+from experiments.evaluation.methods import FittedBaseline
 from experiments.evaluation.requests import RequestBuilder, TaskRequests
 from experiments.records import runs, store
 from roe_jax import temperature_profiles, typed
@@ -196,33 +198,37 @@ def choose(
   folder: pathlib.Path,
   validation: list[tasks.Example],
 ) -> Method:
-  """Selects the settings of `BEST_BASELINE` by validation metric; no-op for other methods.
+  """Selects the best of `Method.candidates` by validation metric; no-op for other methods.
 
   Saves the selection in the run's folder.
   """
-  if method.name != BEST_BASELINE:
+  if not method.candidates:
     return method
+  settings, candidates = zip(*method.candidates)
 
   def compute():
     values = []
-    for settings in BASELINE_SETTINGS:
+    for candidate in candidates:
       outputs = [
         output
         for batch in batches(validation)
-        for output in measurer.answer(
-          method.with_sampling(settings), FLAGS.seed, task, batch
-        ).outputs
+        for output in measurer.answer(candidate, FLAGS.seed, task, batch).outputs
       ]
-      metrics = app.from_first_process(
-        lambda: task.score_all(validation, outputs, FLAGS.allow_code_execution)
-      )
-      values.append(float(np.mean([m[task.metric] for m in metrics])))
+      values.append(float(np.mean(judge(task, validation, outputs))))
     return {
-      "tried": [{**tried, task.metric: value} for tried, value in zip(BASELINE_SETTINGS, values)],
-      "chosen": BASELINE_SETTINGS[int(np.argmax(values))],
+      "tried": [{**tried, task.metric: value} for tried, value in zip(settings, values)],
+      "chosen": settings[int(np.argmax(values))],
     }
 
-  return method.with_sampling(_saved(folder / SETTINGS, task, compute)["chosen"])
+  return candidates[settings.index(_saved(folder / SETTINGS, task, compute)["chosen"])]
+
+
+def judge(task: tasks.Task, examples: list[tasks.Example], outputs: list) -> list[float]:
+  """Returns the task's metric of each example's output."""
+  metrics = app.from_first_process(
+    lambda: task.score_all(examples, outputs, FLAGS.allow_code_execution)
+  )
+  return [m[task.metric] for m in metrics]
 
 
 def measure(
@@ -236,9 +242,11 @@ def measure(
   count_experts: bool,
 ) -> None:
   """Measures a method on a batch and writes the records."""
-  own = fitted if method.name == FITTED and fitted else method.output_temperature
+  own = fitted if method.name == FittedBaseline.NAME and fitted else method.output_temperature
   at = [own, fitted or own]
-  answers = measurer.answer(method, seed, task, batch, at, count_experts)
+  answers = measurer.answer(
+    method, seed, task, batch, at, count_experts, functools.partial(judge, task, batch)
+  )
   likelihoods = answers.likelihoods or [None] * len(batch)
   if not method.no_likelihood and not answers.likelihoods:
     likelihoods = measurer.likelihoods(method, seed, task, batch, at)
@@ -248,7 +256,7 @@ def measure(
   records = []
   for example, metrics, details, likelihood in zip(batch, scored, answers.details, likelihoods):
     record = {"task": task.name, "example": example.id, "seed": seed, **details}
-    has_fitted = fitted is not None and method.name != FITTED
+    has_fitted = fitted is not None and method.name != FittedBaseline.NAME
     record |= record_of(likelihood, has_fitted) if likelihood else {"metrics": {}}
     record["metrics"] |= metrics
     records.append(record)

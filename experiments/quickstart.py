@@ -56,7 +56,7 @@ def sizes() -> list[int]:
 def summarize(folder: pathlib.Path, task: str) -> list[dict]:
   """Returns a row of figures for the baseline and for each roster, from the runs of `compare`."""
   results = run_results.load_runs([str(folder / "*")])
-  baseline = run_results.find_baseline(results, methods.BASELINE)
+  baseline = run_results.find_baseline(results, methods.Baseline.NAME)
   results = [baseline] + sorted(
     (r for r in results if r is not baseline), key=lambda r: r.settings["roster"]["num_members"]
   )

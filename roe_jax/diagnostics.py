@@ -197,6 +197,36 @@ def routing_margins(
   return margins[:, :, : len(sequences), : max(map(len, sequences))]
 
 
+def last_gates(
+  params: Params,
+  config: ModelConfig,
+  roster: Roster,
+  sequences: Sequence[Sequence[int]],
+  request_ids: Sequence[int] | None = None,
+) -> np.ndarray:
+  """Computes the gates of the roster's last member at the last position of each sequence.
+
+  Args:
+    params: the model's parameters.
+    config: its architecture.
+    roster: the settings.
+    sequences: token ids, one batch.
+    request_ids: see `decode.generate`.
+
+  Returns:
+    `[B, L, E]` float32; zero for experts that are not chosen.
+
+  Raises:
+    ValueError: a sequence is invalid.
+  """
+  last = np.zeros(batching.bucket(len(sequences)), np.int32)
+  last[: len(sequences)] = [len(s) - 1 for s in sequences]
+  compute = functools.partial(_gates_at, last_B=jnp.asarray(last))
+  return _at_all_positions(compute, params, config, roster, sequences, request_ids)[
+    : len(sequences)
+  ]
+
+
 @dataclasses.dataclass(frozen=True)
 class UniqueExperts:
   """The number of unique active experts by layer, which a step must read.
@@ -353,18 +383,31 @@ def _logits_at(params, config, roster, cache, tokens, request_ids, *, last_B, of
   return sharding.with_sharding_constraint(params, found)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _trace(params, config, roster, cache, tokens, request_ids):
-  """Returns the fields of `Trace`."""
+def _route(params, config, roster, cache, tokens, request_ids):
+  """Returns `_of_router_logits` of the chosen experts and their gates."""
 
   def route(layer, count, logits_BxTxE, perturbed_BxTxE):
     return transformer.route(
       config, params.layers, layer, logits_BxTxE, perturbed_BxTxE, roster.gate_weights, count
     )
 
-  (chosen, gates), router_logits, x = _of_router_logits(
-    route, params, config, roster, cache, tokens, request_ids
-  )
+  return _of_router_logits(route, params, config, roster, cache, tokens, request_ids)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _gates_at(params, config, roster, cache, tokens, request_ids, *, last_B):
+  """Returns the last member's gates `[B, L, E]` at one position of each sequence."""
+  (chosen, gates), _, _ = _route(params, config, roster, cache, tokens, request_ids)
+  at = last_B[None, :, None, None]
+  chosen, gates = (jnp.take_along_axis(a[:, -1], at, axis=2)[:, :, 0] for a in (chosen, gates))
+  by_expert = jax.nn.one_hot(chosen, config.num_experts) * gates[..., None]
+  return sharding.with_sharding_constraint(params, by_expert.sum(axis=2).swapaxes(0, 1))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _trace(params, config, roster, cache, tokens, request_ids):
+  """Returns the fields of `Trace`."""
+  (chosen, gates), router_logits, x = _route(params, config, roster, cache, tokens, request_ids)
   logits = sharding.with_sharding_constraint(params, transformer.unembed(params, config, x))
   return logits, chosen, gates, router_logits
 

@@ -35,7 +35,7 @@ def parametric(make: Callable[..., Made]) -> Callable[..., Made]:
 def _text(item):
   name, value = item
   if isinstance(value, tuple):
-    value = ";".join(map(str, value))
+    value = "-".join(map(str, value))
   return f"{name}={str(value).lower() if isinstance(value, bool) else value}"
 
 
@@ -62,7 +62,7 @@ def read(text: str, makers: Mapping[str, Callable[..., Made]]) -> Made | None:
   """Makes the object that a text describes; None for one without parentheses.
 
   Args:
-    text: such as "contrast(beta=0.3)"; items of a tuple are separated by ";".
+    text: such as "contrast(beta=0.3)"; several integers are joined by "-".
     makers: `parametric` functions by name.
 
   Raises:
@@ -85,6 +85,6 @@ def read(text: str, makers: Mapping[str, Callable[..., Made]]) -> Made | None:
 
 
 def _value(text):
-  if ";" in text:
-    return tuple(_value(part) for part in text.split(";") if part.strip())
+  if re.fullmatch(r"\d+(-\d+)+", text):
+    return tuple(map(int, text.split("-")))
   return _WORDS[text.lower()] if text.lower() in _WORDS else ast.literal_eval(text)

@@ -157,7 +157,7 @@ def resolve(
   elif value in table:
     value = table[value]
   elif (made := makers.read(value, known_makers)) is not None:
-    name, value = makers.written(made), made
+    name, value = makers.written(made) or value, made
   elif ":" in value:
     module, _, attribute = value.partition(":")
     try:

@@ -168,7 +168,7 @@ def test_families_with_parameters_are_written_and_read(olmoe):
     olmoe[0], 2, 0.3, noise=perturbations.rank_experts((2, 3)), aggregation="contrast( beta=0.25 )"
   )
   settings = roster.settings()
-  assert settings["noise"] == "rank_experts(ranks=2;3)"
+  assert settings["noise"] == "rank_experts(ranks=2-3)"
   assert settings["aggregation"] == "contrast(alpha=0.1,beta=0.25)"
   again = Roster.create(olmoe[0], **settings)
   assert again.perturb is roster.perturb and again.combine is roster.combine

@@ -212,6 +212,25 @@ class Engine:
     steps = sum(map(len, sequences)) - sum(starts)
     return Cost(unique_experts_read=float(unique.by_position.mean()) * steps, steps=steps)
 
+  def last_gates(
+    self, prompts: Sequence[Prompt], generated: Sequence[Sequence[int]]
+  ) -> list[np.ndarray]:
+    """Returns the last member's gates `[L, E]` where each prompt's last token is predicted.
+
+    Args:
+      prompts: answered prompts.
+      generated: the tokens that each generated.
+    """
+    sequences = [(p.tokens + tuple(written))[:-1] for p, written in zip(prompts, generated)]
+    found: list[np.ndarray] = [np.empty(0)] * len(prompts)
+    lengths = list(map(len, sequences))
+    for batch, _ in batching.by_length(lengths, self.batch_size, prefill.MIN_CAPACITY):
+      some, ids = [sequences[i] for i in batch], [prompts[i].request_id for i in batch]
+      gates = diagnostics.last_gates(*self._model, self._roster, some, ids)
+      for i, own in zip(batch, gates):
+        found[i] = own
+    return found
+
   def _score(self, requests, output_temperatures, known, keep):
     # Continuations that differ in their last token are one sequence with several candidates.
     groups: dict[Any, list[Continuation]] = {}

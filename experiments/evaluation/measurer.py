@@ -1,13 +1,16 @@
 """Measures a method on examples: outputs with their cost, and likelihoods."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
+
+import numpy as np
 
 from experiments.analysis import output_temperatures as output_temperatures_lib
 from experiments.evaluation import engine as engine_lib
 from experiments.evaluation.engine import Engine, Likelihood
-from experiments.evaluation.methods import Method
+from experiments.evaluation.method import Method
+from experiments.evaluation.picking import SELECTIONS, Samples
 from experiments.evaluation.requests import RequestBuilder, TaskRequests
 from experiments.records.cost import Cost
 from experiments.tasks import Example, Task
@@ -39,11 +42,15 @@ class Measurer:
     self._params, self._builder, self._batch_size = params, builder, batch_size
 
   def _ask(self, method, seed, task, examples):
-    size = method.num_samples * self._batch_size
-    roster = method.with_seed(seed)
-    engine = Engine(self._params, method.config, self._builder.tokenizer, roster, size)
+    """Returns the requests, and the engine of each of these samples of an example."""
+    counts = method.sample_experts or [None]
+    size = method.num_samples // len(counts) * self._batch_size
+    roster, engines = method.with_seed(seed), []
+    for count in counts:
+      own = roster if count is None else roster.replace(experts_by_layer=count)
+      engines.append(Engine(self._params, method.config, self._builder.tokenizer, own, size))
     sampler = method.sampling
-    return engine, TaskRequests.of(self._builder, task, examples, method.num_samples, sampler)
+    return engines, TaskRequests.of(self._builder, task, examples, method.num_samples, sampler)
 
   def answer(
     self,
@@ -53,6 +60,7 @@ class Measurer:
     examples: Sequence[Example],
     output_temperatures: Sequence[float] = (1.0,),
     count_experts: bool = False,
+    judge: Callable[[list[str]], Sequence[float]] | None = None,
   ) -> Measured:
     """Returns the method's answers.
 
@@ -63,10 +71,14 @@ class Measurer:
       examples: its examples, all of one kind.
       output_temperatures: `[G]`, of likelihoods.
       count_experts: whether the cost includes unique active experts.
+      judge: returns the metric of one answer to each example; for selections that need it.
     """
-    engine, asked = self._ask(method, seed, task, examples)
-    requests = asked.all_answering
-    answers = engine.answer(requests, output_temperatures_lib.padded(output_temperatures))
+    engines, asked = self._ask(method, seed, task, examples)
+    requests, every = asked.all_answering, len(engines)
+    answers: list[Any] = [None] * len(requests)
+    for i, engine in enumerate(engines):  # an example's samples follow each other
+      temperatures = output_temperatures_lib.padded(output_temperatures)
+      answers[i::every] = engine.answer(requests[i::every], temperatures)
     by_example = list(asked.by_example(answers))
     cost = engine_lib.total(dict(zip(requests, answers)).values())
     if examples[0].kind == "choose":
@@ -76,20 +88,37 @@ class Measurer:
       likelihoods = [engine_lib.of_choices(*both) for both in zip(examples, by_example)]
     else:
       written = [a.completion.tokens for a in answers]
-      outputs, details, likelihoods, counted = [], [], [], 0
-      for samples in by_example:
-        texts = [s.text for s in samples]
-        picked = 0
-        if method.num_samples > 1:
-          picked = method.pick(task, [s.completion for s in samples], texts)
-        outputs.append(texts[picked])
-        sampled = {"samples": texts, "picked": picked} if method.num_samples > 1 else {}
-        details.append({"output": texts[picked], **sampled})
-        counted += len(samples[picked].completion.tokens)
+      picked = self._pick(method, task, by_example, engines, requests, written, judge)
+      outputs = [samples[i].text for samples, i in zip(by_example, picked)]
+      details, likelihoods = [{"output": output} for output in outputs], []
+      if method.num_samples > 1:
+        for detail, samples, i in zip(details, by_example, picked):
+          detail |= {"samples": [s.text for s in samples], "picked": i}
+      counted = sum(len(samples[i].completion.tokens) for samples, i in zip(by_example, picked))
       cost = dataclasses.replace(cost, tokens=counted)
     if count_experts:
-      cost += engine.experts_read(requests, written)
+      for i, engine in enumerate(engines):
+        cost += engine.experts_read(requests[i::every], written[i::every])
     return Measured(outputs, details, cost, likelihoods)
+
+  def _pick(self, method, task, by_example, engines, requests, written, judge):
+    """Returns the index of the selected sample of each example."""
+    n, selection = method.num_samples, SELECTIONS[method.select]
+    if n == 1:
+      return [0] * len(by_example)
+    routing = metrics = [[None] * n for _ in by_example]
+    if selection.needs_routing:
+      states, every = [None] * len(requests), len(engines)
+      for i, engine in enumerate(engines):
+        states[i::every] = engine.last_gates(requests[i::every], written[i::every])
+      routing = [np.stack(states[i : i + n]) for i in range(0, len(states), n)]
+    if selection.needs_metrics:
+      by_sample = [judge([samples[i].text for samples in by_example]) for i in range(n)]
+      metrics = list(zip(*by_sample))
+    return [
+      selection.pick(Samples(task, [s.text for s in some], [s.completion for s in some], *more))
+      for some, *more in zip(by_example, routing, metrics)
+    ]
 
   def likelihoods(
     self,
@@ -105,7 +134,7 @@ class Measurer:
     """
     if examples[0].kind == "choose":
       return self.answer(method, seed, task, examples, output_temperatures).likelihoods
-    engine, asked = self._ask(method, seed, task, examples)
+    (engine,), asked = self._ask(method, seed, task, examples)
     temperatures = output_temperatures_lib.padded(output_temperatures)
     found = iter(engine.answer(asked.all_references, temperatures))
     return [None if r is None else next(found) for r in asked.references]

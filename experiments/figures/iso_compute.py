@@ -42,7 +42,7 @@ class Config:
 
 def _experts(some, many):
   rules = ("model", "rescaled", "renormalized")
-  return (*(str(Experts(some, rule)) for rule in rules), str(Experts(many, "rescaled")))
+  return (*(str(Experts(str(some), rule)) for rule in rules), str(Experts(str(many), "rescaled")))
 
 
 CONFIGS = {

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from experiments import tasks
-from experiments.evaluation import methods
+from experiments.evaluation import methods, picking
 from roe_jax.completion import Completion
 from roe_jax.roster import Roster
 
@@ -66,6 +66,23 @@ def test_more_experts_change_the_model_and_not_the_roster():
   assert parse("experts").config.experts_per_token == 6  # twice the model's
 
 
+def test_numbers_of_experts_vary_by_layer_by_member_and_by_mass():
+  method = parse("experts:k=4-8-2")
+  assert method.config.experts_per_token == 8 and method.label == "4-8-2 experts by layer"
+  assert np.asarray(method.roster.experts_by_layer).tolist() == [[4, 8, 2]]
+  assert method.text == "experts:k=4-8-2" and not method.is_stochastic
+  method = parse("experts:mass=0.9,gates=raw")
+  assert (method.config.experts_per_token, method.config.expert_mass) == (16, 0.9)
+  assert not method.config.normalize_gates
+  assert parse("experts:mass=0.9,k=5").config.experts_per_token == 5
+  method = parse("roster:n=3,t=0,k=3-2-4")  # members without noise
+  assert np.asarray(method.roster.experts_by_layer).tolist() == [[3] * 3, [2] * 3, [4] * 3]
+  assert method.roster.noisy_layers == (0, 3) and not method.is_stochastic
+  assert method.label == "roster, n = 3, τ = 0, 3-2-4 experts"
+  method = parse("roster:n=2,k=5,gates=rescaled")
+  assert method.roster.experts_by_layer is None and method.config.gate_mass_experts == 3
+
+
 def test_sampling_methods_have_their_sampler():
   method = parse("self_consistency:n=5,temperature=0.4")
   assert method.sampler.settings()["temperature"] == pytest.approx(0.4)
@@ -84,6 +101,32 @@ def test_scmoe_is_a_strong_and_a_weak_pass():
     "contrast",
   )
   assert roster["temperatures"] == [1.0] * 3
+  assert roster["gate_weights"] == "clean" and parse("scmoe").label == "SCMoE"
+  method = parse("scmoe:rank=1-3,beta=0.9,gates=one,k=4,n=5,temperature=0.6")
+  roster = method.roster.settings()
+  assert (roster["noise"], roster["aggregation"], roster["gate_weights"]) == (
+    "rank_experts(ranks=1-3)",
+    "contrast(alpha=0.1,beta=0.9)",
+    "noisy",
+  )
+  assert method.config.experts_per_token == 4 and method.select == "vote"
+  assert method.passes_per_token == 10 and method.is_stochastic
+  assert parse("scmoe:rank=random").is_stochastic and not parse("scmoe:rank=3").is_stochastic
+  tried = parse("best_scmoe:rank=3").candidates
+  assert [s["beta"] for s, _ in tried] == [0.1, 0.3, 0.5, 0.7, 0.9]
+  assert tried[4][1].roster.aggregation == "contrast(alpha=0.1,beta=0.9)"
+
+
+def test_members_write_sequences_of_their_own():
+  method = parse("sequences:n=4,noise=expert_sample(fixed=2,pool=5),gate_weights=noisy")
+  roster = method.roster
+  assert roster.members == (1,) and roster.cache == "standard" and method.num_samples == 4
+  assert roster.noise == "expert_sample(fixed=2,pool=5)" and method.sampler.is_greedy
+  assert method.is_stochastic and method.passes_per_token == 4
+  assert "selects among samples" in method.no_likelihood
+  method = parse("sequences:t=0,k=2-3-5,select=likelihood")
+  assert method.sample_experts == (2, 3, 5) and method.config.experts_per_token == 5
+  assert method.num_samples == 3 and not method.is_stochastic
 
 
 @pytest.mark.parametrize(
@@ -127,7 +170,22 @@ def test_likelihoods_are_defined_where_there_is_a_distribution():
     ("roster:m=4", "'m=4' must be SETTING=VALUE, each setting once; settings of roster: n, t,"),
     ("roster:n", "'n' must be SETTING=VALUE"),
     ("roster:n=2,n=3", "'n=3' must be SETTING=VALUE"),
-    ("scmoe:beta=1", "settings of scmoe: none"),
+    ("scmoe:betas=1", "settings of scmoe: rank, beta, alpha, gates, k, n, temperature"),
+    ("scmoe:beta=-1", "beta be at least 0"),
+    ("scmoe:rank=0", "ranks must be positive"),
+    ("scmoe:rank=two", "k must be a number of experts, or several such as 8-8-6-4, got 'two'"),
+    ("scmoe:gates=two", "gates must be model or one"),
+    ("scmoe:n=4", "n samples need a temperature"),
+    ("best_scmoe:beta=1", "best_scmoe tunes beta"),
+    ("experts:k=4-2", "experts_by_layer must be a positive integer, a list of 3"),
+    ("experts:k=0-1-1", "experts_by_layer must be a positive integer"),
+    ("experts:mass=2", r"expert_mass must be None or lie in \(0, 1\]"),
+    ("roster:n=2,k=3-4-5", "values for 3 members and the roster has 2"),
+    ("roster:gates=raw", "gates=raw needs k or mass"),
+    ("sequences:t=0", "all samples would be equal"),
+    ("sequences:n=3,k=1-2", "k have one number or n"),
+    ("sequences:select=best", "select must be one of vote, likelihood, routing, any"),
+    ("sequences:noise=expert_sample(fixed=9)", "0 <= fixed <= 3 <= pool"),
     ("roster:", "'' must be SETTING=VALUE"),
     ("roster:n=two", "n must be an integer or null, got 'two'"),
     ("roster:include_clean=no", "must be true or false or null, got 'no'"),
@@ -167,10 +225,10 @@ def test_default_methods_have_the_forward_rows_of_the_roster_or_one(family, n):
       "baseline+temperature": 1,
       "best_baseline": 1,
       "experts": 1,
-      "scmoe": 2,
+      "best_scmoe": 2,
     }.get(method.name, n)
     assert method.passes_per_token == expected, method.text
-  assert {m.name for m in found} == set(methods.METHODS)
+  assert {m.name for m in found} == set(methods.METHODS) - {"scmoe", "sequences"}
 
 
 def test_a_row_with_the_experts_of_all_members_is_among_the_defaults():
@@ -181,7 +239,7 @@ def test_a_row_with_the_experts_of_all_members_is_among_the_defaults():
 def test_votes_are_counted():
   """All ballots of four over two answers and none, against a plain count."""
   for ballot in itertools.product([7, 12, None], repeat=4):
-    index = methods.vote(list(ballot))
+    index = picking.vote(list(ballot))
     counts = {a: ballot.count(a) for a in (7, 12)}
     if not any(counts.values()):
       assert index == 0
@@ -197,6 +255,10 @@ def completion(text, *log_probs):
   return Completion([1] * len(log_probs), list(log_probs), [1] * len(log_probs), "stop_token", text)
 
 
+def pick(text, task, samples, texts, **more):
+  return picking.SELECTIONS[parse(text).select].pick(picking.Samples(task, texts, samples, **more))
+
+
 def test_answers_are_picked_by_number_and_by_probability():
   samples = [
     completion(" 1+1=2. #### 2", -0.1, -0.1),
@@ -205,10 +267,28 @@ def test_answers_are_picked_by_number_and_by_probability():
   ]
   task = tasks.get("wordmath")
   texts = [sample.text for sample in samples]
-  assert parse("self_consistency:n=3").pick(task, samples, texts) == 1
-  assert parse("best_of:n=3").pick(task, samples, texts) == 0
+  assert pick("self_consistency:n=3", task, samples, texts) == 1
+  assert pick("best_of:n=3", task, samples, texts) == 0
+  assert pick("sequences:n=3,select=any", task, samples, texts, metrics=[0.0, 0.0, 1.0]) == 2
   texts = ["The result is 5", "so 1,000.", "it is 1000", "no idea"]
-  assert parse("self_consistency:n=4").pick(tasks.get("paper/gsm8k"), samples, texts) == 1
+  assert pick("self_consistency:n=4", tasks.get("paper/gsm8k"), samples, texts) == 1
+
+
+def test_the_sample_with_the_most_common_routing_is_picked():
+  """Gates of five samples of two layers and three experts; three nearly agree."""
+  alike = np.array([[0.6, 0.4, 0.0], [0.0, 0.5, 0.5]])
+  other = np.array([[0.0, 0.1, 0.9], [1.0, 0.0, 0.0]])
+  routing = [other, alike, other[::-1], alike + [0.1, 0, 0], alike + [0, 0, 0.05]]
+  assert picking.densest(np.array(routing)) == 1
+
+  def jaccard(a, b):
+    return np.minimum(a, b).sum() / np.maximum(a, b).sum()
+
+  random = np.random.RandomState(0).uniform(size=(4, 2, 3))
+  density = [
+    max(jaccard(a, b) for j, b in enumerate(random) if j != i) for i, a in enumerate(random)
+  ]
+  assert picking.densest(random) == int(np.argmax(density))
 
 
 def test_tasks_without_an_answer_by_a_method_are_refused():
