@@ -173,7 +173,7 @@ def test_likelihoods_are_defined_where_there_is_a_distribution():
     ("scmoe:betas=1", "settings of scmoe: rank, beta, alpha, gates, k, n, temperature"),
     ("scmoe:beta=-1", "beta be at least 0"),
     ("scmoe:rank=0", "ranks must be positive"),
-    ("scmoe:rank=two", "k must be a number of experts, or several such as 8-8-6-4, got 'two'"),
+    ("scmoe:rank=two", "rank must be a number, or several such as 8-8-6-4, got 'two'"),
     ("scmoe:gates=two", "gates must be model or one"),
     ("scmoe:n=4", "n samples need a temperature"),
     ("best_scmoe:beta=1", "best_scmoe tunes beta"),
@@ -285,9 +285,7 @@ def test_the_sample_with_the_most_common_routing_is_picked():
     return np.minimum(a, b).sum() / np.maximum(a, b).sum()
 
   random = np.random.RandomState(0).uniform(size=(4, 2, 3))
-  density = [
-    max(jaccard(a, b) for j, b in enumerate(random) if j != i) for i, a in enumerate(random)
-  ]
+  density = [max(jaccard(a, b) for b in random if b is not a) for a in random]
   assert picking.densest(random) == int(np.argmax(density))
 
 
