@@ -288,24 +288,32 @@ def table(found: list[Method], opened: dict[str, runs.Run], task: tasks.Task) ->
     def of_tokens(name):
       return sum(c[name] for c in parts) / sum(c["tokens"] for c in parts)
 
+    def of_steps(name):
+      known = [c for c in counted if name in c]
+      return f"{sum(c[name] for c in known) / sum(c['steps'] for c in known):.2f}" if known else ""
+
+    def nats(name):
+      return f"{metrics[name]:.4f}" if name in metrics else ""
+
     lines.append(
       [
         method.label,
         100 * metrics[task.metric],
-        "not defined" if method.no_likelihood else metrics.get("perplexity", ""),
-        metrics.get("fitted_perplexity", ""),
+        "not defined" if method.no_likelihood else nats("perplexity"),
+        nats("fitted_perplexity"),
         method.passes_per_token,
         of_tokens("flops") / 1e6,
-        sum(c["unique_experts_read"] for c in counted) / sum(c["steps"] for c in counted)
-        if counted
-        else "",
+        of_steps("unique_experts_read"),
+        of_steps("experts_used"),
         float(np.median([c["tokens"] / c["seconds"] for c in parts])),
         max(c["peak_bytes"] for c in parts) / 2**20,
       ]
     )
   return tabulate.tabulate(
     lines,
-    floatfmt=("", ".1f", ".4f", ".4f", "d", ".3g", ".2f", ".0f", ".1f"),
+    floatfmt=("", ".1f", "", "", "d", ".3g", "", "", ".0f", ".1f"),
+    disable_numparse=[2, 3, 6, 7],
+    colalign=("left", *9 * ("right",)),
     headers=[
       "",
       f"{task.metric}\n%",
@@ -314,6 +322,7 @@ def table(found: list[Method], opened: dict[str, runs.Run], task: tasks.Task) ->
       "passes\nper token",
       "MFLOPs\nper token",
       "unique\nexperts",
+      "experts per\nmember",
       "tokens\nper s",
       "memory\nMiB",
     ],

@@ -197,6 +197,53 @@ def routing_margins(
   return margins[:, :, : len(sequences), : max(map(len, sequences))]
 
 
+UNITS = ("logits", "spread", "margin")
+
+
+def router_scales(
+  params: Params,
+  config: ModelConfig,
+  sequences: Sequence[Sequence[int]],
+  starts: Sequence[int] | None = None,
+  batch_size: int = 16,
+) -> dict[str, np.ndarray]:
+  """Measures the scales of each layer's router logits, as units of τ.
+
+  Args:
+    params: the model's parameters.
+    config: its architecture, with E > A.
+    sequences: token ids.
+    starts: see `scoring.score`; counts the positions that predict the tokens from there on.
+    batch_size: sequences computed together; affects results by rounding only.
+
+  Returns:
+    `[L]` float64 for each of `UNITS`, in router logits: "logits", one; "spread", the standard
+    deviation of a token's logits over experts; "margin", the difference between its A-th and next
+    largest one; means over positions.
+
+  Raises:
+    ValueError: the model has no router or A = E, a sequence is invalid, or no token is predicted.
+  """
+  if config.experts_per_token >= config.num_experts:
+    raise ValueError(
+      f"τ has no unit in a model that uses all of its {config.num_experts} experts: its choices "
+      "have no margin"
+    )
+  starts = [1] * len(sequences) if starts is None else list(starts)
+  found: list[np.ndarray] = []
+  for first in range(0, len(sequences), batch_size):
+    batch = slice(first, first + batch_size)
+    baseline = Roster.create(config)
+    both = _at_all_positions(_scales, params, config, baseline, sequences[batch], None)
+    for i, (sequence, start) in enumerate(zip(sequences[batch], starts[batch])):
+      found.append(both[:, :, i, start - 1 : len(sequence) - 1].astype(np.float64))
+  values = np.concatenate(found, axis=-1) if found else np.zeros((2, config.num_layers, 0))
+  if not values.size:
+    raise ValueError("no token is predicted: a sequence must be longer than its start")
+  spread, margin = values.mean(axis=-1)
+  return dict(zip(UNITS, (np.ones_like(spread), spread, margin)))
+
+
 def last_gates(
   params: Params,
   config: ModelConfig,
@@ -368,6 +415,16 @@ def _margins(params, config, roster, cache, tokens, request_ids):
     return best[..., count - 1] - best[..., count]
 
   return _of_router_logits(margin, params, config, roster, cache, tokens, request_ids)[0]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _scales(params, config, roster, cache, tokens, request_ids):
+  """Returns the spread and the margin of the clean logits, `[2, L, B, T]`."""
+  _, outputs = _states(params, config, roster, cache, tokens, request_ids, ("router_logits",))
+  logits = outputs.router_logits[:, 0]
+  best, _ = jax.lax.top_k(logits, config.experts_per_token + 1)
+  found = jnp.stack([jnp.std(logits, axis=-1), best[..., -2] - best[..., -1]])
+  return sharding.with_sharding_constraint(params, found)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "of_members"))

@@ -3,7 +3,8 @@
     {"temperatures": [0.0, 0.25, ...],
      "model": {"name": ..., "family": ..., "num_layers": ..., ..., "routers": SHA-256},
      "roster": {"num_members": ..., "cache": ..., ...},
-     "objective": {...}, "data": {...}, "seed": ..., "cost": {...}}
+     "objective": {...}, "data": {...}, "seed": ..., "cost": {...},
+     "units": {"unit": "spread", "tau": 0.3, "scales": [1.8, ...]}}
 
 Only "temperatures" is required. A profile with "model" is valid for that model only: programs
 compare its sizes before they load parameters, and its routers afterwards. "roster" holds
@@ -60,6 +61,8 @@ class Profile:
     data: the examples that were used.
     seed: noise seed of the search, or None.
     cost: cost of the search.
+    units: if the temperatures are one τ in another unit, that unit, τ, and the unit's size in each
+      layer in router logits; see `diagnostics.router_scales`.
   """
 
   temperatures: tuple[float, ...]
@@ -69,6 +72,7 @@ class Profile:
   data: dict[str, Any] = dataclasses.field(default_factory=dict)
   seed: int | None = None
   cost: dict[str, Any] = dataclasses.field(default_factory=dict)
+  units: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def to_json(self) -> str:
     return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

@@ -210,7 +210,11 @@ class Engine:
       return Cost()
     unique = diagnostics.unique_experts(*self._model, self._roster, sequences, starts, ids)
     steps = sum(map(len, sequences)) - sum(starts)
-    return Cost(unique_experts_read=float(unique.by_position.mean()) * steps, steps=steps)
+    return Cost(
+      unique_experts_read=float(unique.by_position.mean()) * steps,
+      experts_used=float(unique.per_member.mean()) * steps,
+      steps=steps,
+    )
 
   def last_gates(
     self, prompts: Sequence[Prompt], generated: Sequence[Sequence[int]]

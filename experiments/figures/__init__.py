@@ -29,6 +29,8 @@ the others are estimated with `roe_jax.costs` (H100):
     sparsity            5        10         5          5
     transfer           45       100        50          4
     noise_families     10        10         5          9
+    shared_noise       10        15        10          6
+    tau_units          40        90        50          8
 """
 
 import dataclasses
@@ -49,6 +51,8 @@ REVIEWERS = (
   "search_cost",
   "transfer",
   "noise_families",
+  "shared_noise",
+  "tau_units",
 )
 NAMES = PAPER + REVIEWERS
 # Settings of a model that only some figures use.

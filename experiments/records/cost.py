@@ -20,6 +20,7 @@ class Cost:
     peak_bytes: estimated weights, cache and activations of one device.
     unique_experts_read: unique active experts of all members at a position that predicts a token
       of an answer, mean over layers, summed over `steps`.
+    experts_used: experts of one member there, mean over members and layers, summed over `steps`.
     steps: positions at which unique experts were counted; 0 if they were not.
   """
 
@@ -29,6 +30,7 @@ class Cost:
   seconds: float = 0.0
   peak_bytes: int = 0
   unique_experts_read: float = 0.0
+  experts_used: float = 0.0
   steps: int = 0
 
   def __add__(self, other: Cost) -> Cost:
