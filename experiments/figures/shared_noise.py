@@ -50,7 +50,7 @@ class Config:
 
 
 CONFIGS = figure_models.configs(
-  Config(), embedded=Config(task="wordmath", tau=0.5, num_examples=100, num_seeds=16)
+  Config(), embedded=Config("wordmath", (9,), tau=0.5, num_examples=100, num_seeds=16)
 )
 # Name: the noise, and the part of the layers that has it.
 SCHEMES = {

@@ -123,7 +123,7 @@ def _records(checkpoints, grids, chosen, reported):
   for c in checkpoints:
     reference = reported[c, "logits", best[c, "logits"]]
     for unit, grid in grids.items():
-      rise = lambda tau: 100 * (np.exp(reported[c, unit, tau] - reference) - 1)  # noqa: B023
+      rise = lambda tau: 100 * (np.exp(reported[c, unit, tau] - reference) - 1)
       others = [rise(best[o, unit]) for o in checkpoints if o != c]
       found.append(
         {
