@@ -68,6 +68,28 @@ def test_what_cannot_be_counted_is_refused(olmoe):
     diagnostics.unique_experts(params, config, Roster.create(config, cache="none"), TEXTS)
   with pytest.raises(ValueError, match="no token is predicted"):
     diagnostics.unique_experts(params, config, Roster.create(config), [[1, 2]], [2])
+  with pytest.raises(ValueError, match="no token is predicted"):
+    diagnostics.router_scales(params, config, [[1, 2]], [2])
+  with pytest.raises(ValueError, match="uses all of its 3 experts"):
+    diagnostics.router_scales(params, config.replace(num_experts=3), TEXTS)
+
+
+def assert_scales(params, config, texts, logits_LxBxSxE):
+  """The scales of router logits, and the gates of the last position, by hand."""
+  scales = diagnostics.router_scales(params, config, texts, [3, 1])
+  rows = [logits_LxBxSxE[:, 0, 2 : len(texts[0]) - 1], logits_LxBxSxE[:, 1, : len(texts[1]) - 1]]
+  logits = np.sort(np.concatenate(rows, axis=1), axis=-1).astype(np.float64)
+  count = config.experts_per_token
+  np.testing.assert_allclose(scales["spread"], logits.std(-1).mean(1), rtol=1e-4)
+  margin = (logits[..., -count] - logits[..., -count - 1]).mean(1)
+  np.testing.assert_allclose(scales["margin"], margin, rtol=1e-4)
+  np.testing.assert_array_equal(scales["logits"], np.ones(config.num_layers))
+  gates = diagnostics.last_gates(params, config, Roster.create(config), texts)
+  for i, text in enumerate(texts):
+    p = np.exp(logits_LxBxSxE[:, i, len(text) - 1].astype(np.float64))
+    p /= p.sum(-1, keepdims=True)
+    expected = np.where(p >= np.sort(p)[:, -count, None], p, 0)
+    np.testing.assert_allclose(gates[i], expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("cache", ["clean", "standard", "none"])
@@ -90,6 +112,8 @@ def test_logits_and_routing_of_members_are_those_of_the_definition(olmoe, cache)
     np.testing.assert_allclose(
       trace.logits[:, i, : len(text)], logits[:, i, : len(text)], rtol=1e-4, atol=1e-4
     )
+  if cache == "clean":
+    assert_scales(params, config, texts, trace.router_logits[:, 0])
   # No noise in the first layer and in the clean member: the best of the softmax, by hand.
   best = np.argsort(-trace.router_logits[0], axis=-1)[..., : config.experts_per_token]
   length = len(texts[1])
