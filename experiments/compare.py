@@ -15,6 +15,7 @@ the first noise seed.
 """
 
 from collections.abc import Iterator
+import dataclasses
 import functools
 import pathlib
 import sys
@@ -220,7 +221,8 @@ def choose(
       "chosen": settings[int(np.argmax(values))],
     }
 
-  return candidates[settings.index(_saved(folder / SETTINGS, task, compute)["chosen"])]
+  chosen = candidates[settings.index(_saved(folder / SETTINGS, task, compute)["chosen"])]
+  return dataclasses.replace(chosen, candidates=method.candidates)  # so it is known as tuned
 
 
 def judge(task: tasks.Task, examples: list[tasks.Example], outputs: list) -> list[float]:

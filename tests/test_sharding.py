@@ -316,13 +316,16 @@ def test_caches_are_made_where_they_lie(params, cache):
 
 
 @pytest.mark.parametrize(
-  "sizes,num_members,texts,cache",
-  [((2, 2, 2), 8, 1, "clean"), ((2, 4, 1), 3, 4, "standard")],
+  "sizes,num_members,texts,settings",
+  [
+    ((2, 2, 2), 8, 1, {"noise": "stratified"}),
+    ((2, 4, 1), 3, 4, {"cache": "standard", "experts_by_layer": [3, [3, 2], [3, 1]]}),
+  ],
   ids=str,
 )
-def test_rosters_by_parts(params, sizes, num_members, texts, cache):
+def test_rosters_by_parts(params, sizes, num_members, texts, settings):
   """Members over the mesh with one text; else texts over both axes."""
-  roster = Roster.create(CONFIG, num_members, [0, 0.5], cache=cache)
+  roster = Roster.create(CONFIG, num_members, [0, 0.5], **settings)
   prompts = tiny.texts([5, 9, 3, 7][:texts], 64)
 
   def run(params):
@@ -368,7 +371,8 @@ def test_scoring_sends_rows_to_their_experts(params, monkeypatch):
     expert_parallel, "via_all_to_all", lambda *a: traced.append(a) or exchanged(*a)
   )
   config = CONFIG.replace(context_length=65)  # no program of another test
-  texts, roster = tiny.texts([9, 12, 4, 7, 8, 5, 11, 6], 64), Roster.create(config, 2, 0.5)
+  texts = tiny.texts([9, 12, 4, 7, 8, 5, 11, 6], 64)
+  roster = Roster.create(config, 2, 0.5, experts_by_layer=[[3, 2], [1, 3]])
   placed = sharding.shard_params(params, config, make_mesh(config, expert=8))
   actual = scoring.score(placed, config, texts, roster=roster).sequences
   assert traced

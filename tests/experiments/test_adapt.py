@@ -46,10 +46,9 @@ def test_a_profile_says_where_members_run(tmp_path):
 def test_a_profile_has_one_temperature_in_units_of_the_routers(tmp_path):
   model, path = "embedded:wordmath_control", tmp_path / "margin.json"
   flags = ["--unit=margin", "--tau=0.5", "--num_examples=3", f"--output={path}"]
-  result = programs.run("experiments.scale_tau", [f"--checkpoint={model}", *flags], devices=1)
+  programs.run("experiments.scale_tau", [f"--checkpoint={model}", *flags], devices=1)
   profile = temperature_profiles.read(path)
   assert profile.units["unit"] == "margin" and min(profile.units["scales"]) > 0
   np.testing.assert_allclose(profile.temperatures, 0.5 * np.array(profile.units["scales"]))
-  assert f"{profile.temperatures[1]:.4g}" in result.stdout
   roster = Roster.from_profile(path, load_config(model), num_members=2)
   np.testing.assert_allclose(roster.temperatures, profile.temperatures, rtol=1e-6)

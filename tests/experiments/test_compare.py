@@ -23,7 +23,7 @@ from roe_jax.sampling import Sampler
 
 pytestmark = pytest.mark.slow
 
-METHODS = "baseline; baseline+temperature; best_baseline; roster:n=3; self_consistency:n=3; scmoe"
+METHODS = "baseline; baseline+temperature; best_baseline; roster:n=3; self_consistency:n=3; best_scmoe"
 LIMIT, BATCH = 5, 3
 
 
