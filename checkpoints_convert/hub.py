@@ -269,7 +269,9 @@ def open_source(
   elif tensors is None:
     tensors = safetensors_files.read_headers(folder)
   tensors = _model_tensors(source, hf_config, tensors)
-  stored = tuple(sorted({info.stored_dtype for info in tensors.values()}))
+  always_float32 = tensor_names.float32_tensors(config)
+  stored = {info.stored_dtype for name, info in tensors.items() if name not in always_float32}
+  stored = tuple(sorted(stored))
   if dtype == "source":
     dtype = own_dtype(stored)
   expert_format, layout = _expert_form(source, config, tensors)
@@ -375,7 +377,7 @@ def _expert_form(
   folder: pathlib.Path, config: ModelConfig, tensors: dict[str, TensorInfo]
 ) -> tuple[str | None, str]:
   """Returns the experts' format and layout in the tensors, or config.json's if they have none."""
-  layers = checkpoint.Piece("", 0, config.num_layers)
+  layers = checkpoint.Piece("", 0, config.num_expert_layers)
   formats = (None, *FAMILIES[config.family].formats)
   # More tensors are never in these files, however many layers and experts config.json claims.
   most = 4 * len(tensors) + 1000

@@ -3,9 +3,9 @@
 The pattern of a rule, like `"D (H C) -> H C D"`, has the axes of the hub tensor on its left, where
 parentheses merge axes, and the axes of one layer's parameter on its right. There, `expert` is the
 index of the rule's expert, and a number is an index: `"F D -> expert F 1 D"` is the second half of
-a fused projection. Letters are axis sizes (see `ModelConfig`; G is the shared expert's width, U the
-pair gate and up, I one, M and N the blocks of 32 in D and in F). Every pattern is a permutation, so
-it can be inverted without loss.
+a fused projection. Letters are axis sizes (see `ModelConfig`; G is the shared expert's width, P that
+of the MLP of the first dense layers, U the pair gate and up, I one, M and N the blocks of 32 in D
+and in F). Every pattern is a permutation, so it can be inverted without loss.
 
 Where a family stores experts in two forms, the rules apply to the config of the files, whose
 `expert_format` says which form they have, and to their layout: transformers 5 saves the experts of
@@ -30,6 +30,7 @@ from roe_jax.quantization import pack, unpack
 # The layouts of experts: as on the hub, usually separate matrices; one array for all gate and up
 # projections of a layer; or, in GGUF files of some families, one for gate and one for up.
 SEPARATE, FUSED, SPLIT = "separate", "fused", "split"
+_OF_ALL_LAYERS = ("attention", "moe_norm")  # parameters that dense layers have, too
 _TILE = 256  # tile size of the first two axes when transposing
 
 
@@ -45,8 +46,9 @@ class Rule:
     when: a field of `ModelConfig`; the tensor exists only if it is set.
     unless: a field of `ModelConfig`; the tensor exists only if it is not set.
     layout: the layout in which the tensor exists; all by default.
-    shared_rows: whether the tensor has one more row for each shared expert after the parameter's.
-      They have no effect: they are not read, and zeros are written.
+    dense: whether the tensor exists in the first dense layers, and only in these.
+    rows: how many rows the tensor has before and after the parameter's, each a sum of sizes such as
+      "HK". Those that no parameter has are not read, and zeros are written.
     stored: "numbers" of any floating-point dtype; "bytes" that are copied unchanged; or "blocks"
       of 4-bit codes (see `mxfp4`), which the parameter packs in pairs along its last axis. The
       pattern describes unpacked codes.
@@ -58,7 +60,8 @@ class Rule:
   when: str | None = None
   unless: str | None = None
   layout: str | None = None
-  shared_rows: bool = False
+  dense: bool = False
+  rows: tuple[str, str] = ("", "")
   stored: str = "numbers"
 
 
@@ -76,11 +79,11 @@ _WITHOUT_NORMS = (
   Rule(_ATTENTION + "v_proj.weight", "attention.value", "(K C) D -> K C D"),
   Rule(_ATTENTION + "o_proj.weight", "attention.output", "D (H C) -> H C D"),
 )
-_COMMON = (
-  *_WITHOUT_NORMS,
+_NORMS = (
   Rule(_LAYER + "input_layernorm.weight", "attention_norm", "D -> D"),
   Rule(_LAYER + "post_attention_layernorm.weight", "moe_norm", "D -> D"),
 )
+_COMMON = (*_WITHOUT_NORMS, *_NORMS)
 
 
 def _experts(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
@@ -103,8 +106,8 @@ _QKV_BIASES = (
   Rule(_ATTENTION + "v_proj.bias", "attention.value_bias", "(K C) -> K C", when="qkv_bias"),
 )
 _QK_NORMS_PER_HEAD = (
-  Rule(_ATTENTION + "q_norm.weight", "attention.query_norm", "C -> C"),
-  Rule(_ATTENTION + "k_norm.weight", "attention.key_norm", "C -> C"),
+  Rule(_ATTENTION + "q_norm.weight", "attention.query_norm", "C -> C", when="qk_norm"),
+  Rule(_ATTENTION + "k_norm.weight", "attention.key_norm", "C -> C", when="qk_norm"),
 )
 _OUTPUT_BIAS = Rule(
   _ATTENTION + "o_proj.bias", "attention.output_bias", "D -> D", when="output_bias"
@@ -122,6 +125,55 @@ _DENSE = (
   Rule(_MLP + "down_proj.bias", "experts.down_bias", "D -> 0 D", when="expert_bias"),
 )
 _MLP_EXPERTS = _experts(_MLP, "gate_proj", "up_proj", "down_proj")
+_SEPARATE_EXPERTS = (
+  Rule(_MLP + "experts.{expert}.gate_proj.weight", "experts.gate_up", "F D -> expert F 0 D"),
+  Rule(_MLP + "experts.{expert}.up_proj.weight", "experts.gate_up", "F D -> expert F 1 D"),
+  Rule(_MLP + "experts.{expert}.down_proj.weight", "experts.down", "D F -> expert F D"),
+)
+
+
+def _every_token(block: str, width: str, **conditions: Any) -> tuple[Rule, ...]:
+  """Returns the rules of an MLP that all tokens pass through; `width` is its axis."""
+  gate_up, w = "shared_expert.gate_up", width
+  return (
+    Rule(block + "gate_proj.weight", gate_up, f"{w} D -> {w} 0 D", **conditions),
+    Rule(block + "up_proj.weight", gate_up, f"{w} D -> {w} 1 D", **conditions),
+    Rule(block + "down_proj.weight", "shared_expert.down", f"D {w} -> {w} D", **conditions),
+  )
+
+
+# As in DeepSeek-V3.
+_SHARED_AND_DENSE = (
+  *_every_token(_MLP + "shared_experts.", "G", when="d_shared_expert"),
+  *_every_token(_MLP, "P", dense=True),
+)
+_GLM4_MOE = (
+  *_COMMON,
+  *_QKV_BIASES,
+  *_QK_NORMS_PER_HEAD,
+  *_MLP_EXPERTS,
+  *_SHARED_AND_DENSE,
+  Rule(_MLP + "gate.e_score_correction_bias", "correction_bias", "E -> E"),
+)
+_BAILING = _LAYER + "attention."
+
+
+def _fused_qkv(tensor: str, parameter: str, axes: str, when: str | None = None) -> tuple[Rule, ...]:
+  """Returns the rules of a tensor with the rows of queries, then keys, then values."""
+  return tuple(
+    Rule(
+      _BAILING + tensor,
+      f"attention.{name}{parameter}",
+      f"({heads} C){axes} -> {heads} C{axes}",
+      when,
+      rows=rows,
+    )
+    for name, heads, rows in (
+      ("query", "H", ("", "KK")),
+      ("key", "K", ("H", "K")),
+      ("value", "K", ("HK", "")),
+    )
+  )
 
 
 def _mxfp4(
@@ -191,18 +243,9 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
     Rule(_LAYER + "pre_feedforward_layernorm.weight", "moe_norm", "D -> D"),
     *_QKV_BIASES,
     _OUTPUT_BIAS,
-    Rule(_MLP + "gate.weight", "router", "E D -> E D", shared_rows=True),
-    Rule(_MLP + "experts.{expert}.gate_proj.weight", "experts.gate_up", "F D -> expert F 0 D"),
-    Rule(_MLP + "experts.{expert}.up_proj.weight", "experts.gate_up", "F D -> expert F 1 D"),
-    Rule(_MLP + "experts.{expert}.down_proj.weight", "experts.down", "D F -> expert F D"),
-    *(
-      Rule(_MLP + "experts.{shared}." + name, parameter, pattern, when="d_shared_expert")
-      for name, parameter, pattern in (
-        ("gate_proj.weight", "shared_expert.gate_up", "G D -> G 0 D"),
-        ("up_proj.weight", "shared_expert.gate_up", "G D -> G 1 D"),
-        ("down_proj.weight", "shared_expert.down", "D G -> G D"),
-      )
-    ),
+    Rule(_MLP + "gate.weight", "router", "E D -> E D", rows=("", "S")),
+    *_SEPARATE_EXPERTS,
+    *_every_token(_MLP + "experts.{shared}.", "G", when="d_shared_expert"),
   ),
   "mixtral": (*_COMMON, *_experts(_LAYER + "block_sparse_moe.", "w1", "w3", "w2")),
   "gpt_oss": (
@@ -218,12 +261,29 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
     *_COMMON,
     *_QKV_BIASES,
     *_MLP_EXPERTS,
-    Rule(_MLP + "shared_expert.gate_proj.weight", "shared_expert.gate_up", "G D -> G 0 D"),
-    Rule(_MLP + "shared_expert.up_proj.weight", "shared_expert.gate_up", "G D -> G 1 D"),
-    Rule(_MLP + "shared_expert.down_proj.weight", "shared_expert.down", "D G -> G D"),
+    *_every_token(_MLP + "shared_expert.", "G"),
     Rule(_MLP + "shared_expert_gate.weight", "shared_expert.gate", "I D -> I D"),
   ),
   "qwen3_moe": (*_COMMON, *_QK_NORMS_PER_HEAD, *_MLP_EXPERTS),
+  "glm4_moe": _GLM4_MOE,
+  "dots1": (*_GLM4_MOE, _OUTPUT_BIAS),
+  # As published in github.com/inclusionAI/Ling-V2; not in transformers.
+  "bailing_moe_v2": (
+    Rule("model.word_embeddings.weight", "embedding", "V D -> V D"),
+    Rule("model.norm.weight", "final_norm", "D -> D"),
+    Rule("lm_head.weight", "unembedding", "V D -> V D"),
+    *_NORMS,
+    *_fused_qkv("query_key_value.weight", "", " D"),
+    *_fused_qkv("query_key_value.bias", "_bias", "", when="qkv_bias"),
+    Rule(_BAILING + "dense.weight", "attention.output", "D (H C) -> H C D"),
+    Rule(_BAILING + "dense.bias", "attention.output_bias", "D -> D", when="output_bias"),
+    Rule(_BAILING + "query_layernorm.weight", "attention.query_norm", "C -> C", when="qk_norm"),
+    Rule(_BAILING + "key_layernorm.weight", "attention.key_norm", "C -> C", when="qk_norm"),
+    Rule(_MLP + "gate.weight", "router", "E D -> E D"),
+    Rule(_MLP + "gate.expert_bias", "correction_bias", "E -> E"),
+    *_SEPARATE_EXPERTS,
+    *_SHARED_AND_DENSE,
+  ),
   "granitemoe": _GRANITE,
   "granitemoeshared": (
     *_GRANITE,
@@ -291,8 +351,11 @@ class Part:
     if self._in_blocks:
       self.split = (*self._sizes[:-1], *self.shape[-2:])
     self.size = math.prod(self.shape)
-    if rule.shared_rows:
-      self.shape = self.split = (self.shape[0] + sizes["S"], *self.shape[1:])
+    self._before, after = (sum(sizes[a] for a in letters) for letters in rule.rows)
+    if others := self._before + after:
+      per_row = self.shape[0] // self.split[0]
+      self.shape = (self.shape[0] + others * per_row, *self.shape[1:])
+      self.split = (self.split[0] + others, *self.split[1:])
     order = [axes.index(token) for token in target.split() if token in axes]
     self._inverse = tuple(order.index(i) for i in range(len(axes)))
     self._index: tuple[Any, ...] = () if row is None else (row,)
@@ -320,6 +383,7 @@ class Part:
     if self._in_blocks:
       own[-1] = tuple(2 * end for end in own[-1])
     spans = [own[i] for i in self._inverse]
+    spans[0] = tuple(end + self._before for end in spans[0])
     if self._in_blocks:
       start, stop = spans[-1]
       spans[-1:] = [(start // 32, stop // 32), (0, 16)]
@@ -342,7 +406,8 @@ class Part:
       if self._in_blocks:
         sizes = (*sizes[:-2], 32 * sizes[-2])
     if not self._in_blocks:
-      tensor = tensor[: sizes[0]] if tensor.shape == self.split else tensor
+      if tensor.shape == self.shape:
+        tensor = tensor.reshape(self.split)[self._own_rows]
       self._copy(tensor.reshape(sizes), parameter[index].transpose(self._inverse))
       return
     # One expert at a time, because unpacked codes take twice the memory.
@@ -351,14 +416,23 @@ class Part:
       _copy_by_tiles(mxfp4.from_blocks(blocks).reshape(sizes[1:]), self._of_expert(loose))
       codes[...] = pack(loose)
 
-  def take(self, parameter: np.ndarray) -> np.ndarray:
-    """Extracts the hub tensor from the parameter; the inverse of `fill`."""
-    tensor = np.empty(self.shape, parameter.dtype)
+  @property
+  def _own_rows(self) -> slice:
+    return slice(self._before, self._before + self._sizes[0])
+
+  def take(self, parameter: np.ndarray, tensor: np.ndarray | None = None) -> np.ndarray:
+    """Extracts the hub tensor from the parameter; the inverse of `fill`.
+
+    Args:
+      parameter: the parameter.
+      tensor: the hub tensor with the rows of other parameters; by default these are zeros.
+    """
     part = parameter[self._index]
+    if tensor is None:
+      new = np.empty if self.size == math.prod(self.shape) or self._in_blocks else np.zeros
+      tensor = new(self.shape, parameter.dtype)
     if not self._in_blocks:
-      own = tensor.reshape(-1)[: self.size].reshape(self._sizes)
-      self._copy(part.transpose(self._inverse), own)
-      tensor.reshape(-1)[self.size :] = 0
+      self._copy(part.transpose(self._inverse), tensor.reshape(self.split)[self._own_rows])
       return tensor
     for blocks, codes in zip(tensor, part):
       loose = np.empty(self._sizes[1:], np.uint8)
@@ -405,26 +479,44 @@ def parts(config: ModelConfig, piece: Piece, layout: str = SEPARATE) -> Iterator
     "E": config.num_experts,
     "F": config.d_expert,
     "G": config.d_shared_expert,
+    "P": config.d_dense,
     "S": config.d_shared_expert // config.d_expert,
     "U": 2,
     "I": 1,
     "M": config.d_model // 32,
     "N": config.d_expert // 32,
   }
-  layers = range(piece.start, piece.stop) if piece.num_layers else (None,)
-  for layer in layers:
-    for rule in FAMILIES[config.family]:
-      if (
-        ("{layer}" in rule.tensor) == (layer is None)
-        or (rule.when and not getattr(config, rule.when))
-        or (rule.unless and getattr(config, rule.unless))
-        or rule.layout not in (None, layout)
-      ):
-        continue
-      row = None if layer is None else layer - piece.start
+  rules = [
+    rule
+    for rule in FAMILIES[config.family]
+    if (not rule.when or getattr(config, rule.when))
+    and (not rule.unless or not getattr(config, rule.unless))
+    and rule.layout in (None, layout)
+  ]
+  first = config.first_dense_layers
+  in_layers = [rule for rule in rules if "{layer}" in rule.tensor]
+  if piece.num_layers:
+    own = [rule for rule in in_layers if not rule.dense]
+    layers = [(own, i, first + piece.start + i) for i in range(piece.num_layers)]
+  else:
+    own = [
+      dataclasses.replace(rule, parameter=f"dense_layers.{rule.parameter}")
+      for rule in in_layers
+      if rule.dense or rule.parameter.startswith(_OF_ALL_LAYERS)
+    ]
+    outside = [rule for rule in rules if rule not in in_layers]
+    layers = [(outside, None, None), *((own, i, i) for i in range(first))]
+  for own, row, layer in layers:
+    for rule in own:
       experts = range(config.num_experts) if "{expert}" in rule.tensor else (None,)
       for expert in experts:
         yield Part(rule, sizes, row, layer, expert)
+
+
+def float32_tensors(config: ModelConfig) -> set[str]:
+  """Returns the names of tensors whose parameters are float32, whatever the model's dtype."""
+  rules = [r for r in FAMILIES[config.family] if r.parameter == "correction_bias"]
+  return {r.tensor.format(layer=i) for r in rules for i in range(config.num_layers)}
 
 
 def check_table(config: ModelConfig) -> None:
