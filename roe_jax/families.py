@@ -94,7 +94,7 @@ def _from_hugging_face(hf, dtype):
   hf = family.read(hf)
   values: dict[str, Any] = {field: hf.get(key) for field, key in keys.items()}
   for field, key in keys.items():
-    if values[field] is not None:
+    if values[field] is not None or key not in _NULLABLE:
       hint = typed.hints(ModelConfig)[field]
       typed.check(f"config.json: {key}", values[field], hint)
       values[field] = float(values[field]) if hint is float else values[field]

@@ -64,7 +64,7 @@ def scores(config: ModelConfig, logits: jax.Array, bias: jax.Array | None = None
     return logits
   values, banned = jax.nn.sigmoid(logits), jnp.isneginf(logits)
   if bias is not None:
-    values += bias
+    values += jnp.broadcast_to(bias, values.shape)
   if config.expert_groups > 1:
     in_groups = (*logits.shape[:-1], config.expert_groups, -1)
     two, _ = jax.lax.top_k(jnp.where(banned, 0.0, values).reshape(in_groups), 2)

@@ -118,7 +118,8 @@ SPECIFIC["dots1"] = {
   for k, v in SPECIFIC["glm4_moe"].items()
   if k not in ("partial_rotary_factor", "use_qk_norm")
 } | dict(n_shared_experts=2, n_group=2, topk_group=1, sliding_window=5, max_window_layers=2)
-FAMILIES = tuple(SPECIFIC)
+# One of these stands for both.
+FAMILIES = tuple(family for family in SPECIFIC if family != "dots1")
 # Not in transformers: its other tests are in test_families.
 SPECIFIC["emo"] = dict(
   num_experts=9, num_experts_per_tok=3, num_shared_experts=1, norm_topk_prob=False
@@ -131,7 +132,7 @@ SPECIFIC["bailing_moe_v2"] = {
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
 # Sigmoid routers after a dense layer.
 SIGMOID = ("glm4_moe", "dots1")
-ROUTED = tuple(family for family in FAMILIES if family not in DENSE)
+ROUTED = tuple(family for family in FAMILIES if family not in (*DENSE, *SIGMOID))
 # Its classes in transformers begin with this.
 PREFIX = {
   "olmoe": "Olmoe",
@@ -256,10 +257,17 @@ def random_state(hf, seed=0, scale=0.3):
       "granitemoe": attention_biases | {"self_attn.o_proj.bias": (n["d"],)}
       if hf.get("attention_bias")
       else {},
-      "glm4_moe": norms_per_head | attention_biases | {"mlp.gate.e_score_correction_bias": (n["e"],)},
-      "dots1": norms_per_head
-      | attention_biases
-      | {"self_attn.o_proj.bias": (n["d"],), "mlp.gate.e_score_correction_bias": (n["e"],)},
+      "glm4_moe": {
+        **(norms_per_head if hf.get("use_qk_norm") else {}),
+        **attention_biases,
+        "mlp.gate.e_score_correction_bias": (n["e"],),
+      },
+      "dots1": {
+        **norms_per_head,
+        **attention_biases,
+        "self_attn.o_proj.bias": (n["d"],),
+        "mlp.gate.e_score_correction_bias": (n["e"],),
+      },
       "granitemoeshared": {
         "shared_mlp.input_linear.weight": (2 * n["g"], n["d"]),
         "shared_mlp.output_linear.weight": (n["d"], n["g"]),
