@@ -365,12 +365,25 @@ def _model_tensors(
   buffers = [name for name in tensors if name.endswith("rotary_emb.inv_freq")]
   if buffers:
     note(f"skipping buffers of {folder} that follow from its config.json: {some(buffers)}")
-  tensors = {name: info for name, info in tensors.items() if name not in buffers}
+  later = [name for name in tensors if _is_of_later_layer(name, hf_config)]
+  if later:
+    note(f"skipping the layers of {folder} that predict further tokens: {some(later)}")
+  tensors = {name: info for name, info in tensors.items() if name not in {*buffers, *later}}
   if hf_config.get("tie_word_embeddings"):
     for name, other in ((_EMBEDDING, _UNEMBEDDING), (_UNEMBEDDING, _EMBEDDING)):
       if other in tensors:
         tensors.setdefault(name, tensors[other])
   return tensors
+
+
+def _is_of_later_layer(name: str, hf_config: dict[str, Any]) -> bool:
+  """Whether a tensor is of a layer after the last, for multi-token prediction."""
+  further = hf_config.get("num_nextn_predict_layers")
+  match = re.match(r"model\.layers\.(\d+)\.", name)
+  if match is None or not isinstance(further, int):
+    return False
+  last = hf_config["num_hidden_layers"]
+  return last <= int(match[1]) < last + further
 
 
 def _expert_form(

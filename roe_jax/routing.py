@@ -67,8 +67,9 @@ def scores(config: ModelConfig, logits: jax.Array, bias: jax.Array | None = None
     values += jnp.broadcast_to(bias, values.shape)
   if config.expert_groups > 1:
     in_groups = (*logits.shape[:-1], config.expert_groups, -1)
-    two, _ = jax.lax.top_k(jnp.where(banned, 0.0, values).reshape(in_groups), 2)
-    totals = jnp.where(banned.reshape(in_groups).all(-1), -jnp.inf, two.sum(-1))
+    two, _ = jax.lax.top_k(jnp.where(banned, -jnp.inf, values).reshape(in_groups), 2)
+    none = jnp.isneginf(two)
+    totals = jnp.where(none[..., 0], -jnp.inf, jnp.where(none, 0.0, two).sum(-1))
     _, kept = jax.lax.top_k(totals, config.groups_per_token)
     is_kept = jax.nn.one_hot(kept, config.expert_groups, dtype=bool).any(-2)
     banned |= ~jnp.repeat(is_kept, config.num_experts // config.expert_groups, axis=-1)
