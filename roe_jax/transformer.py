@@ -119,8 +119,13 @@ def route(
 ) -> tuple[jax.Array, jax.Array]:
   """Chooses the experts of a layer and computes their gates; see `routing.route`."""
   scales = None if layers.gate_scales is None else layers.gate_scales[layer]
-  bias = None if layers.correction_bias is None else layers.correction_bias[layer]
+  bias = correction_bias(layers, layer)
   return routing.route(config, logits, perturbed, gate_weights, scales, bias)
+
+
+def correction_bias(layers: LayerParams, layer: jax.Array | int) -> jax.Array | None:
+  """Returns the correction bias of a layer's router, `[E]` float32, or None without one."""
+  return None if layers.correction_bias is None else layers.correction_bias[layer]
 
 
 def run_layers(

@@ -43,7 +43,7 @@ CONFIG = ModelConfig(
 # FLOPs.
 
 
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "qwen2_moe", "glm4_moe"])
 def test_flops_are_two_for_each_weight_that_a_position_passes(family):
   config = tiny.config(family)
   sizes = {
