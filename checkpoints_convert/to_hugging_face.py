@@ -178,9 +178,10 @@ def _tensors(
 ) -> Iterator[np.ndarray]:
   for piece, arrays in read(list(parts)):
     for tensor, own in itertools.groupby(parts[piece.name], lambda part: part.tensor):
-      array = None
-      for part in own:
-        array = part.take(np.asarray(arrays[part.parameter]), array)
+      first, *others = own
+      array = first.take(np.asarray(arrays[first.parameter]))
+      for part in others:
+        part.take(np.asarray(arrays[part.parameter]), array)
       array = array.astype(dtypes[tensor], copy=False)
       progress.update(array.nbytes)
       yield array

@@ -176,8 +176,8 @@ def routing_margins(
   """Measures how close each member's choice of experts is to a different one.
 
   The difference between the scores (see `routing.scores`; usually the perturbed router logits) of
-  the last expert chosen and the first one not chosen in the same groups. If it is as small as the rounding error of the logits, another
-  order of summation may change the choice.
+  the last expert chosen and the first one not chosen, of the chosen groups. If it is as small as
+  the rounding error of the logits, another order of summation may change the choice.
 
   Args:
     params: the model's parameters.

@@ -1,7 +1,7 @@
 """Model families on the Hugging Face hub: `config.json` to `ModelConfig` and back.
 
 `family_table` has what the library knows about each family; tensor names are in
-`checkpoints_convert.tensor_names`.
+`checkpoints_convert.tensor_rules`.
 """
 
 import dataclasses

@@ -66,12 +66,12 @@ class LayerParams(struct.PyTreeNode):
   attention_norm: Any  # [L, D]
   attention: AttentionParams
   moe_norm: Any  # [L, D]
-  experts: ExpertParams | None
+  experts: Any  # ExpertParams; None in dense layers
   router: Any = None  # [L, E, D], or as its kind in `routers` says; None without a router
   router_bias: Any = None  # [L, E]
   correction_bias: Any = None  # [L, E] float32
   gate_scales: Any = None  # [L, E]
-  shared_expert: SharedExpertParams | None = None
+  shared_expert: Any = None  # SharedExpertParams
 
 
 class Params(struct.PyTreeNode):
@@ -81,7 +81,7 @@ class Params(struct.PyTreeNode):
   layers: LayerParams
   final_norm: Any  # [D]
   unembedding: Any  # [V, D]
-  dense_layers: LayerParams | None = None  # the first layers, whose MLP is `shared_expert`
+  dense_layers: Any = None  # LayerParams of the first layers, whose MLP is `shared_expert`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The cache modes: Clean Cache, the standard cache, and no cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 import functools
 

@@ -118,7 +118,9 @@ def schedule(settings: TrainSettings) -> optax.Schedule:
 def optimizer(config: ModelConfig, settings: TrainSettings) -> optax.GradientTransformation:
   """Returns AdamW with clipping by global norm, without decay of norms and correction biases."""
   specs = params_lib.describe(config)
-  decayed = jax.tree.map(lambda s: s.init != "ones" and s is not specs.layers.correction_bias, specs)
+  decayed = jax.tree.map(
+    lambda s: s.init != "ones" and s is not specs.layers.correction_bias, specs
+  )
   return optax.chain(
     optax.clip_by_global_norm(settings.max_grad_norm),
     optax.adamw(

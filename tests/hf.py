@@ -114,9 +114,7 @@ SPECIFIC["glm4_moe"] = dict(
   attention_bias=True,
 )
 SPECIFIC["dots1"] = {
-  k: v
-  for k, v in SPECIFIC["glm4_moe"].items()
-  if k not in ("partial_rotary_factor", "use_qk_norm")
+  k: v for k, v in SPECIFIC["glm4_moe"].items() if k not in ("partial_rotary_factor", "use_qk_norm")
 } | dict(n_shared_experts=2, n_group=2, topk_group=1, sliding_window=5, max_window_layers=2)
 # One of these stands for both.
 FAMILIES = tuple(family for family in SPECIFIC if family != "dots1")

@@ -168,9 +168,7 @@ def member_logits(
         up = np.maximum(np.minimum(up, config.swiglu_limit), -config.swiglu_limit)
         hidden = gate / (1 + np.exp(-config.swiglu_alpha * gate)) * (up + 1)
       y = hidden @ experts.down[row, expert]
-      x = x + residual * weight * (
-        y + experts.down_bias[row, expert] if config.expert_bias else y
-      )
+      x = x + residual * weight * (y + experts.down_bias[row, expert] if config.expert_bias else y)
     if config.d_shared_expert:
       shared = p.layers.shared_expert
       y = every_token(shared, row, normed)
