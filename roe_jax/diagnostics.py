@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import batching, prefill, sharding, transformer
+from roe_jax import batching, prefill, routing, sharding, transformer
 from roe_jax import members as members_lib
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
@@ -175,9 +175,9 @@ def routing_margins(
 ) -> np.ndarray:
   """Measures how close each member's choice of experts is to a different one.
 
-  The difference between the perturbed router logits of the last expert chosen and the
-  first one not chosen. If it is as small as the rounding error of the logits, another
-  order of summation may change the choice.
+  The difference between the scores (see `routing.scores`; usually the perturbed router logits) of
+  the last expert chosen and the first one not chosen, of the chosen groups. If it is as small as
+  the rounding error of the logits, another order of summation may change the choice.
 
   Args:
     params: the model's parameters.
@@ -219,7 +219,7 @@ def router_scales(
   Returns:
     `[L]` float64 for each of `UNITS`, in router logits: "logits", one; "spread", the standard
     deviation of a token's logits over experts; "margin", the difference between its A-th and next
-    largest one; means over positions.
+    largest one; means over positions, and zero in layers without experts.
 
   Raises:
     ValueError: the model has no router or A = E, a sequence is invalid, or no token is predicted.
@@ -237,10 +237,11 @@ def router_scales(
     both = _at_all_positions(_scales, params, config, baseline, sequences[batch], None)
     for i, (sequence, start) in enumerate(zip(sequences[batch], starts[batch])):
       found.append(both[:, :, i, start - 1 : len(sequence) - 1].astype(np.float64))
-  values = np.concatenate(found, axis=-1) if found else np.zeros((2, config.num_layers, 0))
+  values = np.concatenate(found, axis=-1) if found else np.zeros((2, 1, 0))
   if not values.size:
     raise ValueError("no token is predicted: a sequence must be longer than its start")
-  spread, margin = values.mean(axis=-1)
+  dense = np.zeros(config.first_dense_layers)
+  spread, margin = (np.concatenate([dense, scale]) for scale in values.mean(axis=-1))
   return dict(zip(UNITS, (np.ones_like(spread), spread, margin)))
 
 
@@ -261,7 +262,7 @@ def last_gates(
     request_ids: see `decode.generate`.
 
   Returns:
-    `[B, L, E]` float32; zero for experts that are not chosen.
+    `[B, L, E]` float32, of the layers with experts; zero for experts that are not chosen.
 
   Raises:
     ValueError: a sequence is invalid.
@@ -328,7 +329,7 @@ def unique_experts(
   if num_steps < 1:
     raise ValueError("no token is predicted: a sequence must be longer than its start")
   ids = batching.request_ids(request_ids, len(sequences))
-  steps = np.zeros((config.num_layers, num_steps, config.num_experts), bool)
+  steps = np.zeros((config.num_expert_layers, num_steps, config.num_experts), bool)
   positions, counts = [], []
   for first in range(0, len(sequences), batch_size):
     batch = slice(first, first + batch_size)
@@ -409,8 +410,10 @@ def _margins(params, config, roster, cache, tokens, request_ids):
   """Returns the margins `[L, R, B, T]`."""
 
   def margin(layer, count, logits_BxTxE, perturbed_BxTxE):
-    del layer, logits_BxTxE
-    best, _ = jax.lax.top_k(perturbed_BxTxE, config.experts_per_token + 1)
+    del logits_BxTxE
+    bias = transformer.correction_bias(params.layers, layer)
+    scores = routing.scores(config, perturbed_BxTxE, bias)
+    best, _ = jax.lax.top_k(scores, config.experts_per_token + 1)
     count = config.experts_per_token if count is None else count
     return best[..., count - 1] - best[..., count]
 
@@ -473,8 +476,8 @@ def _of_router_logits(compute, params, config, roster, cache, tokens, request_id
   """Applies `compute` to each layer and member.
 
   Args:
-    compute: takes the layer, how many experts the member uses (None: all A), and router logits
-      `[B, T, E]` without and with noise.
+    compute: takes the layer's index in `params.layers`, how many experts the member uses (None:
+      all A), and router logits `[B, T, E]` without and with noise.
     params, config, roster, cache, tokens, request_ids: the pass.
 
   Returns:
@@ -485,13 +488,14 @@ def _of_router_logits(compute, params, config, roster, cache, tokens, request_id
 
   def of_member(layer, member, logits_BxTxE):
     noise = run.noise(member)
-    perturbed_BxTxE = noise.perturb(layer, logits_BxTxE, config.experts_per_token)
-    count = run.token_batch().router.count(member, layer)
+    in_model = config.first_dense_layers + layer
+    perturbed_BxTxE = noise.perturb(in_model, logits_BxTxE, config.experts_per_token)
+    count = run.token_batch().router.count(member, in_model)
     return compute(layer, count, logits_BxTxE, perturbed_BxTxE)
 
   of_members = jax.vmap(of_member, in_axes=(None, 0, 0))
   found = jax.lax.map(
     lambda a: of_members(a[0], jnp.asarray(roster.members), a[1]),
-    (jnp.arange(config.num_layers), outputs.router_logits),
+    (jnp.arange(config.num_expert_layers), outputs.router_logits),
   )
   return *sharding.with_sharding_constraint(params, (found, outputs.router_logits)), x

@@ -12,18 +12,21 @@ from experiments import compare as program
 from experiments import tasks
 from experiments.analysis import output_temperatures
 from experiments.cli import app
-from experiments.evaluation import methods
+from experiments.evaluation import measurer, method_specs, methods
+from experiments.evaluation.engine import Generated
 from experiments.evaluation.measurer import Measurer
 from experiments.evaluation.requests import RequestBuilder, request_id
 from experiments.records import runs, store
+from experiments.records.cost import Cost
 from experiments.tuning import objectives
 from roe_jax import decode, diagnostics, scoring
+from roe_jax.completion import Completion
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
 pytestmark = pytest.mark.slow
 
-METHODS = "baseline; baseline+temperature; best_baseline; roster:n=3; self_consistency:n=3; best_scmoe"
+METHODS = "baseline; baseline+temperature; best_baseline; roster:n=3; self_consistency:n=3; scmoe"
 LIMIT, BATCH = 5, 3
 
 
@@ -365,11 +368,47 @@ def test_the_baseline_settings_with_most_right_answers_are_chosen_and_kept(
   )
   chosen = program.choose(AtSevenTenths(), method, task, tmp_path, validation)
   assert chosen.sampler.settings() == {"temperature": 0.7, "top_k": 0, "top_p": 1.0}
-  assert len(asked) == 2 * len(methods.BASELINE_SETTINGS)
+  assert len(asked) == 2 * len(method_specs.BASELINE_SETTINGS)
   kept = json.loads((tmp_path / "baseline_settings.json").read_text())["wordmath"]
   assert [round(3 * t["exact_match"]) for t in kept["tried"]] == [1, 1, 2, 2, 1]
   again = program.choose(None, method, task, tmp_path, validation)
   assert again.sampler.settings() == chosen.sampler.settings()
+
+
+@pytest.mark.parametrize("select", ["vote", "routing", "any"])
+def test_each_sequence_has_its_own_number_of_experts(model, monkeypatch, select):
+  """With answers made up from the number of experts, 1 to 3, and the example's index."""
+  params, config, tokenizer = model
+  text = f"sequences:t=0,k=1-2-3,select={select}"
+  method = methods.parse(text, config, Roster.create(config, 2, 0.5))
+  task = tasks.get("wordmath")
+  examples = task.examples("validation", limit=2)
+
+  class Made:
+    def __init__(self, params, config, tokenizer, roster, size):
+      self.count = int(roster.experts_by_layer[0, 0])
+      assert size == 2 and config.experts_per_token == 3
+
+    def answer(self, requests, output_temperatures):
+      answers = [examples[0].reference, " #### 7", examples[1].reference]
+      completion = Completion([self.count] * self.count, [-1.0], [1], "stop_token", "")
+      cost = Cost(tokens=self.count)
+      return [Generated(answers[self.count - 1], completion, cost) for _ in requests]
+
+    def last_gates(self, requests, written):
+      assert [len(w) for w in written] == [self.count] * len(requests)
+      return [np.eye(3) if self.count == 1 else np.ones((3, 3)) for _ in requests]
+
+  monkeypatch.setattr(measurer, "Engine", Made)
+  builder = RequestBuilder(config, tokenizer)
+  judge = lambda outputs: [float(o == e.reference) for o, e in zip(outputs, examples)]
+  found = Measurer(params, builder, 2).answer(method, 0, task, examples, judge=judge)
+  # Two of three have the same gates.
+  picked = {"vote": [0, 0], "any": [0, 2], "routing": [1, 1]}[select]
+  assert [d["picked"] for d in found.details] == picked
+  assert [d["samples"][1] for d in found.details] == [" #### 7"] * 2
+  assert found.outputs == [d["samples"][i] for d, i in zip(found.details, picked)]
+  assert found.cost.tokens == sum(i + 1 for i in picked)
 
 
 def test_default_methods_without_an_answer_are_left_out_and_others_refused(
@@ -382,8 +421,15 @@ def test_default_methods_without_an_answer_are_left_out_and_others_refused(
   monkeypatch.setattr(program, "FLAGS", types.SimpleNamespace(methods=None))
   kept = [m.name for m in program.check_methods(found, examples)]
   assert {"baseline", "roster", "experts"} <= set(kept)
-  assert not {"self_consistency", "best_of", "scmoe", "best_baseline"} & set(kept)
-  assert "[skipping SCMoE: task paper/arc_easy needs the likelihood" in capsys.readouterr().err
+  assert not {"self_consistency", "best_of", "best_scmoe", "best_baseline"} & set(kept)
+  assert (
+    "[skipping SCMoE, best β: task paper/arc_easy needs the likelihood" in capsys.readouterr().err
+  )
+  read = [tasks.Example("a", "?", reference=" x", max_new_tokens=0)]
+  kept = [m.name for m in program.check_methods(found, {"text/lambada": read})]
+  assert {"baseline", "roster", "experts", "scmoe"} <= set(kept)  # greedy tokens are all it needs
+  assert not {"self_consistency", "best_of", "best_baseline"} & set(kept)
+  assert "scmoe" not in [m.name for m in program.check_methods(found, {"text/wikitext2": read})]
   monkeypatch.setattr(program, "FLAGS", types.SimpleNamespace(methods="scmoe"))
   with pytest.raises(ValueError, match="remove the task or the method"):
     program.check_methods(found, examples)
