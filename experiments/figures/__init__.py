@@ -50,7 +50,8 @@ REVIEWERS = (
   "transfer",
   "noise_families",
 )
-NAMES = PAPER + REVIEWERS
+LANGUAGE = ("last_words",)
+NAMES = PAPER + REVIEWERS + LANGUAGE
 # Settings of a model that only some figures use.
 BUDGETS = (
   "num_members",

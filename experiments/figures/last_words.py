@@ -1,0 +1,246 @@
+"""What a roster is worth on LAMBADA: accuracy, perplexity, and what its members' disagreement tells.
+
+    python -m experiments.reproduce --figure=last_words --model=smollm2 --data_dir=data
+
+The model reads passages up to their last word. Greedy accuracy does not depend on an output
+temperature; perplexities are also given at the output temperature that is fitted on development
+passages, for each n. τ is the one of `temperatures` with the lowest perplexity of n = `compared`
+members on development passages; then test passages are read once.
+
+All rosters of a model attend to one Clean Cache, and the members of a smaller roster are the first
+ones of a larger one, so that one pass serves all n.
+
+The members' disagreement is the mutual information between member and token, in nats: the entropy of
+the mean distribution minus the mean entropy of the members. It is a score for "the baseline's most
+probable token is wrong", at the first token of the last word, and for text of another kind (words
+of `other`), against the entropy of the baseline at its fitted output temperature, the area under the
+ROC curve telling how well a score ranks. No output temperature of the baseline can compute it.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import tasks
+from experiments.analysis import output_temperatures
+from experiments.analysis.output_temperatures import GRID
+from experiments.cli import app
+from experiments.evaluation.requests import Continuation, RequestBuilder, TaskRequests
+from experiments.figures.figure_run import FigureRun, Measurements
+from roe_jax import diagnostics, routing
+from roe_jax.roster import Roster
+
+TITLE = "Last words: accuracy, perplexity, and disagreement of members"
+BACKGROUND = (
+  "Does a roster change which token is the most probable one, which no output temperature can, and "
+  "does the disagreement of its members tell something that a calibrated baseline does not?"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The measurement.
+
+  Attributes:
+    task: passages to read, each with the words that are scored.
+    other: task with text of another kind.
+    members: n, ascending from 1.
+    compared: n of all comparisons but that of n.
+    temperatures: candidates for τ of all layers.
+    num_examples, num_other: passages of the test sets.
+  """
+
+  task: str = "text/lambada"
+  other: str = "text/wikitext2"
+  members: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+  compared: int = 8
+  temperatures: tuple[float, ...] = (0.1, 0.3, 1.0)
+  num_examples: int = 1000
+  num_other: int = 200
+
+
+CONFIGS = {"smollm2": Config(), "olmoe": Config(), "mixtral": Config(), "gpt_oss": Config()}
+OTHER_CONTEXT = 300  # characters before a scored word of another text
+
+
+@functools.partial(jax.jit, static_argnames="sizes")
+def _summarize(logits_RxBxTxV, targets_BxT, sizes, temperatures_NxG):
+  """Returns, per roster of the first n members, what `Reader.read` keeps of each position."""
+  log_probs = jax.nn.log_softmax(logits_RxBxTxV)
+  probs = jnp.exp(log_probs)
+  of_members = -(probs * log_probs).sum(axis=-1)
+  found = []
+  for n, temperatures_G in zip(sizes, temperatures_NxG):
+    mean = jnp.log(jnp.maximum(probs[:n].mean(axis=0), jnp.finfo(jnp.float32).tiny))
+
+    def at(temperature, mean=mean):
+      scaled = jax.nn.log_softmax(mean / temperature)
+      nll = -jnp.take_along_axis(scaled, targets_BxT[..., None], axis=-1)[..., 0]
+      return nll, -(jnp.exp(scaled) * scaled).sum(axis=-1)
+
+    nll, entropy = jax.lax.map(at, temperatures_G)
+    greedy = jnp.argmax(mean, axis=-1) == targets_BxT
+    found.append((nll, entropy, greedy, of_members[:n].mean(axis=0)))
+  return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A roster of n members, of which rosters of `sizes` are summarized.
+
+  Attributes:
+    name: its name.
+    roster: with as many members as the last of `sizes`.
+    sizes: of the rosters.
+    output_temperatures: `[N, G]`.
+  """
+
+  name: str
+  roster: Roster
+  sizes: tuple[int, ...]
+  output_temperatures: np.ndarray
+
+
+class Reader:
+  """A model that reads passages with rosters."""
+
+  def __init__(self, run: FigureRun, checkpoint: str, keep: Measurements):
+    self.params, self.config, tokenizer = app.open_model(checkpoint, None, run.model.mesh)
+    self.builder = RequestBuilder(self.config, tokenizer)
+    self._run, self._checkpoint, self._keep = run, checkpoint, keep
+
+  def requests(self, task: str, split: str, count: int) -> list[Continuation]:
+    """Returns the requests to score the references of a task."""
+    examples = tasks.get(task).examples(split, self._run.data_dir, count)
+    return TaskRequests.of(self.builder, tasks.get(task), examples).all_references
+
+  def words_of(self, task: str, count: int) -> list[Continuation]:
+    """Returns the requests to score one word of each window of another text."""
+    found = []
+    for e in tasks.get(task).examples("test", self._run.data_dir, None):
+      words = e.reference.split(" ")
+      length = np.cumsum([len(w) + 1 for w in words])
+      last = int(np.searchsorted(length, OTHER_CONTEXT))
+      word = next((i for i in range(last, len(words)) if words[i][:1].isalpha()), None)
+      if word:
+        context = " ".join(words[:word])
+        found.append(self.builder.continuation(context, " " + words[word]))
+    return found[:count]
+
+  def read(
+    self, name: str, k: int | None, requests: Sequence[Continuation], jobs: Sequence[Job]
+  ) -> dict[str, list[dict[str, Any]]]:
+    """Reads passages with `k` experts per token; None: the model's number.
+
+    Returns:
+      For each job, for each request: "nll" `[N][G]`, nats of its tokens; "right" `[N]`, whether all
+      are the most probable ones; and, of its first token, "first" `[N]`, whether it is the most
+      probable one, "entropy" `[N][G]` of the roster and "of_members" `[N]`, their mean entropy.
+    """
+    config = self.config if k is None else routing.with_experts(self.config, k)
+    found = {job.name: [{}] * len(requests) for job in jobs}
+    order = sorted(
+      range(len(requests)), key=lambda i: (_positions(requests[i]), requests[i].max_length)
+    )
+    number = 0
+    for positions, group in itertools.groupby(order, lambda i: _positions(requests[i])):
+      group, size = list(group), self._run.model.batch_size
+      for batch in (group[i : i + size] for i in range(0, len(group), size)):
+        some = [requests[i] for i in batch]
+        kept = self._keep.get(
+          f"{self._checkpoint}, {name}, batch {number}",
+          lambda some=some, positions=positions: self._read(config, some, positions, jobs),
+        )
+        number += 1
+        for job, values in kept.items():
+          for i, value in zip(batch, values):
+            found[job][i] = value
+    return found
+
+  def _read(self, config, requests, positions, jobs):
+    size = self._run.model.batch_size
+    padded = [*requests, *[requests[-1]] * (size - len(requests))]  # one shape
+    targets = np.array([[0] * (positions - len(r.tokens)) + list(r.tokens) for r in padded])
+    all_logits = diagnostics.last_member_logits(
+      self.params,
+      config,
+      [r.sequence[:-1] for r in padded],
+      [job.roster for job in jobs],
+      request_ids=[r.request_id for r in padded],
+      num_positions=positions,
+    )
+    found = {}
+    for job, logits in zip(jobs, all_logits):
+      temperatures = jnp.asarray(job.output_temperatures, jnp.float32)
+      summary = jax.device_get(_summarize(logits, targets, job.sizes, temperatures))
+      found[job.name] = [_of_request(summary, b, len(r.tokens)) for b, r in enumerate(requests)]
+    return found
+
+
+def _positions(request):
+  """Returns a power of two of positions that has all tokens: few shapes to compile."""
+  return 1 << (len(request.tokens) - 1).bit_length()
+
+
+def _of_request(summary, b, count):
+  own = slice(-count, None)
+  return {
+    "nll": [nll[:, b, own].sum(axis=-1).round(6).tolist() for nll, *_ in summary],
+    "right": [bool(greedy[b, own].all()) for *_, greedy, _ in summary],
+    "first": [bool(greedy[b, -count]) for *_, greedy, _ in summary],
+    "entropy": [entropy[:, b, -count].round(6).tolist() for _, entropy, *_ in summary],
+    "of_members": [round(float(h[b, -count]), 6) for *_, h in summary],
+  }
+
+
+def measure(run: FigureRun) -> list[dict[str, Any]]:
+  config, keep, found = run.config, run.measurements(), []
+  sizes, at = config.members, config.members.index(config.compared)
+  for checkpoint in run.model.checkpoints:
+    reader = Reader(run, checkpoint, keep)
+
+    def job(tau, temperatures, reader=reader):
+      roster = Roster.create(reader.config, sizes[-1], tau, seed=run.seed)
+      return Job(f"τ = {tau:g}", roster, sizes, temperatures)
+
+    development = reader.requests(config.task, "validation", run.model.num_validation)
+    grid = np.tile(GRID, (len(sizes), 1))
+    jobs = [job(tau, grid) for tau in config.temperatures]
+    chosen_on = reader.read("development", None, development, jobs)
+    nll = {
+      tau: np.array([r["nll"] for r in chosen_on[j.name]])
+      for tau, j in zip(config.temperatures, jobs)
+    }
+    one = len(GRID) // 2  # T = 1
+    tau = min(config.temperatures, key=lambda t: nll[t][:, at, one].sum())
+    fitted = [output_temperatures.fit(nll[tau][:, i]) for i in range(len(sizes))]
+    best = job(tau, np.array([[1.0, t] for t in fitted]))
+    parts = {
+      "test": reader.requests(config.task, "test", config.num_examples),
+      "other": reader.words_of(config.other, config.num_other),
+    }
+    read = {name: reader.read(name, None, some, [best])[best.name] for name, some in parts.items()}
+    found += _records(checkpoint, config, nll, tau, fitted, read)
+  return found
+
+
+def _records(checkpoint, config, nll, tau, fitted, read):
+  return [{"model": checkpoint, "tau": tau, "fitted": fitted}]
+
+
+def table(records):
+  return str(records)
+
+
+def findings(records):
+  return ""
+
+
+def draw(records):
+  return None
