@@ -21,13 +21,7 @@ from tqdm import tqdm
 from experiments.cli import app
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.engine import Engine
-from experiments.evaluation.requests import (
-  GREEDY,
-  Prompt,
-  Request,
-  RequestBuilder,
-  choices_address,
-)
+from experiments.evaluation.requests import GREEDY, Prompt, Request, RequestBuilder, choices_address
 from roe_jax import temperature_profiles
 from roe_jax.roster import Roster
 from roe_jax.text.chat import Chat, load_template

@@ -71,7 +71,11 @@ class Measurer:
     cost = engine_lib.total(dict(zip(requests, answers)).values())
     if examples[0].kind == "read":
       written = [()] * len(requests)
-      outputs, details, likelihoods = [a.is_greedy for a in answers], [{} for _ in examples], answers
+      outputs, details, likelihoods = (
+        [a.is_greedy for a in answers],
+        [{} for _ in examples],
+        answers,
+      )
     elif examples[0].kind == "choose":
       written = [()] * len(requests)
       outputs = [[float(c.log_probs[0]) for c in choices] for choices in by_example]

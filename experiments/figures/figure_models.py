@@ -143,7 +143,6 @@ MODELS: dict[str, Model] = {
       tau=0.3,
       num_seeds=1,
       num_examples=1000,
-      num_validation=120,
       **_PAPER | dict(text="text/wikitext2"),
     ),
     Model(

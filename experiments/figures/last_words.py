@@ -1,4 +1,4 @@
-"""What a roster is worth on LAMBADA: accuracy, perplexity, and what its members' disagreement tells.
+"""What a roster is worth on LAMBADA: accuracy, perplexity, and its members' disagreement.
 
     python -m experiments.reproduce --figure=last_words --model=smollm2 --data_dir=data
 
@@ -10,11 +10,12 @@ members on development passages; then test passages are read once.
 All rosters of a model attend to one Clean Cache, and the members of a smaller roster are the first
 ones of a larger one, so that one pass serves all n.
 
-The members' disagreement is the mutual information between member and token, in nats: the entropy of
-the mean distribution minus the mean entropy of the members. It is a score for "the baseline's most
-probable token is wrong", at the first token of the last word, and for text of another kind (words
-of `other`), against the entropy of the baseline at its fitted output temperature, the area under the
-ROC curve telling how well a score ranks. No output temperature of the baseline can compute it.
+The members' disagreement is the mutual information between member and token, in nats: the entropy
+of the mean distribution minus the mean entropy of the members. It is a score for "the baseline's
+most probable token is wrong", at the first token of the last word, and for text of another kind
+(words of `other`), against the entropy of the baseline at its fitted output temperature. The area
+under the ROC curve says how well a score ranks. No output temperature of the baseline can compute
+it.
 """
 
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from experiments.analysis import output_temperatures
 from experiments.analysis.output_temperatures import GRID
 from experiments.cli import app
 from experiments.evaluation.requests import Continuation, RequestBuilder, TaskRequests
+from experiments.figures import figure_models
 from experiments.figures.figure_run import FigureRun, Measurements
 from roe_jax import diagnostics, routing
 from roe_jax.roster import Roster
@@ -53,6 +55,7 @@ class Config:
     members: n, ascending from 1.
     compared: n of all comparisons but that of n.
     temperatures: candidates for τ of all layers.
+    num_validation: development passages.
     num_examples, num_other: passages of the test sets.
   """
 
@@ -61,11 +64,13 @@ class Config:
   members: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
   compared: int = 8
   temperatures: tuple[float, ...] = (0.1, 0.3, 1.0)
+  num_validation: int = 120
   num_examples: int = 1000
   num_other: int = 200
 
 
-CONFIGS = {"smollm2": Config(), "olmoe": Config(), "mixtral": Config(), "gpt_oss": Config()}
+CONFIGS = {name: Config() for name in figure_models.MODELS if name != "embedded"}
+PART = 160  # requests that batches are made of
 OTHER_CONTEXT = 300  # characters before a scored word of another text
 
 
@@ -145,23 +150,31 @@ class Reader:
     """
     config = self.config if k is None else routing.with_experts(self.config, k)
     found = {job.name: [{}] * len(requests) for job in jobs}
-    order = sorted(
-      range(len(requests)), key=lambda i: (_positions(requests[i]), requests[i].max_length)
-    )
-    number = 0
-    for positions, group in itertools.groupby(order, lambda i: _positions(requests[i])):
-      group, size = list(group), self._run.model.batch_size
-      for batch in (group[i : i + size] for i in range(0, len(group), size)):
-        some = [requests[i] for i in batch]
-        kept = self._keep.get(
-          f"{self._checkpoint}, {name}, batch {number}",
-          lambda some=some, positions=positions: self._read(config, some, positions, jobs),
-        )
-        number += 1
-        for job, values in kept.items():
-          for i, value in zip(batch, values):
-            found[job][i] = value
+    for number, (positions, batch) in enumerate(self._batches(requests)):
+      some = [requests[i] for i in batch]
+      kept = self._keep.get(
+        f"{self._checkpoint}, {name}, batch {number}",
+        lambda some=some, positions=positions: self._read(config, some, positions, jobs),
+      )
+      for job, values in kept.items():
+        for i, value in zip(batch, values):
+          found[job][i] = value
     return found
+
+  def _batches(self, requests):
+    """Yields the number of positions and the indices of each batch.
+
+    Batches are of similar lengths, within parts of the requests in their order, so that more
+    requests only add batches.
+    """
+    size = self._run.model.batch_size
+    for first in range(0, len(requests), PART):
+      part = range(first, min(first + PART, len(requests)))
+      order = sorted(part, key=lambda i: (_positions(requests[i]), requests[i].max_length))
+      for positions, group in itertools.groupby(order, lambda i: _positions(requests[i])):
+        group = list(group)
+        for begin in range(0, len(group), size):
+          yield positions, group[begin : begin + size]
 
   def _read(self, config, requests, positions, jobs):
     size = self._run.model.batch_size
@@ -200,7 +213,10 @@ def _of_request(summary, b, count):
 
 
 def measure(run: FigureRun) -> list[dict[str, Any]]:
-  config, keep, found = run.config, run.measurements(), []
+  config, found = run.config, []
+  # A run of more passages reads what one of fewer has measured.
+  counts = dataclasses.replace(config, num_examples=0, num_other=0)
+  keep = dataclasses.replace(run, config=counts).measurements()
   sizes, at = config.members, config.members.index(config.compared)
   for checkpoint in run.model.checkpoints:
     reader = Reader(run, checkpoint, keep)
@@ -209,7 +225,7 @@ def measure(run: FigureRun) -> list[dict[str, Any]]:
       roster = Roster.create(reader.config, sizes[-1], tau, seed=run.seed)
       return Job(f"τ = {tau:g}", roster, sizes, temperatures)
 
-    development = reader.requests(config.task, "validation", run.model.num_validation)
+    development = reader.requests(config.task, "validation", config.num_validation)
     grid = np.tile(GRID, (len(sizes), 1))
     jobs = [job(tau, grid) for tau in config.temperatures]
     chosen_on = reader.read("development", None, development, jobs)

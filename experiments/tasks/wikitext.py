@@ -8,8 +8,8 @@ tokens. "word_perplexity" is per word of the raw text.
 
 `paper/wikitext103` is the perplexity that the RoE paper converts to model sizes (arXiv 2509.17238,
 fig. 5). Articles are split at paragraphs into pieces of at most `LENGTH` characters. The first
-words of a piece, about `OPENING` characters, are the prompt, so that every scored token has context;
-the rest is the reference.
+words of a piece, about `OPENING` characters, are the prompt, so that every scored token has
+context; the rest is the reference.
 
 There is no answer: examples are of kind "read".
 """
