@@ -18,7 +18,7 @@ under the ROC curve says how well a score ranks. No output temperature of the ba
 it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import itertools
@@ -29,11 +29,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import tasks
-from experiments.analysis import output_temperatures
+from experiments.analysis import (
+  drawing,
+  output_temperatures,
+  paired_statistics,
+  ranking,
+  report_page,
+)
 from experiments.analysis.output_temperatures import GRID
 from experiments.cli import app
 from experiments.evaluation.requests import Continuation, RequestBuilder, TaskRequests
-from experiments.figures import figure_models
+from experiments.figures import compared, figure_models, likelihoods
 from experiments.figures.figure_run import FigureRun, Measurements
 from roe_jax import diagnostics, routing
 from roe_jax.roster import Roster
@@ -70,6 +76,16 @@ class Config:
 
 
 CONFIGS = {name: Config() for name in figure_models.MODELS if name != "embedded"}
+WRONG, OTHER = "most probable token is wrong", "text of another kind"
+DISAGREEMENT = "disagreement of members"
+BASELINE_ENTROPY = "entropy of the baseline at fitted T"
+# Scores of uncertainty about the next token, of what `Reader.read` returns at T = 1 and fitted T.
+SCORES: dict[str, Callable[[dict[str, Any]], float]] = {
+  DISAGREEMENT: lambda r: r["entropy"][-1][0] - r["of_members"][-1],
+  "entropy of the roster": lambda r: r["entropy"][-1][0],
+  BASELINE_ENTROPY: lambda r: r["entropy"][0][1],
+  "entropy of the baseline at T = 1": lambda r: r["entropy"][0][0],
+}
 PART = 160  # requests that batches are made of
 OTHER_CONTEXT = 300  # characters before a scored word of another text
 
@@ -197,8 +213,8 @@ class Reader:
 
 
 def _positions(request):
-  """Returns a power of two of positions that has all tokens: few shapes to compile."""
-  return 1 << (len(request.tokens) - 1).bit_length()
+  """Returns a power of two of positions that has all tokens, if there are as many: few shapes."""
+  return min(1 << (len(request.tokens) - 1).bit_length(), request.max_length - 1)
 
 
 def _of_request(summary, b, count):
@@ -247,16 +263,133 @@ def measure(run: FigureRun) -> list[dict[str, Any]]:
 
 
 def _records(checkpoint, config, nll, tau, fitted, read):
-  return [{"model": checkpoint, "tau": tau, "fitted": fitted}]
+  """Returns the records of τ, of n, and of disagreement, each with Holm's correction over all."""
+  model, test, other = checkpoint.rpartition(":")[2], read["test"], read["other"]
+  at, one = config.members.index(config.compared), len(GRID) // 2  # T = 1
+  found: list[dict[str, Any]] = [
+    {
+      "part": "tau",
+      "model": model,
+      "tau": t,
+      "nll": float(values[:, at, one].mean()),
+      "passages": len(values),
+      "chosen": t == tau,
+    }
+    for t, values in nll.items()
+  ]
+  values = {name: np.array([r[name] for r in test]) for name in ("nll", "right")}
+  words = np.ones(len(test))
+  measured = [
+    {
+      "temperature": fitted[i],
+      "nll": values["nll"][:, i, :1].tolist(),
+      "fitted_nll": values["nll"][:, i, 1:].tolist(),
+    }
+    for i in range(len(config.members))
+  ]
+  of_n = []
+  for i, n in enumerate(config.members):
+    label = "baseline" if n == 1 else f"roster, n = {n}"
+    also = dict(part="n", model=model, n=n, tau=tau, quality_difference=None)
+    record = likelihoods.record(measured[i], measured[0], words, label, config.task, **also)
+    right, baseline = values["right"][:, i], values["right"][:, 0]
+    record["quality"] = paired_statistics.accuracy(right)
+    if i:
+      difference = paired_statistics.paired_accuracy(right, baseline)
+      p = paired_statistics.paired_test(right, baseline).p
+      record["quality_difference"] = dataclasses.replace(difference, p=p)
+    of_n.append(record)
+  wrong = [not r["first"][0] for r in test]
+  scored = [(WRONG, test, wrong), (OTHER, test + other, [False] * len(test) + [True] * len(other))]
+  of_scores = []
+  for event, some, happens in scored:
+    scores = {name: [score(r) for r in some] for name, score in SCORES.items()}
+    of_scores += [
+      {
+        "part": "score",
+        "model": model,
+        "event": event,
+        "score": name,
+        "examples": len(happens),
+        "events": sum(happens),
+        "area": ranking.roc_area(values, happens),
+        "area_difference": None
+        if name == BASELINE_ENTROPY
+        else ranking.paired_roc_area(values, scores[BASELINE_ENTROPY], happens),
+      }
+      for name, values in scores.items()
+    ]
+  differences = paired_statistics.corrected([r["area_difference"] for r in of_scores])
+  of_scores = [r | {"area_difference": d} for r, d in zip(of_scores, differences)]
+  return found + compared.corrected(of_n) + of_scores
 
 
-def table(records):
-  return str(records)
+def _part(records, part):
+  return [r for r in records if r["part"] == part]
 
 
-def findings(records):
-  return ""
+def table(records: list[dict[str, Any]]) -> str:
+  of_tau = {
+    "model": "model",
+    "τ": lambda r: f"{r['tau']:g}" + " (chosen)" * r["chosen"],
+    "development passages": "passages",
+    "nats per word, T = 1": lambda r: f"{r['nll']:.4f}",
+  }
+  of_score = {
+    "model": "model",
+    "event": "event",
+    "score": "score",
+    "examples": lambda r: f"{r['examples']} ({r['events']} with the event)",
+    "area under ROC curve (%)": lambda r: compared.cell(r["area"], 1),
+    "difference from the baseline's entropy (points)": lambda r: compared.cell(
+      r["area_difference"], 1, True
+    ),
+  }
+  shown = ("quality", "quality_difference", *compared.LIKELIHOOD)
+  return (
+    compared.table(_part(records, "n"), ("model", "label", "examples", "tau"), shown)
+    + "\n\nPerplexities are per word. Choice of τ:\n\n"
+    + report_page.table_of(_part(records, "tau"), of_tau)
+    + "\n\nScores of uncertainty:\n\n"
+    + report_page.table_of(_part(records, "score"), of_score)
+  )
 
 
-def draw(records):
-  return None
+def findings(records: list[dict[str, Any]]) -> str:
+  sentences = [compared.findings(_part(records, "n"))]
+  for r in _part(records, "score"):
+    if r["score"] == DISAGREEMENT:
+      d = r["area_difference"]
+      sentences.append(
+        f'{r["model"]}: as a score for "{r["event"]}", disagreement has an area under the ROC '
+        f"curve of {report_page.estimate(r['area'], 1, ' %')}, "
+        f"{report_page.difference(d, 1, ' points')} from that of the baseline's entropy at its "
+        f"fitted output temperature ({'' if d.is_significant else 'not '}significant)."
+      )
+  return " ".join(sentences)
+
+
+def draw(records: list[dict[str, Any]]):
+  """Draws gains against n, and areas under ROC curves."""
+  models = compared.unique(records, "model")
+  figure, axes = drawing.axes(4, len(models), width=3.2, height=3.0)
+  for model, row in zip(models, axes):
+    points = [r for r in _part(records, "n") if r["model"] == model and r["n"] > 1]
+    numbers = [r["n"] for r in points]
+    for index, (name, axis) in enumerate(zip(compared.GAINS, row)):
+      compared.draw_gains(axis, name, numbers, points, **drawing.line(index))
+      drawing.members_axis(axis, numbers)
+      axis.set_ylabel(compared.GAINS[name])
+    scores = [r for r in _part(records, "score") if r["model"] == model]
+    events = compared.unique(scores, "event")
+    series = {
+      score: [
+        next(r["area"] for r in scores if (r["score"], r["event"]) == (score, event))
+        for event in events
+      ]
+      for score in SCORES
+    }
+    drawing.dots(row[3], [e.replace(" ", "\n", 1) for e in events], series)
+    row[3].set_ylabel("area under ROC curve (%)")
+    row[3].legend(fontsize=6)
+  return figure
