@@ -102,35 +102,21 @@ def last_member_logits(
   """
   if not all(r.cache_mode.is_shared for r in rosters):
     raise ValueError("rosters with one cache for all members are needed: use the cache clean")
+  if min(map(len, sequences)) < num_positions:
+    raise ValueError(f"each sequence must have at least {num_positions} tokens")
   params = params_lib.in_storage_dtype(params)
   for roster in rosters:
     roster.check(config)
-  batching.check_tokens(config, sequences, what="sequence")
-  if min(map(len, sequences)) < num_positions:
-    raise ValueError(f"each sequence must have at least {num_positions} tokens")
-  size = batching.bucket(len(sequences))
-  ids, starts = np.zeros(size, np.uint32), np.zeros(size, np.int32)
-  ids[: len(sequences)] = batching.request_ids(request_ids, len(sequences))
+  tokens, ids, cache = _padded(params, config, rosters[0], sequences, request_ids, num_positions)
+  starts, longest = np.zeros(len(ids), np.int32), max(map(len, sequences))
   starts[: len(sequences)] = [len(s) - num_positions for s in sequences]
-  ids, longest = jnp.asarray(ids), max(map(len, sequences))
-  capacity = batching.bucket(longest, prefill.MIN_CAPACITY)
-  tokens = batching.pad(sequences, size, capacity)
-  cache = batching.init_sharded(
-    params,
-    members_lib.empty_cache,
-    config,
-    rosters[0],
-    batch_size=size,
-    capacity=capacity,
-    rerun=num_positions,
-  )
   # A multiple of 32 instead of a power of two: the fewest positions in few shapes.
-  filled = tokens[:, : min(capacity, -(-longest // 32) * 32)]
+  filled = tokens[:, : -(-longest // 32) * 32]
   cache = prefill.fill_cache(params, config, rosters[0], cache, filled, starts, ids)
-  columns = starts[:, None] + np.arange(num_positions)
-  last, starts = jnp.take_along_axis(tokens, jnp.asarray(columns), axis=1), jnp.asarray(columns)
+  columns = jnp.asarray(starts[:, None] + np.arange(num_positions))
+  last = jnp.take_along_axis(tokens, columns, axis=1)
   for roster in rosters:
-    yield _last_logits(params, config, roster, cache, last, starts, ids)[:, : len(sequences)]
+    yield _last_logits(params, config, roster, cache, last, columns, ids)[:, : len(sequences)]
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -338,12 +324,19 @@ def _at_all_positions(compute, params, config, roster, sequences, request_ids):
   """Runs `compute` on a filled cache at all positions; returns numpy arrays."""
   params = params_lib.in_storage_dtype(params)
   roster.check(config)
+  tokens, ids, cache = _padded(params, config, roster, sequences, request_ids)
+  if roster.cache_mode.is_shared:
+    longest = max(map(len, sequences))
+    cache = prefill.fill_cache(params, config, roster, cache, tokens, longest - 1, ids)
+  return jax.tree.map(np.asarray, compute(params, config, roster, cache, tokens, ids))
+
+
+def _padded(params, config, roster, sequences, request_ids, rerun=None):
+  """Returns tokens `[B, S]`, request ids `[B]`, and an empty cache for `rerun` (S) positions."""
   batching.check_tokens(config, sequences, what="sequence")
   ids = np.zeros(batching.bucket(len(sequences)), np.uint32)
   ids[: len(sequences)] = batching.request_ids(request_ids, len(sequences))
-  ids = jnp.asarray(ids)
-  longest = max(map(len, sequences))
-  capacity = batching.bucket(longest, prefill.MIN_CAPACITY)
+  capacity = batching.bucket(max(map(len, sequences)), prefill.MIN_CAPACITY)
   tokens = batching.pad(sequences, len(ids), capacity)
   cache = batching.init_sharded(
     params,
@@ -352,11 +345,9 @@ def _at_all_positions(compute, params, config, roster, sequences, request_ids):
     roster,
     batch_size=len(ids),
     capacity=capacity,
-    rerun=capacity,
+    rerun=rerun or capacity,
   )
-  if roster.cache_mode.is_shared:
-    cache = prefill.fill_cache(params, config, roster, cache, tokens, longest - 1, ids)
-  return jax.tree.map(np.asarray, compute(params, config, roster, cache, tokens, ids))
+  return tokens, jnp.asarray(ids), cache
 
 
 def _run(params, config, roster, tokens, request_ids):

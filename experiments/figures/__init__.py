@@ -29,6 +29,9 @@ the others are estimated with `roe_jax.costs` (H100):
     sparsity            5        10         5          5
     transfer           45       100        50          4
     noise_families     10        10         5          9
+
+`last_words` was measured on smollm2: 1.2 s of CPU time per test passage, 1.5 s per development
+passage and candidate for τ.
 """
 
 from collections.abc import Sequence

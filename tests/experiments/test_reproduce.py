@@ -197,9 +197,7 @@ def test_a_figure_leaves_records_a_table_a_picture_and_what_it_was_made_with(
   ):
     assert part in text, part
   kept = tmp_path / "docs/results/embedded"
-  assert (kept / "fig3/figure.png").exists() and results_page.text(
-    kept, figure_models.get("embedded")
-  ) == text
+  assert (kept / "fig3/figure.png").exists() and results_page.text(kept.parent) == text
   # Again: it is drawn, and nothing is measured.
   (folder / "figure.png").unlink()
   run(*given)
@@ -211,7 +209,7 @@ def test_a_figure_leaves_records_a_table_a_picture_and_what_it_was_made_with(
 def test_the_results_page_is_what_its_records_say():
   root = pathlib.Path(reproduce.__file__).parents[1]
   written = (root / "RESULTS.md").read_text()
-  assert written == results_page.text(root / "docs/results/embedded", figure_models.get("embedded"))
+  assert written == results_page.text(root / "docs/results")
   for name in figures.of_model(figures.NAMES, "embedded"):
     assert f"### {name}: " in written
   readme = (root / "README.md").read_text()
