@@ -79,7 +79,8 @@ def member_states(
 
 
 def _block(params, config, x, positions, layer, noise, gate_weights, history):
-  layers = params.layers
+  first, model_layer = config.first_dense_layers, layer
+  layers, layer = (params.dense_layers, layer) if layer < first else (params.layers, layer - first)
   experts = jax.tree.map(lambda w: w[layer], layers.experts)
   experts = jax.tree.map(
     lambda w: dequantize(w) if is_quantized(w) else to_compute_dtype(w),
@@ -88,19 +89,20 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
   )
   cos, sin = attention.rotation(config, positions)
   normed = transformer.norm(config, x, layers.attention_norm[layer])
-  query, key, value = attention.project(config, params.layers.attention, layer, normed, cos, sin)
-  window = config.sliding_window if layer in config.sliding_layers else None
+  query, key, value = attention.project(config, layers.attention, layer, normed, cos, sin)
+  window = config.sliding_window if model_layer in config.sliding_layers else None
   sinks = layers.attention.sinks
   sinks = None if sinks is None else to_compute_dtype(sinks[layer])
   keys, values = history or (key, value)
   scale = config.attention_multiplier or config.head_dim**-0.5
   heads = _attend(query, key, value, keys, values, sinks, window, scale)
-  x = transformer.add_to_residual(
-    config, x, attention.output(params.layers.attention, layer, heads)
-  )
+  x = transformer.add_to_residual(config, x, attention.output(layers.attention, layer, heads))
   normed = transformer.norm(config, x, layers.moe_norm[layer])
+  if layers.experts is None:
+    y = shared(layers.shared_expert, layer, normed)
+    return transformer.add_to_residual(config, x, y), (key, value)
   logits = transformer.router_logits(config, layers, layer, normed)
-  perturbed = noise.perturb(layer, logits, config.experts_per_token)
+  perturbed = noise.perturb(model_layer, logits, config.experts_per_token)
   chosen, gates = transformer.route(config, layers, layer, logits, perturbed, gate_weights)
   by_expert = jnp.sum(jax.nn.one_hot(chosen, config.num_experts) * gates[..., None], axis=-2)
   projected = einsum("btd,efcd->btecf", normed, experts.gate_up)
