@@ -113,13 +113,16 @@ class Method:
     Raises:
       ValueError: it cannot.
     """
-    if kind == "read":
+    samples = self.num_samples > 1 or not all(m.sampler.is_greedy for _, m in self.candidates)
+    if kind == "read" and samples:
       raise ValueError(
-        f"task {task.name} has no answers to compare, only text to read: remove it from --tasks"
+        f"task {task.name} reads a text, so {self.text} has nothing to sample: remove the task or "
+        "the method"
       )
-    if kind == "choose" and self.no_likelihood:
+    needs = "choices" if kind == "choose" else "text" if task.metric == tasks.PERPLEXITY else None
+    if needs and self.no_likelihood:
       raise ValueError(
-        f"task {task.name} needs the likelihood of its choices, which for {self.text} is "
+        f"task {task.name} needs the likelihood of its {needs}, which for {self.text} is "
         f"{self.no_likelihood}: remove the task or the method"
       )
     votes = self.num_samples > 1 and SELECTIONS[self.select].numbers
