@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from roe_jax import attention, transformer
+from roe_jax import attention, routers, transformer
 from roe_jax import noise as noise_lib
 from roe_jax.config import ModelConfig
 from roe_jax.experts import Activation, shared
@@ -81,6 +81,7 @@ def member_states(
 def _block(params, config, x, positions, layer, noise, gate_weights, history):
   first, model_layer = config.first_dense_layers, layer
   layers, layer = (params.dense_layers, layer) if layer < first else (params.layers, layer - first)
+  x, state = jnp.split(x, [config.d_model], axis=-1)
   experts = jax.tree.map(lambda w: w[layer], layers.experts)
   experts = jax.tree.map(
     lambda w: dequantize(w) if is_quantized(w) else to_compute_dtype(w),
@@ -100,8 +101,12 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
   normed = transformer.norm(config, x, layers.moe_norm[layer])
   if layers.experts is None:
     y = shared(layers.shared_expert, layer, normed)
-    return transformer.add_to_residual(config, x, y), (key, value)
-  logits = transformer.router_logits(config, layers, layer, normed)
+    x = transformer.add_to_residual(config, x, y)
+    return jnp.concatenate([x, state], axis=-1), (key, value)
+  if config.router_state:
+    state = routers.advance(params.router_cell, layers.router_projection, layer, normed, state)
+  of_router = state if config.router_state else normed
+  logits = transformer.router_logits(config, layers, layer, of_router)
   perturbed = noise.perturb(model_layer, logits, config.experts_per_token)
   chosen, gates = transformer.route(config, layers, layer, logits, perturbed, gate_weights)
   by_expert = jnp.sum(jax.nn.one_hot(chosen, config.num_experts) * gates[..., None], axis=-2)
@@ -117,7 +122,8 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
   y = rounded(y, x.dtype)
   if config.d_shared_expert:
     y = add(y, shared(layers.shared_expert, layer, normed))
-  return transformer.add_to_residual(config, x, y), (key, value)
+  x = transformer.add_to_residual(config, x, y)
+  return jnp.concatenate([x, state], axis=-1), (key, value)
 
 
 def _attend(query, own_key, own_value, keys, values, sinks, window, scale):
