@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from roe_jax import attention, transformer
 from roe_jax import noise as noise_lib
@@ -66,13 +67,13 @@ def member_states(
 
   def run(member, history):
     noise = noise_lib.RoutingNoise(keys, roster.temperatures, member, roster.perturb)
+
+    def step(x, layer_and_past):
+      layer, past = layer_and_past
+      return _block(params, config, x, positions, layer, noise, roster.gate_weights, past)
+
     x = transformer.embed(params, config, tokens_BxT)
-    own_history = []
-    for layer in range(config.num_layers):
-      past = history[layer] if history else None
-      x, own = _block(params, config, x, positions, layer, noise, roster.gate_weights, past)
-      own_history.append(own)
-    return x, own_history
+    return jax.lax.scan(step, x, (jnp.arange(config.num_layers), history))
 
   history = run(jnp.int32(0), None)[1] if roster.cache_mode.is_shared else None
   return jax.lax.map(lambda member: run(member, history)[0], jnp.asarray(roster.members))
@@ -89,7 +90,10 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
   cos, sin = attention.rotation(config, positions)
   normed = transformer.norm(config, x, layers.attention_norm[layer])
   query, key, value = attention.project(config, params.layers.attention, layer, normed, cos, sin)
-  window = config.sliding_window if layer in config.sliding_layers else None
+  window = None
+  if config.sliding_layers:
+    slides = np.isin(np.arange(config.num_layers), config.sliding_layers)
+    window = jnp.where(jnp.asarray(slides)[layer], config.sliding_window, x.shape[1])
   sinks = layers.attention.sinks
   sinks = None if sinks is None else to_compute_dtype(sinks[layer])
   keys, values = history or (key, value)
@@ -135,7 +139,7 @@ def _attend(query, own_key, own_value, keys, values, sinks, window, scale):
   )
   diagonal, earlier = jnp.eye(t, dtype=bool), jnp.tri(t, k=-1, dtype=bool)
   if window is not None:
-    earlier &= ~jnp.tri(t, k=-window, dtype=bool)
+    earlier &= jnp.arange(t)[None] > jnp.arange(t)[:, None] - window
   scores = jnp.where(diagonal, own[..., None], scores) * scale
   scores = jnp.where(diagonal | earlier, scores, -jnp.inf)
   if sinks is not None:
