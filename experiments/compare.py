@@ -14,7 +14,7 @@ temperatures are fitted, and the best baseline settings selected, on validation 
 the first noise seed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import pathlib
 import sys
 import time
@@ -239,9 +239,9 @@ def measure(
   own = fitted if method.name == FITTED and fitted else method.output_temperature
   at = [own, fitted or own]
   answers = measurer.answer(method, seed, task, batch, at, count_experts)
-  likelihoods = answers.likelihoods or [None] * len(batch)
-  if not method.no_likelihood and not answers.likelihoods:
-    likelihoods = measurer.likelihoods(method, seed, task, batch, at)
+  likelihoods: Sequence[Likelihood | None] = [None] * len(batch)
+  if not method.no_likelihood:
+    likelihoods = answers.likelihoods or measurer.likelihoods(method, seed, task, batch, at)
   scored = app.from_first_process(
     lambda: task.score_all(batch, answers.outputs, FLAGS.allow_code_execution)
   )
@@ -283,7 +283,7 @@ def table(found: list[Method], opened: dict[str, runs.Run], task: tasks.Task) ->
     lines.append(
       [
         method.label,
-        100 * metrics[task.metric],
+        "" if task.metric == tasks.PERPLEXITY else 100 * metrics[task.metric],
         "not defined" if method.no_likelihood else metrics.get("perplexity", ""),
         metrics.get("fitted_perplexity", ""),
         method.passes_per_token,

@@ -33,15 +33,14 @@ from experiments.evaluation.answers import Answers
 from experiments.evaluation.engine import Engine
 from experiments.evaluation.requests import RequestBuilder, TaskRequests
 from experiments.records import runs
-from experiments.tasks.base import PAPER, SPLITS
+from experiments.tasks.base import PAPER, SPLITS, TEXT
 from roe_jax import temperature_profiles
 
 if TYPE_CHECKING:
   from experiments.evaluation.lm_eval_model import RosterLM
 
 FLAGS = flags.FLAGS
-# This project's tasks, by their names in --tasks.
-OURS = {n: task for n, task in tasks_lib.TASKS.items() if task is not tasks_lib.WIKITEXT103}
+OURS = tasks_lib.TASKS
 HARNESS = "harness.json"
 EXPERTS_OF = 4  # Number of requests per task on which unique active experts are counted.
 _CONFIDENCE = (
@@ -105,7 +104,7 @@ def check_flags() -> tuple[list[str], list[str]]:
   ours = [name for name in names if name in OURS]
   theirs = [name for name in names if name not in OURS]
   for name in theirs:
-    if name.startswith(PAPER):
+    if name.startswith((PAPER, TEXT)):
       raise ValueError(f"unknown task {name!r}: choose from {', '.join(OURS)}")
   for name in ours:
     OURS[name].check_allowed(FLAGS.allow_code_execution)
@@ -143,10 +142,12 @@ def evaluate_ours(lm: RosterLM, asked: TaskRequests, run: runs.Run, seed: int) -
   answers = list(asked.by_example(lm.answers(label, asked.all_answering)))
   wanted = asked.all_references
   referred = iter(lm.answers(f"{label}, references", wanted) if wanted else ())
-  outputs = [
-    found[0]["text"] if example.choices is None else [a["log_prob"] for a in found]
-    for example, found in zip(examples, answers)
-  ]
+  of_kind = {
+    "generate": lambda found: found[0]["text"],
+    "choose": lambda found: [a["log_prob"] for a in found],
+    "read": lambda found: found[0]["is_greedy"],
+  }
+  outputs = [of_kind[example.kind](found) for example, found in zip(examples, answers)]
 
   def score():  # in one process, since time limits could differ between processes
     with tqdm(
@@ -163,17 +164,18 @@ def evaluate_ours(lm: RosterLM, asked: TaskRequests, run: runs.Run, seed: int) -
       found = next(referred)
       metrics[i] |= {"nll": -found["log_prob"], "tokens": found["tokens"]}
     record = {"task": task.name, "example": example.id, "seed": seed, "metrics": metrics[i]}
-    if example.choices is None:
+    confidence = None
+    if example.kind == "generate":
       confidence = np.exp(answers[i][0]["log_prob"])
       record |= {"output": output, "finish_reason": answers[i][0]["finish_reason"]}
-    else:
+    elif example.kind == "choose":
       confidence = scipy.special.softmax(output).max()
       record["log_probs"] = output
-    records.append(
-      record | {"confidences": [float(confidence)], "correct": [metrics[i][task.metric] == 1]}
-    )
+    if confidence is not None:
+      record |= {"confidences": [float(confidence)], "correct": [metrics[i][task.metric] == 1]}
+    records.append(record)
   write(lm, run, seed, task.name, label, records)
-  if wanted:
+  if wanted and examples[0].kind != "read":  # whose references are its answers
     write(lm, run, seed, f"{task.name}, references", f"{label}, references", [])
 
 
@@ -223,7 +225,7 @@ def rows_of_ours(summary: dict[str, Any], asked: TaskRequests) -> list[list[Any]
       summary["std_over_seeds"].get(metric),
       counts.get(metric, summary["examples"]),
     ]
-    for metric in sorted(metrics.keys() - {"nll", "tokens"}, key=lambda m: (*order(m), m))
+    for metric in sorted(metrics.keys() - {"nll", "tokens", "words"}, key=lambda m: (*order(m), m))
   ]
 
 

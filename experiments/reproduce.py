@@ -49,6 +49,12 @@ from roe_jax import typed
 from roe_jax.roster import Roster
 
 FLAGS = flags.FLAGS
+GROUPS = {
+  "all": figures.NAMES,
+  "paper": figures.PAPER,
+  "reviewers": figures.REVIEWERS,
+  "language": figures.LANGUAGE,
+}
 
 
 def define_flags(values: flags.FlagValues = FLAGS) -> None:
@@ -56,7 +62,8 @@ def define_flags(values: flags.FlagValues = FLAGS) -> None:
     getattr(flags, f"DEFINE_{kind}")(name, default, *args, flag_values=values, **settings)
 
   names = ", ".join(figures.NAMES)
-  define("list", "figure", [], f'Figures to make: "all", "paper", "reviewers", or {names}.')
+  groups = ", ".join(f'"{group}"' for group in GROUPS)
+  define("list", "figure", [], f"Figures to make: {groups}, or {names}.")
   models = list(figure_models.MODELS)
   define("enum", "model", None, models, "Model to make figures of.", required=True)
   define("list", "checkpoint", None, "Checkpoints to use instead of the model's.")
@@ -71,16 +78,22 @@ def define_flags(values: flags.FlagValues = FLAGS) -> None:
   define("string", "page", None, f"{page} next to it. Pictures are redrawn.")
 
 
-def figure_names(wanted: list[str]) -> list[str]:
-  """Returns the figures given by --figure, in their order.
+def figure_names(wanted: list[str], model: str) -> list[str]:
+  """Returns the figures given by --figure, in their order; of groups, those made of the model.
 
   Raises:
-    ValueError: unknown name.
+    ValueError: a name is unknown, or the figure is not made of the model.
   """
-  groups = {"all": figures.NAMES, "paper": figures.PAPER, "reviewers": figures.REVIEWERS}
-  found = [name for group in wanted for name in groups.get(group, (group,))]
-  for name in found:
-    figures.get(name)
+  found = []
+  for name in wanted:
+    if name in GROUPS:
+      found += figures.of_model(GROUPS[name], model)
+    elif figures.of_model([name], model):
+      found.append(name)
+    else:
+      raise ValueError(
+        f"{name} is not made of {model}: choose a --model of {', '.join(figures.get(name).CONFIGS)}"
+      )
   return sorted(set(found), key=figures.NAMES.index)
 
 
@@ -260,7 +273,7 @@ def main(argv) -> None:
   del argv
   if not FLAGS.figure and not FLAGS.page:
     raise ValueError("there is nothing to make: give --figure, --page or both")
-  if names := figure_names(FLAGS.figure):
+  if names := figure_names(FLAGS.figure, FLAGS.model):
     make_figures(make_figure_runs(names))
   if FLAGS.page and not FLAGS.dry_run:
     root = pathlib.Path(FLAGS.output) / FLAGS.model

@@ -1,6 +1,6 @@
 """What the members of a roster compute: logits, routing, agreement, unique active experts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import batching, prefill, sharding, transformer
+from roe_jax import batching, prefill, routing, sharding, transformer
 from roe_jax import members as members_lib
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
@@ -69,6 +69,62 @@ def member_logits(
   """
   arguments = params, config, sequences, roster, request_ids, all_positions
   return _logits(*arguments, of_members=True)
+
+
+def last_member_logits(
+  params: Params,
+  config: ModelConfig,
+  sequences: Sequence[Sequence[int]],
+  rosters: Sequence[Roster],
+  *,
+  request_ids: Sequence[int] | None = None,
+  num_positions: int = 1,
+) -> Iterator[jax.Array]:
+  """Computes the logits of each roster's members at the last positions of each sequence.
+
+  The rosters attend to one Clean Cache, which is filled once: many rosters cost little more than
+  the baseline. Results are those of `member_logits`, up to rounding.
+
+  Args:
+    params: the model's parameters.
+    config: its architecture.
+    sequences: token ids, one batch, each of at least `num_positions`.
+    rosters: the settings; their cache is that of the clean member.
+    request_ids: see `decode.generate`.
+    num_positions: T, the number of positions.
+
+  Yields:
+    For each roster, float32 `[R, B, T, V]`: at t, the logits of the token that follows position
+    t of the last T.
+
+  Raises:
+    ValueError: a sequence is invalid, or the rosters do not share a cache.
+  """
+  if not all(r.cache_mode.is_shared for r in rosters):
+    raise ValueError("rosters with one cache for all members are needed: use the cache clean")
+  if min(map(len, sequences)) < num_positions:
+    raise ValueError(f"each sequence must have at least {num_positions} tokens")
+  params = params_lib.in_storage_dtype(params)
+  for roster in rosters:
+    roster.check(config)
+  tokens, ids, cache = _padded(params, config, rosters[0], sequences, request_ids, num_positions)
+  starts, longest = np.zeros(len(ids), np.int32), max(map(len, sequences))
+  starts[: len(sequences)] = [len(s) - num_positions for s in sequences]
+  # A multiple of 32 instead of a power of two: the fewest positions in few shapes.
+  filled = tokens[:, : -(-longest // 32) * 32]
+  cache = prefill.fill_cache(params, config, rosters[0], cache, filled, starts, ids)
+  columns = jnp.asarray(starts[:, None] + np.arange(num_positions))
+  last = jnp.take_along_axis(tokens, columns, axis=1)
+  for roster in rosters:
+    yield _last_logits(params, config, roster, cache, last, columns, ids)[:, : len(sequences)]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _last_logits(params, config, roster, cache, tokens, positions, request_ids):
+  """Returns members' logits `[R, B, T, V]` at T positions of each sequence."""
+  run = members_lib.RosterPass(params, config, roster, tokens, positions, request_ids)
+  found = transformer.unembed(params, config, roster.cache_mode.states(run, cache)[0])
+  return sharding.with_sharding_constraint(params, found)
 
 
 def _logits(params, config, sequences, roster, request_ids, all_positions, of_members):
@@ -175,9 +231,9 @@ def routing_margins(
 ) -> np.ndarray:
   """Measures how close each member's choice of experts is to a different one.
 
-  The difference between the perturbed router logits of the last expert chosen and the
-  first one not chosen. If it is as small as the rounding error of the logits, another
-  order of summation may change the choice.
+  The difference between the scores (see `routing.scores`; usually the perturbed router logits) of
+  the last expert chosen and the first one not chosen, of the chosen groups. If it is as small as
+  the rounding error of the logits, another order of summation may change the choice.
 
   Args:
     params: the model's parameters.
@@ -248,7 +304,7 @@ def unique_experts(
   if num_steps < 1:
     raise ValueError("no token is predicted: a sequence must be longer than its start")
   ids = batching.request_ids(request_ids, len(sequences))
-  steps = np.zeros((config.num_layers, num_steps, config.num_experts), bool)
+  steps = np.zeros((config.num_expert_layers, num_steps, config.num_experts), bool)
   positions = []
   for first in range(0, len(sequences), batch_size):
     batch = slice(first, first + batch_size)
@@ -268,12 +324,19 @@ def _at_all_positions(compute, params, config, roster, sequences, request_ids):
   """Runs `compute` on a filled cache at all positions; returns numpy arrays."""
   params = params_lib.in_storage_dtype(params)
   roster.check(config)
+  tokens, ids, cache = _padded(params, config, roster, sequences, request_ids)
+  if roster.cache_mode.is_shared:
+    longest = max(map(len, sequences))
+    cache = prefill.fill_cache(params, config, roster, cache, tokens, longest - 1, ids)
+  return jax.tree.map(np.asarray, compute(params, config, roster, cache, tokens, ids))
+
+
+def _padded(params, config, roster, sequences, request_ids, rerun=None):
+  """Returns tokens `[B, S]`, request ids `[B]`, and an empty cache for `rerun` (S) positions."""
   batching.check_tokens(config, sequences, what="sequence")
   ids = np.zeros(batching.bucket(len(sequences)), np.uint32)
   ids[: len(sequences)] = batching.request_ids(request_ids, len(sequences))
-  ids = jnp.asarray(ids)
-  longest = max(map(len, sequences))
-  capacity = batching.bucket(longest, prefill.MIN_CAPACITY)
+  capacity = batching.bucket(max(map(len, sequences)), prefill.MIN_CAPACITY)
   tokens = batching.pad(sequences, len(ids), capacity)
   cache = batching.init_sharded(
     params,
@@ -282,11 +345,9 @@ def _at_all_positions(compute, params, config, roster, sequences, request_ids):
     roster,
     batch_size=len(ids),
     capacity=capacity,
-    rerun=capacity,
+    rerun=rerun or capacity,
   )
-  if roster.cache_mode.is_shared:
-    cache = prefill.fill_cache(params, config, roster, cache, tokens, longest - 1, ids)
-  return jax.tree.map(np.asarray, compute(params, config, roster, cache, tokens, ids))
+  return tokens, jnp.asarray(ids), cache
 
 
 def _run(params, config, roster, tokens, request_ids):
@@ -326,7 +387,9 @@ def _margins(params, config, roster, cache, tokens, request_ids):
   """Returns the margins `[L, R, B, T]`."""
 
   def margin(layer, logits_BxTxE, perturbed_BxTxE):
-    best, _ = jax.lax.top_k(perturbed_BxTxE, config.experts_per_token + 1)
+    bias = transformer.correction_bias(params.layers, layer)
+    scores = routing.scores(config, perturbed_BxTxE, bias)
+    best, _ = jax.lax.top_k(scores, config.experts_per_token + 1)
     return best[..., -2] - best[..., -1]
 
   return _of_router_logits(margin, params, config, roster, cache, tokens, request_ids)[0]
@@ -362,7 +425,9 @@ def _trace(params, config, roster, cache, tokens, request_ids):
 
 
 def _of_router_logits(compute, params, config, roster, cache, tokens, request_ids):
-  """Applies `compute` to each layer's index and router logits `[B, T, E]` without and with noise.
+  """Applies `compute` to the router logits `[B, T, E]` of each layer, without and with noise.
+
+  Its first argument is the layer's index in `params.layers`.
 
   Returns:
     Its results `[L, R, ...]`, the logits without noise `[L, R, B, T, E]`, and the members' states.
@@ -372,12 +437,13 @@ def _of_router_logits(compute, params, config, roster, cache, tokens, request_id
 
   def of_member(layer, member, logits_BxTxE):
     noise = run.noise(member)
-    perturbed_BxTxE = noise.perturb(layer, logits_BxTxE, config.experts_per_token)
+    in_model = config.first_dense_layers + layer
+    perturbed_BxTxE = noise.perturb(in_model, logits_BxTxE, config.experts_per_token)
     return compute(layer, logits_BxTxE, perturbed_BxTxE)
 
   of_members = jax.vmap(of_member, in_axes=(None, 0, 0))
   found = jax.lax.map(
     lambda a: of_members(a[0], jnp.asarray(roster.members), a[1]),
-    (jnp.arange(config.num_layers), outputs.router_logits),
+    (jnp.arange(config.num_expert_layers), outputs.router_logits),
   )
   return *sharding.with_sharding_constraint(params, (found, outputs.router_logits)), x

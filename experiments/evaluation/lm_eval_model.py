@@ -21,7 +21,7 @@ from tqdm import tqdm
 from experiments.cli import app
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.engine import Engine
-from experiments.evaluation.requests import GREEDY, Prompt, Request, RequestBuilder
+from experiments.evaluation.requests import GREEDY, Prompt, Request, RequestBuilder, choices_address
 from roe_jax import temperature_profiles
 from roe_jax.roster import Roster
 from roe_jax.text.chat import Chat, load_template
@@ -54,6 +54,7 @@ class RosterLM(TemplateLM):
     self.requests: dict[str, list[Request]] = {}
     self.lengths: dict[tuple[str, str], int] = {}
     self._name, self._label = name, ""
+    self._addresses: dict[tuple[str, str], str] = {}
 
   @property
   def max_gen_toks(self) -> int:
@@ -126,11 +127,21 @@ class RosterLM(TemplateLM):
   ) -> list[tuple[float, bool]]:
     found = []
     for self._label, group in _by_task(requests):
+      without: dict[Any, list[str]] = {}  # choices of the documents without a context
+      for r in group:
+        if not r.args[0]:
+          without.setdefault(r.doc_id, []).append(r.args[1])
+      self._addresses = {
+        ("", text): choices_address(texts) for texts in without.values() for text in texts
+      }
       found += super().loglikelihood(group, disable_tqdm=True)
     return found
 
   def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
-    wanted = [self.builder.of_tokens(context, *tokens) for (context, _), *tokens in requests]
+    wanted = [
+      self.builder.of_tokens(self._addresses.get(texts, texts[0]), *tokens)
+      for texts, *tokens in requests
+    ]
     self.lengths |= {texts: len(tokens) for texts, _, tokens in requests}
     return [(a["log_prob"], a["is_greedy"]) for a in self.answers(self._label, wanted)]
 

@@ -22,7 +22,7 @@ class Measured:
     outputs: `[X]`, for `Task.score_all`.
     details: `[X]` further entries of each example's record.
     cost: the cost of all answers.
-    likelihoods: `[X]` of each example's right choice; empty for generated answers.
+    likelihoods: `[X]` of each example's right choice or read text; empty for generated answers.
   """
 
   outputs: list[Any]
@@ -69,7 +69,14 @@ class Measurer:
     answers = engine.answer(requests, output_temperatures_lib.padded(output_temperatures))
     by_example = list(asked.by_example(answers))
     cost = engine_lib.total(dict(zip(requests, answers)).values())
-    if examples[0].kind == "choose":
+    if examples[0].kind == "read":
+      written = [()] * len(requests)
+      outputs, details, likelihoods = (
+        [a.is_greedy for a in answers],
+        [{} for _ in examples],
+        answers,
+      )
+    elif examples[0].kind == "choose":
       written = [()] * len(requests)
       outputs = [[float(c.log_probs[0]) for c in choices] for choices in by_example]
       details = [{} for _ in examples]

@@ -155,13 +155,15 @@ class Method:
     Raises:
       ValueError: it cannot.
     """
-    if kind == "read":
+    if kind == "read" and (self.num_samples > 1 or self.name == BEST_BASELINE):
       raise ValueError(
-        f"task {task.name} has no answers to compare, only text to read: remove it from --tasks"
+        f"task {task.name} reads a text, so {self.text} has nothing to sample: remove the task or "
+        "the method"
       )
-    if kind == "choose" and self.no_likelihood:
+    needs = "choices" if kind == "choose" else "text" if task.metric == tasks.PERPLEXITY else None
+    if needs and self.no_likelihood:
       raise ValueError(
-        f"task {task.name} needs the likelihood of its choices, which for {self.text} is "
+        f"task {task.name} needs the likelihood of its {needs}, which for {self.text} is "
         f"{self.no_likelihood}: remove the task or the method"
       )
     if self.name == VOTE and task.name not in EXTRACT:

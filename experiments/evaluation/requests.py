@@ -37,6 +37,11 @@ def request_id(context: str, sample: int = 0) -> int:
   return int.from_bytes(digest, "little")
 
 
+def choices_address(choices: Sequence[str]) -> str:
+  """Returns the text that addresses the noise of choices without a context, the same for all."""
+  return "\n".join(choices)
+
+
 @dataclasses.dataclass(frozen=True)
 class Continuation:
   """A request to score tokens after a context.
@@ -190,17 +195,30 @@ class RequestBuilder:
     system = [{"role": "system", "content": self._system}] if self._system else []
     return self.render([*system, *example.messages])
 
-  def continuation(self, context: str, text: str, end: bool = False) -> Continuation:
-    """Makes a request to score `text` after a context, with `end` also a stop token after it.
+  def continuation(
+    self, context: str, text: str, end: bool = False, instead: str | None = None
+  ) -> Continuation:
+    """Makes a request to score `text` after a context.
+
+    Args:
+      context: the text before it.
+      text: what is scored.
+      end: whether also a stop token after it is.
+      instead: text that addresses the noise in place of an empty context, which all questions
+        without one share; by default `text`.
 
     Raises:
       ValueError: the text has no tokens, or more than the model's context.
     """
     before, tokens = self.encode_pair(context, text)
-    return self.of_tokens(context, before, [*tokens, *self.stop_tokens[: int(end)]])
+    address = context or instead or text
+    return self.of_tokens(address, before, [*tokens, *self.stop_tokens[: int(end)]])
 
   def of_tokens(self, context: str, before: Sequence[int], tokens: Sequence[int]) -> Continuation:
-    """Makes the request of `continuation` for a context in tokens, `before`."""
+    """Makes the request of `continuation` for a context in tokens, `before`.
+
+    `context` is the text that addresses the noise.
+    """
     if not tokens:
       raise ValueError(f"the continuation after {context[-40:]!r} has no tokens")
     room = self._config.context_length
@@ -308,7 +326,7 @@ class TaskRequests:
     task: the task.
     examples: X examples.
     answering: for each example, the requests that answer it: one per choice, or one per sample;
-      empty for examples of kind "read".
+      for examples of kind "read", that of the reference.
     references: for each example, the request that scores its reference, or None.
   """
 
@@ -345,19 +363,21 @@ class TaskRequests:
     for e in examples:
       try:
         context = builder.context(e)
-        if e.kind == "choose":
-          answering.append([builder.continuation(context, choice) for choice in e.choices])
+        ends = builder.settings["chat"] is None and e.kind != "read"
+        together = choices_address(e.choices or ())
+        reference = e.reference and builder.continuation(context, e.reference, ends, together)
+        references.append(reference)
+        if e.choices is not None:
+          answering.append([builder.continuation(context, c, instead=together) for c in e.choices])
+        elif e.kind == "read":
+          answering.append([reference])
         else:
           answering.append(
             [
               builder.prompt(context, e.max_new_tokens, e.stop, sampler, sample)
-              for sample in range(num_samples if e.kind == "generate" else 0)
+              for sample in range(num_samples)
             ]
           )
-        ends = builder.settings["chat"] is None and e.kind != "read"
-        references.append(
-          None if e.reference is None else builder.continuation(context, e.reference, ends)
-        )
       except ValueError as error:
         raise ValueError(f"{e.id}: {error}") from error
     return cls(task, examples, answering, references)

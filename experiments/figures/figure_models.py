@@ -129,6 +129,23 @@ MODELS: dict[str, Model] = {
       **_PAPER,
     ),
     Model(
+      name="smollm2",
+      title="SmolLM2-135M-Instruct, carved into experts",
+      checkpoints=("smollm2_carved",),
+      prepare=(
+        "python -m checkpoints_convert --source=SmolLM2-135M-Instruct.Q4_1.gguf "
+        "--target=smollm2_carved --carve=S4A8E16 --calibration=calibration.txt",
+      ),
+      hardware="two CPU cores",
+      tuning="paper_{category}_olmoe",
+      num_members=8,
+      cache="clean",
+      tau=0.3,
+      num_seeds=1,
+      num_examples=1000,
+      **_PAPER | dict(text="text/wikitext2"),
+    ),
+    Model(
       name="embedded",
       title="the embedded models",
       checkpoints=("embedded:wordmath_overtrained", "embedded:wordmath_control"),

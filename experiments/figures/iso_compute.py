@@ -49,6 +49,7 @@ CONFIGS = {
   "olmoe": Config(experts=_experts(16, 64)),
   "mixtral": Config(experts=("experts:k=4", "experts:k=8")),
   "gpt_oss": Config(experts=("experts:k=8", "experts:k=32")),
+  "smollm2": Config("text/lambada", num_examples=1000, experts=("experts:k=10", "experts:k=12")),
   "embedded": Config(task="wordmath", num_examples=60, num_seeds=1, experts=_experts(8, 16)),
 }
 

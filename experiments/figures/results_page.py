@@ -1,4 +1,4 @@
-"""The page of all figures of a model, made from the records in docs/results."""
+"""The page of all models' figures, made from the records in docs/results."""
 
 import pathlib
 import shutil
@@ -6,18 +6,19 @@ import shutil
 from experiments import figures
 from experiments.analysis import drawing
 from experiments.cli import app
-from experiments.figures.figure_models import Model
+from experiments.figures.figure_models import MODELS, Model
 from experiments.figures.figure_run import ABOUT, PICTURE, RECORDS, read_records
 from roe_jax import typed
 
 PARTS = (
   ("The paper's figures and tables", figures.PAPER),
   ("What its reviewers asked for", figures.REVIEWERS),
+  ("Real text", figures.LANGUAGE),
 )
 
 
 def write(path: pathlib.Path, root: pathlib.Path, model: Model) -> str:
-  """Writes the page, and redraws its pictures.
+  """Writes the page of all models, and redraws this model's pictures.
 
   First copies the records of complete figures in `root` to docs/results/MODEL next to the page;
   figures that are only there stay.
@@ -41,27 +42,30 @@ def write(path: pathlib.Path, root: pathlib.Path, model: Model) -> str:
     picture = figures.get(name).draw(read_records(kept / name / RECORDS))
     if picture is not None:
       drawing.save(picture, kept / name / pathlib.Path(PICTURE).stem, ("png",))
-  app.write_atomically(path, text(kept, model))
-  return f"Saved {path} with {len(found)} of {len(figures.NAMES)} figures."
+  app.write_atomically(path, text(kept.parent))
+  of_model = figures.of_model(figures.NAMES, model.name)
+  return f"Saved {path} with {len(found)} of {len(of_model)} figures of {model.title}."
 
 
 def _complete(kept, names):
   return [name for name in names if (kept / name / ABOUT).is_file()]
 
 
-def text(kept: pathlib.Path, model: Model) -> str:
-  """Returns the page for a folder docs/results/MODEL."""
+def text(results: pathlib.Path) -> str:
+  """Returns the page for the folder docs/results, with a folder per model."""
   parts = [
-    f"# Results: {model.title}\n\nMade by `python -m experiments.reproduce`; sections give their "
-    "command, date, seeds and machine. Intervals are 95 % bootstrap intervals over examples. These "
-    "results say nothing about large models: we did not have the paper's checkpoints. With them, "
-    "run the same commands with `--model=olmoe`, `mixtral` or `gpt_oss`. Sections dated before "
-    "2026-11-27 addressed noise by the index of an example, and count unique active experts per "
-    "step of a batch instead of per token."
+    "# Results\n\nMade by `python -m experiments.reproduce`; sections give their command, date, "
+    "seeds and machine. Intervals are 95 % bootstrap intervals over examples. These results say "
+    "nothing about large models: we did not have the paper's checkpoints. With them, run the same "
+    "commands with `--model=olmoe`, `mixtral` or `gpt_oss`. Sections dated before 2026-11-27 "
+    "addressed noise by the index of an example, and count unique active experts per step of a "
+    "batch instead of per token."
   ]
-  for title, names in PARTS:
-    if names := _complete(kept, names):
-      parts += [f"## {title}", *(_section(kept, name) for name in names)]
+  for model in MODELS.values():
+    for title, names in PARTS:
+      if names := _complete(results / model.name, names):
+        sections = (_section(results / model.name, name) for name in names)
+        parts += [f"## {title}: {model.title}", *sections]
   return "\n\n".join(parts) + "\n"
 
 

@@ -158,7 +158,7 @@ def means(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
   """Returns the means of each task's metrics over examples and seeds.
 
   The metrics also include "perplexity" and "fitted_perplexity" = exp(sum of "nll" or "fitted_nll" /
-  sum of "tokens"), where measured.
+  sum of "tokens"), where measured, and "word_perplexity" and "fitted_word_perplexity", per "words".
 
   Returns:
     {task: {"examples", "seeds", "metrics", "standard_errors", "std_over_seeds"}}, the last three
@@ -184,10 +184,12 @@ def _summary(lines):
   for name in sorted(set().union(*(r["metrics"] for r in lines))):
     some = [r for r in lines if name in r["metrics"]]
     add(name, _ratio(some, name))
-  for name, perplexity in {"nll": "perplexity", "fitted_nll": "fitted_perplexity"}.items():
-    if some := [r for r in lines if name in r["metrics"] and r["metrics"].get("tokens")]:
-      value, error, spread = _ratio(some, name, "tokens", np.exp)
-      add(perplexity, (value, error and value * error, spread))
+  for weight, of in {"tokens": "", "words": "word_"}.items():
+    for fitted in ("", "fitted_"):
+      name = f"{fitted}nll"
+      if some := [r for r in lines if name in r["metrics"] and r["metrics"].get(weight)]:
+        value, error, spread = _ratio(some, name, weight, np.exp)
+        add(f"{fitted}{of}perplexity", (value, error and value * error, spread))
   return {
     "examples": len({str(r["example"]) for r in lines}),
     "seeds": len({r["seed"] for r in lines}),

@@ -13,8 +13,11 @@ SPLITS = ("validation", "test", "all")
 # Prefix of the RoE paper's tasks: lm-evaluation-harness has tasks of the same names with other
 # prompts.
 PAPER = "paper/"
+# Prefix of tasks on plain text, without a question; the harness has some of the same names.
+TEXT = "text/"
+PERPLEXITY = "perplexity"  # Metric of tasks that have no right answers.
 
-Output = str | Sequence[float]
+Output = bool | str | Sequence[float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Example:
     stop: strings that end generation.
     max_new_tokens: maximum number of generated tokens; 0 if there is only a reference.
     reference: a continuation whose perplexity measures quality (the objective of tuning); None
-      if there is no trusted one.
+      if there is no trusted one. An example of kind "read" has no other answer.
     messages: the same question as a chat, instead of `prompt`; a final assistant message is the
       start of the answer. Empty for raw prompts.
     data: further inputs of scoring.
@@ -124,9 +127,9 @@ class Task:
 
     Args:
       examples: the examples.
-      outputs: for each example, the generated text (without prompt and stop string) or the
-        summed log-probabilities of the choices in nats. A text for an example with choices
-        names one.
+      outputs: for each example, the generated text (without prompt and stop string), the summed
+        log-probabilities of the choices in nats, or, for kind "read", whether each token of the
+        reference is the most probable one. A text for an example with choices names one.
       allow_code_execution: must be True for tasks that run model-written programs.
       workers: number of programs that run in parallel.
       on_done: called after each scored output.
@@ -157,6 +160,10 @@ class Task:
 
 
 def _check_output(example, output):
+  if example.kind == "read":
+    if not isinstance(output, bool):
+      raise ValueError(f"{example.id}: output must be a bool, got {type(output).__name__}")
+    return
   if isinstance(output, str):
     return
   if example.choices is None:

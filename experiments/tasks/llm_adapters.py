@@ -1,29 +1,30 @@
-"""Ten tasks with the prompts and scoring of LLM-Adapters, as in the RoE paper.
+"""Thirteen tasks with the prompts and scoring of LLM-Adapters, ten of them as in the RoE paper.
 
 Five tasks of arithmetic word problems, where the answer is the last number in the generated
-text, and five of common sense, where it is the most probable of "the correct answer is
+text, and eight of common sense, where it is the most probable of "the correct answer is
 answer1", "... answer2" and so on (RoE, arXiv 2509.17238, section 4.1; Hu et al. 2023,
 arXiv 2304.01933; repository AGI-Edgerunners/LLM-Adapters at commit 8166572). That repository
-generates the choice as text, which `score` accepts too.
+generates the choice as text, which `score` accepts too. The paper has no PIQA, WinoGrande and
+BoolQ; LLM-Adapters asks BoolQ's questions without their passages.
 
 Test sets are the public ones: 1319 (GSM8K), 1000 (SVAMP), 395 (AddSub), 508 (SingleEq), 600
 (MultiArith), 2376 (ARC-e), 1172 (ARC-c), 500 (OBQA), 1954 (SIQA, its development set), 10042
-(HellaSwag, its validation set). MultiArith has 20 duplicate questions and SIQA 24, which are
-kept, as is usual.
+(HellaSwag, its validation set), and the validation sets of PIQA (1838), WinoGrande (1267) and BoolQ
+(3270). MultiArith has 20 duplicate questions and SIQA 24, which are kept, as is usual.
 
 The paper does not say what it tuned on. Here, validation and test splits share no question
 (compared by words):
 
 * Arithmetic: GSM8K's training problems, with their human solutions as references. The
   "output" entries of LLM-Adapters are model-written rationales, often wrong, and unused.
-* ARC and OBQA: their training questions.
+* ARC, OBQA, PIQA, WinoGrande and BoolQ: their training questions.
 * SIQA and HellaSwag, whose validation sets are the test sets here: a fixed slice of them,
   selected by the questions' words, so that duplicates are in one split. "test" is the rest,
   "all" the whole set. Other questions about the same situation may be in the other split.
 """
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -41,8 +42,9 @@ _INDENT = " " * 16  # LLM-Adapters' prompt is an indented string literal
 _GITHUB = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main/dataset/{}/test.json"
 _NUMBER = re.compile(r"-?\d+\.?\d*")
 _ANNOTATION = re.compile(r"<<.*?>>")  # GSM8K's calculator annotations
-_FORMAT = re.compile(r"Answer format: ((?:answer|ending)1(?:/(?:answer|ending)\d)+)\s*$")
-_WRITTEN = re.compile(r"(?:answer|ending)[1-5]")
+_FORMAT = re.compile(
+  r"Answer format: (true/false|(?P<word>answer|ending|solution|option)1(?:/(?P=word)\d)+)\s*$"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +79,15 @@ def extract_number(text: str) -> float | None:
   return float(found[-1]) if found else None
 
 
-def extract_choice(text: str) -> str | None:
-  """Returns the first choice named in a text, such as "answer2", or None."""
-  match = _WRITTEN.search(text)
+def extract_choice(text: str, names: Sequence[str] = ("answer1", "ending1")) -> str | None:
+  """Returns the first choice named in a text, such as "answer2", or None.
+
+  Args:
+    text: the text.
+    names: names of the question's choices; numbered ones stand for those up to 5.
+  """
+  kinds = dict.fromkeys(re.sub(r"\d$", "[1-5]", name) for name in names)
+  match = re.search("|".join(kinds), text)
   return match.group() if match else None
 
 
@@ -114,7 +122,7 @@ def _problem(question, answer, reference=None):
 
 
 def read_choice(row: Row) -> Question:
-  """Reads a question of LLM-Adapters or of the original ARC, OBQA, SIQA or HellaSwag.
+  """Reads a question of LLM-Adapters, or of the original of one of its tasks of common sense.
 
   Raises:
     KeyError, ValueError: it is none of them.
@@ -133,6 +141,32 @@ def read_choice(row: Row) -> Question:
       row["endings"],
       int(row["label"]),
     )
+  if "passage" in row:
+    names = ("true", "false")
+    return Question(
+      f"Please answer the following question with true or false, question: {row['question']}?"
+      f"\n\nAnswer format: {'/'.join(names)}",
+      names.index(str(row["answer"]).lower()),
+      names,
+    )
+  if "goal" in row:
+    return _choice(
+      "solution",
+      "solution to the question",
+      row["goal"],
+      [row["sol1"], row["sol2"]],
+      int(row["label"]),
+      between="\n\n",
+    )
+  if "sentence" in row:
+    return _choice(
+      "option",
+      "answer to fill in the blank to complete the given sentence",
+      row["sentence"],
+      [row["option1"], row["option2"]],
+      int(row["answer"]) - 1,
+      before_format=" ",
+    )
   if "answerC" in row:
     return _choice(
       "answer",
@@ -150,13 +184,14 @@ def read_choice(row: Row) -> Question:
   return _choice("answer", "answer to the question", stem, texts, labels.index(row["answerKey"]))
 
 
-def _choice(word, what, question, texts, target):
+def _choice(word, what, question, texts, target, between=" ", before_format="\n\n"):
   if not 0 <= target < len(texts):
     raise ValueError(f"the label must be one of {len(texts)} choices, got index {target}")
   names = tuple(f"{word}{i}" for i in range(1, len(texts) + 1))
-  listed = " ".join(f"{name.capitalize()}: {text}" for name, text in zip(names, texts))
+  listed = between.join(f"{name.capitalize()}: {text}" for name, text in zip(names, texts))
   return Question(
-    f"Please choose the correct {what}: {question}\n\n{listed}\n\nAnswer format: {'/'.join(names)}",
+    f"Please choose the correct {what}: {question}\n\n{listed}{before_format}"
+    f"Answer format: {'/'.join(names)}",
     target,
     names,
   )
@@ -225,7 +260,8 @@ def _score_number(example, text):
 
 def _score_choice(example, output):
   if isinstance(output, str):
-    return {"acc": float(extract_choice(output) == example.data["names"][example.target])}
+    names = example.data["names"]
+    return {"acc": float(extract_choice(output, names) == names[example.target])}
   return base.chosen(example, output)
 
 
@@ -311,6 +347,8 @@ MATH = (
   ),
 )
 
+# The public split of the questions that LLM-Adapters tests, and of those to choose on.
+_PUBLIC = {"test": "validation", "train": "train"}
 COMMONSENSE = (
   _trained(
     "arc_easy",
@@ -343,5 +381,23 @@ COMMONSENSE = (
     (_hub("Rowan/hellaswag", split="validation"),),
     HELLASWAG_SLICE,
     _sliced(HELLASWAG_SLICE),
+  ),
+  _trained(
+    "piqa",
+    "piqa",
+    lambda s: f"piqa/{_PUBLIC[s]}.jsonl",  # with labels, as on the hub
+    lambda s: _hub("baber/piqa", split=_PUBLIC[s]),
+  ),
+  _trained(
+    "winogrande",
+    "winogrande",
+    lambda s: f"winogrande_1.1/{'dev' if s == 'test' else 'train_xl'}.jsonl",
+    lambda s: _hub("allenai/winogrande", "winogrande_xl", _PUBLIC[s]),
+  ),
+  _trained(
+    "boolq",
+    "boolq",
+    lambda s: f"boolq/{'dev' if s == 'test' else s}.jsonl",
+    lambda s: _hub("google/boolq", split=_PUBLIC[s]),
   ),
 )

@@ -20,7 +20,9 @@ class Source:
   Attributes:
     name: unique within a task, such as "gsm8k/test".
     files: files with all rows, the preferred one first, with enough folders to identify them:
-      "AddSub/test.json". A list in .json, lines in .jsonl (both optionally .gz), or text in .raw.
+      "AddSub/test.json". A list in .json, lines in .jsonl (both optionally .gz), or lines of text
+      in .raw and .txt. All files of one folder that match a pattern such as "blimp/*.jsonl" are
+      one, in the order of their names.
     hub: arguments of `datasets.load_dataset` for the data sets whose concatenation it is.
   """
 
@@ -35,17 +37,19 @@ class Source:
       FileNotFoundError: the folder or the files do not exist.
       ValueError: the file is malformed, or the hub cannot be read.
     """
-    return self._from_hub() if data_dir is None else read(self.find(data_dir))
+    if data_dir is None:
+      return self._from_hub()
+    return [row for path in self.find(data_dir) for row in read(path)]
 
-  def find(self, data_dir: pathlib.Path) -> pathlib.Path:
-    """Returns the file that `rows` reads, with the same errors."""
+  def find(self, data_dir: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files that `rows` reads, with the same errors."""
     if not data_dir.is_dir():
       raise FileNotFoundError(f"the folder {data_dir} for {self.name} does not exist")
     for name in self.files:
       # The shallowest match does not depend on the order of directories.
       found = sorted(data_dir.rglob(name), key=lambda p: (len(p.parts), p))
       if found:
-        return found[0]
+        return [path for path in found if path.parent == found[0].parent]
     raise FileNotFoundError(
       f"no data of {self.name} in or below {data_dir}: expected a file {' or '.join(self.files)}"
     )
@@ -71,14 +75,14 @@ class Source:
 
 
 def read(path: pathlib.Path) -> list[Row]:
-  """Reads the rows of a .json or .jsonl file (optionally .gz), or {"text": line} of a .raw file.
+  """Reads the rows of a .json or .jsonl file (optionally .gz), or {"text": line} of text.
 
   Raises:
     ValueError: the file is malformed.
   """
   try:
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-      if ".raw" in path.suffixes:
+      if {".raw", ".txt"} & set(path.suffixes):
         rows = [{"text": line} for line in file]
       elif ".jsonl" in path.suffixes:
         lines = ((i, line) for i, line in enumerate(file, 1) if line.strip())

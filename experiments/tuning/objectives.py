@@ -20,7 +20,7 @@ from experiments.evaluation import engine as engine_lib
 from experiments.evaluation.engine import Engine, Likelihood
 from experiments.evaluation.requests import RequestBuilder, TaskRequests
 from experiments.records.cost import Cost
-from experiments.tasks import Example, Task
+from experiments.tasks import PERPLEXITY, Example, Task
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
@@ -120,6 +120,11 @@ class Accuracy(_Objective):
   def __post_init__(self):
     task, examples = self.task, self.examples
     task.check_allowed(self.allow_code_execution)
+    if task.metric == PERPLEXITY:
+      raise ValueError(
+        f"task {task.name} has no right answers, which --objective=accuracy needs: give "
+        "--objective=perplexity"
+      )
     self.metric = task.metric
     if any(e.kind != examples[0].kind for e in examples):
       raise ValueError(f"task {task.name} mixes questions with and without choices")
@@ -132,7 +137,11 @@ class Accuracy(_Objective):
     requests = asked.all_answering
     answers = self._answer(params, roster, requests)
     outputs = [
-      [float(a.log_probs[0]) for a in some] if e.kind == "choose" else some[0].text
+      [float(a.log_probs[0]) for a in some]
+      if e.kind == "choose"
+      else some[0].is_greedy
+      if e.kind == "read"
+      else some[0].text
       for e, some in zip(asked.examples, asked.by_example(answers))
     ]
     metrics = asked.task.score_all(

@@ -24,6 +24,7 @@ from experiments.figures import (
   fig5b,
   fig10,
   figure_models,
+  last_words,
   likelihoods,
   overhead,
   scaling_law,
@@ -34,8 +35,9 @@ from experiments.figures import (
 )
 from experiments.figures.figure_run import RECORDS, FigureRun, read_records, write_records
 from experiments.tuning import confirm
-from roe_jax import decode, presets
+from roe_jax import decode, diagnostics, presets
 from roe_jax import params as params_lib
+from roe_jax.roster import Roster
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -437,3 +439,76 @@ def test_lower_perplexity_is_drawn_higher(name):
   reductions -= {0.0}
   assert reductions and reductions <= drawn
   plt.close(figure)
+
+
+@pytest.fixture
+def last_words_run(tiny_checkpoint, tmp_path):
+  config = dataclasses.replace(
+    last_words.Config(),
+    members=(1, 2, 4),
+    compared=2,
+    temperatures=(0.5,),
+    num_validation=3,
+    num_examples=5,
+    num_other=2,
+  )
+  model = dataclasses.replace(
+    figure_models.get("smollm2"), checkpoints=(str(tiny_checkpoint),), batch_size=2
+  )
+  for name, lines in {
+    "lambada/test.jsonl": [json.dumps({"text": f"Ann has {i} Qs{i % 2 * 's'}"}) for i in range(6)],
+    "lambada/development.txt": [f"Ann `` had '' {i} Qs" for i in range(3)],
+    "wikitext2/wiki.test.raw": [f" = Title {i} = \n" + 40 * " Qs Qs" for i in range(2)],
+  }.items():
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("\n".join(lines) + "\n")
+  return FigureRun("last_words", model, config, tmp_path / "out", 3, str(tmp_path))
+
+
+def test_last_words_are_read_as_all_members_predict_them(last_words_run, monkeypatch):
+  monkeypatch.setattr(last_words, "OTHER_CONTEXT", 60)
+  run, checkpoint = last_words_run, last_words_run.model.checkpoint
+  found = last_words.measure(run)
+  assert [r["part"] for r in found].count("n") == 3 and len(found) == 1 + 3 + 8
+  tau = next(r["tau"] for r in found if r["part"] == "tau" and r["chosen"])
+  assert all(
+    isinstance(part, str) for part in (last_words.table(found), last_words.findings(found))
+  )
+  plt.close(last_words.draw(found))
+
+  reader = last_words.Reader(run, checkpoint, run.measurements())
+  requests = reader.requests("text/lambada", "test", 5)
+  assert len({len(r.tokens) for r in requests}) > 1
+  roster = Roster.create(reader.config, 4, tau, seed=3)
+  job = last_words.Job("a", roster, (1, 2, 4), np.array([[1.0, 2.0]] * 3))
+  values = reader.read("again", None, requests, [job])["a"]
+  for r, value in zip(requests, values):
+    logits = diagnostics.member_logits(
+      reader.params,
+      reader.config,
+      [r.sequence[:-1]],
+      roster=roster,
+      request_ids=[r.request_id],
+      all_positions=True,
+    )[:, 0, -len(r.tokens) :].astype(float)
+    p = np.exp(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
+    for i, n in enumerate(job.sizes):
+      mean = p[:n].mean(axis=0)
+      own = mean[range(len(r.tokens)), r.tokens]
+      halved = mean**0.5 / (mean**0.5).sum(axis=-1, keepdims=True)
+      expected = [-np.log(own).sum(), -np.log(halved[range(len(r.tokens)), r.tokens]).sum()]
+      np.testing.assert_allclose(value["nll"][i], expected, rtol=1e-4)
+      np.testing.assert_allclose(
+        value["entropy"][i], [-(q[0] * np.log(q[0])).sum() for q in (mean, halved)], rtol=1e-4
+      )
+      of_members = -(p[:n, 0] * np.log(p[:n, 0])).sum(axis=-1).mean()
+      assert value["of_members"][i] == pytest.approx(of_members, rel=1e-4)
+      assert value["right"][i] == (mean.argmax(axis=-1) == r.tokens).all()
+      assert value["first"][i] == (mean[0].argmax() == r.tokens[0])
+  record = next(r for r in found if r.get("n") == 4)
+  nll = np.mean([v["nll"][2][0] for v in values])
+  assert record["perplexity"].value == pytest.approx(np.exp(nll), rel=1e-4)
+
+  more = dataclasses.replace(run, config=dataclasses.replace(run.config, num_examples=6))
+  monkeypatch.setattr(last_words, "PART", 5)
+  assert last_words.measure(more)[1]["examples"] == 6

@@ -1,6 +1,8 @@
 """The harness's adapter against the harness's own model of transformers, and its tasks."""
 
+import importlib.util
 import json
+import pathlib
 
 import chat_formats
 import hf
@@ -9,10 +11,14 @@ import numpy as np
 import pytest
 import tiny
 
-from experiments.evaluation import lm_eval_model, lm_eval_tasks
+from experiments import tasks
+from experiments.evaluation import lm_eval_model, lm_eval_tasks, methods
 from experiments.evaluation.engine import Engine
+from experiments.evaluation.measurer import Measurer
 from experiments.evaluation.requests import RequestBuilder, request_id
+from experiments.records import runs
 from experiments.tasks import wordmath, wordmath_tokenizer
+from experiments.tuning import objectives
 from roe_jax import checkpoint
 from roe_jax.checkpoint_folder import CONFIG_FILE
 from roe_jax.families import from_hugging_face
@@ -112,6 +118,64 @@ def test_likelihoods_are_those_of_the_harness_with_transformers(ours, theirs):
   np.testing.assert_allclose([f[0] for f in found], [e[0] for e in expected], atol=1e-4)
   assert [f[1] for f in found] == [e[1] for e in expected]
   assert request_id(" ".join(QUESTIONS)) in ours.builder.truncated
+
+
+def of_package(folder, name, data):
+  """Writes the harness's own definition of a task, with other data."""
+  path = pathlib.Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks" / name
+  kept = [l for l in path.read_text().splitlines() if not l.startswith("dataset_")]
+  split = "train" if "validation_split: train" in kept else "test"
+  source = f"dataset_path: json\ndataset_kwargs: {{data_files: {{{split}: {data}}}}}\n"
+  own = "" if any(l.startswith("task:") for l in kept) else f"task: {data.stem}\n"
+  (folder / f"{data.stem}.yaml").write_text("\n".join(kept) + "\n" + source + own)
+
+
+def test_lambada_and_blimp_are_the_tasks_of_the_harness(folder, model, ours, tmp_path, monkeypatch):
+  monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+  roster = adapter(folder, model, num_members=2, temperatures=0.5)
+  prompts = [f"{q.rpartition(' ')[0]} {i}" for i in range(3) for q in QUESTIONS]
+  wanted = [(p, {"until": [], "max_gen_toks": 1}) for p in prompts]
+  next_ones = ours.generate_until(instances("generate_until", wanted))
+  words = [t if t[:1] == " " and " " not in t[1:] and t[1:] else " plums" for t in next_ones]
+  rows = {
+    "lambada_test": [{"text": p + word} for p, word in zip(prompts, words)],
+    "blimp": [
+      {"sentence_good": f"Ann has {i} pears.", "sentence_bad": f"{q[:20]} has.", "UID": "blimp"}
+      for i, q in enumerate(QUESTIONS)
+    ],
+  }
+  for name, some in rows.items():
+    (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
+  of_package(tmp_path, "lambada/lambada_openai.yaml", tmp_path / "lambada_test.jsonl")
+  of_package(tmp_path, "blimp/_template_yaml", tmp_path / "blimp.jsonl")
+  params = hf.to_params(*model)
+  for theirs, mine, lm, text in (
+    ("lambada_openai", "text/lambada", ours, "baseline"),
+    ("blimp", "text/blimp", roster, "roster:n=2,t=0.5"),
+  ):
+    loaded = lm_eval_tasks.load([theirs], str(tmp_path), include_defaults=False)
+    expected = lm_eval_tasks.run(lm, loaded)["results"][theirs]
+    task = tasks.get(mine)
+    examples = task.examples("all", tmp_path)
+    method = methods.parse(text, lm.engine._model[1], Roster.create(lm.engine._model[1]))
+    found = Measurer(params, lm.builder, 3).answer(method, 0, task, examples)
+    records = [
+      {"task": mine, "example": e.id, "seed": 0}
+      | {"metrics": m | {"nll": float(l.nll[0]), "tokens": l.tokens}}
+      for e, m, l in zip(examples, task.score_all(examples, found.outputs), found.likelihoods)
+    ]
+    metrics = runs.means(records)[mine]["metrics"]
+    objective = objectives.Accuracy(method.config, lm.builder, task, examples, 3)
+    right, _ = objective.measure(params, method.with_seed(0), slice(None))
+    assert right.tolist() == [r["metrics"]["acc"] for r in records]
+    assert metrics["acc"] == expected["acc,none"]
+    if mine == "text/lambada":
+      assert 0 < metrics["acc"] < 1
+      assert metrics["word_perplexity"] == pytest.approx(expected["perplexity,none"], rel=1e-5)
+    else:
+      scores = [a["log_prob"] for a in roster.answers("", roster.requests[theirs])]
+      np.testing.assert_allclose(np.concatenate(found.outputs), scores, atol=1e-5)
+      assert len({r.request_id for r in roster.requests[theirs]}) == len(examples)
 
 
 def test_rolling_likelihoods_are_those_of_the_harness_with_transformers(ours, theirs):

@@ -60,7 +60,7 @@ def test_a_raw_reference_ends_with_the_end_of_text(tmp_path):
   assert list(reference.context) == prompt
   assert list(reference.tokens) == text + [plain.tokenizer.eos_ids[0]]
   asked, reference = of_example(plain, max_new_tokens=0)
-  assert asked is None and list(reference.tokens) == text
+  assert asked == reference and list(reference.tokens) == text  # its text is the answer
   assert list(plain.stop_tokens) == list(stop_tokens(plain.tokenizer, config))
 
 

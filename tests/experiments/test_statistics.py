@@ -6,7 +6,7 @@ import scipy.stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from experiments.analysis import output_temperatures, paired_statistics
+from experiments.analysis import output_temperatures, paired_statistics, ranking
 
 
 @pytest.fixture
@@ -310,3 +310,33 @@ def test_correction_is_over_all_lines_of_a_table():
   assert lines[0] is None and lines[-1] == not_tested
   assert [line.adjusted for line in lines[1:-1]] == pytest.approx([0.06, 0.06, 0.6])
   assert not any(line.is_significant for line in lines[1:])
+
+
+def test_the_area_under_the_curve_counts_pairs():
+  rng = np.random.default_rng(0)
+  event = rng.random(60) < 0.4
+  scores = np.round(rng.normal(size=60) + event, 1)  # with ties
+  pairs = scores[event][:, None] - scores[~event]
+  expected = 100 * ((pairs > 0) + 0.5 * (pairs == 0)).mean()
+  found = ranking.roc_area(scores, event)
+  assert found.value == pytest.approx(expected) and found.low < expected < found.high
+  u = scipy.stats.mannwhitneyu(scores[event], scores[~event]).statistic
+  assert found.value == pytest.approx(100 * u / pairs.size)
+
+
+def test_de_longs_test_is_that_of_its_kernel():
+  """The variance of a difference of two U-statistics, from the kernel of all pairs."""
+  rng = np.random.default_rng(1)
+  event = rng.random(80) < 0.5
+  ours, theirs = rng.normal(size=(2, 80)) + np.array([[1.2], [0.4]]) * event
+
+  def kernel(scores):
+    return (scores[event][:, None] > scores[~event]).astype(float)
+
+  k = kernel(ours) - kernel(theirs)
+  variance = k.mean(axis=1).var(ddof=1) / len(k) + k.mean(axis=0).var(ddof=1) / len(k.T)
+  found = ranking.paired_roc_area(ours, theirs, event)
+  assert found.value == pytest.approx(100 * k.mean())
+  assert found.p == pytest.approx(2 * scipy.stats.norm.sf(abs(k.mean()) / variance**0.5))
+  assert (found.high - found.low) / 3.92 == pytest.approx(100 * variance**0.5, rel=0.15)
+  assert ranking.paired_roc_area(ours, ours, event).p == 1.0

@@ -13,7 +13,11 @@ from experiments import tasks
 from experiments.tasks import base, llm_adapters, task_data
 
 MATH = ("gsm8k", "svamp", "addsub", "singleeq", "multiarith")
-COMMONSENSE = ("arc_easy", "arc_challenge", "obqa", "siqa", "hellaswag")
+COMMONSENSE = (
+  *("arc_easy", "arc_challenge", "obqa", "siqa", "hellaswag"),
+  *("piqa", "winogrande", "boolq"),
+)
+TRAINED = ("arc_easy", "arc_challenge", "obqa", "piqa", "winogrande", "boolq")
 FOLDERS = dict(
   zip(
     MATH + COMMONSENSE,
@@ -28,6 +32,9 @@ FOLDERS = dict(
       "openbookqa",
       "social_i_qa",
       "hellaswag",
+      "piqa",
+      "winogrande",
+      "boolq",
     ),
   )
 )
@@ -44,6 +51,9 @@ def choice(question, word="answer", target=2):
   }
 
 
+WORDS = {"hellaswag": "ending", "piqa": "solution", "winogrande": "option"}
+
+
 def number(question, answer="12.0"):
   return {"instruction": question, "input": "", "output": "wrong", "answer": answer}
 
@@ -54,14 +64,14 @@ def data_dir(tmp_path):
   for name, folder in FOLDERS.items():
     target = tmp_path / "dataset" / folder
     target.mkdir(parents=True)
-    word = "ending" if name == "hellaswag" else "answer"
+    word = WORDS.get(name, "answer")
     rows = [number(f"Ann has {i} pears of {name}. How many?", str(float(i))) for i in range(40)]
     if name in COMMONSENSE:
       rows = [choice(f"Is {i} a number of {name}?", word, 1 + i % 2) for i in range(400)]
     (target / "test.json").write_text(json.dumps(rows))
-    if name in ("arc_easy", "arc_challenge", "obqa"):
-      rows = [choice(f"Is {i} a training number of {name}?") for i in range(5)]
-      rows.append(choice(f"is 7 a number of {name}"))  # as in the test, but for its signs
+    if name in TRAINED:
+      rows = [choice(f"Is {i} a training number of {name}?", word) for i in range(5)]
+      rows.append(choice(f"is 7 a number of {name}", word))  # as in the test, but for its signs
       (target / "train.json").write_text(json.dumps(rows))
   solutions = [
     {
@@ -87,10 +97,11 @@ def test_the_twelve_tasks_of_the_paper_and_ours_are_there():
       base.PAPER + name
       for name in (*MATH, *COMMONSENSE, "humaneval", "humaneval_plus", "wikitext103")
     ),
+    *("text/lambada", "text/blimp", "text/wikitext2", "text/wikitext103"),
   ]
   for name, task in tasks.TASKS.items():
     assert task.name == name and task.category in base.CATEGORIES
-    assert task.higher_is_better == (name != "paper/wikitext103")
+    assert task.higher_is_better == ("wikitext" not in name)
     assert task.runs_code == (task.category == "code") and len(task.validation) > 20
   assert {(t.category, t.metric) for t in tasks.TASKS.values()} == {
     ("math", "exact_match"),
@@ -98,6 +109,7 @@ def test_the_twelve_tasks_of_the_paper_and_ours_are_there():
     ("commonsense", "acc"),
     ("code", "pass@1"),
     ("language", "perplexity"),
+    ("language", "acc"),
   }
 
 
@@ -108,6 +120,8 @@ def test_an_unknown_task_is_refused_with_those_that_there_are():
     tasks.get("gsm9k")
   with pytest.raises(ValueError, match="'gsm8k' is that of lm-evaluation-harness.*paper/gsm8k"):
     tasks.get("gsm8k")
+  with pytest.raises(ValueError, match="'blimp' is that of lm-evaluation-harness.*text/blimp"):
+    tasks.get("blimp")
 
 
 def test_the_prompt_has_the_white_space_of_llm_adapters():
@@ -200,6 +214,49 @@ def test_lengths_matter_to_the_normalized_accuracy_only_and_ties_go_to_the_first
   example = base.Example(id="a", prompt="", choices=("é", "abcd", "xy"), target=1)
   assert base.chosen(example, [-3.0, -4.0, -3.5]) == {"acc": 0.0, "acc_norm": 1.0}
   assert base.chosen(dataclasses.replace(example, target=0), [-3.0, -9.0, -3.0])["acc"] == 1.0
+
+
+def test_the_last_word_is_read_and_right_if_greedy(tmp_path):
+  (tmp_path / "lambada_test.jsonl").write_text(
+    3 * (json.dumps({"text": 'He waved.\n\n"Not now,"  replied Helen'}) + "\n")
+  )
+  (tmp_path / "lambada_development_plain_text.txt").write_text(
+    "`` do n't , '' she said ( twice ) , ` it 's sparhawk 's - own - mat ; is n't it ? ' he wins\n"
+  )
+  task = tasks.get("text/lambada")
+  first, *copies = task.examples("test", tmp_path)
+  assert first.kind == "read" and first.prompt == 'He waved.\n\n"Not now,"  replied'
+  assert first.reference == " Helen" and len({first.id, *(c.id for c in copies)}) == 3
+  assert task.score(first, True) == {"acc": 1.0, "words": 1.0}
+  assert task.score(first, False)["acc"] == 0.0
+  with pytest.raises(ValueError, match="must be a bool, got str"):
+    task.score(first, "Helen")
+  (shown,) = task.examples("validation", tmp_path)
+  assert shown.prompt + shown.reference == (
+    "\"don't,\" she said (twice), 'it's sparhawk's-own-mat; isn't it?' he wins"
+  )
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_minimal_pairs_take_turns_between_paradigms(tmp_path, joined):
+  rows = {
+    uid: [
+      {"sentence_good": f"Good {uid} {i}.", "sentence_bad": f"Bad {uid} {i}.", "UID": uid}
+      for i in range(40)
+    ]
+    for uid in ("island", "passive")
+  }
+  (tmp_path / "blimp").mkdir()
+  written = {"all": rows["island"] + rows["passive"]} if joined else rows
+  for name, some in written.items():
+    (tmp_path / f"blimp/{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
+  split = {s: tasks.get("text/blimp").examples(s, tmp_path) for s in base.SPLITS}
+  assert [e.id for e in split["all"][:3]] == ["blimp/island/0", "blimp/passive/0", "blimp/island/1"]
+  assert split["all"][1].choices == (" Good passive 0.", " Bad passive 0.")
+  assert {e.id for e in split["all"]} == {e.id for s in ("test", "validation") for e in split[s]}
+  assert len(split["all"]) == 80 == len(split["test"]) + len(split["validation"])
+  assert 0 < len(split["validation"]) < 20
+  assert tasks.get("text/blimp").score(split["all"][0], [-1.0, -2.0])["acc"] == 1.0
 
 
 def test_outputs_of_the_wrong_kind_are_refused(data_dir):
@@ -318,6 +375,54 @@ CHOICE = {
 def test_all_forms_of_choices_read_the_same(form):
   question = llm_adapters.read_choice(CHOICE[form])
   assert question == llm_adapters.Question(ASKED, 1, ("answer1", "answer2", "answer3"))
+
+
+PUBLISHED = [  # an original row, and the instruction and answer that LLM-Adapters publishes for it
+  (
+    {
+      "goal": "Retain study notes in brain.",
+      "sol1": "Go over notes one last time one week before test.",
+      "sol2": "Go over notes one last time one day before test.",
+      "label": 1,
+    },
+    "Please choose the correct solution to the question: Retain study notes in brain.\n\n"
+    "Solution1: Go over notes one last time one week before test.\n\nSolution2: Go over notes one "
+    "last time one day before test.\n\nAnswer format: solution1/solution2",
+    "solution2",
+  ),
+  (
+    {
+      "sentence": "The jeans fit worse than the shirt because I had tried the _ on at the store.",
+      "option1": "jeans",
+      "option2": "shirt",
+      "answer": "2",
+    },
+    "Please choose the correct answer to fill in the blank to complete the given sentence: The "
+    "jeans fit worse than the shirt because I had tried the _ on at the store.\n\nOption1: jeans "
+    "Option2: shirt Answer format: option1/option2",
+    "option2",
+  ),
+  (
+    {
+      "question": "is i cant believe its not butter margarine",
+      "passage": "I Can't Believe It's Not Butter! is a spread.",
+      "answer": False,
+    },
+    "Please answer the following question with true or false, question: is i cant believe its not "
+    "butter margarine?\n\nAnswer format: true/false",
+    "false",
+  ),
+]
+
+
+@pytest.mark.parametrize("row,instruction,answer", PUBLISHED)
+def test_originals_read_as_in_llm_adapters(row, instruction, answer):
+  question = llm_adapters.read_choice(row)
+  assert question.instruction == instruction and question.names[question.target] == answer
+  assert question == llm_adapters.read_choice({"instruction": instruction, "answer": answer})
+  wrong, right = question.names
+  assert llm_adapters.extract_choice(f"it is {right}, not {wrong}", question.names) == right
+  assert llm_adapters.extract_choice("answer1", question.names) is None
 
 
 def test_hellaswag_reads_as_in_llm_adapters():
@@ -520,3 +625,20 @@ def test_wikitext_is_cut_at_paragraphs_and_articles(tmp_path):
   assert examples[3].prompt.startswith("= Second article =")
   with pytest.raises(ValueError, match="has no chat form"):
     tasks.get("paper/wikitext103").examples("validation", tmp_path, chat=True)
+
+
+def test_windows_of_wikitext_have_each_character_of_an_article_once(tmp_path):
+  first = "= First =\n" + "".join(f" word {i} ." for i in range(600))
+  second = "= Second =\n short ."
+  folder = tmp_path / "wikitext-2-raw"
+  folder.mkdir()
+  (folder / "wiki.test.raw").write_text(f" \n {first} \n \n {second} \n \n")
+  examples = tasks.get("text/wikitext2").examples("test", tmp_path)
+  assert "".join(e.reference for e in examples[:-1]) == first
+  assert (examples[-1].prompt, examples[-1].reference) == ("", second)
+  before = ""
+  for e in examples[:-1]:
+    assert e.prompt == before[-2000:] and len(e.reference) <= 2010
+    before += e.reference
+  task = tasks.get("text/wikitext2")
+  assert task.score(examples[-1], False) == {"words": 5.0}
