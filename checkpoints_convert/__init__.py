@@ -1,6 +1,6 @@
 """Converts Hugging Face models to roe_jax checkpoints and back, and loads them directly.
 
-`tensor_names` has one table for each model family, from which everything else follows. Run it as
+`tensor_rules` has one table for each model family, from which everything else follows. Run it as
 `python -m checkpoints_convert`.
 """
 

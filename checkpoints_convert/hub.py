@@ -269,7 +269,9 @@ def open_source(
   elif tensors is None:
     tensors = safetensors_files.read_headers(folder)
   tensors = _model_tensors(source, hf_config, tensors)
-  stored = tuple(sorted({info.stored_dtype for info in tensors.values()}))
+  always_float32 = tensor_names.float32_tensors(config)
+  stored = {info.stored_dtype for name, info in tensors.items() if name not in always_float32}
+  stored = tuple(sorted(stored))
   if dtype == "source":
     dtype = own_dtype(stored)
   expert_format, layout = _expert_form(source, config, tensors)
@@ -363,7 +365,10 @@ def _model_tensors(
   buffers = [name for name in tensors if name.endswith("rotary_emb.inv_freq")]
   if buffers:
     note(f"skipping buffers of {folder} that follow from its config.json: {some(buffers)}")
-  tensors = {name: info for name, info in tensors.items() if name not in buffers}
+  later = [name for name in tensors if _is_of_later_layer(name, hf_config)]
+  if later:
+    note(f"skipping the layers of {folder} that predict further tokens: {some(later)}")
+  tensors = {name: info for name, info in tensors.items() if name not in {*buffers, *later}}
   if hf_config.get("tie_word_embeddings"):
     for name, other in ((_EMBEDDING, _UNEMBEDDING), (_UNEMBEDDING, _EMBEDDING)):
       if other in tensors:
@@ -371,11 +376,21 @@ def _model_tensors(
   return tensors
 
 
+def _is_of_later_layer(name: str, hf_config: dict[str, Any]) -> bool:
+  """Whether a tensor is of a layer after the last, for multi-token prediction."""
+  further = hf_config.get("num_nextn_predict_layers")
+  match = re.match(r"model\.layers\.(\d+)\.", name)
+  if match is None or not isinstance(further, int):
+    return False
+  last = hf_config["num_hidden_layers"]
+  return last <= int(match[1]) < last + further
+
+
 def _expert_form(
   folder: pathlib.Path, config: ModelConfig, tensors: dict[str, TensorInfo]
 ) -> tuple[str | None, str]:
   """Returns the experts' format and layout in the tensors, or config.json's if they have none."""
-  layers = checkpoint.Piece("", 0, config.num_layers)
+  layers = checkpoint.Piece("", 0, config.num_expert_layers)
   formats = (None, *FAMILIES[config.family].formats)
   # More tensors are never in these files, however many layers and experts config.json claims.
   most = 4 * len(tensors) + 1000

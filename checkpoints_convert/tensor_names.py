@@ -1,16 +1,4 @@
-"""Maps hub tensors to parts of parameters, with one table for each model family.
-
-The pattern of a rule, like `"D (H C) -> H C D"`, has the axes of the hub tensor on its left, where
-parentheses merge axes, and the axes of one layer's parameter on its right. There, `expert` is the
-index of the rule's expert, and a number is an index: `"F D -> expert F 1 D"` is the second half of
-a fused projection. Letters are axis sizes (see `ModelConfig`; G is the shared expert's width, U the
-pair gate and up, I one, M and N the blocks of 32 in D and in F). Every pattern is a permutation, so
-it can be inverted without loss.
-
-Where a family stores experts in two forms, the rules apply to the config of the files, whose
-`expert_format` says which form they have, and to their layout: transformers 5 saves the experts of
-a layer in the fused arrays that it holds in memory if it is asked to.
-"""
+"""Maps hub tensors to parts of parameters, by the rules of their family (`tensor_rules`)."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -23,242 +11,13 @@ import numpy as np
 
 from checkpoints_convert import mxfp4
 from checkpoints_convert.common import ConversionError, Spans
+from checkpoints_convert.tensor_rules import FAMILIES, SEPARATE, Rule
 from roe_jax.checkpoint import Piece, piece_shapes
 from roe_jax.config import ModelConfig
 from roe_jax.quantization import pack, unpack
 
-# The layouts of experts: as on the hub, usually separate matrices; one array for all gate and up
-# projections of a layer; or, in GGUF files of some families, one for gate and one for up.
-SEPARATE, FUSED, SPLIT = "separate", "fused", "split"
+_OF_ALL_LAYERS = ("attention", "moe_norm")  # parameters that dense layers have, too
 _TILE = 256  # tile size of the first two axes when transposing
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-  """One kind of hub tensor.
-
-  Attributes:
-    tensor: its name, with placeholders `{layer}`, `{expert}` and `{shared}`, the index of a shared
-      expert that comes after the others.
-    parameter: the parameter's name in its piece (`checkpoint.piece_shapes`).
-    pattern: see the module docstring.
-    when: a field of `ModelConfig`; the tensor exists only if it is set.
-    unless: a field of `ModelConfig`; the tensor exists only if it is not set.
-    layout: the layout in which the tensor exists; all by default.
-    shared_rows: whether the tensor has one more row for each shared expert after the parameter's.
-      They have no effect: they are not read, and zeros are written.
-    stored: "numbers" of any floating-point dtype; "bytes" that are copied unchanged; or "blocks"
-      of 4-bit codes (see `mxfp4`), which the parameter packs in pairs along its last axis. The
-      pattern describes unpacked codes.
-  """
-
-  tensor: str
-  parameter: str
-  pattern: str
-  when: str | None = None
-  unless: str | None = None
-  layout: str | None = None
-  shared_rows: bool = False
-  stored: str = "numbers"
-
-
-_LAYER = "model.layers.{layer}."
-_ATTENTION = _LAYER + "self_attn."
-_MLP = _LAYER + "mlp."
-_GATE_UP, _DOWN = _MLP + "experts.gate_up_proj", _MLP + "experts.down_proj"
-
-_WITHOUT_NORMS = (
-  Rule("model.embed_tokens.weight", "embedding", "V D -> V D"),
-  Rule("model.norm.weight", "final_norm", "D -> D"),
-  Rule("lm_head.weight", "unembedding", "V D -> V D"),
-  Rule(_ATTENTION + "q_proj.weight", "attention.query", "(H C) D -> H C D"),
-  Rule(_ATTENTION + "k_proj.weight", "attention.key", "(K C) D -> K C D"),
-  Rule(_ATTENTION + "v_proj.weight", "attention.value", "(K C) D -> K C D"),
-  Rule(_ATTENTION + "o_proj.weight", "attention.output", "D (H C) -> H C D"),
-)
-_COMMON = (
-  *_WITHOUT_NORMS,
-  Rule(_LAYER + "input_layernorm.weight", "attention_norm", "D -> D"),
-  Rule(_LAYER + "post_attention_layernorm.weight", "moe_norm", "D -> D"),
-)
-
-
-def _experts(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
-  """Returns the rules of a router and its experts, in both layouts."""
-  expert = block + "experts.{expert}."
-  return (
-    Rule(block + "gate.weight", "router", "E D -> E D", layout=SEPARATE),
-    Rule(f"{expert}{gate}.weight", "experts.gate_up", "F D -> expert F 0 D", layout=SEPARATE),
-    Rule(f"{expert}{up}.weight", "experts.gate_up", "F D -> expert F 1 D", layout=SEPARATE),
-    Rule(f"{expert}{down}.weight", "experts.down", "D F -> expert F D", layout=SEPARATE),
-    Rule(_MLP + "gate.weight", "router", "E D -> E D", layout=FUSED),
-    Rule(_GATE_UP, "experts.gate_up", "E (U F) D -> E F U D", layout=FUSED),
-    Rule(_DOWN, "experts.down", "E D F -> E F D", layout=FUSED),
-  )
-
-
-_QKV_BIASES = (
-  Rule(_ATTENTION + "q_proj.bias", "attention.query_bias", "(H C) -> H C", when="qkv_bias"),
-  Rule(_ATTENTION + "k_proj.bias", "attention.key_bias", "(K C) -> K C", when="qkv_bias"),
-  Rule(_ATTENTION + "v_proj.bias", "attention.value_bias", "(K C) -> K C", when="qkv_bias"),
-)
-_QK_NORMS_PER_HEAD = (
-  Rule(_ATTENTION + "q_norm.weight", "attention.query_norm", "C -> C"),
-  Rule(_ATTENTION + "k_norm.weight", "attention.key_norm", "C -> C"),
-)
-_OUTPUT_BIAS = Rule(
-  _ATTENTION + "o_proj.bias", "attention.output_bias", "D -> D", when="output_bias"
-)
-# The MLP of a dense model is its only expert.
-_DENSE = (
-  *_COMMON,
-  *_QKV_BIASES,
-  _OUTPUT_BIAS,
-  Rule(_MLP + "gate_proj.weight", "experts.gate_up", "F D -> 0 F 0 D"),
-  Rule(_MLP + "up_proj.weight", "experts.gate_up", "F D -> 0 F 1 D"),
-  Rule(_MLP + "down_proj.weight", "experts.down", "D F -> 0 F D"),
-  Rule(_MLP + "gate_proj.bias", "experts.gate_up_bias", "F -> 0 F 0", when="expert_bias"),
-  Rule(_MLP + "up_proj.bias", "experts.gate_up_bias", "F -> 0 F 1", when="expert_bias"),
-  Rule(_MLP + "down_proj.bias", "experts.down_bias", "D -> 0 D", when="expert_bias"),
-)
-_MLP_EXPERTS = _experts(_MLP, "gate_proj", "up_proj", "down_proj")
-
-
-def _mxfp4(
-  tensor: str, parameter: str, pattern: str, stored: str, layout: str | None = SEPARATE
-) -> Rule:
-  return Rule(_MLP + tensor, parameter, pattern, when="expert_format", layout=layout, stored=stored)
-
-
-def _split_gate_up(name: str, i: int) -> tuple[Rule, ...]:
-  """Returns the rules of the gate (0) or up (1) projections of a GGUF file."""
-  at, gate_up = f"experts.{name}", "experts.gate_up"
-  return (
-    Rule(
-      f"{_MLP}{at}.weight", gate_up, f"E F D -> E F {i} D", unless="expert_format", layout=SPLIT
-    ),
-    _mxfp4(at + "_blocks", gate_up + ".codes", f"E F D -> E F {i} D", "blocks", SPLIT),
-    _mxfp4(at + "_scales", gate_up + ".scales", f"E F M -> E F {i} M", "bytes", SPLIT),
-    Rule(f"{_MLP}{at}.bias", gate_up + "_bias", f"E F -> E F {i}", layout=SPLIT),
-  )
-
-
-_GPT_OSS_EXPERTS = (
-  Rule(
-    _GATE_UP, "experts.gate_up", "E D (F U) -> E F U D", unless="expert_format", layout=SEPARATE
-  ),
-  Rule(_DOWN, "experts.down", "E F D -> E F D", unless="expert_format", layout=SEPARATE),
-  _mxfp4("experts.gate_up_proj_blocks", "experts.gate_up.codes", "E (F U) D -> E F U D", "blocks"),
-  _mxfp4("experts.gate_up_proj_scales", "experts.gate_up.scales", "E (F U) M -> E F U M", "bytes"),
-  _mxfp4("experts.down_proj_blocks", "experts.down.codes", "E D F -> E F D", "blocks", None),
-  _mxfp4("experts.down_proj_scales", "experts.down.scales", "E D N -> E N D", "bytes", None),
-  Rule(_GATE_UP + "_bias", "experts.gate_up_bias", "E (F U) -> E F U", layout=SEPARATE),
-  Rule(_DOWN + "_bias", "experts.down_bias", "E D -> E D", layout=SEPARATE),
-  *_split_gate_up("gate_proj", 0),
-  *_split_gate_up("up_proj", 1),
-  Rule(_DOWN + ".weight", "experts.down", "E D F -> E F D", unless="expert_format", layout=SPLIT),
-  Rule(_DOWN + ".bias", "experts.down_bias", "E D -> E D", layout=SPLIT),
-)
-
-_SPARSE = _LAYER + "block_sparse_moe."
-_GRANITE = (
-  *_COMMON,
-  *_QKV_BIASES,
-  _OUTPUT_BIAS,
-  Rule(_SPARSE + "router.layer.weight", "router", "E D -> E D", layout=SEPARATE),
-  Rule(_SPARSE + "input_linear.weight", "experts.gate_up", "E (U F) D -> E F U D", layout=SEPARATE),
-  Rule(_SPARSE + "output_linear.weight", "experts.down", "E D F -> E F D", layout=SEPARATE),
-  Rule(_SPARSE + "router.weight", "router", "E D -> E D", layout=FUSED),
-  Rule(_SPARSE + "experts.gate_up_proj", "experts.gate_up", "E (U F) D -> E F U D", layout=FUSED),
-  Rule(_SPARSE + "experts.down_proj", "experts.down", "E D F -> E F D", layout=FUSED),
-  Rule(_SPARSE + "router.layer.weight", "router", "E D -> E D", layout=SPLIT),
-  Rule(_SPARSE + "experts.gate_proj.weight", "experts.gate_up", "E F D -> E F 0 D", layout=SPLIT),
-  Rule(_SPARSE + "experts.up_proj.weight", "experts.gate_up", "E F D -> E F 1 D", layout=SPLIT),
-  Rule(_SPARSE + "experts.down_proj.weight", "experts.down", "E D F -> E F D", layout=SPLIT),
-)
-_SHARED_MLP = _LAYER + "shared_mlp."
-
-FAMILIES: dict[str, tuple[Rule, ...]] = {
-  "olmoe": (
-    *_COMMON,
-    Rule(_ATTENTION + "q_norm.weight", "attention.query_norm", "(H C) -> H C"),
-    Rule(_ATTENTION + "k_norm.weight", "attention.key_norm", "(K C) -> K C"),
-    *_MLP_EXPERTS,
-  ),
-  "emo": (
-    *_WITHOUT_NORMS,
-    Rule(_LAYER + "pre_attention_layernorm.weight", "attention_norm", "D -> D"),
-    Rule(_LAYER + "pre_feedforward_layernorm.weight", "moe_norm", "D -> D"),
-    *_QKV_BIASES,
-    _OUTPUT_BIAS,
-    Rule(_MLP + "gate.weight", "router", "E D -> E D", shared_rows=True),
-    Rule(_MLP + "experts.{expert}.gate_proj.weight", "experts.gate_up", "F D -> expert F 0 D"),
-    Rule(_MLP + "experts.{expert}.up_proj.weight", "experts.gate_up", "F D -> expert F 1 D"),
-    Rule(_MLP + "experts.{expert}.down_proj.weight", "experts.down", "D F -> expert F D"),
-    *(
-      Rule(_MLP + "experts.{shared}." + name, parameter, pattern, when="d_shared_expert")
-      for name, parameter, pattern in (
-        ("gate_proj.weight", "shared_expert.gate_up", "G D -> G 0 D"),
-        ("up_proj.weight", "shared_expert.gate_up", "G D -> G 1 D"),
-        ("down_proj.weight", "shared_expert.down", "D G -> G D"),
-      )
-    ),
-  ),
-  "mixtral": (*_COMMON, *_experts(_LAYER + "block_sparse_moe.", "w1", "w3", "w2")),
-  "gpt_oss": (
-    *_COMMON,
-    *_QKV_BIASES,
-    _OUTPUT_BIAS,
-    Rule(_ATTENTION + "sinks", "attention.sinks", "H -> H"),
-    Rule(_MLP + "router.weight", "router", "E D -> E D"),
-    Rule(_MLP + "router.bias", "router_bias", "E -> E"),
-    *_GPT_OSS_EXPERTS,
-  ),
-  "qwen2_moe": (
-    *_COMMON,
-    *_QKV_BIASES,
-    *_MLP_EXPERTS,
-    Rule(_MLP + "shared_expert.gate_proj.weight", "shared_expert.gate_up", "G D -> G 0 D"),
-    Rule(_MLP + "shared_expert.up_proj.weight", "shared_expert.gate_up", "G D -> G 1 D"),
-    Rule(_MLP + "shared_expert.down_proj.weight", "shared_expert.down", "D G -> G D"),
-    Rule(_MLP + "shared_expert_gate.weight", "shared_expert.gate", "I D -> I D"),
-  ),
-  "qwen3_moe": (*_COMMON, *_QK_NORMS_PER_HEAD, *_MLP_EXPERTS),
-  "granitemoe": _GRANITE,
-  "granitemoeshared": (
-    *_GRANITE,
-    *(
-      Rule(
-        _SHARED_MLP + "input_linear.weight",
-        "shared_expert.gate_up",
-        "(U G) D -> G U D",
-        when="d_shared_expert",
-        layout=layout,
-      )
-      for layout in (SEPARATE, FUSED)
-    ),
-    *(
-      Rule(
-        f"{_SHARED_MLP}{name}_proj.weight",
-        "shared_expert.gate_up",
-        f"G D -> G {i} D",
-        when="d_shared_expert",
-        layout=SPLIT,
-      )
-      for i, name in enumerate(("gate", "up"))
-    ),
-    Rule(
-      _SHARED_MLP + "output_linear.weight",
-      "shared_expert.down",
-      "D G -> G D",
-      when="d_shared_expert",
-    ),
-  ),
-  "llama": _DENSE,
-  "mistral": _DENSE,
-  "qwen2": _DENSE,
-  "qwen3": (*_DENSE, *_QK_NORMS_PER_HEAD),
-}
 
 
 class Part:
@@ -291,8 +50,11 @@ class Part:
     if self._in_blocks:
       self.split = (*self._sizes[:-1], *self.shape[-2:])
     self.size = math.prod(self.shape)
-    if rule.shared_rows:
-      self.shape = self.split = (self.shape[0] + sizes["S"], *self.shape[1:])
+    self._before, after = (sum(sizes[a] for a in letters) for letters in rule.rows)
+    if others := self._before + after:
+      per_row = self.shape[0] // self.split[0]
+      self.shape = (self.shape[0] + others * per_row, *self.shape[1:])
+      self.split = (self.split[0] + others, *self.split[1:])
     order = [axes.index(token) for token in target.split() if token in axes]
     self._inverse = tuple(order.index(i) for i in range(len(axes)))
     self._index: tuple[Any, ...] = () if row is None else (row,)
@@ -320,6 +82,7 @@ class Part:
     if self._in_blocks:
       own[-1] = tuple(2 * end for end in own[-1])
     spans = [own[i] for i in self._inverse]
+    spans[0] = tuple(end + self._before for end in spans[0])
     if self._in_blocks:
       start, stop = spans[-1]
       spans[-1:] = [(start // 32, stop // 32), (0, 16)]
@@ -342,7 +105,8 @@ class Part:
       if self._in_blocks:
         sizes = (*sizes[:-2], 32 * sizes[-2])
     if not self._in_blocks:
-      tensor = tensor[: sizes[0]] if tensor.shape == self.split else tensor
+      if tensor.shape == self.shape:
+        tensor = tensor.reshape(self.split)[self._own_rows]
       self._copy(tensor.reshape(sizes), parameter[index].transpose(self._inverse))
       return
     # One expert at a time, because unpacked codes take twice the memory.
@@ -351,14 +115,23 @@ class Part:
       _copy_by_tiles(mxfp4.from_blocks(blocks).reshape(sizes[1:]), self._of_expert(loose))
       codes[...] = pack(loose)
 
-  def take(self, parameter: np.ndarray) -> np.ndarray:
-    """Extracts the hub tensor from the parameter; the inverse of `fill`."""
-    tensor = np.empty(self.shape, parameter.dtype)
+  @property
+  def _own_rows(self) -> slice:
+    return slice(self._before, self._before + self._sizes[0])
+
+  def take(self, parameter: np.ndarray, tensor: np.ndarray | None = None) -> np.ndarray:
+    """Extracts the hub tensor from the parameter; the inverse of `fill`.
+
+    Args:
+      parameter: the parameter.
+      tensor: the hub tensor with the rows of other parameters; by default these are zeros.
+    """
     part = parameter[self._index]
+    if tensor is None:
+      new = np.empty if self.size == math.prod(self.shape) or self._in_blocks else np.zeros
+      tensor = new(self.shape, parameter.dtype)
     if not self._in_blocks:
-      own = tensor.reshape(-1)[: self.size].reshape(self._sizes)
-      self._copy(part.transpose(self._inverse), own)
-      tensor.reshape(-1)[self.size :] = 0
+      self._copy(part.transpose(self._inverse), tensor.reshape(self.split)[self._own_rows])
       return tensor
     for blocks, codes in zip(tensor, part):
       loose = np.empty(self._sizes[1:], np.uint8)
@@ -405,26 +178,44 @@ def parts(config: ModelConfig, piece: Piece, layout: str = SEPARATE) -> Iterator
     "E": config.num_experts,
     "F": config.d_expert,
     "G": config.d_shared_expert,
+    "P": config.d_dense,
     "S": config.d_shared_expert // config.d_expert,
     "U": 2,
     "I": 1,
     "M": config.d_model // 32,
     "N": config.d_expert // 32,
   }
-  layers = range(piece.start, piece.stop) if piece.num_layers else (None,)
-  for layer in layers:
-    for rule in FAMILIES[config.family]:
-      if (
-        ("{layer}" in rule.tensor) == (layer is None)
-        or (rule.when and not getattr(config, rule.when))
-        or (rule.unless and getattr(config, rule.unless))
-        or rule.layout not in (None, layout)
-      ):
-        continue
-      row = None if layer is None else layer - piece.start
+  rules = [
+    rule
+    for rule in FAMILIES[config.family]
+    if (not rule.when or getattr(config, rule.when))
+    and (not rule.unless or not getattr(config, rule.unless))
+    and rule.layout in (None, layout)
+  ]
+  first = config.first_dense_layers
+  in_layers = [rule for rule in rules if "{layer}" in rule.tensor]
+  if piece.num_layers:
+    own = [rule for rule in in_layers if not rule.dense]
+    layers = [(own, i, first + piece.start + i) for i in range(piece.num_layers)]
+  else:
+    own = [
+      dataclasses.replace(rule, parameter=f"dense_layers.{rule.parameter}")
+      for rule in in_layers
+      if rule.dense or rule.parameter.startswith(_OF_ALL_LAYERS)
+    ]
+    outside = [rule for rule in rules if rule not in in_layers]
+    layers = [(outside, None, None), *((own, i, i) for i in range(first))]
+  for own, row, layer in layers:
+    for rule in own:
       experts = range(config.num_experts) if "{expert}" in rule.tensor else (None,)
       for expert in experts:
         yield Part(rule, sizes, row, layer, expert)
+
+
+def float32_tensors(config: ModelConfig) -> set[str]:
+  """Returns the names of tensors whose parameters are float32, whatever the model's dtype."""
+  rules = [r for r in FAMILIES[config.family] if r.parameter == "correction_bias"]
+  return {r.tensor.format(layer=i) for r in rules for i in range(config.num_layers)}
 
 
 def check_table(config: ModelConfig) -> None:

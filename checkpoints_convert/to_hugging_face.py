@@ -1,6 +1,7 @@
 """Writes a model as a Hugging Face folder."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+import itertools
 import json
 import math
 import pathlib
@@ -118,9 +119,13 @@ def _write(
   hf_config = to_hugging_face(config)
   tensor_names.check_table(config)
   parts = {piece.name: list(tensor_names.parts(config, piece)) for piece in pieces}
-  tensors = [
-    (part.tensor, (part.shape, _dtype(config, part))) for found in parts.values() for part in found
-  ]
+  float32 = tensor_names.float32_tensors(config)
+  forms = {  # several parameters may be in one tensor
+    part.tensor: (part.shape, _dtype(config, part, float32))
+    for found in parts.values()
+    for part in found
+  }
+  tensors = list(forms.items())
   shards = safetensors_files.plan_shards(tensors, max_shard_bytes)
   plan = json.dumps(
     {
@@ -134,6 +139,7 @@ def _write(
   if not (fingerprint and marker.is_file() and marker.read_text("utf-8") == plan):
     checkpoint.start_partial(target, _MARKER, plan)
   missing = {tensor for name, forms in shards if not (partial / name).exists() for tensor in forms}
+  dtypes = {name: dtype for name, (_, dtype) in tensors}
   sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in tensors}
   needed = sum(sizes[name] for name in missing)
   check_space(str(target), needed)
@@ -150,7 +156,7 @@ def _write(
     desc="converting",
     disable=not fingerprint,
   ) as progress:
-    safetensors_files.write_shards(partial, shards, _tensors(config, parts, read, progress))
+    safetensors_files.write_shards(partial, shards, _tensors(dtypes, parts, read, progress))
   copy_companion_files(files, partial)
   for name, values in (("config.json", hf_config), (checkpoint.MANIFEST_FILE, manifest)):
     if values is not None:
@@ -159,16 +165,24 @@ def _write(
   (pathlib.Path(target) / _MARKER).unlink()
 
 
-def _dtype(config: ModelConfig, part: tensor_names.Part) -> np.dtype:
-  return np.dtype(np.uint8 if part.is_bytes else config.dtype)
+def _dtype(config: ModelConfig, part: tensor_names.Part, float32: Container[str]) -> np.dtype:
+  of_numbers = np.float32 if part.tensor in float32 else config.dtype
+  return np.dtype(np.uint8 if part.is_bytes else of_numbers)
 
 
 def _tensors(
-  config: ModelConfig, parts: dict[str, list[tensor_names.Part]], read: _Read, progress: tqdm
+  dtypes: Mapping[str, np.dtype],
+  parts: dict[str, list[tensor_names.Part]],
+  read: _Read,
+  progress: tqdm,
 ) -> Iterator[np.ndarray]:
   for piece, arrays in read(list(parts)):
-    for part in parts[piece.name]:
-      array = part.take(np.asarray(arrays[part.parameter])).astype(_dtype(config, part), copy=False)
+    for tensor, own in itertools.groupby(parts[piece.name], lambda part: part.tensor):
+      first, *others = own
+      array = first.take(np.asarray(arrays[first.parameter]))
+      for part in others:
+        part.take(np.asarray(arrays[part.parameter]), array)
+      array = array.astype(dtypes[tensor], copy=False)
       progress.update(array.nbytes)
       yield array
       del array

@@ -15,7 +15,7 @@ from roe_jax.params import AttentionParams
 
 
 def rotation(config: ModelConfig, positions_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns cos and sin of the rotary embedding, `[B, T, 1, C/2]` in `config.dtype`."""
+  """Returns cos and sin of each rotated pair, `[B, T, 1, rotary_dim/2]` in `config.dtype`."""
   positions = positions_BxT[..., None, None].astype(jnp.float32)
   angles = positions * frequencies(config)[None, None, None]
   cos, sin = jnp.cos(angles), jnp.sin(angles)
@@ -27,8 +27,9 @@ def rotation(config: ModelConfig, positions_BxT: jax.Array) -> tuple[jax.Array, 
 
 
 def frequencies(config: ModelConfig) -> jax.Array:
-  """Returns the radians per position of each rotated pair, `[C/2]` float32."""
-  exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+  """Returns the radians per position of each rotated pair, `[rotary_dim/2]` float32."""
+  width = config.rotary_dim or config.head_dim
+  exponents = jnp.arange(0, width, 2, dtype=jnp.float32) / width
   unscaled = 1.0 / (config.rope_theta**exponents)
   if config.rope_scaling is None:
     return unscaled
@@ -36,11 +37,12 @@ def frequencies(config: ModelConfig) -> jax.Array:
 
 
 def rotate(x_BxTxHxC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Applies the rotary embedding to the two halves of each head."""
-  first, second = jnp.split(x_BxTxHxC, 2, axis=-1)
+  """Applies the rotary embedding to the two halves of the rotated dimensions of each head."""
+  half = cos.shape[-1]
+  first, second, others = jnp.split(x_BxTxHxC, (half, 2 * half), axis=-1)
   new_first = add(multiply(first, cos), -multiply(second, sin))
   new_second = add(multiply(second, cos), multiply(first, sin))
-  return jnp.concatenate([new_first, new_second], axis=-1)
+  return jnp.concatenate([new_first, new_second, others], axis=-1)
 
 
 @jax.named_scope("attention")

@@ -393,10 +393,11 @@ def _open(path: PathLike) -> tuple[ModelConfig, tuple[Piece, ...]]:
   config = load_config(path)
   pieces = tuple(Piece(**p) for p in manifest["pieces"])
   bounds = [0, *(p.stop for p in pieces[1:])]
-  if pieces != (TOP, *map(layers_piece, bounds, bounds[1:])) or bounds[-1] != config.num_layers:
+  layers = config.num_expert_layers
+  if pieces != (TOP, *map(layers_piece, bounds, bounds[1:])) or bounds[-1] != layers:
     raise ValueError(
       f"the pieces of the checkpoint {path} are {[p.name for p in pieces]}, not "
-      f'"top" followed by the {config.num_layers} layers of its config in order'
+      f'"top" followed by the {layers} layers of its config in order'
     )
   for piece in pieces:
     if not _piece_folder(path, piece).is_dir():

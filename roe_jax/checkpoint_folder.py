@@ -2,8 +2,8 @@
 
 CKPT/model_config.json              ModelConfig.to_json()
 CKPT/tokenizer.json, ...            COMPANION_FILES, copied where they exist
-CKPT/params/top/                    embedding, final_norm, unembedding
-CKPT/params/layers_00000_00004/     layers 0 to 3, stacked on a leading axis
+CKPT/params/top/                    embedding, final_norm, unembedding, dense_layers
+CKPT/params/layers_00000_00004/     the first four layers with experts, stacked on a leading axis
 CKPT/carving.json                   which neuron went where, if experts were carved
 CKPT/manifest.json                  format, pieces, provenance; written last
 """
@@ -49,7 +49,8 @@ class Piece:
 
   Attributes:
     name: name of its folder in `params/`.
-    start, stop: the layers it holds; both 0 for the parameters outside the layers.
+    start, stop: the layers it holds, counted without the first dense ones; both 0 for the
+      parameters outside of these layers.
   """
 
   name: str
@@ -72,7 +73,8 @@ def layers_piece(start: int, stop: int) -> Piece:
 def plan_pieces(config: ModelConfig, piece_bytes: int = PIECE_BYTES) -> tuple[Piece, ...]:
   """Returns the "top" piece, then pieces of as many layers as fit in `piece_bytes` (at least 1)."""
   step = max(1, piece_bytes // piece_num_bytes(config, Piece("", 0, 1)))
-  bounds = [(i, min(i + step, config.num_layers)) for i in range(0, config.num_layers, step)]
+  layers = config.num_expert_layers
+  bounds = [(i, min(i + step, layers)) for i in range(0, layers, step)]
   return (TOP, *(layers_piece(a, b) for a, b in bounds))
 
 

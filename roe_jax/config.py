@@ -10,7 +10,7 @@ import json
 from roe_jax import rope, typed
 from roe_jax.quantization import FORMATS
 from roe_jax.rope import RopeScaling
-from roe_jax.routers import LINEAR, ROUTERS
+from roe_jax.routers import LINEAR, ROUTERS, SIGMOID
 
 DTYPES = ("float32", "bfloat16")
 # Tables are built for each layer and expert, also of a config that no file belongs to.
@@ -18,9 +18,13 @@ MAXIMUM = {"num_layers": 2000, "num_experts": 8192}
 _POSITIVE = (
   "vocab_size num_layers d_model num_heads num_kv_heads head_dim num_experts experts_per_token "
   "d_expert context_length rope_theta clip_qkv swiglu_limit embedding_multiplier "
-  "attention_multiplier residual_multiplier logits_scaling"
+  "attention_multiplier residual_multiplier logits_scaling expert_groups groups_per_token "
+  "gate_multiplier rotary_dim"
 ).split()
-_NOT_NEGATIVE = ("d_shared_expert rms_norm_eps initializer_range bos_token_id pad_token_id").split()
+_NOT_NEGATIVE = (
+  "d_shared_expert first_dense_layers d_dense rms_norm_eps initializer_range bos_token_id "
+  "pad_token_id"
+).split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +36,8 @@ class ModelConfig:
   Attributes:
     family: the Hugging Face architecture, a name in `family_table.FAMILIES`.
     vocab_size: V.
-    num_layers: L; every layer has attention and an MoE block.
+    num_layers: L; every layer has attention and, except for the `first_dense_layers`, an MoE
+      block.
     d_model: D.
     num_heads: H, query heads.
     num_kv_heads: K, key/value heads; divides H.
@@ -50,6 +55,12 @@ class ModelConfig:
     gate_mass_experts: scales gates that are not normalized to the sum of the gates of
       this many best experts; None: no scaling. No released model sets it: see
       `routing.with_experts`.
+    gate_multiplier: factor on all gates (DeepSeek-V3's `routed_scaling_factor`).
+    correction_bias: whether a sigmoid router has a bias of each expert that is added to the
+      scores by which experts are chosen, and not to their gates (arXiv 2408.15664).
+    expert_groups, groups_per_token: a sigmoid router chooses among the experts of
+      `groups_per_token` of so many groups of neighbors, those whose two largest scores have the
+      largest sum (DeepSeek-V3).
     gates_in_model_dtype: whether gates are rounded to `dtype` before use (OLMoE) or kept
       in float32 (Mixtral).
     qk_norm: RMSNorm of queries and keys: over all heads (OLMoE) or, with
@@ -67,11 +78,15 @@ class ModelConfig:
       `experts.Activation`); limit None: SwiGLU.
     d_shared_expert: hidden width of an expert that processes every token; 0: none.
     shared_expert_gate: whether its own gate weights it (Qwen2-MoE).
+    first_dense_layers: number of layers at the start with an MLP, of width `d_dense`, in place of
+      experts.
+    d_dense: hidden width of that MLP.
     embedding_multiplier: factor on embedded tokens (Granite).
     attention_multiplier: factor on attention scores; None: `C**-0.5`.
     residual_multiplier: factor on what attention and the MoE block add to the residual stream.
     logits_scaling: divides the logits.
     rope_theta: base of the rotary embedding.
+    rotary_dim: how many dimensions at the start of each head are rotated, even; None: all.
     rope_scaling: its extension to a longer context, or None.
     rms_norm_eps: added to the mean square in every RMSNorm.
     norm_weight_in_float32: whether the result of an RMSNorm is rounded to `dtype` after
@@ -101,6 +116,10 @@ class ModelConfig:
   router: str = LINEAR
   unit_gates: bool = False
   gate_scales: bool = False
+  gate_multiplier: float = 1.0
+  correction_bias: bool = False
+  expert_groups: int = 1
+  groups_per_token: int = 1
   qk_norm_per_head: bool = False
   clip_qkv: float | None = None
   qkv_bias: bool = False
@@ -114,12 +133,15 @@ class ModelConfig:
   swiglu_alpha: float = 1.0
   d_shared_expert: int = 0
   shared_expert_gate: bool = True
+  first_dense_layers: int = 0
+  d_dense: int = 0
   embedding_multiplier: float = 1.0
   attention_multiplier: float | None = None
   residual_multiplier: float = 1.0
   logits_scaling: float = 1.0
   rope_theta: float = 10000.0
   rope_scaling: RopeScaling | None = None
+  rotary_dim: int | None = None
   rms_norm_eps: float = 1e-5
   norm_weight_in_float32: bool = False
   expert_format: str | None = None
@@ -159,9 +181,23 @@ class ModelConfig:
       )
     if self.head_dim % 2:
       raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+    if (self.rotary_dim or 2) % 2 or (self.rotary_dim or 2) > self.head_dim:
+      raise ValueError(
+        f"rotary_dim must be even and at most head_dim ({self.head_dim}), got {self.rotary_dim}"
+      )
     if self.experts_per_token > self.num_experts:
       raise ValueError(
         f"experts_per_token ({self.experts_per_token}) exceeds num_experts ({self.num_experts})"
+      )
+    self._check_choice()
+    if not (
+      self.first_dense_layers < self.num_layers
+      and (self.first_dense_layers > 0) == (self.d_dense > 0)
+      and (self.first_dense_layers == 0 or ROUTERS[self.router].axes is not None)
+    ):
+      raise ValueError(
+        f"first_dense_layers must be 0, or positive with d_dense and a router and less than "
+        f"num_layers ({self.num_layers}), got {self.first_dense_layers} with d_dense {self.d_dense}"
       )
     if ROUTERS[self.router].axes is None and not (self.num_experts == 1 and self.unit_gates):
       raise ValueError(
@@ -190,6 +226,34 @@ class ModelConfig:
         f"sliding_layers must be ascending indices of the {self.num_layers} "
         f"layers, got {list(layers)}"
       )
+
+  def _check_choice(self):
+    groups, of_token = self.expert_groups, self.groups_per_token
+    if self.router != SIGMOID and (self.correction_bias or groups > 1):
+      raise ValueError(
+        f"correction_bias and expert_groups are for router {SIGMOID!r}, got {self.router!r}"
+      )
+    size, rest = divmod(self.num_experts, groups)
+    if rest or (groups > 1 and size < 2):
+      raise ValueError(
+        f"expert_groups must divide num_experts ({self.num_experts}) into groups of at least two, "
+        f"got {groups}"
+      )
+    if not (of_token <= groups and self.experts_per_token <= of_token * size):
+      raise ValueError(
+        f"groups_per_token must be at most expert_groups ({groups}) and enough for "
+        f"experts_per_token ({self.experts_per_token}) of {size} experts each, got {of_token}"
+      )
+
+  @property
+  def num_expert_layers(self) -> int:
+    """The number of layers with experts: all but the `first_dense_layers`."""
+    return self.num_layers - self.first_dense_layers
+
+  def split(self, layers: range) -> tuple[range, range]:
+    """Splits a range of layers into those without and those with experts."""
+    at = min(max(layers.start, self.first_dense_layers), layers.stop)
+    return range(layers.start, at), range(at, layers.stop)
 
   def replace(self, **changes) -> "ModelConfig":
     return dataclasses.replace(self, **changes)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import batching, prefill, sharding, transformer
+from roe_jax import batching, prefill, routing, sharding, transformer
 from roe_jax import members as members_lib
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
@@ -231,9 +231,9 @@ def routing_margins(
 ) -> np.ndarray:
   """Measures how close each member's choice of experts is to a different one.
 
-  The difference between the perturbed router logits of the last expert chosen and the
-  first one not chosen. If it is as small as the rounding error of the logits, another
-  order of summation may change the choice.
+  The difference between the scores (see `routing.scores`; usually the perturbed router logits) of
+  the last expert chosen and the first one not chosen, of the chosen groups. If it is as small as
+  the rounding error of the logits, another order of summation may change the choice.
 
   Args:
     params: the model's parameters.
@@ -304,7 +304,7 @@ def unique_experts(
   if num_steps < 1:
     raise ValueError("no token is predicted: a sequence must be longer than its start")
   ids = batching.request_ids(request_ids, len(sequences))
-  steps = np.zeros((config.num_layers, num_steps, config.num_experts), bool)
+  steps = np.zeros((config.num_expert_layers, num_steps, config.num_experts), bool)
   positions = []
   for first in range(0, len(sequences), batch_size):
     batch = slice(first, first + batch_size)
@@ -387,7 +387,9 @@ def _margins(params, config, roster, cache, tokens, request_ids):
   """Returns the margins `[L, R, B, T]`."""
 
   def margin(layer, logits_BxTxE, perturbed_BxTxE):
-    best, _ = jax.lax.top_k(perturbed_BxTxE, config.experts_per_token + 1)
+    bias = transformer.correction_bias(params.layers, layer)
+    scores = routing.scores(config, perturbed_BxTxE, bias)
+    best, _ = jax.lax.top_k(scores, config.experts_per_token + 1)
     return best[..., -2] - best[..., -1]
 
   return _of_router_logits(margin, params, config, roster, cache, tokens, request_ids)[0]
@@ -423,7 +425,9 @@ def _trace(params, config, roster, cache, tokens, request_ids):
 
 
 def _of_router_logits(compute, params, config, roster, cache, tokens, request_ids):
-  """Applies `compute` to each layer's index and router logits `[B, T, E]` without and with noise.
+  """Applies `compute` to the router logits `[B, T, E]` of each layer, without and with noise.
+
+  Its first argument is the layer's index in `params.layers`.
 
   Returns:
     Its results `[L, R, ...]`, the logits without noise `[L, R, B, T, E]`, and the members' states.
@@ -433,12 +437,13 @@ def _of_router_logits(compute, params, config, roster, cache, tokens, request_id
 
   def of_member(layer, member, logits_BxTxE):
     noise = run.noise(member)
-    perturbed_BxTxE = noise.perturb(layer, logits_BxTxE, config.experts_per_token)
+    in_model = config.first_dense_layers + layer
+    perturbed_BxTxE = noise.perturb(in_model, logits_BxTxE, config.experts_per_token)
     return compute(layer, logits_BxTxE, perturbed_BxTxE)
 
   of_members = jax.vmap(of_member, in_axes=(None, 0, 0))
   found = jax.lax.map(
     lambda a: of_members(a[0], jnp.asarray(roster.members), a[1]),
-    (jnp.arange(config.num_layers), outputs.router_logits),
+    (jnp.arange(config.num_expert_layers), outputs.router_logits),
   )
   return *sharding.with_sharding_constraint(params, (found, outputs.router_logits)), x

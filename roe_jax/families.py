@@ -1,7 +1,7 @@
 """Model families on the Hugging Face hub: `config.json` to `ModelConfig` and back.
 
 `family_table` has what the library knows about each family; tensor names are in
-`checkpoints_convert.tensor_names`.
+`checkpoints_convert.tensor_rules`.
 """
 
 import dataclasses
@@ -40,6 +40,7 @@ _DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
 _SPECIAL = (
   "family",
   "rope_scaling",
+  "rotary_dim",
   "sliding_window",
   "sliding_layers",
   "eos_token_ids",
@@ -71,7 +72,10 @@ def from_hugging_face(hf: dict[str, Any], dtype: str | None = None) -> ModelConf
 
 
 def _from_hugging_face(hf, dtype):
-  name = hf.get("model_type")
+  name = given = hf.get("model_type")
+  for family, entry in FAMILIES.items():
+    if given in entry.other_types and [entry.architecture] == hf.get("architectures"):
+      name = family
   if not isinstance(name, str) or name not in FAMILIES:
     raise ValueError(
       f"unsupported architecture: config.json has model_type {name!r}; "
@@ -90,7 +94,7 @@ def _from_hugging_face(hf, dtype):
   hf = family.read(hf)
   values: dict[str, Any] = {field: hf.get(key) for field, key in keys.items()}
   for field, key in keys.items():
-    if values[field] is not None:
+    if values[field] is not None or key not in _NULLABLE:
       hint = typed.hints(ModelConfig)[field]
       typed.check(f"config.json: {key}", values[field], hint)
       values[field] = float(values[field]) if hint is float else values[field]
@@ -109,6 +113,7 @@ def _from_hugging_face(hf, dtype):
     typed.check(f"config.json: {key}", hf.get(key), bool | None)
   window, layers = _window(family, hf, values["num_layers"], values["context_length"])
   values["rope_theta"], scaling = _rope(name, hf)
+  values["rotary_dim"] = _rotary_dim(family, hf, values["head_dim"])
   eos = hf["eos_token_id"]
   return ModelConfig(
     family=name,
@@ -165,6 +170,13 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
         f"{field} = {value} has no Hugging Face form: {config.family} models have one {key}, and "
         f"another field is {hf[key]}"
       )
+  if config.rotary_dim is not None and not family.has_partial_rotary:
+    raise ValueError(
+      f"rotary_dim = {config.rotary_dim} has no Hugging Face form: {config.family} models rotate "
+      "all dimensions of a head"
+    )
+  if family.has_partial_rotary:
+    hf["partial_rotary_factor"] = (config.rotary_dim or config.head_dim) / config.head_dim
   eos = config.eos_token_ids
   hf |= {
     "tie_word_embeddings": False,
@@ -260,9 +272,6 @@ def _rope(family, hf):
   typed.check("config.json: its RoPE settings", settings, dict)
   if any(isinstance(value, dict) for value in settings.values()):
     _refuse("rope_parameters", settings, "the same for all layers")
-  partial = settings.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
-  if partial not in (None, 1):
-    _refuse("partial_rotary_factor", partial, 1.0)
   theta = settings.get("rope_theta")
   theta = hf["rope_theta"] if theta is None else theta
   typed.check("config.json: rope_theta", theta, float)
@@ -292,6 +301,18 @@ def _rope(family, hf):
       typed.check(f"config.json: {field} of its RoPE settings", values[field], hint)
       fields[field] = float(values[field]) if hint is float else values[field]
   return theta, rope.SCALINGS[kind](**fields)
+
+
+def _rotary_dim(family, hf, head_dim):
+  """Returns how many dimensions of a head are rotated, or None for all."""
+  settings = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+  partial = settings.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+  typed.check("config.json: partial_rotary_factor", partial, float | None)
+  if partial in (None, 1):
+    return None
+  if not family.has_partial_rotary:
+    _refuse("partial_rotary_factor", partial, 1.0)
+  return int(head_dim * partial)
 
 
 def _yarn(settings, implied_factor):

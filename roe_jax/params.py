@@ -61,23 +61,27 @@ class SharedExpertParams(struct.PyTreeNode):
 
 
 class LayerParams(struct.PyTreeNode):
-  """All blocks, stacked on a leading layer axis."""
+  """Blocks, stacked on a leading layer axis."""
 
   attention_norm: Any  # [L, D]
   attention: AttentionParams
   moe_norm: Any  # [L, D]
-  experts: ExpertParams
+  experts: Any  # ExpertParams; None in dense layers
   router: Any = None  # [L, E, D], or as its kind in `routers` says; None without a router
   router_bias: Any = None  # [L, E]
+  correction_bias: Any = None  # [L, E] float32
   gate_scales: Any = None  # [L, E]
-  shared_expert: SharedExpertParams | None = None
+  shared_expert: Any = None  # SharedExpertParams
 
 
 class Params(struct.PyTreeNode):
+  """All parameters; L of `layers` is `ModelConfig.num_expert_layers`."""
+
   embedding: Any  # [V, D]
   layers: LayerParams
   final_norm: Any  # [D]
   unembedding: Any  # [V, D]
+  dense_layers: Any = None  # LayerParams of the first layers, whose MLP is `shared_expert`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +117,7 @@ def describe(config: ModelConfig) -> Params:
   if config.expert_format is not None:
     quantization.check_sizes(config.expert_format, config.d_model, config.d_expert)
   sizes = {
-    "layers": config.num_layers,
+    "layers": config.num_expert_layers,
     "embed": config.d_model,
     "heads": config.num_heads,
     "kv_heads": config.num_kv_heads,
@@ -123,7 +127,6 @@ def describe(config: ModelConfig) -> Params:
     "gate_up": 2,
     "expert_mlp": config.d_expert,
     "vocab": config.vocab_size,
-    "shared_mlp": config.d_shared_expert,
     "shared_gate": 1,
   }
 
@@ -157,14 +160,16 @@ def describe(config: ModelConfig) -> Params:
   # Projections into the residual stream are initialized smaller, so that its variance does
   # not grow with depth.
   residual = 1.0 / math.sqrt(2.0 * config.num_layers)
-  shared_expert = SharedExpertParams(
-    gate_up=spec("layers", "shared_mlp", "gate_up", "embed"),
-    down=spec("layers", "shared_mlp", "embed", scale=residual),
-    gate=spec_if(config.shared_expert_gate, "layers", "shared_gate", "embed"),
-  )
-  return Params(
-    embedding=spec("vocab", "embed"),
-    layers=LayerParams(
+
+  def layers(width, has_gate, **parts):
+    """Describes blocks; `width` is that of the MLP that all tokens pass through."""
+    sizes["shared_mlp"] = width
+    shared_expert = SharedExpertParams(
+      gate_up=spec("layers", "shared_mlp", "gate_up", "embed"),
+      down=spec("layers", "shared_mlp", "embed", scale=residual),
+      gate=spec_if(has_gate, "layers", "shared_gate", "embed"),
+    )
+    return LayerParams(
       attention_norm=spec("layers", "embed", init="ones"),
       attention=AttentionParams(
         query=spec("layers", "heads", "head_dim", "embed"),
@@ -180,6 +185,20 @@ def describe(config: ModelConfig) -> Params:
         sinks=spec_if(config.attention_sinks, "layers", "heads"),
       ),
       moe_norm=spec("layers", "embed", init="ones"),
+      shared_expert=shared_expert if width else None,
+      **parts,
+    )
+
+  dense_layers = None
+  if config.first_dense_layers:
+    sizes["layers"] = config.first_dense_layers
+    dense_layers = layers(config.d_dense, False, experts=None)
+    sizes["layers"] = config.num_expert_layers
+  return Params(
+    embedding=spec("vocab", "embed"),
+    layers=layers(
+      config.d_shared_expert,
+      config.shared_expert_gate,
       router=spec_if(router is not None, "layers", *(router or ())),
       experts=ExpertParams(
         gate_up=matrix("layers", "experts", "expert_mlp", "gate_up", "embed", contracted="embed"),
@@ -190,11 +209,14 @@ def describe(config: ModelConfig) -> Params:
         down_bias=spec_if(config.expert_bias, "layers", "experts", "embed"),
       ),
       router_bias=spec_if(config.router_bias, "layers", "routed_experts"),
+      correction_bias=spec("layers", "routed_experts", init="zeros", dtype="float32")
+      if config.correction_bias
+      else None,
       gate_scales=spec_if(config.gate_scales, "layers", "routed_experts", init="zeros"),
-      shared_expert=shared_expert if config.d_shared_expert else None,
     ),
     final_norm=spec("embed", init="ones"),
     unembedding=spec("vocab", "embed"),
+    dense_layers=dense_layers,
   )
 
 

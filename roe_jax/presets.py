@@ -102,6 +102,19 @@ def _granite(**fields: Any) -> ModelConfig:
   )
 
 
+def _deepseek(family: str, **fields: Any) -> ModelConfig:
+  """A model with experts of 128 wide heads after a dense layer, and one shared expert."""
+  return _preset(
+    family,
+    head_dim=128,
+    experts_per_token=8,
+    d_shared_expert=fields["d_expert"],
+    first_dense_layers=1,
+    normalize_gates=True,
+    **fields,
+  )
+
+
 PRESETS = {
   "olmoe-1b-7b": _preset(
     "olmoe",
@@ -162,6 +175,45 @@ PRESETS = {
   ),
   "granite-3.1-3b-a800m": _granite(
     num_layers=32, d_model=1536, num_heads=24, num_experts=40, rope_theta=1e7
+  ),
+  "ling-mini-2.0": _deepseek(
+    "bailing_moe_v2",
+    vocab_size=157184,
+    num_layers=20,
+    d_model=2048,
+    num_heads=16,
+    num_kv_heads=4,
+    num_experts=256,
+    d_expert=512,
+    d_dense=5120,
+    expert_groups=8,
+    groups_per_token=4,
+    gate_multiplier=2.5,
+    qk_norm=True,
+    context_length=32768,
+    rope_theta=6e5,
+    rotary_dim=64,
+    rms_norm_eps=1e-6,
+    pad_token_id=156892,
+    eos_token_ids=(156892,),
+  ),
+  "glm-4.5-air": _deepseek(
+    "glm4_moe",
+    vocab_size=151552,
+    num_layers=46,
+    d_model=4096,
+    num_heads=96,
+    num_kv_heads=8,
+    num_experts=128,
+    d_expert=1408,
+    d_dense=10944,
+    qk_norm=False,
+    qkv_bias=True,
+    context_length=131072,
+    rope_theta=1e6,
+    rotary_dim=64,
+    pad_token_id=151329,
+    eos_token_ids=(151329, 151336, 151338),
   ),
   "smollm2-135m": _preset(
     "llama",

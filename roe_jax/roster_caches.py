@@ -1,6 +1,6 @@
 """The cache modes: Clean Cache, the standard cache, and no cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 import functools
 
@@ -69,7 +69,7 @@ class CleanCache(CacheMode):
     for layers, tokens in (((first, end), noisy), ((end, run.config.num_layers), clean)):
       x, _, outputs = run.layers(x, tokens, access, run.options(layers, keep))
       parts.append(outputs)
-    return x, _joined(parts, axis=0)
+    return x, BlockOutputs.join(parts, axis=0)
 
   def step(
     self, run: RosterPass, cache: KVCache, write: bool = True
@@ -110,7 +110,7 @@ class CleanCache(CacheMode):
     last, _, after = run.layers(x, run.token_batch(), CacheAccess(cache), options)
     draft = Draft(x, run.unembed(last))
     if write:
-      cache = self._write(run, cache, _joined((before, after), axis=0))
+      cache = self._write(run, cache, BlockOutputs.join((before, after), axis=0))
     return draft, cache
 
   def verify(self, run: RosterPass, cache: KVCache, draft: Draft) -> RosterOutputs:
@@ -135,12 +135,6 @@ class CleanCache(CacheMode):
 
   def member_batches(self, config, roster, shape, mesh=None, platform=None):
     return members_lib.batch_sizes(config, roster, shape, mesh, platform)
-
-
-def _joined(parts: Sequence[BlockOutputs], axis: int) -> BlockOutputs:
-  """Joins the outputs of ranges of layers; empty ranges have none."""
-  parts = [p for p in parts if jax.tree.leaves(p)] or [BlockOutputs()]
-  return jax.tree.map(lambda *a: jnp.concatenate(a, axis=axis), *parts)
 
 
 class OwnHistories(struct.PyTreeNode):
@@ -190,7 +184,7 @@ class StandardCache(CacheMode):
 
     x_RxBxTxD, own, others = self.over_members(run_member)(members, cache.own)
     of_all = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(members), *a.shape)), outputs)
-    outputs = jax.tree.map(lambda a: a.swapaxes(0, 1), _joined((of_all, *others), axis=1))
+    outputs = jax.tree.map(lambda a: a.swapaxes(0, 1), BlockOutputs.join((of_all, *others), axis=1))
     return x_RxBxTxD, OwnHistories(shared, own), outputs
 
 

@@ -158,12 +158,13 @@ def roster_of(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(params: Params) -> str:
-  """Returns the SHA-256 of all router weights and biases as bfloat16.
+  """Returns the SHA-256 of all weights and biases of routers as bfloat16.
 
   It is independent of the model's dtype, the format of its experts and its sharding.
   """
   digest = hashlib.sha256()
-  for array in (params.layers.router, params.layers.router_bias):
+  layers = params.layers
+  for array in (layers.router, layers.router_bias, layers.correction_bias):
     if array is not None:
       digest.update(np.asarray(jnp.asarray(array, jnp.bfloat16)).tobytes())
   return digest.hexdigest()

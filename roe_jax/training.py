@@ -21,6 +21,7 @@ from roe_jax import params as params_lib
 from roe_jax import transformer
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
+from roe_jax.routers import LINEAR, ROUTERS
 
 STRATEGIES = ("padded", "dense")  # the differentiable ones of `experts.apply`
 
@@ -115,8 +116,11 @@ def schedule(settings: TrainSettings) -> optax.Schedule:
 
 
 def optimizer(config: ModelConfig, settings: TrainSettings) -> optax.GradientTransformation:
-  """Returns AdamW with clipping by global norm, without weight decay on norms."""
-  decayed = jax.tree.map(lambda spec: spec.init != "ones", params_lib.describe(config))
+  """Returns AdamW with clipping by global norm, without decay of norms and correction biases."""
+  specs = params_lib.describe(config)
+  decayed = jax.tree.map(
+    lambda s: s.init != "ones" and s is not specs.layers.correction_bias, specs
+  )
   return optax.chain(
     optax.clip_by_global_norm(settings.max_grad_norm),
     optax.adamw(
@@ -150,15 +154,21 @@ def expert_loads(experts_LxBxTxA: jax.Array, mask_BxT: jax.Array, num_experts: i
 
 
 def balance_loss(
-  router_logits_LxBxTxE: jax.Array, loads_LxE: jax.Array, mask_BxT: jax.Array
+  router_logits_LxBxTxE: jax.Array, loads_LxE: jax.Array, mask_BxT: jax.Array, router: str = LINEAR
 ) -> jax.Array:
   """Returns E · Σ_e f_e P_e, averaged over layers; 1 if perfectly balanced.
 
-  f is `loads_LxE`, and P the mean router probability over the tokens in `mask_BxT`.
+  f is `loads_LxE`, and P the mean router probability over the tokens in `mask_BxT`: of a kind of
+  `router` whose gates are sigmoids, these divided by their sum (DeepSeek-V3).
   Gradients flow only through P.
   """
   mask = mask_BxT.astype(jnp.float32)
-  probabilities = jax.nn.softmax(router_logits_LxBxTxE.astype(jnp.float32))
+  logits = router_logits_LxBxTxE.astype(jnp.float32)
+  if ROUTERS[router].gates_by_sigmoid:
+    probabilities = jax.nn.sigmoid(logits)
+    probabilities /= probabilities.sum(-1, keepdims=True)
+  else:
+    probabilities = jax.nn.softmax(logits)
   mean = jnp.einsum("lbte,bt->le", probabilities, mask) / mask.sum()
   return loads_LxE.shape[-1] * jnp.mean(jnp.sum(loads_LxE * mean, -1))
 
@@ -207,7 +217,7 @@ def loss(
     "cross_entropy": (
       jnp.sum(weights * cross_entropy(logits, batch.tokens)) / jnp.maximum(weights.sum(), 1e-6)
     ),
-    "balance_loss": balance_loss(outputs.router_logits, loads, mask),
+    "balance_loss": balance_loss(outputs.router_logits, loads, mask, config.router),
     "z_loss": z_loss(outputs.router_logits, mask),
   }
   total = (

@@ -1,6 +1,6 @@
 """The transformer as pure functions: embed, a stack of blocks, unembed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -28,14 +28,27 @@ class BlockOutputs(struct.PyTreeNode):
 
   Attributes:
     keys, values: `[B, T, K, C]` of the tokens, to be written to a cache.
-    experts: `[B, T, A]` int32, the chosen experts.
-    router_logits: `[B, T, E]` float32, without noise.
+    experts: `[B, T, A]` int32, the chosen experts; only of layers with experts.
+    router_logits: `[B, T, E]` float32, without noise; only of layers with experts.
   """
 
   keys: Any = None
   values: Any = None
   experts: Any = None
   router_logits: Any = None
+
+  @classmethod
+  def join(cls, parts: Sequence["BlockOutputs"], axis: int) -> "BlockOutputs":
+    """Concatenates the outputs of consecutive ranges of layers, of those that have them."""
+
+    def joined(name):
+      found = [a for part in parts if (a := getattr(part, name)) is not None]
+      return jnp.concatenate(found, axis) if found else None
+
+    return cls(**{field.name: joined(field.name) for field in dataclasses.fields(cls)})
+
+
+_OF_ATTENTION = ("keys", "values")
 
 
 @jax.named_scope("embed")
@@ -106,7 +119,13 @@ def route(
 ) -> tuple[jax.Array, jax.Array]:
   """Chooses the experts of a layer and computes their gates; see `routing.route`."""
   scales = None if layers.gate_scales is None else layers.gate_scales[layer]
-  return routing.route(config, logits, perturbed, gate_weights, scales)
+  bias = correction_bias(layers, layer)
+  return routing.route(config, logits, perturbed, gate_weights, scales, bias)
+
+
+def correction_bias(layers: LayerParams, layer: jax.Array | int) -> jax.Array | None:
+  """Returns the correction bias of a layer's router, `[E]` float32, or None without one."""
+  return None if layers.correction_bias is None else layers.correction_bias[layer]
 
 
 def run_layers(
@@ -141,16 +160,27 @@ def run_layers(
     `options.keep`, stacked over the range of layers: `keys` and `values` of the first member,
     `experts` and `router_logits` of all.
   """
-  first, end = options.layers or (0, config.num_layers)
-  if first == end:
-    return x, access.cache, BlockOutputs()
-  block = _Block(config, params.layers, tokens, attention.rotation(config, tokens.positions_BxT))
-  noise, of_members = tokens.noise, x.ndim == 4
+  layers = range(*(options.layers or (0, config.num_layers)))
+  cache, found, first = access.cache, [], 0
+  for stack, own in zip((params.dense_layers, params.layers), config.split(layers)):
+    if own:
+      rotation = attention.rotation(config, tokens.positions_BxT)
+      block = _Block(config, stack, first, tokens, rotation)
+      x, cache, outputs = _run_stack(block, own, x, access.replace(cache=cache), options)
+      found.append(outputs)
+    first = config.first_dense_layers
+  return x, cache, found[0] if len(found) == 1 else BlockOutputs.join(found, axis=0)
+
+
+def _run_stack(block, layers, x, access, options):
+  """Runs a range of layers of one stack; see `run_layers`."""
+  first, end = layers.start, layers.stop
+  noise, of_members = block.tokens.noise, x.ndim == 4
   member_axes = noise and noise.replace(keys=None, temperatures=None, member=0)
 
   def step(carry, layer):
     x, cache = carry
-    location = kv_cache.layer_location(config, layer, (first, end), access.offset)
+    location = kv_cache.layer_location(block.config, layer, (first, end), access.offset)
     used = access.replace(cache=cache) if access.write else access
     run = functools.partial(block, layer, location, used, options)
     if of_members:
@@ -177,8 +207,8 @@ def _run_layers_on_mesh(
   mesh, params, config, x, tokens, access=CacheAccess(), options=LayerOptions()
 ):
   """Runs `run_layers` on a mesh: each device on its shards."""
-  first, end = options.layers or (0, config.num_layers)
-  if first == end:
+  layers = range(*(options.layers or (0, config.num_layers)))
+  if not layers:
     return x, access.cache, BlockOutputs()
   hidden = sharding.spec(mesh, ("members", "batch", "positions", "embed")[-x.ndim :], x.shape)
   *members, batch, _, _ = hidden
@@ -188,13 +218,14 @@ def _run_layers_on_mesh(
   own = PartitionSpec(None, batch, None, *heads)
   chosen = PartitionSpec(None, *hidden[:-1])
   outputs = {"keys": own, "values": own, "experts": chosen, "router_logits": chosen}
-  outputs = BlockOutputs(**{name: outputs[name] for name in options.keep})
+  kept = options.keep if config.split(layers)[1] else _OF_ATTENTION
+  outputs = BlockOutputs(**{name: outputs[name] for name in options.keep if name in kept})
   sharded = sharding.EXPERT in sharding.axes_of(hidden)
 
-  def part(layers, x, tokens, access):
+  def part(layers, dense_layers, x, tokens, access):
     layers = layers.replace(experts=experts.expert_parallel.bias_on_one_device(layers.experts))
     x, written, outputs = run_layers(
-      Params(None, layers, None, None),
+      Params(None, layers, None, None, dense_layers),
       config,
       x,
       tokens,
@@ -216,36 +247,40 @@ def _run_layers_on_mesh(
     lengths_B=None if tokens.lengths_B is None else sequences,
     router_bias=None if tokens.router_bias is None else PartitionSpec(),
   )
-  layers = sharding.parameter_specs(mesh, config).layers
+  specs = sharding.parameter_specs(mesh, config)
   x, written, found = sharding.map_shards(
     part,
     mesh,
-    (layers, hidden, of_tokens, caches),
+    (specs.layers, specs.dense_layers, hidden, of_tokens, caches),
     (hidden, caches.cache if access.write else None, outputs),
-  )(params.layers, x, tokens, access)
+  )(params.layers, params.dense_layers, x, tokens, access)
   return x, written if access.write else access.cache, found
 
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-  """Pre-norm attention and MoE of any layer; see `run_layers` for the attributes."""
+  """Pre-norm attention and MoE of any layer of a stack; see `run_layers` for the attributes.
+
+  `first` is the index in the model of the first layer of the stack.
+  """
 
   config: ModelConfig
   layers: LayerParams
+  first: int
   tokens: TokenBatch
   rotation: tuple[jax.Array, jax.Array]
 
   def __call__(self, layer, location, access, options, x, noise):
     """Returns the hidden states, the cache if written, and the outputs that are kept."""
-    config, layers = self.config, self.layers
-    normed = norm(config, x, layers.attention_norm[layer])
-    new = attention.project(config, layers.attention, layer, normed, *self.rotation)
+    config, layers, row = self.config, self.layers, layer - self.first
+    normed = norm(config, x, layers.attention_norm[row])
+    new = attention.project(config, layers.attention, row, normed, *self.rotation)
     heads, cache = attention.attend_in_layer(
-      config, layers.attention, layer, new, self.tokens, access, location
+      config, layers.attention, row, new, self.tokens, access, location
     )
-    x = add_to_residual(config, x, attention.output(layers.attention, layer, heads))
+    x = add_to_residual(config, x, attention.output(layers.attention, row, heads))
     bias = self.tokens.router_bias
-    x, chosen, logits = feed_forward(config, layers, layer, x, noise, options, bias)
+    x, chosen, logits = feed_forward(config, layers, row, x, noise, options, bias, self.first)
     outputs = {"keys": new[1], "values": new[2], "experts": chosen, "router_logits": logits}
     outputs = BlockOutputs(**{name: outputs[name] for name in options.keep})
     return x, cache if access.write else None, outputs
@@ -259,16 +294,26 @@ def feed_forward(
   noise: RoutingNoise | None = None,
   options: LayerOptions = LayerOptions(),
   router_bias: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Runs the MoE half of a block on hidden states `[B, T, D]`; see `run_layers` for the arguments.
+  first: int = 0,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+  """Runs the MoE half of a block, or the MLP of a dense one, on hidden states `[B, T, D]`.
+
+  See `run_layers` for the arguments; `layer` is an index in `layers`, whose first is layer
+  `first` of the model.
 
   Returns:
-    The hidden states, the chosen experts `[B, T, A]`, and the router logits `[B, T, E]`.
+    The hidden states, and the chosen experts `[B, T, A]` and the router logits `[B, T, E]`, or
+    None for both in a dense layer.
   """
   normed = norm(config, x, layers.moe_norm[layer])
+  if layers.experts is None:
+    y = experts.shared(layers.shared_expert, layer, normed)
+    return add_to_residual(config, x, y), None, None
   logits = router_logits(config, layers, layer, normed)
-  logits = add_bias(logits, router_bias, layer)
-  perturbed = None if noise is None else noise.perturb(layer, logits, config.experts_per_token)
+  logits = add_bias(logits, router_bias, first + layer)
+  perturbed = None
+  if noise is not None:
+    perturbed = noise.perturb(first + layer, logits, config.experts_per_token)
   chosen, gates = route(config, layers, layer, logits, perturbed, options.gate_weights)
   b, t, d = x.shape
   y = experts.apply(

@@ -96,13 +96,41 @@ SPECIFIC["granitemoe"] = dict(
   logits_scaling=2.5,
 )
 SPECIFIC["granitemoeshared"] = SPECIFIC["granitemoe"] | dict(shared_intermediate_size=20)
-FAMILIES = tuple(SPECIFIC)
+SPECIFIC["glm4_moe"] = dict(
+  num_hidden_layers=3,
+  first_k_dense_replace=1,
+  intermediate_size=24,
+  moe_intermediate_size=16,
+  n_routed_experts=8,
+  num_experts_per_tok=3,
+  n_shared_experts=1,
+  n_group=4,
+  topk_group=2,
+  norm_topk_prob=True,
+  routed_scaling_factor=2.5,
+  head_dim=12,
+  partial_rotary_factor=0.5,
+  use_qk_norm=True,
+  attention_bias=True,
+)
+SPECIFIC["dots1"] = {
+  k: v for k, v in SPECIFIC["glm4_moe"].items() if k not in ("partial_rotary_factor", "use_qk_norm")
+} | dict(n_shared_experts=2, n_group=2, topk_group=1, sliding_window=5, max_window_layers=2)
+# One of these stands for both.
+FAMILIES = tuple(family for family in SPECIFIC if family != "dots1")
 # Not in transformers: its other tests are in test_families.
 SPECIFIC["emo"] = dict(
   num_experts=9, num_experts_per_tok=3, num_shared_experts=1, norm_topk_prob=False
 )
+SPECIFIC["bailing_moe_v2"] = {
+  k: v
+  for k, v in SPECIFIC["glm4_moe"].items()
+  if k not in ("n_routed_experts", "n_shared_experts", "attention_bias")
+} | dict(num_experts=8, num_shared_experts=1, use_qkv_bias=True, use_bias=False)
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
-ROUTED = tuple(family for family in FAMILIES if family not in DENSE)
+# Sigmoid routers after a dense layer.
+SIGMOID = ("glm4_moe", "dots1")
+ROUTED = tuple(family for family in FAMILIES if family not in (*DENSE, *SIGMOID))
 # Its classes in transformers begin with this.
 PREFIX = {
   "olmoe": "Olmoe",
@@ -116,6 +144,8 @@ PREFIX = {
   "mistral": "Mistral",
   "qwen2": "Qwen2",
   "qwen3": "Qwen3",
+  "glm4_moe": "Glm4Moe",
+  "dots1": "Dots1",
 }
 # Where hub files have the experts one by one: the block, and gate, up and down.
 HUB_EXPERTS = {
@@ -123,6 +153,8 @@ HUB_EXPERTS = {
   "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
   "qwen2_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
   "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+  "glm4_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+  "dots1": ("mlp", "gate_proj", "up_proj", "down_proj"),
 }
 
 
@@ -137,12 +169,16 @@ def _sizes(hf):
     layers=hf["num_hidden_layers"],
     d=hf["hidden_size"],
     f=hf.get("moe_intermediate_size") or hf["intermediate_size"],
-    g=hf.get("shared_expert_intermediate_size") or hf.get("shared_intermediate_size"),
+    g=hf.get("shared_expert_intermediate_size")
+    or hf.get("shared_intermediate_size")
+    or hf.get("n_shared_experts", 0) * hf.get("moe_intermediate_size", 0),
+    first=hf.get("first_k_dense_replace", 0),
+    p=hf["intermediate_size"],
     v=hf["vocab_size"],
     h=heads,
     k=hf["num_key_value_heads"],
     c=hf.get("head_dim") or hf["hidden_size"] // heads,
-    e=hf.get("num_experts") or hf.get("num_local_experts", 1),
+    e=hf.get("num_experts") or hf.get("n_routed_experts") or hf.get("num_local_experts", 1),
   )
 
 
@@ -219,6 +255,17 @@ def random_state(hf, seed=0, scale=0.3):
       "granitemoe": attention_biases | {"self_attn.o_proj.bias": (n["d"],)}
       if hf.get("attention_bias")
       else {},
+      "glm4_moe": {
+        **(norms_per_head if hf.get("use_qk_norm") else {}),
+        **attention_biases,
+        "mlp.gate.e_score_correction_bias": (n["e"],),
+      },
+      "dots1": {
+        **norms_per_head,
+        **attention_biases,
+        "self_attn.o_proj.bias": (n["d"],),
+        "mlp.gate.e_score_correction_bias": (n["e"],),
+      },
       "granitemoeshared": {
         "shared_mlp.input_linear.weight": (2 * n["g"], n["d"]),
         "shared_mlp.output_linear.weight": (n["d"], n["g"]),
@@ -226,6 +273,16 @@ def random_state(hf, seed=0, scale=0.3):
       if n["g"]
       else {},
     }[hf["model_type"]]
+    if hf["model_type"] in SIGMOID:
+      for name in ("gate_proj", "up_proj", "down_proj"):
+        shape = (n["g"], n["d"]) if name != "down_proj" else (n["d"], n["g"])
+        block[f"mlp.shared_experts.{name}.weight"] = shape
+    if layer < n["first"]:
+      block = {name: shape for name, shape in block.items() if not name.startswith("mlp.")} | {
+        "mlp.gate_proj.weight": (n["p"], n["d"]),
+        "mlp.up_proj.weight": (n["p"], n["d"]),
+        "mlp.down_proj.weight": (n["d"], n["p"]),
+      }
     if hf["model_type"] == "gpt_oss":
       del block["mlp.gate.weight"]
     if hf["model_type"].startswith("granite"):
@@ -279,11 +336,11 @@ def hub_state(hf, state):
 def to_params(hf, state, dtype="float32"):
   """The weights as this library's parameters."""
   n = _sizes(hf)
+  layers = range(n["first"], n["layers"])
 
-  def stacked(name, reshape=lambda w: w):
+  def stacked(name, reshape=lambda w: w, dtype=dtype):
     return jnp.asarray(
-      np.stack([reshape(state[f"model.layers.{layer}.{name}"]) for layer in range(n["layers"])]),
-      dtype,
+      np.stack([reshape(state[f"model.layers.{layer}.{name}"]) for layer in layers]), dtype
     )
 
   if hf["model_type"].startswith("granite"):
@@ -293,7 +350,7 @@ def to_params(hf, state, dtype="float32"):
     return lambda w: w.reshape(heads, n["c"], n["d"])
 
   def if_any(name, reshape=lambda w: w):
-    return stacked(name, reshape) if f"model.layers.0.{name}" in state else None
+    return stacked(name, reshape) if f"model.layers.{n['layers'] - 1}.{name}" in state else None
 
   def by_head_if_any(name, heads):
     return if_any(name, lambda w: w.reshape((heads, n["c"]) if w.size > n["c"] else n["c"]))
@@ -328,6 +385,13 @@ def to_params(hf, state, dtype="float32"):
       ),
       down=stacked("mlp.experts.down_proj", lambda w: w.transpose(0, 2, 1)),
     )
+
+  def every_token(block):
+    return SharedExpertParams(
+      gate_up=jnp.stack([stacked(f"{block}{name}_proj.weight") for name in ("gate", "up")], axis=2),
+      down=stacked(block + "down_proj.weight", lambda w: w.T),
+    )
+
   shared = None
   if n["g"] and hf["model_type"] == "granitemoeshared":
     shared = SharedExpertParams(
@@ -337,18 +401,15 @@ def to_params(hf, state, dtype="float32"):
       down=stacked("shared_mlp.output_linear.weight", lambda w: w.T),
     )
   elif n["g"]:
-    shared = SharedExpertParams(
-      gate_up=jnp.stack(
-        [stacked(f"mlp.shared_expert.{name}_proj.weight") for name in ("gate", "up")], axis=2
-      ),
-      down=stacked("mlp.shared_expert.down_proj.weight", lambda w: w.T),
-      gate=stacked("mlp.shared_expert_gate.weight"),
-    )
+    of_sigmoid = hf["model_type"] in SIGMOID
+    shared = every_token("mlp.shared_experts." if of_sigmoid else "mlp.shared_expert.")
+    if not of_sigmoid:
+      shared = shared.replace(gate=stacked("mlp.shared_expert_gate.weight"))
   is_named_router = hf["model_type"] in ("gpt_oss", "granitemoe", "granitemoeshared")
   router = "mlp.router" if is_named_router else "mlp.gate"
-  return Params(
-    embedding=jnp.asarray(state["model.embed_tokens.weight"], dtype),
-    layers=LayerParams(
+
+  def blocks(**parts):
+    return LayerParams(
       attention_norm=stacked("input_layernorm.weight"),
       attention=AttentionParams(
         query=stacked("self_attn.q_proj.weight", by_head(n["h"])),
@@ -364,13 +425,24 @@ def to_params(hf, state, dtype="float32"):
         sinks=if_any("self_attn.sinks"),
       ),
       moe_norm=stacked("post_attention_layernorm.weight"),
-      router=if_any(router + ".weight"),
-      router_bias=if_any(router + ".bias"),
-      experts=experts,
-      shared_expert=shared,
-    ),
+      **parts,
+    )
+
+  correction = "mlp.gate.e_score_correction_bias"
+  routed = blocks(
+    router=if_any(router + ".weight"),
+    router_bias=if_any(router + ".bias"),
+    correction_bias=stacked(correction, dtype="float32") if hf["model_type"] in SIGMOID else None,
+    experts=experts,
+    shared_expert=shared,
+  )
+  layers = range(n["first"])
+  return Params(
+    embedding=jnp.asarray(state["model.embed_tokens.weight"], dtype),
+    layers=routed,
     final_norm=jnp.asarray(state["model.norm.weight"], dtype),
     unembedding=jnp.asarray(state["lm_head.weight"], dtype),
+    dense_layers=blocks(experts=None, shared_expert=every_token("mlp.")) if layers else None,
   )
 
 

@@ -39,33 +39,50 @@ def member_logits(
     return x / np.sqrt(np.mean(x * x) + config.rms_norm_eps) * weight
 
   def rope(x, position):
-    half = config.head_dim // 2
+    half = (config.rotary_dim or config.head_dim) // 2
     frequencies = config.rope_theta ** (-np.arange(half) / half)
     if config.rope_scaling is None:
       magnitude = 1.0
     else:
       frequencies, magnitude = yarn(config, frequencies), config.rope_scaling.attention_factor
-    turned = (x[:, :half] + 1j * x[:, half:]) * magnitude * np.exp(1j * position * frequencies)
-    return np.concatenate([turned.real, turned.imag], axis=-1)
+    pairs = x[:, :half] + 1j * x[:, half : 2 * half]
+    turned = pairs * magnitude * np.exp(1j * position * frequencies)
+    return np.concatenate([turned.real, turned.imag, x[:, 2 * half :]], axis=-1)
 
   def gates(clean, noisy, chosen, layer):
     """The weights of the chosen experts by the setting's rule."""
     source = noisy if roster.gate_weights == "noisy" else clean
-    probabilities = np.exp(source - source.max())
-    probabilities /= probabilities.sum()
+    if config.router == "sigmoid":
+      probabilities = 1 / (1 + np.exp(-source))
+    else:
+      probabilities = np.exp(source - source.max())
+      probabilities /= probabilities.sum()
     weights = probabilities[chosen]
     if config.unit_gates:
       scales = p.layers.gate_scales[layer, chosen] if config.gate_scales else 0
       weights = 1 + scales * weights
     weights = np.where(np.isneginf(noisy[chosen]), 0, weights)
+    weights = config.gate_multiplier * weights
     if config.normalize_gates:
-      return weights / weights.sum()
+      return config.gate_multiplier * weights / weights.sum()
     if config.gate_mass_experts:
       return weights * weights[: config.gate_mass_experts].sum() / weights.sum()
     if roster.gate_weights == "clean_rescaled":
-      mass = np.sort(probabilities)[-len(chosen) :].sum()
+      mass = config.gate_multiplier * probabilities[best(clean, layer)].sum()
       return weights * mass / weights.sum()
     return weights
+
+  def best(logits, layer):
+    """The experts that are chosen by these logits, best first."""
+    scores = logits
+    if config.router == "sigmoid":
+      scores = 1 / (1 + np.exp(-logits)) + p.layers.correction_bias[layer]
+      size = config.num_experts // config.expert_groups
+      groups = np.split(np.arange(config.num_experts), config.expert_groups)
+      totals = [np.sort(scores[group])[-2:].sum() for group in groups]
+      for i in np.argsort(totals)[: config.expert_groups - config.groups_per_token]:
+        scores[i * size : (i + 1) * size] = -np.inf
+    return np.argsort(-scores)[: config.experts_per_token]
 
   def perturbed(clean, index, layer, position):
     """The logits by which a member chooses."""
@@ -87,20 +104,26 @@ def member_logits(
         noisy[[expert, other]] = clean[[other, expert]]
     return noisy
 
+  def every_token(mlp, row, x):
+    gate, up = np.einsum("d,fid->if", x, mlp.gate_up[row])
+    return (gate / (1 + np.exp(-gate)) * up) @ mlp.down[row]
+
   def block(x, layer, position, index, history):
-    a = p.layers.attention
-    normed = norm(x, p.layers.attention_norm[layer])
+    first = config.first_dense_layers
+    stack, row = (p.dense_layers, layer) if layer < first else (p.layers, layer - first)
+    a = stack.attention
+    normed = norm(x, stack.attention_norm[row])
     query, key, value = (
-      np.einsum("d,hcd->hc", normed, w[layer]) + (b[layer] if config.qkv_bias else 0)
+      np.einsum("d,hcd->hc", normed, w[row]) + (b[row] if config.qkv_bias else 0)
       for w, b in ((a.query, a.query_bias), (a.key, a.key_bias), (a.value, a.value_bias))
     )
     if config.qk_norm_per_head:
       query, key = (
-        np.stack([norm(head, weight[layer]) for head in heads])
+        np.stack([norm(head, weight[row]) for head in heads])
         for heads, weight in ((query, a.query_norm), (key, a.key_norm))
       )
     elif config.qk_norm:
-      query, key = norm(query, a.query_norm[layer]), norm(key, a.key_norm[layer])
+      query, key = norm(query, a.query_norm[row]), norm(key, a.key_norm[row])
     if config.clip_qkv is not None:
       query, key, value = (
         np.clip(v, -config.clip_qkv, config.clip_qkv) for v in (query, key, value)
@@ -114,27 +137,29 @@ def member_logits(
       group = head // (config.num_heads // config.num_kv_heads)
       scores = np.array([query[head] @ k[group] for k, _ in seen]) * scale
       weights = np.exp(scores)
-      total = weights.sum() + (np.exp(a.sinks[layer, head]) if config.attention_sinks else 0)
+      total = weights.sum() + (np.exp(a.sinks[row, head]) if config.attention_sinks else 0)
       heads.append(sum(w * v[group] for w, (_, v) in zip(weights / total, seen)))
-    x = x + residual * np.einsum("hc,hcd->d", np.array(heads), a.output[layer])
+    x = x + residual * np.einsum("hc,hcd->d", np.array(heads), a.output[row])
     if config.output_bias:
-      x = x + residual * a.output_bias[layer]
+      x = x + residual * a.output_bias[row]
 
-    normed = norm(x, p.layers.moe_norm[layer])
-    clean = p.layers.router[layer] @ normed
+    normed = norm(x, stack.moe_norm[row])
+    if layer < first:
+      return x + residual * every_token(stack.shared_expert, row, normed), (key, value)
+    clean = p.layers.router[row] @ normed
     if config.router_bias:
-      clean = clean + p.layers.router_bias[layer]
+      clean = clean + p.layers.router_bias[row]
     noisy = perturbed(clean, index, layer, position)
-    chosen = np.argsort(-noisy)[: config.experts_per_token]
+    chosen = best(noisy, row)
     if index is not None:
       record(layer, position, chosen)
-    for expert, weight in zip(chosen, gates(clean, noisy, chosen, layer)):
+    for expert, weight in zip(chosen, gates(clean, noisy, chosen, row)):
       experts = p.layers.experts
-      gate, up = np.einsum("d,fid->if", normed, experts.gate_up[layer, expert])
+      gate, up = np.einsum("d,fid->if", normed, experts.gate_up[row, expert])
       if config.expert_bias:
         gate, up = (
-          gate + experts.gate_up_bias[layer, expert, :, 0],
-          (up + experts.gate_up_bias[layer, expert, :, 1]),
+          gate + experts.gate_up_bias[row, expert, :, 0],
+          (up + experts.gate_up_bias[row, expert, :, 1]),
         )
       if config.swiglu_limit is None:
         hidden = gate / (1 + np.exp(-gate)) * up
@@ -142,16 +167,13 @@ def member_logits(
         gate = np.minimum(gate, config.swiglu_limit)
         up = np.maximum(np.minimum(up, config.swiglu_limit), -config.swiglu_limit)
         hidden = gate / (1 + np.exp(-config.swiglu_alpha * gate)) * (up + 1)
-      y = hidden @ experts.down[layer, expert]
-      x = x + residual * weight * (
-        y + experts.down_bias[layer, expert] if config.expert_bias else y
-      )
+      y = hidden @ experts.down[row, expert]
+      x = x + residual * weight * (y + experts.down_bias[row, expert] if config.expert_bias else y)
     if config.d_shared_expert:
       shared = p.layers.shared_expert
-      gate, up = np.einsum("d,fid->if", normed, shared.gate_up[layer])
-      y = (gate / (1 + np.exp(-gate)) * up) @ shared.down[layer]
+      y = every_token(shared, row, normed)
       if config.shared_expert_gate:
-        y = y / (1 + np.exp(-(shared.gate[layer, 0] @ normed)))
+        y = y / (1 + np.exp(-(shared.gate[row, 0] @ normed)))
       x = x + residual * y
     return x, (key, value)
 

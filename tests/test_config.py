@@ -263,9 +263,9 @@ def test_missing_keys_mean_what_they_mean_to_transformers(family):
 
   changes = dict(
     clip_qkv=0.5,
-    head_dim=6,
+    head_dim=12,
     initializer_range=0.5,
-    hidden_size=128,
+    hidden_size=256,
     num_attention_heads=64,  # divisible by every default of num_key_value_heads
     norm_topk_prob=True,
     num_hidden_layers=5,
@@ -275,6 +275,8 @@ def test_missing_keys_mean_what_they_mean_to_transformers(family):
   )
   if FAMILIES[family].has_window:
     changes |= dict(sliding_window=7, use_sliding_window=True)
+  if family in hf.SIGMOID:  # each default fits with the other values
+    changes |= dict(n_routed_experts=32, topk_group=1)
   kinds = ["sliding_attention", "full_attention", "full_attention"]
   bases = [
     hf.config_json(family, **changes),

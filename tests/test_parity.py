@@ -80,6 +80,11 @@ CASES |= {
   "granitemoe_biases": hf.config_json("granitemoe", attention_bias=True, head_dim=12),
   "granitemoeshared": hf.config_json("granitemoeshared"),
   "granitemoeshared_without": hf.config_json("granitemoeshared", shared_intermediate_size=0),
+  "glm4_moe": hf.config_json("glm4_moe"),
+  "glm4_moe_one_group": hf.config_json(
+    "glm4_moe", n_group=1, topk_group=1, use_qk_norm=False, norm_topk_prob=False
+  ),
+  "dots1": hf.config_json("dots1"),
   "mistral": hf.config_json("mistral"),
   "mistral_window": hf.config_json("mistral", sliding_window=6, head_dim=12),
   "qwen2": hf.config_json("qwen2"),

@@ -81,7 +81,9 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
 
 
 @pytest.mark.parametrize(
-  "model, cache", list(zip(hf.ROUTED, 4 * ["clean", "standard"])), indirect=["model"]
+  "model, cache",
+  [*zip((*hf.ROUTED, "glm4_moe"), 4 * ["clean", "standard"]), ("glm4_moe", "clean")],
+  indirect=["model"],
 )
 def test_members_are_those_of_the_definition(model, cache):
   config, params = model

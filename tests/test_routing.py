@@ -301,3 +301,96 @@ def test_a_dense_model_does_not_route():
     )
   )
   assert "top_k[" in program and "sort[" in program
+
+
+SIGMOID = tiny.config(
+  "glm4_moe", num_experts=12, experts_per_token=3, expert_groups=4, groups_per_token=2
+)
+
+
+def deepseek_gate(logits, noisy, bias, config, gate_weights):
+  """The experts and gates of DeepSeek-V3's router in float64, as a loop over tokens and groups.
+
+  Noise is in the logits by which experts are chosen.
+  """
+  sigmoid = lambda x: 1 / (1 + np.exp(-x))
+  all_experts, all_gates = [], []
+  for clean, perturbed in zip(logits.astype(np.float64), noisy.astype(np.float64)):
+
+    def best(values):
+      score = [-np.inf if np.isneginf(v) else sigmoid(v) + b for v, b in zip(values, bias)]
+      groups = np.split(np.arange(len(score)), config.expert_groups)
+      totals = [
+        sum(sorted((score[e] for e in group if np.isfinite(score[e])), reverse=True)[:2])
+        if np.isfinite([score[e] for e in group]).any()
+        else -np.inf
+        for group in groups
+      ]
+      kept = np.argsort(totals)[::-1][: config.groups_per_token]
+      left = [e for g in kept for e in groups[g]]
+      return sorted(left, key=lambda e: -score[e])[: config.experts_per_token]
+
+    experts = best(perturbed)
+    source = sigmoid(perturbed if gate_weights == "noisy" else clean)
+    gates = np.array([0 if np.isneginf(perturbed[e]) else source[e] for e in experts])
+    if config.normalize_gates:
+      gates = gates / gates.sum()
+    elif gate_weights == "clean_rescaled":
+      gates = gates * sum(sigmoid(clean)[e] for e in best(clean)) / gates.sum()
+    all_experts.append(experts)
+    all_gates.append(config.gate_multiplier * gates)
+  return np.array(all_experts), np.array(all_gates)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("gate_weights", routing.GATE_WEIGHTS)
+def test_sigmoid_routers_choose_with_noise_bias_and_groups(normalize, gate_weights):
+  config = SIGMOID.replace(normalize_gates=normalize)
+  logits, noise = random_rows(num_experts=12)
+  bias = np.random.RandomState(1).uniform(-0.5, 0.5, 12).astype(np.float32)
+  noisy = logits + noise
+  noisy[:50, ::3] = -np.inf  # one expert of each group is banned,
+  noisy[50:100, :5] = -np.inf  # or one whole group and some of another
+  expected = deepseek_gate(logits, noisy, bias, config, gate_weights)
+  arguments = *map(jnp.asarray, (logits, noisy)), gate_weights
+  experts, gates = routing.route(config, *arguments, bias=jnp.asarray(bias))
+  np.testing.assert_array_equal(experts, expected[0])
+  np.testing.assert_allclose(gates, expected[1], rtol=3e-6)
+  # The noise changes groups, and the bias does what it should not for gates.
+  assert np.mean(experts // 3 != routing.route(config, arguments[0])[0] // 3) > 0.1
+  assert np.any(experts != routing.route(config, *arguments)[0])
+
+
+@pytest.mark.parametrize("gate_weights", routing.GATE_WEIGHTS)
+def test_zero_noise_of_a_sigmoid_router_is_bitwise_no_noise(gate_weights):
+  logits, bias = jnp.asarray(random_rows(num_experts=12)[0]), jnp.linspace(-1, 1, 12)
+  expected = routing.route(SIGMOID, logits, bias=bias)
+  actual = routing.route(SIGMOID, logits, logits + 0.0, gate_weights, bias=bias)
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_an_only_expert_of_a_sigmoid_router_gets_all_weight():
+  """Where every expert but one is at -inf, its group wins whatever the biases are."""
+  logits, bias = random_rows(num_experts=12)[0], jnp.full(12, -3.0).at[:6].set(3.0)
+  alone = jnp.where(jnp.arange(12) == 7, jnp.asarray(logits), -jnp.inf)
+  experts, gates = routing.route(SIGMOID, jnp.asarray(logits), alone, bias=bias)
+  np.testing.assert_array_equal(experts[:, 0], 7)
+  np.testing.assert_allclose(gates, [[2.5, 0, 0]] * len(logits), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (dict(expert_groups=5), "must divide num_experts"),
+    (dict(expert_groups=12), "groups of at least two"),
+    (dict(groups_per_token=5), "groups_per_token must be at most expert_groups"),
+    (dict(experts_per_token=7), "enough for experts_per_token"),
+    (dict(router="linear"), "are for router 'sigmoid'"),
+    (dict(first_dense_layers=3), "less than num_layers"),
+    (dict(d_dense=0), "positive with d_dense"),
+    (dict(rotary_dim=5), "rotary_dim must be even"),
+  ],
+)
+def test_impossible_sigmoid_routers_are_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    SIGMOID.replace(**changes)

@@ -34,7 +34,7 @@ def params(config, seed=0, scale=0.3):
       if spec.init == "ones"
       else scale * random.standard_normal(spec.shape)
     )
-    return jnp.asarray(array, config.dtype)
+    return jnp.asarray(array, spec.dtype or config.dtype)
 
   return jax.tree.map(value, params_lib.describe(config))
 

@@ -40,7 +40,7 @@ class Tuned(struct.PyTreeNode):
 
 
 def matrices(config: ModelConfig) -> list[str]:
-  """Returns the names of the matrices that get adapters: all except the router's."""
+  """Returns the names of the matrices that get adapters: all in layers but the router's."""
   return [
     name
     for name, spec in named_leaves(params_lib.describe(config).layers).items()
@@ -69,7 +69,7 @@ def init(
   return Tuned(
     {name: jnp.zeros((*leaves[name].shape[:-1], rank)) for name in names},
     {
-      name: deviation * jax.random.normal(k, (config.num_layers, rank, config.d_model))
+      name: deviation * jax.random.normal(k, (config.num_expert_layers, rank, config.d_model))
       for name, k in zip(names, jax.random.split(key, len(names) or 1))
     },
     {name: leaves[name].astype(jnp.float32) for name in whole},
@@ -108,7 +108,9 @@ def forward(
     tokens_BxT: int32.
     strategy: a differentiable one of `experts.apply`.
   """
-  one_layer = config.replace(num_layers=1, sliding_window=None, sliding_layers=())
+  one_layer = config.replace(
+    num_layers=1, sliding_window=None, sliding_layers=(), first_dense_layers=0, d_dense=0
+  )
   batch = TokenBatch(jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape))
   options = LayerOptions(strategy=strategy)
 
@@ -119,6 +121,8 @@ def forward(
     return x, None
 
   x = transformer.embed(params, config, tokens_BxT)
+  dense = LayerOptions((0, config.first_dense_layers), strategy=strategy)
+  x, _, _ = transformer.run_layers(params, config, x, batch, options=dense)
   policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
   x, _ = jax.lax.scan(jax.checkpoint(block, policy=policy), x, (params.layers, tuned))
   return transformer.unembed(params, config, x)

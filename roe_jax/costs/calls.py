@@ -135,12 +135,14 @@ def call(
   abstract = params_lib.abstract(config)
   item = abstract.final_norm.dtype.itemsize
   per_expert = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(abstract.layers.experts))
-  per_expert /= config.num_layers * config.num_experts
+  per_expert /= config.num_expert_layers * config.num_experts
   t, e = mesh.shape[TENSOR], mesh.shape[EXPERT]
   vocab = vocabulary_axes(config, mesh)
   head_size = config.vocab_size * config.d_model // num_shards(mesh, vocab)
   router_size = flops_lib.router_size(config)
-  sharded_flops = (flops_lib.projection_flops(config) + flops_lib.shared_expert_flops(config)) / t
+  projections = flops_lib.projection_flops(config)
+  sharded_flops = (projections + flops_lib.shared_expert_flops(config)) / t
+  dense_layer_flops = (projections + flops_lib.dense_flops(config)) / t
   expert_flops = config.experts_per_token * 6 * config.d_model * config.d_expert / (e * t)
   key_bytes = config.num_kv_heads * config.head_dim * item / t  # of a position's keys
   tokens = batch_size * positions
@@ -152,7 +154,7 @@ def call(
     state = _collectives(mesh, ("all-gather", 4 * batch_size, (DATA, EXPERT)))
     cost.collectives += Counter(dict.fromkeys(state, STATE_COLLECTIVES))
   for batch in batches(config, roster, mesh, batch_size, positions, platform):
-    layers, times = len(batch.layers), batch.times
+    (dense, layers), times = map(len, config.split(batch.layers)), batch.times
     unique_experts = flops_lib.expected_unique_experts(
       config, batch.group_members, batch.group_sequences * positions, overlap
     )
@@ -163,17 +165,20 @@ def call(
     attention_flops = sum(windows) / positions * flops_lib.attention_flops(config) / t
     cost.flops += times * (
       batch.tokens * (layers * (sharded_flops + 2 * router_size) + attention_flops)
+      + batch.tokens * dense * dense_layer_flops
       + layers * batch.group_tokens * expert_flops
     )
     dense_bytes = (sharded_flops / 2 + router_size) * item
     cost.weights += times * layers * (dense_bytes + unique_experts / e * per_expert / t)
+    cost.weights += times * dense * dense_layer_flops / 2 * item
     caches = roster.cache_mode.histories(batch.members)
     cost.cache += times * caches * batch.sequences * 2 * key_bytes * windows[-1]
     found = Counter()
-    for c, count in _layer_collectives(config, mesh, batch, item).items():
-      found[c] += layers * count
+    for number, is_dense in ((dense, True), (layers, False)):
+      for c, count in _layer_collectives(config, mesh, batch, item, is_dense).items():
+        found[c] += number * count
     if kind == "step" and batch.member_axes:
-      written = ("all-reduce", layers * batch.sequences * key_bytes, batch.member_axes)
+      written = ("all-reduce", len(batch.layers) * batch.sequences * key_bytes, batch.member_axes)
       found += _collectives(mesh, written, written)
     if kind != "prefill" and not batch.is_shared:
       cost.flops += times * 2 * batch.head_tokens * head_size
@@ -200,14 +205,16 @@ def _collectives(mesh, *wanted):
   return found
 
 
-def _layer_collectives(config: ModelConfig, mesh, batch: MemberBatch, item):
+def _layer_collectives(config: ModelConfig, mesh, batch: MemberBatch, item, is_dense):
   """Collectives of one layer; see `transformer._Block` and `experts.expert_parallel`."""
   sums = batch.tokens * config.d_model * 4
   wanted: list[tuple[str, float, tuple[str, ...]]] = [("all-reduce", sums, (TENSOR,))]  # attention
-  if config.d_shared_expert:
+  if is_dense or config.d_shared_expert:
     wanted.append(("all-reduce", sums, (TENSOR,)))
   if config.qk_norm and not config.qk_norm_per_head:
     wanted += 2 * [("all-reduce", batch.tokens * 4, (TENSOR,))]
+  if is_dense:
+    return _collectives(mesh, *wanted)
   if not batch.tokens_sharded:
     return _collectives(mesh, *wanted, ("all-reduce", sums, (EXPERT, TENSOR)))
   e, a = mesh.shape[EXPERT], config.experts_per_token

@@ -26,7 +26,9 @@ def forward_flops(
 
   def layers_flops(layers: range) -> int:
     attended = sum(window_size(config, layer, p) for layer in layers for p in positions)
-    return len(positions) * len(layers) * _layer_flops(config) + attended * attention_flops(config)
+    dense, routed = map(len, config.split(layers))
+    of_position = dense * _dense_layer_flops(config) + routed * _layer_flops(config)
+    return len(positions) * of_position + attended * attention_flops(config)
 
   predicted = len(positions) if predicted is None else predicted
   head = 2 * config.vocab_size * config.d_model * predicted
@@ -57,6 +59,15 @@ def _layer_flops(config):
     + config.experts_per_token * 6 * config.d_model * config.d_expert
     + shared_expert_flops(config)
   )
+
+
+def _dense_layer_flops(config):
+  return projection_flops(config) + dense_flops(config)
+
+
+def dense_flops(config: ModelConfig) -> int:
+  """The MLP of the first dense layers, per position and layer."""
+  return 6 * config.d_dense * config.d_model
 
 
 def projection_flops(config: ModelConfig) -> int:

@@ -839,7 +839,7 @@ def test_the_progress_bar_is_alone(tmp_path, capsys, caplog):
 def test_tables_fill_every_parameter_of_the_published_models(config):
   tensor_names.check_table(config)
   names = [
-    part.tensor
+    (part.tensor, part.parameter)
     for piece in checkpoint.plan_pieces(config)
     for part in tensor_names.parts(config, piece)
   ]

@@ -221,6 +221,55 @@ def emo_logits(torch, hf_config, tensors, tokens):
   return (norm(x, "model.norm") @ weights["lm_head.weight"].T).numpy()
 
 
+def test_ling_computes_what_glm_does_with_its_weights(tmp_path):
+  """BailingMoeV2 is GLM-4.5's architecture with its own names, and one tensor for q, k and v."""
+  pytest.importorskip("torch")
+  pytest.importorskip("transformers")
+  glm_config = hf.config_json("glm4_moe")
+  state = hf.random_state(glm_config, seed=2)
+  tensors = {}
+  for name, weight in hf.hub_state(glm_config, state).items():
+    for old, new in (
+      ("embed_tokens", "word_embeddings"),
+      ("self_attn.o_proj", "attention.dense"),
+      ("self_attn.q_norm", "attention.query_layernorm"),
+      ("self_attn.k_norm", "attention.key_layernorm"),
+      ("gate.e_score_correction_bias", "gate.expert_bias"),
+    ):
+      name = name.replace(old, new)
+    tensors[name] = weight
+  for layer, kind in ((i, kind) for i in range(3) for kind in ("weight", "bias")):
+    at = f"model.layers.{layer}."
+    three = [tensors.pop(f"{at}self_attn.{p}_proj.{kind}") for p in "qkv"]
+    tensors[f"{at}attention.query_key_value.{kind}"] = np.concatenate(three)
+  later = {"model.layers.3.eh_proj.weight": np.zeros((2, 2), np.float32)}  # predicts more tokens
+  hf_config = hf.config_json("bailing_moe_v2", torch_dtype="float32", num_nextn_predict_layers=1)
+  hf_config |= dict(model_type="bailing_moe", architectures=["BailingMoeV2ForCausalLM"])
+  (tmp_path / "hub").mkdir()
+  (tmp_path / "hub" / "config.json").write_text(json.dumps(hf_config))
+  save_file(tensors | later, tmp_path / "hub" / "model.safetensors")
+  convert_from_hugging_face(str(tmp_path / "hub"), str(tmp_path / "roe"))
+  params, config = checkpoint.load(tmp_path / "roe")
+  tokens = np.random.RandomState(0).randint(0, hf.SMALL["vocab_size"], (2, 20))
+  expected = hf.logits(hf.to_model(glm_config, state), tokens)
+  assert np.abs(logits(params, config, tokens) - expected).max() < 1e-5 * np.abs(expected).max()
+  convert_to_hugging_face(str(tmp_path / "roe"), str(tmp_path / "back"))
+  back = load_file(tmp_path / "back" / "model.safetensors")
+  assert set(back) == set(tensors)
+  for name, tensor in tensors.items():
+    np.testing.assert_array_equal(back[name], tensor, err_msg=name)
+  # Files in bfloat16 have biases in float32, and stay so.
+  half = {n: w if "expert_bias" in n else w.astype(jnp.bfloat16) for n, w in tensors.items()}
+  save_file(half, tmp_path / "hub" / "model.safetensors")
+  params, config = checkpoints_convert.load(str(tmp_path / "hub"))
+  assert config.dtype == "bfloat16"
+  bias = [tensors[f"model.layers.{i}.mlp.gate.expert_bias"] for i in (1, 2)]
+  np.testing.assert_array_equal(params.layers.correction_bias, bias)
+  checkpoints_convert.save_hugging_face(tmp_path / "again", params, config)
+  again = load_file(tmp_path / "again" / "model.safetensors")
+  assert {n: w.dtype for n, w in again.items()} == {n: w.dtype for n, w in half.items()}
+
+
 @pytest.mark.parametrize("shared", [1, 0])
 def test_emo_computes_what_its_published_code_does(tmp_path, shared):
   torch = pytest.importorskip("torch")
