@@ -14,11 +14,12 @@ first that is not; both are means over the tokens of --text, or of the reference
 import pathlib
 
 from absl import flags
-import tabulate
+
 
 from checkpoints_convert import outputs
 from experiments import tasks
 from experiments.cli import app, text_files
+from experiments.cli.extras import tabulate
 from experiments.evaluation.requests import TaskRequests
 from roe_jax import diagnostics, temperature_profiles
 from roe_jax.temperature_profiles import Profile

@@ -10,7 +10,7 @@ import json
 from roe_jax import rope, typed
 from roe_jax.quantization import FORMATS
 from roe_jax.rope import RopeScaling
-from roe_jax.routers import LINEAR, ROUTERS, SIGMOID
+from roe_jax.routers import LINEAR, RECURRENT, ROUTERS, SIGMOID
 
 DTYPES = ("float32", "bfloat16")
 # Tables are built for each layer and expert, also of a config that no file belongs to.
@@ -22,8 +22,8 @@ _POSITIVE = (
   "gate_multiplier rotary_dim"
 ).split()
 _NOT_NEGATIVE = (
-  "d_shared_expert first_dense_layers d_dense rms_norm_eps initializer_range bos_token_id "
-  "pad_token_id"
+  "d_shared_expert first_dense_layers d_dense router_state rms_norm_eps initializer_range "
+  "bos_token_id pad_token_id"
 ).split()
 
 
@@ -31,81 +31,79 @@ _NOT_NEGATIVE = (
 class ModelConfig:
   """A decoder-only transformer; a dense one has one expert per layer and no router.
 
-    Sizes use the axis letters of the shapes throughout the library.
+  Sizes use the axis letters of the shapes throughout the library.
 
-    Attributes:
-      family: the Hugging Face architecture, a name in `family_table.FAMILIES`.
-      vocab_size: V.
-      num_layers: L; every layer has attention and, except for the `first_dense_layers`, an MoE
-        block.
-      d_model: D.
-      num_heads: H, query heads.
-      num_kv_heads: K, key/value heads; divides H.
-      head_dim: C; even, for rotary embeddings.
-      num_experts: E, per layer.
-      experts_per_token: A, active experts per token.
-      d_expert: F, hidden width of one expert.
-      context_length: maximum sequence length, in tokens.
-      router: kind of router, a name in `routers.ROUTERS`.
-      unit_gates: whether the chosen experts have gates of one (dense models) instead of a softmax.
-      gate_scales: whether these gates are 1 + u p, with a learned scale u of each expert and the
-        softmax p over all experts (fine-tuned carved models).
-      normalize_gates: whether the gates of the chosen experts are scaled to sum to one
-        (Mixtral; `norm_topk_prob`) or remain a softmax over all experts.
-      gate_mass_experts: scales gates that are not normalized to the sum of the gates of
-        this many best experts; None: no scaling. No released model sets it: see
-        `routing.with_experts`.
-  <<<<<<< HEAD
-      expert_mass: if set, a token's experts are the fewest whose router probabilities (of a sigmoid
-        router, the shares of its scores without bias) sum to this
-        (XMoE, arXiv 2403.18926), at most `experts_per_token` and at least one. None, as in all
-        released models: always `experts_per_token`.
-      expert_mass_of: whether these probabilities are of the logits with noise ("noisy") or without
-        ("clean"); the order is that of the logits with noise.
-  =======
-      gate_multiplier: factor on all gates (DeepSeek-V3's `routed_scaling_factor`).
-      correction_bias: whether a sigmoid router has a bias of each expert that is added to the
-        scores by which experts are chosen, and not to their gates (arXiv 2408.15664).
-      expert_groups, groups_per_token: a sigmoid router chooses among the experts of
-        `groups_per_token` of so many groups of neighbors, those whose two largest scores have the
-        largest sum (DeepSeek-V3).
-  >>>>>>> routers
-      gates_in_model_dtype: whether gates are rounded to `dtype` before use (OLMoE) or kept
-        in float32 (Mixtral).
-      qk_norm: RMSNorm of queries and keys: over all heads (OLMoE) or, with
-        `qk_norm_per_head`, over each head (Qwen3).
-      clip_qkv: bound on the absolute value of queries, keys and values, or None.
-      qkv_bias, output_bias: biases of the query, key and value projections, and of the
-        output projection of attention.
-      attention_sinks: one learned logit per query head that takes part in the softmax
-        without a value (GPT-OSS).
-      sliding_window: attention window of the layers in `sliding_layers`, including the
-        current position; None without such layers.
-      sliding_layers: indices of those layers, ascending.
-      router_bias, expert_bias: biases of the router, and of both projections of every expert.
-      swiglu_limit, swiglu_alpha: parameters of GPT-OSS's clamped activation (see
-        `experts.Activation`); limit None: SwiGLU.
-      d_shared_expert: hidden width of an expert that processes every token; 0: none.
-      shared_expert_gate: whether its own gate weights it (Qwen2-MoE).
-      first_dense_layers: number of layers at the start with an MLP, of width `d_dense`, in place of
-        experts.
-      d_dense: hidden width of that MLP.
-      embedding_multiplier: factor on embedded tokens (Granite).
-      attention_multiplier: factor on attention scores; None: `C**-0.5`.
-      residual_multiplier: factor on what attention and the MoE block add to the residual stream.
-      logits_scaling: divides the logits.
-      rope_theta: base of the rotary embedding.
-      rotary_dim: how many dimensions at the start of each head are rotated, even; None: all.
-      rope_scaling: its extension to a longer context, or None.
-      rms_norm_eps: added to the mean square in every RMSNorm.
-      norm_weight_in_float32: whether the result of an RMSNorm is rounded to `dtype` after
-        its weight is applied (GPT-OSS) or before.
-      expert_format: storage format of the experts' matrices: a name in
-        `quantization.FORMATS`, or None for `dtype`.
-      initializer_range: standard deviation of the initial weights.
-      bos_token_id, pad_token_id: token ids, or None where the model has none.
-      eos_token_ids: tokens that end a sequence.
-      dtype: dtype of parameters and activations, one of `DTYPES`.
+  Attributes:
+    family: the Hugging Face architecture, a name in `family_table.FAMILIES`.
+    vocab_size: V.
+    num_layers: L; every layer has attention and, except for the `first_dense_layers`, an MoE
+      block.
+    d_model: D.
+    num_heads: H, query heads.
+    num_kv_heads: K, key/value heads; divides H.
+    head_dim: C; even, for rotary embeddings.
+    num_experts: E, per layer.
+    experts_per_token: A, active experts per token.
+    d_expert: F, hidden width of one expert.
+    context_length: maximum sequence length, in tokens.
+    router: kind of router, a name in `routers.ROUTERS`.
+    router_state: width of the state of a recurrent router; 0 for other kinds.
+    unit_gates: whether the chosen experts have gates of one (dense models) instead of a softmax.
+    gate_scales: whether these gates are 1 + u p, with a learned scale u of each expert and the
+      softmax p over all experts (fine-tuned carved models).
+    normalize_gates: whether the gates of the chosen experts are scaled to sum to one
+      (Mixtral; `norm_topk_prob`) or remain a softmax over all experts.
+    gate_mass_experts: scales gates that are not normalized to the sum of the gates of
+      this many best experts; None: no scaling. No released model sets it: see
+      `routing.with_experts`.
+    expert_mass: if set, a token's experts are the fewest whose router probabilities (of a sigmoid
+      router, the shares of its scores without bias) sum to this (XMoE, arXiv 2403.18926), at most
+      `experts_per_token` and at least one. None, as in all released models: always
+      `experts_per_token`.
+    expert_mass_of: whether these probabilities are of the logits with noise ("noisy") or without
+      ("clean"); the order is that of the logits with noise.
+    gate_multiplier: factor on all gates (DeepSeek-V3's `routed_scaling_factor`).
+    correction_bias: whether a sigmoid router has a bias of each expert that is added to the
+      scores by which experts are chosen, and not to their gates (arXiv 2408.15664).
+    expert_groups, groups_per_token: a sigmoid router chooses among the experts of
+      `groups_per_token` of so many groups of neighbors, those whose two largest scores have the
+      largest sum (DeepSeek-V3).
+    gates_in_model_dtype: whether gates are rounded to `dtype` before use (OLMoE) or kept
+      in float32 (Mixtral).
+    qk_norm: RMSNorm of queries and keys: over all heads (OLMoE) or, with
+      `qk_norm_per_head`, over each head (Qwen3).
+    clip_qkv: bound on the absolute value of queries, keys and values, or None.
+    qkv_bias, output_bias: biases of the query, key and value projections, and of the
+      output projection of attention.
+    attention_sinks: one learned logit per query head that takes part in the softmax
+      without a value (GPT-OSS).
+    sliding_window: attention window of the layers in `sliding_layers`, including the
+      current position; None without such layers.
+    sliding_layers: indices of those layers, ascending.
+    router_bias, expert_bias: biases of the router, and of both projections of every expert.
+    swiglu_limit, swiglu_alpha: parameters of GPT-OSS's clamped activation (see
+      `experts.Activation`); limit None: SwiGLU.
+    d_shared_expert: hidden width of an expert that processes every token; 0: none.
+    shared_expert_gate: whether its own gate weights it (Qwen2-MoE).
+    first_dense_layers: number of layers at the start with an MLP, of width `d_dense`, in place of
+      experts.
+    d_dense: hidden width of that MLP.
+    embedding_multiplier: factor on embedded tokens (Granite).
+    attention_multiplier: factor on attention scores; None: `C**-0.5`.
+    residual_multiplier: factor on what attention and the MoE block add to the residual stream.
+    logits_scaling: divides the logits.
+    rope_theta: base of the rotary embedding.
+    rotary_dim: how many dimensions at the start of each head are rotated, even; None: all.
+    rope_scaling: its extension to a longer context, or None.
+    rms_norm_eps: added to the mean square in every RMSNorm.
+    norm_weight_in_float32: whether the result of an RMSNorm is rounded to `dtype` after
+      its weight is applied (GPT-OSS) or before.
+    expert_format: storage format of the experts' matrices: a name in
+      `quantization.FORMATS`, or None for `dtype`.
+    initializer_range: standard deviation of the initial weights.
+    bos_token_id, pad_token_id: token ids, or None where the model has none.
+    eos_token_ids: tokens that end a sequence.
+    dtype: dtype of parameters and activations, one of `DTYPES`.
   """
 
   family: str
@@ -123,6 +121,7 @@ class ModelConfig:
   gates_in_model_dtype: bool
   qk_norm: bool
   router: str = LINEAR
+  router_state: int = 0
   unit_gates: bool = False
   gate_scales: bool = False
   gate_multiplier: float = 1.0
@@ -199,6 +198,11 @@ class ModelConfig:
     if self.experts_per_token > self.num_experts:
       raise ValueError(
         f"experts_per_token ({self.experts_per_token}) exceeds num_experts ({self.num_experts})"
+      )
+    if (self.router == RECURRENT) != (self.router_state > 0):
+      raise ValueError(
+        f"router_state must be positive with router {RECURRENT!r} and 0 without, got "
+        f"{self.router_state} with router {self.router!r}"
       )
     self._check_choice()
     if not (

@@ -1,7 +1,10 @@
 """Settings and small models shared by all tests."""
 
+import gc
 from importlib import metadata
+import inspect
 import os
+import pathlib
 import signal
 import threading
 
@@ -13,7 +16,11 @@ if threading.current_thread() is threading.main_thread():
 # Before JAX is imported: eight devices on the host, for the tests of sharding,
 # and little effort of LLVM, as nearly all of the tests' time is compiling.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_FLAGS = {"xla_force_host_platform_device_count": 8, "xla_backend_optimization_level": 0}
+_FLAGS = {
+  "xla_force_host_platform_device_count": 8,
+  "xla_backend_optimization_level": 0,
+  "xla_cpu_parallel_codegen_split_count": 2,  # each part of a program has costs of its own
+}
 # The older of two ways to make code of fusions, which jaxlib 0.10 is the last to have (others
 # end at a flag that they do not know), compiles in half of the time.
 if metadata.version("jaxlib").startswith("0.10."):
@@ -27,6 +34,33 @@ import hf
 import jax
 import pytest
 import tiny
+
+# The modules that take longest, in this order.
+LONGEST = (
+  "test_distributed",
+  "test_tune",
+  "test_window",
+  "test_score",
+  "test_roster",
+  "test_documents",
+  "test_compare",
+  "test_evaluate",
+  "test_notebooks",
+  "test_slots",
+  "test_meshes",
+  "test_restoring",
+  "test_diagnostics",
+  "test_costs",
+  "test_killed",
+  "test_generate",
+  "test_app",
+  "test_sharding",
+  "test_report",
+  "test_trials",
+  "test_train",
+  "test_quantization_program",
+  "test_quickstart",
+)
 
 # Set once for all tests: they are part of what a compiled function is cached by.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -44,11 +78,40 @@ def pytest_configure(config):
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
+def pytest_collection_modifyitems(items):
+  """Starts the longest modules first, so that no worker ends long after the others."""
+  position = {name: i for i, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: position.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_collection_finish():
+  """Collects garbage rarely: tracing makes many objects, of which few are garbage in cycles."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 50)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def programs_of_one_module():
-  """Frees the compiled programs of each module: a process may map only so many."""
+def programs_of_modules(request):
+  """Keeps compiled programs for the modules that follow, unless they may be in the way.
+
+  A module that replaces parts of the code must not find or leave programs of other code, and a
+  process may map only so many.
+  """
+  replaces = "setattr(" in inspect.getsource(request.module)
+  if replaces:
+    jax.clear_caches()
   yield
-  jax.clear_caches()
+  if replaces or not _has_room_for_programs():
+    jax.clear_caches()
+
+
+def _has_room_for_programs():
+  try:
+    limit = int(pathlib.Path("/proc/sys/vm/max_map_count").read_text("utf-8"))
+    return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n") < limit / 2
+  except OSError:  # no Linux
+    return False
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from roe_jax import attention, transformer
+from roe_jax import attention, routers, transformer
 from roe_jax import noise as noise_lib
 from roe_jax.config import ModelConfig
 from roe_jax.experts import Activation, shared
@@ -66,21 +67,29 @@ def member_states(
 
   def run(member, history):
     noise = noise_lib.RoutingNoise(keys, roster.temperatures, member, roster.perturb)
-    x = transformer.embed(params, config, tokens_BxT)
-    own_history = []
-    for layer in range(config.num_layers):
-      past = history[layer] if history else None
-      x, own = _block(params, config, x, positions, layer, noise, roster.gate_weights, past)
+    first, num_layers = config.first_dense_layers, config.num_layers
+    x, own_history = transformer.embed(params, config, tokens_BxT), []
+    for layers, begin, end in ((params.dense_layers, 0, first), (params.layers, first, num_layers)):
+      if begin == end:
+        continue
+
+      def step(x, layer_and_past, layers=layers, begin=begin):
+        layer, past = layer_and_past
+        block = params.router_cell, layers, layer - begin, layer
+        return _block(config, *block, x, positions, noise, roster.gate_weights, past)
+
+      past = jax.tree.map(lambda a: a[begin:end], history)
+      x, own = jax.lax.scan(step, x, (jnp.arange(begin, end), past))
       own_history.append(own)
-    return x, own_history
+    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *own_history)
 
   history = run(jnp.int32(0), None)[1] if roster.cache_mode.is_shared else None
   return jax.lax.map(lambda member: run(member, history)[0], jnp.asarray(roster.members))
 
 
-def _block(params, config, x, positions, layer, noise, gate_weights, history):
-  first, model_layer = config.first_dense_layers, layer
-  layers, layer = (params.dense_layers, layer) if layer < first else (params.layers, layer - first)
+def _block(config, cell, layers, layer, model_layer, x, positions, noise, gate_weights, history):
+  """Runs a block: number `layer` of `layers`, `model_layer` of the model."""
+  x, state = jnp.split(x, [config.d_model], axis=-1)
   experts = jax.tree.map(lambda w: w[layer], layers.experts)
   experts = jax.tree.map(
     lambda w: dequantize(w) if is_quantized(w) else to_compute_dtype(w),
@@ -90,7 +99,10 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
   cos, sin = attention.rotation(config, positions)
   normed = transformer.norm(config, x, layers.attention_norm[layer])
   query, key, value = attention.project(config, layers.attention, layer, normed, cos, sin)
-  window = config.sliding_window if model_layer in config.sliding_layers else None
+  window = None
+  if config.sliding_layers:
+    slides = np.isin(np.arange(config.num_layers), config.sliding_layers)
+    window = jnp.where(jnp.asarray(slides)[model_layer], config.sliding_window, x.shape[1])
   sinks = layers.attention.sinks
   sinks = None if sinks is None else to_compute_dtype(sinks[layer])
   keys, values = history or (key, value)
@@ -100,8 +112,12 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
   normed = transformer.norm(config, x, layers.moe_norm[layer])
   if layers.experts is None:
     y = shared(layers.shared_expert, layer, normed)
-    return transformer.add_to_residual(config, x, y), (key, value)
-  logits = transformer.router_logits(config, layers, layer, normed)
+    x = transformer.add_to_residual(config, x, y)
+    return jnp.concatenate([x, state], axis=-1), (key, value)
+  if config.router_state:
+    state = routers.advance(cell, layers.router_projection, layer, normed, state)
+  of_router = state if config.router_state else normed
+  logits = transformer.router_logits(config, layers, layer, of_router)
   perturbed = noise.perturb(model_layer, logits, config.experts_per_token)
   chosen, gates = transformer.route(config, layers, layer, logits, perturbed, gate_weights)
   by_expert = jnp.sum(jax.nn.one_hot(chosen, config.num_experts) * gates[..., None], axis=-2)
@@ -117,7 +133,8 @@ def _block(params, config, x, positions, layer, noise, gate_weights, history):
   y = rounded(y, x.dtype)
   if config.d_shared_expert:
     y = add(y, shared(layers.shared_expert, layer, normed))
-  return transformer.add_to_residual(config, x, y), (key, value)
+  x = transformer.add_to_residual(config, x, y)
+  return jnp.concatenate([x, state], axis=-1), (key, value)
 
 
 def _attend(query, own_key, own_value, keys, values, sinks, window, scale):
@@ -137,7 +154,7 @@ def _attend(query, own_key, own_value, keys, values, sinks, window, scale):
   )
   diagonal, earlier = jnp.eye(t, dtype=bool), jnp.tri(t, k=-1, dtype=bool)
   if window is not None:
-    earlier &= ~jnp.tri(t, k=-window, dtype=bool)
+    earlier &= jnp.arange(t)[None] > jnp.arange(t)[:, None] - window
   scores = jnp.where(diagonal, own[..., None], scores) * scale
   scores = jnp.where(diagonal | earlier, scores, -jnp.inf)
   if sinks is not None:

@@ -68,7 +68,9 @@ def generated(family, name, sampled):
 
 
 def score(family, texts, **options):
+  """Scores of the texts; four at a time, whatever their number, so that few shapes compile."""
   config, params = tiny_model(family)
+  options = {"min_shape": (4, prefill.MIN_CAPACITY)} | options
   return score_lib.score(params, config, texts, **options).sequences
 
 
@@ -106,6 +108,7 @@ def test_batches_and_chunks_do_not_matter(name):
     request_ids=[IDS[i] for i in order],
     batch_size=2,
     chunk_size=3,
+    min_shape=(1, prefill.MIN_CAPACITY),
   )
   assert_scored_as_generated(again, [completions[i] for i in order])
 
@@ -329,6 +332,7 @@ def test_candidates_for_the_last_token_are_scored_as_texts_of_their_own(name):
       starts=[start] * len(choices),
       roster=roster,
       request_ids=[i] * len(choices),
+      chunk_size=8,
       output_temperatures=(1.0, 1.7),
     )
     assert found.candidate_log_probs.shape == (len(choices), 2)

@@ -50,14 +50,13 @@ class Config:
 
 
 CONFIGS = figure_models.configs(
-  Config(), embedded=Config("wordmath", (9,), tau=0.5, num_examples=100, num_seeds=16)
+  Config(), embedded=Config("wordmath", (9,), tau=0.5, num_examples=24, num_seeds=8)
 )
 # Name: the noise, and the part of the layers that has it.
 SCHEMES = {
   REFERENCE: ("gumbel", (0.0, 1.0)),
   "antithetic": ("antithetic", (0.0, 1.0)),
   "stratified": ("stratified", (0.0, 1.0)),
-  "coupled, 0.25": ("coupled(correlation=0.25)", (0.0, 1.0)),
   "coupled, 0.5": ("coupled(correlation=0.5)", (0.0, 1.0)),
   "coupled, 0.75": ("coupled(correlation=0.75)", (0.0, 1.0)),
   "first half of the layers": ("gumbel", (0.0, 0.5)),

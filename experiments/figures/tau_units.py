@@ -44,18 +44,18 @@ class Config:
   checkpoints: tuple[str, ...] = ()
   task: str = "paper/gsm8k"
   num_members: int = 8
-  logits: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.45, 0.7, 1.0)
-  spread: tuple[float, ...] = (0.02, 0.04, 0.08, 0.12, 0.18, 0.28, 0.4)
-  margin: tuple[float, ...] = (0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.5)
+  logits: tuple[float, ...] = (0.1, 0.2, 0.35, 0.6, 1.0)
+  spread: tuple[float, ...] = (0.05, 0.1, 0.18, 0.3, 0.5)
+  margin: tuple[float, ...] = (0.15, 0.3, 0.6, 1.2, 2.5)
   num_examples: int = 300
   num_seeds: int = 3
 
 
 _EMBEDDED = tuple(
-  f"embedded:wordmath_{name}" for name in ("control", "overtrained", "1of16", "2of16", "4of32")
+  f"embedded:wordmath_{name}" for name in ("control", "overtrained", "2of16", "4of32")
 )
 CONFIGS = figure_models.configs(
-  Config(), embedded=Config(_EMBEDDED, task="wordmath", num_examples=100, num_seeds=2)
+  Config(), embedded=Config(_EMBEDDED, task="wordmath", num_examples=80, num_seeds=1)
 )
 
 
