@@ -15,7 +15,6 @@ import pathlib
 
 from absl import flags
 
-
 from checkpoints_convert import outputs
 from experiments import tasks
 from experiments.cli import app, text_files

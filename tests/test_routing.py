@@ -288,14 +288,16 @@ def test_fewer_experts_than_the_model_has_are_those_of_a_model_with_so_many(fami
     few = config.replace(experts_per_token=count)
     own[count] = routing.route(few, logits, logits + noise, gate_weights, scales)
     experts, gates = routing.route(
-      config, logits, logits + noise, gate_weights, scales, jnp.int32(count)
+      config, logits, logits + noise, gate_weights, scales, count=jnp.int32(count)
     )
     np.testing.assert_array_equal(experts[:, :count], own[count][0])
     np.testing.assert_array_equal(experts[:, count:], 8)
     np.testing.assert_allclose(gates[:, :count], own[count][1], rtol=1e-6)
     np.testing.assert_array_equal(gates[:, count:], 0)
   rows = np.array([1, 3, 5] * 167)[:500]
-  found = routing.route(config, logits, logits + noise, gate_weights, scales, jnp.asarray(rows))
+  found = routing.route(
+    config, logits, logits + noise, gate_weights, scales, count=jnp.asarray(rows)
+  )
   for count, expected in own.items():
     for actual, wanted in zip(found, expected):
       np.testing.assert_allclose(actual[rows == count][:, :count], wanted[rows == count], rtol=1e-6)
