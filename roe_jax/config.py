@@ -10,7 +10,7 @@ import json
 from roe_jax import rope, typed
 from roe_jax.quantization import FORMATS
 from roe_jax.rope import RopeScaling
-from roe_jax.routers import LINEAR, ROUTERS, SIGMOID
+from roe_jax.routers import LINEAR, RECURRENT, ROUTERS, SIGMOID
 
 DTYPES = ("float32", "bfloat16")
 # Tables are built for each layer and expert, also of a config that no file belongs to.
@@ -22,8 +22,8 @@ _POSITIVE = (
   "gate_multiplier rotary_dim"
 ).split()
 _NOT_NEGATIVE = (
-  "d_shared_expert first_dense_layers d_dense rms_norm_eps initializer_range bos_token_id "
-  "pad_token_id"
+  "d_shared_expert first_dense_layers d_dense router_state rms_norm_eps initializer_range "
+  "bos_token_id pad_token_id"
 ).split()
 
 
@@ -47,6 +47,7 @@ class ModelConfig:
     d_expert: F, hidden width of one expert.
     context_length: maximum sequence length, in tokens.
     router: kind of router, a name in `routers.ROUTERS`.
+    router_state: width of the state of a recurrent router; 0 for other kinds.
     unit_gates: whether the chosen experts have gates of one (dense models) instead of a softmax.
     gate_scales: whether these gates are 1 + u p, with a learned scale u of each expert and the
       softmax p over all experts (fine-tuned carved models).
@@ -114,6 +115,7 @@ class ModelConfig:
   gates_in_model_dtype: bool
   qk_norm: bool
   router: str = LINEAR
+  router_state: int = 0
   unit_gates: bool = False
   gate_scales: bool = False
   gate_multiplier: float = 1.0
@@ -188,6 +190,11 @@ class ModelConfig:
     if self.experts_per_token > self.num_experts:
       raise ValueError(
         f"experts_per_token ({self.experts_per_token}) exceeds num_experts ({self.num_experts})"
+      )
+    if (self.router == RECURRENT) != (self.router_state > 0):
+      raise ValueError(
+        f"router_state must be positive with router {RECURRENT!r} and 0 without, got "
+        f"{self.router_state} with router {self.router!r}"
       )
     self._check_choice()
     if not (

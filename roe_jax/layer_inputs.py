@@ -53,6 +53,8 @@ class LayerOptions:
     gate_weights: see `routing.route`.
     strategy: see `experts.apply`.
     keep: names of the `BlockOutputs` to return.
+    detach_router_state: whether no gradient flows through the state of a recurrent router from
+      layer to layer.
     tokens_sharded: see `experts.apply`; set inside a `shard_map`.
   """
 
@@ -60,4 +62,5 @@ class LayerOptions:
   gate_weights: str = routing.CLEAN
   strategy: str | None = None
   keep: tuple[str, ...] = ()
+  detach_router_state: bool = False
   tokens_sharded: bool = False

@@ -68,10 +68,20 @@ class LayerParams(struct.PyTreeNode):
   moe_norm: Any  # [L, D]
   experts: Any  # ExpertParams; None in dense layers
   router: Any = None  # [L, E, D], or as its kind in `routers` says; None without a router
+  router_projection: Any = None  # [L, q, D], of a recurrent router
   router_bias: Any = None  # [L, E]
   correction_bias: Any = None  # [L, E] float32
   gate_scales: Any = None  # [L, E]
   shared_expert: Any = None  # SharedExpertParams
+
+
+class RouterCell(struct.PyTreeNode):
+  """The gated recurrent unit of a recurrent router: its gates r and z, and the candidate."""
+
+  input: Any  # [3, q, q], input last
+  state: Any  # [3, q, q], input last
+  input_bias: Any  # [3, q]
+  state_bias: Any  # [3, q]
 
 
 class Params(struct.PyTreeNode):
@@ -82,6 +92,7 @@ class Params(struct.PyTreeNode):
   final_norm: Any  # [D]
   unembedding: Any  # [V, D]
   dense_layers: Any = None  # LayerParams of the first layers, whose MLP is `shared_expert`
+  router_cell: Any = None  # RouterCell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +139,8 @@ def describe(config: ModelConfig) -> Params:
     "expert_mlp": config.d_expert,
     "vocab": config.vocab_size,
     "shared_gate": 1,
+    "router_state": config.router_state,
+    "router_gates": 3,
   }
 
   def spec(*axes, init="normal", scale=1.0, dtype=None):
@@ -200,6 +213,7 @@ def describe(config: ModelConfig) -> Params:
       config.d_shared_expert,
       config.shared_expert_gate,
       router=spec_if(router is not None, "layers", *(router or ())),
+      router_projection=spec_if(config.router_state, "layers", "router_state", "embed"),
       experts=ExpertParams(
         gate_up=matrix("layers", "experts", "expert_mlp", "gate_up", "embed", contracted="embed"),
         down=matrix(
@@ -217,6 +231,14 @@ def describe(config: ModelConfig) -> Params:
     final_norm=spec("embed", init="ones"),
     unembedding=spec("vocab", "embed"),
     dense_layers=dense_layers,
+    router_cell=RouterCell(
+      input=spec("router_gates", "router_state", "router_state"),
+      state=spec("router_gates", "router_state", "router_state"),
+      input_bias=spec("router_gates", "router_state", init="zeros"),
+      state_bias=spec("router_gates", "router_state", init="zeros"),
+    )
+    if config.router_state
+    else None,
   )
 
 

@@ -5,15 +5,17 @@
 
 from collections.abc import Callable
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from roe_jax.numerics import add_bias, project, rounded
+from roe_jax.numerics import add_bias, project, rounded, to_compute_dtype
 
 LINEAR = "linear"
 NEURONS = "neurons"
 NONE = "none"
+RECURRENT = "recurrent"
 SIGMOID = "sigmoid"
 _SMALLEST = 1e-20  # where a neuron is zero, its logarithm is finite
 
@@ -23,8 +25,8 @@ class Router:
   """A kind of router.
 
   Attributes:
-    axes: logical axes of the weights of one layer, the model width last; None if it has none,
-      which allows one expert only.
+    axes: logical axes of the weights of one layer, the width of its input last; None if it has
+      none, which allows one expert only.
     score: maps the float32 projection of tokens by these weights and the bias, `[..., *axes[:-1]]`,
       to router logits `[..., E]`.
     in_float32: whether logits keep float32 precision.
@@ -46,7 +48,7 @@ class Router:
       weights: `[L, *axes]`, or None for a router without weights.
       bias: `[L, *axes[:-1]]` or None.
       layer: may be traced.
-      x: normalized hidden states `[..., D]`.
+      x: normalized hidden states `[..., D]`; of a recurrent router, its state `[..., q]`.
 
     Returns:
       `[..., E]` float32; zeros `[..., 1]` for a router without weights.
@@ -59,6 +61,35 @@ class Router:
     return scores.astype(jnp.float32)
 
 
+@jax.named_scope("router")
+def advance(
+  cell: Any, projections: jax.Array, layer: jax.Array | int, x: jax.Array, state: jax.Array
+) -> jax.Array:
+  """Advances the state of a recurrent router by one layer (RMoE, arXiv 2408.06793).
+
+  A gated recurrent unit over layers, not over time: each token has its own state, zero before the
+  first layer. With u = P_l x, r and z the sigmoids of W u + b + U h + b' of their gates, and
+  c = tanh(W_c u + b_c + r (U_c h + b'_c)), the new state is (1 - z) c + z h.
+
+  Args:
+    cell: a `params.RouterCell`, the same in all layers.
+    projections: P, `[L, q, D]`.
+    layer: may be traced.
+    x: normalized hidden states `[..., D]`.
+    state: h, `[..., q]` in the dtype of `x`.
+
+  Returns:
+    The state after the layer, `[..., q]` in the dtype of `x`.
+  """
+  u = rounded(project(x, projections, layer), x.dtype)
+  of_input = add_bias(project(u, cell.input[None], 0), cell.input_bias[None], 0)
+  of_state = add_bias(project(state, cell.state[None], 0), cell.state_bias[None], 0)
+  r, z = (jax.nn.sigmoid(of_input[..., i, :] + of_state[..., i, :]) for i in (0, 1))
+  candidate = jnp.tanh(of_input[..., 2, :] + r * of_state[..., 2, :])
+  old = to_compute_dtype(state).astype(jnp.float32)
+  return rounded((1 - z) * candidate + z * old, x.dtype)
+
+
 def _log_of_neurons(projected: jax.Array) -> jax.Array:
   """Returns log |h| of one SwiGLU neuron per expert from its gate and up projections."""
   hidden = jax.nn.silu(projected[..., 0]) * projected[..., 1]
@@ -69,6 +100,8 @@ ROUTERS = {
   LINEAR: Router(("routed_experts", "embed")),
   # CMoE (arXiv 2502.04416): the activation of one neuron represents its expert.
   NEURONS: Router(("routed_experts", "gate_up", "embed"), _log_of_neurons),
+  # RMoE (arXiv 2408.06793); see `advance`.
+  RECURRENT: Router(("routed_experts", "router_state")),
   # DeepSeek-V3 (arXiv 2412.19437).
   SIGMOID: Router(("routed_experts", "embed"), in_float32=True, gates_by_sigmoid=True),
   NONE: Router(None),

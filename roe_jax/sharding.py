@@ -52,7 +52,7 @@ RULES: dict[str, tuple[tuple[str, ...], ...]] = {
   **dict.fromkeys(
     (
       "layers embed embed_packed embed_groups head_dim gate_up shared_gate routed_experts "
-      "positions choices cache_positions one_head"
+      "router_state router_gates positions choices cache_positions one_head"
     ).split(),
     ((),),
   ),

@@ -16,6 +16,7 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -164,7 +165,8 @@ def fingerprint(params: Params) -> str:
   """
   digest = hashlib.sha256()
   layers = params.layers
-  for array in (layers.router, layers.router_bias, layers.correction_bias):
+  of_routers = layers.router, layers.router_bias, layers.correction_bias
+  for array in (*of_routers, *jax.tree.leaves((layers.router_projection, params.router_cell))):
     if array is not None:
       digest.update(np.asarray(jnp.asarray(array, jnp.bfloat16)).tobytes())
   return digest.hexdigest()

@@ -42,6 +42,7 @@ class TrainSettings:
     z_coefficient: weight of the router z-loss.
     noise_temperature: τ of Gumbel noise on all routers during training; 0 for none.
     noise_seed: seed of that noise.
+    detach_router_state: see `LayerOptions`.
     strategy: expert strategy, one of `STRATEGIES`.
   """
 
@@ -57,6 +58,7 @@ class TrainSettings:
   z_coefficient: float = 0.001
   noise_temperature: float = 0.0
   noise_seed: int = 0
+  detach_router_state: bool = False
   strategy: str = "padded"
 
   def __post_init__(self):
@@ -209,6 +211,7 @@ def loss(
     noise=_noise(config, settings, batch),
     keep=("experts", "router_logits"),
     strategy=settings.strategy,
+    detach_router_state=settings.detach_router_state,
   )
   weights = batch.weights[:, 1:]
   mask = batch.weights > 0

@@ -19,8 +19,8 @@ from roe_jax.experts import Activation
 from roe_jax.layer_inputs import CacheAccess, LayerOptions, TokenBatch
 from roe_jax.noise import RoutingNoise
 from roe_jax.numerics import add, add_bias, multiply, project, rms_norm, to_compute_dtype
-from roe_jax.params import LayerParams, Params
-from roe_jax.routers import ROUTERS
+from roe_jax.params import LayerParams, Params, RouterCell
+from roe_jax.routers import ROUTERS, advance
 
 
 class BlockOutputs(struct.PyTreeNode):
@@ -53,8 +53,25 @@ _OF_ATTENTION = ("keys", "values")
 
 @jax.named_scope("embed")
 def embed(params: Params, config: ModelConfig, tokens_BxT: jax.Array) -> jax.Array:
-  """Embeds tokens: hidden states `[B, T, D]` before the first block."""
-  return scale(_embed(params, tokens_BxT), config.embedding_multiplier)
+  """Embeds tokens: hidden states `[B, T, D]` before the first block.
+
+  Where a router is recurrent, its state follows each hidden state, which is then `[B, T, D + q]`
+  until `unembed`: so it goes wherever a hidden state goes.
+  """
+  x = scale(_embed(params, tokens_BxT), config.embedding_multiplier)
+  if not config.router_state:
+    return x
+  return _with_state(x, jnp.zeros((*x.shape[:-1], config.router_state), x.dtype))
+
+
+def _with_state(x, state):
+  """Appends the state of a recurrent router to hidden states."""
+  return x if state is None else jnp.concatenate([x, state], axis=-1)
+
+
+def _split_state(config, x):
+  """Returns hidden states `[..., D]` and the state of a recurrent router, or None."""
+  return (x[..., : config.d_model], x[..., config.d_model :]) if config.router_state else (x, None)
 
 
 def scale(x: jax.Array, factor: float) -> jax.Array:
@@ -76,6 +93,8 @@ def _embed(params, tokens_BxT):
 @jax.named_scope("unembed")
 def unembed(params: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
   """Computes float32 logits `[..., V]` from hidden states `[..., D]` after the last block."""
+
+  x, _ = _split_state(config, x)
 
   def run(final_norm, unembedding, x):
     logits = project(norm(config, x, final_norm), unembedding[None], 0)
@@ -165,7 +184,7 @@ def run_layers(
   for stack, own in zip((params.dense_layers, params.layers), config.split(layers)):
     if own:
       rotation = attention.rotation(config, tokens.positions_BxT)
-      block = _Block(config, stack, first, tokens, rotation)
+      block = _Block(config, stack, first, params.router_cell, tokens, rotation)
       x, cache, outputs = _run_stack(block, own, x, access.replace(cache=cache), options)
       found.append(outputs)
     first = config.first_dense_layers
@@ -222,10 +241,10 @@ def _run_layers_on_mesh(
   outputs = BlockOutputs(**{name: outputs[name] for name in options.keep if name in kept})
   sharded = sharding.EXPERT in sharding.axes_of(hidden)
 
-  def part(layers, dense_layers, x, tokens, access):
+  def part(layers, dense_layers, cell, x, tokens, access):
     layers = layers.replace(experts=experts.expert_parallel.bias_on_one_device(layers.experts))
     x, written, outputs = run_layers(
-      Params(None, layers, None, None, dense_layers),
+      Params(None, layers, None, None, dense_layers, cell),
       config,
       x,
       tokens,
@@ -251,9 +270,9 @@ def _run_layers_on_mesh(
   x, written, found = sharding.map_shards(
     part,
     mesh,
-    (specs.layers, specs.dense_layers, hidden, of_tokens, caches),
+    (specs.layers, specs.dense_layers, specs.router_cell, hidden, of_tokens, caches),
     (hidden, caches.cache if access.write else None, outputs),
-  )(params.layers, params.dense_layers, x, tokens, access)
+  )(params.layers, params.dense_layers, params.router_cell, x, tokens, access)
   return x, written if access.write else access.cache, found
 
 
@@ -267,12 +286,14 @@ class _Block:
   config: ModelConfig
   layers: LayerParams
   first: int
+  cell: RouterCell | None
   tokens: TokenBatch
   rotation: tuple[jax.Array, jax.Array]
 
   def __call__(self, layer, location, access, options, x, noise):
     """Returns the hidden states, the cache if written, and the outputs that are kept."""
     config, layers, row = self.config, self.layers, layer - self.first
+    x, state = _split_state(config, x)
     normed = norm(config, x, layers.attention_norm[row])
     new = attention.project(config, layers.attention, row, normed, *self.rotation)
     heads, cache = attention.attend_in_layer(
@@ -280,10 +301,12 @@ class _Block:
     )
     x = add_to_residual(config, x, attention.output(layers.attention, row, heads))
     bias = self.tokens.router_bias
-    x, chosen, logits = feed_forward(config, layers, row, x, noise, options, bias, self.first)
+    x, state, chosen, logits = feed_forward(
+      config, layers, row, x, noise, options, bias, self.first, self.cell, state
+    )
     outputs = {"keys": new[1], "values": new[2], "experts": chosen, "router_logits": logits}
     outputs = BlockOutputs(**{name: outputs[name] for name in options.keep})
-    return x, cache if access.write else None, outputs
+    return _with_state(x, state), cache if access.write else None, outputs
 
 
 def feed_forward(
@@ -295,21 +318,29 @@ def feed_forward(
   options: LayerOptions = LayerOptions(),
   router_bias: jax.Array | None = None,
   first: int = 0,
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+  cell: RouterCell | None = None,
+  state: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None]:
   """Runs the MoE half of a block, or the MLP of a dense one, on hidden states `[B, T, D]`.
 
   See `run_layers` for the arguments; `layer` is an index in `layers`, whose first is layer
-  `first` of the model.
+  `first` of the model. `cell` and `state` are those of a recurrent router.
 
   Returns:
-    The hidden states, and the chosen experts `[B, T, A]` and the router logits `[B, T, E]`, or
-    None for both in a dense layer.
+    The hidden states, the new state of a recurrent router, and the chosen experts `[B, T, A]` and
+    the router logits `[B, T, E]`, or None for both in a dense layer.
   """
   normed = norm(config, x, layers.moe_norm[layer])
   if layers.experts is None:
     y = experts.shared(layers.shared_expert, layer, normed)
-    return add_to_residual(config, x, y), None, None
-  logits = router_logits(config, layers, layer, normed)
+    return add_to_residual(config, x, y), state, None, None
+  of_router = normed
+  if state is not None:
+    if options.detach_router_state:
+      state = jax.lax.stop_gradient(state)
+    state = advance(cell, layers.router_projection, layer, normed, state)
+    of_router = state
+  logits = router_logits(config, layers, layer, of_router)
   logits = add_bias(logits, router_bias, first + layer)
   perturbed = None
   if noise is not None:
@@ -328,7 +359,7 @@ def feed_forward(
   ).reshape(b, t, d)
   if layers.shared_expert is not None:
     y = add(y, experts.shared(layers.shared_expert, layer, normed))
-  return add_to_residual(config, x, y), chosen, logits
+  return add_to_residual(config, x, y), state, chosen, logits
 
 
 def forward(

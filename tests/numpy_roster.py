@@ -108,7 +108,15 @@ def member_logits(
     gate, up = np.einsum("d,fid->if", x, mlp.gate_up[row])
     return (gate / (1 + np.exp(-gate)) * up) @ mlp.down[row]
 
-  def block(x, layer, position, index, history):
+  def recurrent_router(row, normed, state):
+    """The next state of a recurrent router."""
+    cell, sigmoid = p.router_cell, lambda v: 1 / (1 + np.exp(-v))
+    u = p.layers.router_projection[row] @ normed
+    of_input, of_state = cell.input @ u + cell.input_bias, cell.state @ state + cell.state_bias
+    r, z = sigmoid(of_input[:2] + of_state[:2])
+    return (1 - z) * np.tanh(of_input[2] + r * of_state[2]) + z * state
+
+  def block(x, state, layer, position, index, history):
     first = config.first_dense_layers
     stack, row = (p.dense_layers, layer) if layer < first else (p.layers, layer - first)
     a = stack.attention
@@ -145,8 +153,10 @@ def member_logits(
 
     normed = norm(x, stack.moe_norm[row])
     if layer < first:
-      return x + residual * every_token(stack.shared_expert, row, normed), (key, value)
-    clean = p.layers.router[row] @ normed
+      return x + residual * every_token(stack.shared_expert, row, normed), state, (key, value)
+    if config.router_state:
+      state = recurrent_router(row, normed, state)
+    clean = p.layers.router[row] @ (state if config.router_state else normed)
     if config.router_bias:
       clean = clean + p.layers.router_bias[row]
     noisy = perturbed(clean, index, layer, position)
@@ -175,16 +185,16 @@ def member_logits(
       if config.shared_expert_gate:
         y = y / (1 + np.exp(-(shared.gate[row, 0] @ normed)))
       x = x + residual * y
-    return x, (key, value)
+    return x, state, (key, value)
 
   def run(index, shared_history):
     """All positions of one member: logits, and its keys and values by layer."""
     own_history, logits = [[] for _ in layers], []
     for position, token in enumerate(tokens):
-      x = config.embedding_multiplier * p.embedding[token]
+      x, state = config.embedding_multiplier * p.embedding[token], np.zeros(config.router_state)
       for layer in layers:
         history = (shared_history or own_history)[layer][:position]
-        x, own = block(x, layer, position, index, history)
+        x, state, own = block(x, state, layer, position, index, history)
         own_history[layer].append(own)
       logits.append(p.unembedding @ norm(x, p.final_norm) / config.logits_scaling)
     return np.array(logits), own_history

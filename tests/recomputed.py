@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import attention, transformer
+from roe_jax import attention, routers, transformer
 from roe_jax import noise as noise_lib
 from roe_jax.config import ModelConfig
 from roe_jax.experts import Activation, shared
@@ -75,7 +75,7 @@ def member_states(
 
       def step(x, layer_and_past, layers=layers, begin=begin):
         layer, past = layer_and_past
-        block = layers, layer - begin, layer
+        block = params.router_cell, layers, layer - begin, layer
         return _block(config, *block, x, positions, noise, roster.gate_weights, past)
 
       past = jax.tree.map(lambda a: a[begin:end], history)
@@ -87,8 +87,9 @@ def member_states(
   return jax.lax.map(lambda member: run(member, history)[0], jnp.asarray(roster.members))
 
 
-def _block(config, layers, layer, model_layer, x, positions, noise, gate_weights, history):
+def _block(config, cell, layers, layer, model_layer, x, positions, noise, gate_weights, history):
   """Runs a block: number `layer` of `layers`, `model_layer` of the model."""
+  x, state = jnp.split(x, [config.d_model], axis=-1)
   experts = jax.tree.map(lambda w: w[layer], layers.experts)
   experts = jax.tree.map(
     lambda w: dequantize(w) if is_quantized(w) else to_compute_dtype(w),
@@ -111,8 +112,12 @@ def _block(config, layers, layer, model_layer, x, positions, noise, gate_weights
   normed = transformer.norm(config, x, layers.moe_norm[layer])
   if layers.experts is None:
     y = shared(layers.shared_expert, layer, normed)
-    return transformer.add_to_residual(config, x, y), (key, value)
-  logits = transformer.router_logits(config, layers, layer, normed)
+    x = transformer.add_to_residual(config, x, y)
+    return jnp.concatenate([x, state], axis=-1), (key, value)
+  if config.router_state:
+    state = routers.advance(cell, layers.router_projection, layer, normed, state)
+  of_router = state if config.router_state else normed
+  logits = transformer.router_logits(config, layers, layer, of_router)
   perturbed = noise.perturb(model_layer, logits, config.experts_per_token)
   chosen, gates = transformer.route(config, layers, layer, logits, perturbed, gate_weights)
   by_expert = jnp.sum(jax.nn.one_hot(chosen, config.num_experts) * gates[..., None], axis=-2)
@@ -128,7 +133,8 @@ def _block(config, layers, layer, model_layer, x, positions, noise, gate_weights
   y = rounded(y, x.dtype)
   if config.d_shared_expert:
     y = add(y, shared(layers.shared_expert, layer, normed))
-  return transformer.add_to_residual(config, x, y), (key, value)
+  x = transformer.add_to_residual(config, x, y)
+  return jnp.concatenate([x, state], axis=-1), (key, value)
 
 
 def _attend(query, own_key, own_value, keys, values, sinks, window, scale):

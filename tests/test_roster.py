@@ -97,6 +97,23 @@ def test_members_are_those_of_the_definition(model, cache):
   )
 
 
+@pytest.mark.parametrize("cache", ["clean", "standard"])
+def test_states_of_recurrent_routers_follow_their_members(cache):
+  """Through layers before the noise, those with it, and those after it."""
+  config = tiny.config("mixtral", router="recurrent", router_state=6)
+  model = config, tiny.params(config)
+  roster = Roster.create(config, 3, [0.0, 0.8, 0.0], seed=9, cache=cache)
+  expected = by_definition(model, roster)
+  assert np.abs(expected[1] - expected[2]).max() > 0.05 * np.abs(expected).max()
+  assert_close(logits(model, roster), expected)
+  params = model[1]
+  states = recomputed_states(params, config, roster)
+  assert_close(transformer.unembed(params, config, states), expected)
+  # The state matters.
+  forgetful = params.replace(router_cell=jax.tree.map(jnp.zeros_like, params.router_cell))
+  assert np.abs(logits((config, forgetful), roster) - expected).max() > 0.1
+
+
 @pytest.mark.parametrize(
   "gate_weights, cache", [("noisy", "clean"), ("clean_rescaled", "standard")]
 )

@@ -11,7 +11,7 @@ import scipy.stats
 import tiny
 
 from roe_jax import noise as noise_lib
-from roe_jax import routing, transformer
+from roe_jax import routers, routing, transformer
 
 LOGITS = np.array([1.2, 0.4, 0.0, -0.3, 0.9, -1.1])
 
@@ -394,3 +394,42 @@ def test_an_only_expert_of_a_sigmoid_router_gets_all_weight():
 def test_impossible_sigmoid_routers_are_refused(changes, message):
   with pytest.raises(ValueError, match=message):
     SIGMOID.replace(**changes)
+
+
+def test_a_recurrent_router_is_a_gated_recurrent_unit():
+  torch = pytest.importorskip("torch")
+  config = tiny.config("mixtral", router="recurrent", router_state=6)
+  params = tiny.params(config)
+  cell = params.router_cell
+  reference = torch.nn.GRUCell(6, 6)
+  stacked = lambda array: torch.tensor(np.asarray(array).reshape(18, *array.shape[2:]))
+  reference.load_state_dict(
+    {
+      "weight_ih": stacked(cell.input),
+      "weight_hh": stacked(cell.state),
+      "bias_ih": stacked(cell.input_bias),
+      "bias_hh": stacked(cell.state_bias),
+    }
+  )
+  random = np.random.RandomState(0)
+  x, state = (random.standard_normal((5, n)).astype(np.float32) for n in (config.d_model, 6))
+  projections = params.layers.router_projection
+  found = routers.advance(cell, projections, 1, jnp.asarray(x), jnp.asarray(state))
+  u = x @ np.asarray(projections[1]).T
+  with torch.no_grad():
+    expected = reference(torch.tensor(u), torch.tensor(state)).numpy()
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+  # Without U and with z = 0 the router knows its own layer only.
+  local = cell.replace(
+    state=0 * cell.state,
+    input_bias=cell.input_bias.at[1].set(-100.0),
+    state_bias=0 * cell.state_bias,
+  )
+  states = [routers.advance(local, projections, 1, jnp.asarray(x), s) for s in (found, 9 * found)]
+  np.testing.assert_array_equal(*states)
+
+
+@pytest.mark.parametrize("changes", [dict(router_state=0), dict(router="linear", router_state=6)])
+def test_a_recurrent_router_has_a_state_and_no_other_has(changes):
+  with pytest.raises(ValueError, match="router_state must be positive with router 'recurrent'"):
+    tiny.config("mixtral", **(dict(router="recurrent", router_state=6) | changes))

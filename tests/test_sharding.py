@@ -230,6 +230,11 @@ def test_families_by_parts(family):
   check_forward(config, tiny.params(config))
 
 
+def test_recurrent_routers_by_parts():
+  config = tiny.config("mixtral", vocab_size=64, router="recurrent", router_state=6)
+  check_forward(config, tiny.params(config))
+
+
 def test_experts_of_few_bits_by_parts():
   config = of_few_bits("int4")
   check_forward(config, params_lib.initialize(config, jax.random.key(0)))

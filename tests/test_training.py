@@ -209,3 +209,21 @@ def test_noise_changes_routing_by_address(params, batch, loss):
 def test_settings_out_of_range(changes, message):
   with pytest.raises(ValueError, match=message):
     training.TrainSettings(**({"num_steps": 1} | changes))
+
+
+def test_detaching_the_state_of_recurrent_routers_changes_gradients_only(batch):
+  config = tiny.config("olmoe", num_layers=2, router="recurrent", router_state=6)
+  params = tiny.params(config)
+  values, gradients = {}, {}
+  for detach in (False, True):
+    settings = training.TrainSettings(num_steps=1, detach_router_state=detach)
+    loss = lambda p: training.loss(p, batch, config, settings)[0]
+    values[detach], gradients[detach] = jax.jit(jax.value_and_grad(loss))(params)
+  assert values[True] == values[False]
+  of_first, others = (
+    [np.asarray(g.layers.router_projection[i]) for g in (gradients[False], gradients[True])]
+    for i in (0, 1)
+  )
+  # Only the second layer's router comes after the first layer's state.
+  assert np.abs(of_first[0] - of_first[1]).max() > 1e-3 * np.abs(of_first[0]).max()
+  np.testing.assert_allclose(*others, rtol=1e-4, atol=1e-7)

@@ -10,7 +10,15 @@ SCMoE, each with its cost.
 import dataclasses
 
 from experiments.analysis import pictures
-from experiments.evaluation.methods import Experts, Spec, at_equal_compute, read
+from experiments.evaluation.methods import (
+  BEST,
+  BEST_BASELINE,
+  VOTE,
+  Experts,
+  Spec,
+  at_equal_compute,
+  read,
+)
 from experiments.figures import compared
 from experiments.figures.figure_run import Command, FigureRun
 
@@ -31,6 +39,7 @@ class Config:
     num_examples: of the test split.
     num_seeds: noise seeds.
     experts: methods with more experts per token.
+    sampled: whether to compare methods that sample; answers must be generated.
   """
 
   task: str = "paper/gsm8k"
@@ -38,6 +47,7 @@ class Config:
   num_examples: int = 300
   num_seeds: int = 3
   experts: tuple[str, ...] = ()
+  sampled: bool = True
 
 
 def _experts(some, many):
@@ -49,14 +59,22 @@ CONFIGS = {
   "olmoe": Config(experts=_experts(16, 64)),
   "mixtral": Config(experts=("experts:k=4", "experts:k=8")),
   "gpt_oss": Config(experts=("experts:k=8", "experts:k=32")),
-  "smollm2": Config("text/lambada", num_examples=1000, experts=("experts:k=10", "experts:k=12")),
+  "smollm2": Config(
+    "text/lambada",
+    num_examples=1000,
+    num_seeds=1,
+    experts=("experts:k=10", "experts:k=12"),
+    sampled=False,
+  ),
   "embedded": Config(task="wordmath", num_examples=60, num_seeds=1, experts=_experts(8, 16)),
 }
 
 
 def methods(config: Config) -> list[Spec]:
   """Returns the methods to compare."""
-  return at_equal_compute(config.num_members, list(map(read, config.experts)))
+  found = at_equal_compute(config.num_members, list(map(read, config.experts)))
+  sampling = (BEST_BASELINE, VOTE, BEST)
+  return [spec for spec in found if config.sampled or spec.NAME not in sampling]
 
 
 def commands(run: FigureRun) -> list[Command]:

@@ -47,7 +47,7 @@ def matrices(config: ModelConfig) -> list[str]:
     if spec.axes[-1] == "embed"
     and len(spec.axes) > 2
     and name.split("_")[-1] != "bias"
-    and name != "router"
+    and not name.startswith("router")
   ]
 
 
@@ -116,7 +116,8 @@ def forward(
 
   def block(x, layer):
     layers, tuned = jax.tree.map(lambda a: a[None], layer)
-    of_layer = Params(None, merge(layers, tuned), None, None)
+    merged = merge(layers, tuned)
+    of_layer = Params(None, merged, None, None, router_cell=params.router_cell)
     x, _, _ = transformer.run_layers(of_layer, one_layer, x, batch, options=options)
     return x, None
 

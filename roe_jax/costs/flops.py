@@ -77,8 +77,9 @@ def projection_flops(config: ModelConfig) -> int:
 
 def router_size(config: ModelConfig) -> int:
   """Weights of a layer's router; 0 without one."""
-  router = params.describe(config).layers.router
-  return math.prod(router.shape[1:]) if router else 0
+  layers, cell = params.describe(config).layers, 6 * config.router_state**2
+  matrices = [m for m in (layers.router, layers.router_projection) if m is not None]
+  return sum(math.prod(m.shape[1:]) for m in matrices) + cell
 
 
 def shared_expert_flops(config: ModelConfig) -> int:

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import pathlib
 import re
@@ -11,10 +12,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import tiny
 
-from experiments import figures, reproduce
+from experiments import figures, reproduce, tasks
+from experiments.evaluation import methods
 from experiments.figures import figure_models, results_page
 from experiments.figures.figure_run import Command, FigureRun, read_records
+from roe_jax.roster import Roster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +102,22 @@ def test_every_figure_has_what_a_figure_has(name):
     assert json.dumps(work.settings)
     for command in figures.commands(work):
       assert command.output.is_relative_to("root") and str(command).startswith("python -m exper")
+
+
+def test_figures_of_text_compare_methods_that_can_read_it():
+  config = tiny.config("olmoe", num_experts=12, experts_per_token=8)
+  base = Roster.create(config, 2, 0.5)
+  read = 0
+  for name in figures.of_model(figures.NAMES, "smollm2"):
+    settings = figures.get(name).CONFIGS["smollm2"]
+    work = FigureRun(name, figure_models.get("smollm2"), settings, pathlib.Path("root"))
+    for command in figures.commands(work):
+      of = dict(command.flags)
+      texts = [t for t in of.get("tasks", ()) if t.startswith(tasks.TEXT)]
+      for task, method in itertools.product(texts, of.get("methods", "").split(";")):
+        methods.parse(method, config, base).check_task(tasks.get(task), "read")
+        read += 1
+  assert read > 5
 
 
 def test_settings_are_overridden_wherever_they_are():
