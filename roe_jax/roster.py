@@ -163,10 +163,15 @@ class Roster:
         f"config must be the model's ModelConfig, got {type(config).__name__}: pass the second "
         "value that roe_jax.open_model returns"
       )
+    of_layers = temperatures
+    if config.first_dense_layers and not given.is_traced(temperatures):
+      # They have no router, so that members may share them.
+      of_layers = given.as_temperatures(temperatures, config.num_layers).copy()
+      of_layers[: config.first_dense_layers] = 0
     roster = cls._checked(
       config.num_layers,
       num_members=1 if num_members is None else num_members,
-      temperatures=temperatures,
+      temperatures=of_layers,
       seed=seed,
       router_bias=router_bias,
       experts_by_layer=experts_by_layer,

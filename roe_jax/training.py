@@ -40,6 +40,8 @@ class TrainSettings:
     max_grad_norm: global norm to which gradients are clipped.
     balance_coefficient: weight of the load-balancing loss.
     z_coefficient: weight of the router z-loss.
+    bias_rate: γ by which a step raises the correction bias of each expert with less than the mean
+      load, and lowers that of those with more (arXiv 2408.15664); 0 leaves the biases as they are.
     noise_temperature: τ of Gumbel noise on all routers during training; 0 for none.
     noise_seed: seed of that noise.
     detach_router_state: see `LayerOptions`.
@@ -56,6 +58,7 @@ class TrainSettings:
   max_grad_norm: float = 1.0
   balance_coefficient: float = 0.01
   z_coefficient: float = 0.001
+  bias_rate: float = 0.0
   noise_temperature: float = 0.0
   noise_seed: int = 0
   detach_router_state: bool = False
@@ -68,6 +71,8 @@ class TrainSettings:
       raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
     if not self.noise_temperature >= 0:
       raise ValueError(f"noise_temperature must not be negative, got {self.noise_temperature}")
+    if not self.bias_rate >= 0:
+      raise ValueError(f"bias_rate must not be negative, got {self.bias_rate}")
     if self.strategy not in STRATEGIES:
       raise ValueError(
         f"the expert strategy {self.strategy!r} is not differentiable; choose one of "
@@ -204,6 +209,12 @@ def loss(
     mean, in nats), `balance_loss` and `z_loss` (unweighted), and `load_entropy` (entropy
     of the experts' loads, mean over layers; 1 is uniform, 0 is one expert).
   """
+  total, (parts, _) = _loss(params, batch, config, settings)
+  return total, parts
+
+
+def _loss(params, batch, config, settings):
+  """Returns the loss, and its parts and the experts' loads."""
   logits, outputs = transformer.forward(
     params,
     config,
@@ -229,7 +240,14 @@ def loss(
     + settings.z_coefficient * parts["z_loss"]
   )
   entropy = jnp.mean(jax.scipy.special.entr(loads).sum(-1)) / math.log(max(config.num_experts, 2))
-  return total, parts | {"load_entropy": entropy}
+  return total, (parts | {"load_entropy": entropy}, loads)
+
+
+def _with_balanced_biases(params, loads_LxE, rate):
+  """Returns the parameters with correction biases a step nearer to equal loads."""
+  step = rate * jnp.sign(loads_LxE.mean(-1, keepdims=True) - loads_LxE)
+  bias = params.layers.correction_bias + step
+  return params.replace(layers=params.layers.replace(correction_bias=bias))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings"), donate_argnames="state")
@@ -243,7 +261,8 @@ def train_step(
     `grad_norm` (before clipping) and `learning_rate` (of this step).
   """
   params: Any = state.params
-  (value, parts), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, config, settings)
+  compute = jax.value_and_grad(_loss, has_aux=True)
+  (value, (parts, loads)), grads = compute(params, batch, config, settings)
   updates, opt_state = optimizer(config, settings).update(grads, state.opt_state, params)
   metrics = {
     "loss": value,
@@ -252,4 +271,6 @@ def train_step(
     "learning_rate": schedule(settings)(state.step),
   }
   params = optax.apply_updates(params, updates)
+  if settings.bias_rate and config.correction_bias:
+    params = _with_balanced_biases(params, loads, settings.bias_rate)
   return TrainState(state.step + 1, params, opt_state), metrics

@@ -27,7 +27,7 @@ def member_logits(
     np.uint32(request),
     np.array(roster.members),
     np.arange(config.num_layers),
-    np.arange(len(tokens)),
+    np.arange(-(-len(tokens) // 16) * 16),  # few shapes, as each is compiled
     roster.temperatures,
     roster.noise,
     config.num_experts,

@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import functools
 import pathlib
 
 import pytest
@@ -23,6 +24,11 @@ def imported(tree):
       yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
       yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@functools.cache
+def imported_by(path):
+  return tuple(imported(MODULES[path]))
 
 
 def dotted(path):
@@ -69,9 +75,9 @@ def test_programs_report_errors_and_signals_in_the_one_place_that_does(path):
   "package, above", [("roe_jax", PACKAGES[1:]), ("checkpoints_convert", PACKAGES[2:])]
 )
 def test_imports_do_not_run_upward(package, above):
-  for path, tree in MODULES.items():
+  for path in MODULES:
     if path.parts[0] == package:
-      upward = [name for name in imported(tree) if name.split(".")[0] in above]
+      upward = [name for name in imported_by(path) if name.split(".")[0] in above]
       assert not upward, f"{path} imports {upward}"
 
 
@@ -79,7 +85,7 @@ def test_no_import_cycles():
   names = {dotted(path): path for path in MODULES}
 
   def uses(path):
-    for name in imported(MODULES[path]):
+    for name in imported_by(path):
       target = names.get(name) or names.get(name.rpartition(".")[0])
       # A package's own __init__ gathers what is in its modules.
       if (
@@ -126,13 +132,18 @@ def test_results_are_written_by_the_one_function_that_writes_valid_json():
       assert checked or not written, f"{path}:{call.lineno}: use text_files.to_json"
 
 
+@functools.cache
+def imported_at_head(path):
+  heads = [n for n in MODULES[path].body if isinstance(n, (ast.Import, ast.ImportFrom))]
+  return tuple(imported(ast.Module(heads, [])))
+
+
 def reached(path, head_only):
   """Modules that a module imports, also through others: at their heads only, or anywhere."""
   names, found, left = {dotted(p): p for p in MODULES}, set(), [path]
   while left:
-    tree = MODULES[left.pop()]
-    body = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
-    for name in imported(ast.Module(body, []) if head_only else tree):
+    module = left.pop()
+    for name in imported_at_head(module) if head_only else imported_by(module):
       target = names.get(name) or names.get(name.rpartition(".")[0])
       if target and target not in found:
         found.add(target)
@@ -150,25 +161,20 @@ def test_flags_are_checked_before_slow_or_optional_packages_are_imported(program
   for path in reached(program, head_only=True):
     if path.name == "extras.py":
       continue
-    heads = [n for n in MODULES[path].body if isinstance(n, (ast.Import, ast.ImportFrom))]
-    packages = {name.split(".")[0] for name in imported(ast.Module(heads, []))}
+    packages = {name.split(".")[0] for name in imported_at_head(path)}
     assert not packages & (EXTRAS | SLOW), f"{program.stem} imports {path}"
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.stem)
 def test_programs_check_the_optional_packages_that_they_use(program):
+  modules = reached(program, head_only=False)
   used = {
-    name.split(".")[0]
-    for path in reached(program, head_only=False)
-    for name in imported(MODULES[path])
-    if path.name != "extras.py"
-  } | {
-    "matplotlib" if alias.name == "plt" else alias.name
-    for path in reached(program, head_only=False)
-    for node in ast.walk(MODULES[path])
-    if isinstance(node, ast.ImportFrom) and node.module == "experiments.cli.extras"
-    for alias in node.names
+    name.split(".")[0] for path in modules if path.name != "extras.py" for name in imported_by(path)
   }
+  for name in (name for path in modules for name in imported_by(path)):
+    package, _, attribute = name.rpartition(".")
+    if package == "experiments.cli.extras":
+      used.add("matplotlib" if attribute == "plt" else attribute)
   stated = {
     element.value
     for node in ast.walk(MODULES[program])

@@ -107,6 +107,15 @@ def test_members_are_those_of_the_definition(model, cache):
   )
 
 
+def test_members_share_the_first_dense_layers():
+  config = tiny.config("glm4_moe")
+  for temperatures in (0.3, [0.3] * 3):
+    roster = Roster.create(config, 3, temperatures)
+    assert roster.noisy_layers == (1, 3) and roster.temperatures.tolist()[0] == 0
+  with pytest.raises(ValueError, match="without temperatures all members"):
+    Roster.create(config, 3)
+
+
 @pytest.mark.parametrize("cache", ["clean", "standard"])
 def test_states_of_recurrent_routers_follow_their_members(cache):
   """Through layers before the noise, those with it, and those after it."""

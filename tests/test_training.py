@@ -227,3 +227,22 @@ def test_detaching_the_state_of_recurrent_routers_changes_gradients_only(batch):
   # Only the second layer's router comes after the first layer's state.
   assert np.abs(of_first[0] - of_first[1]).max() > 1e-3 * np.abs(of_first[0]).max()
   np.testing.assert_allclose(*others, rtol=1e-4, atol=1e-7)
+
+
+def test_correction_biases_move_against_the_loads(batch):
+  config = tiny.config("glm4_moe", num_layers=2)
+  settings = training.TrainSettings(num_steps=9, learning_rate=0.0, bias_rate=0.05)
+  state = training.init_state(config, settings, jax.random.key(0)).replace(
+    params=tiny.params(config)
+  )
+  bias, entropies = np.array(state.params.layers.correction_bias), []
+  _, outputs = transformer.forward(state.params, config, batch.tokens, keep=("experts",))
+  chosen = np.asarray(outputs.experts[0])[np.asarray(batch.weights) > 0]
+  counts = np.bincount(chosen.reshape(-1), minlength=config.num_experts)
+  for step in range(9):
+    state, metrics = training.train_step(state, batch, config=config, settings=settings)
+    entropies.append(float(metrics["load_entropy"]))
+    if step == 0:
+      expected = bias[0] + 0.05 * np.sign(counts.mean() - counts)
+      np.testing.assert_allclose(state.params.layers.correction_bias[0], expected, rtol=1e-6)
+  assert entropies[-1] > entropies[0]
