@@ -45,6 +45,9 @@ def define_flags() -> None:
     "num_steps": f"Number of steps; {default}",
     "learning_rate": f"Peak learning rate; {default}",
     "noise_temperature": f"Router temperature τ in training; {default}",
+    "min_experts": "If above 0, each step draws how many experts per token are used, from this "
+    f"number to the model's; {default}",
+    "experts_drawn_by": f"Whether each layer draws a number of its own, or one batch; {default}",
   }
   overrides.define_flags(training.TrainSettings, settings, defaults=False, **_FLAGS)
   flags.mark_flags_as_required(["config", "output"])
@@ -115,6 +118,7 @@ def validate(params, config: configs.TrainingConfig, tokenizer) -> dict[str, flo
 def command() -> str:
   """Returns the command of this run, with a placeholder for the output folder."""
   settings = ("config", "steps", "seed", "batch_size", "problems", "learning_rate", "tau")
+  settings += ("min_experts", "experts_drawn_by")
   given = [f"--{name}={FLAGS[name].value}" for name in settings if FLAGS[name].present]
   return " ".join(["python -m experiments.train", *given, "--output=DIR"])
 

@@ -15,12 +15,13 @@ from roe_jax.perturbations import FAMILIES, GUMBEL, Context, Family, perturb
 # Domain separation: the first number folded into a seed's key.
 ROUTING = 0
 SAMPLING = 1
+TRAINING = 2  # draws of a training step
 
 MAX_SEED = 2**32 - 1
 
 
 def stream_key(seed: jax.Array | int, stream: int) -> jax.Array:
-  """Returns the key of one stream (`ROUTING` or `SAMPLING`) of a seed.
+  """Returns the key of one stream (`ROUTING`, `SAMPLING` or `TRAINING`) of a seed.
 
   threefry2x32 is set explicitly: other implementations are not reproducible under
   vmap, or make chains of `fold_in` collide.

@@ -20,6 +20,7 @@ from roe_jax import noise as noise_lib
 from roe_jax import params as params_lib
 from roe_jax import transformer
 from roe_jax.config import ModelConfig
+from roe_jax.layer_inputs import RouterInputs
 from roe_jax.params import Params
 from roe_jax.routers import LINEAR, ROUTERS
 
@@ -43,7 +44,11 @@ class TrainSettings:
     bias_rate: γ by which a step raises the correction bias of each expert with less than the mean
       load, and lowers that of those with more (arXiv 2408.15664); 0 leaves the biases as they are.
     noise_temperature: τ of Gumbel noise on all routers during training; 0 for none.
-    noise_seed: seed of that noise.
+    min_experts: if above 0, each step draws how many experts per token are used, from this number
+      to the model's, all equally likely (Matryoshka MoE, arXiv 2509.26520).
+    experts_drawn_by: whether each layer has a number of its own ("layer", the paper's best) or all
+      have the same ("batch").
+    noise_seed: seed of that noise and of these draws.
     detach_router_state: see `LayerOptions`.
     strategy: expert strategy, one of `STRATEGIES`.
   """
@@ -60,6 +65,8 @@ class TrainSettings:
   z_coefficient: float = 0.001
   bias_rate: float = 0.0
   noise_temperature: float = 0.0
+  min_experts: int = 0
+  experts_drawn_by: str = "layer"
   noise_seed: int = 0
   detach_router_state: bool = False
   strategy: str = "padded"
@@ -71,6 +78,10 @@ class TrainSettings:
       raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
     if not self.noise_temperature >= 0:
       raise ValueError(f"noise_temperature must not be negative, got {self.noise_temperature}")
+    if self.min_experts < 0:
+      raise ValueError(f"min_experts must not be negative, got {self.min_experts}")
+    if self.experts_drawn_by not in ("layer", "batch"):
+      raise ValueError(f"experts_drawn_by must be layer or batch, got {self.experts_drawn_by!r}")
     if not self.bias_rate >= 0:
       raise ValueError(f"bias_rate must not be negative, got {self.bias_rate}")
     if self.strategy not in STRATEGIES:
@@ -199,27 +210,58 @@ def _noise(config, settings, batch):
   )
 
 
+def experts_of_step(
+  config: ModelConfig, settings: TrainSettings, step: jax.Array | int
+) -> jax.Array | None:
+  """Returns how many experts each layer uses in a step, int32 `[1, L]`, or None for all A.
+
+  Raises:
+    ValueError: the model uses fewer than `settings.min_experts`.
+  """
+  least, most = settings.min_experts, config.experts_per_token
+  if not least:
+    return None
+  if least > most:
+    raise ValueError(f"min_experts {least} exceeds the model's experts_per_token {most}")
+  key = noise_lib.stream_key(settings.noise_seed, noise_lib.TRAINING)
+  drawn = config.num_layers if settings.experts_drawn_by == "layer" else 1
+  counts = jax.random.randint(jax.random.fold_in(key, step), (1, drawn), least, most + 1)
+  return jnp.broadcast_to(counts, (1, config.num_layers))
+
+
 def loss(
-  params: Params, batch: Batch, config: ModelConfig, settings: TrainSettings
+  params: Params,
+  batch: Batch,
+  config: ModelConfig,
+  settings: TrainSettings,
+  step: jax.Array | int = 0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Computes the training loss and its parts.
+
+  Args:
+    params: the model's parameters.
+    batch: the sequences.
+    config: its architecture.
+    settings: the settings.
+    step: the step, which addresses its draws.
 
   Returns:
     The loss, a float32 scalar, and a dict of float32 scalars: `cross_entropy` (weighted
     mean, in nats), `balance_loss` and `z_loss` (unweighted), and `load_entropy` (entropy
     of the experts' loads, mean over layers; 1 is uniform, 0 is one expert).
   """
-  total, (parts, _) = _loss(params, batch, config, settings)
+  total, (parts, _) = _loss(params, batch, config, settings, step)
   return total, parts
 
 
-def _loss(params, batch, config, settings):
+def _loss(params, batch, config, settings, step):
   """Returns the loss, and its parts and the experts' loads."""
   logits, outputs = transformer.forward(
     params,
     config,
     batch.tokens,
     noise=_noise(config, settings, batch),
+    router=RouterInputs(counts=experts_of_step(config, settings, step)),
     keep=("experts", "router_logits"),
     strategy=settings.strategy,
     detach_router_state=settings.detach_router_state,
@@ -262,7 +304,7 @@ def train_step(
   """
   params: Any = state.params
   compute = jax.value_and_grad(_loss, has_aux=True)
-  (value, (parts, loads)), grads = compute(params, batch, config, settings)
+  (value, (parts, loads)), grads = compute(params, batch, config, settings, state.step)
   updates, opt_state = optimizer(config, settings).update(grads, state.opt_state, params)
   metrics = {
     "loss": value,

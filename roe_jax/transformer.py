@@ -371,6 +371,7 @@ def forward(
   config: ModelConfig,
   tokens_BxT: jax.Array,
   noise: RoutingNoise | None = None,
+  router: RouterInputs = RouterInputs(),
   **options: Any,
 ) -> tuple[jax.Array, BlockOutputs]:
   """Computes the baseline's logits for whole sequences, without a cache.
@@ -381,6 +382,7 @@ def forward(
     tokens_BxT: int32 tokens from position 0 on, padded on the right; an array or lists of
       one length.
     noise: the routing noise of one roster member, or None.
+    router: what is added to the routers.
     **options: see `LayerOptions`.
 
   Returns:
@@ -400,7 +402,7 @@ def forward(
       "and pass jnp.array([tokens]) for one sequence"
     )
   positions = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
-  inputs = embed(params, config, tokens_BxT), TokenBatch(positions, noise)
+  inputs = embed(params, config, tokens_BxT), TokenBatch(positions, noise, router=router)
   run = layer_runner(params)
   x, _, outputs = run(params, config, *inputs, options=LayerOptions(**options))
   return unembed(params, config, x), outputs

@@ -197,9 +197,31 @@ def test_noise_changes_routing_by_address(params, batch, loss):
   assert cross_entropy(renamed, noise_temperature=1.0) != pytest.approx(noisy, rel=1e-4)
 
 
+def test_the_number_of_experts_is_drawn_for_each_step(config, params, batch):
+  settings = dataclasses.replace(SETTINGS, min_experts=1)
+  compute = jax.jit(training.loss, static_argnums=(2, 3))
+  counts = np.array([training.experts_of_step(config, settings, i)[0] for i in range(200)])
+  shares = [np.mean(np.all(counts == pair, axis=1)) for pair in ((1, 1), (1, 2), (2, 1), (2, 2))]
+  np.testing.assert_allclose(shares, 0.25, atol=0.12)  # four standard deviations
+  for few in (1, 2):  # all layers with as many: a model with so many experts per token
+    step = int(np.flatnonzero((counts == few).all(1))[0])
+    found, parts = compute(params, batch, config, settings, step)
+    own = config.replace(experts_per_token=few)
+    expected, _ = compute(params, batch, own, SETTINGS, 0)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+  alike = dataclasses.replace(settings, experts_drawn_by="batch")
+  drawn = np.array([training.experts_of_step(config, alike, i)[0] for i in range(20)])
+  assert (drawn[:, 0] == drawn[:, 1]).all() and set(drawn[:, 0]) == {1, 2}
+  assert training.experts_of_step(config, SETTINGS, 0) is None
+  with pytest.raises(ValueError, match="min_experts 3 exceeds the model's experts_per_token 2"):
+    training.experts_of_step(config, dataclasses.replace(SETTINGS, min_experts=3), 0)
+
+
 @pytest.mark.parametrize(
   "changes, message",
   [
+    (dict(min_experts=-1), "min_experts must not be negative"),
+    (dict(experts_drawn_by="row"), "experts_drawn_by must be layer or batch"),
     (dict(num_steps=0), "num_steps must be at least 1, got 0"),
     (dict(warmup_steps=-1), "warmup_steps must not be negative"),
     (dict(noise_temperature=-0.1), "noise_temperature must not be negative"),
