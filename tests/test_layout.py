@@ -135,7 +135,7 @@ def test_results_are_written_by_the_one_function_that_writes_valid_json():
 @functools.cache
 def imported_at_head(path):
   heads = [n for n in MODULES[path].body if isinstance(n, (ast.Import, ast.ImportFrom))]
-  return tuple(imported(ast.Module(heads, [])))
+  return tuple(imported(ast.Module([*heads], [])))
 
 
 def reached(path, head_only):
