@@ -23,6 +23,7 @@ from experiments.cli import app, overrides
 from experiments.tasks import wordmath, wordmath_tokenizer
 from experiments.training import configs, training_batches, training_loop
 from roe_jax import decode, training, transformer
+from roe_jax.config import ModelConfig
 
 FLAGS = flags.FLAGS
 _FLAGS = {"num_steps": "steps", "noise_temperature": "tau"}
@@ -48,8 +49,15 @@ def define_flags() -> None:
     "min_experts": "If above 0, each step draws how many experts per token are used, from this "
     f"number to the model's; {default}",
     "experts_drawn_by": f"Whether each layer draws a number of its own, or one batch; {default}",
+    "members": f"Members with their own part of the experts and their own loss (E3); {default}",
+    "balance_groups": "Groups of sequences with a load-balancing loss of their own, up to one per "
+    f"sequence; {default}",
   }
   overrides.define_flags(training.TrainSettings, settings, defaults=False, **_FLAGS)
+  mass = "Router probability that a token's experts have together, at most the model's number of "
+  overrides.define_flags(
+    ModelConfig, {"expert_mass": f"{mass}experts (XMoE); {default}"}, defaults=False
+  )
   flags.mark_flags_as_required(["config", "output"])
 
 
@@ -62,7 +70,16 @@ def apply_flags(config: configs.TrainingConfig) -> configs.TrainingConfig:
   config = overrides.from_flags(config)
   if FLAGS.problems is not None:
     config = config.replace(num_problems=FLAGS.problems or None)
-  return config.replace(settings=overrides.from_flags(config.settings, **_FLAGS))
+  model = config.model
+  if FLAGS.expert_mass is not None:
+    model = model.replace(expert_mass=FLAGS.expert_mass)
+  settings = overrides.from_flags(config.settings, **_FLAGS)
+  if config.batch_size % settings.balance_groups:
+    raise ValueError(
+      f"--balance_groups={settings.balance_groups} must divide the batch of {config.batch_size}"
+    )
+  training.experts_of_step(model, settings, 0)  # refuses a number that the model does not have
+  return config.replace(model=model, settings=settings)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -118,7 +135,7 @@ def validate(params, config: configs.TrainingConfig, tokenizer) -> dict[str, flo
 def command() -> str:
   """Returns the command of this run, with a placeholder for the output folder."""
   settings = ("config", "steps", "seed", "batch_size", "problems", "learning_rate", "tau")
-  settings += ("min_experts", "experts_drawn_by")
+  settings += ("min_experts", "experts_drawn_by", "members", "balance_groups", "expert_mass")
   given = [f"--{name}={FLAGS[name].value}" for name in settings if FLAGS[name].present]
   return " ".join(["python -m experiments.train", *given, "--output=DIR"])
 

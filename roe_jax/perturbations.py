@@ -129,6 +129,11 @@ def _random_expert(key, logits, temperature, count):
   return _only(logits, jnp.arange(logits.size) == chosen, temperature)
 
 
+def parts_of(num_experts: int, parts: int) -> jax.Array:
+  """Returns the part that each expert is in, `[E]` int32: contiguous, of nearly equal size."""
+  return jnp.arange(num_experts) * parts // num_experts
+
+
 @parametric
 def partition(subsets: int | None = None, gumbel: bool = False) -> Family:
   """Gives each noisy member its own part of the experts where τ > 0 (E3, arXiv 2110.03360).
@@ -149,7 +154,7 @@ def partition(subsets: int | None = None, gumbel: bool = False) -> Family:
     parts = subsets or context.num_noisy
     if parts > logits.size:
       raise ValueError(f"{logits.size} experts cannot be split into {parts} parts")
-    part = jnp.arange(logits.size) * parts // logits.size
+    part = parts_of(logits.size, parts)
     noise = temperature * _gumbel(key, logits.shape) if gumbel else 0.0
     return _only(logits + noise, part == (context.member - 1) % parts, temperature)
 

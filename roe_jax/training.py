@@ -18,11 +18,12 @@ import optax
 
 from roe_jax import noise as noise_lib
 from roe_jax import params as params_lib
-from roe_jax import transformer
+from roe_jax import perturbations, transformer
 from roe_jax.config import ModelConfig
 from roe_jax.layer_inputs import RouterInputs
 from roe_jax.params import Params
 from roe_jax.routers import LINEAR, ROUTERS
+from roe_jax.routing import CLEAN, NOISY
 
 STRATEGIES = ("padded", "dense")  # the differentiable ones of `experts.apply`
 
@@ -41,6 +42,9 @@ class TrainSettings:
     max_grad_norm: global norm to which gradients are clipped.
     balance_coefficient: weight of the load-balancing loss.
     z_coefficient: weight of the router z-loss.
+    balance_groups: number of groups of sequences that each have a load-balancing loss of their own;
+      1: one of the whole batch, up to one per sequence. In between, the loss of a group of devices
+      (Pangu Ultra MoE, arXiv 2505.04519).
     bias_rate: γ by which a step raises the correction bias of each expert with less than the mean
       load, and lowers that of those with more (arXiv 2408.15664); 0 leaves the biases as they are.
     noise_temperature: τ of Gumbel noise on all routers during training; 0 for none.
@@ -48,6 +52,8 @@ class TrainSettings:
       to the model's, all equally likely (Matryoshka MoE, arXiv 2509.26520).
     experts_drawn_by: whether each layer has a number of its own ("layer", the paper's best) or all
       have the same ("batch").
+    members: M; above 1, each of M members has its own part of the experts and its own loss (E3,
+      arXiv 2110.03360; see `perturbations.partition`).
     noise_seed: seed of that noise and of these draws.
     detach_router_state: see `LayerOptions`.
     strategy: expert strategy, one of `STRATEGIES`.
@@ -63,10 +69,12 @@ class TrainSettings:
   max_grad_norm: float = 1.0
   balance_coefficient: float = 0.01
   z_coefficient: float = 0.001
+  balance_groups: int = 1
   bias_rate: float = 0.0
   noise_temperature: float = 0.0
   min_experts: int = 0
   experts_drawn_by: str = "layer"
+  members: int = 1
   noise_seed: int = 0
   detach_router_state: bool = False
   strategy: str = "padded"
@@ -78,6 +86,9 @@ class TrainSettings:
       raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
     if not self.noise_temperature >= 0:
       raise ValueError(f"noise_temperature must not be negative, got {self.noise_temperature}")
+    for name in ("members", "balance_groups"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
     if self.min_experts < 0:
       raise ValueError(f"min_experts must not be negative, got {self.min_experts}")
     if self.experts_drawn_by not in ("layer", "batch"):
@@ -198,15 +209,22 @@ def z_loss(router_logits_LxBxTxE: jax.Array, mask_BxT: jax.Array) -> jax.Array:
   return jnp.mean(jnp.einsum("lbt,bt->l", squared, mask)) / mask.sum()
 
 
-def _noise(config, settings, batch):
-  if not settings.noise_temperature:
+def _noise(config, settings, batch, member):
+  """Returns the routing noise of a member, counted from 1, or None."""
+  tau, family = settings.noise_temperature, perturbations.FAMILIES[perturbations.GUMBEL]
+  if settings.members > 1:
+    family = perturbations.partition(settings.members, gumbel=tau > 0)
+    tau = tau or 1.0
+  if not tau:
     return None
   positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
   key = noise_lib.stream_key(settings.noise_seed, noise_lib.ROUTING)
   return noise_lib.RoutingNoise(
     keys=noise_lib.position_keys(key, batch.ids, positions),
-    temperatures=jnp.full(config.num_layers, settings.noise_temperature, jnp.float32),
-    member=jnp.int32(1),
+    temperatures=jnp.full(config.num_layers, tau, jnp.float32),
+    member=jnp.int32(member),
+    family=family,
+    num_noisy=settings.members,
   )
 
 
@@ -255,27 +273,10 @@ def loss(
 
 
 def _loss(params, batch, config, settings, step):
-  """Returns the loss, and its parts and the experts' loads."""
-  logits, outputs = transformer.forward(
-    params,
-    config,
-    batch.tokens,
-    noise=_noise(config, settings, batch),
-    router=RouterInputs(counts=experts_of_step(config, settings, step)),
-    keep=("experts", "router_logits"),
-    strategy=settings.strategy,
-    detach_router_state=settings.detach_router_state,
-  )
-  weights = batch.weights[:, 1:]
-  mask = batch.weights > 0
-  loads = expert_loads(outputs.experts, mask, config.num_experts)
-  parts = {
-    "cross_entropy": (
-      jnp.sum(weights * cross_entropy(logits, batch.tokens)) / jnp.maximum(weights.sum(), 1e-6)
-    ),
-    "balance_loss": balance_loss(outputs.router_logits, loads, mask, config.router),
-    "z_loss": z_loss(outputs.router_logits, mask),
-  }
+  """Returns the loss, and its parts and the experts' loads; means over members."""
+  members = range(1, settings.members + 1)
+  found = [_member_loss(params, batch, config, settings, step, member) for member in members]
+  parts, loads = jax.tree.map(lambda *values: sum(values) / len(values), *found)
   total = (
     parts["cross_entropy"]
     + settings.balance_coefficient * parts["balance_loss"]
@@ -283,6 +284,55 @@ def _loss(params, batch, config, settings, step):
   )
   entropy = jnp.mean(jax.scipy.special.entr(loads).sum(-1)) / math.log(max(config.num_experts, 2))
   return total, (parts | {"load_entropy": entropy}, loads)
+
+
+def _member_loss(params, batch, config, settings, step, member):
+  """Returns the parts of a member's loss, and the loads of the experts `[L, E]`."""
+  logits, outputs = transformer.forward(
+    params,
+    config,
+    batch.tokens,
+    noise=_noise(config, settings, batch, member),
+    router=RouterInputs(counts=experts_of_step(config, settings, step)),
+    keep=("experts", "router_logits"),
+    gate_weights=CLEAN if settings.members == 1 else NOISY,
+    strategy=settings.strategy,
+    detach_router_state=settings.detach_router_state,
+  )
+  weights, mask = batch.weights[:, 1:], batch.weights > 0
+  of_router = outputs.router_logits
+  if settings.members > 1:
+    own = perturbations.parts_of(config.num_experts, settings.members) == member - 1
+    of_router = jnp.where(jnp.broadcast_to(own, of_router.shape), of_router, -jnp.inf)
+  loads = expert_loads(outputs.experts, mask, config.num_experts)
+  parts = {
+    "cross_entropy": (
+      jnp.sum(weights * cross_entropy(logits, batch.tokens)) / jnp.maximum(weights.sum(), 1e-6)
+    ),
+    "balance_loss": _balance(of_router, outputs.experts, mask, config, settings) / settings.members,
+    "z_loss": z_loss(of_router, mask),
+  }
+  return parts, loads
+
+
+def _balance(router_logits_LxBxTxE, experts_LxBxTxA, mask_BxT, config, settings):
+  """Returns the mean of the groups' balance losses."""
+  groups, size = settings.balance_groups, len(mask_BxT)
+  if size % groups:
+    raise ValueError(f"a batch of {size} sequences cannot be split into {groups} balance_groups")
+
+  def of_group(logits, chosen, mask):
+    loads = expert_loads(chosen, mask, config.num_experts)
+    return balance_loss(logits, loads, mask, config.router)
+
+  def split(a, axis):
+    a = a.reshape(*a.shape[:axis], groups, size // groups, *a.shape[axis + 1 :])
+    return jnp.moveaxis(a, axis, 0)
+
+  if groups == 1:
+    return of_group(router_logits_LxBxTxE, experts_LxBxTxA, mask_BxT)
+  by_group = split(router_logits_LxBxTxE, 1), split(experts_LxBxTxA, 1), split(mask_BxT, 0)
+  return jax.vmap(of_group)(*by_group).mean()
 
 
 def _with_balanced_biases(params, loads_LxE, rate):

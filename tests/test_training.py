@@ -10,6 +10,7 @@ import tiny
 
 from roe_jax import params as params_lib
 from roe_jax import training, transformer
+from roe_jax.layer_inputs import RouterInputs
 
 SETTINGS = training.TrainSettings(num_steps=40, warmup_steps=4, learning_rate=1e-2)
 OPTIONS = dict(keep=("experts", "router_logits"), strategy="padded")
@@ -217,9 +218,52 @@ def test_the_number_of_experts_is_drawn_for_each_step(config, params, batch):
     training.experts_of_step(config, dataclasses.replace(SETTINGS, min_experts=3), 0)
 
 
+@pytest.mark.slow
+def test_each_member_of_a_partition_has_its_own_loss(config, params, batch, loss):
+  """As plain models, of which the other parts' experts are banned."""
+  total, parts = loss(params, batch, members=2)
+  compute = jax.jit(
+    lambda p, t, bias: transformer.forward(p, config, t, router=RouterInputs(bias), **OPTIONS)
+  )
+  expected = []
+  for member in (0, 1):
+    part = np.arange(config.num_experts) * 2 // config.num_experts == member
+    bias = np.broadcast_to(np.where(part, 0, -np.inf), (2, config.num_experts))
+    logits, outputs = compute(params, batch.tokens, jnp.asarray(bias, jnp.float32))
+    assert part[np.asarray(outputs.experts)].all()
+    weights, mask = batch.weights[:, 1:], batch.weights > 0
+    loads = training.expert_loads(outputs.experts, mask, config.num_experts)
+    expected.append(
+      [
+        (weights * training.cross_entropy(logits, batch.tokens)).sum() / weights.sum(),
+        training.balance_loss(outputs.router_logits, loads, mask) / 2,
+        training.z_loss(outputs.router_logits, mask),
+      ]
+    )
+  found = [parts[name] for name in ("cross_entropy", "balance_loss", "z_loss")]
+  np.testing.assert_allclose(found, np.mean(expected, axis=0), rtol=1e-5)
+  assert np.isfinite(total)
+
+
+def test_groups_have_their_own_balance(config, params, batch, loss):
+  _, outputs = jax.jit(lambda p, t: transformer.forward(p, config, t, **OPTIONS))(
+    params, batch.tokens
+  )
+  rows = []
+  for row in range(3):
+    mask = batch.weights[row : row + 1] > 0
+    loads = training.expert_loads(outputs.experts[:, row : row + 1], mask, config.num_experts)
+    rows.append(training.balance_loss(outputs.router_logits[:, row : row + 1], loads, mask))
+  _, parts = loss(params, batch, balance_groups=3)
+  assert float(parts["balance_loss"]) == pytest.approx(np.mean(rows), rel=1e-5)
+  with pytest.raises(ValueError, match="3 sequences cannot be split into 2 balance_groups"):
+    loss(params, batch, balance_groups=2)
+
+
 @pytest.mark.parametrize(
   "changes, message",
   [
+    (dict(members=0), "members must be at least 1"),
     (dict(min_experts=-1), "min_experts must not be negative"),
     (dict(experts_drawn_by="row"), "experts_drawn_by must be layer or batch"),
     (dict(num_steps=0), "num_steps must be at least 1, got 0"),
