@@ -175,7 +175,10 @@ def draw(records: Sequence[compared.Record]):
   labels = [name.replace(", ", "\n").replace(" of the ", "\nof the ") for name in names]
   drawing.dots(axes[0, 0], labels, series)
   axes[0, 0].axhline(1, color="0.6", linewidth=0.8)
-  axes[0, 0].set_ylabel("variance between seeds,\ntimes that of independent noise")
+  axes[0, 0].set_yscale("log", base=2)
+  ticks = (0.25, 0.5, 1, 2, 4)
+  axes[0, 0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+  axes[0, 0].set_ylabel("variance between seeds, times\nthat of independent noise (log scale)")
   experts = {
     f"n = {n}": [Estimate(*3 * [of[n, name]["unique_experts"]]) for name in (REFERENCE, *names)]
     for n in numbers
