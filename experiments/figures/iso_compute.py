@@ -11,10 +11,10 @@ import dataclasses
 
 from experiments.analysis import pictures
 from experiments.evaluation.methods import (
-  BEST,
-  BEST_BASELINE,
-  VOTE,
+  BestBaseline,
+  BestOf,
   Experts,
+  SelfConsistency,
   Spec,
   at_equal_compute,
   read,
@@ -73,8 +73,8 @@ CONFIGS = {
 def methods(config: Config) -> list[Spec]:
   """Returns the methods to compare."""
   found = at_equal_compute(config.num_members, list(map(read, config.experts)))
-  sampling = (BEST_BASELINE, VOTE, BEST)
-  return [spec for spec in found if config.sampled or spec.NAME not in sampling]
+  sampling = (BestBaseline, SelfConsistency, BestOf)
+  return [spec for spec in found if config.sampled or type(spec) not in sampling]
 
 
 def commands(run: FigureRun) -> list[Command]:

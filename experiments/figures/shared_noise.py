@@ -178,7 +178,7 @@ def draw(records: Sequence[compared.Record]):
   axes[0, 0].set_yscale("log", base=2)
   ticks = (0.25, 0.5, 1, 2, 4)
   axes[0, 0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-  axes[0, 0].set_ylabel("variance between seeds, times\nthat of independent noise (log scale)")
+  axes[0, 0].set_ylabel("variance between seeds\n(independent: 1; log scale)")
   experts = {
     f"n = {n}": [Estimate(*3 * [of[n, name]["unique_experts"]]) for name in (REFERENCE, *names)]
     for n in numbers

@@ -45,8 +45,8 @@ class Config:
   task: str = "paper/gsm8k"
   num_members: int = 8
   logits: tuple[float, ...] = (0.1, 0.2, 0.35, 0.6, 1.0)
-  spread: tuple[float, ...] = (0.05, 0.1, 0.18, 0.3, 0.5)
-  margin: tuple[float, ...] = (0.15, 0.3, 0.6, 1.2, 2.5)
+  spread: tuple[float, ...] = (0.05, 0.1, 0.18, 0.3, 0.5, 0.9)
+  margin: tuple[float, ...] = (0.15, 0.3, 0.6, 1.2, 2.5, 5.0)
   num_examples: int = 300
   num_seeds: int = 3
 
@@ -151,7 +151,7 @@ def table(records: Sequence[compared.Record]) -> str:
   }
   return report_page.table_of(records, columns) + (
     "\n\nDifferences from the model's own best τ in logits, all on sequences that no τ was chosen "
-    "on."
+    "on, at output temperature 1: what a larger τ gains may be calibration."
   )
 
 
@@ -170,7 +170,7 @@ def findings(records: Sequence[compared.Record]) -> str:
 
 
 def draw(records: Sequence[compared.Record]):
-  figure, axes = drawing.axes(1, width=5.6, height=3.2)
+  figure, axes = drawing.axes(1, width=6.4, height=3.4)
   (axis,) = axes[0]
   models = compared.unique(records, "model")
   for index, unit in enumerate(compared.unique(records, "unit")):
@@ -180,7 +180,7 @@ def draw(records: Sequence[compared.Record]):
       y = [of[m][what] for m in models]
       axis.errorbar(x, y, label=f"{unit}, {what}", **drawing.style(2 * index + offset))
   drawing.zero(axis)
-  axis.set_xticks(range(len(models)), models)
+  axis.set_xticks(range(len(models)), [m.removeprefix("wordmath_") for m in models])
   axis.set_ylabel("perplexity: difference from\nits own best τ in logits (%)")
-  drawing.legend(figure, axis, columns=3)
+  drawing.legend(figure, axis)
   return figure
