@@ -1,10 +1,7 @@
 """Settings and small models shared by all tests."""
 
-import gc
 from importlib import metadata
-import inspect
 import os
-import pathlib
 import signal
 import threading
 
@@ -16,11 +13,7 @@ if threading.current_thread() is threading.main_thread():
 # Before JAX is imported: eight devices on the host, for the tests of sharding,
 # and little effort of LLVM, as nearly all of the tests' time is compiling.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_FLAGS = {
-  "xla_force_host_platform_device_count": 8,
-  "xla_backend_optimization_level": 0,
-  "xla_cpu_parallel_codegen_split_count": 2,  # each part of a program has costs of its own
-}
+_FLAGS = {"xla_force_host_platform_device_count": 8, "xla_backend_optimization_level": 0}
 # The older of two ways to make code of fusions, which jaxlib 0.10 is the last to have (others
 # end at a flag that they do not know), compiles in half of the time.
 if metadata.version("jaxlib").startswith("0.10."):
@@ -84,34 +77,11 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: position.get(item.path.stem, len(LONGEST)))
 
 
-def pytest_collection_finish():
-  """Collects garbage rarely: tracing makes many objects, of which few are garbage in cycles."""
-  gc.collect()
-  gc.freeze()
-  gc.set_threshold(50_000, 20, 50)
-
-
 @pytest.fixture(scope="module", autouse=True)
-def programs_of_modules(request):
-  """Keeps compiled programs for the modules that follow, unless they may be in the way.
-
-  A module that replaces parts of the code must not find or leave programs of other code, and a
-  process may map only so many.
-  """
-  replaces = "setattr(" in inspect.getsource(request.module)
-  if replaces:
-    jax.clear_caches()
+def programs_of_one_module():
+  """Frees the compiled programs of each module: a process may map only so many."""
   yield
-  if replaces or not _has_room_for_programs():
-    jax.clear_caches()
-
-
-def _has_room_for_programs():
-  try:
-    limit = int(pathlib.Path("/proc/sys/vm/max_map_count").read_text("utf-8"))
-    return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n") < limit / 2
-  except OSError:  # no Linux
-    return False
+  jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

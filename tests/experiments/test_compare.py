@@ -425,9 +425,13 @@ def test_default_methods_without_an_answer_are_left_out_and_others_refused(
   assert "[skipping SCMoE, best β: task paper/arc_easy needs" in capsys.readouterr().err
   read = [tasks.Example("a", "?", reference=" x", max_new_tokens=0)]
   kept = [m.name for m in program.check_methods(found, {"text/lambada": read})]
-  assert {"baseline", "roster", "experts", "scmoe"} <= set(kept)  # greedy tokens are all it needs
+  assert {"baseline", "roster", "experts", "best_scmoe"} <= set(
+    kept
+  )  # greedy tokens are all it needs
   assert not {"self_consistency", "best_of", "best_baseline"} & set(kept)
-  assert "scmoe" not in [m.name for m in program.check_methods(found, {"text/wikitext2": read})]
+  assert "best_scmoe" not in [
+    m.name for m in program.check_methods(found, {"text/wikitext2": read})
+  ]
   monkeypatch.setattr(program, "FLAGS", types.SimpleNamespace(methods="scmoe"))
   with pytest.raises(ValueError, match="remove the task or the method"):
     program.check_methods(found, examples)

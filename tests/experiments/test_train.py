@@ -252,7 +252,8 @@ def test_embedded_models_are_what_their_configs_make(name):
   config = re.search(r"--config=(\S+)", provenance["command"])[1]
   expected = configs.load(config)
   made = json.loads(json.dumps(dataclasses.asdict(expected)))
-  made["model"] = {k: made["model"][k] for k in provenance["config"]["model"]}  # those it had then
+  for part in ("model", "settings"):
+    made[part] = {k: made[part][k] for k in provenance["config"][part]}  # those it had then
   assert made == provenance["config"]
   assert roe_jax.load_config(f"embedded:{name}") == expected.model.replace(dtype="bfloat16")
 
