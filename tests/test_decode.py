@@ -309,7 +309,7 @@ def test_non_finite_logits_are_an_error_that_names_sequence_and_position(olmoe):
 
 @pytest.mark.parametrize("cache", ["clean", "standard"])
 def test_the_step_reaches_the_experts_in_few_calls(olmoe, monkeypatch, cache):
-  """At most 12 functions of the package, from the decode step to the one that multiplies."""
+  """At most 13 functions of the package, from the decode step to the one that multiplies."""
   config, params = olmoe
   package, found = str(pathlib.Path(roe_jax.__file__).parent), []
   for name, function in experts._FUNCTIONS.items():
@@ -331,4 +331,4 @@ def test_the_step_reaches_the_experts_in_few_calls(olmoe, monkeypatch, cache):
   experts._with_member_folding.cache_clear()
   jax.eval_shape(step, Sampler.greedy(), state, shape(jnp.int32, 1), shape(jnp.int32))
   assert found and found[0][0] == "decode_steps"
-  assert max(map(len, found)) <= 12, max(found, key=len)
+  assert max(map(len, found)) <= 13, max(found, key=len)

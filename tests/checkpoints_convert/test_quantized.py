@@ -30,7 +30,9 @@ def config(family, **changes):
   if family == "emo":
     sizes = dict(d_shared_expert=changes.get("d_expert", F))
   if "first_dense_layers" in families.FAMILIES[family].keys:
-    sizes = dict(d_shared_expert=F, first_dense_layers=1, d_dense=24, qk_norm=True)
+    sizes = dict(
+      d_shared_expert=changes.get("d_expert", F), first_dense_layers=1, d_dense=24, qk_norm=True
+    )
   if family == "gpt_oss":
     sizes = dict(swiglu_limit=7.0, swiglu_alpha=1.702, expert_format="mxfp4")
   return ModelConfig(
