@@ -389,7 +389,9 @@ def draw(records: list[dict[str, Any]]):
       ]
       for score in SCORES
     }
-    drawing.dots(row[3], [e.replace(" ", "\n", 1) for e in events], series)
+    drawing.dots(
+      row[3], [e.replace(" token", "\ntoken").replace(" of ", "\nof ") for e in events], series
+    )
     row[3].set_ylabel("area under ROC curve (%)")
-    row[3].legend(fontsize=6)
+    row[3].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
   return figure
