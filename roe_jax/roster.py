@@ -389,7 +389,8 @@ class Roster:
   @property
   def is_random(self) -> bool:
     """Whether results depend on the seed, apart from sampling."""
-    return bool(np.any(self.temperatures)) and perturbations.is_random(self.perturb)
+    noisy = not self.is_baseline and bool(np.any(self.temperatures))
+    return noisy and perturbations.is_random(self.perturb)
 
   @property
   def aggregate_with(self) -> Aggregation:

@@ -220,7 +220,7 @@ def test_the_number_of_experts_is_drawn_for_each_step(config, params, batch):
 
 @pytest.mark.slow
 def test_each_member_of_a_partition_has_its_own_loss(config, params, batch, loss):
-  """As plain models, of which the other parts' experts are banned."""
+  """As plain models that may not use the other parts' experts."""
   total, parts = loss(params, batch, members=2)
   compute = jax.jit(
     lambda p, t, bias: transformer.forward(p, config, t, router=RouterInputs(bias), **OPTIONS)

@@ -28,7 +28,7 @@ class Method:
     config: the model's config, as the method changes it.
     roster: its roster, with the first noise seed.
     sampler: how tokens are sampled.
-    num_samples: samples per example, one of which is selected.
+    num_samples: samples per example; one is selected.
     select: how, a name in `picking.SELECTIONS`.
     sample_experts: experts per token of each sample, if they differ.
     candidates: settings and the methods with them; the best on validation examples is used.

@@ -298,7 +298,7 @@ class BestScmoe(Scmoe):
 
 @dataclasses.dataclass(frozen=True)
 class Sequences(Spec):
-  """Members that each write an answer of their own, one of which is selected.
+  """Members that each write an answer of their own; one is selected.
 
   Each of `n` samples is one noisy member with its own cache, at noise of its own; `k` is how many
   experts each uses. With `noise=expert_sample(...)`, Expert-Sample (arXiv 2602.02443); with k

@@ -113,7 +113,7 @@ def _summarize(logits_RxBxTxV, targets_BxT, sizes, temperatures_NxG):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A roster of n members, of which rosters of `sizes` are summarized.
+  """A roster of n members; rosters of the first `sizes` members are summarized.
 
   Attributes:
     name: its name.

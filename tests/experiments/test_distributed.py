@@ -206,6 +206,7 @@ def test_what_is_wrong_with_one_process_ends_both(case, sentence, tiny_checkpoin
 def test_flags_that_cannot_work_are_refused(given, sentence, monkeypatch):
   for name in ("SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST", "OMPI_MCA_orte_hnp_uri"):
     monkeypatch.delenv(name, raising=False)
+  monkeypatch.setattr(distributed, "_partners", None)  # programs of later tests have none
   distributed.FLAGS.mark_as_parsed()
   with flagsaver.flagsaver(**given), pytest.raises(ValueError, match=sentence):
     distributed.start()
