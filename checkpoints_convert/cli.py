@@ -44,11 +44,11 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     ["source", "float32", "bfloat16"],
     "Dtype of the written parameters; source keeps the dtype of the source.",
   )
-  enum(
+  string(
     "quantize_experts",
     None,
-    ["int8", "int4"],
-    "Format to quantize the experts' matrices to; other parameters stay in --dtype.",
+    "Format to quantize the experts' matrices to: int8, int4, or nested:BASE-BITS such as "
+    "nested:2-4, whose first bits are weights of fewer; other parameters stay in --dtype.",
   )
   boolean(
     "keep_mxfp4",
@@ -118,6 +118,8 @@ def _convert(values: flags.FlagValues) -> None:
     raise ConversionError("--target is missing: give the folder to write, or --dry_run")
   max_shard_bytes = parse_size(values.max_shard_size)
   formats = dict(quantize_experts=values.quantize_experts, keep_mxfp4=values.keep_mxfp4)
+  if values.quantize_experts is not None:
+    quantize_checkpoint.check_format(values.quantize_experts)
   if values.to_hugging_face and any(formats.values()):
     raise ConversionError(
       "--quantize_experts and --keep_mxfp4 apply to checkpoints, but --to_hugging_face writes a "

@@ -7,7 +7,7 @@ import pathlib
 from checkpoints_convert import hub
 from checkpoints_convert.common import ConversionError, write_pieces
 from checkpoints_convert.expert_formats import recode
-from roe_jax import checkpoint
+from roe_jax import checkpoint, quantization
 from roe_jax.checkpoint_folder import resolved
 from roe_jax.config import ModelConfig
 
@@ -15,6 +15,15 @@ from roe_jax.config import ModelConfig
 def is_checkpoint(source: str) -> bool:
   """Whether the source is a roe_jax checkpoint, as opposed to a Hugging Face model."""
   return (pathlib.Path(source).expanduser() / checkpoint.CONFIG_FILE).is_file()
+
+
+def check_format(quantize_experts: str) -> None:
+  """Raises a ValueError if this is no format to quantize experts to."""
+  if quantize_experts == "mxfp4":
+    raise ConversionError(
+      "--quantize_experts writes int8, int4 or nested:BASE-BITS; MXFP4 is kept with --keep_mxfp4"
+    )
+  quantization.find(quantize_experts)
 
 
 def target_config(

@@ -25,7 +25,7 @@ from roe_jax import (
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.experts import expert_parallel
-from roe_jax.quantization import FORMATS, GROUPS
+from roe_jax.quantization import FORMATS, find
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
@@ -235,8 +235,9 @@ def test_recurrent_routers_by_parts():
   check_forward(config, tiny.params(config))
 
 
-def test_experts_of_few_bits_by_parts():
-  config = of_few_bits("int4")
+@pytest.mark.parametrize("expert_format", ["int4", "nested:2-4"])
+def test_experts_of_few_bits_by_parts(expert_format):
+  config = of_few_bits(expert_format)
   check_forward(config, params_lib.initialize(config, jax.random.key(0)))
 
 
@@ -245,7 +246,7 @@ def of_few_bits(expert_format):
   return tiny.config(
     "gpt_oss",
     vocab_size=64,
-    d_expert=2 * GROUPS[expert_format],
+    d_expert=2 * find(expert_format).group,
     expert_format=expert_format,
     initializer_range=0.3,
   )
