@@ -126,7 +126,9 @@ def _convert(values: flags.FlagValues) -> None:
       "Hugging Face folder: leave them out"
     )
   _check_carving(values)
-  from_checkpoint = values.quantize_experts and quantize_checkpoint.is_checkpoint(values.source)
+  from_checkpoint = bool(values.quantize_experts) and quantize_checkpoint.is_checkpoint(
+    values.source
+  )
   _check_verification(values, from_checkpoint)
   if values.dry_run and not (values.to_hugging_face or from_checkpoint):
     carved = lambda config: config

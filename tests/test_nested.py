@@ -1,6 +1,7 @@
 """Nested codes: bits written out, prefixes, the error of each plane, and experts at fewer bits."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def test_weights_are_those_of_the_described_bits(format, axis, rows, width):
   weights = dequantize_on_host(matrix)
   expected = [[element(matrix, axis, n, d, width) for d in range(width)] for n in range(rows)]
   np.testing.assert_allclose(weights, expected, rtol=1e-6, atol=1e-6)
-  of_jax = jax.tree.map(jnp.asarray, matrix)
+  of_jax: Any = jax.tree.map(jnp.asarray, matrix)
   np.testing.assert_array_equal(dequantize(params_lib.in_storage_dtype(of_jax)), weights)
 
 
