@@ -120,9 +120,11 @@ class Nested:
     return np.concatenate(planes, axis=-1)
 
 
-def bits_of(plane: Any, part: int) -> Any:
-  """Returns the bits of one part (an eighth) of D, from a plane in int32 (or uint8, with numpy)."""
-  return plane >> part & 1
+def unpack(plane: Any, library: Any) -> Any:
+  """Returns the bits of a plane `[..., D/8]` as int32 `[..., D]`; `library` is numpy or JAX's."""
+  shifts = library.arange(PARTS, dtype="int32").reshape(*[1] * (plane.ndim - 1), PARTS, 1)
+  bits = plane.astype("int32")[..., None, :] >> shifts & 1
+  return bits.reshape(*plane.shape[:-1], -1)
 
 
 def _rounded(scales):

@@ -121,19 +121,22 @@ def first_planes(matrix: Quantized, bits: int) -> Quantized:
   Raises:
     ValueError: the format is not nested, or has no so many planes.
   """
-  check_depth(matrix.format, bits)
-  return matrix.replace(depth=bits)
+  return matrix.replace(depth=nested_format(matrix.format).first(bits).bits)
 
 
-def check_depth(format: str | None, bits: int) -> None:
-  """Raises a ValueError if experts in this format cannot be read with so many bits."""
+def nested_format(format: str | None) -> Nested:
+  """Returns the nested format of this name.
+
+  Raises:
+    ValueError: the format is not nested.
+  """
   found = find(format).nested if format else None
   if found is None:
     raise ValueError(
       f"only experts in a nested format can be read with fewer bits, got {format or 'none'}: "
       "convert the model with --quantize_experts=nested:2-4"
     )
-  found.first(bits)
+  return found
 
 
 def check_sizes(format: str, d_model: int, d_expert: int) -> None:
@@ -191,42 +194,34 @@ def dequantize_layer(tree: Any, layer: Any, num_experts: int, dtype: jnp.dtype) 
 
 
 def dequantize_parts(matrix: Quantized) -> list[jax.Array]:
-  """Like `dequantize` in float32, but separately for the parts of D that share a byte.
+  """Like `dequantize` in float32, but separately for the halves of D that share a byte.
 
   One loop over both halves takes XLA's CPU backend ten times as long.
 
   Returns:
-    One array `[..., N, D]`, for 4-bit formats two `[..., N, D/2]`, and for nested ones eight.
+    One array `[..., N, D]`, or for 4-bit formats two `[..., N, D/2]`.
   """
   format = find(matrix.format)
+  parts = 1 if format.nested else format.parts
   *lead, rows, width = matrix.codes.shape
   row_groups, groups = matrix.scales.shape[-2:]
-  width, groups = width * 8 // (format.bits * format.parts), groups // format.num_scales
-  # Length of a run of weights with one scale; it must not cross into the next part.
-  run = math.gcd(format.parts * width // groups, width)
+  width, groups = width * 8 // (format.bits * parts), groups // format.num_scales
+  # Length of a run of weights with one scale; it must not cross into the other half.
+  run = math.gcd(parts * width // groups, width)
 
   def broadcast(scales):
-    scales = jnp.repeat(scales, format.parts * width // run // groups, axis=-1)
-    grouped = decode_scales(scales).reshape(*scales.shape[:-1], format.parts, -1)[..., None, :, :]
-    grouped = grouped[..., None]  # [..., row_groups, 1, parts, runs, 1]
+    grouped = decode_scales(scales)[..., :, None, :, None]
     shape = (*lead, row_groups, rows // row_groups, width // run, run)
-    return [
-      jnp.broadcast_to(grouped[..., i, :, :], shape).reshape(*lead, rows, width)
-      for i in range(format.parts)
-    ]
+    return jnp.broadcast_to(grouped, shape).reshape(*lead, rows, width)
 
-  if format.nested is None:
-    parts = decode_codes(matrix.codes, matrix.format)
-    return [part * scales for part, scales in zip(parts, broadcast(matrix.scales))]
-  read = format.nested.first(matrix.depth or format.bits)
-  planes = jnp.split(matrix.codes, format.bits, axis=-1)[: read.bits]
-  planes = [plane.astype(jnp.int32) for plane in planes]
-  scales = jnp.split(matrix.scales, format.num_scales, axis=-1)[: read.num_scales]
-  scales = list(zip(*map(broadcast, scales)))
-  return [
-    read.weights([nested.bits_of(plane, i) for plane in planes], scales[i])
-    for i in range(format.parts)
-  ]
+  if format.nested:
+    read = format.nested.first(matrix.depth or format.bits)
+    planes = jnp.split(matrix.codes, format.bits, axis=-1)[: read.bits]
+    scales = jnp.split(matrix.scales, format.num_scales, axis=-1)[: read.num_scales]
+    return [read.weights([nested.unpack(p, jnp) for p in planes], [*map(broadcast, scales)])]
+  scales = jnp.repeat(matrix.scales, parts * width // run // groups, axis=-1)
+  decoded = decode_codes(matrix.codes, matrix.format)
+  return [part * broadcast(s) for part, s in zip(decoded, jnp.split(scales, parts, axis=-1))]
 
 
 def codes_and_scales(matrix: Any) -> tuple[jax.Array, jax.Array | None, str | None]:
@@ -351,10 +346,7 @@ def dequantize_on_host(matrix: Quantized, dtype: np.dtype = np.dtype(np.float32)
     if format.nested:
       read = format.nested.first(matrix.depth or format.bits)
       planes = np.split(codes[part], format.bits, axis=-1)[: read.bits]
-      bits = [
-        np.concatenate([nested.bits_of(p, i) for i in range(format.parts)], axis=-1) for p in planes
-      ]
-      bits = [b.astype(np.int32).reshape(*b.shape[:2], groups, -1) for b in bits]
+      bits = [nested.unpack(p, np).reshape(*p.shape[:2], groups, -1) for p in planes]
       found = read.weights(bits, list(np.moveaxis(to_float32(scales[part]), 1, 0)[:, :, None]))
       flat[part] = found.reshape(len(found), height, width)
       continue

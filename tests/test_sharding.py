@@ -235,9 +235,8 @@ def test_recurrent_routers_by_parts():
   check_forward(config, tiny.params(config))
 
 
-@pytest.mark.parametrize("expert_format", ["int4", "nested:2-4"])
-def test_experts_of_few_bits_by_parts(expert_format):
-  config = of_few_bits(expert_format)
+def test_experts_of_few_bits_by_parts():
+  config = of_few_bits("int4")
   check_forward(config, params_lib.initialize(config, jax.random.key(0)))
 
 
@@ -350,9 +349,10 @@ def test_rosters_by_parts(params, sizes, num_members, texts, settings):
     np.testing.assert_array_equal(a.clean_greedy_tokens, b.clean_greedy_tokens)
 
 
-def test_windows_and_few_bits_by_parts():
+@pytest.mark.parametrize("expert_format, member_bits", [("mxfp4", None), ("nested:2-4", 2)])
+def test_windows_and_few_bits_by_parts(expert_format, member_bits):
   """Texts that are longer than the window, and more of them than slots."""
-  config = of_few_bits("mxfp4")
+  config = of_few_bits(expert_format)
   params = params_lib.initialize(config, jax.random.key(0))
   placed = sharding.shard_params(params, config, make_mesh(config, 2, 2, 2))
   completions = [
@@ -362,7 +362,7 @@ def test_windows_and_few_bits_by_parts():
       tiny.texts([5, 9, 12, 7, 3], 64),
       max_new_tokens=8,
       batch_size=4,
-      roster=Roster.create(config, 2, 0.5),
+      roster=Roster.create(config, 2, 0.5, member_bits=member_bits),
     ).completions
     for p in (placed, params)
   ]

@@ -115,6 +115,7 @@ class RosterOf(Spec):
   noise: str | None = None
   unsure: str | None = None
   member_stop: str | None = None
+  member_bits: str | None = None
   k: str | None = None
   gates: str | None = None
   mass: float | None = None
@@ -141,7 +142,7 @@ class RosterOf(Spec):
       source = [f"τ of {path.stem if path.stem != 'profile' else path.parent.name}"]
     roster = _create_roster(config, base, experts_by_layer=by_member, **values)
     # A search may find that zero temperatures are best, so a profile may have them.
-    differ = profile or by_member or bool(jnp.any(roster.temperatures > 0))
+    differ = profile or by_member or roster.member_bits or bool(jnp.any(roster.temperatures > 0))
     if roster.is_baseline or not differ:
       raise ValueError(
         "it is the baseline: set n to at least 2, and router temperatures with t=... or --tau"
@@ -154,6 +155,7 @@ class RosterOf(Spec):
       "noise": "{} noise",
       "unsure": "where {}",
       "member_stop": "members until settled ({})",
+      "member_bits": "members at {} bits",
       "k": "{} experts",
       "gates": "gates {}",
       "mass": "experts of {:g} of the probability",
