@@ -6,6 +6,7 @@ import sys
 
 from absl import flags, logging
 import jax
+import numpy as np
 
 from checkpoints_convert import (
   carve_checkpoint,
@@ -20,7 +21,7 @@ from checkpoints_convert import (
 from checkpoints_convert.common import ConversionError
 from checkpoints_convert.from_hugging_face import convert_from_hugging_face
 from checkpoints_convert.to_hugging_face import convert_to_hugging_face
-from roe_jax import checkpoint
+from roe_jax import bit_plans, checkpoint, makers
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -50,6 +51,12 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     "Format to quantize the experts' matrices to: int8, int4, or nested:BASE-BITS such as "
     "nested:2-4, whose first bits are weights of fewer; other parameters stay in --dtype.",
   )
+  string(
+    "bits_plan",
+    None,
+    "How many bits each expert of a checkpoint keeps, with --quantize_experts=nested:BASE-BITS: a "
+    f"JSON file, or one of the rules {makers.usages(bit_plans.RULES)}.",
+  )
   boolean(
     "keep_mxfp4",
     False,
@@ -64,7 +71,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   string(
     "calibration",
     None,
-    "Text file whose tokens show which neurons are active together, with --carve.",
+    "Text file whose tokens show which neurons are active together, with --carve, or which experts "
+    "are used, with --bits_plan.",
   )
   flags.DEFINE_integer(
     "calibration_tokens",
@@ -130,6 +138,11 @@ def _convert(values: flags.FlagValues) -> None:
     values.source
   )
   _check_verification(values, from_checkpoint)
+  if values.bits_plan and not from_checkpoint:
+    raise ConversionError(
+      "--bits_plan needs --quantize_experts=nested:BASE-BITS and a roe_jax checkpoint as source: "
+      "convert to a checkpoint first"
+    )
   if values.dry_run and not (values.to_hugging_face or from_checkpoint):
     carved = lambda config: config
     if values.carve:
@@ -142,6 +155,12 @@ def _convert(values: flags.FlagValues) -> None:
   if values.dry_run:
     if from_checkpoint:
       config = quantize_checkpoint.target_config(values.source, values.dtype, **formats)
+      if values.bits_plan:
+        of_text = values.calibration, values.calibration_tokens
+        found = quantize_checkpoint.make_plan(values.source, config, values.bits_plan, *of_text)
+        config = found[0]
+        if found[1] is not None:
+          print(quantize_checkpoint.describe_plan(found[1], config))
     else:
       config = checkpoint.load_config(values.source)
       config = config if values.dtype == "source" else config.replace(dtype=values.dtype)
@@ -165,10 +184,20 @@ def _convert(values: flags.FlagValues) -> None:
       **arguments,
     )
   elif from_checkpoint:
-    config = quantize_checkpoint.convert(values.source, values.target, **arguments, **formats)
+    config = quantize_checkpoint.convert(
+      values.source,
+      values.target,
+      bits_plan=values.bits_plan,
+      calibration=values.calibration,
+      calibration_tokens=values.calibration_tokens,
+      **arguments,
+      **formats,
+    )
   else:
     arguments |= dict(revision=values.revision, **formats)
     config = convert_from_hugging_face(values.source, values.target, **arguments)
+  if values.bits_plan and (plan := checkpoint.load_provenance(values.target).get("bits")):
+    print(quantize_checkpoint.describe_plan(np.array(plan), config))
   experts = f", experts in {config.expert_format}" if config.expert_format else ""
   print(
     f"wrote {values.target}: {config.family}, {config.num_layers} layers, {config.dtype}" + experts
@@ -203,12 +232,13 @@ def _check_verification(values: flags.FlagValues, from_checkpoint: bool) -> None
 def _check_carving(values: flags.FlagValues) -> None:
   """Checks the flags of carving, as far as that needs no source."""
   if not values.carve:
-    idle = [n for n in ("calibration", "calibration_tokens", "carve_router") if values[n].present]
+    names = ("carve_router", *(() if values.bits_plan else ("calibration", "calibration_tokens")))
+    idle = [n for n in names if values[n].present]
     if idle:
       raise ConversionError(f"--{idle[0]} applies to --carve only: add --carve, or leave it out")
     return
   carving.Plan.parse(values.carve)
-  others = ("to_hugging_face", "quantize_experts", "keep_mxfp4")
+  others = ("to_hugging_face", "quantize_experts", "keep_mxfp4", "bits_plan")
   given = [name for name in others if getattr(values, name)]
   if given:
     raise ConversionError(
