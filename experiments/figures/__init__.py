@@ -59,7 +59,7 @@ REVIEWERS = (
   "shared_noise",
   "tau_units",
 )
-LANGUAGE = ("last_words",)
+LANGUAGE = ("main_table", "last_words")
 NAMES = PAPER + REVIEWERS + LANGUAGE
 # Settings of a model that only some figures use.
 BUDGETS = (
