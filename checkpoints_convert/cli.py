@@ -13,6 +13,7 @@ from checkpoints_convert import (
   carving,
   command_line,
   hub,
+  merge_checkpoints,
   outputs,
   quantize_checkpoint,
   summary,
@@ -21,7 +22,7 @@ from checkpoints_convert import (
 from checkpoints_convert.common import ConversionError
 from checkpoints_convert.from_hugging_face import convert_from_hugging_face
 from checkpoints_convert.to_hugging_face import convert_to_hugging_face
-from roe_jax import bit_plans, checkpoint, makers
+from roe_jax import bit_plans, checkpoint, makers, merging
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -36,7 +37,6 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     None,
     "What to convert: a Hugging Face folder, a .gguf file or a hub name, org/name[@revision]; with "
     "--to_hugging_face a roe_jax checkpoint, with --quantize_experts any of these.",
-    required=True,
   )
   string("target", None, "Folder to write.")
   enum(
@@ -57,6 +57,15 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     "How many bits each expert of a checkpoint keeps, with --quantize_experts=nested:BASE-BITS: a "
     f"JSON file, or one of the rules {makers.usages(bit_plans.RULES)}.",
   )
+  flags.DEFINE_list(
+    "merge",
+    [],
+    "roe_jax checkpoints of fine-tunes of --base, to be merged in place of --source: one base and "
+    "one vector, and one bit per weight and fine-tune (EMR-Merging).",
+    flag_values=values,
+  )
+  string("base", None, "The checkpoint that the fine-tunes of --merge started from.")
+  boolean("merge_routers", False, "Merge routers, too; by default each fine-tune keeps its own.")
   boolean(
     "keep_mxfp4",
     False,
@@ -124,6 +133,9 @@ def run(values: flags.FlagValues) -> int:
 def _convert(values: flags.FlagValues) -> None:
   if not values.target and not values.dry_run:
     raise ConversionError("--target is missing: give the folder to write, or --dry_run")
+  if _check_merge(values):
+    _merge(values)
+    return
   max_shard_bytes = parse_size(values.max_shard_size)
   formats = dict(quantize_experts=values.quantize_experts, keep_mxfp4=values.keep_mxfp4)
   if values.quantize_experts is not None:
@@ -211,6 +223,50 @@ def _convert(values: flags.FlagValues) -> None:
       raise ConversionError(
         f"{values.target} is complete, but its logits are not those of transformers: see above"
       )
+
+
+def _check_merge(values: flags.FlagValues) -> bool:
+  """Checks the flags of merging; returns whether fine-tunes are merged."""
+  if not values.merge:
+    idle = [name for name in ("base", "merge_routers") if values[name].present]
+    if idle:
+      raise ConversionError(f"--{idle[0]} applies to --merge only: add --merge=A,B")
+    if not values.source:
+      raise ConversionError("--source is missing: give what to convert, or --merge and --base")
+    return False
+  own = {"merge", "base", "merge_routers", "target", "overwrite", "dry_run"}
+  others = [name for name in values if values[name].present and name not in own]
+  converters = flags.FlagValues()
+  define_flags(converters)
+  if given := [name for name in others if name in converters]:
+    raise ConversionError(f"--merge and --{given[0]} exclude each other: leave one out")
+  if not values.base:
+    raise ConversionError(
+      "--merge needs --base: give the checkpoint that the fine-tunes started from"
+    )
+  return True
+
+
+def _merge(values: flags.FlagValues) -> None:
+  tasks = list(values.merge)
+  config = merge_checkpoints.target_config(tasks, values.base)
+  if values.dry_run:
+    print(f"base: {values.base}, with {len(tasks)} tasks\n{summary.describe(config)}")
+    return
+  jax.config.update("jax_platforms", "cpu")
+  merge_checkpoints.convert(
+    tasks,
+    values.base,
+    values.target,
+    merge_routers=values.merge_routers,
+    overwrite=values.overwrite,
+  )
+  merged, separate = merge_checkpoints.num_bytes(values.target)
+  print(f"wrote {values.target}: {len(tasks)} tasks in {merged:,} bytes; separately {separate:,}")
+  found = merging.Tasks(values.target)
+  for i, name in enumerate(found.names):
+    scales = ", ".join(f"{kind} {of[i]:.4f}" for kind, of in found.scales.items())
+    print(f"  task {i}: {name}; scales: {scales}")
 
 
 def _check_verification(values: flags.FlagValues, from_checkpoint: bool) -> None:
