@@ -429,7 +429,7 @@ def _padded(params, config, roster, sequences, request_ids, rerun=None):
   return tokens, jnp.asarray(ids), cache
 
 
-def _run(params, config, roster, tokens, request_ids):
+def run_of(params, config, roster, tokens, request_ids):
   """Returns the pass over all positions."""
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   return members_lib.RosterPass(params, config, roster, tokens, positions, request_ids)
@@ -437,7 +437,7 @@ def _run(params, config, roster, tokens, request_ids):
 
 def states(params, config, roster, cache, tokens, request_ids, keep=()):
   """Returns all members' states and outputs at all positions; see `CacheMode.states`."""
-  run = _run(params, config, roster, tokens, request_ids)
+  run = run_of(params, config, roster, tokens, request_ids)
   x, _, outputs = roster.cache_mode.states(run, cache, keep)
   return x, outputs
 
@@ -498,7 +498,7 @@ def _logits_at(params, config, roster, cache, tokens, request_ids, *, last_B, of
   if of_members:
     found = transformer.unembed(params, config, x)
   else:
-    found = _run(params, config, roster, tokens, request_ids).aggregate(x).log_probs[None]
+    found = run_of(params, config, roster, tokens, request_ids).aggregate(x).log_probs[None]
   return sharding.with_sharding_constraint(params, found)
 
 
@@ -542,7 +542,7 @@ def _of_router_logits(compute, params, config, roster, cache, tokens, request_id
   Returns:
     Its results `[L, R, ...]`, the logits without noise `[L, R, B, T, E]`, and the members' states.
   """
-  run = _run(params, config, roster, tokens, request_ids)
+  run = run_of(params, config, roster, tokens, request_ids)
   x, outputs = states(params, config, roster, cache, tokens, request_ids, ("router_logits",))
 
   def of_member(layer, member, logits_BxTxE):

@@ -36,6 +36,7 @@ def dense(tmp_path_factory):
     "tune --task=wordmath --output=OUT",
     "quickstart --output=OUT",
     "quantization_study --output=OUT",
+    "bits_study --output=OUT",
     "meshes --output=OUT",
     "reproduce --figure=fig4b --model=embedded --output=OUT",
   ],
