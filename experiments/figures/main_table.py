@@ -19,6 +19,7 @@ checkpoints are read on `num_few` passages, too few for claims about accuracy.
 
 from collections.abc import Sequence
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,7 @@ TABLES = {
   "checkpoints": "Checkpoints: rosters against the same checkpoint without",
 }
 FEW = ("histories", "experts", "checkpoints")
+FULL = tuple(name for name in TABLES if name not in FEW)
 
 
 class Reader:
@@ -265,8 +267,15 @@ def measure(run: FigureRun) -> list[dict[str, Any]]:
   for checkpoint in (*run.model.checkpoints, *config.others):
     reader = Reader(run, checkpoint, keep)
     tau = reader.choose()
+    is_main = checkpoint in run.model.checkpoints
+    # All tables at once: rosters of all of them share a Clean Cache.
+    for count, tables in ((config.num_examples, FULL), (config.num_few, FEW)):
+      lists = [texts for name in tables for texts in _compared(config, name, is_main)]
+      methods = [reader.chosen(text) for text in dict.fromkeys(itertools.chain(*lists))]
+      reader.read("validation", methods)
+      reader.read("test", methods, count)
     for table in TABLES:
-      for texts in _compared(config, table, checkpoint in run.model.checkpoints):
+      for texts in _compared(config, table, is_main):
         methods = [reader.chosen(text) for text in texts]
         for record in _records(reader, methods, table, config):
           model = checkpoint.rpartition(":")[2]
