@@ -19,6 +19,7 @@ checkpoints are read on `num_few` passages, too few for claims about accuracy.
 
 from collections.abc import Sequence
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,7 @@ TABLES = {
   "checkpoints": "Checkpoints: rosters against the same checkpoint without",
 }
 FEW = ("histories", "experts", "checkpoints")
+FULL = tuple(name for name in TABLES if name not in FEW)
 
 
 class Reader:
@@ -265,8 +267,15 @@ def measure(run: FigureRun) -> list[dict[str, Any]]:
   for checkpoint in (*run.model.checkpoints, *config.others):
     reader = Reader(run, checkpoint, keep)
     tau = reader.choose()
+    is_main = checkpoint in run.model.checkpoints
+    # All tables at once: rosters of all of them share a Clean Cache.
+    for count, tables in ((config.num_examples, FULL), (config.num_few, FEW)):
+      lists = [texts for name in tables for texts in _compared(config, name, is_main)]
+      methods = [reader.chosen(text) for text in dict.fromkeys(itertools.chain(*lists))]
+      reader.read("validation", methods)
+      reader.read("test", methods, count)
     for table in TABLES:
-      for texts in _compared(config, table, checkpoint in run.model.checkpoints):
+      for texts in _compared(config, table, is_main):
         methods = [reader.chosen(text) for text in texts]
         for record in _records(reader, methods, table, config):
           model = checkpoint.rpartition(":")[2]
@@ -341,28 +350,39 @@ def table(records: list[dict[str, Any]]) -> str:
   )
 
 
-def findings(records: list[dict[str, Any]]) -> str:
-  of_compute = {r["method"]: r for r in _of(records, "compute")}
+def summary(records: list[dict[str, Any]]) -> str:
+  """Returns what a roster and its alternatives gain, in a sentence for each."""
   sentences = []
-  for r in of_compute.values():
-    if r["fitted_difference"]:
-      sentences.append(
-        f"{r['label']}: {report_page.difference(r['fitted_difference'], 1, ' %')} perplexity at "
-        f"fitted output temperatures for {r['computation']:.2f} times the baseline's computation"
+  for r in _of(records, "compute")[1:]:
+    accuracy, perplexity = r["quality_difference"], r["fitted_difference"]
+    gains = [
+      f"{what} by {report_page.difference(d, 1, unit)}"
+      + " (not significant)" * (not d.is_significant)
+      for what, d, unit in (
+        ("accuracy", accuracy, " points"),
+        ("perplexity at fitted output temperatures", perplexity, " %"),
       )
-  found = ["; ".join(sentences) + "."]
-  qualities = [r for r in of_compute.values() if r["quality_difference"]]
-  if qualities:
-    found.append(
-      "Accuracy: "
-      + "; ".join(
-        f"{r['label']} {report_page.difference(r['quality_difference'], 1, ' points')}"
-        f"{' *' * r['quality_difference'].is_significant}"
-        for r in qualities
-      )
-      + " (*: significant after Holm's correction)."
+      if d
+    ]
+    sentences.append(
+      f"{r['label']}: changes {' and '.join(gains)}, for {r['computation']:.2f} times the "
+      "baseline's computation"
     )
-  return " ".join(found)
+  return f"On {records[0]['task']} with {records[0]['model']}: " + "; ".join(sentences) + "."
+
+
+def findings(records: list[dict[str, Any]]) -> str:
+  sentences = [summary(records)]
+  for name in ("noise", "layers", "experts", "checkpoints"):
+    shown = [
+      f"{r['model'] + ': ' if name == 'checkpoints' else ''}{r['label']} "
+      + compared.cell(r["fitted_difference"], 1, True)
+      for r in _of(records, name)
+      if r["fitted_difference"]
+    ]
+    if shown:
+      sentences.append(f"{TABLES[name]}, in percent of perplexity: {'; '.join(shown)}.")
+  return " ".join(sentences)
 
 
 def draw(records: list[dict[str, Any]]):
