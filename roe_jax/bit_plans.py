@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import diagnostics, makers, quantization, transformer, typed
+from roe_jax import batching, diagnostics, makers, quantization, transformer, typed
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.layer_inputs import LayerOptions, TokenBatch
@@ -248,8 +248,9 @@ def _turns(of):
   without = params.replace(layers=of_stack.replace(experts=zeros))
   run = jax.jit(transformer.run_layers, static_argnames=("config", "options"))
   turns = np.zeros(config.num_expert_layers)
+  capacity = batching.bucket(max(map(len, of.sequences)))  # all share one program
   for sequence in of.sequences:
-    tokens = jnp.asarray([sequence], jnp.int32)
+    tokens = jnp.asarray(batching.pad([sequence], 1, capacity))
     batch = TokenBatch(jnp.arange(tokens.shape[1])[None])
     x = transformer.embed(params, config, tokens)
     for layer in range(config.num_layers):
@@ -257,7 +258,9 @@ def _turns(of):
       after = run(params, config, x, batch, options=options)[0]
       if layer >= config.first_dense_layers:
         before = run(without, config, x, batch, options=options)[0]
-        a, b = (np.asarray(v, np.float64)[0, :, : config.d_model] for v in (before, after))
+        a, b = (
+          np.asarray(v, np.float64)[0, : len(sequence), : config.d_model] for v in (before, after)
+        )
         cosines = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
         turns[layer - config.first_dense_layers] += (1 - cosines).mean()
       x = after
