@@ -5,6 +5,7 @@ A figure has
 * `TITLE`, and `BACKGROUND`: in a sentence or two, what the paper reports or who asked what;
 * `CONFIGS`: {model: its settings}, a frozen dataclass, for each model that it is made of;
 * `commands(run)`, if other programs run first: see `figure_run.Command`;
+* `NEEDS`, if it uses packages of optional extras: their names;
 * `measure(run)`: their results, or its own measurements, as a list of JSON objects;
 * `table(records)` in Markdown, `findings(records)` in sentences, and `draw(records)`: a
   picture, or None if the table is enough.
@@ -60,7 +61,8 @@ REVIEWERS = (
   "tau_units",
 )
 LANGUAGE = ("last_words",)
-NAMES = PAPER + REVIEWERS + LANGUAGE
+VISION = ("vision_sr", "vision_moe")
+NAMES = PAPER + REVIEWERS + LANGUAGE + VISION
 # Settings of a model that only some figures use.
 BUDGETS = (
   "num_members",
