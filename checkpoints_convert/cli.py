@@ -6,12 +6,14 @@ import sys
 
 from absl import flags, logging
 import jax
+import numpy as np
 
 from checkpoints_convert import (
   carve_checkpoint,
   carving,
   command_line,
   hub,
+  merge_checkpoints,
   outputs,
   quantize_checkpoint,
   summary,
@@ -20,7 +22,7 @@ from checkpoints_convert import (
 from checkpoints_convert.common import ConversionError
 from checkpoints_convert.from_hugging_face import convert_from_hugging_face
 from checkpoints_convert.to_hugging_face import convert_to_hugging_face
-from roe_jax import checkpoint
+from roe_jax import bit_plans, checkpoint, makers, merging
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -35,7 +37,6 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     None,
     "What to convert: a Hugging Face folder, a .gguf file or a hub name, org/name[@revision]; with "
     "--to_hugging_face a roe_jax checkpoint, with --quantize_experts any of these.",
-    required=True,
   )
   string("target", None, "Folder to write.")
   enum(
@@ -44,12 +45,27 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     ["source", "float32", "bfloat16"],
     "Dtype of the written parameters; source keeps the dtype of the source.",
   )
-  enum(
+  string(
     "quantize_experts",
     None,
-    ["int8", "int4"],
-    "Format to quantize the experts' matrices to; other parameters stay in --dtype.",
+    "Format to quantize the experts' matrices to: int8, int4, or nested:BASE-BITS such as "
+    "nested:2-4, whose first bits are weights of fewer; other parameters stay in --dtype.",
   )
+  string(
+    "bits_plan",
+    None,
+    "How many bits each expert of a checkpoint keeps, with --quantize_experts=nested:BASE-BITS: a "
+    f"JSON file, or one of the rules {makers.usages(bit_plans.RULES)}.",
+  )
+  flags.DEFINE_list(
+    "merge",
+    [],
+    "roe_jax checkpoints of fine-tunes of --base, to be merged in place of --source: one base and "
+    "one vector, and one bit per weight and fine-tune (EMR-Merging).",
+    flag_values=values,
+  )
+  string("base", None, "The checkpoint that the fine-tunes of --merge started from.")
+  boolean("merge_routers", False, "Merge routers, too; by default each fine-tune keeps its own.")
   boolean(
     "keep_mxfp4",
     False,
@@ -64,7 +80,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   string(
     "calibration",
     None,
-    "Text file whose tokens show which neurons are active together, with --carve.",
+    "Text file whose tokens show which neurons are active together, with --carve, or which experts "
+    "are used, with --bits_plan.",
   )
   flags.DEFINE_integer(
     "calibration_tokens",
@@ -116,16 +133,28 @@ def run(values: flags.FlagValues) -> int:
 def _convert(values: flags.FlagValues) -> None:
   if not values.target and not values.dry_run:
     raise ConversionError("--target is missing: give the folder to write, or --dry_run")
+  if _check_merge(values):
+    _merge(values)
+    return
   max_shard_bytes = parse_size(values.max_shard_size)
   formats = dict(quantize_experts=values.quantize_experts, keep_mxfp4=values.keep_mxfp4)
+  if values.quantize_experts is not None:
+    quantize_checkpoint.check_format(values.quantize_experts)
   if values.to_hugging_face and any(formats.values()):
     raise ConversionError(
       "--quantize_experts and --keep_mxfp4 apply to checkpoints, but --to_hugging_face writes a "
       "Hugging Face folder: leave them out"
     )
   _check_carving(values)
-  from_checkpoint = values.quantize_experts and quantize_checkpoint.is_checkpoint(values.source)
+  from_checkpoint = bool(values.quantize_experts) and quantize_checkpoint.is_checkpoint(
+    values.source
+  )
   _check_verification(values, from_checkpoint)
+  if values.bits_plan and not from_checkpoint:
+    raise ConversionError(
+      "--bits_plan needs --quantize_experts=nested:BASE-BITS and a roe_jax checkpoint as source: "
+      "convert to a checkpoint first"
+    )
   if values.dry_run and not (values.to_hugging_face or from_checkpoint):
     carved = lambda config: config
     if values.carve:
@@ -138,6 +167,12 @@ def _convert(values: flags.FlagValues) -> None:
   if values.dry_run:
     if from_checkpoint:
       config = quantize_checkpoint.target_config(values.source, values.dtype, **formats)
+      if values.bits_plan:
+        of_text = values.calibration, values.calibration_tokens
+        found = quantize_checkpoint.make_plan(values.source, config, values.bits_plan, *of_text)
+        config = found[0]
+        if found[1] is not None:
+          print(quantize_checkpoint.describe_plan(found[1], config))
     else:
       config = checkpoint.load_config(values.source)
       config = config if values.dtype == "source" else config.replace(dtype=values.dtype)
@@ -161,10 +196,20 @@ def _convert(values: flags.FlagValues) -> None:
       **arguments,
     )
   elif from_checkpoint:
-    config = quantize_checkpoint.convert(values.source, values.target, **arguments, **formats)
+    config = quantize_checkpoint.convert(
+      values.source,
+      values.target,
+      bits_plan=values.bits_plan,
+      calibration=values.calibration,
+      calibration_tokens=values.calibration_tokens,
+      **arguments,
+      **formats,
+    )
   else:
     arguments |= dict(revision=values.revision, **formats)
     config = convert_from_hugging_face(values.source, values.target, **arguments)
+  if values.bits_plan and (plan := checkpoint.load_provenance(values.target).get("bits")):
+    print(quantize_checkpoint.describe_plan(np.array(plan), config))
   experts = f", experts in {config.expert_format}" if config.expert_format else ""
   print(
     f"wrote {values.target}: {config.family}, {config.num_layers} layers, {config.dtype}" + experts
@@ -178,6 +223,50 @@ def _convert(values: flags.FlagValues) -> None:
       raise ConversionError(
         f"{values.target} is complete, but its logits are not those of transformers: see above"
       )
+
+
+def _check_merge(values: flags.FlagValues) -> bool:
+  """Checks the flags of merging; returns whether fine-tunes are merged."""
+  if not values.merge:
+    idle = [name for name in ("base", "merge_routers") if values[name].present]
+    if idle:
+      raise ConversionError(f"--{idle[0]} applies to --merge only: add --merge=A,B")
+    if not values.source:
+      raise ConversionError("--source is missing: give what to convert, or --merge and --base")
+    return False
+  own = {"merge", "base", "merge_routers", "target", "overwrite", "dry_run"}
+  others = [name for name in values if values[name].present and name not in own]
+  converters = flags.FlagValues()
+  define_flags(converters)
+  if given := [name for name in others if name in converters]:
+    raise ConversionError(f"--merge and --{given[0]} exclude each other: leave one out")
+  if not values.base:
+    raise ConversionError(
+      "--merge needs --base: give the checkpoint that the fine-tunes started from"
+    )
+  return True
+
+
+def _merge(values: flags.FlagValues) -> None:
+  tasks = list(values.merge)
+  config = merge_checkpoints.target_config(tasks, values.base)
+  if values.dry_run:
+    print(f"base: {values.base}, with {len(tasks)} tasks\n{summary.describe(config)}")
+    return
+  jax.config.update("jax_platforms", "cpu")
+  merge_checkpoints.convert(
+    tasks,
+    values.base,
+    values.target,
+    merge_routers=values.merge_routers,
+    overwrite=values.overwrite,
+  )
+  merged, separate = merge_checkpoints.num_bytes(values.target)
+  print(f"wrote {values.target}: {len(tasks)} tasks in {merged:,} bytes; separately {separate:,}")
+  found = merging.Tasks(values.target)
+  for i, name in enumerate(found.names):
+    scales = ", ".join(f"{kind} {of[i]:.4f}" for kind, of in found.scales.items())
+    print(f"  task {i}: {name}; scales: {scales}")
 
 
 def _check_verification(values: flags.FlagValues, from_checkpoint: bool) -> None:
@@ -199,12 +288,13 @@ def _check_verification(values: flags.FlagValues, from_checkpoint: bool) -> None
 def _check_carving(values: flags.FlagValues) -> None:
   """Checks the flags of carving, as far as that needs no source."""
   if not values.carve:
-    idle = [n for n in ("calibration", "calibration_tokens", "carve_router") if values[n].present]
+    names = ("carve_router", *(() if values.bits_plan else ("calibration", "calibration_tokens")))
+    idle = [n for n in names if values[n].present]
     if idle:
       raise ConversionError(f"--{idle[0]} applies to --carve only: add --carve, or leave it out")
     return
   carving.Plan.parse(values.carve)
-  others = ("to_hugging_face", "quantize_experts", "keep_mxfp4")
+  others = ("to_hugging_face", "quantize_experts", "keep_mxfp4", "bits_plan")
   given = [name for name in others if getattr(values, name)]
   if given:
     raise ConversionError(

@@ -2,12 +2,16 @@
 
 import numpy as np
 
+from roe_jax import bit_plans
 from roe_jax.config import ModelConfig
 from roe_jax.quantization import CONTRACTED, Quantized, dequantize_on_host, quantize
 
 
 def recode(
-  arrays: dict[str, np.ndarray], source: ModelConfig, target: ModelConfig
+  arrays: dict[str, np.ndarray],
+  source: ModelConfig,
+  target: ModelConfig,
+  plan: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
   """Returns the arrays of a piece in the expert format of `target`.
 
@@ -19,6 +23,7 @@ def recode(
       from it.
     source: the config of the arrays.
     target: the config of the result.
+    plan: bits of the piece's experts, `[layers of the piece, E]`, or None; see `bit_plans`.
   """
   if source.expert_format == target.expert_format:
     return arrays
@@ -32,5 +37,7 @@ def recode(
       )
     if target.expert_format and name in arrays:
       quantized = quantize(arrays.pop(name), target.expert_format, axis)
+      if plan is not None:
+        quantized = bit_plans.apply(quantized, plan)
       arrays |= {f"{name}.codes": quantized.codes, f"{name}.scales": quantized.scales}
   return arrays

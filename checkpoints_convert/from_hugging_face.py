@@ -25,7 +25,7 @@ def convert_from_hugging_face(
     source: a local Hugging Face folder, a GGUF file, or a hub name; see `hub.find`.
     target: the checkpoint folder to write.
     dtype: "float32", "bfloat16" or "source"; see `hub.open_source`.
-    quantize_experts: "int8", "int4" or None; see `hub.open_source`.
+    quantize_experts: "int8", "int4", "nested:BASE-BITS" or None; see `hub.open_source`.
     keep_mxfp4: see `hub.open_source`.
     revision: branch, tag or commit on the hub.
     overwrite: whether to replace an existing checkpoint at `target`.

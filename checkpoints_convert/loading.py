@@ -37,7 +37,7 @@ def load(
     dtype: "float32", "bfloat16", or "source" for the dtype of the files.
     shardings: see `checkpoint.load`; made for the config that `load_config` returns for the same
       arguments.
-    quantize_experts: "int8", "int4" or None.
+    quantize_experts: "int8", "int4", "nested:BASE-BITS" or None.
     keep_mxfp4: whether to keep experts in MXFP4 or to decode them to `dtype`; kept by default
       unless they are quantized.
     revision: branch, tag or commit on the hub.

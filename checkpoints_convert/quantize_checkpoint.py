@@ -4,17 +4,29 @@ import hashlib
 import json
 import pathlib
 
-from checkpoints_convert import hub
+import numpy as np
+
+from checkpoints_convert import carve_checkpoint, hub
 from checkpoints_convert.common import ConversionError, write_pieces
 from checkpoints_convert.expert_formats import recode
-from roe_jax import checkpoint
+from roe_jax import bit_plans, checkpoint, quantization
 from roe_jax.checkpoint_folder import resolved
 from roe_jax.config import ModelConfig
+from roe_jax.text.tokenizer import Tokenizer
 
 
 def is_checkpoint(source: str) -> bool:
   """Whether the source is a roe_jax checkpoint, as opposed to a Hugging Face model."""
   return (pathlib.Path(source).expanduser() / checkpoint.CONFIG_FILE).is_file()
+
+
+def check_format(quantize_experts: str) -> None:
+  """Raises a ValueError if this is no format to quantize experts to."""
+  if quantize_experts == "mxfp4":
+    raise ConversionError(
+      "--quantize_experts writes int8, int4 or nested:BASE-BITS; MXFP4 is kept with --keep_mxfp4"
+    )
+  quantization.find(quantize_experts)
 
 
 def target_config(
@@ -43,12 +55,20 @@ def convert(
   dtype: str = "source",
   quantize_experts: str,
   keep_mxfp4: bool = False,
+  bits_plan: str | None = None,
+  calibration: str | None = None,
+  calibration_tokens: int = carve_checkpoint.TOKENS,
   overwrite: bool = False,
 ) -> ModelConfig:
   """Quantizes the experts piece by piece and returns the config of what was written.
 
   An interrupted conversion resumes after the last finished piece when it is called again. The
   source is a checkpoint; for the other arguments see `convert_from_hugging_face`.
+
+  Args:
+    bits_plan: a rule or a JSON file, for a nested format; see `make_plan`.
+    calibration: the text file that rules look at.
+    calibration_tokens: how many of its tokens.
 
   Raises:
     ConversionError, ValueError: the experts cannot be stored in the requested format.
@@ -57,18 +77,23 @@ def convert(
   """
   checkpoint.check_target(target, overwrite, checkpoint.MANIFEST_FILE, source)
   config = target_config(source, dtype, quantize_experts, keep_mxfp4)
-  stored = checkpoint.load_config(source)
+  stored, plan = checkpoint.load_config(source), None
+  if bits_plan is not None:
+    config, plan = make_plan(source, config, bits_plan, calibration, calibration_tokens)
   provenance = checkpoint.load_provenance(source) | {
     "quantized_from": source,
     "dtype": config.dtype,
     "expert_format": config.expert_format,
   }
+  if plan is not None:
+    provenance |= {"bits_plan": bits_plan, "mean_bits": float(plan.mean()), "bits": plan.tolist()}
   writer = checkpoint.Writer(
     target,
     config,
     files=source,
     provenance=provenance,
-    fingerprint=fingerprint(source),
+    fingerprint=fingerprint(source)
+    + ("" if plan is None else hashlib.sha256(plan.tobytes()).hexdigest()),
     pieces=checkpoint.load_pieces(source),
     overwrite=overwrite,
   )
@@ -76,12 +101,65 @@ def convert(
   def read(names):
     for piece, arrays in checkpoint.iterate_pieces(source, names):
       shapes = checkpoint.piece_shapes(config, piece)
-      arrays = recode(arrays, stored, config)
+      of_piece = None if plan is None else plan[piece.start : piece.stop]
+      arrays = recode(arrays, stored, config, of_piece)
       yield piece, {n: a.astype(shapes[n].dtype, copy=False) for n, a in arrays.items()}
       del arrays  # or they would stay in memory while the next piece is read
 
   write_pieces(writer, read, "quantizing")
   return config
+
+
+def make_plan(
+  source: str, config: ModelConfig, name: str, calibration: str | None, num_tokens: int
+) -> tuple[ModelConfig, np.ndarray | None]:
+  """Makes the plan of bits of a checkpoint's experts.
+
+  A plan with one number of bits is a format of so many bits. Rules that look at weights or text
+  need memory for the whole model.
+
+  Args:
+    source: the checkpoint.
+    config: that of the target, with a nested format.
+    name: a JSON file, or a rule; see `bit_plans`.
+    calibration: a text file, for rules that look at text.
+    num_tokens: how many of its tokens.
+
+  Returns:
+    The config, whose format has the bits that the plan uses; and the plan `[L, E]`, or None.
+
+  Raises:
+    ConversionError, ValueError: the plan, the rule, or the text does not fit.
+  """
+  format = quantization.nested_format(config.expert_format)
+  path = pathlib.Path(name).expanduser()
+  if path.is_file():
+    plan = bit_plans.read(path, config, format)
+  else:
+    rule = bit_plans.find(name)
+    bit_plans.allocate(np.zeros((1, 1)), rule.mean, format)  # checks the mean
+    if rule.needs_text and not calibration:
+      raise ConversionError(f"--bits_plan={name} looks at text: give --calibration=TEXT.txt")
+    sequences = []
+    if rule.needs_text:
+      tokenizer = Tokenizer.load(source)
+      tokens = carve_checkpoint.calibration_tokens(tokenizer, str(calibration), num_tokens, config)
+      sequences = tokens.tolist()
+    evidence = bit_plans.Evidence(*checkpoint.load(source), sequences)
+    plan = bit_plans.allocate(rule.scores(evidence), rule.mean, format)
+  config = config.replace(expert_format=format.first(int(plan.max())).name)
+  return config, None if plan.min() == plan.max() else plan
+
+
+def describe_plan(plan: np.ndarray, config: ModelConfig) -> str:
+  """Returns the mean bits of a plan and its bytes, of those that are stored."""
+  format = quantization.nested_format(config.expert_format)
+  own = bit_plans.num_bytes(plan, config, format)
+  stored = bit_plans.num_bytes(np.full_like(plan, format.bits), config, format)
+  return (
+    f"bits of experts: {plan.min()} to {plan.max()}, mean {plan.mean():.4g}; {own:,} of "
+    f"{stored:,} bytes of planes and scales are used"
+  )
 
 
 def fingerprint(source: str) -> str:

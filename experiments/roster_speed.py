@@ -5,7 +5,9 @@
 
 Solves word problems greedily in several ways that take turns, and counts what each changes: tokens
 are compared with the full roster's up to the first that differs. Scoring of the full roster's
-answers is timed for each threshold of --unsure, since its cost should follow the unsure positions.
+answers is timed for each threshold of --unsure, since its cost should follow the unsure positions;
+of their last token alone, as of multiple choice, also with 16 positions computed for it, and for
+all rosters with a Clean Cache of each or of all.
 
 Writes results.json and table.md to --output.
 """
@@ -111,7 +113,7 @@ def changed_tokens(expected: Sequence[Completion], found: Sequence[Completion]) 
 
 def measure(
   model: meshes.Model, rosters: dict[str, Roster], rounds: int, on_turn: Callable[[], Any]
-) -> tuple[dict[str, Result], dict[str, dict[str, float]]]:
+) -> tuple[dict[str, Result], dict[str, dict[str, Any]]]:
   """Returns the results of generation, and seconds and unsure shares of scoring, by name."""
   found: dict[str, Generation] = {}
 
@@ -150,25 +152,39 @@ def measure(
   texts = [p + c.tokens for p, c in zip(model.prompts, expected)]
   starts, shares = [len(p) for p in model.prompts], {}
 
-  def score(name):
+  own = [n for n, r in rosters.items() if not r.draft_tokens and r.member_stop is None]
+
+  def score(names, starts, **options):
     def run(count):
       for _ in range(count):
-        scores = scoring.score(
-          model.params, model.config, texts, starts, roster=rosters[name], batch_size=16
+        of_rosters = scoring.score_rosters(
+          model.params, model.config, texts, [rosters[n] for n in names], starts, **options
         )
-        members = np.concatenate([s.members for s in scores.sequences])
-        shares[name] = float((members > 1).mean())
+        for name, scores in zip(names, of_rosters):
+          members = np.concatenate([s.members for s in scores.sequences])
+          shares[name, len(members)] = float((members > 1).mean())
 
     return run
 
-  scored = [n for n, r in rosters.items() if not r.draft_tokens and r.member_stop is None]
-  seconds = timing.take_turns({n: score(n) for n in scored}, rounds, on_turn=on_turn)
+  last = [len(t) - 1 for t in texts]
+  kinds = {n: ([n], starts, {}) for n in own}
+  kinds |= {
+    "roster, last token": (["roster"], last, {}),
+    "roster, last token, 16 positions": (["roster"], last, {"chunk_size": 16}),
+    "all of these, last token, together": (own, last, {}),
+  }
+  runs = {name: score(names, at, **options) for name, (names, at, options) in kinds.items()}
+  alone = [score([n], last) for n in own]
+  runs["all of these, last token, one by one"] = lambda count: [run(count) for run in alone]
+  seconds = timing.take_turns(runs, rounds, on_turn=on_turn)
+  total = sum(len(t) - at for t, at in zip(texts, starts))
   return results, {
-    n: {"seconds": float(np.nanmedian(s)), "unsure": shares[n]} for n, s in seconds.items()
+    n: {"seconds": float(np.nanmedian(s)), "unsure": shares.get((n, total))}
+    for n, s in seconds.items()
   }
 
 
-def table(results: dict[str, Result], scores: dict[str, dict[str, float]]) -> str:
+def table(results: dict[str, Result], scores: dict[str, dict[str, Any]]) -> str:
   """Formats the results as Markdown tables."""
   lines = [
     "| | ms per token [quartiles] | of the baseline | of the roster | forward passes per token | "
@@ -190,7 +206,10 @@ def table(results: dict[str, Result], scores: dict[str, dict[str, float]]) -> st
     lines.append(f"| {' | '.join(cells)} |")
   lines += ["", "| scoring | seconds | unsure tokens |", "|---|---|---|"]
   lines += [
-    f"| {name} | {s['seconds']:.2f} | {100 * s['unsure']:.1f} % |" for name, s in scores.items()
+    f"| {name} | {s['seconds']:.2f} | "
+    + ("" if s["unsure"] is None else f"{100 * s['unsure']:.1f} %")
+    + " |"
+    for name, s in scores.items()
   ]
   return "\n".join(lines) + "\n"
 

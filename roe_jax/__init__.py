@@ -24,7 +24,7 @@ from roe_jax.roster import Roster
 from roe_jax.roster_caches import CleanCache, NoCache, StandardCache
 from roe_jax.routing import GATE_WEIGHTS
 from roe_jax.sampling import Sampler
-from roe_jax.scoring import log_probs, perplexity, score
+from roe_jax.scoring import log_probs, perplexity, score, score_rosters
 from roe_jax.text.answer import Answer
 from roe_jax.text.chat import Chat
 from roe_jax.text.tokenizer import StreamDecoder, Tokenizer
@@ -72,6 +72,7 @@ __all__ = [
   "perplexity",
   "save",
   "score",
+  "score_rosters",
   "stream",
   "to_hugging_face",
   "trace",

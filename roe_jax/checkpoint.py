@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import digests, orbax_storage
+from roe_jax import digests, merging, orbax_storage
 from roe_jax import params as params_lib
 from roe_jax.checkpoint_folder import (
   CARVING_FILE,
@@ -251,7 +251,11 @@ def load_pieces(path: PathLike) -> tuple[Piece, ...]:
 
 
 def load(
-  path: PathLike, dtype: str | None = None, shardings: Params | jax.sharding.Sharding | None = None
+  path: PathLike,
+  dtype: str | None = None,
+  shardings: Params | jax.sharding.Sharding | None = None,
+  task: int | str | None = None,
+  scale: str = "sums",
 ) -> tuple[Params, ModelConfig]:
   """Reads a checkpoint onto devices, piece by piece.
 
@@ -264,6 +268,8 @@ def load(
     dtype: dtype to restore in; the checkpoint's own by default.
     shardings: of the stacked arrays, a `Params` tree or one for all; the default device by
       default.
+    task: index or name of a task of merged fine-tunes; None: their base. See `merging`.
+    scale: one of `merging.SCALES`.
 
   Returns:
     The parameters, and the config with `dtype` as restored.
@@ -275,11 +281,18 @@ def load(
   """
   stored, pieces = _open(path)
   config = stored if dtype is None else stored.replace(dtype=dtype)
+  rebuild = lambda piece, arrays: arrays
+  if task is not None:
+    tasks = merging.Tasks(path)
+    index = tasks.index(task)
+    of_task = index, tasks.scale(index, scale)
+    rebuild = lambda piece, arrays: merging.rebuild(arrays, tasks.read(piece.name), *of_task)
 
   def read(piece, arrays):
     on_disk = piece_shapes(stored, piece)
     like = {n: s.update(dtype=on_disk[n].dtype) for n, s in arrays.items()}
-    return {n: x.astype(arrays[n].dtype) for n, x in _read(path, piece, like).items()}
+    found = rebuild(piece, _read(path, piece, like))
+    return {n: x.astype(arrays[n].dtype) for n, x in found.items()}
 
   return assemble(config, pieces, read, shardings), config
 

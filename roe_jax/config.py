@@ -7,8 +7,7 @@ it to and from Hugging Face configs.
 import dataclasses
 import json
 
-from roe_jax import rope, typed
-from roe_jax.quantization import FORMATS
+from roe_jax import quantization, rope, typed
 from roe_jax.rope import RopeScaling
 from roe_jax.routers import LINEAR, RECURRENT, ROUTERS, SIGMOID
 
@@ -98,8 +97,8 @@ class ModelConfig:
     rms_norm_eps: added to the mean square in every RMSNorm.
     norm_weight_in_float32: whether the result of an RMSNorm is rounded to `dtype` after
       its weight is applied (GPT-OSS) or before.
-    expert_format: storage format of the experts' matrices: a name in
-      `quantization.FORMATS`, or None for `dtype`.
+    expert_format: storage format of the experts' matrices: a name that `quantization.find`
+      knows, or None for `dtype`.
     initializer_range: standard deviation of the initial weights.
     bos_token_id, pad_token_id: token ids, or None where the model has none.
     eos_token_ids: tokens that end a sequence.
@@ -177,10 +176,8 @@ class ModelConfig:
     if self.rope_scaling is not None:
       scaled = [f.name for f in dataclasses.fields(self.rope_scaling) if f.name != "truncate"]
       typed.check_fields(self.rope_scaling, scaled)
-    if self.expert_format is not None and self.expert_format not in FORMATS:
-      raise ValueError(
-        f"unknown expert_format {self.expert_format!r}; choose one of {', '.join(FORMATS)}, or None"
-      )
+    if self.expert_format is not None:
+      quantization.find(self.expert_format)  # checks the name
     if self.router not in ROUTERS:
       raise ValueError(f"unknown router {self.router!r}; choose one of {', '.join(ROUTERS)}")
     if self.dtype not in DTYPES:

@@ -135,7 +135,7 @@ def _logits(params, config, sequences, roster, request_ids, all_positions, of_me
   compute = functools.partial(
     _logits_at, last_B=None if all_positions else jnp.asarray(last), of_members=of_members
   )
-  found = _at_all_positions(compute, params, config, roster, sequences, request_ids)
+  found = at_all_positions(compute, params, config, roster, sequences, request_ids)
   found = found[:, : len(sequences), : max(map(len, sequences))]
   return found if all_positions else found[:, :, 0]
 
@@ -179,7 +179,7 @@ def trace(
     ValueError: a sequence is invalid.
   """
   roster = roster or Roster.create(config)
-  found = _at_all_positions(_trace, params, config, roster, sequences, request_ids)
+  found = at_all_positions(_trace, params, config, roster, sequences, request_ids)
   cut = np.s_[..., : len(sequences), : max(map(len, sequences)), :]
   return Trace(*(a[cut] for a in found))
 
@@ -215,7 +215,7 @@ def routing_agreement(
   if not roster.cache_mode.is_shared or roster.members == (0,):
     raise ValueError("routing agreement needs a Clean Cache roster with a noisy member")
   starts = [1] * len(sequences) if starts is None else starts
-  shared_BxT = _at_all_positions(_shared_experts, params, config, roster, sequences, request_ids)
+  shared_BxT = at_all_positions(_shared_experts, params, config, roster, sequences, request_ids)
   wanted = np.zeros(shared_BxT.shape[1:], bool)
   for row, sequence, start in zip(wanted, sequences, starts):
     row[start - 1 : len(sequence) - 1] = True
@@ -249,7 +249,7 @@ def routing_margins(
   Raises:
     ValueError: a sequence is invalid.
   """
-  margins = _at_all_positions(_margins, params, config, roster, sequences, request_ids)
+  margins = at_all_positions(_margins, params, config, roster, sequences, request_ids)
   return margins[:, :, : len(sequences), : max(map(len, sequences))]
 
 
@@ -290,7 +290,7 @@ def router_scales(
   for first in range(0, len(sequences), batch_size):
     batch = slice(first, first + batch_size)
     baseline = Roster.create(config)
-    both = _at_all_positions(_scales, params, config, baseline, sequences[batch], None)
+    both = at_all_positions(_scales, params, config, baseline, sequences[batch], None)
     for i, (sequence, start) in enumerate(zip(sequences[batch], starts[batch])):
       found.append(both[:, :, i, start - 1 : len(sequence) - 1].astype(np.float64))
   values = np.concatenate(found, axis=-1) if found else np.zeros((2, 1, 0))
@@ -326,9 +326,7 @@ def last_gates(
   last = np.zeros(batching.bucket(len(sequences)), np.int32)
   last[: len(sequences)] = [len(s) - 1 for s in sequences]
   compute = functools.partial(_gates_at, last_B=jnp.asarray(last))
-  return _at_all_positions(compute, params, config, roster, sequences, request_ids)[
-    : len(sequences)
-  ]
+  return at_all_positions(compute, params, config, roster, sequences, request_ids)[: len(sequences)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,7 +387,7 @@ def unique_experts(
   positions, counts = [], []
   for first in range(0, len(sequences), batch_size):
     batch = slice(first, first + batch_size)
-    active, used = _at_all_positions(
+    active, used = at_all_positions(
       _active_experts, params, config, roster, sequences[batch], ids[batch]
     )
     for i, (sequence, start) in enumerate(zip(sequences[batch], starts[batch])):
@@ -401,7 +399,7 @@ def unique_experts(
   return UniqueExperts(by_position, steps.sum(axis=-1).mean(axis=1), per_member, num_steps)
 
 
-def _at_all_positions(compute, params, config, roster, sequences, request_ids):
+def at_all_positions(compute, params, config, roster, sequences, request_ids):
   """Runs `compute` on a filled cache at all positions; returns numpy arrays."""
   params = params_lib.in_storage_dtype(params)
   roster.check(config)
@@ -437,7 +435,7 @@ def _run(params, config, roster, tokens, request_ids):
   return members_lib.RosterPass(params, config, roster, tokens, positions, request_ids)
 
 
-def _states(params, config, roster, cache, tokens, request_ids, keep=()):
+def states(params, config, roster, cache, tokens, request_ids, keep=()):
   """Returns all members' states and outputs at all positions; see `CacheMode.states`."""
   run = _run(params, config, roster, tokens, request_ids)
   x, _, outputs = roster.cache_mode.states(run, cache, keep)
@@ -447,7 +445,7 @@ def _states(params, config, roster, cache, tokens, request_ids, keep=()):
 @functools.partial(jax.jit, static_argnames="config")
 def _active_experts(params, config, roster, cache, tokens, request_ids):
   """Returns whether any member chose each expert, bool `[L, B, T, E]`, and their mean number."""
-  _, outputs = _states(params, config, roster, cache, tokens, request_ids, ("experts",))
+  _, outputs = states(params, config, roster, cache, tokens, request_ids, ("experts",))
   chosen = outputs.experts
   active = jax.nn.one_hot(chosen, config.num_experts, dtype=bool).any(axis=(1, -2))
   used = (chosen < config.num_experts).sum(axis=-1).mean(axis=1)
@@ -457,7 +455,7 @@ def _active_experts(params, config, roster, cache, tokens, request_ids):
 @functools.partial(jax.jit, static_argnames="config")
 def _shared_experts(params, config, roster, cache, tokens, request_ids):
   """Returns the mean fraction of experts shared with the clean member, `[L, B, T]`."""
-  _, outputs = _states(params, config, roster, cache, tokens, request_ids, ("experts",))
+  _, outputs = states(params, config, roster, cache, tokens, request_ids, ("experts",))
   chosen = outputs.experts
   clean, noisy = chosen[:, :1], chosen[:, 1:]
   used = noisy < config.num_experts
@@ -484,7 +482,7 @@ def _margins(params, config, roster, cache, tokens, request_ids):
 @functools.partial(jax.jit, static_argnames="config")
 def _scales(params, config, roster, cache, tokens, request_ids):
   """Returns the spread and the margin of the clean logits, `[2, L, B, T]`."""
-  _, outputs = _states(params, config, roster, cache, tokens, request_ids, ("router_logits",))
+  _, outputs = states(params, config, roster, cache, tokens, request_ids, ("router_logits",))
   logits = outputs.router_logits[:, 0]
   best, _ = jax.lax.top_k(logits, config.experts_per_token + 1)
   found = jnp.stack([jnp.std(logits, axis=-1), best[..., -2] - best[..., -1]])
@@ -494,7 +492,7 @@ def _scales(params, config, roster, cache, tokens, request_ids):
 @functools.partial(jax.jit, static_argnames=("config", "of_members"))
 def _logits_at(params, config, roster, cache, tokens, request_ids, *, last_B, of_members):
   """Returns members' logits `[R, B, T, V]`, or the roster's log-probabilities with R = 1."""
-  x, _ = _states(params, config, roster, cache, tokens, request_ids)
+  x, _ = states(params, config, roster, cache, tokens, request_ids)
   if last_B is not None:
     x = jnp.take_along_axis(x, last_B[None, :, None, None], axis=2)
   if of_members:
@@ -545,7 +543,7 @@ def _of_router_logits(compute, params, config, roster, cache, tokens, request_id
     Its results `[L, R, ...]`, the logits without noise `[L, R, B, T, E]`, and the members' states.
   """
   run = _run(params, config, roster, tokens, request_ids)
-  x, outputs = _states(params, config, roster, cache, tokens, request_ids, ("router_logits",))
+  x, outputs = states(params, config, roster, cache, tokens, request_ids, ("router_logits",))
 
   def of_member(layer, member, logits_BxTxE):
     noise = run.noise(member)

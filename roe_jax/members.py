@@ -21,6 +21,7 @@ from roe_jax import noise as noise_lib
 from roe_jax.config import ModelConfig
 from roe_jax.layer_inputs import LayerOptions, RouterInputs, TokenBatch
 from roe_jax.params import Params
+from roe_jax.quantization import CONTRACTED, first_planes
 from roe_jax.roster import Roster
 
 
@@ -118,6 +119,15 @@ class RosterPass(struct.PyTreeNode):
     """Returns the noise of member(s) `member` at these addresses."""
     return routing_noise(self.roster, self.request_ids_B, self.positions_BxT, member)
 
+  def at_bits(self, bits: int | None) -> "RosterPass":
+    """Returns the pass with experts of which so many bits are read; None: all."""
+    if bits is None:
+      return self
+    experts = self.params.layers.experts
+    read = {name: first_planes(getattr(experts, name), bits) for name in CONTRACTED}
+    layers = self.params.layers.replace(experts=experts.replace(**read))
+    return self.replace(params=self.params.replace(layers=layers))
+
   def embed(self) -> jax.Array:
     """Returns hidden states `[B, T, D]` before the first block."""
     return transformer.embed(self.params, self.config, self.tokens_BxT)
@@ -163,24 +173,38 @@ class RosterPass(struct.PyTreeNode):
     if has_clean and not self.roster.include_clean:
       averaged = found[1:]
     total = self.roster.aggregate_with.add(None, averaged)
-    return self._finish(total, logits, others, found[0] if has_clean else None)
+    total = self._add_batches(total, logits, others)
+    return self._finish(total, found[0] if has_clean else None)
 
   def aggregate_after(
-    self, clean_BxTxV: jax.Array, logits: Callable[[jax.Array], jax.Array]
+    self, clean_BxTxV: jax.Array, logits: Callable[..., jax.Array]
   ) -> RosterOutputs:
-    """Aggregates the clean member's logits, float32, and `logits(batch)` of the others."""
-    shape = clean_BxTxV.shape[:2]
-    first, others = batches(self.config, self.roster, shape, self.mesh, after_clean=True)
-    add = self.roster.aggregate_with.add
-    total = add(None, clean_BxTxV[None]) if self.roster.include_clean else None
-    return self._finish(add(total, logits(first)), logits, others, clean_BxTxV)
+    """Aggregates the clean member's logits, float32, and those of the others.
 
-  def _finish(self, total, logits, others, clean_BxTxV):
-    """Adds the other batches to the state of the aggregation, and finishes it."""
+    Args:
+      clean_BxTxV: the clean member's.
+      logits: `logits(run, members)` of this pass, or of it `at_bits`.
+    """
+    roster, shape = self.roster, clean_BxTxV.shape[:2]
+    add = roster.aggregate_with.add
+    total = add(None, clean_BxTxV[None]) if roster.include_clean else None
+    for bits, members in roster.groups(roster.members[1:]):
+      of_group = functools.partial(logits, self.at_bits(bits))
+      sizes = _split(self.config, roster, shape, self.mesh, len(members))
+      first, others = _in_batches(members, *sizes)
+      total = self._add_batches(add(total, of_group(first)), of_group, others)
+    return self._finish(total, clean_BxTxV)
+
+  def _add_batches(self, total, logits, others):
+    """Adds batches of members to the state of the aggregation."""
+    if not len(others):
+      return total
+    add = self.roster.aggregate_with.add
+    return jax.lax.scan(lambda total, batch: (add(total, logits(batch)), None), total, others)[0]
+
+  def _finish(self, total, clean_BxTxV):
+    """Finishes the aggregation."""
     roster, aggregation = self.roster, self.roster.aggregate_with
-    if len(others):
-      add = lambda total, batch: (aggregation.add(total, logits(batch)), None)
-      total, _ = jax.lax.scan(add, total, others)
     log_probs = aggregation.finish(total, roster.num_members)
     clean_tokens = jnp.full(log_probs.shape[:2], -1, jnp.int32)
     if clean_BxTxV is not None:
@@ -190,11 +214,7 @@ class RosterPass(struct.PyTreeNode):
 
 
 def batches(
-  config: ModelConfig,
-  roster: Roster,
-  shape: Sequence[int],
-  mesh: sharding.AnyMesh | None = None,
-  after_clean: bool = False,
+  config: ModelConfig, roster: Roster, shape: Sequence[int], mesh: sharding.AnyMesh | None = None
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the first batch of members `[R1]`, and batches `[X, R2]` of the others.
 
@@ -203,11 +223,13 @@ def batches(
     roster: the settings.
     shape: sequences and positions.
     mesh: the mesh that they run on, if any.
-    after_clean: whether the clean member is left out.
   """
-  members = np.asarray(roster.members)[int(after_clean) :]
-  split = _split if after_clean else batch_sizes
-  first, *others = split(config, roster, shape, mesh)
+  return _in_batches(roster.members, *batch_sizes(config, roster, shape, mesh))
+
+
+def _in_batches(members, first, *others):
+  """Returns members as `batches` does, in batches of the sizes of `batch_sizes`."""
+  members = np.asarray(members)
   return jnp.asarray(members[:first]), jnp.asarray(members[first:].reshape(others))
 
 
@@ -231,16 +253,14 @@ def batch_sizes(
     The size of the first batch, the number of other batches, and their common size.
   """
   members = roster.members
-  first, count, size = _split(config, roster, shape, mesh, platform, len(members))
+  first, count, size = _split(config, roster, shape, mesh, len(members), platform)
   if first == 1 and count and members[0] == 0 and not roster.include_clean:
     count, first = count - 1, first + size  # the first batch must contain an averaged member
   return first, count, size
 
 
-def _split(config, roster, shape, mesh, platform=None, num_members=None):
-  """Splits the members, by default those after the clean one, as `batch_sizes` does."""
-  if num_members is None:
-    num_members = len(roster.members) - 1
+def _split(config, roster, shape, mesh, num_members, platform=None):
+  """Splits so many members as `batch_sizes` does."""
   of_members, of_sequences = token_shards(mesh, num_members, shape[0])
   within = tokens_within_budget(config, roster.memory_budget, platform) * of_members * of_sequences
   count = -(-num_members // max(1, within // math.prod(shape)))

@@ -15,7 +15,7 @@ import numpy as np
 
 from roe_jax import numerics, quantization
 from roe_jax.config import ModelConfig
-from roe_jax.quantization import Quantized, group_size, typical_scale
+from roe_jax.quantization import Quantized, group_size, typical_scales
 from roe_jax.routers import ROUTERS
 
 # Axis letters: L layers, D model width, H query heads, K key/value heads,
@@ -151,19 +151,20 @@ def describe(config: ModelConfig) -> Params:
 
   def matrix(*axes, contracted, scale=1.0):
     """Describes an expert matrix in the config's format."""
-    kind = config.expert_format
-    if kind is None:
+    if config.expert_format is None:
       return spec(*axes, scale=scale)
-    sizes["embed_packed"] = config.d_model // 2
+    kind = quantization.find(config.expert_format)
+    sizes["embed_packed"] = kind.code_width(config.d_model)
     groups = contracted + "_groups"
-    sizes[groups] = sizes[contracted] // group_size(kind, sizes[contracted])
-    width, codes_dtype = ("embed", "int8") if kind == "int8" else ("embed_packed", "uint8")
-    scale_axes = (groups if a == contracted else a for a in axes)
-    scales_dtype = "uint8" if kind == "mxfp4" else "bfloat16"
+    sizes[groups] = sizes[contracted] // group_size(config.expert_format, sizes[contracted])
+    scale_axes = [groups if a == contracted else a for a in axes]
+    if kind.num_scales > 1:
+      sizes["embed_scales"] = kind.num_scales * sizes[scale_axes[-1]]
+      scale_axes[-1] = "embed_scales"
     return Quantized(
-      spec(*axes[:-1], width, init="codes", dtype=codes_dtype),
-      spec(*scale_axes, init="scales", scale=scale, dtype=scales_dtype),
-      kind,
+      spec(*axes[:-1], "embed_packed", init="codes", dtype=kind.codes_dtype),
+      spec(*scale_axes, init="scales", scale=scale, dtype=kind.scales_dtype),
+      config.expert_format,
     )
 
   def normed(heads):
@@ -270,7 +271,8 @@ def initialize(config: ModelConfig, key: jax.Array) -> Params:
       return jax.lax.bitcast_convert_type(jax.random.bits(key, spec.shape, jnp.uint8), dtype)
     stddev = config.initializer_range * spec.scale
     if spec.init == "scales" and config.expert_format is not None:
-      return jnp.full(spec.shape, typical_scale(config.expert_format, stddev), dtype)
+      scales = typical_scales(config.expert_format, stddev, spec.shape[-1])
+      return jnp.broadcast_to(jnp.asarray(scales, dtype), spec.shape)
     return (stddev * jax.random.normal(key, spec.shape, jnp.float32)).astype(dtype)
 
   keys = jax.random.split(key, len(specs))
@@ -283,7 +285,7 @@ def quantize(params: Params, config: ModelConfig, format: str) -> tuple[Params, 
   Args:
     params: parameters with unquantized experts.
     config: the model's config.
-    format: one of `quantization.FORMATS`.
+    format: a name that `quantization.find` knows.
 
   Raises:
     ValueError: the experts are already quantized, or the format cannot hold their sizes.

@@ -1,4 +1,4 @@
-"""Expert matrices quantized to eight or four bits.
+"""Expert matrices quantized to eight or four bits, or to nested bits (see `nested`).
 
 Both matrices of an expert have the model width D last (see `params`). A group of
 weights that share a scale runs along the contracted axis: D for `gate_up`, F for `down`.
@@ -7,6 +7,8 @@ weights that share a scale runs along the contracted axis: D for `gate_up`, F fo
 inside programs, tile by tile.
 """
 
+import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -16,9 +18,46 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-# Maximum group size; the actual one is its greatest common divisor with the axis size.
-GROUPS = {"int8": 128, "int4": 64, "mxfp4": 32}
-FORMATS = tuple(GROUPS)
+from roe_jax import nested
+from roe_jax.nested import Nested
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+  """How a format stores weights.
+
+  Attributes:
+    bits: of a weight's code.
+    group: maximum group size; the actual one is its greatest common divisor with the axis size.
+    parts: how many weights share a byte of codes.
+    codes_dtype, scales_dtype: dtypes.
+    nested: the nested format, or None.
+  """
+
+  bits: int
+  group: int
+  parts: int = 1
+  codes_dtype: str = "uint8"
+  scales_dtype: str = "bfloat16"
+  nested: Nested | None = None
+
+  @property
+  def num_scales(self) -> int:
+    """Scales per group."""
+    return self.nested.num_scales if self.nested else 1
+
+  def code_width(self, width: int) -> int:
+    """Returns the codes of so many weights."""
+    return width * self.bits // 8
+
+
+_TABLE = {
+  "int8": Format(8, 128, codes_dtype="int8"),
+  "int4": Format(4, 64, parts=2),
+  "mxfp4": Format(4, 32, parts=2, scales_dtype="uint8"),
+}
+# Formats without parameters; `find` has nested ones, too.
+FORMATS = tuple(_TABLE)
 # Contracted axis of each expert matrix.
 CONTRACTED = {"gate_up": -1, "down": -2}
 # FP4 (E2M1) values by code.
@@ -35,44 +74,99 @@ class Quantized(struct.PyTreeNode):
   Attributes:
     codes: int8 `[..., D]`; for 4-bit formats uint8 `[..., D/2]`, where byte j holds
       element j in its low half and element j + D/2 in its high half, in two's
-      complement (int4) or as an FP4 code (mxfp4).
+      complement (int4) or as an FP4 code (mxfp4);
+      `[..., bits·D/8]` planes of bits for nested formats (see `nested`).
     scales: one per group, bfloat16; for mxfp4 uint8 exponents with bias 127. Shape
-      `[L, E, F, 2, D/group]` for `gate_up`, `[L, E, F/group, D]` for `down`.
-    format: one of `FORMATS`.
+      `[L, E, F, 2, D/group]` for `gate_up`, `[L, E, F/group, D]` for `down`; the last axis is
+      longer for nested formats, which have several.
+    format: a name that `find` knows.
+    depth: how many planes of a nested format are read; None: all.
   """
 
   codes: Any
   scales: Any
   format: str = struct.field(pytree_node=False)
+  depth: int | None = struct.field(pytree_node=False, default=None)
 
 
 def is_quantized(leaf: Any) -> bool:
   return isinstance(leaf, Quantized)
 
 
+@functools.cache
+def find(name: str) -> Format:
+  """Returns a format: one of `FORMATS`, or nested:BASE-BITS.
+
+  Raises:
+    ValueError: there is no format of this name.
+  """
+  if name in _TABLE:
+    return _TABLE[name]
+  if (found := Nested.parse(name)) is None:
+    raise ValueError(
+      f"unknown expert format {name!r}; choose one of {', '.join(FORMATS)}, or nested:BASE-BITS "
+      "with 1 <= BASE <= BITS <= 8, such as nested:2-4"
+    )
+  return Format(found.bits, nested.GROUP, nested.PARTS, nested=found)
+
+
 def group_size(format: str, size: int) -> int:
   """Returns how many weights share a scale along an axis of this size."""
-  return math.gcd(GROUPS[format], size)
+  return math.gcd(find(format).group, size)
+
+
+def first_planes(matrix: Quantized, bits: int) -> Quantized:
+  """Returns a matrix of a nested format of which only the first planes are read.
+
+  Raises:
+    ValueError: the format is not nested, or has no so many planes.
+  """
+  return matrix.replace(depth=nested_format(matrix.format).first(bits).bits)
+
+
+def nested_format(format: str | None) -> Nested:
+  """Returns the nested format of this name.
+
+  Raises:
+    ValueError: the format is not nested.
+  """
+  found = find(format).nested if format else None
+  if found is None:
+    raise ValueError(
+      f"only experts in a nested format can be read with fewer bits, got {format or 'none'}: "
+      "convert the model with --quantize_experts=nested:2-4"
+    )
+  return found
 
 
 def check_sizes(format: str, d_model: int, d_expert: int) -> None:
   """Raises a ValueError if the format cannot hold experts of this size."""
+  parts = find(format).parts
   if format == "mxfp4" and (d_model % 32 or d_expert % 32):
     raise ValueError(
       f"mxfp4 has blocks of 32 weights, but d_model {d_model} and d_expert {d_expert} are not "
       "both multiples of 32: use int8 or int4"
     )
-  if format != "int8" and d_model % 2:
+  if d_model % parts:
+    what = "an even d_model" if parts == 2 else f"a d_model that is a multiple of {parts}"
     raise ValueError(
-      f"{format} packs two weights per byte and needs an even d_model, got {d_model}: use int8"
+      f"{format} packs {'two' if parts == 2 else parts} weights per byte and needs {what}, got "
+      f"{d_model}: use int8"
     )
 
 
-def typical_scale(format: str, stddev: float) -> float | int:
-  """Returns the scale at which uniformly random codes have about this standard deviation."""
-  if format == "mxfp4":
-    return 127 + round(math.log2(stddev / 2.9))
-  return stddev / (74 if format == "int8" else 4.6)
+def typical_scales(format: str, stddev: float, size: int) -> np.ndarray:
+  """Returns `[size]` scales, the last axis of a matrix's.
+
+  With them, uniformly random codes have about this standard deviation.
+  """
+  if found := find(format).nested:
+    scales = found.typical_scales(stddev)
+  elif format == "mxfp4":
+    scales = [127 + round(math.log2(stddev / 2.9))]
+  else:
+    scales = [stddev / (74 if format == "int8" else 4.6)]
+  return np.repeat(scales, size // len(scales))
 
 
 def dequantize(matrix: Quantized, dtype: jnp.dtype = jnp.float32) -> jax.Array:
@@ -107,19 +201,27 @@ def dequantize_parts(matrix: Quantized) -> list[jax.Array]:
   Returns:
     One array `[..., N, D]`, or for 4-bit formats two `[..., N, D/2]`.
   """
+  format = find(matrix.format)
+  parts = 1 if format.nested else format.parts
   *lead, rows, width = matrix.codes.shape
   row_groups, groups = matrix.scales.shape[-2:]
-  parts = decode_codes(matrix.codes, matrix.format)
+  width, groups = width * 8 // (format.bits * parts), groups // format.num_scales
   # Length of a run of weights with one scale; it must not cross into the other half.
-  run = math.gcd(len(parts) * width // groups, width)
-  scales = jnp.repeat(matrix.scales, len(parts) * width // run // groups, axis=-1)
+  run = math.gcd(parts * width // groups, width)
 
   def broadcast(scales):
     grouped = decode_scales(scales)[..., :, None, :, None]
     shape = (*lead, row_groups, rows // row_groups, width // run, run)
     return jnp.broadcast_to(grouped, shape).reshape(*lead, rows, width)
 
-  return [part * broadcast(s) for part, s in zip(parts, jnp.split(scales, len(parts), axis=-1))]
+  if format.nested:
+    read = format.nested.first(matrix.depth or format.bits)
+    planes = jnp.split(matrix.codes, format.bits, axis=-1)[: read.bits]
+    scales = jnp.split(matrix.scales, format.num_scales, axis=-1)[: read.num_scales]
+    return [read.weights([nested.unpack(p, jnp) for p in planes], [*map(broadcast, scales)])]
+  scales = jnp.repeat(matrix.scales, parts * width // run // groups, axis=-1)
+  decoded = decode_codes(matrix.codes, matrix.format)
+  return [part * broadcast(s) for part, s in zip(decoded, jnp.split(scales, parts, axis=-1))]
 
 
 def codes_and_scales(matrix: Any) -> tuple[jax.Array, jax.Array | None, str | None]:
@@ -135,7 +237,7 @@ def weights_per_scale(scales: jax.Array | None, axis: int, size: int) -> int:
 
 
 def weights_per_code(format: str | None) -> int:
-  return 2 if format in ("int4", "mxfp4") else 1
+  return 1 if format is None else find(format).parts
 
 
 def decode_codes(codes: jax.Array, format: str | None) -> list[jax.Array]:
@@ -193,32 +295,34 @@ def quantize(array: np.ndarray, format: str, axis: int) -> Quantized:
   """
   *lead, rows, width = array.shape
   size = array.shape[axis]
-  group = group_size(format, size)
+  group, kind = group_size(format, size), find(format)
   if format == "mxfp4" and group != 32:
     raise ValueError(f"mxfp4 has blocks of 32 weights: cannot divide an axis of {size}")
-  if format != "int8" and width % 2:
-    raise ValueError(f"{format} packs two weights per byte: cannot halve an axis of {width}")
+  if width % kind.parts:
+    raise ValueError(
+      f"{format} packs {'two' if kind.parts == 2 else kind.parts} weights per byte: cannot "
+      f"{'halve' if kind.parts == 2 else 'divide'} an axis of {width}"
+    )
   groups = (rows, width // group) if axis == -1 else (rows // group, width)
-  is_int8, is_mxfp4 = format == "int8", format == "mxfp4"
-  codes = np.empty(
-    (*lead, rows, width if is_int8 else width // 2), np.int8 if is_int8 else np.uint8
-  )
-  scales = np.empty((*lead, *groups), np.uint8 if is_mxfp4 else _BFLOAT16)
+  codes = np.empty((*lead, rows, kind.code_width(width)), kind.codes_dtype)
+  scales = np.empty((*lead, groups[0], kind.num_scales * groups[1]), np.dtype(kind.scales_dtype))
   height, along = (1, 3) if axis == -1 else (group, 1)  # rows that share scales
   flat = (
     array.reshape(-1, height, width),
     codes.reshape(-1, height, codes.shape[-1]),
-    scales.reshape(-1, groups[-1]),
+    scales.reshape(-1, kind.num_scales, groups[1]),
   )
+  encode = kind.nested.encode if kind.nested else _ENCODERS[format]
+  pack_codes = kind.nested.pack if kind.nested else pack if kind.parts == 2 else lambda c: c
   step = max(1, _TILE_ELEMENTS // (height * width))
   for start in range(0, len(flat[0]), step):
     source, codes_part, scales_part = (a[start : start + step] for a in flat)
     # [n, 1, D/group, group], or [n, group, D, 1]
-    weights = to_float32(source).reshape(len(source), height, groups[-1], -1)
-    found, scale = _ENCODERS[format](weights, along)
-    found = found.reshape(source.shape)
-    codes_part[:] = found if is_int8 else pack(found)
-    scales_part[:] = scale.reshape(scales_part.shape)
+    weights = to_float32(source).reshape(len(source), height, groups[1], -1)
+    found, scale = encode(weights, along)
+    codes_part[:] = pack_codes(found.reshape(source.shape))
+    scale = scale.reshape(kind.num_scales, len(source), groups[1])
+    scales_part[:] = np.moveaxis(scale, 0, 1)
   return Quantized(codes, scales, format)
 
 
@@ -227,17 +331,25 @@ def dequantize_on_host(matrix: Quantized, dtype: np.dtype = np.dtype(np.float32)
 
   Exact in float32, and for mxfp4 also in bfloat16, within the range of the dtype.
   """
+  format = find(matrix.format)
   *lead, rows, width = matrix.codes.shape
   row_groups, groups = matrix.scales.shape[-2:]
-  width *= 1 if matrix.format == "int8" else 2
+  width, groups = width * 8 // format.bits, groups // format.num_scales
   weights = np.empty((*lead, rows, width), dtype)
   height = rows // row_groups  # rows that share scales
   flat = weights.reshape(-1, height, width)
   codes = matrix.codes.reshape(len(flat), height, -1)
-  scales = matrix.scales.reshape(len(flat), 1, groups, 1)
+  scales = matrix.scales.reshape(len(flat), format.num_scales, groups, 1)
   step = max(1, _TILE_ELEMENTS // (height * width))
   for start in range(0, len(flat), step):
     part = slice(start, start + step)
+    if format.nested:
+      read = format.nested.first(matrix.depth or format.bits)
+      planes = np.split(codes[part], format.bits, axis=-1)[: read.bits]
+      bits = [nested.unpack(p, np).reshape(*p.shape[:2], groups, -1) for p in planes]
+      found = read.weights(bits, list(np.moveaxis(to_float32(scales[part]), 1, 0)[:, :, None]))
+      flat[part] = found.reshape(len(found), height, width)
+      continue
     values = codes[part] if matrix.format == "int8" else unpack(codes[part])
     if matrix.format == "int4":
       values = (values ^ 8).astype(np.int8) - 8

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from roe_jax import aggregation as aggregations
-from roe_jax import experts, perturbations, routing, temperature_profiles
+from roe_jax import experts, perturbations, quantization, routing, temperature_profiles
 from roe_jax import noise as noise_lib
 from roe_jax import roster_settings as given
 from roe_jax.adaptive import Stop, Unsure
@@ -81,6 +81,8 @@ class Roster:
     expert_strategy: see `experts.apply`.
     draft_tokens: maximum number of tokens that the clean member drafts before all members run at
       their positions together, see `drafting`; 0 drafts none. Affects results by rounding only.
+    member_bits: how many bits of experts in a nested format each noisy member reads; the clean
+      member reads all. None: all members do.
     unsure: positions at which the noisy members run, an `adaptive.Unsure`: where the clean member
       is unsure. Its distribution is the roster's at others. None: at all positions.
     member_stop: an `adaptive.Stop`: members run in batches until the most probable token is
@@ -105,6 +107,7 @@ class Roster:
   memory_budget: int = dataclasses.field(metadata=_STATIC)
   expert_strategy: str | None = dataclasses.field(metadata=_STATIC)
   draft_tokens: int = dataclasses.field(metadata=_STATIC)
+  member_bits: tuple[int, ...] | None = dataclasses.field(metadata=_STATIC)
   member_stop: Stop | None = dataclasses.field(metadata=_STATIC)
   # Compiled functions are cached by these objects: a name may be given to another one.
   combine: Aggregation = dataclasses.field(metadata=_STATIC)
@@ -130,6 +133,7 @@ class Roster:
     memory_budget: int = MEMORY_BUDGET,
     expert_strategy: str | None = None,
     draft_tokens: int = 0,
+    member_bits: int | str | Sequence[int] | None = None,
     unsure: str | Unsure | None = None,
     member_stop: str | float | Stop | None = None,
   ) -> "Roster":
@@ -151,6 +155,7 @@ class Roster:
       noise: a name, "module:function", or a function as in `perturbations.FAMILIES`.
       noisy_layers: by default from the first to the last layer with τ > 0. Set it to vary
         τ within the range without recompiling, or to run a roster at τ = 0.
+      member_bits: one number, or one for each noisy member: a list, or a text such as "3-2-2".
       unsure: such as "margin<0.5", "top_probability<0.9" or "entropy>1" (nats).
       member_stop: "exact", or an error rate.
 
@@ -184,6 +189,7 @@ class Roster:
       memory_budget=memory_budget,
       expert_strategy=expert_strategy,
       draft_tokens=draft_tokens,
+      member_bits=member_bits,
       unsure=unsure,
       member_stop=member_stop,
     )
@@ -241,7 +247,7 @@ class Roster:
     if "noisy_layers" not in changes and not given.is_traced(temperatures):
       values = given.as_temperatures(temperatures, layers)
       counts = given.as_experts_by_layer(settings["experts_by_layer"], layers)
-      noisy = given.differing_layers(values, counts)
+      noisy = given.differing_layers(values, counts, settings["member_bits"])
       if first == end or (noisy.size and not first <= noisy[0] <= noisy[-1] < end):
         settings["noisy_layers"] = None
     roster = self._checked(layers, **settings)
@@ -272,6 +278,7 @@ class Roster:
     memory_budget,
     expert_strategy,
     draft_tokens,
+    member_bits,
     unsure,
     member_stop,
   ) -> "Roster":
@@ -310,7 +317,8 @@ class Roster:
       raise ValueError(f"seed must be an integer in [0, 2**32), got {seed!r}")
     num_rows = num_members + (not include_clean)
     experts_by_layer = given.as_experts_by_layer(experts_by_layer, layers, num_rows)
-    noisy = given.differing_layers(values, experts_by_layer)
+    member_bits = given.as_member_bits(member_bits, num_members - include_clean)
+    noisy = given.differing_layers(values, experts_by_layer, member_bits)
     needed = (int(noisy[0]), int(noisy[-1]) + 1) if noisy.size else (layers, layers)
     if noisy_layers is None:
       noisy_layers = needed
@@ -320,7 +328,7 @@ class Roster:
     if noisy.size and not (first <= needed[0] and needed[1] <= end):
       raise ValueError(
         f"noisy_layers {noisy_layers} leaves out layers with a temperature above 0 or with other "
-        f"numbers of experts; these span {needed}"
+        f"numbers of experts or bits; these span {needed}"
       )
     if combine.contrasts and not include_clean:
       raise ValueError(
@@ -338,11 +346,17 @@ class Roster:
     unsure, member_stop = given.as_adaptive(unsure, member_stop)
     if num_members == 1 and include_clean:
       first, end = layers, layers  # the clean member alone
-      unsure = member_stop = None
+      unsure = member_stop = member_bits = None
     if not cache_mode.can_draft:
-      given.check_unset(cache, draft_tokens=draft_tokens, unsure=unsure, member_stop=member_stop)
+      needing = dict(draft_tokens=draft_tokens, unsure=unsure, member_stop=member_stop)
+      given.check_unset(cache, **needing, member_bits=member_bits)
     if member_stop is not None:
       member_stop.check(combine, aggregation)
+      if len(set(member_bits or ())) > 1:
+        raise ValueError(
+          "with member_stop, members run in batches that read equal bits: give one number as "
+          f"member_bits, got {member_bits}"
+        )
     return cls(
       jnp.asarray(temperatures if traced else values, jnp.float32),
       jnp.asarray(seed, jnp.uint32),
@@ -359,6 +373,7 @@ class Roster:
       int(memory_budget),
       expert_strategy,
       int(draft_tokens),
+      member_bits,
       member_stop,
       combine,
       perturb,
@@ -402,6 +417,24 @@ class Roster:
     """Whether members run only where, or until, they are needed."""
     return self.unsure is not None or self.member_stop is not None
 
+  @property
+  def clean_runs_first(self) -> bool:
+    """Whether the clean member runs before the noisy ones, not in a batch with some of them."""
+    return self.is_adaptive or self.member_bits is not None
+
+  def groups(self, members: Sequence[int]) -> list[tuple[int | None, list[int]]]:
+    """Returns the members with the bits that they read, those with the same together.
+
+    None stands for all bits.
+    """
+    if self.member_bits is None:
+      return [(None, list(members))]
+    found: dict[int | None, list[int]] = {}
+    for member in members:
+      bits = self.member_bits[min(member, len(self.member_bits)) - 1] if member else None
+      found.setdefault(bits, []).append(member)
+    return list(found.items())
+
   def check(self, config: ModelConfig) -> None:
     """Checks that the roster fits the model.
 
@@ -420,6 +453,8 @@ class Roster:
         f"has {config.num_layers}: create it with Roster.create and this model's config"
       )
     self._check_router_bias(config)
+    for bits in set(self.member_bits or ()):
+      quantization.nested_format(config.expert_format).first(bits)
     counts = self.experts_by_layer
     if counts is None or given.is_traced(counts):
       return
@@ -431,9 +466,10 @@ class Roster:
       )
 
   def _is_uniform(self, temperatures):
-    """Whether no temperatures are given and all members use the same numbers of experts."""
+    """Whether no temperatures are given and all members use the same numbers of experts, bits."""
     counts = self.experts_by_layer
-    return temperatures is None and (counts is None or len(counts) == 1)
+    differ = (counts is not None and len(counts) > 1) or self.member_bits is not None
+    return temperatures is None and not differ
 
   def _check_router_bias(self, config):
     bias, choices = self.router_bias, config.experts_per_token
@@ -468,6 +504,7 @@ class Roster:
       noise=perturbations.GUMBEL,
       experts_by_layer=None if self.experts_by_layer is None else self.experts_by_layer[:1],
       draft_tokens=0,
+      member_bits=None,
       unsure=None,
       member_stop=None,
       combine=MEAN_PROBABILITY,
@@ -482,6 +519,8 @@ class Roster:
       optional["router_bias"] = [[v if np.isfinite(v) else str(v) for v in row] for row in rows]
     if self.experts_by_layer is not None:
       optional["experts_by_layer"] = np.asarray(self.experts_by_layer).tolist()
+    if self.member_bits is not None:
+      optional["member_bits"] = "-".join(map(str, self.member_bits))
     if self.unsure is not None:
       optional["unsure"] = str(self.unsure)
     if self.member_stop is not None:

@@ -7,6 +7,7 @@ import functools
 from flax import struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from roe_jax import cache as kv_cache
 from roe_jax import members as members_lib
@@ -42,9 +43,19 @@ class CleanCache(CacheMode):
 
   def states(self, run: RosterPass, cache: KVCache, keep=()):
     x, shared = self._run_shared(run, cache, keep)
-    members = jnp.asarray(run.roster.members)
-    x, outputs = self._run_members(run, CacheAccess(cache), x, shared, members, keep)
-    return x, cache, outputs
+    found = [
+      self._run_members(
+        run.at_bits(bits), CacheAccess(cache), x, shared, jnp.asarray(members), keep
+      )
+      for bits, members in run.roster.groups(run.roster.members)
+    ]
+    states, outputs = zip(*found)
+    order = np.argsort([m for _, group in run.roster.groups(run.roster.members) for m in group])
+    join = lambda arrays, axis: jnp.concatenate(arrays, axis).take(order, axis)
+    if len(found) == 1:
+      return states[0], cache, outputs[0]
+    outputs = jax.tree.map(lambda *arrays: join(arrays, 1), *outputs)
+    return join(states, 0), cache, outputs
 
   def _run_shared(self, run, cache, keep=()):
     """Returns hidden states `[B, T, D]` before the first noise, and outputs up to there."""
@@ -75,7 +86,7 @@ class CleanCache(CacheMode):
     self, run: RosterPass, cache: KVCache, write: bool = True
   ) -> tuple[RosterOutputs, KVCache]:
     """Runs the members in batches that fit the memory budget, and writes the cache."""
-    if run.roster.is_adaptive:
+    if run.roster.clean_runs_first:
       draft, cache = self.draft(run, cache, write)
       return self.verify(run, cache, draft), cache
     keep = ("keys", "values") if write else ()
@@ -120,9 +131,9 @@ class CleanCache(CacheMode):
 
     if run.roster.is_adaptive:
       return settling.complete(run, draft, logits)
-    if run.mesh is not None:
+    if run.mesh is not None and run.roster.member_bits is None:
       return self.step(run, cache, write=False)[0]  # all members: their number fits the mesh
-    return run.aggregate_after(draft.logits, functools.partial(logits, run, draft, None))
+    return run.aggregate_after(draft.logits, lambda run, m: logits(run, draft, None, m))
 
   def score(self, run: RosterPass, cache: KVCache) -> tuple[RosterOutputs, KVCache]:
     if self.fills_first(run.roster):

@@ -1,6 +1,6 @@
 """Reads the settings of a roster."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import importlib
 import operator
 import os
@@ -92,9 +92,32 @@ def as_experts_by_layer(counts: Any, layers: int, members: int | None = None) ->
   return jnp.asarray(values, jnp.int32)
 
 
-def differing_layers(temperatures: np.ndarray, counts: Any) -> np.ndarray:
-  """Returns the layers where members differ: by noise, or by their number of experts `[M, L]`."""
-  differ = temperatures != 0
+def as_member_bits(bits: Any, num_noisy: int) -> tuple[int, ...] | None:
+  """Returns one number, of all noisy members, or one for each; None if they read all bits.
+
+  Args:
+    bits: a number, a list, or a text such as "3-2-2".
+    num_noisy: number of noisy members.
+
+  Raises:
+    ValueError: it is neither.
+  """
+  if bits is None:
+    return None
+  values = bits if isinstance(bits, Sequence) else (bits,)
+  if isinstance(bits, str):
+    values = [int(b) if b.isdecimal() else 0 for b in bits.split("-")]
+  if not all(is_integer(b) and b > 0 for b in values) or len(values) not in (1, num_noisy):
+    raise ValueError(
+      "member_bits must be a positive integer, or one for each of the "
+      f"{num_noisy} noisy members such as 3-2-2, got {bits!r}"
+    )
+  return tuple(map(int, values))
+
+
+def differing_layers(temperatures: np.ndarray, counts: Any, bits: Any = None) -> np.ndarray:
+  """Returns the layers where members differ: by noise, experts `[M, L]`, or bits (in all)."""
+  differ = (temperatures != 0) | (bits is not None)
   if counts is not None:
     rows = np.ones_like(counts) if is_traced(counts) else np.asarray(counts)
     differ |= (rows != rows[:1]).any(axis=0) | (is_traced(counts) and len(rows) > 1)

@@ -155,13 +155,7 @@ def score(
   starts: Sequence[int] | None = None,
   *,
   roster: Roster | None = None,
-  request_ids: Sequence[int] | None = None,
-  output_temperatures: Sequence[float] = (1.0,),
-  candidates: Sequence[Sequence[int]] | None = None,
-  batch_size: int = 16,
-  min_shape: tuple[int, int] = (1, prefill.MIN_CAPACITY),
-  chunk_size: int | None = None,
-  on_batch: Callable[[int], None] = lambda count: None,
+  **options: Any,
 ) -> Scores:
   """Computes the log-probability of each token of each sequence from its start on.
 
@@ -176,6 +170,38 @@ def score(
     starts: index of the first scored token of each sequence, at least 1 (nothing predicts
       the first token); 1 by default.
     roster: the settings; the baseline by default.
+    **options: of `score_rosters`.
+
+  Raises:
+    ValueError, NonFiniteLogits: as `score_rosters`.
+  """
+  roster = roster or Roster.create(config)
+  return score_rosters(params, config, sequences, [roster], starts, **options)[0]
+
+
+def score_rosters(
+  params: Params,
+  config: ModelConfig,
+  sequences: Sequence[Sequence[int]],
+  rosters: Sequence[Roster],
+  starts: Sequence[int] | None = None,
+  *,
+  request_ids: Sequence[int] | None = None,
+  output_temperatures: Sequence[float] = (1.0,),
+  candidates: Sequence[Sequence[int]] | None = None,
+  batch_size: int = 16,
+  min_shape: tuple[int, int] = (1, prefill.MIN_CAPACITY),
+  chunk_size: int | None = None,
+  on_batch: Callable[[int], None] = lambda count: None,
+) -> list[Scores]:
+  """Computes what `score` does for several rosters, each batch with all of them.
+
+  Rosters with a Clean Cache attend to one, which is filled once for each batch: where few tokens
+  of long sequences are scored, a roster more costs little.
+
+  Args:
+    params, config, sequences, starts: see `score`.
+    rosters: the settings.
     request_ids: see `decode.generate`.
     output_temperatures: `[G]` divisors of the aggregated log-probabilities
       (renormalized); several at once are cheap, to calibrate the temperature.
@@ -193,8 +219,8 @@ def score(
     NonFiniteLogits: logits are NaN or infinite.
   """
   params = params_lib.in_storage_dtype(params)
-  roster = roster or Roster.create(config)
-  roster.check(config)
+  for roster in rosters:
+    roster.check(config)
   batching.check_tokens(config, sequences, room=-1, what="sequence")
   if candidates is not None:
     if len(candidates) != len(sequences):
@@ -220,31 +246,34 @@ def score(
     _score_batch,
     params,
     config,
-    roster,
+    rosters,
     None if np.all(temperatures == 1) and len(temperatures) == 1 else jnp.asarray(temperatures),
     min_shape,
     chunk_size,
   )
-  scored = []
+  scored = [[] for _ in rosters]
   for first in range(0, len(sequences), batch_size):
     batch = slice(first, first + batch_size)
     some = candidates and candidates[batch]
     with naming_sequences(range(first, first + batch_size)):
-      scored += score_batch(sequences[batch], starts[batch], ids[batch], some)
+      found = score_batch(sequences[batch], starts[batch], ids[batch], some)
+    for of_roster, more in zip(scored, found):
+      of_roster += more
     on_batch(len(sequences[batch]))
-  return Scores(
-    scored,
-    {
-      "roster": roster.settings(),
-      "output_temperatures": [float(t) for t in output_temperatures],
-      "model": dataclasses.asdict(config),
-    },
-  )
+  also = {
+    "output_temperatures": [float(t) for t in output_temperatures],
+    "model": dataclasses.asdict(config),
+  }
+  return [
+    Scores(of_roster, {"roster": roster.settings(), **also})
+    for roster, of_roster in zip(rosters, scored)
+  ]
 
 
 def _score_batch(
-  params, config, roster, temperatures, min_shape, chunk_size, sequences, starts, ids, candidates
+  params, config, rosters, temperatures, min_shape, chunk_size, sequences, starts, ids, candidates
 ):
+  """Returns for each roster the `SequenceScore` of each sequence."""
   count, longest = len(sequences), max(map(len, sequences))
   batch_size = batching.bucket(count, min_shape[0])
   capacity = batching.bucket(longest - 1, min_shape[1])
@@ -256,54 +285,75 @@ def _score_batch(
   # The token at index i is predicted at position i - 1.
   padded_ids = np.zeros(batch_size, np.uint32)
   padded_ids[:count] = ids
-  offsets, begins, ends = np.zeros((3, batch_size), np.int32)
+  begins, ends = np.zeros((2, batch_size), np.int32)
   begins[:count] = [s - 1 for s in starts]
   ends[:count] = [len(s) - 1 for s in sequences]
   ids, earliest = jnp.asarray(padded_ids), int(begins[:count].min())
-  fills_first = roster.cache_mode.fills_first(roster)
-  cache = batching.init_sharded(
-    params,
-    members_lib.empty_cache,
-    config,
-    roster,
-    batch_size=batch_size,
-    capacity=capacity,
-    rerun=capacity * fills_first,
-  )
-  if fills_first:
-    prompts = tokens[:, :capacity]
-    cache = prefill.fill_cache(params, config, roster, cache, prompts, longest - 1, ids)
-    offsets = begins
-  needed = int(np.max(ends - offsets))
   mesh = sharding.mesh_of(params.layers)
-  chunk = chunk_size or default_chunk_size(config, roster, batch_size, needed, mesh)
-  found = [[] for _ in sequences]
-  for step in range(0, needed, chunk):
-    first = jnp.asarray(offsets + step)
-    if not fills_first and step + chunk <= earliest:
-      inputs = tokens[:, step : step + chunk]
-      cache = prefill.prefill_chunk(params, config, roster.history(), cache, inputs, first, ids)
-      continue
-    columns = (offsets + step)[:, None] + np.arange(chunk)
-    inputs = jnp.take_along_axis(tokens, jnp.minimum(columns, capacity), axis=1)
-    targets = jnp.take_along_axis(tokens, jnp.minimum(columns + 1, capacity), axis=1)
-    needed = jnp.asarray((columns >= begins[:, None]) & (columns < ends[:, None]))
-    settings = temperatures, candidates, needed
-    cache, *results = score_chunk(
-      params, config, roster, cache, inputs, targets, first, ids, *settings
-    )
-    results = [np.asarray(r) for r in results]
-    for i in range(count):
-      low = max(0, begins[i] - offsets[i] - step)
-      high = min(chunk, ends[i] - offsets[i] - step)
-      if low < high:
-        found[i].append([r[i, low:high] for r in results])
-        # The greatest one: a single token may have probability zero.
-        finite = np.isfinite(results[2][i, low:high]).all(axis=-1)
-        if not finite.all():
-          raise NonFiniteLogits(i, int(columns[i, low + np.argmin(finite)]))
   num_temperatures = 1 if temperatures is None else len(temperatures)
-  return [_joined(pieces, num_temperatures, k) for pieces, k in zip(found, num_candidates)]
+  found: list[list[SequenceScore]] = [[]] * len(rosters)
+  cache = history = None
+  # Those that only read the cache come first.
+  for i in sorted(range(len(rosters)), key=lambda i: not _fills_first(rosters[i])):
+    roster = rosters[i]
+    fills_first = _fills_first(roster)
+    if history is None or history != _shared_history(roster):
+      cache = batching.init_sharded(
+        params,
+        members_lib.empty_cache,
+        config,
+        roster,
+        batch_size=batch_size,
+        capacity=capacity,
+        rerun=capacity * fills_first,
+      )
+      history = None
+      if fills_first:
+        prompts = tokens[:, :capacity]
+        cache = prefill.fill_cache(params, config, roster, cache, prompts, longest - 1, ids)
+        history = _shared_history(roster)
+    offsets = np.zeros_like(begins) if history is None else begins
+    needed = int(np.max(ends - offsets))
+    chunk = chunk_size or default_chunk_size(config, roster, batch_size, needed, mesh)
+    pieces = [[] for _ in sequences]
+    for step in range(0, needed, chunk):
+      first = jnp.asarray(offsets + step)
+      if history is None and step + chunk <= earliest:
+        inputs = tokens[:, step : step + chunk]
+        cache = prefill.prefill_chunk(params, config, roster.history(), cache, inputs, first, ids)
+        continue
+      columns = (offsets + step)[:, None] + np.arange(chunk)
+      inputs = jnp.take_along_axis(tokens, jnp.minimum(columns, capacity), axis=1)
+      targets = jnp.take_along_axis(tokens, jnp.minimum(columns + 1, capacity), axis=1)
+      wanted = jnp.asarray((columns >= begins[:, None]) & (columns < ends[:, None]))
+      settings = temperatures, candidates, wanted
+      cache, *results = score_chunk(
+        params, config, roster, cache, inputs, targets, first, ids, *settings
+      )
+      results = [np.asarray(r) for r in results]
+      for b in range(count):
+        low = max(0, begins[b] - offsets[b] - step)
+        high = min(chunk, ends[b] - offsets[b] - step)
+        if low < high:
+          pieces[b].append([r[b, low:high] for r in results])
+          # The greatest one: a single token may have probability zero.
+          finite = np.isfinite(results[2][b, low:high]).all(axis=-1)
+          if not finite.all():
+            raise NonFiniteLogits(b, int(columns[b, low + np.argmin(finite)]))
+    found[i] = [_joined(some, num_temperatures, k) for some, k in zip(pieces, num_candidates)]
+  return found
+
+
+def _fills_first(roster):
+  return roster.cache_mode.fills_first(roster)
+
+
+def _shared_history(roster):
+  """Returns what the roster's history depends on, if all members share it; else None."""
+  if not roster.cache_mode.is_shared:
+    return None
+  of_noise = {"temperatures": None, "seed": None, "noisy_layers": None}
+  return roster.history().settings() | of_noise
 
 
 def _joined(pieces, num_temperatures, num_candidates):
@@ -325,8 +375,8 @@ def default_chunk_size(
   """Returns how many positions to score together.
 
   The largest power of two, at most 256, that fits the memory budget for one member with
-  little padding: few shapes to compile. Without a history all: each chunk computes the whole
-  sequence again.
+  little padding, of those below 16 only 1 and 4: few shapes to compile. Without a history all:
+  each chunk computes the whole sequence again.
 
   Args:
     config: the model's architecture.
@@ -341,10 +391,11 @@ def default_chunk_size(
   within = members_lib.tokens_within_budget(config, roster.memory_budget, platform)
   of_members, of_sequences = members_lib.token_shards(mesh, 1, batch_size)
   fitting = max(1, within * of_members * of_sequences // batch_size)
+  fewest = next((size for size in (1, 4) if needed <= size), 16)
   return min(
     prefill.PREFILL_CHUNK,
     1 << (fitting.bit_length() - 1),
-    batching.power_of_two(needed // 4 + 1, 16),
+    batching.power_of_two(needed // 4 + 1, fewest),
   )
 
 

@@ -1,6 +1,7 @@
 """Runs the noisy members of an adaptive roster where they are needed; see `adaptive`."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ def complete(run: RosterPass, draft: Draft, logits: Logits) -> RosterOutputs:
     is_unsure &= run.needed_BxT
     doubt = jnp.where(is_unsure, doubt, 0.0)
   if run.mesh is not None:
-    return _settle(run, draft, is_unsure, lambda members: logits(run, draft, None, members))
+    return _settle(run, draft, is_unsure, lambda run, members: logits(run, draft, None, members))
   num_rows, (_, t) = clean[..., 0].size, clean.shape[:2]
   size = _piece_size(run, num_rows)
   order = jnp.pad(jnp.argsort(-doubt.reshape(-1)), (0, -num_rows % size))
@@ -64,7 +65,7 @@ def complete(run: RosterPass, draft: Draft, logits: Logits) -> RosterOutputs:
     )
     part = jax.tree.map(take, draft)
     is_used = i * size + jnp.arange(size) < count
-    run_members = lambda members: logits(at_rows, part, rows, members)
+    run_members = lambda run, members: logits(run, part, rows, members)
     outputs = _settle(at_rows, part, is_used[:, None], run_members)
     target = jnp.where(is_used, index, num_rows)
     return jax.tree.map(lambda a, new: a.at[target].set(new[:, 0], mode="drop"), found, outputs)
@@ -101,7 +102,7 @@ def _settle(run, draft, is_open, logits):
     run: the tokens.
     draft: what the clean member computed.
     is_open: `[B, T]` bool.
-    logits: `logits(members)`, float32 `[R, B, T, V]`.
+    logits: `logits(run, members)`, float32 `[R, B, T, V]`, with `run` or it `at_bits`.
   """
   of_clean = _of_clean(draft.logits)
 
@@ -118,6 +119,9 @@ def _until_settled(run, clean, is_open, logits):
   """Runs members in batches while any row is open; see `_settle`."""
   roster, aggregation, stop = run.roster, run.roster.aggregate_with, run.roster.member_stop
   n, noisy = roster.num_members, jnp.asarray(roster.members[1:])
+  (bits, _), *other_bits = roster.groups(roster.members[1:])
+  assert not other_bits  # see Roster
+  logits = functools.partial(logits, run.at_bits(bits))
   size = _batch_size(roster)
   first = len(noisy) - (len(noisy) - 1) // size * size
   batches = noisy[first:].reshape(-1, size)

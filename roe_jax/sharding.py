@@ -51,8 +51,8 @@ RULES: dict[str, tuple[tuple[str, ...], ...]] = {
   "members_of_vocab": ((DATA,), ()),
   **dict.fromkeys(
     (
-      "layers embed embed_packed embed_groups head_dim gate_up shared_gate routed_experts "
-      "router_state router_gates positions choices cache_positions one_head"
+      "layers embed embed_packed embed_groups embed_scales head_dim gate_up shared_gate "
+      "routed_experts router_state router_gates positions choices cache_positions one_head"
     ).split(),
     ((),),
   ),

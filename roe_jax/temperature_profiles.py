@@ -36,6 +36,7 @@ ROSTER_SETTINGS = {
   "include_clean": bool,
   "unsure": str | None,
   "member_stop": str | float | None,
+  "member_bits": str | None,
 }
 # Properties of a model that its temperatures depend on and that no dtype or quantization changes.
 SIZES = (

@@ -269,10 +269,12 @@ def _run_layers_on_mesh(
     router=jax.tree.map(lambda _: PartitionSpec(), tokens.router),
   )
   specs = sharding.parameter_specs(mesh, config)
+  # In the structure of the parameters, which says how many bits are read.
+  of_layers = jax.tree.unflatten(jax.tree.structure(params.layers), jax.tree.leaves(specs.layers))
   x, written, found = sharding.map_shards(
     part,
     mesh,
-    (specs.layers, specs.dense_layers, specs.router_cell, hidden, of_tokens, caches),
+    (of_layers, specs.dense_layers, specs.router_cell, hidden, of_tokens, caches),
     (hidden, caches.cache if access.write else None, outputs),
   )(params.layers, params.dense_layers, params.router_cell, x, tokens, access)
   return x, written if access.write else access.cache, found

@@ -5,7 +5,7 @@ import numpy as np
 
 from roe_jax.experts.activation import Activation
 from roe_jax.params import ExpertParams
-from roe_jax.quantization import Quantized, group_size, typical_scale
+from roe_jax.quantization import Quantized, group_size, typical_scales
 
 # One unit in the last place at 1.
 EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7}
@@ -43,7 +43,7 @@ def quantized(format, shape, axis, seed=0):
     low, high = np.split(bits, 2, axis=-1)
     codes = (low | high << 4).astype(np.uint8)
     numbers = E2M1[bits] if format == "mxfp4" else np.where(bits < 8, bits, bits - 16)
-  scale = typical_scale(format, 2 / shape[axis] ** 0.5)
+  (scale,) = typical_scales(format, 2 / shape[axis] ** 0.5, 1).tolist()
   if format == "mxfp4":
     scales = (scale + random.randint(-1, 2, groups)).astype(np.uint8)
     factors = 2.0 ** (scales.astype(int) - 127)

@@ -9,6 +9,8 @@ import functools
 import jax
 import numpy as np
 
+from roe_jax import quantization
+
 
 def member_logits(
   params, config, roster, tokens, request, record=lambda layer, position, experts: None
@@ -18,6 +20,18 @@ def member_logits(
   `record` is told each member's experts, member by member.
   """
   p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
+
+  @functools.cache
+  def matrix(name, index):
+    """An experts' matrix as this member reads it."""
+    w = getattr(params.layers.experts, name)
+    if not quantization.is_quantized(w):
+      return getattr(p.layers.experts, name)
+    w, of_noisy = jax.tree.map(np.asarray, w), roster.member_bits
+    if of_noisy and index:
+      w = quantization.first_planes(w, of_noisy[0 if len(of_noisy) == 1 else index - 1])
+    return quantization.dequantize_on_host(w).astype(np.float64)
+
   layers = range(config.num_layers)
   scale = config.attention_multiplier or config.head_dim**-0.5
   residual = config.residual_multiplier
@@ -172,7 +186,7 @@ def member_logits(
       record(layer, position, chosen)
     for expert, weight in zip(chosen, gates(clean, noisy, chosen, row)):
       experts = p.layers.experts
-      gate, up = np.einsum("d,fid->if", normed, experts.gate_up[row, expert])
+      gate, up = np.einsum("d,fid->if", normed, matrix("gate_up", index)[row, expert])
       if config.expert_bias:
         gate, up = (
           gate + experts.gate_up_bias[row, expert, :, 0],
@@ -184,7 +198,7 @@ def member_logits(
         gate = np.minimum(gate, config.swiglu_limit)
         up = np.maximum(np.minimum(up, config.swiglu_limit), -config.swiglu_limit)
         hidden = gate / (1 + np.exp(-config.swiglu_alpha * gate)) * (up + 1)
-      y = hidden @ experts.down[row, expert]
+      y = hidden @ matrix("down", index)[row, expert]
       x = x + residual * weight * (y + experts.down_bias[row, expert] if config.expert_bias else y)
     if config.d_shared_expert:
       shared = p.layers.shared_expert

@@ -43,6 +43,25 @@ CONFIG = ModelConfig(
 # FLOPs.
 
 
+def test_members_at_fewer_bits_read_fewer_bytes():
+  config = CONFIG.replace(expert_format="nested:2-4")
+  expert = 3 * 64 * 64  # weights of an expert; groups of 64 have a step, an offset, and two scales
+  assert costs.calls.bytes_per_expert(config) == expert * (4 / 8 + 4 * 2 / 64)
+  assert costs.calls.bytes_per_expert(config, 2) == expert * (2 / 8 + 2 * 2 / 64)
+  mesh = sharding.abstract_mesh(config, 1)
+  full, fewer = (
+    costs.calls.call(config, Roster.create(config, 3, 0.5, member_bits=bits), mesh, 1, 8)
+    for bits in (None, 2)
+  )
+  clean = costs.calls.call(config, Roster.create(config), mesh, 1, 8)
+  # The clean member and the noisy ones read their experts one after the other.
+  unique = costs.expected_unique_experts(config, 2, 1)
+  noisy = clean.weights - config.num_layers * 3 * expert * (4 / 8 + 4 * 2 / 64)
+  noisy += config.num_layers * unique * expert * (2 / 8 + 2 * 2 / 64)
+  assert fewer.weights == pytest.approx(clean.weights + noisy)
+  assert fewer.flops == pytest.approx(full.flops)
+
+
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "qwen2_moe", "glm4_moe"])
 def test_flops_are_two_for_each_weight_that_a_position_passes(family):
   config = tiny.config(family)

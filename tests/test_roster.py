@@ -195,6 +195,46 @@ def test_members_with_their_own_numbers_of_experts_are_those_of_the_definition(o
     assert_close(found[:1], by_definition((own, params), Roster.create(own)))
 
 
+@pytest.mark.parametrize(
+  "settings", [dict(temperatures=[0.0, 0.8, 0.4], member_bits=2), dict(member_bits="3-2")], ids=str
+)
+@pytest.mark.slow
+def test_members_at_fewer_bits_are_those_of_the_definition(olmoe, settings):
+  config, params = params_lib.quantize(olmoe[1], olmoe[0], "nested:2-4")[::-1]
+  roster = Roster.create(config, 3, seed=9, **settings)
+  assert roster.noisy_layers == (0, 3)
+  expected = by_definition((config, params), roster)
+  assert np.abs(expected[1] - expected[2]).max() > 0.05 * np.abs(expected).max()
+  assert_close(logits((config, params), roster), expected)
+  # As scored, clean first and then by bits, or members one by one; and on three bits alone.
+  averaged = np.log(np.mean(np.asarray(jax.nn.softmax(jnp.asarray(expected))), axis=0))
+  targets = np.asarray(TOKENS)[:, 1:, None]
+  wanted = np.take_along_axis(averaged[:, :-1], targets, axis=-1)[..., 0]
+  for budget in (2**28, 1):
+    each = roster.replace(memory_budget=budget)
+    found = scoring.score(
+      params, config, TOKENS.tolist(), roster=each, request_ids=REQUESTS.tolist()
+    )
+    scored = [s.log_probs[:, 0] for s in found.sequences]
+    np.testing.assert_allclose(scored, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  "expert_format, settings, message",
+  [
+    (None, {"member_bits": 2}, "only experts in a nested format can be read with fewer bits"),
+    ("nested:2-4", {"member_bits": 5}, "read with 2 to 4 bits, got 5"),
+    ("nested:2-4", {"member_bits": "2-3"}, "one for each of the 3 noisy members"),
+    ("nested:2-4", {"member_bits": 0}, "member_bits must be a positive integer"),
+    ("nested:2-4", {"member_bits": 2, "cache": "standard"}, "member_bits needs a cache"),
+    ("nested:2-4", {"member_bits": "2-2-3", "member_stop": "exact"}, "read equal bits"),
+  ],
+)
+def test_bits_that_members_cannot_read(expert_format, settings, message):
+  with pytest.raises(ValueError, match=message):
+    Roster.create(tiny.config("olmoe", expert_format=expert_format), 4, 0.3, **settings)
+
+
 @pytest.mark.parametrize("family", ["olmoe", "mixtral"])
 @pytest.mark.slow
 def test_contrast_with_the_second_expert_is_scmoe(request, family):

@@ -113,6 +113,41 @@ def test_batches_and_chunks_do_not_matter(name):
   assert_scored_as_generated(again, [completions[i] for i in order])
 
 
+def test_rosters_scored_together_share_a_cache_and_nothing_else(monkeypatch):
+  texts, _, _ = generated("olmoe", "clean", sampled=True)
+  config, params = tiny_model("olmoe")
+  names = "plain", "standard", "clean", "clean, without the clean member"
+  rosters = [Roster.create(config, seed=6, **ROSTERS[name]) for name in names]
+  bias = np.zeros((config.num_layers, config.num_experts), np.float32)
+  bias[:, 0] = -np.inf
+  rosters.append(rosters[2].replace(router_bias=jnp.asarray(bias)))
+  settings = dict(starts=STARTS, request_ids=IDS, output_temperatures=(1.0, 0.5))
+  alone = [score("olmoe", texts, roster=roster, **settings) for roster in rosters]
+  filled = []
+  fill = prefill.fill_cache
+  monkeypatch.setattr(
+    prefill, "fill_cache", lambda *a, **k: filled.append(a[2].num_members) or fill(*a, **k)
+  )
+  shape = (4, prefill.MIN_CAPACITY)
+  together = score_lib.score_rosters(params, config, texts, rosters, min_shape=shape, **settings)
+  assert len(filled) == 2  # with and without the bias
+  for scores, own, roster in zip(together, alone, rosters):
+    assert scores.settings["roster"] == roster.settings()
+    for one, other in zip(scores.sequences, own):
+      if roster.is_baseline:  # its last keys and values are of another chunk
+        np.testing.assert_allclose(one.log_probs, other.log_probs, atol=TOLERANCE, rtol=0)
+      else:
+        np.testing.assert_array_equal(one.log_probs, other.log_probs)
+      np.testing.assert_array_equal(one.greedy_tokens, other.greedy_tokens)
+
+
+@pytest.mark.parametrize("needed, chunk", [(1, 1), (2, 4), (4, 4), (5, 16), (64, 32), (5000, 256)])
+def test_few_scored_positions_are_little_padded(needed, chunk):
+  config, _ = tiny_model("olmoe")
+  roster = Roster.create(config, 3, 0.5)
+  assert score_lib.default_chunk_size(config, roster, 1, needed) == chunk
+
+
 @pytest.mark.parametrize("name", ["plain", "standard"])
 def test_greedy_generation_takes_the_most_probable_tokens(name):
   texts, completions, roster = generated("olmoe", name, sampled=False)

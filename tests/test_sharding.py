@@ -25,7 +25,7 @@ from roe_jax import (
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.experts import expert_parallel
-from roe_jax.quantization import FORMATS, GROUPS
+from roe_jax.quantization import FORMATS, find
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
@@ -245,7 +245,7 @@ def of_few_bits(expert_format):
   return tiny.config(
     "gpt_oss",
     vocab_size=64,
-    d_expert=2 * GROUPS[expert_format],
+    d_expert=2 * find(expert_format).group,
     expert_format=expert_format,
     initializer_range=0.3,
   )
@@ -349,9 +349,10 @@ def test_rosters_by_parts(params, sizes, num_members, texts, settings):
     np.testing.assert_array_equal(a.clean_greedy_tokens, b.clean_greedy_tokens)
 
 
-def test_windows_and_few_bits_by_parts():
+@pytest.mark.parametrize("expert_format, member_bits", [("mxfp4", None), ("nested:2-4", 2)])
+def test_windows_and_few_bits_by_parts(expert_format, member_bits):
   """Texts that are longer than the window, and more of them than slots."""
-  config = of_few_bits("mxfp4")
+  config = of_few_bits(expert_format)
   params = params_lib.initialize(config, jax.random.key(0))
   placed = sharding.shard_params(params, config, make_mesh(config, 2, 2, 2))
   completions = [
@@ -361,7 +362,7 @@ def test_windows_and_few_bits_by_parts():
       tiny.texts([5, 9, 12, 7, 3], 64),
       max_new_tokens=8,
       batch_size=4,
-      roster=Roster.create(config, 2, 0.5),
+      roster=Roster.create(config, 2, 0.5, member_bits=member_bits),
     ).completions
     for p in (placed, params)
   ]

@@ -86,8 +86,8 @@ def random_arrays(tree: Any, config: ModelConfig, seed: int = 0) -> Any:
     if spec.init == "ones":
       return jnp.ones(spec.shape, dtype)
     if spec.init == "scales":
-      scale = quantization.typical_scale(config.expert_format, deviation)
-      return jnp.full(spec.shape, scale, dtype)
+      scales = quantization.typical_scales(config.expert_format, deviation, spec.shape[-1])
+      return jnp.broadcast_to(jnp.asarray(scales, dtype), spec.shape)
     size = math.prod(spec.shape)
     values = codes if spec.init == "codes" else deviation * normals
     return jnp.tile(values.astype(dtype), -(-size // _NUM_NORMALS))[:size].reshape(spec.shape)

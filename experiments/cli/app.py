@@ -356,6 +356,12 @@ def define_roster_flags(num_members: int = 1) -> None:
     "When no more members run for a token: when it is settled (exact), or is with this error rate. "
     "Default: all members run.",
   )
+  flags.DEFINE_string(
+    "member_bits",
+    None,
+    "How many bits of experts in a nested format the noisy members read, such as 2, or 3-2-2 for "
+    "each of three; the clean member reads all. Default: all members do.",
+  )
   flags.DEFINE_integer(
     "draft_tokens",
     0,
@@ -449,12 +455,13 @@ def roster_from_flags(config: ModelConfig, check_idle: bool = True) -> Roster:
   needs = (
     "does nothing to the baseline, a single member without noise: give --num_members and --tau"
   )
-  refuse_idle(not (f["tau"].present or any(roster.temperatures)), ("num_members",), needs)
+  differ = f["tau"].present or any(roster.temperatures) or roster.member_bits
+  refuse_idle(not differ, ("num_members",), needs)
   # An explicit --num_members=1 is the start of a sweep.
   if roster.is_baseline and not f["num_members"].present:
     refuse_idle(any(roster.temperatures), ("tau",), needs)
-    idle = "noise", "gate_weights", "cache", "aggregation", "unsure", "member_stop", "draft_tokens"
-    refuse_idle(True, idle, needs)
+    idle = "noise gate_weights cache aggregation unsure member_stop draft_tokens member_bits"
+    refuse_idle(True, idle.split(), needs)
   return roster
 
 

@@ -6,6 +6,7 @@ import re
 from typing import ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.evaluation.method import SAMPLING, Method, Spec
 from experiments.evaluation.picking import SELECTIONS
@@ -30,6 +31,15 @@ def _counts(k: str | None, name: str = "k") -> tuple[int, ...]:
   if not re.fullmatch(r"\d+(-\d+)*", k):
     raise ValueError(f"{name} must be a number, or several such as 8-8-6-4, got {k!r}")
   return tuple(map(int, k.split("-")))
+
+
+def _range(layers: str, count: int) -> np.ndarray:
+  """Returns `[L]` float64, one in the layers of a range such as 0-9, zero in others."""
+  found = re.fullmatch(r"(\d+)-(\d+)", layers)
+  first, last = map(int, found.groups()) if found else (1, 0)
+  if not first <= last < count:
+    raise ValueError(f"layers must be FIRST-LAST within 0-{count - 1}, got {layers!r}")
+  return ((first <= np.arange(count)) & (np.arange(count) <= last)).astype(float)
 
 
 def _with_experts(config, counts, gates, mass=None):
@@ -100,6 +110,7 @@ class BestBaseline(FittedBaseline):
 class RosterOf(Spec):
   """A roster; `t` is τ of all layers, and `profile` the file of a temperature profile.
 
+  With `layers` such as 0-9, noise is in these layers only, numbered from 0.
   `k` is how many experts all members use or each one, the clean one first; `gates` and `mass` are
   as in `Experts`.
   """
@@ -108,6 +119,7 @@ class RosterOf(Spec):
   n: int | None = None
   t: float | None = None
   profile: str | None = None
+  layers: str | None = None
   cache: str | None = None
   aggregation: str | None = None
   include_clean: bool | None = None
@@ -115,14 +127,15 @@ class RosterOf(Spec):
   noise: str | None = None
   unsure: str | None = None
   member_stop: str | None = None
+  member_bits: str | None = None
   k: str | None = None
   gates: str | None = None
   mass: float | None = None
 
   def make(self, config, base):
-    of_model = {"k", "gates", "mass"}
-    given = {_ROSTER_NAMES.get(k, k): v for k, v in self.given.items() if k not in of_model}
-    names = {_ROSTER_NAMES.get(f.name, f.name) for f in dataclasses.fields(self)} - of_model
+    own = {"k", "gates", "mass", "layers"}
+    given = {_ROSTER_NAMES.get(k, k): v for k, v in self.given.items() if k not in own}
+    names = {_ROSTER_NAMES.get(f.name, f.name) for f in dataclasses.fields(self)} - own
     values = {key: getattr(base, key) for key in names if key != "profile"} | given
     counts = _counts(self.k)
     config = _with_experts(config, counts, self.gates, self.mass)
@@ -139,21 +152,26 @@ class RosterOf(Spec):
       values["temperatures"] = profile.temperatures
       # `experiments.tune` names all of its profiles profile.json.
       source = [f"τ of {path.stem if path.stem != 'profile' else path.parent.name}"]
+    if self.layers is not None:
+      temperatures = values["temperatures"] * _range(self.layers, config.num_layers)
+      values["temperatures"] = temperatures.astype(np.float32)
     roster = _create_roster(config, base, experts_by_layer=by_member, **values)
     # A search may find that zero temperatures are best, so a profile may have them.
-    differ = profile or by_member or bool(jnp.any(roster.temperatures > 0))
+    differ = profile or by_member or roster.member_bits or bool(jnp.any(roster.temperatures > 0))
     if roster.is_baseline or not differ:
       raise ValueError(
         "it is the baseline: set n to at least 2, and router temperatures with t=... or --tau"
       )
     descriptions = {
       "t": "τ = {:g}",
+      "layers": "noise in layers {}",
       "cache": "{} cache",
       "aggregation": "{}",
       "gate_weights": "{} gates",
       "noise": "{} noise",
       "unsure": "where {}",
       "member_stop": "members until settled ({})",
+      "member_bits": "members at {} bits",
       "k": "{} experts",
       "gates": "gates {}",
       "mass": "experts of {:g} of the probability",

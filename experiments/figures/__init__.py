@@ -60,7 +60,7 @@ REVIEWERS = (
   "shared_noise",
   "tau_units",
 )
-LANGUAGE = ("last_words",)
+LANGUAGE = ("main_table", "last_words")
 VISION = ("vision_sr", "vision_moe")
 NAMES = PAPER + REVIEWERS + LANGUAGE + VISION
 # Settings of a model that only some figures use.

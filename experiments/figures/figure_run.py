@@ -90,7 +90,7 @@ class Measurements(store.SavedValues):
     self._bar = tqdm(desc=settings["figure"], unit="measurement", file=sys.stderr)
 
   def get(self, name: str, compute: Callable[[], Any]) -> Any:
-    self._bar.set_postfix_str(name)
+    self._bar.set_postfix_str(name[:80])
     value = super().get(name, compute)
     self._bar.update()
     return value

@@ -21,7 +21,6 @@ it.
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-import itertools
 from typing import Any
 
 import jax
@@ -38,8 +37,8 @@ from experiments.analysis import (
 )
 from experiments.analysis.output_temperatures import GRID
 from experiments.cli import app
-from experiments.evaluation.requests import Continuation, RequestBuilder, TaskRequests
-from experiments.figures import compared, figure_models, likelihoods
+from experiments.evaluation.requests import Continuation, RequestBuilder
+from experiments.figures import compared, figure_models, likelihoods, passages
 from experiments.figures.figure_run import FigureRun, Measurements
 from roe_jax import diagnostics, routing
 from roe_jax.roster import Roster
@@ -86,7 +85,6 @@ SCORES: dict[str, Callable[[dict[str, Any]], float]] = {
   BASELINE_ENTROPY: lambda r: r["entropy"][0][1],
   "entropy of the baseline at T = 1": lambda r: r["entropy"][0][0],
 }
-PART = 160  # requests that batches are made of
 OTHER_CONTEXT = 300  # characters before a scored word of another text
 
 
@@ -138,8 +136,7 @@ class Reader:
 
   def requests(self, task: str, split: str, count: int) -> list[Continuation]:
     """Returns the requests to score the references of a task."""
-    examples = tasks.get(task).examples(split, self._run.data_dir, count)
-    return TaskRequests.of(self.builder, tasks.get(task), examples).all_references
+    return passages.requests(self.builder, task, split, self._run.data_dir, count)
 
   def words_of(self, task: str, count: int) -> list[Continuation]:
     """Returns the requests to score one word of each window of another text."""
@@ -165,9 +162,10 @@ class Reader:
       probable one, "entropy" `[N][G]` of the roster and "of_members" `[N]`, their mean entropy.
     """
     config = self.config if k is None else routing.with_experts(self.config, k)
-    found = {job.name: [{}] * len(requests) for job in jobs}
-    for number, (positions, batch) in enumerate(self._batches(requests)):
+    found, size = {job.name: [{}] * len(requests) for job in jobs}, self._run.model.batch_size
+    for number, batch in enumerate(passages.batches(requests, size, _positions)):
       some = [requests[i] for i in batch]
+      positions = _positions(some[0])
       kept = self._keep.get(
         f"{self._checkpoint}, {name}, batch {number}",
         lambda some=some, positions=positions: self._read(config, some, positions, jobs),
@@ -176,21 +174,6 @@ class Reader:
         for i, value in zip(batch, values):
           found[job][i] = value
     return found
-
-  def _batches(self, requests):
-    """Yields the number of positions and the indices of each batch.
-
-    Batches are of similar lengths, within parts of the requests in their order, so that more
-    requests only add batches.
-    """
-    size = self._run.model.batch_size
-    for first in range(0, len(requests), PART):
-      part = range(first, min(first + PART, len(requests)))
-      order = sorted(part, key=lambda i: (_positions(requests[i]), requests[i].max_length))
-      for positions, group in itertools.groupby(order, lambda i: _positions(requests[i])):
-        group = list(group)
-        for begin in range(0, len(group), size):
-          yield positions, group[begin : begin + size]
 
   def _read(self, config, requests, positions, jobs):
     size = self._run.model.batch_size

@@ -6,6 +6,7 @@ import shutil
 from experiments import figures
 from experiments.analysis import drawing
 from experiments.cli import app
+from experiments.figures import main_table
 from experiments.figures.figure_models import ALL, Model
 from experiments.figures.figure_run import ABOUT, PICTURE, RECORDS, read_records
 from roe_jax import typed
@@ -54,13 +55,19 @@ def _complete(kept, names):
 
 def text(results: pathlib.Path) -> str:
   """Returns the page for the folder docs/results, with a folder per model."""
+  opening = [
+    main_table.summary(read_records(path))
+    for path in sorted(results.glob(f"*/main_table/{RECORDS}"))
+  ]
   parts = [
-    "# Results\n\nMade by `python -m experiments.reproduce`; sections give their command, date, "
+    "# Results",
+    *opening,
+    "Made by `python -m experiments.reproduce`; sections give their command, date, "
     "seeds and machine. Intervals are 95 % bootstrap intervals over examples. These results say "
     "nothing about large models: we did not have the paper's checkpoints. With them, run the same "
     "commands with `--model=olmoe`, `mixtral` or `gpt_oss`. Sections dated before 2026-11-27 "
     "addressed noise by the index of an example, and count unique active experts per step of a "
-    "batch instead of per token."
+    "batch instead of per token.",
   ]
   for model in ALL.values():
     for title, names in PARTS:

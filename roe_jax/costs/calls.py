@@ -8,6 +8,7 @@ import jax
 from jax.sharding import AbstractMesh
 
 from roe_jax import params as params_lib
+from roe_jax import quantization
 from roe_jax.config import ModelConfig
 from roe_jax.costs import flops as flops_lib
 from roe_jax.costs.accelerators import Accelerator
@@ -134,8 +135,6 @@ def call(
   """
   abstract = params_lib.abstract(config)
   item = abstract.final_norm.dtype.itemsize
-  per_expert = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(abstract.layers.experts))
-  per_expert /= config.num_expert_layers * config.num_experts
   t, e = mesh.shape[TENSOR], mesh.shape[EXPERT]
   vocab = vocabulary_axes(config, mesh)
   head_size = config.vocab_size * config.d_model // num_shards(mesh, vocab)
@@ -169,6 +168,7 @@ def call(
       + layers * batch.group_tokens * expert_flops
     )
     dense_bytes = (sharded_flops / 2 + router_size) * item
+    per_expert = bytes_per_expert(config, batch.bits)
     cost.weights += times * layers * (dense_bytes + unique_experts / e * per_expert / t)
     cost.weights += times * dense * dense_layer_flops / 2 * item
     caches = roster.cache_mode.histories(batch.members)
@@ -191,6 +191,16 @@ def call(
     for c, count in found.items():
       cost.collectives[c] += times * count
   return cost
+
+
+def bytes_per_expert(config: ModelConfig, bits: int | None = None) -> float:
+  """Returns the bytes of one expert, or of so many bits of one in a nested format."""
+  if bits is not None:
+    nested = quantization.nested_format(config.expert_format).first(bits)
+    config = config.replace(expert_format=nested.name)
+  experts = jax.tree.leaves(params_lib.abstract(config).layers.experts)
+  size = sum(a.size * a.dtype.itemsize for a in experts)
+  return size / (config.num_expert_layers * config.num_experts)
 
 
 def _collectives(mesh, *wanted):

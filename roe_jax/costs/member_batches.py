@@ -31,6 +31,7 @@ class MemberBatch:
     member_axes: mesh axes that shard the members.
     head_tokens: tokens on this device where next-token distributions are computed.
     head_gather_axes: mesh axes along which tokens are gathered before that.
+    bits: how many bits of nested experts they read; None: all.
   """
 
   layers: range
@@ -45,6 +46,7 @@ class MemberBatch:
   member_axes: tuple[str, ...]
   head_tokens: int
   head_gather_axes: tuple[str, ...]
+  bits: int | None = None
 
   @property
   def tokens(self) -> int:
@@ -75,18 +77,23 @@ def batches(
 ) -> list[MemberBatch]:
   """Returns the batches of a call in order; see `CacheMode.member_batches`."""
   first, end = roster.noisy_layers[0], config.num_layers
-  size, *others = roster.cache_mode.member_batches(
-    config, roster, (batch_size, positions), mesh, platform
-  )
-  sizes = [(size, 1), tuple(reversed(others))]
   shape = batch_size, positions, config.d_model
-  shared = [_batch(mesh, shape, range(first), 1, None)] if first else []
-  return shared + [
-    _batch(mesh, shape, range(first, end), times, size) for size, times in sizes if times
-  ]
+  found = [_batch(mesh, shape, range(first), 1, None)] if first else []
+  for bits, members in roster.groups(roster.members):
+    group = roster
+    if roster.member_bits is not None:
+      changes: dict = dict(num_members=len(members), include_clean=True, member_bits=None)
+      group = dataclasses.replace(roster, **changes)
+    size, *others = roster.cache_mode.member_batches(
+      config, group, (batch_size, positions), mesh, platform
+    )
+    sizes = [(size, 1), tuple(reversed(others))]
+    layers = range(first, end)
+    found += [_batch(mesh, shape, layers, times, size, bits) for size, times in sizes if times]
+  return found
 
 
-def _batch(mesh, shape, layers, times, members):
+def _batch(mesh, shape, layers, times, members, bits=None):
   is_shared = members is None  # shared hidden states have no member axis
   members = members or 1
   names = ("members", "batch", "positions", "embed")[is_shared:]
@@ -109,6 +116,7 @@ def _batch(mesh, shape, layers, times, members):
     member_axes=member_axes,
     head_tokens=members * shape[0] * shape[1] // num_shards(mesh, head_axes),
     head_gather_axes=tuple(a for a in token_axes if a not in head_axes),
+    bits=bits,
   )
 
 

@@ -22,7 +22,8 @@ The only expert of a dense model is computed without dispatch (`every_token.only
 strategy, unless it is quantized.
 
 `native`, `tiled_loop`, `gather_gemv` and `grouped_matmul` dequantize quantized experts as they
-read them; the others dequantize all experts of a layer, and are not chosen for them.
+read them; the others dequantize all experts of a layer, and are not chosen for them. Nested
+formats are dequantized as they are read by `tiled_loop` alone.
 
 `choices` says which strategy is chosen.
 """
@@ -49,7 +50,7 @@ from roe_jax.experts.batched_matmul import dense, padded
 from roe_jax.experts.every_token import shared
 from roe_jax.numerics import rounded, to_compute_dtype
 from roe_jax.params import ExpertParams
-from roe_jax.quantization import CONTRACTED, dequantize_layer, is_quantized, quantize
+from roe_jax.quantization import CONTRACTED, dequantize_layer, find, is_quantized, quantize
 
 _FUNCTIONS = {
   "native": native_kernel.compute,
@@ -199,9 +200,16 @@ def apply(
   return compute(experts, jnp.asarray(layer), x_NxD, indices_NxA, gates_NxA)
 
 
+def _reads(strategy, expert_format):
+  """Whether a strategy dequantizes what it reads of a layer, not the whole layer first."""
+  if find(expert_format).nested:
+    return strategy in ("tiled_loop", "ragged_dot", "tokamax")
+  return strategy not in ("padded", "dense")
+
+
 def _function(strategy, num_experts, activation, weights, layer, dtype):
   """Returns a strategy as a function of tokens, with weights in the dtype that it takes."""
-  if strategy in ("padded", "dense") and is_quantized(weights.down):
+  if is_quantized(weights.down) and not _reads(strategy, weights.down.format):
     weights, layer = dequantize_layer(weights, layer, num_experts, dtype), 0
   if strategy not in ("native", "tiled_loop"):  # these read bfloat16 bits
     weights = jax.tree.map(to_compute_dtype, weights)

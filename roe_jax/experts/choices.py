@@ -8,6 +8,8 @@ run on either yet. That of CPUs is measured.
 import math
 from typing import NamedTuple
 
+from roe_jax import nested, quantization
+
 
 class Step(NamedTuple):
   """A strategy, and up to where it is the fastest.
@@ -35,7 +37,7 @@ _UNMEASURED = (
 )
 _UNMEASURED_QUANTIZED = (Step("gather_gemv", max_pairs=0.5), Step("grouped_matmul"))
 _ANY_FORMAT = None
-_QUANTIZED = ("int8", "int4", "mxfp4")
+_QUANTIZED = ("int8", "int4", "mxfp4", nested.PREFIX)
 
 # By (prefix of JAX's `device_kind`, or platform; format of the experts: their dtype or one of
 # `quantization.FORMATS`). Steps are tried in order.
@@ -45,8 +47,10 @@ CROSSOVERS: dict[tuple[str, str | None], tuple[Step, ...]] = {
   **{
     (platform, format): _UNMEASURED_QUANTIZED
     for platform in ("gpu", "tpu")
-    for format in _QUANTIZED
+    for format in quantization.FORMATS
   },
+  # No kernel reads planes of bits.
+  **{(platform, nested.PREFIX): (Step("tiled_loop"),) for platform in ("cpu", "gpu", "tpu")},
   ("gpu", _ANY_FORMAT): _UNMEASURED,
   ("tpu", _ANY_FORMAT): _UNMEASURED,
 }
@@ -60,6 +64,7 @@ def steps(device_kind: str, platform: str, format: str) -> tuple[Step, ...]:
     platform: its platform, for device kinds that are not in the table.
     format: dtype of the experts, or one of `quantization.FORMATS`.
   """
+  format = format.partition(":")[0]  # nested:2-4 has the strategies of all nested formats
   found = max(
     (
       key

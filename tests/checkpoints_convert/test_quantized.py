@@ -217,7 +217,8 @@ def test_the_tensors_decide_and_not_what_config_json_says(tmp_path, capsys, name
   [
     (family, *(("int8", BF16, "source"), ("int4", np.dtype(np.float32), "bfloat16"))[i % 2])
     for i, family in enumerate([*families.FAMILIES, "gpt_oss"])
-  ],
+  ]
+  + [("olmoe", "nested:2-4", BF16, "source")],
 )
 def test_quantized_experts_are_those_of_the_parameters(
   tmp_path, capsys, family, format, dtype, asked
@@ -389,6 +390,11 @@ def test_formats_that_cannot_be_are_refused_in_a_sentence(tmp_path, capsys):
     (dict(source=tmp_path / "odd", quantize_experts="int4"), "even d_model, got 51: use int8"),
     (dict(source=hub, keep_mxfp4=True), "--keep_mxfp4 is for experts in MXFP4"),
     (dict(source=few, quantize_experts="int8"), "are already in int4"),
+    (
+      dict(source=hub, quantize_experts="int3"),
+      "'int3'; choose one of int8, int4, mxfp4, or nested",
+    ),
+    (dict(source=hub, quantize_experts="mxfp4"), "MXFP4 is kept with --keep_mxfp4"),
     (dict(source=few, to_hugging_face=True, quantize_experts="int8"), "leave them out"),
     (dict(source=few, to_hugging_face=True, keep_mxfp4=True), "leave them out"),
   ):
@@ -402,6 +408,7 @@ def test_formats_that_cannot_be_are_refused_in_a_sentence(tmp_path, capsys):
     (dict(keep_mxfp4=True), 0.5, 1 / 32),
     (dict(quantize_experts="int4"), 0.5, 2 / 32),
     (dict(quantize_experts="int8"), 1, 2 / 32),
+    (dict(quantize_experts="nested:2-4"), 0.5, 4 * 2 / 32),
     ({}, 2, 0),
   ],
 )

@@ -17,6 +17,7 @@ from experiments import figures
 from experiments.analysis import paired_statistics
 from experiments.analysis.run_results import Result, Tuning
 from experiments.benchmarks import power, timing
+from experiments.evaluation import methods
 from experiments.figures import (
   calibration,
   ceiling,
@@ -26,7 +27,9 @@ from experiments.figures import (
   figure_models,
   last_words,
   likelihoods,
+  main_table,
   overhead,
+  passages,
   scaling_law,
   search_cost,
   searches,
@@ -35,7 +38,7 @@ from experiments.figures import (
 )
 from experiments.figures.figure_run import RECORDS, FigureRun, read_records, write_records
 from experiments.tuning import confirm
-from roe_jax import decode, diagnostics, presets
+from roe_jax import decode, diagnostics, presets, scoring
 from roe_jax import params as params_lib
 from roe_jax.roster import Roster
 
@@ -510,5 +513,67 @@ def test_last_words_are_read_as_all_members_predict_them(last_words_run, monkeyp
   assert record["perplexity"].value == pytest.approx(np.exp(nll), rel=1e-4)
 
   more = dataclasses.replace(run, config=dataclasses.replace(run.config, num_examples=6))
-  monkeypatch.setattr(last_words, "PART", 5)
+  monkeypatch.setattr(passages, "PART", 5)
   assert last_words.measure(more)[1]["examples"] == 6
+
+
+def test_the_main_table_has_each_method_as_it_scores_alone(last_words_run, monkeypatch):
+  monkeypatch.setattr(main_table, "ENOUGH", 5)
+  monkeypatch.setattr(main_table, "BETAS", (0.9,))
+  config = main_table.Config(
+    num_members=3,
+    temperatures=(0.5,),
+    compute=("experts:k=1", "roster:unsure=margin<0.5", "roster", "best_scmoe"),
+    strength=(),
+    noise=("roster:noise=swap",),
+    layers=(),
+    histories=("roster:cache=standard",),
+    experts=(1,),
+    others=(),
+    num_validation=3,
+    num_examples=5,
+    num_few=4,
+    num_counted=2,
+  )
+  run = dataclasses.replace(last_words_run, figure="main_table", config=config)
+  found = main_table.measure(run)
+  assert isinstance(main_table.table(found) + main_table.findings(found), str)
+  plt.close(main_table.draw(found))
+  of = {(r["table"], r["method"]): r for r in found}
+  reader = main_table.Reader(run, run.model.checkpoint, run.measurements())
+  reader.choose()
+  for text, (table, name) in {
+    "roster:t=0.5": ("compute", "roster"),
+    "roster:t=0.5,cache=standard": ("histories", "roster:cache=standard"),
+    "roster:t=0.5,k=1": ("experts", "roster:k=1"),
+    "baseline": ("compute", "baseline"),
+  }.items():
+    method, r = reader.parse(text), of[table, name]
+    some = reader.requests["test"][: r["examples"]]
+    scores = scoring.score(
+      reader.params,
+      method.config,
+      [s.sequence for s in some],
+      [len(s.context) for s in some],
+      roster=method.roster,
+      request_ids=[s.request_id for s in some],
+    )
+    nll = [-one.log_probs.sum() for one in scores.sequences]
+    assert r["perplexity"].value == pytest.approx(np.exp(np.mean(nll)), rel=1e-4)
+    assert r["members"] == len(method.roster.members)
+    right = [(one.greedy_tokens == s.tokens).all() for one, s in zip(scores.sequences, some)]
+    if r["quality"]:
+      assert r["quality"].value == pytest.approx(100 * np.mean(right))
+  assert of["compute", "baseline"]["computation"] == 1
+  assert (
+    1
+    < of["compute", "roster:unsure=margin<0.5"]["computation"]
+    <= of["compute", "roster"]["computation"]
+  )
+  scmoe = next(r for (_, name), r in of.items() if name.startswith("scmoe:beta="))
+  assert scmoe["perplexity"] is None and scmoe["quality_difference"] is not None
+  # As many experts are kept as with Gumbel noise: one more or fewer of all counted.
+  swap = next(name for table, name in of if "noise=swap" in name)
+  strength = methods.read(swap).t
+  kept = [reader._kept(noise, t) for noise, t in (("swap", strength), ("gumbel", 0.5))]
+  assert abs(kept[0] - kept[1]) < 0.1 and 0 < strength < 1

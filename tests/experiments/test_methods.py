@@ -59,6 +59,18 @@ def test_a_roster_takes_the_temperatures_of_a_profile(tmp_path):
       parse(text)
 
 
+def test_noise_in_some_layers():
+  method = parse("roster:n=2,t=0.5,layers=1-1")
+  np.testing.assert_allclose(method.roster.temperatures, [0, 0.5, 0])
+  assert method.roster.noisy_layers == (1, 2)
+  assert method.label == "roster, n = 2, τ = 0.5, noise in layers 1-1"
+  inherited = parse("roster:layers=0-1").roster.temperatures
+  np.testing.assert_allclose(inherited, BASE.temperatures * np.array([1, 1, 0]))
+  for layers in ("1", "2-1", "1-3", "a-b"):
+    with pytest.raises(ValueError, match="layers must be FIRST-LAST within 0-2"):
+      parse(f"roster:n=2,t=0.5,layers={layers}")
+
+
 def test_more_experts_change_the_model_and_not_the_roster():
   method = parse("experts:k=8,gates=rescaled")
   assert (method.config.experts_per_token, method.config.gate_mass_experts) == (8, 3)
