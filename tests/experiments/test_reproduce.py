@@ -251,8 +251,7 @@ def test_the_results_page_is_what_its_records_say():
 
 
 @pytest.mark.parametrize(
-  "model,name",
-  [(m, n) for m in ("embedded", "vision") for n in figures.of_model(figures.NAMES, m)],
+  "model,name", [(m, n) for m in ("embedded", "vision") for n in figures.of_model(figures.NAMES, m)]
 )
 def test_every_figure_is_drawn_of_its_records(model, name):
   root = pathlib.Path(reproduce.__file__).parents[1]
