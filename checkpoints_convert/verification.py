@@ -27,7 +27,7 @@ TOLERANCE = 1e-4
 MAX_MEAN_KL = 0.1
 _WINDOW = 256  # tokens per sequence
 # Settings that change no logits.
-_IDLE = "bos_token_id pad_token_id eos_token_ids context_length initializer_range".split()
+_IDLE = "bos_token_id pad_token_id eos_token_ids context_length initializer_range tiny_init".split()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@
     python -m experiments.reproduce --figure=fig3,fig10 --model=olmoe
     python -m experiments.reproduce --figure=all --model=embedded --page=RESULTS.md
     python -m experiments.reproduce --model=embedded --page=RESULTS.md  # only redraws
+    python -m experiments.reproduce --figure=vision_moe  # of small networks that it trains
 
 Each figure is described in its file in `experiments/figures`, times are in the package's
 docstring, and models in `figure_models`. --output/MODEL/FIGURE contains
@@ -34,7 +35,7 @@ from checkpoints_convert import outputs
 from experiments import figures, tasks
 from experiments.analysis import drawing
 from experiments.benchmarks import machine
-from experiments.cli import app, overrides, text_files
+from experiments.cli import app, extras, overrides, text_files
 from experiments.figures import figure_models, results_page
 from experiments.figures.figure_run import (
   ABOUT,
@@ -54,6 +55,7 @@ GROUPS = {
   "paper": figures.PAPER,
   "reviewers": figures.REVIEWERS,
   "language": figures.LANGUAGE,
+  "vision": figures.VISION,
 }
 
 
@@ -64,8 +66,9 @@ def define_flags(values: flags.FlagValues = FLAGS) -> None:
   names = ", ".join(figures.NAMES)
   groups = ", ".join(f'"{group}"' for group in GROUPS)
   define("list", "figure", [], f"Figures to make: {groups}, or {names}.")
-  models = list(figure_models.MODELS)
-  define("enum", "model", None, models, "Model to make figures of.", required=True)
+  models = list(figure_models.ALL)
+  of = "Model to make figures of; may be left out for figures of one model only."
+  define("enum", "model", None, models, of)
   define("list", "checkpoint", None, "Checkpoints to use instead of the model's.")
   settings = "Overrides of the model's or figure's settings, as NAME=VALUE; tuples use semicolons."
   define("list", "set", [], settings)
@@ -76,6 +79,21 @@ def define_flags(values: flags.FlagValues = FLAGS) -> None:
   define("string", "output", "results/reproduce", "Folder for all figures.")
   page = "Markdown page to write from all of the model's records, which are kept in docs/results"
   define("string", "page", None, f"{page} next to it. Pictures are redrawn.")
+
+
+def model_name(given: str | None, wanted: list[str]) -> str:
+  """Returns the model given by --model, or the only one that the figures are made of.
+
+  Raises:
+    ValueError: no model is given, and the figures do not say which.
+  """
+  if given:
+    return given
+  names = [name for group in wanted for name in GROUPS.get(group, [group])]
+  found = {model for name in names for model in figures.get(name).CONFIGS}
+  if len(found) != 1:
+    raise ValueError(f"give --model, one of {', '.join(sorted(found) or figure_models.ALL)}")
+  return found.pop()
 
 
 def figure_names(wanted: list[str], model: str) -> list[str]:
@@ -121,18 +139,18 @@ def overridden(settings: list[object], given: list[str]) -> list[object]:
   return settings
 
 
-def make_figure_runs(names: list[str]) -> list[FigureRun]:
-  """Returns the figures of these names as the flags set them.
+def make_figure_runs(names: list[str], model: str) -> list[FigureRun]:
+  """Returns the figures of these names, of the model of that name, as the flags set them.
 
   Raises:
     ValueError: wrong flags.
   """
-  model = figure_models.get(FLAGS.model)
+  model = figure_models.get(model)
   if FLAGS.checkpoint:
     model = dataclasses.replace(model, checkpoints=tuple(FLAGS.checkpoint), prepare=())
-  configs = [figures.get(name).CONFIGS[FLAGS.model] for name in names]
+  configs = [figures.get(name).CONFIGS[model.name] for name in names]
   model, *configs = overridden([model, *configs], FLAGS.set)
-  root = pathlib.Path(FLAGS.output) / FLAGS.model
+  root = pathlib.Path(FLAGS.output) / model.name
   data = FLAGS.seed, FLAGS.data_dir, FLAGS.allow_code_execution
   made = [FigureRun(name, model, config, root, *data) for name, config in zip(names, configs)]
   for text in FLAGS.set:
@@ -262,7 +280,7 @@ def _command(run):
     for name in ("checkpoint", "set", "seed", "data_dir", "allow_code_execution", "output")
     if FLAGS[name].present
   }
-  given = {"figure": run.figure, "model": FLAGS.model} | given
+  given = {"figure": run.figure, "model": run.model.name} | given
   return shlex.join(
     ["python", "-m", "experiments.reproduce"]
     + [f"--{k}={','.join(v) if isinstance(v, list) else v}" for k, v in given.items()]
@@ -273,11 +291,12 @@ def main(argv) -> None:
   del argv
   if not FLAGS.figure and not FLAGS.page:
     raise ValueError("there is nothing to make: give --figure, --page or both")
-  if names := figure_names(FLAGS.figure, FLAGS.model):
-    make_figures(make_figure_runs(names))
+  model = model_name(FLAGS.model, FLAGS.figure)
+  if names := figure_names(FLAGS.figure, model):
+    make_figures(make_figure_runs(names, model))
   if FLAGS.page and not FLAGS.dry_run:
-    root = pathlib.Path(FLAGS.output) / FLAGS.model
-    print(results_page.write(pathlib.Path(FLAGS.page), root, figure_models.get(FLAGS.model)))
+    root = pathlib.Path(FLAGS.output) / model
+    print(results_page.write(pathlib.Path(FLAGS.page), root, figure_models.get(model)))
 
 
 def make_figures(figure_runs: list[FigureRun]) -> None:
@@ -286,6 +305,8 @@ def make_figures(figure_runs: list[FigureRun]) -> None:
   if FLAGS.dry_run:
     print("\n".join(map(str, commands)))
     return
+  for run in figure_runs:
+    extras.check(getattr(figures.get(run.figure), "NEEDS", ()))
   check_checkpoints(figure_runs[0].model)
   check_tasks(figure_runs, [c for c in commands if not c.is_done])
   root, settings = figure_runs[0].root, figure_runs[0].settings

@@ -30,6 +30,14 @@ _FLAGS = {"num_steps": "steps", "noise_temperature": "tau"}
 
 MAX_NEW_TOKENS = 64  # The longest completion has less than 60.
 
+# Settings of the model that have a flag.
+_OF_MODEL = {
+  "expert_mass": "Router probability that a token's experts have together, at most the model's "
+  "number of experts (XMoE); ",
+  "sandwich_norm": "Whether what each block adds is normalized too (depth-scaled sandwich norm); ",
+  "tiny_init": "Whether the initial weights are those of TinyInit; ",
+}
+
 
 def define_flags() -> None:
   flags.DEFINE_string("config", None, "Name of a config in experiments/training/configs.")
@@ -54,9 +62,8 @@ def define_flags() -> None:
     f"sequence; {default}",
   }
   overrides.define_flags(training.TrainSettings, settings, defaults=False, **_FLAGS)
-  mass = "Router probability that a token's experts have together, at most the model's number of "
   overrides.define_flags(
-    ModelConfig, {"expert_mass": f"{mass}experts (XMoE); {default}"}, defaults=False
+    ModelConfig, {name: text + default for name, text in _OF_MODEL.items()}, defaults=False
   )
   flags.mark_flags_as_required(["config", "output"])
 
@@ -71,8 +78,8 @@ def apply_flags(config: configs.TrainingConfig) -> configs.TrainingConfig:
   if FLAGS.problems is not None:
     config = config.replace(num_problems=FLAGS.problems or None)
   model = config.model
-  if FLAGS.expert_mass is not None:
-    model = model.replace(expert_mass=FLAGS.expert_mass)
+  given = {name: FLAGS[name].value for name in _OF_MODEL}
+  model = model.replace(**{name: v for name, v in given.items() if v is not None})
   settings = overrides.from_flags(config.settings, **_FLAGS)
   if config.batch_size % settings.balance_groups:
     raise ValueError(
@@ -135,7 +142,7 @@ def validate(params, config: configs.TrainingConfig, tokenizer) -> dict[str, flo
 def command() -> str:
   """Returns the command of this run, with a placeholder for the output folder."""
   settings = ("config", "steps", "seed", "batch_size", "problems", "learning_rate", "tau")
-  settings += ("min_experts", "experts_drawn_by", "members", "balance_groups", "expert_mass")
+  settings += ("min_experts", "experts_drawn_by", "members", "balance_groups", *_OF_MODEL)
   given = [f"--{name}={FLAGS[name].value}" for name in settings if FLAGS[name].present]
   return " ".join(["python -m experiments.train", *given, "--output=DIR"])
 

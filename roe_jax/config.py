@@ -99,7 +99,11 @@ class ModelConfig:
       its weight is applied (GPT-OSS) or before.
     expert_format: storage format of the experts' matrices: a name that `quantization.find`
       knows, or None for `dtype`.
+    sandwich_norm: whether what attention and the MoE block add to the residual stream is
+      normalized too (depth-scaled sandwich norm, arXiv 2504.07866).
     initializer_range: standard deviation of the initial weights.
+    tiny_init: whether it is sqrt(1 / (2 D L)) of all matrices instead, and 0.5 of the embedding
+      (TinyInit, arXiv 2504.07866).
     bos_token_id, pad_token_id: token ids, or None where the model has none.
     eos_token_ids: tokens that end a sequence.
     dtype: dtype of parameters and activations, one of `DTYPES`.
@@ -155,7 +159,9 @@ class ModelConfig:
   gate_mass_experts: int | None = None
   expert_mass: float | None = None
   expert_mass_of: str = "noisy"
+  sandwich_norm: bool = False
   initializer_range: float = 0.02
+  tiny_init: bool = False
   bos_token_id: int | None = None
   pad_token_id: int | None = None
   eos_token_ids: tuple[int, ...] = ()

@@ -45,6 +45,7 @@ _SPECIAL = (
   "sliding_layers",
   "eos_token_ids",
   "expert_format",
+  "tiny_init",  # of initial weights only
   "dtype",
 )
 

@@ -73,6 +73,8 @@ class LayerParams(struct.PyTreeNode):
   correction_bias: Any = None  # [L, E] float32
   gate_scales: Any = None  # [L, E]
   shared_expert: Any = None  # SharedExpertParams
+  attention_output_norm: Any = None  # [L, D]
+  moe_output_norm: Any = None  # [L, D]
 
 
 class RouterCell(struct.PyTreeNode):
@@ -104,7 +106,7 @@ class ParamSpec:
     axes: logical axis names, one per dimension.
     init: "ones", "zeros", "normal", "codes" (random bits), or "scales" (such that random codes
       have the standard deviation of "normal").
-    scale: factor on the config's `initializer_range`.
+    scale: factor on ones, or on the config's `initializer_range`.
     dtype: dtype name; None for the config's dtype.
   """
 
@@ -143,13 +145,22 @@ def describe(config: ModelConfig) -> Params:
     "router_gates": 3,
   }
 
-  def spec(*axes, init="normal", scale=1.0, dtype=None):
+  # Projections into the residual stream are initialized smaller, so that its variance does
+  # not grow with depth.
+  usual, residual, embedding = 1.0, 1.0 / math.sqrt(2.0 * config.num_layers), 1.0
+  if config.tiny_init:
+    usual = math.sqrt(0.5 / (config.d_model * config.num_layers)) / config.initializer_range
+    residual, embedding = usual, 0.5 / config.initializer_range
+
+  def spec(*axes, init="normal", scale=None, dtype=None):
+    if scale is None:
+      scale = usual if init == "normal" else 1.0
     return ParamSpec(tuple(sizes[a] for a in axes), axes, init, scale, dtype)
 
   def spec_if(present, *axes, init="normal"):
     return spec(*axes, init=init) if present else None
 
-  def matrix(*axes, contracted, scale=1.0):
+  def matrix(*axes, contracted, scale=usual):
     """Describes an expert matrix in the config's format."""
     if config.expert_format is None:
       return spec(*axes, scale=scale)
@@ -170,10 +181,13 @@ def describe(config: ModelConfig) -> Params:
   def normed(heads):
     return ("head_dim",) if config.qk_norm_per_head else (heads, "head_dim")
 
+  def output_norm(scale):
+    """Describes the norm of what a block adds; initial scales of arXiv 2504.07866, section 3."""
+    if not config.sandwich_norm:
+      return None
+    return spec("layers", "embed", init="ones", scale=scale / math.sqrt(config.num_layers))
+
   router = ROUTERS[config.router].axes
-  # Projections into the residual stream are initialized smaller, so that its variance does
-  # not grow with depth.
-  residual = 1.0 / math.sqrt(2.0 * config.num_layers)
 
   def layers(width, has_gate, **parts):
     """Describes blocks; `width` is that of the MLP that all tokens pass through."""
@@ -199,6 +213,8 @@ def describe(config: ModelConfig) -> Params:
         sinks=spec_if(config.attention_sinks, "layers", "heads"),
       ),
       moe_norm=spec("layers", "embed", init="ones"),
+      attention_output_norm=output_norm(0.283),
+      moe_output_norm=output_norm(0.432),
       shared_expert=shared_expert if width else None,
       **parts,
     )
@@ -209,7 +225,7 @@ def describe(config: ModelConfig) -> Params:
     dense_layers = layers(config.d_dense, False, experts=None)
     sizes["layers"] = config.num_expert_layers
   return Params(
-    embedding=spec("vocab", "embed"),
+    embedding=spec("vocab", "embed", scale=embedding),
     layers=layers(
       config.d_shared_expert,
       config.shared_expert_gate,
@@ -264,7 +280,7 @@ def initialize(config: ModelConfig, key: jax.Array) -> Params:
   def value(spec, key):
     dtype = _dtype(config, spec)
     if spec.init == "ones":
-      return jnp.ones(spec.shape, dtype)
+      return jnp.full(spec.shape, spec.scale, dtype)
     if spec.init == "zeros":
       return jnp.zeros(spec.shape, dtype)
     if spec.init == "codes":

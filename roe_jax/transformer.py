@@ -116,8 +116,24 @@ def norm(config: ModelConfig, x: jax.Array, weight: jax.Array) -> jax.Array:
   return rms_norm(x, weight, config.rms_norm_eps, config.norm_weight_in_float32)
 
 
-def add_to_residual(config: ModelConfig, x: jax.Array, y: jax.Array) -> jax.Array:
-  """Adds what attention or the MoE block computes to the residual stream."""
+def add_to_residual(
+  config: ModelConfig,
+  x: jax.Array,
+  y: jax.Array,
+  weights: jax.Array | None = None,
+  layer: jax.Array | int = 0,
+) -> jax.Array:
+  """Adds what attention or the MoE block computes to the residual stream.
+
+  Args:
+    config: the model's architecture.
+    x: hidden states.
+    y: what is added.
+    weights: `[L, D]`, of an RMSNorm of y; None without one.
+    layer: index in `weights`.
+  """
+  if weights is not None:
+    y = norm(config, y, weights[layer])
   return add(x, scale(y, config.residual_multiplier))
 
 
@@ -282,7 +298,7 @@ def _run_layers_on_mesh(
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-  """Pre-norm attention and MoE of any layer of a stack; see `run_layers` for the attributes.
+  """Attention and MoE of any layer of a stack; see `run_layers` for the attributes.
 
   `first` is the index in the model of the first layer of the stack.
   """
@@ -303,7 +319,8 @@ class _Block:
     heads, cache = attention.attend_in_layer(
       config, layers.attention, row, new, self.tokens, access, location
     )
-    x = add_to_residual(config, x, attention.output(layers.attention, row, heads))
+    y = attention.output(layers.attention, row, heads)
+    x = add_to_residual(config, x, y, layers.attention_output_norm, row)
     router = self.tokens.router
     x, state, chosen, logits = feed_forward(
       config, layers, row, x, noise, options, router, self.first, self.cell, state
@@ -337,7 +354,7 @@ def feed_forward(
   normed = norm(config, x, layers.moe_norm[layer])
   if layers.experts is None:
     y = experts.shared(layers.shared_expert, layer, normed)
-    return add_to_residual(config, x, y), state, None, None
+    return add_to_residual(config, x, y, layers.moe_output_norm, layer), state, None, None
   of_router = normed
   if state is not None:
     if options.detach_router_state:
@@ -365,7 +382,8 @@ def feed_forward(
   ).reshape(b, t, d)
   if layers.shared_expert is not None:
     y = add(y, experts.shared(layers.shared_expert, layer, normed))
-  return add_to_residual(config, x, y), state, chosen, logits
+  x = add_to_residual(config, x, y, layers.moe_output_norm, layer)
+  return x, state, chosen, logits
 
 
 def forward(

@@ -137,6 +137,9 @@ def member_logits(
     r, z = sigmoid(of_input[:2] + of_state[:2])
     return (1 - z) * np.tanh(of_input[2] + r * of_state[2]) + z * state
 
+  def add(x, y, weights, row):
+    return x + residual * (norm(y, weights[row]) if config.sandwich_norm else y)
+
   def block(x, state, layer, position, index, history):
     first = config.first_dense_layers
     stack, row = (p.dense_layers, layer) if layer < first else (p.layers, layer - first)
@@ -168,13 +171,15 @@ def member_logits(
       weights = np.exp(scores)
       total = weights.sum() + (np.exp(a.sinks[row, head]) if config.attention_sinks else 0)
       heads.append(sum(w * v[group] for w, (_, v) in zip(weights / total, seen)))
-    x = x + residual * np.einsum("hc,hcd->d", np.array(heads), a.output[row])
+    y = np.einsum("hc,hcd->d", np.array(heads), a.output[row])
     if config.output_bias:
-      x = x + residual * a.output_bias[row]
+      y = y + a.output_bias[row]
+    x = add(x, y, stack.attention_output_norm, row)
 
     normed = norm(x, stack.moe_norm[row])
     if layer < first:
-      return x + residual * every_token(stack.shared_expert, row, normed), state, (key, value)
+      y = every_token(stack.shared_expert, row, normed)
+      return add(x, y, stack.moe_output_norm, row), state, (key, value)
     if config.router_state:
       state = recurrent_router(row, normed, state)
     clean = p.layers.router[row] @ (state if config.router_state else normed)
@@ -184,6 +189,7 @@ def member_logits(
     chosen = best(noisy, row)[: count(index, layer)]
     if index is not None:
       record(layer, position, chosen)
+    total = np.zeros_like(x)
     for expert, weight in zip(chosen, gates(clean, noisy, chosen, row)):
       experts = p.layers.experts
       gate, up = np.einsum("d,fid->if", normed, matrix("gate_up", index)[row, expert])
@@ -199,14 +205,14 @@ def member_logits(
         up = np.maximum(np.minimum(up, config.swiglu_limit), -config.swiglu_limit)
         hidden = gate / (1 + np.exp(-config.swiglu_alpha * gate)) * (up + 1)
       y = hidden @ matrix("down", index)[row, expert]
-      x = x + residual * weight * (y + experts.down_bias[row, expert] if config.expert_bias else y)
+      total += weight * (y + experts.down_bias[row, expert] if config.expert_bias else y)
     if config.d_shared_expert:
       shared = p.layers.shared_expert
       y = every_token(shared, row, normed)
       if config.shared_expert_gate:
         y = y / (1 + np.exp(-(shared.gate[row, 0] @ normed)))
-      x = x + residual * y
-    return x, state, (key, value)
+      total += y
+    return add(x, total, stack.moe_output_norm, row), state, (key, value)
 
   def run(index, shared_history):
     """All positions of one member: logits, and its keys and values by layer."""

@@ -108,11 +108,12 @@ def _block(config, cell, layers, layer, model_layer, x, positions, noise, gate_w
   keys, values = history or (key, value)
   scale = config.attention_multiplier or config.head_dim**-0.5
   heads = _attend(query, key, value, keys, values, sinks, window, scale)
-  x = transformer.add_to_residual(config, x, attention.output(layers.attention, layer, heads))
+  y = attention.output(layers.attention, layer, heads)
+  x = transformer.add_to_residual(config, x, y, layers.attention_output_norm, layer)
   normed = transformer.norm(config, x, layers.moe_norm[layer])
   if layers.experts is None:
     y = shared(layers.shared_expert, layer, normed)
-    x = transformer.add_to_residual(config, x, y)
+    x = transformer.add_to_residual(config, x, y, layers.moe_output_norm, layer)
     return jnp.concatenate([x, state], axis=-1), (key, value)
   if config.router_state:
     state = routers.advance(cell, layers.router_projection, layer, normed, state)
@@ -133,7 +134,7 @@ def _block(config, cell, layers, layer, model_layer, x, positions, noise, gate_w
   y = rounded(y, x.dtype)
   if config.d_shared_expert:
     y = add(y, shared(layers.shared_expert, layer, normed))
-  x = transformer.add_to_residual(config, x, y)
+  x = transformer.add_to_residual(config, x, y, layers.moe_output_norm, layer)
   return jnp.concatenate([x, state], axis=-1), (key, value)
 
 

@@ -118,8 +118,9 @@ def test_members_share_the_first_dense_layers():
 
 @pytest.mark.parametrize("cache", ["clean", "standard"])
 def test_states_of_recurrent_routers_follow_their_members(cache):
-  """Through layers before the noise, those with it, and those after it."""
-  config = tiny.config("mixtral", router="recurrent", router_state=6)
+  """Through layers before the noise, those with it, and those after it; also with more norms."""
+  norms = cache == "standard"
+  config = tiny.config("mixtral", router="recurrent", router_state=6, sandwich_norm=norms)
   model = config, tiny.params(config)
   roster = Roster.create(config, 3, [0.0, 0.8, 0.0], seed=9, cache=cache)
   expected = by_definition(model, roster)

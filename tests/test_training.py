@@ -312,3 +312,24 @@ def test_correction_biases_move_against_the_loads(batch):
       expected = bias[0] + 0.05 * np.sign(counts.mean() - counts)
       np.testing.assert_allclose(state.params.layers.correction_bias[0], expected, rtol=1e-6)
   assert entropies[-1] > entropies[0]
+
+
+def test_initial_scales_of_deep_models():
+  """Closed forms of arXiv 2504.07866: TinyInit, and gammas of the depth-scaled sandwich norm."""
+  config = tiny.config(
+    "olmoe", num_layers=4, d_model=64, vocab_size=512, sandwich_norm=True, tiny_init=True
+  )
+  params = params_lib.initialize(config, jax.random.key(0))
+  layers, deviation = params.layers, (2 * 64 * 4) ** -0.5
+  for matrix in (layers.attention.query, layers.attention.output, layers.experts.gate_up):
+    assert np.std(matrix) == pytest.approx(deviation, rel=0.05)
+  for matrix in (layers.experts.down, params.unembedding):
+    assert np.std(matrix) == pytest.approx(deviation, rel=0.05)
+  assert np.std(params.embedding) == pytest.approx(0.5, rel=0.05)
+  np.testing.assert_allclose(layers.attention_output_norm, 0.283 / 2, rtol=1e-6)
+  np.testing.assert_allclose(layers.moe_output_norm, 0.432 / 2, rtol=1e-6)
+  np.testing.assert_array_equal(layers.moe_norm, 1)
+  usual = params_lib.initialize(config.replace(tiny_init=False), jax.random.key(0))
+  assert np.std(usual.embedding) == pytest.approx(config.initializer_range, rel=0.05)
+  ratio = np.std(usual.layers.experts.down) / np.std(usual.layers.experts.gate_up)
+  assert ratio == pytest.approx((2 * 4) ** -0.5, rel=0.05)

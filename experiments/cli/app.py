@@ -65,7 +65,7 @@ def run(
   Args:
     main: the program's main function.
     not_distributed: why the program refuses --distributed; None if it supports it.
-    needs: packages of the `experiments` extra that it uses.
+    needs: packages of optional extras that it uses.
     output: what its --output is, see `outputs.held`.
   """
 
@@ -93,9 +93,10 @@ def run(
         main(argv)
         print(f"[{programs}]", file=sys.stderr)
     except ModuleNotFoundError as error:
-      if (error.name or "").split(".")[0] not in extras.PACKAGES:
+      package = (error.name or "").split(".")[0]
+      if package not in extras.PACKAGES:
         raise
-      sys.exit(f"error: this program needs {error.name}: {extras.INSTALL}")
+      sys.exit(f"error: this program needs {error.name}: {extras.install(package)}")
 
   command_line.run(guarded)
 

@@ -1,12 +1,21 @@
-"""Packages of the `experiments` extra, imported at their first use: flags are checked before."""
+"""Packages of optional extras, imported at their first use: flags are checked before."""
 
 from importlib import util
 from typing import TYPE_CHECKING
 
 from roe_jax.lazy_modules import LazyModule
 
-INSTALL = 'pip install "roe_jax[experiments]"'
-PACKAGES = ("lm_eval", "matplotlib", "optuna", "scipy", "tabulate")
+EXTRAS = {
+  "experiments": ("lm_eval", "matplotlib", "optuna", "scipy", "tabulate"),
+  "vision": ("skimage", "sklearn"),
+}
+PACKAGES = tuple(name for names in EXTRAS.values() for name in names)
+
+
+def install(package: str) -> str:
+  """Returns the command that installs a package of an extra, with all others of the extra."""
+  extra = next(extra for extra, names in EXTRAS.items() if package in names)
+  return f'pip install "roe_jax[{extra}]"'
 
 
 def check(packages: tuple[str, ...]) -> None:
@@ -25,7 +34,9 @@ if TYPE_CHECKING:
   import matplotlib.pyplot as plt
   import optuna
   import scipy
+  import skimage
+  import sklearn
   import tabulate
 else:
-  matplotlib, optuna, scipy, tabulate = map(LazyModule, PACKAGES[1:])
+  matplotlib, optuna, scipy, tabulate, skimage, sklearn = map(LazyModule, PACKAGES[1:])
   plt = LazyModule("matplotlib.pyplot")

@@ -5,6 +5,7 @@ A figure has
 * `TITLE`, and `BACKGROUND`: in a sentence or two, what the paper reports or who asked what;
 * `CONFIGS`: {model: its settings}, a frozen dataclass, for each model that it is made of;
 * `commands(run)`, if other programs run first: see `figure_run.Command`;
+* `NEEDS`, if it uses packages of optional extras: their names;
 * `measure(run)`: their results, or its own measurements, as a list of JSON objects;
 * `table(records)` in Markdown, `findings(records)` in sentences, and `draw(records)`: a
   picture, or None if the table is enough.
@@ -35,6 +36,8 @@ the others are estimated with `roe_jax.costs` (H100):
 smollm2's were not measured. One batch of `last_words` took 1.5 s of CPU time per passage (48
 passages of LAMBADA, 32 members, all roster sizes at 13 output temperatures), so its 1,320 passages
 are an estimated 33 minutes of one core, and more with several candidates for τ.
+
+`vision_sr` trains 24 small networks, an estimated 40 minutes on two cores, and `vision_moe` 18.
 """
 
 from collections.abc import Sequence
@@ -60,7 +63,8 @@ REVIEWERS = (
   "tau_units",
 )
 LANGUAGE = ("main_table", "last_words")
-NAMES = PAPER + REVIEWERS + LANGUAGE
+VISION = ("vision_sr", "vision_moe")
+NAMES = PAPER + REVIEWERS + LANGUAGE + VISION
 # Settings of a model that only some figures use.
 BUDGETS = (
   "num_members",

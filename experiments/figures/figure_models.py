@@ -34,14 +34,14 @@ class Model:
   checkpoints: tuple[str, ...]
   prepare: tuple[str, ...]
   hardware: str
-  math: tuple[str, ...]
-  commonsense: tuple[str, ...]
-  code: tuple[str, ...]
-  text: str
-  tuning: str
-  num_members: int
-  cache: str
-  tau: float
+  math: tuple[str, ...] = ()
+  commonsense: tuple[str, ...] = ()
+  code: tuple[str, ...] = ()
+  text: str = ""
+  tuning: str = ""
+  num_members: int = 8
+  cache: str = "clean"
+  tau: float = 0.3
   mesh: str | None = None
   chat: dict[str, str | int] | None = None
   num_seeds: int = 5
@@ -166,6 +166,18 @@ MODELS: dict[str, Model] = {
   )
 }
 
+# Not language models: their figures train what they need.
+NETWORKS = {
+  "vision": Model(
+    name="vision",
+    title="small vision networks",
+    checkpoints=(),
+    prepare=(),
+    hardware="two CPU cores",
+  )
+}
+ALL = MODELS | NETWORKS
+
 
 def get(name: str) -> Model:
   """Returns the model of that name.
@@ -173,9 +185,9 @@ def get(name: str) -> Model:
   Raises:
     ValueError: unknown name.
   """
-  if name not in MODELS:
-    raise ValueError(f"unknown model {name!r}: figures are made of {', '.join(MODELS)}")
-  return MODELS[name]
+  if name not in ALL:
+    raise ValueError(f"unknown model {name!r}: figures are made of {', '.join(ALL)}")
+  return ALL[name]
 
 
 def configs(paper: Any, embedded: Any) -> dict[str, Any]:

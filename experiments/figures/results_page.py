@@ -7,7 +7,7 @@ from experiments import figures
 from experiments.analysis import drawing
 from experiments.cli import app
 from experiments.figures import main_table
-from experiments.figures.figure_models import MODELS, Model
+from experiments.figures.figure_models import ALL, Model
 from experiments.figures.figure_run import ABOUT, PICTURE, RECORDS, read_records
 from roe_jax import typed
 
@@ -15,6 +15,7 @@ PARTS = (
   ("The paper's figures and tables", figures.PAPER),
   ("What its reviewers asked for", figures.REVIEWERS),
   ("Real text", figures.LANGUAGE),
+  ("Not language", figures.VISION),
 )
 
 
@@ -68,7 +69,7 @@ def text(results: pathlib.Path) -> str:
     "addressed noise by the index of an example, and count unique active experts per step of a "
     "batch instead of per token.",
   ]
-  for model in MODELS.values():
+  for model in ALL.values():
     for title, names in PARTS:
       if names := _complete(results / model.name, names):
         sections = (_section(results / model.name, name) for name in names)

@@ -81,7 +81,8 @@ def run(monkeypatch):
 def test_groups_of_figures_are_in_their_order_and_once():
   given = ["fig6", "table1", "fig3", "fig6"]
   assert reproduce.figure_names(given, "olmoe") == ["fig3", "fig6", "table1"]
-  assert reproduce.figure_names(["all"], "olmoe") == list(figures.NAMES)
+  assert reproduce.figure_names(["all"], "olmoe") == figures.of_model(figures.NAMES, "olmoe")
+  assert reproduce.figure_names(["all"], "vision") == list(figures.VISION)
   assert reproduce.figure_names(["all"], "embedded") == list(figures.PAPER + figures.REVIEWERS)
   assert reproduce.figure_names(["reviewers"], "embedded") == list(figures.REVIEWERS)
   with pytest.raises(ValueError, match="unknown figure 'fig2': give one of fig3, fig4a"):
@@ -94,6 +95,7 @@ def test_groups_of_figures_are_in_their_order_and_once():
 def test_every_figure_has_what_a_figure_has(name):
   module = figures.get(name)
   of_models = set(figure_models.MODELS) - ({"embedded"} if name in figures.LANGUAGE else set())
+  of_models = {"vision"} if name in figures.VISION else of_models
   assert set(module.CONFIGS) == of_models
   for text in (module.__doc__, module.TITLE, module.BACKGROUND):
     assert text and len(text) > 10
@@ -118,6 +120,15 @@ def test_figures_of_text_compare_methods_that_can_read_it():
         methods.parse(method, config, base).check_task(tasks.get(task), "read")
         read += 1
   assert read > 5
+
+
+def test_a_figure_of_one_model_needs_no_flag_of_the_model():
+  assert reproduce.model_name(None, ["vision"]) == "vision"
+  assert reproduce.model_name("olmoe", ["vision"]) == "olmoe"
+  with pytest.raises(ValueError, match="give --model, one of embedded, gpt_oss"):
+    reproduce.model_name(None, ["fig6", "vision_sr"])
+  with pytest.raises(ValueError, match="give --model, one of olmoe"):
+    reproduce.model_name(None, [])
 
 
 def test_settings_are_overridden_wherever_they_are():
@@ -239,10 +250,12 @@ def test_the_results_page_is_what_its_records_say():
     assert (root / link).exists(), link
 
 
-@pytest.mark.parametrize("name", figures.of_model(figures.NAMES, "embedded"))
-def test_every_figure_is_drawn_of_its_records(name):
+@pytest.mark.parametrize(
+  "model,name", [(m, n) for m in ("embedded", "vision") for n in figures.of_model(figures.NAMES, m)]
+)
+def test_every_figure_is_drawn_of_its_records(model, name):
   root = pathlib.Path(reproduce.__file__).parents[1]
-  folder = root / "docs/results/embedded" / name
+  folder = root / "docs/results" / model / name
   picture = figures.get(name).draw(read_records(folder / "records.jsonl"))
   assert (picture is None) == (not (folder / "figure.png").exists())
   if picture is not None:
