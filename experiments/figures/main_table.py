@@ -171,7 +171,7 @@ class Reader:
     roster = Roster.create(self.config, 2, strength, noise=noise, seed=self._run.seed)
     some = [r.sequence for r in self.requests["validation"][: self._run.config.num_counted]]
     return self._keep.get(
-      f"{self._checkpoint}, {noise}, {strength}, kept experts",
+      f"{self._checkpoint}, {noise}, {strength:g}, kept experts",
       lambda: float(diagnostics.routing_agreement(self.params, self.config, roster, some).mean()),
     )
 
