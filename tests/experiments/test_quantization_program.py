@@ -67,7 +67,7 @@ def test_the_whole_program_on_a_random_model(tiny_checkpoint, tmp_path):
   "argument,message",
   [
     ("--formats=int8", "must begin with bfloat16"),
-    ("--formats=bfloat16,fp8", "some of int8"),
+    ("--formats=bfloat16,fp8", "choose one of int8"),
     ("--formats=bfloat16,mxfp4", "blocks of 32"),
     ("--num_members=1", "at least 2"),
     ("--num_examples=0", "at least 1"),
