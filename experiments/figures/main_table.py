@@ -412,7 +412,7 @@ def draw(records: list[dict[str, Any]]):
   strength.set_ylabel(compared.FITTED_AXIS)
 
   bars = [r for r in _of(records, "compute") if r["method"] == "roster"]
-  bars += [r for name in ("noise", "layers", "histories") for r in _of(records, name)[1:]]
+  bars += [r for name in ("noise", "layers") for r in _of(records, name)[1:]]
   names = [r["label"].partition(", ")[2].partition(", ")[2] or "as in the paper" for r in bars]
   gains = [compared.gain(r, "fitted_difference") for r in bars]
   values, lengths = drawing.bars(gains)
@@ -423,9 +423,7 @@ def draw(records: list[dict[str, Any]]):
   parts.axvline(0, color="0.6", linewidth=0.8, zorder=0)
   parts.set_xlabel(compared.FITTED_AXIS)
 
-  of_experts = _of(records, "experts") + [
-    r for r in _of(records, "compute") if r["label"].endswith("(all)")
-  ]
+  of_experts = _of(records, "experts")
   for i, (label, is_shown) in enumerate(
     {"baseline": lambda r: r["members"] == 1, "roster": lambda r: r["members"] > 1}.items()
   ):
