@@ -120,7 +120,7 @@ class RosterPass(struct.PyTreeNode):
     return routing_noise(self.roster, self.request_ids_B, self.positions_BxT, member)
 
   def at_bits(self, bits: int | None) -> "RosterPass":
-    """Returns the pass with experts of which so many bits are read; None: all."""
+    """Returns the pass that reads so many bits of the experts; None: all."""
     if bits is None:
       return self
     experts = self.params.layers.experts

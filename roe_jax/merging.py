@@ -50,7 +50,7 @@ def merge(
 
   Returns:
     The unified vector, float32; the masks, bool `[N, ...]`, one of each task; and each task's sums
-    of which `SCALES` are made.
+    that `SCALES` are made from.
   """
   base = to_float32(base)
   total, positive, negative = (np.zeros(base.shape, np.float32) for _ in range(3))

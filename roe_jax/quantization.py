@@ -116,7 +116,7 @@ def group_size(format: str, size: int) -> int:
 
 
 def first_planes(matrix: Quantized, bits: int) -> Quantized:
-  """Returns a matrix of a nested format of which only the first planes are read.
+  """Returns a matrix of a nested format with its first planes only.
 
   Raises:
     ValueError: the format is not nested, or has no so many planes.

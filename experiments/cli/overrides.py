@@ -17,7 +17,9 @@ _NULL = "null"  # None, which is a name of other things
 
 
 def parse(name: str, text: str, hint: Any) -> Any:
-  """Parses a value: a number, text, true or false, null, or a tuple with items between ";".
+  """Parses a value: a number, text, true or false, null, or a tuple.
+
+  Items of a tuple have ";" between them; "" is the empty one.
 
   Args:
     name: its name in messages.
@@ -34,7 +36,8 @@ def parse(name: str, text: str, hint: Any) -> Any:
       if text == _NULL or kind is types.NoneType:
         continue
       if typing.get_origin(kind) is tuple:
-        return tuple(parse(name, part, typing.get_args(kind)[0]) for part in text.split(";"))
+        parts = text.split(";") if text else ()
+        return tuple(parse(name, part, typing.get_args(kind)[0]) for part in parts)
       value = _WORDS[text.lower()] if kind is bool else kind(text)
       typed.check(name, value, kind)
       return value

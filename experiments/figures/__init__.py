@@ -35,8 +35,9 @@ the others are estimated with `roe_jax.costs` (H100):
 
 smollm2's were not measured. One batch of `last_words` took 1.5 s of CPU time per passage (48
 passages of LAMBADA, 32 members, all roster sizes at 13 output temperatures), so its 1,320 passages
-are an estimated 33 minutes of one core, and more with several candidates for τ. The kept `main_table`,
-which leaves out SCMoE and the standard cache, took about two hours of one core of a busy machine.
+are an estimated 33 minutes of one core, and more with several candidates for τ. The kept
+`main_table` leaves out SCMoE and the standard cache; it took about two hours of one core of a busy
+machine.
 
 `vision_sr` trains 24 small networks, an estimated 40 minutes on two cores, and `vision_moe` 18.
 """

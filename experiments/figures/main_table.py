@@ -255,13 +255,14 @@ def _compared(config, table, is_main):
   if table == "experts":
     pairs = [[f"experts:k={k}", f"roster:k={k}"] for k in config.experts]
     return [["baseline", "roster"], *pairs] if is_main else []
-  return [["baseline", *getattr(config, table)]] if is_main else []
+  methods = getattr(config, table)
+  return [["baseline", *methods]] if is_main and methods else []
 
 
 def measure(run: FigureRun) -> list[dict[str, Any]]:
   config, found = run.config, []
   # A run with more methods or passages reads what another one has measured.
-  of_all = ("task", "num_members", "num_validation", "num_counted")
+  of_all = ("task", "num_members", "temperatures", "num_validation", "num_counted")
   kept = dataclasses.replace(Config(), **{name: getattr(config, name) for name in of_all})
   keep = dataclasses.replace(run, config=kept).measurements()
   for checkpoint in (*run.model.checkpoints, *config.others):
@@ -290,16 +291,11 @@ def _records(reader, methods, table, config):
   developed, tested = reader.read("validation", methods), reader.read("test", methods, count)
   words, first, found = np.ones(len(tested[0]["right"])), None, []
   for method, chosen_on, read in zip(methods, developed, tested):
-    members = float(read["members"].mean())
+    members, experts = float(read["members"].mean()), method.config.experts_per_token
     computation = _flops(method, members, config.context)
-    also = {
-      "method": method.text,
-      "members": members,
-      "experts": method.config.experts_per_token,
-      "computation": computation / _flops(reader.parse("baseline"), 1, config.context),
-    }
-    all_experts = method.config.experts_per_token == method.config.num_experts
-    label = method.label + " (all)" * all_experts
+    computation /= _flops(reader.parse("baseline"), 1, config.context)
+    also = dict(method=method.text, members=members, experts=experts, computation=computation)
+    label = method.label + " (all)" * (experts == method.config.num_experts)
     if method.no_likelihood:
       record = also | dict(label=label, task=config.task, examples=len(words))
       record |= dict.fromkeys(compared.LIKELIHOOD)

@@ -190,7 +190,7 @@ class Trained:
 
 
 def _seconds(call: Callable[[], Any]) -> float:
-  """Returns the least time of three calls, of which the first has compiled."""
+  """Returns the least time of three calls; the first one compiles."""
   times = []
   for _ in range(4):
     begin = time.perf_counter()

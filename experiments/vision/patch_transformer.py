@@ -48,7 +48,7 @@ class DenseBlock(nn.Module):
 
 
 class RoutedBlock(nn.Module):
-  """Attention and experts, of which `route` chooses some for each patch.
+  """Attention, and experts that `route` chooses for each patch.
 
   Attributes:
     heads: H.
