@@ -140,6 +140,7 @@ def test_settings_are_overridden_wherever_they_are():
   assert model.mesh == "expert:2"
   assert reproduce.overridden([model], ["num_examples=null"])[0].num_examples is None
   assert config == Config((4, 8), 0.1)
+  assert reproduce.overridden([config], ["sizes="])[0].sizes == ()
   assert model.num_examples == 7 and model.math == ("gsm8k", "svamp")
 
 
