@@ -113,7 +113,8 @@ def bytes_per_step(config, roster: Roster) -> int:
     unique = flops.expected_unique_experts(config, len(members), 1)
     return config.num_expert_layers * unique * calls.bytes_per_expert(config, bits)
 
-  return int(sum(of(*group) for group in roster.groups(roster.members)))
+  groups = roster.groups(roster.members)
+  return int(sum(of(weights.bits, members) for weights, members in groups))
 
 
 def tables(rows: list[dict[str, Any]], n: int, tau: float) -> str:
