@@ -323,7 +323,7 @@ def findings(records: list[compared.Record]) -> str:
 
 
 def draw(records: list[compared.Record]):
-  figure, axes = drawing.axes(1, 2, width=4.2, height=3.6, sharey=True)
+  figure, axes = drawing.axes(2, width=3.8, height=3.4, sharey=True)
   rows = np.arange(len(records))[::-1]
   panels = (("quality", "accuracy, four sub-tasks (%)"), ("fitted", "perplexity at fitted T"))
   for axis, (name, title) in zip(np.ravel(axes), panels):
