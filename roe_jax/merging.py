@@ -22,6 +22,7 @@ import numpy as np
 
 from roe_jax import typed
 from roe_jax.checkpoint_folder import PathLike, Piece, named_leaves
+from roe_jax.numerics import to_compute_dtype
 from roe_jax.params import Params
 from roe_jax.quantization import to_float32
 
@@ -162,11 +163,13 @@ def params_of_task(params: Params, task: int) -> Params:
   base = params.replace(tasks=None)
   leaves = []
   for name, array in named_leaves(base).items():
+    array = to_compute_dtype(array)
     if name in tasks.own:
-      leaves.append(tasks.own[name][task].astype(array.dtype))
+      leaves.append(to_compute_dtype(tasks.own[name][task]).astype(array.dtype))
     else:
-      of_task = tasks.vector[name], tasks.masks[name][task], tasks.scales[task]
-      leaves.append(_with_change(jnp, array, *of_task))
+      vector = to_compute_dtype(tasks.vector[name])
+      of_task = tasks.masks[name][task], tasks.scales[task]
+      leaves.append(_with_change(jnp, array, vector, *of_task))
   return jax.tree.unflatten(jax.tree.structure(base), leaves)
 
 

@@ -49,21 +49,21 @@ class ModelFormat:
   load_params: Callable[[str, str | None, Shardings], tuple[Params, ModelConfig]]
 
 
-def _task_of(name: str) -> tuple[str, str | None]:
-  """Returns the folder and the task of FOLDER#TASK; None without a task."""
+def split_task(name: str) -> tuple[str, str | None]:
+  """Returns the folder and the task of a name FOLDER#TASK; None without a task."""
   folder, mark, task = name.rpartition("#")
   return (folder, task) if mark and not pathlib.Path(name).exists() else (name, None)
 
 
 def _is_checkpoint(name: str) -> bool:
-  path = pathlib.Path(_task_of(name)[0])
+  path = pathlib.Path(split_task(name)[0])
   return any((path / file).is_file() for file in (CONFIG_FILE, PLAN_FILE)) or (
     not path.exists() and partial_folder(path).is_dir()  # its error says how to resume
   )
 
 
 def _load_config(name: str) -> ModelConfig:
-  folder, task = _task_of(name)
+  folder, task = split_task(name)
   if task not in (None, merging.ALL):
     merging.Tasks(folder).index(task)
   return checkpoint.load_config(folder)
@@ -73,9 +73,9 @@ _FORMATS = {
   "roe_jax": ModelFormat(
     "a roe_jax checkpoint folder",
     _is_checkpoint,
-    lambda name, weights: pathlib.Path(_task_of(name)[0]),
+    lambda name, weights: pathlib.Path(split_task(name)[0]),
     _load_config,
-    lambda name, *where: checkpoint.load(_task_of(name)[0], *where, task=_task_of(name)[1]),
+    lambda name, *where: checkpoint.load(split_task(name)[0], *where, task=split_task(name)[1]),
   )
 }
 

@@ -666,6 +666,8 @@ def load_params(
   """
   shardings = None
   folder = str(in_all_processes(lambda: checkpoint_path(name, weights=True)))
+  if (task := model_formats.split_task(name)[1]) is not None:
+    folder = f"{folder}#{task}"
   if distributed.num_processes() > 1:
     mesh = mesh or "auto"
   if mesh is not None:

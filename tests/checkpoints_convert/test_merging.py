@@ -11,6 +11,7 @@ import test_roster
 import tiny
 
 from checkpoints_convert import merge_checkpoints
+from experiments.cli import app
 import roe_jax
 from roe_jax import checkpoint, merging, scoring
 from roe_jax.roster import Roster
@@ -173,6 +174,20 @@ def test_members_of_a_roster_compute_with_the_weights_of_tasks(tmp_path, folders
     each = roster.replace(unsure=unsure)
     found = scoring.score(params, config, test_roster.TOKENS.tolist(), roster=each, request_ids=ids)
     np.testing.assert_allclose([s.log_probs[:, 0] for s in found.sequences], wanted, atol=1e-4)
+  # As stored on CPUs in bfloat16: after one token, a member sees nothing that the base wrote.
+  pairs = test_roster.TOKENS[:, :2].tolist()
+  params, config = app.load_params(f"{tmp_path}/merged#all", "bfloat16")
+  one = Roster.create(config, 1, 0.0, include_clean=False, member_tasks=1)
+  of_task = merging.params_of_task(params, 1)
+  found, expected = (
+    scoring.score(p, config, pairs, roster=r).sequences for p, r in ((params, one), (of_task, None))
+  )
+  for x, y in zip(found, expected):
+    np.testing.assert_allclose(x.log_probs, y.log_probs, atol=1e-3)
+  own = app.load_params(f"{tmp_path}/merged#1", "bfloat16")[0].embedding
+  np.testing.assert_allclose(
+    np.asarray(of_task.embedding, np.float32), np.asarray(own, np.float32), rtol=2**-7, atol=1e-3
+  )
   with pytest.raises(ValueError, match="task 2, and the parameters have 2 tasks"):
     test_roster.logits(model, roster.replace(member_tasks=2))
   with pytest.raises(ValueError, match="member_tasks must be an integer of at least 0, or one for"):
