@@ -1,4 +1,4 @@
-"""Measures nested bits: fewer bits, plans of bits by rule, and members at fewer bits.
+"""Measures nested bits: fewer bits, plans by rule, bit routers, and members at fewer bits.
 
   python -m experiments.bits_study
 
@@ -25,7 +25,8 @@ from experiments.cli import app, text_files
 from experiments.cli.extras import tabulate
 from experiments.evaluation.requests import RequestBuilder
 from experiments.records import store
-from roe_jax import bit_plans, compensation, diagnostics, quantization
+from experiments.training import bit_router_training
+from roe_jax import batching, bit_plans, bit_routing, compensation, diagnostics, quantization
 from roe_jax import params as params_lib
 from roe_jax.costs import calls, flops
 from roe_jax.nested import Nested
@@ -35,6 +36,7 @@ from roe_jax.roster import Roster
 
 FLAGS = flags.FLAGS
 FORMAT = Nested(2, 4)
+ROUTER_STEPS, ROUTER_BATCH, ROUTER_PROBLEMS = 200, 16, 800
 _SETTINGS = (
   "checkpoint num_members tau mean random_plans num_examples num_roster_examples num_validation "
   "batch_size"
@@ -136,6 +138,49 @@ def bytes_per_step(config, roster: Roster) -> int:
   return int(sum(of(weights.bits, members) for weights, members in groups))
 
 
+def bytes_at(config, bits: int) -> float:
+  """Returns the bytes of an expert that is read at so many bits."""
+  return calls.bytes_per_expert(config, bits)
+
+
+def bit_routers(params: Params, config, read) -> dict[Any, Any]:
+  """Returns the model with random and with trained bit routers, and each one's mean bits.
+
+  They are trained on the last of the validation problems.
+  """
+  settings = bit_router_training.Settings(FLAGS.mean, ROUTER_STEPS)
+  problems = read("validation", 1000)[-ROUTER_PROBLEMS:]
+  params, config = bit_routing.add(params, config, jax.random.key(0))
+  state = bit_router_training.start(params, settings)
+  found: dict[Any, Any] = {"random": params}
+  length = batching.bucket(max(p.max_length for p in problems))
+
+  def batch(some):
+    tokens = batching.pad([p.sequence for p in some], len(some), length)
+    used = np.zeros(tokens.shape, bool)
+    for row, p in zip(used, some):
+      row[len(p.context) - 1 : p.max_length - 1] = True
+    return jnp.asarray(tokens), jnp.asarray(used)
+
+  for step in range(settings.steps):
+    rng = np.random.default_rng(step)
+    some = [problems[i] for i in rng.integers(len(problems), size=ROUTER_BATCH)]
+    state, values = bit_router_training.train_step(
+      state, params, *batch(some), config=config, settings=settings
+    )
+    if step % 20 == 0:
+      print({name: float(v) for name, v in values.items()}, flush=True)
+  found["trained"] = bit_router_training.with_routers(params, state.params)
+  mean_bits = jax.jit(
+    lambda routers: bit_router_training.divergence(
+      params, config, routers, *batch(problems[:ROUTER_BATCH])
+    )[1]
+  )
+  for name in ("random", "trained"):
+    found["bits", name] = float(mean_bits(found[name].layers.bit_router))
+  return found
+
+
 def tables(rows: list[dict[str, Any]], n: int, tau: float) -> str:
   """Formats the rows as a Markdown table."""
 
@@ -187,12 +232,12 @@ def main(argv) -> None:
   }
   rows = []
 
-  def measure(name: str, size: int, make: Callable[[], Params]) -> None:
+  def measure(name: str, size: int, make: Callable[[], Params], own=config) -> None:
     made = functools.cache(make)
 
     def of(which):
       problems, with_roster, reference = unquantized[which]
-      return problems.compare(problems.distributions(made(), config, with_roster), reference())
+      return problems.compare(problems.distributions(made(), own, with_roster), reference())
 
     found = {which: saved.get(f"{name}: {which}", lambda: of(which)) for which in unquantized}
     rows.append({"name": name, "bytes": size, **found})
@@ -229,6 +274,17 @@ def main(argv) -> None:
     size = bit_plans.num_bytes(plan, config, FORMAT)
     measure(name, size, functools.partial(dequantized, params, FORMAT.name, plan))
   whole, few_bits = params_lib.quantize(params, config, FORMAT.name)
+  of_routers = functools.cache(lambda: bit_routers(whole, few_bits, read))
+  for name in ("random", "trained"):
+
+    def routed(name=name):
+      return of_routers()[name]
+
+    measured = functools.partial(saved.get, f"{name} bit router: bits")
+    bits = measured(lambda name=name: of_routers()["bits", name])
+    one_plane = (bytes_at(few_bits, 4) - bytes_at(few_bits, 2)) / 2
+    size = int(e * (bytes_at(few_bits, 2) + (bits - 2) * one_plane))
+    measure(f"{name} bit router, mean {bits:.2f}", size, routed, few_bits.replace(bit_router=True))
   n, tau = FLAGS.num_members, FLAGS.tau
   members = [(n, tau, None, "roster"), (n, tau, "3", "roster"), (n, tau, "2", "roster")]
   members += [(1, None, None, "baseline"), (2, None, "3", "baseline"), (2, None, "2", "baseline")]

@@ -116,28 +116,38 @@ def check(settings: Settings, config: ModelConfig) -> None:
     "save_every": (1, math.inf),
     "seed": (0, 2**32 - 1),
   }
-  for field, (least, most) in limits.items():
-    value = getattr(settings, field)
-    if value is not None and not least <= value <= most:
-      allowed = f"at least {least}" if most == math.inf else f"between {least} and {most}"
-      raise ValueError(f"--{field} must be {allowed}, got {value}")
+  check_ranges(settings, limits)
   scales = settings.gate_scales is not False and config.unit_gates
   if not (settings.rank or settings.train_router or scales):
     raise ValueError("--rank=0 without the router and scales trains nothing: give a --rank")
   for field in ("learning_rate", "gate_learning_rate"):
     if not 0 < getattr(settings, field) < math.inf:
       raise ValueError(f"--{field} must be positive, got {getattr(settings, field)}")
-  source = resolved(app.checkpoint_path(name))
-  output = resolved(settings.output)
-  if source == output or output in source.parents or source in output.parents:
+  check_folders(name, settings.output)
+
+
+def check_ranges(settings: Any, limits: dict[str, tuple[float, float]]) -> None:
+  """Raises a ValueError if a flag's value is outside its range; None always fits."""
+  for field, (least, most) in limits.items():
+    value = getattr(settings, field)
+    if value is not None and not least <= value <= most:
+      allowed = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+      raise ValueError(f"--{field} must be {allowed}, got {value}")
+
+
+def check_folders(name: str, output: str) -> None:
+  """Raises a ValueError if the output and the checkpoint's folder are within each other."""
+  source, target = resolved(app.checkpoint_path(name)), resolved(output)
+  if source == target or target in source.parents or source in target.parents:
     raise ValueError(
-      f"--output={settings.output} and --checkpoint={name} are within each other: give another "
-      "--output"
+      f"--output={output} and --checkpoint={name} are within each other: give another --output"
     )
 
 
-def split_text(settings: Settings, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def split_text(settings: Any, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
   """Returns the training tokens `[N]`, and the held-out windows `[B, T]` at the end of the text.
+
+  The settings have `text`, `held_out_tokens`, `window` and `batch_size`.
 
   Raises:
     FileNotFoundError, ValueError: there is no such text, or it is too short.

@@ -99,6 +99,8 @@ class ModelConfig:
       its weight is applied (GPT-OSS) or before.
     expert_format: storage format of the experts' matrices: a name that `quantization.find`
       knows, or None for `dtype`.
+    bit_router: whether a linear router of each expert, in a nested format, chooses how many of its
+      bits are read for a token (see `bit_routing`).
     sandwich_norm: whether what attention and the MoE block add to the residual stream is
       normalized too (depth-scaled sandwich norm, arXiv 2504.07866).
     initializer_range: standard deviation of the initial weights.
@@ -156,6 +158,7 @@ class ModelConfig:
   rms_norm_eps: float = 1e-5
   norm_weight_in_float32: bool = False
   expert_format: str | None = None
+  bit_router: bool = False
   gate_mass_experts: int | None = None
   expert_mass: float | None = None
   expert_mass_of: str = "noisy"

@@ -70,6 +70,7 @@ class LayerOptions:
     gate_weights: see `routing.route`.
     strategy: see `experts.apply`.
     keep: names of the `BlockOutputs` to return.
+    trains_bits: see `bit_routing.apply`.
     detach_router_state: whether no gradient flows through the state of a recurrent router from
       layer to layer.
     tokens_sharded: see `experts.apply`; set inside a `shard_map`.
@@ -79,5 +80,6 @@ class LayerOptions:
   gate_weights: str = routing.CLEAN
   strategy: str | None = None
   keep: tuple[str, ...] = ()
+  trains_bits: bool = False
   detach_router_state: bool = False
   tokens_sharded: bool = False

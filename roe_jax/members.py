@@ -21,7 +21,7 @@ from roe_jax import noise as noise_lib
 from roe_jax.config import ModelConfig
 from roe_jax.layer_inputs import LayerOptions, RouterInputs, TokenBatch
 from roe_jax.params import Params
-from roe_jax.quantization import CONTRACTED, first_planes
+from roe_jax.quantization import at_bits
 from roe_jax.roster import Roster
 from roe_jax.roster_settings import Weights
 
@@ -128,9 +128,8 @@ class RosterPass(struct.PyTreeNode):
     if weights.task is not None:
       run = run.replace(params=merging.params_of_task(run.params, weights.task), starts_anew=True)
     if weights.bits is not None:
-      experts = run.params.layers.experts
-      read = {name: first_planes(getattr(experts, name), weights.bits) for name in CONTRACTED}
-      layers = run.params.layers.replace(experts=experts.replace(**read))
+      layers = run.params.layers
+      layers = layers.replace(experts=at_bits(layers.experts, weights.bits))
       run = run.replace(params=run.params.replace(layers=layers))
     return run
 

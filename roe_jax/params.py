@@ -72,6 +72,7 @@ class LayerParams(struct.PyTreeNode):
   router_bias: Any = None  # [L, E]
   correction_bias: Any = None  # [L, E] float32
   gate_scales: Any = None  # [L, E]
+  bit_router: Any = None  # [L, E, W, D]; see `bit_routing`
   shared_expert: Any = None  # SharedExpertParams
   attention_output_norm: Any = None  # [L, D]
   moe_output_norm: Any = None  # [L, D]
@@ -145,6 +146,9 @@ def describe(config: ModelConfig) -> Params:
     "router_state": config.router_state,
     "router_gates": 3,
   }
+  if config.bit_router:
+    nested = quantization.nested_format(config.expert_format)
+    sizes["bit_widths"] = nested.bits - nested.base + 1
 
   # Projections into the residual stream are initialized smaller, so that its variance does
   # not grow with depth.
@@ -245,6 +249,7 @@ def describe(config: ModelConfig) -> Params:
       if config.correction_bias
       else None,
       gate_scales=spec_if(config.gate_scales, "layers", "routed_experts", init="zeros"),
+      bit_router=spec_if(config.bit_router, "layers", "routed_experts", "bit_widths", "embed"),
     ),
     final_norm=spec("embed", init="ones"),
     unembedding=spec("vocab", "embed"),

@@ -124,6 +124,12 @@ def first_planes(matrix: Quantized, bits: int) -> Quantized:
   return matrix.replace(depth=nested_format(matrix.format).first(bits).bits)
 
 
+def at_bits(experts: Any, bits: int) -> Any:
+  """Returns experts in a nested format with the first planes of their matrices; see above."""
+  read = {name: first_planes(getattr(experts, name), bits) for name in CONTRACTED}
+  return experts.replace(**read)
+
+
 def nested_format(format: str | None) -> Nested:
   """Returns the nested format of this name.
 

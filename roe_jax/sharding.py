@@ -52,7 +52,8 @@ RULES: dict[str, tuple[tuple[str, ...], ...]] = {
   **dict.fromkeys(
     (
       "layers embed embed_packed embed_groups embed_scales head_dim gate_up shared_gate "
-      "routed_experts router_state router_gates positions choices cache_positions one_head"
+      "routed_experts bit_widths router_state router_gates positions choices cache_positions "
+      "one_head"
     ).split(),
     ((),),
   ),

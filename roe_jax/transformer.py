@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from roe_jax import attention, collectives, experts, routing, sharding
+from roe_jax import attention, bit_routing, collectives, experts, routing, sharding
 from roe_jax import cache as kv_cache
 from roe_jax.cache import KVCache
 from roe_jax.config import ModelConfig
@@ -31,12 +31,14 @@ class BlockOutputs(struct.PyTreeNode):
     experts: `[B, T, A]` int32, the chosen experts, E where one is left out; only of layers with
       experts.
     router_logits: `[B, T, E]` float32, without noise; only of layers with experts.
+    bits: `[B, T, A]` float32, at how many bits a bit router reads the chosen experts.
   """
 
   keys: Any = None
   values: Any = None
   experts: Any = None
   router_logits: Any = None
+  bits: Any = None
 
   @classmethod
   def join(cls, parts: Sequence["BlockOutputs"], axis: int) -> "BlockOutputs":
@@ -254,7 +256,7 @@ def _run_layers_on_mesh(
   heads = sharding.spec(mesh, ("kv_heads",), (config.num_kv_heads,))
   own = PartitionSpec(None, batch, None, *heads)
   chosen = PartitionSpec(None, *hidden[:-1])
-  outputs = {"keys": own, "values": own, "experts": chosen, "router_logits": chosen}
+  outputs = {"keys": own, "values": own, "experts": chosen, "router_logits": chosen, "bits": chosen}
   kept = options.keep if config.split(layers)[1] else _OF_ATTENTION
   outputs = BlockOutputs(**{name: outputs[name] for name in options.keep if name in kept})
   sharded = sharding.EXPERT in sharding.axes_of(hidden)
@@ -322,10 +324,11 @@ class _Block:
     y = attention.output(layers.attention, row, heads)
     x = add_to_residual(config, x, y, layers.attention_output_norm, row)
     router = self.tokens.router
-    x, state, chosen, logits = feed_forward(
+    x, state, chosen, logits, read = feed_forward(
       config, layers, row, x, noise, options, router, self.first, self.cell, state
     )
     outputs = {"keys": new[1], "values": new[2], "experts": chosen, "router_logits": logits}
+    outputs["bits"] = read
     outputs = BlockOutputs(**{name: outputs[name] for name in options.keep})
     return _with_state(x, state), cache if access.write else None, outputs
 
@@ -341,20 +344,21 @@ def feed_forward(
   first: int = 0,
   cell: RouterCell | None = None,
   state: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array | None, *tuple[jax.Array | None, ...]]:
   """Runs the MoE half of a block, or the MLP of a dense one, on hidden states `[B, T, D]`.
 
   See `run_layers` for the arguments; `layer` is an index in `layers`, whose first is layer
   `first` of the model. `cell` and `state` are those of a recurrent router.
 
   Returns:
-    The hidden states, the new state of a recurrent router, and the chosen experts `[B, T, A]` and
-    the router logits `[B, T, E]`, or None for both in a dense layer.
+    The hidden states, the new state of a recurrent router, the chosen experts `[B, T, A]`, the
+    router logits `[B, T, E]`, and the bits `[B, T, A]` that a bit router chose; None for what the
+    layer does not have.
   """
   normed = norm(config, x, layers.moe_norm[layer])
   if layers.experts is None:
     y = experts.shared(layers.shared_expert, layer, normed)
-    return add_to_residual(config, x, y, layers.moe_output_norm, layer), state, None, None
+    return add_to_residual(config, x, y, layers.moe_output_norm, layer), state, None, None, None
   of_router = normed
   if state is not None:
     if options.detach_router_state:
@@ -370,20 +374,24 @@ def feed_forward(
   count = router.count(0 if noise is None else noise.member, in_model)
   chosen, gates = route(config, layers, layer, logits, perturbed, options.gate_weights, count)
   b, t, d = x.shape
-  y = experts.apply(
-    layers.experts,
-    layer,
-    normed.reshape(b * t, d),
-    chosen.reshape(b * t, -1),
-    gates.reshape(b * t, -1),
-    options.strategy,
-    Activation(config.swiglu_limit, config.swiglu_alpha),
-    options.tokens_sharded,
-  ).reshape(b, t, d)
+  rows = normed.reshape(b * t, d)
+  pairs = chosen.reshape(b * t, -1), gates.reshape(b * t, -1)
+
+  def compute(of, indices_NxA, gates_NxA):
+    activation = Activation(config.swiglu_limit, config.swiglu_alpha)
+    more = options.strategy, activation, options.tokens_sharded
+    return experts.apply(of, layer, rows, indices_NxA, gates_NxA, *more)
+
+  if bit_routing.is_used(layers):
+    y, bits = bit_routing.apply(layers, layer, rows, *pairs, compute, options.trains_bits)
+    bits = bits.reshape(chosen.shape)
+  else:
+    y, bits = compute(layers.experts, *pairs), None
+  y = y.reshape(b, t, d)
   if layers.shared_expert is not None:
     y = add(y, experts.shared(layers.shared_expert, layer, normed))
   x = add_to_residual(config, x, y, layers.moe_output_norm, layer)
-  return x, state, chosen, logits
+  return x, state, chosen, logits, bits
 
 
 def forward(

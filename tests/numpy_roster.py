@@ -24,13 +24,15 @@ def member_logits(
   p = whole(params.replace(tasks=None))
 
   @functools.cache
-  def matrix(name, index):
-    """An experts' matrix as this member reads it."""
+  def matrix(name, index, bits=None):
+    """An experts' matrix as this member reads it, or with these bits."""
     w = getattr(params.layers.experts, name)
     if not quantization.is_quantized(w):
       return getattr(p.layers.experts, name)
     w, of_noisy = jax.tree.map(np.asarray, w), roster.member_bits
-    if of_noisy and index:
+    if bits is not None:
+      w = quantization.first_planes(w, bits)
+    elif of_noisy and index:
       w = quantization.first_planes(w, of_noisy[0 if len(of_noisy) == 1 else index - 1])
     return quantization.dequantize_on_host(w).astype(np.float64)
 
@@ -193,8 +195,11 @@ def member_logits(
       record(layer, position, chosen)
     total = np.zeros_like(x)
     for expert, weight in zip(chosen, gates(clean, noisy, chosen, row)):
-      experts = p.layers.experts
-      gate, up = np.einsum("d,fid->if", normed, matrix("gate_up", index)[row, expert])
+      experts, bits = p.layers.experts, None
+      if config.bit_router and not (index and roster.member_bits):
+        base = int(config.expert_format.removeprefix("nested:").split("-")[0])
+        bits = base + int(np.argmax(p.layers.bit_router[row, expert] @ normed))
+      gate, up = np.einsum("d,fid->if", normed, matrix("gate_up", index, bits)[row, expert])
       if config.expert_bias:
         gate, up = (
           gate + experts.gate_up_bias[row, expert, :, 0],
@@ -206,7 +211,7 @@ def member_logits(
         gate = np.minimum(gate, config.swiglu_limit)
         up = np.maximum(np.minimum(up, config.swiglu_limit), -config.swiglu_limit)
         hidden = gate / (1 + np.exp(-config.swiglu_alpha * gate)) * (up + 1)
-      y = hidden @ matrix("down", index)[row, expert]
+      y = hidden @ matrix("down", index, bits)[row, expert]
       total += weight * (y + experts.down_bias[row, expert] if config.expert_bias else y)
     if config.d_shared_expert:
       shared = p.layers.shared_expert
