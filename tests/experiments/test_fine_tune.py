@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,8 @@ import tiny
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from checkpoints_convert import carve_checkpoint, carving
-from experiments import fine_tune
+from checkpoints_convert import carve_checkpoint, carving, quantize_checkpoint
+from experiments import fine_tune, train_bit_router
 from experiments.training import low_rank
 from roe_jax import checkpoint, diagnostics, transformer
 from roe_jax.roster import Roster
@@ -182,3 +183,35 @@ def test_wrong_input_gets_one_sentence(carved, tmp_path, monkeypatch, changes, s
   monkeypatch.setattr(fine_tune, "load", lambda _: pytest.fail("loaded the weights"))
   with pytest.raises(ValueError, match=sentence):
     fine_tune.run(dataclasses.replace(settings(carved, output), **changes))
+
+
+def test_bit_routers_are_trained_and_kept(carved, tmp_path, capsys):
+  source = str(tmp_path / "nested")
+  quantize_checkpoint.convert(str(carved / "model"), source, quantize_experts="nested:2-4")
+  given = train_bit_router.Settings(
+    source,
+    str(carved / "text.txt"),
+    str(tmp_path / "routed"),
+    steps=6,
+    learning_rate=0.03,
+    window=16,
+    held_out_tokens=32,
+  )
+  train_bit_router.run(given)
+  assert re.search(r"KL [\d.]+ nats at [\d.]+ bits before .*, [\d.]+ at ", capsys.readouterr().out)
+  params, config = checkpoint.load(tmp_path / "routed" / "model")
+  before, after = checkpoint.load_provenance(tmp_path / "routed" / "model")["bit_router"].values()
+  assert config.bit_router and params.layers.bit_router.shape == (2, config.num_experts, 3, 32)
+  assert abs(after["bits"] - 3) < 0.25 and after["kl"] < before["kl"]
+  train_bit_router.run(given)
+  assert "is already complete" in capsys.readouterr().out
+  for changes, sentence in (
+    (dict(mean=4.0), "--mean=4 must lie between the 2 and 4 bits"),
+    (dict(checkpoint=str(carved / "model")), "only experts in a nested format"),
+    (dict(checkpoint=str(tmp_path / "routed" / "model")), "has bit routers already"),
+    (dict(checkpoint="embedded:wordmath_d64"), "must be the folder of a checkpoint"),
+    (dict(window=1), "--window must be between 2 and"),
+    (dict(output=source), "are within each other"),
+  ):
+    with pytest.raises(ValueError, match=sentence):
+      train_bit_router.run(dataclasses.replace(given, **changes))
