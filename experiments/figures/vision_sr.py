@@ -64,14 +64,14 @@ class Config:
   scales: tuple[int, ...] = (2, 4)
   selectors: tuple[str, ...] = tuple(sr.SELECTORS)
   num_seeds: int = 3
-  num_steps: int = 400
+  num_steps: int = 300
   batch_size: int = 8
   learning_rate: float = 3e-3
   patch: int = 16
-  size: int = 128
+  size: int = 96
   num_procedural: tuple[int, int, int] = (12, 5, 11)
-  members: tuple[int, ...] = (8, 32)
-  transforms: tuple[int, ...] = (2, 8)
+  members: tuple[int, ...] = (8, 16)
+  transforms: tuple[int, ...] = (4, 8)
   temperatures: tuple[float, ...] = (0.1, 0.3, 1.0)
   shown: tuple[str, ...] = ("chelsea", "china")
 
