@@ -13,7 +13,6 @@ output temperature, and compared with the plain network with its own.
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-import time
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ from experiments.analysis import (
   paired_statistics,
   report_page,
 )
+from experiments.benchmarks import timing
 from experiments.figures import compared
 from experiments.figures.figure_run import FigureRun, Measurements
 from experiments.vision import network_training, routed_network, sample_digits
@@ -245,15 +245,15 @@ def _measure(run, keep: Measurements, networks: _Networks, condition: str, name:
   return [keep.get(f"{condition}, {name}, seed {s}", lambda s=s: of_seed(s)) for s in run.seeds]
 
 
-def _seconds(run, networks, name, tau) -> float:
-  """Returns the least time to predict the test items, of calls after the first."""
-  times = []
-  for _ in range(4):
-    begin = time.perf_counter()
-    system = _systems(run.config)[name]
-    _predict(run, networks, "digits", system, run.seeds[0], tau and 1.0, "test")
-    times.append(time.perf_counter() - begin)
-  return min(times[1:])
+def _passes(run, networks) -> dict[str, float]:
+  """Returns the time of each system to predict the test items, relative to the plain network's."""
+
+  def call(system):
+    tau = 1.0 if system.has_tau else None
+    return lambda: _predict(run, networks, "digits", system, run.seeds[0], tau, "test")[0]
+
+  systems = _systems(run.config)
+  return timing.ratios({name: call(system) for name, system in systems.items()}, BASELINE)
 
 
 def measure(run: FigureRun) -> list[dict[str, Any]]:
@@ -264,10 +264,8 @@ def measure(run: FigureRun) -> list[dict[str, Any]]:
     found += [
       _record(condition, name, of_seeds, measured[BASELINE]) for name, of_seeds in measured.items()
     ]
-  seconds = keep.get(
-    "seconds", lambda: {n: _seconds(run, networks, n, s.has_tau) for n, s in systems.items()}
-  )
-  found = [r | {"passes": seconds[r["system"]] / seconds[BASELINE]} for r in found]
+  passes = keep.get("passes", lambda: _passes(run, networks))
+  found = [r | {"passes": passes[r["system"]]} for r in found]
   for name in ("accuracy_difference", "fitted_difference"):
     differences = paired_statistics.corrected([r[name] for r in found])
     found = [r | {name: d} for r, d in zip(found, differences)]
@@ -294,16 +292,10 @@ def _record(condition, name, of_seeds, of_baseline):
     test = paired_statistics.paired_test(right, theirs["right"])
     accuracy = paired_statistics.paired_accuracy(right, theirs["right"])
     accuracy = paired_statistics.tested(accuracy, test)
-    pair = ours["fitted_nll"], theirs["fitted_nll"]
-    gap = paired_statistics.over_seeds(pair[0]) - paired_statistics.over_seeds(pair[1])
-    of_nll = paired_statistics.Difference(*paired_statistics.bootstrap([gap], np.mean))
     differences = {
-      "fitted_difference": paired_statistics.tested(of_nll, paired_statistics.paired_test(*pair)),
+      "fitted_difference": paired_statistics.paired_mean(ours["fitted_nll"], theirs["fitted_nll"]),
       "ece_difference": _percent(calibration_error.paired_calibration_error(fitted, baseline)),
     }
-  mean = lambda key: paired_statistics.Estimate(
-    *paired_statistics.bootstrap([paired_statistics.over_seeds(ours[key])], np.mean)
-  )
   return {
     "condition": condition,
     "system": name,
@@ -312,8 +304,8 @@ def _record(condition, name, of_seeds, of_baseline):
     "temperatures": [of["temperature"] for of in of_seeds],
     "accuracy": paired_statistics.accuracy(right),
     "accuracy_difference": accuracy,
-    "nll": mean("nll"),
-    "fitted": mean("fitted_nll"),
+    "nll": paired_statistics.mean(ours["nll"]),
+    "fitted": paired_statistics.mean(ours["fitted_nll"]),
     "ece": _percent(calibration_error.expected_calibration_error(events)),
     "fitted_ece": _percent(calibration_error.expected_calibration_error(fitted)),
     **differences,

@@ -70,15 +70,13 @@ def order_probability(scaled_logits: jax.Array, order: tuple[int, ...]) -> jax.A
 def _integrated(logits, temperature):
   """Integrates softmax(w + τ G) by Gauss-Legendre quadrature in G's distribution function."""
   nodes, weights = np.polynomial.legendre.leggauss(NODES)
-  gumbel, axes = -np.log(-np.log((nodes + 1) / 2)), logits.shape[-1]
-  grid, products = (
-    np.stack(np.meshgrid(*[values] * axes), -1).reshape(-1, axes) for values in (gumbel, weights / 2)
-  )
+  gumbel, count = -np.log(-np.log((nodes + 1) / 2)), logits.shape[-1]
+  products = lambda of_axis: np.array(list(itertools.product(of_axis, repeat=count)))
 
   def add(total, node):
     noise, weight = node
     noisy = logits + jnp.broadcast_to(temperature * noise, logits.shape)
     return total + weight * jax.nn.softmax(noisy), None
 
-  nodes = jnp.float32(grid), jnp.float32(products.prod(-1))
+  nodes = jnp.float32(products(gumbel)), jnp.float32(products(weights / 2).prod(-1))
   return jax.lax.scan(add, jnp.zeros_like(logits), nodes)[0]

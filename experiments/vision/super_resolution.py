@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.vision import routed_network
-from experiments.vision.routed_network import Route
+from experiments.vision.routed_network import Route, RoutedNetwork
 from roe_jax import routing
 from roe_jax.config import ModelConfig
 from roe_jax.roster import Roster
@@ -133,7 +133,7 @@ class Selector(nn.Module):
     return mixed + nn.Dense(stages[0].shape[-1], name="fuse")(mixed)
 
 
-class SuperResolution(nn.Module):
+class SuperResolution(RoutedNetwork):
   """The network: luminance `[B, H, W]` to `[B, scale H, scale W]`.
 
   H and W must be multiples of `unit`; see `upscale`.
@@ -187,11 +187,6 @@ class SuperResolution(nn.Module):
     self.select = Selector(None if self.selector == NONE else self.routing)
     self.widen, self.spread = nn.Dense(2 * self.width), _Neighbors()
     self.last = nn.Dense(self.scale**2, kernel_init=nn.initializers.normal(1e-3))
-
-  def __call__(self, images):
-    """Returns the outputs of the network itself."""
-    route = routed_network.CleanRoute(self.routing)
-    return self.head(self.routed(self.trunk(images), route))
 
   def trunk(self, images):
     """Returns the images, their first features, and the features after each stage."""
