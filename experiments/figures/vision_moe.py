@@ -2,12 +2,16 @@
 
     python -m experiments.reproduce --figure=vision_moe
 
-Digits of scikit-learn on a larger canvas ("digits"), and with shifts and noise ("noisy"); also
-networks trained on digits and tested on noisy ones ("shift"). Networks are trained with several
-seeds; the two separate networks are those of a seed and of the next one. τ of a roster is the one
-of `temperatures` with the lowest NLL on validation items, which output temperatures are fitted on,
-too: items of the kind that the network was trained on. All systems are given with their own fitted
-output temperature, and compared with the plain network with its own.
+Digits of scikit-learn on a larger canvas ("digits"), and with shifts by a pixel and noise
+("noisy"); also networks trained on digits and tested on digits with noise ("shift"). The noise is
+the strongest of 0.05, 0.1, 0.2, 0.3 and 0.4 at which the plain network of seed 0 is right on at
+least 60 % of validation items, in both conditions.
+
+Networks are trained with several seeds; the two separate networks are those of a seed and of the
+next one. τ of a roster is the one of `temperatures` with the lowest NLL on validation items, which
+output temperatures are fitted on, too: items of the kind that the network was trained on. All
+systems are given with their own fitted output temperature, and compared with the plain network
+with its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +49,7 @@ BASELINE = "plain"
 CONDITIONS = {
   "digits": ("digits", "digits"),
   "noisy": ("noisy", "noisy"),
-  "shift": ("digits", "noisy"),
+  "shift": ("digits", "unshifted"),
 }
 
 
@@ -61,7 +65,7 @@ class Config:
     num_members: n of rosters of random noise.
     temperatures: candidates for τ.
     shift: most pixels that noisy digits are shifted along each axis.
-    noise: standard deviation of the noise on noisy digits.
+    noise: standard deviation of the noise on noisy digits, shifted or not.
   """
 
   num_seeds: int = 3
@@ -73,8 +77,8 @@ class Config:
   train_tau: float = 0.5
   num_members: int = 8
   temperatures: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
-  shift: int = 2
-  noise: float = 0.3
+  shift: int = 1
+  noise: float = 0.1
 
 
 CONFIGS = {"vision": Config()}
@@ -107,8 +111,9 @@ def _draw(config: Config, data: str) -> Callable[[np.random.Generator], Any]:
 
 
 def _on_canvas(config, data, images, rng):
-  hard = dict(shift=config.shift, noise=config.noise) if data == "noisy" else {}
-  return sample_digits.on_canvas(images, rng, **hard)
+  shift = config.shift if data == "noisy" else 0
+  noise = 0.0 if data == "digits" else config.noise
+  return sample_digits.on_canvas(images, rng, shift, noise)
 
 
 @functools.cache
