@@ -30,6 +30,9 @@ class MeanRoute(struct.PyTreeNode):
     temperature: τ of all layers, above zero.
     config: the network's routing.
     gate_weights: as of the roster.
+
+  Raises:
+    ValueError: gates are noisy and of some experts only.
   """
 
   temperature: jax.Array | float
@@ -40,6 +43,8 @@ class MeanRoute(struct.PyTreeNode):
     del layer
     logits = logits_BxHxWxE.astype(jnp.float32)
     if self.gate_weights == routing.NOISY:
+      if self.config.experts_per_token != self.config.num_experts:
+        raise ValueError("noisy gates have a mean gate only if all experts are chosen")
       gates = _integrated(logits, self.temperature)
     else:
       gates = _enumerated(self.config, logits, self.temperature, self.gate_weights)

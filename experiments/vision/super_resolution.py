@@ -3,9 +3,9 @@
 An unfolding network: each block repeats the steps of an iterative solver with learned operators of
 gated convolutions at two scales (a pixel, and its neighbors) and sparse attention. The features
 after each stage are the experts of a selector that mixes them for each pixel and channel.
-Differences from the published network: one color channel, less width and depth, attention within
-windows without an overlap, and upsampling of pooled features that does not depend on the image's
-size, so that tiles agree with the whole.
+Differences from the published network: one color channel, less width and depth, a tail without full
+convolutions (slow on CPUs), attention within windows without an overlap, and upsampling of pooled
+features that does not depend on the image's size, so that tiles agree with the whole.
 """
 
 from typing import Any
