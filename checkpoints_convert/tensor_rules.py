@@ -6,7 +6,8 @@ index of the rule's expert, and a number is an index: `"F D -> expert F 1 D"` is
 a fused projection. Letters are axis sizes (see `ModelConfig`; G is the shared expert's width, P
 that of the MLP of the first dense layers, U the pair gate and up, I one, M and N the blocks of 32
 in D and in F; of latent attention, Z is the latent's width, Q that of queries, W that of a cached
-key, A that of a head without rotation, and X that of its values). Every pattern is a permutation, so it can be inverted without loss.
+key, A that of a head without rotation, and X that of its values). Every pattern is a permutation,
+so it can be inverted without loss.
 
 Where a family stores experts in two forms, the rules apply to the config of the files, whose
 `expert_format` says which form they have, and to their layout: transformers 5 saves the experts of

@@ -308,6 +308,11 @@ class ModelConfig:
     return self.kv_lora_rank + (self.rotary_dim or 0) if self.kv_lora_rank else self.head_dim
 
   @property
+  def cached_size(self) -> int:
+    """How many numbers of a position a layer's cache holds: keys and values, or keys alone."""
+    return (1 if self.kv_lora_rank else 2) * self.num_kv_heads * self.cached_head_dim
+
+  @property
   def attention_scale(self) -> float:
     """The factor on attention scores."""
     given = self.attention_multiplier

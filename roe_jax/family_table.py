@@ -9,7 +9,6 @@ from roe_jax import deepseek_families
 from roe_jax.family import ATTENTION_BIAS, Family, above_max_window_layers
 from roe_jax.routers import NONE
 
-
 COMMON_KEYS = {
   "vocab_size": "vocab_size",
   "num_layers": "num_hidden_layers",

@@ -62,7 +62,7 @@ def test_members_at_fewer_bits_read_fewer_bytes():
   assert fewer.flops == pytest.approx(full.flops)
 
 
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "qwen2_moe", "glm4_moe"])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "qwen2_moe", "glm4_moe", "deepseek_v3"])
 def test_flops_are_two_for_each_weight_that_a_position_passes(family):
   config = tiny.config(family)
   sizes = {
@@ -76,7 +76,7 @@ def test_flops_are_two_for_each_weight_that_a_position_passes(family):
     part = config.experts_per_token / config.num_experts if "layers/experts" in name else 1
     expected += 2 * size * part
   # A position that sees itself: a score and a value of each head.
-  expected += config.num_layers * 4 * config.num_heads * config.head_dim
+  expected += config.num_layers * 4 * config.num_heads * config.cached_head_dim
   assert costs.forward_flops(config, Roster.create(config), range(1)) == expected
 
 

@@ -78,7 +78,8 @@ def memory(
   )
   t, e, a = mesh.shape[TENSOR], mesh.shape[EXPERT], config.experts_per_token
   cache_block = min(capacity, attention.block_size(platform))
-  per_token = 6 * config.d_model + config.num_heads // t * (2 * config.head_dim + cache_block)
+  heads = config.num_heads // t
+  per_token = 6 * config.d_model + heads * (2 * config.cached_head_dim + cache_block)
   per_pair = min(a, config.num_experts // e) * (2 * config.d_model + 2 * config.d_expert // t)
   vocab = config.vocab_size // num_shards(mesh, vocabulary_axes(config, mesh))
   activations = 0
