@@ -4,6 +4,8 @@ With latent attention (`latent_attention`) the values are the keys: the cache ho
 in place of values.
 """
 
+from typing import Any
+
 from flax import struct
 import jax
 import jax.numpy as jnp
@@ -208,11 +210,12 @@ def write_step(
   if cache.sliding is None:
     return write(cache, keys, values, positions_B)
   is_sliding = _is_sliding(config)
-  of_sliding, others = (
-    jax.tree.map(lambda a: a[kind], (keys, values)) for kind in (is_sliding, ~is_sliding)
-  )
-  sliding = write_sliding(cache.sliding, *of_sliding, positions_B)
-  return write(cache, *others, positions_B).replace(sliding=sliding)
+
+  def of(layers):
+    return keys[layers], None if values is None else values[layers], positions_B
+
+  sliding = write_sliding(cache.sliding, *of(is_sliding))
+  return write(cache, *of(~is_sliding)).replace(sliding=sliding)
 
 
 def after_reading(read: jax.Array, value: jax.Array) -> jax.Array:
@@ -228,7 +231,7 @@ def after_reading(read: jax.Array, value: jax.Array) -> jax.Array:
   return jnp.where(always, value, jnp.zeros_like(value))
 
 
-def _put(array, new, indices_BxT, layer):
+def _put(array, new, indices_BxT, layer) -> Any:
   """Writes `new` `[B, T, K, C]` or `[L, B, T, K, C]` to `array`; drops indices out of bounds.
 
   There is nothing to write where both are None.

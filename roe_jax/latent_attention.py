@@ -46,7 +46,7 @@ def project(
     Queries `[B, T, H, L + P]`, keys `[B, T, 1, L + P]`, and None in place of values, which are the
     keys; in the dtype of `x_BxTxD`.
   """
-  dtype, rotary = x_BxTxD.dtype, config.rotary_dim
+  dtype = x_BxTxD.dtype
 
   def turned(a):
     if config.rotary_interleaved:  # neighbors are a pair; the order of pairs drops out of scores
@@ -58,7 +58,7 @@ def project(
     of_query = rounded(numerics.project(x_BxTxD, weights.query_down, layer), dtype)
     of_query = rms_norm(of_query, weights.query_norm[layer], _EPSILON)
   query = rounded(numerics.project(of_query, weights.query, layer), dtype)
-  plain, turning = jnp.split(query, [query.shape[-1] - rotary], axis=-1)
+  plain, turning = jnp.split(query, [weights.key_up.shape[-2]], axis=-1)
   # Heads lead: see `numerics.einsum`.
   absorbed = numerics.einsum("bthn,hnl->hbtl", plain, weights.key_up[layer])
   absorbed = rounded(absorbed, dtype).transpose(1, 2, 0, 3)

@@ -52,7 +52,7 @@ def memory(
   arrays of hidden states, queries, attention outputs and the scores of one block of cache
   positions; and for each pair of a token and an expert on this device its input, its
   output and twice its hidden values. For the next-token distributions: four arrays of
-  logits. Programs compiled for CPUs took 0.5 to 1.4 times that, plus up to 32 MiB.
+  logits. Programs compiled for CPUs took 0.4 to 1.4 times that, plus up to 32 MiB.
 
   Args:
     config: the model's architecture.
