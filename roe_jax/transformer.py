@@ -229,6 +229,8 @@ def _run_stack(block, layers, x, access, options):
       outputs = outputs.replace(keys=keys, values=values)
     return (x, cache), outputs
 
+  if options.rematerialize:
+    step = jax.checkpoint(step)
   # A read-only cache stays out of the carry.
   carry = x, access.cache if access.write else None
   (x, written), outputs = jax.lax.scan(step, carry, jnp.arange(first, end))

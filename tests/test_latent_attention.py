@@ -3,13 +3,16 @@
 Its results are those of transformers (test_parity) and of the definition (test_roster).
 """
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 from roe_jax import cache as kv_cache
-from roe_jax import decode, scoring, sharding
+from roe_jax import decode, scoring, sharding, training
 from roe_jax import params as params_lib
 from roe_jax.roster import Roster
 
@@ -45,14 +48,37 @@ def test_without_noise_all_members_of_both_caches_are_the_baseline(params):
 def test_generation_is_the_same_on_a_mesh_and_with_quantized_experts(params):
   quantized, config = params_lib.quantize(params, CONFIG, "int8")
   roster = Roster.create(config, 2, 0.3)
-  options = dict(max_new_tokens=5, stop_tokens=(), roster=roster)
-  expected = decode.generate(quantized, config, PROMPTS, **options)
+
+  def generate(parameters):
+    return decode.generate(
+      parameters, config, PROMPTS, max_new_tokens=5, stop_tokens=(), roster=roster
+    )
+
+  expected = generate(quantized)
   mesh = sharding.make_mesh(config, data=2, expert=2, tensor=2)
-  sharded = sharding.shard_params(quantized, config, mesh)
-  found = decode.generate(sharded, config, PROMPTS, **options)
+  found = generate(sharding.shard_params(quantized, config, mesh))
   for one, other in zip(found.completions, expected.completions, strict=True):
     assert one.tokens == other.tokens
     np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_gradients_are_the_same_on_a_mesh_and_recomputed(params):
+  """With as many tokens as inference would exchange in rounds, which have no gradients."""
+  tokens = jnp.asarray(tiny.texts([32] * 32, vocab_size=64))
+  batch = training.Batch(tokens, jnp.ones(tokens.shape), jnp.arange(32, dtype=jnp.uint32))
+  settings = training.TrainSettings(num_steps=1, strategy="dense")
+  mesh = sharding.make_mesh(CONFIG, expert=8)
+
+  def gradients(params, settings):
+    return jax.jit(jax.grad(lambda p: training.loss(p, batch, CONFIG, settings)[0]))(params)
+
+  expected = gradients(params, settings)
+  found = gradients(
+    sharding.shard_params(params, CONFIG, mesh), dataclasses.replace(settings, rematerialize=True)
+  )
+  largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest), found, expected)
 
 
 @pytest.mark.parametrize(
