@@ -22,7 +22,7 @@ from checkpoints_convert import (
 from checkpoints_convert.common import ConversionError
 from checkpoints_convert.from_hugging_face import convert_from_hugging_face
 from checkpoints_convert.to_hugging_face import convert_to_hugging_face
-from roe_jax import bit_plans, checkpoint, makers, merging
+from roe_jax import bit_plans, checkpoint, makers, merging, quantization
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -57,6 +57,12 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     "How many bits each expert of a checkpoint keeps, with --quantize_experts=nested:BASE-BITS: a "
     f"JSON file, or one of the rules {makers.usages(bit_plans.RULES)}.",
   )
+  boolean(
+    "compensate",
+    False,
+    "Let weights make up for the rounding of others on the text of --calibration (GPTQ), with "
+    "--quantize_experts=nested:BASE-BITS.",
+  )
   flags.DEFINE_list(
     "merge",
     [],
@@ -80,8 +86,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   string(
     "calibration",
     None,
-    "Text file whose tokens show which neurons are active together, with --carve, or which experts "
-    "are used, with --bits_plan.",
+    "Text file whose tokens show which neurons are active together, with --carve, which experts "
+    "are used, with --bits_plan, or what the inputs of experts are, with --compensate.",
   )
   flags.DEFINE_integer(
     "calibration_tokens",
@@ -150,11 +156,16 @@ def _convert(values: flags.FlagValues) -> None:
     values.source
   )
   _check_verification(values, from_checkpoint)
-  if values.bits_plan and not from_checkpoint:
-    raise ConversionError(
-      "--bits_plan needs --quantize_experts=nested:BASE-BITS and a roe_jax checkpoint as source: "
-      "convert to a checkpoint first"
-    )
+  for name in ("bits_plan", "compensate"):
+    if values[name].value and not from_checkpoint:
+      raise ConversionError(
+        f"--{name} needs --quantize_experts=nested:BASE-BITS and a roe_jax checkpoint as source: "
+        "convert to a checkpoint first"
+      )
+  if values.compensate:
+    quantization.nested_format(values.quantize_experts)
+    if not values.calibration:
+      raise ConversionError("--compensate looks at text: give --calibration=TEXT.txt")
   if values.dry_run and not (values.to_hugging_face or from_checkpoint):
     carved = lambda config: config
     if values.carve:
@@ -200,6 +211,7 @@ def _convert(values: flags.FlagValues) -> None:
       values.source,
       values.target,
       bits_plan=values.bits_plan,
+      compensate=values.compensate,
       calibration=values.calibration,
       calibration_tokens=values.calibration_tokens,
       **arguments,
@@ -288,13 +300,14 @@ def _check_verification(values: flags.FlagValues, from_checkpoint: bool) -> None
 def _check_carving(values: flags.FlagValues) -> None:
   """Checks the flags of carving, as far as that needs no source."""
   if not values.carve:
-    names = ("carve_router", *(() if values.bits_plan else ("calibration", "calibration_tokens")))
+    looks = values.bits_plan or values.compensate
+    names = ("carve_router", *(() if looks else ("calibration", "calibration_tokens")))
     idle = [n for n in names if values[n].present]
     if idle:
       raise ConversionError(f"--{idle[0]} applies to --carve only: add --carve, or leave it out")
     return
   carving.Plan.parse(values.carve)
-  others = ("to_hugging_face", "quantize_experts", "keep_mxfp4", "bits_plan")
+  others = ("to_hugging_face", "quantize_experts", "keep_mxfp4", "bits_plan", "compensate")
   given = [name for name in others if getattr(values, name)]
   if given:
     raise ConversionError(

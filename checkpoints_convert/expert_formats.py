@@ -1,8 +1,10 @@
 """Converts the experts in a piece of a checkpoint to another format."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from roe_jax import bit_plans
+from roe_jax import bit_plans, compensation
 from roe_jax.config import ModelConfig
 from roe_jax.quantization import CONTRACTED, Quantized, dequantize_on_host, quantize
 
@@ -12,6 +14,7 @@ def recode(
   source: ModelConfig,
   target: ModelConfig,
   plan: np.ndarray | None = None,
+  moments: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
   """Returns the arrays of a piece in the expert format of `target`.
 
@@ -24,6 +27,8 @@ def recode(
     source: the config of the arrays.
     target: the config of the result.
     plan: bits of the piece's experts, `[layers of the piece, E]`, or None; see `bit_plans`.
+    moments: of the inputs of the piece's experts, for a nested format with compensation; see
+      `compensation.second_moments`.
   """
   if source.expert_format == target.expert_format:
     return arrays
@@ -36,7 +41,11 @@ def recode(
         decoded,
       )
     if target.expert_format and name in arrays:
-      quantized = quantize(arrays.pop(name), target.expert_format, axis)
+      array = arrays.pop(name)
+      if moments is None:
+        quantized = quantize(array, target.expert_format, axis)
+      else:
+        quantized = compensation.quantize(array, target.expert_format, axis, moments[matrix])
       if plan is not None:
         quantized = bit_plans.apply(quantized, plan)
       arrays |= {f"{name}.codes": quantized.codes, f"{name}.scales": quantized.scales}

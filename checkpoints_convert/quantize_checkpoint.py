@@ -9,7 +9,7 @@ import numpy as np
 from checkpoints_convert import carve_checkpoint, hub
 from checkpoints_convert.common import ConversionError, write_pieces
 from checkpoints_convert.expert_formats import recode
-from roe_jax import bit_plans, checkpoint, quantization
+from roe_jax import bit_plans, checkpoint, compensation, quantization
 from roe_jax.checkpoint_folder import resolved
 from roe_jax.config import ModelConfig
 from roe_jax.text.tokenizer import Tokenizer
@@ -56,6 +56,7 @@ def convert(
   quantize_experts: str,
   keep_mxfp4: bool = False,
   bits_plan: str | None = None,
+  compensate: bool = False,
   calibration: str | None = None,
   calibration_tokens: int = carve_checkpoint.TOKENS,
   overwrite: bool = False,
@@ -67,7 +68,9 @@ def convert(
 
   Args:
     bits_plan: a rule or a JSON file, for a nested format; see `make_plan`.
-    calibration: the text file that rules look at.
+    compensate: whether to round to a nested format with `compensation`, on the calibration text;
+      needs memory for the whole model.
+    calibration: the text file that rules and compensation look at.
     calibration_tokens: how many of its tokens.
 
   Raises:
@@ -80,10 +83,18 @@ def convert(
   stored, plan = checkpoint.load_config(source), None
   if bits_plan is not None:
     config, plan = make_plan(source, config, bits_plan, calibration, calibration_tokens)
+  moments = None
+  if compensate:
+    quantization.nested_format(config.expert_format)
+    sequences = _sequences(source, config, "--compensate", calibration, calibration_tokens)
+    params, own_config = checkpoint.load(source)
+    moments = compensation.second_moments(params, own_config, sequences)
+    del params
   provenance = checkpoint.load_provenance(source) | {
     "quantized_from": source,
     "dtype": config.dtype,
     "expert_format": config.expert_format,
+    **({"compensated": True} if compensate else {}),
   }
   if plan is not None:
     provenance |= {"bits_plan": bits_plan, "mean_bits": float(plan.mean()), "bits": plan.tolist()}
@@ -93,7 +104,8 @@ def convert(
     files=source,
     provenance=provenance,
     fingerprint=fingerprint(source)
-    + ("" if plan is None else hashlib.sha256(plan.tobytes()).hexdigest()),
+    + ("" if plan is None else hashlib.sha256(plan.tobytes()).hexdigest())
+    + ("" if moments is None else hashlib.sha256(moments["gate_up"].tobytes()).hexdigest()),
     pieces=checkpoint.load_pieces(source),
     overwrite=overwrite,
   )
@@ -101,8 +113,9 @@ def convert(
   def read(names):
     for piece, arrays in checkpoint.iterate_pieces(source, names):
       shapes = checkpoint.piece_shapes(config, piece)
-      of_piece = None if plan is None else plan[piece.start : piece.stop]
-      arrays = recode(arrays, stored, config, of_piece)
+      rows = slice(piece.start, piece.stop)
+      of_piece = moments and {name: values[rows] for name, values in moments.items()}
+      arrays = recode(arrays, stored, config, None if plan is None else plan[rows], of_piece)
       yield piece, {n: a.astype(shapes[n].dtype, copy=False) for n, a in arrays.items()}
       del arrays  # or they would stay in memory while the next piece is read
 
@@ -138,17 +151,23 @@ def make_plan(
   else:
     rule = bit_plans.find(name)
     bit_plans.allocate(np.zeros((1, 1)), rule.mean, format)  # checks the mean
-    if rule.needs_text and not calibration:
-      raise ConversionError(f"--bits_plan={name} looks at text: give --calibration=TEXT.txt")
     sequences = []
     if rule.needs_text:
-      tokenizer = Tokenizer.load(source)
-      tokens = carve_checkpoint.calibration_tokens(tokenizer, str(calibration), num_tokens, config)
-      sequences = tokens.tolist()
+      sequences = _sequences(source, config, f"--bits_plan={name}", calibration, num_tokens)
     evidence = bit_plans.Evidence(*checkpoint.load(source), sequences)
     plan = bit_plans.allocate(rule.scores(evidence), rule.mean, format)
   config = config.replace(expert_format=format.first(int(plan.max())).name)
   return config, None if plan.min() == plan.max() else plan
+
+
+def _sequences(source, config, what, calibration, num_tokens):
+  """Returns the tokens of the calibration text as windows."""
+  if not calibration:
+    raise ConversionError(f"{what} looks at text: give --calibration=TEXT.txt")
+  tokenizer = Tokenizer.load(source)
+  return carve_checkpoint.calibration_tokens(
+    tokenizer, str(calibration), num_tokens, config
+  ).tolist()
 
 
 def describe_plan(plan: np.ndarray, config: ModelConfig) -> str:

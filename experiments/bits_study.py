@@ -25,7 +25,7 @@ from experiments.cli import app, text_files
 from experiments.cli.extras import tabulate
 from experiments.evaluation.requests import RequestBuilder
 from experiments.records import store
-from roe_jax import bit_plans, diagnostics, quantization
+from roe_jax import bit_plans, compensation, diagnostics, quantization
 from roe_jax import params as params_lib
 from roe_jax.costs import calls, flops
 from roe_jax.nested import Nested
@@ -94,12 +94,31 @@ class Problems:
     }
 
 
-def dequantized(params: Params, format: str, plan: np.ndarray | None = None) -> Params:
-  """Returns parameters with experts as a format holds them, so that all share one program."""
+def dequantized(
+  params: Params,
+  format: str,
+  plan: np.ndarray | None = None,
+  moments: dict[str, np.ndarray] | None = None,
+  bits: int | None = None,
+) -> Params:
+  """Returns parameters with experts as a format holds them, so that all share one program.
+
+  Args:
+    params: the unquantized ones.
+    format: the format.
+    plan: bits of each expert of a nested format.
+    moments: of the experts' inputs, for compensation.
+    bits: how many bits of a nested format are read; None: all.
+  """
   experts, changed = params.layers.experts, {}
   for name, axis in CONTRACTED.items():
     array = np.asarray(getattr(experts, name), np.float32)
-    matrix = quantization.quantize(array, format, axis)
+    if moments is None:
+      matrix = quantization.quantize(array, format, axis)
+    else:
+      matrix = compensation.quantize(array, format, axis, moments[name])
+    if bits is not None:
+      matrix = quantization.first_planes(matrix, bits)
     if plan is not None:
       matrix = bit_plans.apply(matrix, plan)
     changed[name] = jnp.asarray(quantization.dequantize_on_host(matrix))
@@ -113,7 +132,8 @@ def bytes_per_step(config, roster: Roster) -> int:
     unique = flops.expected_unique_experts(config, len(members), 1)
     return config.num_expert_layers * unique * calls.bytes_per_expert(config, bits)
 
-  return int(sum(of(*group) for group in roster.groups(roster.members)))
+  groups = roster.groups(roster.members)
+  return int(sum(of(weights.bits, members) for weights, members in groups))
 
 
 def tables(rows: list[dict[str, Any]], n: int, tau: float) -> str:
@@ -189,6 +209,15 @@ def main(argv) -> None:
     size = int(e * calls.bytes_per_expert(config.replace(expert_format=format)))
     measure(format, size, functools.partial(dequantized, params, format))
   evidence = bit_plans.Evidence(params, config, validation)
+  moments = functools.cache(lambda: compensation.second_moments(params, config, validation))
+  for base, bits in ((2, 2), (2, 3), (2, 4), (3, 3), (3, 4)):
+    size = int(e * calls.bytes_per_expert(config.replace(expert_format=f"nested:{base}-{bits}")))
+    whole_format = f"nested:{base}-4"
+
+    def compensated(format=whole_format, bits=bits):
+      return dequantized(params, format, moments=moments(), bits=bits)
+
+    measure(f"{bits} bits of {whole_format}, compensated", size, compensated)
   rules = [f"random(mean={FLAGS.mean:g},seed={s})" for s in range(FLAGS.random_plans)]
   rules += [f"{r}(mean={FLAGS.mean:g})" for r in bit_plans.RULES if r not in ("random", "uniform")]
   for name in rules:

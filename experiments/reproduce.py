@@ -55,6 +55,7 @@ GROUPS = {
   "paper": figures.PAPER,
   "reviewers": figures.REVIEWERS,
   "language": figures.LANGUAGE,
+  "systems": figures.SYSTEMS,
   "vision": figures.VISION,
 }
 

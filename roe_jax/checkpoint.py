@@ -268,7 +268,8 @@ def load(
     dtype: dtype to restore in; the checkpoint's own by default.
     shardings: of the stacked arrays, a `Params` tree or one for all; the default device by
       default.
-    task: index or name of a task of merged fine-tunes; None: their base. See `merging`.
+    task: index or name of a task of merged fine-tunes; None: their base; "all": the base with all
+      tasks, for rosters with `member_tasks`. See `merging`.
     scale: one of `merging.SCALES`.
 
   Returns:
@@ -276,13 +277,19 @@ def load(
 
   Raises:
     FileNotFoundError: there is no complete checkpoint, or a piece is missing.
-    ValueError: the folder contradicts its config, a piece is damaged, or a sharding splits the
-      layer axis.
+    ValueError: the folder contradicts its config, a piece is damaged, a sharding splits the
+      layer axis, or all tasks are to be on several devices.
   """
   stored, pieces = _open(path)
   config = stored if dtype is None else stored.replace(dtype=dtype)
   rebuild = lambda piece, arrays: arrays
-  if task is not None:
+  read_all = lambda params: params
+  if task == merging.ALL:
+    if shardings is not None:
+      raise ValueError(f"{path}: a roster of tasks needs one device, and no mesh")
+    all_tasks = merging.Tasks(path)
+    read_all = lambda params: params.replace(tasks=all_tasks.read_all(pieces, scale))
+  elif task is not None:
     tasks = merging.Tasks(path)
     index = tasks.index(task)
     of_task = index, tasks.scale(index, scale)
@@ -294,7 +301,7 @@ def load(
     found = rebuild(piece, _read(path, piece, like))
     return {n: x.astype(arrays[n].dtype) for n, x in found.items()}
 
-  return assemble(config, pieces, read, shardings), config
+  return read_all(assemble(config, pieces, read, shardings)), config
 
 
 def assemble(

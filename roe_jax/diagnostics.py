@@ -123,7 +123,7 @@ def last_member_logits(
 def _last_logits(params, config, roster, cache, tokens, positions, request_ids):
   """Returns members' logits `[R, B, T, V]` at T positions of each sequence."""
   run = members_lib.RosterPass(params, config, roster, tokens, positions, request_ids)
-  found = transformer.unembed(params, config, roster.cache_mode.states(run, cache)[0])
+  found = run.unembed_members(roster.cache_mode.states(run, cache)[0])
   return sharding.with_sharding_constraint(params, found)
 
 
@@ -495,10 +495,8 @@ def _logits_at(params, config, roster, cache, tokens, request_ids, *, last_B, of
   x, _ = states(params, config, roster, cache, tokens, request_ids)
   if last_B is not None:
     x = jnp.take_along_axis(x, last_B[None, :, None, None], axis=2)
-  if of_members:
-    found = transformer.unembed(params, config, x)
-  else:
-    found = run_of(params, config, roster, tokens, request_ids).aggregate(x).log_probs[None]
+  run = run_of(params, config, roster, tokens, request_ids)
+  found = run.unembed_members(x) if of_members else run.aggregate(x).log_probs[None]
   return sharding.with_sharding_constraint(params, found)
 
 
@@ -542,6 +540,8 @@ def _of_router_logits(compute, params, config, roster, cache, tokens, request_id
   Returns:
     Its results `[L, R, ...]`, the logits without noise `[L, R, B, T, E]`, and the members' states.
   """
+  if roster.member_tasks is not None:
+    raise ValueError("gates, margins and traces are of members that share a model's own weights")
   run = run_of(params, config, roster, tokens, request_ids)
   x, outputs = states(params, config, roster, cache, tokens, request_ids, ("router_logits",))
 

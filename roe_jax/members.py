@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 import numpy as np
 
-from roe_jax import attention, sharding, transformer
+from roe_jax import attention, merging, sharding, transformer
 from roe_jax import noise as noise_lib
 from roe_jax.config import ModelConfig
 from roe_jax.layer_inputs import LayerOptions, RouterInputs, TokenBatch
 from roe_jax.params import Params
 from roe_jax.quantization import CONTRACTED, first_planes
 from roe_jax.roster import Roster
+from roe_jax.roster_settings import Weights
 
 
 class RosterOutputs(struct.PyTreeNode):
@@ -86,6 +87,7 @@ class RosterPass(struct.PyTreeNode):
       sliding layers.
     needed_BxT: bool, whether the outputs are used, or None if all are. An adaptive roster runs no
       members elsewhere.
+    starts_anew: whether the weights differ from the clean member's also before the first noise.
   """
 
   params: Params
@@ -96,6 +98,7 @@ class RosterPass(struct.PyTreeNode):
   request_ids_B: jax.Array
   lengths_B: jax.Array | None = None
   needed_BxT: jax.Array | None = None
+  starts_anew: bool = struct.field(pytree_node=False, default=False)
 
   @classmethod
   def of_step(
@@ -119,14 +122,17 @@ class RosterPass(struct.PyTreeNode):
     """Returns the noise of member(s) `member` at these addresses."""
     return routing_noise(self.roster, self.request_ids_B, self.positions_BxT, member)
 
-  def at_bits(self, bits: int | None) -> "RosterPass":
-    """Returns the pass that reads so many bits of the experts; None: all."""
-    if bits is None:
-      return self
-    experts = self.params.layers.experts
-    read = {name: first_planes(getattr(experts, name), bits) for name in CONTRACTED}
-    layers = self.params.layers.replace(experts=experts.replace(**read))
-    return self.replace(params=self.params.replace(layers=layers))
+  def with_weights(self, weights: Weights) -> "RosterPass":
+    """Returns the pass of members that compute with these weights."""
+    run = self
+    if weights.task is not None:
+      run = run.replace(params=merging.params_of_task(run.params, weights.task), starts_anew=True)
+    if weights.bits is not None:
+      experts = run.params.layers.experts
+      read = {name: first_planes(getattr(experts, name), weights.bits) for name in CONTRACTED}
+      layers = run.params.layers.replace(experts=experts.replace(**read))
+      run = run.replace(params=run.params.replace(layers=layers))
+    return run
 
   def embed(self) -> jax.Array:
     """Returns hidden states `[B, T, D]` before the first block."""
@@ -152,8 +158,20 @@ class RosterPass(struct.PyTreeNode):
     """Computes float32 logits `[..., V]` from hidden states after the last block."""
     return transformer.unembed(self.params, self.config, x)
 
+  def unembed_members(self, x_RxBxTxD: jax.Array) -> jax.Array:
+    """Computes float32 logits `[R, B, T, V]` from all members' states after the last block."""
+    if self.roster.member_tasks is None:
+      return self.unembed(x_RxBxTxD)
+    found = {}
+    for weights, group in self.roster.groups(self.roster.members):
+      run = self.with_weights(weights)
+      found |= {m: run.unembed(x_RxBxTxD[self.roster.members.index(m)]) for m in group}
+    return jnp.stack([found[m] for m in self.roster.members])
+
   def aggregate(self, x_RxBxTxD: jax.Array) -> RosterOutputs:
     """Aggregates all members' final hidden states, in batches of members."""
+    if self.roster.member_tasks is not None:
+      return self.aggregate_batches(self.unembed_members(x_RxBxTxD), self.unembed, x_RxBxTxD[:0])
     first, others = batches(self.config, self.roster, x_RxBxTxD.shape[1:3], self.mesh)
     rest = x_RxBxTxD[len(first) :].reshape(*others.shape, *x_RxBxTxD.shape[1:])
     return self.aggregate_batches(self.unembed(x_RxBxTxD[: len(first)]), self.unembed, rest)
@@ -183,13 +201,13 @@ class RosterPass(struct.PyTreeNode):
 
     Args:
       clean_BxTxV: the clean member's.
-      logits: `logits(run, members)` of this pass, or of it `at_bits`.
+      logits: `logits(run, members)` of this pass, or of it `with_weights`.
     """
     roster, shape = self.roster, clean_BxTxV.shape[:2]
     add = roster.aggregate_with.add
     total = add(None, clean_BxTxV[None]) if roster.include_clean else None
-    for bits, members in roster.groups(roster.members[1:]):
-      of_group = functools.partial(logits, self.at_bits(bits))
+    for weights, members in roster.groups(roster.members[1:]):
+      of_group = functools.partial(logits, self.with_weights(weights))
       sizes = _split(self.config, roster, shape, self.mesh, len(members))
       first, others = _in_batches(members, *sizes)
       total = self._add_batches(add(total, of_group(first)), of_group, others)

@@ -4,6 +4,8 @@ With `t_i = W_i - W` in float32, the unified vector u has per weight the sign of
 largest `|t_i|` with that sign. The mask of a task is `M_i = [t_i u > 0]`, and the task's model is
 `W + s_i M_i u`, with one scale s_i for all weights; see `SCALES`. Parameters of the routers are
 kept as each task has them, unless they are merged, too.
+
+`TaskParams` holds all tasks next to their base, so that a roster's members can compute with them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,15 +15,20 @@ import json
 import pathlib
 from typing import Any
 
+from flax import struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from roe_jax import typed
-from roe_jax.checkpoint_folder import PathLike
+from roe_jax.checkpoint_folder import PathLike, Piece, named_leaves
+from roe_jax.numerics import to_compute_dtype
+from roe_jax.params import Params
 from roe_jax.quantization import to_float32
 
 MERGE_FILE = "merge.json"
 FOLDER = "tasks"
+ALL = "all"  # in place of a task: all of them in shared storage
 # Parameters that choose experts.
 _ROUTERS = ("router", "correction_bias", "gate_scales")
 
@@ -107,15 +114,63 @@ def rebuild(
   found = {}
   for name, array in base.items():
     if (own := stored.get(f"own/{name}")) is not None:
-      new = own[task]
+      new = own[task].astype(array.dtype)
     else:
       vector, bits = stored[f"vector/{name}"], stored[f"masks/{name}"][task]
-      mask = np.unpackbits(bits, count=vector.size).reshape(vector.shape).astype(bool)
-      change = np.where(mask, np.float32(scale) * to_float32(vector), np.float32(0))
-      new = to_float32(np.asarray(array)) + change
-    new = np.asarray(new).astype(array.dtype)
+      new = _with_change(np, np.asarray(array), vector, bits, np.float32(scale))
     found[name] = jax.device_put(new, array.sharding) if isinstance(array, jax.Array) else new
   return found
+
+
+def _with_change(library, base, vector, bits, scale):
+  """Returns `base + scale * mask * vector` in the base's dtype; `library` is numpy or JAX's."""
+  mask = library.unpackbits(bits, count=vector.size).reshape(vector.shape) == 1
+  change = library.where(mask, scale * vector.astype("float32"), library.float32(0))
+  return (base.astype("float32") + change).astype(base.dtype)
+
+
+class TaskParams(struct.PyTreeNode):
+  """The tasks of merged fine-tunes, as `Params.tasks` of their base; on one device.
+
+  Names are those of the base's parameters, such as "layers.attention.query".
+
+  Attributes:
+    vector: {name: unified vector}, in the shapes and dtypes that were stored.
+    masks: {name: `[N, ceil(size / 8)]` uint8}, the bits of each task.
+    own: {name: `[N, ...]`}, parameters that each task keeps.
+    scales: `[N]` float32.
+  """
+
+  vector: dict[str, Any]
+  masks: dict[str, Any]
+  own: dict[str, Any]
+  scales: Any
+
+
+def params_of_task(params: Params, task: int) -> Params:
+  """Returns the parameters of a task, computed from the base's; also within a compiled function.
+
+  Raises:
+    ValueError: `params.tasks` lacks the task.
+  """
+  tasks: TaskParams | None = params.tasks
+  count = 0 if tasks is None else len(tasks.scales)
+  if tasks is None or task >= count:
+    raise ValueError(
+      f"members are to compute with task {task}, and the parameters have {count} tasks: open a "
+      f"checkpoint of merged fine-tunes as FOLDER#{ALL}"
+    )
+  base = params.replace(tasks=None)
+  leaves = []
+  for name, array in named_leaves(base).items():
+    array = to_compute_dtype(array)
+    if name in tasks.own:
+      leaves.append(to_compute_dtype(tasks.own[name][task]).astype(array.dtype))
+    else:
+      vector = to_compute_dtype(tasks.vector[name])
+      of_task = tasks.masks[name][task], tasks.scales[task]
+      leaves.append(_with_change(jnp, array, vector, *of_task))
+  return jax.tree.unflatten(jax.tree.structure(base), leaves)
 
 
 def write_piece(
@@ -189,6 +244,27 @@ class Tasks:
   def read(self, piece: str) -> dict[str, np.ndarray]:
     """Reads what `merge_piece` returned for the piece of this name."""
     return read_piece(self._folder, piece)[0]
+
+  def read_all(self, pieces: Sequence[Piece], kind: str) -> TaskParams:
+    """Reads all tasks, with the scales of a kind in `SCALES`."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for piece in pieces:
+      for key, array in self.read(piece.name).items():
+        kind_of, _, name = key.partition("/")
+        name = f"{kind_of}/layers.{name}" if piece.num_layers else key
+        parts.setdefault(name, []).append(array)
+    found: dict[str, dict[str, Any]] = {"vector": {}, "masks": {}, "own": {}}
+    for key, arrays in parts.items():
+      kind_of, _, name = key.partition("/")
+      if kind_of == "masks":  # the bits of a piece are padded to whole bytes
+        sizes = [a.size for a in parts[f"vector/{name}"]]
+        bits = [np.unpackbits(a, axis=-1, count=size) for a, size in zip(arrays, sizes)]
+        joined = np.packbits(np.concatenate(bits, axis=-1), axis=-1)
+      else:
+        joined = np.concatenate(arrays, axis=int(kind_of == "own"))
+      found[kind_of][name] = jnp.asarray(joined)
+    scales = [self.scale(task, kind) for task in range(len(self.names))]
+    return TaskParams(**found, scales=jnp.asarray(scales, jnp.float32))
 
 
 def read_piece(folder: pathlib.Path, name: str) -> tuple[dict[str, np.ndarray], list[dict]]:

@@ -1,6 +1,7 @@
 """Opens models by name, whatever their format.
 
-A name is the folder of a roe_jax checkpoint, `embedded:NAME`, or a name that another
+A name is the folder of a roe_jax checkpoint, `FOLDER#TASK` for a task of merged fine-tunes (or
+`FOLDER#all`, see `checkpoint.load`), `embedded:NAME`, or a name that another
 `ModelFormat` matches: `checkpoints_convert` adds Hugging Face folders, GGUF files and
 `hf:org/name`. A package adds a format with an entry point in the group `roe_jax.model_formats`, a
 program with `register`.
@@ -16,7 +17,7 @@ import re
 
 import jax
 
-from roe_jax import assets, checkpoint
+from roe_jax import assets, checkpoint, merging
 from roe_jax.checkpoint_folder import CONFIG_FILE, PLAN_FILE, PathLike, partial_folder
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
@@ -48,20 +49,33 @@ class ModelFormat:
   load_params: Callable[[str, str | None, Shardings], tuple[Params, ModelConfig]]
 
 
+def split_task(name: str) -> tuple[str, str | None]:
+  """Returns the folder and the task of a name FOLDER#TASK; None without a task."""
+  folder, mark, task = name.rpartition("#")
+  return (folder, task) if mark and not pathlib.Path(name).exists() else (name, None)
+
+
 def _is_checkpoint(name: str) -> bool:
-  path = pathlib.Path(name)
+  path = pathlib.Path(split_task(name)[0])
   return any((path / file).is_file() for file in (CONFIG_FILE, PLAN_FILE)) or (
     not path.exists() and partial_folder(path).is_dir()  # its error says how to resume
   )
+
+
+def _load_config(name: str) -> ModelConfig:
+  folder, task = split_task(name)
+  if task not in (None, merging.ALL):
+    merging.Tasks(folder).index(task)
+  return checkpoint.load_config(folder)
 
 
 _FORMATS = {
   "roe_jax": ModelFormat(
     "a roe_jax checkpoint folder",
     _is_checkpoint,
-    lambda name, weights: pathlib.Path(name),
-    checkpoint.load_config,
-    checkpoint.load,
+    lambda name, weights: pathlib.Path(split_task(name)[0]),
+    _load_config,
+    lambda name, *where: checkpoint.load(split_task(name)[0], *where, task=split_task(name)[1]),
   )
 }
 
@@ -78,7 +92,7 @@ def open_model(
 
   Args:
     name: a roe_jax checkpoint folder, a Hugging Face folder, a GGUF file,
-      `hf:org/name[@revision]`, or `embedded:NAME` (one of `assets.NAMES`).
+      `hf:org/name[@revision]`, `embedded:NAME` (one of `assets.NAMES`), or `FOLDER#TASK`.
     dtype: "float32" or "bfloat16"; the stored dtype by default.
     shardings: of the parameters, a `Params` tree (see `sharding.parameter_shardings`) or one for
       all; each device reads only its part. The default device by default.

@@ -95,13 +95,13 @@ class Nested:
     """
     low, high = (f(weights, axis=axis, keepdims=True) for f in (np.min, np.max))
     levels = 2**self.base - 1
-    scales = [_rounded((high - low) / np.float32(levels)), _rounded(low)]
+    scales = [rounded((high - low) / np.float32(levels)), rounded(low)]
     step = np.where(scales[0] == 0, np.float32(1), scales[0])
     codes = np.clip(np.rint((weights - scales[1]) / step), 0, levels)
     left = weights - (codes * scales[0] + scales[1])
     codes = codes.astype(np.uint8)
     for _ in range(self.bits - self.base):
-      scale = _rounded(np.abs(left).mean(axis=axis, keepdims=True))
+      scale = rounded(np.abs(left).mean(axis=axis, keepdims=True))
       signs = left >= 0
       left = left - np.where(signs, scale, -scale)
       codes = 2 * codes + signs
@@ -127,7 +127,7 @@ def unpack(plane: Any, library: Any) -> Any:
   return bits.reshape(*plane.shape[:-1], -1)
 
 
-def _rounded(scales):
+def rounded(scales: np.ndarray) -> np.ndarray:
   """Rounds scales to bfloat16, those that it cannot hold as normal numbers to zero."""
   scales = scales.astype(_BFLOAT16).astype(np.float32)
   if not np.isfinite(scales).all():

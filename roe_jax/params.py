@@ -125,6 +125,7 @@ class Params(struct.PyTreeNode):
   unembedding: Any  # [V, D]
   dense_layers: Any = None  # LayerParams of the first layers, whose MLP is `shared_expert`
   router_cell: Any = None  # RouterCell
+  tasks: Any = None  # merging.TaskParams of merged fine-tunes, next to their base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,12 +405,12 @@ def num_bytes(config: ModelConfig) -> int:
 
 
 def validate(params: Params, config: ModelConfig) -> None:
-  """Checks every leaf against `config`.
+  """Checks every leaf against `config`, except merged tasks.
 
   Raises:
     ValueError: a leaf is missing or unexpected, or has the wrong shape or dtype.
   """
-  expected = abstract(config)
+  expected, params = abstract(config), params.replace(tasks=None)
   if jax.tree.structure(params) != jax.tree.structure(expected):
     raise ValueError(
       f"the parameters do not have the structure of a {config.family} model: "

@@ -29,6 +29,7 @@ from roe_jax.aggregation import (
 from roe_jax.cache_modes import CACHES, CacheMode
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
+from roe_jax.roster_settings import Weights
 from roe_jax.routers import ROUTERS
 
 MEMORY_BUDGET = 256 * 2**20
@@ -47,6 +48,8 @@ _NO_TEMPERATURES = (
 _STATIC = {"static": True}
 # Settings that name an object, and the attribute that holds it.
 _OBJECTS = {"aggregation": "combine", "noise": "perturb", "cache": "cache_mode"}
+# Settings that give noisy members weights of their own.
+_OF_WEIGHTS = ("member_bits", "member_tasks")
 
 
 @jax.tree_util.register_dataclass
@@ -83,6 +86,9 @@ class Roster:
       their positions together, see `drafting`; 0 drafts none. Affects results by rounding only.
     member_bits: how many bits of experts in a nested format each noisy member reads; the clean
       member reads all. None: all members do.
+    member_tasks: index of the task of merged fine-tunes whose weights each noisy member computes
+      with; the clean member writes the cache with the base's. None: all members compute with the
+      model's own. See `merging.TaskParams`.
     unsure: positions at which the noisy members run, an `adaptive.Unsure`: where the clean member
       is unsure. Its distribution is the roster's at others. None: at all positions.
     member_stop: an `adaptive.Stop`: members run in batches until the most probable token is
@@ -108,6 +114,7 @@ class Roster:
   expert_strategy: str | None = dataclasses.field(metadata=_STATIC)
   draft_tokens: int = dataclasses.field(metadata=_STATIC)
   member_bits: tuple[int, ...] | None = dataclasses.field(metadata=_STATIC)
+  member_tasks: tuple[int, ...] | None = dataclasses.field(metadata=_STATIC)
   member_stop: Stop | None = dataclasses.field(metadata=_STATIC)
   # Compiled functions are cached by these objects: a name may be given to another one.
   combine: Aggregation = dataclasses.field(metadata=_STATIC)
@@ -134,6 +141,7 @@ class Roster:
     expert_strategy: str | None = None,
     draft_tokens: int = 0,
     member_bits: int | str | Sequence[int] | None = None,
+    member_tasks: int | str | Sequence[int] | None = None,
     unsure: str | Unsure | None = None,
     member_stop: str | float | Stop | None = None,
   ) -> "Roster":
@@ -155,7 +163,8 @@ class Roster:
       noise: a name, "module:function", or a function as in `perturbations.FAMILIES`.
       noisy_layers: by default from the first to the last layer with τ > 0. Set it to vary
         τ within the range without recompiling, or to run a roster at τ = 0.
-      member_bits: one number, or one for each noisy member: a list, or a text such as "3-2-2".
+      member_bits, member_tasks: one number, or one for each noisy member: a list, or a text such
+        as "3-2-2".
       unsure: such as "margin<0.5", "top_probability<0.9" or "entropy>1" (nats).
       member_stop: "exact", or an error rate.
 
@@ -190,6 +199,7 @@ class Roster:
       expert_strategy=expert_strategy,
       draft_tokens=draft_tokens,
       member_bits=member_bits,
+      member_tasks=member_tasks,
       unsure=unsure,
       member_stop=member_stop,
     )
@@ -247,7 +257,8 @@ class Roster:
     if "noisy_layers" not in changes and not given.is_traced(temperatures):
       values = given.as_temperatures(temperatures, layers)
       counts = given.as_experts_by_layer(settings["experts_by_layer"], layers)
-      noisy = given.differing_layers(values, counts, settings["member_bits"])
+      own = any(settings[name] is not None for name in _OF_WEIGHTS)
+      noisy = given.differing_layers(values, counts, own)
       if first == end or (noisy.size and not first <= noisy[0] <= noisy[-1] < end):
         settings["noisy_layers"] = None
     roster = self._checked(layers, **settings)
@@ -279,6 +290,7 @@ class Roster:
     expert_strategy,
     draft_tokens,
     member_bits,
+    member_tasks,
     unsure,
     member_stop,
   ) -> "Roster":
@@ -317,8 +329,12 @@ class Roster:
       raise ValueError(f"seed must be an integer in [0, 2**32), got {seed!r}")
     num_rows = num_members + (not include_clean)
     experts_by_layer = given.as_experts_by_layer(experts_by_layer, layers, num_rows)
-    member_bits = given.as_member_bits(member_bits, num_members - include_clean)
-    noisy = given.differing_layers(values, experts_by_layer, member_bits)
+    num_noisy = num_members - include_clean
+    member_bits = given.as_member_weights("member_bits", member_bits, 1, num_noisy)
+    member_tasks = given.as_member_weights("member_tasks", member_tasks, 0, num_noisy)
+    of_weights = dict(member_bits=member_bits, member_tasks=member_tasks)
+    own_weights = any(w is not None for w in of_weights.values())
+    noisy = given.differing_layers(values, experts_by_layer, own_weights)
     needed = (int(noisy[0]), int(noisy[-1]) + 1) if noisy.size else (layers, layers)
     if noisy_layers is None:
       noisy_layers = needed
@@ -328,7 +344,7 @@ class Roster:
     if noisy.size and not (first <= needed[0] and needed[1] <= end):
       raise ValueError(
         f"noisy_layers {noisy_layers} leaves out layers with a temperature above 0 or with other "
-        f"numbers of experts or bits; these span {needed}"
+        f"numbers of experts or weights; these span {needed}"
       )
     if combine.contrasts and not include_clean:
       raise ValueError(
@@ -346,17 +362,18 @@ class Roster:
     unsure, member_stop = given.as_adaptive(unsure, member_stop)
     if num_members == 1 and include_clean:
       first, end = layers, layers  # the clean member alone
-      unsure = member_stop = member_bits = None
+      unsure = member_stop = member_bits = member_tasks = None
     if not cache_mode.can_draft:
       needing = dict(draft_tokens=draft_tokens, unsure=unsure, member_stop=member_stop)
-      given.check_unset(cache, **needing, member_bits=member_bits)
+      given.check_unset(cache, **needing, **of_weights)
     if member_stop is not None:
       member_stop.check(combine, aggregation)
-      if len(set(member_bits or ())) > 1:
-        raise ValueError(
-          "with member_stop, members run in batches that read equal bits: give one number as "
-          f"member_bits, got {member_bits}"
-        )
+      for name, numbers in of_weights.items():
+        if len(set(numbers or ())) > 1:
+          raise ValueError(
+            "with member_stop, members run in batches that read equal weights: give one number as "
+            f"{name}, got {numbers}"
+          )
     return cls(
       jnp.asarray(temperatures if traced else values, jnp.float32),
       jnp.asarray(seed, jnp.uint32),
@@ -374,6 +391,7 @@ class Roster:
       expert_strategy,
       int(draft_tokens),
       member_bits,
+      member_tasks,
       member_stop,
       combine,
       perturb,
@@ -420,19 +438,23 @@ class Roster:
   @property
   def clean_runs_first(self) -> bool:
     """Whether the clean member runs before the noisy ones, not in a batch with some of them."""
-    return self.is_adaptive or self.member_bits is not None
+    return self.is_adaptive or self.has_own_weights
 
-  def groups(self, members: Sequence[int]) -> list[tuple[int | None, list[int]]]:
-    """Returns the members with the bits that they read, those with the same together.
+  @property
+  def has_own_weights(self) -> bool:
+    """Whether noisy members compute with weights of their own."""
+    return any(getattr(self, name) is not None for name in _OF_WEIGHTS)
 
-    None stands for all bits.
-    """
-    if self.member_bits is None:
-      return [(None, list(members))]
-    found: dict[int | None, list[int]] = {}
+  def groups(self, members: Sequence[int]) -> list[tuple[Weights, list[int]]]:
+    """Returns the members with the weights they compute with, those with the same together."""
+
+    def of(member, values):
+      return values[min(member, len(values)) - 1] if member and values is not None else None
+
+    found: dict[Weights, list[int]] = {}
     for member in members:
-      bits = self.member_bits[min(member, len(self.member_bits)) - 1] if member else None
-      found.setdefault(bits, []).append(member)
+      weights = Weights(of(member, self.member_bits), of(member, self.member_tasks))
+      found.setdefault(weights, []).append(member)
     return list(found.items())
 
   def check(self, config: ModelConfig) -> None:
@@ -466,9 +488,9 @@ class Roster:
       )
 
   def _is_uniform(self, temperatures):
-    """Whether no temperatures are given and all members use the same numbers of experts, bits."""
+    """Whether no temperatures are given and members do not differ by weights or experts."""
     counts = self.experts_by_layer
-    differ = (counts is not None and len(counts) > 1) or self.member_bits is not None
+    differ = (counts is not None and len(counts) > 1) or self.has_own_weights
     return temperatures is None and not differ
 
   def _check_router_bias(self, config):
@@ -505,6 +527,7 @@ class Roster:
       experts_by_layer=None if self.experts_by_layer is None else self.experts_by_layer[:1],
       draft_tokens=0,
       member_bits=None,
+      member_tasks=None,
       unsure=None,
       member_stop=None,
       combine=MEAN_PROBABILITY,
@@ -519,8 +542,9 @@ class Roster:
       optional["router_bias"] = [[v if np.isfinite(v) else str(v) for v in row] for row in rows]
     if self.experts_by_layer is not None:
       optional["experts_by_layer"] = np.asarray(self.experts_by_layer).tolist()
-    if self.member_bits is not None:
-      optional["member_bits"] = "-".join(map(str, self.member_bits))
+    for name in _OF_WEIGHTS:
+      if (values := getattr(self, name)) is not None:
+        optional[name] = "-".join(map(str, values))
     if self.unsure is not None:
       optional["unsure"] = str(self.unsure)
     if self.member_stop is not None:

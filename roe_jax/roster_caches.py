@@ -45,9 +45,9 @@ class CleanCache(CacheMode):
     x, shared = self._run_shared(run, cache, keep)
     found = [
       self._run_members(
-        run.at_bits(bits), CacheAccess(cache), x, shared, jnp.asarray(members), keep
+        run.with_weights(weights), CacheAccess(cache), x, shared, jnp.asarray(members), keep
       )
-      for bits, members in run.roster.groups(run.roster.members)
+      for weights, members in run.roster.groups(run.roster.members)
     ]
     states, outputs = zip(*found)
     order = np.argsort([m for _, group in run.roster.groups(run.roster.members) for m in group])
@@ -71,6 +71,8 @@ class CleanCache(CacheMode):
       `values` `[L, B, T, K, C]`, and all members' `experts` and `router_logits`.
     """
     first, end = run.roster.noisy_layers
+    if run.starts_anew:
+      x = run.embed()
     x = jnp.broadcast_to(x, (len(members), *x.shape))
     chosen, logits = jax.tree.map(
       lambda a: jnp.repeat(a[:, None], len(members), axis=1), (shared.experts, shared.router_logits)
@@ -130,7 +132,7 @@ class CleanCache(CacheMode):
 
     if run.roster.is_adaptive:
       return settling.complete(run, draft, logits)
-    if run.mesh is not None and run.roster.member_bits is None:
+    if run.mesh is not None and not run.roster.has_own_weights:
       return self.step(run, cache, write=False)[0]  # all members: their number fits the mesh
     return run.aggregate_after(draft.logits, lambda run, m: logits(run, draft, None, m))
 

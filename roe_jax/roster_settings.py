@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 import importlib
 import operator
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.core import Tracer
@@ -92,32 +92,46 @@ def as_experts_by_layer(counts: Any, layers: int, members: int | None = None) ->
   return jnp.asarray(values, jnp.int32)
 
 
-def as_member_bits(bits: Any, num_noisy: int) -> tuple[int, ...] | None:
-  """Returns one number, of all noisy members, or one for each; None if they read all bits.
+class Weights(NamedTuple):
+  """Which weights members compute with.
+
+  Attributes:
+    bits: how many bits of experts in a nested format; None: all.
+    task: index of a task of merged fine-tunes; None: the model's own weights.
+  """
+
+  bits: int | None = None
+  task: int | None = None
+
+
+def as_member_weights(name: str, given: Any, least: int, num_noisy: int) -> tuple[int, ...] | None:
+  """Returns one number, of all noisy members, or one for each; None if there is none.
 
   Args:
-    bits: a number, a list, or a text such as "3-2-2".
+    name: "member_bits" or "member_tasks".
+    given: a number, a list, or a text such as "3-2-2".
+    least: the smallest number.
     num_noisy: number of noisy members.
 
   Raises:
     ValueError: it is neither.
   """
-  if bits is None:
+  if given is None:
     return None
-  values = bits if isinstance(bits, Sequence) else (bits,)
-  if isinstance(bits, str):
-    values = [int(b) if b.isdecimal() else 0 for b in bits.split("-")]
-  if not all(is_integer(b) and b > 0 for b in values) or len(values) not in (1, num_noisy):
+  values = given if isinstance(given, Sequence) else (given,)
+  if isinstance(given, str):
+    values = [int(b) if b.isdecimal() else -1 for b in given.split("-")]
+  if not all(is_integer(b) and b >= least for b in values) or len(values) not in (1, num_noisy):
     raise ValueError(
-      "member_bits must be a positive integer, or one for each of the "
-      f"{num_noisy} noisy members such as 3-2-2, got {bits!r}"
+      f"{name} must be an integer of at least {least}, or one for each of the "
+      f"{num_noisy} noisy members such as 3-2-2, got {given!r}"
     )
   return tuple(map(int, values))
 
 
-def differing_layers(temperatures: np.ndarray, counts: Any, bits: Any = None) -> np.ndarray:
-  """Returns the layers where members differ: by noise, experts `[M, L]`, or bits (in all)."""
-  differ = (temperatures != 0) | (bits is not None)
+def differing_layers(temperatures: np.ndarray, counts: Any, weights: bool = False) -> np.ndarray:
+  """Returns the layers where members differ: by noise, experts `[M, L]`, or weights (in all)."""
+  differ = (temperatures != 0) | weights
   if counts is not None:
     rows = np.ones_like(counts) if is_traced(counts) else np.asarray(counts)
     differ |= (rows != rows[:1]).any(axis=0) | (is_traced(counts) and len(rows) > 1)

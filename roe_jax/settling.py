@@ -102,7 +102,7 @@ def _settle(run, draft, is_open, logits):
     run: the tokens.
     draft: what the clean member computed.
     is_open: `[B, T]` bool.
-    logits: `logits(run, members)`, float32 `[R, B, T, V]`, with `run` or it `at_bits`.
+    logits: `logits(run, members)`, float32 `[R, B, T, V]`, with `run` or it `with_weights`.
   """
   of_clean = _of_clean(draft.logits)
 
@@ -119,9 +119,8 @@ def _until_settled(run, clean, is_open, logits):
   """Runs members in batches while any row is open; see `_settle`."""
   roster, aggregation, stop = run.roster, run.roster.aggregate_with, run.roster.member_stop
   n, noisy = roster.num_members, jnp.asarray(roster.members[1:])
-  (bits, _), *other_bits = roster.groups(roster.members[1:])
-  assert not other_bits  # see Roster
-  logits = functools.partial(logits, run.at_bits(bits))
+  ((weights, _),) = roster.groups(roster.members[1:])  # see Roster
+  logits = functools.partial(logits, run.with_weights(weights))
   size = _batch_size(roster)
   first = len(noisy) - (len(noisy) - 1) // size * size
   batches = noisy[first:].reshape(-1, size)

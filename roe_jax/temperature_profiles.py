@@ -37,6 +37,7 @@ ROSTER_SETTINGS = {
   "unsure": str | None,
   "member_stop": str | float | None,
   "member_bits": str | None,
+  "member_tasks": str | None,
 }
 # Properties of a model that its temperatures depend on and that no dtype or quantization changes.
 SIZES = (

@@ -19,7 +19,9 @@ def member_logits(
 
   `record` is told each member's experts, member by member.
   """
-  p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
+  whole = lambda tree: jax.tree.map(lambda w: np.asarray(w, np.float64), tree)
+  tasks, of_noisy_tasks = params.tasks, roster.member_tasks
+  p = whole(params.replace(tasks=None))
 
   @functools.cache
   def matrix(name, index):
@@ -244,6 +246,11 @@ def member_logits(
 
   def run(index, shared_history):
     """All positions of one member: logits, and its keys and values by layer."""
+    nonlocal p
+    p = of_base
+    if of_noisy_tasks and index and roster.members[index]:
+      number = roster.members[index] - 1
+      p = of_task(of_noisy_tasks[0 if len(of_noisy_tasks) == 1 else number])
     own_history, logits = [[] for _ in layers], []
     for position, token in enumerate(tokens):
       x, state = config.embedding_multiplier * p.embedding[token], np.zeros(config.router_state)
@@ -253,6 +260,20 @@ def member_logits(
         own_history[layer].append(own)
       logits.append(p.unembedding @ norm(x, p.final_norm) / config.logits_scaling)
     return np.array(logits), own_history
+
+  of_base = p
+
+  def of_task(task):
+    """A task's parameters: the base's, and the unified vector where its bits are set."""
+
+    def change(path, w):
+      name = jax.tree_util.keystr(path, simple=True, separator=".")
+      if name in tasks.own:
+        return np.asarray(tasks.own[name][task], np.float64)
+      bits = np.unpackbits(np.asarray(tasks.masks[name][task]))[: w.size].reshape(w.shape)
+      return w + float(tasks.scales[task]) * bits * np.asarray(tasks.vector[name], np.float64)
+
+    return jax.tree_util.tree_map_with_path(change, of_base)
 
   shared = run(None, None)[1] if roster.cache == "clean" else None
   return np.array([run(index, shared)[0] for index in range(len(roster.members))])

@@ -1,4 +1,6 @@
-"""Nested codes: bits written out, prefixes, the error of each plane, and experts at fewer bits."""
+"""Nested codes: bits written out, prefixes, the error of each plane, experts at fewer bits, and
+compensation against its definition.
+"""
 
 import dataclasses
 from typing import Any
@@ -10,8 +12,8 @@ import pytest
 from test_quantized_experts import CLAMPED, check, weights
 import tiny
 
+from roe_jax import compensation, experts, quantization, transformer
 from roe_jax import params as params_lib
-from roe_jax import quantization
 from roe_jax.quantization import Quantized, dequantize, dequantize_on_host, first_planes, quantize
 
 
@@ -75,6 +77,79 @@ def test_one_plane_of_two_values_is_exact_and_zeros_are():
   array[3] = 0
   np.testing.assert_array_equal(dequantize_on_host(quantize(array, "nested:1-1", -1)), array)
   np.testing.assert_array_equal(dequantize_on_host(quantize(array, "nested:2-4", -1))[3], 0)
+
+
+def correlated(size):
+  """Inputs `[P, size]` whose directions differ in variance."""
+  random = np.random.RandomState(1)
+  mix = random.standard_normal((size, size)) * np.exp(-np.arange(size) / (size / 6))
+  return (random.standard_normal((8 * size, size)) @ mix.T).astype(np.float32)
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_compensation_lowers_the_error_of_outputs_at_all_bits(axis):
+  array, inputs = gaussian(1, 2, 128, 128), correlated(128)
+  moments = (inputs.T @ inputs)[None, None]
+  plain = quantize(array, "nested:2-4", axis)
+  same = compensation.quantize(array, "nested:2-4", axis, np.eye(128)[None, None])
+  for name in ("codes", "scales"):  # inputs without correlation have nothing to make up for
+    np.testing.assert_array_equal(getattr(same, name), getattr(plain, name))
+  found = compensation.quantize(array, "nested:2-4", axis, moments)
+  for bits, most in ((2, 0.4), (3, 0.7), (4, 1.0)):
+    changes = [dequantize_on_host(first_planes(m, bits)) - array for m in (found, plain)]
+    subscripts = "lend,pd->lepn" if axis == -1 else "lend,pn->lepd"
+    ours, theirs = (np.square(np.einsum(subscripts, c, inputs)).sum() for c in changes)
+    assert ours < most * theirs
+
+
+def test_weights_after_a_rounded_one_have_the_least_error_of_outputs():
+  """Solves for them after each rounding, in float64, as arXiv 2208.11580 defines it."""
+  weights, inputs = gaussian(3, 8).astype(np.float64), correlated(8).astype(np.float64)
+  moments = inputs.T @ inputs
+  moments += compensation.DAMPING * np.trace(moments) / 8 * np.eye(8)
+  step, low = (weights.max(1) - weights.min(1)) / 3, weights.min(1)
+  step, low = (np.asarray(jnp.asarray(a, jnp.bfloat16), np.float64) for a in (step, low))
+  current, codes = weights.copy(), np.zeros(weights.shape, int)
+  for j in range(8):
+    codes[:, j] = np.clip(np.rint((current[:, j] - low) / step), 0, 3)
+    current[:, j] = codes[:, j] * step + low
+    fixed, free = slice(0, j + 1), slice(j + 1, 8)
+    changed = (current - weights)[:, fixed] @ moments[fixed, free]
+    current[:, free] = weights[:, free] - changed @ np.linalg.inv(moments[free, free])
+  matrix = compensation.quantize(
+    weights[None, None].astype(np.float32), "nested:2-2", -1, (inputs.T @ inputs)[None, None]
+  )
+  found = np.round((dequantize_on_host(matrix)[0, 0] - low[:, None]) / step[:, None])
+  np.testing.assert_array_equal(found, codes)
+  assert (codes != np.clip(np.rint((weights - low[:, None]) / step[:, None]), 0, 3)).any()
+
+
+def test_second_moments_are_those_of_the_inputs_of_experts(monkeypatch):
+  config = tiny.config("olmoe")
+  params, texts, seen = tiny.params(config), tiny.texts([9, 5]), []
+  apply = experts.apply
+
+  def recorded(matrices, layer, x, chosen, *rest):
+    seen.append((int(layer), np.asarray(x), np.asarray(chosen)))
+    return apply(matrices, layer, x, chosen, *rest)
+
+  monkeypatch.setattr(experts, "apply", recorded)
+  with jax.disable_jit():
+    for text in texts:
+      transformer.forward(params, config, [text])
+  monkeypatch.undo()
+  found = compensation.second_moments(params, config, texts)
+  for layer in range(config.num_layers):
+    of_layer = [(x, chosen) for index, x, chosen in seen if index == layer]
+    x, chosen = (np.concatenate(a) for a in zip(*of_layer))
+    np.testing.assert_allclose(found["gate_up"][layer, 0], x.T @ x, rtol=1e-4, atol=1e-4)
+    for expert in range(config.num_experts):
+      own = x[(chosen == expert).any(-1)]
+      gate, up = np.einsum("pd,fid->ipf", own, params.layers.experts.gate_up[layer, expert])
+      hidden = gate / (1 + np.exp(-gate)) * up
+      np.testing.assert_allclose(
+        found["down"][layer, expert], hidden.T @ hidden, rtol=1e-4, atol=1e-4
+      )
 
 
 @pytest.mark.parametrize("strategy", [None, "dense", "grouped_matmul", "native"])

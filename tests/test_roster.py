@@ -68,7 +68,8 @@ def recomputed_states(params, config, roster):
 
 def logits(model, roster):
   config, params = model
-  return np.asarray(transformer.unembed(params, config, member_states(params, config, roster)[0]))
+  states = member_states(params, config, roster)[0]
+  return np.asarray(of_tokens(params, config, roster).unembed_members(states))
 
 
 def by_definition(model, roster):
@@ -230,9 +231,9 @@ def test_members_at_fewer_bits_are_those_of_the_definition(olmoe, settings):
     (None, {"member_bits": 2}, "only experts in a nested format can be read with fewer bits"),
     ("nested:2-4", {"member_bits": 5}, "read with 2 to 4 bits, got 5"),
     ("nested:2-4", {"member_bits": "2-3"}, "one for each of the 3 noisy members"),
-    ("nested:2-4", {"member_bits": 0}, "member_bits must be a positive integer"),
+    ("nested:2-4", {"member_bits": 0}, "member_bits must be an integer of at least 1"),
     ("nested:2-4", {"member_bits": 2, "cache": "standard"}, "member_bits needs a cache"),
-    ("nested:2-4", {"member_bits": "2-2-3", "member_stop": "exact"}, "read equal bits"),
+    ("nested:2-4", {"member_bits": "2-2-3", "member_stop": "exact"}, "read equal weights"),
   ],
 )
 def test_bits_that_members_cannot_read(expert_format, settings, message):

@@ -31,6 +31,7 @@ from roe_jax import (
   assets,
   costs,
   makers,
+  merging,
   model_formats,
   perturbations,
   presets,
@@ -362,6 +363,13 @@ def define_roster_flags(num_members: int = 1) -> None:
     "How many bits of experts in a nested format the noisy members read, such as 2, or 3-2-2 for "
     "each of three; the clean member reads all. Default: all members do.",
   )
+  flags.DEFINE_string(
+    "member_tasks",
+    None,
+    "Index of the task whose weights the noisy members compute with, such as 1, or 0-1-2 for each "
+    "of three, of a checkpoint of merged fine-tunes that is opened as FOLDER#all; the clean member "
+    "computes with the base's. Default: all members do.",
+  )
   flags.DEFINE_integer(
     "draft_tokens",
     0,
@@ -450,17 +458,22 @@ def roster_from_flags(config: ModelConfig, check_idle: bool = True) -> Roster:
     draft_tokens=f.draft_tokens,
     **settings,
   )
+  if roster.member_tasks is not None and not f.checkpoint.endswith(f"#{merging.ALL}"):
+    raise ValueError(
+      f"--member_tasks needs a checkpoint of merged fine-tunes: --checkpoint=FOLDER#{merging.ALL}"
+    )
   if not check_idle:
     return roster
   needs = (
     "does nothing to the baseline, a single member without noise: give --num_members and --tau"
   )
-  differ = f["tau"].present or any(roster.temperatures) or roster.member_bits
+  differ = f["tau"].present or any(roster.temperatures) or roster.has_own_weights
   refuse_idle(not differ, ("num_members",), needs)
   # An explicit --num_members=1 is the start of a sweep.
   if roster.is_baseline and not f["num_members"].present:
     refuse_idle(any(roster.temperatures), ("tau",), needs)
-    idle = "noise gate_weights cache aggregation unsure member_stop draft_tokens member_bits"
+    idle = "noise gate_weights cache aggregation unsure member_stop draft_tokens "
+    idle += "member_bits member_tasks"
     refuse_idle(True, idle.split(), needs)
   return roster
 
@@ -653,6 +666,8 @@ def load_params(
   """
   shardings = None
   folder = str(in_all_processes(lambda: checkpoint_path(name, weights=True)))
+  if (task := model_formats.split_task(name)[1]) is not None:
+    folder = f"{folder}#{task}"
   if distributed.num_processes() > 1:
     mesh = mesh or "auto"
   if mesh is not None:

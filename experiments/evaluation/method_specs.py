@@ -128,6 +128,7 @@ class RosterOf(Spec):
   unsure: str | None = None
   member_stop: str | None = None
   member_bits: str | None = None
+  member_tasks: str | None = None
   k: str | None = None
   gates: str | None = None
   mass: float | None = None
@@ -157,7 +158,9 @@ class RosterOf(Spec):
       values["temperatures"] = temperatures.astype(np.float32)
     roster = _create_roster(config, base, experts_by_layer=by_member, **values)
     # A search may find that zero temperatures are best, so a profile may have them.
-    differ = profile or by_member or roster.member_bits or bool(jnp.any(roster.temperatures > 0))
+    differ = (
+      profile or by_member or roster.has_own_weights or bool(jnp.any(roster.temperatures > 0))
+    )
     if roster.is_baseline or not differ:
       raise ValueError(
         "it is the baseline: set n to at least 2, and router temperatures with t=... or --tau"
@@ -172,6 +175,7 @@ class RosterOf(Spec):
       "unsure": "where {}",
       "member_stop": "members until settled ({})",
       "member_bits": "members at {} bits",
+      "member_tasks": "members of tasks {}",
       "k": "{} experts",
       "gates": "gates {}",
       "mass": "experts of {:g} of the probability",

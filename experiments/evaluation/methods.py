@@ -7,7 +7,7 @@ A method is written as NAME or NAME:SETTING=VALUE,...:
     best_baseline                           its best sampling settings on validation examples
     roster:n=8,t=0.3,aggregation=mean_logit any of n, t (or profile=FILE with the τ of each layer),
                                             cache, aggregation, include_clean, gate_weights, noise,
-                                            unsure, member_stop, member_bits,
+                                            unsure, member_stop, member_bits, member_tasks,
                                             layers=0-9 (those with noise),
                                             k=3-2-4 (experts of each member, the clean one first)
     experts:k=16,gates=rescaled             the baseline with k experts per token; k=8-8-6-4 by

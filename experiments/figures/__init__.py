@@ -66,7 +66,8 @@ REVIEWERS = (
 )
 LANGUAGE = ("main_table", "last_words")
 VISION = ("vision_sr", "vision_moe")
-NAMES = PAPER + REVIEWERS + LANGUAGE + VISION
+SYSTEMS = ("merged_tasks",)
+NAMES = PAPER + REVIEWERS + LANGUAGE + SYSTEMS + VISION
 # Settings of a model that only some figures use.
 BUDGETS = (
   "num_members",

@@ -15,6 +15,7 @@ PARTS = (
   ("The paper's figures and tables", figures.PAPER),
   ("What its reviewers asked for", figures.REVIEWERS),
   ("Real text", figures.LANGUAGE),
+  ("Related systems", figures.SYSTEMS),
   ("Not language", figures.VISION),
 )
 

@@ -23,11 +23,15 @@ def encode(
 
 
 def pack(
-  sequences: list[tuple[list[int], list[int]]], ids: list[int], question_weight: float, pad_id: int
+  sequences: list[tuple[list[int], list[int]]],
+  ids: list[int],
+  question_weight: float,
+  pad_id: int,
+  multiple: int = MULTIPLE,
 ) -> Batch:
-  """Returns a batch of numpy arrays, padded on the right to a multiple of `MULTIPLE`."""
+  """Returns a batch of numpy arrays, padded on the right to a multiple of some length."""
   longest = max(len(prompt) + len(completion) for prompt, completion in sequences)
-  shape = (len(sequences), -(-longest // MULTIPLE) * MULTIPLE)
+  shape = (len(sequences), -(-longest // multiple) * multiple)
   tokens = np.full(shape, pad_id, np.int32)
   weights = np.zeros(shape, np.float32)
   for i, (prompt, completion) in enumerate(sequences):

@@ -79,17 +79,20 @@ def batches(
   first, end = roster.noisy_layers[0], config.num_layers
   shape = batch_size, positions, config.d_model
   found = [_batch(mesh, shape, range(first), 1, None)] if first else []
-  for bits, members in roster.groups(roster.members):
+  for weights, members in roster.groups(roster.members):
     group = roster
-    if roster.member_bits is not None:
-      changes: dict = dict(num_members=len(members), include_clean=True, member_bits=None)
+    if roster.has_own_weights:
+      changes: dict = dict(member_bits=None, member_tasks=None)
+      changes |= dict(num_members=len(members), include_clean=True)
       group = dataclasses.replace(roster, **changes)
     size, *others = roster.cache_mode.member_batches(
       config, group, (batch_size, positions), mesh, platform
     )
     sizes = [(size, 1), tuple(reversed(others))]
     layers = range(first, end)
-    found += [_batch(mesh, shape, layers, times, size, bits) for size, times in sizes if times]
+    found += [
+      _batch(mesh, shape, layers, times, size, weights.bits) for size, times in sizes if times
+    ]
   return found
 
 

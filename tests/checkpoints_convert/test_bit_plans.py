@@ -9,7 +9,8 @@ import pytest
 from test_convert import load_leaves, run
 import tiny
 
-from roe_jax import bit_plans, checkpoint, quantization
+from checkpoints_convert import quantize_checkpoint
+from roe_jax import bit_plans, checkpoint, compensation, quantization
 from roe_jax import params as params_lib
 from roe_jax.nested import Nested
 from roe_jax.quantization import dequantize_on_host
@@ -127,6 +128,23 @@ def test_a_checkpoint_with_a_plan(tmp_path, capsys, source):
   assert code == 0 and "mean 3;" in out
 
 
+def test_a_checkpoint_with_compensation(tmp_path, capsys, source, monkeypatch):
+  texts = np.array(tiny.texts([8, 8]))
+  monkeypatch.setattr(quantize_checkpoint, "_sequences", lambda *given: texts.tolist())
+  more = dict(compensate=True, calibration="TEXT.txt", bits_plan="uniform(mean=3)")
+  assert convert(capsys, source, tmp_path / "roe", **more)[0] == 0
+  assert checkpoint.load_provenance(tmp_path / "roe")["compensated"] is True
+  params, config = checkpoint.load(tmp_path / "roe")
+  original = tiny.params(CONFIG)
+  moments = compensation.second_moments(original, CONFIG, texts)
+  for name, axis in quantization.CONTRACTED.items():
+    array = np.asarray(getattr(original.layers.experts, name))
+    expected = compensation.quantize(array, config.expert_format, axis, moments[name])
+    found = getattr(params.layers.experts, name)
+    np.testing.assert_array_equal(found.codes, expected.codes)
+    np.testing.assert_array_equal(found.scales, expected.scales)
+
+
 @pytest.mark.parametrize(
   "arguments, message",
   [
@@ -136,6 +154,9 @@ def test_a_checkpoint_with_a_plan(tmp_path, capsys, source):
     (dict(bits_plan="frequency"), "looks at text: give --calibration"),
     (dict(bits_plan="PLAN"), r"3 lists \(layers\) of 8 whole numbers"),
     (dict(bits_plan="uniform", quantize_experts=None), "needs --quantize_experts=nested"),
+    (dict(compensate=True, quantize_experts=None), "compensate needs --quantize_experts=nested"),
+    (dict(compensate=True, quantize_experts="int4"), "only experts in a nested format"),
+    (dict(compensate=True), "compensate looks at text: give --calibration"),
   ],
 )
 def test_plans_that_cannot_be_are_refused(tmp_path, capsys, source, arguments, message):

@@ -7,9 +7,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from test_convert import run
+import test_roster
 import tiny
 
-from roe_jax import checkpoint, merging
+from checkpoints_convert import merge_checkpoints
+from experiments.cli import app
+import roe_jax
+from roe_jax import checkpoint, merging, scoring
+from roe_jax.roster import Roster
 
 CONFIG = tiny.config("olmoe")
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -139,6 +144,56 @@ def test_a_merged_checkpoint_rebuilds_each_task(tmp_path, capsys, folders):
   damaged.write_bytes(damaged.read_bytes()[:-9])
   with pytest.raises(ValueError, match="is damaged: merge the tasks again"):
     checkpoint.load(tmp_path / "merged", task=0)
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint")
+def test_members_of_a_roster_compute_with_the_weights_of_tasks(tmp_path, folders):
+  base, *tasks = folders
+  merge_checkpoints.convert([str(t) for t in tasks], str(base), str(tmp_path / "merged"))
+  params, config = roe_jax.model_formats.load_params(f"{tmp_path}/merged#all")
+  for i, task in enumerate(tasks):
+    expected = leaves(tmp_path / "merged", task=i)
+    found = checkpoint.named_leaves(merging.params_of_task(params, i))
+    assert found.keys() == expected.keys()
+    for name in found:
+      np.testing.assert_allclose(found[name], expected[name], rtol=1e-6, atol=1e-7)
+    by_name = roe_jax.model_formats.load_params(f"{tmp_path}/merged#{task}")[0]
+    np.testing.assert_array_equal(by_name.embedding, expected["embedding"])
+  # Three noisy members with the weights of tasks 1, 0, 1, on the base's Clean Cache.
+  roster = Roster.create(config, 4, [0.0, 0.8, 0.4], seed=9, member_tasks="1-0-1")
+  assert roster.noisy_layers == (0, 3)
+  model = config, params
+  expected = test_roster.by_definition(model, roster)
+  assert np.abs(expected[0] - expected[1]).max() > 0.05 * np.abs(expected).max()
+  test_roster.assert_close(test_roster.logits(model, roster), expected)
+  averaged = np.log(np.mean(np.asarray(jax.nn.softmax(expected.astype(np.float32))), axis=0))
+  targets = np.asarray(test_roster.TOKENS)[:, 1:, None]
+  wanted = np.take_along_axis(averaged[:, :-1], targets, axis=-1)[..., 0]
+  ids = test_roster.REQUESTS.tolist()
+  for unsure in (None, "margin<2"):  # all positions, and members where they are needed
+    each = roster.replace(unsure=unsure)
+    found = scoring.score(params, config, test_roster.TOKENS.tolist(), roster=each, request_ids=ids)
+    np.testing.assert_allclose([s.log_probs[:, 0] for s in found.sequences], wanted, atol=1e-4)
+  # As stored on CPUs in bfloat16: after one token, a member sees nothing that the base wrote.
+  pairs = test_roster.TOKENS[:, :2].tolist()
+  params, config = app.load_params(f"{tmp_path}/merged#all", "bfloat16")
+  one = Roster.create(config, 1, 0.0, include_clean=False, member_tasks=1)
+  of_task = merging.params_of_task(params, 1)
+  found, expected = (
+    scoring.score(p, config, pairs, roster=r).sequences for p, r in ((params, one), (of_task, None))
+  )
+  for x, y in zip(found, expected):
+    np.testing.assert_allclose(x.log_probs, y.log_probs, atol=1e-3)
+  own = app.load_params(f"{tmp_path}/merged#1", "bfloat16")[0].embedding
+  np.testing.assert_allclose(
+    np.asarray(of_task.embedding, np.float32), np.asarray(own, np.float32), rtol=2**-7, atol=1e-3
+  )
+  with pytest.raises(ValueError, match="task 2, and the parameters have 2 tasks"):
+    test_roster.logits(model, roster.replace(member_tasks=2))
+  with pytest.raises(ValueError, match="member_tasks must be an integer of at least 0, or one for"):
+    roster.replace(member_tasks="0-1")
+  with pytest.raises(ValueError, match="no task 'c' in .*choose one of 0"):
+    roe_jax.load_config(f"{tmp_path}/merged#c")
 
 
 def test_an_interrupted_merge_resumes(tmp_path, capsys, monkeypatch, folders):

@@ -7,6 +7,7 @@ import threading
 import types
 
 import jax
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from experiments import figures
 from experiments.analysis import paired_statistics
 from experiments.analysis.run_results import Result, Tuning
 from experiments.benchmarks import power, timing
+from experiments.cli import app
 from experiments.evaluation import methods
 from experiments.figures import (
   calibration,
@@ -28,6 +30,7 @@ from experiments.figures import (
   last_words,
   likelihoods,
   main_table,
+  merged_tasks,
   overhead,
   passages,
   scaling_law,
@@ -37,8 +40,9 @@ from experiments.figures import (
   transfer,
 )
 from experiments.figures.figure_run import RECORDS, FigureRun, read_records, write_records
+from experiments.tasks import wordmath, wordmath_task, wordmath_tokenizer
 from experiments.tuning import confirm
-from roe_jax import decode, diagnostics, presets, scoring
+from roe_jax import checkpoint, decode, diagnostics, presets, scoring
 from roe_jax import params as params_lib
 from roe_jax.roster import Roster
 
@@ -515,6 +519,60 @@ def test_last_words_are_read_as_all_members_predict_them(last_words_run, monkeyp
   more = dataclasses.replace(run, config=dataclasses.replace(run.config, num_examples=6))
   monkeypatch.setattr(passages, "PART", 5)
   assert last_words.measure(more)[1]["examples"] == 6
+
+
+def test_merged_tasks_are_compared_with_averages_and_task_arithmetic(tmp_path, monkeypatch):
+  config = merged_tasks.Config(multiples=(0.5, 1.0), temperatures=(0.3,), num_examples=2)
+  model = dataclasses.replace(figure_models.get("embedded"), num_validation=40)
+  run = FigureRun("merged_tasks", model, config, tmp_path)
+  params, of_model = app.load_params(config.checkpoint, "float32")
+  keys = iter(jax.random.split(jax.random.key(0), 99))
+  changes = [
+    jax.tree.map(lambda w: 0.01 * jax.random.normal(next(keys), w.shape), params) for _ in range(2)
+  ]
+
+  def fine_tune(run, kind):
+    folder = run.folder / kind
+    checkpoint.save(
+      folder,
+      jax.tree.map(jnp.add, params, changes[kind == "choice"]),
+      of_model,
+      files=app.checkpoint_path(config.checkpoint),
+    )
+    return str(folder)
+
+  monkeypatch.setattr(merged_tasks, "_fine_tune", fine_tune)
+  problems = merged_tasks._Problems(run)
+  valued = []
+  monkeypatch.setattr(problems, "value", lambda system, seed: valued.append(system) or len(valued))
+  systems = merged_tasks._systems(run, problems, run.measurements())
+  of = lambda name, task=0: systems[name][0](task, 7)
+  embedding, (a, b) = params.embedding, (c.embedding for c in changes)
+  # Three of the four fine-tunes are the same.
+  found = of("average of weights")[0].embedding
+  np.testing.assert_allclose(found, embedding + (3 * a + b) / 4, atol=1e-6)
+  np.testing.assert_allclose(
+    of("task arithmetic, 0.5")[0].embedding, embedding + (3 * a + b) / 2, atol=1e-6
+  )
+  np.testing.assert_array_equal(of("separate fine-tunes", 3)[0].embedding, embedding + b)
+  one = sum(w.nbytes for w in jax.tree.leaves(params))
+  assert systems["base"][1] == one and systems["separate fine-tunes"][1] == 4 * one
+  assert 2 * one < systems["merged, task given, scale sums"][1] < 2.3 * one
+  _, roster = of("roster of the four tasks, τ = 0.3")
+  assert (roster.member_tasks, roster.include_clean, int(roster.seed)) == ((0, 1, 2, 3), False, 7)
+
+
+@pytest.mark.parametrize("kind", merged_tasks.TASKS)
+def test_problems_of_sub_tasks_and_their_answers(kind):
+  tokenizer = wordmath_tokenizer.build_tokenizer()
+  for index in range(5):
+    problem = merged_tasks._problem(kind, index, 1)
+    assert kind in ("choice", wordmath_task.kind_of(problem))
+    before, answer = merged_tasks._encode(tokenizer, kind, problem)
+    text = tokenizer.decode(before + answer)
+    assert text == wordmath.prompt(problem) + wordmath.completion(problem)
+    if kind == "choice":
+      assert tokenizer.decode(answer) == f"{problem.result}. #### {problem.result}"
 
 
 def test_the_main_table_has_each_method_as_it_scores_alone(last_words_run, monkeypatch):
