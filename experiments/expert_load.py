@@ -15,7 +15,6 @@ next largest load in the other batches goes to the device with the least so far.
 bootstrap over batches) are of the difference from the baseline. Writes --output.
 """
 
-import json
 import pathlib
 
 from absl import flags
@@ -24,7 +23,7 @@ import numpy as np
 from checkpoints_convert import outputs
 from experiments import tasks
 from experiments.analysis import paired_statistics
-from experiments.cli import app
+from experiments.cli import app, text_files
 from experiments.cli.extras import tabulate
 from experiments.evaluation.requests import TaskRequests
 from roe_jax import diagnostics
@@ -158,7 +157,7 @@ def main(argv) -> None:
       change = paired_statistics.bootstrap([values - baseline[name]], np.mean)
       cells.append("{:.3f} ({:+.3f} [{:+.3f}, {:+.3f}])".format(values.mean(), *change))
     rows.append([f"n = {FLAGS.num_members}, τ = {tau}", *cells])
-  app.write_atomically(pathlib.Path(FLAGS.output), json.dumps(results, indent=2) + "\n")
+  app.write_atomically(pathlib.Path(FLAGS.output), text_files.to_json(results, indent=2) + "\n")
   print(tabulate.tabulate(rows, ["largest load / mean", *baseline]))
 
 
