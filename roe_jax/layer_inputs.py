@@ -72,6 +72,7 @@ class LayerOptions:
     keep: names of the `BlockOutputs` to return.
     detach_router_state: whether no gradient flows through the state of a recurrent router from
       layer to layer.
+    rematerialize: whether gradients recompute what is inside a layer, and only its input is kept.
     tokens_sharded: see `experts.apply`; set inside a `shard_map`.
   """
 
@@ -80,4 +81,5 @@ class LayerOptions:
   strategy: str | None = None
   keep: tuple[str, ...] = ()
   detach_router_state: bool = False
+  rematerialize: bool = False
   tokens_sharded: bool = False
