@@ -287,7 +287,7 @@ PRESETS = {
     rms_norm_eps=1e-6,
   ),
   # A shape for dry runs (arXiv 2505.04519): its checkpoints have tensor names of their own. The
-  # paper's sizes; vocabulary, attention and context as in the published configuration code.
+  # paper's sizes; the others, with three dense layers, as in the published configuration code.
   "pangu-ultra-moe": _deepseek_v3(
     vocab_size=153600,
     d_model=7680,
