@@ -40,21 +40,23 @@ class Part:
     axes = [axis for group in groups for axis in group]
     self.tensor = rule.tensor.format(layer=layer, expert=expert, shared=sizes["E"])
     self.parameter = rule.parameter
-    self.shape = tuple(math.prod(sizes[a] for a in group) for group in groups)
+    self._sizes = tuple(sizes[a] for a in axes)
+    self.size = math.prod(self._sizes)
+    self._rows_of = rule.rows_of
+    self._before, after = (sum(sizes[a] for a in letters) for letters in rule.rows)
+    split = list(self._sizes)
+    split[self._rows_of] += self._before + after
+    self.split = tuple(split)
+    self.shape = tuple(
+      math.prod(split[start : start + len(group)])
+      for start, group in zip(itertools.accumulate(map(len, groups), initial=0), groups)
+    )
     self.is_bytes = rule.stored != "numbers"
     self._in_blocks = rule.stored == "blocks"
     if self._in_blocks:
       self.shape = (*self.shape[:-1], self.shape[-1] // 32, 16)
-    self._sizes = tuple(sizes[a] for a in axes)
-    self.split = self._sizes
-    if self._in_blocks:
-      self.split = (*self._sizes[:-1], *self.shape[-2:])
-    self.size = math.prod(self.shape)
-    self._before, after = (sum(sizes[a] for a in letters) for letters in rule.rows)
-    if others := self._before + after:
-      per_row = self.shape[0] // self.split[0]
-      self.shape = (self.shape[0] + others * per_row, *self.shape[1:])
-      self.split = (self.split[0] + others, *self.split[1:])
+      self.split = (*self.split[:-1], *self.shape[-2:])
+      self.size = math.prod(self.shape)
     order = [axes.index(token) for token in target.split() if token in axes]
     self._inverse = tuple(order.index(i) for i in range(len(axes)))
     self._index: tuple[Any, ...] = () if row is None else (row,)
@@ -82,7 +84,7 @@ class Part:
     if self._in_blocks:
       own[-1] = tuple(2 * end for end in own[-1])
     spans = [own[i] for i in self._inverse]
-    spans[0] = tuple(end + self._before for end in spans[0])
+    spans[self._rows_of] = tuple(end + self._before for end in spans[self._rows_of])
     if self._in_blocks:
       start, stop = spans[-1]
       spans[-1:] = [(start // 32, stop // 32), (0, 16)]
@@ -116,8 +118,9 @@ class Part:
       codes[...] = pack(loose)
 
   @property
-  def _own_rows(self) -> slice:
-    return slice(self._before, self._before + self._sizes[0])
+  def _own_rows(self) -> tuple[slice, ...]:
+    own = slice(self._before, self._before + self._sizes[self._rows_of])
+    return (*self._rows_of * [slice(None)], own)
 
   def take(self, parameter: np.ndarray, tensor: np.ndarray | None = None) -> np.ndarray:
     """Extracts the hub tensor from the parameter; the inverse of `fill`.
@@ -182,6 +185,11 @@ def parts(config: ModelConfig, piece: Piece, layout: str = SEPARATE) -> Iterator
     "S": config.d_shared_expert // config.d_expert,
     "U": 2,
     "I": 1,
+    "Z": config.kv_lora_rank,
+    "Q": config.q_lora_rank,
+    "W": config.cached_head_dim,
+    "A": config.head_dim - (config.rotary_dim or 0),
+    "X": config.v_head_dim,
     "M": config.d_model // 32,
     "N": config.d_expert // 32,
   }

@@ -5,7 +5,9 @@ parentheses merge axes, and the axes of one layer's parameter on its right. Ther
 index of the rule's expert, and a number is an index: `"F D -> expert F 1 D"` is the second half of
 a fused projection. Letters are axis sizes (see `ModelConfig`; G is the shared expert's width, P
 that of the MLP of the first dense layers, U the pair gate and up, I one, M and N the blocks of 32
-in D and in F). Every pattern is a permutation, so it can be inverted without loss.
+in D and in F; of latent attention, Z is the latent's width, Q that of queries, W that of a cached
+key, A that of a head without rotation, and X that of its values). Every pattern is a permutation,
+so it can be inverted without loss.
 
 Where a family stores experts in two forms, the rules apply to the config of the files, whose
 `expert_format` says which form they have, and to their layout: transformers 5 saves the experts of
@@ -35,6 +37,7 @@ class Rule:
     dense: whether the tensor exists in the first dense layers, and only in these.
     rows: how many rows the tensor has before and after the parameter's, each a sum of sizes such as
       "HK". Those that no parameter has are not read, and zeros are written.
+    rows_of: the axis that these rows are of, an index among the axes on the pattern's left.
     stored: "numbers" of any floating-point dtype; "bytes" that are copied unchanged; or "blocks"
       of 4-bit codes (see `mxfp4`), which the parameter packs in pairs along its last axis. The
       pattern describes unpacked codes.
@@ -48,6 +51,7 @@ class Rule:
   layout: str | None = None
   dense: bool = False
   rows: tuple[str, str] = ("", "")
+  rows_of: int = 0
   stored: str = "numbers"
 
 
@@ -133,14 +137,41 @@ _SHARED_AND_DENSE = (
   *_every_token(_MLP + "shared_experts.", "G", when="d_shared_expert"),
   *_every_token(_MLP, "P", dense=True),
 )
+_CORRECTION_BIAS = Rule(_MLP + "gate.e_score_correction_bias", "correction_bias", "E -> E")
 _GLM4_MOE = (
   *_COMMON,
   *_QKV_BIASES,
   *_QK_NORMS_PER_HEAD,
   *_MLP_EXPERTS,
   *_SHARED_AND_DENSE,
-  Rule(_MLP + "gate.e_score_correction_bias", "correction_bias", "E -> E"),
+  _CORRECTION_BIAS,
 )
+# Multi-head latent attention.
+_LATENT = (
+  *(rule for rule in _COMMON if "self_attn" not in rule.tensor),
+  Rule(_ATTENTION + "q_proj.weight", "attention.query", "(H C) D -> H C D", unless="q_lora_rank"),
+  Rule(_ATTENTION + "q_a_proj.weight", "attention.query_down", "Q D -> Q D", when="q_lora_rank"),
+  Rule(_ATTENTION + "q_a_layernorm.weight", "attention.query_norm", "Q -> Q", when="q_lora_rank"),
+  Rule(_ATTENTION + "q_b_proj.weight", "attention.query", "(H C) Q -> H C Q", when="q_lora_rank"),
+  Rule(_ATTENTION + "kv_a_proj_with_mqa.weight", "attention.key_down", "W D -> W D"),
+  Rule(_ATTENTION + "kv_a_layernorm.weight", "attention.key_norm", "Z -> Z"),
+  Rule(
+    _ATTENTION + "kv_b_proj.weight",
+    "attention.key_up",
+    "(H A) Z -> H A Z",
+    rows=("", "X"),
+    rows_of=1,
+  ),
+  Rule(
+    _ATTENTION + "kv_b_proj.weight",
+    "attention.value_up",
+    "(H X) Z -> H X Z",
+    rows=("A", ""),
+    rows_of=1,
+  ),
+  Rule(_ATTENTION + "o_proj.weight", "attention.output", "D (H X) -> H X D"),
+)
+_DEEPSEEK = (*_LATENT, *_MLP_EXPERTS, *_SHARED_AND_DENSE)
 _BAILING = _LAYER + "attention."
 
 
@@ -251,6 +282,8 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
     Rule(_MLP + "shared_expert_gate.weight", "shared_expert.gate", "I D -> I D"),
   ),
   "qwen3_moe": (*_COMMON, *_QK_NORMS_PER_HEAD, *_MLP_EXPERTS),
+  "deepseek_v2": _DEEPSEEK,
+  "deepseek_v3": (*_DEEPSEEK, _CORRECTION_BIAS),
   "glm4_moe": _GLM4_MOE,
   "dots1": (*_GLM4_MOE, _OUTPUT_BIAS),
   # As published in github.com/inclusionAI/Ling-V2; not in transformers.

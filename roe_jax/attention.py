@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from roe_jax import cache as kv_cache
-from roe_jax import collectives, numerics
+from roe_jax import collectives, latent_attention, numerics
 from roe_jax.cache import NO_POSITION, KVCache, LayerLocation, SlidingCache
 from roe_jax.config import ModelConfig
 from roe_jax.layer_inputs import CacheAccess, TokenBatch
 from roe_jax.numerics import add, add_bias, einsum, multiply, rms_norm, rounded, to_compute_dtype
-from roe_jax.params import AttentionParams
+from roe_jax.params import AttentionParams, LatentAttentionParams
 
 
 def rotation(config: ModelConfig, positions_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -48,13 +48,19 @@ def rotate(x_BxTxHxC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 @jax.named_scope("attention")
 def project(
   config: ModelConfig,
-  weights: AttentionParams,
+  weights: AttentionParams | LatentAttentionParams,
   layer: jax.Array | int,
   x_BxTxD: jax.Array,
   cos: jax.Array,
   sin: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns rotated queries `[B, T, H, C]`, rotated keys and values `[B, T, K, C]`."""
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  """Returns rotated queries `[B, T, H, C]`, rotated keys and values `[B, T, K, C]`.
+
+  With latent attention, as `latent_attention.project` does: values that are the keys are None.
+  """
+  if isinstance(weights, LatentAttentionParams):
+    turn = functools.partial(rotate, cos=cos, sin=sin)
+    return latent_attention.project(config, weights, layer, x_BxTxD, turn)
   query, key, value = (
     rounded(add_bias(numerics.project(x_BxTxD, w, layer), bias, layer), x_BxTxD.dtype)
     for w, bias in (
@@ -77,9 +83,9 @@ def project(
 @jax.named_scope("attention")
 def attend_in_layer(
   config: ModelConfig,
-  weights: AttentionParams,
+  weights: AttentionParams | LatentAttentionParams,
   layer: jax.Array | int,
-  new: tuple[jax.Array, jax.Array, jax.Array],
+  new: tuple[jax.Array, jax.Array, jax.Array | None],
   tokens: TokenBatch,
   access: CacheAccess,
   location: LayerLocation,
@@ -104,7 +110,7 @@ def attend_in_layer(
   sinks = None if weights.sinks is None else to_compute_dtype(weights.sinks[layer])
   is_sliding, index = location.is_sliding, location.index
   attend_to = functools.partial(
-    attend, *new, tokens.positions_BxT, sinks_H=sinks, scale=config.attention_multiplier
+    attend, *new, tokens.positions_BxT, sinks_H=sinks, scale=config.attention_scale
   )
   cache, write = access.cache, access.write
   if cache is None:
@@ -141,7 +147,7 @@ def attend_in_layer(
 def attend(
   query_BxTxHxC: jax.Array,
   own_key_BxTxKxC: jax.Array,
-  own_value_BxTxKxC: jax.Array,
+  own_value_BxTxKxC: jax.Array | None,
   positions_BxT: jax.Array,
   cache: KVCache | SlidingCache | None = None,
   layer: jax.Array | int = 0,
@@ -160,7 +166,8 @@ def attend(
 
   Args:
     query_BxTxHxC: rotated queries.
-    own_key_BxTxKxC, own_value_BxTxKxC: the tokens' own.
+    own_key_BxTxKxC, own_value_BxTxKxC: the tokens' own. Values are None, here and in the cache, if
+      they are the keys.
     positions_BxT: int32.
     cache: the cache to attend to. Without one, the tokens attend to each other, and the
       function is differentiable.
@@ -179,6 +186,8 @@ def attend(
   k = own_key_BxTxKxC.shape[2]
   query = query_BxTxHxC.reshape(b, t, k, h // k, c)
   factor = c**-0.5 if scale is None else scale
+  if own_value_BxTxKxC is None:
+    own_value_BxTxKxC = own_key_BxTxKxC
 
   def visible(positions):
     """Returns the mask `[B, T, S]` of positions `[B, 1, S]`."""
@@ -198,7 +207,10 @@ def attend(
     assert cache is not None
     # The last block may overlap the one before; entries counted there are masked.
     start = jnp.minimum(j * block, cache.capacity - block)
-    keys, values = (_block(a, layer, start, block, rows) for a in (cache.keys, cache.values))
+    keys = _block(cache.keys, layer, start, block, rows)
+    values = keys
+    if cache.values is not None:
+      values = _block(cache.values, layer, start, block, rows)
     indices = start + jnp.arange(block)[None, None]
     if isinstance(cache, KVCache):
       positions = indices
@@ -261,8 +273,12 @@ def block_size(platform: str | None = None) -> int:
 
 
 @jax.named_scope("attention")
-def output(weights: AttentionParams, layer: jax.Array | int, heads_BxTxHxC: jax.Array) -> jax.Array:
+def output(
+  weights: AttentionParams | LatentAttentionParams, layer: jax.Array | int, heads_BxTxHxC: jax.Array
+) -> jax.Array:
   """Projects the heads back to the residual stream, `[B, T, D]`."""
+  if isinstance(weights, LatentAttentionParams):
+    heads_BxTxHxC = latent_attention.expand(weights, layer, heads_BxTxHxC)
   projected = collectives.psum(
     numerics.project_back(heads_BxTxHxC, weights.output, layer), "tensor"
   )

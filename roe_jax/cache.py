@@ -1,4 +1,10 @@
-"""The KV cache: keys and values of one sequence (or one roster member) per batch entry."""
+"""The KV cache: keys and values of one sequence (or one roster member) per batch entry.
+
+With latent attention (`latent_attention`) the values are the keys: the cache holds keys, and None
+in place of values.
+"""
+
+from typing import Any
 
 from flax import struct
 import jax
@@ -24,7 +30,7 @@ class SlidingCache(struct.PyTreeNode):
   """
 
   keys: jax.Array
-  values: jax.Array
+  values: jax.Array | None
   positions: jax.Array
 
   @property
@@ -45,7 +51,7 @@ class KVCache(struct.PyTreeNode):
   """
 
   keys: jax.Array
-  values: jax.Array
+  values: jax.Array | None
   sliding: SlidingCache | None = None
 
   @property
@@ -126,15 +132,16 @@ def empty(
 
 def _zeros(config, num_layers, batch_size, capacity):
   """Returns keys and values `[L, B, K, S, C]`."""
-  shape = num_layers, batch_size, config.num_kv_heads, capacity, config.head_dim
+  shape = num_layers, batch_size, config.num_kv_heads, capacity, config.cached_head_dim
   dtype = storage_dtype(config.dtype)
-  return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+  values = None if config.kv_lora_rank else jnp.zeros(shape, dtype)
+  return jnp.zeros(shape, dtype), values
 
 
 def write(
   cache: KVCache,
   keys: jax.Array,
-  values: jax.Array,
+  values: jax.Array | None,
   starts_B: jax.Array,
   layer: jax.Array | int | None = None,
 ) -> KVCache:
@@ -159,7 +166,7 @@ def write(
 def write_sliding(
   cache: SlidingCache,
   keys: jax.Array,
-  values: jax.Array,
+  values: jax.Array | None,
   starts_B: jax.Array,
   layer: jax.Array | int | None = None,
   lengths_B: jax.Array | None = None,
@@ -193,14 +200,22 @@ def write_sliding(
 
 
 def write_step(
-  config: ModelConfig, cache: KVCache, keys: jax.Array, values: jax.Array, positions_B: jax.Array
+  config: ModelConfig,
+  cache: KVCache,
+  keys: jax.Array,
+  values: jax.Array | None,
+  positions_B: jax.Array,
 ) -> KVCache:
   """Writes all layers' keys and values `[L, B, 1, K, C]` of one position to a cache."""
   if cache.sliding is None:
     return write(cache, keys, values, positions_B)
   is_sliding = _is_sliding(config)
-  sliding = write_sliding(cache.sliding, keys[is_sliding], values[is_sliding], positions_B)
-  return write(cache, keys[~is_sliding], values[~is_sliding], positions_B).replace(sliding=sliding)
+
+  def of(layers):
+    return keys[layers], None if values is None else values[layers], positions_B
+
+  sliding = write_sliding(cache.sliding, *of(is_sliding))
+  return write(cache, *of(~is_sliding)).replace(sliding=sliding)
 
 
 def after_reading(read: jax.Array, value: jax.Array) -> jax.Array:
@@ -216,8 +231,13 @@ def after_reading(read: jax.Array, value: jax.Array) -> jax.Array:
   return jnp.where(always, value, jnp.zeros_like(value))
 
 
-def _put(array, new, indices_BxT, layer):
-  """Writes `new` `[B, T, K, C]` or `[L, B, T, K, C]` to `array`; drops indices out of bounds."""
+def _put(array, new, indices_BxT, layer) -> Any:
+  """Writes `new` `[B, T, K, C]` or `[L, B, T, K, C]` to `array`; drops indices out of bounds.
+
+  There is nothing to write where both are None.
+  """
+  if array is None:
+    return None
   batch = jnp.arange(len(indices_BxT))[:, None]
   new = to_storage_dtype(new, array)
   if layer is None:

@@ -22,6 +22,7 @@ _POSITIVE = (
 ).split()
 _NOT_NEGATIVE = (
   "d_shared_expert first_dense_layers d_dense router_state rms_norm_eps initializer_range "
+  "kv_lora_rank q_lora_rank v_head_dim "
   "bos_token_id pad_token_id"
 ).split()
 
@@ -41,6 +42,13 @@ class ModelConfig:
     num_heads: H, query heads.
     num_kv_heads: K, key/value heads; divides H.
     head_dim: C; even, for rotary embeddings.
+    kv_lora_rank: width of the latent from which keys and values are computed (multi-head latent
+      attention, see `latent_attention`); 0: keys and values have their own projections. With a
+      latent, `num_kv_heads` is 1, `head_dim` is the width of queries, and the last `rotary_dim` of
+      its dimensions are rotated.
+    q_lora_rank: width of the latent from which queries are computed; 0: of the hidden state.
+    v_head_dim: width of a head's values with latent attention; 0 without.
+    rotary_interleaved: whether latent attention rotates neighbors, in place of the two halves.
     num_experts: E, per layer.
     experts_per_token: A, active experts per token.
     d_expert: F, hidden width of one expert.
@@ -125,6 +133,10 @@ class ModelConfig:
   normalize_gates: bool
   gates_in_model_dtype: bool
   qk_norm: bool
+  kv_lora_rank: int = 0
+  q_lora_rank: int = 0
+  v_head_dim: int = 0
+  rotary_interleaved: bool = False
   router: str = LINEAR
   router_state: int = 0
   unit_gates: bool = False
@@ -183,8 +195,10 @@ class ModelConfig:
     if any(token < 0 for token in self.eos_token_ids):
       raise ValueError(f"eos_token_ids must be at least 0, got {list(self.eos_token_ids)}")
     if self.rope_scaling is not None:
-      scaled = [f.name for f in dataclasses.fields(self.rope_scaling) if f.name != "truncate"]
-      typed.check_fields(self.rope_scaling, scaled)
+      zero = [n for n in ("mscale_all_dim",) if hasattr(self.rope_scaling, n)]
+      names = [f.name for f in dataclasses.fields(self.rope_scaling)]
+      positive = [n for n in names if n not in ("truncate", *zero)]
+      typed.check_fields(self.rope_scaling, positive, zero)
     if self.expert_format is not None:
       quantization.find(self.expert_format)  # checks the name
     if self.router not in ROUTERS:
@@ -211,6 +225,7 @@ class ModelConfig:
         f"{self.router_state} with router {self.router!r}"
       )
     self._check_choice()
+    self._check_latent()
     if not (
       self.first_dense_layers < self.num_layers
       and (self.first_dense_layers > 0) == (self.d_dense > 0)
@@ -269,6 +284,43 @@ class ModelConfig:
         f"groups_per_token must be at most expert_groups ({groups}) and enough for "
         f"experts_per_token ({self.experts_per_token}) of {size} experts each, got {of_token}"
       )
+
+  def _check_latent(self):
+    if not self.kv_lora_rank:
+      own = ("q_lora_rank", "v_head_dim", "rotary_interleaved")
+      if wrong := [name for name in own if getattr(self, name)]:
+        raise ValueError(f"{' and '.join(wrong)} are of latent attention: set kv_lora_rank, too")
+      return
+    if not (self.num_kv_heads == 1 and self.v_head_dim and self.rotary_dim):
+      raise ValueError(
+        "latent attention (kv_lora_rank) needs num_kv_heads 1, v_head_dim and rotary_dim, got "
+        f"{self.num_kv_heads}, {self.v_head_dim} and {self.rotary_dim}"
+      )
+    if self.rotary_dim == self.head_dim:
+      raise ValueError(
+        f"latent attention needs dimensions without rotation, got rotary_dim = head_dim = "
+        f"{self.head_dim}"
+      )
+    extras = ("qk_norm", "clip_qkv", "qkv_bias", "output_bias", "attention_sinks")
+    if wrong := [name for name in extras if getattr(self, name)]:
+      raise ValueError(f"latent attention (kv_lora_rank) has no {' or '.join(wrong)}")
+
+  @property
+  def cached_head_dim(self) -> int:
+    """The width of a cached key: `head_dim`, or that of a latent and its rotary key."""
+    return self.kv_lora_rank + (self.rotary_dim or 0) if self.kv_lora_rank else self.head_dim
+
+  @property
+  def cached_size(self) -> int:
+    """How many numbers of a position a layer's cache holds: keys and values, or keys alone."""
+    return (1 if self.kv_lora_rank else 2) * self.num_kv_heads * self.cached_head_dim
+
+  @property
+  def attention_scale(self) -> float:
+    """The factor on attention scores."""
+    given = self.attention_multiplier
+    scale = self.head_dim**-0.5 if given is None else given
+    return scale if self.rope_scaling is None else scale * self.rope_scaling.score_factor
 
   @property
   def num_expert_layers(self) -> int:

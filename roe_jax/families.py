@@ -31,6 +31,7 @@ _NULLABLE = (
   "sliding_window",
   "num_key_value_heads",
   "head_dim",
+  "q_lora_rank",
 )
 _EXPERT_COUNTS = ("num_experts", "num_local_experts")  # some files have the other name
 _COMMON_SUPPORTED = {"hidden_act": "silu"}
@@ -114,7 +115,8 @@ def _from_hugging_face(hf, dtype):
     typed.check(f"config.json: {key}", hf.get(key), bool | None)
   window, layers = _window(family, hf, values["num_layers"], values["context_length"])
   values["rope_theta"], scaling = _rope(name, hf)
-  values["rotary_dim"] = _rotary_dim(family, hf, values["head_dim"])
+  if "rotary_dim" not in keys:
+    values["rotary_dim"] = _rotary_dim(family, hf, values["head_dim"])
   eos = hf["eos_token_id"]
   return ModelConfig(
     family=name,
@@ -171,7 +173,7 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
         f"{field} = {value} has no Hugging Face form: {config.family} models have one {key}, and "
         f"another field is {hf[key]}"
       )
-  if config.rotary_dim is not None and not family.has_partial_rotary:
+  if config.rotary_dim is not None and not (family.has_partial_rotary or "rotary_dim" in keys):
     raise ValueError(
       f"rotary_dim = {config.rotary_dim} has no Hugging Face form: {config.family} models rotate "
       "all dimensions of a head"
@@ -190,7 +192,11 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
     hf["rope_scaling"] = {"rope_type": "default"} if "rope_parameters" in family.defaults else None
   else:
     fields = dataclasses.asdict(config.rope_scaling)
-    named = {_ROPE_KEYS.get(name, name): value for name, value in fields.items()}
+    named = {
+      _ROPE_KEYS.get(name, name): value
+      for name, value in fields.items()
+      if name != "mscale_all_dim" or value
+    }
     hf["rope_scaling"] = {"rope_type": config.rope_scaling.kind} | named
   if family.has_window:
     hf["sliding_window"] = config.sliding_window
@@ -292,6 +298,9 @@ def _rope(family, hf):
   values = {"original_context": original} | settings
   if kind == rope.Yarn.kind and "factor" in settings:
     values |= _yarn(settings, context / original)
+    # Other families take only the factor on cosines and sines from it.
+    scale = settings.get("mscale_all_dim") if "kv_lora_rank" in FAMILIES[family].keys else None
+    values["mscale_all_dim"] = scale or 0.0
   if missing := [name for name in names if values.get(name) is None]:
     raise ValueError(
       f"config.json of a {family} model has rope type {kind} and no {', '.join(missing)}"

@@ -3,49 +3,11 @@
 An entry of `FAMILIES` is all that the library knows about a family beyond its `ModelConfig`.
 """
 
-from collections.abc import Callable
-import dataclasses
-import functools
 from typing import Any
 
-from roe_jax.routers import NONE, SIGMOID
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-  """A model family.
-
-  Attributes:
-    architecture: its class in transformers.
-    defaults: keys of `config.json` with the values that transformers assumes for missing ones.
-    keys: the key of each `ModelConfig` field that is read, in addition to `COMMON_KEYS`.
-    fixed: fields with the same value in all models of the family.
-    supported: the only supported value of some `config.json` keys; also their default.
-    has_window: whether the architecture has a `sliding_window`.
-    needs_use_sliding_window: whether the window applies only with `use_sliding_window`.
-    is_sliding: `(config.json, layer) -> bool`, which layers have the window by default
-      (without `layer_types`); None if all have it.
-    formats: expert quantization formats of its hub checkpoints.
-    has_partial_rotary: whether the architecture has a `partial_rotary_factor`.
-    other_types: further values of `model_type`, that of other architectures, too.
-    read, write: where keys do not correspond to fields one by one, map `config.json` to one where
-      they do, and back.
-  """
-
-  architecture: str
-  defaults: dict[str, Any]
-  keys: dict[str, str]
-  fixed: dict[str, Any]
-  supported: dict[str, Any] = dataclasses.field(default_factory=dict)
-  has_window: bool = True
-  needs_use_sliding_window: bool = False
-  is_sliding: Callable[[dict[str, Any], int], bool] | None = None
-  formats: tuple[str, ...] = ()
-  has_partial_rotary: bool = False
-  other_types: tuple[str, ...] = ()
-  read: Callable[[dict[str, Any]], dict[str, Any]] = lambda hf: hf
-  write: Callable[[dict[str, Any]], dict[str, Any]] = lambda hf: hf
-
+from roe_jax import deepseek_families
+from roe_jax.family import ATTENTION_BIAS, Family, above_max_window_layers
+from roe_jax.routers import NONE
 
 COMMON_KEYS = {
   "vocab_size": "vocab_size",
@@ -62,8 +24,6 @@ COMMON_KEYS = {
 }
 _EXPERTS = {"num_experts": "num_experts", "experts_per_token": "num_experts_per_tok"}
 _LOCAL_EXPERTS = _EXPERTS | {"num_experts": "num_local_experts"}
-# One key for both.
-_ATTENTION_BIAS = {"qkv_bias": "attention_bias", "output_bias": "attention_bias"}
 _ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 # A dense model is one expert per layer.
 _MULTIPLIERS = (
@@ -113,7 +73,7 @@ _GRANITE: dict[str, Any] = {
   | dict.fromkeys(_MULTIPLIERS, 1.0),
   "keys": {
     **_LOCAL_EXPERTS,
-    **_ATTENTION_BIAS,
+    **ATTENTION_BIAS,
     **dict(zip(_MULTIPLIERS, _MULTIPLIERS)),
     "d_expert": "intermediate_size",
     "head_dim": "head_dim",
@@ -121,10 +81,6 @@ _GRANITE: dict[str, Any] = {
   "fixed": {"normalize_gates": True, "gates_in_model_dtype": True, "qk_norm": False},
   "has_window": False,
 }
-
-
-def _above_max_window_layers(hf, layer):
-  return layer >= hf["max_window_layers"]
 
 
 def _without_shared_expert(hf):
@@ -156,62 +112,6 @@ def _with_shared_expert(hf):
     "num_shared_experts": shared,
   }
 
-
-def _with_widths(shared: str, hf: dict[str, Any]) -> dict[str, Any]:
-  """Adds the widths that DeepSeek-V3's config gives by numbers; `shared` is that of experts."""
-  return hf | {
-    "shared_width": hf[shared] * hf["moe_intermediate_size"],
-    "dense_width": hf["intermediate_size"] if hf["first_k_dense_replace"] else 0,
-  }
-
-
-def _with_counts(shared: str, hf: dict[str, Any]) -> dict[str, Any]:
-  """Undoes `_with_widths`."""
-  count, rest = divmod(hf.pop("shared_width"), hf["moe_intermediate_size"])
-  if rest:
-    raise ValueError(
-      "d_shared_expert has no Hugging Face form: it must be a multiple of d_expert "
-      f"({hf['moe_intermediate_size']})"
-    )
-  dense = hf.pop("dense_width") or hf["moe_intermediate_size"]
-  return hf | {shared: count, "intermediate_size": dense}
-
-
-def _read_bailing(hf):
-  width = hf["moe_intermediate_size"]
-  if hf.get("moe_shared_expert_intermediate_size") not in (None, width):
-    raise ValueError(
-      "unsupported setting in config.json: moe_shared_expert_intermediate_size = "
-      f"{hf['moe_shared_expert_intermediate_size']!r}; supported: moe_intermediate_size ({width})"
-    )
-  # A single expert's gate is not normalized, whatever norm_topk_prob says.
-  return _with_widths("num_shared_experts", hf) | {"norm_topk_prob": hf["num_experts_per_tok"] > 1}
-
-
-_DEEPSEEK_KEYS = {
-  "num_experts": "n_routed_experts",
-  "experts_per_token": "num_experts_per_tok",
-  "d_expert": "moe_intermediate_size",
-  "d_shared_expert": "shared_width",
-  "first_dense_layers": "first_k_dense_replace",
-  "d_dense": "dense_width",
-  "normalize_gates": "norm_topk_prob",
-  "gate_multiplier": "routed_scaling_factor",
-  "expert_groups": "n_group",
-  "groups_per_token": "topk_group",
-  "head_dim": "head_dim",
-}
-_DEEPSEEK_FIXED = {
-  "router": SIGMOID,
-  "correction_bias": True,
-  "gates_in_model_dtype": False,
-  "shared_expert_gate": False,
-  "qk_norm_per_head": True,
-}
-_DEEPSEEK_SHARED: dict[str, Any] = {
-  "read": functools.partial(_with_widths, "n_shared_experts"),
-  "write": functools.partial(_with_counts, "n_shared_experts"),
-}
 
 FAMILIES = {
   "olmoe": Family(
@@ -261,7 +161,7 @@ FAMILIES = {
     },
     keys={
       **_EXPERTS,
-      **_ATTENTION_BIAS,
+      **ATTENTION_BIAS,
       "d_expert": "intermediate_size",
       "d_shared_expert": "shared_expert_intermediate_size",
     },
@@ -410,105 +310,6 @@ FAMILIES = {
     supported={"attention_bias": False} | _ALL_SPARSE,
     needs_use_sliding_window=True,
   ),
-  "glm4_moe": Family(
-    "Glm4MoeForCausalLM",
-    defaults={
-      "vocab_size": 151552,
-      "hidden_size": 4096,
-      "intermediate_size": 10944,
-      "moe_intermediate_size": 1408,
-      "num_hidden_layers": 46,
-      "num_attention_heads": 96,
-      "num_key_value_heads": 8,
-      "max_position_embeddings": 131072,
-      "n_routed_experts": 128,
-      "n_shared_experts": 1,
-      "num_experts_per_tok": 8,
-      "norm_topk_prob": True,
-      "routed_scaling_factor": 1.0,
-      "n_group": 1,
-      "topk_group": 1,
-      "first_k_dense_replace": 1,
-      "use_qk_norm": False,
-      "attention_bias": False,
-      "partial_rotary_factor": 0.5,
-    },
-    keys=_DEEPSEEK_KEYS | {"qkv_bias": "attention_bias", "qk_norm": "use_qk_norm"},
-    fixed=_DEEPSEEK_FIXED,
-    has_window=False,
-    has_partial_rotary=True,
-    **_DEEPSEEK_SHARED,
-  ),
-  "dots1": Family(
-    "Dots1ForCausalLM",
-    defaults={
-      "vocab_size": 152064,
-      "hidden_size": 4608,
-      "intermediate_size": 10944,
-      "moe_intermediate_size": 1408,
-      "num_hidden_layers": 62,
-      "num_attention_heads": 32,
-      "num_key_value_heads": 32,
-      "max_position_embeddings": 2048,
-      "n_shared_experts": 0,
-      "norm_topk_prob": False,
-      "routed_scaling_factor": 1.0,
-      "n_group": 1,
-      "topk_group": 1,
-      "first_k_dense_replace": 0,
-      "attention_bias": False,
-      "rms_norm_eps": 1e-6,
-      "sliding_window": 4096,
-      "max_window_layers": 62,
-    },
-    keys=_DEEPSEEK_KEYS | _ATTENTION_BIAS,
-    fixed=_DEEPSEEK_FIXED | {"qk_norm": True},
-    is_sliding=_above_max_window_layers,
-    **_DEEPSEEK_SHARED,
-  ),
-  # As published in github.com/inclusionAI/Ling-V2 (models/); not in transformers.
-  "bailing_moe_v2": Family(
-    "BailingMoeV2ForCausalLM",
-    defaults={
-      "vocab_size": 157184,
-      "hidden_size": 2048,
-      "intermediate_size": 5120,
-      "moe_intermediate_size": 512,
-      "num_hidden_layers": 20,
-      "num_attention_heads": 16,
-      "num_key_value_heads": 4,
-      "head_dim": 128,
-      "max_position_embeddings": 32768,
-      "num_experts": 256,
-      "num_shared_experts": 1,
-      "num_experts_per_tok": 8,
-      "routed_scaling_factor": 1.0,
-      "n_group": 8,
-      "topk_group": 4,
-      "first_k_dense_replace": 1,
-      "use_qk_norm": True,
-      "use_qkv_bias": False,
-      "use_bias": False,
-      "rms_norm_eps": 1e-6,
-      "rope_theta": 6e5,
-      "pad_token_id": 156892,
-      "eos_token_id": 156892,
-    },
-    keys=_DEEPSEEK_KEYS
-    | {
-      "num_experts": "num_experts",
-      "qk_norm": "use_qk_norm",
-      "qkv_bias": "use_qkv_bias",
-      "output_bias": "use_bias",
-    },
-    fixed=_DEEPSEEK_FIXED,
-    supported={"score_function": "sigmoid", "moe_router_enable_expert_bias": True},
-    has_window=False,
-    has_partial_rotary=True,
-    other_types=("bailing_moe",),  # Ling-mini-2.0's own, and that of the first Ling models
-    read=_read_bailing,
-    write=functools.partial(_with_counts, "num_shared_experts"),
-  ),
   "granitemoe": Family("GraniteMoeForCausalLM", **_GRANITE),
   "granitemoeshared": Family(
     "GraniteMoeSharedForCausalLM",
@@ -535,7 +336,7 @@ FAMILIES = {
     keys={
       "d_expert": "intermediate_size",
       "head_dim": "head_dim",
-      **_ATTENTION_BIAS,
+      **ATTENTION_BIAS,
       "expert_bias": "mlp_bias",
     },
     fixed=_DENSE | {"qk_norm": False},
@@ -565,14 +366,14 @@ FAMILIES = {
     keys={"d_expert": "intermediate_size", "head_dim": "head_dim"},
     fixed=_DENSE | {"qk_norm": False, "qkv_bias": True},
     needs_use_sliding_window=True,
-    is_sliding=_above_max_window_layers,
+    is_sliding=above_max_window_layers,
   ),
   "qwen3": Family(
     "Qwen3ForCausalLM",
     defaults=_QWEN_DEFAULTS | {"head_dim": 128, "attention_bias": False},
-    keys={"d_expert": "intermediate_size", "head_dim": "head_dim", **_ATTENTION_BIAS},
+    keys={"d_expert": "intermediate_size", "head_dim": "head_dim", **ATTENTION_BIAS},
     fixed=_DENSE | {"qk_norm": True, "qk_norm_per_head": True},
     needs_use_sliding_window=True,
-    is_sliding=_above_max_window_layers,
+    is_sliding=above_max_window_layers,
   ),
-}
+} | deepseek_families.FAMILIES

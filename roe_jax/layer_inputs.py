@@ -73,6 +73,7 @@ class LayerOptions:
     trains_bits: see `bit_routing.apply`.
     detach_router_state: whether no gradient flows through the state of a recurrent router from
       layer to layer.
+    rematerialize: whether gradients recompute what is inside a layer, and only its input is kept.
     tokens_sharded: see `experts.apply`; set inside a `shard_map`.
   """
 
@@ -82,4 +83,5 @@ class LayerOptions:
   keep: tuple[str, ...] = ()
   trains_bits: bool = False
   detach_router_state: bool = False
+  rematerialize: bool = False
   tokens_sharded: bool = False

@@ -37,6 +37,36 @@ class AttentionParams(struct.PyTreeNode):
   output_bias: Any = None  # [L, D]
   sinks: Any = None  # [L, H]
 
+  @property
+  def matrices(self) -> list[Any]:
+    """The projections."""
+    return [self.query, self.key, self.value, self.output]
+
+
+class LatentAttentionParams(struct.PyTreeNode):
+  """Multi-head latent attention of all layers; see `latent_attention`.
+
+  Axes: N a head's width without rotation, W `config.cached_head_dim`, X `v_head_dim`, Z
+  `kv_lora_rank`, Q `q_lora_rank`, or the model width D without one.
+  """
+
+  query: Any  # [L, H, C, Q]
+  key_down: Any  # [L, W, D]: the latent, then the rotary key
+  key_norm: Any  # [L, Z]
+  key_up: Any  # [L, H, N, Z]
+  value_up: Any  # [L, H, X, Z]
+  output: Any  # [L, H, X, D]
+  query_down: Any = None  # [L, Q, D]
+  query_norm: Any = None  # [L, Q]
+  output_bias: None = None
+  sinks: None = None
+
+  @property
+  def matrices(self) -> list[Any]:
+    """The projections."""
+    down = [] if self.query_down is None else [self.query_down]
+    return [*down, self.query, self.key_down, self.key_up, self.value_up, self.output]
+
 
 class ExpertParams(struct.PyTreeNode):
   """Experts of all layers; the matrices are arrays or `Quantized`.
@@ -64,7 +94,7 @@ class LayerParams(struct.PyTreeNode):
   """Blocks, stacked on a leading layer axis."""
 
   attention_norm: Any  # [L, D]
-  attention: AttentionParams
+  attention: AttentionParams | LatentAttentionParams
   moe_norm: Any  # [L, D]
   experts: Any  # ExpertParams; None in dense layers
   router: Any = None  # [L, E, D], or as its kind in `routers` says; None without a router
@@ -137,6 +167,11 @@ def describe(config: ModelConfig) -> Params:
     "heads": config.num_heads,
     "kv_heads": config.num_kv_heads,
     "head_dim": config.head_dim,
+    "plain_head_dim": config.head_dim - (config.rotary_dim or 0),
+    "value_head_dim": config.v_head_dim,
+    "cached_head_dim": config.cached_head_dim,
+    "latent": config.kv_lora_rank,
+    "query_latent": config.q_lora_rank,
     "experts": config.num_experts,
     "routed_experts": config.num_experts,
     "gate_up": 2,
@@ -192,6 +227,35 @@ def describe(config: ModelConfig) -> Params:
       return None
     return spec("layers", "embed", init="ones", scale=scale / math.sqrt(config.num_layers))
 
+  def standard_attention():
+    return AttentionParams(
+      query=spec("layers", "heads", "head_dim", "embed"),
+      key=spec("layers", "kv_heads", "head_dim", "embed"),
+      value=spec("layers", "kv_heads", "head_dim", "embed"),
+      output=spec("layers", "heads", "head_dim", "embed", scale=residual),
+      query_norm=spec_if(config.qk_norm, "layers", *normed("heads"), init="ones"),
+      key_norm=spec_if(config.qk_norm, "layers", *normed("kv_heads"), init="ones"),
+      query_bias=spec_if(config.qkv_bias, "layers", "heads", "head_dim"),
+      key_bias=spec_if(config.qkv_bias, "layers", "kv_heads", "head_dim"),
+      value_bias=spec_if(config.qkv_bias, "layers", "kv_heads", "head_dim"),
+      output_bias=spec_if(config.output_bias, "layers", "embed"),
+      sinks=spec_if(config.attention_sinks, "layers", "heads"),
+    )
+
+  def latent_attention():
+    compressed = config.q_lora_rank > 0
+    return LatentAttentionParams(
+      query=spec("layers", "heads", "head_dim", "query_latent" if compressed else "embed"),
+      key_down=spec("layers", "cached_head_dim", "embed"),
+      key_norm=spec("layers", "latent", init="ones"),
+      key_up=spec("layers", "heads", "plain_head_dim", "latent"),
+      value_up=spec("layers", "heads", "value_head_dim", "latent"),
+      output=spec("layers", "heads", "value_head_dim", "embed", scale=residual),
+      query_down=spec_if(compressed, "layers", "query_latent", "embed"),
+      query_norm=spec_if(compressed, "layers", "query_latent", init="ones"),
+    )
+
+  attention = latent_attention if config.kv_lora_rank else standard_attention
   router = ROUTERS[config.router].axes
 
   def layers(width, has_gate, **parts):
@@ -204,19 +268,7 @@ def describe(config: ModelConfig) -> Params:
     )
     return LayerParams(
       attention_norm=spec("layers", "embed", init="ones"),
-      attention=AttentionParams(
-        query=spec("layers", "heads", "head_dim", "embed"),
-        key=spec("layers", "kv_heads", "head_dim", "embed"),
-        value=spec("layers", "kv_heads", "head_dim", "embed"),
-        output=spec("layers", "heads", "head_dim", "embed", scale=residual),
-        query_norm=spec_if(config.qk_norm, "layers", *normed("heads"), init="ones"),
-        key_norm=spec_if(config.qk_norm, "layers", *normed("kv_heads"), init="ones"),
-        query_bias=spec_if(config.qkv_bias, "layers", "heads", "head_dim"),
-        key_bias=spec_if(config.qkv_bias, "layers", "kv_heads", "head_dim"),
-        value_bias=spec_if(config.qkv_bias, "layers", "kv_heads", "head_dim"),
-        output_bias=spec_if(config.output_bias, "layers", "embed"),
-        sinks=spec_if(config.attention_sinks, "layers", "heads"),
-      ),
+      attention=attention(),
       moe_norm=spec("layers", "embed", init="ones"),
       attention_output_norm=output_norm(0.283),
       moe_output_norm=output_norm(0.432),

@@ -115,6 +115,45 @@ def _deepseek(family: str, **fields: Any) -> ModelConfig:
   )
 
 
+# DeepSeek's own, and Moonlight's; arXiv 2405.04434 section 2.1.
+_LATENT = dict(num_kv_heads=1, kv_lora_rank=512, head_dim=128 + 64, rotary_dim=64, v_head_dim=128)
+
+
+def _deepseek_yarn(mscale_all_dim: float) -> Yarn:
+  return Yarn(
+    factor=40.0,
+    original_context=4096,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    truncate=True,
+    attention_factor=1.0,
+    mscale_all_dim=mscale_all_dim,
+  )
+
+
+def _deepseek_v3(**fields: Any) -> ModelConfig:
+  """A model of 61 layers with 256 experts, the first three dense."""
+  return _preset(
+    "deepseek_v3",
+    **_LATENT,
+    q_lora_rank=1536,
+    rotary_interleaved=True,
+    num_layers=61,
+    num_heads=128,
+    num_experts=256,
+    experts_per_token=8,
+    d_expert=2048,
+    d_shared_expert=2048,
+    first_dense_layers=3,
+    d_dense=18432,
+    normalize_gates=True,
+    gate_multiplier=2.5,
+    bos_token_id=0,
+    eos_token_ids=(1,),
+    **fields,
+  )
+
+
 PRESETS = {
   "olmoe-1b-7b": _preset(
     "olmoe",
@@ -196,6 +235,67 @@ PRESETS = {
     rms_norm_eps=1e-6,
     pad_token_id=156892,
     eos_token_ids=(156892,),
+  ),
+  "deepseek-v2-lite": _preset(
+    "deepseek_v2",
+    **_LATENT,
+    vocab_size=102400,
+    num_layers=27,
+    d_model=2048,
+    num_heads=16,
+    num_experts=64,
+    experts_per_token=6,
+    d_expert=1408,
+    d_shared_expert=2 * 1408,
+    first_dense_layers=1,
+    d_dense=10944,
+    context_length=163840,
+    rope_scaling=_deepseek_yarn(0.707),
+    rms_norm_eps=1e-6,
+    bos_token_id=100000,
+    eos_token_ids=(100001,),
+  ),
+  "moonlight-16b-a3b": _preset(
+    "deepseek_v3",
+    **_LATENT,
+    rotary_interleaved=True,
+    vocab_size=163840,
+    num_layers=27,
+    d_model=2048,
+    num_heads=16,
+    num_experts=64,
+    experts_per_token=6,
+    d_expert=1408,
+    d_shared_expert=2 * 1408,
+    first_dense_layers=1,
+    d_dense=11264,
+    normalize_gates=True,
+    gate_multiplier=2.446,
+    context_length=8192,
+    rope_theta=5e4,
+    rms_norm_eps=1e-5,
+    bos_token_id=163584,
+    eos_token_ids=(163585,),
+  ),
+  "deepseek-v3": _deepseek_v3(
+    vocab_size=129280,
+    d_model=7168,
+    expert_groups=8,
+    groups_per_token=4,
+    context_length=163840,
+    rope_scaling=_deepseek_yarn(1.0),
+    rms_norm_eps=1e-6,
+  ),
+  # A shape for dry runs (arXiv 2505.04519): its checkpoints have tensor names of their own. The
+  # paper's sizes; the others, with three dense layers, as in the published configuration code.
+  "pangu-ultra-moe": _deepseek_v3(
+    vocab_size=153600,
+    d_model=7680,
+    sandwich_norm=True,
+    tiny_init=True,
+    context_length=131072,
+    rope_theta=2.56e7,
+    rms_norm_eps=1e-5,
   ),
   "glm-4.5-air": _deepseek(
     "glm4_moe",

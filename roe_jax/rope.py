@@ -20,6 +20,8 @@ class Yarn:
       context keep their frequency; those with fewer than `beta_slow` divide it by `factor`.
     truncate: whether the ramp between them starts and ends at integer dimensions.
     attention_factor: multiplies cosines and sines.
+    mscale_all_dim: scale m of DeepSeek's models, whose attention scores are multiplied by
+      (0.1 m ln(factor) + 1)²; 0 leaves them as they are.
   """
 
   kind: ClassVar[str] = "yarn"
@@ -30,6 +32,12 @@ class Yarn:
   beta_slow: float
   truncate: bool
   attention_factor: float
+  mscale_all_dim: float = 0.0
+
+  @property
+  def score_factor(self) -> float:
+    """Multiplies attention scores."""
+    return (0.1 * self.mscale_all_dim * math.log(max(self.factor, 1)) + 1) ** 2
 
   def scale(self, frequencies: jax.Array, theta: float) -> jax.Array:
     """Scales the radians per position of each rotated pair, `[C/2]` float32.
@@ -70,6 +78,7 @@ class Llama3:
 
   kind: ClassVar[str] = "llama3"
   attention_factor: ClassVar[float] = 1.0
+  score_factor: ClassVar[float] = 1.0
 
   factor: float
   original_context: int
@@ -91,6 +100,7 @@ class Linear:
 
   kind: ClassVar[str] = "linear"
   attention_factor: ClassVar[float] = 1.0
+  score_factor: ClassVar[float] = 1.0
 
   factor: float
 
@@ -105,12 +115,15 @@ SCALINGS: dict[str, type[RopeScaling]] = {s.kind: s for s in (Yarn, Llama3, Line
 
 
 def from_fields(fields: Mapping[str, Any]) -> RopeScaling:
-  """Returns the scaling with exactly these fields, as `dataclasses.asdict` writes them.
+  """Returns the scaling with these fields, as `dataclasses.asdict` writes them.
+
+  Fields with a default may be missing: older files lack them.
 
   Raises:
     ValueError: there is none.
   """
   for scaling in SCALINGS.values():
-    if {f.name for f in dataclasses.fields(scaling)} == set(fields):
+    names = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(scaling)}
+    if set(fields) <= set(names) and all(n in fields for n, needed in names.items() if needed):
       return scaling(**fields)
   raise ValueError(f"the model config has a rope_scaling of unknown kind, with {sorted(fields)}")

@@ -110,9 +110,8 @@ class CleanCache(CacheMode):
     """Writes one position of each sequence: `own`'s keys and values of all layers."""
     keys, values = own.keys, own.values
     if read_later is not None:
-      keys, values = (
-        kv_cache.after_reading(read_later[:, None, None, None], a) for a in (keys, values)
-      )
+      after = functools.partial(kv_cache.after_reading, read_later[:, None, None, None])
+      keys, values = jax.tree.map(after, (keys, values))
     put = functools.partial(kv_cache.write_step, run.config)
     return sharding.write(put, cache, keys, values, run.positions_BxT[:, 0])
 

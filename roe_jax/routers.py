@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from roe_jax.numerics import add_bias, project, rounded, to_compute_dtype
 
 LINEAR = "linear"
+LINEAR_FLOAT32 = "linear_float32"
 NEURONS = "neurons"
 NONE = "none"
 RECURRENT = "recurrent"
@@ -98,6 +99,8 @@ def _log_of_neurons(projected: jax.Array) -> jax.Array:
 
 ROUTERS = {
   LINEAR: Router(("routed_experts", "embed")),
+  # DeepSeek-V2 (arXiv 2405.04434).
+  LINEAR_FLOAT32: Router(("routed_experts", "embed"), in_float32=True),
   # CMoE (arXiv 2502.04416): the activation of one neuron represents its expert.
   NEURONS: Router(("routed_experts", "gate_up", "embed"), _log_of_neurons),
   # RMoE (arXiv 2408.06793); see `advance`.

@@ -52,6 +52,7 @@ RULES: dict[str, tuple[tuple[str, ...], ...]] = {
   **dict.fromkeys(
     (
       "layers embed embed_packed embed_groups embed_scales head_dim gate_up shared_gate "
+      "plain_head_dim value_head_dim cached_head_dim latent query_latent "
       "routed_experts bit_widths router_state router_gates positions choices cache_positions "
       "one_head"
     ).split(),
@@ -269,11 +270,16 @@ def state_specs(mesh: AnyMesh, state: Any) -> Any:
   def of(array):
     if array.ndim < 5:
       return PartitionSpec()
-    heads = "one_head" if array.shape[-3] == 1 else "kv_heads"
+    heads = cached_heads(array.shape[-3])
     lead = ("layers",) * (array.ndim - 4)
     return spec(mesh, (*lead, "batch", heads, "cache_positions", "head_dim"), array.shape)
 
   return jax.tree.map(of, state)
+
+
+def cached_heads(count: int) -> str:
+  """Returns the logical axis of the heads of keys and values; a single head is not split."""
+  return "one_head" if count == 1 else "kv_heads"
 
 
 def state_shardings(mesh: AnyMesh, state: Any) -> Any:
@@ -332,20 +338,21 @@ def map_shards(function: Callable, mesh: AbstractMesh, in_specs: Any, out_specs:
 
 
 def write(
-  function: Callable, cache: Any, keys: jax.Array, values: jax.Array, positions_B: jax.Array
+  function: Callable, cache: Any, keys: jax.Array, values: jax.Array | None, positions_B: jax.Array
 ) -> Any:
   """Runs `function(cache, keys, values, positions_B)`, which writes all layers of a cache.
 
   Args:
     function: treats each sequence and each head independently.
     cache: `[L, B, K, S, C]`.
-    keys, values: `[L, B, T, K, C]`.
+    keys, values: `[L, B, T, K, C]`; values may be None.
     positions_B: int32.
   """
   mesh = mesh_of(cache)
   if mesh is None:
     return function(cache, keys, values, positions_B)
-  new = spec(mesh, ("layers", "batch", "positions", "kv_heads", "head_dim"), keys.shape)
+  heads = cached_heads(keys.shape[-2])
+  new = spec(mesh, ("layers", "batch", "positions", heads, "head_dim"), keys.shape)
   of_cache = state_specs(mesh, cache)
   return map_shards(function, mesh, (of_cache, new, new, PartitionSpec(new[1])), of_cache)(
     cache, keys, values, positions_B

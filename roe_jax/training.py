@@ -55,7 +55,7 @@ class TrainSettings:
     members: M; above 1, each of M members has its own part of the experts and its own loss (E3,
       arXiv 2110.03360; see `perturbations.partition`).
     noise_seed: seed of that noise and of these draws.
-    detach_router_state: see `LayerOptions`.
+    detach_router_state, rematerialize: see `LayerOptions`.
     strategy: expert strategy, one of `STRATEGIES`.
   """
 
@@ -77,6 +77,7 @@ class TrainSettings:
   members: int = 1
   noise_seed: int = 0
   detach_router_state: bool = False
+  rematerialize: bool = False
   strategy: str = "padded"
 
   def __post_init__(self):
@@ -298,6 +299,7 @@ def _member_loss(params, batch, config, settings, step, member):
     gate_weights=CLEAN if settings.members == 1 else NOISY,
     strategy=settings.strategy,
     detach_router_state=settings.detach_router_state,
+    rematerialize=settings.rematerialize,
   )
   weights, mask = batch.weights[:, 1:], batch.weights > 0
   of_router = outputs.router_logits

@@ -27,7 +27,8 @@ class BlockOutputs(struct.PyTreeNode):
   """Optional outputs of a block; stacked to `[L, ...]` by `run_layers`.
 
   Attributes:
-    keys, values: `[B, T, K, C]` of the tokens, to be written to a cache.
+    keys, values: `[B, T, K, C]` of the tokens, to be written to a cache; values are None if they
+      are the keys.
     experts: `[B, T, A]` int32, the chosen experts, E where one is left out; only of layers with
       experts.
     router_logits: `[B, T, E]` float32, without noise; only of layers with experts.
@@ -230,6 +231,8 @@ def _run_stack(block, layers, x, access, options):
       outputs = outputs.replace(keys=keys, values=values)
     return (x, cache), outputs
 
+  if options.rematerialize:
+    step = jax.checkpoint(step)
   # A read-only cache stays out of the carry.
   carry = x, access.cache if access.write else None
   (x, written), outputs = jax.lax.scan(step, carry, jnp.arange(first, end))
@@ -253,7 +256,7 @@ def _run_layers_on_mesh(
   *members, batch, _, _ = hidden
   member_axes = sharding.axes_of(members)
   sequences, caches = PartitionSpec(batch), sharding.state_specs(mesh, access)
-  heads = sharding.spec(mesh, ("kv_heads",), (config.num_kv_heads,))
+  heads = sharding.spec(mesh, (sharding.cached_heads(config.num_kv_heads),), (config.num_kv_heads,))
   own = PartitionSpec(None, batch, None, *heads)
   chosen = PartitionSpec(None, *hidden[:-1])
   outputs = {"keys": own, "values": own, "experts": chosen, "router_logits": chosen, "bits": chosen}

@@ -10,7 +10,14 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax.params import AttentionParams, ExpertParams, LayerParams, Params, SharedExpertParams
+from roe_jax.params import (
+  AttentionParams,
+  ExpertParams,
+  LatentAttentionParams,
+  LayerParams,
+  Params,
+  SharedExpertParams,
+)
 
 SMALL = dict(
   vocab_size=48,
@@ -116,8 +123,40 @@ SPECIFIC["glm4_moe"] = dict(
 SPECIFIC["dots1"] = {
   k: v for k, v in SPECIFIC["glm4_moe"].items() if k not in ("partial_rotary_factor", "use_qk_norm")
 } | dict(n_shared_experts=2, n_group=2, topk_group=1, sliding_window=5, max_window_layers=2)
-# One of these stands for both.
-FAMILIES = tuple(family for family in SPECIFIC if family != "dots1")
+_LATENT = dict(
+  num_key_value_heads=4,
+  kv_lora_rank=10,
+  qk_nope_head_dim=6,
+  qk_rope_head_dim=4,
+  v_head_dim=7,
+  # Moonlight's norms of latents keep an epsilon of their own.
+  rms_norm_eps=1e-3,
+  rope_scaling=dict(
+    rope_type="yarn",
+    factor=40.0,
+    original_max_position_embeddings=8,
+    beta_fast=32,
+    beta_slow=1,
+    mscale=0.9,
+    mscale_all_dim=0.707,
+  ),
+)
+SPECIFIC["deepseek_v3"] = (
+  {
+    k: v
+    for k, v in SPECIFIC["glm4_moe"].items()
+    if k not in ("partial_rotary_factor", "use_qk_norm", "head_dim", "attention_bias")
+  }
+  | _LATENT
+  | dict(q_lora_rank=9)
+)
+SPECIFIC["deepseek_v2"] = {
+  k: v
+  for k, v in SPECIFIC["deepseek_v3"].items()
+  if k not in ("n_group", "topk_group", "norm_topk_prob")
+} | dict(q_lora_rank=None, n_shared_experts=2, topk_method="greedy")
+# One of two stands for both.
+FAMILIES = tuple(family for family in SPECIFIC if family not in ("dots1", "deepseek_v2"))
 # Not in transformers: its other tests are in test_families.
 SPECIFIC["emo"] = dict(
   num_experts=9, num_experts_per_tok=3, num_shared_experts=1, norm_topk_prob=False
@@ -129,7 +168,8 @@ SPECIFIC["bailing_moe_v2"] = {
 } | dict(num_experts=8, num_shared_experts=1, use_qkv_bias=True, use_bias=False)
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
 # Sigmoid routers after a dense layer.
-SIGMOID = ("glm4_moe", "dots1")
+SIGMOID = ("glm4_moe", "dots1", "deepseek_v3")
+LATENT = ("deepseek_v2", "deepseek_v3")
 ROUTED = tuple(family for family in FAMILIES if family not in (*DENSE, *SIGMOID))
 # Its classes in transformers begin with this.
 PREFIX = {
@@ -146,6 +186,8 @@ PREFIX = {
   "qwen3": "Qwen3",
   "glm4_moe": "Glm4Moe",
   "dots1": "Dots1",
+  "deepseek_v2": "DeepseekV2",
+  "deepseek_v3": "DeepseekV3",
 }
 # Where hub files have the experts one by one: the block, and gate, up and down.
 HUB_EXPERTS = {
@@ -155,6 +197,8 @@ HUB_EXPERTS = {
   "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
   "glm4_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
   "dots1": ("mlp", "gate_proj", "up_proj", "down_proj"),
+  "deepseek_v2": ("mlp", "gate_proj", "up_proj", "down_proj"),
+  "deepseek_v3": ("mlp", "gate_proj", "up_proj", "down_proj"),
 }
 
 
@@ -222,6 +266,9 @@ def random_state(hf, seed=0, scale=0.3):
         block |= {name.replace("weight", "bias"): shape for name, shape in biases.items()}
       if hf.get("attention_bias"):
         block |= attention_biases | {"self_attn.o_proj.bias": (n["d"],)}
+    if hf["model_type"] in LATENT:
+      block = {name: shape for name, shape in block.items() if "self_attn" not in name}
+      block |= _latent_shapes(hf, n)
     norms_per_head = {"self_attn.q_norm.weight": (n["c"],), "self_attn.k_norm.weight": (n["c"],)}
     block |= {
       "llama": {},
@@ -266,6 +313,8 @@ def random_state(hf, seed=0, scale=0.3):
         "self_attn.o_proj.bias": (n["d"],),
         "mlp.gate.e_score_correction_bias": (n["e"],),
       },
+      "deepseek_v2": {},
+      "deepseek_v3": {"mlp.gate.e_score_correction_bias": (n["e"],)},
       "granitemoeshared": {
         "shared_mlp.input_linear.weight": (2 * n["g"], n["d"]),
         "shared_mlp.output_linear.weight": (n["d"], n["g"]),
@@ -273,7 +322,7 @@ def random_state(hf, seed=0, scale=0.3):
       if n["g"]
       else {},
     }[hf["model_type"]]
-    if hf["model_type"] in SIGMOID:
+    if hf["model_type"] in (*SIGMOID, *LATENT):
       for name in ("gate_proj", "up_proj", "down_proj"):
         shape = (n["g"], n["d"]) if name != "down_proj" else (n["d"], n["g"])
         block[f"mlp.shared_experts.{name}.weight"] = shape
@@ -300,6 +349,27 @@ def random_state(hf, seed=0, scale=0.3):
     ).astype(np.float32)
     for name, shape in shapes.items()
   }
+
+
+def _latent_shapes(hf, n):
+  """The weights of multi-head latent attention."""
+  h, q, z, r = n["h"], hf["q_lora_rank"], hf["kv_lora_rank"], hf["qk_rope_head_dim"]
+  c = hf["qk_nope_head_dim"] + r
+  shapes = {
+    "q_proj.weight": (h * c, n["d"]),
+    "kv_a_proj_with_mqa.weight": (z + r, n["d"]),
+    "kv_a_layernorm.weight": (z,),
+    "kv_b_proj.weight": (h * (c - r + hf["v_head_dim"]), z),
+    "o_proj.weight": (n["d"], h * hf["v_head_dim"]),
+  }
+  if q:
+    del shapes["q_proj.weight"]
+    shapes |= {
+      "q_a_proj.weight": (q, n["d"]),
+      "q_a_layernorm.weight": (q,),
+      "q_b_proj.weight": (h * c, q),
+    }
+  return {"self_attn." + name: shape for name, shape in shapes.items()}
 
 
 def hub_state(hf, state):
@@ -401,17 +471,36 @@ def to_params(hf, state, dtype="float32"):
       down=stacked("shared_mlp.output_linear.weight", lambda w: w.T),
     )
   elif n["g"]:
-    of_sigmoid = hf["model_type"] in SIGMOID
+    of_sigmoid = hf["model_type"] in (*SIGMOID, *LATENT)
     shared = every_token("mlp.shared_experts." if of_sigmoid else "mlp.shared_expert.")
     if not of_sigmoid:
       shared = shared.replace(gate=stacked("mlp.shared_expert_gate.weight"))
   is_named_router = hf["model_type"] in ("gpt_oss", "granitemoe", "granitemoeshared")
   router = "mlp.router" if is_named_router else "mlp.gate"
 
+  def latent_attention():
+    a, plain = "self_attn.", hf["qk_nope_head_dim"]
+
+    def of_heads(weight):
+      return weight.reshape(n["h"], -1, weight.shape[-1])
+
+    return LatentAttentionParams(
+      query=stacked(a + ("q_b_proj.weight" if hf["q_lora_rank"] else "q_proj.weight"), of_heads),
+      key_down=stacked(a + "kv_a_proj_with_mqa.weight"),
+      key_norm=stacked(a + "kv_a_layernorm.weight"),
+      key_up=stacked(a + "kv_b_proj.weight", lambda w: of_heads(w)[:, :plain]),
+      value_up=stacked(a + "kv_b_proj.weight", lambda w: of_heads(w)[:, plain:]),
+      output=stacked(a + "o_proj.weight", lambda w: of_heads(w.T)),
+      query_down=if_any(a + "q_a_proj.weight"),
+      query_norm=if_any(a + "q_a_layernorm.weight"),
+    )
+
   def blocks(**parts):
     return LayerParams(
       attention_norm=stacked("input_layernorm.weight"),
-      attention=AttentionParams(
+      attention=latent_attention()
+      if hf["model_type"] in LATENT
+      else AttentionParams(
         query=stacked("self_attn.q_proj.weight", by_head(n["h"])),
         key=stacked("self_attn.k_proj.weight", by_head(n["k"])),
         value=stacked("self_attn.v_proj.weight", by_head(n["k"])),

@@ -38,6 +38,9 @@ def member_logits(
 
   layers = range(config.num_layers)
   scale = config.attention_multiplier or config.head_dim**-0.5
+  if config.rope_scaling is not None and getattr(config.rope_scaling, "mscale_all_dim", 0):
+    scaling = config.rope_scaling
+    scale *= (1 + scaling.mscale_all_dim * np.log(scaling.factor) / 10) ** 2
   residual = config.residual_multiplier
   temperatures = np.asarray(roster.temperatures, np.float64)
   draws = _draws(
@@ -53,8 +56,8 @@ def member_logits(
   )
   draws = jax.tree.map(lambda a: np.asarray(a, np.float64), draws)
 
-  def norm(x, weight):
-    return x / np.sqrt(np.mean(x * x) + config.rms_norm_eps) * weight
+  def norm(x, weight, epsilon=config.rms_norm_eps):
+    return x / np.sqrt(np.mean(x * x) + epsilon) * weight
 
   def rope(x, position):
     half = (config.rotary_dim or config.head_dim) // 2
@@ -141,14 +144,28 @@ def member_logits(
     r, z = sigmoid(of_input[:2] + of_state[:2])
     return (1 - z) * np.tanh(of_input[2] + r * of_state[2]) + z * state
 
-  def add(x, y, weights, row):
-    return x + residual * (norm(y, weights[row]) if config.sandwich_norm else y)
+  def latent(a, row, normed, position):
+    """Queries, keys and values of all heads, computed from latents (arXiv 2405.04434)."""
+    turned, z = config.rotary_dim, config.kv_lora_rank
 
-  def block(x, state, layer, position, index, history):
-    first = config.first_dense_layers
-    stack, row = (p.dense_layers, layer) if layer < first else (p.layers, layer - first)
-    a = stack.attention
-    normed = norm(x, stack.attention_norm[row])
+    def rotated(heads):
+      if config.rotary_interleaved:
+        heads = np.concatenate([heads[:, ::2], heads[:, 1::2]], axis=1)
+      return rope(heads, position)
+
+    of_query = normed
+    if config.q_lora_rank:
+      of_query = norm(a.query_down[row] @ normed, a.query_norm[row], 1e-6)
+    query = np.einsum("q,hcq->hc", of_query, a.query[row])
+    down = a.key_down[row] @ normed
+    c = norm(down[:z], a.key_norm[row], 1e-6)
+    shared = np.repeat(rotated(down[None, z:]), config.num_heads, axis=0)
+    query = np.concatenate([query[:, :-turned], rotated(query[:, -turned:])], axis=1)
+    key = np.concatenate([np.einsum("z,hnz->hn", c, a.key_up[row]), shared], axis=1)
+    return query, key, np.einsum("z,hxz->hx", c, a.value_up[row])
+
+  def standard(a, row, normed, position):
+    """Queries, keys and values of all heads."""
     query, key, value = (
       np.einsum("d,hcd->hc", normed, w[row]) + (b[row] if config.qkv_bias else 0)
       for w, b in ((a.query, a.query_bias), (a.key, a.key_bias), (a.value, a.value_bias))
@@ -164,13 +181,24 @@ def member_logits(
       query, key, value = (
         np.clip(v, -config.clip_qkv, config.clip_qkv) for v in (query, key, value)
       )
-    query, key = rope(query, position), rope(key, position)
+    return rope(query, position), rope(key, position), value
+
+  def add(x, y, weights, row):
+    return x + residual * (norm(y, weights[row]) if config.sandwich_norm else y)
+
+  def block(x, state, layer, position, index, history):
+    first = config.first_dense_layers
+    stack, row = (p.dense_layers, layer) if layer < first else (p.layers, layer - first)
+    a = stack.attention
+    normed = norm(x, stack.attention_norm[row])
+    attend = latent if config.kv_lora_rank else standard
+    query, key, value = attend(a, row, normed, position)
     seen = history + [(key, value)]
     if layer in config.sliding_layers:
       seen = seen[-config.sliding_window :]
     heads = []
     for head in range(config.num_heads):
-      group = head // (config.num_heads // config.num_kv_heads)
+      group = head // (config.num_heads // len(key))
       scores = np.array([query[head] @ k[group] for k, _ in seen]) * scale
       weights = np.exp(scores)
       total = weights.sum() + (np.exp(a.sinks[row, head]) if config.attention_sinks else 0)
@@ -258,7 +286,7 @@ def member_logits(
 
 def yarn(config, frequencies):
   """YaRN's frequencies (arXiv 2309.00071): slow dimensions are interpolated."""
-  s, half = config.rope_scaling, config.head_dim // 2
+  s, half = config.rope_scaling, (config.rotary_dim or config.head_dim) // 2
 
   def dimension(rotations):
     """At which (fractional) dimension the original context is so many rotations."""
@@ -267,7 +295,7 @@ def yarn(config, frequencies):
   low, high = dimension(s.beta_fast), dimension(s.beta_slow)
   if s.truncate:
     low, high = np.floor(low), np.ceil(high)
-  low, high = max(low, 0), min(high, config.head_dim - 1)
+  low, high = max(low, 0), min(high, 2 * half - 1)
   ramp = np.clip((np.arange(half) - low) / (max(high - low, 0.001)), 0, 1)
   return frequencies * (1 - ramp) + frequencies / s.factor * ramp
 

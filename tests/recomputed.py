@@ -106,8 +106,9 @@ def _block(config, cell, layers, layer, model_layer, x, positions, noise, gate_w
   sinks = layers.attention.sinks
   sinks = None if sinks is None else to_compute_dtype(sinks[layer])
   keys, values = history or (key, value)
-  scale = config.attention_multiplier or config.head_dim**-0.5
-  heads = _attend(query, key, value, keys, values, sinks, window, scale)
+  if value is None:  # latent attention: values are the keys
+    value, values = key, keys
+  heads = _attend(query, key, value, keys, values, sinks, window, config.attention_scale)
   y = attention.output(layers.attention, layer, heads)
   x = transformer.add_to_residual(config, x, y, layers.attention_output_norm, layer)
   normed = transformer.norm(config, x, layers.moe_norm[layer])

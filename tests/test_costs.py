@@ -62,7 +62,7 @@ def test_members_at_fewer_bits_read_fewer_bytes():
   assert fewer.flops == pytest.approx(full.flops)
 
 
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "qwen2_moe", "glm4_moe"])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "qwen2_moe", "glm4_moe", "deepseek_v3"])
 def test_flops_are_two_for_each_weight_that_a_position_passes(family):
   config = tiny.config(family)
   sizes = {
@@ -76,7 +76,7 @@ def test_flops_are_two_for_each_weight_that_a_position_passes(family):
     part = config.experts_per_token / config.num_experts if "layers/experts" in name else 1
     expected += 2 * size * part
   # A position that sees itself: a score and a value of each head.
-  expected += config.num_layers * 4 * config.num_heads * config.head_dim
+  expected += config.num_layers * 4 * config.num_heads * config.cached_head_dim
   assert costs.forward_flops(config, Roster.create(config), range(1)) == expected
 
 
@@ -212,7 +212,7 @@ CASES = [
   ("mixtral-8x7b", *STEP),
   ("mixtral-8x7b", *SCORE),
   ("qwen3-30b-a3b", *SCORE),
-  ("ling-mini-2.0", *STEP),
+  ("pangu-ultra-moe", *STEP),
   ("gpt-oss-120b", *STEP),
 ]
 
@@ -232,7 +232,7 @@ def programs():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(c[:2]))
 def test_bytes_on_a_device_are_those_of_compiled_programs(programs, case):
-  """Arguments to 0.1 %; temporaries to 0.5 to 1.5 times and 32 MiB; all to 10 %."""
+  """Arguments to 0.1 %; temporaries to 0.4 to 1.5 times and 32 MiB; all to 10 %."""
   name, kind, texts, members, positions = case
   config, found = presets.PRESETS[name], programs[case]
   expected = costs.memory(
@@ -247,7 +247,7 @@ def test_bytes_on_a_device_are_those_of_compiled_programs(programs, case):
   # A chunk of scoring is given the tokens of its positions only.
   held = expected.weights + expected.cache + (expected.tokens if kind == "step" else 0)
   assert found["arguments"] == pytest.approx(held, rel=1e-3)
-  assert expected.activations / 2 < found["temporaries"] < 1.5 * expected.activations + 2**25
+  assert expected.activations * 0.4 < found["temporaries"] < 1.5 * expected.activations + 2**25
   assert found["arguments"] + found["temporaries"] == pytest.approx(expected.total, rel=0.1)
 
 

@@ -25,8 +25,8 @@ CASES = {
     dict(num_members=4, temperatures=0.3, include_clean=False, memory_budget=1),
     {"stop_tokens": range(0, 60, 7), "batch_size": 3},
   ),
-  "adaptive": (
-    {},
+  "adaptive, with latent attention": (
+    dict(family="deepseek_v3", sliding_window=5, sliding_layers=(1,)),
     dict(num_members=5, temperatures=0.4, unsure="margin<0.6", member_stop="exact"),
     {},
   ),
@@ -34,7 +34,8 @@ CASES = {
 
 
 def model(changes):
-  config = tiny.config("mixtral" if changes else "olmoe", **changes)
+  family = "mixtral" if changes else "olmoe"
+  config = tiny.config(**dict(family=family) | changes)
   return tiny.params(config), config
 
 
@@ -63,7 +64,7 @@ def test_tokens_are_those_without_drafts(case):
   computed = sum(c.forward_passes for c in plain.completions)
   assert computed == sum(sum(c.members) for c in plain.completions)
   more = sum(c.forward_passes for c in drafted.completions)
-  if case == "adaptive":
+  if case.startswith("adaptive"):
     sequences = [p + c.tokens for p, c in zip(PROMPTS, plain.completions)]
     scores = scoring.score(params, config, sequences, list(map(len, PROMPTS)), roster=roster)
     for completion, score in zip(plain.completions, scores.sequences):

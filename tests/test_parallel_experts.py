@@ -262,7 +262,7 @@ def test_what_is_lowered_for_an_accelerator(monkeypatch, platform):
   spec = P("expert")
   run = jax.jit(
     sharding.map_shards(
-      lambda params, *args: experts_lib.apply(params, 0, *args, "dense", tokens_sharded=True),
+      lambda params, *args: experts_lib.apply(params, 0, *args, "ragged_dot", tokens_sharded=True),
       mesh(8),
       (_WEIGHTS, spec, spec, spec),
       spec,

@@ -85,6 +85,16 @@ CASES |= {
     "glm4_moe", n_group=1, topk_group=1, use_qk_norm=False, norm_topk_prob=False
   ),
   "dots1": hf.config_json("dots1"),
+  "deepseek_v3": hf.config_json("deepseek_v3"),
+  "deepseek_v3_halves": hf.config_json(
+    "deepseek_v3",
+    rope_interleave=False,
+    q_lora_rank=None,
+    rope_scaling=None,
+    n_group=1,
+    topk_group=1,
+  ),
+  "deepseek_v2": hf.config_json("deepseek_v2"),
   "mistral": hf.config_json("mistral"),
   "mistral_window": hf.config_json("mistral", sliding_window=6, head_dim=12),
   "qwen2": hf.config_json("qwen2"),

@@ -93,7 +93,11 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
 
 @pytest.mark.parametrize(
   "model, cache",
-  [*zip((*hf.ROUTED, "glm4_moe"), 4 * ["clean", "standard"]), ("glm4_moe", "clean")],
+  [
+    *zip((*hf.ROUTED, "glm4_moe"), 4 * ["clean", "standard"]),
+    *[(family, "clean") for family in ("glm4_moe", *hf.LATENT)],
+    ("deepseek_v2", "standard"),
+  ],
   indirect=["model"],
 )
 def test_members_are_those_of_the_definition(model, cache):

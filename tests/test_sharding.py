@@ -224,7 +224,7 @@ def test_a_checkpoint_is_restored_straight_onto_the_mesh(params, tmp_path):
 # Results.
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen2_moe", "glm4_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen2_moe", "glm4_moe", "deepseek_v3"])
 def test_families_by_parts(family):
   config = tiny.config(family, vocab_size=64)
   check_forward(config, tiny.params(config))

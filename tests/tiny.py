@@ -15,7 +15,7 @@ def config(family, **changes):
     hf.config_json(family, vocab_size=61, num_hidden_layers=3, max_position_embeddings=48)
   )
   sizes = dict(
-    head_dim=8,
+    head_dim=config.head_dim if config.kv_lora_rank else 8,
     experts_per_token=min(3, config.num_experts),
     bos_token_id=None,
     pad_token_id=None,

@@ -392,6 +392,17 @@ class Comparison:
     return f"{self.task}: {self.method} {verb} {self.measure} against {self.baseline} ({figures})."
 
 
+def mean(values: np.ndarray) -> Estimate:
+  """Returns the mean of values `[X]`, or `[X, S]` of several seeds, over examples."""
+  return Estimate(*bootstrap([over_seeds(values)], np.mean))
+
+
+def paired_mean(values: np.ndarray, baseline: np.ndarray) -> Difference:
+  """Returns the tested difference of two means over the same examples; arguments as of `mean`."""
+  gap = over_seeds(values) - over_seeds(baseline)
+  return tested(Difference(*bootstrap([gap], np.mean)), paired_test(values, baseline))
+
+
 def tested(difference: Difference, test: Test) -> Difference:
   """Returns a difference with the p-value of its test."""
   return dataclasses.replace(difference, p=test.p)

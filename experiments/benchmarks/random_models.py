@@ -101,7 +101,7 @@ def cache_bytes(config: ModelConfig, context: int) -> int:
   seen = (config.num_layers - sliding) * context
   if sliding:
     seen += sliding * min(context, config.sliding_window - 1)
-  return 2 * seen * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
+  return seen * config.cached_size * jnp.dtype(config.dtype).itemsize
 
 
 def step_bytes(
@@ -126,15 +126,7 @@ def step_bytes(
 
   return (
     size(layers.experts.gate_up, layers.experts.down) * unique_experts / config.num_experts
-    + size(
-      attention.query,
-      attention.key,
-      attention.value,
-      attention.output,
-      layers.router,
-      layers.shared_expert,
-      params.unembedding,
-    )
+    + size(attention.matrices, layers.router, layers.shared_expert, params.unembedding)
     + num_histories * cache_bytes(config, context)
   )
 

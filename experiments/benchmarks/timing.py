@@ -104,6 +104,22 @@ def take_turns(
   return seconds
 
 
+def ratios(
+  calls: Mapping[str, Callable[[], Any]], reference: str, rounds: int = 5
+) -> dict[str, float]:
+  """Returns the median time of calls, made in turns, relative to that of one of them."""
+
+  def repeated(call):
+    def run(count):
+      for _ in range(count):
+        jax.block_until_ready(call())
+
+    return run
+
+  seconds = take_turns({name: repeated(call) for name, call in calls.items()}, rounds)
+  return {name: median_ratio(of, seconds[reference]) for name, of in seconds.items()}
+
+
 def quartiles(values: np.ndarray) -> tuple[float, float, float]:
   """Returns lower quartile, median and upper quartile, ignoring NaN."""
   return tuple(float(q) for q in np.nanquantile(values, (0.25, 0.5, 0.75)))

@@ -14,7 +14,6 @@ import base64
 from collections.abc import Callable
 import dataclasses
 import functools
-import time
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.analysis import drawing, paired_statistics, report_page
+from experiments.benchmarks import timing
 from experiments.cli.extras import skimage
 from experiments.figures import compared
 from experiments.figures.figure_run import FigureRun, Measurements
@@ -64,14 +64,14 @@ class Config:
   scales: tuple[int, ...] = (2, 4)
   selectors: tuple[str, ...] = tuple(sr.SELECTORS)
   num_seeds: int = 3
-  num_steps: int = 800
+  num_steps: int = 300
   batch_size: int = 8
   learning_rate: float = 3e-3
   patch: int = 16
-  size: int = 128
+  size: int = 96
   num_procedural: tuple[int, int, int] = (12, 5, 11)
-  members: tuple[int, ...] = (8, 32)
-  transforms: tuple[int, ...] = (2, 8)
+  members: tuple[int, ...] = (8, 16)
+  transforms: tuple[int, ...] = (4, 8)
   temperatures: tuple[float, ...] = (0.1, 0.3, 1.0)
   shown: tuple[str, ...] = ("chelsea", "china")
 
@@ -189,16 +189,6 @@ class Trained:
     return _metrics(np.asarray(images), self.high, self.network.scale)
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-  """Returns the least time of three calls; the first one compiles."""
-  times = []
-  for _ in range(4):
-    begin = time.perf_counter()
-    jax.block_until_ready(call())
-    times.append(time.perf_counter() - begin)
-  return min(times[1:])
-
-
 def _train(run: FigureRun, network: sr.SuperResolution, seed: int) -> Any:
   config: Config = run.config
   schedule = network_training.Schedule(
@@ -244,9 +234,9 @@ def _measure(run: FigureRun, keep: Measurements, network: sr.SuperResolution) ->
       values.setdefault(system, []).append(found)
 
   def passes():
-    systems = on("test", seeds[0]).systems(config, tau, seeds[0])
-    seconds = {system: _seconds(call) for system, call in systems.items()}
-    return {system: s / seconds[CLEAN] for system, s in seconds.items()}
+    trained = on("test", seeds[0])
+    one_batch = dataclasses.replace(trained, low=trained.low[:BATCH])
+    return timing.ratios(one_batch.systems(config, tau, seeds[0]), CLEAN)
 
   return {
     "tau": tau,
@@ -317,12 +307,12 @@ def _records(scale, measured, bicubic, is_natural):
     found = {"part": "quality", "scale": scale, "selector": selector, "system": system, "to": to}
     for index, metric in enumerate(METRICS):
       ours = paired_statistics.over_seeds(of[..., index])
-      found[metric] = _mean(ours)
+      found[metric] = paired_statistics.mean(ours)
       if reference is not None:
-        theirs = paired_statistics.over_seeds(reference[..., index])
-        test = paired_statistics.paired_test(ours, theirs)
-        found[f"{metric}_difference"] = paired_statistics.tested(_difference(ours - theirs), test)
-        found[f"{metric}_natural"] = _difference((ours - theirs)[is_natural])
+        pair = ours, paired_statistics.over_seeds(reference[..., index])
+        found[f"{metric}_difference"] = paired_statistics.paired_mean(*pair)
+        natural = (values[is_natural] for values in pair)
+        found[f"{metric}_natural"] = paired_statistics.paired_mean(*natural)
     return found | {"images": len(of), "natural": int(is_natural.sum())} | also
 
   found = [record("", BICUBIC, bicubic, values[plain, CLEAN], f"{plain}, {CLEAN}")]
@@ -334,14 +324,6 @@ def _records(scale, measured, bicubic, is_natural):
     also = dict(tau=m["tau"], passes=m["passes"][system], validation=m["validation"])
     found.append(record(selector, system, of, reference, to, **also))
   return found
-
-
-def _mean(values):
-  return paired_statistics.Estimate(*paired_statistics.bootstrap([values], np.mean))
-
-
-def _difference(values):
-  return paired_statistics.Difference(*paired_statistics.bootstrap([values], np.mean))
 
 
 def _part(records, part):

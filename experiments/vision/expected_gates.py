@@ -23,12 +23,16 @@ NODES = 5  # of the quadrature along each expert's noise
 class MeanRoute(struct.PyTreeNode):
   """Choices of all experts with the members' mean gates under Gumbel noise.
 
-  For few experts: E! / (E - A)! choices, or `NODES`^E nodes with noisy gates, are added up.
+  For few experts: E! / (E - A)! choices, or `NODES`^E nodes with noisy gates, which must be those
+  of all experts, are added up.
 
   Attributes:
     temperature: τ of all layers, above zero.
     config: the network's routing.
     gate_weights: as of the roster.
+
+  Raises:
+    ValueError: gates are noisy and of some experts only.
   """
 
   temperature: jax.Array | float
@@ -38,14 +42,13 @@ class MeanRoute(struct.PyTreeNode):
   def __call__(self, layer, logits_BxHxWxE):
     del layer
     logits = logits_BxHxWxE.astype(jnp.float32)
-    mean = _integrated if self.gate_weights == routing.NOISY else _enumerated
-    gates = mean(self.config, logits, self.temperature, self.gate_weights)
+    if self.gate_weights == routing.NOISY:
+      if self.config.experts_per_token != self.config.num_experts:
+        raise ValueError("noisy gates have a mean gate only if all experts are chosen")
+      gates = _integrated(logits, self.temperature)
+    else:
+      gates = _enumerated(self.config, logits, self.temperature, self.gate_weights)
     return jnp.broadcast_to(jnp.arange(self.config.num_experts), gates.shape), gates
-
-
-def _gates(config, logits, perturbed, gate_weights):
-  experts, gates = routing.route(config, logits, perturbed, gate_weights)
-  return dense_gates(experts, gates, config.num_experts)
 
 
 def _enumerated(config, logits, temperature, gate_weights):
@@ -54,7 +57,8 @@ def _enumerated(config, logits, temperature, gate_weights):
   for order in itertools.permutations(range(config.num_experts), config.experts_per_token):
     perturbed = jnp.full(config.num_experts, -jnp.inf)
     perturbed = perturbed.at[np.array(order)].set(-np.arange(len(order), dtype=np.float32))
-    gates = _gates(config, logits, jnp.broadcast_to(perturbed, logits.shape), gate_weights)
+    chosen = routing.route(config, logits, jnp.broadcast_to(perturbed, logits.shape), gate_weights)
+    gates = dense_gates(*chosen, config.num_experts)
     total += order_probability(logits / temperature, order)[..., None] * gates
   return total
 
@@ -68,18 +72,16 @@ def order_probability(scaled_logits: jax.Array, order: tuple[int, ...]) -> jax.A
   return jnp.exp(log_probability)
 
 
-def _integrated(config, logits, temperature, gate_weights):
-  """Integrates gates over the noise by Gauss-Legendre quadrature in its distribution function."""
+def _integrated(logits, temperature):
+  """Integrates softmax(w + τ G) by Gauss-Legendre quadrature in G's distribution function."""
   nodes, weights = np.polynomial.legendre.leggauss(NODES)
-  gumbel = -np.log(-np.log((nodes + 1) / 2))
-  grid = np.stack(np.meshgrid(*[gumbel] * config.num_experts), -1).reshape(-1, config.num_experts)
-  products = np.stack(np.meshgrid(*[weights / 2] * config.num_experts), -1)
-  products = products.reshape(-1, config.num_experts).prod(-1)
+  gumbel, count = -np.log(-np.log((nodes + 1) / 2)), logits.shape[-1]
+  products = lambda of_axis: np.array(list(itertools.product(of_axis, repeat=count)))
 
   def add(total, node):
     noise, weight = node
     noisy = logits + jnp.broadcast_to(temperature * noise, logits.shape)
-    return total + weight * _gates(config, logits, noisy, gate_weights), None
+    return total + weight * jax.nn.softmax(noisy), None
 
-  start, nodes = jnp.zeros_like(logits), (jnp.float32(grid), jnp.float32(products))
-  return jax.lax.scan(add, start, nodes)[0]
+  nodes = jnp.float32(products(gumbel)), jnp.float32(products(weights / 2).prod(-1))
+  return jax.lax.scan(add, jnp.zeros_like(logits), nodes)[0]

@@ -43,6 +43,12 @@ class Schedule:
     )
 
 
+@functools.partial(jax.jit, static_argnames=("network", "schedule"))
+def _start(key, images, network, schedule):
+  params = network.init(key, images)
+  return TrainState(jnp.zeros((), jnp.int32), params, schedule.optimizer().init(params))
+
+
 @functools.partial(
   jax.jit, static_argnames=("loss", "network", "schedule"), donate_argnames="state"
 )
@@ -76,14 +82,10 @@ def trained(
   folder.mkdir(parents=True, exist_ok=True)
   settings = {"network": repr(network), "schedule": dataclasses.asdict(schedule)}
   of_step = lambda step: draw(np.random.default_rng((schedule.seed, step)))
-  # The compiled step serves all seeds.
+  # The compiled start and step serve all seeds.
   common = dataclasses.replace(schedule, seed=0)
-
-  images = jax.tree.leaves(of_step(0))[0]
-
-  def init():
-    params = network.init(jax.random.key(schedule.seed), jnp.asarray(images))
-    return TrainState(jnp.zeros((), jnp.int32), params, schedule.optimizer().init(params))
+  images = jnp.asarray(jax.tree.leaves(of_step(0))[0])
+  start = _start(jax.random.key(schedule.seed), images, network, common)
 
   def step(state, index):
     state, values = _step(state, of_step(index), loss, network, common)
@@ -93,7 +95,7 @@ def trained(
     training_loop.check_output(folder, settings)
     state, _ = training_loop.run(
       folder,
-      init,
+      lambda: start,
       step,
       lambda state: {},
       num_steps=schedule.num_steps,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments.vision import routed_network
-from experiments.vision.routed_network import MemberRoute, Route
+from experiments.vision.routed_network import MemberRoute, Route, RoutedNetwork
 from roe_jax import experts, perturbations, routing, training
 from roe_jax.config import ModelConfig
 from roe_jax.params import ExpertParams
@@ -81,7 +81,7 @@ class RoutedBlock(nn.Module):
     return x + mixed.reshape(x.shape)
 
 
-class PatchTransformer(nn.Module):
+class PatchTransformer(RoutedNetwork):
   """The network: images `[B, side, side]` to logits of classes `[B, V]`.
 
   Attributes:
@@ -126,11 +126,6 @@ class PatchTransformer(nn.Module):
       for layer in range(self.routed_blocks)
     ]
     self.norm, self.classify = nn.LayerNorm(), nn.Dense(self.num_classes)
-
-  def __call__(self, images, route: Route | None = None):
-    """Returns the logits, by default of the network itself."""
-    route = route or routed_network.CleanRoute(self.routing)
-    return self.head(self.routed(self.trunk(images), route))
 
   def trunk(self, images):
     x = self.embed(images[..., None]) + self.position

@@ -1,6 +1,6 @@
 """Rosters of any routed network: images in, values or class logits out.
 
-A network is a `flax.linen.Module` with a routing config and three methods:
+A network is a `RoutedNetwork`, a `flax.linen.Module` with a routing config and three methods:
 
 * `trunk(images) -> features`: what precedes the first router; computed once for all members;
 * `routed(features, route) -> features`: the routed parts; `route(layer, logits)` chooses experts;
@@ -24,6 +24,7 @@ import hashlib
 from typing import Any, Protocol
 
 from flax import struct
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,19 +82,26 @@ class Route(Protocol):
   ) -> tuple[jax.Array, jax.Array]: ...
 
 
-class RoutedNetwork(Protocol):
+class RoutedNetwork(nn.Module):
   """A network that a roster can be made of; see the module."""
 
   @property
-  def routing(self) -> ModelConfig: ...
+  def routing(self) -> ModelConfig:
+    raise NotImplementedError
 
-  def trunk(self, images: jax.Array) -> Features: ...
+  def trunk(self, images: jax.Array) -> Features:
+    raise NotImplementedError
 
-  def routed(self, features: Features, route: Route) -> Features: ...
+  def routed(self, features: Features, route: Route) -> Features:
+    raise NotImplementedError
 
-  def head(self, features: Features) -> jax.Array: ...
+  def head(self, features: Features) -> jax.Array:
+    raise NotImplementedError
 
-  def apply(self, params: Any, /, *args: Any, method: str) -> Any: ...
+  def __call__(self, images: jax.Array, route: Route | None = None) -> jax.Array:
+    """Returns the outputs, by default of the network itself."""
+    route = route or CleanRoute(self.routing)
+    return self.head(self.routed(self.trunk(images), route))
 
 
 class MemberRoute(struct.PyTreeNode):

@@ -3,9 +3,9 @@
 An unfolding network: each block repeats the steps of an iterative solver with learned operators of
 gated convolutions at two scales (a pixel, and its neighbors) and sparse attention. The features
 after each stage are the experts of a selector that mixes them for each pixel and channel.
-Differences from the published network: one color channel, less width and depth, attention within
-windows without an overlap, and upsampling of pooled features that does not depend on the image's
-size, so that tiles agree with the whole.
+Differences from the published network: one color channel, less width and depth, a tail without full
+convolutions (slow on CPUs), attention within windows without an overlap, and upsampling of pooled
+features that does not depend on the image's size, so that tiles agree with the whole.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.vision import routed_network
-from experiments.vision.routed_network import Route
+from experiments.vision.routed_network import Route, RoutedNetwork
 from roe_jax import routing
 from roe_jax.config import ModelConfig
 from roe_jax.roster import Roster
@@ -109,10 +109,10 @@ class UnfoldingBlock(nn.Module):
 class Selector(nn.Module):
   """Mixes stages e_j by gates of the logits w_j = 1x1_j(e_j), for each pixel and channel.
 
-  Each channel is a layer of routing: it has its own noise.
+  The channels of a pixel share its noise.
 
   Attributes:
-    routing: of the channels; None for the last stage alone.
+    routing: of a channel; None for the last stage alone.
   """
 
   routing: ModelConfig | None
@@ -124,8 +124,7 @@ class Selector(nn.Module):
     else:
       width, count = stages[0].shape[-1], self.routing.num_experts
       logits = jnp.stack([nn.Dense(width, name=f"gate_{j}")(e) for j, e in enumerate(stages)], -1)
-      of_channels = jax.vmap(route, in_axes=(0, 3), out_axes=3)
-      experts, gates = of_channels(jnp.arange(width), logits)
+      experts, gates = jax.vmap(route, in_axes=(None, 3), out_axes=3)(0, logits)
       gates = routed_network.dense_gates(experts, gates, count)
       if self.routing.experts_per_token == 1:  # a gate of one, with the gradient of its softmax
         p = jax.nn.softmax(logits)
@@ -134,13 +133,13 @@ class Selector(nn.Module):
     return mixed + nn.Dense(stages[0].shape[-1], name="fuse")(mixed)
 
 
-class SuperResolution(nn.Module):
+class SuperResolution(RoutedNetwork):
   """The network: luminance `[B, H, W]` to `[B, scale H, scale W]`.
 
   H and W must be multiples of `unit`; see `upscale`.
 
   Attributes:
-    scale: a power of two.
+    scale: enlargement of each side.
     selector: a name in `SELECTORS`.
     width: C, channels.
     stages: number of stages, the experts.
@@ -159,9 +158,9 @@ class SuperResolution(nn.Module):
 
   @property
   def routing(self) -> ModelConfig:
-    """Routing of C channels; the network without selector has one that it does not use."""
+    """Routing of the selector; the network without selector has one that it does not use."""
     chosen = SELECTORS[self.selector] or 1
-    return routed_network.routing_config(self.width, self.stages, min(chosen, self.stages), True)
+    return routed_network.routing_config(1, self.stages, min(chosen, self.stages), True)
 
   @property
   def gate_weights(self) -> str:
@@ -186,14 +185,8 @@ class SuperResolution(nn.Module):
     # Unrolled: a scan over blocks has a gradient of three times the time on CPUs.
     self.body = [UnfoldingBlock(self.window, self.heads) for _ in range(self.stages * self.blocks)]
     self.select = Selector(None if self.selector == NONE else self.routing)
-    steps = [2] * (self.scale.bit_length() - 1)
-    self.enlarge = [nn.Dense(self.width * step**2) for step in steps]
-    self.last = nn.Conv(1, (3, 3), padding="VALID", kernel_init=nn.initializers.normal(1e-3))
-
-  def __call__(self, images):
-    """Returns the outputs of the network itself."""
-    route = routed_network.CleanRoute(self.routing)
-    return self.head(self.routed(self.trunk(images), route))
+    self.widen, self.spread = nn.Dense(2 * self.width), _Neighbors()
+    self.last = nn.Dense(self.scale**2, kernel_init=nn.initializers.normal(1e-3))
 
   def trunk(self, images):
     """Returns the images, their first features, and the features after each stage."""
@@ -207,17 +200,12 @@ class SuperResolution(nn.Module):
 
   def head(self, features):
     images, x = features
-    for enlarge in self.enlarge:
-      x = nn.gelu(_shuffled(enlarge(x)))
-    residual = self.last(_padded(x, 1))[..., 0]
+    b, h, w = images.shape
+    # Pixels are shuffled last, so that x4 costs about as much as x2.
+    residual = self.last(nn.gelu(self.spread(self.widen(x))))
+    residual = residual.reshape(b, h, w, self.scale, self.scale).swapaxes(2, 3)
+    residual = residual.reshape(b, h * self.scale, w * self.scale)
     return residual + resize(images, self.scale, "bilinear")
-
-
-def _shuffled(x):
-  """Turns `[B, H, W, 4 C]` into `[B, 2 H, 2 W, C]`."""
-  b, h, w, c = x.shape
-  x = x.reshape(b, h, w, 2, 2, c // 4)
-  return jnp.moveaxis(x, 3, 2).reshape(b, 2 * h, 2 * w, c // 4)
 
 
 def loss(predicted: jax.Array, wanted: jax.Array) -> jax.Array:

@@ -139,11 +139,13 @@ def call(
   vocab = vocabulary_axes(config, mesh)
   head_size = config.vocab_size * config.d_model // num_shards(mesh, vocab)
   router_size = flops_lib.router_size(config)
-  projections = flops_lib.projection_flops(config)
-  sharded_flops = (projections + flops_lib.shared_expert_flops(config)) / t
-  dense_layer_flops = (projections + flops_lib.dense_flops(config)) / t
+  projections = flops_lib.projection_flops(config, t)
+  sharded_flops = projections + flops_lib.shared_expert_flops(config) / t
+  dense_layer_flops = projections + flops_lib.dense_flops(config) / t
   expert_flops = config.experts_per_token * 6 * config.d_model * config.d_expert / (e * t)
-  key_bytes = config.num_kv_heads * config.head_dim * item / t  # of a position's keys
+  # Of what a layer caches of a position; a single head is not split.
+  entry_bytes = config.cached_size * item / (1 if config.num_kv_heads == 1 else t)
+  arrays = 1 if config.kv_lora_rank else 2
   tokens = batch_size * positions
   if tokens % mesh.shape[DATA] == 0:
     tokens //= mesh.shape[DATA]
@@ -172,14 +174,14 @@ def call(
     cost.weights += times * layers * (dense_bytes + unique_experts / e * per_expert / t)
     cost.weights += times * dense * dense_layer_flops / 2 * item
     caches = roster.cache_mode.histories(batch.members)
-    cost.cache += times * caches * batch.sequences * 2 * key_bytes * windows[-1]
+    cost.cache += times * caches * batch.sequences * entry_bytes * windows[-1]
     found = Counter()
     for number, is_dense in ((dense, True), (layers, False)):
       for c, count in _layer_collectives(config, mesh, batch, item, is_dense).items():
         found[c] += number * count
     if kind == "step" and batch.member_axes:
-      written = ("all-reduce", len(batch.layers) * batch.sequences * key_bytes, batch.member_axes)
-      found += _collectives(mesh, written, written)
+      written = len(batch.layers) * batch.sequences * entry_bytes / arrays
+      found += _collectives(mesh, *arrays * [("all-reduce", written, batch.member_axes)])
     if kind != "prefill" and not batch.is_shared:
       cost.flops += times * 2 * batch.head_tokens * head_size
       cost.weights += times * head_size * item

@@ -70,9 +70,13 @@ def dense_flops(config: ModelConfig) -> int:
   return 6 * config.d_dense * config.d_model
 
 
-def projection_flops(config: ModelConfig) -> int:
-  """Query, key, value and output projections, per position and layer."""
-  return 4 * config.d_model * config.head_dim * (config.num_heads + config.num_kv_heads)
+def projection_flops(config: ModelConfig, shards: int = 1) -> int:
+  """The projections of attention, per position and layer, on one of the shards of its heads."""
+  matrices = params.describe(config).layers.attention.matrices
+  return sum(
+    2 * math.prod(m.shape[1:]) // (shards if {"heads", "kv_heads"} & set(m.axes) else 1)
+    for m in matrices
+  )
 
 
 def router_size(config: ModelConfig) -> int:
@@ -90,7 +94,7 @@ def shared_expert_flops(config: ModelConfig) -> int:
 
 def attention_flops(config: ModelConfig) -> int:
   """Attention scores and values, per layer and pair of query and key position."""
-  return 4 * config.num_heads * config.head_dim
+  return 4 * config.num_heads * config.cached_head_dim
 
 
 def window_size(config: ModelConfig, layer: int, position: int) -> int:

@@ -254,9 +254,12 @@ def _with_member_folding(num_experts, activation, strategy, devices, tokens_shar
     def local(x, indices, gates):
       return local_experts(*indices.shape)(x, indices, gates)
 
-    return expert_parallel.apply(local, num_experts, x, indices, gates, tokens_sharded)
+    return expert_parallel.apply(
+      local, num_experts, x, indices, gates, tokens_sharded, differentiable
+    )
 
-  if strategy in ("padded", "dense"):
+  differentiable = strategy in ("padded", "dense")
+  if differentiable:
     return compute
   folding = jax.custom_batching.custom_vmap(_not_differentiable(compute))
 

@@ -45,6 +45,7 @@ def apply(
   indices: jax.Array,
   gates: jax.Array,
   tokens_sharded: bool,
+  differentiable: bool = False,
 ) -> jax.Array:
   """Returns the gate-weighted sum over the experts of several devices.
 
@@ -55,6 +56,8 @@ def apply(
     indices: `[N, A]` int32 active experts, among those of all devices.
     gates: `[N, A]` float32.
     tokens_sharded: whether the devices along `expert` hold different tokens.
+    differentiable: whether gradients are taken, which exchanges in rounds do not have: the tokens
+      are all-gathered.
 
   Returns:
     `[N, D]` in the dtype of `x`; sums over experts and devices are in float32, rounded once.
@@ -63,7 +66,8 @@ def apply(
   if not tokens_sharded:
     y = _apply_own(local_experts, num_experts, x, indices, gates)
     return rounded(collectives.psum(y, "expert", "tensor"), x.dtype)
-  if capacity := exchange_capacity(len(indices), indices.shape[1], devices):
+  capacity = exchange_capacity(len(indices), indices.shape[1], devices)
+  if capacity and not differentiable:
     exchange = via_ragged_all_to_all if _ragged_is_possible(x, indices) else via_all_to_all
     y = exchange(local_experts, num_experts, x, indices, gates, capacity)
   else:

@@ -835,8 +835,9 @@ def test_the_progress_bar_is_alone(tmp_path, capsys, caplog):
     logging.set_verbosity(verbosity)
 
 
-@pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
-def test_tables_fill_every_parameter_of_the_published_models(config):
+@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"pangu-ultra-moe"}))  # it has no table
+def test_tables_fill_every_parameter_of_the_published_models(name):
+  config = PRESETS[name]
   tensor_names.check_table(config)
   names = [
     (part.tensor, part.parameter)

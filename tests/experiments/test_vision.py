@@ -86,6 +86,9 @@ def test_the_gates_of_members_have_the_mean_that_is_computed():
     np.testing.assert_array_less(np.abs(drawn.mean(0) - mean[0, 0, 0]), 4 * error + 1e-3)
     if chosen == 1:  # Gumbel-max
       np.testing.assert_allclose(mean, jax.nn.softmax(logits / tau), rtol=1e-5)
+  some = routed_network.routing_config(1, 3, 2, normalize_gates=True)
+  with pytest.raises(ValueError, match="only if all experts are chosen"):
+    MeanRoute(tau, some, "noisy")(0, logits)
 
 
 def test_ordered_choices_have_the_probabilities_of_draws_without_replacement():
@@ -124,9 +127,18 @@ def test_a_hard_selector_takes_the_best_stages_and_its_router_learns():
   params = selector.init(jax.random.key(0), stages, route)
   params["params"]["fuse"] = jax.tree.map(jnp.zeros_like, params["params"]["fuse"])
   params["params"]["gate_1"]["bias"] += 50.0
+  gate_1 = params["params"]["gate_1"]
   of = jax.jit(lambda p: selector.apply(p, stages, route))
   np.testing.assert_array_equal(of(params), stages[1])
-  params["params"]["gate_1"]["bias"] -= 49.5
+  # The channels of a pixel share its noise: those with equal logits have equal members.
+  params["params"] |= {f"gate_{i}": jax.tree.map(jnp.zeros_like, gate_1) for i in range(3)}
+  pixels = [jnp.full((1, 6, 6, 2), value) for value in (1.0, 2.0, 3.0)]
+  roster, ids = roster_of(network, 2, 1.0), jnp.zeros(1, jnp.uint32)
+  member = MemberRoute(roster, ids, jnp.zeros((1, 2), jnp.int32), jnp.int32(1), network.routing)
+  chosen = np.asarray(selector.apply(params, pixels, member))
+  np.testing.assert_array_equal(chosen[..., 0], chosen[..., 1])
+  assert set(chosen.ravel()) == {1.0, 2.0, 3.0}
+  params["params"]["gate_1"] = gate_1 | {"bias": gate_1["bias"] - 49.5}
   assert (
     float(jnp.abs(jax.grad(lambda p: of(p).sum())(params)["params"]["gate_1"]["bias"]).max()) > 0
   )

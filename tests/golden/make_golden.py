@@ -23,6 +23,7 @@ CASES = {
   "qwen2_moe_windows": hf.config_json("qwen2_moe", use_sliding_window=True),
   "qwen3_moe": hf.config_json("qwen3_moe"),
   "glm4_moe": hf.config_json("glm4_moe"),
+  "deepseek_v3": hf.config_json("deepseek_v3"),
   "granitemoe": hf.config_json("granitemoe"),
   "granitemoeshared": hf.config_json("granitemoeshared"),
   "llama": hf.config_json("llama"),
