@@ -19,10 +19,10 @@ import numpy as np
 from roe_jax import numerics, quantization
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
-from roe_jax.params import ExpertParams, LayerParams, Params
+from roe_jax.params import LayerParams, Params
 
-# `compute(experts, indices_NxA, gates_NxA)`: the gate-weighted sum `[N, D]`.
-Compute = Callable[[ExpertParams, jax.Array, jax.Array], jax.Array]
+# `compute(experts, indices_NxA=, gates_NxA=)`: the gate-weighted sum `[N, D]`.
+Compute = Callable[..., jax.Array]
 
 
 def add(params: Params, config: ModelConfig, key: jax.Array) -> tuple[Params, ModelConfig]:
@@ -86,8 +86,8 @@ def apply(
     used = jnp.ones_like(best, bool) if trains else best == i
     y = compute(
       quantization.at_bits(layers.experts, bits),
-      jnp.where(used, indices_NxA, num_experts),
-      gates_NxA * weights[..., i],
+      indices_NxA=jnp.where(used, indices_NxA, num_experts),
+      gates_NxA=gates_NxA * weights[..., i],
     )
     total = numerics.add(total, y)
   return total, weights @ jnp.asarray(np.array(widths, np.float32))

@@ -378,18 +378,22 @@ def feed_forward(
   chosen, gates = route(config, layers, layer, logits, perturbed, options.gate_weights, count)
   b, t, d = x.shape
   rows = normed.reshape(b * t, d)
-  pairs = chosen.reshape(b * t, -1), gates.reshape(b * t, -1)
-
-  def compute(of, indices_NxA, gates_NxA):
-    activation = Activation(config.swiglu_limit, config.swiglu_alpha)
-    more = options.strategy, activation, options.tokens_sharded
-    return experts.apply(of, layer, rows, indices_NxA, gates_NxA, *more)
-
+  pairs = {"indices_NxA": chosen.reshape(b * t, -1), "gates_NxA": gates.reshape(b * t, -1)}
+  compute = functools.partial(
+    experts.apply,
+    layer=layer,
+    x_NxD=rows,
+    strategy=options.strategy,
+    activation=Activation(config.swiglu_limit, config.swiglu_alpha),
+    tokens_sharded=options.tokens_sharded,
+  )
   if bit_routing.is_used(layers):
-    y, bits = bit_routing.apply(layers, layer, rows, *pairs, compute, options.trains_bits)
+    y, bits = bit_routing.apply(
+      layers, layer, rows, **pairs, compute=compute, trains=options.trains_bits
+    )
     bits = bits.reshape(chosen.shape)
   else:
-    y, bits = compute(layers.experts, *pairs), None
+    y, bits = compute(layers.experts, **pairs), None
   y = y.reshape(b, t, d)
   if layers.shared_expert is not None:
     y = add(y, experts.shared(layers.shared_expert, layer, normed))

@@ -58,8 +58,8 @@ def test_the_gradient_is_that_of_the_softmax_at_the_chosen_bits(model):
   gates = jnp.asarray(random.random((5, 2)), jnp.float32)
   weights = jnp.asarray(random.standard_normal((5, config.d_model)), jnp.float32)
 
-  def compute(of, indices, gates):
-    return experts.apply(of, 1, x, indices, gates, "dense")
+  def compute(of, indices_NxA, gates_NxA):
+    return experts.apply(of, 1, x, indices_NxA, gates_NxA, "dense")
 
   def run(routers, trains):
     layers = params.layers.replace(bit_router=routers)

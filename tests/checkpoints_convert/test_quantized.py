@@ -33,6 +33,8 @@ def config(family, **changes):
     sizes = dict(
       d_shared_expert=changes.get("d_expert", F), first_dense_layers=1, d_dense=24, qk_norm=True
     )
+  if "kv_lora_rank" in families.FAMILIES[family].keys:
+    sizes |= dict(qk_norm=False, num_kv_heads=1, kv_lora_rank=8, v_head_dim=12, rotary_dim=8)
   if family == "gpt_oss":
     sizes = dict(swiglu_limit=7.0, swiglu_alpha=1.702, expert_format="mxfp4")
   return ModelConfig(

@@ -83,7 +83,8 @@ def test_groups_of_figures_are_in_their_order_and_once():
   assert reproduce.figure_names(given, "olmoe") == ["fig3", "fig6", "table1"]
   assert reproduce.figure_names(["all"], "olmoe") == figures.of_model(figures.NAMES, "olmoe")
   assert reproduce.figure_names(["all"], "vision") == list(figures.VISION)
-  assert reproduce.figure_names(["all"], "embedded") == list(figures.PAPER + figures.REVIEWERS)
+  of_embedded = figures.PAPER + figures.REVIEWERS + figures.SYSTEMS
+  assert reproduce.figure_names(["all"], "embedded") == list(of_embedded)
   assert reproduce.figure_names(["reviewers"], "embedded") == list(figures.REVIEWERS)
   with pytest.raises(ValueError, match="unknown figure 'fig2': give one of fig3, fig4a"):
     reproduce.figure_names(["fig2"], "olmoe")
