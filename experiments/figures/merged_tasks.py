@@ -330,5 +330,6 @@ def draw(records: list[compared.Record]):
     values, errors = drawing.bars([r[name] for r in records])
     axis.errorbar(values, rows, xerr=errors, **(drawing.style(0) | {"linestyle": "none"}))
     axis.set_xlabel(title)
+    axis.locator_params(axis="x", nbins=4)
     axis.set_yticks(rows, [r["label"] for r in records], fontsize=7)
   return figure
