@@ -379,7 +379,7 @@ def feed_forward(
   b, t, d = x.shape
   rows = normed.reshape(b * t, d)
   pairs = {"indices_NxA": chosen.reshape(b * t, -1), "gates_NxA": gates.reshape(b * t, -1)}
-  compute = functools.partial(
+  compute: bit_routing.Compute = functools.partial(
     experts.apply,
     layer=layer,
     x_NxD=rows,
