@@ -378,8 +378,8 @@ def feed_forward(
   chosen, gates = route(config, layers, layer, logits, perturbed, options.gate_weights, count)
   b, t, d = x.shape
   rows = normed.reshape(b * t, d)
-  pairs = {"indices_NxA": chosen.reshape(b * t, -1), "gates_NxA": gates.reshape(b * t, -1)}
-  compute: bit_routing.Compute = functools.partial(
+  indices_NxA, gates_NxA = chosen.reshape(b * t, -1), gates.reshape(b * t, -1)
+  compute = functools.partial(
     experts.apply,
     layer=layer,
     x_NxD=rows,
@@ -389,11 +389,11 @@ def feed_forward(
   )
   if bit_routing.is_used(layers):
     y, bits = bit_routing.apply(
-      layers, layer, rows, **pairs, compute=compute, trains=options.trains_bits
+      layers, layer, rows, indices_NxA, gates_NxA, compute, options.trains_bits
     )
     bits = bits.reshape(chosen.shape)
   else:
-    y, bits = compute(layers.experts, **pairs), None
+    y, bits = compute(layers.experts, indices_NxA=indices_NxA, gates_NxA=gates_NxA), None
   y = y.reshape(b, t, d)
   if layers.shared_expert is not None:
     y = add(y, experts.shared(layers.shared_expert, layer, normed))
