@@ -125,7 +125,7 @@ def first_planes(matrix: Quantized, bits: int) -> Quantized:
 
 
 def at_bits(experts: Any, bits: int) -> Any:
-  """Returns experts in a nested format with the first planes of their matrices; see `first_planes`."""
+  """Returns experts in a nested format that are read at so many bits; see `first_planes`."""
   read = {name: first_planes(getattr(experts, name), bits) for name in CONTRACTED}
   return experts.replace(**read)
 
