@@ -129,9 +129,9 @@ def test_second_moments_are_those_of_the_inputs_of_experts(monkeypatch):
   params, texts, seen = tiny.params(config), tiny.texts([9, 5]), []
   apply = experts.apply
 
-  def recorded(matrices, layer, x, chosen, *rest):
-    seen.append((int(layer), np.asarray(x), np.asarray(chosen)))
-    return apply(matrices, layer, x, chosen, *rest)
+  def recorded(matrices, **named):
+    seen.append((int(named["layer"]), *map(np.asarray, (named["x_NxD"], named["indices_NxA"]))))
+    return apply(matrices, **named)
 
   monkeypatch.setattr(experts, "apply", recorded)
   with jax.disable_jit():
