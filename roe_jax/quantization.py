@@ -237,6 +237,21 @@ def codes_and_scales(matrix: Any) -> tuple[jax.Array, jax.Array | None, str | No
   return matrix, None, None
 
 
+def read_format(matrix: Any) -> str | None:
+  """Returns the format that holds the planes that are read; None for an array."""
+  if not is_quantized(matrix) or matrix.depth is None:
+    return matrix.format if is_quantized(matrix) else None
+  return nested_format(matrix.format).first(matrix.depth).name
+
+
+def codes_per_row(matrix: Any) -> int:
+  """Returns the codes of a row of a matrix, in nested formats of one plane."""
+  if not is_quantized(matrix):
+    return matrix.shape[-1]
+  kind = find(matrix.format)
+  return matrix.codes.shape[-1] // (kind.bits if kind.nested else 1)
+
+
 def weights_per_scale(scales: jax.Array | None, axis: int, size: int) -> int:
   """Returns how many of the `size` weights along an axis share a scale; all without scales."""
   return size if scales is None else size // scales.shape[axis]

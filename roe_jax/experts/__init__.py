@@ -22,8 +22,8 @@ The only expert of a dense model is computed without dispatch (`every_token.only
 strategy, unless it is quantized.
 
 `native`, `tiled_loop`, `gather_gemv` and `grouped_matmul` dequantize quantized experts as they
-read them; the others dequantize all experts of a layer, and are not chosen for them. Nested
-formats are dequantized as they are read by `tiled_loop` alone.
+read them; the others dequantize all experts of a layer, and are not chosen for them. In nested
+formats `native` reads up to four bits so, `tiled_loop` any number, and the others none.
 
 `choices` says which strategy is chosen.
 """
@@ -50,7 +50,15 @@ from roe_jax.experts.batched_matmul import dense, padded
 from roe_jax.experts.every_token import shared
 from roe_jax.numerics import rounded, to_compute_dtype
 from roe_jax.params import ExpertParams
-from roe_jax.quantization import CONTRACTED, dequantize_layer, find, is_quantized, quantize
+from roe_jax.quantization import (
+  CONTRACTED,
+  codes_per_row,
+  dequantize_layer,
+  find,
+  is_quantized,
+  quantize,
+  read_format,
+)
 
 _FUNCTIONS = {
   "native": native_kernel.compute,
@@ -100,12 +108,17 @@ def choose_strategy(
       step.strategy in runs_anywhere
       or (
         width % MULTIPLES.get(platform, 1) == 0
-        and (step.strategy != "native" or native.is_available())
+        and (step.strategy != "native" or _has_native(expert_format))
         and kernel_passes(step.strategy, dtype, expert_format)
       )
     ):
       return step.strategy
   raise AssertionError("the last step always holds")
+
+
+def _has_native(expert_format):
+  reads = expert_format is None or native_kernel.dequantizes(expert_format)
+  return reads and native.is_available()
 
 
 @functools.cache
@@ -202,6 +215,8 @@ def apply(
 
 def _reads(strategy, expert_format):
   """Whether a strategy dequantizes what it reads of a layer, not the whole layer first."""
+  if strategy == "native":
+    return native_kernel.dequantizes(expert_format)
   if find(expert_format).nested:
     return strategy in ("tiled_loop", "ragged_dot", "tokamax")
   return strategy not in ("padded", "dense")
@@ -209,7 +224,7 @@ def _reads(strategy, expert_format):
 
 def _function(strategy, num_experts, activation, weights, layer, dtype):
   """Returns a strategy as a function of tokens, with weights in the dtype that it takes."""
-  if is_quantized(weights.down) and not _reads(strategy, weights.down.format):
+  if is_quantized(weights.down) and not _reads(strategy, read_format(weights.down)):
     weights, layer = dequantize_layer(weights, layer, num_experts, dtype), 0
   if strategy not in ("native", "tiled_loop"):  # these read bfloat16 bits
     weights = jax.tree.map(to_compute_dtype, weights)
@@ -237,8 +252,7 @@ def _with_member_folding(num_experts, activation, strategy, devices, tokens_shar
   """Returns the strategy's function with a vmap rule that folds the mapped axis into tokens."""
 
   def compute(weights, layer, x, indices, gates):
-    width = jax.tree.leaves(weights.down)[0].shape[-1]
-    expert_format = weights.down.format if is_quantized(weights.down) else None
+    width, expert_format = codes_per_row(weights.down), read_format(weights.down)
 
     def local_experts(num_tokens, num_choices):
       dtype, sizes = str(x.dtype), (num_tokens, num_choices, num_experts * devices)

@@ -49,8 +49,8 @@ CROSSOVERS: dict[tuple[str, str | None], tuple[Step, ...]] = {
     for platform in ("gpu", "tpu")
     for format in quantization.FORMATS
   },
-  # No kernel reads planes of bits.
-  **{(platform, nested.PREFIX): (Step("tiled_loop"),) for platform in ("cpu", "gpu", "tpu")},
+  # No other kernel reads planes of bits.
+  **{(platform, nested.PREFIX): (Step("tiled_loop"),) for platform in ("gpu", "tpu")},
   ("gpu", _ANY_FORMAT): _UNMEASURED,
   ("tpu", _ANY_FORMAT): _UNMEASURED,
 }

@@ -1,20 +1,27 @@
 """The experts in C++, for CPUs: see `roe_jax.native`."""
 
-from roe_jax import native
-from roe_jax.quantization import codes_and_scales
+from roe_jax import native, nested, quantization
+from roe_jax.quantization import codes_and_scales, find
+
+
+def dequantizes(expert_format: str) -> bool:
+  """Whether the kernel reads experts of this format as they are stored."""
+  kind = find(expert_format)
+  return not kind.nested or kind.bits <= native.MOST_BITS
 
 
 def compute(num_experts, activation, weights, layer, x, indices, gates):
   """Returns the gate-weighted sum of the active experts' outputs; see `experts.apply`.
 
   Raises:
-    ValueError: the kernel is not available, or D is not a multiple of 4 (of 8 with four bits).
+    ValueError: the kernel is not available, or D is not a multiple of 4 (of 8 with four bits, of
+      32 in nested formats).
   """
   codes, scales, format = codes_and_scales(weights.gate_up)
-  if codes.shape[-1] % native.MULTIPLE:
+  if quantization.codes_per_row(weights.gate_up) % native.MULTIPLE:
     raise ValueError(
-      "the expert strategy 'native' needs a d_model that is a multiple of 4 (of 8 with four bits), "
-      f"got {x.shape[1]}: choose another one"
+      "the expert strategy 'native' needs a d_model that is a multiple of 4 (of 8 with four bits, "
+      f"of 32 in nested formats), got {x.shape[1]}: choose another one"
     )
   if not native.is_available():
     raise ValueError(
@@ -22,6 +29,9 @@ def compute(num_experts, activation, weights, layer, x, indices, gates):
       "ROE_JAX_NATIVE other than 0"
     )
   kind = format or ("float32" if codes.dtype == "float32" else "bfloat16")
+  planes = (0, 0, 0)
+  if format and (own := find(format).nested):
+    kind, planes = nested.PREFIX, (own.base, weights.gate_up.depth or own.bits, own.bits)
   return native.apply_experts(
     kind,
     num_experts,
@@ -34,4 +44,5 @@ def compute(num_experts, activation, weights, layer, x, indices, gates):
     (codes, scales),
     codes_and_scales(weights.down)[:2],
     (weights.gate_up_bias, weights.down_bias),
+    planes,
   )

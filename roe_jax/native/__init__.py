@@ -23,7 +23,10 @@ GAP = 16  # of the scratch for activations: kGap in kernels.cc
 # Rows are read four elements at a time, or a multiple of that.
 MULTIPLE = 4
 # By dtype of unquantized weights, or quantized format; in the order of `Kind` in kernels.cc.
-KINDS = {name: i for i, name in enumerate(("float32", "bfloat16", "int8", "int4", "mxfp4"))}
+KINDS = {
+  name: i for i, name in enumerate(("float32", "bfloat16", "int8", "int4", "mxfp4", "nested"))
+}
+MOST_BITS = 4  # of a nested format that are read: kMostBits in kernels.cc
 
 
 def is_available() -> bool:
@@ -88,6 +91,7 @@ def apply_experts(
   gate_up: tuple[jax.Array, jax.Array | None],
   down: tuple[jax.Array, jax.Array | None],
   biases: tuple[jax.Array | None, jax.Array | None],
+  planes: tuple[int, int, int] = (0, 0, 0),
 ) -> jax.Array:
   """Returns the gate-weighted sum of the active experts' outputs, `[N, D]` float32.
 
@@ -99,9 +103,11 @@ def apply_experts(
     x: `[N, D]`; hidden values are rounded to its dtype.
     indices: `[N, A]` int32. Pairs with gate zero may have any.
     gates: `[N, A]` float32.
-    gate_up, down: codes `[L·E, F, 2, D]` and `[L·E, F, D]`, or `D/2` for four bits, and scales
-      or None; see `quantization.Quantized`.
+    gate_up, down: codes `[L·E, F, 2, D]` and `[L·E, F, D]`, fewer of few bits, and scales or
+      None; see `quantization.Quantized`.
     biases: `[L·E, F, 2]` and `[L·E, D]`, or None.
+    planes: of a nested format: those of the base, those that are read (at most `MOST_BITS`), and
+      all.
   """
   (n, d), f = x.shape, gate_up[0].shape[1]
   shapes = ((n, d), (indices.size, f), (n, d + GAP))
@@ -113,6 +119,9 @@ def apply_experts(
     gates.astype(jnp.float32),
     *map(_bits, (*gate_up, *down, *biases)),
     kind=KINDS[kind],
+    base=planes[0],
+    bits=planes[1],
+    stored=planes[2],
     num_experts=num_experts,
     limit=np.float32(0 if limit is None else limit),
     alpha=np.float32(alpha),

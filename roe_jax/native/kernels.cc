@@ -23,6 +23,10 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace roe {
 
 #if defined(__AVX512F__)
@@ -86,31 +90,100 @@ ROE_INLINE float total(Floats<V> v) {
   }
 }
 
-// Formats. `kPerLane` elements share a 32-bit lane; a row of D elements has `kHalves` passes over
-// its codes, one per half of D. `read` loads a unit, and `element` returns its vector i.
+// Sums of numbers by the bits of an index: of up to four, the lowest bit first, and an offset.
+struct Table {
+  Floats<8> halves[2];  // by the lower three bits; by the fourth
+
+  template <int K>
+  static ROE_INLINE Table of(float offset, const float* values) {
+    constexpr Floats<8> kBit[] = {
+        {0, 1, 0, 1, 0, 1, 0, 1}, {0, 0, 1, 1, 0, 0, 1, 1}, {0, 0, 0, 0, 1, 1, 1, 1}};
+    Floats<8> low = Floats<8>{} + offset;
+    ROE_UNROLL for (int k = 0; k < std::min(K, 3); k++) low += kBit[k] * values[k];
+    return {{low, K > 3 ? low + values[K - 1] : low}};
+  }
+
+  // Returns the sums of the low K bits of every lane of `index`.
+  template <int K, int V>
+  ROE_INLINE Floats<V> at(Ints<V> index) const {
+#if defined(__AVX512F__)
+    if constexpr (V == 16) {
+      return bits<Floats<V>>(
+          _mm512_permutexvar_ps(bits<__m512i>(index), bits<__m512>(halves)));
+    }
+#endif
+#if defined(__AVX2__)
+    if constexpr (V == 8) {
+      const __m256i lanes = bits<__m256i>(index);
+      const __m256 low = _mm256_permutevar8x32_ps(bits<__m256>(halves[0]), lanes);
+      if constexpr (K < 4) return bits<Floats<V>>(low);
+      const __m256 high = _mm256_permutevar8x32_ps(bits<__m256>(halves[1]), lanes);
+      const __m256 fourth = _mm256_castsi256_ps(_mm256_slli_epi32(lanes, 28));
+      return bits<Floats<V>>(_mm256_blendv_ps(low, high, fourth));
+    }
+#endif
+    Floats<V> found{};
+    for (int i = 0; i < V; i++) {
+      const int at = index[i] & ((1 << K) - 1);
+      found[i] = halves[at / 8][at % 8];
+    }
+    return found;
+  }
+};
+
+constexpr int kMostBits = 4;  // of planes that are read
+
+// A matrix of rows of `width` elements. Its pointers are to the first expert, or to one.
+struct Matrix {
+  const char* codes;
+  const char* scales;
+  int64_t width;
+  int64_t groups;         // scales per row; of `weigh`, rows per row of scales
+  int64_t row_bytes;      // of codes
+  int64_t row_scales;     // scales per row of scales
+  int64_t expert_bytes;   // of codes
+  int64_t expert_scales;  // bytes of scales
+  // Of planes of bits.
+  int64_t plane_bytes = 0;  // between the planes of a row
+  int64_t kind_scales = 0;  // between a row's scales of one kind and those of the next
+  int base = 0;             // planes of the base
+
+  Matrix of(int64_t expert) const {
+    Matrix m = *this;
+    m.codes += expert * expert_bytes;
+    m.scales += expert * expert_scales;
+    return m;
+  }
+};
+
+// Formats. `kPerLane` elements share a 32-bit lane, and elements of `kParts` parts of a row share a
+// byte. A pass over the codes reads `kTogether` of the parts: with two, `pass` and
+// `pass + kParts / 2`. `read` loads a unit, and `element` returns its vector i of part t, without
+// the scale of its group, or, if not `kDeferred`, with that.
 
 struct Unscaled {
-  static constexpr int kHalves = 1;
-  static constexpr bool kScaled = false;
-  static float scale(const void*, int64_t) { return 1; }
-  template <int V, int kHalf>
-  static ROE_INLINE const char* read(const char* unit) {
+  static constexpr int kParts = 1, kTogether = 1, kBits = 0, kScales = 0;
+  static constexpr bool kDeferred = true;
+  using Group = float;
+  static Group group(const Matrix&, int64_t, int64_t) { return 1; }
+  template <int V>
+  static ROE_INLINE const char* read(const char* unit, int, int64_t) {
     return unit;
   }
 };
 
 struct Float32 : Unscaled {
   static constexpr int kPerLane = 1, kUnitBytesPerLane = 16;
-  template <int V, int kHalf>
-  static ROE_INLINE Floats<V> element(const char* unit, int i) {
+  template <int V>
+  static ROE_INLINE Floats<V> element(const char* unit, int, int i, int, Group) {
     return load<Floats<V>>(unit + 4 * V * i);
   }
 };
 
 struct BFloat16 : Unscaled {
   static constexpr int kPerLane = 2, kUnitBytesPerLane = 8;
-  template <int V, int kHalf>
-  static ROE_INLINE Floats<V> element(const char* unit, int i) {
+  template <int V>
+  static ROE_INLINE Floats<V> element(const char* unit, int, int i, int, Group) {
     const Ints<V> pair = load<Ints<V>>(unit + 4 * V * (i / 2));
     return bits<Floats<V>>(i % 2 ? pair & static_cast<int32_t>(0xffff0000) : pair << 16);
   }
@@ -120,49 +193,144 @@ inline float bfloat16_at(const void* data, int64_t i) {
   return bits<float>(static_cast<uint32_t>(static_cast<const uint16_t*>(data)[i]) << 16);
 }
 
+// One scale per group, `Own::scale(scales, i)`.
+template <class Own>
 struct Scaled {
   static constexpr int kPerLane = 4, kUnitBytesPerLane = 4;
-  static constexpr bool kScaled = true;
+  static constexpr int kParts = 1, kTogether = 1, kBits = 0, kScales = 1;
+  static constexpr bool kDeferred = true;
+  using Group = float;
   static float scale(const void* scales, int64_t i) { return bfloat16_at(scales, i); }
-  template <int V, int kHalf>
-  static ROE_INLINE Ints<V> read(const char* unit) {
+  static Group group(const Matrix& m, int64_t row, int64_t i) {
+    return Own::scale(m.scales, row * m.row_scales + i);
+  }
+  // Writes a column's scales, each `stride` after the last.
+  static void column(const Matrix& m, int64_t at, float* to, int64_t) {
+    *to = Own::scale(m.scales, at);
+  }
+  template <int V>
+  static ROE_INLINE Ints<V> read(const char* unit, int, int64_t) {
     return load<Ints<V>>(unit);
   }
   // Of signed bytes.
-  template <int V, int kHalf>
-  static ROE_INLINE Floats<V> element(Ints<V> lanes, int i) {
+  template <int V>
+  static ROE_INLINE Floats<V> element(Ints<V> lanes, int, int i, int, Group) {
     return __builtin_convertvector((lanes << (24 - 8 * i)) >> 24, Floats<V>);
   }
-};
-
-struct Int8 : Scaled {
-  static constexpr int kHalves = 1;
-};
-
-struct Int4 : Scaled {
-  static constexpr int kHalves = 2;
-  template <int V, int kHalf>
-  static ROE_INLINE Floats<V> element(Ints<V> lanes, int i) {
-    return __builtin_convertvector((lanes << (28 - 8 * i - 4 * kHalf)) >> 28, Floats<V>);
+  // Returns a vector of elements with the scales of their columns.
+  template <int V>
+  static ROE_INLINE Floats<V> in_columns(
+      Ints<V> lanes, int pass, int i, int t, const float* scales, int64_t) {
+    return Own::template element<V>(lanes, pass, i, t, 1) * load<Floats<V>>(scales);
   }
 };
 
-struct MxFp4 : Scaled {
-  static constexpr int kHalves = 2;
+struct Int8 : Scaled<Int8> {};
+
+struct Int4 : Scaled<Int4> {
+  static constexpr int kParts = 2;
+  template <int V>
+  static ROE_INLINE Floats<V> element(Ints<V> lanes, int pass, int i, int, Group) {
+    return __builtin_convertvector((lanes << (28 - 8 * i - 4 * pass)) >> 28, Floats<V>);
+  }
+};
+
+struct MxFp4 : Scaled<MxFp4> {
+  static constexpr int kParts = 2;
   // Half of 2^(exponent - 127), since elements are doubled; also right where that is subnormal.
   static float scale(const void* scales, int64_t i) {
     const uint32_t exponent = std::min<int>(static_cast<const uint8_t*>(scales)[i], 254);
     return bits<float>(exponent > 1 ? (exponent - 1) << 23 : 1u << (21 + exponent));
   }
-  template <int V, int kHalf>
-  static ROE_INLINE Ints<V> read(const char* unit) {
+  template <int V>
+  static ROE_INLINE Ints<V> read(const char* unit, int pass, int64_t) {
     // Twice the FP4 values, 0 1 2 3 4 6 8 12 and their negatives, in all bytes at once.
-    const Bytes<V> code = bits<Bytes<V>>(load<Ints<V>>(unit) >> (4 * kHalf));
+    const Bytes<V> code = bits<Bytes<V>>(load<Ints<V>>(unit) >> (4 * pass));
     const Bytes<V> low = code & 7, negative = (code & 8) == 8, last = low > 6;
     const Bytes<V> twice = low - (low > 4) - (low > 5) - last - last - last;
     return bits<Ints<V>>((twice ^ negative) - negative);
   }
 };
+
+constexpr int32_t kLowOfNibbles = 0x11111111;
+
+// The first kBits planes of a nested format: a weight is an offset, and what each bit adds.
+template <int kPlanes>
+struct Nested {
+  static constexpr int kPerLane = 4, kUnitBytesPerLane = 4;
+  static constexpr int kParts = 8, kTogether = 2, kBits = kPlanes, kScales = 1 + kBits;
+  static constexpr bool kDeferred = false;
+  using Group = Table;
+
+  // Writes the offset, and what the bits add, the lowest first, each `stride` after the last.
+  static ROE_INLINE void column(const Matrix& m, int64_t at, float* to, int64_t stride) {
+    const float step = bfloat16_at(m.scales, at);
+    float offset = bfloat16_at(m.scales, at + m.kind_scales);
+    for (int plane = 0; plane < kBits; plane++) {
+      float added = step * static_cast<float>(1 << std::max(0, m.base - 1 - plane));
+      if (plane >= m.base) {  // the bits stand for -1 and 1
+        const float size = bfloat16_at(m.scales, at + (2 + plane - m.base) * m.kind_scales);
+        offset -= size;
+        added = 2 * size;
+      }
+      to[(kBits - plane) * stride] = added;
+    }
+    to[0] = offset;
+  }
+  static ROE_INLINE Group group(const Matrix& m, int64_t row, int64_t i) {
+    float scales[kScales];
+    column(m, row * m.row_scales + i, scales, 1);
+    return Table::of<kBits>(scales[0], scales + 1);
+  }
+  // Returns nibbles of bits: of part `pass`, and of part `pass + 4`.
+  template <int V>
+  static ROE_INLINE Ints<V> read(const char* unit, int pass, int64_t plane_bytes) {
+    Ints<V> found{};
+    ROE_UNROLL for (int plane = 0; plane < kBits; plane++) {
+      const Ints<V> bits = load<Ints<V>>(unit + plane * plane_bytes);
+      found = found << 1 | ((bits >> pass) & kLowOfNibbles);
+    }
+    return found;
+  }
+  template <int V>
+  static ROE_INLINE Floats<V> element(Ints<V> lanes, int, int i, int t, const Group& group) {
+    return group.at<kBits, V>(lanes >> (8 * i + 4 * t));
+  }
+  template <int V>
+  static ROE_INLINE Floats<V> in_columns(
+      Ints<V> lanes, int, int i, int t, const float* scales, int64_t stride) {
+    Floats<V> found = load<Floats<V>>(scales);
+    ROE_UNROLL for (int k = 0; k < kBits; k++) {
+      const Ints<V> is_set = (lanes << (31 - 8 * i - 4 * t - k)) >> 31;
+      found += bits<Floats<V>>(is_set & load<Ints<V>>(scales + (1 + k) * stride));
+    }
+    return found;
+  }
+};
+
+// Calls `f` with every pass over the codes, as a constant if there are few.
+template <class Format, class F>
+ROE_INLINE void by_passes(F f) {
+  constexpr int passes = Format::kParts / Format::kTogether;
+  if constexpr (passes <= 2) {
+    f(std::integral_constant<int, 0>());
+    if constexpr (passes == 2) f(std::integral_constant<int, 1>());
+  } else {
+    for (int pass = 0; pass < passes; pass++) f(pass);
+  }
+}
+
+// The part that pass `pass` reads as its part t.
+template <class Format>
+constexpr int part_of_pass(int pass, int t) {
+  return pass + t * (Format::kParts / Format::kTogether);
+}
+
+// Calls `f` with the planes of a row that are read; once if there are none.
+template <class Format, class F>
+ROE_INLINE void by_planes(F f) {
+  ROE_UNROLL for (int plane = 0; plane < std::max(1, Format::kBits); plane++) f(plane);
+}
 
 // Where element `i` of a row is in the order of vectors.
 template <class Format, int V>
@@ -176,63 +344,65 @@ void reorder(const float* from, float* to, int64_t size) {
   for (int64_t i = 0; i < size; i++) to[ordered<Format, V>(i)] = from[i];
 }
 
-// A matrix of rows of `width` elements.
-struct Matrix {
-  const char* codes;
-  const char* scales;
-  int64_t width;
-  int64_t groups;  // scales per row; of `weigh`, rows per row of scales
-};
-
 // Floats between the starts of rows of activations. Without the gap, rows of 4096 bytes would all
 // need the same few lines of a core's cache.
 constexpr int64_t kGap = 16;
 
-template <class Format, int V, int kHalf, int R, int N>
-ROE_INLINE void dot_half(
-    const Matrix& m, int64_t row, const float* const* x, Floats<V> (&sums)[R][N]) {
+template <class Format, int V, int R, int N>
+ROE_INLINE void dot_pass(
+    const Matrix& m, int64_t row, int pass, const float* const* x, Floats<V> (&sums)[R][N]) {
   constexpr int64_t unit = Format::kUnitBytesPerLane * V;
+  constexpr int T = Format::kTogether;
   // Fewer sums would wait for one another.
   constexpr int K = R * N < 8 ? 2 : 1;
-  const int64_t width = m.width / Format::kHalves, row_bytes = width / (4 * V) * unit;
+  const int64_t width = m.width / Format::kParts, row_bytes = m.row_bytes;
   const int64_t group = m.width / m.groups, run = std::gcd(group, width);
   const char* codes = m.codes + row * row_bytes;
-  const float* at[N];
-  ROE_UNROLL for (int n = 0; n < N; n++) at[n] = x[n] + kHalf * width;
+  int64_t first[T];  // columns
+  ROE_UNROLL for (int t = 0; t < T; t++) first[t] = part_of_pass<Format>(pass, t) * width;
   for (int64_t begin = 0; begin < width; begin += run) {
+    typename Format::Group groups[R][T];
+    ROE_UNROLL for (int r = 0; r < R; r++) {
+      ROE_UNROLL for (int t = 0; t < T; t++) {
+        groups[r][t] = Format::group(m, row + r, (first[t] + begin) / group);
+      }
+    }
     Floats<V> parts[K][R][N] = {};
     for (int64_t c = begin; c < begin + run; c += 4 * V) {
-      if (kHalf == 0 && (unit >= 64 || reinterpret_cast<uintptr_t>(codes) % 64 == 0)) {
+      if (pass == 0 && (unit >= 64 || reinterpret_cast<uintptr_t>(codes) % 64 == 0)) {
         ROE_UNROLL for (int r = 0; r < R; r++) {  // the rows that come next, to the second cache
-          for (int64_t b = 0; b < unit; b += 64) {
-            __builtin_prefetch(codes + (R + r) * row_bytes + b, 0, 2);
-          }
+          by_planes<Format>([&](int plane) {
+            for (int64_t b = 0; b < unit; b += 64) {
+              __builtin_prefetch(
+                  codes + (R + r) * row_bytes + plane * m.plane_bytes + b, 0, 2);
+            }
+          });
         }
       }
-      decltype(Format::template read<V, kHalf>(codes)) lanes[R];
+      decltype(Format::template read<V>(codes, pass, 0)) lanes[R];
       ROE_UNROLL for (int r = 0; r < R; r++) {
-        lanes[r] = Format::template read<V, kHalf>(codes + r * row_bytes);
+        lanes[r] = Format::template read<V>(codes + r * row_bytes, pass, m.plane_bytes);
       }
-      ROE_UNROLL for (int i = 0; i < 4; i++) {
-        ROE_UNROLL for (int r = 0; r < R; r++) {
-          const Floats<V> w = Format::template element<V, kHalf>(lanes[r], i);
-          ROE_UNROLL for (int n = 0; n < N; n++) {
-            parts[i % K][r][n] += w * load<Floats<V>>(at[n] + i * V);
+      ROE_UNROLL for (int t = 0; t < T; t++) {
+        ROE_UNROLL for (int i = 0; i < 4; i++) {
+          ROE_UNROLL for (int r = 0; r < R; r++) {
+            const Floats<V> w = Format::template element<V>(lanes[r], pass, i, t, groups[r][t]);
+            ROE_UNROLL for (int n = 0; n < N; n++) {
+              parts[i % K][r][n] += w * load<Floats<V>>(x[n] + first[t] + c + i * V);
+            }
           }
         }
       }
       codes += unit;
-      ROE_UNROLL for (int n = 0; n < N; n++) at[n] += 4 * V;
     }
     ROE_UNROLL for (int r = 0; r < R; r++) {
-      float scale = 1;
-      if (Format::kScaled) {
-        const int64_t index = (row + r) * m.groups + (kHalf * width + begin) / group;
-        scale = Format::scale(m.scales, index);
-      }
       ROE_UNROLL for (int n = 0; n < N; n++) {
         const Floats<V> part = K == 1 ? parts[0][r][n] : parts[0][r][n] + parts[K - 1][r][n];
-        sums[r][n] += scale * part;
+        if constexpr (Format::kDeferred) {
+          sums[r][n] += groups[r][0] * part;
+        } else {
+          sums[r][n] += part;
+        }
       }
     }
   }
@@ -242,8 +412,7 @@ ROE_INLINE void dot_half(
 template <class Format, int V, int R, int N>
 void dot(const Matrix& m, int64_t row, const float* const* x, float* out, int64_t stride) {
   Floats<V> sums[R][N] = {};
-  dot_half<Format, V, 0>(m, row, x, sums);
-  if constexpr (Format::kHalves == 2) dot_half<Format, V, 1>(m, row, x, sums);
+  by_passes<Format>([&](auto pass) { dot_pass<Format, V>(m, row, pass, x, sums); });
   for (int r = 0; r < R; r++) {
     for (int n = 0; n < N; n++) out[r * stride + n] = total<V>(sums[r][n]);
   }
@@ -276,17 +445,17 @@ void dot_rows(
   }
 }
 
-// Adds the sum over rows of h[n][row] * matrix[row] to y[n], for one half of the columns of `units`
-// units. `codes` is the first unit of the first row.
-template <class Format, int V, int N, int kHalf>
-ROE_INLINE void weigh_half(
-    const char* codes, int64_t row_bytes, int64_t rows, int64_t units, const float* const* h,
-    const float* scales, float* const* y) {
+// Adds the sum over rows of h[n][row] * matrix[row] to y[n], for the columns of `units` units of one
+// pass. `codes` is the first unit of the first row.
+template <class Format, int V, int N>
+ROE_INLINE void weigh_pass(
+    const char* codes, int64_t row_bytes, int pass, int64_t rows, int64_t units,
+    const float* const* h, const float* scales, float* const* y) {
   constexpr int64_t unit = Format::kUnitBytesPerLane * V;
   // As many sums as fit the registers.
   constexpr int Q = N * 4 + 5 <= kRegisters ? 4 : N * 2 + 3 <= kRegisters ? 2 : 1;
   for (int64_t u = 0; u < units; u++, codes += unit) {
-    if (kHalf == 0 && (unit >= 64 || reinterpret_cast<uintptr_t>(codes) % 64 == 0)) {
+    if (pass == 0 && (unit >= 64 || reinterpret_cast<uintptr_t>(codes) % 64 == 0)) {
       for (int64_t r = 0; r < rows; r++) {
         for (int64_t b = 0; b < unit; b += 64) {
           __builtin_prefetch(codes + (rows + r) * row_bytes + b, 0, 2);
@@ -296,19 +465,87 @@ ROE_INLINE void weigh_half(
     ROE_UNROLL for (int q = 0; q < 4; q += Q) {
       Floats<V> sums[N][Q] = {};
       for (int64_t r = 0; r < rows; r++) {
-        const auto lanes = Format::template read<V, kHalf>(codes + r * row_bytes);
+        const auto lanes = Format::template read<V>(codes + r * row_bytes, pass, 0);
         ROE_UNROLL for (int i = 0; i < Q; i++) {
-          const Floats<V> w = Format::template element<V, kHalf>(lanes, q + i);
+          const Floats<V> w = Format::template element<V>(lanes, pass, q + i, 0, 1);
           ROE_UNROLL for (int n = 0; n < N; n++) sums[n][i] += w * h[n][r];
         }
       }
       ROE_UNROLL for (int i = 0; i < Q; i++) {
-        const int64_t at = (kHalf * units + u) * 4 * V + (q + i) * V;
+        const int64_t at = (pass * units + u) * 4 * V + (q + i) * V;
         ROE_UNROLL for (int n = 0; n < N; n++) {
           Floats<V> sum = sums[n][i];
-          if (Format::kScaled) sum *= load<Floats<V>>(scales + at);
+          if constexpr (Format::kScales) sum *= load<Floats<V>>(scales + at);
           sum += load<Floats<V>>(y[n] + at);
           std::memcpy(y[n] + at, &sum, sizeof sum);
+        }
+      }
+    }
+  }
+}
+
+// Rows of `weigh` that are read at a time; of planes, rows whose bits make an index.
+template <class Format>
+constexpr int64_t row_block = Format::kBits ? 24 : 8;
+template <int V>
+constexpr int kIndexed = V == 16 ? 4 : 3;
+
+// As `weigh_pass`, of all passes over planes of bits: a plane's sum over a few rows is that of an
+// index of their bits, in a table of sums of `h`, and is multiplied with the columns' scales.
+template <int V, int N>
+void weigh_planes(
+    const Matrix& m, const char* codes, int planes, int64_t rows, int64_t units,
+    const float* const* h, const float* scales, float* const* y) {
+  constexpr int B = kIndexed<V>, kSteps = 24 / B;
+  constexpr int64_t unit = 4 * V;
+  // As many of a unit's eight vectors as have sums in registers.
+  constexpr int Q = 8 * N + 6 <= kRegisters ? 8 : 4 * N + 4 <= kRegisters ? 4 : 2;
+  const int64_t steps = (rows + B - 1) / B, stride = 8 * units * unit;
+  Table tables[kSteps][N];
+  float totals[N];
+  ROE_UNROLL for (int n = 0; n < N; n++) {
+    float of_rows[24] = {};
+    std::copy_n(h[n], rows, of_rows);
+    totals[n] = std::accumulate(of_rows, of_rows + rows, 0.0f);
+    for (int64_t s = 0; s < steps; s++) tables[s][n] = Table::of<B>(0, of_rows + s * B);
+  }
+  int64_t offsets[24];
+  for (int64_t r = 0; r < 24; r++) offsets[r] = std::min(r, rows - 1) * m.row_bytes;
+  for (int64_t u = 0; u < units; u++) {
+    for (int plane = 0; plane < planes; plane++) {
+      const char* at = codes + plane * m.plane_bytes + u * unit;
+      if (reinterpret_cast<uintptr_t>(at) % 64 == 0) {
+        for (int64_t r = 0; r < rows; r++) {
+          __builtin_prefetch(at + (rows + r) * m.row_bytes, 0, 2);
+        }
+      }
+      const float* by_column = scales + (planes - plane) * stride;
+      for (int pass = 0; pass < 4; pass++) {
+        ROE_UNROLL for (int q = 0; q < 8; q += Q) {
+          Floats<V> sums[N][Q] = {};
+          for (int64_t s = 0; s < steps; s++) {
+            Ints<V> index{};
+            ROE_UNROLL for (int b = 0; b < B; b++) {
+              const Ints<V> row = load<Ints<V>>(at + offsets[s * B + b]);
+              index |= ((row >> pass) & kLowOfNibbles) << b;
+            }
+            ROE_UNROLL for (int i = 0; i < Q; i++) {
+              const Ints<V> own = index >> ((q + i) % 4 * 8 + (q + i) / 4 * 4);
+              ROE_UNROLL for (int n = 0; n < N; n++) {
+                sums[n][i] += tables[s][n].template at<B, V>(own);
+              }
+            }
+          }
+          ROE_UNROLL for (int i = 0; i < Q; i++) {
+            const int64_t part = pass + (q + i) / 4 * 4;
+            const int64_t place = (part * units + u) * unit + (q + i) % 4 * V;
+            ROE_UNROLL for (int n = 0; n < N; n++) {
+              Floats<V> sum = sums[n][i] * load<Floats<V>>(by_column + place);
+              if (plane == 0) sum += totals[n] * load<Floats<V>>(scales + place);
+              sum += load<Floats<V>>(y[n] + place);
+              std::memcpy(y[n] + place, &sum, sizeof sum);
+            }
+          }
         }
       }
     }
@@ -330,21 +567,19 @@ ROE_INLINE void by_tokens(int64_t count, F f) {
   }
 }
 
-constexpr int64_t kRowBlock = 8;  // rows of `weigh` that are read at a time
-
-// Columns of a matrix whose rows are weighed: `units` units from `first` on, in each half.
+// Columns of a matrix whose rows are weighed: `units` units from `first` on, in each part.
 template <class Format, int V>
 struct Columns {
   int64_t first, units, width;
 
-  int64_t size() const { return Format::kHalves * units * 4 * V; }
+  int64_t size() const { return Format::kParts * units * 4 * V; }
 
   // Calls `f` with every column and its place in arrays in the order of vectors.
   template <class F>
   ROE_INLINE void each(F f) const {
-    for (int half = 0; half < Format::kHalves; half++) {
-      const int64_t column = half * (width / Format::kHalves) + first * 4 * V;
-      const int64_t place = half * units * 4 * V;
+    for (int part = 0; part < Format::kParts; part++) {
+      const int64_t column = part * (width / Format::kParts) + first * 4 * V;
+      const int64_t place = part * units * 4 * V;
       for (int64_t i = 0; i < units * 4 * V; i++) f(column + i, place + ordered<Format, V>(i));
     }
   }
@@ -353,39 +588,44 @@ struct Columns {
 // Reads the scales of a row's columns.
 template <class Format, int V>
 void read_scales(const Matrix& m, int64_t row, const Columns<Format, V>& columns, float* scales) {
-  const int64_t first = row / m.groups * m.width;
-  columns.each([&](int64_t column, int64_t i) {
-    scales[i] = Format::scale(m.scales, first + column);
-  });
+  if constexpr (Format::kScales) {
+    const int64_t first = row / m.groups * m.row_scales, size = columns.size();
+    columns.each([&](int64_t column, int64_t i) {
+      Format::column(m, first + column, scales + i, size);
+    });
+  }
 }
 
 // Computes y[n] += sum of h[n][i] * matrix row (begin + i) for `size` rows and all tokens. y holds
-// the columns in the order of vectors; `scales` has room for as many values.
+// the columns in the order of vectors; `scales` has room for `kScales` times as many values.
 template <class Format, int V>
 void weigh(
     const Matrix& m, int64_t begin, int64_t size, const Columns<Format, V>& columns,
     int64_t tokens, const float* const* h, float* const* y, float* scales) {
   constexpr int64_t unit = Format::kUnitBytesPerLane * V;
-  const int64_t row_bytes = m.width / Format::kHalves / (4 * V) * unit;
   int64_t group = -1;
   for (int64_t row = 0, rows; row < size; row += rows) {
-    rows = std::min(kRowBlock, size - row);
-    if (Format::kScaled) {
+    rows = std::min(row_block<Format>, size - row);
+    if constexpr (Format::kScales) {
       const int64_t now = (begin + row) / m.groups;
       rows = std::min(rows, (now + 1) * m.groups - begin - row);
       if (now != group) read_scales(m, begin + row, columns, scales);
       group = now;
     }
-    const char* codes = m.codes + (begin + row) * row_bytes + columns.first * unit;
+    const char* codes = m.codes + (begin + row) * m.row_bytes + columns.first * unit;
     for (int64_t n = 0, count; n < tokens; n += count) {
       const float* at[kTokens];
       count = block_of<V>(tokens - n);
       for (int64_t i = 0; i < count; i++) at[i] = h[n + i] + row;
       by_tokens<V>(count, [&](auto constant) {
         constexpr int N = constant;
-        weigh_half<Format, V, N, 0>(codes, row_bytes, rows, columns.units, at, scales, y + n);
-        if constexpr (Format::kHalves == 2) {
-          weigh_half<Format, V, N, 1>(codes, row_bytes, rows, columns.units, at, scales, y + n);
+        if constexpr (Format::kBits) {
+          weigh_planes<V, N>(m, codes, Format::kBits, rows, columns.units, at, scales, y + n);
+        } else {
+          by_passes<Format>([&](auto pass) {
+            weigh_pass<Format, V, N>(
+                codes, m.row_bytes, pass, rows, columns.units, at, scales, y + n);
+          });
         }
       });
     }
@@ -416,7 +656,7 @@ struct Scratch {
 // Whether tiles pay, by measurement.
 template <class Format, int V>
 bool is_many(int64_t tokens) {
-  return V > 1 && tokens >= (Format::kScaled ? 8 : 16);
+  return V > 1 && tokens >= (Format::kScales ? 8 : 16);
 }
 
 // The size of the next of the fewest parts of `left`, of at most `most` each, that are about equal.
@@ -444,16 +684,18 @@ ROE_INLINE void store(float* to, Floats<V> value) {
   std::memcpy(to, &value, sizeof value);
 }
 
-// Calls `f` with every vector of one half of a row, and its place. Prefetches `ahead` bytes.
-template <class Format, int V, int kHalf, class F>
-ROE_INLINE void each_vector(const char* codes, int64_t units, int64_t ahead, F f) {
+// Calls `f` with every unit of a row, and its number. Prefetches `ahead` bytes.
+template <class Format, int V, class F>
+ROE_INLINE void each_unit(
+    const Matrix& m, const char* codes, int pass, int64_t units, int64_t ahead, F f) {
   constexpr int64_t unit = Format::kUnitBytesPerLane * V;
   for (int64_t u = 0; u < units; u++, codes += unit) {
-    for (int64_t b = 0; b < unit; b += 64) __builtin_prefetch(codes + ahead + b, 0, 3);
-    const auto lanes = Format::template read<V, kHalf>(codes);
-    ROE_UNROLL for (int i = 0; i < 4; i++) {
-      f(4 * u + i, Format::template element<V, kHalf>(lanes, i));
-    }
+    by_planes<Format>([&](int plane) {
+      for (int64_t b = 0; b < unit; b += 64) {
+        __builtin_prefetch(codes + ahead + plane * m.plane_bytes + b, 0, 3);
+      }
+    });
+    f(u, Format::template read<V>(codes, pass, m.plane_bytes));
   }
 }
 
@@ -522,35 +764,36 @@ void dot_many(
   Scratch& scratch = Scratch::of_this_thread();
   auto* sums = reinterpret_cast<Floats<V>*>(scratch.sums);
   std::fill_n(sums, rows * tokens, Floats<V>{});
-  const int64_t width = m.width / Format::kHalves, all = width / (4 * V), row_bytes = all * unit;
-  const int64_t group = m.width / m.groups, ahead = bytes_ahead(row_bytes);
+  const int64_t width = m.width / Format::kParts, all = width / (4 * V);
+  const int64_t group = m.width / m.groups, ahead = bytes_ahead(m.row_bytes);
   for (int64_t u = 0, units; u < all; u += units) {
     units = std::min(most, all - u);
     const int64_t size = units * 4 * V, stride = size + kGap;
-    const char* codes = m.codes + begin * row_bytes + u * unit;
-    const auto half = [&](auto constant) {
-      constexpr int kHalf = constant;
+    const char* codes = m.codes + begin * m.row_bytes + u * unit;
+    const auto read_part = [&](int pass, int t) {
+      const int64_t first = part_of_pass<Format>(pass, t) * width + u * 4 * V;
       for (int64_t r = 0; r < rows; r++) {
         for (int64_t i = 0, run; i < units; i += run) {
-          const int64_t column = kHalf * width + (u + i) * 4 * V;
+          const int64_t column = first + i * 4 * V;
           float* to = scratch.weights + r * stride + i * 4 * V;
           run = units - i;
-          float scale = 1;
-          if (Format::kScaled) {
-            run = std::min(run, (group - column % group) / (4 * V));
-            scale = Format::scale(m.scales, (begin + r) * m.groups + column / group);
-          }
-          each_vector<Format, V, kHalf>(
-              codes + r * row_bytes + i * unit, run, ahead, [&](int64_t at, Floats<V> w) {
-                store<V>(to + at * V, Format::kScaled ? w * scale : w);
+          if (Format::kScales) run = std::min(run, (group - column % group) / (4 * V));
+          const auto of_group = Format::group(m, begin + r, column / group);
+          each_unit<Format, V>(
+              m, codes + r * m.row_bytes + i * unit, pass, run, ahead, [&](int64_t at, auto lanes) {
+                ROE_UNROLL for (int i = 0; i < 4; i++) {
+                  Floats<V> w = Format::template element<V>(lanes, pass, i, t, of_group);
+                  if constexpr (Format::kScales && Format::kDeferred) w *= of_group;
+                  store<V>(to + (4 * at + i) * V, w);
+                }
               });
         }
       }
-      dot_tile<V>(
-          scratch.weights, stride, rows, x, tokens, kHalf * width + u * 4 * V, size, sums);
+      dot_tile<V>(scratch.weights, stride, rows, x, tokens, first, size, sums);
     };
-    half(std::integral_constant<int, 0>());
-    if constexpr (Format::kHalves == 2) half(std::integral_constant<int, 1>());
+    by_passes<Format>([&](auto pass) {
+      ROE_UNROLL for (int t = 0; t < Format::kTogether; t++) read_part(pass, t);
+    });
   }
   for (int64_t i = 0; i < rows * tokens; i++) out[i] = total<V>(sums[i]);
 }
@@ -583,30 +826,36 @@ void weigh_many(
   constexpr int64_t unit = Format::kUnitBytesPerLane * V;
   constexpr int Q = kRegisters > 16 ? 4 : 2;
   float* const weights = Scratch::of_this_thread().weights;
-  const int64_t row_bytes = m.width / Format::kHalves / (4 * V) * unit;
-  const int64_t panels = columns.size() / (Q * V), ahead = bytes_ahead(row_bytes);
+  const int64_t panels = columns.size() / (Q * V), ahead = bytes_ahead(m.row_bytes);
   int64_t group = -1;
   for (int64_t row = 0, rows; row < size; row += rows) {
     rows = std::min(kTileRows, size - row);
     const int64_t stride = rows * Q * V + kGap;
-    const char* codes = m.codes + (begin + row) * row_bytes + columns.first * unit;
+    const char* codes = m.codes + (begin + row) * m.row_bytes + columns.first * unit;
     for (int64_t r = 0; r < rows; r++) {
-      if (Format::kScaled && (begin + row + r) / m.groups != group) {
+      if (Format::kScales && (begin + row + r) / m.groups != group) {
         group = (begin + row + r) / m.groups;
         read_scales(m, begin + row + r, columns, scales);
       }
-      const auto half = [&](auto constant) {
-        constexpr int kHalf = constant;
-        const int64_t first = kHalf * columns.units * 4;
-        each_vector<Format, V, kHalf>(
-            codes + r * row_bytes, columns.units, ahead, [&](int64_t at, Floats<V> w) {
-              at += first;
-              if (Format::kScaled) w *= load<Floats<V>>(scales + at * V);
-              store<V>(weights + at / Q * stride + (r * Q + at % Q) * V, w);
+      by_passes<Format>([&](auto pass) {
+        each_unit<Format, V>(
+            m, codes + r * m.row_bytes, pass, columns.units, ahead, [&](int64_t u, auto lanes) {
+              ROE_UNROLL for (int t = 0; t < Format::kTogether; t++) {
+                const int64_t first = (part_of_pass<Format>(pass, t) * columns.units + u) * 4;
+                ROE_UNROLL for (int i = 0; i < 4; i++) {
+                  const int64_t at = first + i;
+                  Floats<V> w;
+                  if constexpr (Format::kScales) {
+                    w = Format::template in_columns<V>(
+                        lanes, pass, i, t, scales + at * V, columns.size());
+                  } else {
+                    w = Format::template element<V>(lanes, pass, i, t, 1);
+                  }
+                  store<V>(weights + at / Q * stride + (r * Q + at % Q) * V, w);
+                }
+              }
             });
-      };
-      half(std::integral_constant<int, 0>());
-      if constexpr (Format::kHalves == 2) half(std::integral_constant<int, 1>());
+      });
     }
     for (int64_t p = 0; p < panels; p++) {
       const float* panel = weights + p * stride;
@@ -702,16 +951,17 @@ int64_t num_threads(Pool& pool, int64_t bytes) {
 }
 
 // Units of columns per item. With few tokens two items per thread, but segments of rows of at least
-// 256 bytes.
+// 256 bytes; of planes, whose rows are short, of a cache line.
 template <class Format, int V>
 int64_t item_units(int64_t width, int64_t threads, int64_t tokens) {
-  const int64_t all = width / Format::kHalves / (4 * V);
+  const int64_t all = width / Format::kParts / (4 * V);
   if (is_many<Format, V>(tokens)) {
-    const int64_t most = kTileColumns / Format::kHalves / (4 * V);
+    const int64_t most = kTileColumns / Format::kParts / (4 * V);
     return std::clamp<int64_t>((all + threads - 1) / threads, 1, most);
   }
   if (threads == 1) return all;
-  const int64_t least = std::max<int64_t>(1, 256 / (Format::kUnitBytesPerLane * V));
+  const int64_t segment = Format::kBits ? 64 : 256;
+  const int64_t least = std::max<int64_t>(1, segment / (Format::kUnitBytesPerLane * V));
   return std::min(all, std::max(least, (all + 2 * threads - 1) / (2 * threads)));
 }
 
@@ -820,25 +1070,27 @@ void run_experts(Pool& pool, const Experts& e) {
     x[p] = e.reordered + tokens[p] * stride;
     hidden[p] = e.hidden + p * f;
   }
-  const int64_t unit = Format::kUnitBytesPerLane * V;
-  const int64_t bytes = 3 * f * (d / Format::kHalves / (4 * V)) * unit;
+  const int64_t row_bytes = d / Format::kParts / 4 * Format::kUnitBytesPerLane;
+  const int64_t bytes = 3 * f * std::max(1, Format::kBits) * row_bytes;
   const int64_t threads = num_threads(pool, bytes * static_cast<int64_t>(active.size()));
 
   const int64_t tiles = (f + kTile - 1) / kTile;
   const auto project = [&](int64_t item) {
     const int64_t expert = active[item / tiles], first = item % tiles * kTile;
     const int64_t size = std::min(kTile, f - first);
-    const int64_t row = ((e.layer * e.num_experts + expert) * f + first) * 2;
+    const int64_t index = e.layer * e.num_experts + expert;
+    const Matrix gate_up = e.gate_up.of(index);
     float out[2 * kTile * kMost];
     float projected[2][kTile] = {};
     for (int64_t p = ends[expert], count; p < ends[expert + 1]; p += count) {
-      count = dot_tokens<Format, V>(e.gate_up, row, 2 * size, &x[p], ends[expert + 1] - p, out);
+      count = dot_tokens<Format, V>(gate_up, 2 * first, 2 * size, &x[p], ends[expert + 1] - p, out);
       for (int64_t i = 0; i < count; i++) {
         for (int64_t j = 0; j < size; j++) {
           for (int c = 0; c < 2; c++) {
             float value = out[(2 * j + c) * count + i];
             if (e.gate_up_bias) {
-              value += bias_at(e.gate_up_bias, e.bias_is_bfloat16, row + 2 * j + c);
+              const int64_t at = 2 * (index * f + first + j) + c;
+              value += bias_at(e.gate_up_bias, e.bias_is_bfloat16, at);
             }
             projected[c][j] = value;
           }
@@ -854,7 +1106,7 @@ void run_experts(Pool& pool, const Experts& e) {
     }
   };
 
-  const int64_t all = d / Format::kHalves / (4 * V);
+  const int64_t all = d / Format::kParts / (4 * V);
   int64_t most = 0;
   for (const int64_t expert : active) most = std::max(most, ends[expert + 1] - ends[expert]);
   const int64_t units = item_units<Format, V>(d, threads, most);
@@ -867,7 +1119,7 @@ void run_experts(Pool& pool, const Experts& e) {
     const int64_t begin = ends[expert], end = ends[expert + 1];
     const int64_t index = e.layer * e.num_experts + expert;
     weigh_tokens<Format, V>(
-        e.down, index * f, f, columns, end - begin, &hidden[begin], y + begin, scales);
+        e.down.of(index), 0, f, columns, end - begin, &hidden[begin], y + begin, scales);
     for (int64_t p = begin; e.down_bias && p < end; p++) {
       columns.each([&](int64_t column, int64_t i) {
         y[p][i] += gates[p] * bias_at(e.down_bias, e.bias_is_bfloat16, index * d + column);
@@ -877,7 +1129,7 @@ void run_experts(Pool& pool, const Experts& e) {
   const auto project_back = [&](int64_t item) {
     const auto columns = segment(item);
     const int64_t size = columns.size(), stride = size + kGap;
-    std::vector<float> sums(n * stride), scales(size);
+    std::vector<float> sums(n * stride), scales(Format::kScales * size);
     std::vector<float*> y(ends.back());
     for (int64_t p = 0; p < ends.back(); p++) y[p] = sums.data() + tokens[p] * stride;
     for (const int64_t expert : active) weigh_expert(expert, columns, y.data(), scales.data());
@@ -950,19 +1202,27 @@ void by_lanes(int64_t run, F f) {
   f(std::integral_constant<int, 1>());
 }
 
-enum class Kind { kFloat32, kBFloat16, kInt8, kInt4, kMxFp4 };
+enum class Kind { kFloat32, kBFloat16, kInt8, kInt4, kMxFp4, kNested };
 
 template <class F>
 void by_dtype(bool is_bfloat16, F f) {
   return is_bfloat16 ? f(BFloat16()) : f(Float32());
 }
 
+// `bits`: planes that are read of a nested format.
 template <class F>
-void by_kind(Kind kind, F f) {
+void by_kind(Kind kind, int64_t bits, F f) {
   switch (kind) {
     case Kind::kInt8: return f(Int8());
     case Kind::kInt4: return f(Int4());
     case Kind::kMxFp4: return f(MxFp4());
+    case Kind::kNested:
+      switch (bits) {
+        case 1: return f(Nested<1>());
+        case 2: return f(Nested<2>());
+        case 3: return f(Nested<3>());
+        default: return f(Nested<4>());
+      }
     default: by_dtype(kind == Kind::kBFloat16, f);
   }
 }
@@ -990,10 +1250,10 @@ void project_back(
 }
 
 template <class Pool>
-void experts(Pool& pool, Kind kind, const Experts& e) {
-  by_kind(kind, [&](auto format) {
+void experts(Pool& pool, Kind kind, int64_t bits, const Experts& e) {
+  by_kind(kind, bits, [&](auto format) {
     using Format = decltype(format);
-    const int64_t run = std::gcd(e.d_model / e.gate_up.groups, e.d_model / Format::kHalves);
+    const int64_t run = std::gcd(e.d_model / e.gate_up.groups, e.d_model / Format::kParts);
     by_lanes(run, [&](auto lanes) { run_experts<Format, lanes>(pool, e); });
   });
 }
@@ -1012,12 +1272,41 @@ const char* data_or_null(const ffi::AnyBuffer& buffer) {
   return buffer.element_count() ? static_cast<const char*>(buffer.untyped_data()) : nullptr;
 }
 
+// A matrix `[experts, ..., width]` with its codes, whose last axis holds all planes of a row.
+roe::Matrix matrix(const ffi::AnyBuffer& codes, int64_t width) {
+  roe::Matrix m{};
+  m.codes = data_or_null(codes);
+  m.width = width;
+  m.groups = 1;
+  m.row_bytes = codes.dimensions().back() * ffi::ByteWidth(codes.element_type());
+  m.expert_bytes = codes.size_bytes() / codes.dimensions()[0];
+  return m;
+}
+
+struct Planes {
+  int64_t base, bits, stored;
+};
+
+void set_scales(
+    roe::Matrix& m, const ffi::AnyBuffer& scales, const Planes& planes, bool by_row, int64_t rows) {
+  if (!scales.element_count()) return;
+  const int64_t kinds = planes.stored ? 2 + planes.stored - planes.base : 1;
+  m.scales = data_or_null(scales);
+  m.row_scales = scales.dimensions().back();
+  m.expert_scales = scales.size_bytes() / scales.dimensions()[0];
+  m.kind_scales = m.row_scales / kinds;
+  m.groups = by_row ? m.kind_scales : rows / static_cast<int64_t>(scales.dimensions()[1]);
+  m.base = planes.base;
+  if (planes.stored) m.plane_bytes = m.row_bytes / planes.stored;
+}
+
 ffi::Error Experts(
     ffi::ThreadPool pool, ffi::Buffer<ffi::S32> layer, Floats2 x, ffi::Buffer<ffi::S32> indices,
     Floats2 gates, ffi::AnyBuffer gate_up, ffi::AnyBuffer gate_up_scales, ffi::AnyBuffer down,
     ffi::AnyBuffer down_scales, ffi::AnyBuffer gate_up_bias, ffi::AnyBuffer down_bias,
     ffi::Result<Floats2> y, ffi::Result<Floats2> hidden, ffi::Result<Floats2> reordered,
-    int64_t kind, int64_t num_experts, float limit, float alpha, bool clamped, bool round) {
+    int64_t kind, int64_t base, int64_t bits, int64_t stored, int64_t num_experts, float limit,
+    float alpha, bool clamped, bool round) {
   roe::Experts e;
   e.num_tokens = x.dimensions()[0];
   e.num_choices = indices.dimensions()[1];
@@ -1025,11 +1314,11 @@ ffi::Error Experts(
   e.d_model = x.dimensions()[1];
   e.d_expert = hidden->dimensions()[1];
   e.layer = layer.typed_data()[0];
-  const bool scaled = gate_up_scales.element_count() > 0;
-  e.gate_up = {data_or_null(gate_up), data_or_null(gate_up_scales), e.d_model,
-               scaled ? static_cast<int64_t>(gate_up_scales.dimensions().back()) : 1};
-  e.down = {data_or_null(down), data_or_null(down_scales), e.d_model,
-            scaled ? e.d_expert / static_cast<int64_t>(down_scales.dimensions()[1]) : 1};
+  const Planes planes{base, bits, stored};
+  e.gate_up = matrix(gate_up, e.d_model);
+  set_scales(e.gate_up, gate_up_scales, planes, true, 0);
+  e.down = matrix(down, e.d_model);
+  set_scales(e.down, down_scales, planes, false, e.d_expert);
   e.gate_up_bias = data_or_null(gate_up_bias);
   e.down_bias = data_or_null(down_bias);
   e.bias_is_bfloat16 = gate_up_bias.element_type() == ffi::U16;
@@ -1040,12 +1329,8 @@ ffi::Error Experts(
   e.y = y->typed_data();
   e.hidden = hidden->typed_data();
   e.reordered = reordered->typed_data();
-  roe::experts(pool, static_cast<roe::Kind>(kind), e);
+  roe::experts(pool, static_cast<roe::Kind>(kind), bits, e);
   return ffi::Error::Success();
-}
-
-roe::Matrix matrix(const ffi::AnyBuffer& weights) {
-  return {data_or_null(weights), nullptr, static_cast<int64_t>(weights.dimensions().back()), 1};
 }
 
 // `index` counts matrices of as many rows as are used.
@@ -1054,7 +1339,8 @@ ffi::Error Project(
     ffi::Result<Floats2> y, ffi::Result<Floats2> reordered) {
   const int64_t rows = y->dimensions()[1];
   roe::project(
-      pool, weights.element_type() == ffi::U16, matrix(weights), index.typed_data()[0] * rows,
+      pool, weights.element_type() == ffi::U16, matrix(weights, weights.dimensions().back()),
+      index.typed_data()[0] * rows,
       rows, x.dimensions()[0], x.typed_data(), reordered->typed_data(), y->typed_data());
   return ffi::Error::Success();
 }
@@ -1064,7 +1350,8 @@ ffi::Error ProjectBack(
     ffi::Result<Floats2> y) {
   const int64_t rows = x.dimensions()[1];
   roe::project_back(
-      pool, weights.element_type() == ffi::U16, matrix(weights), index.typed_data()[0] * rows,
+      pool, weights.element_type() == ffi::U16, matrix(weights, weights.dimensions().back()),
+      index.typed_data()[0] * rows,
       rows, x.dimensions()[0], x.typed_data(), y->typed_data());
   return ffi::Error::Success();
 }
@@ -1089,6 +1376,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Ret<Floats2>()
         .Ret<Floats2>()
         .Attr<int64_t>("kind")
+        .Attr<int64_t>("base")
+        .Attr<int64_t>("bits")
+        .Attr<int64_t>("stored")
         .Attr<int64_t>("num_experts")
         .Attr<float>("limit")
         .Attr<float>("alpha")
