@@ -157,7 +157,9 @@ def make_plan(
     evidence = bit_plans.Evidence(*checkpoint.load(source), sequences)
     plan = bit_plans.allocate(rule.scores(evidence), rule.mean, format)
   config = config.replace(expert_format=format.first(int(plan.max())).name)
-  return config, None if plan.min() == plan.max() else plan
+  if plan.min() == plan.max():
+    return config, None
+  return config.replace(expert_bits=tuple(map(tuple, plan.tolist()))), plan
 
 
 def _sequences(source, config, what, calibration, num_tokens):
@@ -171,13 +173,13 @@ def _sequences(source, config, what, calibration, num_tokens):
 
 
 def describe_plan(plan: np.ndarray, config: ModelConfig) -> str:
-  """Returns the mean bits of a plan and its bytes, of those that are stored."""
+  """Returns the mean bits of a plan, and its bytes and those of all planes of the format."""
   format = quantization.nested_format(config.expert_format)
   own = bit_plans.num_bytes(plan, config, format)
-  stored = bit_plans.num_bytes(np.full_like(plan, format.bits), config, format)
+  whole = bit_plans.num_bytes(np.full_like(plan, format.bits), config, format)
   return (
-    f"bits of experts: {plan.min()} to {plan.max()}, mean {plan.mean():.4g}; {own:,} of "
-    f"{stored:,} bytes of planes and scales are used"
+    f"bits of experts: {plan.min()} to {plan.max()}, mean {plan.mean():.4g}; {own:,} bytes of "
+    f"planes and scales are stored, {whole:,} without the plan"
   )
 
 

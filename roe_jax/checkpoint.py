@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import digests, merging, orbax_storage
+from roe_jax import digests, merging, orbax_storage, plane_storage
 from roe_jax import params as params_lib
 from roe_jax.checkpoint_folder import (
   CARVING_FILE,
@@ -131,13 +131,14 @@ class Writer:
       raise ValueError(f"the piece {piece.name} is already written")
     expected = piece_shapes(self.config, piece)
     _check_leaves(f"the piece {piece.name}", arrays, expected)
+    arrays = plane_storage.pack(self.config, piece, arrays)
     from orbax.checkpoint import v1 as ocp
 
     with orbax_storage.saving():
       # Overwrites only a piece that a killed run left half-written.
       ocp.save(
         str(self._params / piece.name),
-        traverse_util.unflatten_dict(dict(arrays), sep="."),
+        traverse_util.unflatten_dict(arrays, sep="."),
         overwrite=True,
       )
     digests.write(self._params / piece.name, arrays, int(piece.num_layers > 0))
@@ -298,7 +299,7 @@ def load(
   def read(piece, arrays):
     on_disk = piece_shapes(stored, piece)
     like = {n: s.update(dtype=on_disk[n].dtype) for n, s in arrays.items()}
-    found = rebuild(piece, _read(path, piece, like))
+    found = rebuild(piece, _read(path, stored, piece, like))
     return {n: x.astype(arrays[n].dtype) for n, x in found.items()}
 
   return read_all(assemble(config, pieces, read, shardings)), config
@@ -390,7 +391,7 @@ def iterate_pieces(
     # Orbax restores to the host where the abstract leaf is a numpy array; a broadcast scalar is a
     # numpy array that takes no memory.
     like = lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape)
-    yield piece, _read(path, piece, jax.tree.map(like, piece_shapes(config, piece)))
+    yield piece, _read(path, config, piece, jax.tree.map(like, piece_shapes(config, piece)))
 
 
 def _check_leaves(what, got, expected):
@@ -439,24 +440,26 @@ def _check_piece(path: PathLike, piece: Piece, config: ModelConfig) -> None:
     if metadata is None:
       raise orbax_storage.Damage("its metadata cannot be read")
     found = traverse_util.flatten_dict(metadata, sep=".")
-  _check_leaves(
-    f"the piece params/{piece.name} of the checkpoint {path}", found, piece_shapes(config, piece)
-  )
+  expected = plane_storage.stored(config, piece, piece_shapes(config, piece))
+  _check_leaves(f"the piece params/{piece.name} of the checkpoint {path}", found, expected)
 
 
 def _piece_folder(path: PathLike, piece: Piece) -> pathlib.Path:
   return pathlib.Path(path).absolute() / "params" / piece.name
 
 
-def _read(path: PathLike, piece: Piece, abstract: dict[str, Any]) -> dict[str, Any]:
+def _read(
+  path: PathLike, config: ModelConfig, piece: Piece, abstract: dict[str, Any]
+) -> dict[str, Any]:
   """Reads and checks a piece's arrays."""
   from orbax.checkpoint import v1 as ocp
 
-  folder, tree = _piece_folder(path, piece), traverse_util.unflatten_dict(abstract, sep=".")
+  folder, stored = _piece_folder(path, piece), plane_storage.stored(config, piece, abstract)
+  tree = traverse_util.unflatten_dict(stored, sep=".")
   with _reading(path, piece):
     found = traverse_util.flatten_dict(ocp.load(str(folder), tree), sep=".")
     digests.check(folder, found, int(piece.num_layers > 0))
-  return found
+  return plane_storage.unpack(config, piece, found, abstract)
 
 
 def _reading(path: PathLike, piece: Piece) -> contextlib.AbstractContextManager[None]:

@@ -107,6 +107,8 @@ class ModelConfig:
       its weight is applied (GPT-OSS) or before.
     expert_format: storage format of the experts' matrices: a name that `quantization.find`
       knows, or None for `dtype`.
+    expert_bits: how many bits of a nested format each expert has, of each layer with experts, up
+      to those of the format; None: all. See `bit_plans`.
     bit_router: whether a linear router of each expert, in a nested format, chooses how many of its
       bits are read for a token (see `bit_routing`).
     sandwich_norm: whether what attention and the MoE block add to the residual stream is
@@ -170,6 +172,7 @@ class ModelConfig:
   rms_norm_eps: float = 1e-5
   norm_weight_in_float32: bool = False
   expert_format: str | None = None
+  expert_bits: tuple[tuple[int, ...], ...] | None = None
   bit_router: bool = False
   gate_mass_experts: int | None = None
   expert_mass: float | None = None
@@ -186,6 +189,9 @@ class ModelConfig:
     for name in ("eos_token_ids", "sliding_layers"):
       if isinstance(getattr(self, name), list):  # from JSON
         object.__setattr__(self, name, tuple(getattr(self, name)))
+    if isinstance(self.expert_bits, list):  # from JSON
+      rows = (tuple(row) if isinstance(row, list) else row for row in self.expert_bits)
+      object.__setattr__(self, "expert_bits", tuple(rows))
     if isinstance(self.rope_scaling, dict):  # from JSON
       object.__setattr__(self, "rope_scaling", rope.from_fields(self.rope_scaling))
     typed.check_fields(self, _POSITIVE, _NOT_NEGATIVE)
@@ -201,6 +207,16 @@ class ModelConfig:
       typed.check_fields(self.rope_scaling, positive, zero)
     if self.expert_format is not None:
       quantization.find(self.expert_format)  # checks the name
+    if self.expert_bits is not None:
+      format = quantization.nested_format(self.expert_format)
+      bits, shape = self.expert_bits, (self.num_expert_layers, self.num_experts)
+      if (len(bits), *{len(row) for row in bits}) != shape or not all(
+        format.base <= b <= format.bits for row in bits for b in row
+      ):
+        raise ValueError(
+          f"expert_bits must be {shape[0]} lists (layers) of {shape[1]} numbers (experts) from "
+          f"{format.base} to {format.bits}, got {bits}"[:300]
+        )
     if self.router not in ROUTERS:
       raise ValueError(f"unknown router {self.router!r}; choose one of {', '.join(ROUTERS)}")
     if self.dtype not in DTYPES:
@@ -333,6 +349,9 @@ class ModelConfig:
     return range(layers.start, at), range(at, layers.stop)
 
   def replace(self, **changes) -> "ModelConfig":
+    """Returns a config with other values; one with another `expert_format` has no `expert_bits`."""
+    if "expert_format" in changes:
+      changes = {"expert_bits": None} | changes
     return dataclasses.replace(self, **changes)
 
   def to_json(self) -> str:

@@ -216,6 +216,7 @@ def describe(config: ModelConfig) -> Params:
       spec(*axes[:-1], "embed_packed", init="codes", dtype=kind.codes_dtype),
       spec(*scale_axes, init="scales", scale=scale, dtype=kind.scales_dtype),
       config.expert_format,
+      plan=config.expert_bits,
     )
 
   def normed(heads):

@@ -81,12 +81,14 @@ class Quantized(struct.PyTreeNode):
       longer for nested formats, which have several.
     format: a name that `find` knows.
     depth: how many planes of a nested format are read; None: all.
+    plan: how many each expert of a model has, `[L, E]`; None: all. Scales of the others are zero.
   """
 
   codes: Any
   scales: Any
   format: str = struct.field(pytree_node=False)
   depth: int | None = struct.field(pytree_node=False, default=None)
+  plan: tuple[tuple[int, ...], ...] | None = struct.field(pytree_node=False, default=None)
 
 
 def is_quantized(leaf: Any) -> bool:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from roe_jax import experts as experts_lib
-from roe_jax import native, numerics
+from roe_jax import native, numerics, quantization
 from roe_jax.experts import native_kernel
 from roe_jax.native import native_build
+from roe_jax.quantization import dequantize_on_host
 
 L, E, A = 2, 6, 3
 
@@ -57,6 +58,37 @@ def test_experts_of_wide_rows_agree_with_a_loop(kernels, format, n):
   x, indices, gates = expert_loop.rows(n, E, A, width)
   found = native_kernel.compute(E, activation, params, 0, x, indices, gates)
   expert_loop.assert_agrees(found, activation, exact, x, indices, gates)
+
+
+# Vectors of every width; groups longer and shorter than a part of a row, and odd numbers of them;
+# rows that no block and no index divides.
+@pytest.mark.parametrize(
+  "format, width, hidden",
+  [("nested:2-4", 96, 7), ("nested:1-4", 768, 130), ("nested:3-4", 1280, 66)],
+)
+def test_experts_read_the_first_planes(kernels, format, width, hidden):
+  activation = expert_loop.CLAMPED
+  params = expert_loop.weights((E,), hidden, width, activation)
+  quantized = {
+    name: jax.tree.map(
+      jnp.asarray, quantization.quantize(np.asarray(getattr(params, name)), format, axis)
+    )
+    for name, axis in quantization.CONTRACTED.items()
+  }
+  params = params.replace(**quantized)
+  for bits in range(int(format[7]), 5):
+    read = quantization.at_bits(params, bits)
+    own = {name: getattr(read, name) for name in quantization.CONTRACTED}
+    exact = params.replace(
+      **{name: dequantize_on_host(jax.tree.map(np.asarray, m)) for name, m in own.items()}
+    )
+    for n in (1, 3, 40):
+      x, indices, gates = expert_loop.rows(n, E, A, width)
+      found = native_kernel.compute(E, activation, read, 0, x, indices, gates)
+      expected = expert_loop.by_loop(activation, exact, x, indices, gates)[0]
+      # Sums of offsets and of what bits add round more than sums of weights.
+      error = np.abs(np.asarray(found, np.float64) - expected)
+      assert error.max() <= 5e-6 * np.abs(expected).max()
 
 
 def test_pairs_with_gate_zero_are_not_read(kernels):

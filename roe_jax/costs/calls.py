@@ -6,6 +6,7 @@ import math
 
 import jax
 from jax.sharding import AbstractMesh
+import numpy as np
 
 from roe_jax import params as params_lib
 from roe_jax import quantization
@@ -196,7 +197,16 @@ def call(
 
 
 def bytes_per_expert(config: ModelConfig, bits: int | None = None) -> float:
-  """Returns the bytes of one expert, or of so many bits of one in a nested format."""
+  """Returns the bytes of one expert, or of so many bits of one in a nested format.
+
+  With a plan of bits, the mean of the experts.
+  """
+  if config.expert_bits is not None:
+    plan = np.array(config.expert_bits)
+    own = np.minimum(plan, plan.max() if bits is None else bits)
+    config = config.replace(expert_bits=None)
+    of_bits = zip(*np.unique(own, return_counts=True))
+    return sum(n * bytes_per_expert(config, int(b)) for b, n in of_bits) / plan.size
   if bits is not None:
     nested = quantization.nested_format(config.expert_format).first(bits)
     config = config.replace(expert_format=nested.name)

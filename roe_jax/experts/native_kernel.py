@@ -1,7 +1,10 @@
 """The experts in C++, for CPUs: see `roe_jax.native`."""
 
-from roe_jax import native, nested, quantization
-from roe_jax.quantization import codes_and_scales, find
+import jax
+import jax.numpy as jnp
+
+from roe_jax import collectives, native, nested, quantization
+from roe_jax.quantization import codes_and_scales, find, is_quantized
 
 
 def dequantizes(expert_format: str) -> bool:
@@ -45,4 +48,15 @@ def compute(num_experts, activation, weights, layer, x, indices, gates):
     codes_and_scales(weights.down)[:2],
     (weights.gate_up_bias, weights.down_bias),
     planes,
+    _bits_of_layer(weights.gate_up, num_experts, layer),
   )
+
+
+def _bits_of_layer(matrix, num_experts, layer):
+  """Returns how many bits this device's experts of a layer have, `[E]`, or None without a plan."""
+  if not is_quantized(matrix) or matrix.plan is None:
+    return None
+  first = collectives.axis_index("expert") * num_experts
+  return jax.lax.dynamic_slice(jnp.array(matrix.plan, jnp.int32), (layer, first), (1, num_experts))[
+    0
+  ]

@@ -92,6 +92,7 @@ def apply_experts(
   down: tuple[jax.Array, jax.Array | None],
   biases: tuple[jax.Array | None, jax.Array | None],
   planes: tuple[int, int, int] = (0, 0, 0),
+  bits: jax.Array | None = None,
 ) -> jax.Array:
   """Returns the gate-weighted sum of the active experts' outputs, `[N, D]` float32.
 
@@ -108,6 +109,7 @@ def apply_experts(
     biases: `[L·E, F, 2]` and `[L·E, D]`, or None.
     planes: of a nested format: those of the base, those that are read (at most `MOST_BITS`), and
       all.
+    bits: int32 `[E]`, planes that each of the layer's experts has; None: all.
   """
   (n, d), f = x.shape, gate_up[0].shape[1]
   shapes = ((n, d), (indices.size, f), (n, d + GAP))
@@ -118,6 +120,7 @@ def apply_experts(
     indices.astype(jnp.int32),
     gates.astype(jnp.float32),
     *map(_bits, (*gate_up, *down, *biases)),
+    jnp.zeros(0, jnp.int32) if bits is None else bits,
     kind=KINDS[kind],
     base=planes[0],
     bits=planes[1],

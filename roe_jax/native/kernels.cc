@@ -1022,6 +1022,8 @@ ROE_INLINE Floats<V> activate(const Activation& a, Floats<V> gate, Floats<V> up)
 struct Experts {
   int64_t num_tokens, num_choices, num_experts, d_model, d_expert;
   int64_t layer;
+  int64_t bits;           // planes that are read of a nested format
+  const int32_t* bits_of; // planes that each of the layer's experts has; null: all
   Matrix gate_up, down;
   const void* gate_up_bias;  // null without one; of the format's unquantized dtype
   const void* down_bias;
@@ -1037,6 +1039,22 @@ struct Experts {
 
 inline float bias_at(const void* bias, bool is_bfloat16, int64_t i) {
   return is_bfloat16 ? bfloat16_at(bias, i) : static_cast<const float*>(bias)[i];
+}
+
+// Calls `f` with the format in which an expert is read: of nested formats, with as many planes as it
+// has, at most those that are read.
+template <class Format, class F>
+void by_expert(const Experts& e, int64_t expert, F f) {
+  if constexpr (Format::kBits == 0) {
+    return f(Format());
+  } else {
+    switch (e.bits_of ? std::min<int64_t>(e.bits, e.bits_of[expert]) : e.bits) {
+      case 1: return f(Nested<1>());
+      case 2: return f(Nested<2>());
+      case 3: return f(Nested<3>());
+      default: return f(Nested<4>());
+    }
+  }
 }
 
 template <class Format, int V, class Pool>
@@ -1071,7 +1089,7 @@ void run_experts(Pool& pool, const Experts& e) {
     hidden[p] = e.hidden + p * f;
   }
   const int64_t row_bytes = d / Format::kParts / 4 * Format::kUnitBytesPerLane;
-  const int64_t bytes = 3 * f * std::max(1, Format::kBits) * row_bytes;
+  const int64_t bytes = 3 * f * std::max<int64_t>(1, e.bits) * row_bytes;
   const int64_t threads = num_threads(pool, bytes * static_cast<int64_t>(active.size()));
 
   const int64_t tiles = (f + kTile - 1) / kTile;
@@ -1083,7 +1101,11 @@ void run_experts(Pool& pool, const Experts& e) {
     float out[2 * kTile * kMost];
     float projected[2][kTile] = {};
     for (int64_t p = ends[expert], count; p < ends[expert + 1]; p += count) {
-      count = dot_tokens<Format, V>(gate_up, 2 * first, 2 * size, &x[p], ends[expert + 1] - p, out);
+      by_expert<Format>(e, expert, [&](auto format) {
+        using Own = decltype(format);
+        const int64_t left = ends[expert + 1] - p;
+        count = dot_tokens<Own, V>(gate_up, 2 * first, 2 * size, &x[p], left, out);
+      });
       for (int64_t i = 0; i < count; i++) {
         for (int64_t j = 0; j < size; j++) {
           for (int c = 0; c < 2; c++) {
@@ -1118,8 +1140,12 @@ void run_experts(Pool& pool, const Experts& e) {
                                 float* const* y, float* scales) {
     const int64_t begin = ends[expert], end = ends[expert + 1];
     const int64_t index = e.layer * e.num_experts + expert;
-    weigh_tokens<Format, V>(
-        e.down.of(index), 0, f, columns, end - begin, &hidden[begin], y + begin, scales);
+    by_expert<Format>(e, expert, [&](auto format) {
+      using Own = decltype(format);
+      const Columns<Own, V> own{columns.first, columns.units, columns.width};
+      weigh_tokens<Own, V>(
+          e.down.of(index), 0, f, own, end - begin, &hidden[begin], y + begin, scales);
+    });
     for (int64_t p = begin; e.down_bias && p < end; p++) {
       columns.each([&](int64_t column, int64_t i) {
         y[p][i] += gates[p] * bias_at(e.down_bias, e.bias_is_bfloat16, index * d + column);
@@ -1209,20 +1235,13 @@ void by_dtype(bool is_bfloat16, F f) {
   return is_bfloat16 ? f(BFloat16()) : f(Float32());
 }
 
-// `bits`: planes that are read of a nested format.
 template <class F>
-void by_kind(Kind kind, int64_t bits, F f) {
+void by_kind(Kind kind, F f) {
   switch (kind) {
     case Kind::kInt8: return f(Int8());
     case Kind::kInt4: return f(Int4());
     case Kind::kMxFp4: return f(MxFp4());
-    case Kind::kNested:
-      switch (bits) {
-        case 1: return f(Nested<1>());
-        case 2: return f(Nested<2>());
-        case 3: return f(Nested<3>());
-        default: return f(Nested<4>());
-      }
+    case Kind::kNested: return f(Nested<kMostBits>());
     default: by_dtype(kind == Kind::kBFloat16, f);
   }
 }
@@ -1250,8 +1269,8 @@ void project_back(
 }
 
 template <class Pool>
-void experts(Pool& pool, Kind kind, int64_t bits, const Experts& e) {
-  by_kind(kind, bits, [&](auto format) {
+void experts(Pool& pool, Kind kind, const Experts& e) {
+  by_kind(kind, [&](auto format) {
     using Format = decltype(format);
     const int64_t run = std::gcd(e.d_model / e.gate_up.groups, e.d_model / Format::kParts);
     by_lanes(run, [&](auto lanes) { run_experts<Format, lanes>(pool, e); });
@@ -1283,27 +1302,26 @@ roe::Matrix matrix(const ffi::AnyBuffer& codes, int64_t width) {
   return m;
 }
 
-struct Planes {
-  int64_t base, bits, stored;
-};
-
+// `stored`: planes of a nested format, with `base` in its base; 0 of others.
 void set_scales(
-    roe::Matrix& m, const ffi::AnyBuffer& scales, const Planes& planes, bool by_row, int64_t rows) {
+    roe::Matrix& m, const ffi::AnyBuffer& scales, int64_t base, int64_t stored, bool by_row,
+    int64_t rows) {
   if (!scales.element_count()) return;
-  const int64_t kinds = planes.stored ? 2 + planes.stored - planes.base : 1;
+  const int64_t kinds = stored ? 2 + stored - base : 1;
   m.scales = data_or_null(scales);
   m.row_scales = scales.dimensions().back();
   m.expert_scales = scales.size_bytes() / scales.dimensions()[0];
   m.kind_scales = m.row_scales / kinds;
   m.groups = by_row ? m.kind_scales : rows / static_cast<int64_t>(scales.dimensions()[1]);
-  m.base = planes.base;
-  if (planes.stored) m.plane_bytes = m.row_bytes / planes.stored;
+  m.base = base;
+  if (stored) m.plane_bytes = m.row_bytes / stored;
 }
 
 ffi::Error Experts(
     ffi::ThreadPool pool, ffi::Buffer<ffi::S32> layer, Floats2 x, ffi::Buffer<ffi::S32> indices,
     Floats2 gates, ffi::AnyBuffer gate_up, ffi::AnyBuffer gate_up_scales, ffi::AnyBuffer down,
     ffi::AnyBuffer down_scales, ffi::AnyBuffer gate_up_bias, ffi::AnyBuffer down_bias,
+    ffi::Buffer<ffi::S32> bits_of,
     ffi::Result<Floats2> y, ffi::Result<Floats2> hidden, ffi::Result<Floats2> reordered,
     int64_t kind, int64_t base, int64_t bits, int64_t stored, int64_t num_experts, float limit,
     float alpha, bool clamped, bool round) {
@@ -1314,11 +1332,12 @@ ffi::Error Experts(
   e.d_model = x.dimensions()[1];
   e.d_expert = hidden->dimensions()[1];
   e.layer = layer.typed_data()[0];
-  const Planes planes{base, bits, stored};
+  e.bits = bits;
+  e.bits_of = bits_of.element_count() ? bits_of.typed_data() : nullptr;
   e.gate_up = matrix(gate_up, e.d_model);
-  set_scales(e.gate_up, gate_up_scales, planes, true, 0);
+  set_scales(e.gate_up, gate_up_scales, base, stored, true, 0);
   e.down = matrix(down, e.d_model);
-  set_scales(e.down, down_scales, planes, false, e.d_expert);
+  set_scales(e.down, down_scales, base, stored, false, e.d_expert);
   e.gate_up_bias = data_or_null(gate_up_bias);
   e.down_bias = data_or_null(down_bias);
   e.bias_is_bfloat16 = gate_up_bias.element_type() == ffi::U16;
@@ -1329,7 +1348,7 @@ ffi::Error Experts(
   e.y = y->typed_data();
   e.hidden = hidden->typed_data();
   e.reordered = reordered->typed_data();
-  roe::experts(pool, static_cast<roe::Kind>(kind), bits, e);
+  roe::experts(pool, static_cast<roe::Kind>(kind), e);
   return ffi::Error::Success();
 }
 
@@ -1372,6 +1391,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Arg<ffi::AnyBuffer>()
         .Arg<ffi::AnyBuffer>()
         .Arg<ffi::AnyBuffer>()
+        .Arg<ffi::Buffer<ffi::S32>>()
         .Ret<Floats2>()
         .Ret<Floats2>()
         .Ret<Floats2>()

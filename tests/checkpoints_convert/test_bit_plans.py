@@ -3,16 +3,21 @@
 import json
 import re
 
+from flax import traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
+from orbax.checkpoint import v1 as ocp
 import pytest
 from test_convert import load_leaves, run
 import tiny
 
 from checkpoints_convert import quantize_checkpoint
-from roe_jax import bit_plans, checkpoint, compensation, quantization
+from roe_jax import bit_plans, checkpoint, compensation, native, quantization, sharding
+from roe_jax import experts as experts_lib
 from roe_jax import params as params_lib
 from roe_jax.nested import Nested
+from roe_jax.params import ExpertParams
 from roe_jax.quantization import dequantize_on_host
 
 FORMAT = Nested(2, 4)
@@ -99,6 +104,61 @@ def contents(folder):
   return values, config, json.loads((folder / checkpoint.MANIFEST_FILE).read_text())
 
 
+def bytes_of_planes(folder):
+  """Of the planes and scales in the pieces of a checkpoint."""
+  found = 0
+  for piece in (folder / "params").glob("layers_*"):
+    arrays = traverse_util.flatten_dict(ocp.metadata(str(piece)).metadata, sep=".")
+    found += sum(a.size * a.dtype.itemsize for n, a in arrays.items() if n.startswith("planes."))
+    assert not any(n.endswith((".codes", ".scales")) for n in arrays if n.startswith("experts."))
+  return found
+
+
+def test_a_checkpoint_with_a_plan_on_a_mesh(tmp_path, capsys):
+  wide = tiny.config("olmoe", d_expert=256)  # two groups, for the axis tensor
+  checkpoint.save(tmp_path / "source", tiny.params(wide), wide, piece_bytes=1)
+  arguments = dict(bits_plan="random(mean=2.5)")
+  assert convert(capsys, tmp_path / "source", tmp_path / "roe", **arguments)[0] == 0
+  params, config = checkpoint.load(tmp_path / "roe")
+  mesh = sharding.make_mesh(config, expert=2, tensor=2)
+  placed, _ = checkpoint.load(
+    tmp_path / "roe", shardings=sharding.parameter_shardings(mesh, config)
+  )
+  for found, expected in zip(jax.tree.leaves(placed), jax.tree.leaves(params), strict=True):
+    np.testing.assert_array_equal(found, expected)
+  experts = placed.layers.experts
+  assert experts.down.codes.sharding.shard_shape(experts.down.codes.shape)[1] == E // 2
+
+
+@pytest.mark.parametrize("bits", [None, 3, 2])
+def test_experts_with_a_plan_read_their_own_planes(bits):
+  """Also where the others' scales are not zero: the native kernel does not look at them."""
+  rng = np.random.RandomState(0)
+  plan = np.array([[2, 4, 3, 4], [3, 2, 4, 2]])
+  shapes = {"gate_up": (2, 4, 24, 2, 64), "down": (2, 4, 24, 64)}
+  whole, masked = {}, {}
+  for name, shape in shapes.items():
+    axis = quantization.CONTRACTED[name]
+    matrix = quantization.quantize(
+      rng.standard_normal(shape).astype(np.float32), "nested:2-4", axis
+    )
+    matrix = matrix.replace(depth=bits)
+    whole[name] = matrix.replace(plan=tuple(map(tuple, plan.tolist())))
+    masked[name] = bit_plans.apply(matrix, plan)
+  x = rng.standard_normal((3, 64)).astype(np.float32)
+  indices, gates = np.array([[0, 1], [2, 3], [1, 2]]), np.ones((3, 2), np.float32)
+  for layer in (0, 1):
+    run = lambda of, strategy: experts_lib.apply(
+      jax.tree.map(jnp.asarray, ExpertParams(**of)), layer, x, indices, gates, strategy
+    )
+    expected = run(masked, "dense")
+    zeros = {n: bit_plans.apply(m, plan) for n, m in whole.items()}
+    cases = [(zeros, strategy) for strategy in ("native", "tiled_loop", "padded")]
+    for of, strategy in [*cases, (whole, "native")] if native.is_available() else cases[1:]:
+      error = np.abs(run(of, strategy) - expected).max()
+      assert error <= 1e-5 * np.abs(expected).max(), (layer, strategy)
+
+
 def test_a_plan_of_one_format_is_the_checkpoint_without_a_plan(tmp_path, capsys, source):
   (tmp_path / "plan.json").write_text(bit_plans.to_json(np.full((L, E), 3)))
   assert convert(capsys, source, tmp_path / "without", quantize_experts="nested:2-3")[0] == 0
@@ -114,14 +174,18 @@ def test_a_checkpoint_with_a_plan(tmp_path, capsys, source):
   plan = np.array(provenance["bits"])
   assert provenance["mean_bits"] == 2.5
   assert np.sort(plan.ravel()).tolist() == [2] * 18 + [4] * 6 and plan[1:].max() == 2
-  used, stored = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:of|bytes)", out))
-  assert used == bit_plans.num_bytes(plan, CONFIG, FORMAT) < stored
+  stored, whole = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:bytes|without)", out))
+  assert stored == bit_plans.num_bytes(plan, CONFIG, FORMAT) < whole
+  assert bytes_of_planes(tmp_path / "roe") == stored
   params, config = checkpoint.load(tmp_path / "roe")
   whole, _ = params_lib.quantize(*checkpoint.load(source), "nested:2-4")
   expected = bit_plans.apply(jax.tree.map(np.asarray, whole.layers.experts.down), plan)
   np.testing.assert_array_equal(params.layers.experts.down.codes, expected.codes)
   np.testing.assert_array_equal(params.layers.experts.down.scales, expected.scales)
-  assert config.expert_format == "nested:2-4"
+  assert config.expert_format == "nested:2-4" and config.expert_bits == tuple(map(tuple, plan))
+  checkpoint.save(tmp_path / "saved", params, config, files=tmp_path / "roe", piece_bytes=1)
+  assert contents(tmp_path / "saved")[:2] == contents(tmp_path / "roe")[:2]
+  assert bytes_of_planes(tmp_path / "saved") == stored
   code, out, _ = run(
     capsys, source=source, dry_run=True, quantize_experts="nested:2-4", bits_plan="random(mean=3)"
   )
