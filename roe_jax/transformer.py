@@ -364,14 +364,15 @@ def feed_forward(
   if layers.experts is None:
     y = experts.shared(layers.shared_expert, layer, normed)
     return add_to_residual(config, x, y, layers.moe_output_norm, layer), state, None, None, None
-  of_router = normed
+  of_router, in_model = normed, first + layer
   if state is not None:
     if options.detach_router_state:
       state = jax.lax.stop_gradient(state)
     state = advance(cell, layers.router_projection, layer, normed, state)
+    if noise is not None:
+      state = noise.perturb_state(in_model, state)
     of_router = state
   logits = router_logits(config, layers, layer, of_router)
-  in_model = first + layer
   logits = add_bias(logits, router.bias, in_model)
   perturbed = None
   if noise is not None:

@@ -119,6 +119,7 @@ def _block(config, cell, layers, layer, model_layer, x, positions, noise, gate_w
     return jnp.concatenate([x, state], axis=-1), (key, value)
   if config.router_state:
     state = routers.advance(cell, layers.router_projection, layer, normed, state)
+    state = noise.perturb_state(model_layer, state)
   of_router = state if config.router_state else normed
   logits = transformer.router_logits(config, layers, layer, of_router)
   perturbed = noise.perturb(model_layer, logits, config.experts_per_token)
