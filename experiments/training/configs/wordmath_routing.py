@@ -4,7 +4,7 @@
 
 `plain` is `wordmath_sizes:d32` with fewer steps. `noise_0.3` and `noise_1` have Gumbel noise of this
 τ on all routers during training; `matryoshka` draws in each step how many experts each layer uses
-(1 to 4), and `two_experts` always uses 2; `mass_0.6` uses the fewest experts that have 60 % of the
+(1 to 4), and `two_experts` always uses 2; `mass_0.4` uses the fewest experts that have 40 % of the
 router probability (XMoE); `members` has two members with half of the experts each (E3), at twice
 the cost; `recurrent` and `detached` have a recurrent router (RMoE), the latter without gradients
 from one layer's state to the next. Minutes on one core of an AMD EPYC: 5 to 10.
@@ -25,7 +25,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
   "noise_1": ({"noise_temperature": 1.0}, {}),
   "matryoshka": ({"min_experts": 1}, {}),
   "two_experts": ({}, {"experts_per_token": 2}),
-  "mass_0.6": ({}, {"expert_mass": 0.6}),
+  "mass_0.4": ({}, {"expert_mass": 0.4}),
   "members": ({"members": 2}, {}),
   "recurrent": ({}, _RECURRENT),
   "detached": ({"detach_router_state": True}, _RECURRENT),
