@@ -2,8 +2,9 @@
 
 Every random number is a pure function of the seed and the address where it is used:
 (request, position, layer, member) for routing noise (on states of recurrent routers, with one more
-number), (request, position) for sampling a token. A token's roster is thus the same however requests are batched, padded,
-chunked or sharded, and whether the token is generated, scored or verified.
+number), (request, position) for sampling a token. A token's roster is thus the same however
+requests are batched, padded, chunked or sharded, and whether the token is generated, scored or
+verified.
 """
 
 from flax import struct
