@@ -23,8 +23,8 @@ def get_config(variant: str) -> configs.TrainingConfig:
     model=model.replace(
       num_layers=24, initializer_range=math.sqrt(2 / (5 * 32)), **VARIANTS[variant]
     ),
-    settings=TrainSettings(num_steps=600, learning_rate=1e-2, warmup_steps=50),
+    settings=TrainSettings(num_steps=500, learning_rate=1e-2, warmup_steps=50),
     batch_size=8,
     log_every=1,
-    evaluate_every=600,
+    evaluate_every=500,
   )

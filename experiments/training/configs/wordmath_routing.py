@@ -37,6 +37,6 @@ def get_config(variant: str) -> configs.TrainingConfig:
   config = wordmath_sizes.get_config("d32")
   return config.replace(
     model=config.model.replace(**of_model),
-    settings=dataclasses.replace(config.settings, num_steps=4000, **of_training),
-    evaluate_every=2000,
+    settings=dataclasses.replace(config.settings, num_steps=3000, **of_training),
+    evaluate_every=3000,
   )
