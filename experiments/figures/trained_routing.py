@@ -3,10 +3,10 @@
     python -m experiments.reproduce --figure=trained_routing --model=embedded
 
 The models are the configs of `wordmath_routing`, each trained from several seeds on the same number
-of new problems. Completions of test problems are scored with teacher forcing: a problem counts as
-solved if each of its tokens is the most probable one, that is, if greedy decoding writes it. No
-output temperature changes that. Perplexities are at an output temperature fitted on validation
-problems for each model and system.
+of new problems. Completions of test problems are scored with teacher forcing. A token is right if
+it is the most probable one, and a problem is solved if all are, that is, if greedy decoding writes
+its completion: no output temperature changes either. Perplexities are at an output temperature
+fitted on validation problems for each model and system.
 """
 
 from collections.abc import Callable
@@ -44,6 +44,8 @@ BACKGROUND = (
 )
 PLAIN, BASELINE, SEPARATE = "plain", "baseline", "two models"
 OWN = "two members, half of the experts each"
+# Which baseline a system is compared with: of the plain model, and of its own.
+TO = ("plain", "own")
 # What is asked: the table's heading, and the trained models.
 QUESTIONS = {
   "noise": ("Router noise in training", ("plain", "noise_0.3", "noise_1")),
@@ -241,20 +243,21 @@ def _systems(
 
 
 def _compared(found, reference, tokens):
-  """Returns differences of solved problems and of perplexities at fitted T, and those by seed."""
-  pair = found["solved"], reference["solved"]
+  """Returns differences of solved problems, of right tokens and of perplexities at fitted T, and
+  those by seed."""
   nll = found["fitted_nll"], reference["fitted_nll"]
-  by_seed = lambda a, b: 100 * (a.mean(0) - b.mean(0))
-  ratio = 100 * np.expm1((nll[0].sum(0) - nll[1].sum(0)) / tokens.sum())
   comparison = comparisons.compare_perplexities("ours", "reference", "text", *nll, tokens)
-  return {
-    "quality": paired_statistics.tested(
-      paired_statistics.paired_accuracy(*pair), paired_statistics.paired_test(*pair)
-    ),
+  differences: dict[str, Any] = {
     "fitted": comparison and comparison.difference,
-    "quality_by_seed": by_seed(*pair).tolist(),
-    "fitted_by_seed": ratio.tolist(),
+    "fitted_by_seed": (100 * np.expm1((nll[0] - nll[1]).sum(0) / tokens.sum())).tolist(),
   }
+  for name in ("quality", "right"):
+    a, b = found[name], reference[name]
+    differences[name] = paired_statistics.tested(
+      paired_statistics.paired_accuracy(a, b), paired_statistics.paired_test(a, b)
+    )
+    differences[f"{name}_by_seed"] = (100 * (a.mean(0) - b.mean(0))).tolist()
+  return differences
 
 
 def measure(run: FigureRun) -> list[compared.Record]:
@@ -267,13 +270,14 @@ def measure(run: FigureRun) -> list[compared.Record]:
       for s in own.training_seeds
     ]
     joined = {key: np.stack([m[key] for m in each], axis=1) for key in ("nll", "fitted_nll")}
-    solved = np.stack([[all(r) for r in m["right"]] for m in each], axis=1)
+    of_problems = lambda score: np.stack([[score(r) for r in m["right"]] for m in each], axis=1)
     by_problem = lambda key: [list(chain(*of)) for of in zip(*(m[key] for m in each))]
     events = calibration_error.Events.of(
       by_problem("confidence"), by_problem("right"), num_seeds=len(each)
     )
     return joined | {
-      "solved": solved,
+      "quality": of_problems(all),
+      "right": of_problems(np.mean),
       "events": events,
       "temperatures": [m["temperature"] for m in each],
     }
@@ -298,10 +302,11 @@ def measure(run: FigureRun) -> list[compared.Record]:
           "passes": passes,
           **{key: float(np.mean([r[key] for r in routing])) for key in routing[0]},
           "temperatures": found["temperatures"],
-          "quality": paired_statistics.accuracy(found["solved"]),
+          "quality": paired_statistics.accuracy(found["quality"]),
+          "right": paired_statistics.accuracy(found["right"]),
           "perplexity": paired_statistics.perplexity(found["nll"], tokens),
           "fitted": paired_statistics.perplexity(found["fitted_nll"], tokens),
-          "solved_by_seed": (100 * found["solved"].mean(0)).tolist(),
+          "quality_by_seed": (100 * found["quality"].mean(0)).tolist(),
         }
         if question == "counts" and label.endswith("experts"):
           record["experts"] = float(label.split()[0])
@@ -311,12 +316,12 @@ def measure(run: FigureRun) -> list[compared.Record]:
             record["ece_difference"] = calibration_error.paired_calibration_error(
               found["events"], plain["events"]
             )
-        for to, reference in (("plain", plain), ("own", baseline)):
+        for to, reference in zip(TO, (plain, baseline)):
           if found is not reference:
             differences = _compared(found, reference, tokens)
             record |= {f"{key}_from_{to}": value for key, value in differences.items()}
         of_question.append(record)
-    for key in ("quality_from_plain", "quality_from_own", "fitted_from_plain", "fitted_from_own"):
+    for key in (f"{what}_from_{to}" for what in ("quality", "right", "fitted") for to in TO):
       corrected = paired_statistics.corrected([r.get(key) for r in of_question])
       of_question = [r | {key: d} if d else r for r, d in zip(of_question, corrected)]
     records += of_question
@@ -339,20 +344,23 @@ def table(records: list[compared.Record]) -> str:
     "passes": lambda r: f"{r['passes']:g}",
     "experts per token": lambda r: f"{r['experts']:.2f}",
     "solved (%)": lambda r: compared.cell(r["quality"], 1),
-    "from `plain`, baseline (points)": _cell("quality_from_plain", 1),
-    "from its own baseline (points)": _cell("quality_from_own", 1),
+    "right tokens (%)": lambda r: compared.cell(r["right"], 2),
+    "right tokens from `plain` (points)": _cell("right_from_plain", 2),
+    "right tokens from its own baseline (points)": _cell("right_from_own", 2),
     "perplexity at fitted T": lambda r: compared.cell(r["fitted"], 4),
-    "from `plain`, baseline (%)": _cell("fitted_from_plain", 2),
-    "from its own baseline (%)": _cell("fitted_from_own", 2),
+    "perplexity from `plain` (%)": _cell("fitted_from_plain", 2),
+    "perplexity from its own baseline (%)": _cell("fitted_from_own", 2),
   }
   special = {
     "members": {
       "calibration error (points)": lambda r: compared.cell(r["ece"], 2),
-      "from `plain`, baseline (points) ": lambda r: compared.cell(r.get("ece_difference"), 2, True),
+      "calibration error from `plain` (points)": lambda r: compared.cell(
+        r.get("ece_difference"), 2, True
+      ),
     },
     "recurrent": {
       "entropy of a token's router": lambda r: f"{r['token_entropy']:.3f}",
-      "of the loads": lambda r: f"{r['load_entropy']:.3f}",
+      "entropy of the loads": lambda r: f"{r['load_entropy']:.3f}",
     },
   }
   parts = []
@@ -364,9 +372,10 @@ def table(records: list[compared.Record]) -> str:
     ]
   note = (
     f"{records[0]['examples']} test problems, {len(records[0]['temperatures'])} trainings of each "
-    "model. Brackets: 95 % bootstrap intervals over problems, differences paired by problem; *: "
-    "significant after Holm's correction over the column of one table. Parentheses: the difference "
-    "for each seed of training, which the intervals do not cover."
+    "model; right tokens are means over problems. Brackets: 95 % bootstrap intervals over "
+    "problems, differences paired by problem; *: significant after Holm's correction over the "
+    "column of one table. Parentheses: the difference for each seed of training, which the "
+    "intervals do not cover."
   )
   return "\n\n".join([*parts, note])
 
@@ -375,16 +384,16 @@ def findings(records: list[compared.Record]) -> str:
   sentences = []
   for question in compared.unique(records, "question"):
     some = [r for r in records if r["question"] == question]
-    for to, what in (("own", "its own baseline"), ("plain", "the plain model's baseline")):
-      named = lambda r: f"{r['trained']}, {r['label']}"
+    for to, what in zip(TO, ("the plain model's baseline", "its own baseline")):
+      key = f"right_from_{to}"
       significant = [
-        f"{named(r)} {report_page.difference(r[key], 1, ' points')}"
+        f"{r['trained']}, {r['label']} {report_page.difference(r[key], 2)}"
         for r in some
-        if (key := f"quality_from_{to}") in r and r[key].is_significant
+        if key in r and r[key].is_significant
       ]
       sentences.append(
-        f"{QUESTIONS[question][0]}, solved problems against {what}: "
-        + ("; ".join(significant) if significant else "no significant difference")
+        f"{QUESTIONS[question][0]}, points of right tokens against {what}: "
+        + ("; ".join(significant) or "no significant difference")
         + "."
       )
   return " ".join(sentences)
@@ -396,8 +405,8 @@ def draw(records: list[compared.Record]):
   figure, axes = drawing.panels(titles, columns=2, width=4.4, height=3.4)
   for axis, question in zip(axes, questions):
     some = [r for r in records if r["question"] == question]
-    key = "quality" if question == "noise" else "fitted"
-    axis.set_ylabel("solved (%)" if key == "quality" else "perplexity at fitted T")
+    key = "right" if question == "noise" else "fitted"
+    axis.set_ylabel("right tokens (%)" if key == "right" else "perplexity at fitted T")
     if question == "members":
       rows = np.arange(len(some))[::-1]
       values, errors = drawing.bars([r[key] for r in some])
