@@ -1,5 +1,6 @@
 """Rotary embeddings, and attention to a KV cache and the token's own key and value."""
 
+from collections.abc import Callable
 import functools
 
 import jax
@@ -56,7 +57,7 @@ def project(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """Returns rotated queries `[B, T, H, C]`, rotated keys and values `[B, T, K, C]`.
 
-  With latent attention, as `latent_attention.project` does: values that are the keys are None.
+  With latent attention, what `latent_attention.project` does: keys are latents, values None.
   """
   if isinstance(weights, LatentAttentionParams):
     turn = functools.partial(rotate, cos=cos, sin=sin)
@@ -89,6 +90,7 @@ def attend_in_layer(
   tokens: TokenBatch,
   access: CacheAccess,
   location: LayerLocation,
+  members: int = 1,
 ) -> tuple[jax.Array, KVCache | None]:
   """Attends with full or sliding attention, as the layer requires, and writes the cache.
 
@@ -97,22 +99,20 @@ def attend_in_layer(
 
   Args:
     config: the model's architecture.
-    weights: attention parameters of all layers, for the sinks.
+    weights: attention parameters of all layers.
     layer: may be traced.
     new: queries, keys and values of the tokens, as `project` returns them.
     tokens: their positions.
     access: the cache.
     location: of the layer in the cache.
+    members: how many roster members share the cache, in a `vmap` around this.
 
   Returns:
-    `[B, T, H, C]` in the dtype of `query`, and the cache.
+    What each head mixed of the values, `[B, T, H, C]` in the dtype of the queries, and the cache.
   """
-  sinks = None if weights.sinks is None else to_compute_dtype(weights.sinks[layer])
   is_sliding, index = location.is_sliding, location.index
-  attend_to = functools.partial(
-    attend, *new, tokens.positions_BxT, sinks_H=sinks, scale=config.attention_scale
-  )
   cache, write = access.cache, access.write
+  attend_to = _attention(config, weights, layer, new, tokens, members, cache is not None)
   if cache is None:
     if is_sliding is False:
       return attend_to(), None
@@ -144,6 +144,21 @@ def attend_in_layer(
   return heads, cache
 
 
+def _attention(config, weights, layer, new, tokens, members, cached):
+  """Returns `attend` of these tokens, which takes the cache and what follows it."""
+  query, *own = new
+  run = functools.partial(attend, scale=config.attention_scale)
+  if not isinstance(weights, LatentAttentionParams):
+    sinks = None if weights.sinks is None else to_compute_dtype(weights.sinks[layer])
+    return functools.partial(run, *new, tokens.positions_BxT, sinks_H=sinks)
+  of = weights, layer
+  if latent_attention.is_expanded(config, members * query.shape[1], cached):
+    expand = functools.partial(latent_attention.expand, *of, dtype=query.dtype)
+    return functools.partial(run, *new, tokens.positions_BxT, expand=expand)
+  run = functools.partial(run, latent_attention.absorb(*of, query), *own, tokens.positions_BxT)
+  return lambda *args, **kwargs: latent_attention.of_mixed(*of, run(*args, **kwargs))
+
+
 def attend(
   query_BxTxHxC: jax.Array,
   own_key_BxTxKxC: jax.Array,
@@ -156,6 +171,7 @@ def attend(
   attend_to_new: bool = False,
   scale: float | None = None,
   rows: jax.Array | None = None,
+  expand: Callable[[jax.Array], tuple[jax.Array, jax.Array]] | None = None,
 ) -> jax.Array:
   """Attends from each token to earlier cached positions and to itself.
 
@@ -177,10 +193,15 @@ def attend(
     attend_to_new: whether tokens attend to each other in addition to a cache.
     scale: factor on the scores; `C**-0.5` by default.
     rows: see `CacheAccess`.
+    expand: computes keys and values `[B, K, S, C]` from what is in place of keys, here and in the
+      cache, one block at a time; see `latent_attention.expand`.
 
   Returns:
-    `[B, T, H, C]` in the dtype of `query`.
+    `[B, T, H, C]` in the dtype of `query`, with the width of values.
   """
+  if expand is not None:
+    own = expand(own_key_BxTxKxC.swapaxes(1, 2))
+    own_key_BxTxKxC, own_value_BxTxKxC = (a.swapaxes(1, 2) for a in own)
   dtype = query_BxTxHxC.dtype
   b, t, h, c = query_BxTxHxC.shape
   k = own_key_BxTxKxC.shape[2]
@@ -208,8 +229,11 @@ def attend(
     # The last block may overlap the one before; entries counted there are masked.
     start = jnp.minimum(j * block, cache.capacity - block)
     keys = _block(cache.keys, layer, start, block, rows)
-    values = keys
-    if cache.values is not None:
+    if expand is not None:
+      keys, values = expand(keys)
+    elif cache.values is None:
+      values = keys
+    else:
       values = _block(cache.values, layer, start, block, rows)
     indices = start + jnp.arange(block)[None, None]
     if isinstance(cache, KVCache):
@@ -243,7 +267,7 @@ def attend(
     )
   _, total, mixed = carry
   heads = rounded(mixed / total[..., None], dtype)
-  return heads.transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
+  return heads.transpose(0, 3, 1, 2, 4).reshape(b, t, h, -1)
 
 
 def _block(array, layer, start, block, rows=None):
@@ -277,8 +301,6 @@ def output(
   weights: AttentionParams | LatentAttentionParams, layer: jax.Array | int, heads_BxTxHxC: jax.Array
 ) -> jax.Array:
   """Projects the heads back to the residual stream, `[B, T, D]`."""
-  if isinstance(weights, LatentAttentionParams):
-    heads_BxTxHxC = latent_attention.expand(weights, layer, heads_BxTxHxC)
   projected = collectives.psum(
     numerics.project_back(heads_BxTxHxC, weights.output, layer), "tensor"
   )

@@ -1,21 +1,26 @@
 """Addressed noise.
 
 Every random number is a pure function of the seed and the address where it is used:
-(request, position, layer, member) for routing noise, (request, position) for sampling
-a token. A token's roster is thus the same however requests are batched, padded,
-chunked or sharded, and whether the token is generated, scored or verified.
+(request, position, layer, member) for routing noise (on states of recurrent routers, with one more
+number), (request, position) for sampling a token. A token's roster is thus the same however
+requests are batched, padded, chunked or sharded, and whether the token is generated, scored or
+verified.
 """
 
 from flax import struct
 import jax
 import jax.numpy as jnp
 
-from roe_jax.perturbations import FAMILIES, GUMBEL, Context, Family, perturb
+from roe_jax.numerics import rounded
+from roe_jax.perturbations import FAMILIES, GUMBEL, Context, Family, perturb, state_perturbation
 
 # Domain separation: the first number folded into a seed's key.
 ROUTING = 0
 SAMPLING = 1
 TRAINING = 2  # draws of a training step
+
+# Folded into the key of a member's logits in a layer, for the noise on its state there.
+_STATE = 1
 
 MAX_SEED = 2**32 - 1
 
@@ -63,12 +68,34 @@ class RoutingNoise(struct.PyTreeNode):
     With Gumbel noise: logits + τ_l · G, arXiv 2509.17238 eq. (1). Always float32:
     bfloat16 has too few bits for the tail of the distribution, and makes ties.
     """
-    temperature = jnp.where(self.member == 0, 0.0, self.temperatures[layer])
+    temperature = self._temperature(layer)
 
     def perturb_token(key, logits_E):
-      shared = jax.random.fold_in(key, layer)
-      own = jax.random.fold_in(shared, self.member)
+      shared, own = self._keys(key, layer)
       context = Context(shared, layer, self.member, self.num_noisy)
       return perturb(self.family, own, logits_E, temperature, count, context)
 
     return jax.vmap(jax.vmap(perturb_token))(self.keys, logits_BxTxE)
+
+  @jax.named_scope("router")
+  def perturb_state(self, layer: jax.Array | int, state_BxTxQ: jax.Array) -> jax.Array:
+    """Adds noise to the states of a recurrent router, if the family has any; in their dtype."""
+    of_family = state_perturbation(self.family)
+    if of_family is None:
+      return state_BxTxQ
+    temperature = self._temperature(layer)
+
+    def perturb_token(key, state_Q):
+      _, own = self._keys(key, layer)
+      return of_family(jax.random.fold_in(own, _STATE), state_Q, temperature)
+
+    states = state_BxTxQ.astype(jnp.float32)
+    return rounded(jax.vmap(jax.vmap(perturb_token))(self.keys, states), state_BxTxQ.dtype)
+
+  def _temperature(self, layer):
+    return jnp.where(self.member == 0, 0.0, self.temperatures[layer])
+
+  def _keys(self, key, layer):
+    """Returns the keys of a token in a layer: that of all members, and the member's own."""
+    shared = jax.random.fold_in(key, layer)
+    return shared, jax.random.fold_in(shared, self.member)

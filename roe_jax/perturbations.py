@@ -3,7 +3,8 @@
 A family is a function `(key, logits [E] float32, τ, A) -> perturbed logits [E]`, whose A largest
 are chosen; an expert at -inf is left out, even if fewer than A others remain. τ = 0 must return
 the logits. One with a fifth parameter, `context`, also knows which of the members it perturbs
-for, so that members can share draws, or experts.
+for, so that members can share draws, or experts. One with an attribute `perturb_state`, a function
+`(key, state [q] float32, τ) -> perturbed state [q]`, perturbs the state of a recurrent router, too.
 """
 
 from collections.abc import Callable
@@ -189,6 +190,36 @@ def expert_sample(fixed: int | None = None, pool: int | None = None) -> Family:
   return perturb
 
 
+@parametric
+def on_state(scale: float = 1.0, logits: bool = False) -> Family:
+  """Adds noise to the state of a recurrent router (RMoE, arXiv 2408.06793), which later layers see.
+
+  After layer l a member's state h, `[q]` in (-1, 1), is h + τ_l * `scale` * ε with standard normal
+  ε. The layer's logits are computed from this state, and so are, also with clean gate weights, the
+  gates; the next layer's state starts from it.
+
+  Args:
+    scale: standard deviation of the noise at τ = 1.
+    logits: whether the logits have Gumbel noise at τ, too.
+  """
+  if not scale > 0:
+    raise ValueError(f"scale must be positive, got {scale}")
+
+  def perturb(key, logits_E, temperature, count):
+    return FAMILIES[GUMBEL](key, logits_E, temperature, count) if logits else logits_E
+
+  def perturb_state(key, state, temperature):
+    return state + scale * temperature * jax.random.normal(key, state.shape, jnp.float32)
+
+  perturb.perturb_state = perturb_state
+  return perturb
+
+
+def state_perturbation(family: Family) -> Callable[..., jax.Array] | None:
+  """Returns how a family perturbs the state of a recurrent router; None if it does not."""
+  return getattr(family, "perturb_state", None)
+
+
 def _only(logits, keep, temperature):
   """Leaves out all other experts where τ > 0."""
   return jnp.where((temperature > 0) & ~keep, -jnp.inf, logits)
@@ -288,10 +319,11 @@ FAMILIES: dict[str, Family] = {
   "random_expert": _random_expert,
   "partition": partition(),
   "expert_sample": expert_sample(),
+  "on_state": on_state(),
 }
 # Families with parameters, which are written as "NAME(PARAMETER=VALUE,...)".
 MAKERS: dict[str, Callable[..., Family]] = {
-  make.__name__: make for make in (coupled, rank_experts, partition, expert_sample)
+  make.__name__: make for make in (coupled, rank_experts, partition, expert_sample, on_state)
 }
 # Families whose τ is a probability, and the event that it belongs to.
 PROBABILITIES = {

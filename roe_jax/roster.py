@@ -461,8 +461,8 @@ class Roster:
     """Checks that the roster fits the model.
 
     Raises:
-      ValueError: the model has no router and this is not the baseline, or the roster has no
-        temperatures for all layers of the model.
+      ValueError: the model has no router and this is not the baseline, the noise is on a state
+        that its routers do not have, or the roster has no temperatures for all layers of the model.
     """
     if ROUTERS[config.router].axes is None and not self.is_baseline:
       raise ValueError(
@@ -473,6 +473,11 @@ class Roster:
       raise ValueError(
         f"the roster has temperatures for {self.temperatures.shape[0]} layers and the model "
         f"has {config.num_layers}: create it with Roster.create and this model's config"
+      )
+    if perturbations.state_perturbation(self.perturb) and not config.router_state:
+      raise ValueError(
+        f"the noise {self.noise} is on the state of a recurrent router, and this model's is "
+        f"{config.router!r}: choose another noise"
       )
     self._check_router_bias(config)
     for bits in set(self.member_bits or ()):

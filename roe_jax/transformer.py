@@ -205,7 +205,8 @@ def run_layers(
   for stack, own in zip((params.dense_layers, params.layers), config.split(layers)):
     if own:
       rotation = attention.rotation(config, tokens.positions_BxT)
-      block = _Block(config, stack, first, params.router_cell, tokens, rotation)
+      members = len(x) if x.ndim == 4 else 1
+      block = _Block(config, stack, first, params.router_cell, tokens, rotation, members)
       x, cache, outputs = _run_stack(block, own, x, access.replace(cache=cache), options)
       found.append(outputs)
     first = config.first_dense_layers
@@ -305,7 +306,7 @@ def _run_layers_on_mesh(
 class _Block:
   """Attention and MoE of any layer of a stack; see `run_layers` for the attributes.
 
-  `first` is the index in the model of the first layer of the stack.
+  `first` is the index in the model of the first layer of the stack; `members` run it in a `vmap`.
   """
 
   config: ModelConfig
@@ -314,6 +315,7 @@ class _Block:
   cell: RouterCell | None
   tokens: TokenBatch
   rotation: tuple[jax.Array, jax.Array]
+  members: int
 
   def __call__(self, layer, location, access, options, x, noise):
     """Returns the hidden states, the cache if written, and the outputs that are kept."""
@@ -322,7 +324,7 @@ class _Block:
     normed = norm(config, x, layers.attention_norm[row])
     new = attention.project(config, layers.attention, row, normed, *self.rotation)
     heads, cache = attention.attend_in_layer(
-      config, layers.attention, row, new, self.tokens, access, location
+      config, layers.attention, row, new, self.tokens, access, location, self.members
     )
     y = attention.output(layers.attention, row, heads)
     x = add_to_residual(config, x, y, layers.attention_output_norm, row)
@@ -362,14 +364,15 @@ def feed_forward(
   if layers.experts is None:
     y = experts.shared(layers.shared_expert, layer, normed)
     return add_to_residual(config, x, y, layers.moe_output_norm, layer), state, None, None, None
-  of_router = normed
+  of_router, in_model = normed, first + layer
   if state is not None:
     if options.detach_router_state:
       state = jax.lax.stop_gradient(state)
     state = advance(cell, layers.router_projection, layer, normed, state)
+    if noise is not None:
+      state = noise.perturb_state(in_model, state)
     of_router = state
   logits = router_logits(config, layers, layer, of_router)
-  in_model = first + layer
   logits = add_bias(logits, router.bias, in_model)
   perturbed = None
   if noise is not None:

@@ -53,6 +53,7 @@ def member_logits(
     roster.noise,
     config.num_experts,
     config.experts_per_token,
+    config.router_state,
   )
   draws = jax.tree.map(lambda a: np.asarray(a, np.float64), draws)
 
@@ -113,6 +114,10 @@ def member_logits(
     order = np.argsort(-clean)
     if roster.noise == "second_expert":
       return np.where(np.arange(len(clean)) == order[1], clean, -np.inf)
+    if roster.noise.startswith("on_state"):
+      return (
+        clean + temperature * ("logits=true" in roster.noise) * draws[0][index, layer, position]
+      )
     if roster.noise != "swap":
       return clean + temperature * draws[index, layer, position]
     coins, shuffled = (d[index, layer, position] for d in draws)
@@ -136,13 +141,17 @@ def member_logits(
     gate, up = np.einsum("d,fid->if", x, mlp.gate_up[row])
     return (gate / (1 + np.exp(-gate)) * up) @ mlp.down[row]
 
-  def recurrent_router(row, normed, state):
+  def recurrent_router(row, normed, state, index, layer, position):
     """The next state of a recurrent router."""
     cell, sigmoid = p.router_cell, lambda v: 1 / (1 + np.exp(-v))
     u = p.layers.router_projection[row] @ normed
     of_input, of_state = cell.input @ u + cell.input_bias, cell.state @ state + cell.state_bias
     r, z = sigmoid(of_input[:2] + of_state[:2])
-    return (1 - z) * np.tanh(of_input[2] + r * of_state[2]) + z * state
+    state = (1 - z) * np.tanh(of_input[2] + r * of_state[2]) + z * state
+    if index and roster.members[index] and roster.noise.startswith("on_state"):
+      scale = float(roster.noise.partition("scale=")[2].partition(",")[0])
+      state = state + scale * temperatures[layer] * draws[1][index, layer, position]
+    return state
 
   def latent(a, row, normed, position):
     """Queries, keys and values of all heads, computed from latents (arXiv 2405.04434)."""
@@ -213,7 +222,7 @@ def member_logits(
       y = every_token(stack.shared_expert, row, normed)
       return add(x, y, stack.moe_output_norm, row), state, (key, value)
     if config.router_state:
-      state = recurrent_router(row, normed, state)
+      state = recurrent_router(row, normed, state, index, layer, position)
     clean = p.layers.router[row] @ (state if config.router_state else normed)
     if config.router_bias:
       clean = clean + p.layers.router_bias[row]
@@ -300,12 +309,14 @@ def yarn(config, frequencies):
   return frequencies * (1 - ramp) + frequencies / s.factor * ramp
 
 
-@functools.partial(jax.jit, static_argnames=("family", "num_experts", "count"))
-def _draws(seed, request, members, layers, positions, temperatures, family, num_experts, count):
+@functools.partial(jax.jit, static_argnames=("family", "num_experts", "count", "width"))
+def _draws(
+  seed, request, members, layers, positions, temperatures, family, num_experts, count, width
+):
   """What is drawn at all addresses, before the temperature: vectors `[R, L, T, E]`.
 
   Of "swap" a pair: which choices are replaced, `[R, L, T, A]`, and an order of the
-  other experts, `[R, L, T, E - A]`.
+  other experts, `[R, L, T, E - A]`. Of "on_state" a pair, too: of logits, and of states.
   """
 
   def draw(member, layer, position):
@@ -318,6 +329,9 @@ def _draws(seed, request, members, layers, positions, temperatures, family, num_
         jax.random.bernoulli(coins, temperatures[layer], (count,)),
         jax.random.permutation(order, num_experts - count),
       )
+    if family.startswith("on_state"):
+      of_state = jax.random.normal(jax.random.fold_in(key, 1), (width,))
+      return jax.random.gumbel(key, (num_experts,)), of_state
     deviation = np.pi / np.sqrt(6)  # of a Gumbel variable
     return {
       "gumbel": lambda: jax.random.gumbel(key, (num_experts,)),

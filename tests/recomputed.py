@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roe_jax import attention, routers, transformer
+from roe_jax import attention, latent_attention, routers, transformer
 from roe_jax import noise as noise_lib
 from roe_jax.config import ModelConfig
 from roe_jax.experts import Activation, shared
@@ -105,9 +105,10 @@ def _block(config, cell, layers, layer, model_layer, x, positions, noise, gate_w
     window = jnp.where(jnp.asarray(slides)[model_layer], config.sliding_window, x.shape[1])
   sinks = layers.attention.sinks
   sinks = None if sinks is None else to_compute_dtype(sinks[layer])
+  if value is None:
+    expanded = latent_attention.expand(layers.attention, layer, key.swapaxes(1, 2), x.dtype)
+    key, value = (a.swapaxes(1, 2) for a in expanded)
   keys, values = history or (key, value)
-  if value is None:  # latent attention: values are the keys
-    value, values = key, keys
   heads = _attend(query, key, value, keys, values, sinks, window, config.attention_scale)
   y = attention.output(layers.attention, layer, heads)
   x = transformer.add_to_residual(config, x, y, layers.attention_output_norm, layer)
@@ -118,6 +119,7 @@ def _block(config, cell, layers, layer, model_layer, x, positions, noise, gate_w
     return jnp.concatenate([x, state], axis=-1), (key, value)
   if config.router_state:
     state = routers.advance(cell, layers.router_projection, layer, normed, state)
+    state = noise.perturb_state(model_layer, state)
   of_router = state if config.router_state else normed
   logits = transformer.router_logits(config, layers, layer, of_router)
   perturbed = noise.perturb(model_layer, logits, config.experts_per_token)

@@ -4,6 +4,7 @@ Its results are those of transformers (test_parity) and of the definition (test_
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 import tiny
 
+from roe_jax import attention, costs, decode, latent_attention, presets, scoring, sharding, training
 from roe_jax import cache as kv_cache
-from roe_jax import decode, scoring, sharding, training
 from roe_jax import params as params_lib
+from roe_jax.layer_inputs import CacheAccess, TokenBatch
 from roe_jax.roster import Roster
 
 CONFIG = tiny.config("deepseek_v3", vocab_size=64, d_expert=256)
@@ -42,6 +44,86 @@ def test_without_noise_all_members_of_both_caches_are_the_baseline(params):
   for cache in ("clean", "standard"):
     same = run(params, CONFIG, tokens, Roster.create(CONFIG, 4, [0.0] * 3, cache=cache))
     np.testing.assert_allclose(same, baseline, atol=1e-5)
+
+
+def test_expanded_keys_give_the_same_as_absorbed_products(params, monkeypatch):
+  """In prefill by blocks of 5 positions, also of a window, for members, and in gradients."""
+  config = CONFIG.replace(sliding_window=6, sliding_layers=(1,))
+  monkeypatch.setattr(attention, "block_size", lambda *_: 5)
+  random = np.random.RandomState(0)
+  draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.float32)
+  positions = np.asarray([[17], [4]]) + np.arange(13)
+  cache = kv_cache.empty(config, 2, 33)
+  sliding = cache.sliding.replace(keys=draw(*cache.sliding.keys.shape))
+  # Each entry holds the last position before the new ones that belongs there.
+  held = positions[:, :1] - 1 - (positions[:, :1] - 1 - np.arange(6)) % 6
+  sliding = sliding.replace(positions=jnp.asarray(held)[None, :, None, :, None])
+  cache = cache.replace(keys=draw(*cache.keys.shape), sliding=sliding)
+
+  def attend(weights, query, key, cached=None, write=False, is_sliding=False):
+    new, location = (query, key, None), kv_cache.LayerLocation(is_sliding, 0)
+    access, tokens = CacheAccess(cached, write), TokenBatch(jnp.asarray(positions))
+    return attention.attend_in_layer(config, weights, 1, new, tokens, access, location)[0]
+
+  def results(expanded):
+    monkeypatch.setattr(latent_attention, "is_expanded", lambda *_: expanded)
+    one = weights, query[0], key[0]
+    prefill = [attend(*one, cache, True, is_sliding) for is_sliding in (False, True)]
+    members = jax.vmap(lambda q, k: attend(weights, q, k, cache))(query, key)
+    loss = lambda *a: jnp.sum(target * attend(*a))
+    return prefill, members, jax.grad(loss, argnums=(0, 1, 2))(*one)
+
+  weights, target = params.layers.attention, draw(2, 13, config.num_heads, config.v_head_dim)
+  query, key = (
+    draw(3, 2, 13, config.num_heads, config.head_dim),
+    draw(3, 2, 13, 1, config.cached_head_dim),
+  )
+  expected, found = (jax.tree.leaves(jax.jit(results, static_argnums=0)(e)) for e in (False, True))
+  for one, other in zip(found, expected, strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-5 * max(1.0, float(jnp.abs(other).max())))
+  assert any(bool((one != other).any()) for one, other in zip(found, expected))
+
+
+def multiply_adds(jaxpr):
+  """Of all matrix products, also of inner functions."""
+  total = 0
+  for eqn in jaxpr.eqns:
+    inner = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns"))
+    total += sum(multiply_adds(j) for j in inner if hasattr(j, "eqns"))
+    if eqn.primitive.name == "dot_general":
+      contracted = eqn.params["dimension_numbers"][0][0]
+      total += eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+  return total
+
+
+@pytest.mark.parametrize("queries, members", [(156, 1), (160, 4), (256, 4)])
+def test_the_way_with_fewer_flops_is_chosen_and_counted(queries, members, monkeypatch):
+  """Of matrix products with 64 cached positions, by a head of DeepSeek-V2."""
+  config = presets.PRESETS["deepseek-v2-lite"].replace(num_heads=1, dtype="float32")
+  weights = params_lib.abstract(config).layers.attention
+  cached, size = kv_cache.empty(config.replace(num_layers=2), 1, 64), queries // members
+  tokens = TokenBatch(jnp.full((1, size), 63))
+
+  def count(expanded):
+    def run(weights, query, key):
+      given = (query, key, None), tokens, CacheAccess(cached), kv_cache.LayerLocation(False, 0)
+      return attention.attend_in_layer(config, weights, 0, *given, members)[0]
+
+    shapes = ((members, 1, size, 1, width) for width in (192, 576))
+    arrays = (jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
+    with monkeypatch.context() as patch:
+      patch.setattr(latent_attention, "is_expanded", lambda *_: expanded)
+      jaxpr = jax.make_jaxpr(jax.vmap(run, in_axes=(None, 0, 0)))(weights, *arrays)
+    # Without what each query takes once, in either way, and its score of its own key.
+    own = queries * (512 * (128 + 128) + (192 if expanded else 576))
+    return multiply_adds(jaxpr.jaxpr) - own
+
+  chosen = latent_attention.is_expanded(config, queries)
+  assert chosen == (queries > 157)
+  found, other = count(chosen), count(not chosen)
+  assert found < other
+  per_pair = costs.flops.attention_flops(config, queries) / 2
+  assert found == pytest.approx(per_pair * queries * 64, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -121,13 +121,17 @@ def test_members_share_the_first_dense_layers():
     Roster.create(config, 3)
 
 
-@pytest.mark.parametrize("cache", ["clean", "standard"])
-def test_states_of_recurrent_routers_follow_their_members(cache):
+@pytest.mark.parametrize(
+  "cache, noise",
+  [("clean", "on_state(scale=0.7,logits=true)"), ("standard", "on_state(scale=1.5,logits=false)")],
+)
+def test_states_of_recurrent_routers_follow_their_members(cache, noise):
   """Through layers before the noise, those with it, and those after it; also with more norms."""
   norms = cache == "standard"
   config = tiny.config("mixtral", router="recurrent", router_state=6, sandwich_norm=norms)
   model = config, tiny.params(config)
-  roster = Roster.create(config, 3, [0.0, 0.8, 0.0], seed=9, cache=cache)
+  roster = Roster.create(config, 3, [0.0, 0.8, 0.0], seed=9, cache=cache, noise=noise)
+  assert roster.noise == noise
   expected = by_definition(model, roster)
   assert np.abs(expected[1] - expected[2]).max() > 0.05 * np.abs(expected).max()
   assert_close(logits(model, roster), expected)
@@ -430,6 +434,8 @@ def test_a_new_aggregation_is_available_by_its_name(olmoe, monkeypatch):
     (dict(gate_weights="soft"), "gate_weights 'soft'.*clean, noisy"),
     (dict(noisy_layers=(0, 4)), r"noisy_layers.*\(0, 3\)"),
     (dict(noisy_layers=(2, 1)), "noisy_layers"),
+    (dict(noise="on_state"), "on the state of a recurrent router, and this model's is 'linear'"),
+    (dict(noise="on_state(scale=0)"), "scale must be positive"),
     (dict(temperatures=[0, 0.1, 0.1], noisy_layers=(1, 2)), "leaves out"),
   ],
   ids=str,

@@ -231,8 +231,26 @@ def test_families_by_parts(family):
 
 
 def test_recurrent_routers_by_parts():
+  """Members with noise on the state generate on a mesh what one device scores."""
   config = tiny.config("mixtral", vocab_size=64, router="recurrent", router_state=6)
-  check_forward(config, tiny.params(config))
+  params, prompts = tiny.params(config), tiny.texts([7, 3, 5, 2], vocab_size=64)
+  roster = Roster.create(config, 2, 0.5, noise="on_state")
+  on_mesh = sharding.shard_params(params, config, make_mesh(config, 2, 2, 2))
+  generated = decode.generate(
+    on_mesh, config, prompts, max_new_tokens=5, roster=roster, stop_tokens=(), request_ids=range(4)
+  ).completions
+  for noise, same in (("on_state", True), ("gumbel", False)):
+    scored = scoring.score(
+      params,
+      config,
+      [p + c.tokens for p, c in zip(prompts, generated)],
+      list(map(len, prompts)),
+      roster=roster.replace(noise=noise),
+      request_ids=range(4),
+    ).sequences
+    pairs = zip(scored, generated, strict=True)
+    found = [np.allclose(s.log_probs[:, 0], c.log_probs, atol=1e-5) for s, c in pairs]
+    assert found == [same] * 4
 
 
 def test_experts_of_few_bits_by_parts():

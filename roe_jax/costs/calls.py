@@ -164,7 +164,9 @@ def call(
       sum(flops_lib.window_size(config, layer, context + p) for layer in batch.layers)
       for p in range(positions)
     ]
-    attention_flops = sum(windows) / positions * flops_lib.attention_flops(config) / t
+    caches = roster.cache_mode.histories(batch.members)
+    per_pair = flops_lib.attention_flops(config, batch.members * positions // max(1, caches)) / t
+    attention_flops = sum(windows) / positions * per_pair
     cost.flops += times * (
       batch.tokens * (layers * (sharded_flops + 2 * router_size) + attention_flops)
       + batch.tokens * dense * dense_layer_flops
@@ -174,7 +176,6 @@ def call(
     per_expert = bytes_per_expert(config, batch.bits)
     cost.weights += times * layers * (dense_bytes + unique_experts / e * per_expert / t)
     cost.weights += times * dense * dense_layer_flops / 2 * item
-    caches = roster.cache_mode.histories(batch.members)
     cost.cache += times * caches * batch.sequences * entry_bytes * windows[-1]
     found = Counter()
     for number, is_dense in ((dense, True), (layers, False)):

@@ -2,8 +2,9 @@
 
 import math
 
-from roe_jax import params
+from roe_jax import latent_attention, params
 from roe_jax.config import ModelConfig
+from roe_jax.prefill import PREFILL_CHUNK
 from roe_jax.roster import Roster
 
 
@@ -13,7 +14,8 @@ def forward_flops(
   """Counts the FLOPs of a roster's matmuls at some positions of one sequence.
 
   A multiply-add is two FLOPs. Norms, softmax, rotary embeddings and noise are not
-  counted. Layers before the first noise are counted once for all members.
+  counted. Layers before the first noise are counted once for all members. Latent attention is
+  counted as in a prefill in chunks where nothing is predicted, and as in decode steps elsewhere.
 
   Args:
     config: the model's architecture.
@@ -23,14 +25,15 @@ def forward_flops(
     predicted: at how many of them next-token distributions are computed; all by default.
   """
   first, members = roster.noisy_layers[0], len(roster.members)
+  predicted = len(positions) if predicted is None else predicted
+  queries = 1 if predicted else min(len(positions), PREFILL_CHUNK)
 
   def layers_flops(layers: range) -> int:
     attended = sum(window_size(config, layer, p) for layer in layers for p in positions)
     dense, routed = map(len, config.split(layers))
     of_position = dense * _dense_layer_flops(config) + routed * _layer_flops(config)
-    return len(positions) * of_position + attended * attention_flops(config)
+    return len(positions) * of_position + attended * attention_flops(config, queries)
 
-  predicted = len(positions) if predicted is None else predicted
   head = 2 * config.vocab_size * config.d_model * predicted
   return layers_flops(range(first)) + members * (
     layers_flops(range(first, config.num_layers)) + head
@@ -92,8 +95,16 @@ def shared_expert_flops(config: ModelConfig) -> int:
   return (6 * width + 2 * config.shared_expert_gate) * config.d_model if width else 0
 
 
-def attention_flops(config: ModelConfig) -> int:
-  """Attention scores and values, per layer and pair of query and key position."""
+def attention_flops(config: ModelConfig, queries: int = 1) -> int:
+  """Attention scores and values, per layer and pair of query and key position.
+
+  Args:
+    config: the model's architecture.
+    queries: how many queries, of positions and members, share what latent attention expands.
+  """
+  if config.kv_lora_rank and latent_attention.is_expanded(config, queries):
+    expansion = 2 * config.num_heads * latent_attention.expansion_size(config)
+    return 2 * config.num_heads * (config.head_dim + config.v_head_dim) + expansion // queries
   return 4 * config.num_heads * config.cached_head_dim
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 from jax.sharding import AbstractMesh
 
-from roe_jax import attention, sharding
+from roe_jax import attention, latent_attention, sharding
 from roe_jax import members as members_lib
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
@@ -50,7 +50,8 @@ def memory(
 
   Activations are estimated as the larger of two sums, all in float32. In a block: six
   arrays of hidden states, queries, attention outputs and the scores of one block of cache
-  positions; and for each pair of a token and an expert on this device its input, its
+  positions, with latent attention also the keys and values of such a block, where these are
+  expanded; and for each pair of a token and an expert on this device its input, its
   output and twice its hidden values. For the next-token distributions: four arrays of
   logits. Programs compiled for CPUs took 0.4 to 1.4 times that, plus up to 32 MiB.
 
@@ -79,12 +80,18 @@ def memory(
   t, e, a = mesh.shape[TENSOR], mesh.shape[EXPERT], config.experts_per_token
   cache_block = min(capacity, attention.block_size(platform))
   heads = config.num_heads // t
-  per_token = 6 * config.d_model + heads * (2 * config.cached_head_dim + cache_block)
   per_pair = min(a, config.num_experts // e) * (2 * config.d_model + 2 * config.d_expert // t)
   vocab = config.vocab_size // num_shards(mesh, vocabulary_axes(config, mesh))
   activations = 0
   for batch in batches(config, roster, mesh, batch_size, positions, platform):
-    block = batch.tokens * per_token + batch.tokens_at_experts(a, e) * per_pair
+    caches = roster.cache_mode.histories(batch.members)
+    width, expanded = 2 * config.cached_head_dim, 0  # of a query and what it mixes
+    queries = batch.members * positions // max(1, caches)
+    if config.kv_lora_rank and latent_attention.is_expanded(config, queries):
+      width = config.head_dim + config.v_head_dim
+      expanded = caches * batch.sequences * cache_block * heads * width
+    per_token = 6 * config.d_model + heads * (width + cache_block)
+    block = batch.tokens * per_token + expanded + batch.tokens_at_experts(a, e) * per_pair
     logits = 0 if batch.is_shared or kind == "prefill" else 4 * batch.head_tokens * vocab
     activations = max(activations, block, logits)
   cache_bytes = sharding.bytes_on_device(mesh, cache, sharding.state_specs(mesh, cache))
