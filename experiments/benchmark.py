@@ -45,11 +45,11 @@ def define_flags() -> None:
   flags.DEFINE_enum(
     "dtype", None, DTYPES, "Dtype of weights and activations; the preset's by default."
   )
-  flags.DEFINE_enum(
+  flags.DEFINE_string(
     "expert_format",
     None,
-    ["none", *FORMATS],
-    "Storage format of the expert weights; the preset's by default.",
+    f"Storage format of the expert weights: none, {', '.join(FORMATS)}, or nested:BASE-BITS; the "
+    "preset's by default.",
   )
   flags.DEFINE_list("sweeps", list(SWEEPS), "Sweeps to run.")
   flags.DEFINE_list(

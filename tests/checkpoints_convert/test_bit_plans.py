@@ -1,6 +1,7 @@
 """Plans of bits: rules, exact means and bytes, and checkpoints with a plan."""
 
 import json
+import math
 import re
 
 from flax import traverse_util
@@ -109,7 +110,9 @@ def bytes_of_planes(folder):
   found = 0
   for piece in (folder / "params").glob("layers_*"):
     arrays = traverse_util.flatten_dict(ocp.metadata(str(piece)).metadata, sep=".")
-    found += sum(a.size * a.dtype.itemsize for n, a in arrays.items() if n.startswith("planes."))
+    found += sum(
+      math.prod(a.shape) * a.dtype.itemsize for n, a in arrays.items() if n.startswith("planes.")
+    )
     assert not any(n.endswith((".codes", ".scales")) for n in arrays if n.startswith("experts."))
   return found
 
@@ -145,8 +148,8 @@ def test_experts_with_a_plan_read_their_own_planes(bits):
     matrix = matrix.replace(depth=bits)
     whole[name] = matrix.replace(plan=tuple(map(tuple, plan.tolist())))
     masked[name] = bit_plans.apply(matrix, plan)
-  x = rng.standard_normal((3, 64)).astype(np.float32)
-  indices, gates = np.array([[0, 1], [2, 3], [1, 2]]), np.ones((3, 2), np.float32)
+  x = jnp.asarray(rng.standard_normal((3, 64)), jnp.float32)
+  indices, gates = jnp.array([[0, 1], [2, 3], [1, 2]]), jnp.ones((3, 2))
   for layer in (0, 1):
     run = lambda of, strategy: experts_lib.apply(
       jax.tree.map(jnp.asarray, ExpertParams(**of)), layer, x, indices, gates, strategy
