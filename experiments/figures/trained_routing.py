@@ -33,7 +33,7 @@ from experiments.figures import compared
 from experiments.figures.figure_run import Command, FigureRun
 from experiments.tasks import wordmath, wordmath_tokenizer
 from experiments.training import training_batches
-from roe_jax import scoring, training, transformer
+from roe_jax import assets, scoring, training, transformer
 from roe_jax.roster import Roster
 
 TITLE = "Models trained with routing that varies"
@@ -94,9 +94,23 @@ def _training(run: FigureRun, name: str, seed: int) -> Command:
   )
 
 
+def _checkpoint(run: FigureRun, name: str, seed: int) -> str:
+  """Returns the embedded model of these settings, or the folder that its training writes."""
+  embedded = f"wordmath_routing_{name}_{seed}"
+  if embedded in assets.NAMES and run.config.steps == Config.steps:
+    return app.EMBEDDED + embedded
+  return str(_training(run, name, seed).output / "model")
+
+
 def commands(run: FigureRun) -> list[Command]:
+  """Returns the trainings of models that are not embedded."""
   own = run.config
-  return [_training(run, name, seed) for seed in own.training_seeds for name in _trained(own)]
+  return [
+    _training(run, name, seed)
+    for seed in own.training_seeds
+    for name in _trained(own)
+    if not _checkpoint(run, name, seed).startswith(app.EMBEDDED)
+  ]
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -165,7 +179,7 @@ class _Models:
     self.test = _Problems("test", run.config.num_examples, config.pad_token_id)
 
   def _load(self, name, seed):
-    return app.load_params(str(_training(self.run, name, seed).output / "model"), "float32")
+    return app.load_params(_checkpoint(self.run, name, seed), "float32")
 
   def routing(self, name: str, seed: int) -> dict[str, float]:
     """Returns means over tokens of validation completions and over layers: experts per token, and
