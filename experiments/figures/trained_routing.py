@@ -33,7 +33,7 @@ from experiments.figures import compared
 from experiments.figures.figure_run import Command, FigureRun
 from experiments.tasks import wordmath, wordmath_tokenizer
 from experiments.training import training_batches
-from roe_jax import scoring, training, transformer
+from roe_jax import assets, scoring, training, transformer
 from roe_jax.roster import Roster
 
 TITLE = "Models trained with routing that varies"
@@ -94,9 +94,23 @@ def _training(run: FigureRun, name: str, seed: int) -> Command:
   )
 
 
+def _checkpoint(run: FigureRun, name: str, seed: int) -> str:
+  """Returns the embedded model of these settings, or the folder that its training writes."""
+  embedded = f"wordmath_routing_{name}_{seed}"
+  if embedded in assets.NAMES and run.config.steps == Config.steps:
+    return app.EMBEDDED + embedded
+  return str(_training(run, name, seed).output / "model")
+
+
 def commands(run: FigureRun) -> list[Command]:
+  """Returns the trainings of models that are not embedded."""
   own = run.config
-  return [_training(run, name, seed) for seed in own.training_seeds for name in _trained(own)]
+  return [
+    _training(run, name, seed)
+    for seed in own.training_seeds
+    for name in _trained(own)
+    if not _checkpoint(run, name, seed).startswith(app.EMBEDDED)
+  ]
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -158,14 +172,21 @@ class _Models:
   """The trained models, and what is measured of them."""
 
   def __init__(self, run: FigureRun):
-    self.run, self.keep = run, run.measurements()
+    # Measurements are by model and seed, so that more of them can be added.
+    common = dataclasses.replace(run.config, questions=(), training_seeds=())
+    self.run, self.keep = run, dataclasses.replace(run, config=common).measurements()
     self.load = functools.lru_cache(maxsize=4)(self._load)
     _, config = self.load(_trained(run.config)[0], run.config.training_seeds[0])
     self.validation = _Problems("validation", run.config.num_validation, config.pad_token_id)
     self.test = _Problems("test", run.config.num_examples, config.pad_token_id)
 
   def _load(self, name, seed):
-    return app.load_params(str(_training(self.run, name, seed).output / "model"), "float32")
+    return app.load_params(_checkpoint(self.run, name, seed), "float32")
+
+  def next_seed(self, seed: int) -> int:
+    """Returns the seed of the model that joins this one in a pair."""
+    seeds = self.run.config.training_seeds
+    return seeds[(seeds.index(seed) + 1) % len(seeds)]
 
   def routing(self, name: str, seed: int) -> dict[str, float]:
     """Returns means over tokens of validation completions and over layers: experts per token, and
@@ -190,9 +211,8 @@ class _Models:
     """Measures a system on the test problems, at an output temperature fitted on validation."""
     params, config = self.load(name, seed)
     roster = make(config)
-    if roster is None:  # two models: this one, and that of the next seed
-      seeds = self.run.config.training_seeds
-      other, _ = self.load(name, seeds[(seeds.index(seed) + 1) % len(seeds)])
+    if roster is None:  # two models
+      other, _ = self.load(name, self.next_seed(seed))
       models = tuple((p, Roster.create(config)) for p in (params, other))
     else:
       models = ((params, roster),)
@@ -266,7 +286,10 @@ def measure(run: FigureRun) -> list[compared.Record]:
 
   def measured(name, label, make):
     each = [
-      models.keep.get(f"{name}, {label}, {s}", functools.partial(models.measure, name, s, make))
+      models.keep.get(
+        f"{name}, {label}, {s}" + f" and {models.next_seed(s)}" * (label == SEPARATE),
+        functools.partial(models.measure, name, s, make),
+      )
       for s in own.training_seeds
     ]
     joined = {key: np.stack([m[key] for m in each], axis=1) for key in ("nll", "fitted_nll")}

@@ -643,7 +643,7 @@ def test_the_main_table_has_each_method_as_it_scores_alone(last_words_run, monke
 
 def test_solved_problems_are_those_that_greedy_decoding_writes(tmp_path):
   config = trained_routing.Config(
-    questions=("noise",), training_seeds=(1,), num_examples=6, num_validation=2
+    questions=("noise",), training_seeds=(1,), steps=1, num_examples=6, num_validation=2
   )
   run = FigureRun("trained_routing", figure_models.get("embedded"), config, tmp_path)
   folder = trained_routing._training(run, "plain", 1).output
