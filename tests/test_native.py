@@ -88,7 +88,7 @@ def test_experts_read_the_first_planes(kernels, format, width, hidden):
       expected = expert_loop.by_loop(activation, exact, x, indices, gates)[0]
       # Sums of offsets and of what bits add round more than sums of weights.
       error = np.abs(np.asarray(found, np.float64) - expected)
-      assert error.max() <= 5e-6 * np.abs(expected).max()
+      assert error.max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_pairs_with_gate_zero_are_not_read(kernels):

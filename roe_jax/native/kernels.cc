@@ -109,7 +109,7 @@ struct Table {
 #if defined(__AVX512F__)
     if constexpr (V == 16) {
       return bits<Floats<V>>(
-          _mm512_permutexvar_ps(bits<__m512i>(index), bits<__m512>(halves)));
+          _mm512_permutexvar_ps(bits<__m512i>(index), load<__m512>(halves)));
     }
 #endif
 #if defined(__AVX2__)
