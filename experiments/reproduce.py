@@ -56,6 +56,7 @@ GROUPS = {
   "reviewers": figures.REVIEWERS,
   "language": figures.LANGUAGE,
   "systems": figures.SYSTEMS,
+  "training": figures.TRAINING,
   "vision": figures.VISION,
 }
 

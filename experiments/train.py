@@ -3,8 +3,9 @@
     python -m experiments.train --config=wordmath_control --output=DIR
 
 Configs are the files of `experiments/training/configs`. The output folder holds what
-`training_loop` says, and in `model/` the final checkpoint with bfloat16 weights, tokenizer, and
-provenance with the scores of these weights. The same command resumes an interrupted run.
+`training_loop` says, and in `model/` the final model with bfloat16 weights, tokenizer, and
+provenance with the scores of these weights: a Hugging Face folder where the architecture has that
+form, else a roe_jax checkpoint. The same command resumes an interrupted run.
 
     python -m experiments.train --dry_run --config=preset:mixtral-8x7b --mesh=expert:8 \\
         --num_devices=64 --accelerator=h200 --rematerialize --strategy=dense
@@ -28,7 +29,7 @@ from checkpoints_convert import save_hugging_face
 from experiments.cli import app, overrides
 from experiments.tasks import wordmath, wordmath_tokenizer
 from experiments.training import configs, planned_step, training_batches, training_loop
-from roe_jax import costs, decode, presets, training, transformer
+from roe_jax import checkpoint, costs, decode, families, presets, training, transformer
 from roe_jax.config import ModelConfig
 
 FLAGS = flags.FLAGS
@@ -223,12 +224,17 @@ def finish(
   last: dict,
   command: str,
 ) -> None:
-  """Writes `output/model` as a Hugging Face folder with bfloat16 weights and their scores."""
+  """Writes `output/model` with bfloat16 weights and their scores."""
   stored = jax.tree.map(lambda w: w.astype(jnp.bfloat16), state.params)
   scores = validate(jax.tree.map(lambda w: w.astype(config.model.dtype), stored), config, tokenizer)
   files = output / "tokenizer"
   wordmath_tokenizer.save_tokenizer(tokenizer, str(files))
-  save_hugging_face(
+  try:
+    families.to_hugging_face(config.model)
+    save = save_hugging_face
+  except ValueError:  # it has no such form
+    save = checkpoint.save
+  save(
     output / "model",
     stored,
     config.model.replace(dtype="bfloat16"),

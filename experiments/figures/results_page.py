@@ -16,6 +16,7 @@ PARTS = (
   ("What its reviewers asked for", figures.REVIEWERS),
   ("Real text", figures.LANGUAGE),
   ("Related systems", figures.SYSTEMS),
+  ("Trained for it", figures.TRAINING),
   ("Not language", figures.VISION),
 )
 

@@ -24,6 +24,7 @@ from experiments.figures import (
   calibration,
   ceiling,
   compared,
+  deep_training,
   fig5b,
   fig10,
   figure_models,
@@ -37,12 +38,15 @@ from experiments.figures import (
   search_cost,
   searches,
   table1,
+  trained_routing,
   transfer,
 )
 from experiments.figures.figure_run import RECORDS, FigureRun, read_records, write_records
+from experiments.records import store
 from experiments.tasks import wordmath, wordmath_task, wordmath_tokenizer
+from experiments.training import training_batches
 from experiments.tuning import confirm
-from roe_jax import checkpoint, decode, diagnostics, presets, scoring
+from roe_jax import checkpoint, decode, diagnostics, presets, scoring, transformer
 from roe_jax import params as params_lib
 from roe_jax.roster import Roster
 
@@ -635,3 +639,73 @@ def test_the_main_table_has_each_method_as_it_scores_alone(last_words_run, monke
   strength = methods.read(swap).t
   kept = [reader._kept(noise, t) for noise, t in (("swap", strength), ("gumbel", 0.5))]
   assert abs(kept[0] - kept[1]) < 0.1 and 0 < strength < 1
+
+
+def test_solved_problems_are_those_that_greedy_decoding_writes(tmp_path):
+  config = trained_routing.Config(
+    questions=("noise",), training_seeds=(1,), steps=1, num_examples=6, num_validation=2
+  )
+  run = FigureRun("trained_routing", figure_models.get("embedded"), config, tmp_path)
+  folder = trained_routing._training(run, "plain", 1).output
+  folder.mkdir(parents=True)
+  (folder / "model").symlink_to(app.checkpoint_path("embedded:wordmath_d64"))
+  models = trained_routing._Models(run)
+  params, of_model = models.load("plain", 1)
+  roster = Roster.create(of_model, 4, 1.0, seed=7)
+  nll, right, confidence = models.test.judge(of_model, [(params, roster)], [1.0, 2.0])
+  tokenizer = wordmath_tokenizer.build_tokenizer()
+  encoded = [training_batches.encode(tokenizer, p) for p in wordmath.problems("test", 6)]
+  written = decode.generate(
+    params, of_model, [prompt for prompt, _ in encoded], max_new_tokens=60, roster=roster
+  )
+  solved = [all(r) for r in right]
+  assert solved == [
+    list(c.tokens) == completion for c, (_, completion) in zip(written.completions, encoded)
+  ]
+  assert {True, False} == set(solved)
+
+  halved = jax.tree.map(lambda w: 0.9 * w, params)
+  two = [(p, Roster.create(of_model)) for p in (params, halved)]
+  nll, right, confidence = models.test.judge(of_model, two, [1.0, 2.0])
+  for i, (prompt, completion) in enumerate(encoded):
+    text = np.array([prompt + completion])
+    each = [transformer.forward(p, of_model, text)[0][0, len(prompt) - 1 : -1] for p, _ in two]
+    p = np.mean([jax.nn.softmax(logits) for logits in each], axis=0)
+    flat = p**0.5 / (p**0.5).sum(-1, keepdims=True)
+    rows = np.arange(len(completion))
+    expected = [-np.log(q[rows, completion]).sum() for q in (p, flat)]
+    np.testing.assert_allclose(nll[i], expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(confidence[i], flat.max(-1), rtol=1e-3)
+    np.testing.assert_array_equal(right[i], p.argmax(-1) == completion)
+
+
+def test_gradient_spikes_are_counted_after_the_window():
+  norms = np.array([9.0, 1, 1, 1, 5, 1.4, 1, 2.5, 1])
+  # Medians of the three steps before: 1, 1, 1.4, 1.4, 1.4, 1.4.
+  assert deep_training.spike_ratio(norms, 2.0, 3) == pytest.approx(1 / 6)
+  assert deep_training.spike_ratio(norms, 1.5, 3) == pytest.approx(2 / 6)
+  with pytest.raises(ValueError, match="need more steps, got 3"):
+    deep_training.spike_ratio(norms[:3], 2.0, 3)
+
+
+def test_effects_of_deep_training_are_differences_paired_by_seed(tmp_path):
+  config = deep_training.Config(training_seeds=(1, 2), factors=(2.0,), window=2)
+  run = FigureRun("deep_training", figure_models.get("embedded"), config, tmp_path)
+  added = {"plain": 0.0, "sandwich": -1.0, "tiny": -0.2, "sandwich_tiny": -1.4}
+  for name, change in added.items():
+    for seed in (1, 2):
+      lines = [
+        {
+          "step": s,
+          "kind": "training",
+          "cross_entropy": 3 + seed + change,
+          "grad_norm": 1.0 + 9 * (s == 3),
+        }
+        for s in (1, 2, 3, 4)
+      ] + [{"step": 4, "kind": "evaluation", "validation_perplexity": 2.0}]
+      store.write_lines(deep_training._training(run, name, seed).output / "metrics.jsonl", lines)
+  records = {r["label"]: r for r in deep_training.measure(run)}
+  assert records["plain"]["spikes"]["2"] == [50.0, 50.0]
+  # The mean over the other factor: (-1 - 1.2) / 2 and (-0.2 - 0.4) / 2.
+  assert records["sandwich norm"]["loss (nats)"].value == pytest.approx(-1.1)
+  assert records["TinyInit"]["loss (nats)"].value == pytest.approx(-0.3)

@@ -206,6 +206,14 @@ def test_the_checkpoint_holds_rounded_weights_and_their_scores(
   text = wordmath.prompt(wordmath.problem("test", 0))
   assert saved_tokenizer.encode(text) == tokenizer.encode(text).ids
 
+  # Hugging Face folders have no threshold of router probability.
+  monkeypatch.setattr(train, "validate", lambda *_: {"validation_perplexity": 2.0})
+  other = config.replace(model=config.model.replace(expert_mass=0.4))
+  train.finish(other, tmp_path / "other", tokenizer, state, last, "the command")
+  params_of_other, of_other, _ = roe_jax.open_model(tmp_path / "other" / "model", dtype="float32")
+  assert of_other.expert_mass == 0.4 and equal(params_of_other, params)
+  assert provenance_of(tmp_path / "other" / "model")["scores"]["validation_perplexity"] == 2.0
+
 
 def test_a_folder_belongs_to_one_config(config, tmp_path):
   with outputs.held(str(tmp_path / "run")):  # as a program does
