@@ -110,7 +110,9 @@ def compile_step(plan: Plan, mesh: AbstractMesh) -> CompiledStep:
 
 def report(plan: Plan, mesh: AbstractMesh, compiled: CompiledStep | None = None) -> str:
   """Returns the report as text."""
-  sections = [_step(plan, mesh), _memory(plan, mesh, compiled), _sent(plan, mesh, compiled)]
+  sections = [_step(plan, mesh), _memory(plan, mesh, compiled)]
+  if mesh.size > 1:
+    sections.append(_sent(plan, mesh, compiled))
   if plan.usable is not None and not plan.fits(mesh):
     sections.append(_alternatives(plan, mesh))
   return "\n\n".join("\n".join(lines) for lines in sections)
@@ -160,12 +162,13 @@ def _sent(plan, mesh, compiled) -> Iterator[str]:
   yield f"{'sent per device and step':34}{'GB':>12}" + f"{'compiled':>12}" * (compiled is not None)
   for name, of in found.items():
     yield _line(name, _bytes(of))
-  total = sum(found.values(), Counter())
+  columns = [sum(found.values(), Counter())]
+  if compiled is not None:
+    columns.append(compiled.collectives)
   for kind in hlo.KINDS:
-    values = [_bytes(c, kind) for c in (total, compiled and compiled.collectives) if c is not None]
-    if any(values):
+    if any(values := [_bytes(c, kind) for c in columns]):
       yield _line(f"by {kind}", *values)
-  yield _line("total", *[_bytes(c) for c in (total, compiled and compiled.collectives) if c])
+  yield _line("total", *map(_bytes, columns))
 
 
 def _bytes(collectives, kind=None):
