@@ -1,7 +1,7 @@
 """The --dry_run report of a training step: memory per device, and bytes that collectives send.
 
-Reads only the model's config and allocates nothing; see `costs.training_memory`. A compiled step
-can be measured next to the estimates: on forced host devices, for any number of devices.
+Reads only the model's config and allocates nothing; see `costs.train_steps`. A compiled step can be
+measured next to the estimates: on forced host devices, for any number of devices.
 """
 
 from collections import Counter
@@ -15,7 +15,8 @@ from experiments.cli import dry_run
 from roe_jax import costs, sharding
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
-from roe_jax.costs import TrainingMemory, hlo
+from roe_jax.costs import hlo, train_steps
+from roe_jax.costs.train_steps import TrainingMemory
 from roe_jax.training import TrainSettings
 
 
@@ -65,7 +66,9 @@ class Plan:
 
   def memory(self, mesh: AbstractMesh) -> TrainingMemory:
     """Returns the peak memory per device."""
-    return costs.training_memory(self.config, self.settings, mesh, self.batch_size, self.length)
+    return train_steps.training_memory(
+      self.config, self.settings, mesh, self.batch_size, self.length
+    )
 
   def fits(self, mesh: AbstractMesh) -> bool:
     return self.usable is None or self.memory(mesh).total <= self.usable
@@ -101,7 +104,7 @@ def compile_step(plan: Plan, mesh: AbstractMesh) -> CompiledStep:
     raise ValueError(f"a mesh of {mesh.size} devices needs as many, and {len(jax.devices())} exist")
   devices = sharding.make_mesh(plan.config, **mesh.shape)
   sizes = plan.batch_size, plan.length
-  done = costs.lower_step(plan.config, plan.settings, devices, *sizes).compile()
+  done = train_steps.lower_step(plan.config, plan.settings, devices, *sizes).compile()
   memory, text = done.memory_analysis(), done.as_text()
   assert memory is not None and text is not None
   bytes_of = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -158,7 +161,7 @@ def _memory(plan, mesh, compiled) -> Iterator[str]:
 
 def _sent(plan, mesh, compiled) -> Iterator[str]:
   sizes = plan.batch_size, plan.length
-  found = costs.training_collectives(plan.config, plan.settings, mesh, *sizes)
+  found = train_steps.training_collectives(plan.config, plan.settings, mesh, *sizes)
   yield f"{'sent per device and step':34}{'GB':>12}" + f"{'compiled':>12}" * (compiled is not None)
   for name, of in found.items():
     yield _line(name, _bytes(of))
@@ -178,12 +181,12 @@ def _bytes(collectives, kind=None):
 def _alternatives(plan, mesh) -> Iterator[str]:
   """What would fit: rematerialization, a smaller batch on as many devices, more devices."""
   least, devices = plan.rematerialized(), mesh.size
-  smaller = plan.batch_size // 2
+  smaller, fewer = plan.batch_size // 2, None
   while not (found := _fitting(plan, devices, least)) and devices < dry_run.MOST_DEVICES:
     if devices == mesh.size:
       while smaller and not (fewer := _fitting(_of_batch(least, smaller), devices)):
         smaller //= 2
-      if smaller:
+      if fewer:
         yield fewer + f" --batch_size={smaller}"
     devices *= 2
   yield found or (

@@ -7,7 +7,7 @@ same descriptions that the programs use (`params.describe`, `members.empty_cache
 
 `forward_flops`, `generation_flops` and `scoring_flops` count one sequence. `memory`
 and `call` describe one device of a mesh; `seconds` bounds the time of a call.
-`training_memory` and `training_collectives` describe a training step.
+`train_steps` describes a training step; it is imported apart, since it needs the optimizer.
 """
 
 from roe_jax.costs.accelerators import ACCELERATORS, Accelerator, of_kind
@@ -19,9 +19,3 @@ from roe_jax.costs.flops import (
   scoring_flops,
 )
 from roe_jax.costs.footprint import Memory, memory
-from roe_jax.costs.train_steps import (
-  TrainingMemory,
-  lower_step,
-  training_collectives,
-  training_memory,
-)

@@ -9,8 +9,9 @@ import programs
 import pytest
 
 from experiments.training import planned_step
-from roe_jax import costs, presets, sharding, training
 from roe_jax import params as params_lib
+from roe_jax import presets, sharding, training
+from roe_jax.costs import train_steps
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +48,7 @@ def test_estimates_are_those_of_a_compiled_step(sizes, changes):
   assert compiled.arguments == pytest.approx(found.weights + found.moments, rel=1e-3)
   temporaries = found.gradients + found.sums + found.activations
   assert compiled.temporaries == pytest.approx(temporaries, rel=0.2)
-  sent = costs.training_collectives(SMALL, settings, mesh, 32, 128)
+  sent = train_steps.training_collectives(SMALL, settings, mesh, 32, 128)
   total = sum(c.bytes_sent * n for of in sent.values() for c, n in of.items())
   measured = sum(c.bytes_sent * n for c, n in compiled.collectives.items())
   assert measured == pytest.approx(total, rel=0.07)
@@ -68,7 +69,7 @@ def test_moments_are_split_like_parameters_and_nothing_else_is_held():
   moments = training.optimizer(config, SETTINGS).init(params)
   expected = sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(moments))
   abstract = sharding.abstract_mesh(config, 8, **mesh.shape)
-  found = costs.training_memory(config, SETTINGS, abstract, 8, 16)
+  found = train_steps.training_memory(config, SETTINGS, abstract, 8, 16)
   assert found.moments == expected
   held = sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(params))
   assert (found.weights, found.gradients) == (held, held)
