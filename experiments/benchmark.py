@@ -8,9 +8,10 @@
 
 Times decode steps and scoring of models with random weights against n, τ, context length, batch
 size, cache, aggregation, sampling and kernels. The cases of a sweep take turns in each round, along
-with a measurement of memory bandwidth. The floor of a step is the time to read once what it needs:
-its unique active experts, attention, the output head, and the keys and values it attends to. Where
-torch and transformers are installed, the same model and roster run in transformers too.
+with measurements of memory bandwidth and of the rate of matmuls. The floor of a step is the time to
+read once what it needs (its unique active experts, attention, the output head, and the keys and
+values it attends to), or that of its FLOPs if it is longer. Where torch and transformers are
+installed, the same model and roster run in transformers too.
 
 Writes table.txt (also printed), results.jsonl (one line per case) and cost.png to --output.
 Rerun with the same flags, it keeps finished sweeps.
@@ -193,11 +194,7 @@ def run(
   """Runs the chosen sweeps and adds their results to the folder."""
   bar.set_description("random weights")
   bench = bench_lib.Bench(config, FLAGS.tau, FLAGS.seed)
-  read, read_bytes = machine.bandwidth_call()
-
-  def bandwidth(count):
-    for _ in range(count):
-      read()
+  references = {"bandwidth": machine.bandwidth_call(), "matmul_rate": machine.matmul_call()}
 
   def measure(sweep):
     bar.set_description(f"{sweep}: compiling")
@@ -209,7 +206,7 @@ def run(
       todo = sweeps.SWEEPS[sweep](bench, sizes)
     bar.set_description(sweep)
     bar.reset(FLAGS.rounds * sweep_results.num_calls(todo))
-    return sweep_results.measure(todo, FLAGS.rounds, bandwidth, read_bytes, FLAGS.seed, bar.update)
+    return sweep_results.measure(todo, FLAGS.rounds, references, FLAGS.seed, bar.update)
 
   for sweep in chosen:
     folder.add(sweep, measure(sweep))

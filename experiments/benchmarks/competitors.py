@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import torch
 
-from experiments.benchmarks import random_models, transformers_stock
+from experiments.benchmarks import random_models, sweeps, transformers_stock
 from experiments.benchmarks.bench import Bench, Call
 from experiments.benchmarks.sweeps import Case, Sizes
 from experiments.benchmarks.transformers_stock import StockRoster
@@ -70,7 +70,7 @@ class Comparison:
       batch_size=1,
       baseline=("roe_jax", n, tau, context, 1),
       unique_experts=self._unique[n],
-      floor_bytes=random_models.step_bytes(bench.config, self._unique[n], context),
+      **sweeps.floor(bench, bench.roster(n, tau), self._unique[n], context),
     )
     call = bench.step(bench.roster(n, tau), self._box)
     ours = Case("roe_jax", parts=((call, 1),), **shared)

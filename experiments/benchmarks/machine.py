@@ -6,12 +6,14 @@ import pathlib
 import platform
 import resource
 import sys
+import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 BANDWIDTH_BYTES = 2**30
+MATMUL_WIDTH = (1024, 8192)  # on a CPU, and on an accelerator
 
 
 def pin(num_cores: int | None) -> int:
@@ -108,3 +110,21 @@ def bandwidth_call() -> tuple[Callable[[], None], int]:
     jax.block_until_ready(read(array))
 
   return call, array.nbytes
+
+
+def matmul_call() -> tuple[Callable[[], None], float]:
+  """Returns a call of a matmul, in bfloat16 or float32 as is faster here, and its FLOPs."""
+  width = MATMUL_WIDTH[jax.default_backend() != "cpu"]
+  calls = []
+  for dtype in ("bfloat16", "float32"):
+    matrix = jnp.full((width, width), 1 / width, dtype)
+    product = jax.jit(jnp.dot).lower(matrix, matrix).compile()
+
+    def call(product=product, matrix=matrix):
+      jax.block_until_ready(product(matrix, matrix))
+
+    call()
+    begin = time.perf_counter()
+    call()
+    calls.append((time.perf_counter() - begin, call))
+  return min(calls, key=lambda c: c[0])[1], 2.0 * width**3

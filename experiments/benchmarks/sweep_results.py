@@ -1,6 +1,6 @@
 """Measured cases as records, and the folder that stores them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import datetime
 import json
 import pathlib
@@ -19,8 +19,7 @@ KEY = ("variant", "num_members", "temperature", "context", "batch_size")
 def measure(
   cases: Sequence[Case],
   rounds: int,
-  bandwidth: Callable[[int], None],
-  bandwidth_bytes: int,
+  references: Mapping[str, tuple[Callable[[], None], float]],
   seed: int = 0,
   on_turn: Callable[[], Any] = lambda: None,
 ) -> list[dict[str, Any]]:
@@ -29,28 +28,29 @@ def measure(
   Args:
     cases: the cases.
     rounds: number of rounds; slow cases skip some.
-    bandwidth: a call for `timing.Timed` that reads memory.
-    bandwidth_bytes: bytes it reads each time.
+    references: for "bandwidth" a call that reads memory, and how many bytes; for "matmul_rate" one
+      that multiplies matrices, and its FLOPs. The floor of a case is the larger of the times that
+      its bytes and its FLOPs take at these rates in the same round.
     seed: seed for the order of turns.
     on_turn: see `timing.take_turns`.
   """
-  calls = {"": bandwidth}
+  calls = {name: timing.repeated(call) for name, (call, _) in references.items()}
   for case in cases:
     calls |= {str(id(call)): call.run for call, _ in case.parts}
   times = timing.take_turns(calls, rounds, seed, on_turn)
-  rate = bandwidth_bytes / times[""]
+  rates = {name: amount / times[name] for name, (_, amount) in references.items()}
   seconds = {
     case.key: sum(weight * times[str(id(call))] for call, weight in case.parts) for case in cases
   }
-  return [_record(case, seconds, rate) for case in cases]
+  return [_record(case, seconds, rates) for case in cases]
 
 
 def num_calls(cases: Sequence[Case]) -> int:
-  """Returns the number of calls that take turns, the bandwidth measurement included."""
-  return 1 + len({id(call) for case in cases for call, _ in case.parts})
+  """Returns the number of calls that take turns, those of bandwidth and matmuls included."""
+  return 2 + len({id(call) for case in cases for call, _ in case.parts})
 
 
-def _record(case, seconds, rate):
+def _record(case, seconds, rates):
   own = seconds[case.key]
   low, median, high = timing.quartiles(own)
   record = (
@@ -62,8 +62,8 @@ def _record(case, seconds, rate):
       "seconds_low": low,
       "seconds_high": high,
       "seconds_by_round": _plain(own),
-      "bandwidth": timing.quartiles(rate)[1],
-      "bandwidth_by_round": _plain(rate),
+      **{name: timing.quartiles(rate)[1] for name, rate in rates.items()},
+      **{f"{name}_by_round": _plain(rate) for name, rate in rates.items()},
     }
   )
   if case.baseline is not None:
@@ -72,9 +72,12 @@ def _record(case, seconds, rate):
   if case.unique_experts is not None:
     record["unique_experts"] = case.unique_experts
   if case.floor_bytes is not None:
-    record["floor_bytes"] = case.floor_bytes
-    record["floor_seconds"] = timing.quartiles(case.floor_bytes / rate)[1]
-    record["to_floor"] = timing.median_ratio(own, case.floor_bytes / rate)
+    floor = np.maximum(
+      case.floor_bytes / rates["bandwidth"], case.floor_flops / rates["matmul_rate"]
+    )
+    record |= {"floor_bytes": case.floor_bytes, "floor_flops": case.floor_flops}
+    record["floor_seconds"] = timing.quartiles(floor)[1]
+    record["to_floor"] = timing.median_ratio(own, floor)
   if case.tokens is not None:
     record["tokens_per_second"] = case.tokens / median
   return record | case.memory | machine.peaks()

@@ -6,8 +6,9 @@ import dataclasses
 from experiments.benchmarks import bench as bench_lib
 from experiments.benchmarks import random_models
 from experiments.benchmarks.bench import Bench, Call
-from roe_jax import native
+from roe_jax import costs, native
 from roe_jax.aggregation import AGGREGATIONS
+from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
 
@@ -46,6 +47,7 @@ class Case:
     baseline: key `(variant, n, τ, context, B)` of the case to compare with, or None.
     unique_experts: unique active experts, mean over layers.
     floor_bytes: bytes that must be read.
+    floor_flops: FLOPs that must be done.
     tokens: number of scored tokens.
     options: further settings, for the record.
   """
@@ -59,6 +61,7 @@ class Case:
   baseline: tuple | None = None
   unique_experts: float | None = None
   floor_bytes: float | None = None
+  floor_flops: float | None = None
   tokens: int | None = None
   options: dict = dataclasses.field(default_factory=dict)
 
@@ -72,21 +75,40 @@ class Case:
     return max((call.memory for call, _ in self.parts), key=lambda m: m.get("temp_bytes", 0))
 
 
+def floor(
+  bench: Bench, roster: Roster, unique: float, context: int, batch_size: int = 1, histories: int = 1
+) -> dict[str, float]:
+  """Returns what a decode step must read and compute, as fields of `Case`.
+
+  Args:
+    bench: the model.
+    roster: the settings.
+    unique: number of unique active experts.
+    context: positions before the step.
+    batch_size: B.
+    histories: number of caches that the members of a sequence attend to.
+  """
+  flops = costs.forward_flops(bench.config, roster, range(context, context + 1))
+  return {
+    "floor_bytes": random_models.step_bytes(bench.config, unique, context, batch_size * histories),
+    "floor_flops": batch_size * flops,
+  }
+
+
 def _step(
   bench: Bench, n: int, tau: float, context: int, batch_size: int, unique: float, **settings
 ) -> Case:
   """A decode step with Clean Cache; `unique` is the number of unique active experts."""
-  box = bench.clean_history(context, batch_size)
-  floor = random_models.step_bytes(bench.config, unique, context, batch_size)
+  box, roster = bench.clean_history(context, batch_size), bench.roster(n, tau)
   return Case(
     "clean",
     n,
     tau,
     context,
     batch_size,
-    ((bench.step(bench.roster(n, tau), box), 1),),
+    ((bench.step(roster, box), 1),),
     unique_experts=unique,
-    floor_bytes=floor,
+    **floor(bench, roster, unique, context, batch_size),
     **settings,
   )
 
@@ -156,21 +178,16 @@ def cache(bench: Bench, sizes: Sizes) -> list[Case]:
   standard = bench.roster(n, tau, cache="standard")
   own = bench.empty(standard, length, 1)
   bench.fill(standard, own).run(1)
-  floor = random_models.step_bytes(bench.config, unique, length, num_histories=n)
+  needs = floor(bench, standard, unique, length, histories=n) | {"unique_experts": unique}
+  unknown = dict.fromkeys(needs)
   others = {
-    "standard": (bench.step(standard, own), floor),
-    "none": (bench.recomputed_step(standard, length), None),
-    "none, clean history": (bench.recomputed_step(bench.roster(n, tau), length), None),
+    "standard": (bench.step(standard, own), needs),
+    "none": (bench.recomputed_step(standard, length), unknown),
+    "none, clean history": (bench.recomputed_step(bench.roster(n, tau), length), unknown),
   }
   return [clean] + [
-    dataclasses.replace(
-      clean,
-      variant=name,
-      parts=((call, 1),),
-      floor_bytes=floor,
-      unique_experts=unique if floor else None,
-    )
-    for name, (call, floor) in others.items()
+    dataclasses.replace(clean, variant=name, parts=((call, 1),), **of)
+    for name, (call, of) in others.items()
   ]
 
 
@@ -182,7 +199,10 @@ def late(bench: Bench, sizes: Sizes) -> list[Case]:
   temperatures = [0.0] * first + [bench.temperature] * (layers - first)
   box = bench.clean_history(sizes.context)
   unique = bench.unique_experts([n], temperatures, box)[n]
-  floor = random_models.step_bytes(bench.config, unique, sizes.context)
+  rosters = {
+    name: bench.roster(n, temperatures, noisy_layers=noisy)
+    for name, noisy in (("late tiling", (first, layers)), ("all layers", (0, layers)))
+  }
   return [
     Case(
       name,
@@ -190,12 +210,12 @@ def late(bench: Bench, sizes: Sizes) -> list[Case]:
       bench.temperature,
       sizes.context,
       1,
-      ((bench.step(bench.roster(n, temperatures, noisy_layers=noisy), box), 1),),
+      ((bench.step(roster, box), 1),),
       ("late tiling", n, bench.temperature, sizes.context, 1),
       unique,
-      floor,
+      **floor(bench, roster, unique, sizes.context),
     )
-    for name, noisy in (("late tiling", (first, layers)), ("all layers", (0, layers)))
+    for name, roster in rosters.items()
   ]
 
 
@@ -275,7 +295,7 @@ def kernels(bench: Bench, sizes: Sizes) -> list[Case]:
         ((call, 1),),
         baseline=("native", n, tau, sizes.context, 1),
         unique_experts=unique[n],
-        floor_bytes=random_models.step_bytes(bench.config, unique[n], sizes.context),
+        **floor(bench, bench.roster(n, tau), unique[n], sizes.context),
       )
       for variant, call in (("native", native_step), ("XLA", xla_step))
     ]

@@ -68,7 +68,8 @@ def table(folder: Folder, order: Sequence[str]) -> str:
     rows = [[_cell(r, name, form) for _, name, form in columns] for r in records]
     parts.append(
       f"{TITLES[sweep]}; memory bandwidth "
-      f"{np.median([r['bandwidth'] for r in records]) / 1e9:.1f} GB/s\n"
+      f"{np.median([r['bandwidth'] for r in records]) / 1e9:.1f} GB/s, matmuls "
+      f"{np.median([r['matmul_rate'] for r in records]) / 1e9:.0f} GFLOP/s\n"
       + tabulate.tabulate(
         rows,
         headers=[c[0] for c in columns],
@@ -135,7 +136,7 @@ def draw(folder: Folder, title: str, path: pathlib.Path) -> None:
     color="black",
     linewidth=0.8,
     linestyle=":",
-    label=f"floor: each weight read once, τ = {temperatures[-1]:g}",
+    label=f"floor: bytes or FLOPs, τ = {temperatures[-1]:g}",
   )
   if competing := [r for r in folder.of("transformers") if r["variant"] == "transformers"]:
     base = np.array(folder.of("transformers")[0]["seconds_by_round"], float)

@@ -104,18 +104,20 @@ def take_turns(
   return seconds
 
 
+def repeated(call: Callable[[], Any]) -> Callable[[int], None]:
+  """Returns a call for `Timed` that repeats one without arguments."""
+
+  def run(count):
+    for _ in range(count):
+      jax.block_until_ready(call())
+
+  return run
+
+
 def ratios(
   calls: Mapping[str, Callable[[], Any]], reference: str, rounds: int = 5
 ) -> dict[str, float]:
   """Returns the median time of calls, made in turns, relative to that of one of them."""
-
-  def repeated(call):
-    def run(count):
-      for _ in range(count):
-        jax.block_until_ready(call())
-
-    return run
-
   seconds = take_turns({name: repeated(call) for name, call in calls.items()}, rounds)
   return {name: median_ratio(of, seconds[reference]) for name, of in seconds.items()}
 

@@ -172,7 +172,9 @@ class _Models:
   """The trained models, and what is measured of them."""
 
   def __init__(self, run: FigureRun):
-    self.run, self.keep = run, run.measurements()
+    # Measurements are by model and seed, so that more of them can be added.
+    common = dataclasses.replace(run.config, questions=(), training_seeds=())
+    self.run, self.keep = run, dataclasses.replace(run, config=common).measurements()
     self.load = functools.lru_cache(maxsize=4)(self._load)
     _, config = self.load(_trained(run.config)[0], run.config.training_seeds[0])
     self.validation = _Problems("validation", run.config.num_validation, config.pad_token_id)
@@ -180,6 +182,11 @@ class _Models:
 
   def _load(self, name, seed):
     return app.load_params(_checkpoint(self.run, name, seed), "float32")
+
+  def next_seed(self, seed: int) -> int:
+    """Returns the seed of the model that joins this one in a pair."""
+    seeds = self.run.config.training_seeds
+    return seeds[(seeds.index(seed) + 1) % len(seeds)]
 
   def routing(self, name: str, seed: int) -> dict[str, float]:
     """Returns means over tokens of validation completions and over layers: experts per token, and
@@ -204,9 +211,8 @@ class _Models:
     """Measures a system on the test problems, at an output temperature fitted on validation."""
     params, config = self.load(name, seed)
     roster = make(config)
-    if roster is None:  # two models: this one, and that of the next seed
-      seeds = self.run.config.training_seeds
-      other, _ = self.load(name, seeds[(seeds.index(seed) + 1) % len(seeds)])
+    if roster is None:  # two models
+      other, _ = self.load(name, self.next_seed(seed))
       models = tuple((p, Roster.create(config)) for p in (params, other))
     else:
       models = ((params, roster),)
@@ -280,7 +286,10 @@ def measure(run: FigureRun) -> list[compared.Record]:
 
   def measured(name, label, make):
     each = [
-      models.keep.get(f"{name}, {label}, {s}", functools.partial(models.measure, name, s, make))
+      models.keep.get(
+        f"{name}, {label}, {s}" + f" and {models.next_seed(s)}" * (label == SEPARATE),
+        functools.partial(models.measure, name, s, make),
+      )
       for s in own.training_seeds
     ]
     joined = {key: np.stack([m[key] for m in each], axis=1) for key in ("nll", "fitted_nll")}

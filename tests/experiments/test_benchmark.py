@@ -76,7 +76,9 @@ def test_ratios_are_those_of_the_times(folder):
     )
     assert r["to_baseline"] == pytest.approx(np.median(seconds / base))
     if "floor_bytes" in r:
-      floor = r["floor_bytes"] / np.array(r["bandwidth_by_round"])
+      reading = r["floor_bytes"] / np.array(r["bandwidth_by_round"])
+      computing = r["floor_flops"] / np.array(r["matmul_rate_by_round"])
+      floor = np.maximum(reading, computing)
       assert r["floor_seconds"] == pytest.approx(np.median(floor))
       assert r["to_floor"] == pytest.approx(np.median(seconds / floor))
   by_name = {r["variant"]: r for r in found if r["sweep"] == "cache"}
@@ -235,6 +237,13 @@ def test_bandwidth_is_read_from_all_of_an_array(monkeypatch):
   call, num_bytes = machine.bandwidth_call()
   call()
   assert num_bytes == 2**20
+
+
+def test_the_rate_of_matmuls_is_that_of_the_faster_dtype(monkeypatch):
+  monkeypatch.setattr(machine, "MATMUL_WIDTH", (64, 64))
+  call, flops = machine.matmul_call()
+  call()
+  assert flops == 2 * 64**3
 
 
 def test_the_kernels_sweep_times_the_same_step_with_and_without_them():
