@@ -6,10 +6,16 @@ Configs are the files of `experiments/training/configs`. The output folder holds
 `training_loop` says, and in `model/` the final model with bfloat16 weights, tokenizer, and
 provenance with the scores of these weights: a Hugging Face folder where the architecture has that
 form, else a roe_jax checkpoint. The same command resumes an interrupted run.
+
+    python -m experiments.train --dry_run --config=preset:mixtral-8x7b --mesh=expert:8 \\
+        --num_devices=64 --accelerator=h200 --rematerialize --strategy=dense
+
+prints what a training step would take on each device of a mesh, without one.
 """
 
 import dataclasses
 import functools
+import math
 import pathlib
 import sys
 
@@ -22,8 +28,8 @@ import tokenizers
 from checkpoints_convert import save_hugging_face
 from experiments.cli import app, overrides
 from experiments.tasks import wordmath, wordmath_tokenizer
-from experiments.training import configs, training_batches, training_loop
-from roe_jax import checkpoint, decode, families, training, transformer
+from experiments.training import configs, planned_step, training_batches, training_loop
+from roe_jax import checkpoint, costs, decode, families, presets, training, transformer
 from roe_jax.config import ModelConfig
 
 FLAGS = flags.FLAGS
@@ -43,6 +49,26 @@ _OF_MODEL = {
 def define_flags() -> None:
   flags.DEFINE_string("config", None, "Name of a config in experiments/training/configs.")
   flags.DEFINE_string("output", None, "Folder for the run.")
+  flags.DEFINE_bool(
+    "dry_run",
+    False,
+    "Only print the memory that a training step would need on each device, and what devices would "
+    'send. --config may also be "preset:" and one of: ' + ", ".join(presets.PRESETS) + ".",
+  )
+  flags.DEFINE_bool(
+    "compile",
+    False,
+    "Compile the step of --dry_run for as many host devices, which takes minutes, and print what "
+    "the compiler says next to the estimates.",
+  )
+  flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["float32", "bfloat16"],
+    "Dtype of parameters, moments and gradients for --dry_run. Default: the model's.",
+  )
+  app.define_planned_flags()
+  app.define_mesh_flag()
   default = "the config's by default."
   overrides.define_flags(
     configs.TrainingConfig,
@@ -61,12 +87,14 @@ def define_flags() -> None:
     "members": f"Members with their own part of the experts and their own loss (E3); {default}",
     "balance_groups": "Groups of sequences with a load-balancing loss of their own, up to one per "
     f"sequence; {default}",
+    "rematerialize": f"Whether gradients recompute what is inside a layer; {default}",
+    "strategy": f"How experts are computed: {' or '.join(training.STRATEGIES)}; {default}",
   }
   overrides.define_flags(training.TrainSettings, settings, defaults=False, **_FLAGS)
   overrides.define_flags(
     ModelConfig, {name: text + default for name, text in _OF_MODEL.items()}, defaults=False
   )
-  flags.mark_flags_as_required(["config", "output"])
+  flags.mark_flags_as_required(["config"])
 
 
 def apply_flags(config: configs.TrainingConfig) -> configs.TrainingConfig:
@@ -144,6 +172,7 @@ def command() -> str:
   """Returns the command of this run, with a placeholder for the output folder."""
   settings = ("config", "steps", "seed", "batch_size", "problems", "learning_rate", "tau")
   settings += ("min_experts", "experts_drawn_by", "members", "balance_groups", *_OF_MODEL)
+  settings += ("rematerialize", "strategy")
   given = [f"--{name}={FLAGS[name].value}" for name in settings if FLAGS[name].present]
   return " ".join(["python -m experiments.train", *given, "--output=DIR"])
 
@@ -224,9 +253,46 @@ def finish(
   print(f"{output / 'model'}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
 
 
+def plan_step() -> None:
+  """Prints what --dry_run asks for.
+
+  Raises:
+    ValueError: a flag is out of range, or the mesh does not fit the model.
+  """
+  if FLAGS.compile:
+    jax.config.update("jax_platforms", "cpu")
+    sizes = app.parse_mesh(FLAGS.mesh or "data:1")
+    devices = FLAGS.num_devices or math.prod(sizes.values())
+    jax.config.update("jax_num_cpu_devices", max(1, devices))
+  name = FLAGS.config
+  accelerator = app.planned_accelerator()
+  memory = costs.ACCELERATORS[accelerator].memory if accelerator else None
+  if name.startswith(app.PRESET):
+    config = configs.TrainingConfig(app.load_config(name), training.TrainSettings(num_steps=1000))
+  else:
+    config = configs.load(name)
+  if FLAGS.dtype is not None:
+    config = config.replace(model=config.model.replace(dtype=FLAGS.dtype))
+  mesh = app.planned_mesh(config.model, memory)
+  if name.startswith(app.PRESET):
+    config = config.replace(batch_size=mesh.size)
+  config = apply_flags(config)
+  length = FLAGS.length or min(2048, config.model.context_length)
+  plan = planned_step.Plan(config.model, config.settings, config.batch_size, length, accelerator)
+  compiled = planned_step.compile_step(plan, mesh) if FLAGS.compile else None
+  print(planned_step.report(plan, mesh, compiled))
+
+
 def main(argv) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
+  only = ("compile", "dtype", "mesh", *app.PLANNED_FLAGS)
+  app.refuse_idle(not FLAGS.dry_run, only, "applies to --dry_run only: add it")
+  if FLAGS.dry_run:
+    plan_step()
+    return
+  if FLAGS.output is None:
+    raise ValueError("--output is missing: give the folder of the run, or --dry_run")
   output = pathlib.Path(FLAGS.output)
   config = apply_flags(configs.load(FLAGS.config))
   training_loop.check_output(output, dataclasses.asdict(config))

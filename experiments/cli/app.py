@@ -200,6 +200,17 @@ def define_dry_run_flags() -> None:
     "Only print the memory and time that the run would need on each device. "
     '--checkpoint may also be "preset:" and one of: ' + ", ".join(presets.PRESETS) + ".",
   )
+  define_planned_flags()
+  flags.DEFINE_float(
+    "overlap",
+    None,
+    "Fraction of a noisy member's experts that the clean member also selects, for --dry_run. "
+    "Default: all members select experts uniformly.",
+  )
+
+
+def define_planned_flags() -> None:
+  """Defines the flags of the machine and the sequences that a dry run plans for."""
   flags.DEFINE_enum(
     "accelerator",
     None,
@@ -218,15 +229,10 @@ def define_dry_run_flags() -> None:
     "Tokens per sequence for --dry_run, including the prompt. Default: 2048, or the model's "
     "context if that is shorter.",
   )
-  flags.DEFINE_float(
-    "overlap",
-    None,
-    "Fraction of a noisy member's experts that the clean member also selects, for --dry_run. "
-    "Default: all members select experts uniformly.",
-  )
 
 
-DRY_RUN_FLAGS = ("accelerator", "num_devices", "length", "overlap")
+PLANNED_FLAGS = ("accelerator", "num_devices", "length")
+DRY_RUN_FLAGS = (*PLANNED_FLAGS, "overlap")
 CHAT_FLAGS = ("system", "reasoning_effort", "thinking", "chat_date")
 
 
@@ -624,30 +630,43 @@ def check_memory_of(
       check_memory(config, roster, batch_size=size, length=max(lengths), scoring=scoring)
 
 
+def planned_mesh(config: ModelConfig, memory: float | None = None) -> AbstractMesh:
+  """Returns the mesh that --mesh and --num_devices describe, of devices with this memory.
+
+  Raises:
+    ValueError: a flag is malformed, or the mesh does not fit the model.
+  """
+  f = flags.FLAGS
+  sizes = {"data": 1} if f.mesh is None else parse_mesh(f.mesh)
+  num_devices = f["num_devices"].value if "num_devices" in f else None  # without --dry_run
+  if num_devices is None:
+    num_devices = math.prod(sizes.values()) if sizes else len(jax.devices())
+  return sharding.abstract_mesh(config, num_devices, **sizes, memory=memory)
+
+
+def planned_accelerator() -> str | None:
+  """Returns the value of --accelerator, or the name of this machine's device if it is known."""
+  f = flags.FLAGS
+  given = f["accelerator"].value if "accelerator" in f else None
+  return given or costs.of_kind(jax.devices()[0].device_kind)
+
+
 def _plan(config, roster, batch_size, length, scoring) -> tuple[dry_run_lib.Plan, AbstractMesh]:
   """Returns the run that the flags describe, and its mesh."""
   f = flags.FLAGS
   if f.dtype is not None:
     config = config.replace(dtype=f.dtype)
   optional = lambda name: f[name].value if name in f else None  # without --dry_run
-  accelerator = optional("accelerator")
-  if accelerator is None:
-    accelerator = costs.of_kind(jax.devices()[0].device_kind)
   plan = dry_run_lib.Plan(
     config,
     roster,
     batch_size,
     optional("length") or length or min(2048, config.context_length),
     scoring,
-    accelerator,
+    planned_accelerator(),
     optional("overlap"),
   )
-  sizes = {"data": 1} if f.mesh is None else parse_mesh(f.mesh)
-  num_devices = optional("num_devices")
-  if num_devices is None:
-    num_devices = math.prod(sizes.values()) if sizes else len(jax.devices())
-  memory = plan.device and plan.device.memory
-  return plan, sharding.abstract_mesh(config, num_devices, **sizes, memory=memory)
+  return plan, planned_mesh(config, plan.device and plan.device.memory)
 
 
 def load_params(

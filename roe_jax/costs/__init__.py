@@ -7,6 +7,7 @@ same descriptions that the programs use (`params.describe`, `members.empty_cache
 
 `forward_flops`, `generation_flops` and `scoring_flops` count one sequence. `memory`
 and `call` describe one device of a mesh; `seconds` bounds the time of a call.
+`train_steps` describes a training step; it is imported apart, since it needs the optimizer.
 """
 
 from roe_jax.costs.accelerators import ACCELERATORS, Accelerator, of_kind

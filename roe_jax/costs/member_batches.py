@@ -96,6 +96,13 @@ def batches(
   return found
 
 
+def token_batch(
+  config: ModelConfig, mesh: AbstractMesh, batch_size: int, length: int
+) -> MemberBatch:
+  """Returns the tokens of whole sequences, which run without members through all layers."""
+  return _batch(mesh, (batch_size, length, config.d_model), range(config.num_layers), 1, None)
+
+
 def _batch(mesh, shape, layers, times, members, bits=None):
   is_shared = members is None  # shared hidden states have no member axis
   members = members or 1
