@@ -20,7 +20,7 @@ import jaxlib.version
 
 SOURCE = pathlib.Path(__file__).with_name("kernels.cc")
 COMPILERS = ("c++", "g++", "clang++")
-TIMEOUT = 300  # seconds for a build
+TIMEOUT = 900  # seconds for a build, which a busy machine may need
 FLAGS = (
   "-std=c++17",
   "-O2",
@@ -80,7 +80,7 @@ def load() -> ctypes.CDLL:
 
 
 def _build(compiler, path):
-  logging.info("Building the native CPU kernels in %s; once, in less than a minute.", path.parent)
+  logging.info("Building the native CPU kernels in %s; once, in a minute or two.", path.parent)
   partial = path.with_suffix(".partial")
   for for_this_cpu in (*FOR_THIS_CPU, None):
     command = [compiler, *FLAGS, *filter(None, [for_this_cpu])]
