@@ -7,6 +7,8 @@
   width (128), for a scaling law.
 * `wordmath_KofE`: of width 64 and over-trained; each token goes through K of E
   experts.
+* `wordmath_routing_HOW_SEED`: of width 32, trained plainly or with noise of this
+  τ on the routers, from three seeds.
 
 All are OLMoE-like, speak the `wordmath` task of `experiments.tasks` only, and
 are made by `python -m experiments.train`; `manifest.json` has the command and the scores.
@@ -25,6 +27,11 @@ NAMES = (
   "wordmath_8of16",
   "wordmath_4of8",
   "wordmath_4of32",
+  *(
+    f"wordmath_routing_{how}_{seed}"
+    for how in ("plain", "noise_0.3", "noise_1")
+    for seed in (1, 2, 3)
+  ),
 )
 
 

@@ -83,7 +83,7 @@ def test_groups_of_figures_are_in_their_order_and_once():
   assert reproduce.figure_names(given, "olmoe") == ["fig3", "fig6", "table1"]
   assert reproduce.figure_names(["all"], "olmoe") == figures.of_model(figures.NAMES, "olmoe")
   assert reproduce.figure_names(["all"], "vision") == list(figures.VISION)
-  of_embedded = figures.PAPER + figures.REVIEWERS + figures.SYSTEMS
+  of_embedded = figures.PAPER + figures.REVIEWERS + figures.SYSTEMS + figures.TRAINING
   assert reproduce.figure_names(["all"], "embedded") == list(of_embedded)
   assert reproduce.figure_names(["reviewers"], "embedded") == list(figures.REVIEWERS)
   with pytest.raises(ValueError, match="unknown figure 'fig2': give one of fig3, fig4a"):
@@ -98,7 +98,7 @@ def test_every_figure_has_what_a_figure_has(name):
   of_models = set(figure_models.MODELS) - ({"embedded"} if name in figures.LANGUAGE else set())
   of_models = {"vision"} if name in figures.VISION else of_models
   of_models = {"smollm2"} if name == "main_table" else of_models
-  of_models = {"embedded"} if name == "merged_tasks" else of_models
+  of_models = {"embedded"} if name in figures.SYSTEMS + figures.TRAINING else of_models
   assert set(module.CONFIGS) == of_models
   for text in (module.__doc__, module.TITLE, module.BACKGROUND):
     assert text and len(text) > 10
