@@ -66,6 +66,7 @@ class Config:
     num_members: n.
     temperatures: τ of the rosters.
     num_examples, num_validation: test problems, and validation problems to fit output temperatures.
+    num_seeds: noise seeds of the rosters.
   """
 
   questions: tuple[str, ...] = tuple(QUESTIONS)
@@ -75,6 +76,7 @@ class Config:
   temperatures: tuple[float, ...] = (0.1, 0.3, 1.0)
   num_examples: int = 1000
   num_validation: int = 200
+  num_seeds: int = 1
 
 
 CONFIGS = {"embedded": Config()}
@@ -230,12 +232,13 @@ class _Models:
 
 
 def _systems(
-  question: str, name: str, config: Config, experts: int
+  question: str, name: str, config: Config, experts: int, seed: int = 0
 ) -> dict[str, tuple[float, Callable[[Any], Roster | None]]]:
   """Returns the systems of a model: forward passes per token, and what makes the roster."""
 
   def roster(n, tau):
-    return n, lambda c: Roster.create(c, n, tau, seed=7)
+    # Other noise than that of training, whose seed is 0.
+    return n, lambda c: Roster.create(c, n, tau, seed=7 + seed)
 
   def with_experts(k):
     return 1, lambda c: Roster.create(c, experts_by_layer=k)
@@ -314,7 +317,8 @@ def measure(run: FigureRun) -> list[compared.Record]:
         for s in own.training_seeds
       ]
       baseline = None
-      for label, (passes, make) in _systems(question, name, own, experts).items():
+      systems = _systems(question, name, own, experts, run.seed)
+      for label, (passes, make) in systems.items():
         found = measured(name, label, make)
         baseline, plain = baseline or found, plain or found
         record = {
