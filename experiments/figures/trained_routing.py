@@ -14,7 +14,7 @@ import dataclasses
 import functools
 from itertools import chain
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ class Config:
   temperatures: tuple[float, ...] = (0.1, 0.3, 1.0)
   num_examples: int = 1000
   num_validation: int = 200
-  num_seeds: int = 1
+  num_seeds: ClassVar[int] = 1
 
 
 CONFIGS = {"embedded": Config()}
