@@ -7,8 +7,8 @@
 step how many experts each layer uses (1 to 4), and `two_experts` always uses 2; `mass_0.4` uses the
 fewest experts that have 40 % of the router probability (XMoE), at most 4; `members` has two members
 with half of the experts each (E3), at twice the cost; `recurrent` and `detached` have a recurrent
-router (RMoE), the latter without gradients from one layer's state to the next. Minutes on one core
-of an AMD EPYC: 5 to 8, and twice as long with two members.
+router (RMoE), the latter without gradients from one layer's state to the next. The first three took
+7 to 13 minutes on one core of a busy AMD EPYC; with two members a step does twice the work.
 """
 
 import dataclasses
