@@ -42,7 +42,7 @@ BACKGROUND = (
   "(arXiv 2403.18926), E3 (arXiv 2110.03360) and RMoE (arXiv 2408.06793) train routers that vary "
   "in other ways."
 )
-PLAIN, BASELINE, SEPARATE = "plain", "baseline", "two models"
+BASELINE, SEPARATE = "baseline", "two models"
 OWN = "two members, half of the experts each"
 # Which baseline a system is compared with: of the plain model, and of its own.
 TO = ("plain", "own")
