@@ -89,6 +89,7 @@ def run(
         distributed.only_first_prints(),
         contextlib.ExitStack() as stack,
       ):
+        in_all_processes(distributed.check_flags)
         hold = outputs.held(getattr(flags.FLAGS, "output", None), output)
         in_all_processes(lambda: is_first_process() and stack.enter_context(hold))
         main(argv)

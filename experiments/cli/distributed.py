@@ -73,8 +73,7 @@ def start(refusal: str | None = None) -> None:
     refusal: why the program does not support --distributed; None if it does.
 
   Raises:
-    ValueError: flags are missing or differ between processes, JAX detects no cluster, or the
-      coordinator does not answer.
+    ValueError: flags are missing, JAX detects no cluster, or the coordinator does not answer.
   """
   given = {name: FLAGS[name].value for name in _EXPLICIT if FLAGS[name].value is not None}
   if not FLAGS.distributed:
@@ -121,7 +120,6 @@ def start(refusal: str | None = None) -> None:
     _meet_on_any_port()
   if _partners:
     partners.hold_back_noise()
-  in_all_processes(_check_flags)
 
 
 def _check(given: dict[str, Any]) -> tuple[str, int]:
@@ -214,7 +212,12 @@ def ending_together() -> Iterator[None]:
     interrupts.abandon(1)  # JAX would wait for the others
 
 
-def _check_flags() -> None:
+def check_flags() -> None:
+  """Checks that all processes have the same flags; call it where they end together.
+
+  Raises:
+    ValueError: a flag of this process differs from process 0's.
+  """
   own = {
     name: repr(value) for name, value in FLAGS.flag_values_dict().items() if name != "process_id"
   }
