@@ -24,6 +24,7 @@ from experiments.figures import (
   calibration,
   ceiling,
   compared,
+  deep_training,
   fig5b,
   fig10,
   figure_models,
@@ -41,6 +42,7 @@ from experiments.figures import (
   transfer,
 )
 from experiments.figures.figure_run import RECORDS, FigureRun, read_records, write_records
+from experiments.records import store
 from experiments.tasks import wordmath, wordmath_task, wordmath_tokenizer
 from experiments.training import training_batches
 from experiments.tuning import confirm
@@ -675,3 +677,35 @@ def test_solved_problems_are_those_that_greedy_decoding_writes(tmp_path):
     np.testing.assert_allclose(nll[i], expected, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(confidence[i], flat.max(-1), rtol=1e-3)
     np.testing.assert_array_equal(right[i], p.argmax(-1) == completion)
+
+
+def test_gradient_spikes_are_counted_after_the_window():
+  norms = np.array([9.0, 1, 1, 1, 5, 1.4, 1, 2.5, 1])
+  # Medians of the three steps before: 1, 1, 1.4, 1.4, 1.4, 1.4.
+  assert deep_training.spike_ratio(norms, 2.0, 3) == pytest.approx(1 / 6)
+  assert deep_training.spike_ratio(norms, 1.5, 3) == pytest.approx(2 / 6)
+  with pytest.raises(ValueError, match="need more steps, got 3"):
+    deep_training.spike_ratio(norms[:3], 2.0, 3)
+
+
+def test_effects_of_deep_training_are_differences_paired_by_seed(tmp_path):
+  config = deep_training.Config(training_seeds=(1, 2), factors=(2.0,), window=2)
+  run = FigureRun("deep_training", figure_models.get("embedded"), config, tmp_path)
+  added = {"plain": 0.0, "sandwich": -1.0, "tiny": -0.2, "sandwich_tiny": -1.4}
+  for name, change in added.items():
+    for seed in (1, 2):
+      lines = [
+        {
+          "step": s,
+          "kind": "training",
+          "cross_entropy": 3 + seed + change,
+          "grad_norm": 1.0 + 9 * (s == 3),
+        }
+        for s in (1, 2, 3, 4)
+      ] + [{"step": 4, "kind": "evaluation", "validation_perplexity": 2.0}]
+      store.write_lines(deep_training._training(run, name, seed).output / "metrics.jsonl", lines)
+  records = {r["label"]: r for r in deep_training.measure(run)}
+  assert records["plain"]["spikes"]["2"] == [50.0, 50.0]
+  # The mean over the other factor: (-1 - 1.2) / 2 and (-0.2 - 0.4) / 2.
+  assert records["sandwich norm"]["loss (nats)"].value == pytest.approx(-1.1)
+  assert records["TinyInit"]["loss (nats)"].value == pytest.approx(-0.3)
