@@ -44,7 +44,7 @@ from roe_jax.roster import Roster
 TITLE = "Bits that vary"
 BACKGROUND = (
   "QuantMoE-Bench (arXiv 2406.08155) gives more bits to experts that are chosen often, D2MoE "
-  "(arXiv 2504.15299) bits by token from one nested file. Rosters read more experts, and rarer ones."
+  "(arXiv 2504.15299) bits by token from one nested file. Rosters read rarer experts, too."
 )
 FORMAT = Nested(2, 4)
 FORMATS = ("int8", "int4", *(f"nested:{b}-{k}" for b in (2, 3) for k in range(b, 5)))
