@@ -211,6 +211,7 @@ _OTHER_KEYS = (
 )
 _SIGMOID = 2
 _GATING = {1: "softmax", _SIGMOID: "sigmoid"}
+_KV_HALF = re.compile("attn_[kv]_b")
 _NAME = re.compile(r"blk\.(\d+)\.(\w+)(?:\.(\d+))?\.(weight|bias)")
 # The scaling of Llama 3.1 to 3.3; the factor is in `_ROPE_FACTORS`.
 _LLAMA3 = {
@@ -347,9 +348,9 @@ def _rope_scaling(file, values, config, head_dim) -> dict[str, Any] | None:
     scaling = {"rope_type": kind, "truncate": config["model_type"] != "gpt_oss"}
     scaling |= {target: values[key] for key, target in _ROPE_KEYS.items() if key in values}
     if scale := values.get("rope.scaling.yarn_log_multiplier"):
-      # A tenth of `mscale_all_dim`, as llama.cpp has it in DeepSeek's files; `mscale`, which it does
-      # not have, is the same in all published ones.
-      scaling["mscale"] = scaling["mscale_all_dim"] = _shortest(10 * scale)
+      # A tenth of `mscale_all_dim` in DeepSeek's files. They lack `mscale`; published ones have the
+      # same there.
+      scaling["mscale"] = scaling["mscale_all_dim"] = _shortest(10 * _shortest(scale))
   elif config["model_type"] == "gpt_oss":
     scaling = {"rope_type": "default"}  # the family's own default is YaRN
   if _ROPE_FACTORS in file.tensors:
@@ -386,17 +387,18 @@ def hub_tensors(path: pathlib.Path) -> dict[str, GgufTensor]:
     ConversionError: the file cannot be read, or has a tensor of an unknown name.
   """
   file = read_header(path)
-  arch, architecture = _architecture(file)
-  further = file.metadata.get(f"{arch}.nextn_predict_layers", 0)
-  num_layers = file.metadata[f"{arch}.block_count"] - further
+  _, architecture = _architecture(file)
+  # Layers for multi-token prediction keep their names, by which `hub` skips them.
+  further = tuple({n.split("nextn.")[0] for n in file.tensors if ".nextn." in n})
   kinds = {file.tensors[n].kind.name for n in file.tensors if n.endswith("_exps.weight")}
   keeps_codes = architecture.model_type == "gpt_oss" and kinds == {"MXFP4"}
   tensors: dict[str, GgufTensor] = {}
   for name, tensor in file.tensors.items():
     if name == _ROPE_FACTORS:
       continue  # see `_rope_scaling`
-    layer = re.match(r"blk\.(\d+)\.", name)
-    if further and layer and int(layer[1]) >= num_layers:  # skipped by these names
+    if _KV_HALF.search(name) and _KV_HALF.sub("attn_kv_b", name) in file.tensors:
+      continue  # repeats a part of that
+    if name.startswith(further):
       tensors[name.replace("blk", "model.layers", 1)] = tensor
       continue
     for hub_name, part in _parts(architecture, keeps_codes, name, tensor):
