@@ -3,6 +3,7 @@
 import json
 import unicodedata
 
+import chat_formats
 import gguf
 import hf
 import jax
@@ -15,7 +16,9 @@ from tokenizers import pre_tokenizers
 
 import checkpoints_convert
 from checkpoints_convert import gguf_tokenizer
-from roe_jax import families, transformer
+from roe_jax import families, model_formats, transformer
+from roe_jax.completion import Completion
+from roe_jax.text.chat import Chat
 
 # A writer of files as `conversion/{deepseek,bailing}.py` make them.
 
@@ -359,3 +362,35 @@ def test_deepseeks_letters_are_the_cased_ones_of_unicode_but_some_blocks():
   blocks += [(0xAB30, 0xAB68), (0x10570, 0x105BC), (0x10D50, 0x10D85), (0x16E40, 0x1DFFF)]
   assert all(any(first <= c <= last for first, last in blocks) for c in cased - ours)
   assert {0x561, 0x10D0, 0x2D00, 0xA790, 0xAB30, 0x1D400} <= cased - ours
+
+
+def test_a_deepseek_file_has_its_chat_format(tmp_path):
+  made = chat_formats.tokenizer("r1")
+  tokens = [made.id_to_token(i) for i in range(made.get_vocab_size())]
+  begin, end = map(tokens.index, chat_formats.SPECIAL["r1"][:2])
+  config = hf.config_json("deepseek_v3", rope_scaling=None, vocab_size=len(tokens))
+  config |= dict(bos_token_id=begin, eos_token_id=end)
+
+  def edit(writer):
+    marks = made.get_added_tokens_decoder()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("deepseek-v3")
+    writer.add_token_list(tokens)
+    writer.add_token_types(
+      [(3 if marks[i].special else 4) if i in marks else 1 for i in range(len(tokens))]
+    )
+    writer.add_add_bos_token(True)
+    writer.add_chat_template(chat_formats.R1)
+
+  tensors = deepseek_tensors(config, hf.random_state(config), True)
+  path = write_deepseek(tmp_path / "m.gguf", config, tensors, edit=edit)
+  _, found, tokenizer = model_formats.open_model(path)
+  assert found.eos_token_ids == (end,) and tokenizer.encode("2")[0] == begin
+  chat = Chat.load(model_formats.find_folder(path), tokenizer)
+  prompt = chat.prompt([{"role": "user", "content": "1 + 1?"}])
+  expected = "<｜begin▁of▁sentence｜><｜User｜>1 + 1?<｜Assistant｜><think>\n"
+  assert tokenizer.decode(prompt.tokens, False) == expected
+  assert chat.stop_tokens == (end,)
+  response = tokenizer.encode("It is two.</think>\n\n2", add_special_tokens=False)
+  answer = chat.answer(prompt, Completion([*response, end], [], [], "stop_token"))
+  assert (answer.final, answer.reasoning) == ("2", "It is two.")
