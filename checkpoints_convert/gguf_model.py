@@ -210,7 +210,7 @@ _OTHER_KEYS = (
   "rope.scaling.yarn_log_multiplier",
 )
 _SIGMOID = 2
-_GATING = {1: "softmax", _SIGMOID: "sigmoid"}
+_GATING: dict[Any, str] = {1: "softmax", _SIGMOID: "sigmoid"}
 _KV_HALF = re.compile("attn_[kv]_b")
 _NAME = re.compile(r"blk\.(\d+)\.(\w+)(?:\.(\d+))?\.(weight|bias)")
 # The scaling of Llama 3.1 to 3.3; the factor is in `_ROPE_FACTORS`.
