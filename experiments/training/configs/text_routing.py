@@ -1,0 +1,14 @@
+"""The variants of `wordmath_routing`, trained on natural text.
+
+python -m experiments.train --config=text_routing:noise_0.3 --seed=1 --output=DIR
+"""
+
+from experiments.training import configs
+from experiments.training.configs import wordmath_routing
+
+VARIANTS = wordmath_routing.VARIANTS
+
+
+def get_config(variant: str) -> configs.TrainingConfig:
+  config = wordmath_routing.get_config(variant)
+  return config.replace(data=configs.Text(), model=config.model.replace(vocab_size=1024))
