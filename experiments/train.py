@@ -239,7 +239,7 @@ def main(argv) -> None:
     raise ValueError("--output is missing: give the folder of the run, or --dry_run")
   output = pathlib.Path(FLAGS.output)
   config = apply_flags(configs.load(FLAGS.config))
-  data = config.data.open(config.model, output / TOKENIZER)
+  data = config.data.load(config.model, output / TOKENIZER)
   training_loop.check_output(output, dataclasses.asdict(config) | data.origin)
   if (output / "model").exists():
     print(f"{output / 'model'} is already complete")

@@ -95,7 +95,7 @@ def _windows(model, folders, counts) -> list[Items]:
       "the models have different tokenizers, so they were trained on different text: train them "
       "with the same versions of the installed packages"
     )
-  data, found = configs.load("text_routing:plain").data.open(model, folders[0]), []
+  data, found = configs.load("text_routing:plain").data.load(model, folders[0]), []
   for split, count in counts.items():
     windows = data.windows(split).spread(count)
     ids = np.arange(len(windows.tokens))
@@ -105,7 +105,7 @@ def _windows(model, folders, counts) -> list[Items]:
   return found
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
   """What models are trained and judged on.
 

@@ -38,7 +38,7 @@ class Text:
       if getattr(self, name) < least:
         raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
-  def open(self, model: ModelConfig, folder: pathlib.Path) -> "TextData":
+  def load(self, model: ModelConfig, folder: pathlib.Path) -> "TextData":
     """Reads the corpus; `folder` has the tokenizer, or gets it at the first use."""
     return TextData(self, model, folder, python_corpus.collect())
 

@@ -38,7 +38,7 @@ class Wordmath:
       if (value := getattr(self, name)) is not None and value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
-  def open(self, model: ModelConfig, folder: pathlib.Path) -> "WordmathData":
+  def load(self, model: ModelConfig, folder: pathlib.Path) -> "WordmathData":
     """Returns the problems for a model; they need no files."""
     del folder
     return WordmathData(self, model)

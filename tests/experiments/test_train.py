@@ -23,7 +23,7 @@ from experiments.training import (
   wordmath_data,
 )
 import roe_jax
-from roe_jax import assets
+from roe_jax import assets, transformer
 
 pytestmark = pytest.mark.slow
 
@@ -189,8 +189,13 @@ def test_windows_of_text_hold_each_token_once_and_belong_to_a_corpus(
   state, last = train.run(few, tmp_path / "run", data)
   used = data.batches(few.batch_size, few.seed)
   assert last["tokens"] == sum((used(i).weights > 0).sum() for i in range(4))
-  scores = data.evaluate(state.params, model, 0)
-  assert 1 < scores["validation_perplexity"] < 300 and 0 <= scores["validation_accuracy"] <= 1
+  scores, some = data.evaluate(state.params, model, 0), data.windows("validation").spread(8)
+  log_p = jax.nn.log_softmax(transformer.forward(state.params, model, some.tokens)[0][:, :-1])
+  scored, next_ones = some.weights[:, 1:] > 0, some.tokens[:, 1:]
+  nll = -np.take_along_axis(np.asarray(log_p), next_ones[..., None], -1)[..., 0][scored]
+  assert scores["validation_perplexity"] == pytest.approx(np.exp(nll.mean()), rel=1e-4)
+  right = (np.argmax(log_p, -1) == next_ones)[scored]
+  assert scores["validation_accuracy"] == pytest.approx(right.mean())
 
   check = lambda data: training_loop.check_output(tmp_path / "of", {"seed": 1} | data.origin)
   check(data)

@@ -20,7 +20,7 @@ class TrainingConfig:
   Attributes:
     model: the architecture, with the dtype to train in.
     settings: settings of optimizer and loss.
-    data: what is trained and evaluated on; its `open` returns an object with its origin, the
+    data: what is trained and evaluated on; its `load` returns an object with its origin, the
       tokenizer, the batch of each step, and an evaluation.
     batch_size: sequences per step.
     seed: seed for the initial parameters, and for what is trained on in which order.
