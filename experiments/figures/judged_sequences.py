@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import math
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.cli import app
 from experiments.tasks import wordmath, wordmath_tokenizer
 from experiments.training import configs, training_batches
 from roe_jax import scoring
@@ -74,8 +74,8 @@ class Items:
     return tuple([join([r[k] for r in rows]) for rows in found] for k, join in enumerate(joins))
 
 
-def _problems(model, folders, counts) -> list[Items]:
-  del folders  # all have the tokenizer of the task
+def _problems(model, checkpoints, counts) -> list[Items]:
+  del checkpoints  # all have the tokenizer of the task
   tokenizer, found = wordmath_tokenizer.build_tokenizer(), []
   for split, count in counts.items():
     encoded = [training_batches.encode(tokenizer, p) for p in wordmath.problems(split, count)]
@@ -89,7 +89,8 @@ def _problems(model, folders, counts) -> list[Items]:
   return found
 
 
-def _windows(model, folders, counts) -> list[Items]:
+def _windows(model, checkpoints, counts) -> list[Items]:
+  folders = [app.checkpoint_path(name) for name in checkpoints]
   if len({(folder / "tokenizer.json").read_bytes() for folder in folders}) > 1:
     raise ValueError(
       "the models have different tokenizers, so they were trained on different text: train them "
@@ -115,8 +116,8 @@ class Corpus:
     unit: what an item is.
     described: the items in a note, a format of the facts.
     scores: maps whether each token of an item is right to its scores.
-    items: `items(model, folders, counts)` returns `Items` of each split in `counts`, for models
-      in `folders`.
+    items: `items(model, checkpoints, counts)` returns `Items` of each split in `counts`, for all
+      models in `checkpoints`.
   """
 
   configs: str
@@ -124,7 +125,7 @@ class Corpus:
   unit: str
   described: str
   scores: Mapping[str, Callable[[np.ndarray], float]]
-  items: Callable[[ModelConfig, Sequence[pathlib.Path], Mapping[str, int]], list[Items]]
+  items: Callable[[ModelConfig, Sequence[str], Mapping[str, int]], list[Items]]
 
 
 WORDMATH = Corpus(

@@ -141,7 +141,7 @@ class _Models:
     each = [_checkpoint(run, name, s, corpus) for name in names for s in run.config.training_seeds]
     self.validation, self.test = corpus.items(
       self.load(names[0], run.config.training_seeds[0])[1],
-      [app.checkpoint_path(checkpoint) for checkpoint in each],
+      each,
       {"validation": run.config.num_validation, "test": run.config.num_examples},
     )
 

@@ -702,7 +702,7 @@ def test_windows_of_text_are_grouped_by_file(tmp_path, monkeypatch):
   for folder in folders:
     wordmath_tokenizer.save_tokenizer(wordmath_tokenizer.build_tokenizer(200), folder)
   counts = {"validation": 3, "test": 5}
-  validation, test = judged_sequences.TEXT.items(model, folders, counts)
+  validation, test = judged_sequences.TEXT.items(model, list(map(str, folders)), counts)
   assert len(validation.tokens) == len(test.tokens) == 3  # one window of each file, then others
   assert test.facts == {"windows": 5, "digest": corpus.digest}
   tokenizer = tokenizers.Tokenizer.from_file(str(folders[0] / "tokenizer.json"))
@@ -713,4 +713,4 @@ def test_windows_of_text_are_grouped_by_file(tmp_path, monkeypatch):
   assert test.tokens.sum() == sum((b.weights[:, 1:] > 0).sum() for b in test.batches)
   wordmath_tokenizer.save_tokenizer(wordmath_tokenizer.build_tokenizer(300), folders[1])
   with pytest.raises(ValueError, match="they were trained on different text"):
-    judged_sequences.TEXT.items(model, folders, counts)
+    judged_sequences.TEXT.items(model, list(map(str, folders)), counts)
