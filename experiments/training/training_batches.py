@@ -103,7 +103,7 @@ class TrainingBatches:
     self._pad_id = pad_id
     # WINDOW consecutive steps use a window.
     self._window = functools.lru_cache(maxsize=2)(self._make_window)
-    self._epochs = num_problems and Epochs(num_problems, seed)
+    self._epochs = Epochs(num_problems, seed) if num_problems else None
 
   def __call__(self, step: int) -> Batch:
     """Returns the batch of a step; its ids are the problems' positions in the stream."""

@@ -697,6 +697,7 @@ def test_windows_of_text_are_grouped_by_file(tmp_path, monkeypatch):
   }
   corpus = python_corpus.Corpus(documents, {"python": "3"})
   monkeypatch.setattr(python_corpus, "collect", lambda: corpus)
+  monkeypatch.setattr(app, "checkpoint_path", pathlib.Path)  # folders without models
   model = roe_jax.load_config("embedded:wordmath_d32")
   folders = [tmp_path / name for name in "ab"]
   for folder in folders:

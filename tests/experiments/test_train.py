@@ -256,9 +256,9 @@ def test_a_killed_run_ends_as_one_that_was_not(config, data, whole_run, tmp_path
   assert sorted(p.name for p in (tmp_path / "states").iterdir()) == ["20", "25"]
 
   file = max((tmp_path / "states" / "25").rglob("d/*"), key=lambda p: p.stat().st_size)
-  data = bytearray(file.read_bytes())
-  data[len(data) // 2] ^= 1
-  file.write_bytes(data)
+  contents = bytearray(file.read_bytes())
+  contents[len(contents) // 2] ^= 1
+  file.write_bytes(contents)
   with pytest.raises(ValueError, match=r"states/25 is damaged .*: delete it .*\(the checksum of"):
     train.run(config, tmp_path, data)
 
