@@ -318,6 +318,7 @@ def profile_of(
 ) -> Profile:
   """Returns the best temperature profile of a search."""
   best, made = search.best(), search.trials()
+  assert best
   count = lambda state: sum(t.state == state for t in made)
   total = lambda name: sum(getattr(t, name) for t in made)
   return Profile(
