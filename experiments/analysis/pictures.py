@@ -72,7 +72,7 @@ def differences_against_costs(
   """
   labels = list(costs)
   panels = [
-    (title, {l: None if c[name] is None else c[name] / unit for l, c in costs.items()})
+    (title, {l: v and v / unit for l, v in ((k, c[name]) for k, c in costs.items())})
     for name, (title, unit) in COSTS.items()
     if any(cost[name] for cost in costs.values())
   ]

@@ -47,7 +47,7 @@ class Timed:
     warms: whether an untimed call precedes each timed one.
   """
 
-  call: Callable[[int], None]
+  call: Callable[[int], object]
   count: int = 1
   turns: int = 0
   warms: bool = True

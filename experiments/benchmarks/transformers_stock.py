@@ -163,7 +163,7 @@ class StockRoster:
   @torch.inference_mode()
   def prefill(self, tokens_BxT: torch.Tensor) -> torch.Tensor:
     """Runs the sequences once and gives each member a copy of the cache; `[B, T, D]`."""
-    once = transformers.DynamicCache(config=self.model.config)
+    once: Any = transformers.DynamicCache(config=self.model.config)
     x = self._hidden(tokens_BxT, once, 0, "grouped_mm")
     self.length = tokens_BxT.shape[1]
     if self._kind == "dynamic":

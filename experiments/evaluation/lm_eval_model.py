@@ -130,9 +130,9 @@ class RosterLM(TemplateLM):
     for self._label, group in _by_task(requests):
       without: dict[Any, list[str]] = {}  # choices of the documents without a context
       for r in group:
-        context, text = r.args
+        context, *choice = r.args
         if not context:
-          without.setdefault(r.doc_id, []).append(text)
+          without.setdefault(r.doc_id, []).extend(choice)
       self._addresses = {
         ("", text): choices_address(texts) for texts in without.values() for text in texts
       }

@@ -143,7 +143,7 @@ MODELS: dict[str, Model] = {
       tau=0.3,
       num_seeds=1,
       num_examples=1000,
-      **_PAPER | dict(text="text/wikitext2"),
+      **_PAPER | dict[str, Any](text="text/wikitext2"),
     ),
     Model(
       name="embedded",

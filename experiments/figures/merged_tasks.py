@@ -112,8 +112,9 @@ def _fine_tune(run: FigureRun, kind: str) -> str:
     return state, values, int((batch.weights > 0).sum())
 
   def start():
-    started = training.optimizer(config, settings).init(params)
-    return training.TrainState(jnp.zeros((), jnp.int32), params, started)
+    weights: Any = params  # optax types pytrees as containers of its own
+    started = training.optimizer(config, settings).init(weights)
+    return training.TrainState(jnp.zeros((), jnp.int32), weights, started)
 
   state, _ = training_loop.run(
     folder,

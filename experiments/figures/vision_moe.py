@@ -205,7 +205,9 @@ class _Networks:
     return [self._known[data, system.trained, s] for s in seeds]
 
 
-def _nll(log_probs: np.ndarray, labels: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
+def _nll(
+  log_probs: np.ndarray, labels: np.ndarray, temperatures: Sequence[float] | np.ndarray
+) -> np.ndarray:
   """Returns `[X, G]` nats at each output temperature."""
   scaled = jax.nn.log_softmax(log_probs[:, None] / np.array(temperatures)[:, None])
   return -np.asarray(jnp.take_along_axis(scaled, labels[:, None, None], axis=-1))[..., 0]

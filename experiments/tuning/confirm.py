@@ -77,8 +77,9 @@ def measure(
     "roster": rosters[candidate.seeds[0]].settings(),
     "seeds": list(candidate.seeds),
   }
-  both = None
-  if isinstance(searched, Perplexity):
+  fits = isinstance(fresh, Perplexity)
+  if fits:
+    assert isinstance(searched, Perplexity)  # both have the same objective
     roster = rosters[candidate.seeds[0]]
     nll, _ = searched.nll(params, roster, slice(None), output_temperatures.GRID)
     settings["output_temperature"] = output_temperatures.fit(nll)
@@ -88,7 +89,7 @@ def measure(
     for batch in batches:
       ids = [e.id for e in fresh.examples[batch]]
       if not all((task, i, seed) in run.done for i in ids):
-        if both is not None and isinstance(fresh, Perplexity):
+        if fits:
           nll, cost = fresh.nll(params, roster, batch, both)
           metrics = [
             {"nll": float(n[0]), "fitted_nll": float(n[1]), "tokens": int(tokens)}
