@@ -1,0 +1,20 @@
+"""The variants of `wordmath_routing`, trained on natural text.
+
+    python -m experiments.train --config=text_routing:noise_0.3 --seed=1 --output=DIR
+
+Model, steps and settings are those of `wordmath_routing`, with a vocabulary of 1,024: 3,000 steps
+of 12 windows of 128 tokens, of about as many tokens as a step of `wordmath_routing` has with its
+padding. What the models learn has not been measured.
+"""
+
+from experiments.training import configs
+from experiments.training.configs import wordmath_routing
+
+VARIANTS = wordmath_routing.VARIANTS
+
+
+def get_config(variant: str) -> configs.TrainingConfig:
+  config = wordmath_routing.get_config(variant)
+  return config.replace(
+    data=configs.Text(), batch_size=12, model=config.model.replace(vocab_size=1024)
+  )
