@@ -16,8 +16,15 @@ _PREFIX = "tokenizer.ggml."
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 _END = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SUFFIXES = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Cased letters, as far as DeepSeek's tokenizers know them. Escaped are those that would turn into
+# others if this file were normalized.
+_CASED = (
+  "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅ"
+  "ὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄ"
+  "Ⰰ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+_CJK = "[一-龥\u0800-一가-\ud7ff]+"
 
 
 def _llama3(digits: str) -> str:
@@ -26,12 +33,15 @@ def _llama3(digits: str) -> str:
   )
 
 
-def _gpt4o(digits: str, suffixes: str) -> str:
+def _by_case(suffixes: str, but: str = "") -> str:
+  """Returns the words of upper-case letters and then lower-case ones, without letters `but`."""
   start = r"[^\r\n\p{L}\p{N}]?"
-  return (
-    f"{start}{_UPPER}*{_LOWER}+{suffixes}|{start}{_UPPER}+{_LOWER}*{suffixes}"
-    rf"|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*" + _END
-  )
+  upper, lower = (rf"[{case}\p{{Lm}}\p{{Lo}}\p{{M}}{but}]" for case in (r"\p{Lu}\p{Lt}", r"\p{Ll}"))
+  return f"{start}{upper}*{lower}+{suffixes}|{start}{upper}+{lower}*{suffixes}|"
+
+
+def _gpt4o(digits: str, suffixes: str) -> str:
+  return _by_case(suffixes) + rf"{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*" + _END
 
 
 class _Type(enum.IntEnum):
@@ -85,6 +95,36 @@ PRE_TOKENIZERS = (
   ),
   PreTokenizer(("gpt-4o", "llama4"), (_gpt4o(r"\p{N}{1,3}", _SUFFIXES + "?"),)),
   PreTokenizer(("tekken",), (_gpt4o(r"\p{N}", ""),), ignores_merges=True, adds_bos=True),
+  PreTokenizer(
+    ("deepseek-llm",),
+    (r"[\r\n]", rf"\s?[{_CASED}]+", r"\s?[!-/:-~！-／：-～‘-‟\u3000-。]+", r"\s+$", _CJK, r"\p{N}"),
+  ),
+  PreTokenizer(("deepseek-coder",), (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")),
+  PreTokenizer(
+    ("deepseek-v3",),
+    (
+      r"\p{N}{1,3}",
+      "[一-龥぀-ゟ゠-ヿ]+",
+      r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+      r"| ?[\p{P}\p{S}]+[\r\n]*" + _END,
+    ),
+  ),
+  PreTokenizer(  # of Moonlight, too
+    ("kimi-k2",),
+    (
+      r"\p{Han}+|"
+      + _by_case(_SUFFIXES + "?", r"&&[^\p{Han}]")
+      + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+      + _END,
+    ),
+  ),
+  PreTokenizer(
+    ("bailingmoe", "bailingmoe2", "llada-moe"),
+    (
+      r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+      r"|\s*[\r\n]|\s+(?!\S)|\s+",
+    ),
+  ),
 )
 
 

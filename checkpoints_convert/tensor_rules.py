@@ -18,7 +18,8 @@ import dataclasses
 from typing import Any
 
 # The layouts of experts: as on the hub, usually separate matrices; one array for all gate and up
-# projections of a layer; or, in GGUF files of some families, one for gate and one for up.
+# projections of a layer; or, in GGUF files of some families, one for gate and one for up, or the
+# two halves of what expands latents.
 SEPARATE, FUSED, SPLIT = "separate", "fused", "split"
 
 
@@ -155,23 +156,29 @@ _LATENT = (
   Rule(_ATTENTION + "q_b_proj.weight", "attention.query", "(H C) Q -> H C Q", when="q_lora_rank"),
   Rule(_ATTENTION + "kv_a_proj_with_mqa.weight", "attention.key_down", "W D -> W D"),
   Rule(_ATTENTION + "kv_a_layernorm.weight", "attention.key_norm", "Z -> Z"),
-  Rule(
-    _ATTENTION + "kv_b_proj.weight",
-    "attention.key_up",
-    "(H A) Z -> H A Z",
-    rows=("", "X"),
-    rows_of=1,
+  *(
+    Rule(
+      _ATTENTION + "kv_b_proj.weight",
+      f"attention.{name}_up",
+      f"(H {width}) Z -> H {width} Z",
+      layout=layout,
+      rows=rows,
+      rows_of=1,
+    )
+    for layout in (SEPARATE, FUSED)
+    for name, width, rows in (("key", "A", ("", "X")), ("value", "X", ("A", "")))
   ),
-  Rule(
-    _ATTENTION + "kv_b_proj.weight",
-    "attention.value_up",
-    "(H X) Z -> H X Z",
-    rows=("A", ""),
-    rows_of=1,
-  ),
+  # In GGUF files, for absorbed products.
+  Rule(_ATTENTION + "k_b_proj.weight", "attention.key_up", "H Z A -> H A Z", layout=SPLIT),
+  Rule(_ATTENTION + "v_b_proj.weight", "attention.value_up", "H X Z -> H X Z", layout=SPLIT),
   Rule(_ATTENTION + "o_proj.weight", "attention.output", "D (H X) -> H X D"),
 )
-_DEEPSEEK = (*_LATENT, *_MLP_EXPERTS, *_SHARED_AND_DENSE)
+_DEEPSEEK = (
+  *_LATENT,
+  *_MLP_EXPERTS,
+  *(dataclasses.replace(rule, layout=SPLIT) for rule in _MLP_EXPERTS if rule.layout == SEPARATE),
+  *_SHARED_AND_DENSE,
+)
 _BAILING = _LAYER + "attention."
 
 

@@ -79,7 +79,7 @@ def _numbers(name: str) -> tuple[int, ...]:
   values = sorted(set(overrides.items(name, int)))
   if not values or values[0] < 1:
     raise ValueError(
-      f"--{name} must be a list of integers of at least 1, got {','.join(FLAGS[name].value)!r}"
+      f"--{name} must be a list of integers of at least 1, got {','.join(getattr(FLAGS, name))!r}"
     )
   return tuple(values)
 

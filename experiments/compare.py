@@ -343,8 +343,8 @@ def run(
     Methods, their finished runs by `Method.text`, and the examples by task.
   """
   for name in ("num_seeds", "batch_size", "num_validation"):
-    if FLAGS[name].value < 1:
-      raise ValueError(f"--{name} must be at least 1, got {FLAGS[name].value}")
+    if getattr(FLAGS, name) < 1:
+      raise ValueError(f"--{name} must be at least 1, got {getattr(FLAGS, name)}")
   wanted = [tasks.get(name) for name in FLAGS.tasks]
   for task in wanted:
     task.check_allowed(FLAGS.allow_code_execution)

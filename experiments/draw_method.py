@@ -121,7 +121,7 @@ def draw_cache(axis):
   text(axis, end - side / 2 - 0.06, y - 0.38, "member 0\nwrites", 8, ha="right")
 
 
-def draw() -> plt.Figure:
+def draw() -> matplotlib.figure.Figure:
   """Draws a token, n members in rows, their distributions, and the mean, from left to right."""
   figure = plt.figure(figsize=(8, 4.15), facecolor="white")
   axis = figure.add_axes((0, 0, 1, 1))

@@ -64,7 +64,7 @@ class Settings:
 
 
 def define_flags() -> None:
-  required = dict(default=None, required=True)
+  required: dict[str, Any] = dict(default=None, required=True)
   flags.DEFINE_string("checkpoint", help="Model to fine-tune: a carved checkpoint.", **required)
   flags.DEFINE_string("text", help="Text file to train on; its end is held out.", **required)
   flags.DEFINE_string("output", help="Folder for the run.", **required)

@@ -220,10 +220,11 @@ def stream_to_terminal(
       if FLAGS.show_reasoning:
         reasoning.show(found.reasoning)
     printer.show(text)
+  assert completion is not None and first is not None  # the stream yields at least once
   if inputs.chat:
     show_answer(inputs, completion, printer, reasoning)
   else:
-    printer.show(completion.text, done=True)
+    printer.show(completion.text or "", done=True)
   # The first token includes compilation, so the rate is that of the others.
   rate = (count - 1) / (time.perf_counter() - first) if count > 1 else float("nan")
   changed = sum(a != b for a, b in zip(completion.tokens, completion.clean_tokens) if b >= 0)
@@ -237,6 +238,7 @@ def stream_to_terminal(
 
 def show_answer(inputs: GenerationInputs, completion, printer: Printer, reasoning: Printer) -> None:
   """Prints the rest of an answer, or why there is none."""
+  assert inputs.chat
   found = inputs.chat.answer(inputs.prompts[0], completion, FLAGS.stop)
   if FLAGS.show_reasoning and found.reasoning:
     reasoning.show(found.reasoning, done=True)

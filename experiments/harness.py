@@ -14,7 +14,7 @@ def program() -> None:
   try:
     extras.check(("lm_eval", "scipy"))
   except ModuleNotFoundError as error:
-    sys.exit(f"error: this program needs {error.name}: {extras.install(error.name)}")
+    sys.exit(f"error: this program needs {error.name}: {extras.install(str(error.name))}")
   with command_line.reported():
     from lm_eval.__main__ import cli_evaluate
 

@@ -261,7 +261,7 @@ class Steps:
     self._stop_tokens = jnp.full(8, -1)
     self._begin = jax.device_get((self._state.lengths, self._state.done))
     program = self._lower().compile()
-    self.collectives = hlo.count_collectives(program.as_text())
+    self.collectives = hlo.count_collectives(program.as_text() or "")
     self.memory = timing.memory(program)
 
   def _lower(self):
@@ -439,7 +439,7 @@ def main(argv) -> None:
     Roster.create(config, FLAGS.num_members, FLAGS.tau, seed=FLAGS.seed, draft_tokens=drafts)
   Sampler.create(FLAGS.temperature)
   settings = {
-    name: FLAGS[name].value
+    name: getattr(FLAGS, name)
     for name in (
       "num_examples",
       "num_members",

@@ -110,7 +110,7 @@ def measure(
   validation: list[Continuation],
   test: list[Continuation],
   keep: Callable[[str, Callable], Any],
-  on_scored: Callable[[int], None],
+  on_scored: Callable[[int], object],
 ) -> dict:
   """Measures one format, with the same noise as the others.
 

@@ -20,7 +20,7 @@ from experiments import compare, tasks
 from experiments.analysis import comparisons, drawing, run_results
 from experiments.analysis.paired_statistics import Difference
 from experiments.cli import app
-from experiments.cli.extras import plt, tabulate
+from experiments.cli.extras import matplotlib, tabulate
 from experiments.evaluation import methods
 from experiments.evaluation.engine import Engine
 from experiments.evaluation.requests import TaskRequests
@@ -70,7 +70,7 @@ def summarize(folder: pathlib.Path, task: str) -> list[dict]:
       "temperature": quality.result.output_temperatures[task],
       "fitted": fitted,
       "accuracy": quality,
-      "time": costs[0].tokens_per_second / cost.tokens_per_second,
+      "time": (costs[0].tokens_per_second or np.nan) / (cost.tokens_per_second or np.nan),
     }
     for quality, raw, fitted, cost in zip(
       comparisons.quality(results, baseline), lines[::2], lines[1::2], costs, strict=True
@@ -196,7 +196,7 @@ def show_solution(checkpoint: str, rows: list[dict], task: tasks.Task) -> str:
   return "\n".join(lines)
 
 
-def draw(models: dict[str, list[dict]]) -> plt.Figure:
+def draw(models: dict[str, list[dict]]) -> matplotlib.figure.Figure:
   """Draws perplexity, accuracy and time against n, in a row of panels for each model."""
   figure, axes = drawing.axes(3, len(models), width=3.6, height=2.9)
   zero = Difference(0.0, 0.0, 0.0)

@@ -95,7 +95,7 @@ def write(
         "cost",
         f"cost-{_file_name(task)}",
         f"{task}: quality against each cost.",
-        pictures.quality_against_cost(quality, likelihoods, costs, baseline.label, task),
+        pictures.quality_against_cost(quality, likelihoods, costs, runs[0].label, task),
       )
       draw(
         "calibration",
@@ -112,7 +112,7 @@ def write(
   sections = [
     ("Significant differences", report_page.findings(quality, likelihoods, calibrations, baseline))
   ]
-  if runs:
+  if baseline:
     sections += [
       ("Results", report_page.quality_section(quality, baseline)),
       ("Perplexity and output temperature", report_page.likelihood_section(likelihoods, baseline)),

@@ -28,6 +28,7 @@ import pathlib
 import shlex
 import sys
 import time
+from typing import Any
 
 from absl import flags
 
@@ -117,7 +118,7 @@ def figure_names(wanted: list[str], model: str) -> list[str]:
   return sorted(set(found), key=figures.NAMES.index)
 
 
-def overridden(settings: list[object], given: list[str]) -> list[object]:
+def overridden(settings: list[Any], given: list[str]) -> list[Any]:
   """Overrides the fields of dataclasses by --set, wherever there is a field of that name.
 
   Raises:
@@ -147,14 +148,14 @@ def make_figure_runs(names: list[str], model: str) -> list[FigureRun]:
   Raises:
     ValueError: wrong flags.
   """
-  model = figure_models.get(model)
+  chosen = figure_models.get(model)
   if FLAGS.checkpoint:
-    model = dataclasses.replace(model, checkpoints=tuple(FLAGS.checkpoint), prepare=())
-  configs = [figures.get(name).CONFIGS[model.name] for name in names]
-  model, *configs = overridden([model, *configs], FLAGS.set)
-  root = pathlib.Path(FLAGS.output) / model.name
+    chosen = dataclasses.replace(chosen, checkpoints=tuple(FLAGS.checkpoint), prepare=())
+  configs = [figures.get(name).CONFIGS[chosen.name] for name in names]
+  chosen, *configs = overridden([chosen, *configs], FLAGS.set)
+  root = pathlib.Path(FLAGS.output) / chosen.name
   data = FLAGS.seed, FLAGS.data_dir, FLAGS.allow_code_execution
-  made = [FigureRun(name, model, config, root, *data) for name, config in zip(names, configs)]
+  made = [FigureRun(name, chosen, config, root, *data) for name, config in zip(names, configs)]
   for text in FLAGS.set:
     if not any(figures.uses(run, text.partition("=")[0]) for run in made):
       raise ValueError(f"--set={text}: {', '.join(names)} would not use it: remove it")
@@ -272,7 +273,7 @@ def finish(run: FigureRun, stopwatch: Stopwatch) -> str:
 
 def num_cores() -> int:
   """Returns the number of cores this process may use."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _command(run):

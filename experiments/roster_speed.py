@@ -173,7 +173,9 @@ def measure(
     "roster, last token, 16 positions": (["roster"], last, {"chunk_size": 16}),
     "all of these, last token, together": (own, last, {}),
   }
-  runs = {name: score(names, at, **options) for name, (names, at, options) in kinds.items()}
+  runs: dict[str, Callable[[int], object]] = {
+    name: score(names, at, **options) for name, (names, at, options) in kinds.items()
+  }
   alone = [score([n], last) for n in own]
   runs["all of these, last token, one by one"] = lambda count: [run(count) for run in alone]
   seconds = timing.take_turns(runs, rounds, on_turn=on_turn)

@@ -17,6 +17,7 @@ log-probability of each token. Both modes resume when rerun with the same --outp
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import hashlib
 import pathlib
 from typing import Any
@@ -75,7 +76,7 @@ def text_perplexity(
       "dtype": config.dtype,
       "roster": roster.settings(),
       "batch_size": FLAGS.batch_size,
-      "tokens": hashlib.sha256(np.int32(tokens).tobytes()).hexdigest(),
+      "tokens": hashlib.sha256(np.array(tokens, np.int32).tobytes()).hexdigest(),
     },
   )
   results = {}
@@ -225,7 +226,7 @@ def main(argv) -> None:
   if FLAGS.text is not None:
     tokens = tokenizer.encode(app.from_first_process(_read_text), FLAGS.special_tokens)
     cut = scoring.windows(config, tokens, FLAGS.window, FLAGS.stride)
-    run, inputs, sequences = text_perplexity, (tokens, cut), cut.sequences
+    run, sequences = functools.partial(text_perplexity, tokens=tokens, cut=cut), cut.sequences
   else:
     requests, sequences, starts = read_pairs(config, tokenizer)
     settings = {
@@ -235,11 +236,13 @@ def main(argv) -> None:
       "special_tokens": FLAGS.special_tokens,
     }
     results = jsonl.Results(FLAGS.output, requests, settings)
-    run, inputs = continuations, (requests, sequences, starts, results)
+    run = functools.partial(
+      continuations, requests=requests, sequences=sequences, starts=starts, results=results
+    )
   longest = max(map(len, sequences))
   app.check_memory(config, roster, batch_size=FLAGS.batch_size, length=longest, scoring=True)
   params, config = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
-  run(params, config, roster, *inputs)
+  run(params, config, roster)
 
 
 def program() -> None:

@@ -1,4 +1,4 @@
-"""Trains a small MoE on `wordmath`.
+"""Trains a small MoE on `wordmath` or on natural text.
 
     python -m experiments.train --config=wordmath_control --output=DIR
 
@@ -14,28 +14,26 @@ prints what a training step would take on each device of a mesh, without one.
 """
 
 import dataclasses
-import functools
 import math
 import pathlib
-import sys
 
 from absl import flags, logging
 import jax
 import jax.numpy as jnp
-import numpy as np
-import tokenizers
 
 from checkpoints_convert import save_hugging_face
 from experiments.cli import app, overrides
-from experiments.tasks import wordmath, wordmath_tokenizer
-from experiments.training import configs, planned_step, training_batches, training_loop
-from roe_jax import checkpoint, costs, decode, families, presets, training, transformer
+from experiments.tasks import wordmath_tokenizer
+from experiments.training import configs, planned_step, training_loop
+from experiments.training.text_data import TextData
+from experiments.training.wordmath_data import WordmathData
+from roe_jax import checkpoint, costs, families, presets, training
 from roe_jax.config import ModelConfig
 
 FLAGS = flags.FLAGS
 _FLAGS = {"num_steps": "steps", "noise_temperature": "tau"}
 
-MAX_NEW_TOKENS = 64  # The longest completion has less than 60.
+TOKENIZER = "tokenizer"  # Folder of the output that has it.
 
 # Settings of the model that have a flag.
 _OF_MODEL = {
@@ -72,10 +70,10 @@ def define_flags() -> None:
   default = "the config's by default."
   overrides.define_flags(
     configs.TrainingConfig,
-    {"seed": f"Seed; {default}", "batch_size": f"Problems per step; {default}"},
+    {"seed": f"Seed; {default}", "batch_size": f"Sequences per step; {default}"},
     defaults=False,
   )
-  problems = f"Size of the training set, 0 for a stream of new problems; {default}"
+  problems = f"Size of the training set of wordmath, 0 for a stream of new problems; {default}"
   flags.DEFINE_integer("problems", None, problems)
   settings = {
     "num_steps": f"Number of steps; {default}",
@@ -105,7 +103,8 @@ def apply_flags(config: configs.TrainingConfig) -> configs.TrainingConfig:
   """
   config = overrides.from_flags(config)
   if FLAGS.problems is not None:
-    config = config.replace(num_problems=FLAGS.problems or None)
+    size = {"num_problems": FLAGS.problems or None}
+    config = config.replace(data=overrides.changed(config.data, size))
   model = config.model
   given = {name: FLAGS[name].value for name in _OF_MODEL}
   model = model.replace(**{name: v for name, v in given.items() if v is not None})
@@ -118,56 +117,6 @@ def apply_flags(config: configs.TrainingConfig) -> configs.TrainingConfig:
   return config.replace(model=model, settings=settings)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _answer_loss(params, config, batch):
-  logits, _ = transformer.forward(params, config, batch.tokens, strategy="padded")
-  weights = batch.weights[:, 1:]
-  return jnp.sum(weights * training.cross_entropy(logits, batch.tokens)), weights.sum()
-
-
-def answer_perplexity(params, config, tokenizer, problems) -> float:
-  """Returns the perplexity of the completions, end-of-text tokens included."""
-  sequences = sorted(
-    (training_batches.encode(tokenizer, p) for p in problems), key=lambda s: sum(map(len, s))
-  )
-  total = count = 0.0
-  for start in range(0, len(sequences), 40):
-    chunk = sequences[start : start + 40]
-    batch = training_batches.pack(chunk, range(len(chunk)), 0.0, config.pad_token_id)
-    loss, weight = _answer_loss(params, config, batch)
-    total, count = total + float(loss), count + float(weight)
-  return float(np.exp(total / count))
-
-
-def exact_match(params, config, tokenizer, problems) -> float:
-  """Returns the share of problems solved by greedy decoding."""
-  prompts = [training_batches.encode(tokenizer, p)[0] for p in problems]
-  completions = decode.generate(
-    params, config, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=100
-  ).completions
-  return float(
-    np.mean(
-      [
-        wordmath.is_correct(tokenizer.decode(list(c.tokens)), p)
-        for c, p in zip(completions, problems)
-      ]
-    )
-  )
-
-
-def validate(params, config: configs.TrainingConfig, tokenizer) -> dict[str, float]:
-  """Returns scores on validation problems, and the perplexity of training problems."""
-  validation = wordmath.problems("validation", config.evaluation_problems)
-  seen = wordmath.problems(
-    "train", min(config.evaluation_problems, config.num_problems or sys.maxsize), config.seed
-  )
-  return {
-    "validation_perplexity": answer_perplexity(params, config.model, tokenizer, validation),
-    "train_perplexity": answer_perplexity(params, config.model, tokenizer, seen),
-    "validation_exact_match": exact_match(params, config.model, tokenizer, validation),
-  }
-
-
 def command() -> str:
   """Returns the command of this run, with a placeholder for the output folder."""
   settings = ("config", "steps", "seed", "batch_size", "problems", "learning_rate", "tau")
@@ -178,7 +127,7 @@ def command() -> str:
 
 
 def run(
-  config: configs.TrainingConfig, output: pathlib.Path, tokenizer: tokenizers.Tokenizer
+  config: configs.TrainingConfig, output: pathlib.Path, data: TextData | WordmathData
 ) -> tuple[training.TrainState, dict]:
   """Trains from the last saved state in `output`, or from scratch.
 
@@ -189,14 +138,7 @@ def run(
   def init():
     return training.init_state(config.model, config.settings, jax.random.key(config.seed))
 
-  make_batch = training_batches.TrainingBatches(
-    tokenizer,
-    config.batch_size,
-    config.num_problems,
-    config.question_weight,
-    config.seed,
-    config.model.pad_token_id,
-  )
+  make_batch = data.batches(config.batch_size, config.seed)
 
   def step_fn(state, index):
     batch = make_batch(index)
@@ -207,7 +149,7 @@ def run(
     output,
     init,
     step_fn,
-    lambda state: validate(state.params, config, tokenizer),
+    lambda state: data.evaluate(state.params, config.model, config.seed),
     num_steps=config.settings.num_steps,
     log_every=config.log_every,
     save_every=config.save_every,
@@ -219,16 +161,17 @@ def run(
 def finish(
   config: configs.TrainingConfig,
   output: pathlib.Path,
-  tokenizer,
+  data: TextData | WordmathData,
   state: training.TrainState,
   last: dict,
   command: str,
 ) -> None:
   """Writes `output/model` with bfloat16 weights and their scores."""
   stored = jax.tree.map(lambda w: w.astype(jnp.bfloat16), state.params)
-  scores = validate(jax.tree.map(lambda w: w.astype(config.model.dtype), stored), config, tokenizer)
-  files = output / "tokenizer"
-  wordmath_tokenizer.save_tokenizer(tokenizer, str(files))
+  rounded = jax.tree.map(lambda w: w.astype(config.model.dtype), stored)
+  scores = data.evaluate(rounded, config.model, config.seed)
+  files = output / TOKENIZER
+  wordmath_tokenizer.save_tokenizer(data.tokenizer, str(files), config.model.context_length)
   try:
     families.to_hugging_face(config.model)
     save = save_hugging_face
@@ -242,6 +185,7 @@ def finish(
     provenance={
       "command": command,
       "config": dataclasses.asdict(config),
+      **data.origin,
       "steps": int(state.step),
       "tokens": last["tokens"],
       "seconds": last["seconds"],
@@ -295,18 +239,18 @@ def main(argv) -> None:
     raise ValueError("--output is missing: give the folder of the run, or --dry_run")
   output = pathlib.Path(FLAGS.output)
   config = apply_flags(configs.load(FLAGS.config))
-  training_loop.check_output(output, dataclasses.asdict(config))
+  data = config.data.load(config.model, output / TOKENIZER)
+  training_loop.check_output(output, dataclasses.asdict(config) | data.origin)
   if (output / "model").exists():
     print(f"{output / 'model'} is already complete")
     return
-  tokenizer = wordmath_tokenizer.build_tokenizer()
-  if tokenizer.get_vocab_size() != config.model.vocab_size:
+  if (size := data.tokenizer.get_vocab_size()) != config.model.vocab_size:
     raise ValueError(
-      f"the tokenizer has {tokenizer.get_vocab_size()} tokens, but the model of {FLAGS.config} has "
+      f"the tokenizer has {size} tokens, but the model of {FLAGS.config} has "
       f"{config.model.vocab_size}: set vocab_size in the config"
     )
-  state, last = run(config, output, tokenizer)
-  finish(config, output, tokenizer, state, last, command())
+  state, last = run(config, output, data)
+  finish(config, output, data, state, last, command())
 
 
 def program() -> None:

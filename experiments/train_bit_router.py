@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+from typing import Any
 
 from absl import flags
 import jax
@@ -47,7 +48,7 @@ class Settings:
 
 
 def define_flags() -> None:
-  required = dict(default=None, required=True)
+  required: dict[str, Any] = dict(default=None, required=True)
   flags.DEFINE_string("checkpoint", help="Checkpoint with experts in a nested format.", **required)
   flags.DEFINE_string("text", help="Text file to train on; its end is held out.", **required)
   flags.DEFINE_string("output", help="Folder for the run.", **required)

@@ -318,6 +318,7 @@ def profile_of(
 ) -> Profile:
   """Returns the best temperature profile of a search."""
   best, made = search.best(), search.trials()
+  assert best
   count = lambda state: sum(t.state == state for t in made)
   total = lambda name: sum(getattr(t, name) for t in made)
   return Profile(
@@ -354,7 +355,7 @@ def profile_of(
 def confirm_best(params: Params, search: Search | None, setup: SearchSetup, model: dict) -> dict:
   """Evaluates the best trial, the best uniform τ and the baseline on fresh examples."""
   best, uniform = app.from_first_process(
-    lambda: [t and t.temperatures for t in (search.best(), search.best("sweep"))]
+    lambda: search and [t and t.temperatures for t in (search.best(), search.best("sweep"))]
   )
   seeds = range(FLAGS.seed + 1, FLAGS.seed + 1 + FLAGS.num_seeds)
   baseline = lambda seed: Roster.create(setup.config, seed=seed)
@@ -447,12 +448,12 @@ def run_search(params: Params, setup: SearchSetup, search: Search | None) -> Non
   baseline = setup.searched.value(baseline_values(params, setup))
   on_model = OnModel(params, setup)
 
-  def write(confirmed=None):
+  def write(search: Search, confirmed=None):
     profile = profile_of(search, setup, model, baseline, confirmed)
     app.write_atomically(path, profile.to_json())
     return profile
 
-  def run_trials():
+  def run_trials(search: Search):
     with tqdm(
       total=search.num_trials, initial=search.num_finished, unit="trial", file=sys.stderr
     ) as bar:
@@ -461,7 +462,9 @@ def run_search(params: Params, setup: SearchSetup, search: Search | None) -> Non
         bar.update(search.num_finished - bar.n)
         with search.locked():
           if search.best() and not finished(setup):
-            bar.set_postfix(baseline=f"{baseline:.4f}", best=f"{write().objective['value']:.4f}")
+            bar.set_postfix(
+              baseline=f"{baseline:.4f}", best=f"{write(search).objective['value']:.4f}"
+            )
 
       search.run(
         on_model,
@@ -472,14 +475,14 @@ def run_search(params: Params, setup: SearchSetup, search: Search | None) -> Non
     on_model.end()
 
   if search:
-    run_trials()
+    run_trials(search)
   else:
     on_model.follow()
   with search.locked() if search else contextlib.nullcontext():  # only one worker confirms
     if app.from_first_process(lambda: finished(setup) is None):
       confirmed = confirm_best(params, search, setup, model)
       if search:
-        write(confirmed)
+        write(search, confirmed)
 
 
 def finished(setup: SearchSetup) -> Profile | None:
@@ -532,8 +535,8 @@ def main(argv) -> None:
     with more_workers(setup.output):
       params, _ = app.load_params(FLAGS.checkpoint, FLAGS.dtype, FLAGS.mesh)
       run_search(params, setup, search)
-  if app.is_first_process():
-    print_report(finished(setup), setup)
+  if app.is_first_process() and (profile := finished(setup)):
+    print_report(profile, setup)
 
 
 def program() -> None:

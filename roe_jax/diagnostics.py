@@ -112,7 +112,8 @@ def last_member_logits(
   starts[: len(sequences)] = [len(s) - num_positions for s in sequences]
   # A multiple of 32 instead of a power of two: the fewest positions in few shapes.
   filled = tokens[:, : -(-longest // 32) * 32]
-  cache = prefill.fill_cache(params, config, rosters[0], cache, filled, starts, ids)
+  # Members read the T positions, too, from the cache: all but the last, which they compute.
+  cache = prefill.fill_cache(params, config, rosters[0], cache, filled, longest - 1, ids)
   columns = jnp.asarray(starts[:, None] + np.arange(num_positions))
   last = jnp.take_along_axis(tokens, columns, axis=1)
   for roster in rosters:

@@ -124,12 +124,12 @@ class TrainState(struct.PyTreeNode):
 
   Attributes:
     step: scalar int32, number of steps done.
-    params: model parameters.
+    params: what is trained: the model's parameters, or another pytree of weights.
     opt_state: optimizer state.
   """
 
   step: jax.Array
-  params: Params
+  params: Any
   opt_state: optax.OptState
 
 

@@ -88,12 +88,69 @@ THINKING = """{%- for message in messages %}
   {%- endif %}
 {%- endif %}"""
 
+# DeepSeek-V2-Lite's, whose turns begin with words and not with tokens, and Moonlight's.
+DEEPSEEK = _one_line("""{{ bos_token }}{% for message in messages %}
+{% if message['role'] == 'user' %}
+{{ 'User: ' + message['content'] + '\\n\\n' }}
+{% elif message['role'] == 'assistant' %}
+{{ 'Assistant: ' + message['content'] + eos_token }}
+{% else %}
+{{ message['content'] + '\\n\\n' }}
+{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}
+{{ 'Assistant:' }}
+{% endif %}""")
+
+MOONLIGHT = _one_line("""{% for message in messages %}
+{% if loop.first and message['role'] != 'system' %}
+{{ '<|im_system|>system<|im_middle|>You are a helpful assistant<|im_end|>' }}
+{% endif %}
+{{ '<|im_' + message['role'] + '|>' + message['role'] + '<|im_middle|>' }}
+{{ message['content'] + '<|im_end|>' }}
+{% endfor %}
+{% if add_generation_prompt %}
+{{ '<|im_assistant|>assistant<|im_middle|>' }}
+{% endif %}""")
+
+# DeepSeek-R1's: thoughts are opened in the prompt, and left out of earlier turns.
+R1 = """{{- bos_token }}
+{%- for message in messages if message['role'] == 'system' %}{{ message['content'] }}{% endfor %}
+{%- for message in messages %}
+  {%- if message['role'] == 'user' %}
+    {{- '<｜User｜>' + message['content'] }}
+  {%- elif message['role'] == 'assistant' %}
+    {{- '<｜Assistant｜>' + message['content'].split('</think>')[-1] + eos_token }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+  {{- '<｜Assistant｜><think>\\n' }}
+{%- endif %}"""
+
+# Ling-mini-2.0's, whose system message is always there.
+LING = """{%- set option = 'on' if enable_thinking is defined and enable_thinking else 'off' %}
+{{- '<role>SYSTEM</role>' }}
+{%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n' }}{%- endif %}
+{{- 'detailed thinking ' + option + '<|role_end|>' }}
+{%- for message in messages %}
+  {%- if message.role == 'user' %}
+    {{- '<role>HUMAN</role>' + message.content + '<|role_end|>' }}
+  {%- elif message.role == 'assistant' %}
+    {{- '<role>ASSISTANT</role>' + message.content + '<|role_end|>' }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<role>ASSISTANT</role>' }}{%- endif %}"""
+
 TEMPLATES = {
   "olmoe": OLMOE,
   "mixtral": MIXTRAL,
   "harmony": HARMONY,
   "chatml": CHATML,
   "thinking": THINKING,
+  "deepseek": DEEPSEEK,
+  "moonlight": MOONLIGHT,
+  "r1": R1,
+  "ling": LING,
 }
 SPECIAL = {
   "olmoe": ["<|endoftext|>", "<|padding|>"],
@@ -111,6 +168,22 @@ SPECIAL = {
   ],
   "chatml": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
   "thinking": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+  "deepseek": ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"],
+  "moonlight": [
+    "[BOS]",
+    "[EOS]",
+    "<|im_end|>",
+    "<|im_user|>",
+    "<|im_assistant|>",
+    "<|im_system|>",
+    "<|im_middle|>",
+  ],
+  "r1": ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"],
+  "ling": ["<|startoftext|>", "<|endoftext|>", "<role>", "</role>", "<|role_end|>"],
+}
+_DEEPSEEK_NAMED = {
+  "bos_token": {"__type": "AddedToken", "content": "<｜begin▁of▁sentence｜>"},
+  "eos_token": {"__type": "AddedToken", "content": "<｜end▁of▁sentence｜>"},
 }
 NAMED = {
   "olmoe": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
@@ -122,6 +195,10 @@ NAMED = {
   "harmony": {"bos_token": "<|startoftext|>", "eos_token": "<|return|>"},
   "chatml": {"eos_token": "<|endoftext|>"},
   "thinking": {"eos_token": "<|im_end|>"},
+  "deepseek": _DEEPSEEK_NAMED,
+  "moonlight": {"bos_token": "[BOS]", "eos_token": "[EOS]"},
+  "r1": _DEEPSEEK_NAMED,
+  "ling": {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"},
 }
 
 
@@ -132,7 +209,7 @@ def tokenizer(name):
   made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   made.decoder = decoders.ByteLevel()
   made.add_special_tokens(SPECIAL[name])
-  if name == "thinking":  # tokens of their own, but not special: so it is in Qwen3
+  if name in ("thinking", "r1"):  # tokens of their own, but not special: so it is in Qwen3
     made.add_tokens([AddedToken(mark, normalized=False) for mark in ("<think>", "</think>")])
   return made
 

@@ -2,7 +2,7 @@
 //
 //   g++ -std=c++17 -O1 -g -march=native -fsanitize=address,undefined -pthread -I roe_jax/native
 //       tests/native_fuzz.cc -o fuzz && ./fuzz 300
-//   (and with -fsanitize=thread)
+//   (and with -fsanitize=thread; for ARM with a cross compiler, -static, under qemu-aarch64)
 //
 // All arrays are exactly as large as the kernels may read or write.
 
@@ -80,7 +80,8 @@ Stored stored(roe::Kind kind, int64_t rows, int64_t width, int64_t along, int64_
       value = roe::bits<float>(raw);
       std::memcpy(&m.codes[i * bytes], reinterpret_cast<const char*>(&raw) + 4 - bytes, bytes);
     } else if (kind == roe::Kind::kInt8) {
-      value = m.codes[i] = between(-128, 127);
+      const int8_t code = between(-128, 127);  // `char` has no sign on ARM
+      m.codes[i] = code, value = code;
     } else {
       const int code = between(0, 15), high = c >= width / 2;
       m.codes[row * (width / 2) + c % (width / 2)] |= code << (4 * high);
@@ -89,6 +90,19 @@ Stored stored(roe::Kind kind, int64_t rows, int64_t width, int64_t along, int64_
     m.values[i] = scaled ? value * scales[row / down * groups + c / along] : value;
   }
   return m;
+}
+
+// `groups`: see `roe::Matrix`; the matrices of `experts` lie one after the other.
+roe::Matrix matrix(
+    const Stored& m, int64_t experts, int64_t rows, int64_t width, int64_t groups,
+    int64_t row_scales) {
+  roe::Matrix made{};
+  made.codes = m.codes.data(), made.scales = m.scales.data();
+  made.width = width, made.groups = groups;
+  made.row_bytes = m.codes.size() / (experts * rows);
+  made.row_scales = made.kind_scales = row_scales;
+  made.expert_bytes = m.codes.size() / experts, made.expert_scales = m.scales.size() / experts;
+  return made;
 }
 
 void expect(const std::vector<float>& found, const std::vector<double>& right, const char* what) {
@@ -165,8 +179,9 @@ void experts(roe::Kind kind) {
     roe::Experts e;
     e.num_tokens = n, e.num_choices = a, e.num_experts = count, e.d_model = d, e.d_expert = f;
     e.layer = layer;
-    e.gate_up = {gate_up.codes.data(), gate_up.scales.data(), d, d / along};
-    e.down = {back.codes.data(), back.scales.data(), d, down};
+    e.bits = 0, e.bits_of = nullptr;
+    e.gate_up = matrix(gate_up, 2 * count, 2 * f, d, d / along, d / along);
+    e.down = matrix(back, 2 * count, f, d, down, d);
     e.gate_up_bias = biased ? gate_up_bias.data() : nullptr;
     e.down_bias = biased ? down_bias.data() : nullptr;
     e.bias_is_bfloat16 = false;
@@ -202,11 +217,11 @@ void products(roe::Kind kind) {
     }
   }
   std::vector<float> one(n * rows, NAN), other(n * d, NAN), reordered(n * (d + roe::kGap));
-  const roe::Matrix matrix{m.codes.data(), nullptr, d, 1};
+  const roe::Matrix whole = matrix(m, 2, rows, d, 1, 0);
   Pool pool{between(1, 4), {}, {}};
   roe::project(
-      pool, is_bfloat16, matrix, index * rows, rows, n, x.data(), reordered.data(), one.data());
-  roe::project_back(pool, is_bfloat16, matrix, index * rows, rows, n, h.data(), other.data());
+      pool, is_bfloat16, whole, index * rows, rows, n, x.data(), reordered.data(), one.data());
+  roe::project_back(pool, is_bfloat16, whole, index * rows, rows, n, h.data(), other.data());
   expect(one, there, "project");
   expect(other, back, "project_back");
 }

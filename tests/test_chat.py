@@ -90,6 +90,21 @@ RENDERED = [
     {"enable_thinking": False},
     "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
   ),
+  (
+    "deepseek",
+    "three",
+    {},
+    "<｜begin▁of▁sentence｜>User: 1 + 1?\n\nAssistant: It is 2.<｜end▁of▁sentence｜>"
+    "User:  2 + 2? \n\nAssistant:",
+  ),
+  ("r1", "one", {}, "<｜begin▁of▁sentence｜><｜User｜>1 + 1?<｜Assistant｜><think>\n"),
+  (
+    "ling",
+    "system",
+    {"enable_thinking": True},
+    "<role>SYSTEM</role>Be <brief> & übergenau.\ndetailed thinking on<|role_end|>"
+    "<role>HUMAN</role>1 + 1?<|role_end|><role>ASSISTANT</role>",
+  ),
 ]
 
 
@@ -318,6 +333,10 @@ def marks(tmp_path, chat):
     ("thinking", None, "<|im_end|>", ["<|im_end|>"]),
     ("olmoe", None, "<|endoftext|>", ["<|endoftext|>"]),
     ("mixtral", None, "</s>", ["</s>"]),
+    ("deepseek", None, "<｜end▁of▁sentence｜>", ["<｜end▁of▁sentence｜>"]),
+    ("moonlight", None, "[EOS]", ["[EOS]", "<|im_end|>"]),
+    ("r1", None, "<｜end▁of▁sentence｜>", ["<｜end▁of▁sentence｜>"]),
+    ("ling", None, "<|endoftext|>", ["<|endoftext|>", "<|role_end|>"]),
     # <|end|> follows an assistant's message, too, but ends only its analysis.
     ("harmony", None, "<|endoftext|>", ["<|return|>", "<|endoftext|>", "<|call|>"]),
     (
@@ -384,6 +403,9 @@ def test_what_users_write_opens_no_thoughts(tmp_path):
       "<|im_start|>assistant\n<think>\n\n</think>\n\n",
     ),
     ("thinking", "prefilled", {}, "<|im_start|>assistant\n<think>\n\n</think>\n\nIt is\n"),
+    ("deepseek", "three", {}, "Assistant:"),
+    ("r1", "three", {}, "<｜Assistant｜><think>\n"),
+    ("ling", "one", {}, "<role>ASSISTANT</role>"),
   ],
 )
 def test_a_prompt_knows_what_it_holds_of_the_answers_turn(

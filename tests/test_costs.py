@@ -104,6 +104,17 @@ def test_layers_before_the_noise_are_counted_once():
   assert costs.forward_flops(CONFIG, apart, range(1)) == 6 * plain
 
 
+def test_members_with_fewer_experts_cost_less():
+  most, layers = CONFIG.experts_per_token, CONFIG.num_layers
+  plain = costs.forward_flops(CONFIG, Roster.create(CONFIG), range(3))
+  expert = 3 * 6 * CONFIG.d_model * CONFIG.d_expert
+  one = costs.forward_flops(CONFIG, Roster.create(CONFIG, experts_by_layer=1), range(3))
+  assert one == plain - layers * (most - 1) * expert
+  counts = [[most] * layers, [1] * layers, [most] * (layers - 1) + [1]]
+  own = costs.forward_flops(CONFIG, Roster.create(CONFIG, 3, experts_by_layer=counts), range(3))
+  assert own == 3 * plain - (layers + 1) * (most - 1) * expert
+
+
 def test_generation_and_scoring_are_sums_of_their_passes():
   roster, plain = Roster.create(CONFIG, 4, 0.3), Roster.create(CONFIG)
 

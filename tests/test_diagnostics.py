@@ -123,3 +123,19 @@ def test_logits_and_routing_of_members_are_those_of_the_definition(olmoe, cache)
   gates = np.take_along_axis(probabilities, trace.experts[0], -1)
   np.testing.assert_allclose(trace.gates[0], gates, rtol=1e-5)
   assert np.any(trace.experts[1, 1, 0, : len(TEXTS[0])] != trace.experts[1, 0, 0, : len(TEXTS[0])])
+
+
+def test_last_logits_do_not_depend_on_where_a_prefill_chunk_ends(olmoe):
+  """The first ends a chunk of 32 positions within its last four."""
+  config, params = olmoe
+  roster, texts = Roster.create(config, 2, 0.6, seed=9), tiny.texts([35, 30])
+  arguments = dict(request_ids=[3, 8])
+  expected = diagnostics.member_logits(
+    params, config, texts, roster=roster, all_positions=True, **arguments
+  )
+  (last,) = diagnostics.last_member_logits(
+    params, config, texts, [roster], num_positions=4, **arguments
+  )
+  for i, text in enumerate(texts):
+    wanted = expected[:, i, len(text) - 4 : len(text)]
+    np.testing.assert_allclose(last[:, i], wanted, rtol=1e-4, atol=1e-4)

@@ -39,8 +39,8 @@ class Events:
   @classmethod
   def of(
     cls,
-    confidences: Sequence[Sequence[float]],
-    correct: Sequence[Sequence[bool]],
+    confidences: Sequence[Sequence[float] | np.ndarray],
+    correct: Sequence[Sequence[bool] | np.ndarray],
     num_seeds: int = 1,
   ) -> "Events":
     """Makes events from one list per example.

@@ -150,20 +150,20 @@ class Power:
 
 
 def quality(
-  results: Sequence[Result], baseline: Result, on_run: Callable[[], None] = lambda: None
+  results: Sequence[Result], baseline: Result | None, on_run: Callable[[], object] = lambda: None
 ) -> list[Quality]:
   """Compares each run with the baseline by each task's metric.
 
   Args:
     results: all runs.
-    baseline: one of them.
+    baseline: one of them; None without results.
     on_run: called after each run on each task.
   """
   return _rows(_quality, results, baseline, on_run, [quality_metric])
 
 
 def likelihood(
-  results: Sequence[Result], baseline: Result, on_run: Callable[[], None] = lambda: None
+  results: Sequence[Result], baseline: Result | None, on_run: Callable[[], object] = lambda: None
 ) -> list[Likelihood]:
   """Compares perplexities, with and without fitted output temperatures; args as `quality`.
 
@@ -174,7 +174,7 @@ def likelihood(
 
 
 def calibrations(
-  results: Sequence[Result], baseline: Result, on_run: Callable[[], None] = lambda: None
+  results: Sequence[Result], baseline: Result | None, on_run: Callable[[], object] = lambda: None
 ) -> list[Calibration]:
   """Compares calibration, with and without fitted output temperatures; args as `quality`."""
   return _rows(_calibration, results, baseline, on_run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import pathlib
 
 import numpy as np
@@ -16,7 +16,9 @@ SHADES = ("black", "0.45", "0.7")
 SIZE = 3.4  # inches, of a panel
 
 
-def save(figure: plt.Figure, path: pathlib.Path, kinds: Sequence[str] = ("png", "pdf")) -> None:
+def save(
+  figure: matplotlib.figure.Figure, path: pathlib.Path, kinds: Sequence[str] = ("png", "pdf")
+) -> None:
   """Saves a figure as PATH.KIND without timestamps, and closes it."""
   path.parent.mkdir(parents=True, exist_ok=True)
   for kind in kinds:
@@ -27,7 +29,7 @@ def save(figure: plt.Figure, path: pathlib.Path, kinds: Sequence[str] = ("png", 
 
 def axes(
   columns: int, rows: int = 1, width: float = SIZE, height: float = SIZE, **shared
-) -> tuple[plt.Figure, np.ndarray]:
+) -> tuple[matplotlib.figure.Figure, np.ndarray]:
   """Makes a figure and its `[rows, columns]` axes, each of that size in inches.
 
   Args:
@@ -46,7 +48,7 @@ def axes(
 
 def panels(
   titles: Sequence[str], columns: int, width: float, height: float
-) -> tuple[plt.Figure, list[plt.Axes]]:
+) -> tuple[matplotlib.figure.Figure, list[matplotlib.axes.Axes]]:
   """Makes a figure with a titled panel per title, in at most `columns` columns."""
   columns = min(columns, len(titles))
   figure, grid = axes(columns, -(-len(titles) // columns), width, height)
@@ -86,19 +88,24 @@ def bars(estimates: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray]:
   return values, np.maximum(0, [values - low, high - values])
 
 
-def errorbars(axis: plt.Axes, x: Sequence[float], estimates: Sequence[Estimate], **settings):
+def errorbars(
+  axis: matplotlib.axes.Axes,
+  x: Sequence[float] | np.ndarray,
+  estimates: Sequence[Estimate],
+  **settings,
+):
   """Draws estimates with their intervals; `settings` as of `errorbar`."""
   values, lengths = bars(estimates)
   return axis.errorbar(x, values, yerr=lengths, **settings)
 
 
-def short(value: float, _: int | None = None) -> str:
+def short(value: float, _: float | None = None) -> str:
   """Formats a tick: 0.5, 20, 5000, 20k, 3M."""
   eng = matplotlib.ticker.EngFormatter(sep="")
   return eng(value) if abs(value) >= 1e4 else f"{value:g}"
 
 
-def value_axis(axis: plt.Axes, which: str, name: str, values: Sequence[float]) -> None:
+def value_axis(axis: matplotlib.axes.Axes, which: str, name: str, values: Sequence[float]) -> None:
   """Names the "x" or "y" axis of positive values; makes it logarithmic if they span a factor of 3.
 
   Ticks are at 1, 2, 5, 10, ..., or closer together for values of one order of magnitude.
@@ -115,7 +122,7 @@ def value_axis(axis: plt.Axes, which: str, name: str, values: Sequence[float]) -
   one.set_label_text(name)
 
 
-def members_axis(axis: plt.Axes, numbers: Sequence[int]) -> None:
+def members_axis(axis: matplotlib.axes.Axes, numbers: Sequence[int]) -> None:
   """Makes the x axis one of roster sizes, in powers of two, each of `numbers` labeled."""
   axis.set_xscale("log", base=2)
   axis.set_xticks(numbers, [str(n) for n in numbers])
@@ -124,9 +131,9 @@ def members_axis(axis: plt.Axes, numbers: Sequence[int]) -> None:
 
 
 def dots(
-  axis: plt.Axes,
+  axis: matplotlib.axes.Axes,
   groups: Sequence[str],
-  series: dict[str, Sequence[Estimate | None]],
+  series: Mapping[str, Sequence[Estimate | None]],
   first_style: int = 0,
 ) -> None:
   """Draws estimates with error bars, a column of the x axis per group, series next to each other.
@@ -148,12 +155,12 @@ def dots(
   axis.tick_params(axis="x", labelsize=8)
 
 
-def zero(axis: plt.Axes) -> None:
+def zero(axis: matplotlib.axes.Axes) -> None:
   """Draws a line at zero difference."""
   axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
 
 
-def legend(figure: plt.Figure, axis: plt.Axes, columns: int = 3) -> None:
+def legend(figure: matplotlib.figure.Figure, axis: matplotlib.axes.Axes, columns: int = 3) -> None:
   """Puts the legend of one of the axes below the whole figure."""
   handles, labels = axis.get_legend_handles_labels()
   figure.legend(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import textwrap
+from typing import Any
 
 import numpy as np
 
 from experiments.analysis import calibration_error, comparisons, drawing
 from experiments.analysis.paired_statistics import Difference
 from experiments.analysis.run_results import Tuning
-from experiments.cli.extras import matplotlib, plt
+from experiments.cli.extras import matplotlib
 
 FLAT = 0.01  # percent or points: smaller differences are not magnified
 COSTS = {  # name: title and unit
@@ -28,7 +29,7 @@ def quality_against_cost(
   costs: Sequence[comparisons.RunCost],
   baseline: str,
   task: str,
-) -> plt.Figure | None:
+) -> matplotlib.figure.Figure | None:
   """Draws differences from the baseline against each measured cost; None without any.
 
   The upper row is the task's metric, the lower one the reduction of perplexity with output
@@ -61,7 +62,7 @@ def differences_against_costs(
   rows: Sequence[tuple[str, dict[str, Difference | None]]],
   costs: dict[str, dict[str, float | None]],
   task: str,
-) -> plt.Figure | None:
+) -> matplotlib.figure.Figure | None:
   """Draws a row of panels per measure, one panel per cost; None without any.
 
   Args:
@@ -71,7 +72,7 @@ def differences_against_costs(
   """
   labels = list(costs)
   panels = [
-    (title, {label: cost[name] and cost[name] / unit for label, cost in costs.items()})
+    (title, {l: v and v / unit for l, v in ((k, c[name]) for k, c in costs.items())})
     for name, (title, unit) in COSTS.items()
     if any(cost[name] for cost in costs.values())
   ]
@@ -139,7 +140,7 @@ def _offsets(costs):
 
 def temperatures(
   tunings: Sequence[Tuning], fixed: Sequence[int] | None = None
-) -> plt.Figure | None:
+) -> matplotlib.figure.Figure | None:
   """Draws each temperature profile as a row of a heat map; None without a profile.
 
   Args:
@@ -181,7 +182,7 @@ def temperatures(
   for row, kept in enumerate(fixed or ()):
     for layer in (*range(kept), *range(layers - kept, layers)):
       axis.add_patch(
-        plt.Rectangle(
+        matplotlib.patches.Rectangle(
           (layer - 0.5, row - 0.5), 1, 1, fill=False, hatch="////", edgecolor="0.75", linewidth=0
         )
       )
@@ -191,7 +192,7 @@ def temperatures(
   return figure
 
 
-def trials(axis: plt.Axes, tuning: Tuning) -> None:
+def trials(axis: matplotlib.axes.Axes, tuning: Tuning) -> None:
   """Draws a search's trials in order: the sweep, those of TPE, and pruned ones."""
   complete = tuning.complete()
   series = [
@@ -221,7 +222,7 @@ def _draw_baseline(axis, tuning):
     axis.axhline(baseline, color="0.4", linestyle=":", linewidth=1.2, label="baseline")
 
 
-def history(tuning: Tuning) -> plt.Figure | None:
+def history(tuning: Tuning) -> matplotlib.figure.Figure | None:
   """Draws a search's trials, and its sweep of one τ; None without a trial."""
   complete = tuning.complete()
   if not complete:
@@ -239,7 +240,9 @@ def history(tuning: Tuning) -> plt.Figure | None:
   return figure
 
 
-def reliability(lines: Sequence[comparisons.Calibration], task: str) -> plt.Figure | None:
+def reliability(
+  lines: Sequence[comparisons.Calibration], task: str
+) -> matplotlib.figure.Figure | None:
   """Draws reliability diagrams, a panel per run; None without any."""
   lines = [line for line in lines if line.task == task]
   labels = list(dict.fromkeys(line.result.label for line in lines))
@@ -249,7 +252,9 @@ def reliability(lines: Sequence[comparisons.Calibration], task: str) -> plt.Figu
   low = np.floor(10 * min(line.events.confidences.min() for line in lines)) / 10
   handles = {}
   for label, axis in zip(labels, axes):
-    ideal = dict(color="0.6", linewidth=0.8, linestyle=":", label="perfect calibration")
+    ideal: dict[str, Any] = dict(
+      color="0.6", linewidth=0.8, linestyle=":", label="perfect calibration"
+    )
     axis.plot([low, 1], [low, 1], **ideal)
     for line in (l for l in lines if l.result.label == label):
       points = calibration_error.reliability(line.events)

@@ -1,6 +1,6 @@
 """The page of a report: Markdown from the rows of `comparisons`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments.analysis import (
@@ -24,7 +24,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
   return tabulate.tabulate(clean, header, tablefmt="pipe", disable_numparse=True)
 
 
-def table_of(records: Sequence[Any], columns: dict[str, str | Callable[[Any], Any]]) -> str:
+def table_of(records: Sequence[Any], columns: Mapping[str, str | Callable[[Any], Any]]) -> str:
   """Formats a Markdown table with a row per record.
 
   Args:
@@ -44,7 +44,7 @@ def estimate(e: Estimate | None, places: int, unit: str = "") -> str:
   return f"{e.value:.{places}f}{unit} [{e.low:.{places}f}, {e.high:.{places}f}]"
 
 
-def difference(d: Difference | None, places: int, unit: str = "") -> str:
+def difference(d: Estimate | None, places: int, unit: str = "") -> str:
   if d is None:
     return ""
   return f"{d.value:+.{places}f}{unit} [{d.low:+.{places}f}, {d.high:+.{places}f}]"

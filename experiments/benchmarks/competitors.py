@@ -5,8 +5,10 @@ Needs torch and transformers; imported only where they are installed.
 
 import itertools
 import time
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 
@@ -63,7 +65,7 @@ class Comparison:
   def of(self, n: int) -> tuple[Case, Case]:
     """Returns the case of roe_jax, and that of transformers, for n of `NUM_MEMBERS` members."""
     bench, context, tau = self._bench, self._context, self._bench.temperature
-    shared = dict(
+    shared: dict[str, Any] = dict(
       num_members=n,
       temperature=tau,
       context=context,
@@ -85,7 +87,7 @@ def _baseline_log_probs(bench, context):
 
   @jax.jit
   def run(params, cache, tokens_B):
-    positions, ids = np.full(1, context, np.int32), np.zeros(1, np.uint32)
+    positions, ids = jnp.full(1, context, jnp.int32), jnp.zeros(1, jnp.uint32)
     run = RosterPass.of_step(params, config, roster, tokens_B, positions, ids)
     outputs, _ = roster.cache_mode.step(run, cache)
     return outputs.log_probs[:, 0]
@@ -120,9 +122,10 @@ def _fastest(bench, model, context, n, expected):
     except (RuntimeError, NotImplementedError):
       continue  # an implementation that does not run here or at this size
     if seconds < shortest:
-      best, shortest = (call, {"cache": cache, "experts": experts}), seconds
+      options: dict[str, Any] = {"cache": cache, "experts": experts}
+      best, shortest = (call, options), seconds
       if n == 1:
-        best[1]["difference"] = float(np.abs(log_probs.cpu().numpy() - expected).max())
+        options["difference"] = float(np.abs(log_probs.cpu().numpy() - expected).max())
   if best is None:
     raise ValueError(
       "no expert implementation of transformers runs on this machine: give --transformers=no"

@@ -114,7 +114,7 @@ class Layer:
     self._toy, self.config = toy, config_of(model, format, toy)
     config = self.config
     specs = params_lib.describe(config).layers.experts
-    self.weights = params_lib.in_storage_dtype(random_models.random_arrays(specs, config))
+    self.weights: Any = params_lib.in_storage_dtype(random_models.random_arrays(specs, config))
     self.activation = Activation(config.swiglu_limit, config.swiglu_alpha)
     self.x = jax.random.normal(jax.random.key(1), (num_tokens, config.d_model), config.dtype)
     self.indices, self.gates = draw_routing(config, num_tokens)
@@ -189,7 +189,7 @@ class Layers:
     self._key, self._layer = None, None
 
   def measure(self, model: str, format: str, strategy: str, num_tokens: int) -> dict[str, Any]:
-    if self._key != (model, format):
+    if self._layer is None or self._key != (model, format):
       self._key = self._layer = None  # freed before the next is made
       self._layer = Layer(model, format, self._toy, max(sizes(self._toy)))
       self._key = model, format

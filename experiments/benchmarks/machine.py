@@ -32,7 +32,7 @@ def pin(num_cores: int | None) -> int:
       raise ValueError(
         f"--num_cores: {platform.system()} cannot pin processes to cores: leave the flag out"
       )
-    return os.cpu_count()
+    return os.cpu_count() or 1
   allowed = sorted(os.sched_getaffinity(0))
   if num_cores is None:
     return len(allowed)

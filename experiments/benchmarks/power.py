@@ -10,7 +10,7 @@ PERIOD = 0.02  # seconds between two readings
 def load_nvml() -> Any | None:
   """Returns NVML, or None without the package nvidia-ml-py, a driver or a GPU."""
   try:
-    import pynvml
+    import pynvml  # pyright: ignore[reportMissingImports]  # may not be installed
 
     pynvml.nvmlInit()
     return pynvml if pynvml.nvmlDeviceGetCount() else None

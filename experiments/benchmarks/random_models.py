@@ -12,7 +12,7 @@ from roe_jax import presets, quantization
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 
-_OLMOE = dict(
+_OLMOE: dict[str, Any] = dict(
   family="olmoe", normalize_gates=False, gates_in_model_dtype=True, qk_norm=True, dtype="float32"
 )
 PRESETS = {
@@ -85,7 +85,7 @@ def random_arrays(tree: Any, config: ModelConfig, seed: int = 0) -> Any:
     deviation = config.initializer_range * spec.scale
     if spec.init == "ones":
       return jnp.ones(spec.shape, dtype)
-    if spec.init == "scales":
+    if spec.init == "scales" and config.expert_format:
       scales = quantization.typical_scales(config.expert_format, deviation, spec.shape[-1])
       return jnp.broadcast_to(jnp.asarray(scales, dtype), spec.shape)
     size = math.prod(spec.shape)
@@ -99,7 +99,7 @@ def cache_bytes(config: ModelConfig, context: int) -> int:
   """Returns the bytes of keys and values that a token at this position attends to."""
   sliding = len(config.sliding_layers)
   seen = (config.num_layers - sliding) * context
-  if sliding:
+  if config.sliding_window:
     seen += sliding * min(context, config.sliding_window - 1)
   return seen * config.cached_size * jnp.dtype(config.dtype).itemsize
 

@@ -1,6 +1,6 @@
 """Device time by `jax.named_scope`, from a profiler trace."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 import pathlib
 import re
@@ -44,7 +44,7 @@ def by_scope(events: Iterable[Event], scopes: dict[str, str], steps: int) -> dic
   Instructions that contain others, such as loops, count only the time of their own. The device is
   idle where no instruction runs: between kernels and, if the host is late, between steps.
   """
-  own: Counter[str] = Counter()
+  own: dict[str, float] = defaultdict(float)
   busy: list[list[float]] = []
   stacks: dict[str, list[Event]] = {}
   for event in sorted(events, key=lambda e: (e.start, -e.end)):

@@ -83,7 +83,7 @@ def run(
   stages: Sequence[Stage],
   saved: store.SavedValues,
   deadline: float,
-  on_stage: Callable[[], None] = lambda: None,
+  on_stage: Callable[[], object] = lambda: None,
 ) -> None:
   """Runs all stages up to their limits, and then the unfinished ones, those without records first.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+from typing import Any
 
 from experiments.benchmarks import bench as bench_lib
 from experiments.benchmarks import random_models
@@ -77,7 +78,7 @@ class Case:
 
 def floor(
   bench: Bench, roster: Roster, unique: float, context: int, batch_size: int = 1, histories: int = 1
-) -> dict[str, float]:
+) -> dict[str, Any]:
   """Returns what a decode step must read and compute, as fields of `Case`.
 
   Args:
@@ -264,14 +265,14 @@ def samplers(bench: Bench, sizes: Sizes) -> list[Case]:
       0.0,
       sizes.context,
       1,
-      ((bench.step(bench.roster(1, 0.0), box, Sampler.create(*settings)), 1),),
+      ((bench.step(bench.roster(1, 0.0), box, sampler), 1),),
       ("greedy", 1, 0.0, sizes.context, 1),
     )
-    for name, settings in (
-      ("greedy", ()),
-      ("temperature 0.7", (0.7,)),
-      ("temperature 0.7, top-k 40", (0.7, 40)),
-      ("temperature 0.7, top-p 0.95", (0.7, 0, 0.95)),
+    for name, sampler in (
+      ("greedy", Sampler.create()),
+      ("temperature 0.7", Sampler.create(0.7)),
+      ("temperature 0.7, top-k 40", Sampler.create(0.7, 40)),
+      ("temperature 0.7, top-p 0.95", Sampler.create(0.7, 0, 0.95)),
     )
   ]
 

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping
 import dataclasses
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+Name = TypeVar("Name")
 # Seconds: faster calls are repeated within a turn, so that call overhead does not count.
 SHORTEST = 0.02
 # Seconds: slower calls need no warm-up.
@@ -46,7 +47,7 @@ class Timed:
     warms: whether an untimed call precedes each timed one.
   """
 
-  call: Callable[[int], None]
+  call: Callable[[int], object]
   count: int = 1
   turns: int = 0
   warms: bool = True
@@ -73,11 +74,11 @@ class Timed:
 
 
 def take_turns(
-  calls: Mapping[str, Callable[[int], None]],
+  calls: Mapping[Name, Callable[[int], object]],
   rounds: int,
   seed: int = 0,
-  on_turn: Callable[[], Any] = lambda: None,
-) -> dict[str, np.ndarray]:
+  on_turn: Callable[[], object] = lambda: None,
+) -> dict[Name, np.ndarray]:
   """Returns the seconds of each call in each round, `[rounds]`; NaN where it took no part.
 
   In every round each call has one turn, in shuffled order, so that other load on the machine
@@ -124,7 +125,8 @@ def ratios(
 
 def quartiles(values: np.ndarray) -> tuple[float, float, float]:
   """Returns lower quartile, median and upper quartile, ignoring NaN."""
-  return tuple(float(q) for q in np.nanquantile(values, (0.25, 0.5, 0.75)))
+  lower, median, upper = map(float, np.nanquantile(values, (0.25, 0.5, 0.75)))
+  return lower, median, upper
 
 
 def median_ratio(values: np.ndarray, others: np.ndarray) -> float:

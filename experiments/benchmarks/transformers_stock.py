@@ -10,6 +10,7 @@ Needs torch and transformers 5. Axis letters are those of roe_jax.
 from collections.abc import Callable, Sequence
 import math
 import types
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ import transformers
 
 from roe_jax import families
 from roe_jax.config import ModelConfig
-from roe_jax.params import Params
+from roe_jax.params import AttentionParams, Params
 
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
 CACHES = ("static", "dynamic")
@@ -59,9 +60,10 @@ def copy_params(params: Params, model: transformers.PreTrainedModel) -> None:
   put("model.embed_tokens.weight", params.embedding)
   put("model.norm.weight", params.final_norm)
   put("lm_head.weight", params.unembedding)
-  layers = params.layers
+  layers, attention = params.layers, params.layers.attention
+  assert isinstance(attention, AttentionParams)
   for l in range(layers.router.shape[0]):
-    block, attention = f"model.layers.{l}.", layers.attention
+    block = f"model.layers.{l}."
     put(block + "input_layernorm.weight", layers.attention_norm[l])
     put(block + "post_attention_layernorm.weight", layers.moe_norm[l])
     put(block + "self_attn.q_proj.weight", attention.query[l])
@@ -139,7 +141,8 @@ class StockRoster:
       raise ValueError(f"unknown cache {cache!r}: choose one of {', '.join(CACHES)}")
     self.model, self.num_members, self.batch_size = model, num_members, batch_size
     self.experts, self.capacity = experts, capacity
-    self.length, self._kind, self._cache, self._draw = 0, cache, None, draw
+    self.length, self._kind, self._draw = 0, cache, draw
+    self._cache: Any = None  # of transformers, whose kinds of caches share no interface
     self._temperatures = np.broadcast_to(
       np.asarray(temperatures, np.float32), model.config.num_hidden_layers
     )
@@ -160,7 +163,7 @@ class StockRoster:
   @torch.inference_mode()
   def prefill(self, tokens_BxT: torch.Tensor) -> torch.Tensor:
     """Runs the sequences once and gives each member a copy of the cache; `[B, T, D]`."""
-    once = transformers.DynamicCache(config=self.model.config)
+    once: Any = transformers.DynamicCache(config=self.model.config)
     x = self._hidden(tokens_BxT, once, 0, "grouped_mm")
     self.length = tokens_BxT.shape[1]
     if self._kind == "dynamic":
@@ -170,7 +173,8 @@ class StockRoster:
     self._cache = transformers.StaticCache(config=self.model.config, max_cache_len=self.capacity)
     for l, layer in enumerate(once.layers):
       self._cache.update(
-        *(a.repeat_interleave(self.num_members, dim=0) for a in (layer.keys, layer.values)), l
+        *(a.repeat_interleave(self.num_members, dim=0) for a in (layer.keys, layer.values)),
+        layer_idx=l,
       )
     return x
 

@@ -8,6 +8,7 @@ import pathlib
 import sys
 import threading
 import time
+from typing import Any
 
 from absl import app, flags, logging
 import jax
@@ -132,10 +133,10 @@ class CompiledPrograms:
     jax.monitoring.register_event_duration_secs_listener(self._on_duration)
     jax.monitoring.register_event_listener(self._on_event)
 
-  def _on_duration(self, event, seconds, **kwargs):
+  def _on_duration(self, event, duration_secs, **kwargs):
     if event == "/jax/core/compile/backend_compile_duration":  # also fires for cached programs
       self.count += 1
-      self.seconds += seconds
+      self.seconds += duration_secs
       if self._timer:
         self._timer.cancel()
 
@@ -450,7 +451,7 @@ def roster_from_flags(config: ModelConfig, check_idle: bool = True) -> Roster:
   if "dry_run" in f:
     refuse_idle(not f.dry_run, DRY_RUN_FLAGS, "applies to --dry_run only: add it")
   temperatures = _numbers_or_profile(f.tau)
-  settings = {name: f[name].value for name in temperature_profiles.ROSTER_SETTINGS}
+  settings = {name: getattr(f, name) for name in temperature_profiles.ROSTER_SETTINGS}
   if isinstance(temperatures, Profile):
     temperatures.check_sizes(config)
     settings |= {k: v for k, v in temperatures.roster.items() if not f[k].present}
@@ -552,7 +553,7 @@ def load_tokenizer(name: str) -> Tokenizer:
   return in_all_processes(lambda: model_formats.load_tokenizer(name))
 
 
-def parse_mesh(text: str) -> dict[str, int]:
+def parse_mesh(text: str) -> dict[str, Any]:
   """Parses --mesh into sizes by axis; empty for "auto".
 
   Raises:

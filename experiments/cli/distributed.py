@@ -75,7 +75,7 @@ def start(refusal: str | None = None) -> None:
   Raises:
     ValueError: flags are missing, JAX detects no cluster, or the coordinator does not answer.
   """
-  given = {name: FLAGS[name].value for name in _EXPLICIT if FLAGS[name].value is not None}
+  given = {n: getattr(FLAGS, n) for n in _EXPLICIT if getattr(FLAGS, n) is not None}
   if not FLAGS.distributed:
     if given:
       raise ValueError(
@@ -185,6 +185,7 @@ def _timeout(message):
     yield
   except TimeoutError as error:
     message = message.format(error)
+    assert _partners  # they are set where this is used
     _partners.leave(message)
     raise ValueError(message) from error
 

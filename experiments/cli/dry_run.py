@@ -122,6 +122,7 @@ class Plan:
 
   def seconds(self, mesh: AbstractMesh) -> float:
     """Returns the time of a decode step, or of scoring a batch of sequences."""
+    assert self.device  # without an accelerator there is no time
     call = costs.seconds(self.call(mesh), self.device).total
     if not self.scoring:
       return call

@@ -30,12 +30,17 @@ def check(packages: tuple[str, ...]) -> None:
 
 
 if TYPE_CHECKING:
-  import matplotlib
+  import matplotlib.axes
+  import matplotlib.figure
+  import matplotlib.markers
+  import matplotlib.patches
   import matplotlib.pyplot as plt
+  import matplotlib.ticker
+  import matplotlib.transforms
   import optuna
   import scipy
-  import skimage
-  import sklearn
+  import skimage  # pyright: ignore[reportMissingImports]  # may not be installed
+  import sklearn  # pyright: ignore[reportMissingImports]  # may not be installed
   import tabulate
 else:
   matplotlib, optuna, scipy, tabulate, skimage, sklearn = map(LazyModule, PACKAGES[1:])

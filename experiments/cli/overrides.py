@@ -47,7 +47,7 @@ def parse(name: str, text: str, hint: Any) -> Any:
 
 def items(flag: str, kind: type) -> tuple[Any, ...]:
   """Returns the values of a list flag; raises as `parse`."""
-  return tuple(parse(f"--{flag}", text, kind) for text in flags.FLAGS[flag].value)
+  return tuple(parse(f"--{flag}", text, kind) for text in getattr(flags.FLAGS, flag))
 
 
 def changed(config: Config, values: Mapping[str, Any], positive: Collection[str] = ()) -> Config:

@@ -44,7 +44,7 @@ class Answers:
     self,
     engine: Engine,
     requests: Sequence[Request],
-    on_answered: Callable[[int], None] = lambda count: None,
+    on_answered: Callable[[int], object] = lambda count: None,
   ) -> list[dict[str, Any]]:
     """Returns the answers in the order of the requests; `engine` gives those that are missing.
 

@@ -117,14 +117,14 @@ class Stopwatch:
     jax.monitoring.register_event_duration_secs_listener(self._on_duration)
     self._last = time.perf_counter()
 
-  def _on_duration(self, event, seconds, **kwargs):
+  def _on_duration(self, event, duration_secs, **kwargs):
     if not event.startswith("/jax/core/compile/"):
       return
     end = time.perf_counter()
     # Events nested in this one were reported before it.
-    while self._spans and self._spans[-1][0] >= end - seconds:
+    while self._spans and self._spans[-1][0] >= end - duration_secs:
       self._spans.pop()
-    self._spans.append((end - seconds, end))
+    self._spans.append((end - duration_secs, end))
 
   def lap(self) -> float:
     """Returns the seconds since the last call."""
@@ -160,11 +160,11 @@ class Engine:
   def answer(
     self,
     requests: Sequence[Request],
-    output_temperatures: Sequence[float] = (1.0,),
+    output_temperatures: Sequence[float] | np.ndarray = (1.0,),
     known: Container[Request] = (),
     on_answers: Callable[[dict[Request, Answer]], None] = lambda answers: None,
-  ) -> list[Answer | None]:
-    """Returns the answers in the order of the requests.
+  ) -> list[Any]:
+    """Returns each request's answer: a `Likelihood` of a continuation, a `Generated` of a prompt.
 
     Args:
       requests: the requests; equal ones are answered once.
@@ -237,10 +237,10 @@ class Engine:
 
   def _score(self, requests, output_temperatures, known, keep):
     # Continuations that differ in their last token are one sequence with several candidates.
-    groups: dict[Any, list[Continuation]] = {}
+    by_sequence: dict[Any, list[Continuation]] = {}
     for r in requests:
-      groups.setdefault((r.context, r.tokens[:-1], r.request_id), []).append(r)
-    groups = list(groups.values())
+      by_sequence.setdefault((r.context, r.tokens[:-1], r.request_id), []).append(r)
+    groups = list(by_sequence.values())
     slots = min(self.batch_size, batching.bucket(len(groups)))
     # Batches are made from all sequences, so that a resumed run has the same ones.
     for batch, positions in batching.by_length(
@@ -251,7 +251,7 @@ class Engine:
         continue
       first = [some[0] for some in missing]
       sequences = [r.sequence for r in first]
-      with naming_sequences(map(self._name, sequences)):
+      with naming_sequences(list(map(self._name, sequences))):
         found = scoring.score(
           *self._model,
           sequences,

@@ -45,11 +45,12 @@ class RosterLM(TemplateLM):
     lengths: number of tokens of each scored continuation, by context and text.
   """
 
+  engine: Engine
+
   def __init__(self, name: str, builder: RequestBuilder):
     """Creates a model of the checkpoint `name`."""
     super().__init__()
     self.builder = builder
-    self.engine: Engine | None = None
     self.saved = Answers()
     self.requests: dict[str, list[Request]] = {}
     self.lengths: dict[tuple[str, str], int] = {}
@@ -99,7 +100,7 @@ class RosterLM(TemplateLM):
     Raises:
       ValueError: a setting is unknown, or leaves no room for the context.
     """
-    known = normalize_gen_kwargs(settings, self.max_gen_toks)
+    known: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
     limit, stop, samples = (known.pop(name) for name in ("max_gen_toks", "until", "do_sample"))
     sampler = {name: known.pop(name, value) for name, value in _SAMPLING.items()}
     unknown = [k for k, v in known.items() if k not in _NEUTRAL or v != _NEUTRAL[k]]
@@ -129,8 +130,9 @@ class RosterLM(TemplateLM):
     for self._label, group in _by_task(requests):
       without: dict[Any, list[str]] = {}  # choices of the documents without a context
       for r in group:
-        if not r.args[0]:
-          without.setdefault(r.doc_id, []).append(r.args[1])
+        context, *choice = r.args
+        if not context:
+          without.setdefault(r.doc_id, []).extend(choice)
       self._addresses = {
         ("", text): choices_address(texts) for texts in without.values() for text in texts
       }
@@ -162,7 +164,7 @@ class RosterLM(TemplateLM):
       prompts = []
       for request in group:
         sample = samples[id(request)] = samples.get(id(request), -1) + 1
-        prompts.append(self.prompt(*request.args, sample))
+        prompts.append(self.prompt(*request.args, sample=sample))
       found += [a["text"] for a in self.answers(label, prompts)]
     return found
 
@@ -212,10 +214,10 @@ class RegisteredRosterLM(RosterLM):
     profile = temperature_profiles.read(path) if path.is_file() else None
     if profile:
       profile.check_sizes(config)
-      roster, tau = profile.roster | roster, profile.temperatures
+      roster, temperatures = profile.roster | roster, profile.temperatures
     else:
-      tau = app.parse_temperatures(str(tau).replace(";", ","))
-    made = Roster.create(config, temperatures=tau, seed=seed, **roster)
+      temperatures = app.parse_temperatures(str(tau).replace(";", ","))
+    made = Roster.create(config, temperatures=temperatures, seed=seed, **roster)
     tokenizer = app.load_tokenizer(checkpoint)
     super().__init__(checkpoint, RequestBuilder(config, tokenizer))
     params, config = app.load_params(checkpoint, dtype, mesh)

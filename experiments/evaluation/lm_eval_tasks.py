@@ -197,7 +197,7 @@ def run(
   limit: int | None = None,
   chat: bool = False,
   system: str | None = None,
-) -> dict[str, Any]:
+) -> Any:
   """Runs loaded tasks; returns what `lm_eval.evaluator.evaluate` does."""
   for task in loaded["tasks"].values():
     _seed(task)

@@ -58,7 +58,7 @@ class Measurer:
     seed: int,
     task: Task,
     examples: Sequence[Example],
-    output_temperatures: Sequence[float] = (1.0,),
+    output_temperatures: Sequence[float] | np.ndarray = (1.0,),
     count_experts: bool = False,
     judge: Callable[[list[str]], Sequence[float]] | None = None,
   ) -> Measured:
@@ -113,9 +113,10 @@ class Measurer:
     n, selection = method.num_samples, SELECTIONS[method.select]
     if n == 1:
       return [0] * len(by_example)
-    routing = metrics = [[None] * n for _ in by_example]
+    routing: Sequence[Any] = [[None] * n for _ in by_example]
+    metrics: Sequence[Any] = routing
     if selection.needs_routing:
-      states, every = [None] * len(requests), len(engines)
+      states, every = [np.empty(0)] * len(requests), len(engines)
       for i, engine in enumerate(engines):
         states[i::every] = engine.last_gates(requests[i::every], written[i::every])
       routing = [np.stack(states[i : i + n]) for i in range(0, len(states), n)]
@@ -133,8 +134,8 @@ class Measurer:
     seed: int,
     task: Task,
     examples: Sequence[Example],
-    output_temperatures: Sequence[float],
-  ) -> list[Likelihood | None]:
+    output_temperatures: Sequence[float] | np.ndarray,
+  ) -> Sequence[Likelihood | None]:
     """Returns the likelihood of each example's reference and end of text; None without one.
 
     The likelihood of an example with choices is that of the right one. See `answer`.

@@ -15,7 +15,7 @@ from roe_jax.config import ModelConfig
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
-SAMPLING = dict(temperature=0.7, top_k=0, top_p=1.0)
+SAMPLING: dict[str, Any] = dict(temperature=0.7, top_k=0, top_p=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Method:
   def sampling(self) -> tuple[float, int, float]:
     """Temperature, top_k and top_p of the sampler; see `requests.Prompt`."""
     settings = SAMPLING | self.sampler.settings()
-    return tuple(settings[name] for name in SAMPLING)
+    return settings["temperature"], settings["top_k"], settings["top_p"]
 
   def with_seed(self, seed: int) -> Roster:
     return self.roster.replace(seed=jnp.asarray(seed, jnp.uint32))

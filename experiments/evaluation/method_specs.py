@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import re
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +15,7 @@ from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
 
 # Sampling settings that `BestBaseline` chooses from, greedy first.
-BASELINE_SETTINGS = tuple(
+BASELINE_SETTINGS: tuple[dict[str, Any], ...] = tuple(
   dict(temperature=temperature, top_k=0, top_p=top_p)
   for temperature, top_p in ((0.0, 1.0), (0.3, 1.0), (0.7, 1.0), (0.7, 0.95), (1.0, 1.0))
 )
@@ -154,7 +154,7 @@ class RosterOf(Spec):
       # `experiments.tune` names all of its profiles profile.json.
       source = [f"τ of {path.stem if path.stem != 'profile' else path.parent.name}"]
     if self.layers is not None:
-      temperatures = values["temperatures"] * _range(self.layers, config.num_layers)
+      temperatures = np.asarray(values["temperatures"]) * _range(self.layers, config.num_layers)
       values["temperatures"] = temperatures.astype(np.float32)
     roster = _create_roster(config, base, experts_by_layer=by_member, **values)
     # A search may find that zero temperatures are best, so a profile may have them.
@@ -282,7 +282,7 @@ class Scmoe(Spec):
     weak, numbers = perturbations.FAMILIES["random_expert"], {"alpha": self.alpha, "beta": beta}
     if self.rank != "random":
       ranks = _counts(self.rank or "2", "rank")
-      weak = perturbations.rank_experts(ranks if len(ranks) > 1 else ranks[0])
+      weak = perturbations.rank_experts(ranks[0] if len(ranks) == 1 else ranks)
     changed = _with_experts(config, _counts(self.k), None)
     roster = _create_roster(
       changed,
@@ -294,7 +294,7 @@ class Scmoe(Spec):
       aggregation=aggregation.contrast(**{k: v for k, v in numbers.items() if v is not None}),
       gate_weights=routing.NOISY if self.gates == "one" else routing.CLEAN,
     )
-    sampler = Sampler.greedy() if self.n is None else Sampler.create(self.temperature)
+    sampler = Sampler.greedy() if self.temperature is None else Sampler.create(self.temperature)
     words = {"gates": "gates of {}", "k": "{} experts", "n": "{} samples"}
     parts = (
       words.get(key, f"{key} {{:g}}" if isinstance(value, float) else f"{key} {{}}").format(value)

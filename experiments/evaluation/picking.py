@@ -90,7 +90,7 @@ def densest(routing: np.ndarray) -> int:
 SELECTIONS = {
   "vote": Selection(_by_vote, numbers=True),
   "likelihood": Selection(_by_likelihood),
-  "routing": Selection(lambda samples: densest(samples.routing), needs_routing=True),
+  "routing": Selection(lambda samples: densest(np.asarray(samples.routing)), needs_routing=True),
   # pass@n: as if a judge knew the right answer; an upper bound, not a method to use.
-  "any": Selection(lambda samples: int(np.argmax(samples.metrics)), needs_metrics=True),
+  "any": Selection(lambda samples: int(np.asarray(samples.metrics).argmax()), needs_metrics=True),
 }

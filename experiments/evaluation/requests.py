@@ -180,6 +180,7 @@ class RequestBuilder:
 
   def render(self, messages: Sequence[dict[str, str]]) -> str:
     """Renders the messages of a chat; a final assistant message stays open."""
+    assert self._chat  # see `use_chat`
     text = self._chat.render(messages)
     self._openings[text] = tuple(self._chat.prompt(messages).opening)
     return text

@@ -67,7 +67,7 @@ REVIEWERS = (
 )
 LANGUAGE = ("main_table", "last_words")
 VISION = ("vision_sr", "vision_moe")
-SYSTEMS = ("merged_tasks",)
+SYSTEMS = ("merged_tasks", "bits")
 TRAINING = ("trained_routing", "deep_training")
 NAMES = PAPER + REVIEWERS + LANGUAGE + SYSTEMS + TRAINING + VISION
 # Settings of a model that only some figures use.

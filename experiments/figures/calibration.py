@@ -201,7 +201,7 @@ def measure(run: FigureRun) -> list[dict]:
       }
       record |= {system: _ratio(1e3 * np.array(gains[system]), counts) for system in SYSTEMS}
       one_t = [gains[f"{name}, one T"] for name in ("baseline", "roster")]
-      record["share of calibration"] = _share(*one_t, record["roster, one T"])
+      record["share of calibration"] = _share(*one_t, gain=record["roster, one T"])
       found.append(record)
   return found
 

@@ -1,6 +1,6 @@
 """Records of figures that compare methods with the baseline: tables and sentences of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments.analysis import comparisons, drawing, paired_statistics, report_page
@@ -174,14 +174,14 @@ def unique(found: Sequence[Record], name: str) -> list[Any]:
   return list(dict.fromkeys(r[name] for r in found))
 
 
-def gain(r: Record | None, name: str) -> Difference | None:
-  """Returns a difference in `GAINS` with the sign that makes more better."""
-  d = r and r[name]
+def gain(r: Record | None, name: str) -> Any:
+  """Returns a `Difference` in `GAINS`, with the sign that makes more better; None without one."""
+  d = None if r is None else r[name]
   return d if d is None or name == "quality_difference" else -d
 
 
 def draw_dots(
-  axis, name: str, groups: Sequence[str], series: dict[str, Sequence[Record | None]]
+  axis, name: str, groups: Sequence[str], series: Mapping[str, Sequence[Record | None]]
 ) -> None:
   """Draws gains of records with error bars, a column per group; see `drawing.dots`."""
   drawing.zero(axis)

@@ -114,7 +114,7 @@ def _equivalent(baseline, nll, tokens, size, exponent):
 
   def statistic(ours, theirs, count, axis=-1):
     losses = (paired_statistics.ratio(nll, count, axis) for nll in (theirs, ours))
-    return scaling_law.equivalent(size, *losses, exponent)
+    return scaling_law.equivalent(size, *losses, exponent=exponent)
 
   return Estimate(*paired_statistics.bootstrap([nll, baseline, tokens], statistic))
 

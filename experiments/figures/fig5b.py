@@ -128,10 +128,10 @@ def _measure(run, config, sizes):
         "size": int(size.value),
       }
       if name in cases:
-        memory = cases[name].bytes and cases[roster].bytes / cases[name].bytes
+        ours, theirs = cases[roster].bytes, cases[name].bytes
         record |= costs(name) | {
           "roster_time_ratio": timing.median_ratio(seconds[roster], seconds[name]),
-          "roster_memory_ratio": memory or None,
+          "roster_memory_ratio": ours / theirs if ours and theirs else None,
         }
       elif size.low <= own:
         record["reason"] = (

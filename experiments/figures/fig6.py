@@ -44,7 +44,8 @@ CONFIGS = figure_models.configs(Config(), embedded=Config(num_examples=50))
 
 def _methods(config) -> dict[Spec, float]:
   """Returns {method: τ}."""
-  return {Baseline(): 0.0} | {RosterOf(t=t): t for t in config.temperatures}
+  methods: dict[Spec, float] = {Baseline(): 0.0}
+  return methods | {RosterOf(t=t): t for t in config.temperatures}
 
 
 def commands(run: FigureRun) -> list[Command]:

@@ -43,7 +43,7 @@ class Model:
   cache: str = "clean"
   tau: float = 0.3
   mesh: str | None = None
-  chat: dict[str, str | int] | None = None
+  chat: dict[str, Any] | None = None
   num_seeds: int = 5
   num_examples: int | None = None
   num_validation: int = 100
@@ -66,7 +66,7 @@ class Model:
 
 
 CATEGORIES = ("math", "commonsense", "code")
-_PAPER = dict(
+_PAPER: dict[str, Any] = dict(
   math=("paper/gsm8k", "paper/addsub", "paper/svamp", "paper/multiarith", "paper/singleeq"),
   commonsense=(
     "paper/siqa",
@@ -143,7 +143,7 @@ MODELS: dict[str, Model] = {
       tau=0.3,
       num_seeds=1,
       num_examples=1000,
-      **_PAPER | dict(text="text/wikitext2"),
+      **_PAPER | dict[str, Any](text="text/wikitext2"),
     ),
     Model(
       name="embedded",

@@ -210,7 +210,7 @@ class FigureRun:
 
   def _task_flags(self, *names):
     settings = dict(data_dir=self.data_dir, allow_code_execution=self.allow_code_execution or None)
-    return settings | (dict(chat=True, **self.model.chat) if self.uses_chat(*names) else {})
+    return settings | ({"chat": True} | (self.model.chat or {}) if self.uses_chat(*names) else {})
 
   def compared(self, name: str) -> dict[Spec, results_lib.Result]:
     """Loads the runs of `compare(name, ...)`, by their method."""
@@ -233,7 +233,7 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
   return [{k: _typed(v) for k, v in record.items()} for record in store.read_lines(path)]
 
 
-def _typed(value, kind=Difference):
+def _typed(value, kind: type[Difference] | type[Contrast] = Difference):
   if isinstance(value, list):
     return [_typed(v, Contrast if isinstance(v, dict) and "of" in v else Difference) for v in value]
   if not isinstance(value, dict) or not {"value", "low", "high"} <= value.keys():

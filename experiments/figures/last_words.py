@@ -142,7 +142,7 @@ class Reader:
     """Returns the requests to score one word of each window of another text."""
     found = []
     for e in tasks.get(task).examples("test", self._run.data_dir, None):
-      words = e.reference.split(" ")
+      words = (e.reference or "").split(" ")
       length = np.cumsum([len(w) + 1 for w in words])
       last = int(np.searchsorted(length, OTHER_CONTEXT))
       word = next((i for i in range(last, len(words)) if words[i][:1].isalpha()), None)

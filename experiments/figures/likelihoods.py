@@ -54,21 +54,21 @@ class ReferenceScorer:
     """
     count = num_examples or run.model.num_examples or 1000
     first = run.model.num_validation
-    task = tasks.get(task or run.model.text)
-    chats = run.uses_chat(task.name)
+    scored = tasks.get(task or run.model.text)
+    chats = run.uses_chat(scored.name)
     same = split == SPLIT
-    examples = task.examples(SPLIT, run.data_dir, first + count * same, chats)
-    rest = examples[first:] if same else task.examples(split, run.data_dir, count, chats)
+    examples = scored.examples(SPLIT, run.data_dir, first + count * same, chats)
+    rest = examples[first:] if same else scored.examples(split, run.data_dir, count, chats)
     if len(examples) < first or not rest:
       raise ValueError(
-        f"task {task.name} has {len(examples)} validation examples, too few for "
+        f"task {scored.name} has {len(examples)} validation examples, too few for "
         f"{first} to fit output temperatures on and others to report on: "
         "use fewer with --set=num_validation=..."
       )
-    output_temperatures.warn(task.name, first)
+    output_temperatures.warn(scored.name, first)
     self.params, self.config, tokenizer = app.open_model(checkpoint, None, run.model.mesh)
     chat = None
-    if chats:
+    if chats and run.model.chat:
       chat = Chat.load(
         app.checkpoint_path(checkpoint),
         tokenizer,
@@ -77,7 +77,7 @@ class ReferenceScorer:
       )
     builder = RequestBuilder(self.config, tokenizer, chat)
     self.choose_on, self.report_on = (
-      Perplexity(self.config, builder, task, some, run.model.batch_size)
+      Perplexity(self.config, builder, scored, some, run.model.batch_size)
       for some in (examples[:first], rest)
     )
 
@@ -116,12 +116,7 @@ class ReferenceScorer:
 
 
 def record(
-  found: dict[str, Any],
-  baseline: dict[str, Any],
-  tokens: Sequence[int],
-  label: str,
-  task: str,
-  **also,
+  found: dict[str, Any], baseline: dict[str, Any], tokens: np.ndarray, label: str, task: str, **also
 ) -> compared.Record:
   """Returns a record like those of `compared.records`, of what a `ReferenceScorer` measured.
 

@@ -141,7 +141,7 @@ class Reader:
     """Returns a method with the strength of its noise, or β, set."""
     spec = methods_lib.read(text)
     noise = getattr(spec, "noise", None)
-    if noise is not None and spec.t is None:
+    if noise is not None and "t" not in spec.given:
       return self.parse(f"{text},t={self._strength(noise):.4g}")
     if isinstance(spec, BestScmoe):
       tried = [self.parse(f"scmoe:beta={beta}") for beta in BETAS]
@@ -439,7 +439,7 @@ def draw(records: list[dict[str, Any]]):
   return figure
 
 
-def _tau(r):
+def _tau(r) -> Any:
   """Returns τ of a record with the paper's noise and all layers, else None."""
   if r["method"] == "roster":
     return r["tau"]

@@ -107,13 +107,14 @@ def _fine_tune(run: FigureRun, kind: str) -> str:
   def step(state, index):
     ids = [index * own.batch_size + i for i in range(own.batch_size)]
     some = [_encode(tokenizer, kind, _problem(kind, i, run.seed + 1)) for i in ids]
-    batch = training_batches.pack(some, ids, 0.25, config.pad_token_id, multiple=128)
+    batch = training_batches.pack(some, ids, 0.25, config.pad_token_id or 0, multiple=128)
     state, values = training.train_step(state, batch, config=config, settings=settings)
     return state, values, int((batch.weights > 0).sum())
 
   def start():
-    started = training.optimizer(config, settings).init(params)
-    return training.TrainState(jnp.zeros((), jnp.int32), params, started)
+    weights: Any = params  # optax types pytrees as containers of its own
+    started = training.optimizer(config, settings).init(weights)
+    return training.TrainState(jnp.zeros((), jnp.int32), weights, started)
 
   state, _ = training_loop.run(
     folder,
@@ -311,7 +312,7 @@ def table(records: list[compared.Record]) -> str:
 def findings(records: list[compared.Record]) -> str:
   def of(label, name, unit):
     r = next((r for r in records if r["label"].startswith(label)), None)
-    return r and f"{r['label']} {report_page.difference(r[name], 1, unit)}"
+    return None if r is None else f"{r['label']} {report_page.difference(r[name], 1, unit)}"
 
   names = [SEPARATE, f"{MERGED}, scale sums", AVERAGE, "task arithmetic", OF_TASKS]
   accuracy = [of(name, "quality_difference", " points") for name in names]

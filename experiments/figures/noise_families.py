@@ -78,7 +78,7 @@ def measure(run: FigureRun) -> list[compared.Record]:
     )
 
   def agreement(*scheme):
-    clean = roster(run.seed, *scheme, "clean")
+    clean = roster(run.seed, *scheme, cache="clean")
     found = diagnostics.routing_agreement(scorer.params, scorer.config, clean, agreement_on)
     return float(np.mean(found))
 

@@ -82,7 +82,7 @@ class Case:
     bytes: arguments and temporaries of the compiled program; None: not reported.
   """
 
-  call: Callable[[int], None]
+  call: Callable[[int], object]
   bytes: int | None
 
 
@@ -130,7 +130,7 @@ def case(
   return Case(call, sum(memory.values()) if memory else None)
 
 
-def all_members(config: ModelConfig, n: int, tau: float, **settings) -> Roster:
+def all_members(config: ModelConfig, n: int, tau: float | Sequence[float], **settings) -> Roster:
   """Makes a roster whose members run all layers, even at τ = 0."""
   return Roster.create(config, n, tau, noisy_layers=(0, config.num_layers), **settings)
 

@@ -9,6 +9,8 @@ their ratio; a τ per layer against one τ for all layers, after equally many tr
 examples; and the cost of the search in tokens of roster inference.
 """
 
+from typing import Any
+
 import numpy as np
 
 from experiments.analysis import drawing, report_page
@@ -77,7 +79,7 @@ def _retained(record):
   if not searches.gained(record):
     return None
   gain, d = searches.searched_gain(record), searches.fresh(record)
-  return (d if gain > 0 else -d).scaled(100 / abs(gain))
+  return d and (d if gain > 0 else -d).scaled(100 / abs(gain))
 
 
 def table(records: list[dict]) -> str:
@@ -168,7 +170,9 @@ def draw(records: list[dict]):
         for h in r["history"]
         if h["kind"] == kind and h["best"] is not None
       ]
-      style = dict(color=color, marker=marker, linestyle=line, markersize=4, fillstyle="none")
+      style: dict[str, Any] = dict(
+        color=color, marker=marker, linestyle=line, markersize=4, fillstyle="none"
+      )
       axis.plot(*zip(*points), linewidth=1, label=f"best so far, {name}", **style)
     axis.axhline(r["baseline"], color="0.4", linestyle=":", linewidth=1.2, label="baseline")
     axis.set_xlabel("forward passes")

@@ -92,7 +92,7 @@ def _measure(run, scorer, roster):
   for first in range(0, len(requests), size):
     some = requests[first : first + size]
     sequences, ids = [r.sequence for r in some], [r.request_id for r in some]
-    mean = square = 0.0
+    mean = square = np.zeros(())
     for seed in seeds:
       log_p = diagnostics.next_token_distributions(
         scorer.params,

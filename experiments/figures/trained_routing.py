@@ -7,6 +7,9 @@ of new problems. Completions of test problems are scored with teacher forcing. A
 it is the most probable one, and a problem is solved if all are, that is, if greedy decoding writes
 its completion: no output temperature changes either. Perplexities are at an output temperature
 fitted on validation problems for each model and system.
+
+`--set=questions=noise_text` asks the same of the models of `text_routing`, on windows of packages
+that none was trained on. Windows of one file depend on each other, so files are resampled.
 """
 
 from collections.abc import Callable
@@ -14,7 +17,7 @@ import dataclasses
 import functools
 from itertools import chain
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +34,8 @@ from experiments.analysis import (
 from experiments.cli import app
 from experiments.figures import compared
 from experiments.figures.figure_run import Command, FigureRun
-from experiments.tasks import wordmath, wordmath_tokenizer
-from experiments.training import training_batches
-from roe_jax import assets, scoring, training, transformer
+from experiments.figures.judged_sequences import TEXT, WORDMATH, Corpus
+from roe_jax import assets, training, transformer
 from roe_jax.roster import Roster
 
 TITLE = "Models trained with routing that varies"
@@ -46,12 +48,23 @@ BASELINE, SEPARATE = "baseline", "two models"
 OWN = "two members, half of the experts each"
 # Which baseline a system is compared with: of the plain model, and of its own.
 TO = ("plain", "own")
-# What is asked: the table's heading, and the trained models.
+
+
+class Question(NamedTuple):
+  """What is asked: the table's heading, the trained models, and what they are judged on."""
+
+  title: str
+  trained: tuple[str, ...]
+  corpus: Corpus = WORDMATH
+
+
+_NOISE = ("plain", "noise_0.3", "noise_1")
 QUESTIONS = {
-  "noise": ("Router noise in training", ("plain", "noise_0.3", "noise_1")),
-  "counts": ("Fewer experts per token", ("plain", "two_experts", "matryoshka", "mass_0.4")),
-  "members": ("Members with experts of their own, at two passes", ("plain", "members")),
-  "recurrent": ("Recurrent routers", ("plain", "recurrent", "detached")),
+  "noise": Question("Router noise in training", _NOISE),
+  "counts": Question("Fewer experts per token", ("plain", "two_experts", "matryoshka", "mass_0.4")),
+  "members": Question("Members with experts of their own, at two passes", ("plain", "members")),
+  "recurrent": Question("Recurrent routers", ("plain", "recurrent", "detached")),
+  "noise_text": Question("Router noise in training, on natural text", _NOISE, TEXT),
 }
 
 
@@ -65,7 +78,7 @@ class Config:
     steps: of each training.
     num_members: n.
     temperatures: τ of the rosters.
-    num_examples, num_validation: test problems, and validation problems to fit output temperatures.
+    num_examples, num_validation: test problems or windows, and those to fit output temperatures.
     num_seeds: noise seeds of the rosters.
   """
 
@@ -82,108 +95,63 @@ class Config:
 CONFIGS = {"embedded": Config()}
 
 
-def _trained(config: Config) -> list[str]:
+def _trained(config: Config) -> list[tuple[Corpus, str]]:
   """Returns the models that the questions need."""
-  return list(dict.fromkeys(name for q in config.questions for name in QUESTIONS[q][1]))
+  asked = (QUESTIONS[q] for q in config.questions)
+  return list(dict.fromkeys((q.corpus, name) for q in asked for name in q.trained))
 
 
-def _training(run: FigureRun, name: str, seed: int) -> Command:
+def _training(run: FigureRun, name: str, seed: int, corpus: Corpus = WORDMATH) -> Command:
   return Command(
     "train",
-    run.root / "train" / f"{name}-{seed}",
-    (("config", f"wordmath_routing:{name}"), ("seed", seed), ("steps", run.config.steps)),
+    run.root / "train" / f"{corpus.prefix}{name}-{seed}",
+    (("config", f"{corpus.configs}:{name}"), ("seed", seed), ("steps", run.config.steps)),
     "model/manifest.json",
   )
 
 
-def _checkpoint(run: FigureRun, name: str, seed: int) -> str:
+def _checkpoint(run: FigureRun, name: str, seed: int, corpus: Corpus) -> str:
   """Returns the embedded model of these settings, or the folder that its training writes."""
-  embedded = f"wordmath_routing_{name}_{seed}"
+  embedded = f"{corpus.configs}_{name}_{seed}"
   if embedded in assets.NAMES and run.config.steps == Config.steps:
     return app.EMBEDDED + embedded
-  return str(_training(run, name, seed).output / "model")
+  return str(_training(run, name, seed, corpus).output / "model")
 
 
 def commands(run: FigureRun) -> list[Command]:
   """Returns the trainings of models that are not embedded."""
   own = run.config
   return [
-    _training(run, name, seed)
+    _training(run, name, seed, corpus)
     for seed in own.training_seeds
-    for name in _trained(own)
-    if not _checkpoint(run, name, seed).startswith(app.EMBEDDED)
+    for corpus, name in _trained(own)
+    if not _checkpoint(run, name, seed, corpus).startswith(app.EMBEDDED)
   ]
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _judge(config, models, tokens, ids, temperatures):
-  """Judges the mean distribution of several (parameters, roster).
-
-  Returns:
-    Of each next token its nats at each temperature `[G, B, T-1]`, whether it is the most probable
-    one, and the probability of the most probable one at the last temperature, both `[B, T-1]`.
-  """
-  each = [scoring.log_probs(params, config, tokens, roster, ids) for params, roster in models]
-  log_probs = (jax.nn.logsumexp(jnp.stack(each), axis=0) - math.log(len(each)))[:, :-1]
-
-  def at(temperature):
-    scaled = jax.nn.log_softmax(log_probs / temperature)
-    nll = -jnp.take_along_axis(scaled, tokens[:, 1:, None], axis=-1)[..., 0]
-    return nll, jnp.exp(scaled.max(-1))
-
-  nll, confidence = jax.lax.map(at, temperatures)
-  return nll, jnp.argmax(log_probs, axis=-1) == tokens[:, 1:], confidence[-1]
-
-
-class _Problems:
-  """Problems of a split in batches of one shape.
-
-  Attributes:
-    batches: of `training_batches`; only completions have loss weights.
-    tokens: `[X]` tokens of each completion.
-  """
-
-  BATCH, LENGTH = 50, 128
-
-  def __init__(self, split: str, count: int, pad_id: int):
-    tokenizer = wordmath_tokenizer.build_tokenizer()
-    encoded = [training_batches.encode(tokenizer, p) for p in wordmath.problems(split, count)]
-    self.batches = [
-      training_batches.pack(
-        encoded[i : i + self.BATCH], range(i, min(i + self.BATCH, count)), 0.0, pad_id, self.LENGTH
-      )
-      for i in range(0, count, self.BATCH)
-    ]
-    self.tokens = np.array([len(completion) for _, completion in encoded])
-
-  def judge(self, config, models, temperatures) -> tuple[list[np.ndarray], ...]:
-    """Returns `[G]` nats of each completion, and of each of its tokens whether it is the most
-    probable one and the probability of that at the last temperature."""
-    found = []
-    for batch in self.batches:
-      nll, right, confidence = jax.device_get(
-        _judge(config, models, batch.tokens, batch.ids, jnp.asarray(temperatures))
-      )
-      scored = batch.weights[:, 1:] > 0
-      for i, own in enumerate(scored):
-        found.append((nll[:, i, own].sum(-1), right[i, own], confidence[i, own]))
-    return tuple(map(list, zip(*found)))
-
-
 class _Models:
-  """The trained models, and what is measured of them."""
+  """The models trained on a corpus, and what is measured of them."""
 
-  def __init__(self, run: FigureRun):
+  def __init__(self, run: FigureRun, corpus: Corpus = WORDMATH):
     # Measurements are by model and seed, so that more of them can be added.
     common = dataclasses.replace(run.config, questions=(), training_seeds=())
-    self.run, self.keep = run, dataclasses.replace(run, config=common).measurements()
-    self.load = functools.lru_cache(maxsize=4)(self._load)
-    _, config = self.load(_trained(run.config)[0], run.config.training_seeds[0])
-    self.validation = _Problems("validation", run.config.num_validation, config.pad_token_id)
-    self.test = _Problems("test", run.config.num_examples, config.pad_token_id)
+    self.run, self._keep = run, dataclasses.replace(run, config=common).measurements()
+    self.corpus, self.load = corpus, functools.lru_cache(maxsize=4)(self._load)
+    names = [name for of, name in _trained(run.config) if of is corpus]
+    each = [_checkpoint(run, name, s, corpus) for name in names for s in run.config.training_seeds]
+    self.validation, self.test = corpus.items(
+      self.load(names[0], run.config.training_seeds[0])[1],
+      each,
+      {"validation": run.config.num_validation, "test": run.config.num_examples},
+    )
 
   def _load(self, name, seed):
-    return app.load_params(_checkpoint(self.run, name, seed), "float32")
+    return app.load_params(_checkpoint(self.run, name, seed, self.corpus), "float32")
+
+  def kept(self, name: str, compute: Callable[[], Any]) -> Any:
+    """Returns a measurement, by its name and that of the text."""
+    digest = self.test.facts.get("digest")
+    return self._keep.get(f"{digest}, {name}" if digest else name, compute)
 
   def next_seed(self, seed: int) -> int:
     """Returns the seed of the model that joins this one in a pair."""
@@ -274,7 +242,7 @@ def _compared(found, reference, tokens):
     "fitted": comparison and comparison.difference,
     "fitted_by_seed": (100 * np.expm1((nll[0] - nll[1]).sum(0) / tokens.sum())).tolist(),
   }
-  for name in ("quality", "right"):
+  for name in [name for name in ("quality", "right") if name in found]:
     a, b = found[name], reference[name]
     differences[name] = paired_statistics.tested(
       paired_statistics.paired_accuracy(a, b), paired_statistics.paired_test(a, b)
@@ -284,56 +252,57 @@ def _compared(found, reference, tokens):
 
 
 def measure(run: FigureRun) -> list[compared.Record]:
-  own, models = run.config, _Models(run)
-  tokens, records = models.test.tokens, []
+  own, records = run.config, []
+  models_of = functools.cache(functools.partial(_Models, run))
 
-  def measured(name, label, make):
+  def measured(models, name, label, make):
     each = [
-      models.keep.get(
+      models.kept(
         f"{name}, {label}, {s}" + f" and {models.next_seed(s)}" * (label == SEPARATE),
         functools.partial(models.measure, name, s, make),
       )
       for s in own.training_seeds
     ]
     joined = {key: np.stack([m[key] for m in each], axis=1) for key in ("nll", "fitted_nll")}
-    of_problems = lambda score: np.stack([[score(r) for r in m["right"]] for m in each], axis=1)
-    by_problem = lambda key: [list(chain(*of)) for of in zip(*(m[key] for m in each))]
+    of_items = lambda score: np.stack([[score(r) for r in m["right"]] for m in each], axis=1)
+    by_item = lambda key: [list(chain(*of)) for of in zip(*(m[key] for m in each))]
     events = calibration_error.Events.of(
-      by_problem("confidence"), by_problem("right"), num_seeds=len(each)
+      by_item("confidence"), by_item("right"), num_seeds=len(each)
     )
     return joined | {
-      "quality": of_problems(all),
-      "right": of_problems(np.mean),
+      **{key: of_items(score) for key, score in models.corpus.scores.items()},
       "events": events,
       "temperatures": [m["temperature"] for m in each],
     }
 
   for question in own.questions:
     of_question, plain = [], None
-    for name in QUESTIONS[question][1]:
+    models = models_of(QUESTIONS[question].corpus)
+    tokens = models.test.tokens
+    for name in QUESTIONS[question].trained:
       experts = models.load(name, own.training_seeds[0])[1].experts_per_token
       routing = [
-        models.keep.get(f"{name}, routing, {s}", functools.partial(models.routing, name, s))
+        models.kept(f"{name}, routing, {s}", functools.partial(models.routing, name, s))
         for s in own.training_seeds
       ]
       baseline = None
       systems = _systems(question, name, own, experts, run.seed)
       for label, (passes, make) in systems.items():
-        found = measured(name, label, make)
+        found = measured(models, name, label, make)
         baseline, plain = baseline or found, plain or found
         record = {
           "question": question,
           "trained": name,
           "label": label,
           "examples": len(tokens),
+          **models.test.facts,
           "passes": passes,
           **{key: float(np.mean([r[key] for r in routing])) for key in routing[0]},
           "temperatures": found["temperatures"],
-          "quality": paired_statistics.accuracy(found["quality"]),
-          "right": paired_statistics.accuracy(found["right"]),
+          **{key: paired_statistics.accuracy(found[key]) for key in models.corpus.scores},
           "perplexity": paired_statistics.perplexity(found["nll"], tokens),
           "fitted": paired_statistics.perplexity(found["fitted_nll"], tokens),
-          "quality_by_seed": (100 * found["quality"].mean(0)).tolist(),
+          **{f"{key}_by_seed": (100 * found[key].mean(0)).tolist() for key in models.corpus.scores},
         }
         if question == "counts" and label.endswith("experts"):
           record["experts"] = float(label.split()[0])
@@ -370,7 +339,7 @@ def table(records: list[compared.Record]) -> str:
     "system": "label",
     "passes": lambda r: f"{r['passes']:g}",
     "experts per token": lambda r: f"{r['experts']:.2f}",
-    "solved (%)": lambda r: compared.cell(r["quality"], 1),
+    "solved (%)": lambda r: compared.cell(r.get("quality"), 1),
     "right tokens (%)": lambda r: compared.cell(r["right"], 2),
     "right tokens from `plain` (points)": _cell("right_from_plain", 2),
     "right tokens from its own baseline (points)": _cell("right_from_own", 2),
@@ -393,18 +362,26 @@ def table(records: list[compared.Record]) -> str:
   parts = []
   for question in compared.unique(records, "question"):
     some = [r for r in records if r["question"] == question]
-    parts += [
-      f"**{QUESTIONS[question][0]}**",
-      report_page.table_of(some, columns | special.get(question, {})),
-    ]
-  note = (
-    f"{records[0]['examples']} test problems, {len(records[0]['temperatures'])} trainings of each "
-    "model; right tokens are means over problems. Brackets: 95 % bootstrap intervals over "
-    "problems, differences paired by problem; *: significant after Holm's correction over the "
+    shown = columns | special.get(question, {})
+    if "quality" not in some[0]:
+      del shown["solved (%)"]
+    parts += [f"**{QUESTIONS[question].title}**", report_page.table_of(some, shown)]
+  # The same words for all questions on a corpus, whose items are the same.
+  notes = {QUESTIONS[r["question"]].corpus.unit: _note(r) for r in reversed(records)}
+  return "\n\n".join([*parts, *reversed(notes.values())])
+
+
+def _note(record):
+  corpus = QUESTIONS[record["question"]].corpus
+  unit = corpus.unit
+  return (
+    f"{record['examples']} test {corpus.described.format_map(record)}, "
+    f"{len(record['temperatures'])} trainings of each "
+    f"model; right tokens are means over {unit}s. Brackets: 95 % bootstrap intervals over "
+    f"{unit}s, differences paired by {unit}; *: significant after Holm's correction over the "
     "column of one table. Parentheses: the difference for each seed of training, which the "
     "intervals do not cover."
   )
-  return "\n\n".join([*parts, note])
 
 
 def findings(records: list[compared.Record]) -> str:
@@ -419,7 +396,7 @@ def findings(records: list[compared.Record]) -> str:
         if key in r and r[key].is_significant
       ]
       sentences.append(
-        f"{QUESTIONS[question][0]}, points of right tokens against {what}: "
+        f"{QUESTIONS[question].title}, points of right tokens against {what}: "
         + ("; ".join(significant) or "no significant difference")
         + "."
       )
@@ -428,11 +405,11 @@ def findings(records: list[compared.Record]) -> str:
 
 def draw(records: list[compared.Record]):
   questions = compared.unique(records, "question")
-  titles = [QUESTIONS[question][0] for question in questions]
+  titles = [QUESTIONS[question].title for question in questions]
   figure, axes = drawing.panels(titles, columns=2, width=4.4, height=3.4)
   for axis, question in zip(axes, questions):
     some = [r for r in records if r["question"] == question]
-    key = "right" if question == "noise" else "fitted"
+    key = "right" if QUESTIONS[question].trained is _NOISE else "fitted"
     axis.set_ylabel("right tokens (%)" if key == "right" else "perplexity at fitted T")
     if question == "members":
       rows = np.arange(len(some))[::-1]

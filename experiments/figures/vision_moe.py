@@ -14,7 +14,7 @@ systems are given with their own fitted output temperature, and compared with th
 with its own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
@@ -205,7 +205,7 @@ class _Networks:
     return [self._known[data, system.trained, s] for s in seeds]
 
 
-def _nll(log_probs: np.ndarray, labels: np.ndarray, temperatures: Sequence[float]) -> np.ndarray:
+def _nll(log_probs: np.ndarray, labels: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
   """Returns `[X, G]` nats at each output temperature."""
   scaled = jax.nn.log_softmax(log_probs[:, None] / np.array(temperatures)[:, None])
   return -np.asarray(jnp.take_along_axis(scaled, labels[:, None, None], axis=-1))[..., 0]
@@ -235,7 +235,7 @@ def _measure(run, keep: Measurements, networks: _Networks, condition: str, name:
     tau = min(on_validation, key=lambda t: on_validation[t][:, one].sum())
     temperature = output_temperatures.fit(on_validation[tau])
     log_probs, labels = _predict(run, networks, condition, system, seed, tau, "test")
-    nll = _nll(log_probs, labels, [1.0, temperature])
+    nll = _nll(log_probs, labels, np.array([1.0, temperature]))
     scaled = np.asarray(jax.nn.softmax(log_probs / temperature))
     return {
       "tau": tau,
@@ -292,7 +292,7 @@ def _record(condition, name, of_seeds, of_baseline):
     )
   )
   right, accuracy = ours["right"], None
-  differences = dict.fromkeys(("fitted_difference", "ece_difference"))
+  differences: dict[str, Any] = dict.fromkeys(("fitted_difference", "ece_difference"))
   if of_seeds is not of_baseline:
     test = paired_statistics.paired_test(right, theirs["right"])
     accuracy = paired_statistics.paired_accuracy(right, theirs["right"])

@@ -127,7 +127,7 @@ def _metrics(found: np.ndarray, wanted: np.ndarray, scale: int) -> list[list[flo
   for image, reference in zip(np.clip(found, 0, 1), wanted):
     pair = [np.float64(a[scale:-scale, scale:-scale]) for a in (reference, image)]
     psnr = skimage.metrics.peak_signal_noise_ratio(*pair, data_range=1)
-    ssim = skimage.metrics.structural_similarity(
+    ssim: Any = skimage.metrics.structural_similarity(
       *pair, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
     )
     values.append([round(float(psnr), 5), round(float(ssim), 6)])
@@ -165,7 +165,9 @@ class Trained:
   def roster(self, n: int, tau: float, seed: int) -> np.ndarray:
     """Returns the mean images of a roster."""
     network = self.network
-    settings = dict(seed=seed, gate_weights=network.gate_weights, aggregation=MEAN_VALUE)
+    settings: dict[str, Any] = dict(
+      seed=seed, gate_weights=network.gate_weights, aggregation=MEAN_VALUE
+    )
     roster = Roster.create(network.routing, n, tau, **settings)
     predict = functools.partial(routed_network.predict, members_at_once=4)
     return self._in_batches(lambda low, ids: predict(network, self.params, low, roster, ids))
@@ -390,7 +392,8 @@ def draw(records: list[dict[str, Any]]):
   pictures = list(crops[0]["crops"][columns[0]])
   rows = [(c, picture) for c in crops for picture in pictures]
   figure = drawing.plt.figure(figsize=(13, 4.2 + 1.5 * len(rows)), layout="constrained")
-  above, below = figure.subfigures(2, 1, height_ratios=[4.0, 1.55 * len(rows)])
+  ratios = [4.0, 1.55 * len(rows)]
+  above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=ratios)[:, 0]
   scales = compared.unique(quality, "scale")
   for axis, scale in zip(np.atleast_1d(above.subplots(1, len(scales))), scales):
     axis.spines[["top", "right"]].set_visible(False)

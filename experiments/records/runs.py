@@ -13,7 +13,7 @@ perplexities of references, see `means`. A killed run resumes. Only process 0 re
 writes; all processes know what is done.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Set
 import json
 import pathlib
 import shlex
@@ -121,7 +121,7 @@ class Run:
     self._costs = store.Store(self.path / COSTS, None)
 
   @property
-  def done(self) -> Collection[Key]:
+  def done(self) -> Set[Key]:
     return self._examples.records.keys()
 
   @property

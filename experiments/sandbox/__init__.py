@@ -167,7 +167,7 @@ def run_program(program: Program | str, *, landlock: int | None = None) -> Outco
 def run_programs(
   programs: Sequence[Program | str],
   workers: int = 1,
-  on_done: Callable[[int], None] = lambda index: None,
+  on_done: Callable[[int], object] = lambda index: None,
 ) -> list[Outcome]:
   """Runs programs in parallel; returns outcomes in their order.
 

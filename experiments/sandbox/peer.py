@@ -85,8 +85,9 @@ class Peer:
       return answer[0]
     name, text = answer
     error = getattr(builtins, str(name), None)
-    known = isinstance(error, type) and issubclass(error, Exception)
-    raise (error if known else RuntimeError)(text)
+    if not (isinstance(error, type) and issubclass(error, Exception)):
+      error = RuntimeError
+    raise error(text)
 
   def serve(self, function) -> None:
     """Answers calls of a function until the other process ends."""

@@ -42,7 +42,8 @@ def main():
   try:
     exec(compile(job["program"], "program.py", "exec"), namespace)
   except BaseException as error:  # including SystemExit: the program must run to the end
-    traceback.print_exception(error.with_traceback(error.__traceback__.tb_next))
+    own = error.__traceback__  # of this file
+    traceback.print_exception(error.with_traceback(own and own.tb_next))
     sys.stderr.flush()
     os._exit(1)
   with contextlib.suppress(Exception):

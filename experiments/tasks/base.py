@@ -121,7 +121,7 @@ class Task:
     outputs: Sequence[Output],
     allow_code_execution: bool = False,
     workers: int = 1,
-    on_done: Callable[[], None] = lambda: None,
+    on_done: Callable[[], object] = lambda: None,
   ) -> list[dict[str, float]]:
     """Returns the metrics of each output.
 
@@ -194,7 +194,7 @@ def chosen(example: Example, log_probs: Sequence[float]) -> dict[str, float]:
 
   "acc" uses summed log-probabilities; "acc_norm" divides them by the choice's UTF-8 length.
   """
-  lengths = [len(choice.encode()) for choice in example.choices]
+  lengths = [len(choice.encode()) for choice in example.choices or ()]
   best = max(range(len(lengths)), key=lambda i: log_probs[i])
   best_norm = max(range(len(lengths)), key=lambda i: log_probs[i] / lengths[i])
   return {"acc": float(best == example.target), "acc_norm": float(best_norm == example.target)}

@@ -60,7 +60,7 @@ def _read(split, data_dir, chat) -> Iterator[base.Example]:
     some.append(base.Example(f"blimp/{paradigm}/{len(some)}", prompt="", choices=pair, target=0))
   for turn in itertools.zip_longest(*paradigms.values()):
     for example in filter(None, turn):
-      inside = task_data.in_slice(task_data.content("".join(example.choices)), SLICE)
+      inside = task_data.in_slice(task_data.content("".join(example.choices or ())), SLICE)
       if split == "all" or inside == (split == "validation"):
         yield example
 

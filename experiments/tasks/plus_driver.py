@@ -66,7 +66,7 @@ def main(job, peer):
     found = peer.call(*arguments)
     signal.setitimer(signal.ITIMER_REAL, 0)
     if job["entry_point"] == "find_zero":  # any zero is right
-      assert abs(polynomial(*arguments, found)) <= job["atol"], (arguments, found)
+      assert abs(polynomial(*arguments, x=found)) <= job["atol"], (arguments, found)
     else:
       assert agree(found, expected, job["atol"]), (arguments, found, expected)
   return b""

@@ -108,7 +108,7 @@ def _task(name, number, divide):
     category="language",
     metric=base.PERPLEXITY,
     read=functools.partial(_read, name, number, divide),
-    judge=base.each(lambda example, _: {"words": float(len(example.reference.split()))}),
+    judge=base.each(lambda example, _: {"words": float(len((example.reference or "").split()))}),
     validation="its own validation articles",
     higher_is_better=False,
   )

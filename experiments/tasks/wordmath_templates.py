@@ -86,7 +86,8 @@ class Template:
   slots: tuple
 
   def __post_init__(self):
-    steps = tuple(_STEP.fullmatch(e).groups() for e in self.equations.split())
+    matches = map(_STEP.fullmatch, self.equations.split())
+    steps = tuple(m.groups() for m in matches)  # pyright: ignore[reportOptionalMemberAccess]  # constants match
     object.__setattr__(self, "steps", steps)
     text = " ".join(w for slot in self.slots for w in slot)
     object.__setattr__(self, "has_protagonist", "{A}" in text)

@@ -61,7 +61,9 @@ def build_tokenizer(num_problems: int = 20000, seed: int = 0) -> tokenizers.Toke
   return tokenizer
 
 
-def save_tokenizer(tokenizer: tokenizers.Tokenizer, output: str) -> None:
+def save_tokenizer(
+  tokenizer: tokenizers.Tokenizer, output: str, max_length: int = MODEL_MAX_LENGTH
+) -> None:
   """Writes `tokenizer.json` and its hub-style config into folder `output`."""
   folder = pathlib.Path(output)
   folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +74,7 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, output: str) -> None:
     "eos_token": END_OF_TEXT,
     "pad_token": PADDING,
     "clean_up_tokenization_spaces": False,
-    "model_max_length": MODEL_MAX_LENGTH,
+    "model_max_length": max_length,
   }
   (folder / "tokenizer_config.json").write_text(
     text_files.to_json(config, indent=2) + "\n", encoding="utf-8"

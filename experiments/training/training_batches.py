@@ -1,11 +1,16 @@
-"""Training batches of `wordmath` problems."""
+"""Training batches of `wordmath` problems, and what batches of any text share."""
 
+from collections.abc import Iterable
 import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
 from experiments.tasks import wordmath
+from roe_jax import training, transformer
+from roe_jax.config import ModelConfig
 from roe_jax.training import Batch
 
 WINDOW = 16  # Batches per window, within which problems are sorted by length.
@@ -42,6 +47,34 @@ def pack(
   return Batch(tokens, weights, np.asarray(ids, np.uint32))
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def _score(params, config, batch):
+  logits, _ = transformer.forward(params, config, batch.tokens, strategy="padded")
+  weights, targets = batch.weights[:, 1:], batch.tokens[:, 1:]
+  nll = jnp.sum(weights * training.cross_entropy(logits, batch.tokens))
+  right = jnp.sum(weights * (jnp.argmax(logits[:, :-1], axis=-1) == targets))
+  return nll, right, weights.sum()
+
+
+def scores(params, config: ModelConfig, batches: Iterable[Batch]) -> tuple[float, float]:
+  """Returns the perplexity, and the share of tokens that are the most probable ones."""
+  nll, right, weight = np.sum([jax.device_get(_score(params, config, b)) for b in batches], axis=0)
+  return float(np.exp(nll / weight)), float(right / weight)
+
+
+class Epochs:
+  """The order in which a fixed set is repeated: each epoch has one of its own."""
+
+  def __init__(self, size: int, seed: int):
+    order = lambda epoch: np.random.default_rng((seed, 0, epoch)).permutation(size)
+    self._size, self._order = size, functools.lru_cache(maxsize=2)(order)
+
+  def index(self, position: int) -> int:
+    """Returns the index in the set of what is at a position of the stream."""
+    epoch, offset = divmod(position, self._size)
+    return int(self._order(epoch)[offset])
+
+
 class TrainingBatches:
   """The batches of a run; each is a pure function of the settings and the step.
 
@@ -70,7 +103,7 @@ class TrainingBatches:
     self._pad_id = pad_id
     # WINDOW consecutive steps use a window.
     self._window = functools.lru_cache(maxsize=2)(self._make_window)
-    self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+    self._epochs = Epochs(num_problems, seed) if num_problems else None
 
   def __call__(self, step: int) -> Batch:
     """Returns the batch of a step; its ids are the problems' positions in the stream."""
@@ -79,13 +112,7 @@ class TrainingBatches:
 
   def problem_index(self, position: int) -> int:
     """Returns the index in the train split of the problem at a position of the stream."""
-    if self.num_problems is None:
-      return position
-    epoch, offset = divmod(position, self.num_problems)
-    return int(self._epoch(epoch)[offset])
-
-  def _make_epoch(self, epoch):
-    return np.random.default_rng((self._seed, 0, epoch)).permutation(self.num_problems)
+    return self._epochs.index(position) if self._epochs else position
 
   def _make_window(self, window):
     size = WINDOW * self._batch_size

@@ -52,7 +52,7 @@ def measure(
   task: str,
   folder: pathlib.Path,
   settings: dict[str, Any],
-  on_batch: Callable[[], None] = lambda: None,
+  on_batch: Callable[[], object] = lambda: None,
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
   """Evaluates a candidate on the fresh examples, as the run `folder`/name.
 
@@ -79,6 +79,7 @@ def measure(
   }
   fits = isinstance(fresh, Perplexity)
   if fits:
+    assert isinstance(searched, Perplexity)  # both have the same objective
     roster = rosters[candidate.seeds[0]]
     nll, _ = searched.nll(params, roster, slice(None), output_temperatures.GRID)
     settings["output_temperature"] = output_temperatures.fit(nll)
@@ -144,8 +145,9 @@ def corrected(found: Sequence[Contrast]) -> list[Contrast]:
 def values(measured: dict[str, dict[str, np.ndarray]], fresh: Objective) -> dict[str, Any]:
   """Returns the objective of each candidate, for perplexity also at its fitted temperature."""
   fits = isinstance(fresh, Perplexity)
+  metric = "nll" if fits else fresh.metric
   return {
-    name: {"value": fresh.value(m["nll" if fits else fresh.metric])}
+    name: {"value": fresh.value(m[metric])}
     | ({"fitted": fresh.value(m["fitted_nll"])} if fits else {})
     for name, m in measured.items()
   }

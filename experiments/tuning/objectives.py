@@ -83,7 +83,11 @@ class Perplexity(_Objective):
     return nll[:, 0], cost
 
   def nll(
-    self, params: Params, roster: Roster, part: slice, output_temperatures: Sequence[float] = (1.0,)
+    self,
+    params: Params,
+    roster: Roster,
+    part: slice,
+    output_temperatures: Sequence[float] | np.ndarray = (1.0,),
   ) -> tuple[np.ndarray, Cost]:
     """Returns `[X, G]` negative log-probabilities at each output temperature, and the cost."""
     found = self.likelihoods(params, roster, part, output_temperatures)
@@ -91,7 +95,11 @@ class Perplexity(_Objective):
     return np.stack([likelihood.nll for likelihood in found]), cost
 
   def likelihoods(
-    self, params: Params, roster: Roster, part: slice, output_temperatures: Sequence[float]
+    self,
+    params: Params,
+    roster: Roster,
+    part: slice,
+    output_temperatures: Sequence[float] | np.ndarray,
   ) -> list[Likelihood]:
     """Returns the likelihood of each reference of a slice of the examples."""
     return self._answer(params, roster, self.requests[part], output_temperatures)
@@ -145,7 +153,7 @@ class Accuracy(_Objective):
       for e, some in zip(asked.examples, asked.by_example(answers))
     ]
     metrics = asked.task.score_all(
-      asked.examples, outputs, self.allow_code_execution, workers=os.cpu_count()
+      asked.examples, outputs, self.allow_code_execution, workers=os.cpu_count() or 1
     )
     cost = engine_lib.total(dict(zip(requests, answers)).values())
     return np.array([m[self.metric] for m in metrics], float), cost

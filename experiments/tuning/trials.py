@@ -115,9 +115,11 @@ class Objective(Protocol):
 
   def measure(self, temperatures: Sequence[float], part: slice) -> tuple[np.ndarray, Cost]:
     """Returns `[X]` numbers of a slice of the examples, and the cost."""
+    ...
 
   def value(self, values: np.ndarray) -> float:
     """Returns the objective from the numbers of all examples; it grows with their mean."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,14 +219,14 @@ class Search:
     """Returns the best complete trial (of a kind), the first if tied."""
     done = [t for t in self.trials() if t.state == "complete" and kind in (None, t.kind)]
     sign = -1 if self.maximize else 1
-    return min(done, key=lambda t: (sign * t.value, t.number), default=None)
+    return min(done, key=lambda t: (sign * (t.value or 0.0), t.number), default=None)
 
   def run(
     self,
     objective: Objective,
     batches: Sequence[slice],
     prune: bool = True,
-    on_trial: Callable[[], None] = lambda: None,
+    on_trial: Callable[[], object] = lambda: None,
   ) -> None:
     """Runs trials until the budget is spent and other workers have finished theirs.
 
@@ -300,7 +302,7 @@ class Search:
         if pruned:
           break
     seen = len(values)
-    if pruned:
+    if pruned and best is not None:
       values = np.concatenate([values, best[seen:] + np.mean(values - best[:seen])])
     trial.set_user_attr(_VALUES, values.tolist())
     trial.set_user_attr(

@@ -28,6 +28,7 @@ takes a few minutes on two CPU cores.
 """
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class TuningConfig:
   cache: str = "clean"
 
 
-_CATEGORIES = {
+_CATEGORIES: dict[str, dict[str, Any]] = {
   "math": dict(objective="perplexity", num_examples=100, num_trials=50),
   "commonsense": dict(objective="accuracy", num_examples=300, num_trials=100),
   "code": dict(objective="accuracy", num_examples=50, num_trials=50),

@@ -188,7 +188,7 @@ class Loss:
       self._of_member(params, network, images, labels, self._route(network, ids, member), member)
       for member in range(1, self.parts + 1)
     ]
-    return sum(losses) / self.parts
+    return jnp.asarray(sum(losses) / self.parts)
 
   def _route(self, network, ids, member):
     if self.parts > 1:

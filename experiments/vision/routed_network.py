@@ -182,7 +182,7 @@ def _rest(network, params, features, route):
 
 
 def outputs_of(
-  network: RoutedNetwork, params: Any, images: jax.Array, route: Route | None = None
+  network: RoutedNetwork, params: Any, images: jax.Array | np.ndarray, route: Route | None = None
 ) -> jax.Array:
   """Returns the outputs `[B, ...]` with the choices of `route`, a pytree; None: the network's."""
   return _rest(

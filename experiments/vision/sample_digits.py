@@ -27,7 +27,8 @@ def load(split: str) -> Digits:
   order = np.random.default_rng(0).permutation(len(found.target))
   ends = np.cumsum(list(SIZES.values()))
   chosen = dict(zip((*SIZES, "test"), np.split(order, ends)))[split]
-  return Digits(np.float32(found.images[chosen] / LARGEST), np.int32(found.target[chosen]))
+  images, labels = found.images[chosen] / LARGEST, found.target[chosen]
+  return Digits(np.asarray(images, np.float32), np.asarray(labels, np.int32))
 
 
 def on_canvas(
@@ -49,4 +50,4 @@ def on_canvas(
   shifts = center + rng.integers(-shift, shift + 1, (count, 2))
   for image, digit, (row, column) in zip(canvas, images_Bx8x8, shifts):
     image[row : row + side, column : column + side] = digit
-  return np.float32(canvas + noise * rng.normal(size=canvas.shape))
+  return np.asarray(canvas + noise * rng.normal(size=canvas.shape), np.float32)

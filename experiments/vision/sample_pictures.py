@@ -90,7 +90,7 @@ def procedural(seed: int, size: int) -> np.ndarray:
       paint = rng.uniform(0, 1)
     picture = np.where(inside, paint, picture)
   reduced = picture.reshape(size, 2, size, 2).mean((1, 3))
-  return np.float32(reduced.clip(0, 1))
+  return reduced.clip(0, 1).astype(np.float32)
 
 
 def centered(picture: np.ndarray, size: int) -> np.ndarray:

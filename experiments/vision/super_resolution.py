@@ -244,7 +244,7 @@ def upscale(
   height, width = image_HxW.shape
   padding = [(0, -side % network.unit) for side in (height, width)]
   image = np.pad(np.asarray(image_HxW, np.float32), padding, mode="symmetric")
-  address, s = np.uint32(routed_network.image_id(image_HxW)), network.scale
+  ids, s = np.array([routed_network.image_id(image_HxW)], np.uint32), network.scale
   enlarged = np.zeros([s * side for side in image.shape], np.float32)
   sizes = [min(side, tile + 2 * network.margin) if tile else side for side in image.shape]
   for row in range(0, image.shape[0], tile or image.shape[0]):
@@ -255,9 +255,7 @@ def upscale(
         for at, side, size in zip((row, column), image.shape, sizes)
       ]
       part = image[tuple(slice(o, o + size) for o, size in zip(origin, sizes))]
-      found = routed_network.predict(
-        network, params, part[None], roster, address[None], np.array([origin])
-      )
+      found = routed_network.predict(network, params, part[None], roster, ids, np.array([origin]))
       kept = [
         slice(s * at, s * min(side, at + (tile or side)))
         for at, side in zip((row, column), image.shape)
@@ -275,4 +273,4 @@ def self_ensemble(function: Any, images_BxHxW: jax.Array, count: int = 8) -> jax
     turned = jnp.rot90(images_BxHxW, turns, axes=(1, 2))
     found = function(turned[:, :, ::-1] if flip else turned)
     total += jnp.rot90(found[:, :, ::-1] if flip else found, -turns, axes=(1, 2))
-  return total / count
+  return jnp.asarray(total / count)

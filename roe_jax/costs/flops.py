@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 from roe_jax import latent_attention, params
 from roe_jax.config import ModelConfig
 from roe_jax.prefill import PREFILL_CHUNK
@@ -14,8 +16,10 @@ def forward_flops(
   """Counts the FLOPs of a roster's matmuls at some positions of one sequence.
 
   A multiply-add is two FLOPs. Norms, softmax, rotary embeddings and noise are not
-  counted. Layers before the first noise are counted once for all members. Latent attention is
-  counted as in a prefill in chunks where nothing is predicted, and as in decode steps elsewhere.
+  counted. Layers before the first noise are counted once for all members. Members with fewer
+  experts of their own (`experts_by_layer`) count these; with `expert_mass`, which experts a token
+  needs is known only when it is routed, so the model's number of experts counts. Latent attention
+  is counted as in a prefill in chunks where nothing is predicted, and as in decode steps elsewhere.
 
   Args:
     config: the model's architecture.
@@ -27,17 +31,20 @@ def forward_flops(
   first, members = roster.noisy_layers[0], len(roster.members)
   predicted = len(positions) if predicted is None else predicted
   queries = 1 if predicted else min(len(positions), PREFILL_CHUNK)
+  counts = config.experts_per_token if roster.experts_by_layer is None else roster.experts_by_layer
+  used = np.broadcast_to(counts, (members, config.num_layers))
 
-  def layers_flops(layers: range) -> int:
+  def layers_flops(layers: range, rows: int) -> int:
     attended = sum(window_size(config, layer, p) for layer in layers for p in positions)
-    dense, routed = map(len, config.split(layers))
-    of_position = dense * _dense_layer_flops(config) + routed * _layer_flops(config)
-    return len(positions) * of_position + attended * attention_flops(config, queries)
+    dense, routed = config.split(layers)
+    of_position = len(dense) * _dense_layer_flops(config) + len(routed) * _layer_flops(config)
+    experts = 6 * config.d_model * config.d_expert * int(used[:rows, list(routed)].sum())
+    of_rows = rows * of_position + experts
+    return len(positions) * of_rows + rows * attended * attention_flops(config, queries)
 
   head = 2 * config.vocab_size * config.d_model * predicted
-  return layers_flops(range(first)) + members * (
-    layers_flops(range(first, config.num_layers)) + head
-  )
+  noisy = layers_flops(range(first, config.num_layers), members)
+  return layers_flops(range(first), 1) + noisy + members * head
 
 
 def generation_flops(
@@ -55,13 +62,8 @@ def scoring_flops(config: ModelConfig, roster: Roster, length: int, start: int =
 
 
 def _layer_flops(config):
-  """FLOPs per position and layer, without attention scores and values."""
-  return (
-    projection_flops(config)
-    + 2 * router_size(config)
-    + config.experts_per_token * 6 * config.d_model * config.d_expert
-    + shared_expert_flops(config)
-  )
+  """FLOPs per position and layer, without attention scores and values and routed experts."""
+  return projection_flops(config) + 2 * router_size(config) + shared_expert_flops(config)
 
 
 def _dense_layer_flops(config):

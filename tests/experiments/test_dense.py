@@ -36,7 +36,6 @@ def dense(tmp_path_factory):
     "tune --task=wordmath --output=OUT",
     "quickstart --output=OUT",
     "quantization_study --output=OUT",
-    "bits_study --output=OUT",
     "meshes --output=OUT",
     "reproduce --figure=fig4b --model=embedded --output=OUT",
   ],

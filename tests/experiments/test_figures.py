@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from statsmodels.stats.multitest import multipletests
 import tiny
+import tokenizers
 
 from experiments import figures
 from experiments.analysis import paired_statistics
@@ -28,6 +29,7 @@ from experiments.figures import (
   fig5b,
   fig10,
   figure_models,
+  judged_sequences,
   last_words,
   likelihoods,
   main_table,
@@ -44,8 +46,9 @@ from experiments.figures import (
 from experiments.figures.figure_run import RECORDS, FigureRun, read_records, write_records
 from experiments.records import store
 from experiments.tasks import wordmath, wordmath_task, wordmath_tokenizer
-from experiments.training import training_batches
+from experiments.training import python_corpus, training_batches
 from experiments.tuning import confirm
+import roe_jax
 from roe_jax import checkpoint, decode, diagnostics, presets, scoring, transformer
 from roe_jax import params as params_lib
 from roe_jax.roster import Roster
@@ -663,6 +666,12 @@ def test_solved_problems_are_those_that_greedy_decoding_writes(tmp_path):
     list(c.tokens) == completion for c, (_, completion) in zip(written.completions, encoded)
   ]
   assert {True, False} == set(solved)
+  pairs = judged_sequences.Items(models.test.batches, np.arange(6) // 2)
+  of_pairs = pairs.judge(of_model, [(params, roster)], [1.0, 2.0])
+  for i in range(3):
+    np.testing.assert_allclose(of_pairs[0][i], nll[2 * i] + nll[2 * i + 1], rtol=1e-6)
+    np.testing.assert_array_equal(of_pairs[1][i], np.concatenate(right[2 * i : 2 * i + 2]))
+    assert pairs.tokens[i] == len(of_pairs[2][i])
 
   halved = jax.tree.map(lambda w: 0.9 * w, params)
   two = [(p, Roster.create(of_model)) for p in (params, halved)]
@@ -709,3 +718,34 @@ def test_effects_of_deep_training_are_differences_paired_by_seed(tmp_path):
   # The mean over the other factor: (-1 - 1.2) / 2 and (-0.2 - 0.4) / 2.
   assert records["sandwich norm"]["loss (nats)"].value == pytest.approx(-1.1)
   assert records["TinyInit"]["loss (nats)"].value == pytest.approx(-0.3)
+
+
+def test_windows_of_text_are_grouped_by_file(tmp_path, monkeypatch):
+  sentence = "Tom has 3 pens and buys 14 more. "
+  documents = {
+    split: [
+      python_corpus.Document("p", f"{i}", f"{split} {i}. " + sentence * 20 * (i + 1))
+      for i in range(3)
+    ]
+    for split in python_corpus.SPLITS
+  }
+  corpus = python_corpus.Corpus(documents, {"python": "3"})
+  monkeypatch.setattr(python_corpus, "collect", lambda: corpus)
+  monkeypatch.setattr(app, "checkpoint_path", pathlib.Path)  # folders without models
+  model = roe_jax.load_config("embedded:wordmath_d32")
+  folders = [tmp_path / name for name in "ab"]
+  for folder in folders:
+    wordmath_tokenizer.save_tokenizer(wordmath_tokenizer.build_tokenizer(200), folder)
+  counts = {"validation": 3, "test": 5}
+  validation, test = judged_sequences.TEXT.items(model, list(map(str, folders)), counts)
+  assert len(validation.tokens) == len(test.tokens) == 3  # one window of each file, then others
+  assert test.facts == {"windows": 5, "digest": corpus.digest}
+  tokenizer = tokenizers.Tokenizer.from_file(str(folders[0] / "tokenizer.json"))
+  rows = np.concatenate([b.tokens for b in test.batches])
+  texts = [tokenizer.decode(row.tolist()) for row in rows]
+  whole = [d.text for d in documents["test"]]
+  assert all(any(text in w for w in whole) for text in texts) and len(set(texts)) > 1
+  assert test.tokens.sum() == sum((b.weights[:, 1:] > 0).sum() for b in test.batches)
+  wordmath_tokenizer.save_tokenizer(wordmath_tokenizer.build_tokenizer(300), folders[1])
+  with pytest.raises(ValueError, match="they were trained on different text"):
+    judged_sequences.TEXT.items(model, list(map(str, folders)), counts)

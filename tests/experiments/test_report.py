@@ -406,7 +406,7 @@ def test_a_picture_against_cost_draws_every_method_in_every_panel(study):
     for container in axis.containers:
       x, y = container.lines[0].get_xydata()[0]
       assert low < x < high and bottom < y < top
-  pictures.plt.close(figure)
+  pictures.drawing.plt.close(figure)
 
 
 @pytest.mark.parametrize("values", [(0.436, 4.95), (2.1, 6.4), (31.4, 253.0), (1.1e8, 8.9e10)])
@@ -431,7 +431,7 @@ def test_a_reliability_diagram_has_the_bins_of_the_error(study):
   expected = [np.unique(calibration_error.bins(row.events.confidences)).size for row in rows]
   points = [len(c.lines[0].get_xdata()) for axis in figure.axes for c in axis.containers]
   assert points == expected
-  pictures.plt.close(figure)
+  pictures.drawing.plt.close(figure)
 
 
 def test_the_history_has_the_best_so_far_and_the_pruned(tmp_path):
@@ -445,7 +445,7 @@ def test_the_history_has_the_best_so_far_and_the_pruned(tmp_path):
   assert best[-1] == tuning.profile["objective"]["value"]
   assert set(lines["baseline"].get_ydata()) == {1.2}
   assert len(figure.axes[1].get_lines()[0].get_xdata()) == 8  # the sweep
-  pictures.plt.close(figure)
+  pictures.drawing.plt.close(figure)
 
 
 def test_the_command_line_writes_a_page_and_refuses_in_a_sentence(tmp_path):

@@ -14,9 +14,16 @@ import tokenizers
 from checkpoints_convert import outputs
 from experiments import train
 from experiments.tasks import wordmath, wordmath_tokenizer
-from experiments.training import configs, training_batches, training_loop
+from experiments.training import (
+  configs,
+  python_corpus,
+  text_data,
+  training_batches,
+  training_loop,
+  wordmath_data,
+)
 import roe_jax
-from roe_jax import assets
+from roe_jax import assets, transformer
 
 pytestmark = pytest.mark.slow
 
@@ -33,12 +40,18 @@ def config(tokenizer):
   return config.replace(
     model=config.model.replace(vocab_size=tokenizer.get_vocab_size()),
     settings=dataclasses.replace(config.settings, num_steps=25),
-    num_problems=30,
+    data=configs.Wordmath(num_problems=30, evaluation_problems=4),
     log_every=5,
     save_every=10,
     evaluate_every=15,
-    evaluation_problems=4,
   )
+
+
+@pytest.fixture(scope="module")
+def data(config, tokenizer):
+  data = wordmath_data.WordmathData(config.data, config.model)
+  data.tokenizer = tokenizer
+  return data
 
 
 def records(folder, *without):
@@ -78,24 +91,136 @@ def test_every_epoch_has_each_problem_once_in_its_own_order(tokenizer):
   assert epochs[0] != epochs[1] != epochs[2]
 
 
+LICENSE_OF = {
+  "fair": "License-Expression: MIT AND (Apache-2.0 OR BSD-3-Clause)",
+  "old": "Classifier: License :: OSI Approved :: BSD License",
+  "strict": "License-Expression: MIT AND GPL-3.0-only",
+}
+
+
+@pytest.fixture
+def packages(tmp_path):
+  """Folders of a standard library and of packages, with sentences that name their file."""
+  sentences = lambda name: "".join(f"{name} says {i} to {i * i}.\n" for i in range(200))
+  library, site = tmp_path / "lib", tmp_path / "site"
+  files = [
+    library / f"{m}.py" for m in ("io", "_io", "logging", "json/scanner", "calendar", "copy")
+  ]
+  files += [library / "json/tests/mine.py", library / "nothing_of_python.py"]
+  for name, license_text in LICENSE_OF.items():
+    own = [f"{name}/one.py", f"{name}/two.md", f"{name}/data.csv", f"{name}-1.0.dist-info/a.txt"]
+    files += [site / file for file in own]
+    (site / f"{name}-1.0.dist-info").mkdir(parents=True)
+    metadata = f"Metadata-Version: 2.4\nName: {name}\nVersion: 1.0\n{license_text}\n"
+    (site / f"{name}-1.0.dist-info" / "METADATA").write_text(metadata)
+    (site / f"{name}-1.0.dist-info" / "RECORD").write_text("".join(f"{f},,\n" for f in own))
+  for file in files:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(sentences(file.stem))
+  (library / "copy.py").write_text("small = 1\n")
+  (site / "old" / "two.md").write_text(sentences("one") * 9)  # longer than what is read of a file
+  return library, site
+
+
+def collect(packages, **distributions):
+  distributions = distributions or {"fair": "train", "old": "test"}
+  return python_corpus.collect(packages[0], distributions, [str(packages[1])])
+
+
+def test_a_corpus_has_each_file_in_the_split_of_its_package(packages):
+  corpus = collect(packages)
+  places = {d.path: (split, d) for split, of in corpus.documents.items() for d in of}
+  expected = {"io.py", "_io.py", "logging.py", "json/scanner.py", "calendar.py"}
+  # What several packages have is in one split only: fair/one.py is old/one.py.
+  assert places.keys() == expected | {"fair/two.md", "old/one.py", "old/two.md"}
+  assert places["io.py"][0] == places["_io.py"][0]
+  assert [places[f][0] for f in ("logging.py", "calendar.py", "json/scanner.py")] == [
+    "test",
+    "validation",
+    "train",
+  ]
+  assert places["fair/two.md"][0] == "train" and places["old/one.py"][0] == "test"
+  assert len(places["old/two.md"][1].text) == python_corpus.MOST_CHARACTERS
+  assert corpus.versions.keys() == {"python", "fair", "old"} and corpus.versions["old"] == "1.0"
+  assert collect(packages).digest == corpus.digest
+  (packages[0] / "logging.py").write_text((packages[0] / "logging.py").read_text() + "more\n")
+  assert collect(packages).digest != corpus.digest
+  with pytest.raises(ValueError, match="strict states 'GPL-3.0-only', which is not among"):
+    collect(packages, strict="train")
+  with pytest.raises(ValueError, match="the text corpus needs the package absent: install it"):
+    collect(packages, absent="train")
+
+
+def test_windows_of_text_hold_each_token_once_and_belong_to_a_corpus(
+  packages, config, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(text_data, "TOKENIZER_STRIDE", 1)
+  model = config.model.replace(vocab_size=300)
+  settings = configs.Text(length=16, evaluation_windows=8)
+  open_data = lambda folder: text_data.TextData(settings, model, folder, collect(packages))
+  data, corpus = open_data(tmp_path / "a"), collect(packages)
+  again = open_data(tmp_path / "b")
+  assert data.tokenizer.to_str() == again.tokenizer.to_str()
+  assert open_data(tmp_path / "a").tokenizer.to_str() == data.tokenizer.to_str()  # from its file
+  assert data.tokenizer.get_vocab_size() == 300
+  windows = data.windows("train")
+  for i, document in enumerate(corpus.documents["train"]):
+    own = windows.documents == i
+    tokens = windows.tokens[own][windows.weights[own] > 0]
+    assert data.tokenizer.decode(tokens[:-1].tolist()) == document.text and tokens[-1] == 0
+  assert (windows.tokens[windows.weights == 0] == model.pad_token_id).all()
+
+  batch, size = data.batches(3, seed=5), len(windows.tokens)
+  epoch = np.concatenate([batch(i).tokens for i in range(size // 3)])
+  rows = lambda tokens: sorted(map(tuple, tokens.tolist()))
+  assert len(epoch) > size - 3 and not set(rows(epoch)) - set(rows(windows.tokens))
+  if size % 3 == 0:
+    assert rows(epoch) == rows(windows.tokens)
+  assert equal(again.batches(3, seed=5)(7), batch(7)) and batch(7).ids.tolist() == [21, 22, 23]
+  assert not np.array_equal(data.batches(3, seed=6)(7).tokens, batch(7).tokens)
+
+  spread = data.windows("test").spread(5)
+  number = len(corpus.documents["test"])
+  assert sorted(spread.documents[:number]) == list(range(number))
+
+  few = config.replace(
+    model=model, data=settings, settings=dataclasses.replace(config.settings, num_steps=4)
+  )
+  state, last = train.run(few, tmp_path / "run", data)
+  used = data.batches(few.batch_size, few.seed)
+  assert last["tokens"] == sum((used(i).weights > 0).sum() for i in range(4))
+  scores, some = data.evaluate(state.params, model, 0), data.windows("validation").spread(8)
+  log_p = jax.nn.log_softmax(transformer.forward(state.params, model, some.tokens)[0][:, :-1])
+  scored, next_ones = some.weights[:, 1:] > 0, some.tokens[:, 1:]
+  nll = -np.take_along_axis(np.asarray(log_p), next_ones[..., None], -1)[..., 0][scored]
+  assert scores["validation_perplexity"] == pytest.approx(np.exp(nll.mean()), rel=1e-4)
+  right = (np.argmax(log_p, -1) == next_ones)[scored]
+  assert scores["validation_accuracy"] == pytest.approx(right.mean())
+
+  check = lambda data: training_loop.check_output(tmp_path / "of", {"seed": 1} | data.origin)
+  check(data)
+  (packages[0] / "logging.py").write_text((packages[0] / "logging.py").read_text() + "more\n")
+  with pytest.raises(ValueError, match=r"another config \(it differs in corpus.digest\)"):
+    check(open_data(tmp_path / "c"))
+
+
 def _make_fast(monkeypatch):
   """One shape of batches to compile for, and no evaluation."""
   monkeypatch.setattr(training_batches, "MULTIPLE", 128)
-  monkeypatch.setattr(
-    train, "validate", lambda params, *_: {"score": float(np.abs(params.final_norm).sum())}
-  )
+  score = lambda self, params, *_: {"score": float(np.abs(params.final_norm).sum())}
+  monkeypatch.setattr(wordmath_data.WordmathData, "evaluate", score)
 
 
 @pytest.fixture(scope="module")
-def whole_run(config, tokenizer, tmp_path_factory):
+def whole_run(config, data, tmp_path_factory):
   """Folder, state and last metrics of a run that nothing disturbed."""
   folder = tmp_path_factory.mktemp("whole")
   with pytest.MonkeyPatch.context() as monkeypatch:
     _make_fast(monkeypatch)
-    return folder, *train.run(config, folder, tokenizer)
+    return folder, *train.run(config, folder, data)
 
 
-def test_a_killed_run_ends_as_one_that_was_not(config, tokenizer, whole_run, tmp_path, monkeypatch):
+def test_a_killed_run_ends_as_one_that_was_not(config, data, whole_run, tmp_path, monkeypatch):
   _make_fast(monkeypatch)
   folder, whole, _ = whole_run
   take_step, calls = train.training.train_step, []
@@ -108,10 +233,10 @@ def test_a_killed_run_ends_as_one_that_was_not(config, tokenizer, whole_run, tmp
 
   monkeypatch.setattr(train.training, "train_step", dying)
   with pytest.raises(KeyboardInterrupt):
-    train.run(config, tmp_path, tokenizer)
+    train.run(config, tmp_path, data)
   with (tmp_path / "metrics.jsonl").open("a") as file:
     file.write('{"step": 20, "ki')
-  resumed, last = train.run(config, tmp_path, tokenizer)
+  resumed, last = train.run(config, tmp_path, data)
   assert len(calls) == 18 + 15
   assert equal(resumed, whole)
 
@@ -131,25 +256,27 @@ def test_a_killed_run_ends_as_one_that_was_not(config, tokenizer, whole_run, tmp
   assert sorted(p.name for p in (tmp_path / "states").iterdir()) == ["20", "25"]
 
   file = max((tmp_path / "states" / "25").rglob("d/*"), key=lambda p: p.stat().st_size)
-  data = bytearray(file.read_bytes())
-  data[len(data) // 2] ^= 1
-  file.write_bytes(data)
+  contents = bytearray(file.read_bytes())
+  contents[len(contents) // 2] ^= 1
+  file.write_bytes(contents)
   with pytest.raises(ValueError, match=r"states/25 is damaged .*: delete it .*\(the checksum of"):
-    train.run(config, tmp_path, tokenizer)
+    train.run(config, tmp_path, data)
 
 
 def _train(config, folder, tokenizer_file, cache):
   jax.config.update("jax_compilation_cache_dir", cache)
   with pytest.MonkeyPatch.context() as monkeypatch:
     _make_fast(monkeypatch)
-    train.run(config, folder, tokenizers.Tokenizer.from_file(tokenizer_file))
+    data = wordmath_data.WordmathData(config.data, config.model)
+    data.tokenizer = tokenizers.Tokenizer.from_file(tokenizer_file)
+    train.run(config, folder, data)
 
 
 def test_a_run_killed_for_real_at_random_moments_ends_as_one_that_was_not(
-  config, tokenizer, whole_run, tmp_path
+  config, data, whole_run, tmp_path
 ):
   folder, whole, _ = whole_run
-  tokenizer.save(str(tmp_path / "tokenizer.json"))
+  data.tokenizer.save(str(tmp_path / "tokenizer.json"))
   run = tmp_path / "run"
   run.mkdir()
   metrics, rng = run / "metrics.jsonl", np.random.default_rng(0)
@@ -175,7 +302,7 @@ def test_a_run_killed_for_real_at_random_moments_ends_as_one_that_was_not(
   assert last.exitcode == 0
   with pytest.MonkeyPatch.context() as monkeypatch:
     _make_fast(monkeypatch)
-    assert equal(train.run(config, run, tokenizer)[0], whole)
+    assert equal(train.run(config, run, data)[0], whole)
   timings = ("seconds", "tokens_per_second")
   assert records(run, *timings) == records(folder, *timings)
 
@@ -185,11 +312,11 @@ def provenance_of(folder):
 
 
 def test_the_checkpoint_holds_rounded_weights_and_their_scores(
-  config, tokenizer, whole_run, tmp_path, monkeypatch
+  config, data, whole_run, tmp_path, monkeypatch
 ):
   monkeypatch.setattr(training_batches, "MULTIPLE", 128)
   _, state, last = whole_run
-  train.finish(config, tmp_path, tokenizer, state, last, "the command")
+  train.finish(config, tmp_path, data, state, last, "the command")
 
   params, loaded, saved_tokenizer = roe_jax.open_model(tmp_path / "model", dtype="float32")
   assert roe_jax.load_config(tmp_path / "model").dtype == "bfloat16"
@@ -197,19 +324,19 @@ def test_the_checkpoint_holds_rounded_weights_and_their_scores(
     params, jax.tree.map(lambda w: np.asarray(w.astype("bfloat16").astype("float32")), state.params)
   )
   provenance = provenance_of(tmp_path / "model")
-  scores = train.validate(params, config.replace(model=loaded), tokenizer)
+  scores = data.evaluate(params, loaded, config.seed)
   assert 1 < scores["validation_perplexity"] < config.model.vocab_size
   assert 0 <= scores["validation_exact_match"] <= 1
   assert {k: provenance["scores"][k] for k in scores} == scores
   assert provenance["command"] == "the command"
   assert provenance["steps"] == 25 and provenance["tokens"] == last["tokens"] > 0
   text = wordmath.prompt(wordmath.problem("test", 0))
-  assert saved_tokenizer.encode(text) == tokenizer.encode(text).ids
+  assert saved_tokenizer.encode(text) == data.tokenizer.encode(text).ids
 
   # Hugging Face folders have no threshold of router probability.
-  monkeypatch.setattr(train, "validate", lambda *_: {"validation_perplexity": 2.0})
+  monkeypatch.setattr(data, "evaluate", lambda *_: {"validation_perplexity": 2.0})
   other = config.replace(model=config.model.replace(expert_mass=0.4))
-  train.finish(other, tmp_path / "other", tokenizer, state, last, "the command")
+  train.finish(other, tmp_path / "other", data, state, last, "the command")
   params_of_other, of_other, _ = roe_jax.open_model(tmp_path / "other" / "model", dtype="float32")
   assert of_other.expert_mass == 0.4 and equal(params_of_other, params)
   assert provenance_of(tmp_path / "other" / "model")["scores"]["validation_perplexity"] == 2.0
@@ -232,6 +359,10 @@ def test_a_folder_belongs_to_one_config(config, tmp_path):
   [
     (["--config=nothing"], "unknown training config 'nothing': choose one of wordmath_control"),
     (["--config=wordmath_tiny", "--steps=0"], "num_steps must be at least 1, got 0"),
+    (
+      ["--config=text_routing:plain", "--problems=9"],
+      "unknown setting 'num_problems': choose from",
+    ),
   ],
 )
 def test_errors_are_one_sentence(arguments, sentence, tmp_path):
@@ -245,8 +376,9 @@ def test_errors_are_one_sentence(arguments, sentence, tmp_path):
   "changes", [dict(batch_size=0), dict(save_every=0), dict(num_problems=0), dict(seed=-1)]
 )
 def test_configs_out_of_range(config, changes):
+  of = config.data if "num_problems" in changes else config
   with pytest.raises(ValueError, match=next(iter(changes))):
-    config.replace(**changes)
+    dataclasses.replace(of, **changes)
 
 
 def test_every_config_loads():
@@ -261,6 +393,8 @@ def test_embedded_models_are_what_their_configs_make(name):
   seed = re.search(r"--seed=(\d+)", provenance["command"])
   expected = configs.load(config).replace(seed=int(seed[1]) if seed else 0)
   made = json.loads(json.dumps(dataclasses.asdict(expected)))
+  if "data" not in provenance["config"]:
+    made |= made.pop("data")  # their place then
   for part in ("model", "settings"):
     made[part] = {k: made[part][k] for k in provenance["config"][part]}  # those it had then
   assert made == provenance["config"]

@@ -7,43 +7,39 @@ import dataclasses
 import importlib
 import pkgutil
 
+from experiments.training.text_data import Text
+from experiments.training.wordmath_data import Wordmath
 from roe_jax.config import ModelConfig
 from roe_jax.training import TrainSettings
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-  """A model, its `wordmath` training data and the training settings.
+  """A model, its training data and the training settings.
 
   Attributes:
     model: the architecture, with the dtype to train in.
     settings: settings of optimizer and loss.
-    num_problems: size of the fixed training set, repeated in epochs; None for a stream of new
-      problems.
-    batch_size: problems per step.
-    question_weight: loss weight of question tokens; answer tokens have weight 1.
-    seed: seed for the initial parameters, the training problems and their order.
+    data: what is trained and evaluated on; its `load` returns an object with its origin, the
+      tokenizer, the batch of each step, and an evaluation.
+    batch_size: sequences per step.
+    seed: seed for the initial parameters, and for what is trained on in which order.
     log_every, evaluate_every, save_every: steps between log lines, evaluations and saved states.
-    evaluation_problems: validation problems per evaluation.
   """
 
   model: ModelConfig
   settings: TrainSettings
-  num_problems: int | None = None
+  data: Wordmath | Text = dataclasses.field(default_factory=Wordmath)
   batch_size: int = 16
-  question_weight: float = 0.25
   seed: int = 0
   log_every: int = 10
   evaluate_every: int = 500
   save_every: int = 500
-  evaluation_problems: int = 200
 
   def __post_init__(self):
-    for name in ("batch_size", "log_every", "evaluate_every", "save_every", "evaluation_problems"):
+    for name in ("batch_size", "log_every", "evaluate_every", "save_every"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-    if self.num_problems is not None and self.num_problems < 1:
-      raise ValueError(f"num_problems must be at least 1, got {self.num_problems}")
     if self.seed < 0:
       raise ValueError(f"seed must not be negative, got {self.seed}")
 

@@ -23,7 +23,7 @@ from roe_jax.training import TrainSettings
 def get_config() -> configs.TrainingConfig:
   return configs.TrainingConfig(
     model=wordmath_control.MODEL,
-    num_problems=3000,
+    data=configs.Wordmath(num_problems=3000),
     evaluate_every=250,
     settings=TrainSettings(
       num_steps=4000, learning_rate=2e-3, final_learning_rate=2e-4, weight_decay=0.0

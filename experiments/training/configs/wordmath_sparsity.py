@@ -33,7 +33,7 @@ def get_config(variant: str) -> configs.TrainingConfig:
   model = wordmath_sizes.resize(wordmath_control.MODEL, 64)
   config = wordmath_overtrained.get_config()
   return config.replace(
-    num_problems=1500,
+    data=configs.Wordmath(num_problems=1500),
     settings=dataclasses.replace(config.settings, num_steps=2500),
     model=model.replace(num_experts=num_experts, experts_per_token=experts_per_token),
   )

@@ -25,7 +25,7 @@ def get_config() -> configs.TrainingConfig:
   return configs.TrainingConfig(
     model=model,
     batch_size=4,
-    evaluation_problems=8,
+    data=configs.Wordmath(evaluation_problems=8),
     save_every=20,
     settings=TrainSettings(num_steps=200, learning_rate=1e-2, warmup_steps=20),
   )
