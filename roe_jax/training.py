@@ -104,7 +104,7 @@ class TrainSettings:
 
 
 class Batch(struct.PyTreeNode):
-  """Training sequences, padded on the right.
+  """Training sequences, padded on the right, as arrays of JAX or NumPy.
 
   Attributes:
     tokens: `[B, T]` int32.
@@ -114,9 +114,9 @@ class Batch(struct.PyTreeNode):
     ids: `[B]` uint32, which address the routing noise of each sequence.
   """
 
-  tokens: jax.Array
-  weights: jax.Array
-  ids: jax.Array
+  tokens: Any
+  weights: Any
+  ids: Any
 
 
 class TrainState(struct.PyTreeNode):

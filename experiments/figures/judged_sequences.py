@@ -13,6 +13,7 @@ import numpy as np
 from experiments.cli import app
 from experiments.tasks import wordmath, wordmath_tokenizer
 from experiments.training import configs, training_batches
+from experiments.training.text_data import TextData
 from roe_jax import scoring
 from roe_jax.config import ModelConfig
 from roe_jax.training import Batch
@@ -58,7 +59,10 @@ class Items:
     self.tokens = np.bincount(items, scored).astype(int)
 
   def judge(
-    self, config: ModelConfig, models: Sequence[tuple[Any, Any]], temperatures: Sequence[float]
+    self,
+    config: ModelConfig,
+    models: Sequence[tuple[Any, Any]],
+    temperatures: Sequence[float] | np.ndarray,
   ) -> tuple[list[np.ndarray], ...]:
     """Returns `[G]` nats of each item, and of each of its tokens whether it is the most probable
     one and the probability of that at the last temperature."""
@@ -97,6 +101,7 @@ def _windows(model, checkpoints, counts) -> list[Items]:
       "with the same versions of the installed packages"
     )
   data, found = configs.load("text_routing:plain").data.load(model, folders[0]), []
+  assert isinstance(data, TextData)
   for split, count in counts.items():
     windows = data.windows(split).spread(count)
     ids = np.arange(len(windows.tokens))

@@ -12,7 +12,7 @@ fitted on validation problems for each model and system.
 that none was trained on. Windows of one file depend on each other, so files are resampled.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 from itertools import chain
@@ -169,7 +169,7 @@ class _Models:
       )
     chosen = jnp.concatenate([o.experts for o in outputs], axis=1)
     p = jax.nn.softmax(jnp.concatenate([o.router_logits for o in outputs], axis=1))
-    loads = training.expert_loads(chosen, weights, config.num_experts)
+    loads = training.expert_loads(chosen, jnp.asarray(weights), config.num_experts)
     entropy = lambda p: float(jax.scipy.special.entr(p).sum(-1).mean() / math.log(p.shape[-1]))
     return {
       "experts": float((chosen < config.num_experts)[:, weights].sum(-1).mean()),
@@ -201,7 +201,7 @@ class _Models:
 
 def _systems(
   question: str, name: str, config: Config, experts: int, seed: int = 0
-) -> dict[str, tuple[float, Callable[[Any], Roster | None]]]:
+) -> Mapping[str, tuple[float, Callable[[Any], Roster | None]]]:
   """Returns the systems of a model: forward passes per token, and what makes the roster."""
 
   def roster(n, tau):
@@ -255,7 +255,7 @@ def measure(run: FigureRun) -> list[compared.Record]:
   own, records = run.config, []
   models_of = functools.cache(functools.partial(_Models, run))
 
-  def measured(models, name, label, make):
+  def measured(models, name, label, make) -> dict[str, Any]:
     each = [
       models.kept(
         f"{name}, {label}, {s}" + f" and {models.next_seed(s)}" * (label == SEPARATE),

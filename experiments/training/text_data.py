@@ -135,7 +135,7 @@ class TextData:
     for i in range(0, len(documents), 64):  # encodings of all take gigabytes
       some = self.tokenizer.encode_batch_fast([d.text for d in documents[i : i + 64]])
       sequences += [np.array([*one.ids, end], np.int32) for one in some]
-    return Windows.cut(sequences, self._settings.length, self._model.pad_token_id)
+    return Windows.cut(sequences, self._settings.length, self._model.pad_token_id or 0)
 
   def batches(self, batch_size: int, seed: int) -> Callable[[int], Batch]:
     """Returns the batch of each step; each epoch has all training windows in an order of its own.

@@ -1,6 +1,6 @@
 """Training batches of `wordmath` problems, and what batches of any text share."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import functools
 
 import jax
@@ -24,12 +24,14 @@ def encode(
   prompt, completion = tokenizer.encode_batch(
     [wordmath.prompt(problem), wordmath.completion(problem)]
   )
-  return prompt.ids, completion.ids + [tokenizer.token_to_id("<|endoftext|>")]
+  end = tokenizer.token_to_id("<|endoftext|>")
+  assert end is not None
+  return prompt.ids, completion.ids + [end]
 
 
 def pack(
-  sequences: list[tuple[list[int], list[int]]],
-  ids: list[int],
+  sequences: Sequence[tuple[list[int], list[int]]],
+  ids: Sequence[int],
   question_weight: float,
   pad_id: int,
   multiple: int = MULTIPLE,

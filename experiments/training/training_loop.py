@@ -110,9 +110,9 @@ def run(
   """
   from orbax.checkpoint import v1 as ocp  # slow
 
-  keep = ocp.training.preservation_policies.LatestN(2)
+  keep: Any = ocp.training.preservation_policies.LatestN(2)
   with ocp.training.Checkpointer(
-    (output / "states").absolute(), preservation_policy=keep, cleanup_tmp_directories=True
+    str((output / "states").absolute()), preservation_policy=keep, cleanup_tmp_directories=True
   ) as saver:
     state = jax.jit(init)()
     if saver.latest is not None:

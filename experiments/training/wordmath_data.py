@@ -52,7 +52,7 @@ class WordmathData:
   """
 
   def __init__(self, settings: Wordmath, model: ModelConfig):
-    self._settings, self._pad_id = settings, model.pad_token_id
+    self._settings, self._pad_id = settings, model.pad_token_id or 0
     self.origin = {}
 
   @functools.cached_property
