@@ -32,7 +32,7 @@ from experiments.evaluation.requests import Continuation, RequestBuilder
 from experiments.figures import compared, passages
 from experiments.figures.figure_run import FigureRun
 from experiments.training import bit_router_training
-from roe_jax import batching, bit_plans, bit_routing, compensation, diagnostics, quantization
+from roe_jax import batching, bit_plans, bit_routing, compensation, quantization
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.costs import calls, flops
@@ -117,43 +117,6 @@ class System:
   reference: str | None = None
 
 
-@jax.jit
-def _mean_distribution(logits):
-  """Returns log-probabilities `[B, T, V]` of the mean of the members' distributions."""
-  return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) - jnp.log(len(logits))
-
-
-def _positions(request: Continuation) -> int:
-  """Returns a power of two of positions that has all tokens, if there are as many: few shapes."""
-  return min(1 << (len(request.tokens) - 1).bit_length(), request.max_length - 1)
-
-
-def distributions(
-  params: Params,
-  config: ModelConfig,
-  rosters: list[Roster],
-  requests: list[Continuation],
-  batch_size: int,
-) -> list[list[np.ndarray]]:
-  """Returns for each roster the log-probabilities `[T, V]` at each request's tokens."""
-  found: list[dict[int, np.ndarray]] = [{} for _ in rosters]
-  for indices in passages.batches(requests, batch_size, _positions):
-    some = [requests[i] for i in indices]
-    padded = [*some, *[some[-1]] * (batch_size - len(some))]  # one shape
-    logits = diagnostics.last_member_logits(
-      params,
-      config,
-      [r.sequence[:-1] for r in padded],
-      rosters,
-      request_ids=[r.request_id for r in padded],
-      num_positions=_positions(some[0]),
-    )
-    for own, of_members in zip(found, logits):
-      log_probs = np.asarray(_mean_distribution(of_members))
-      own |= {i: log_probs[b, -len(r.tokens) :] for b, (i, r) in enumerate(zip(indices, some))}
-  return [[own[i] for i in range(len(requests))] for own in found]
-
-
 def judge(
   log_probs: list[np.ndarray], reference: list[np.ndarray], requests: list[Continuation], t: float
 ) -> dict[str, Any]:
@@ -224,7 +187,6 @@ def _bit_routers(params, config, requests, own: Config) -> tuple[dict[str, Param
   """Returns the model with random and with trained bit routers, mean bits of each, its config."""
   settings = bit_router_training.Settings(own.mean, own.router_steps)
   params, config = bit_routing.add(params, config, jax.random.key(0))
-  state = bit_router_training.start(params, settings)
   length = batching.bucket(max(r.max_length for r in requests))
 
   def batch(some):
@@ -234,18 +196,17 @@ def _bit_routers(params, config, requests, own: Config) -> tuple[dict[str, Param
       row[len(r.context) - 1 : r.max_length - 1] = True
     return jnp.asarray(tokens), jnp.asarray(used)
 
-  for step in range(settings.steps):
-    rng = np.random.default_rng(step)
-    some = [requests[i] for i in rng.integers(len(requests), size=own.router_batch)]
-    state, _ = bit_router_training.train_step(
-      state, params, *batch(some), config=config, settings=settings
-    )
+  def of_step(step):
+    drawn = np.random.default_rng(step).integers(len(requests), size=own.router_batch)
+    return batch([requests[i] for i in drawn])
+
+  trained = bit_router_training.train(params, config, of_step, settings)
   mean_bits = jax.jit(
     lambda routers: bit_router_training.divergence(
       params, config, routers, *batch(requests[: own.router_batch])
     )[1]
   )
-  found = {"random": params, "trained": bit_router_training.with_routers(params, state.params)}
+  found = {"random": params, "trained": trained}
   bits = {name: float(mean_bits(p.layers.bit_router)) for name, p in found.items()}
   return found, bits, config
 
@@ -268,7 +229,7 @@ class _Model:
     self.tokens = np.array([len(r.tokens) for r in self.test])
 
   def _distributions(self, params, config, rosters, requests):
-    return distributions(params, config, rosters, requests, self.batch_size)
+    return passages.distributions(params, config, rosters, requests, self.batch_size)
 
   @functools.cached_property
   def unquantized(self) -> dict[str, list[np.ndarray]]:

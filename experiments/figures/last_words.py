@@ -163,9 +163,9 @@ class Reader:
     """
     config = self.config if k is None else routing.with_experts(self.config, k)
     found, size = {job.name: [{}] * len(requests) for job in jobs}, self._run.model.batch_size
-    for number, batch in enumerate(passages.batches(requests, size, _positions)):
+    for number, batch in enumerate(passages.batches(requests, size, passages.num_positions)):
       some = [requests[i] for i in batch]
-      positions = _positions(some[0])
+      positions = passages.num_positions(some[0])
       kept = self._keep.get(
         f"{self._checkpoint}, {name}, batch {number}",
         lambda some=some, positions=positions: self._read(config, some, positions, jobs),
@@ -193,11 +193,6 @@ class Reader:
       summary = jax.device_get(_summarize(logits, targets, job.sizes, temperatures))
       found[job.name] = [_of_request(summary, b, len(r.tokens)) for b, r in enumerate(requests)]
     return found
-
-
-def _positions(request):
-  """Returns a power of two of positions that has all tokens, if there are as many: few shapes."""
-  return min(1 << (len(request.tokens) - 1).bit_length(), request.max_length - 1)
 
 
 def _of_request(summary, b, count):

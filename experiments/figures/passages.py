@@ -1,10 +1,18 @@
-"""Passages whose last words are scored: requests, and batches that more passages only add to."""
+"""Passages whose last words are read: requests, batches that more only add to, distributions."""
 
 from collections.abc import Callable, Iterator, Sequence
 import itertools
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from experiments import tasks
 from experiments.evaluation.requests import Continuation, RequestBuilder, TaskRequests
+from roe_jax import diagnostics
+from roe_jax.config import ModelConfig
+from roe_jax.params import Params
+from roe_jax.roster import Roster
 
 PART = 160  # requests that batches are made of
 
@@ -15,6 +23,11 @@ def requests(
   """Returns the requests to score the references of a task."""
   examples = tasks.get(task).examples(split, data_dir, count)
   return TaskRequests.of(builder, tasks.get(task), examples).all_references
+
+
+def num_positions(request: Continuation) -> int:
+  """Returns a power of two of positions that has all tokens, if there are as many: few shapes."""
+  return min(1 << (len(request.tokens) - 1).bit_length(), request.max_length - 1)
 
 
 def batches(
@@ -31,3 +44,35 @@ def batches(
     for _, group in itertools.groupby(order, lambda i: kind(some[i])):
       group = list(group)
       yield from (group[begin : begin + size] for begin in range(0, len(group), size))
+
+
+@jax.jit
+def _mean_distribution(logits):
+  """Returns log-probabilities `[B, T, V]` of the mean of the members' distributions."""
+  return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) - jnp.log(len(logits))
+
+
+def distributions(
+  params: Params,
+  config: ModelConfig,
+  rosters: list[Roster],
+  texts: list[Continuation],
+  batch_size: int,
+) -> list[list[np.ndarray]]:
+  """Returns for each roster the log-probabilities `[T, V]` at each text's tokens."""
+  found: list[dict[int, np.ndarray]] = [{} for _ in rosters]
+  for indices in batches(texts, batch_size, num_positions):
+    some = [texts[i] for i in indices]
+    padded = [*some, *[some[-1]] * (batch_size - len(some))]  # one shape
+    logits = diagnostics.last_member_logits(
+      params,
+      config,
+      [r.sequence[:-1] for r in padded],
+      rosters,
+      request_ids=[r.request_id for r in padded],
+      num_positions=num_positions(some[0]),
+    )
+    for own, of_members in zip(found, logits):
+      log_probs = np.asarray(_mean_distribution(of_members))
+      own |= {i: log_probs[b, -len(r.tokens) :] for b, (i, r) in enumerate(zip(indices, some))}
+  return [[own[i] for i in range(len(texts))] for own in found]

@@ -5,6 +5,7 @@ per token, plus a multiple of the squared distance of the mean bits to those tha
 paper weights the mean bits instead, and tries weights until their number fits.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 
@@ -102,3 +103,23 @@ def train_step(
   updates, opt_state = settings.optimizer.update(gradient, state.opt_state)
   routers = optax.apply_updates(state.params, updates)
   return TrainState(state.step + 1, routers, opt_state), values
+
+
+def train(
+  params: Params,
+  config: ModelConfig,
+  batch: Callable[[int], tuple[jax.Array, jax.Array]],
+  settings: Settings,
+) -> Params:
+  """Trains the bit routers of a model and returns it with them.
+
+  Args:
+    params: the model, with the first routers.
+    config: its architecture.
+    batch: returns the tokens of a step `[B, T]` int32, and which of them count, bool.
+    settings: of the training.
+  """
+  state = start(params, settings)
+  for step in range(settings.steps):
+    state, _ = train_step(state, params, *batch(step), config=config, settings=settings)
+  return with_routers(params, state.params)

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from experiments.analysis import paired_statistics
-from experiments.figures import bits
+from experiments.figures import bits, passages
 from roe_jax import bit_plans, diagnostics, quantization
 from roe_jax import params as params_lib
 from roe_jax.roster import Roster
@@ -45,7 +45,7 @@ def test_distributions_are_those_of_the_whole_sequences(member_bits):
     for i, (a, b) in enumerate(shapes)
   ]
   rosters = [Roster.create(nested), Roster.create(nested, 3, 0.7, member_bits=member_bits)]
-  found = bits.distributions(params, nested, rosters, requests, 3)
+  found = passages.distributions(params, nested, rosters, requests, 3)
   for roster, own in zip(rosters, found):
     expected = diagnostics.next_token_distributions(
       params, nested, [r.sequence for r in requests], roster=roster, all_positions=True
