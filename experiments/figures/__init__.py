@@ -40,7 +40,9 @@ are an estimated 33 minutes of one core, and more with several candidates for τ
 machine.
 
 `merged_tasks` fine-tunes a small model four times; it took 100 minutes on two cores that other jobs
-shared. `vision_sr` trains 24 small networks of 300 steps, and `vision_moe` 18 of 600.
+shared. `deep_training` trains twelve models of 24 layers and `trained_routing` those that are not
+embedded, each about five to ten minutes of one core. `bits` took about 40 minutes of a busy core.
+`vision_sr` trains 24 small networks of 300 steps, and `vision_moe` 18 of 600.
 """
 
 from collections.abc import Sequence

@@ -8,7 +8,7 @@ steps before it; the first steps, in which the learning rate rises, do not count
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy.stats
@@ -48,6 +48,7 @@ class Config:
   steps: int = 500
   factors: tuple[float, ...] = (1.5, 2.0, 3.0)
   window: int = 50
+  num_seeds: ClassVar[int] = 1
 
 
 CONFIGS = {"embedded": Config()}

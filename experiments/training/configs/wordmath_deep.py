@@ -4,7 +4,7 @@
 
 `plain` has the initial weights that the paper compares with, sqrt(2 / (5 D)); `sandwich` has
 depth-scaled sandwich norm, `tiny` TinyInit and `sandwich_tiny` both (arXiv 2505.04519). Each step's
-gradient norm is in `metrics.jsonl`. What they are worth has not been measured.
+gradient norm is in `metrics.jsonl`; `experiments.reproduce --figure=deep_training` compares them.
 """
 
 import math
