@@ -66,6 +66,7 @@ class Config:
   """The comparison.
 
   Attributes:
+    kinds: of systems, in `KINDS`; differences from systems of other kinds are left out.
     task: its references are read.
     num_members, tau: of the roster.
     mean: bits of plans and bit routers.
@@ -76,6 +77,7 @@ class Config:
       routers are trained on.
   """
 
+  kinds: tuple[str, ...] = tuple(KINDS)
   task: str = "text/lambada"
   num_members: int = 4
   tau: float = 0.3
@@ -90,7 +92,7 @@ class Config:
 
 
 CONFIGS = {
-  "embedded": Config("wordmath", router_examples=800, router_steps=200, router_batch=16),
+  "embedded": Config(task="wordmath", router_examples=800, router_steps=200, router_batch=16),
   "smollm2": Config(),
 }
 
@@ -216,7 +218,11 @@ class _Model:
 
   def __init__(self, run: FigureRun):
     own = run.config
-    self.own, self.keep, self.batch_size = own, run.measurements(), run.model.batch_size
+    if unknown := set(own.kinds) - set(KINDS):
+      raise ValueError(f"unknown kind {min(unknown)!r}: choose from {', '.join(KINDS)}")
+    # Measurements are by system, so that those of more kinds can be added.
+    common = dataclasses.replace(run, config=dataclasses.replace(own, kinds=()))
+    self.own, self.keep, self.batch_size = own, common.measurements(), run.model.batch_size
     self.params, self.config, tokenizer = app.open_model(run.model.checkpoint, "float32")
     builder = RequestBuilder(self.config, tokenizer)
     read = functools.partial(passages.requests, builder, own.task)
@@ -286,7 +292,7 @@ class _Model:
     whole, nested = params_lib.quantize(params, config, FORMAT.name)
     trained = functools.cache(lambda: _bit_routers(whole, nested, self.for_routers, own))
     at = functools.partial(calls.bytes_per_expert, nested)
-    for name in ("random", "trained"):
+    for name in ("random", "trained") if "bit router" in own.kinds else ():
       bits = keep.get(f"{name} bit router: bits", lambda name=name: trained()[1][name])
       size = int(e * (at(2) + (bits - 2) * (at(4) - at(2)) / 2))
       make, frequency = lambda name=name: trained()[0][name], f"frequency{text})"
@@ -328,7 +334,7 @@ def _records(
         "fitted": paired_statistics.perplexity(values["fitted_nll"], tokens),
       }
       names = plans if system.reference == RANDOM else [system.reference]
-      if names[0] and system.label not in plans:
+      if names and set(names) <= set(of) and system.label not in plans:
         several = [of[name][which] for name in names]
         joined = {key: np.mean([s[key] for s in several], axis=0) for key in values}
         compare = functools.partial(comparisons.compare_perplexities, "ours", "theirs", "texts")
@@ -351,9 +357,10 @@ def _records(
 def measure(run: FigureRun) -> list[compared.Record]:
   model, of, systems = _Model(run), {}, []
   for system in model.systems():
-    measured = functools.partial(model.measure, system)
-    of[system.label] = model.keep.get(system.label, measured)
-    systems.append(system)
+    if system.kind in run.config.kinds:
+      measured = functools.partial(model.measure, system)
+      of[system.label] = model.keep.get(system.label, measured)
+      systems.append(system)
   return _records(of, systems, model.tokens)
 
 
