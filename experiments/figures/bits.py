@@ -298,7 +298,7 @@ class _Model:
       make, frequency = lambda name=name: trained()[0][name], f"frequency{text})"
       label, routed = f"{name} bit router, {bits:.2f} bits", nested.replace(bit_router=True)
       yield system("bit router", label, size, make, frequency, routed)
-    several = {"members": (own.num_members, own.tau, ("", "3", "2"))}
+    several: dict[str, tuple[Any, ...]] = {"members": (own.num_members, own.tau, ("", "3", "2"))}
     several["bits as noise"] = (None, 0.0, ("", "3", "2", "3-2"))
     for kind, (n, tau, choices) in several.items():
       first = None
@@ -333,7 +333,7 @@ def _records(
         "perplexity": paired_statistics.perplexity(values["nll"], tokens),
         "fitted": paired_statistics.perplexity(values["fitted_nll"], tokens),
       }
-      names = plans if system.reference == RANDOM else [system.reference]
+      names = plans if system.reference == RANDOM else [system.reference or ""]
       if names and set(names) <= set(of) and system.label not in plans:
         several = [of[name][which] for name in names]
         joined = {key: np.mean([s[key] for s in several], axis=0) for key in values}
