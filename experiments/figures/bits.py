@@ -325,7 +325,7 @@ def _records(
         "label": system.label,
         "task": "texts",
         "which": which,
-        "bytes": system.size,
+        "bytes": int(system.size),
         "examples": len(tokens),
         "output_temperature": found["temperature"],
         "kl": paired_statistics.mean(1000 * values["kl"]),
