@@ -50,6 +50,7 @@ FORMAT = Nested(2, 4)
 FORMATS = ("int8", "int4", *(f"nested:{b}-{k}" for b in (2, 3) for k in range(b, 5)))
 UNQUANTIZED, BASELINE, ROSTER = "unquantized", "baseline", "roster"
 RANDOM = "mean of random plans"
+OF_MEMBERS = ("members", "bits as noise")
 # Kinds of systems: what they are compared with.
 KINDS = {
   "format": "the unquantized model",
@@ -398,19 +399,20 @@ def findings(records: list[compared.Record]) -> str:
       f"{r['label']}, {r['which']} {report_page.difference(r[name], places, unit)}" for r in some
     )
 
-  parts = []
-  for kind in ("plan", "bit router"):
+  parts, measured = [], compared.unique(records, "kind")
+  for kind in [k for k in ("plan", "bit router") if k in measured]:
     better = of(kind, "kl_difference", 1, " thousandths of a nat")
     parts.append(f"KL against {KINDS[kind]}: {better or 'no significant difference'}.")
-  for kind in ("members", "bits as noise"):
+  for kind in [k for k in OF_MEMBERS if k in measured]:
     better = of(kind, "fitted_difference", 2, " %")
     parts.append(f"Perplexity against {KINDS[kind]}: {better or 'no significant difference'}.")
   return " ".join(parts)
 
 
 def draw(records: list[compared.Record]):
-  figure, axes = drawing.axes(3, width=3.6, height=3.4)
-  first, second, third = axes.flat
+  of_members = [k for k in OF_MEMBERS if k in compared.unique(records, "kind")]
+  figure, axes = drawing.axes(2 + bool(of_members), width=3.6, height=3.4)
+  first, second = axes.flat[:2]
   some = [r for r in records if r["kind"] in list(KINDS)[:4] and r["label"] != UNQUANTIZED]
   for i, kind in enumerate(compared.unique(some, "kind")):
     for which in (BASELINE, ROSTER):
@@ -425,12 +427,13 @@ def draw(records: list[compared.Record]):
   second.set_ylabel("right (%)")
   for axis in (first, second):
     drawing.value_axis(axis, "x", "MB of all experts", [r["bytes"] / 1e6 for r in some])
-  for i, kind in enumerate(("members", "bits as noise")):
+  for i, kind in enumerate(of_members):
+    third = axes.flat[2]
     of = [r for r in records if r["kind"] == kind]
     x = [r["bytes"] / 1e6 for r in of]
     drawing.errorbars(third, x, [r["fitted"] for r in of], label=kind, **drawing.style(4 + i))
-  third.set_xlabel("MB of experts per step")
-  third.set_ylabel("perplexity at fitted T")
-  third.legend(fontsize=7, frameon=False)
+    third.set_xlabel("MB of experts per step")
+    third.set_ylabel("perplexity at fitted T")
+    third.legend(fontsize=7, frameon=False)
   drawing.legend(figure, first, columns=4)
   return figure
