@@ -357,7 +357,7 @@ def test_a_folder_belongs_to_one_config(config, tmp_path):
 @pytest.mark.parametrize(
   "arguments, sentence",
   [
-    (["--config=nothing"], "unknown training config 'nothing': choose one of wordmath_control"),
+    (["--config=nothing"], "unknown training config 'nothing': choose one of text_routing:"),
     (["--config=wordmath_tiny", "--steps=0"], "num_steps must be at least 1, got 0"),
     (
       ["--config=text_routing:plain", "--problems=9"],
