@@ -315,7 +315,7 @@ def config_json(file: GgufFile) -> dict[str, Any]:
   rotary = config.get("qk_rope_head_dim", head_dim)
   config["partial_rotary_factor"], config["qk_nope_head_dim"] = rotary / head_dim, head_dim - rotary
   config["num_hidden_layers"] -= config.get("num_nextn_predict_layers", 0)
-  # Families have their own names of these, of which each reads its own.
+  # Families have names of their own for these, and each reads its own.
   shared = config.get("shared_expert_intermediate_size")
   config["shared_intermediate_size"] = config["moe_shared_expert_intermediate_size"] = shared
   config["num_shared_experts"] = config.get("n_shared_experts")
