@@ -5,27 +5,32 @@
   python -m experiments.benchmark --preset=vocabulary --sweeps=aggregation,samplers
   python -m experiments.benchmark --preset=olmoe-1b-7b     (GPU or TPU, 16 GB)
   python -m experiments.benchmark --preset=mixtral-8x7b    (96 GB)
+  python -m experiments.benchmark --checkpoint=MODEL.gguf --sweeps=llama_cpp
 
-Times decode steps and scoring of models with random weights against n, τ, context length, batch
-size, cache, aggregation, sampling and kernels. The cases of a sweep take turns in each round, along
-with measurements of memory bandwidth and of the rate of matmuls. The floor of a step is the time to
-read once what it needs (its unique active experts, attention, the output head, and the keys and
-values it attends to), or that of its FLOPs if it is longer. Where torch and transformers are
-installed, the same model and roster run in transformers too.
+Times decode steps and scoring of models, with random weights unless --checkpoint names one, against
+n, τ, context length, batch size, cache, aggregation, sampling and kernels. The cases of a sweep
+take turns in each round, along with measurements of memory bandwidth and of the rate of matmuls.
+The floor of a step is the time to read once what it needs (its unique active experts, attention,
+the output head, and the keys and values it attends to), or that of its FLOPs if it is longer. Where
+torch and transformers are installed, the same model and roster run in transformers too, and where
+llama-cpp-python is, the same model without a roster in llama.cpp.
 
 Writes table.txt (also printed), results.jsonl (one line per case) and cost.png to --output.
 Rerun with the same flags, it keeps finished sweeps.
 """
 
+import importlib
 import importlib.util
 import os
 import pathlib
 import time
+from typing import Any
 
 from absl import flags
 import jax
 from tqdm import tqdm
 
+import checkpoints_convert
 from experiments.benchmarks import bench as bench_lib
 from experiments.benchmarks import machine, random_models, sweep_results, sweeps, tables
 from experiments.benchmarks.sweeps import Sizes
@@ -37,20 +42,26 @@ from roe_jax.quantization import FORMATS
 from roe_jax.routers import ROUTERS
 
 FLAGS = flags.FLAGS
-SWEEPS = (*sweeps.SWEEPS, "transformers")
-COMPETING_FAMILIES = ("olmoe", "mixtral")
+# The packages that they need. `experiments.benchmarks.NAME_cases` has their cases.
+COMPETITORS = {"transformers": ("torch", "transformers"), "llama_cpp": ("gguf", "llama_cpp")}
+SWEEPS = (*sweeps.SWEEPS, *COMPETITORS)
 
 
 def define_flags() -> None:
   flags.DEFINE_enum("preset", "laptop", list(random_models.PRESETS), "Shape of the model.")
+  flags.DEFINE_string(
+    "checkpoint",
+    None,
+    "A model to measure instead of a preset: a GGUF file, a Hugging Face folder or hf:org/name.",
+  )
   flags.DEFINE_enum(
-    "dtype", None, DTYPES, "Dtype of weights and activations; the preset's by default."
+    "dtype", None, DTYPES, "Dtype of weights and activations; the model's by default."
   )
   flags.DEFINE_string(
     "expert_format",
     None,
     f"Storage format of the expert weights: none, {', '.join(FORMATS)}, or nested:BASE-BITS; the "
-    "preset's by default.",
+    "model's by default.",
   )
   flags.DEFINE_list("sweeps", list(SWEEPS), "Sweeps to run.")
   flags.DEFINE_list(
@@ -105,7 +116,7 @@ def sizes_from_flags(config: ModelConfig) -> Sizes:
   )
   if longest > config.context_length:
     raise ValueError(
-      f"the flags need sequences of {longest} tokens, but the context length of {FLAGS.preset} is "
+      f"the flags need sequences of {longest} tokens, but the context length of {_name()} is "
       f"{config.context_length}: give a smaller --context, --contexts, --cache_context or "
       "--score_tokens"
     )
@@ -118,9 +129,17 @@ def sizes_from_flags(config: ModelConfig) -> Sizes:
   return sizes
 
 
+def _name() -> str:
+  """Returns the name of the model."""
+  return pathlib.Path(FLAGS.checkpoint).name if FLAGS.checkpoint else FLAGS.preset
+
+
 def config_from_flags() -> ModelConfig:
-  """Returns the preset with the dtype and expert format of the flags."""
-  config = random_models.PRESETS[FLAGS.preset]
+  """Returns the model's config with the dtype and expert format of the flags."""
+  if FLAGS.checkpoint:
+    config = checkpoints_convert.load_config(FLAGS.checkpoint)
+  else:
+    config = random_models.PRESETS[FLAGS.preset]
   if FLAGS.dtype:
     config = config.replace(dtype=FLAGS.dtype)
   if FLAGS.expert_format:
@@ -138,25 +157,29 @@ def chosen_sweeps(config: ModelConfig) -> list[str]:
       f"--sweeps: unknown {', '.join(unknown) or 'nothing'}; choose from {', '.join(SWEEPS)}"
     )
   chosen = [name for name in SWEEPS if name in FLAGS.sweeps]
-  if ROUTERS[config.router].axes is None and (chosen, FLAGS.num_members) != (["decode"], ["1"]):
+  if ROUTERS[config.router].axes is None and (
+    set(chosen) - {"decode", "llama_cpp"} or FLAGS.num_members != ["1"]
+  ):
     raise ValueError(
-      f"{FLAGS.preset} is dense and runs without a roster only: give --sweeps=decode "
-      "--num_members=1"
+      f"{_name()} is dense and runs without a roster only: give "
+      "--sweeps=decode,llama_cpp --num_members=1"
     )
   if "kernels" in chosen and not native.is_available():
     print("Not compared with native kernels: there are none here.")
     chosen.remove("kernels")
-  if "transformers" not in chosen or FLAGS.transformers == "no":
-    return [name for name in chosen if name != "transformers"]
-  missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-  if missing:
-    obstacle = f"{' and '.join(missing)} not installed"
-  elif config.expert_format or config.family not in COMPETING_FAMILIES:
-    obstacle = f"only {' and '.join(COMPETING_FAMILIES)} without quantized experts can be"
-  else:
-    return chosen
-  print(f"Not compared with transformers: {obstacle}.")
-  return [name for name in chosen if name != "transformers"]
+  if FLAGS.transformers == "no":
+    chosen = [name for name in chosen if name != "transformers"]
+  for name in COMPETITORS.keys() & set(chosen):
+    missing = [p for p in COMPETITORS[name] if importlib.util.find_spec(p) is None]
+    if missing:
+      print(f"Not compared with {name}: {' and '.join(missing)} not installed.")
+      chosen.remove(name)
+  return chosen
+
+
+def _competitor(name: str) -> Any:
+  """Returns the module with the cases of a competitor, whose packages are installed."""
+  return importlib.import_module(f"experiments.benchmarks.{name}_cases")
 
 
 def needed_bytes(config: ModelConfig, sizes: Sizes, chosen: list[str]) -> int:
@@ -171,16 +194,14 @@ def needed_bytes(config: ModelConfig, sizes: Sizes, chosen: list[str]) -> int:
     "aggregation": sizes.score_tokens,
     "samplers": sizes.context,
     "kernels": sizes.context,
-    "transformers": sizes.context,
+    **dict.fromkeys(COMPETITORS, sizes.context),
   }
   # Capacities are rounded up. Caches are donated, so there is one of each.
   caches = random_models.cache_bytes(config, int(1.25 * max(positions[s] for s in chosen)) + 256)
   needed = params_lib.num_bytes(config) + caches + 2 * 2**28
-  if "transformers" in chosen:
-    from experiments.benchmarks import competitors
-
-    needed += competitors.needed_bytes(config, sizes)
-  return needed
+  return needed + sum(
+    _competitor(s).needed_bytes(config, sizes) for s in COMPETITORS if s in chosen
+  )
 
 
 def run(
@@ -192,16 +213,14 @@ def run(
   bar: tqdm,
 ) -> None:
   """Runs the chosen sweeps and adds their results to the folder."""
-  bar.set_description("random weights")
-  bench = bench_lib.Bench(config, FLAGS.tau, FLAGS.seed)
+  bar.set_description("weights")
+  bench = bench_lib.Bench(config, FLAGS.tau, FLAGS.seed, FLAGS.checkpoint)
   references = {"bandwidth": machine.bandwidth_call(), "matmul_rate": machine.matmul_call()}
 
   def measure(sweep):
     bar.set_description(f"{sweep}: compiling")
-    if sweep == "transformers":
-      from experiments.benchmarks import competitors
-
-      todo = competitors.cases(bench, sizes, num_cores)
+    if sweep in COMPETITORS:
+      todo = _competitor(sweep).cases(bench, sizes, num_cores)
     else:
       todo = sweeps.SWEEPS[sweep](bench, sizes)
     bar.set_description(sweep)
@@ -224,12 +243,10 @@ def main(argv) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   output = pathlib.Path(FLAGS.output)
   described = machine.describe(num_cores)
-  if "transformers" in chosen:
-    from experiments.benchmarks import competitors
-
-    if not competitors.runs_on(described["platform"]):
-      print(f"Not compared with transformers: torch cannot use this {described['platform']}.")
-      chosen.remove("transformers")
+  for name in COMPETITORS.keys() & set(chosen):
+    if obstacle := _competitor(name).obstacle(config, FLAGS.checkpoint, described["platform"]):
+      print(f"Not compared with {name}: {obstacle}.")
+      chosen.remove(name)
   if not chosen:
     raise ValueError("no sweep is left to run: give other --sweeps")
   folder = sweep_results.Folder(
@@ -238,6 +255,7 @@ def main(argv) -> None:
       name: FLAGS[name].value
       for name in (
         "preset",
+        "checkpoint",
         "tau",
         "rounds",
         "seed",
@@ -257,7 +275,7 @@ def main(argv) -> None:
     needed, free = needed_bytes(config, sizes, todo), machine.free_bytes()
     if needed > free:
       raise ValueError(
-        f"{FLAGS.preset} needs about {needed / 2**30:.1f} GiB with these flags and "
+        f"{_name()} needs about {needed / 2**30:.1f} GiB with these flags and "
         f"{free / 2**30:.1f} GiB are free: give a smaller --preset, fewer --sweeps or "
         "--transformers=no"
       )
@@ -265,7 +283,8 @@ def main(argv) -> None:
       run(config, sizes, todo, folder, num_cores, bar)
   experts = f", {config.expert_format} experts" if config.expert_format else ""
   title = (
-    f"{FLAGS.preset} with random weights, {config.dtype}{experts}; {described['cpu']}, "
+    f"{_name()}{'' if FLAGS.checkpoint else ' with random weights'}, {config.dtype}{experts}; "
+    f"{described['cpu']}, "
     f"{num_cores} core{'s' if num_cores > 1 else ''}"
     + (f"; {described['device']}" if described["platform"] != "cpu" else "")
     + f"; jax {jax.__version__}"

@@ -1,4 +1,4 @@
-"""A model with random weights, and calls of roe_jax on it to time."""
+"""A model, of random weights by default, and calls of roe_jax on it to time."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import checkpoints_convert
 from experiments.benchmarks import random_models, timing
 from roe_jax import batching, prefill, sampling, scoring
 from roe_jax import members as members_lib
@@ -38,6 +39,13 @@ def chosen_experts(params, config, roster, cache, tokens_B, positions_B, request
   """Returns the experts of all members at one position, `[L, R, B, 1, A]`."""
   run = RosterPass.of_step(params, config, roster, tokens_B, positions_B, request_ids_B)
   return roster.cache_mode.states(run, cache, keep=("experts",))[2].experts
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def step_log_probs(params, config, roster, cache, tokens_B, positions_B, request_ids_B):
+  """Returns the log-probabilities `[B, V]` after a decode step, which does not write the cache."""
+  run = RosterPass.of_step(params, config, roster, tokens_B, positions_B, request_ids_B)
+  return roster.cache_mode.step(run, cache)[0].log_probs[:, 0]
 
 
 @dataclasses.dataclass
@@ -75,13 +83,21 @@ class Bench:
 
   Attributes:
     config: the architecture.
-    params: random weights.
+    params: its weights.
+    checkpoint: where they are from; None: they are random.
     temperature: τ of the noisy rosters.
   """
 
-  def __init__(self, config: ModelConfig, temperature: float, seed: int):
+  def __init__(
+    self, config: ModelConfig, temperature: float, seed: int, checkpoint: str | None = None
+  ):
     self.config, self.temperature, self._seed = config, temperature, seed
-    self.params = random_models.random_params(config, seed)
+    self.checkpoint = checkpoint
+    if checkpoint is None:
+      self.params = random_models.random_params(config, seed)
+    else:
+      chosen = config.expert_format if config.expert_format != "mxfp4" else None  # kept, not made
+      self.params, _ = checkpoints_convert.load(checkpoint, config.dtype, quantize_experts=chosen)
     self._boxes = {}
 
   def roster(self, num_members: int, temperature: float | Sequence[float], **settings) -> Roster:
@@ -166,6 +182,11 @@ class Bench:
       jax.block_until_ready((box.cache, chosen))
 
     return Call(run, timing.memory(program), program.as_text)
+
+  def log_probs(self, roster: Roster, box: Box, sample: int) -> np.ndarray:
+    """Returns log-probabilities `[B, V]` float32 after one of the tokens of `samples`."""
+    args = roster, box.cache, *self._inputs(box)[sample]
+    return np.asarray(step_log_probs(self.params, self.config, *args))
 
   def recomputed_step(self, roster: Roster, context: int) -> Call:
     """Returns a call of a step without a cache, which runs the whole sequence for each token.

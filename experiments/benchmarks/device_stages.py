@@ -268,11 +268,11 @@ def _generation(cached, tau, n, generation):
 
 
 def _open_stock(toy):
-  from experiments.benchmarks import competitors  # needs torch
+  from experiments.benchmarks import transformers_cases  # needs torch
 
-  if not competitors.runs_on(jax.default_backend()):
-    raise ValueError(f"torch cannot use this {jax.default_backend()}")
-  return competitors.Comparison(Bench(_model(toy), TAU, 0), 16 if toy else 128)
+  if obstacle := transformers_cases.obstacle(_model(toy), None, jax.default_backend()):
+    raise ValueError(obstacle)
+  return transformers_cases.Comparison(Bench(_model(toy), TAU, 0), 16 if toy else 128)
 
 
 def _stock(n, stock):

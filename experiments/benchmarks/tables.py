@@ -20,6 +20,7 @@ TITLES = {
   "samplers": "Decode step by sampling settings (ratio: to greedy)",
   "kernels": "Decode step with the native kernels and without (ratio: to native at the same n)",
   "transformers": "Decode step compared with transformers (ratio: to roe_jax at the same n)",
+  "llama_cpp": "Decode step without a roster compared with llama.cpp (ratio: to roe_jax)",
 }
 _COLUMNS = (
   ("", "variant", "{}"),
@@ -102,6 +103,13 @@ def _remarks(sweep, records):
     return [
       f"Fastest in transformers: {', '.join(chosen)}. Largest difference of its "
       f"log-probabilities from those of roe_jax at n = 1: {difference:.1e}."
+    ]
+  if sweep == "llama_cpp":
+    theirs = records[-1]
+    return [
+      f"llama.cpp reads matrices in {theirs['formats']}. Largest difference of its "
+      f"log-probabilities from those of roe_jax: {theirs['difference']:.1e}; the most probable "
+      f"token is the same after {theirs['same_tokens']} of {theirs['num_tokens']} tokens."
     ]
   return []
 

@@ -8,6 +8,7 @@ from roe_jax.lazy_modules import LazyModule
 EXTRAS = {
   "experiments": ("lm_eval", "matplotlib", "optuna", "scipy", "tabulate"),
   "vision": ("skimage", "sklearn"),
+  "llama_cpp": ("gguf", "llama_cpp"),
 }
 PACKAGES = tuple(name for names in EXTRAS.values() for name in names)
 
@@ -30,6 +31,8 @@ def check(packages: tuple[str, ...]) -> None:
 
 
 if TYPE_CHECKING:
+  import gguf
+  import llama_cpp  # pyright: ignore[reportMissingImports]  # may not be installed
   import matplotlib.axes
   import matplotlib.figure
   import matplotlib.markers
@@ -43,5 +46,7 @@ if TYPE_CHECKING:
   import sklearn  # pyright: ignore[reportMissingImports]  # may not be installed
   import tabulate
 else:
-  matplotlib, optuna, scipy, tabulate, skimage, sklearn = map(LazyModule, PACKAGES[1:])
+  matplotlib, optuna, scipy, tabulate, skimage, sklearn, gguf, llama_cpp = map(
+    LazyModule, PACKAGES[1:]
+  )
   plt = LazyModule("matplotlib.pyplot")

@@ -8,7 +8,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 
@@ -17,16 +16,22 @@ from experiments.benchmarks.bench import Bench, Call
 from experiments.benchmarks.sweeps import Case, Sizes
 from experiments.benchmarks.transformers_stock import StockRoster
 from roe_jax import params as params_lib
-from roe_jax.members import RosterPass
+from roe_jax.config import ModelConfig
 
+FAMILIES = ("olmoe", "mixtral")
 NUM_MEMBERS = (1, 4, 16, 32)
 # `batched_mm` gathers the weights of every token's experts: hopeless beyond this.
 GATHERED_BYTES = 2**29
 
 
-def runs_on(platform: str) -> bool:
-  """Whether torch can use the device that JAX uses, without which a comparison is void."""
-  return platform == "cpu" or (platform == "gpu" and torch.cuda.is_available())
+def obstacle(config: ModelConfig, checkpoint: str | None, platform: str) -> str | None:
+  """Returns why transformers cannot run the model, or None."""
+  del checkpoint
+  if config.expert_format or config.family not in FAMILIES:
+    return f"only {' and '.join(FAMILIES)} without quantized experts can be"
+  if platform == "cpu" or (platform == "gpu" and torch.cuda.is_available()):
+    return None
+  return f"torch cannot use this {platform}"
 
 
 def needed_bytes(config, sizes: Sizes) -> int:
@@ -60,7 +65,7 @@ class Comparison:
     transformers_stock.copy_params(bench.params, self._model)
     self._box = bench.clean_history(context)
     self._unique = bench.unique_experts(NUM_MEMBERS, bench.temperature, self._box)
-    self._expected = _baseline_log_probs(bench, context)
+    self._expected = bench.log_probs(bench.roster(1, 0.0), self._box, 0)
 
   def of(self, n: int) -> tuple[Case, Case]:
     """Returns the case of roe_jax, and that of transformers, for n of `NUM_MEMBERS` members."""
@@ -78,21 +83,6 @@ class Comparison:
     ours = Case("roe_jax", parts=((call, 1),), **shared)
     call, options = _fastest(bench, self._model, context, n, self._expected)
     return ours, Case("transformers", parts=((call, 1),), options=options, **shared)
-
-
-def _baseline_log_probs(bench, context):
-  """roe_jax's log-probabilities after the first measured token, without a roster, `[1, V]`."""
-  box = bench.clean_history(context)
-  config, roster = bench.config, bench.roster(1, 0.0)
-
-  @jax.jit
-  def run(params, cache, tokens_B):
-    positions, ids = jnp.full(1, context, jnp.int32), jnp.zeros(1, jnp.uint32)
-    run = RosterPass.of_step(params, config, roster, tokens_B, positions, ids)
-    outputs, _ = roster.cache_mode.step(run, cache)
-    return outputs.log_probs[:, 0]
-
-  return np.asarray(run(bench.params, box.cache, bench.samples(1)[0]))
 
 
 def _fastest(bench, model, context, n, expected):
