@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 import math
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -69,13 +70,13 @@ def _tensors(
   assert isinstance(attention, AttentionParams)
   v, d, f, e = config.vocab_size, config.d_model, config.d_expert, config.num_experts
   queries, keys = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
-  yield "token_embd.weight", other, (v, d), lambda: _values(params.embedding)
-  yield "output_norm.weight", "F32", (d,), lambda: _values(params.final_norm)
-  yield "output.weight", other, (v, d), lambda: _values(params.unembedding)
+  yield "token_embd.weight", other, (v, d), lambda: to_float32(params.embedding)
+  yield "output_norm.weight", "F32", (d,), lambda: to_float32(params.final_norm)
+  yield "output.weight", other, (v, d), lambda: to_float32(params.unembedding)
   for layer in range(config.num_layers):
 
     def of(array, layer=layer):
-      return lambda: _values(jax.tree.map(lambda a: a[layer], array))
+      return lambda: to_float32(jax.tree.map(lambda a: a[layer], array))
 
     def moved(array, *axes, layer=layer):
       return lambda: of(array, layer)().transpose(axes)
@@ -100,7 +101,7 @@ def _tensors(
       yield f"blk.{layer}.{name}.weight", kind, shape, get
 
 
-def _values(array) -> np.ndarray:
+def to_float32(array: Any) -> np.ndarray:
   """Returns weights as float32, dequantized."""
   if quantization.is_quantized(array):
     codes, scales = (np.asarray(to_compute_dtype(a)) for a in (array.codes, array.scales))

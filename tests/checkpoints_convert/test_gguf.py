@@ -184,6 +184,27 @@ def test_logits_are_those_of_transformers_with_the_same_file(tmp_path, family):
   assert np.abs(np.asarray(actual) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_llama_cpp_with_the_same_file(tmp_path, family):
+  pytest.importorskip("llama_cpp")
+  from experiments.benchmarks import llama_cpp_cases
+  from roe_jax import transformer
+
+  # Its OLMoE has as many keys as queries.
+  config = config_json(family, **({"num_key_value_heads": 4} if family == "olmoe" else {}))
+  tensors = gguf_tensors(config, hf.random_state(config))
+  edit = lambda writer: writer.add_tokenizer_model("none")
+  path = write(tmp_path / "m.gguf", config, tensors, edit=edit)
+  x = np.random.RandomState(0).randint(0, config["vocab_size"], 24).tolist()
+  model = llama_cpp_cases.Model(path, num_threads=1, capacity=len(x), exact=True)
+  found = [model.prefill(x[:-1]).copy(), model.step(x[-1]).copy()]
+  params, config = checkpoints_convert.load(str(path))
+  logits, *_ = jax.jit(transformer.forward, static_argnums=1)(params, config, np.array([x]))
+  expected = np.asarray(logits)[0, -2:]
+  assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize(
   "family, sentence",
   [

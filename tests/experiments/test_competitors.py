@@ -1,10 +1,14 @@
 """The same models in other libraries: cases of the benchmark."""
 
+import jax
+import numpy as np
 import pytest
 
+import checkpoints_convert
 from experiments.benchmarks import bench as bench_lib
-from experiments.benchmarks import random_models
+from experiments.benchmarks import random_gguf, random_models
 from experiments.benchmarks.sweeps import Sizes
+from roe_jax import quantization
 
 pytestmark = pytest.mark.slow
 
@@ -33,20 +37,31 @@ def test_the_same_model_in_transformers(monkeypatch):
   assert len(differences) == 1 and differences[0] < 3e-5
 
 
-# Experts of 32 columns are one block of GGUF's formats, and have one scale here too.
-@pytest.mark.parametrize("expert_format, tolerance", [(None, 3e-5), ("int8", 0.1), ("mxfp4", 0.1)])
-def test_the_same_model_in_llama_cpp(expert_format, tolerance):
+def test_the_same_model_in_llama_cpp():
   pytest.importorskip("llama_cpp")
   from experiments.benchmarks import llama_cpp_cases
 
-  config = TINY.replace(d_expert=32, expert_format=expert_format)
-  assert llama_cpp_cases.obstacle(config, None, "cpu") is None
-  bench = bench_lib.Bench(config, temperature=0.5, seed=0)
+  bench = bench_lib.Bench(TINY, temperature=0.5, seed=0)
   ours, theirs = llama_cpp_cases.cases(bench, SIZES, num_cores=1)
   assert (ours.variant, theirs.variant) == ("roe_jax", "llama.cpp")
   for case in (ours, theirs):
-    assert case.baseline == ours.key and case.floor_bytes > 0
+    assert case.baseline == ours.key
     for call, _ in case.parts:
       call.run(2)
-  print(theirs.options, ours.floor_bytes, theirs.floor_bytes)
-  assert theirs.options["difference"] < tolerance
+  # They read the same numbers; the router is in float32 there, too.
+  assert theirs.floor_bytes == pytest.approx(ours.floor_bytes)
+  assert theirs.options["formats"] == "F32"
+  # The cache is in float16 there.
+  assert theirs.options["difference"] < 1e-2
+  assert theirs.options["same_tokens"] == theirs.options["num_tokens"]
+
+
+def test_random_models_in_gguf_files(tmp_path):
+  pytest.importorskip("gguf")
+  config = TINY.replace(d_expert=32, expert_format="mxfp4", dtype="bfloat16")
+  params = random_models.random_params(config)
+  random_gguf.write(tmp_path / "m.gguf", config, params)
+  found, _ = checkpoints_convert.load(str(tmp_path / "m.gguf"))
+  expected = jax.tree.map(random_gguf.to_float32, params, is_leaf=quantization.is_quantized)
+  for (path, x), (_, y) in zip(*map(jax.tree.leaves_with_path, (found, expected)), strict=True):
+    np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
