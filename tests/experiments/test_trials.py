@@ -2,6 +2,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -138,13 +139,13 @@ def test_a_pruned_trial_is_told_as_if_the_rest_differed_as_what_it_saw(tmp_path)
 def test_few_trials_that_are_no_worse_are_given_up_and_most_that_are(maximize):
   def share_given_up(worse):
     rng, given_up = np.random.default_rng(0), 0
-    for _ in range(400):
+    for _ in range(150):
       best = rng.normal(size=100)
       values = best + rng.normal(size=100) + (-worse if maximize else worse)
       given_up += any(
         trials.is_hopeless(values[:seen], best, maximize, 9) for seen in range(10, 100, 10)
       )
-    return given_up / 400
+    return given_up / 150
 
   assert share_given_up(0.0) < trials.PRUNING_ERROR
   assert share_given_up(0.5) > 0.9
@@ -264,6 +265,13 @@ def execute(command):
   return damage
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("finished")
+  searched(folder, 10)
+  return folder
+
+
 @pytest.mark.parametrize(
   "damage",
   [
@@ -275,8 +283,8 @@ def execute(command):
     execute("UPDATE trial_user_attributes SET value_json = '1' WHERE key = 'made'"),
   ],
 )
-def test_a_damaged_study_is_refused_in_a_sentence(tmp_path, damage):
-  searched(tmp_path, 10)
+def test_a_damaged_study_is_refused_in_a_sentence(finished, tmp_path, damage):
+  shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
   damage(tmp_path / "study.db")
   with pytest.raises(ValueError, match="study.db is damaged .*: restore it, or delete") as error:
     Search(tmp_path, SPACE, 12, maximize=False)

@@ -78,16 +78,11 @@ def nll_of(model, examples, roster):
   """Independent of `objectives`: one text at a time."""
   params, config, _ = model
   texts, starts = texts_of(model, examples)
-  return np.array(
-    [
-      -scoring.score(
-        params, config, [text], [start], roster=roster, request_ids=[request_id(e.prompt)]
-      )
-      .sequences[0]
-      .log_probs.sum(dtype=float)
-      for text, start, e in zip(texts, starts, examples)
-    ]
-  )
+  ids = [request_id(e.prompt) for e in examples]
+  # One shape for all, so that it compiles once.
+  shape = dict(batch_size=1, chunk_size=32, min_shape=(1, 128))
+  scores = scoring.score(params, config, texts, starts, roster=roster, request_ids=ids, **shape)
+  return np.array([-s.log_probs.sum(dtype=float) for s in scores.sequences])
 
 
 def test_the_profile_is_that_of_the_best_trial_and_names_model_roster_data_and_cost(tuned, model):
@@ -323,23 +318,19 @@ def test_accuracy_of_chosen_answers(model):
   objective = objectives.Accuracy(config, RequestBuilder(config, tokenizer), task, examples, 4)
   roster = Roster.create(config, 3, 0.5)
   values, cost = objective.measure(params, roster, slice(0, 3))
-  expected = []
-  for e in examples:
-    prompt = tokenizer.encode(e.prompt)
-    sums = [
-      scoring.score(
-        params,
-        config,
-        [prompt + tokenizer.encode(c)],
-        [len(prompt)],
-        roster=roster,
-        request_ids=[request_id(e.prompt)],
-      )
-      .sequences[0]
-      .log_probs.sum()
-      for c in e.choices
-    ]
-    expected.append(float(np.argmax(sums) == e.target))
+  choices = [
+    (e, tokenizer.encode(e.prompt), tokenizer.encode(c)) for e in examples for c in e.choices
+  ]
+  scores = scoring.score(
+    params,
+    config,
+    [prompt + choice for _, prompt, choice in choices],
+    [len(prompt) for _, prompt, _ in choices],
+    roster=roster,
+    request_ids=[request_id(e.prompt) for e, *_ in choices],
+  )
+  sums = np.reshape([s.log_probs.sum() for s in scores.sequences], (3, 3))
+  expected = [float(np.argmax(own) == e.target) for own, e in zip(sums, examples)]
   assert values.tolist() == expected and cost.tokens == 3 * sum(
     len(tokenizer.encode(c)) for c in examples[0].choices
   )
