@@ -92,21 +92,6 @@ CASES = {
     "out.jsonl",
     same_bytes("out.jsonl"),
   ),
-  "quantization": (
-    "experiments.quantization_study",
-    [
-      "--checkpoints={checkpoint}",
-      "--formats=bfloat16,int4",
-      MEMBERS,
-      "--num_examples=3",
-      "--num_validation=3",
-      "--sweep=0.2",
-      "--batch_size=3",
-      "--output={folder}",
-    ],
-    "measured.jsonl",
-    same_bytes("measured.jsonl", "results.json", "table.md"),
-  ),
   "convert": (
     "checkpoints_convert",
     ["--source={checkpoint}", "--target={folder}/int4", "--quantize_experts=int4"],

@@ -200,7 +200,7 @@ def test_a_finished_search_is_told_again_and_other_settings_are_refused(tuned, t
   assert "Traceback" not in other.errors and not other.output
 
 
-def test_two_workers_killed_and_started_again_end_as_one_that_was_not(
+def test_two_workers_that_are_killed_leave_what_one_finishes_as_one_that_was_not(
   tuned, tiny_checkpoint, tmp_path
 ):
   output = tmp_path / "killed"
@@ -221,7 +221,7 @@ def test_two_workers_killed_and_started_again_end_as_one_that_was_not(
   while running():
     assert time.monotonic() < deadline
     time.sleep(0.05)
-  done = run(tiny_checkpoint, output, "--num_workers=2")
+  done = run(tiny_checkpoint, output)
   assert done.returncode == 0, done.errors
   expected = lines(tuned[1] / "trials.jsonl")
   found = [t for t in lines(output / "trials.jsonl") if t["state"] == "complete"]
