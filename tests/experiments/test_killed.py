@@ -164,7 +164,7 @@ def test_where_one_of_two_processes_is_killed_both_end_and_go_on(tiny_checkpoint
     f"--checkpoint={tiny_checkpoint}",
     f"--input={inputs / 'prompts.jsonl'}",
     "--batch_size=4",
-    "--max_new_tokens=8",
+    "--max_new_tokens=16",
     MEMBERS,
     TAU,
   ]

@@ -36,7 +36,7 @@ def test_problems_are_solved_alike_on_every_mesh():
     comparison = found["comparison"]
     assert found["same"], comparison
     assert comparison["num_identical"] + len(comparison["parted"]) == 16
-    assert comparison["num_tokens"] > 300
+    assert comparison["num_tokens"] > 250
     assert len(comparison["parted"]) + len(comparison["outliers"]) <= 2
     # A mesh of eight moves something in a step, and holds less on a device.
     assert sum(m["count"] for m in found["collectives"].values())
