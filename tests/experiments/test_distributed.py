@@ -129,7 +129,7 @@ def test_standard_output_is_that_of_the_first_process(tiny_checkpoint, tmp_path)
   folder_with_input(tmp_path / "in", "generate")
   (tmp_path / "elsewhere").mkdir()
   prompt = "--prompt=" + records(tmp_path / "in" / "in.jsonl")[0]["prompt"]
-  arguments = [f"--checkpoint={tiny_checkpoint}", "--max_new_tokens=5", *ROSTER]
+  arguments = [f"--checkpoint={tiny_checkpoint}", "--max_new_tokens=5"]
   first, second = programs.two("experiments.generate", [*arguments, prompt], tmp_path / "two")
   alone = programs.Run("experiments.generate", [*arguments, prompt], tmp_path / "alone")
   for run in (first, second, alone):
