@@ -676,19 +676,14 @@ def test_batches_of_members_are_computed_as_all_at_once(olmoe, include_clean):
       include_clean=include_clean,
       memory_budget=budget(config, members, 2 * LENGTH),
     )
-
-    @jax.jit
-    def outputs(params, roster):
-      mode, cache = roster.cache_mode, members_lib.empty_cache(config, roster, 2, 16)
-      cache = mode.prefill(of_tokens(params, config, roster.history()), cache)
-      run = of_tokens(params, config, roster)
-      x, shared = mode._run_shared(run, cache, ("keys",))
-      first, _ = members_lib.batches(config, roster, TOKENS.shape)
-      _, kept = mode._run_members(run, CacheAccess(cache), x, shared, first, ("keys",))
-      return mode.score(run, cache)[0], kept, cache
-
-    results.append(outputs(params, roster))
-  (one, one_kept, _), (other, other_kept, cache) = results
+    mode, cache = roster.cache_mode, members_lib.empty_cache(config, roster, 2, 16)
+    cache = mode.prefill(of_tokens(params, config, roster.history()), cache)
+    run = of_tokens(params, config, roster)
+    x, shared = mode._run_shared(run, cache, ("keys",))
+    first, _ = members_lib.batches(config, roster, TOKENS.shape)
+    _, kept = mode._run_members(run, CacheAccess(cache), x, shared, first, ("keys",))
+    results.append((jax.jit(mode.score)(run, cache)[0], kept))
+  (one, one_kept), (other, other_kept) = results
   np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-5, atol=1e-5)
   np.testing.assert_array_equal(one.clean_tokens, other.clean_tokens)
   # The clean member's.
