@@ -14,6 +14,7 @@ import checkpoints_convert
 from experiments.benchmarks import random_models, timing
 from roe_jax import batching, prefill, sampling, scoring
 from roe_jax import members as members_lib
+from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
 from roe_jax.members import RosterPass
 from roe_jax.roster import Roster
@@ -97,7 +98,8 @@ class Bench:
       self.params = random_models.random_params(config, seed)
     else:
       chosen = config.expert_format if config.expert_format != "mxfp4" else None  # kept, not made
-      self.params, _ = checkpoints_convert.load(checkpoint, config.dtype, quantize_experts=chosen)
+      params, _ = checkpoints_convert.load(checkpoint, config.dtype, quantize_experts=chosen)
+      self.params = params_lib.in_storage_dtype(params)
     self._boxes = {}
 
   def roster(self, num_members: int, temperature: float | Sequence[float], **settings) -> Roster:
