@@ -112,7 +112,7 @@ def test_without_an_accelerator_there_are_no_times():
     (dict(length=40000), "--length must lie in"),
     (dict(overlap=1.5), "--overlap must lie in"),
     (dict(acceptance=-0.1), "--acceptance must lie in"),
-    (dict(acceptance=0.9), "with --draft_tokens only: add it"),
+    (dict(acceptance=0.9), "with --draft_tokens only: add that"),
     (dict(unsure=0.1), "--unsure_share applies to rosters with --unsure only: add it"),
   ],
 )
