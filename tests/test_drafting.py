@@ -23,19 +23,11 @@ CASES = {
     dict(num_members=3, temperatures=[0, 0.4, 0], aggregation="contrast"),
     {"sampler": Sampler.create(0.8)},
   ),
-  "sliding, with quantized experts": (
-    SLIDING | {"expert_format": "int8"},
-    dict(num_members=4, temperatures=0.3, aggregation="mean_logit"),
-    {"batch_size": 2},
-  ),
+  "sliding": (SLIDING, dict(num_members=4, temperatures=0.3), {"batch_size": 2}),
   "majority without the clean member, in batches of one": (
     {},
     dict(
-      num_members=4,
-      temperatures=0.3,
-      include_clean=False,
-      memory_budget=1,
-      aggregation="majority",
+      num_members=4, temperatures=0.3, include_clean=False, memory_budget=1, aggregation="majority"
     ),
     {"stop_tokens": range(0, 60, 7), "batch_size": 3},
   ),
