@@ -1,5 +1,7 @@
 """Rotary embeddings and two-part attention against direct formulas."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,14 +144,20 @@ def text(seed=0):
   ]
 
 
+@functools.partial(jax.jit, static_argnames=("window", "block", "attend_to_new"))
+def jitted_attend(query, key, value, positions, cache, sinks, window, block, attend_to_new=False):
+  del block  # it is what the program is compiled for
+  options = {"attend_to_new": True} if attend_to_new else {}
+  return attention.attend(query, key, value, positions, cache, 1, sinks, window, **options)
+
+
 def attend_in_window(cache, query, keys, values, first, count, window, sinks=SINKS, **options):
   """Rows of the texts from positions `first` `[B]` on."""
-  positions = jnp.asarray(np.asarray(first)[:, None] + np.arange(count))
-  rows = lambda a: jnp.stack([x[p] for x, p in zip(a, positions)])
+  positions = np.asarray(first)[:, None] + np.arange(count)
+  rows = lambda a: np.stack([x[p] for x, p in zip(np.asarray(a), positions)])
   own = query, keys.swapaxes(1, 2), values.swapaxes(1, 2)
-  found = attention.attend(
-    *map(rows, own), positions, cache, 1, jnp.asarray(sinks, jnp.float32), window, **options
-  )
+  sinks_H, block = jnp.asarray(sinks, jnp.float32), attention.block_size()
+  found = jitted_attend(*map(rows, own), positions, cache, sinks_H, window, block, **options)
   np.testing.assert_allclose(
     found, by_definition(rows(query), keys, values, positions, sinks, window), rtol=1e-4, atol=1e-5
   )

@@ -67,8 +67,9 @@ def test_the_gradient_is_that_of_the_softmax_at_the_chosen_bits(model):
     return (weights * y).sum() + bits.sum(), y
 
   routers = params.layers.bit_router
-  (_, hard), (gradient, _) = run(routers, False), jax.grad(run, has_aux=True)(routers, True)
-  np.testing.assert_allclose(run(routers, True)[1], hard, rtol=1e-5, atol=1e-5)
+  _, hard = jax.jit(run, static_argnums=1)(routers, False)
+  gradient, soft = jax.jit(jax.grad(run, has_aux=True), static_argnums=1)(routers, True)
+  np.testing.assert_allclose(soft, hard, rtol=1e-5, atol=1e-5)
 
   def by_pair(routers):
     """The sum over pairs of p_w (w + <weights, gate y_w>), whose gradient it is."""
@@ -82,7 +83,7 @@ def test_the_gradient_is_that_of_the_softmax_at_the_chosen_bits(model):
         total += (jax.nn.softmax(logits)[:, a, i] * value).sum()
     return total
 
-  np.testing.assert_allclose(gradient, jax.grad(by_pair)(routers), rtol=1e-3, atol=1e-4)
+  np.testing.assert_allclose(gradient, jax.jit(jax.grad(by_pair))(routers), rtol=1e-3, atol=1e-4)
 
 
 def test_training_moves_the_mean_bits_and_lowers_the_divergence(model):

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 
 import hf
 import pytest
@@ -289,10 +290,12 @@ def test_missing_keys_mean_what_they_mean_to_transformers(family):
     hf.config_json(family, **changes | dict(rope_scaling=LLAMA3)),
     hf.config_json(family, **changes | dict(rope_scaling=None, rope_parameters=LINEAR)),
   ]
-  cases = []
+  cases, of_positions = [], re.compile("rope|rotary|position|head|hidden_size|layer")
   for base in bases:
-    cases += [base | {key: None} for key in base]
-    cases += [{k: v for k, v in base.items() if k != key} for key in base]
+    # The forms of rotary embeddings only with what may bear on them.
+    keys = base if base in bases[:2] else list(filter(of_positions.search, base))
+    cases += [base | {key: None} for key in keys]
+    cases += [{k: v for k, v in base.items() if k != key} for key in keys]
     for name in ("rope_scaling", "rope_parameters"):
       rope = base.get(name) or {}
       cases += [
@@ -308,7 +311,7 @@ def test_missing_keys_mean_what_they_mean_to_transformers(family):
     case["model_type"] = family
     assert from_hugging_face(case) == from_hugging_face(want), case
     compared += 1
-  assert compared > 150
+  assert compared > 120
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import tiny
 from roe_jax import diagnostics
 from roe_jax.roster import Roster
 
-TEXTS = tiny.texts([9, 6, 8])
-STARTS = [4, 2, 6]
-IDS = [7, 0, 2**32 - 1]
+TEXTS = tiny.texts([9, 6, 8, 7])
+STARTS = [4, 2, 6, 3]
+IDS = [7, 0, 2**32 - 1, 5]
 
 
 def experts_by_definition(model, roster):

@@ -224,7 +224,7 @@ def read_results(folder):
 # Of each subject, how its copy is read, and how often it is damaged.
 SUBJECTS = {
   "hugging_face": (lambda folder, model: read_model(str(folder), folder), 70),
-  "checkpoint": (lambda folder, model: read_model(str(folder), folder), 25),
+  "checkpoint": (lambda folder, model: read_model(str(folder), folder), 15),
   "gguf": (lambda folder, model: read_model(str(folder / "model.gguf"), folder), 40),
   "profile": (read_profile, 30),
   "results": (lambda folder, model: read_results(folder), 35),

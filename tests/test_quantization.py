@@ -228,7 +228,8 @@ def test_a_quantized_model_is_the_model_of_its_widened_weights(format):
   roster = Roster.create(config, 3, 0.5)
   quantized, of_plain = (params, config), (widened, plain)
   own = [roster.replace(cache=cache) for cache in ("standard", "none")]
-  for one, other in (((*quantized, roster), (*of_plain, roster)), [(*quantized, r) for r in own]):
+  pairs = [((*quantized, roster), (*of_plain, roster)), [(*quantized, r) for r in own]]
+  for one, other in pairs if format == "int8" else pairs[:1]:
     scores = [scoring.score(p, c, texts, roster=r).sequences for p, c, r in (one, other)]
     for found, expected in zip(*scores):
       np.testing.assert_allclose(found.log_probs, expected.log_probs, rtol=1e-3, atol=1e-4)

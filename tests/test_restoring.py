@@ -57,7 +57,7 @@ def shardings_on(sizes, config):
 
 
 @pytest.mark.parametrize(
-  "format, written_on", [*zip([None, *FORMATS], TOPOLOGIES), (None, (2, 2, 2))], ids=str
+  "format, written_on", [*zip(FORMATS, TOPOLOGIES[1:]), (None, (2, 2, 2))], ids=str
 )
 def test_what_was_written_on_any_topology_opens_on_any_other(tmp_path, format, written_on):
   config = CONFIG.replace(expert_format=format)
@@ -141,16 +141,15 @@ def load(folder, kind, num_processes=1):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("kind,caches", [("checkpoint", 200e6), ("hub", 0)])
-def test_the_host_holds_little_beside_the_parameters(models, kind, caches):
+def test_the_host_holds_little_beside_the_parameters(models):
   """Devices that are the host's own hold their parts of a piece there, too."""
   folder, params = models
-  (found,) = load(folder, kind)
+  (found,) = load(folder, "checkpoint")
   assert found["checksum"] == checksum(params, slice(8))
   size = params_lib.num_bytes(LARGE)
   assert found["bytes_held"] > size
-  # Pieces of the hub have 64 MiB: two layers.
-  assert found["peak"] - found["bytes_held"] < caches + (3 if kind == "checkpoint" else 5) * PIECE
+  caches = 200e6
+  assert found["peak"] - found["bytes_held"] < caches + 3 * PIECE
   assert found["bytes_read"] < 1.01 * size
 
 
@@ -168,3 +167,5 @@ def test_a_process_reads_and_holds_what_its_devices_need(models, kind):
     # them ask for it at once: none to three times as measured, 0.25 % each.
     assert found["bytes_read"] < 1.03 * (whole - experts / 2)
     assert found["bytes_held"] < found["peak"] < 0.9 * whole
+    if kind == "hub":  # its pieces have 64 MiB: two layers
+      assert found["peak"] - found["bytes_held"] < 5 * PIECE

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 
-import hf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,9 +93,16 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
 @pytest.mark.parametrize(
   "model, cache",
   [
-    *zip((*hf.ROUTED, "glm4_moe"), 4 * ["clean", "standard"]),
-    *[(family, "clean") for family in ("glm4_moe", *hf.LATENT)],
+    # Parity is for every family; here are those that differ in routing, in what all members
+    # share, in what the cache holds, or in how logits are scaled.
+    ("olmoe", "clean"),
+    ("mixtral", "standard"),
+    ("gpt_oss", "clean"),
+    ("qwen2_moe", "standard"),
+    ("granitemoeshared", "clean"),
+    ("glm4_moe", "clean"),
     ("deepseek_v2", "standard"),
+    ("deepseek_v3", "clean"),
   ],
   indirect=["model"],
 )
@@ -107,9 +113,11 @@ def test_members_are_those_of_the_definition(model, cache):
   # The members do differ, from each other and between the caches.
   assert np.abs(expected[1] - expected[2]).max() > 0.05 * np.abs(expected).max()
   assert_close(logits(model, roster), expected)
-  assert_close(
-    transformer.unembed(params, config, recomputed_states(params, config, roster)), expected
-  )
+  if config.family == "olmoe" or (config.family == "deepseek_v2" and cache == "standard"):
+    # The other reference of the tests, which recomputes what a cache keeps.
+    assert_close(
+      transformer.unembed(params, config, recomputed_states(params, config, roster)), expected
+    )
 
 
 def test_members_share_the_first_dense_layers():
@@ -136,20 +144,9 @@ def test_states_of_recurrent_routers_follow_their_members(cache, noise):
   assert np.abs(expected[1] - expected[2]).max() > 0.05 * np.abs(expected).max()
   assert_close(logits(model, roster), expected)
   params = model[1]
-  states = recomputed_states(params, config, roster)
-  assert_close(transformer.unembed(params, config, states), expected)
   # The state matters.
   forgetful = params.replace(router_cell=jax.tree.map(jnp.zeros_like, params.router_cell))
   assert np.abs(logits((config, forgetful), roster) - expected).max() > 0.1
-
-
-@pytest.mark.parametrize(
-  "gate_weights, cache", [("noisy", "clean"), ("clean_rescaled", "standard")]
-)
-@pytest.mark.slow
-def test_gate_weights_reach_the_members(olmoe, gate_weights, cache):
-  roster = Roster.create(olmoe[0], 3, [0.0, 0.8, 0.4], gate_weights=gate_weights, cache=cache)
-  assert_close(logits(olmoe, roster), by_definition(olmoe, roster))
 
 
 @pytest.mark.parametrize(
@@ -157,21 +154,20 @@ def test_gate_weights_reach_the_members(olmoe, gate_weights, cache):
   [
     ("gaussian", "standard", "noisy"),
     ("swap", "clean", "noisy"),
-    ("second_expert", "standard", "clean"),
+    ("second_expert", "standard", "clean_rescaled"),
   ],
 )
 @pytest.mark.slow
-def test_members_of_every_noise_are_those_of_the_definition(olmoe, noise, cache, gate_weights):
-  config, params = model = olmoe
+def test_members_of_every_noise_and_gate_weights_are_those_of_the_definition(
+  olmoe, noise, cache, gate_weights
+):
+  model, config = olmoe, olmoe[0]
   roster = Roster.create(
     config, 3, [0.0, 0.8, 0.4], seed=9, cache=cache, noise=noise, gate_weights=gate_weights
   )
   expected = by_definition(model, roster)
   assert np.abs(expected[0] - expected[1]).max() > 0.05 * np.abs(expected).max()
   assert_close(logits(model, roster), expected)
-  assert_close(
-    transformer.unembed(params, config, recomputed_states(params, config, roster)), expected
-  )
 
 
 @pytest.mark.slow
@@ -220,7 +216,7 @@ def test_members_at_fewer_bits_are_those_of_the_definition(olmoe, settings):
   averaged = np.log(np.mean(np.asarray(jax.nn.softmax(jnp.asarray(expected))), axis=0))
   targets = np.asarray(TOKENS)[:, 1:, None]
   wanted = np.take_along_axis(averaged[:, :-1], targets, axis=-1)[..., 0]
-  for budget in (2**28, 1):
+  for budget in (2**28, 1) if "temperatures" in settings else (2**28,):
     each = roster.replace(memory_budget=budget)
     found = scoring.score(
       params, config, TOKENS.tolist(), roster=each, request_ids=REQUESTS.tolist()
@@ -245,11 +241,10 @@ def test_bits_that_members_cannot_read(expert_format, settings, message):
     Roster.create(tiny.config("olmoe", expert_format=expert_format), 4, 0.3, **settings)
 
 
-@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
 @pytest.mark.slow
-def test_contrast_with_the_second_expert_is_scmoe(request, family):
+def test_contrast_with_the_second_expert_is_scmoe(mixtral):
   """Greedy decoding with both passes' full texts in float64 at every step."""
-  config, params = request.getfixturevalue(family)
+  config, params = mixtral
   roster = Roster.create(
     config, 2, 1.0, noise="second_expert", cache="standard", aggregation="contrast"
   )
@@ -281,17 +276,13 @@ def test_the_two_caches_differ_in_what_members_remember(olmoe):
 
 
 ONE_MEMBER = [
-  dict(temperatures=0.7, seed=5),
   dict(temperatures=[0.5, 0.0, 2.0], gate_weights="noisy"),
-  dict(temperatures=0.3, aggregation="majority", noisy_layers=(0, 3)),
+  dict(temperatures=0.3, seed=5, aggregation="majority", noisy_layers=(0, 3)),
 ]
 
 
 @pytest.mark.parametrize(
-  "model, settings",
-  list(zip(["olmoe", "gpt_oss", "qwen2_moe"], ONE_MEMBER)),
-  indirect=["model"],
-  ids=str,
+  "model, settings", list(zip(["gpt_oss", "qwen2_moe"], ONE_MEMBER)), indirect=["model"], ids=str
 )
 @pytest.mark.slow
 def test_one_member_is_bitwise_the_plain_model(model, settings):
@@ -328,7 +319,8 @@ def test_at_temperature_zero_all_members_are_the_plain_model(request, family, ca
   members = logits(model, roster)
   for member in members[1:]:
     np.testing.assert_array_equal(member, members[0])
-  assert_close(members[0], transformer.forward(params, config, TOKENS)[0])
+  forward = jax.jit(lambda params: transformer.forward(params, config, TOKENS)[0])
+  assert_close(members[0], forward(params))
 
 
 # The members

@@ -310,7 +310,7 @@ def generate(params, config, prompts):
   ).completions
 
 
-@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 2, 4)], ids=str)
 def test_the_embedded_model_says_the_same_on_every_mesh(on_one_device, sizes):
   prompts, config, expected = on_one_device
   mesh = make_mesh(config, *sizes)

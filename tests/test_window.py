@@ -88,6 +88,7 @@ def test_scores_are_those_of_generation_in_chunks_of_any_size(layers, cache, tem
     request_ids=IDS,
     chunk_size=chunk,
     batch_size=3,
+    min_shape=(4, prefill.MIN_CAPACITY),  # of the second batch, too
   )
   for found, expected in zip(scores.sequences, generated):
     np.testing.assert_allclose(found.log_probs[:, 0], expected.log_probs, atol=3e-5)
@@ -115,14 +116,6 @@ def test_slots_of_other_texts_and_those_used_again_do_not_matter():
     run(c, [PROMPTS[i] for i in order], [IDS[i] for i in order], **options),
     [alone[i] for i in order],
   )
-
-
-def test_in_bfloat16_too():
-  c = config("alternating", dtype="bfloat16")
-  roster = Roster.create(c, 2, [0, 0.6, 0.6])
-  expected = run(c, roster=roster.replace(cache=RECOMPUTED["clean"]))
-  for found, expected in zip(run(c, roster=roster), expected):
-    np.testing.assert_allclose(found.log_probs[0], expected.log_probs[0], atol=0.1)
 
 
 @pytest.mark.parametrize("layers", LAYERS)

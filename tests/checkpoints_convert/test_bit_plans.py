@@ -118,7 +118,7 @@ def bytes_of_planes(folder):
 
 
 def test_a_checkpoint_with_a_plan_on_a_mesh(tmp_path, capsys):
-  wide = tiny.config("olmoe", d_expert=256)  # two groups, for the axis tensor
+  wide = tiny.config("olmoe", d_expert=256, num_layers=2)  # two groups, for the axis tensor
   checkpoint.save(tmp_path / "source", tiny.params(wide), wide, piece_bytes=1)
   arguments = dict(bits_plan="random(mean=2.5)")
   assert convert(capsys, tmp_path / "source", tmp_path / "roe", **arguments)[0] == 0
@@ -150,10 +150,12 @@ def test_experts_with_a_plan_read_their_own_planes(bits):
     masked[name] = bit_plans.apply(matrix, plan)
   x = jnp.asarray(rng.standard_normal((3, 64)), jnp.float32)
   indices, gates = jnp.array([[0, 1], [2, 3], [1, 2]]), jnp.ones((3, 2))
+  apply = jax.jit(
+    lambda of, layer, strategy: experts_lib.apply(of, layer, x, indices, gates, strategy),
+    static_argnums=2,
+  )
   for layer in (0, 1):
-    run = lambda of, strategy: experts_lib.apply(
-      jax.tree.map(jnp.asarray, ExpertParams(**of)), layer, x, indices, gates, strategy
-    )
+    run = lambda of, strategy: apply(ExpertParams(**of), layer, strategy)
     expected = run(masked, "dense")
     zeros = {n: bit_plans.apply(m, plan) for n, m in whole.items()}
     cases = [(zeros, strategy) for strategy in ("native", "tiled_loop", "padded")]

@@ -1,8 +1,6 @@
 """Whether command lines have flags that exist, with values that these take."""
 
-import os
-import subprocess
-import sys
+import programs
 
 # Reads command lines, those of a program together, and parses each with the flags of its program.
 PARSE = """
@@ -33,11 +31,5 @@ for program, commands in itertools.groupby(lines, key=lambda words: words[0]):
 
 def check(lines):
   """Parses `experiments.PROGRAM --flag=value ...` or `checkpoints_convert --flag=value ...`."""
-  done = subprocess.run(
-    [sys.executable, "-c", PARSE],
-    input="\n".join(lines),
-    text=True,
-    capture_output=True,
-    env=os.environ,
-  )
-  assert done.returncode == 0, done.stderr
+  done = programs.call(PARSE, stdin="\n".join(lines))
+  assert done.returncode == 0, done.errors

@@ -15,7 +15,8 @@ from experiments.tasks import wordmath
 slow = pytest.mark.slow
 
 ROSTER = ("--num_members=3", "--tau=0.4", "--seed=1")
-# Of each program its flags, and the file of its results.
+# Of each program its flags, and the file of its results. What runs of `compare` are made with,
+# `tune` confirms with.
 PROGRAMS = {
   "generate": (
     (
@@ -38,18 +39,6 @@ PROGRAMS = {
       *ROSTER,
     ),
     "out/examples.jsonl",
-  ),
-  "compare": (
-    (
-      "--methods=baseline; roster:n=3",
-      "--num_examples=4",
-      "--num_validation=4",
-      "--output=out",
-      "--batch_size=4",
-      "--max_new_tokens=12",
-      *ROSTER,
-    ),
-    "out/roster_n=3/examples.jsonl",
   ),
   "tune": (
     (
@@ -147,7 +136,7 @@ def test_standard_output_is_that_of_the_first_process(tiny_checkpoint, tmp_path)
   folder_with_input(tmp_path / "in", "generate")
   (tmp_path / "elsewhere").mkdir()
   prompt = "--prompt=" + records(tmp_path / "in" / "in.jsonl")[0]["prompt"]
-  arguments = [f"--checkpoint={tiny_checkpoint}", "--max_new_tokens=5", *ROSTER]
+  arguments = [f"--checkpoint={tiny_checkpoint}", "--max_new_tokens=5"]
   first, second = programs.two("experiments.generate", [*arguments, prompt], tmp_path / "two")
   alone = programs.Run("experiments.generate", [*arguments, prompt], tmp_path / "alone")
   for run in (first, second, alone):

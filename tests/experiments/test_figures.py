@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import scipy.special
 from statsmodels.stats.multitest import multipletests
 import tiny
 import tokenizers
@@ -569,9 +570,14 @@ def test_merged_tasks_are_compared_with_averages_and_task_arithmetic(tmp_path, m
   assert (roster.member_tasks, roster.include_clean, int(roster.seed)) == ((0, 1, 2, 3), False, 7)
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+  """That of the embedded models."""
+  return wordmath_tokenizer.build_tokenizer()
+
+
 @pytest.mark.parametrize("kind", merged_tasks.TASKS)
-def test_problems_of_sub_tasks_and_their_answers(kind):
-  tokenizer = wordmath_tokenizer.build_tokenizer()
+def test_problems_of_sub_tasks_and_their_answers(kind, tokenizer):
   for index in range(5):
     problem = merged_tasks._problem(kind, index, 1)
     assert kind in ("choice", wordmath_task.kind_of(problem))
@@ -644,7 +650,7 @@ def test_the_main_table_has_each_method_as_it_scores_alone(last_words_run, monke
   assert abs(kept[0] - kept[1]) < 0.1 and 0 < strength < 1
 
 
-def test_solved_problems_are_those_that_greedy_decoding_writes(tmp_path):
+def test_solved_problems_are_those_that_greedy_decoding_writes(tokenizer, tmp_path):
   config = trained_routing.Config(
     questions=("noise",), training_seeds=(1,), steps=1, num_examples=6, num_validation=2
   )
@@ -656,7 +662,6 @@ def test_solved_problems_are_those_that_greedy_decoding_writes(tmp_path):
   params, of_model = models.load("plain", 1)
   roster = Roster.create(of_model, 4, 1.0, seed=7)
   nll, right, confidence = models.test.judge(of_model, [(params, roster)], [1.0, 2.0])
-  tokenizer = wordmath_tokenizer.build_tokenizer()
   encoded = [training_batches.encode(tokenizer, p) for p in wordmath.problems("test", 6)]
   written = decode.generate(
     params, of_model, [prompt for prompt, _ in encoded], max_new_tokens=60, roster=roster
@@ -676,10 +681,13 @@ def test_solved_problems_are_those_that_greedy_decoding_writes(tmp_path):
   halved = jax.tree.map(lambda w: 0.9 * w, params)
   two = [(p, Roster.create(of_model)) for p in (params, halved)]
   nll, right, confidence = models.test.judge(of_model, two, [1.0, 2.0])
+  texts = np.zeros((6, max(len(prompt + completion) for prompt, completion in encoded)), int)
+  for row, (prompt, completion) in zip(texts, encoded):
+    row[: len(prompt + completion)] = prompt + completion
+  forward = jax.jit(lambda params: transformer.forward(params, of_model, texts)[0])
+  each = [scipy.special.softmax(np.asarray(forward(p), np.float64), axis=-1) for p, _ in two]
   for i, (prompt, completion) in enumerate(encoded):
-    text = np.array([prompt + completion])
-    each = [transformer.forward(p, of_model, text)[0][0, len(prompt) - 1 : -1] for p, _ in two]
-    p = np.mean([jax.nn.softmax(logits) for logits in each], axis=0)
+    p = np.mean(each, axis=0)[i, len(prompt) - 1 : len(prompt + completion) - 1]
     flat = p**0.5 / (p**0.5).sum(-1, keepdims=True)
     rows = np.arange(len(completion))
     expected = [-np.log(q[rows, completion]).sum() for q in (p, flat)]

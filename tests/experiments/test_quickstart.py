@@ -13,8 +13,8 @@ def test_the_whole_program_on_a_random_model(tiny_checkpoint, tmp_path):
     f"--checkpoints={tiny_checkpoint}",
     "--num_members=3",
     "--tau=0.5",
-    "--num_examples=5",
-    "--num_validation=4",
+    "--num_examples=6",
+    "--num_validation=3",
     "--batch_size=3",
     f"--output={tmp_path}",
   )

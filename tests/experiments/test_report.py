@@ -131,14 +131,13 @@ def test_costs_are_for_an_example(whole):
   assert cells[7] == "58"
 
 
-def test_the_same_runs_in_another_order_give_the_same_figures(study):
-  names = ("baseline", "roster8", "votes")
-  for output, order in (("once", names), ("again", names[::-1])):
-    write_report(study / output, [f"{study}/runs/{name}" for name in order])
+def test_the_same_runs_in_another_order_give_the_same_figures(study, whole):
+  runs = sorted((study / "runs").iterdir(), reverse=True)
+  write_report(study / "again", map(str, runs), [f"{study}/tune/*"])
   once, again = (
-    json.loads((study / output / "comparisons.json").read_text()) for output in ("once", "again")
+    json.loads((study / output / "comparisons.json").read_text()) for output in ("report", "again")
   )
-  assert len(once) == 6 and sorted(map(str, once)) == sorted(map(str, again))
+  assert len(once) == 11 and sorted(map(str, once)) == sorted(map(str, again))
 
 
 def loaded(tmp_path, **runs):
@@ -150,7 +149,7 @@ def loaded(tmp_path, **runs):
 def test_ten_points_more_on_400_examples_are_clear_and_none_are_not(tmp_path):
   rng = np.random.default_rng(0)
   found = {"better": 0, "same": 0}
-  for trial in range(30):
+  for trial in range(15):
     baseline = synthetic.answers(rng, 400, 0.5)
     runs = loaded(
       tmp_path / str(trial),
@@ -160,13 +159,13 @@ def test_ten_points_more_on_400_examples_are_clear_and_none_are_not(tmp_path):
     )
     for line in comparisons.quality(runs, runs[0])[1:]:
       found[line.result.label] += line.comparison.is_significant
-  assert found["better"] >= 27 and found["same"] <= 3
+  assert found["better"] >= 13 and found["same"] <= 2
 
 
 def test_a_table_of_many_equal_methods_shows_one_as_better_in_few_cases(tmp_path):
   rng = np.random.default_rng(1)
   errors = uncorrected = 0
-  for trial in range(40):
+  for trial in range(20):
     baseline = synthetic.answers(rng, 200, 0.5)
     runs = loaded(
       tmp_path / str(trial),
@@ -176,7 +175,7 @@ def test_a_table_of_many_equal_methods_shows_one_as_better_in_few_cases(tmp_path
     found = [line.comparison for line in comparisons.quality(runs, runs[0])[1:]]
     errors += any(c.is_significant for c in found)
     uncorrected += any(c.test.p < 0.05 for c in found)
-  assert errors <= 6  # more in 0.1 % of cases, at 5 %
+  assert errors <= 4  # more in 0.3 % of cases, at 5 %
   assert uncorrected > errors
 
 

@@ -2,14 +2,15 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
+import time
 
 import closed_form
 from closed_form import BATCHES, OPTIMUM, SPACE, Quadratic
 import numpy as np
+import programs
 import pytest
 
 from experiments.tuning import trials
@@ -25,13 +26,18 @@ def searched(folder, num_trials, prune=False, objective=None, space=SPACE, batch
   return search, objective
 
 
-def start(folder, num_trials, seconds):
-  return subprocess.Popen(
-    [sys.executable, closed_form.__file__, str(folder), str(num_trials), str(seconds)],
-    stdout=subprocess.PIPE,
-    text=True,
-    env=os.environ | {"PYTHONPATH": os.getcwd()},
-  )
+def start(tmp_path, name, num_trials, seconds):
+  """A worker of the search in `tmp_path/study`."""
+  arguments = [str(tmp_path / "study"), str(num_trials), str(seconds)]
+  return programs.Run("closed_form", arguments, tmp_path / name)
+
+
+def wait_for_trials(worker, path, count):
+  """Until it has begun so many, and runs."""
+  deadline = time.monotonic() + 60
+  while not path.exists() or path.read_text().count("\n") < count:
+    assert worker.process.is_alive() and time.monotonic() < deadline, worker.errors
+    time.sleep(0.005)
 
 
 def test_the_search_finds_the_optimum_of_a_closed_form(tmp_path):
@@ -138,13 +144,13 @@ def test_a_pruned_trial_is_told_as_if_the_rest_differed_as_what_it_saw(tmp_path)
 def test_few_trials_that_are_no_worse_are_given_up_and_most_that_are(maximize):
   def share_given_up(worse):
     rng, given_up = np.random.default_rng(0), 0
-    for _ in range(400):
+    for _ in range(150):
       best = rng.normal(size=100)
       values = best + rng.normal(size=100) + (-worse if maximize else worse)
       given_up += any(
         trials.is_hopeless(values[:seen], best, maximize, 9) for seen in range(10, 100, 10)
       )
-    return given_up / 400
+    return given_up / 150
 
   assert share_given_up(0.0) < trials.PRUNING_ERROR
   assert share_given_up(0.5) > 0.9
@@ -167,12 +173,11 @@ def test_equally_right_examples_neither_keep_nor_end_a_trial():
 
 def test_a_killed_search_ends_as_one_that_was_not(tmp_path):
   """Killed in the middle of a trial, which is lost, and made again."""
-  worker = start(tmp_path / "killed", 14, 0.05)
-  begun = [worker.stdout.readline() for _ in range(12)]
-  worker.send_signal(signal.SIGKILL)
-  worker.wait()
-  assert all(begun)
-  search = Search(tmp_path / "killed", SPACE, 14, maximize=False)
+  worker = start(tmp_path, "worker", 14, 0.05)
+  wait_for_trials(worker, tmp_path / "worker" / "output", 12)
+  worker.process.kill()
+  assert worker.exit_code() == -signal.SIGKILL
+  search = Search(tmp_path / "study", SPACE, 14, maximize=False)
   assert search.num_finished < 14
   lost = [t for t in search.trials() if t.state == "running"]
   assert len(lost) == 1
@@ -185,7 +190,7 @@ def test_a_killed_search_ends_as_one_that_was_not(tmp_path):
     (t.temperatures, t.value) for t in whole.trials()
   ]
   assert search.best().value == whole.best().value
-  assert not list((tmp_path / "killed" / "running").iterdir())
+  assert not list((tmp_path / "study" / "running").iterdir())
 
 
 def test_a_finished_search_is_not_made_further(tmp_path):
@@ -195,11 +200,11 @@ def test_a_finished_search_is_not_made_further(tmp_path):
 
 
 def test_two_workers_share_a_study_and_make_each_trial_once(tmp_path):
-  workers = [start(tmp_path, 16, 0.03) for _ in range(2)]
-  made = [worker.communicate(timeout=120)[0].splitlines() for worker in workers]
-  assert all(worker.returncode == 0 for worker in workers)
+  workers = [start(tmp_path, name, 16, 0.03) for name in ("one", "other")]
+  assert all(worker.exit_code(120) == 0 for worker in workers)
+  made = [worker.output.splitlines() for worker in workers]
   assert all(made), "both took part"
-  search = Search(tmp_path, SPACE, 16, maximize=False)
+  search = Search(tmp_path / "study", SPACE, 16, maximize=False)
   found = search.trials()
   assert len(found) == 16 and {t.state for t in found} == {"complete"}
   assert sorted(sum(made, [])) == sorted(json.dumps(t.temperatures) for t in found)
@@ -207,15 +212,13 @@ def test_two_workers_share_a_study_and_make_each_trial_once(tmp_path):
 
 
 def test_a_worker_makes_the_trial_that_another_lost_while_it_ran(tmp_path):
-  lost = start(tmp_path, 12, 60)
-  lost.stdout.readline()
-  other = start(tmp_path, 12, 0.01)
-  other.stdout.readline()
-  lost.kill()
-  lost.wait()
-  other.communicate(timeout=120)
-  assert other.returncode == 0
-  states = [t.state for t in Search(tmp_path, SPACE, 12, maximize=False).trials()]
+  lost = start(tmp_path, "lost", 12, 60)
+  wait_for_trials(lost, tmp_path / "lost" / "output", 1)
+  other = start(tmp_path, "other", 12, 0.05)
+  wait_for_trials(other, tmp_path / "other" / "output", 1)
+  lost.process.kill()
+  assert lost.exit_code() == -signal.SIGKILL and other.exit_code(120) == 0
+  states = [t.state for t in Search(tmp_path / "study", SPACE, 12, maximize=False).trials()]
   assert states.count("complete") == 12 and states.count("failed") == 1
 
 
@@ -264,6 +267,13 @@ def execute(command):
   return damage
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("finished")
+  searched(folder, 10)
+  return folder
+
+
 @pytest.mark.parametrize(
   "damage",
   [
@@ -275,8 +285,8 @@ def execute(command):
     execute("UPDATE trial_user_attributes SET value_json = '1' WHERE key = 'made'"),
   ],
 )
-def test_a_damaged_study_is_refused_in_a_sentence(tmp_path, damage):
-  searched(tmp_path, 10)
+def test_a_damaged_study_is_refused_in_a_sentence(finished, tmp_path, damage):
+  shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
   damage(tmp_path / "study.db")
   with pytest.raises(ValueError, match="study.db is damaged .*: restore it, or delete") as error:
     Search(tmp_path, SPACE, 12, maximize=False)

@@ -189,14 +189,20 @@ def test_members_of_e3_have_their_own_experts_and_each_a_loss():
   (members,) = routed_network.member_outputs(network, params, images, roster, ids)
   assert len(members) == 2
   own = -np.take_along_axis(np.asarray(jax.nn.log_softmax(members)), labels[None, :, None], -1)
-  loss = patch_transformer.Loss(parts=2)(params, (images, labels, ids), network)
+  loss_of = jax.jit(patch_transformer.Loss(parts=2), static_argnums=2)
+  loss = loss_of(params, (images, labels, ids), network)
   # A balance loss of one or more per layer is added.
   assert 0 < float(loss) - own.mean() < 4 * patch_transformer.BALANCE
-  for member, part in ((1, (0, 1)), (2, (2, 3))):
+
+  @jax.jit
+  def keep(params, member):
     route = MemberRoute(
-      roster, jnp.asarray(ids), jnp.zeros((3, 2), jnp.int32), jnp.int32(member), network.routing
+      roster, jnp.asarray(ids), jnp.zeros((3, 2), jnp.int32), member, network.routing
     )
-    _, kept = network.apply(params, images, route, mutable="intermediates")
+    return network.apply(params, images, route, mutable="intermediates")[1]
+
+  for member, part in ((1, (0, 1)), (2, (2, 3))):
+    kept = keep(params, jnp.int32(member))
     chosen = np.concatenate(
       [
         np.ravel(c)
