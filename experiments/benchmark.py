@@ -8,12 +8,13 @@
   python -m experiments.benchmark --checkpoint=MODEL.gguf --sweeps=llama_cpp
 
 Times decode steps and scoring of models, with random weights unless --checkpoint names one, against
-n, τ, context length, batch size, cache, aggregation, sampling and kernels. The cases of a sweep
-take turns in each round, along with measurements of memory bandwidth and of the rate of matmuls.
-The floor of a step is the time to read once what it needs (its unique active experts, attention,
-the output head, and the keys and values it attends to), or that of its FLOPs if it is longer. Where
-torch and transformers are installed, the same model and roster run in transformers too, and where
-llama-cpp-python is, the same model without a roster in llama.cpp.
+n, τ, context length, batch size, cache, aggregation, sampling, kernels, drafted tokens and unsure
+positions. The cases of a sweep take turns in each round, along with measurements of memory
+bandwidth and of the rate of matmuls. The floor of a step is the time to read once what it needs
+(its unique active experts, attention, the output head, and the keys and values it attends to), or
+that of its FLOPs if it is longer. Where torch and transformers are installed, the same model and
+roster run in transformers too, and where llama-cpp-python is, the same model without a roster in
+llama.cpp.
 
 Writes table.txt (also printed), results.jsonl (one line per case) and cost.png to --output.
 Rerun with the same flags, it keeps finished sweeps.
@@ -194,6 +195,8 @@ def needed_bytes(config: ModelConfig, sizes: Sizes, chosen: list[str]) -> int:
     "aggregation": sizes.score_tokens,
     "samplers": sizes.context,
     "kernels": sizes.context,
+    "drafts": sizes.context,
+    "adaptive": sizes.score_tokens,
     **dict.fromkeys(COMPETITORS, sizes.context),
   }
   # Capacities are rounded up. Caches are donated, so there is one of each.

@@ -71,10 +71,9 @@ def draft_and_verify(
 
 
 class DraftLength:
-  """How many tokens to draft: follows the share of them that is kept, in steps of a factor of two.
+  """How many tokens to draft: follows the share of them that is kept.
 
-  Attributes:
-    size: J of the next rounds; 1 if nothing is drafted.
+  The lengths are `roster.draft_tokens`, half of it and so on down to 2: each is one program.
   """
 
   # Chosen so that J becomes 8 at an acceptance rate of 0.9, and 4 at 0.7; not tuned by time.
@@ -82,10 +81,16 @@ class DraftLength:
   _WINDOW = 64  # drafted tokens between decisions
 
   def __init__(self, roster: Roster):
-    """Starts with `roster.draft_tokens`, which is never exceeded; the baseline needs no drafts."""
-    self._most = 0 if roster.is_baseline else roster.draft_tokens
-    self.size = max(1, self._most)
-    self._kept = self._drafted = 0
+    """Starts with the longest; the baseline needs no drafts."""
+    self._sizes = [1 if roster.is_baseline else max(1, roster.draft_tokens)]
+    while self._sizes[-1] > 2:
+      self._sizes.append(max(2, self._sizes[-1] // 2))
+    self._index = self._kept = self._drafted = 0
+
+  @property
+  def size(self) -> int:
+    """J of the next rounds; 1 if nothing is drafted."""
+    return self._sizes[self._index]
 
   def update(self, rounds: int, kept: int) -> None:
     """Counts rounds of single sequences, and the tokens that they kept."""
@@ -96,6 +101,6 @@ class DraftLength:
     share = self._kept / self._drafted
     self._kept = self._drafted = 0
     if share > self._GROW:
-      self.size = min(2 * self.size, self._most)
+      self._index = max(0, self._index - 1)
     elif share < self._SHRINK:
-      self.size = max(2, self.size // 2)
+      self._index = min(len(self._sizes) - 1, self._index + 1)

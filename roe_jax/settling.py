@@ -11,7 +11,9 @@ from roe_jax import members as members_lib
 from roe_jax.adaptive import Stop
 from roe_jax.aggregation import MEAN_LOGIT
 from roe_jax.cache_modes import Draft
+from roe_jax.config import ModelConfig
 from roe_jax.members import RosterOutputs, RosterPass
+from roe_jax.roster import Roster
 
 # Tokens x members that run together: with more, weights are read less often, and more rows of the
 # last piece are empty. A CPU is bound by arithmetic from about there on.
@@ -43,7 +45,7 @@ def complete(run: RosterPass, draft: Draft, logits: Logits) -> RosterOutputs:
   if run.mesh is not None:
     return _settle(run, draft, is_unsure, lambda run, members: logits(run, draft, None, members))
   num_rows, (_, t) = clean[..., 0].size, clean.shape[:2]
-  size = _piece_size(run, num_rows)
+  size = piece_size(run.config, run.roster, num_rows)
   order = jnp.pad(jnp.argsort(-doubt.reshape(-1)), (0, -num_rows % size))
   count = is_unsure.sum()
   # Of the clean member alone; where others run, it is overwritten.
@@ -74,11 +76,19 @@ def complete(run: RosterPass, draft: Draft, logits: Logits) -> RosterOutputs:
   return jax.tree.map(lambda a: a.reshape(*clean.shape[:2], *a.shape[1:]), found)
 
 
-def _piece_size(run, num_rows):
-  """Returns how many rows run together."""
-  roster = run.roster
-  within = members_lib.tokens_within_budget(run.config, roster.memory_budget)
-  rows = min(within, _ROWS.get(jax.default_backend(), _OTHER_ROWS))
+def piece_size(
+  config: ModelConfig, roster: Roster, num_rows: int, platform: str | None = None
+) -> int:
+  """Returns how many of all rows (positions of sequences) run together.
+
+  Args:
+    config: the model's architecture.
+    roster: an adaptive one.
+    num_rows: positions of all sequences.
+    platform: JAX's name of the devices' platform; by default the backend's.
+  """
+  within = members_lib.tokens_within_budget(config, roster.memory_budget, platform)
+  rows = min(within, _ROWS.get(platform or jax.default_backend(), _OTHER_ROWS))
   return min(num_rows, max(1, rows // _batch_size(roster)))
 
 

@@ -1,6 +1,7 @@
 """The model of costs against counted sums, compiled programs and brute force."""
 
 from collections import Counter
+import itertools
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ import tiny
 from roe_jax import costs, presets, sharding
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
-from roe_jax.costs import hlo
+from roe_jax.costs import hlo, rounds
 from roe_jax.costs.hlo import Collective
 from roe_jax.roster import Roster
 
@@ -130,6 +131,68 @@ def test_generation_and_scoring_are_sums_of_their_passes():
   assert costs.scoring_flops(CONFIG, plain, 9, 4) == prefill(3) + costs.forward_flops(
     CONFIG, plain, range(3, 8)
   )
+
+
+# Drafts, and members where they are needed.
+
+
+def test_rounds_are_what_their_tokens_make_them():
+  """Tokens and pieces by brute force over all outcomes; reads of OLMoE on an H200 by hand."""
+  count, accept, share = 5, 0.8, 0.3
+  outcomes = [np.array(o) for o in itertools.product([0, 1], repeat=count)]
+
+  def mean(value, p):
+    return sum(value(o) * p ** o.sum() * (1 - p) ** (count - o.sum()) for o in outcomes)
+
+  kept = mean(lambda o: min(count, int(np.cumprod(o).sum()) + 1), accept)
+  assert rounds.kept_tokens(count, accept) == pytest.approx(kept)
+  for size in (1, 2, 5):
+    pieces = mean(lambda o, size=size: -(-int(o.sum()) // size), share)
+    assert rounds.expected_pieces(count, size, share) == pytest.approx(pieces)
+
+  config, device = presets.PRESETS["olmoe-1b-7b"], costs.ACCELERATORS["h200"]
+  sizes = sharding.abstract_mesh(config, 1), 1, 1023
+  layer = 4 * 2048**2 + 2048 * 64  # weights of attention and router
+  expert, head = 3 * 2048 * 1024, 2048 * 50304
+
+  def read(num_members, positions):
+    rows = num_members * positions
+    unique = costs.expected_unique_experts(config, num_members, positions)
+    cache = 16 * 2 * 2048 * (1023 + positions)
+    logits = 4 * 4 * 50304 * rows  # written once and read three times in float32
+    return 2 * (16 * (layer + unique * expert) + head + cache) + logits
+
+  def round_of(acceptance=1.0, share=1.0, **settings):
+    roster = Roster.create(config, 32, 0.2, **settings)
+    more = dict(acceptance=acceptance, unsure=share, platform="gpu")
+    return rounds.generation_round(config, roster, *sizes, **more)
+
+  drafts, ordinary = round_of(0.9, draft_tokens=8), round_of()
+  expected = 8 * read(1, 1) + read(31, 8)
+  assert drafts.bytes_read() == pytest.approx(expected)
+  assert drafts.seconds(device) == pytest.approx(expected / device.bandwidth)
+  assert drafts.tokens == pytest.approx((1 - 0.9**8) / 0.1)
+  assert ordinary.bytes_read() == pytest.approx(read(32, 1))
+  assert drafts.forward_passes == 8 * 32 and ordinary.forward_passes == 32
+  # Each member runs once at each position; the newest attend to a few more.
+  assert drafts.flops() == pytest.approx(8 * ordinary.flops(), rel=1e-3)
+  kept_all = round_of(draft_tokens=8).seconds(device) / 8
+  assert 3 < ordinary.seconds(device) / kept_all < 3.3
+
+  # Gathered positions are one piece, which runs if any is unsure; each reads the history.
+  unsure = round_of(1, 0.1, draft_tokens=8, unsure="margin<0.5")
+  assert unsure.bytes_read() == pytest.approx(
+    8 * read(1, 1) + (1 - 0.9**8) * (read(31, 8) + 2 * 16 * 2 * 2048 * 7 * 1023)
+  )
+  assert unsure.forward_passes == pytest.approx(8 * (1 + 0.1 * 31))
+  alone = round_of(1, 0.25, unsure="margin<0.5")
+  assert alone.bytes_read() == pytest.approx(read(1, 1) + 0.25 * read(31, 1))
+  scored = [
+    rounds.scoring_round(config, roster, *sizes, 64, unsure=0.0, platform="gpu")
+    for roster in (Roster.create(config), Roster.create(config, 32, 0.2, unsure="margin<0.5"))
+  ]
+  assert scored[0].bytes_read() == scored[1].bytes_read()
+  assert scored[1].forward_passes == scored[1].tokens == 64
 
 
 # Experts that are hit.

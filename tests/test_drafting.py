@@ -18,11 +18,17 @@ SLIDING = dict(
   rope_scaling=Yarn(4.0, 8, 32.0, 1.0, False, 1.2),
 )
 CASES = {
-  "sampled": ({}, dict(num_members=3, temperatures=[0, 0.4, 0]), {"sampler": Sampler.create(0.8)}),
-  "sliding": (SLIDING, dict(num_members=4, temperatures=0.3), {"batch_size": 2}),
-  "no clean member, in batches of one": (
+  "sampled, contrasted": (
     {},
-    dict(num_members=4, temperatures=0.3, include_clean=False, memory_budget=1),
+    dict(num_members=3, temperatures=[0, 0.4, 0], aggregation="contrast"),
+    {"sampler": Sampler.create(0.8)},
+  ),
+  "sliding": (SLIDING, dict(num_members=4, temperatures=0.3), {"batch_size": 2}),
+  "majority without the clean member, in batches of one": (
+    {},
+    dict(
+      num_members=4, temperatures=0.3, include_clean=False, memory_budget=1, aggregation="majority"
+    ),
     {"stop_tokens": range(0, 60, 7), "batch_size": 3},
   ),
   "adaptive, with latent attention": (
@@ -111,6 +117,14 @@ def test_the_draft_length_follows_what_is_kept(olmoe):
   assert sizes == [8, 4, 2, 2, 4, 8] and length.size == 8
   length.update(1, 1)  # too few to decide
   assert length.size == 8
+  # Whatever is kept, there are few lengths, each of which is a program.
+  random = np.random.default_rng(0)
+  for most, lengths in ((6, {6, 3, 2}), (100, {100, 50, 25, 12, 6, 3, 2})):
+    length, seen = drafting.DraftLength(Roster.create(config, 2, 0.3, draft_tokens=most)), set()
+    for rate in random.choice([0.0, 0.7, 1.0], 200):
+      seen.add(length.size)
+      length.update(100, int(100 * (1 + rate * (length.size - 1))))
+    assert seen == lengths
   # The baseline's own tokens need no check.
   assert drafting.DraftLength(Roster.create(config, 1, 0.3, draft_tokens=8)).size == 1
 

@@ -12,7 +12,7 @@ import numpy as np
 
 import checkpoints_convert
 from experiments.benchmarks import random_models, timing
-from roe_jax import batching, prefill, sampling, scoring
+from roe_jax import batching, drafting, prefill, sampling, scoring
 from roe_jax import members as members_lib
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
@@ -24,6 +24,8 @@ from roe_jax.sampling import Sampler
 NUM_SAMPLES = 8
 # Positions per chunk when scoring.
 SCORE_CHUNK = 64
+# Positions after the context that a cache has room for: the most tokens that a round drafts.
+ROOM = 16
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -33,6 +35,14 @@ def decode_step(params, config, roster, sampler, cache, tokens_B, positions_B, r
   outputs, cache = roster.cache_mode.step(run, cache)
   log_probs = outputs.log_probs[:, 0]
   return cache, sampling.choose(sampler, roster.seed, log_probs, request_ids_B, positions_B)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "count"), donate_argnames="cache")
+def draft_round(params, config, roster, sampler, count, cache, tokens_B, positions_B, ids_B):
+  """Drafts and verifies `count` tokens; returns the (donated) cache and tokens `[B, count]`."""
+  inputs = tokens_B, positions_B, ids_B, jnp.ones(tokens_B.shape, bool), cache
+  outputs, _, cache = drafting.draft_and_verify(params, config, roster, sampler, *inputs, count)
+  return cache, outputs.log_probs.argmax(axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -51,7 +61,7 @@ def step_log_probs(params, config, roster, cache, tokens_B, positions_B, request
 
 @dataclasses.dataclass
 class Box:
-  """A cache with room for its context and at least one more position.
+  """A cache with room for its context and at least `ROOM` more positions.
 
   Attributes:
     cache: donated to each program, and replaced by what the program returns.
@@ -119,7 +129,7 @@ class Bench:
 
   def empty(self, roster: Roster, context: int, batch_size: int) -> Box:
     """Returns an empty cache of the capacity that generation would choose."""
-    capacity = batching.bucket(context + 1, prefill.MIN_CAPACITY)
+    capacity = batching.bucket(context + ROOM, prefill.MIN_CAPACITY)
     cache = members_lib.empty_cache(self.config, roster, batch_size, capacity)
     return Box(batching.device_put_like(self.params, cache), context, batch_size)
 
@@ -170,11 +180,17 @@ class Bench:
       for i, tokens in enumerate(self.samples(box.batch_size))
     ]
 
-  def step(self, roster: Roster, box: Box, sampler: Sampler | None = None) -> Call:
-    """Returns a call of the decode step after the context, greedy by default."""
+  def step(
+    self, roster: Roster, box: Box, sampler: Sampler | None = None, drafts: int | None = None
+  ) -> Call:
+    """Returns a call of the decode step after the context, greedy by default.
+
+    With drafts, of a round that drafts and verifies so many tokens.
+    """
     inputs, sampler = self._inputs(box), sampler or Sampler.greedy()
+    function, settings = (decode_step, ()) if drafts is None else (draft_round, (drafts,))
     program = timing.compiled(
-      decode_step, self.params, self.config, roster, sampler, box.cache, *inputs[0]
+      function, self.params, self.config, roster, sampler, *settings, box.cache, *inputs[0]
     )
     turns = itertools.cycle(inputs)
 
@@ -208,6 +224,16 @@ class Bench:
 
   def score_chunk(self, roster: Roster, box: Box) -> Call:
     """Returns a call that scores a chunk in the middle of a sequence as long as the context."""
+    return self._score_chunk(roster, box)[0]
+
+  def top_probabilities(self, box: Box) -> np.ndarray:
+    """Returns the clean member's largest probability at each position of that chunk."""
+    call, scores = self._score_chunk(self.roster(1, 0.0), box)
+    call.run(1)
+    return np.exp(np.asarray(scores[2])).reshape(-1)
+
+  def _score_chunk(self, roster, box):
+    """Returns the call of `score_chunk`, and a list that it fills with `scoring.score_chunk`'s."""
     size = min(SCORE_CHUNK, box.context)
     start = (box.context - size) // 2
     text = self.text(box.batch_size, box.context + 1)
@@ -223,12 +249,14 @@ class Bench:
       scoring.score_chunk, self.params, self.config, roster, box.cache, *inputs
     )
 
+    scores = []
+
     def run(count):
       for _ in range(count):
-        box.cache, *scores = program(self.params, roster, box.cache, *inputs)
+        box.cache, *scores[:] = program(self.params, roster, box.cache, *inputs)
       jax.block_until_ready((box.cache, scores))
 
-    return Call(run, timing.memory(program))
+    return Call(run, timing.memory(program)), scores
 
   def unique_experts(
     self, num_members: Sequence[int], temperature: float | Sequence[float], box: Box

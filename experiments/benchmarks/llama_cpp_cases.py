@@ -65,7 +65,7 @@ def _cases(bench, path, context, num_cores):
     unique_experts=unique,
     tokens=1,
   )
-  floor = sweeps.floor(bench, roster, unique, context)
+  floor: dict[str, Any] = sweeps.floor(bench, roster, unique, context)
   model = Model(path, num_cores, context + len(bench.samples(1)))
   samples = bench.samples(1)[:, 0].tolist()
   model.prefill(bench.text(1, context)[0].tolist())
@@ -75,15 +75,10 @@ def _cases(bench, path, context, num_cores):
   # It reads its own formats.
   theirs = _matrix_bytes(path, unique / bench.config.num_experts)
   theirs += random_models.cache_bytes(bench.config, context)
+  of_theirs: dict[str, Any] = floor | {"floor_bytes": theirs}
   return [
     Case("roe_jax", parts=((bench.step(roster, box), 1),), **shared, **floor),
-    Case(
-      "llama.cpp",
-      parts=((_call(model, samples), 1),),
-      options=options,
-      **shared,
-      **floor | {"floor_bytes": theirs},
-    ),
+    Case("llama.cpp", parts=((_call(model, samples), 1),), options=options, **shared, **of_theirs),
   ]
 
 

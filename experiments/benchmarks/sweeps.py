@@ -4,6 +4,8 @@ from collections.abc import Callable
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from experiments.benchmarks import bench as bench_lib
 from experiments.benchmarks import random_models
 from experiments.benchmarks.bench import Bench, Call
@@ -11,6 +13,10 @@ from roe_jax import costs, native
 from roe_jax.aggregation import AGGREGATIONS
 from roe_jax.roster import Roster
 from roe_jax.sampling import Sampler
+
+# Drafted tokens of a round, and shares of unsure positions.
+DRAFTS = (2, 4, 8, 16)
+SHARES = (0.0, 0.125, 0.25, 0.5, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Case:
   temperature: float
   context: int
   batch_size: int
-  parts: tuple[tuple[Call, int], ...]
+  parts: tuple[tuple[Call, float], ...]
   baseline: tuple | None = None
   unique_experts: float | None = None
   floor_bytes: float | None = None
@@ -303,6 +309,57 @@ def kernels(bench: Bench, sizes: Sizes) -> list[Case]:
   return cases
 
 
+def drafts(bench: Bench, sizes: Sizes) -> list[Case]:
+  """Tokens of a roster by steps and by rounds of drafted tokens, all of which are kept.
+
+  Times are those of a token. A round reads what each of its steps of the clean member and at least
+  what one step of the roster needs, and does the FLOPs of as many steps of the roster.
+  """
+  n, tau, length = 32, bench.temperature, sizes.context
+  box = bench.clean_history(length)
+  unique = bench.unique_experts([1, n], tau, box)
+  steps = {m: _step(bench, m, tau, length, 1, unique[m]) for m in (1, n)}
+  cases = [
+    dataclasses.replace(steps[1], variant="baseline", baseline=("step", n, tau, length, 1)),
+    dataclasses.replace(steps[n], variant="step", baseline=("step", n, tau, length, 1)),
+  ]
+  clean, full = (steps[m].floor_bytes or 0.0 for m in (1, n))
+  for count in DRAFTS:
+    call = bench.step(bench.roster(n, tau), box, drafts=count)
+    changes = dict(variant=f"drafts of {count}", parts=((call, 1 / count),))
+    cases.append(dataclasses.replace(cases[1], floor_bytes=clean + full / count, **changes))
+  return cases
+
+
+def adaptive(bench: Bench, sizes: Sizes) -> list[Case]:
+  """A chunk of scoring with members at a share of the positions, and steps that may stop early.
+
+  The thresholds are quantiles of the clean member's largest probability in the chunk. Random
+  weights settle no token, so the steps show what checks cost that stop nothing.
+  """
+  n, tau, length = 8, bench.temperature, sizes.score_tokens - 1
+  box = bench.clean_history(length)
+  top = bench.top_probabilities(box)
+  reference = ("all members", n, tau, length, 1)
+
+  def case(variant, call, **settings):
+    return Case(variant, n, tau, length, 1, ((call, 1),), reference, **settings)
+
+  cases = []
+  for share in SHARES:
+    threshold = float(np.quantile(top, share)) if share < 1 else 1.0
+    settings = {"unsure": f"top_probability<{threshold!r}"} if share < 1 else {}
+    call = bench.score_chunk(bench.roster(n, tau, **settings), box)
+    unsure = float((top < np.float32(threshold)).mean())
+    name = f"unsure at {100 * unsure:.0f} %" if settings else reference[0]
+    cases.append(case(name, call, tokens=len(top), options={"unsure_share": unsure}))
+  step = ("step", n, tau, length, 1)
+  for name, settings in (("step", {}), ("step, exact stop", {"member_stop": "exact"})):
+    call = bench.step(bench.roster(n, tau, **settings), box)
+    cases.append(dataclasses.replace(case(name, call), baseline=step))
+  return cases
+
+
 SWEEPS: dict[str, Callable[[Bench, Sizes], list[Case]]] = {
   "decode": decode,
   "context": context,
@@ -313,4 +370,6 @@ SWEEPS: dict[str, Callable[[Bench, Sizes], list[Case]]] = {
   "aggregation": aggregation,
   "samplers": samplers,
   "kernels": kernels,
+  "drafts": drafts,
+  "adaptive": adaptive,
 }

@@ -19,6 +19,8 @@ TITLES = {
   "aggregation": "Scoring a chunk by aggregation (ratio: to the baseline)",
   "samplers": "Decode step by sampling settings (ratio: to greedy)",
   "kernels": "Decode step with the native kernels and without (ratio: to native at the same n)",
+  "drafts": "A roster's token by steps and by rounds of drafts, all kept (ratio: to a step)",
+  "adaptive": "Scoring a chunk and steps of adaptive rosters (ratio: to all members)",
   "transformers": "Decode step compared with transformers (ratio: to roe_jax at the same n)",
   "llama_cpp": "Decode step without a roster compared with llama.cpp (ratio: to roe_jax)",
 }

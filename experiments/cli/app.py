@@ -209,6 +209,17 @@ def define_dry_run_flags() -> None:
     "Fraction of a noisy member's experts that the clean member also selects, for --dry_run. "
     "Default: all members select experts uniformly.",
   )
+  flags.DEFINE_float(
+    "acceptance",
+    None,
+    "Probability that the roster chooses a drafted token, for --dry_run with --draft_tokens. "
+    "Default: 1, the most that drafts can save.",
+  )
+  flags.DEFINE_float(
+    "unsure_share",
+    None,
+    "Share of the positions where members run, for --dry_run with --unsure. Default: 1.",
+  )
 
 
 def define_planned_flags() -> None:
@@ -234,7 +245,7 @@ def define_planned_flags() -> None:
 
 
 PLANNED_FLAGS = ("accelerator", "num_devices", "length")
-DRY_RUN_FLAGS = (*PLANNED_FLAGS, "overlap")
+DRY_RUN_FLAGS = (*PLANNED_FLAGS, "overlap", "acceptance", "unsure_share")
 CHAT_FLAGS = ("system", "reasoning_effort", "thinking", "chat_date")
 
 
@@ -667,6 +678,8 @@ def _plan(config, roster, batch_size, length, scoring) -> tuple[dry_run_lib.Plan
     scoring,
     planned_accelerator(),
     optional("overlap"),
+    optional("acceptance"),
+    optional("unsure_share"),
   )
   return plan, planned_mesh(config, plan.device and plan.device.memory)
 

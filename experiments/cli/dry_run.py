@@ -6,13 +6,15 @@ and what is assumed.
 
 from collections.abc import Iterator
 import dataclasses
+from typing import Any
 
 from jax.sharding import AbstractMesh
 
 from roe_jax import batching, costs, decode, prefill, scoring, sharding
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
-from roe_jax.costs import DeviceCost, Memory
+from roe_jax.costs import DeviceCost, Memory, rounds
+from roe_jax.costs.rounds import Round
 from roe_jax.roster import Roster
 
 # Fraction of device memory that a run can use; the rest is for the platform and fragmentation.
@@ -35,6 +37,7 @@ class Plan:
     scoring: whether sequences are scored instead of generated.
     accelerator: a name in `costs.ACCELERATORS`; None to estimate no times.
     overlap: see `costs.expected_unique_experts`.
+    acceptance, unsure: see `rounds.generation_round`; None: at most.
   """
 
   config: ModelConfig
@@ -44,6 +47,8 @@ class Plan:
   scoring: bool = False
   accelerator: str | None = None
   overlap: float | None = None
+  acceptance: float | None = None
+  unsure: float | None = None
 
   def __post_init__(self):
     if not self.roster.cache_mode.keeps_history:
@@ -53,8 +58,28 @@ class Plan:
         f"--length must lie in [2, {self.config.context_length}] (the model's context), "
         f"got {self.length}"
       )
-    if self.overlap is not None and not 0 <= self.overlap <= 1:
-      raise ValueError(f"--overlap must lie in [0, 1], got {self.overlap}")
+    shares = {"overlap": self.overlap, "acceptance": self.acceptance, "unsure_share": self.unsure}
+    for name, share in shares.items():
+      if share is not None and not 0 <= share <= 1:
+        raise ValueError(f"--{name} must lie in [0, 1], got {share}")
+    if self.acceptance is not None and (self.scoring or not self.roster.draft_tokens):
+      raise ValueError(
+        "--acceptance applies to generation with --draft_tokens only: add that or remove this"
+      )
+    if self.unsure is not None and self.roster.unsure is None:
+      raise ValueError("--unsure_share applies to rosters with --unsure only: add it")
+
+  @property
+  def ordinary(self) -> "Plan":
+    """The run without drafts, with all members at all positions."""
+    roster = self.roster.replace(draft_tokens=0, unsure=None, member_stop=None)
+    return dataclasses.replace(self, roster=roster, acceptance=None, unsure=None)
+
+  @property
+  def baseline(self) -> "Plan":
+    """The run without a roster."""
+    roster = Roster.create(self.config, memory_budget=self.roster.memory_budget)
+    return dataclasses.replace(self.ordinary, roster=roster)
 
   @property
   def device(self) -> costs.Accelerator | None:
@@ -97,7 +122,9 @@ class Plan:
       sizes = mesh, self.batch_size, self.capacity, positions
       return costs.memory(self.config, roster, *sizes, kind=kind, platform=self.platform)
 
-    most = of(self.roster, self.positions(mesh), "score" if self.scoring else "step")
+    drafted = 0 if self.scoring or self.roster.is_baseline else self.roster.draft_tokens
+    kind = "score" if self.scoring else "step"
+    most = of(self.roster, max(drafted, self.positions(mesh)), kind)
     if self.scoring and not self.filled_first:
       return most
     prefill = of(self.roster.history(), self.prefill_positions, "prefill")
@@ -120,12 +147,23 @@ class Plan:
       self.config, roster, *sizes, kind=kind, overlap=self.overlap, platform=self.platform
     )
 
+  def round(self, mesh: AbstractMesh) -> Round:
+    """Returns the expected calls of a decode step, of a round of drafts, or of scoring a chunk."""
+    unsure = 1.0 if self.unsure is None else self.unsure
+    more: dict[str, Any] = dict(unsure=unsure, overlap=self.overlap, platform=self.platform)
+    sizes = self.config, self.roster, mesh, self.batch_size
+    if self.scoring:
+      return rounds.scoring_round(*sizes, self.length // 2, self.positions(mesh), **more)
+    acceptance = 1.0 if self.acceptance is None else self.acceptance
+    return rounds.generation_round(*sizes, self.length - 1, acceptance=acceptance, **more)
+
   def seconds(self, mesh: AbstractMesh) -> float:
-    """Returns the time of a decode step, or of scoring a batch of sequences."""
+    """Returns the time of a token of each sequence, or of scoring a batch of sequences."""
     assert self.device  # without an accelerator there is no time
-    call = costs.seconds(self.call(mesh), self.device).total
+    of = self.round(mesh)
+    call = of.seconds(self.device)
     if not self.scoring:
-      return call
+      return call / of.tokens
     chunks = -(-self.length // self.positions(mesh))
     fills = -(-self.length // self.prefill_positions) if self.filled_first else 0
     return chunks * call + fills * costs.seconds(self.prefill(mesh), self.device).total
@@ -134,6 +172,8 @@ class Plan:
 def report(plan: Plan, mesh: AbstractMesh) -> str:
   """Returns the report as text."""
   sections = [_model(plan, mesh), _memory(plan, mesh), _work(plan, mesh)]
+  if plan.roster.draft_tokens or plan.roster.unsure is not None:
+    sections.append(_expected(plan, mesh))
   if plan.device:
     sections.append(_meshes(plan, mesh))
   return "\n\n".join("\n".join(lines) for lines in sections)
@@ -196,10 +236,9 @@ def total_bytes(plan: Plan, mesh: AbstractMesh) -> int:
 
 
 def _work(plan, mesh) -> Iterator[str]:
-  plans = [plan]
+  plans = [plan.ordinary]
   if not plan.roster.is_baseline:
-    baseline = Roster.create(plan.config, memory_budget=plan.roster.memory_budget)
-    plans.append(dataclasses.replace(plan, roster=baseline))
+    plans.append(plan.baseline)
   calls = [p.call(mesh) for p in plans]
   positions = plan.positions(mesh)
   what = f"{positions} positions per sequence" if plan.scoring else "one decode step"
@@ -226,6 +265,35 @@ def _work(plan, mesh) -> Iterator[str]:
   if plan.device:
     yield from _times(plans, mesh, calls, line)
   yield line("GFLOPs per token, all devices", [_token_flops(p) / 1e9 for p in plans])
+
+
+def _expected(plan, mesh) -> Iterator[str]:
+  """What drafts and sure positions save."""
+  plans = {
+    "as given": plan,
+    f"n = {plan.roster.num_members}": plan.ordinary,
+    "n = 1": plan.baseline,
+  }
+  of = [p.round(mesh) for p in plans.values()]
+  yield f"{'expected per token':34}" + "".join(f"{name:>12}" for name in plans)
+
+  def line(name, values, digits=3):
+    return f"  {name:32}" + "".join(f"{v:12.{digits}f}" for v in values)
+
+  if drafted := plan.roster.draft_tokens * (not plan.scoring):
+    of_tokens = "tokens kept of" + (" (at most)" if plan.acceptance is None else "")
+    yield line(f"{of_tokens} {drafted}", [of[0].tokens])
+  if plan.roster.unsure is not None:
+    name = "share of unsure positions" + (", at most" if plan.unsure is None else "")
+    yield line(name, [1.0 if plan.unsure is None else plan.unsure])
+  yield line("forward passes", [r.forward_passes / r.tokens for r in of], 2)
+  yield line("GB read per device", [r.bytes_read() / r.tokens / 1e9 for r in of])
+  yield line("TFLOPs per device", [r.flops() / r.tokens / 1e12 for r in of])
+  if plan.device:
+    times = [r.seconds(plan.device) / r.tokens for r in of]
+    yield line("ms per token", [1e3 * t for t in times])
+    yield line("time relative to n = 1", [t / times[-1] for t in times], 2)
+    yield line("speedup of the roster", [times[1] / times[0]], 2)
 
 
 def _num_batches(plan, mesh):

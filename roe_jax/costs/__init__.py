@@ -6,7 +6,8 @@ same descriptions that the programs use (`params.describe`, `members.empty_cache
 `sharding.spec`) and are exact; other assumptions are stated where they are made.
 
 `forward_flops`, `generation_flops` and `scoring_flops` count one sequence. `memory`
-and `call` describe one device of a mesh; `seconds` bounds the time of a call.
+and `call` describe one device of a mesh; `seconds` bounds the time of a call. `rounds` has
+what drafted tokens and members that run only where they are needed cost on average.
 `train_steps` describes a training step; it is imported apart, since it needs the optimizer.
 """
 

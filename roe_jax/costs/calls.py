@@ -113,7 +113,7 @@ def call(
   overlap: float | None = None,
   platform: str | None = None,
 ) -> DeviceCost:
-  """Returns the cost of one call: a decode step, or a chunk of prefill or scoring.
+  """Returns the cost of one call: a decode step, or a chunk of prefill, scoring or verification.
 
   Assumptions, in addition to those of `seconds`: tokens are spread evenly over experts,
   and so over devices. Each unique active expert is read once per batch of members that
@@ -130,7 +130,8 @@ def call(
     batch_size: sequences.
     context: positions of each sequence before this call.
     positions: positions of each sequence in this call.
-    kind: "step", "prefill" (without distributions) or "score".
+    kind: "step", "prefill" (without distributions), "score", or "verify": the noisy members alone,
+      after the clean one has computed the layers before the first noise.
     overlap: see `flops.expected_unique_experts`.
     platform: JAX's name of the devices' platform; by default the backend's.
   """
@@ -155,7 +156,8 @@ def call(
   if kind == "step":
     state = _collectives(mesh, ("all-gather", 4 * batch_size, (DATA, EXPERT)))
     cost.collectives += Counter(dict.fromkeys(state, STATE_COLLECTIVES))
-  for batch in batches(config, roster, mesh, batch_size, positions, platform):
+  after_clean = kind == "verify"
+  for batch in batches(config, roster, mesh, batch_size, positions, platform, after_clean):
     (dense, layers), times = map(len, config.split(batch.layers)), batch.times
     unique_experts = flops_lib.expected_unique_experts(
       config, batch.group_members, batch.group_sequences * positions, overlap

@@ -74,14 +74,18 @@ def batches(
   batch_size: int,
   positions: int,
   platform: str | None = None,
+  after_clean: bool = False,
 ) -> list[MemberBatch]:
-  """Returns the batches of a call in order; see `CacheMode.member_batches`."""
+  """Returns the batches of a call in order; see `CacheMode.member_batches`.
+
+  With `after_clean` those of the noisy members alone, in the layers from the first noise on.
+  """
   first, end = roster.noisy_layers[0], config.num_layers
   shape = batch_size, positions, config.d_model
-  found = [_batch(mesh, shape, range(first), 1, None)] if first else []
-  for weights, members in roster.groups(roster.members):
+  found = [_batch(mesh, shape, range(first), 1, None)] if first and not after_clean else []
+  for weights, members in roster.groups(roster.members[after_clean:]):
     group = roster
-    if roster.has_own_weights:
+    if roster.has_own_weights or after_clean:
       changes: dict = dict(member_bits=None, member_tasks=None)
       changes |= dict(num_members=len(members), include_clean=True)
       group = dataclasses.replace(roster, **changes)

@@ -254,3 +254,30 @@ def test_the_kernels_sweep_times_the_same_step_with_and_without_them():
   assert xla.baseline == ours.baseline == ours.key and ours.floor_bytes == xla.floor_bytes != 0
   called = [case.parts[0][0].hlo().count("roe_jax_") > 0 for case in (ours, xla)]
   assert called == [True, False] and native.is_available()
+
+
+def test_sweeps_of_drafts_and_of_unsure_positions(monkeypatch):
+  """What the calls are asked for; `test_drafting` and `test_adaptive` have what they compute."""
+  asked, top = [], np.arange(1, 9, dtype=np.float32) / 10
+  fakes = {
+    "clean_history": lambda self, *sizes: sizes,
+    "unique_experts": lambda self, n, tau, box: {1: 4.0, 32: 12.0},
+    "top_probabilities": lambda self, box: top,
+    "step": lambda self, roster, box, drafts=None: asked.append((roster, drafts)) or bench.Call(id),
+    "score_chunk": lambda self, roster, box: asked.append((roster, None)) or bench.Call(id),
+  }
+  for name, fake in fakes.items():
+    monkeypatch.setattr(bench.Bench, name, fake)
+  model, sizes = bench.Bench(TINY, 0.5, 0), sweeps.Sizes((1,), 8, (8,), (1,), 8, 9)
+  baseline, step, *rounds = sweeps.drafts(model, sizes)
+  assert [drafts for _, drafts in asked] == [None, None, *sweeps.DRAFTS]
+  for count, case in zip(sweeps.DRAFTS, rounds, strict=True):
+    assert case.parts[0][1] == 1 / count and case.baseline == step.key
+    assert case.floor_bytes == baseline.floor_bytes + step.floor_bytes / count
+    assert case.floor_flops == step.floor_flops == 32 * baseline.floor_flops
+  asked.clear()
+  cases = sweeps.adaptive(model, sizes)
+  assert [c.options.get("unsure_share") for c in cases] == [*sweeps.SHARES, None, None]
+  for share, (roster, _) in zip(sweeps.SHARES[:-1], asked):
+    assert (top < float(roster.unsure.threshold)).mean() == share
+  assert asked[len(sweeps.SHARES) - 1][0].unsure is None and asked[-1][0].member_stop is not None

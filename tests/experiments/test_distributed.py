@@ -19,7 +19,14 @@ ROSTER = ("--num_members=3", "--tau=0.4", "--seed=1")
 # `tune` confirms with.
 PROGRAMS = {
   "generate": (
-    ("--input=in.jsonl", "--output=out.jsonl", "--batch_size=4", "--max_new_tokens=12", *ROSTER),
+    (
+      "--input=in.jsonl",
+      "--output=out.jsonl",
+      "--batch_size=4",
+      "--max_new_tokens=12",
+      "--draft_tokens=4",
+      *ROSTER,
+    ),
     "out.jsonl",
   ),
   "evaluate": (

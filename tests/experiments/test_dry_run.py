@@ -54,6 +54,20 @@ def test_a_roster_of_a_memory_bound_step_costs_little_more_than_one():
   assert 13.9 < number(report, "ms of reading") < 15
 
 
+def test_drafts_and_sure_positions_are_compared_with_the_roster_and_the_baseline():
+  roster = Roster.create(MIXTRAL, 16, 0.3, draft_tokens=4, unsure="margin<0.5")
+  settings = dict(batch_size=1, length=2048, accelerator="h200", acceptance=0.5, unsure=0.0)
+  report = dry_run.report(
+    dry_run.Plan(MIXTRAL, roster, **settings), sharding.abstract_mesh(MIXTRAL, 1)
+  )
+  assert number(report, "tokens kept of 4") == 1 + 0.5 + 0.25 + 0.125
+  passes = [number(report, "forward passes", i) for i in range(3)]
+  assert passes == [round(4 / 1.875, 2), 16, 1]  # the clean member alone, and what was not kept
+  times = [number(report, "ms per token", i) for i in range(3)]
+  assert times[0] == pytest.approx(4 / 1.875 * times[2], rel=1e-3) and times[1] > times[2]
+  assert number(report, "speedup of the roster") == pytest.approx(times[1] / times[0], abs=0.01)
+
+
 def test_a_plain_model_has_one_column():
   report = dry_run.report(plan(members=1), sharding.abstract_mesh(MIXTRAL, 8))
   assert number(report, "time relative to n = 1") == 1
@@ -97,6 +111,9 @@ def test_without_an_accelerator_there_are_no_times():
     (dict(length=1), "--length must lie in"),
     (dict(length=40000), "--length must lie in"),
     (dict(overlap=1.5), "--overlap must lie in"),
+    (dict(acceptance=-0.1), "--acceptance must lie in"),
+    (dict(acceptance=0.9), "with --draft_tokens only: add that"),
+    (dict(unsure=0.1), "--unsure_share applies to rosters with --unsure only: add it"),
   ],
 )
 def test_bad_settings_are_refused(settings, sentence):
