@@ -52,15 +52,14 @@ def _mean_distribution(logits):
   return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) - jnp.log(len(logits))
 
 
-def distributions(
+def each_distribution(
   params: Params,
   config: ModelConfig,
   rosters: list[Roster],
   texts: list[Continuation],
   batch_size: int,
-) -> list[list[np.ndarray]]:
-  """Returns for each roster the log-probabilities `[T, V]` at each text's tokens."""
-  found: list[dict[int, np.ndarray]] = [{} for _ in rosters]
+) -> Iterator[tuple[int, list[np.ndarray]]]:
+  """Yields each text's index, in the order of batches, and what `distributions` has of it."""
   for indices in batches(texts, batch_size, num_positions):
     some = [texts[i] for i in indices]
     padded = [*some, *[some[-1]] * (batch_size - len(some))]  # one shape
@@ -72,7 +71,18 @@ def distributions(
       request_ids=[r.request_id for r in padded],
       num_positions=num_positions(some[0]),
     )
-    for own, of_members in zip(found, logits):
-      log_probs = np.asarray(_mean_distribution(of_members))
-      own |= {i: log_probs[b, -len(r.tokens) :] for b, (i, r) in enumerate(zip(indices, some))}
-  return [[own[i] for i in range(len(texts))] for own in found]
+    found = [np.asarray(_mean_distribution(of_members)) for of_members in logits]
+    for b, (i, r) in enumerate(zip(indices, some)):
+      yield i, [log_probs[b, -len(r.tokens) :] for log_probs in found]
+
+
+def distributions(
+  params: Params,
+  config: ModelConfig,
+  rosters: list[Roster],
+  texts: list[Continuation],
+  batch_size: int,
+) -> list[list[np.ndarray]]:
+  """Returns for each roster the log-probabilities `[T, V]` at each text's tokens."""
+  found = dict(each_distribution(params, config, rosters, texts, batch_size))
+  return [[found[i][r] for i in range(len(texts))] for r in range(len(rosters))]

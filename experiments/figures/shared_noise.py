@@ -12,12 +12,13 @@ tokens and averaged over positions; with independent members it falls as one ove
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 
 import numpy as np
 
 from experiments.analysis import drawing, paired_statistics, report_page
 from experiments.analysis.paired_statistics import Estimate
-from experiments.figures import compared, figure_models, likelihoods
+from experiments.figures import compared, figure_models, likelihoods, passages
 from experiments.figures.figure_run import FigureRun
 from roe_jax import diagnostics
 from roe_jax.roster import Roster
@@ -51,7 +52,7 @@ class Config:
 
 CONFIGS = figure_models.configs(
   Config(), embedded=Config("wordmath", (9,), tau=0.5, num_examples=24, num_seeds=8)
-)
+) | {"smollm2": Config("text/lambada", (9,), num_examples=100, num_seeds=8)}
 # Name: the noise, and the part of the layers that has it.
 SCHEMES = {
   REFERENCE: ("gumbel", (0.0, 1.0)),
@@ -74,48 +75,36 @@ def measure(run: FigureRun) -> list[compared.Record]:
     for name, (noise, part) in SCHEMES.items():
       first, end = (round(share * layers) for share in part)
       taus = [config.tau if first <= layer < end else 0.0 for layer in range(layers)]
-
-      def roster(seed, n=n, noise=noise, taus=taus):
-        return Roster.create(scorer.config, n, taus, seed=seed, noise=noise)
-
-      measured = keep.get(f"{name}, n = {n}", lambda roster=roster: _measure(run, scorer, roster))
+      rosters = [
+        Roster.create(scorer.config, n, taus, seed=run.seed + i, noise=noise)
+        for i in range(config.num_seeds)
+      ]
+      measured = keep.get(
+        f"{name}, n = {n}", functools.partial(_measure, scorer, rosters, run.model.batch_size)
+      )
       reference = reference or measured
       found.append(_record(n, name, measured, reference))
   return found
 
 
-def _measure(run, scorer, roster):
+def _measure(scorer, rosters, batch_size):
   """Returns `[X]` variances and log-likelihoods of each example, and its unique experts."""
-  requests, seeds = scorer.report_on.requests, range(run.seed, run.seed + run.config.num_seeds)
-  variances, nll = np.zeros(len(requests)), np.zeros(len(requests))
-  size = run.model.batch_size
-  for first in range(0, len(requests), size):
-    some = requests[first : first + size]
-    sequences, ids = [r.sequence for r in some], [r.request_id for r in some]
-    mean = square = np.zeros(())
-    for seed in seeds:
-      log_p = diagnostics.next_token_distributions(
-        scorer.params,
-        scorer.config,
-        sequences,
-        roster=roster(seed),
-        request_ids=ids,
-        all_positions=True,
-      ).astype(np.float64)
-      for i, r in enumerate(some):
-        at = np.arange(len(r.context) - 1, len(r.sequence) - 1)
-        nll[first + i] -= log_p[i, at, r.tokens].sum() / len(seeds)
-      mean, square = mean + np.exp(log_p) / len(seeds), square + np.exp(2 * log_p) / len(seeds)
-    spread = (square - mean**2).sum(-1) * len(seeds) / (len(seeds) - 1)
-    for i, r in enumerate(some):
-      variances[first + i] = spread[i, len(r.context) - 1 : len(r.sequence) - 1].sum()
+  requests = scorer.report_on.requests
+  variances, nll = np.zeros((2, len(requests)))
+  for i, of_rosters in passages.each_distribution(
+    scorer.params, scorer.config, rosters, requests, batch_size
+  ):
+    log_p, r = np.stack(of_rosters), requests[i]
+    variances[i] = np.exp(log_p).var(axis=0, ddof=1, dtype=np.float64).sum()
+    nll[i] = -log_p[:, range(len(r.tokens)), r.tokens].sum(axis=-1, dtype=np.float64).mean()
+  few = requests[:batch_size]
   unique = diagnostics.unique_experts(
     scorer.params,
     scorer.config,
-    roster(run.seed),
-    [r.sequence for r in requests[:size]],
-    [len(r.context) for r in requests[:size]],
-    [r.request_id for r in requests[:size]],
+    rosters[0],
+    [r.sequence for r in few],
+    [len(r.context) for r in few],
+    [r.request_id for r in few],
   )
   return {
     "variances": variances.tolist(),
