@@ -7,8 +7,9 @@
   width (128), for a scaling law.
 * `wordmath_KofE`: of width 64 and over-trained; each token goes through K of E
   experts.
-* `wordmath_routing_HOW_SEED`: of width 32, trained plainly or with noise of this
-  τ on the routers, from three seeds.
+* `wordmath_routing_HOW_SEED`: of width 32, trained plainly, with noise of this τ
+  on the routers, with two experts per token, or with a random number of them
+  (Matryoshka), from three seeds.
 
 All are OLMoE-like, speak the `wordmath` task of `experiments.tasks` only, and
 are made by `python -m experiments.train`; `manifest.json` has the command and the scores.
@@ -29,7 +30,7 @@ NAMES = (
   "wordmath_4of32",
   *(
     f"wordmath_routing_{how}_{seed}"
-    for how in ("plain", "noise_0.3", "noise_1")
+    for how in ("plain", "noise_0.3", "noise_1", "two_experts", "matryoshka")
     for seed in (1, 2, 3)
   ),
 )
