@@ -12,9 +12,9 @@ from experiments.figures.figure_run import ABOUT, PICTURE, RECORDS, read_records
 from roe_jax import typed
 
 PARTS = (
+  ("Real text", figures.LANGUAGE),
   ("The paper's figures and tables", figures.PAPER),
   ("What its reviewers asked for", figures.REVIEWERS),
-  ("Real text", figures.LANGUAGE),
   ("Related systems", figures.SYSTEMS),
   ("Trained for it", figures.TRAINING),
   ("Not language", figures.VISION),
