@@ -117,7 +117,7 @@ def test_the_draft_length_follows_what_is_kept(olmoe):
   assert sizes == [8, 4, 2, 2, 4, 8] and length.size == 8
   length.update(1, 1)  # too few to decide
   assert length.size == 8
-  # Whatever is kept, there are few lengths, each of which is a program.
+  # Whatever is kept, there are few lengths: each is a program.
   random = np.random.default_rng(0)
   for most, lengths in ((6, {6, 3, 2}), (100, {100, 50, 25, 12, 6, 3, 2})):
     length, seen = drafting.DraftLength(Roster.create(config, 2, 0.3, draft_tokens=most)), set()

@@ -310,7 +310,7 @@ def kernels(bench: Bench, sizes: Sizes) -> list[Case]:
 
 
 def drafts(bench: Bench, sizes: Sizes) -> list[Case]:
-  """Tokens of a roster by steps and by rounds of drafted tokens, all of which are kept.
+  """Tokens of a roster by steps and by rounds of drafted tokens that are all kept.
 
   Times are those of a token. A round reads what each of its steps of the clean member and at least
   what one step of the roster needs, and does the FLOPs of as many steps of the roster.
