@@ -36,7 +36,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     "source",
     None,
     "What to convert: a Hugging Face folder, a .gguf file or a hub name, org/name[@revision]; with "
-    "--to_hugging_face a roe_jax checkpoint, with --quantize_experts any of these.",
+    "--to_hugging_face a roe_jax checkpoint, with --quantize_* any of these.",
   )
   string("target", None, "Folder to write.")
   enum(
@@ -50,6 +50,13 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     None,
     "Format to quantize the experts' matrices to: int8, int4, or nested:BASE-BITS such as "
     "nested:2-4, whose first bits are weights of fewer; other parameters stay in --dtype.",
+  )
+  enum(
+    "quantize_projections",
+    None,
+    list(quantization.PROJECTION_FORMATS),
+    "Format to quantize the matrices to that every token is multiplied with: attention's "
+    "projections, shared experts, the MLPs of first dense layers, and the output head.",
   )
   string(
     "bits_plan",
@@ -143,21 +150,20 @@ def _convert(values: flags.FlagValues) -> None:
     _merge(values)
     return
   max_shard_bytes = parse_size(values.max_shard_size)
-  formats = dict(quantize_experts=values.quantize_experts, keep_mxfp4=values.keep_mxfp4)
+  formats = {n: values[n].value for n in ("quantize_experts", "quantize_projections", "keep_mxfp4")}
   if values.quantize_experts is not None:
     quantize_checkpoint.check_format(values.quantize_experts)
   if values.to_hugging_face and any(formats.values()):
     raise ConversionError(
-      "--quantize_experts and --keep_mxfp4 apply to checkpoints, but --to_hugging_face writes a "
-      "Hugging Face folder: leave them out"
+      "--quantize_experts, --quantize_projections and --keep_mxfp4 apply to checkpoints, but "
+      "--to_hugging_face writes a Hugging Face folder: leave them out"
     )
   _check_carving(values)
-  from_checkpoint = bool(values.quantize_experts) and quantize_checkpoint.is_checkpoint(
-    values.source
-  )
+  is_quantized = bool(values.quantize_experts or values.quantize_projections)
+  from_checkpoint = is_quantized and quantize_checkpoint.is_checkpoint(values.source)
   _check_verification(values, from_checkpoint)
   for name in ("bits_plan", "compensate"):
-    if values[name].value and not from_checkpoint:
+    if values[name].value and not (values.quantize_experts and from_checkpoint):
       raise ConversionError(
         f"--{name} needs --quantize_experts=nested:BASE-BITS and a roe_jax checkpoint as source: "
         "convert to a checkpoint first"
@@ -222,9 +228,9 @@ def _convert(values: flags.FlagValues) -> None:
     config = convert_from_hugging_face(values.source, values.target, **arguments)
   if values.bits_plan and (plan := checkpoint.load_provenance(values.target).get("bits")):
     print(quantize_checkpoint.describe_plan(np.array(plan), config))
-  experts = f", experts in {config.expert_format}" if config.expert_format else ""
+  formats = f", {config.formats}" if config.formats else ""
   print(
-    f"wrote {values.target}: {config.family}, {config.num_layers} layers, {config.dtype}" + experts
+    f"wrote {values.target}: {config.family}, {config.num_layers} layers, {config.dtype}" + formats
   )
 
   if values.verify is not None:
@@ -307,7 +313,14 @@ def _check_carving(values: flags.FlagValues) -> None:
       raise ConversionError(f"--{idle[0]} applies to --carve only: add --carve, or leave it out")
     return
   carving.Plan.parse(values.carve)
-  others = ("to_hugging_face", "quantize_experts", "keep_mxfp4", "bits_plan", "compensate")
+  others = (
+    "to_hugging_face",
+    "quantize_experts",
+    "quantize_projections",
+    "keep_mxfp4",
+    "bits_plan",
+    "compensate",
+  )
   given = [name for name in others if getattr(values, name)]
   if given:
     raise ConversionError(

@@ -1,4 +1,4 @@
-"""Converts the experts in a piece of a checkpoint to another format."""
+"""Converts the matrices in a piece of a checkpoint to other formats."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,14 @@ import numpy as np
 
 from roe_jax import bit_plans, compensation
 from roe_jax.config import ModelConfig
-from roe_jax.quantization import CONTRACTED, Quantized, dequantize_on_host, quantize
+from roe_jax.quantization import (
+  EXPERT_MATRICES,
+  Quantized,
+  contracted_axis,
+  dequantize_on_host,
+  format_of,
+  quantize,
+)
 
 
 def recode(
@@ -16,37 +23,41 @@ def recode(
   plan: np.ndarray | None = None,
   moments: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-  """Returns the arrays of a piece in the expert format of `target`.
+  """Returns the arrays of a piece in the formats of `target`.
 
   Decoded matrices have the dtype of `target`. Matrices that are quantized again are decoded to
   bfloat16, which represents MXFP4 exactly.
 
   Args:
-    arrays: named as in `checkpoint.piece_shapes` of `source`; the experts' matrices are removed
-      from it.
+    arrays: named as in `checkpoint.piece_shapes` of `source`; matrices of other formats are
+      removed from it.
     source: the config of the arrays.
     target: the config of the result.
     plan: bits of the piece's experts, `[layers of the piece, E]`, or None; see `bit_plans`.
     moments: of the inputs of the piece's experts, for a nested format with compensation; see
       `compensation.second_moments`.
   """
-  if source.expert_format == target.expert_format:
-    return arrays
-  decoded = np.dtype("bfloat16" if target.expert_format else target.dtype)
-  for matrix, axis in CONTRACTED.items():
-    name = f"experts.{matrix}"
-    if source.expert_format and f"{name}.codes" in arrays:
-      arrays[name] = dequantize_on_host(
-        Quantized(arrays.pop(f"{name}.codes"), arrays.pop(f"{name}.scales"), source.expert_format),
-        decoded,
-      )
-    if target.expert_format and name in arrays:
-      array = arrays.pop(name)
-      if moments is None:
-        quantized = quantize(array, target.expert_format, axis)
+  for stem in [name.removesuffix(".codes") for name in arrays]:
+    own, wanted = stored_format(source, stem), stored_format(target, stem)
+    if own == wanted:
+      continue
+    matrix, axis = stem.removeprefix("experts."), contracted_axis(stem)
+    if own:
+      codes, scales = arrays.pop(f"{stem}.codes"), arrays.pop(f"{stem}.scales")
+      decoded = np.dtype("bfloat16" if wanted else target.dtype)
+      arrays[stem] = dequantize_on_host(Quantized(codes, scales, own), decoded)
+    if wanted:
+      array, of_experts = arrays.pop(stem), stem in EXPERT_MATRICES
+      if of_experts and moments is not None:
+        quantized = compensation.quantize(array, wanted, axis, moments[matrix])
       else:
-        quantized = compensation.quantize(array, target.expert_format, axis, moments[matrix])
-      if plan is not None:
+        quantized = quantize(array, wanted, axis)
+      if of_experts and plan is not None:
         quantized = bit_plans.apply(quantized, plan)
-      arrays |= {f"{name}.codes": quantized.codes, f"{name}.scales": quantized.scales}
+      arrays |= {f"{stem}.codes": quantized.codes, f"{stem}.scales": quantized.scales}
   return arrays
+
+
+def stored_format(config: ModelConfig, name: str) -> str | None:
+  """Returns the format of a parameter, named as in a piece; None for an array of numbers."""
+  return format_of(name, config.expert_format, config.projection_format)

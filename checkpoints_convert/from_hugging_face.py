@@ -13,6 +13,7 @@ def convert_from_hugging_face(
   dtype: str = "source",
   quantize_experts: str | None = None,
   keep_mxfp4: bool = False,
+  quantize_projections: str | None = None,
   revision: str | None = None,
   overwrite: bool = False,
   piece_bytes: int = checkpoint.PIECE_BYTES,
@@ -27,6 +28,7 @@ def convert_from_hugging_face(
     dtype: "float32", "bfloat16" or "source"; see `hub.open_source`.
     quantize_experts: "int8", "int4", "nested:BASE-BITS" or None; see `hub.open_source`.
     keep_mxfp4: see `hub.open_source`.
+    quantize_projections: "int8", "int4" or None; see `hub.open_source`.
     revision: branch, tag or commit on the hub.
     overwrite: whether to replace an existing checkpoint at `target`.
     piece_bytes: maximum size of a piece of several layers.
@@ -36,13 +38,16 @@ def convert_from_hugging_face(
     FileExistsError: the target exists.
   """
   checkpoint.check_target(target, overwrite, checkpoint.MANIFEST_FILE, source)
-  opened = hub.open_source(hub.find(source, revision), dtype, quantize_experts, keep_mxfp4)
+  opened = hub.open_source(
+    hub.find(source, revision), dtype, quantize_experts, keep_mxfp4, quantize_projections
+  )
   provenance = {
     "source": source,
     "revision": revision,
     "source_dtypes": list(opened.stored_dtypes),
     "dtype": opened.config.dtype,
     "expert_format": opened.config.expert_format,
+    "projection_format": opened.config.projection_format,
   }
   writer = checkpoint.Writer(
     target,

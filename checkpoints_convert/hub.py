@@ -244,6 +244,7 @@ def open_source(
   dtype: str = "source",
   quantize_experts: str | None = None,
   keep_mxfp4: bool | None = False,
+  quantize_projections: str | None = None,
   tensors: dict[str, TensorInfo] | None = None,
 ) -> Source:
   """Checks everything that can be checked without reading tensors.
@@ -255,6 +256,8 @@ def open_source(
     quantize_experts: the format to quantize the experts to, or None.
     keep_mxfp4: whether to keep experts in MXFP4 or to decode them to `dtype`; None keeps them if
       there are any and they are not quantized.
+    quantize_projections: the format to quantize the other matrices to, or None; see
+      `ModelConfig.projection_format`.
     tensors: the tensors of the model, if its files are not in the folder.
 
   Raises:
@@ -276,7 +279,7 @@ def open_source(
     dtype = own_dtype(stored)
   expert_format, layout = _expert_form(source, config, tensors)
   found = config.replace(dtype=dtype, expert_format=expert_format)
-  config = target_config(str(source), found, quantize_experts, keep_mxfp4)
+  config = target_config(str(source), found, quantize_experts, keep_mxfp4, quantize_projections)
   tensor_names.check_table(found)
   _check_tensors(source, found, layout, tensors)
   if (folder / "tokenizer.json").is_file():
@@ -287,7 +290,11 @@ def open_source(
 
 
 def target_config(
-  source: str, stored: ModelConfig, quantize_experts: str | None, keep_mxfp4: bool | None
+  source: str,
+  stored: ModelConfig,
+  quantize_experts: str | None,
+  keep_mxfp4: bool | None,
+  quantize_projections: str | None = None,
 ) -> ModelConfig:
   """Returns the config of the model that is written or loaded.
 
@@ -296,9 +303,10 @@ def target_config(
     stored: the config with the expert format of the files.
     quantize_experts: see `open_source`.
     keep_mxfp4: see `open_source`.
+    quantize_projections: see `open_source`.
 
   Raises:
-    ConversionError, ValueError: the experts cannot be stored in the requested format.
+    ConversionError, ValueError: the matrices cannot be stored in the requested formats.
   """
   if keep_mxfp4 is None:
     keep_mxfp4 = stored.expert_format == "mxfp4" and not quantize_experts
@@ -310,7 +318,10 @@ def target_config(
     raise ConversionError(
       f"--keep_mxfp4 is for experts in MXFP4, but the experts of {source} are not: leave it out"
     )
-  config = stored.replace(expert_format="mxfp4" if keep_mxfp4 else quantize_experts)
+  config = stored.replace(
+    expert_format="mxfp4" if keep_mxfp4 else quantize_experts,
+    projection_format=quantize_projections,
+  )
   params_lib.describe(config)  # checks the sizes
   return config
 
@@ -340,6 +351,7 @@ def load_config(
   dtype: str = "source",
   quantize_experts: str | None = None,
   keep_mxfp4: bool | None = None,
+  quantize_projections: str | None = None,
   revision: str | None = None,
 ) -> ModelConfig:
   """Loads the config of the model that `load` loads, without downloading weights.
@@ -349,8 +361,14 @@ def load_config(
   Raises:
     ConversionError, ValueError: the source cannot be read.
   """
-  options = dict(dtype=dtype, quantize_experts=quantize_experts, keep_mxfp4=keep_mxfp4)
-  return open_without_weights(source, revision, **options).config
+  return open_without_weights(
+    source,
+    revision,
+    dtype=dtype,
+    quantize_experts=quantize_experts,
+    keep_mxfp4=keep_mxfp4,
+    quantize_projections=quantize_projections,
+  ).config
 
 
 def own_dtype(stored_dtypes: Collection[str]) -> str:
@@ -451,8 +469,8 @@ def _check_tensors(
     for part in tensor_names.parts(config, piece, layout)
   }
   model = f"{config.family}, {config.num_layers} layers"
-  if config.expert_format:
-    model += f", experts in {config.expert_format}"
+  if config.formats:
+    model += f", {config.formats}"
   if set(expected) - set(tensors):
     raise ConversionError(
       f"{folder} lacks tensors that its config.json ({model}) requires: "

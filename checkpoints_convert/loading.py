@@ -21,6 +21,7 @@ def load(
   *,
   quantize_experts: str | None = None,
   keep_mxfp4: bool | None = None,
+  quantize_projections: str | None = None,
   revision: str | None = None,
   piece_bytes: int = PIECE_BYTES,
 ) -> tuple[Params, ModelConfig]:
@@ -40,13 +41,16 @@ def load(
     quantize_experts: "int8", "int4", "nested:BASE-BITS" or None.
     keep_mxfp4: whether to keep experts in MXFP4 or to decode them to `dtype`; kept by default
       unless they are quantized.
+    quantize_projections: "int8", "int4" or None; see `ModelConfig.projection_format`.
     revision: branch, tag or commit on the hub.
     piece_bytes: maximum size of a piece of several layers.
 
   Raises:
     ConversionError, ValueError: the source cannot be read, or a sharding splits the layer axis.
   """
-  opened = hub.open_source(hub.find(source, revision), dtype, quantize_experts, keep_mxfp4)
+  opened = hub.open_source(
+    hub.find(source, revision), dtype, quantize_experts, keep_mxfp4, quantize_projections
+  )
   config = opened.config
   pieces = checkpoint.plan_pieces(config, piece_bytes)
   with tqdm(

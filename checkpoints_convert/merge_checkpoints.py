@@ -21,9 +21,9 @@ def target_config(tasks: Sequence[str], base: str) -> ModelConfig:
     ConversionError: the models are not fine-tunes of one architecture.
   """
   config = checkpoint.load_config(base)
-  if config.expert_format is not None:
+  if config.formats:
     raise ConversionError(
-      f"the experts of {base} are in {config.expert_format}: merge the models that were quantized"
+      f"{base} is quantized ({config.formats}): merge the models that were quantized"
     )
   for task in tasks:
     own = checkpoint.load_config(task)

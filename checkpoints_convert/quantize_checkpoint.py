@@ -1,4 +1,4 @@
-"""Quantizes the experts of a roe_jax checkpoint."""
+"""Quantizes the experts and projections of a roe_jax checkpoint."""
 
 import hashlib
 import json
@@ -30,22 +30,26 @@ def check_format(quantize_experts: str) -> None:
 
 
 def target_config(
-  source: str, dtype: str, quantize_experts: str, keep_mxfp4: bool = False
+  source: str,
+  dtype: str,
+  quantize_experts: str | None,
+  keep_mxfp4: bool = False,
+  quantize_projections: str | None = None,
 ) -> ModelConfig:
   """Returns the config of what `convert` writes.
 
   Raises:
-    ConversionError, ValueError: the experts cannot be stored in the requested format.
+    ConversionError, ValueError: the matrices cannot be stored in the requested formats.
   """
   stored = checkpoint.load_config(source)
-  if stored.expert_format not in (None, "mxfp4"):
+  if stored.expert_format not in (None, "mxfp4") or stored.projection_format:
     raise ConversionError(
-      f"the experts of {source} are already in {stored.expert_format}: quantize the checkpoint or "
-      "the Hugging Face model that it was made from"
+      f"{source} is quantized already ({stored.formats}): quantize the checkpoint or the Hugging "
+      "Face model that it was made from"
     )
   if dtype != "source":
     stored = stored.replace(dtype=dtype)
-  return hub.target_config(source, stored, quantize_experts, keep_mxfp4)
+  return hub.target_config(source, stored, quantize_experts, keep_mxfp4, quantize_projections)
 
 
 def convert(
@@ -53,15 +57,16 @@ def convert(
   target: str,
   *,
   dtype: str = "source",
-  quantize_experts: str,
+  quantize_experts: str | None = None,
   keep_mxfp4: bool = False,
+  quantize_projections: str | None = None,
   bits_plan: str | None = None,
   compensate: bool = False,
   calibration: str | None = None,
   calibration_tokens: int = carve_checkpoint.TOKENS,
   overwrite: bool = False,
 ) -> ModelConfig:
-  """Quantizes the experts piece by piece and returns the config of what was written.
+  """Quantizes the matrices piece by piece and returns the config of what was written.
 
   An interrupted conversion resumes after the last finished piece when it is called again. The
   source is a checkpoint; for the other arguments see `convert_from_hugging_face`.
@@ -74,12 +79,12 @@ def convert(
     calibration_tokens: how many of its tokens.
 
   Raises:
-    ConversionError, ValueError: the experts cannot be stored in the requested format.
+    ConversionError, ValueError: the matrices cannot be stored in the requested formats.
     FileNotFoundError: the source is not a complete checkpoint.
     FileExistsError: the target exists.
   """
   checkpoint.check_target(target, overwrite, checkpoint.MANIFEST_FILE, source)
-  config = target_config(source, dtype, quantize_experts, keep_mxfp4)
+  config = target_config(source, dtype, quantize_experts, keep_mxfp4, quantize_projections)
   stored, plan = checkpoint.load_config(source), None
   if bits_plan is not None:
     config, plan = make_plan(source, config, bits_plan, calibration, calibration_tokens)
@@ -94,6 +99,7 @@ def convert(
     "quantized_from": source,
     "dtype": config.dtype,
     "expert_format": config.expert_format,
+    "projection_format": config.projection_format,
     **({"compensated": True} if compensate else {}),
   }
   if plan is not None:

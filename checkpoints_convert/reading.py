@@ -12,11 +12,10 @@ import numpy as np
 
 from checkpoints_convert import hub, tensor_names
 from checkpoints_convert.common import Spans
-from checkpoints_convert.expert_formats import recode
+from checkpoints_convert.expert_formats import recode, stored_format
 from roe_jax.checkpoint import Piece, piece_shapes
-from roe_jax.quantization import CONTRACTED, group_size
+from roe_jax.quantization import EXPERT_MATRICES, group_size
 
-_MATRICES = {f"experts.{matrix}": axis for matrix, axis in CONTRACTED.items()}
 _WIDTH = 2  # the axis of F in the experts' matrices [L, E, F, ...], their codes and scales
 
 
@@ -33,7 +32,7 @@ def read_sharded(
   """Reads a piece's arrays onto devices; each process reads only what its devices hold.
 
   At any time, the host holds this process's part of one parameter (before and after decoding or
-  quantizing experts) and what is read of one hub tensor.
+  quantizing) and what is read of one hub tensor. Of a projection that is quantized it holds all.
 
   Args:
     source: the source to read.
@@ -50,7 +49,7 @@ def read_sharded(
 
 
 def _stem(name):
-  """Returns the name of a matrix of experts without the suffix of its codes or scales."""
+  """Returns the name of a matrix without the suffix of its codes or scales."""
   return name.removesuffix(".codes").removesuffix(".scales")
 
 
@@ -69,7 +68,7 @@ def _read_parameter_sharded(source, piece, stem, placed):
     }
     for name, x in placed.items()
   }
-  if stem in _MATRICES:
+  if stem in EXPERT_MATRICES:
     sizes = (piece.num_layers, source.config.num_experts, source.config.d_expert)
     factors = {
       sizes[_WIDTH] // shape[_WIDTH]
@@ -79,8 +78,8 @@ def _read_parameter_sharded(source, piece, stem, placed):
       source, stem, sizes, {n: (shapes[n], spans[n][device]) for n in placed}, factors
     )
   else:
-    sizes = shapes[stem]
-    box_of = spans[stem].get
+    sizes = stored[stem].shape
+    box_of = spans[stem].get if stem in spans else lambda device: _whole(sizes)
   boxes = {device: box_of(device) for device in next(iter(spans.values()))}
   distinct = list(dict.fromkeys(boxes.values()))
   filled = _fill(
@@ -130,7 +129,7 @@ def _box(source, stem, sizes, parts, factors):
   format = source.config.expert_format
   if (
     format
-    and _MATRICES[stem] == -2
+    and EXPERT_MATRICES[stem] == -2
     and (group_size(format, stop - start) != group_size(format, size))
   ):
     start, stop = 0, size  # otherwise this part would be quantized in different groups
@@ -152,7 +151,7 @@ def _fill(
   arrays = {}
   for name, of_name in windows.items():
     dtype = shapes[name].dtype
-    if source.config.expert_format and name in _MATRICES:
+    if stored_format(source.config, name):
       dtype = hub.own_dtype(source.stored_dtypes)  # quantized from the values in the files
     arrays[name] = [np.empty([b - a for a, b in spans], dtype) for spans in of_name]
   parts = [

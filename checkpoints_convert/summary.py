@@ -50,10 +50,10 @@ def describe(config: ModelConfig) -> str:
   pieces = checkpoint.plan_pieces(config)
   largest = max(piece_num_bytes(config, piece) for piece in pieces)
   total = params_lib.num_bytes(config)
-  experts = f", experts in {config.expert_format}" if config.expert_format else ""
+  formats = f", {config.formats}" if config.formats else ""
   lines += [
     "",
-    f"model: {config.family}, {params_lib.count(config):,} parameters in {config.dtype}{experts}",
+    f"model: {config.family}, {params_lib.count(config):,} parameters in {config.dtype}{formats}",
     f"pieces: {len(pieces)}, the largest {_gib(largest)}",
     f"on disk and in memory: {_gib(total)}; while loading at most {_gib(total + largest)}",
     f"host memory: {_gib(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}",

@@ -164,9 +164,10 @@ def verify(
   is_carved = carve_checkpoint.is_carved(config)
   if is_carved:  # with all experts active it is the source
     config = with_experts(config, config.num_experts)
-  is_exact = stored.expert_format in (None, "mxfp4") and stored.dtype in (
-    "float32",
-    hub.own_dtype(dtypes),
+  is_exact = (
+    stored.expert_format in (None, "mxfp4")
+    and stored.projection_format is None
+    and stored.dtype in ("float32", hub.own_dtype(dtypes))
   )
   path, options = _location(folder)
   options |= dict(attn_implementation="eager", experts_implementation="eager")

@@ -39,7 +39,7 @@ from experiments.cli import app, overrides
 from roe_jax import native
 from roe_jax import params as params_lib
 from roe_jax.config import DTYPES, ModelConfig
-from roe_jax.quantization import FORMATS
+from roe_jax.quantization import FORMATS, PROJECTION_FORMATS
 from roe_jax.routers import ROUTERS
 
 FLAGS = flags.FLAGS
@@ -63,6 +63,13 @@ def define_flags() -> None:
     None,
     f"Storage format of the expert weights: none, {', '.join(FORMATS)}, or nested:BASE-BITS; the "
     "model's by default.",
+  )
+  flags.DEFINE_enum(
+    "projection_format",
+    None,
+    ["none", *PROJECTION_FORMATS],
+    "Storage format of attention's projections, shared experts and the output head; the model's by "
+    "default.",
   )
   flags.DEFINE_list("sweeps", list(SWEEPS), "Sweeps to run.")
   flags.DEFINE_list(
@@ -143,11 +150,9 @@ def config_from_flags() -> ModelConfig:
     config = random_models.PRESETS[FLAGS.preset]
   if FLAGS.dtype:
     config = config.replace(dtype=FLAGS.dtype)
-  if FLAGS.expert_format:
-    config = config.replace(
-      expert_format=None if FLAGS.expert_format == "none" else FLAGS.expert_format
-    )
-  return config
+  formats = {name: FLAGS[name].value for name in ("expert_format", "projection_format")}
+  given = {name: None if value == "none" else value for name, value in formats.items() if value}
+  return config.replace(**given)
 
 
 def chosen_sweeps(config: ModelConfig) -> list[str]:
@@ -270,7 +275,7 @@ def main(argv) -> None:
         "score_tokens",
       )
     }
-    | {"dtype": config.dtype, "expert_format": config.expert_format}
+    | {name: getattr(config, name) for name in ("dtype", "expert_format", "projection_format")}
     | described,
   )
   todo = [sweep for sweep in chosen if not folder.has(sweep)]
@@ -284,9 +289,9 @@ def main(argv) -> None:
       )
     with tqdm(unit="turn") as bar:
       run(config, sizes, todo, folder, num_cores, bar)
-  experts = f", {config.expert_format} experts" if config.expert_format else ""
+  formats = f", {config.formats}" if config.formats else ""
   title = (
-    f"{_name()}{'' if FLAGS.checkpoint else ' with random weights'}, {config.dtype}{experts}; "
+    f"{_name()}{'' if FLAGS.checkpoint else ' with random weights'}, {config.dtype}{formats}; "
     f"{described['cpu']}, "
     f"{num_cores} core{'s' if num_cores > 1 else ''}"
     + (f"; {described['device']}" if described["platform"] != "cpu" else "")

@@ -96,10 +96,10 @@ def check(settings: Settings, config: ModelConfig) -> None:
     raise ValueError(
       f"{name} is dense: carve experts out of it first, with checkpoints_convert --carve"
     )
-  if config.expert_format is not None:
+  if config.formats:
     raise ValueError(
-      f"the experts of {name} are in {config.expert_format}, which cannot be trained: fine-tune "
-      "the checkpoint that they were quantized from, then quantize the result"
+      f"{name} is quantized ({config.formats}) and cannot be trained: fine-tune the checkpoint "
+      "that it was quantized from, then quantize the result"
     )
   if settings.gate_scales and not config.unit_gates:
     raise ValueError(

@@ -304,10 +304,9 @@ def main(argv) -> None:
     config = app.load_config(name)
     if not config.eos_token_ids:
       raise ValueError(f"{name} has no end-of-text token, which solutions need: give another model")
-    if config.expert_format is not None:
+    if config.formats:
       raise ValueError(
-        f"the experts of {name} are already quantized ({config.expert_format}): give a model with "
-        "unquantized experts"
+        f"{name} is already quantized ({config.formats}): give a model without quantized weights"
       )
     for format in FLAGS.formats[1:]:
       quantization.check_sizes(format, config.d_model, config.d_expert)

@@ -42,7 +42,7 @@ def second_moments(
   `down` are of the tokens that choose the expert. Inputs are the unquantized model's.
 
   Args:
-    params: parameters with unquantized experts.
+    params: unquantized parameters.
     config: their architecture.
     sequences: token ids.
 
@@ -50,12 +50,10 @@ def second_moments(
     {"gate_up": `[L, 1, D, D]`, "down": `[L, E, F, F]`}, float32.
 
   Raises:
-    ValueError: the experts are quantized.
+    ValueError: the weights are quantized.
   """
-  if config.expert_format is not None:
-    raise ValueError(
-      f"compensation needs unquantized experts, got experts in {config.expert_format}"
-    )
+  if config.formats:
+    raise ValueError(f"compensation needs unquantized weights, got {config.formats}")
   stack = params.layers
   parts: dict[str, Any] = {
     "experts": stack.experts.replace(down=jnp.zeros_like(stack.experts.down))

@@ -107,6 +107,10 @@ class ModelConfig:
       its weight is applied (GPT-OSS) or before.
     expert_format: storage format of the experts' matrices: a name that `quantization.find`
       knows, or None for `dtype`.
+    projection_format: storage format of the other matrices that a token is multiplied with:
+      attention's projections, shared experts, the MLPs of the first dense layers, and the output
+      head; one of `quantization.PROJECTION_FORMATS`, or None for `dtype`. Embeddings, routers and
+      what latent attention expands latents with have `dtype`.
     expert_bits: how many bits of a nested format each expert has, of each layer with experts, up
       to those of the format; None: all. See `bit_plans`.
     bit_router: whether a linear router of each expert, in a nested format, chooses how many of its
@@ -172,6 +176,7 @@ class ModelConfig:
   rms_norm_eps: float = 1e-5
   norm_weight_in_float32: bool = False
   expert_format: str | None = None
+  projection_format: str | None = None
   expert_bits: tuple[tuple[int, ...], ...] | None = None
   bit_router: bool = False
   gate_mass_experts: int | None = None
@@ -207,6 +212,11 @@ class ModelConfig:
       typed.check_fields(self.rope_scaling, positive, zero)
     if self.expert_format is not None:
       quantization.find(self.expert_format)  # checks the name
+    if self.projection_format not in (None, *quantization.PROJECTION_FORMATS):
+      raise ValueError(
+        f"projections can be in {' or '.join(quantization.PROJECTION_FORMATS)}, got "
+        f"{self.projection_format!r}"
+      )
     if self.expert_bits is not None:
       format = quantization.nested_format(self.expert_format)
       bits, shape = self.expert_bits, (self.num_expert_layers, self.num_experts)
@@ -353,6 +363,16 @@ class ModelConfig:
     if "expert_format" in changes:
       changes = {"expert_bits": None} | changes
     return dataclasses.replace(self, **changes)
+
+  def unquantized(self) -> "ModelConfig":
+    """Returns the config with all matrices in `dtype`."""
+    return self.replace(expert_format=None, projection_format=None)
+
+  @property
+  def formats(self) -> str:
+    """The formats of quantized matrices in words; empty without any."""
+    found = {"experts": self.expert_format, "projections": self.projection_format}
+    return ", ".join(f"{what} in {format}" for what, format in found.items() if format)
 
   def to_json(self) -> str:
     return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

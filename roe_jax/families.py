@@ -46,6 +46,7 @@ _SPECIAL = (
   "sliding_layers",
   "eos_token_ids",
   "expert_format",
+  "projection_format",
   "tiny_init",  # of initial weights only
   "dtype",
 )
@@ -162,6 +163,11 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
     raise ValueError(
       f"experts in {config.expert_format} have no Hugging Face form in a {config.family} "
       "model: convert from the unquantized checkpoint"
+    )
+  if config.projection_format is not None:
+    raise ValueError(
+      f"projections in {config.projection_format} have no Hugging Face form: convert from the "
+      "unquantized checkpoint"
     )
   hf = {"architectures": [family.architecture], "model_type": config.family}
   for field, key in keys.items():

@@ -11,6 +11,7 @@ bfloat16 bits (`storage_dtype`). Where XLA spreads every operation over several 
 tiles are larger: handing out a small one takes longer than computing it.
 
 With few tokens, `project` and `project_back` use the kernels of `native` where those are available.
+Both also read matrices that are `quantization.Quantized`, and dequantize them tile by tile.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +23,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from roe_jax import collectives, kernel_check, native
+from roe_jax import collectives, kernel_check, native, quantization
 
 # Bytes of a tile in float32. On one core it must fit the L2 cache; on several cores this
 # size, a whole expert, was fastest.
@@ -119,70 +121,91 @@ def bits_to_float32(bits: jax.Array) -> jax.Array:
   return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
 
 
-def project(x: jax.Array, weights: jax.Array, layer: jax.Array | int) -> jax.Array:
+def project(x: jax.Array, weights: Any, layer: jax.Array | int) -> jax.Array:
   """Computes `x @ weights[layer].T`: from the model width to a matrix's other axes.
 
   Args:
     x: `[..., D]`.
-    weights: `[L, *out, D]`.
+    weights: `[L, *out, D]`, or `Quantized` along D.
     layer: may be traced.
 
   Returns:
     `[..., *out]` float32.
   """
-  l, *out, d = weights.shape
-  y = _product(weights, _project_tiled)(x, weights.reshape(l, -1, d), layer)
-  return y.reshape(*x.shape[:-1], *out)
+  codes = quantization.codes_and_scales(weights)[0]
+  y = _product(weights, _project_tiled)(x, _with_rows(weights), layer)
+  return y.reshape(*x.shape[:-1], *codes.shape[1:-1])
 
 
 def _project_tiled(x, weights, layer):
-  _, size, d = weights.shape
-  rows = tile_rows(size, d)
+  size = quantization.codes_and_scales(weights)[0].shape[1]
+  rows = tile_rows(size, x.shape[-1])
 
   def add(tile, start, y):
-    part = einsum("...d,td->...t", x, tile)
+    tile = quantization.tile_weights(tile, x.dtype)
+    parts = zip(jnp.split(x, len(tile), axis=-1), tile)
+    part = jnp.asarray(sum(einsum("...d,td->...t", *part) for part in parts))
     return jax.lax.dynamic_update_slice_in_dim(y, part, start, y.ndim - 1)
 
   y = jnp.zeros((*x.shape[:-1], size), jnp.float32)
-  return loop_over_tiles(weights.reshape(-1, d), layer * size, size, rows, add, y)
+  return loop_over_tiles(_merged(weights), layer * size, size, rows, add, y)
 
 
-def project_back(x: jax.Array, weights: jax.Array, layer: jax.Array | int) -> jax.Array:
+def project_back(x: jax.Array, weights: Any, layer: jax.Array | int) -> jax.Array:
   """Computes `x @ weights[layer]`: from a matrix's other axes to the model width.
 
   Args:
     x: `[..., *in]`.
-    weights: `[L, *in, D]`.
+    weights: `[L, *in, D]`, or `Quantized` along the last axis of `in`.
     layer: may be traced.
 
   Returns:
     `[..., D]` float32.
   """
-  l, *inner, d = weights.shape
+  inner = quantization.codes_and_scales(weights)[0].shape[1:-1]
   x = x.reshape(*x.shape[: -len(inner)], math.prod(inner))
-  weights = weights.reshape(l, -1, d)
-  return _product(weights, _project_back_tiled)(x, weights, layer)
+  return _product(weights, _project_back_tiled)(x, _with_rows(weights), layer)
 
 
 def _project_back_tiled(x, weights, layer):
-  _, size, d = weights.shape
-  rows = tile_rows(size, d)
+  codes, scales, _ = quantization.codes_and_scales(weights)
+  size, d = codes.shape[1], (codes if scales is None else scales).shape[2]
+  rows = tile_rows(size, d, 1 if scales is None else size // scales.shape[1])
 
   def add(tile, start, y):
     part = jax.lax.dynamic_slice_in_dim(x, start, rows, x.ndim - 1)
-    return y + einsum("...t,td->...d", part, tile)
+    tile = quantization.tile_weights(tile, x.dtype)
+    return y + jnp.concatenate([einsum("...t,td->...d", part, w) for w in tile], axis=-1)
 
   y = jnp.zeros((*x.shape[:-1], d), jnp.float32)
-  return loop_over_tiles(weights.reshape(-1, d), layer * size, size, rows, add, y)
+  return loop_over_tiles(_merged(weights), layer * size, size, rows, add, y)
+
+
+def _with_rows(weights):
+  """Merges the axes of a matrix, or its codes and scales, between the first and the last."""
+  return jax.tree.map(lambda w: w.reshape(w.shape[0], -1, w.shape[-1]), weights)
+
+
+def _merged(weights):
+  return jax.tree.map(lambda w: w.reshape(-1, w.shape[-1]), weights)
 
 
 _PRODUCTS = {_project_tiled: native.project, _project_back_tiled: native.project_back}
+# Formats of matrices, by the dtype of those that are not quantized.
+_KINDS = {"float32": "float32", "uint16": "bfloat16"}
+
+
+def _kind(weights):
+  """Returns the native kernels' name of a matrix's format; None if they have none."""
+  codes, _, format = quantization.codes_and_scales(weights)
+  return format or _KINDS.get(str(codes.dtype))
 
 
 def _product(weights, tiled):
   """Returns the function of a product: with the native kernel, if that can multiply with these."""
-  usable = weights.dtype in (jnp.float32, jnp.uint16) and weights.shape[-1] % native.MULTIPLE == 0
-  if usable and native.is_available() and _native_passes(str(weights.dtype)):
+  kind = _kind(weights)
+  usable = kind is not None and quantization.codes_per_row(weights) % native.MULTIPLE == 0
+  if usable and native.is_available() and _native_passes(kind):
     return _with_kernel(tiled)
   return tiled
 
@@ -197,13 +220,13 @@ def _with_kernel(tiled):
     tokens = math.prod(lead)
     if tokens > NATIVE_TOKENS:
       return tiled(x, weights, layer)
-    return _PRODUCTS[tiled](x.reshape(tokens, size), weights, layer).reshape(*lead, -1)
+    return _native_product(tiled, x.reshape(tokens, size), weights, layer).reshape(*lead, -1)
 
   @folding.def_vmap
   def _(axis_size, in_batched, x, weights, layer):
     del axis_size
-    if any(in_batched[1:]):
-      axes = [0 if batched else None for batched in in_batched]
+    if any(jax.tree.leaves(in_batched[1:])):
+      axes = jax.tree.map(lambda batched: 0 if batched else None, tuple(in_batched))
       return jax.vmap(tiled, in_axes=axes)(x, weights, layer), True
     return folding(x, weights, layer), True
 
@@ -212,22 +235,34 @@ def _with_kernel(tiled):
   return product
 
 
+def _native_product(tiled, x, weights, layer):
+  codes, scales, _ = quantization.codes_and_scales(weights)
+  return _PRODUCTS[tiled](_kind(weights), x, codes, scales, layer)
+
+
 @functools.cache
-def _native_passes(dtype):
+def _native_passes(kind):
   """Checks the native kernels against the tiled products, on a small case."""
 
   def error():
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.normal(keys[0], (9, 128))
-    weights = jax.random.normal(keys[1], (2, 128, 128))
-    weights = to_storage_dtype(weights, jnp.zeros(0, dtype))
-    pairs = [(kernel(x, weights, 1), tiled(x, weights, 1)) for tiled, kernel in _PRODUCTS.items()]
-    return max(float(jnp.abs(found - right).max() / jnp.abs(right).max()) for found, right in pairs)
+    random = jax.random.normal(keys[1], (2, 128, 128))
+    errors = []
+    for tiled, axis in ((_project_tiled, -1), (_project_back_tiled, -2)):
+      if kind in native.UNQUANTIZED:
+        weights: Any = to_storage_dtype(random, jnp.zeros(0, storage_dtype(kind)))
+      else:
+        quantized = quantization.quantize(np.asarray(random), kind, axis)
+        weights = jax.tree.map(jnp.asarray, quantized)
+      found, right = _native_product(tiled, x, weights, 1), tiled(x, weights, 1)
+      errors.append(float(jnp.abs(found - right).max() / jnp.abs(right).max()))
+    return max(errors)
 
   return kernel_check.passes(
-    functools.partial(native.remembered, f"products_{dtype}", error),
+    functools.partial(native.remembered, f"products_{kind}", error),
     1e-5,
-    what=f"the native product with {dtype} weights",
+    what=f"the native product with {kind} weights",
     instead="the tiled one",
   )
 

@@ -5,6 +5,7 @@ initializer). Abstract arrays, initial values and logical axes all come from it.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -25,7 +26,7 @@ from roe_jax.routers import ROUTERS
 class AttentionParams(struct.PyTreeNode):
   """Attention of all layers; None for parameters that the model does not have."""
 
-  query: Any  # [L, H, C, D]
+  query: Any  # [L, H, C, D]; this and the other projections are arrays or `Quantized`
   key: Any  # [L, K, C, D]
   value: Any  # [L, K, C, D]
   output: Any  # [L, H, C, D]
@@ -45,6 +46,8 @@ class AttentionParams(struct.PyTreeNode):
 
 class LatentAttentionParams(struct.PyTreeNode):
   """Multi-head latent attention of all layers; see `latent_attention`.
+
+  The projections except `key_up` and `value_up` are arrays or `Quantized`.
 
   Axes: N a head's width without rotation, W `config.cached_head_dim`, X `v_head_dim`, Z
   `kv_lora_rank`, Q `q_lora_rank`, or the model width D without one.
@@ -83,7 +86,10 @@ class ExpertParams(struct.PyTreeNode):
 
 
 class SharedExpertParams(struct.PyTreeNode):
-  """The shared expert of every layer, which all tokens pass through; inner width G."""
+  """The shared expert of every layer, which all tokens pass through; inner width G.
+
+  Its matrices are arrays or `Quantized`.
+  """
 
   gate_up: Any  # [L, G, 2, D]
   down: Any  # [L, G, D]
@@ -123,10 +129,14 @@ class Params(struct.PyTreeNode):
   embedding: Any  # [V, D]
   layers: LayerParams
   final_norm: Any  # [D]
-  unembedding: Any  # [V, D]
+  unembedding: Any  # [V, D], or `Quantized`
   dense_layers: Any = None  # LayerParams of the first layers, whose MLP is `shared_expert`
   router_cell: Any = None  # RouterCell
   tasks: Any = None  # merging.TaskParams of merged fine-tunes, next to their base
+
+
+# The config's fields of axes along which codes are packed.
+_WIDTHS = {"embed": "d_model", "query_latent": "q_lora_rank"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +147,10 @@ class ParamSpec:
     shape: the array's shape.
     axes: logical axis names, one per dimension.
     init: "ones", "zeros", "normal", "codes" (random bits), or "scales" (such that random codes
-      have the standard deviation of "normal").
+      of `format` have the standard deviation of "normal").
     scale: factor on ones, or on the config's `initializer_range`.
     dtype: dtype name; None for the config's dtype.
+    format: of the codes that "scales" are of.
   """
 
   shape: tuple[int, ...]
@@ -147,6 +158,7 @@ class ParamSpec:
   init: str = "normal"
   scale: float = 1.0
   dtype: str | None = None
+  format: str | None = None
 
   def __post_init__(self):
     if len(self.shape) != len(self.axes):
@@ -157,7 +169,7 @@ def describe(config: ModelConfig) -> Params:
   """Returns a `Params` tree of `ParamSpec`s.
 
   Raises:
-    ValueError: the config's expert format cannot hold experts of its sizes.
+    ValueError: the config's formats cannot hold matrices of its sizes.
   """
   if config.expert_format is not None:
     quantization.check_sizes(config.expert_format, config.d_model, config.d_expert)
@@ -192,32 +204,36 @@ def describe(config: ModelConfig) -> Params:
     usual = math.sqrt(0.5 / (config.d_model * config.num_layers)) / config.initializer_range
     residual, embedding = usual, 0.5 / config.initializer_range
 
-  def spec(*axes, init="normal", scale=None, dtype=None):
+  def spec(*axes, init="normal", scale=None, dtype=None, format=None):
     if scale is None:
       scale = usual if init == "normal" else 1.0
-    return ParamSpec(tuple(sizes[a] for a in axes), axes, init, scale, dtype)
+    return ParamSpec(tuple(sizes[a] for a in axes), axes, init, scale, dtype, format)
 
   def spec_if(present, *axes, init="normal"):
     return spec(*axes, init=init) if present else None
 
-  def matrix(*axes, contracted, scale=usual):
-    """Describes an expert matrix in the config's format."""
-    if config.expert_format is None:
+  def matrix(*axes, contracted, format, scale=usual, plan=None):
+    """Describes a matrix of experts, or another one, in its format."""
+    if format is None:
       return spec(*axes, scale=scale)
-    kind = quantization.find(config.expert_format)
-    sizes["embed_packed"] = kind.code_width(config.d_model)
+    kind, packed = quantization.find(format), axes[-1] + "_packed"
+    quantization.check_width(format, sizes[axes[-1]], _WIDTHS[axes[-1]])
+    sizes[packed] = kind.code_width(sizes[axes[-1]])
     groups = contracted + "_groups"
-    sizes[groups] = sizes[contracted] // group_size(config.expert_format, sizes[contracted])
+    sizes[groups] = sizes[contracted] // group_size(format, sizes[contracted])
     scale_axes = [groups if a == contracted else a for a in axes]
     if kind.num_scales > 1:
       sizes["embed_scales"] = kind.num_scales * sizes[scale_axes[-1]]
       scale_axes[-1] = "embed_scales"
     return Quantized(
-      spec(*axes[:-1], "embed_packed", init="codes", dtype=kind.codes_dtype),
-      spec(*scale_axes, init="scales", scale=scale, dtype=kind.scales_dtype),
-      config.expert_format,
-      plan=config.expert_bits,
+      spec(*axes[:-1], packed, init="codes", dtype=kind.codes_dtype),
+      spec(*scale_axes, init="scales", scale=scale, dtype=kind.scales_dtype, format=format),
+      format,
+      plan=plan,
     )
+
+  of_experts = functools.partial(matrix, format=config.expert_format, plan=config.expert_bits)
+  projection = functools.partial(matrix, format=config.projection_format)
 
   def normed(heads):
     return ("head_dim",) if config.qk_norm_per_head else (heads, "head_dim")
@@ -230,10 +246,12 @@ def describe(config: ModelConfig) -> Params:
 
   def standard_attention():
     return AttentionParams(
-      query=spec("layers", "heads", "head_dim", "embed"),
-      key=spec("layers", "kv_heads", "head_dim", "embed"),
-      value=spec("layers", "kv_heads", "head_dim", "embed"),
-      output=spec("layers", "heads", "head_dim", "embed", scale=residual),
+      query=projection("layers", "heads", "head_dim", "embed", contracted="embed"),
+      key=projection("layers", "kv_heads", "head_dim", "embed", contracted="embed"),
+      value=projection("layers", "kv_heads", "head_dim", "embed", contracted="embed"),
+      output=projection(
+        "layers", "heads", "head_dim", "embed", contracted="head_dim", scale=residual
+      ),
       query_norm=spec_if(config.qk_norm, "layers", *normed("heads"), init="ones"),
       key_norm=spec_if(config.qk_norm, "layers", *normed("kv_heads"), init="ones"),
       query_bias=spec_if(config.qkv_bias, "layers", "heads", "head_dim"),
@@ -245,14 +263,19 @@ def describe(config: ModelConfig) -> Params:
 
   def latent_attention():
     compressed = config.q_lora_rank > 0
+    of_query = "query_latent" if compressed else "embed"
     return LatentAttentionParams(
-      query=spec("layers", "heads", "head_dim", "query_latent" if compressed else "embed"),
-      key_down=spec("layers", "cached_head_dim", "embed"),
+      query=projection("layers", "heads", "head_dim", of_query, contracted=of_query),
+      key_down=projection("layers", "cached_head_dim", "embed", contracted="embed"),
       key_norm=spec("layers", "latent", init="ones"),
       key_up=spec("layers", "heads", "plain_head_dim", "latent"),
       value_up=spec("layers", "heads", "value_head_dim", "latent"),
-      output=spec("layers", "heads", "value_head_dim", "embed", scale=residual),
-      query_down=spec_if(compressed, "layers", "query_latent", "embed"),
+      output=projection(
+        "layers", "heads", "value_head_dim", "embed", contracted="value_head_dim", scale=residual
+      ),
+      query_down=projection("layers", "query_latent", "embed", contracted="embed")
+      if compressed
+      else None,
       query_norm=spec_if(compressed, "layers", "query_latent", init="ones"),
     )
 
@@ -262,18 +285,20 @@ def describe(config: ModelConfig) -> Params:
   def layers(width, has_gate, **parts):
     """Describes blocks; `width` is that of the MLP that all tokens pass through."""
     sizes["shared_mlp"] = width
-    shared_expert = SharedExpertParams(
-      gate_up=spec("layers", "shared_mlp", "gate_up", "embed"),
-      down=spec("layers", "shared_mlp", "embed", scale=residual),
-      gate=spec_if(has_gate, "layers", "shared_gate", "embed"),
-    )
+    shared_expert = None
+    if width:
+      shared_expert = SharedExpertParams(
+        gate_up=projection("layers", "shared_mlp", "gate_up", "embed", contracted="embed"),
+        down=projection("layers", "shared_mlp", "embed", contracted="shared_mlp", scale=residual),
+        gate=spec_if(has_gate, "layers", "shared_gate", "embed"),
+      )
     return LayerParams(
       attention_norm=spec("layers", "embed", init="ones"),
       attention=attention(),
       moe_norm=spec("layers", "embed", init="ones"),
       attention_output_norm=output_norm(0.283),
       moe_output_norm=output_norm(0.432),
-      shared_expert=shared_expert if width else None,
+      shared_expert=shared_expert,
       **parts,
     )
 
@@ -290,8 +315,10 @@ def describe(config: ModelConfig) -> Params:
       router=spec_if(router is not None, "layers", *(router or ())),
       router_projection=spec_if(config.router_state, "layers", "router_state", "embed"),
       experts=ExpertParams(
-        gate_up=matrix("layers", "experts", "expert_mlp", "gate_up", "embed", contracted="embed"),
-        down=matrix(
+        gate_up=of_experts(
+          "layers", "experts", "expert_mlp", "gate_up", "embed", contracted="embed"
+        ),
+        down=of_experts(
           "layers", "experts", "expert_mlp", "embed", contracted="expert_mlp", scale=residual
         ),
         gate_up_bias=spec_if(config.expert_bias, "layers", "experts", "expert_mlp", "gate_up"),
@@ -305,7 +332,7 @@ def describe(config: ModelConfig) -> Params:
       bit_router=spec_if(config.bit_router, "layers", "routed_experts", "bit_widths", "embed"),
     ),
     final_norm=spec("embed", init="ones"),
-    unembedding=spec("vocab", "embed"),
+    unembedding=projection("vocab", "embed", contracted="embed"),
     dense_layers=dense_layers,
     router_cell=RouterCell(
       input=spec("router_gates", "router_state", "router_state"),
@@ -345,8 +372,8 @@ def initialize(config: ModelConfig, key: jax.Array) -> Params:
     if spec.init == "codes":
       return jax.lax.bitcast_convert_type(jax.random.bits(key, spec.shape, jnp.uint8), dtype)
     stddev = config.initializer_range * spec.scale
-    if spec.init == "scales" and config.expert_format is not None:
-      scales = typical_scales(config.expert_format, stddev, spec.shape[-1])
+    if spec.format is not None:
+      scales = typical_scales(spec.format, stddev, spec.shape[-1])
       return jnp.broadcast_to(jnp.asarray(scales, dtype), spec.shape)
     return (stddev * jax.random.normal(key, spec.shape, jnp.float32)).astype(dtype)
 
@@ -354,29 +381,35 @@ def initialize(config: ModelConfig, key: jax.Array) -> Params:
   return jax.tree.unflatten(treedef, [value(s, k) for s, k in zip(specs, keys)])
 
 
-def quantize(params: Params, config: ModelConfig, format: str) -> tuple[Params, ModelConfig]:
-  """Quantizes the experts' matrices and returns the new parameters and config.
+def quantize(
+  params: Params, config: ModelConfig, format: str | None, projection_format: str | None = None
+) -> tuple[Params, ModelConfig]:
+  """Quantizes matrices and returns the new parameters and config.
 
   Args:
-    params: parameters with unquantized experts.
+    params: unquantized parameters.
     config: the model's config.
-    format: a name that `quantization.find` knows.
+    format: the experts', a name that `quantization.find` knows, or None.
+    projection_format: that of the other matrices, or None; see `ModelConfig.projection_format`.
 
   Raises:
-    ValueError: the experts are already quantized, or the format cannot hold their sizes.
+    ValueError: the parameters are already quantized, or a format cannot hold their sizes.
   """
-  if config.expert_format is not None:
-    raise ValueError(
-      f"the experts are in {config.expert_format} already: quantize the original parameters"
-    )
-  config = config.replace(expert_format=format)
-  describe(config)  # checks the sizes
-  experts, quantized = params.layers.experts, {}
-  for name, axis in quantization.CONTRACTED.items():
-    matrix = quantization.quantize(np.asarray(getattr(experts, name)), format, axis)
-    quantized[name] = jax.tree.map(jnp.asarray, matrix)
-  layers = params.layers.replace(experts=experts.replace(**quantized))
-  return params.replace(layers=layers), config
+  if config.formats:
+    raise ValueError(f"{config.formats} already: quantize the original parameters")
+  config = config.replace(expert_format=format, projection_format=projection_format)
+
+  def value(path, spec, array):
+    if not quantization.is_quantized(spec):
+      return array
+    axis = quantization.contracted_axis(jax.tree_util.keystr(path, simple=True, separator="."))
+    matrix = quantization.quantize(np.asarray(array), spec.format, axis)
+    return jax.tree.map(jnp.asarray, matrix)
+
+  quantized = jax.tree_util.tree_map_with_path(
+    value, describe(config), params.replace(tasks=None), is_leaf=quantization.is_quantized
+  )
+  return quantized.replace(tasks=params.tasks), config
 
 
 def in_storage_dtype(params: Params) -> Params:
@@ -401,8 +434,7 @@ def _in_storage_dtype(array):
 
 def count(config: ModelConfig) -> int:
   """Returns the number of parameters, regardless of quantization."""
-  unquantized = describe(config.replace(expert_format=None))
-  return sum(math.prod(s.shape) for s in jax.tree.leaves(unquantized))
+  return sum(math.prod(s.shape) for s in jax.tree.leaves(describe(config.unquantized())))
 
 
 def num_bytes(config: ModelConfig) -> int:

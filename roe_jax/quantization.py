@@ -1,4 +1,4 @@
-"""Expert matrices quantized to eight or four bits, or to nested bits (see `nested`).
+"""Matrices quantized to eight or four bits, and experts to nested bits (see `nested`).
 
 Both matrices of an expert have the model width D last (see `params`). A group of
 weights that share a scale runs along the contracted axis: D for `gate_up`, F for `down`.
@@ -60,6 +60,20 @@ _TABLE = {
 FORMATS = tuple(_TABLE)
 # Contracted axis of each expert matrix.
 CONTRACTED = {"gate_up": -1, "down": -2}
+# And of the other matrices that may be quantized, by their names in `params`: the projections.
+PROJECTIONS = {
+  "attention.query": -1,
+  "attention.key": -1,
+  "attention.value": -1,
+  "attention.output": -2,
+  "attention.query_down": -1,
+  "attention.key_down": -1,
+  "shared_expert.gate_up": -1,
+  "shared_expert.down": -2,
+  "unembedding": -1,
+}
+EXPERT_MATRICES = {f"experts.{name}": axis for name, axis in CONTRACTED.items()}
+PROJECTION_FORMATS = ("int8", "int4")
 # FP4 (E2M1) values by code.
 _FP4_VALUES = np.array(
   [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32
@@ -69,7 +83,7 @@ _TILE_ELEMENTS = 2**20  # elements processed at a time on the host, so that they
 
 
 class Quantized(struct.PyTreeNode):
-  """A quantized expert matrix: weight = code * scale of its group.
+  """A quantized matrix: weight = code * scale of its group.
 
   Attributes:
     codes: int8 `[..., D]`; for 4-bit formats uint8 `[..., D/2]`, where byte j holds
@@ -77,8 +91,8 @@ class Quantized(struct.PyTreeNode):
       complement (int4) or as an FP4 code (mxfp4);
       `[..., bits·D/8]` planes of bits for nested formats (see `nested`).
     scales: one per group, bfloat16; for mxfp4 uint8 exponents with bias 127. Shape
-      `[L, E, F, 2, D/group]` for `gate_up`, `[L, E, F/group, D]` for `down`; the last axis is
-      longer for nested formats, which have several.
+      `[L, E, F, 2, D/group]` for `gate_up`, `[L, E, F/group, D]` for `down`, and so for
+      `PROJECTIONS`; the last axis is longer for nested formats, which have several.
     format: a name that `find` knows.
     depth: how many planes of a nested format are read; None: all.
     plan: how many each expert of a model has, `[L, E]`; None: all. Scales of the others are zero.
@@ -110,6 +124,22 @@ def find(name: str) -> Format:
       "with 1 <= BASE <= BITS <= 8, such as nested:2-4"
     )
   return Format(found.bits, nested.GROUP, nested.PARTS, nested=found)
+
+
+def contracted_axis(name: str) -> int:
+  """Returns the contracted axis of a matrix that can be quantized, by its name in `Params`."""
+  return (EXPERT_MATRICES | PROJECTIONS)[_in_layer(name)]
+
+
+def format_of(name: str, experts: str | None, projections: str | None) -> str | None:
+  """Returns which of two formats a parameter has, by its name in `Params`; None if neither."""
+  if _in_layer(name) in EXPERT_MATRICES:
+    return experts
+  return projections if _in_layer(name) in PROJECTIONS else None
+
+
+def _in_layer(name):
+  return name.removeprefix("dense_").removeprefix("layers.")
 
 
 def group_size(format: str, size: int) -> int:
@@ -149,17 +179,22 @@ def nested_format(format: str | None) -> Nested:
 
 def check_sizes(format: str, d_model: int, d_expert: int) -> None:
   """Raises a ValueError if the format cannot hold experts of this size."""
-  parts = find(format).parts
   if format == "mxfp4" and (d_model % 32 or d_expert % 32):
     raise ValueError(
       f"mxfp4 has blocks of 32 weights, but d_model {d_model} and d_expert {d_expert} are not "
       "both multiples of 32: use int8 or int4"
     )
-  if d_model % parts:
-    what = "an even d_model" if parts == 2 else f"a d_model that is a multiple of {parts}"
+  check_width(format, d_model)
+
+
+def check_width(format: str, width: int, name: str = "d_model") -> None:
+  """Raises a ValueError if the format cannot hold rows of this many weights, of this name."""
+  parts = find(format).parts
+  if width % parts:
+    what = f"an even {name}" if parts == 2 else f"a {name} that is a multiple of {parts}"
     raise ValueError(
       f"{format} packs {'two' if parts == 2 else parts} weights per byte and needs {what}, got "
-      f"{d_model}: use int8"
+      f"{width}: use int8"
     )
 
 
@@ -230,6 +265,16 @@ def dequantize_parts(matrix: Quantized) -> list[jax.Array]:
   scales = jnp.repeat(matrix.scales, parts * width // run // groups, axis=-1)
   decoded = decode_codes(matrix.codes, matrix.format)
   return [part * broadcast(s) for part, s in zip(decoded, jnp.split(scales, parts, axis=-1))]
+
+
+def tile_weights(tile: Any, dtype: jnp.dtype) -> list[jax.Array]:
+  """Returns a tile's weights as one array, or two halves of D, for products with `dtype`.
+
+  Quantized ones become float32 on CPUs and `dtype` elsewhere; others are unchanged.
+  """
+  if not is_quantized(tile):
+    return [tile]
+  return dequantize_parts(tile) if jax.default_backend() == "cpu" else [dequantize(tile, dtype)]
 
 
 def codes_and_scales(matrix: Any) -> tuple[jax.Array, jax.Array | None, str | None]:

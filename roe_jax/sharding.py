@@ -39,6 +39,7 @@ RULES: dict[str, tuple[tuple[str, ...], ...]] = {
   "expert_mlp": ((TENSOR,),),
   "expert_mlp_groups": ((TENSOR,),),
   "shared_mlp": ((TENSOR,),),
+  "shared_mlp_groups": ((TENSOR,),),
   "heads": ((TENSOR,),),
   "kv_heads": ((TENSOR,),),
   # Vocabularies come in all sizes.
@@ -53,6 +54,7 @@ RULES: dict[str, tuple[tuple[str, ...], ...]] = {
     (
       "layers embed embed_packed embed_groups embed_scales head_dim gate_up shared_gate "
       "plain_head_dim value_head_dim cached_head_dim latent query_latent "
+      "head_dim_groups value_head_dim_groups query_latent_packed query_latent_groups "
       "routed_experts bit_widths router_state router_gates positions choices cache_positions "
       "one_head"
     ).split(),

@@ -101,13 +101,14 @@ def unembed(params: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
   x, _ = _split_state(config, x)
 
   def run(final_norm, unembedding, x):
-    logits = project(norm(config, x, final_norm), unembedding[None], 0)
+    weights = jax.tree.map(lambda w: w[None], unembedding)
+    logits = project(norm(config, x, final_norm), weights, 0)
     return logits if config.logits_scaling == 1 else logits / config.logits_scaling
 
   mesh = sharding.mesh_of(params.unembedding)
   if mesh is not None:
     lead = ("members_of_vocab", "batch_of_vocab", "positions")[-x.ndim + 1 :]
-    table = sharding.spec(mesh, ("vocab", "embed"), params.unembedding.shape)
+    table = sharding.parameter_specs(mesh, config).unembedding
     hidden = sharding.spec(mesh, (*lead, "embed"), x.shape)
     logits = sharding.spec(mesh, (*lead, "vocab"), (*x.shape[:-1], config.vocab_size))
     run = sharding.map_shards(run, mesh, (PartitionSpec(), table, hidden), logits)

@@ -200,28 +200,35 @@ void experts(roe::Kind kind) {
 
 void products(roe::Kind kind) {
   const bool large = between(0, 9) == 0;
-  const int64_t n = large ? between(40, 110) : between(1, 20), rows = between(1, 200);
-  const int64_t d = large ? 32 * between(30, 70) : 4 * between(1, 100);
-  const bool is_bfloat16 = kind == roe::Kind::kBFloat16;
+  const bool packed = kind >= roe::Kind::kInt4, blocks = kind == roe::Kind::kMxFp4;
+  const bool scaled = kind >= roe::Kind::kInt8;
+  const int64_t n = large ? between(40, 110) : between(1, 20);
+  const int64_t rows = blocks ? 32 * between(1, 6) : between(1, 200);
+  const int64_t step = blocks ? 32 : packed ? 8 : 4;
+  const int64_t d = large ? 32 * between(30, 70) : step * between(1, 400 / step);
+  const int64_t most = kind == roe::Kind::kInt8 ? 128 : kind == roe::Kind::kInt4 ? 64 : 32;
+  const int64_t along = scaled ? std::gcd(most, d) : d, down = scaled ? std::gcd(most, rows) : 1;
   const int64_t index = between(0, 1);
-  const Stored m = stored(kind, 2 * rows, d, d, 1);
+  // Groups along rows, and along columns.
+  const Stored m = stored(kind, 2 * rows, d, along, 1);
+  const Stored columns = stored(kind, 2 * rows, d, scaled ? 1 : d, down);
   const auto x = normals(n * d), h = normals(n * rows);
   std::vector<double> there(n * rows, 0.0), back(n * d, 0.0);
   for (int64_t t = 0; t < n; t++) {
     for (int64_t r = 0; r < rows; r++) {
       for (int64_t i = 0; i < d; i++) {
-        const double w = m.values[(index * rows + r) * d + i];
-        there[t * rows + r] += x[t * d + i] * w;
-        back[t * d + i] += h[t * rows + r] * w;
+        const int64_t at = (index * rows + r) * d + i;
+        there[t * rows + r] += x[t * d + i] * m.values[at];
+        back[t * d + i] += h[t * rows + r] * columns.values[at];
       }
     }
   }
   std::vector<float> one(n * rows, NAN), other(n * d, NAN), reordered(n * (d + roe::kGap));
-  const roe::Matrix whole = matrix(m, 2, rows, d, 1, 0);
+  const roe::Matrix one_way = matrix(m, 2, rows, d, d / along, d / along);
+  const roe::Matrix other_way = matrix(columns, 2, rows, d, down, d);
   Pool pool{between(1, 4), {}, {}};
-  roe::project(
-      pool, is_bfloat16, whole, index * rows, rows, n, x.data(), reordered.data(), one.data());
-  roe::project_back(pool, is_bfloat16, whole, index * rows, rows, n, h.data(), other.data());
+  roe::project(pool, kind, one_way, index * rows, rows, n, x.data(), reordered.data(), one.data());
+  roe::project_back(pool, kind, other_way, index * rows, rows, n, h.data(), other.data());
   expect(one, there, "project");
   expect(other, back, "project_back");
 }
@@ -232,7 +239,7 @@ int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 100;
   for (int i = 0; i < rounds; i++) {
     for (int kind = 0; kind < 5; kind++) experts(static_cast<roe::Kind>(kind));
-    for (int kind = 0; kind < 2; kind++) products(static_cast<roe::Kind>(kind));
+    for (int kind = 0; kind < 5; kind++) products(static_cast<roe::Kind>(kind));
   }
   std::printf("%d rounds of random shapes passed\n", rounds);
 }

@@ -128,7 +128,7 @@ def test_the_way_with_fewer_flops_is_chosen_and_counted(queries, members, monkey
 
 @pytest.mark.slow
 def test_generation_is_the_same_on_a_mesh_and_with_quantized_experts(params):
-  quantized, config = params_lib.quantize(params, CONFIG, "int8")
+  quantized, config = params_lib.quantize(params, CONFIG, "int8", "int4")
   roster = Roster.create(config, 2, 0.3)
 
   def generate(parameters):

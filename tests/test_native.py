@@ -28,19 +28,36 @@ def kernels():
 
 # Vectors of every width, with rows that no block divides; one, few and many tokens, and more
 # tokens and columns than a tile has.
-@pytest.mark.parametrize("width, rows", [(4, 1), (36, 7), (64, 67), (288, 130), (1120, 35)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_products_are_those_of_float64(kernels, dtype, width, rows):
+SIZES = [(4, 1), (36, 7), (64, 67), (288, 130), (1120, 35)]
+OF_BLOCKS = [(32, 32), (288, 64), (1120, 96)]
+
+
+@pytest.mark.parametrize(
+  "kind, width, rows",
+  [(k, *size) for k in ("float32", "bfloat16", "int8") for size in SIZES]
+  + [("int4", *size) for size in SIZES if size[0] % 8 == 0]
+  + [("mxfp4", *size) for size in OF_BLOCKS],
+)
+def test_products_are_those_of_float64(kernels, kind, width, rows):
   random = np.random.RandomState(0)
-  weights = jnp.asarray(random.standard_normal((L, rows, width)), dtype)
-  exact = np.asarray(weights, np.float64)
-  weights = numerics.to_storage_dtype(weights, jnp.zeros(0, numerics.storage_dtype(dtype)))
+  values = random.standard_normal((L, rows, width)).astype(np.float32)
+
+  def stored(axis):
+    if kind in native.UNQUANTIZED:
+      array = jnp.asarray(values, kind)
+      like = jnp.zeros(0, numerics.storage_dtype(kind))
+      return numerics.to_storage_dtype(array, like), None, np.asarray(array, np.float64)
+    matrix = quantization.quantize(values, kind, axis)
+    exact = quantization.dequantize_on_host(matrix).astype(np.float64)
+    return jnp.asarray(matrix.codes), jnp.asarray(matrix.scales), exact
+
+  there, back = stored(-1), stored(-2)
   for n in (1, 2, 3, 4, 5, 6, 13, 50):
     x, h = (jnp.float32(random.standard_normal((n, size))) for size in (width, rows))
     for layer in range(L):
       for found, left, right in (
-        (native.project(x, weights, layer), x, exact[layer].T),
-        (native.project_back(h, weights, layer), h, exact[layer]),
+        (native.project(kind, x, *there[:2], layer), x, there[2][layer].T),
+        (native.project_back(kind, h, *back[:2], layer), h, back[2][layer]),
       ):
         error = np.abs(np.asarray(found) - left @ right)
         assert np.all(error <= 1e-6 * (np.abs(left) @ np.abs(right)))

@@ -9,7 +9,7 @@ import tiny
 
 from roe_jax import cache as kv_cache
 from roe_jax import members as members_lib
-from roe_jax import numerics
+from roe_jax import numerics, quantization
 from roe_jax import params as params_lib
 from roe_jax import roster as roster_lib
 
@@ -35,6 +35,31 @@ def arrays(dtype="float32"):
 
 def float64(*values):
   return [np.asarray(v, np.float64) for v in values]
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_projections_of_quantized_matrices_are_those_of_their_weights(tile, format):
+  weights, x, h = arrays()
+  there, back = (quantization.quantize(np.asarray(weights), format, axis) for axis in (-1, -2))
+  exact, exact_back = float64(*map(quantization.dequantize_on_host, (there, back)))
+  there, back = jax.tree.map(jnp.asarray, (there, back))
+  exact_x, exact_h = float64(x, h)
+  layer = jnp.int32(1)
+
+  def run(x, h):
+    return numerics.project(x, there, layer), numerics.project_back(h, back, layer)
+
+  for found_there, found_back in (jax.jit(run)(x, h), jax.vmap(run)(x, h)):
+    np.testing.assert_allclose(
+      found_there, np.einsum("btd,hcd->bthc", exact_x, exact[1]), rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(
+      found_back, np.einsum("bthc,hcd->btd", exact_h, exact_back[1]), rtol=1e-5, atol=1e-5
+    )
+  of_x = jax.grad(lambda x: jnp.sum(h * numerics.project(x, there, layer)))(x)
+  np.testing.assert_allclose(
+    of_x, np.einsum("bthc,hcd->btd", exact_h, exact[1]), rtol=1e-4, atol=1e-5
+  )
 
 
 @pytest.mark.parametrize(

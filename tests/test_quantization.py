@@ -181,22 +181,26 @@ def test_sizes_that_a_format_does_not_have_are_refused(changes, message):
       quantize(array, config.expert_format, axis)
 
 
-@pytest.mark.parametrize("format", ["int8", "mxfp4"])
-def test_parameters_are_described_made_counted_and_stored(tmp_path, format):
+@pytest.mark.parametrize("format, projections", [("int8", None), ("mxfp4", "int4")])
+def test_parameters_are_described_made_counted_and_stored(tmp_path, format, projections):
   plain = tiny.config("olmoe", d_expert=32, dtype="bfloat16")
-  params, config = params_lib.quantize(tiny.params(plain), plain, format)
+  params, config = params_lib.quantize(tiny.params(plain), plain, format, projections)
+  assert quantization.is_quantized(params.unembedding) == bool(projections)
   params_lib.validate(params, config)
   assert params_lib.count(config) == params_lib.count(plain)
   assert params_lib.num_bytes(config) == sum(x.nbytes for x in jax.tree.leaves(params))
   assert params_lib.num_bytes(config) < params_lib.num_bytes(plain)
   made = params_lib.initialize(config, jax.random.key(0))
   params_lib.validate(made, config)
-  usual = params_lib.initialize(plain, jax.random.key(0)).layers.experts
-  for name in quantization.CONTRACTED:
-    ratio = np.std(dequantize(getattr(made.layers.experts, name))) / np.std(
-      np.asarray(getattr(usual, name), np.float32)
-    )
-    assert 0.5 < ratio < 2
+  usual = params_lib.initialize(plain, jax.random.key(0)).layers
+  for found, wanted in (
+    *(
+      (getattr(made.layers.experts, n), getattr(usual.experts, n)) for n in quantization.CONTRACTED
+    ),
+    *zip(made.layers.attention.matrices, usual.attention.matrices),
+  ):
+    values = dequantize(found) if quantization.is_quantized(found) else found
+    assert 0.5 < np.std(np.asarray(values, np.float32)) / np.std(np.float32(wanted)) < 2
   with pytest.raises(ValueError, match="in .* already"):
     params_lib.quantize(params, config, "int8")
   checkpoint.save(tmp_path / "c", params, config, piece_bytes=1)
@@ -211,18 +215,17 @@ def test_parameters_are_described_made_counted_and_stored(tmp_path, format):
       np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
-@pytest.mark.parametrize("format", ["int8", "mxfp4"])
-def test_a_quantized_model_is_the_model_of_its_widened_weights(format):
-  plain = tiny.config("olmoe", d_expert=32, num_layers=2)
-  params, config = params_lib.quantize(tiny.params(plain), plain, format)
-  widened = params.replace(
-    layers=params.layers.replace(
-      experts=jax.tree.map(
-        lambda w: dequantize(w) if quantization.is_quantized(w) else w,
-        params.layers.experts,
-        is_leaf=quantization.is_quantized,
-      )
-    )
+@pytest.mark.parametrize(
+  "family, format, projections",
+  [("olmoe", "int8", None), ("olmoe", "mxfp4", "int4"), ("deepseek_v3", None, "int8")],
+)
+def test_a_quantized_model_is_the_model_of_its_widened_weights(family, format, projections):
+  plain = tiny.config(family, d_expert=32, num_layers=2)
+  params, config = params_lib.quantize(tiny.params(plain), plain, format, projections)
+  widened = jax.tree.map(
+    lambda w: dequantize(w) if quantization.is_quantized(w) else w,
+    params,
+    is_leaf=quantization.is_quantized,
   )
   texts = tiny.texts([9, 12])
   roster = Roster.create(config, 3, 0.5)

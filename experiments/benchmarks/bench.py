@@ -108,7 +108,12 @@ class Bench:
       self.params = random_models.random_params(config, seed)
     else:
       chosen = config.expert_format if config.expert_format != "mxfp4" else None  # kept, not made
-      params, _ = checkpoints_convert.load(checkpoint, config.dtype, quantize_experts=chosen)
+      params, _ = checkpoints_convert.load(
+        checkpoint,
+        config.dtype,
+        quantize_experts=chosen,
+        quantize_projections=config.projection_format,
+      )
       self.params = params_lib.in_storage_dtype(params)
     self._boxes = {}
 

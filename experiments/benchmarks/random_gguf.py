@@ -22,7 +22,8 @@ KINDS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0", "
 
 def kinds(config: ModelConfig) -> tuple[str, str]:
   """Returns the types of GGUF for the experts, and for the other matrices."""
-  return KINDS[config.expert_format or config.dtype], KINDS[config.dtype]
+  formats = (config.expert_format, config.projection_format)
+  return KINDS[formats[0] or config.dtype], KINDS[formats[1] or config.dtype]
 
 
 def write(path: pathlib.Path, config: ModelConfig, params: Params) -> None:

@@ -85,8 +85,8 @@ def random_arrays(tree: Any, config: ModelConfig, seed: int = 0) -> Any:
     deviation = config.initializer_range * spec.scale
     if spec.init == "ones":
       return jnp.ones(spec.shape, dtype)
-    if spec.init == "scales" and config.expert_format:
-      scales = quantization.typical_scales(config.expert_format, deviation, spec.shape[-1])
+    if spec.format is not None:
+      scales = quantization.typical_scales(spec.format, deviation, spec.shape[-1])
       return jnp.broadcast_to(jnp.asarray(scales, dtype), spec.shape)
     size = math.prod(spec.shape)
     values = codes if spec.init == "codes" else deviation * normals

@@ -27,8 +27,8 @@ GATHERED_BYTES = 2**29
 def obstacle(config: ModelConfig, checkpoint: str | None, platform: str) -> str | None:
   """Returns why transformers cannot run the model, or None."""
   del checkpoint
-  if config.expert_format or config.family not in FAMILIES:
-    return f"only {' and '.join(FAMILIES)} without quantized experts can be"
+  if config.formats or config.family not in FAMILIES:
+    return f"only {' and '.join(FAMILIES)} without quantized weights can be"
   if platform == "cpu" or (platform == "gpu" and torch.cuda.is_available()):
     return None
   return f"torch cannot use this {platform}"

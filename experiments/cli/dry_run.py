@@ -187,7 +187,7 @@ def sizes_of(mesh: AbstractMesh) -> str:
 def _model(plan, mesh) -> Iterator[str]:
   config, roster = plan.config, plan.roster
   first, end = roster.noisy_layers
-  what = f"{config.expert_format} experts" if config.expert_format else config.dtype
+  what = config.formats or config.dtype
   yield (
     f"model    {config.family}: {params_lib.count(config) / 1e9:.1f} G parameters ({what}), "
     f"{config.num_layers} layers, {config.experts_per_token} of {config.num_experts} experts"

@@ -20,7 +20,7 @@ KAPLAN = 0.076
 
 def num_parameters(config: ModelConfig) -> int:
   """Returns the number of non-embedding parameters, including all experts."""
-  params = params_lib.abstract(config.replace(expert_format=None))
+  params = params_lib.abstract(config.unquantized())
   total = sum(math.prod(w.shape) for w in jax.tree.leaves(params))
   return total - sum(
     math.prod(w.shape) for w in (params.embedding, params.unembedding) if w is not None

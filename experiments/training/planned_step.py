@@ -44,10 +44,9 @@ class Plan:
         f"--length must lie in [2, {self.config.context_length}] (the model's context), "
         f"got {self.length}"
       )
-    if self.config.expert_format is not None:
+    if self.config.formats:
       raise ValueError(
-        f"experts in {self.config.expert_format} are not trained: choose a model without "
-        "quantized experts"
+        f"quantized weights ({self.config.formats}) are not trained: choose a model without them"
       )
     if self.settings.members > 1:
       raise ValueError("--dry_run estimates training without --members: remove it")

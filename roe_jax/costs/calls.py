@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh
 import numpy as np
 
 from roe_jax import params as params_lib
-from roe_jax import quantization
+from roe_jax import quantization, sharding
 from roe_jax.config import ModelConfig
 from roe_jax.costs import flops as flops_lib
 from roe_jax.costs.accelerators import Accelerator
@@ -144,6 +144,7 @@ def call(
   projections = flops_lib.projection_flops(config, t)
   sharded_flops = projections + flops_lib.shared_expert_flops(config) / t
   dense_layer_flops = projections + flops_lib.dense_flops(config) / t
+  layer_bytes, dense_layer_bytes, head_bytes = _projection_bytes(config, mesh)
   expert_flops = config.experts_per_token * 6 * config.d_model * config.d_expert / (e * t)
   # Of what a layer caches of a position; a single head is not split.
   entry_bytes = config.cached_size * item / (1 if config.num_kv_heads == 1 else t)
@@ -174,10 +175,11 @@ def call(
       + batch.tokens * dense * dense_layer_flops
       + layers * batch.group_tokens * expert_flops
     )
-    dense_bytes = (sharded_flops / 2 + router_size) * item
     per_expert = bytes_per_expert(config, batch.bits)
-    cost.weights += times * layers * (dense_bytes + unique_experts / e * per_expert / t)
-    cost.weights += times * dense * dense_layer_flops / 2 * item
+    cost.weights += (
+      times * layers * (layer_bytes + router_size * item + unique_experts / e * per_expert / t)
+    )
+    cost.weights += times * dense * dense_layer_bytes
     cost.cache += times * caches * batch.sequences * entry_bytes * windows[-1]
     found = Counter()
     for number, is_dense in ((dense, True), (layers, False)):
@@ -188,7 +190,7 @@ def call(
       found += _collectives(mesh, *arrays * [("all-reduce", written, batch.member_axes)])
     if kind != "prefill" and not batch.is_shared:
       cost.flops += times * 2 * batch.head_tokens * head_size
-      cost.weights += times * head_size * item
+      cost.weights += times * head_bytes
       cost.logits += times * 4 * 4 * batch.head_tokens * config.vocab_size / num_shards(mesh, vocab)
       # Hidden states go to all shards of the vocabulary, and a softmax reduces over these.
       hidden = ("all-gather", batch.head_tokens * config.d_model * item, batch.head_gather_axes)
@@ -197,6 +199,26 @@ def call(
     for c, count in found.items():
       cost.collectives[c] += times * count
   return cost
+
+
+def _projection_bytes(config, mesh):
+  """Returns a device's bytes of the matrices of one layer but routers and experts, and the head's.
+
+  First of a layer with experts, then of a dense one.
+  """
+  abstract, specs = params_lib.abstract(config), sharding.parameter_specs(mesh, config)
+
+  def size(of):
+    return sharding.bytes_on_device(mesh, of(abstract), of(specs))
+
+  def of_layers(layers):
+    return layers and (layers.attention.matrices, layers.shared_expert)
+
+  return (
+    size(lambda p: of_layers(p.layers)) / config.num_expert_layers,
+    size(lambda p: of_layers(p.dense_layers)) / max(1, config.first_dense_layers),
+    size(lambda p: p.unembedding),
+  )
 
 
 def bytes_per_expert(config: ModelConfig, bits: int | None = None) -> float:

@@ -77,7 +77,7 @@ def dense_flops(config: ModelConfig) -> int:
 
 def projection_flops(config: ModelConfig, shards: int = 1) -> int:
   """The projections of attention, per position and layer, on one of the shards of its heads."""
-  matrices = params.describe(config).layers.attention.matrices
+  matrices = params.describe(config.unquantized()).layers.attention.matrices
   return sum(
     2 * math.prod(m.shape[1:]) // (shards if {"heads", "kv_heads"} & set(m.axes) else 1)
     for m in matrices

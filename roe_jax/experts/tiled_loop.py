@@ -19,7 +19,7 @@ from roe_jax.numerics import (
   tile_rows,
   to_compute_dtype,
 )
-from roe_jax.quantization import dequantize, dequantize_parts, is_quantized
+from roe_jax.quantization import is_quantized, tile_weights
 
 # Multiplications of an inner-loop step that make the overhead of starting it negligible.
 MIN_STEP_SIZE = 2**19
@@ -52,7 +52,7 @@ def compute(num_experts, activation, weights, layer, x, indices, gates):
       gate_up, down, bias = tiles
       # The barrier keeps the copy or dequantization of a tile out of the loop over blocks.
       gate_up, down, bias = jax.lax.optimization_barrier(
-        (_dequantized(gate_up, x.dtype), _dequantized(down, x.dtype), bias)
+        (tile_weights(gate_up, x.dtype), tile_weights(down, x.dtype), bias)
       )
 
       def add_block(begin, size, sorted_y):
@@ -88,16 +88,6 @@ def compute(num_experts, activation, weights, layer, x, indices, gates):
   sorted_y = jax.lax.fori_loop(0, jnp.count_nonzero(counts), add_expert, sorted_y)
   places = jnp.zeros(pairs, jnp.int32).at[by_expert].set(jnp.arange(pairs), unique_indices=True)
   return combine(sorted_y[places.reshape(n, a)], gates)
-
-
-def _dequantized(tile, dtype):
-  """Returns a tile's weights as one array, or two halves of D.
-
-  Quantized ones become float32 on CPUs and `dtype` elsewhere; others are unchanged.
-  """
-  if not is_quantized(tile):
-    return [tile]
-  return dequantize_parts(tile) if jax.default_backend() == "cpu" else [dequantize(tile, dtype)]
 
 
 def _block_size(num_pairs, num_experts, tile_elements):

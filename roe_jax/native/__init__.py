@@ -23,9 +23,8 @@ GAP = 16  # of the scratch for activations: kGap in kernels.cc
 # Rows are read four elements at a time, or a multiple of that.
 MULTIPLE = 4
 # By dtype of unquantized weights, or quantized format; in the order of `Kind` in kernels.cc.
-KINDS = {
-  name: i for i, name in enumerate(("float32", "bfloat16", "int8", "int4", "mxfp4", "nested"))
-}
+UNQUANTIZED = ("float32", "bfloat16")
+KINDS = {name: i for i, name in enumerate((*UNQUANTIZED, "int8", "int4", "mxfp4", "nested"))}
 MOST_BITS = 4  # of a nested format that are read: kMostBits in kernels.cc
 
 
@@ -134,23 +133,38 @@ def apply_experts(
   return y
 
 
-def project(x: jax.Array, weights: jax.Array, index: jax.Array | int) -> jax.Array:
-  """Computes `x @ weights[index].T`, `[N, R]` float32, for x `[N, D]` and weights `[L, R, D]`."""
-  (n, d), rows = x.shape, weights.shape[1]
+def project(
+  kind: str, x: jax.Array, codes: jax.Array, scales: jax.Array | None, index: jax.Array | int
+) -> jax.Array:
+  """Computes `x @ weights[index].T`, `[N, R]` float32, for x `[N, D]`.
+
+  Args:
+    kind: one of `KINDS`, not nested.
+    x: the tokens.
+    codes: of weights `[L, R, D]`: these, or those of their quantized form.
+    scales: None, or `[L, R, D/group]`; see `quantization.Quantized`.
+    index: int32 scalar; may be traced.
+  """
+  (n, d), rows = x.shape, codes.shape[1]
   results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((n, rows), (n, d + GAP))]
-  return _product("roe_jax_project", results, x, weights, index)[0]
+  return _product("roe_jax_project", results, kind, x, codes, scales, index)[0]
 
 
-def project_back(x: jax.Array, weights: jax.Array, index: jax.Array | int) -> jax.Array:
-  """Computes `x @ weights[index]`, `[N, D]` float32, for x `[N, R]` and weights `[L, R, D]`."""
-  results = [jax.ShapeDtypeStruct((x.shape[0], weights.shape[2]), jnp.float32)]
-  return _product("roe_jax_project_back", results, x, weights, index)[0]
+def project_back(
+  kind: str, x: jax.Array, codes: jax.Array, scales: jax.Array | None, index: jax.Array | int
+) -> jax.Array:
+  """Computes `x @ weights[index]`, `[N, D]` float32, for x `[N, R]`; see `project`.
+
+  Scales are `[L, R/group, D]`, or None.
+  """
+  width = codes.shape[2] if scales is None else scales.shape[2]
+  results = [jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32)]
+  return _product("roe_jax_project_back", results, kind, x, codes, scales, index)[0]
 
 
-def _product(target, results, x, weights, index):
-  return jax.ffi.ffi_call(target, results)(
-    jnp.asarray(index, jnp.int32), x.astype(jnp.float32), _bits(weights)
-  )
+def _product(target, results, kind, x, codes, scales, index):
+  arrays = (x.astype(jnp.float32), _bits(codes), _bits(scales))
+  return jax.ffi.ffi_call(target, results)(jnp.asarray(index, jnp.int32), *arrays, kind=KINDS[kind])
 
 
 def _bits(array: Any) -> jax.Array:

@@ -950,6 +950,12 @@ int64_t num_threads(Pool& pool, int64_t bytes) {
   return std::clamp<int64_t>(bytes / kThreadBytes, 1, std::max<int64_t>(1, pool.num_threads()));
 }
 
+// Of codes, or of one plane of them.
+template <class Format>
+int64_t bytes_per_row(int64_t width) {
+  return width / Format::kParts / 4 * Format::kUnitBytesPerLane;
+}
+
 // Units of columns per item. With few tokens two items per thread, but segments of rows of at least
 // 256 bytes; of planes, whose rows are short, of a cache line.
 template <class Format, int V>
@@ -1088,8 +1094,7 @@ void run_experts(Pool& pool, const Experts& e) {
     x[p] = e.reordered + tokens[p] * stride;
     hidden[p] = e.hidden + p * f;
   }
-  const int64_t row_bytes = d / Format::kParts / 4 * Format::kUnitBytesPerLane;
-  const int64_t bytes = 3 * f * std::max<int64_t>(1, e.bits) * row_bytes;
+  const int64_t bytes = 3 * f * std::max<int64_t>(1, e.bits) * bytes_per_row<Format>(d);
   const int64_t threads = num_threads(pool, bytes * static_cast<int64_t>(active.size()));
 
   const int64_t tiles = (f + kTile - 1) / kTile;
@@ -1179,7 +1184,7 @@ void run_project(
     reorder<Format, V>(x + i * d, reordered + i * stride, d);
     at[i] = reordered + i * stride;
   }
-  const int64_t threads = num_threads(pool, rows * d * Format::kUnitBytesPerLane / 4);
+  const int64_t threads = num_threads(pool, rows * bytes_per_row<Format>(d));
   run(pool, threads, {{(rows + 2 * kTile - 1) / (2 * kTile), [&](int64_t item) {
         const int64_t begin = item * 2 * kTile, end = std::min(rows, begin + 2 * kTile);
         float out[2 * kTile * kMost];
@@ -1199,19 +1204,19 @@ template <class Format, int V, class Pool>
 void run_project_back(
     Pool& pool, const Matrix& m, int64_t first, int64_t rows, int64_t tokens, const float* x,
     float* y) {
-  const int64_t d = m.width, all = d / (4 * V);
-  const int64_t threads = num_threads(pool, rows * d * Format::kUnitBytesPerLane / 4);
+  const int64_t d = m.width, all = d / Format::kParts / (4 * V);
+  const int64_t threads = num_threads(pool, rows * bytes_per_row<Format>(d));
   const int64_t units = item_units<Format, V>(d, threads, tokens);
   std::vector<const float*> from(tokens);
   for (int64_t t = 0; t < tokens; t++) from[t] = x + t * rows;
   run(pool, threads, {{(all + units - 1) / units, [&](int64_t item) {
         const Columns<Format, V> columns{item * units, std::min(units, all - item * units), d};
         const int64_t size = columns.size(), stride = size + kGap;
-        std::vector<float> sums(tokens * stride);
+        std::vector<float> sums(tokens * stride), scales(Format::kScales * size);
         std::vector<float*> to(tokens);
         for (int64_t t = 0; t < tokens; t++) to[t] = sums.data() + t * stride;
         weigh_tokens<Format, V>(
-            m, first, rows, columns, tokens, from.data(), to.data(), nullptr);
+            m, first, rows, columns, tokens, from.data(), to.data(), scales.data());
         for (int64_t t = 0; t < tokens; t++) {
           columns.each([&](int64_t column, int64_t i) { y[t * d + column] = to[t][i]; });
         }
@@ -1230,40 +1235,44 @@ void by_lanes(int64_t run, F f) {
 
 enum class Kind { kFloat32, kBFloat16, kInt8, kInt4, kMxFp4, kNested };
 
+// Calls `f` with a format that is not nested.
 template <class F>
-void by_dtype(bool is_bfloat16, F f) {
-  return is_bfloat16 ? f(BFloat16()) : f(Float32());
+void by_plain_kind(Kind kind, F f) {
+  switch (kind) {
+    case Kind::kBFloat16: return f(BFloat16());
+    case Kind::kInt8: return f(Int8());
+    case Kind::kInt4: return f(Int4());
+    case Kind::kMxFp4: return f(MxFp4());
+    default: f(Float32());
+  }
 }
 
 template <class F>
 void by_kind(Kind kind, F f) {
-  switch (kind) {
-    case Kind::kInt8: return f(Int8());
-    case Kind::kInt4: return f(Int4());
-    case Kind::kMxFp4: return f(MxFp4());
-    case Kind::kNested: return f(Nested<kMostBits>());
-    default: by_dtype(kind == Kind::kBFloat16, f);
-  }
+  if (kind == Kind::kNested) return f(Nested<kMostBits>());
+  by_plain_kind(kind, f);
 }
 
 template <class Pool>
 void project(
-    Pool& pool, bool is_bfloat16, const Matrix& m, int64_t first, int64_t rows, int64_t tokens,
+    Pool& pool, Kind kind, const Matrix& m, int64_t first, int64_t rows, int64_t tokens,
     const float* x, float* reordered, float* y) {
-  by_dtype(is_bfloat16, [&](auto format) {
-    by_lanes(m.width, [&](auto lanes) {
-      run_project<decltype(format), lanes>(pool, m, first, rows, tokens, x, reordered, y);
+  by_plain_kind(kind, [&](auto format) {
+    using Format = decltype(format);
+    by_lanes(std::gcd(m.width / m.groups, m.width / Format::kParts), [&](auto lanes) {
+      run_project<Format, lanes>(pool, m, first, rows, tokens, x, reordered, y);
     });
   });
 }
 
 template <class Pool>
 void project_back(
-    Pool& pool, bool is_bfloat16, const Matrix& m, int64_t first, int64_t rows, int64_t tokens,
+    Pool& pool, Kind kind, const Matrix& m, int64_t first, int64_t rows, int64_t tokens,
     const float* x, float* y) {
-  by_dtype(is_bfloat16, [&](auto format) {
-    by_lanes(m.width, [&](auto lanes) {
-      run_project_back<decltype(format), lanes>(pool, m, first, rows, tokens, x, y);
+  by_plain_kind(kind, [&](auto format) {
+    using Format = decltype(format);
+    by_lanes(m.width / Format::kParts, [&](auto lanes) {
+      run_project_back<Format, lanes>(pool, m, first, rows, tokens, x, y);
     });
   });
 }
@@ -1354,24 +1363,26 @@ ffi::Error Experts(
 
 // `index` counts matrices of as many rows as are used.
 ffi::Error Project(
-    ffi::ThreadPool pool, ffi::Buffer<ffi::S32> index, Floats2 x, ffi::AnyBuffer weights,
-    ffi::Result<Floats2> y, ffi::Result<Floats2> reordered) {
+    ffi::ThreadPool pool, ffi::Buffer<ffi::S32> index, Floats2 x, ffi::AnyBuffer codes,
+    ffi::AnyBuffer scales, ffi::Result<Floats2> y, ffi::Result<Floats2> reordered, int64_t kind) {
   const int64_t rows = y->dimensions()[1];
+  roe::Matrix m = matrix(codes, x.dimensions()[1]);
+  set_scales(m, scales, 0, 0, true, 0);
   roe::project(
-      pool, weights.element_type() == ffi::U16, matrix(weights, weights.dimensions().back()),
-      index.typed_data()[0] * rows,
-      rows, x.dimensions()[0], x.typed_data(), reordered->typed_data(), y->typed_data());
+      pool, static_cast<roe::Kind>(kind), m, index.typed_data()[0] * rows, rows,
+      x.dimensions()[0], x.typed_data(), reordered->typed_data(), y->typed_data());
   return ffi::Error::Success();
 }
 
 ffi::Error ProjectBack(
-    ffi::ThreadPool pool, ffi::Buffer<ffi::S32> index, Floats2 x, ffi::AnyBuffer weights,
-    ffi::Result<Floats2> y) {
+    ffi::ThreadPool pool, ffi::Buffer<ffi::S32> index, Floats2 x, ffi::AnyBuffer codes,
+    ffi::AnyBuffer scales, ffi::Result<Floats2> y, int64_t kind) {
   const int64_t rows = x.dimensions()[1];
+  roe::Matrix m = matrix(codes, y->dimensions()[1]);
+  set_scales(m, scales, 0, 0, false, rows);
   roe::project_back(
-      pool, weights.element_type() == ffi::U16, matrix(weights, weights.dimensions().back()),
-      index.typed_data()[0] * rows,
-      rows, x.dimensions()[0], x.typed_data(), y->typed_data());
+      pool, static_cast<roe::Kind>(kind), m, index.typed_data()[0] * rows, rows,
+      x.dimensions()[0], x.typed_data(), y->typed_data());
   return ffi::Error::Success();
 }
 
@@ -1412,8 +1423,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Arg<ffi::Buffer<ffi::S32>>()
         .Arg<Floats2>()
         .Arg<ffi::AnyBuffer>()
+        .Arg<ffi::AnyBuffer>()
         .Ret<Floats2>()
-        .Ret<Floats2>());
+        .Ret<Floats2>()
+        .Attr<int64_t>("kind"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     roe_jax_project_back, ProjectBack,
@@ -1422,6 +1435,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Arg<ffi::Buffer<ffi::S32>>()
         .Arg<Floats2>()
         .Arg<ffi::AnyBuffer>()
-        .Ret<Floats2>());
+        .Arg<ffi::AnyBuffer>()
+        .Ret<Floats2>()
+        .Attr<int64_t>("kind"));
 
 #endif  // ROE_JAX_FFI

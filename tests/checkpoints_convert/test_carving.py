@@ -339,6 +339,7 @@ def test_texts_are_read_as_they_are(tmp_path, monkeypatch):
     ({"calibration": None}, "--carve needs --calibration"),
     ({"calibration": "missing.txt"}, "must be a text file"),
     ({"quantize_experts": "int8"}, "--carve and --quantize_experts exclude"),
+    ({"quantize_projections": "int8"}, "--carve and --quantize_projections exclude"),
     ({"carve": None}, "--calibration applies to --carve only"),
   ],
 )

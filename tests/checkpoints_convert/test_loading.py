@@ -49,8 +49,9 @@ CASES = [
   ("gpt_oss", BF16, dict(keep_mxfp4=True)),
   ("gpt_oss", BF16, dict(dtype="float32")),
   ("gpt_oss", BF16, dict(quantize_experts="int8")),
-  ("qwen2_moe", BF16, dict(quantize_experts="int4")),
+  ("qwen2_moe", BF16, dict(quantize_experts="int4", quantize_projections="int8")),
   ("olmoe", np.dtype(np.float32), dict(quantize_experts="int8", dtype="bfloat16")),
+  ("deepseek_v3", BF16, dict(quantize_projections="int4")),
 ]
 
 

@@ -229,10 +229,15 @@ def test_quantized_experts_are_those_of_the_parameters(
   tmp_path, capsys, family, format, dtype, asked
 ):
   write_hub(tmp_path / "hub", config(family), dtype)
-  for name, arguments in (("plain", {}), ("few", dict(quantize_experts=format, dtype=asked))):
+  # The other matrices, too, in every other case.
+  projections = "int8" if format == "int4" else None
+  formats = dict(quantize_experts=format, quantize_projections=projections)
+  for name, arguments in (("plain", {}), ("few", formats | dict(dtype=asked))):
     code, _, errors = run(capsys, source=tmp_path / "hub", target=tmp_path / name, **arguments)
     assert (code, errors) == (0, [])
-  wanted, wanted_config = params_lib.quantize(*checkpoint.load(tmp_path / "plain"), format)
+  wanted, wanted_config = params_lib.quantize(
+    *checkpoint.load(tmp_path / "plain"), format, projections
+  )
   leaves, found = load_leaves(tmp_path / "few")
   assert found == wanted_config.replace(dtype="bfloat16")
   cast = lambda name, x: np.asarray(
@@ -246,10 +251,7 @@ def test_quantized_experts_are_those_of_the_parameters(
   assert code == 1 and re.search(f"experts in {format} have no Hugging Face form", errors[0])
   # The same from the checkpoint that was converted before.
   if dtype == BF16:
-    assert (
-      run(capsys, source=tmp_path / "plain", target=tmp_path / "again", quantize_experts=format)[0]
-      == 0
-    )
+    assert run(capsys, source=tmp_path / "plain", target=tmp_path / "again", **formats)[0] == 0
     assert checkpoint.load_config(tmp_path / "again") == found
     assert_same_bits(load_leaves(tmp_path / "again")[0], leaves)
 
@@ -394,7 +396,10 @@ def test_formats_that_cannot_be_are_refused_in_a_sentence(tmp_path, capsys):
   for arguments, message in (
     (dict(source=tmp_path / "odd", quantize_experts="int4"), "even d_model, got 51: use int8"),
     (dict(source=hub, keep_mxfp4=True), "--keep_mxfp4 is for experts in MXFP4"),
-    (dict(source=few, quantize_experts="int8"), "are already in int4"),
+    (dict(source=few, quantize_experts="int8"), r"is quantized already \(experts in int4\)"),
+    (dict(source=few, quantize_projections="int8"), r"is quantized already \(experts in int4\)"),
+    (dict(source=tmp_path / "odd", quantize_projections="int4"), "even d_model, got 51: use int8"),
+    (dict(source=hub, to_hugging_face=True, quantize_projections="int8"), "leave them out"),
     (
       dict(source=hub, quantize_experts="int3"),
       "'int3'; choose one of int8, int4, mxfp4, or nested",
