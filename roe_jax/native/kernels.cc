@@ -348,14 +348,18 @@ void reorder(const float* from, float* to, int64_t size) {
 // need the same few lines of a core's cache.
 constexpr int64_t kGap = 16;
 
+// Bytes of codes between a row that is multiplied and what is fetched; of several rows, the next.
+constexpr int64_t kAhead = 4096;
+
 template <class Format, int V, int R, int N>
 ROE_INLINE void dot_pass(
     const Matrix& m, int64_t row, int pass, const float* const* x, Floats<V> (&sums)[R][N]) {
   constexpr int64_t unit = Format::kUnitBytesPerLane * V;
   constexpr int T = Format::kTogether;
   // Fewer sums would wait for one another.
-  constexpr int K = R * N < 8 ? 2 : 1;
+  constexpr int K = R * N < 4 ? 4 : R * N < 8 ? 2 : 1;
   const int64_t width = m.width / Format::kParts, row_bytes = m.row_bytes;
+  const int64_t ahead = R == 1 ? kAhead : R * row_bytes;
   const int64_t group = m.width / m.groups, run = std::gcd(group, width);
   const char* codes = m.codes + row * row_bytes;
   int64_t first[T];  // columns
@@ -370,11 +374,11 @@ ROE_INLINE void dot_pass(
     Floats<V> parts[K][R][N] = {};
     for (int64_t c = begin; c < begin + run; c += 4 * V) {
       if (pass == 0 && (unit >= 64 || reinterpret_cast<uintptr_t>(codes) % 64 == 0)) {
-        ROE_UNROLL for (int r = 0; r < R; r++) {  // the rows that come next, to the second cache
+        ROE_UNROLL for (int r = 0; r < R; r++) {
           by_planes<Format>([&](int plane) {
             for (int64_t b = 0; b < unit; b += 64) {
               __builtin_prefetch(
-                  codes + (R + r) * row_bytes + plane * m.plane_bytes + b, 0, 2);
+                  codes + r * row_bytes + ahead + plane * m.plane_bytes + b, 0, R == 1 ? 3 : 2);
             }
           });
         }
@@ -397,7 +401,8 @@ ROE_INLINE void dot_pass(
     }
     ROE_UNROLL for (int r = 0; r < R; r++) {
       ROE_UNROLL for (int n = 0; n < N; n++) {
-        const Floats<V> part = K == 1 ? parts[0][r][n] : parts[0][r][n] + parts[K - 1][r][n];
+        Floats<V> part = parts[0][r][n];
+        ROE_UNROLL for (int k = 1; k < K; k++) part += parts[k][r][n];
         if constexpr (Format::kDeferred) {
           sums[r][n] += groups[r][0] * part;
         } else {
@@ -433,7 +438,9 @@ template <class Format, int V, int N>
 void dot_rows(
     const Matrix& m, int64_t begin, int64_t end, const float* const* x, float* out,
     int64_t stride) {
-  constexpr int rows = V == 1 ? 1 : N <= 2 || kRegisters > 16 ? 4 : 2;
+  // Few bytes per weight are read fastest in order, by measurement.
+  constexpr bool in_order = V == 1 || (N <= 2 && Format::kScales == 1);
+  constexpr int rows = in_order ? 1 : N <= 2 || kRegisters > 16 ? 4 : 2;
   int64_t row = begin;
   for (; row + rows <= end; row += rows) {
     dot<Format, V, rows, N>(m, row, x, out + (row - begin) * stride, stride);
