@@ -8,8 +8,9 @@
 * `wordmath_KofE`: of width 64 and over-trained; each token goes through K of E
   experts.
 * `wordmath_routing_HOW_SEED`: of width 32, trained plainly, with noise of this τ
-  on the routers, with two experts per token, or with a random number of them
-  (Matryoshka), from three seeds.
+  on the routers, with two experts per token, with a random number of them
+  (Matryoshka), or as two members with half of the experts each (E3: see
+  docs/training.md for how to run these), from three seeds.
 
 All are OLMoE-like, speak the `wordmath` task of `experiments.tasks` only, and
 are made by `python -m experiments.train`; `manifest.json` has the command and the scores.
@@ -30,7 +31,7 @@ NAMES = (
   "wordmath_4of32",
   *(
     f"wordmath_routing_{how}_{seed}"
-    for how in ("plain", "noise_0.3", "noise_1", "two_experts", "matryoshka")
+    for how in ("plain", "noise_0.3", "noise_1", "two_experts", "matryoshka", "members")
     for seed in (1, 2, 3)
   ),
 )
