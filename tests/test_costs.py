@@ -3,6 +3,7 @@
 from collections import Counter
 import itertools
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -61,6 +62,24 @@ def test_members_at_fewer_bits_read_fewer_bytes():
   noisy += config.num_layers * unique * expert * (2 / 8 + 2 * 2 / 64)
   assert fewer.weights == pytest.approx(clean.weights + noisy)
   assert fewer.flops == pytest.approx(full.flops)
+
+
+def test_quantized_projections_read_fewer_bytes_on_each_device():
+  config = CONFIG.replace(projection_format="int8")
+  d, c, item = config.d_model, config.head_dim, jnp.dtype(config.dtype).itemsize
+  of_heads = d * c * (2 * config.num_heads + 2 * config.num_kv_heads) * config.num_layers
+  into, out = of_heads - d * c * config.num_heads * config.num_layers, config.vocab_size * d
+  back = of_heads - into
+  # Codes, and a scale for each group along D; along a head's width in the output projection.
+  saved = (into + out) * (item - 1 - 2 / math.gcd(128, d)) + back * (
+    item - 1 - 2 / math.gcd(128, c)
+  )
+  for devices in (1, 2):
+    mesh = sharding.abstract_mesh(config, devices, tensor=devices)
+    full, fewer = (
+      costs.calls.call(each, Roster.create(each), mesh, 1, 8).weights for each in (CONFIG, config)
+    )
+    assert full - fewer == pytest.approx(saved / devices)
 
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "qwen2_moe", "glm4_moe", "deepseek_v3"])

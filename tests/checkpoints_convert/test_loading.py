@@ -24,7 +24,9 @@ MESHES = {"expert": dict(expert=4), "all": dict(data=2, expert=2, tensor=2)}
 
 def config(family, **changes):
   """Every mesh fits it in every format."""
-  return small_config(family, **dict(num_experts=4, d_expert=256) | changes)
+  wide = {"qwen2_moe": dict(d_shared_expert=256), "deepseek_v3": dict(d_dense=256)}
+  sizes = dict(num_experts=4, d_expert=256) | wide.get(family, {})
+  return small_config(family, **sizes | changes)
 
 
 def assert_same(got, want):

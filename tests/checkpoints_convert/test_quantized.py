@@ -417,7 +417,7 @@ def test_formats_that_cannot_be_are_refused_in_a_sentence(tmp_path, capsys):
   "arguments,itemsize,scale_bytes",
   [
     (dict(keep_mxfp4=True), 0.5, 1 / 32),
-    (dict(quantize_experts="int4"), 0.5, 2 / 32),
+    (dict(quantize_experts="int4", quantize_projections="int8"), 0.5, 2 / 32),
     (dict(quantize_experts="int8"), 1, 2 / 32),
     (dict(quantize_experts="nested:2-4"), 0.5, 4 * 2 / 32),
     ({}, 2, 0),
