@@ -3,6 +3,7 @@
 import functools
 import re
 import sys
+from typing import Any
 
 from absl import flags, logging
 import jax
@@ -150,7 +151,9 @@ def _convert(values: flags.FlagValues) -> None:
     _merge(values)
     return
   max_shard_bytes = parse_size(values.max_shard_size)
-  formats = {n: values[n].value for n in ("quantize_experts", "quantize_projections", "keep_mxfp4")}
+  formats: dict[str, Any] = {
+    name: values[name].value for name in ("quantize_experts", "quantize_projections", "keep_mxfp4")
+  }
   if values.quantize_experts is not None:
     quantize_checkpoint.check_format(values.quantize_experts)
   if values.to_hugging_face and any(formats.values()):
@@ -228,10 +231,8 @@ def _convert(values: flags.FlagValues) -> None:
     config = convert_from_hugging_face(values.source, values.target, **arguments)
   if values.bits_plan and (plan := checkpoint.load_provenance(values.target).get("bits")):
     print(quantize_checkpoint.describe_plan(np.array(plan), config))
-  formats = f", {config.formats}" if config.formats else ""
-  print(
-    f"wrote {values.target}: {config.family}, {config.num_layers} layers, {config.dtype}" + formats
-  )
+  what = [config.family, f"{config.num_layers} layers", config.dtype, config.formats]
+  print(f"wrote {values.target}: {', '.join(filter(None, what))}")
 
   if values.verify is not None:
     folder = hub.find(values.source, values.revision)

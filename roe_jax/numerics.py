@@ -206,12 +206,12 @@ def _product(weights, tiled):
   kind = _kind(weights)
   usable = kind is not None and quantization.codes_per_row(weights) % native.MULTIPLE == 0
   if usable and native.is_available() and _native_passes(kind):
-    return _with_kernel(tiled)
+    return _with_kernel(tiled, kind)
   return tiled
 
 
 @functools.cache
-def _with_kernel(tiled):
+def _with_kernel(tiled, kind):
   """Returns `tiled`, with the kernel for few tokens. A mapped axis of x is folded into tokens."""
 
   @jax.custom_batching.custom_vmap
@@ -220,7 +220,7 @@ def _with_kernel(tiled):
     tokens = math.prod(lead)
     if tokens > NATIVE_TOKENS:
       return tiled(x, weights, layer)
-    return _native_product(tiled, x.reshape(tokens, size), weights, layer).reshape(*lead, -1)
+    return _native(tiled, kind, x.reshape(tokens, size), weights, layer).reshape(*lead, -1)
 
   @folding.def_vmap
   def _(axis_size, in_batched, x, weights, layer):
@@ -235,9 +235,9 @@ def _with_kernel(tiled):
   return product
 
 
-def _native_product(tiled, x, weights, layer):
+def _native(tiled, kind, x, weights, layer):
   codes, scales, _ = quantization.codes_and_scales(weights)
-  return _PRODUCTS[tiled](_kind(weights), x, codes, scales, layer)
+  return _PRODUCTS[tiled](kind, x, codes, scales, layer)
 
 
 @functools.cache
@@ -255,7 +255,7 @@ def _native_passes(kind):
       else:
         quantized = quantization.quantize(np.asarray(random), kind, axis)
         weights = jax.tree.map(jnp.asarray, quantized)
-      found, right = _native_product(tiled, x, weights, 1), tiled(x, weights, 1)
+      found, right = _native(tiled, kind, x, weights, 1), tiled(x, weights, 1)
       errors.append(float(jnp.abs(found - right).max() / jnp.abs(right).max()))
     return max(errors)
 
