@@ -48,6 +48,13 @@ std::vector<float> normals(int64_t size) {
 struct Stored {
   std::vector<char> codes, scales;
   std::vector<double> values;
+  // Of a nested format: planes of the base and of all, and values by the planes that are read.
+  int base = 0, planes = 0;
+  std::vector<std::vector<double>> by_planes;
+
+  const std::vector<double>& read(int64_t count) const {
+    return planes ? by_planes[count] : values;
+  }
 };
 
 constexpr double kFp4[] = {0, .5, 1, 1.5, 2, 3, 4, 6, -0., -.5, -1, -1.5, -2, -3, -4, -6};
@@ -92,6 +99,39 @@ Stored stored(roe::Kind kind, int64_t rows, int64_t width, int64_t along, int64_
   return m;
 }
 
+double put_bfloat16(std::vector<char>& to, int64_t i) {
+  const uint16_t raw = roe::bits<uint32_t>(normals(1)[0]) >> 16;
+  std::memcpy(&to[2 * i], &raw, 2);
+  return roe::bfloat16_at(&raw, 0);
+}
+
+// As `stored`, of random planes of bits. A row's scales are those of a kind after the other.
+Stored nested(int64_t rows, int64_t width, int64_t along, int64_t down, int base, int planes) {
+  Stored m;
+  m.base = base, m.planes = planes;
+  const int64_t groups = width / along, plane_bytes = width / 8, kinds = 2 + planes - base;
+  std::vector<double> scales(rows / down * kinds * groups);
+  m.scales.resize(2 * scales.size());
+  for (size_t i = 0; i < scales.size(); i++) scales[i] = put_bfloat16(m.scales, i);
+  m.codes.resize(rows * planes * plane_bytes);
+  for (char& c : m.codes) c = static_cast<char>(between(0, 255));
+  m.by_planes.assign(planes + 1, std::vector<double>(rows * width));
+  for (int64_t i = 0; i < rows * width; i++) {
+    const int64_t row = i / width, c = i % width;
+    const auto scale = [&](int kind) {
+      return scales[(row / down * kinds + kind) * groups + c / along];
+    };
+    double value = scale(1);
+    for (int p = 0; p < planes; p++) {
+      const uint8_t byte = m.codes[(row * planes + p) * plane_bytes + c % plane_bytes];
+      const int bit = byte >> (c / plane_bytes) & 1;
+      value += p < base ? bit * scale(0) * (1 << (base - 1 - p)) : (2 * bit - 1) * scale(2 + p - base);
+      m.by_planes[p + 1][i] = value;
+    }
+  }
+  return m;
+}
+
 // `groups`: see `roe::Matrix`; the matrices of `experts` lie one after the other.
 roe::Matrix matrix(
     const Stored& m, int64_t experts, int64_t rows, int64_t width, int64_t groups,
@@ -101,6 +141,10 @@ roe::Matrix matrix(
   made.width = width, made.groups = groups;
   made.row_bytes = m.codes.size() / (experts * rows);
   made.row_scales = made.kind_scales = row_scales;
+  if (m.planes) {
+    made.row_scales *= 2 + m.planes - m.base;
+    made.plane_bytes = made.row_bytes / m.planes, made.base = m.base;
+  }
   made.expert_bytes = m.codes.size() / experts, made.expert_scales = m.scales.size() / experts;
   return made;
 }
@@ -119,18 +163,27 @@ void expect(const std::vector<float>& found, const std::vector<double>& right, c
 
 void experts(roe::Kind kind) {
   const bool packed = kind >= roe::Kind::kInt4, blocks = kind == roe::Kind::kMxFp4;
-  const int64_t step = blocks ? 32 : packed ? 8 : 4;
+  const bool of_planes = kind == roe::Kind::kNested;
+  const int64_t step = blocks || of_planes ? 32 : packed ? 8 : 4;
   const bool large = between(0, 9) == 0;  // more than a tile has, of tokens and columns
   const int64_t n = large ? between(40, 110) : between(1, 20);
   const int64_t count = between(1, 6), a = between(1, count);
-  const int64_t d = large ? 64 * between(15, 35) : step * between(1, 24);
+  const int64_t d = large ? 64 * between(15, 35) : step * between(1, of_planes ? 6 : 24);
   const int64_t f = blocks ? 32 * between(1, 3) : between(1, 80);
-  const int64_t most = kind == roe::Kind::kInt8 ? 128 : kind == roe::Kind::kInt4 ? 64 : 32;
+  const int64_t most = kind == roe::Kind::kInt4 ? 64 : blocks ? 32 : 128;
   const bool scaled = kind >= roe::Kind::kInt8;
   const int64_t along = scaled ? std::gcd(most, d) : d, down = scaled ? std::gcd(most, f) : 1;
   const int64_t layer = between(0, 1), of_layer = layer * count;
-  const Stored gate_up = stored(kind, 2 * count * f * 2, d, along, 1);
-  const Stored back = stored(kind, 2 * count * f, d, scaled ? 1 : d, down);
+  const int base = between(1, 3), planes = between(base, 5);
+  const int64_t bits = of_planes ? between(base, std::min(planes, roe::kMostBits)) : 0;
+  const auto make = [&](int64_t rows, int64_t by_column, int64_t by_row) {
+    if (of_planes) return nested(rows, d, by_column, by_row, base, planes);
+    return stored(kind, rows, d, by_column, by_row);
+  };
+  const Stored gate_up = make(2 * count * f * 2, along, 1);
+  const Stored back = make(2 * count * f, scaled ? 1 : d, down);
+  std::vector<int32_t> bits_of(of_planes && between(0, 1) ? count : 0);
+  for (int32_t& own : bits_of) own = between(base, planes);
   const auto x = normals(n * d), gate_up_bias = normals(2 * count * f * 2);
   const auto down_bias = normals(2 * count * d);
   const bool biased = between(0, 1);
@@ -149,12 +202,15 @@ void experts(roe::Kind kind) {
   for (int64_t p = 0; p < n * a; p++) {
     if (gates[p] == 0) continue;
     const int64_t expert = of_layer + indices[p], t = p / a;
+    const int64_t own = bits_of.empty() ? bits : std::min<int64_t>(bits, bits_of[indices[p]]);
+    const auto& of_gate_up = gate_up.read(own);
+    const auto& of_back = back.read(own);
     for (int64_t j = 0; j < f; j++) {
       double projected[2];
       for (int c = 0; c < 2; c++) {
         const int64_t row = (expert * f + j) * 2 + c;
         projected[c] = biased ? gate_up_bias[row] : 0;
-        for (int64_t i = 0; i < d; i++) projected[c] += x[t * d + i] * gate_up.values[row * d + i];
+        for (int64_t i = 0; i < d; i++) projected[c] += x[t * d + i] * of_gate_up[row * d + i];
       }
       double gate = projected[0], up = projected[1], hidden;
       if (activation.clamped) {
@@ -165,7 +221,7 @@ void experts(roe::Kind kind) {
         hidden = gate / (1 + std::exp(-gate)) * up;
       }
       for (int64_t i = 0; i < d; i++) {
-        right[t * d + i] += gates[p] * hidden * back.values[(expert * f + j) * d + i];
+        right[t * d + i] += gates[p] * hidden * of_back[(expert * f + j) * d + i];
       }
     }
     for (int64_t i = 0; biased && i < d; i++) {
@@ -179,7 +235,7 @@ void experts(roe::Kind kind) {
     roe::Experts e;
     e.num_tokens = n, e.num_choices = a, e.num_experts = count, e.d_model = d, e.d_expert = f;
     e.layer = layer;
-    e.bits = 0, e.bits_of = nullptr;
+    e.bits = bits, e.bits_of = bits_of.empty() ? nullptr : bits_of.data();
     e.gate_up = matrix(gate_up, 2 * count, 2 * f, d, d / along, d / along);
     e.down = matrix(back, 2 * count, f, d, down, d);
     e.gate_up_bias = biased ? gate_up_bias.data() : nullptr;
@@ -238,7 +294,7 @@ void products(roe::Kind kind) {
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 100;
   for (int i = 0; i < rounds; i++) {
-    for (int kind = 0; kind < 5; kind++) experts(static_cast<roe::Kind>(kind));
+    for (int kind = 0; kind < 6; kind++) experts(static_cast<roe::Kind>(kind));
     for (int kind = 0; kind < 5; kind++) products(static_cast<roe::Kind>(kind));
   }
   std::printf("%d rounds of random shapes passed\n", rounds);

@@ -110,7 +110,7 @@ def test_what_does_not_fit_says_what_would(monkeypatch):
   "changes, message",
   [
     (dict(length=1), r"--length must lie in \[2, 131072\]"),
-    (dict(config=PANGU.replace(expert_format="int8")), "experts in int8 are not trained"),
+    (dict(config=PANGU.replace(expert_format="int8")), r"experts in int8\) are not trained"),
     (dict(settings=dataclasses.replace(SETTINGS, members=2)), "without --members"),
     (dict(settings=dataclasses.replace(SETTINGS, balance_groups=3)), "--balance_groups=3 must"),
   ],
