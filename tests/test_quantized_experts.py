@@ -214,7 +214,7 @@ def test_accelerators_take_an_expert_at_a_time(monkeypatch, platform, blocks):
     (b, 1) for b in blocks
   ]
   matrix = weights("mxfp4").down
-  (tile,) = tiled_loop._dequantized(matrix, jnp.bfloat16)
+  (tile,) = quantization.tile_weights(matrix, jnp.bfloat16)
   assert tile.dtype == jnp.bfloat16 and tile.shape == (L, E, F, D)
 
 

@@ -46,6 +46,8 @@ BACKGROUND = (
 TASKS = ("sums", "products", "quotients", "choice")
 BASE, SEPARATE, AVERAGE = "base", "separate fine-tunes", "average of weights"
 MERGED, OF_TASKS = "merged, task given", "roster of the four tasks"
+# The scales of rosters: the paper's, and the one with the smallest error of the weights.
+SCALES = ("sums", "least_squares")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +63,13 @@ class Config:
     num_seeds: noise seeds.
   """
 
-  checkpoint: str = app.EMBEDDED + "wordmath_d64"
+  checkpoint: str = app.EMBEDDED + "wordmath_4of16"
   steps: int = 400
   batch_size: int = 16
   learning_rate: float = 1e-3
   multiples: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
   temperatures: tuple[float, ...] = (0.1, 0.3, 1.0)
-  num_examples: int = 1000
+  num_examples: int = 500
   num_seeds: int = 1
 
 
@@ -198,7 +200,7 @@ def _systems(
   one = separate_bytes // len(TASKS)
   base = checkpoint.load(run.folder / "base")[0]
   separate = [checkpoint.load(path)[0] for path in fine_tunes]
-  everything = checkpoint.load(merged, task=merging.ALL)[0]
+  everything = {kind: checkpoint.load(merged, task=merging.ALL, scale=kind)[0] for kind in SCALES}
 
   def given(kind):
     return [checkpoint.load(merged, task=i, scale=kind)[0] for i in range(len(TASKS))]
@@ -223,14 +225,19 @@ def _systems(
 
   n, own = len(TASKS), run.config
   tasks_alone = {"member_tasks": range(n), "include_clean": False}
-  together = lambda tau: shared(everything, n, tau, **tasks_alone)
+  together = lambda kind: lambda tau: shared(everything[kind], n, tau, **tasks_alone)
   by_kind = {kind: given(kind) for kind in merging.SCALES}
   multiple, added = best("task arithmetic", own.multiples, lambda m: shared(arithmetic(m)))
   tau, of_base = best("base, τ =", own.temperatures, lambda t: shared(base, n, t))
-  own_tau, noisy = best("roster of tasks, τ =", own.temperatures, together)
-  given_tau, of_given = best(
-    "merged, τ =", own.temperatures, lambda t: of_each(by_kind["sums"], n, t)
-  )
+  of_tasks, of_given = {}, {}
+  for kind in SCALES:
+    of_tasks[f"{OF_TASKS}, scale {kind}"] = (together(kind)(0.0), of_merged)
+    tau_of_tasks, noisy = best(f"roster of tasks, {kind}, τ =", own.temperatures, together(kind))
+    of_tasks[f"{OF_TASKS}, scale {kind}, τ = {tau_of_tasks:g}"] = (noisy, of_merged)
+    tau_of_one, noisy = best(
+      f"merged, {kind}, τ =", own.temperatures, lambda t, k=kind: of_each(by_kind[k], n, t)
+    )
+    of_given[f"{MERGED}, scale {kind}, roster of {n}, τ = {tau_of_one:g}"] = (noisy, of_merged)
   return {
     BASE: (shared(base), one),
     f"{BASE}, roster of {n}, τ = {tau:g}": (of_base, one),
@@ -238,9 +245,8 @@ def _systems(
     AVERAGE: (shared(arithmetic(1 / n)), one),
     f"task arithmetic, {multiple:g}": (added, one),
     **{f"{MERGED}, scale {k}": (of_each(several), of_merged) for k, several in by_kind.items()},
-    f"{MERGED}, roster of {n}, τ = {given_tau:g}": (of_given, of_merged),
-    OF_TASKS: (together(0.0), of_merged),
-    f"{OF_TASKS}, τ = {own_tau:g}": (noisy, of_merged),
+    **of_given,
+    **of_tasks,
   }
 
 
@@ -310,16 +316,15 @@ def table(records: list[compared.Record]) -> str:
 
 
 def findings(records: list[compared.Record]) -> str:
-  def of(label, name, unit):
-    r = next((r for r in records if r["label"].startswith(label)), None)
-    return None if r is None else f"{r['label']} {report_page.difference(r[name], 1, unit)}"
+  left_out = ("τ", *(f"{MERGED}, scale {kind}" for kind in merging.SCALES if kind not in SCALES))
+  some = [r for r in records[1:] if not any(name in r["label"] for name in left_out)]
 
-  names = [SEPARATE, f"{MERGED}, scale sums", AVERAGE, "task arithmetic", OF_TASKS]
-  accuracy = [of(name, "quality_difference", " points") for name in names]
-  text = [of(name, "fitted_difference", " %") for name in names]
+  def text(name, unit):
+    return "; ".join(f"{r['label']} {report_page.difference(r[name], 1, unit)}" for r in some)
+
   return (
-    f"Accuracy against the base: {'; '.join(filter(None, accuracy))}. Perplexity at fitted T: "
-    f"{'; '.join(filter(None, text))}."
+    f"Accuracy against the base: {text('quality_difference', ' points')}. Perplexity at fitted T: "
+    f"{text('fitted_difference', ' %')}."
   )
 
 

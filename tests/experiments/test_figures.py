@@ -566,7 +566,7 @@ def test_merged_tasks_are_compared_with_averages_and_task_arithmetic(tmp_path, m
   one = sum(w.nbytes for w in jax.tree.leaves(params))
   assert systems["base"][1] == one and systems["separate fine-tunes"][1] == 4 * one
   assert 2 * one < systems["merged, task given, scale sums"][1] < 2.3 * one
-  _, roster = of("roster of the four tasks, τ = 0.3")
+  _, roster = of("roster of the four tasks, scale least_squares, τ = 0.3")
   assert (roster.member_tasks, roster.include_clean, int(roster.seed)) == ((0, 1, 2, 3), False, 7)
 
 
