@@ -241,11 +241,15 @@ def test_a_quantized_model_is_the_model_of_its_widened_weights(family, format, p
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_generation_and_scores_of_a_quantized_model_agree(dtype):
   plain = tiny.config("olmoe", num_layers=2, dtype=dtype)
-  params, config = params_lib.quantize(tiny.params(plain), plain, "int4")
+  params, config = params_lib.quantize(tiny.params(plain), plain, "int4", "int8")
   prompts = tiny.texts([5, 8])
   roster = Roster.create(config, 3, 0.5)
   generation = decode.generate(params, config, prompts, max_new_tokens=4, roster=roster)
   texts = [p + list(c.tokens) for p, c in zip(prompts, generation.completions)]
+  if dtype == "float32":  # drafts change no token
+    drafts = roster.replace(draft_tokens=2)
+    drafted = decode.generate(params, config, prompts, max_new_tokens=4, roster=drafts)
+    assert [c.tokens for c in drafted.completions] == [c.tokens for c in generation.completions]
   scores = scoring.score(params, config, texts, list(map(len, prompts)), roster=roster)
   for completion, scored in zip(generation.completions, scores.sequences):
     np.testing.assert_allclose(
