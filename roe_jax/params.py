@@ -150,7 +150,7 @@ class ParamSpec:
       of `format` have the standard deviation of "normal").
     scale: factor on ones, or on the config's `initializer_range`.
     dtype: dtype name; None for the config's dtype.
-    format: of the codes that "scales" are of.
+    format: of "scales", that of the matrix whose codes they scale; None of others.
   """
 
   shape: tuple[int, ...]

@@ -39,7 +39,7 @@ temperatures), so its 1,320 passages are an estimated 33 minutes of one core, an
 candidates for τ. The kept `main_table` leaves out SCMoE and the standard cache; it took about two
 hours of one core of a busy machine.
 
-`merged_tasks` fine-tunes a small model four times; it took 100 minutes on two cores that other jobs
+`merged_tasks` fine-tunes a small model four times; it took 70 minutes of one core that other jobs
 shared. `deep_training` trains twelve models of 24 layers and `trained_routing` those that are not
 embedded, each about five to ten minutes of one core. `bits` took about 40 minutes of a busy core.
 `vision_sr` trains 24 small networks of 300 steps, and `vision_moe` 18 of 600.
