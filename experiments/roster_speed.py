@@ -9,6 +9,12 @@ answers is timed for each threshold of --unsure, since its cost should follow th
 of their last token alone, as of multiple choice, also with 16 positions computed for it, and for
 all rosters with a Clean Cache of each or of all.
 
+  python -m experiments.roster_speed --checkpoint=smollm2_carved --text=wiki.txt \\
+      --unsure="top_probability<0.2,top_probability<0.5,top_probability<0.8"
+
+With --text, any model scores --num_examples windows of a text file instead, and each time is
+compared with the straight line, over the share of unsure positions, from nowhere to everywhere.
+
 Writes results.json and table.md to --output.
 """
 
@@ -27,21 +33,28 @@ from experiments.benchmarks import timing
 from experiments.cli import app, overrides, text_files
 from roe_jax import decode, scoring
 from roe_jax.completion import Completion, Generation
+from roe_jax.config import ModelConfig
+from roe_jax.params import Params
 from roe_jax.roster import Roster
 
 FLAGS = flags.FLAGS
 SETTINGS = (
   "checkpoint dtype num_examples batch_size max_new_tokens num_members tau seed draft_tokens "
-  "unsure member_stop rounds"
+  "unsure member_stop rounds text window"
 ).split()
+
+# Thresholds below and above the top probabilities that occur.
+NEVER, ALWAYS = "top_probability<0", "top_probability<1"
 
 
 def define_flags() -> None:
   flags.DEFINE_string("checkpoint", "embedded:wordmath_control", "Model that solves word problems.")
+  flags.DEFINE_string("text", None, "Text file to score instead of solving problems.")
   flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
   for name, default, text in (
-    ("num_examples", 64, "Number of test problems."),
-    ("batch_size", 1, "Problems solved together."),
+    ("num_examples", 64, "Number of test problems, or of the first windows of --text."),
+    ("batch_size", 1, "Problems solved, or windows scored, together."),
+    ("window", 256, "Tokens per window of --text, of which the second half is scored."),
     ("max_new_tokens", 64, "Maximum number of tokens per problem."),
     ("num_members", 32, "Roster size n."),
     ("rounds", 5, "Timing rounds, in which all ways take turns."),
@@ -150,15 +163,35 @@ def measure(
       float((members > 1).mean()),
     )
   texts = [p + c.tokens for p, c in zip(model.prompts, expected)]
-  starts, shares = [len(p) for p in model.prompts], {}
+  starts = [len(p) for p in model.prompts]
+  own = {n: r for n, r in rosters.items() if not r.draft_tokens and r.member_stop is None}
+  scored = model.params, model.config, texts, starts, own
+  return results, scoring_times(*scored, rounds, on_turn, last_tokens=True)
 
-  own = [n for n, r in rosters.items() if not r.draft_tokens and r.member_stop is None]
+
+def scoring_times(
+  params: Params,
+  config: ModelConfig,
+  texts: Sequence[Sequence[int]],
+  starts: Sequence[int],
+  rosters: dict[str, Roster],
+  rounds: int,
+  on_turn: Callable[[], Any] = lambda: None,
+  last_tokens: bool = False,
+  **settings: Any,
+) -> dict[str, dict[str, Any]]:
+  """Returns median seconds of scoring texts from `starts` on, and unsure shares, by roster.
+
+  With `last_tokens`, also of each text's last token alone, with "roster" and with all rosters.
+  Settings are those of `scoring.score_rosters`.
+  """
+  shares = {}
 
   def score(names, starts, **options):
     def run(count):
       for _ in range(count):
         of_rosters = scoring.score_rosters(
-          model.params, model.config, texts, [rosters[n] for n in names], starts, **options
+          params, config, texts, [rosters[n] for n in names], starts, **settings, **options
         )
         for name, scores in zip(names, of_rosters):
           members = np.concatenate([s.members for s in scores.sequences])
@@ -166,21 +199,19 @@ def measure(
 
     return run
 
-  last = [len(t) - 1 for t in texts]
-  kinds = {n: ([n], starts, {}) for n in own}
-  kinds |= {
-    "roster, last token": (["roster"], last, {}),
-    "roster, last token, 16 positions": (["roster"], last, {"chunk_size": 16}),
-    "all of these, last token, together": (own, last, {}),
-  }
-  runs: dict[str, Callable[[int], object]] = {
-    name: score(names, at, **options) for name, (names, at, options) in kinds.items()
-  }
-  alone = [score([n], last) for n in own]
-  runs["all of these, last token, one by one"] = lambda count: [run(count) for run in alone]
+  runs: dict[str, Callable[[int], object]] = {n: score([n], starts) for n in rosters}
+  if last_tokens:
+    last = [len(t) - 1 for t in texts]
+    alone = [score([n], last) for n in rosters]
+    runs |= {
+      "roster, last token": score(["roster"], last),
+      "roster, last token, 16 positions": score(["roster"], last, chunk_size=16),
+      "all of these, last token, together": score(list(rosters), last),
+      "all of these, last token, one by one": lambda count: [run(count) for run in alone],
+    }
   seconds = timing.take_turns(runs, rounds, on_turn=on_turn)
   total = sum(len(t) - at for t, at in zip(texts, starts))
-  return results, {
+  return {
     n: {"seconds": float(np.nanmedian(s)), "unsure": shares.get((n, total))}
     for n, s in seconds.items()
   }
@@ -206,14 +237,48 @@ def table(results: dict[str, Result], scores: dict[str, dict[str, Any]]) -> str:
       f"{r.changed} of {r.compared}",
     )
     lines.append(f"| {' | '.join(cells)} |")
-  lines += ["", "| scoring | seconds | unsure tokens |", "|---|---|---|"]
-  lines += [
-    f"| {name} | {s['seconds']:.2f} | "
-    + ("" if s["unsure"] is None else f"{100 * s['unsure']:.1f} %")
-    + " |"
-    for name, s in scores.items()
-  ]
+  return "\n".join(lines) + "\n\n" + scoring_table(scores)
+
+
+def scoring_table(scores: dict[str, dict[str, Any]]) -> str:
+  """Formats times of scoring as a Markdown table; `proportional` adds the last column."""
+  lines = ["| scoring | seconds | unsure tokens | of proportional |", "|---|---|---|---|"]
+  for name, s in scores.items():
+    share = "" if s["unsure"] is None else f"{100 * s['unsure']:.1f} %"
+    ratio = f"{s['of_proportional']:.2f}" if "of_proportional" in s else ""
+    lines.append(f"| {name} | {s['seconds']:.2f} | {share} | {ratio} |")
   return "\n".join(lines) + "\n"
+
+
+def proportional(scores: dict[str, dict[str, Any]], never: str, always: str) -> None:
+  """Adds the ratio to the time that grows in proportion to the unsure share between two rows."""
+  low, high = scores[never], scores[always]
+  slope = (high["seconds"] - low["seconds"]) / (high["unsure"] - low["unsure"])
+  for s in scores.values():
+    if s["unsure"] is not None:
+      s["of_proportional"] = s["seconds"] / (low["seconds"] + slope * (s["unsure"] - low["unsure"]))
+
+
+def time_text(roster: Roster) -> tuple[dict[str, dict[str, Any]], str]:
+  """Times the scoring of --text; returns the times, and their table."""
+  text = text_files.read(FLAGS.text)
+  params, config, tokenizer = app.open_model(FLAGS.checkpoint, FLAGS.dtype)
+  cut = scoring.windows(config, tokenizer.encode(text), FLAGS.window)
+  texts, starts = (some[1 : FLAGS.num_examples + 1] for some in (cut.sequences, cut.starts))
+  if len(texts) < FLAGS.num_examples:
+    raise ValueError(
+      f"--text has {len(texts)} windows of {FLAGS.window} tokens after its first one, fewer than "
+      f"--num_examples={FLAGS.num_examples}"
+    )
+  thresholds = [NEVER, *FLAGS.unsure, ALWAYS]
+  rosters = {"baseline": roster.history(), "roster": roster}
+  rosters |= {name: roster.replace(unsure=name) for name in thresholds}
+  with tqdm(unit="turn", file=sys.stderr) as bar:
+    scores = scoring_times(
+      params, config, texts, starts, rosters, FLAGS.rounds, bar.update, batch_size=FLAGS.batch_size
+    )
+  proportional(scores, NEVER, ALWAYS)
+  return scores, scoring_table(scores)
 
 
 def main(argv) -> None:
@@ -223,19 +288,26 @@ def main(argv) -> None:
   roster = Roster.create(config, FLAGS.num_members, FLAGS.tau, seed=FLAGS.seed)
   if roster.is_baseline or not FLAGS.tau:
     raise ValueError("--num_members must be at least 2 and --tau positive: others are the baseline")
+  if FLAGS.text is not None:
+    scores, text = time_text(roster)
+    return save({"scoring": scores}, text)
   rosters = ways(roster, drafts, FLAGS.unsure, FLAGS.member_stop)
   settings = (FLAGS.num_examples, FLAGS.num_members, FLAGS.tau, FLAGS.seed, FLAGS.max_new_tokens)
   model = meshes.open_model(FLAGS.checkpoint, None, *settings, dtype=FLAGS.dtype)
   model = dataclasses.replace(model, batch_size=FLAGS.batch_size)
   with tqdm(unit="turn", file=sys.stderr) as bar:
     results, scores = measure(model, rosters, FLAGS.rounds, bar.update)
-  output = pathlib.Path(FLAGS.output)
   written = {n: dataclasses.asdict(r) for n, r in results.items()}
-  given = {name: FLAGS[name].value for name in SETTINGS}
-  record = {"settings": given, "generation": written, "scoring": scores}
+  save({"generation": written, "scoring": scores}, table(results, scores))
+
+
+def save(results: dict[str, Any], table: str) -> None:
+  """Writes the results and their table to --output, and prints the table."""
+  output = pathlib.Path(FLAGS.output)
+  record = {"settings": {name: FLAGS[name].value for name in SETTINGS}} | results
   app.write_atomically(output / "results.json", text_files.to_json(record, indent=2) + "\n")
-  app.write_atomically(output / "table.md", text := table(results, scores))
-  print(text)
+  app.write_atomically(output / "table.md", table)
+  print(table)
   print(f"Saved {output}/table.md and results.json.")
 
 

@@ -37,6 +37,7 @@ import pathlib
 import subprocess
 import sys
 import threading
+from typing import Any
 
 from absl import flags
 import numpy as np
@@ -50,9 +51,9 @@ from experiments.records import runs
 from experiments.records.cost import Cost
 from experiments.tuning import confirm, trials, tuning_configs
 from experiments.tuning.objectives import OBJECTIVES, Objective, Perplexity
-from experiments.tuning.trials import Search, Space
+from experiments.tuning.trials import BetaSpace, Search, Space
 from experiments.tuning.tuning_configs import TuningConfig
-from roe_jax import temperature_profiles
+from roe_jax import makers, temperature_profiles
 from roe_jax.config import ModelConfig
 from roe_jax.params import Params
 from roe_jax.roster import Roster
@@ -61,6 +62,7 @@ from roe_jax.temperature_profiles import Profile
 FLAGS = flags.FLAGS
 PROFILE = "profile.json"
 SPLIT = "validation"
+PARAMETERS = ("tau", "beta")
 _WORKER = "ROE_JAX_TUNE_WORKER"  # set in processes that `more_workers` starts
 
 
@@ -82,8 +84,10 @@ def define_flags() -> None:
   helps = {
     "num_examples": "Validation examples that trials see",
     "num_trials": "Number of trials, including the sweep",
-    "max_tau": "Largest τ tried",
+    "max_tau": "Largest τ tried; with --parameter=beta, τ of all layers",
     "fixed_layers": "Number of first and of last layers that keep τ = 0",
+    "parameter": f"What is tuned: {' or '.join(PARAMETERS)}",
+    "max_beta": "Largest β tried with --parameter=beta",
   }
   helps = {name: f"{text}; {default_is(getattr(default, name))}." for name, text in helps.items()}
   overrides.define_flags(TuningConfig, helps, defaults=False)
@@ -123,7 +127,7 @@ class SearchSetup:
   searched: Objective
   fresh: Objective
 
-  def make_roster(self, temperatures, seed: int) -> Roster:
+  def make_roster(self, temperatures, seed: int, **settings: Any) -> Roster:
     """Makes a roster; τ are traced, so all of the search share their programs."""
     return Roster.create(
       self.config,
@@ -132,7 +136,7 @@ class SearchSetup:
       noisy_layers=self.space.noisy_layers,
       expert_strategy=FLAGS.expert_strategy,
       memory_budget=FLAGS.memory_budget_mb << 20,
-      **self.roster,
+      **self.roster | settings,
     )
 
   @property
@@ -189,7 +193,7 @@ def prepare() -> SearchSetup:
       "together: give one of them"
     )
   config = app.load_config(FLAGS.checkpoint)
-  space = Space(config.num_layers, tuning.fixed_layers, tuning.max_tau)
+  space = search_space(config, tuning)
   if FLAGS.sampler == "sweep":
     tuning = dataclasses.replace(tuning, num_trials=len(space.sweep()))
   trials.check_budget(space, tuning.num_trials)
@@ -218,6 +222,36 @@ def prepare() -> SearchSetup:
   for objective in (searched, fresh):
     app.check_memory_of(config, largest, objective.requests, FLAGS.batch_size)
   return setup
+
+
+def search_space(config: ModelConfig, tuning: TuningConfig) -> Space:
+  """Returns the space that a search of the flags and `tuning` has.
+
+  Raises:
+    ValueError: the settings do not fit together.
+  """
+  shape = config.num_layers, tuning.fixed_layers, tuning.max_tau
+  if tuning.parameter not in PARAMETERS:
+    raise ValueError(
+      f"--parameter must be one of {', '.join(PARAMETERS)}, got {tuning.parameter!r}"
+    )
+  if tuning.parameter == "tau":
+    return Space(*shape)
+  if not FLAGS.aggregation.startswith("contrast"):
+    raise ValueError(
+      "--parameter=beta tunes the beta of --aggregation=contrast or contrast(alpha=NUMBER), got "
+      f"--aggregation={FLAGS.aggregation}"
+    )
+
+  def contrast(alpha=0.1):
+    return alpha
+
+  alpha = makers.read(FLAGS.aggregation, {"contrast": contrast})
+  if tuning.objective == Perplexity.name:
+    raise ValueError(
+      "--parameter=beta needs --objective=accuracy: a contrast gives many tokens probability zero"
+    )
+  return BetaSpace(*shape, contrast() if alpha is None else alpha, tuning.max_beta)
 
 
 def choose_examples(
@@ -282,21 +316,21 @@ class OnModel:
     self.name, self.maximize = setup.searched.name, setup.searched.maximize
     self.value = setup.searched.value
 
-  def measure(self, temperatures, part: slice) -> tuple[np.ndarray, Cost]:
-    app.broadcast([list(temperatures), part.start, part.stop])
-    return self._measure(temperatures, part)
+  def measure(self, temperatures, part: slice, **settings: Any) -> tuple[np.ndarray, Cost]:
+    app.broadcast([list(temperatures), part.start, part.stop, settings])
+    return self._measure(temperatures, part, settings)
 
   def follow(self) -> None:
     """Measures the same as the first process until it calls `end`."""
     while (wanted := app.broadcast(None)) is not None:
-      temperatures, start, stop = wanted
-      self._measure(temperatures, slice(start, stop))
+      temperatures, start, stop, settings = wanted
+      self._measure(temperatures, slice(start, stop), settings)
 
   def end(self) -> None:
     app.broadcast(None)
 
-  def _measure(self, temperatures, part):
-    roster = self._setup.make_roster(temperatures, FLAGS.seed)
+  def _measure(self, temperatures, part, settings):
+    roster = self._setup.make_roster(temperatures, FLAGS.seed, **settings)
     return self._setup.searched.measure(self._params, roster, part)
 
 
@@ -324,7 +358,9 @@ def profile_of(
   return Profile(
     tuple(best.temperatures),
     model,
-    temperature_profiles.roster_of(setup.make_roster(best.temperatures, FLAGS.seed).settings()),
+    temperature_profiles.roster_of(
+      setup.make_roster(best.temperatures, FLAGS.seed, **best.settings).settings()
+    ),
     {
       "name": setup.searched.name,
       "value": best.value,
@@ -355,16 +391,17 @@ def profile_of(
 def confirm_best(params: Params, search: Search | None, setup: SearchSetup, model: dict) -> dict:
   """Evaluates the best trial, the best uniform τ and the baseline on fresh examples."""
   best, uniform = app.from_first_process(
-    lambda: search and [t and t.temperatures for t in (search.best(), search.best("sweep"))]
+    lambda: (
+      search and [t and [t.temperatures, t.settings] for t in (search.best(), search.best("sweep"))]
+    )
   )
   seeds = range(FLAGS.seed + 1, FLAGS.seed + 1 + FLAGS.num_seeds)
   baseline = lambda seed: Roster.create(setup.config, seed=seed)
   candidates = [confirm.Candidate(confirm.BASELINE, baseline, seeds[:1])]
-  for name, temperatures in ((confirm.TUNED, best), (confirm.UNIFORM, uniform)):
-    if name == confirm.TUNED or temperatures not in (None, best):
-      candidates.append(
-        confirm.Candidate(name, lambda seed, t=temperatures: setup.make_roster(t, seed), seeds)
-      )
+  for name, trial in ((confirm.TUNED, best), (confirm.UNIFORM, uniform)):
+    if name == confirm.TUNED or trial not in (None, best):
+      make = lambda seed, t=trial: setup.make_roster(t[0], seed, **t[1])
+      candidates.append(confirm.Candidate(name, make, seeds))
   parts = batches(len(setup.fresh.examples))
   settings = {
     "checkpoint": FLAGS.checkpoint,
@@ -510,6 +547,8 @@ def print_report(profile: Profile, setup: SearchSetup) -> None:
   """Prints the result."""
   objective, cost, confirmed = profile.objective, profile.cost, profile.objective["confirmed"]
   print(f"τ by layer: {', '.join(f'{t:.3f}' for t in profile.temperatures)}")
+  if setup.tuning.parameter == "beta":
+    print(f"aggregation: {profile.roster['aggregation']}")
   print(
     f"On the {len(profile.data['searched'])} search examples: {objective['name']} "
     f"{objective['value']:.4f}, baseline {objective['baseline']:.4f}. On "

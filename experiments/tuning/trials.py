@@ -1,4 +1,4 @@
-"""The search for temperatures: trials of one study, run by one or more processes.
+"""The search for temperatures, or for SCMoE's β: trials of one study, run by one or more processes.
 
 The study is an Optuna study in SQLite. Its workers take trials until their shared budget is
 spent. A worker holds a file lock while it runs a trial; the system releases it when the worker
@@ -84,6 +84,11 @@ class Space:
     """Returns `[L]` τ of each layer."""
     return [params.get(_parameter(layer), 0.0) for layer in range(self.num_layers)]
 
+  def settings(self, params: dict[str, float]) -> dict[str, Any]:
+    """Returns the roster settings that a trial has besides τ."""
+    del params
+    return {}
+
   def sweep(self) -> list[float]:
     """Returns τ for all layers in steps of `STEP` up to T; T alone if it is smaller."""
     count = math.floor(self.max_tau / STEP + 1e-6)
@@ -92,6 +97,40 @@ class Space:
 
 def _parameter(layer):
   return f"layer_{layer}"
+
+
+@dataclasses.dataclass(frozen=True)
+class BetaSpace(Space):
+  """The search space of SCMoE's β (arXiv 2405.14507), in [0, max_beta].
+
+  τ is `max_tau` in all layers but the fixed ones: weak members without randomness take any.
+
+  Attributes:
+    alpha: of `aggregation.contrast`.
+    max_beta: largest β.
+  """
+
+  alpha: float
+  max_beta: float
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not (math.isfinite(self.max_beta) and self.max_beta > 0):
+      raise ValueError(f"max_beta must be finite and above 0, got {self.max_beta}")
+
+  @property
+  def distributions(self):
+    return {"beta": optuna.distributions.FloatDistribution(0.0, self.max_beta)}
+
+  def temperatures(self, params):
+    layers = range(*self.noisy_layers)
+    return [self.max_tau if layer in layers else 0.0 for layer in range(self.num_layers)]
+
+  def settings(self, params):
+    return {"aggregation": f"contrast(alpha={self.alpha:g},beta={params['beta']:.6g})"}
+
+  def sweep(self):
+    return Space(1, 0, self.max_beta).sweep()
 
 
 def check_budget(space: Space, num_trials: int) -> None:
@@ -103,7 +142,7 @@ def check_budget(space: Space, num_trials: int) -> None:
   if num_trials < len(space.sweep()):
     raise ValueError(
       f"num_trials must be at least {len(space.sweep())}, the steps of {STEP} up to "
-      f"{space.max_tau} that a search starts with; got {num_trials}"
+      f"{space.sweep()[-1]:g} that a search starts with; got {num_trials}"
     )
 
 
@@ -113,8 +152,10 @@ class Objective(Protocol):
   name: str
   maximize: bool
 
-  def measure(self, temperatures: Sequence[float], part: slice) -> tuple[np.ndarray, Cost]:
-    """Returns `[X]` numbers of a slice of the examples, and the cost."""
+  def measure(
+    self, temperatures: Sequence[float], part: slice, **settings: Any
+  ) -> tuple[np.ndarray, Cost]:
+    """Returns `[X]` numbers of a slice of the examples, and the cost; see `Space.settings`."""
     ...
 
   def value(self, values: np.ndarray) -> float:
@@ -133,6 +174,7 @@ class Trial:
       and it was repeated under another number; "running".
     temperatures: τ of each layer.
     value: the objective, extrapolated if pruned; None if failed or running.
+    settings: other roster settings of the trial.
     examples: number of examples measured.
     tokens, forward_passes, seconds: see `Cost`.
   """
@@ -142,6 +184,7 @@ class Trial:
   state: str
   temperatures: list[float]
   value: float | None
+  settings: dict[str, Any] = dataclasses.field(default_factory=dict)
   examples: int = 0
   seconds: float = 0.0
   tokens: int = 0
@@ -291,12 +334,16 @@ class Search:
   def _make(self, trial, objective, batches, prune):
     cost, values = Cost(), np.empty(0)
     temperatures, pruned = self.space.temperatures(trial.params), False
+    settings = self.space.settings(trial.params)
     best = self._values_of_best() if prune else None
     for batch in batches:
-      found, of_batch = objective.measure(temperatures, batch)
+      found, of_batch = objective.measure(temperatures, batch, **settings)
       values, cost = np.concatenate([values, found]), cost + of_batch
       if not np.all(np.isfinite(found)):
-        raise ValueError(f"the model gives no finite {objective.name} at τ = {temperatures}")
+        raise ValueError(
+          f"the model gives no finite {objective.name} at τ = {temperatures}"
+          + "".join(f", {name} = {value}" for name, value in settings.items())
+        )
       if best is not None and batch is not batches[-1]:
         pruned = is_hopeless(values, best, self.maximize, len(batches) - 1)
         if pruned:
@@ -331,6 +378,7 @@ class Search:
         "state": state,
         "value": trial.value,
         "temperatures": self.space.temperatures(trial.params),
+        "settings": self.space.settings(trial.params),
         **(
           trial.user_attrs.get(_MADE, {}) if trial.state == optuna.trial.TrialState.COMPLETE else {}
         ),

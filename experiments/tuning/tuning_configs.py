@@ -43,6 +43,8 @@ class TuningConfig:
     max_tau: largest τ; every τ is in [0, max_tau].
     fixed_layers: number of first and of last layers that keep τ = 0.
     cache: of the roster.
+    parameter: what is tuned: "tau", or "beta" of SCMoE's contrast, in [0, max_beta].
+    max_beta: largest β.
   """
 
   objective: str = "perplexity"
@@ -52,6 +54,8 @@ class TuningConfig:
   max_tau: float = 0.5
   fixed_layers: int = 0
   cache: str = "clean"
+  parameter: str = "tau"
+  max_beta: float = 1.0
 
 
 _CATEGORIES: dict[str, dict[str, Any]] = {

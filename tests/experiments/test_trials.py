@@ -1,7 +1,9 @@
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import sqlite3
@@ -12,9 +14,11 @@ from closed_form import BATCHES, OPTIMUM, SPACE, Quadratic
 import numpy as np
 import programs
 import pytest
+import tiny
 
 from experiments.tuning import trials
-from experiments.tuning.trials import TRIALS, Search, Space
+from experiments.tuning.trials import TRIALS, BetaSpace, Search, Space
+from roe_jax.roster import Roster
 
 pytestmark = pytest.mark.slow
 
@@ -83,6 +87,25 @@ def test_the_steps_of_a_sweep(limit, steps):
   found = Space(2, 0, limit).sweep()
   assert len(found) == len(steps) and found[-1] <= limit
   assert steps[0] is None or found == steps
+
+
+def test_a_search_for_beta_finds_it_and_its_settings_make_the_contrast(tmp_path):
+  class OfBeta(Quadratic):
+    def measure(self, temperatures, part, aggregation):
+      assert list(temperatures) == [0, 0.5, 0.5, 0]
+      beta = float(re.fullmatch(r"contrast\(alpha=0.2,beta=(.*)\)", aggregation)[1])
+      return self._levels[part] + (beta - 0.37) ** 2, closed_form.Cost()
+
+  search, _ = searched(tmp_path, 30, objective=OfBeta(), space=BetaSpace(4, 1, 0.5, 0.2, 1.0))
+  made = search.trials()
+  assert [t.kind for t in made] == 20 * ["sweep"] + 10 * ["tpe"]
+  assert made[0].settings == {"aggregation": "contrast(alpha=0.2,beta=0.05)"}
+  config = dataclasses.replace(tiny.config("mixtral"), num_layers=4)
+  roster = Roster.create(config, 2, search.best().temperatures, **search.best().settings)
+  _, _, beta = roster.settings()["aggregation"].rpartition("beta=")
+  assert float(beta[:-1]) == pytest.approx(0.37, abs=0.03)
+  with pytest.raises(ValueError, match="max_beta must be finite and above 0"):
+    BetaSpace(4, 1, 0.5, 0.2, 0.0)
 
 
 def test_all_trials_are_written_with_what_they_cost(tmp_path):

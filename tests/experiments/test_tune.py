@@ -412,6 +412,10 @@ REFUSED = {
   ("--tau=0.3",): "it is tuned here: use --max_tau",
   ("--seed=4294967295",): "seed must be an integer in",
   ("--checkpoint=embedded:nothing",): "nothing",
+  ("--parameter=alpha",): "--parameter must be one of tau, beta, got 'alpha'",
+  ("--parameter=beta",): "tunes the beta of --aggregation=contrast or contrast(alpha=NUMBER), got",
+  ("--parameter=beta", "--aggregation=contrast(beta=0.3)"): "does not fit contrast(alpha=0.1)",
+  ("--parameter=beta", "--aggregation=contrast"): "needs --objective=accuracy",
 }
 MANY_RUNS = """
 import json, sys
