@@ -56,6 +56,8 @@ def kept_tokens(count: int, acceptance: float) -> float:
 def expected_pieces(positions: int, size: int, unsure: float) -> float:
   """Returns how many pieces of gathered positions run on average; see `settling.complete`.
 
+  The smaller pieces of a rest, which CPUs have, count as a whole one.
+
   Args:
     positions: of all sequences.
     size: positions in a piece.
