@@ -389,7 +389,7 @@ def profile_of(
 
 
 def confirm_best(params: Params, search: Search | None, setup: SearchSetup, model: dict) -> dict:
-  """Evaluates the best trial, the best uniform τ and the baseline on fresh examples."""
+  """Evaluates the best trial, the best of the sweep and the baseline on fresh examples."""
   best, uniform = app.from_first_process(
     lambda: (
       search and [t and [t.temperatures, t.settings] for t in (search.best(), search.best("sweep"))]

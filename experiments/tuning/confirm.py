@@ -164,7 +164,7 @@ def format_confirmation(confirmed: dict[str, Any], objective: str) -> str:
 
   fits = objective == Perplexity.name
   unit = "%" if fits else "points"
-  headers = [objective, f"from baseline ({unit})", f"from best uniform τ ({unit})"]
+  headers = [objective, f"from baseline ({unit})", f"from best of the sweep ({unit})"]
   if fits:
     headers += ["at fitted output T", "from baseline, both at fitted T (%)"]
   rows = []
@@ -186,8 +186,8 @@ def _sentence(differences, of, to, objective, fitted=False):
   difference = differences[of, to, fitted]
   names = {
     BASELINE: "the baseline",
-    UNIFORM: "the best uniform τ",
-    TUNED: "the tuned temperature profile",
+    UNIFORM: "the best of the sweep",
+    TUNED: "the tuned roster",
   }
   lower_is_better = objective == Perplexity.name
   where = " at fitted output temperatures" if fitted else ""
