@@ -218,14 +218,41 @@ struct Scaled {
     return __builtin_convertvector((lanes << (24 - 8 * i)) >> 24, Floats<V>);
   }
   // Returns a vector of elements with the scales of their columns.
-  template <int V>
+  template <int V, class Lanes>
   static ROE_INLINE Floats<V> in_columns(
-      Ints<V> lanes, int pass, int i, int t, const float* scales, int64_t) {
+      Lanes lanes, int pass, int i, int t, const float* scales, int64_t) {
     return Own::template element<V>(lanes, pass, i, t, 1) * load<Floats<V>>(scales);
   }
 };
 
-struct Int8 : Scaled<Int8> {};
+struct Int8 : Scaled<Int8> {
+#if defined(__AVX2__)
+  // These CPUs have an instruction that loads and widens bytes, in their order.
+  static constexpr int kPerLane = 1;
+  template <int V>
+  static ROE_INLINE const char* read(const char* unit, int, int64_t) {
+    return unit;
+  }
+  template <int V>
+  static ROE_INLINE Floats<V> element(const char* unit, int, int i, int, Group) {
+    const char* codes = unit + V * i;
+#if defined(__AVX512F__)
+    if constexpr (V == 16) {
+      const __m512i wide = _mm512_cvtepi8_epi32(load<__m128i>(codes));
+      return __builtin_convertvector(bits<Ints<V>>(wide), Floats<V>);
+    }
+#endif
+    if constexpr (V == 8) {
+      const __m256i wide = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load<int64_t>(codes)));
+      return __builtin_convertvector(bits<Ints<V>>(wide), Floats<V>);
+    } else {
+      Floats<V> found{};
+      for (int k = 0; k < V; k++) found[k] = static_cast<int8_t>(codes[k]);
+      return found;
+    }
+  }
+#endif
+};
 
 struct Int4 : Scaled<Int4> {
   static constexpr int kParts = 2;
@@ -413,11 +440,53 @@ ROE_INLINE void dot_pass(
   }
 }
 
+// As all passes of `dot_pass`, of one row in a format with one scale per group: each code is loaded
+// once for all parts, and short runs between scales have few sums to add up.
+template <class Format, int V, int N>
+ROE_INLINE void dot_row(
+    const Matrix& m, int64_t row, const float* const* x, Floats<V> (&sums)[N]) {
+  constexpr int64_t unit = Format::kUnitBytesPerLane * V;
+  constexpr int P = Format::kParts, K = 2;
+  const int64_t width = m.width / P, group = m.width / m.groups, run = std::gcd(group, width);
+  const char* codes = m.codes + row * m.row_bytes;
+  Floats<V> totals[P][N] = {};
+  for (int64_t begin = 0; begin < width; begin += run) {
+    Floats<V> parts[P][K][N] = {};
+    for (int64_t c = begin; c < begin + run; c += 4 * V, codes += unit) {
+      if (unit >= 64 || reinterpret_cast<uintptr_t>(codes) % 64 == 0) {
+        for (int64_t b = 0; b < unit; b += 64) __builtin_prefetch(codes + kAhead + b, 0, 3);
+      }
+      ROE_UNROLL for (int p = 0; p < P; p++) {
+        const auto lanes = Format::template read<V>(codes, p, 0);
+        ROE_UNROLL for (int i = 0; i < 4; i++) {
+          const Floats<V> w = Format::template element<V>(lanes, p, i, 0, 1);
+          ROE_UNROLL for (int n = 0; n < N; n++) {
+            parts[p][i % K][n] += w * load<Floats<V>>(x[n] + p * width + c + i * V);
+          }
+        }
+      }
+    }
+    ROE_UNROLL for (int p = 0; p < P; p++) {
+      const float scale = Format::group(m, row, (p * width + begin) / group);
+      ROE_UNROLL for (int n = 0; n < N; n++) {
+        totals[p][n] += scale * (parts[p][0][n] + parts[p][1][n]);
+      }
+    }
+  }
+  ROE_UNROLL for (int p = 0; p < P; p++) {
+    ROE_UNROLL for (int n = 0; n < N; n++) sums[n] += totals[p][n];
+  }
+}
+
 // Computes out[r][n] = row r . x[n]. Row r of the result is `out + r * stride`.
 template <class Format, int V, int R, int N>
 void dot(const Matrix& m, int64_t row, const float* const* x, float* out, int64_t stride) {
   Floats<V> sums[R][N] = {};
-  by_passes<Format>([&](auto pass) { dot_pass<Format, V>(m, row, pass, x, sums); });
+  if constexpr (R == 1 && Format::kScales == 1) {
+    dot_row<Format, V>(m, row, x, sums[0]);
+  } else {
+    by_passes<Format>([&](auto pass) { dot_pass<Format, V>(m, row, pass, x, sums); });
+  }
   for (int r = 0; r < R; r++) {
     for (int n = 0; n < N; n++) out[r * stride + n] = total<V>(sums[r][n]);
   }
