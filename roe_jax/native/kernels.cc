@@ -375,27 +375,27 @@ void reorder(const float* from, float* to, int64_t size) {
 // need the same few lines of a core's cache.
 constexpr int64_t kGap = 16;
 
-// Bytes of codes between a row that is multiplied and what is fetched; of several rows, the next.
+// Bytes of codes between what is multiplied and what is fetched.
 constexpr int64_t kAhead = 4096;
 
 template <class Format, int V, int R, int N>
 ROE_INLINE void dot_pass(
-    const Matrix& m, int64_t row, int pass, const float* const* x, Floats<V> (&sums)[R][N]) {
+    const Matrix& m, int64_t row, int64_t apart, int pass, const float* const* x,
+    Floats<V> (&sums)[R][N]) {
   constexpr int64_t unit = Format::kUnitBytesPerLane * V;
   constexpr int T = Format::kTogether;
   // Fewer sums would wait for one another.
   constexpr int K = R * N < 4 ? 4 : R * N < 8 ? 2 : 1;
-  const int64_t width = m.width / Format::kParts, row_bytes = m.row_bytes;
-  const int64_t ahead = R == 1 ? kAhead : R * row_bytes;
+  const int64_t width = m.width / Format::kParts, row_bytes = apart * m.row_bytes;
   const int64_t group = m.width / m.groups, run = std::gcd(group, width);
-  const char* codes = m.codes + row * row_bytes;
+  const char* codes = m.codes + row * m.row_bytes;
   int64_t first[T];  // columns
   ROE_UNROLL for (int t = 0; t < T; t++) first[t] = part_of_pass<Format>(pass, t) * width;
   for (int64_t begin = 0; begin < width; begin += run) {
     typename Format::Group groups[R][T];
     ROE_UNROLL for (int r = 0; r < R; r++) {
       ROE_UNROLL for (int t = 0; t < T; t++) {
-        groups[r][t] = Format::group(m, row + r, (first[t] + begin) / group);
+        groups[r][t] = Format::group(m, row + r * apart, (first[t] + begin) / group);
       }
     }
     Floats<V> parts[K][R][N] = {};
@@ -405,7 +405,7 @@ ROE_INLINE void dot_pass(
           by_planes<Format>([&](int plane) {
             for (int64_t b = 0; b < unit; b += 64) {
               __builtin_prefetch(
-                  codes + r * row_bytes + ahead + plane * m.plane_bytes + b, 0, R == 1 ? 3 : 2);
+                  codes + r * row_bytes + kAhead + plane * m.plane_bytes + b, 0, 3);
             }
           });
         }
@@ -478,17 +478,20 @@ ROE_INLINE void dot_row(
   }
 }
 
-// Computes out[r][n] = row r . x[n]. Row r of the result is `out + r * stride`.
+// Computes out[r][n] = row r . x[n] for R rows, each `apart` rows after the last. Row r of the result
+// is `out + r * apart * stride`.
 template <class Format, int V, int R, int N>
-void dot(const Matrix& m, int64_t row, const float* const* x, float* out, int64_t stride) {
+void dot(
+    const Matrix& m, int64_t row, int64_t apart, const float* const* x, float* out,
+    int64_t stride) {
   Floats<V> sums[R][N] = {};
   if constexpr (R == 1 && Format::kScales == 1) {
     dot_row<Format, V>(m, row, x, sums[0]);
   } else {
-    by_passes<Format>([&](auto pass) { dot_pass<Format, V>(m, row, pass, x, sums); });
+    by_passes<Format>([&](auto pass) { dot_pass<Format, V>(m, row, apart, pass, x, sums); });
   }
   for (int r = 0; r < R; r++) {
-    for (int n = 0; n < N; n++) out[r * stride + n] = total<V>(sums[r][n]);
+    for (int n = 0; n < N; n++) out[r * apart * stride + n] = total<V>(sums[r][n]);
   }
 }
 
@@ -510,13 +513,14 @@ void dot_rows(
   // Few bytes per weight are read fastest in order, by measurement.
   constexpr bool in_order = V == 1 || (N <= 2 && Format::kScales == 1);
   constexpr int rows = in_order ? 1 : N <= 2 || kRegisters > 16 ? 4 : 2;
-  int64_t row = begin;
-  for (; row + rows <= end; row += rows) {
-    dot<Format, V, rows, N>(m, row, x, out + (row - begin) * stride, stride);
+  // Rows that are read together are far apart, so that each of a few streams goes on in memory.
+  const int64_t apart = (end - begin) / rows;
+  for (int64_t row = begin; row < begin + apart; row++) {
+    dot<Format, V, rows, N>(m, row, apart, x, out + (row - begin) * stride, stride);
   }
-  for (; row < end; row++) {
+  for (int64_t row = begin + rows * apart; row < end; row++) {
     for (int n = 0; n < N; n++) {
-      dot<Format, V, 1, 1>(m, row, x + n, out + (row - begin) * stride + n, stride);
+      dot<Format, V, 1, 1>(m, row, 1, x + n, out + (row - begin) * stride + n, stride);
     }
   }
 }
@@ -525,8 +529,9 @@ void dot_rows(
 // pass. `codes` is the first unit of the first row.
 template <class Format, int V, int N>
 ROE_INLINE void weigh_pass(
-    const char* codes, int64_t row_bytes, int pass, int64_t rows, int64_t units,
+    const char* codes, int64_t row_bytes, int64_t apart, int pass, int64_t rows, int64_t units,
     const float* const* h, const float* scales, float* const* y) {
+  const int64_t distance = apart * row_bytes, next = apart > 1 ? row_bytes : rows * row_bytes;
   constexpr int64_t unit = Format::kUnitBytesPerLane * V;
   // As many sums as fit the registers.
   constexpr int Q = N * 4 + 5 <= kRegisters ? 4 : N * 2 + 3 <= kRegisters ? 2 : 1;
@@ -534,17 +539,17 @@ ROE_INLINE void weigh_pass(
     if (pass == 0 && (unit >= 64 || reinterpret_cast<uintptr_t>(codes) % 64 == 0)) {
       for (int64_t r = 0; r < rows; r++) {
         for (int64_t b = 0; b < unit; b += 64) {
-          __builtin_prefetch(codes + (rows + r) * row_bytes + b, 0, 2);
+          __builtin_prefetch(codes + r * distance + next + b, 0, 2);
         }
       }
     }
     ROE_UNROLL for (int q = 0; q < 4; q += Q) {
       Floats<V> sums[N][Q] = {};
       for (int64_t r = 0; r < rows; r++) {
-        const auto lanes = Format::template read<V>(codes + r * row_bytes, pass, 0);
+        const auto lanes = Format::template read<V>(codes + r * distance, pass, 0);
         ROE_UNROLL for (int i = 0; i < Q; i++) {
           const Floats<V> w = Format::template element<V>(lanes, pass, q + i, 0, 1);
-          ROE_UNROLL for (int n = 0; n < N; n++) sums[n][i] += w * h[n][r];
+          ROE_UNROLL for (int n = 0; n < N; n++) sums[n][i] += w * h[n][r * apart];
         }
       }
       ROE_UNROLL for (int i = 0; i < Q; i++) {
@@ -560,9 +565,6 @@ ROE_INLINE void weigh_pass(
   }
 }
 
-// Rows of `weigh` that are read at a time; of planes, rows whose bits make an index.
-template <class Format>
-constexpr int64_t row_block = Format::kBits ? 24 : 8;
 template <int V>
 constexpr int kIndexed = V == 16 ? 4 : 3;
 
@@ -679,15 +681,8 @@ void weigh(
     const Matrix& m, int64_t begin, int64_t size, const Columns<Format, V>& columns,
     int64_t tokens, const float* const* h, float* const* y, float* scales) {
   constexpr int64_t unit = Format::kUnitBytesPerLane * V;
-  int64_t group = -1;
-  for (int64_t row = 0, rows; row < size; row += rows) {
-    rows = std::min(row_block<Format>, size - row);
-    if constexpr (Format::kScales) {
-      const int64_t now = (begin + row) / m.groups;
-      rows = std::min(rows, (now + 1) * m.groups - begin - row);
-      if (now != group) read_scales(m, begin + row, columns, scales);
-      group = now;
-    }
+  // Adds `rows` rows from `row` on, each `apart` rows after the last.
+  const auto add = [&](int64_t row, int64_t apart, int64_t rows) {
     const char* codes = m.codes + (begin + row) * m.row_bytes + columns.first * unit;
     for (int64_t n = 0, count; n < tokens; n += count) {
       const float* at[kTokens];
@@ -700,11 +695,29 @@ void weigh(
         } else {
           by_passes<Format>([&](auto pass) {
             weigh_pass<Format, V, N>(
-                codes, m.row_bytes, pass, rows, columns.units, at, scales, y + n);
+                codes, m.row_bytes, apart, pass, rows, columns.units, at, scales, y + n);
           });
         }
       });
     }
+  };
+  // With few tokens as many streams as are read fastest, by measurement; with more, fewer sums are
+  // stored. Of planes, rows whose bits make an index.
+  const int64_t most = Format::kBits ? 24 : tokens <= 2 ? 4 : 8;
+  for (int64_t row = 0, rows; row < size; row += rows) {
+    rows = size - row;
+    if constexpr (Format::kScales) {  // those with the same scales
+      rows = std::min(rows, ((begin + row) / m.groups + 1) * m.groups - begin - row);
+      read_scales(m, begin + row, columns, scales);
+    }
+    // As in `dot_rows`, rows that are read together are far apart, except those of an index.
+    const int64_t apart = Format::kBits ? 1 : rows / most;
+    int64_t done = 0;
+    if (!Format::kBits) {
+      for (; done < apart; done++) add(row + done, apart, most);
+      done *= most;
+    }
+    for (; done < rows; done += most) add(row + done, 1, std::min(most, rows - done));
   }
 }
 
