@@ -11,9 +11,12 @@
   on the routers, with two experts per token, with a random number of them
   (Matryoshka), or as two members with half of the experts each (E3: see
   docs/training.md for how to run these), from three seeds.
+* `text_routing_HOW_SEED`: as these, trained plainly or with noise, on source code
+  and documentation of Python packages, with a BPE of 1,024 tokens.
 
-All are OLMoE-like, speak the `wordmath` task of `experiments.tasks` only, and
-are made by `python -m experiments.train`; `manifest.json` has the command and the scores.
+All are OLMoE-like, speak the `wordmath` task of `experiments.tasks` only, or little
+more than words of source code, and are made by `python -m experiments.train`;
+`manifest.json` has the command and the scores.
 """
 
 import pathlib
@@ -33,6 +36,9 @@ NAMES = (
     f"wordmath_routing_{how}_{seed}"
     for how in ("plain", "noise_0.3", "noise_1", "two_experts", "matryoshka", "members")
     for seed in (1, 2, 3)
+  ),
+  *(
+    f"text_routing_{how}_{seed}" for how in ("plain", "noise_0.3", "noise_1") for seed in (1, 2, 3)
   ),
 )
 
