@@ -264,7 +264,8 @@ def time_text(roster: Roster) -> tuple[dict[str, dict[str, Any]], str]:
   text = text_files.read(FLAGS.text)
   params, config, tokenizer = app.open_model(FLAGS.checkpoint, FLAGS.dtype)
   cut = scoring.windows(config, tokenizer.encode(text), FLAGS.window)
-  texts, starts = (some[1 : FLAGS.num_examples + 1] for some in (cut.sequences, cut.starts))
+  chosen = slice(1, FLAGS.num_examples + 1)  # of the first one, other tokens are scored
+  texts, starts = cut.sequences[chosen], cut.starts[chosen]
   if len(texts) < FLAGS.num_examples:
     raise ValueError(
       f"--text has {len(texts)} windows of {FLAGS.window} tokens after its first one, fewer than "

@@ -184,11 +184,7 @@ def format_confirmation(confirmed: dict[str, Any], objective: str) -> str:
 
 def _sentence(differences, of, to, objective, fitted=False):
   difference = differences[of, to, fitted]
-  names = {
-    BASELINE: "the baseline",
-    UNIFORM: "the best of the sweep",
-    TUNED: "the tuned roster",
-  }
+  names = {BASELINE: "the baseline", UNIFORM: "the best of the sweep", TUNED: "the tuned roster"}
   lower_is_better = objective == Perplexity.name
   where = " at fitted output temperatures" if fitted else ""
   if not difference.is_significant:  # older profiles have no test
