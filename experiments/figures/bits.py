@@ -400,7 +400,7 @@ def findings(records: list[compared.Record]) -> str:
     )
 
   parts, measured = [], compared.unique(records, "kind")
-  for kind in [k for k in ("plan", "bit router") if k in measured]:
+  for kind in [k for k in ("compensated", "plan", "bit router") if k in measured]:
     better = of(kind, "kl_difference", 1, " thousandths of a nat")
     parts.append(f"KL against {KINDS[kind]}: {better or 'no significant difference'}.")
   for kind in [k for k in OF_MEMBERS if k in measured]:
