@@ -241,7 +241,7 @@ def table(results: dict[str, Result], scores: dict[str, dict[str, Any]]) -> str:
 
 
 def scoring_table(scores: dict[str, dict[str, Any]]) -> str:
-  """Formats times of scoring as a Markdown table; `proportional` adds the last column."""
+  """Formats times of scoring as a Markdown table; `add_proportional` adds the last column."""
   lines = ["| scoring | seconds | unsure tokens | of proportional |", "|---|---|---|---|"]
   for name, s in scores.items():
     share = "" if s["unsure"] is None else f"{100 * s['unsure']:.1f} %"
@@ -250,13 +250,17 @@ def scoring_table(scores: dict[str, dict[str, Any]]) -> str:
   return "\n".join(lines) + "\n"
 
 
-def proportional(scores: dict[str, dict[str, Any]], never: str, always: str) -> None:
-  """Adds the ratio to the time that grows in proportion to the unsure share between two rows."""
-  low, high = scores[never], scores[always]
+def add_proportional(scores: dict[str, dict[str, Any]], thresholds: Sequence[str]) -> None:
+  """Adds the ratio of each time to one that grows in proportion to the unsure share.
+
+  Args:
+    scores: `scoring_times`, changed in place.
+    thresholds: names of adaptive rosters; the first and the last one define what is proportional.
+  """
+  low, high = scores[thresholds[0]], scores[thresholds[-1]]
   slope = (high["seconds"] - low["seconds"]) / (high["unsure"] - low["unsure"])
-  for s in scores.values():
-    if s["unsure"] is not None:
-      s["of_proportional"] = s["seconds"] / (low["seconds"] + slope * (s["unsure"] - low["unsure"]))
+  for s in map(scores.__getitem__, thresholds):
+    s["of_proportional"] = s["seconds"] / (low["seconds"] + slope * (s["unsure"] - low["unsure"]))
 
 
 def time_text(roster: Roster) -> tuple[dict[str, dict[str, Any]], str]:
@@ -278,7 +282,7 @@ def time_text(roster: Roster) -> tuple[dict[str, dict[str, Any]], str]:
     scores = scoring_times(
       params, config, texts, starts, rosters, FLAGS.rounds, bar.update, batch_size=FLAGS.batch_size
     )
-  proportional(scores, NEVER, ALWAYS)
+  add_proportional(scores, thresholds)
   return scores, scoring_table(scores)
 
 

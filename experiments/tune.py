@@ -11,6 +11,9 @@ TPE. --sampler=sweep runs only the first part. To rule out selection luck, the b
 best τ of the sweep and the baseline are re-evaluated on --num_confirm fresh examples with
 fresh noise seeds.
 
+--parameter=beta tunes the β of SCMoE's contrast (arXiv 2405.14507) in place of τ, in the same way,
+but each β compiles its programs anew.
+
 Several processes may share a search: those of --num_workers, or several runs of the same
 command. (With --distributed, all processes run each trial together.) When rerun, it resumes.
 The values of trials do not depend on interruptions or on the number of processes. Which trials

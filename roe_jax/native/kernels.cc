@@ -565,6 +565,7 @@ ROE_INLINE void weigh_pass(
   }
 }
 
+// Rows of planes whose bits make an index.
 template <int V>
 constexpr int kIndexed = V == 16 ? 4 : 3;
 
@@ -702,7 +703,7 @@ void weigh(
     }
   };
   // By measurement, few tokens are fastest with four streams, as in `dot_rows`, and more with rows in
-  // order, since fewer sums are stored. Of planes, rows whose bits make an index.
+  // order, since fewer sums are stored. Of planes, 24 rows are some indices in any width.
   const bool is_apart = !Format::kBits && tokens <= 2;
   const int64_t most = Format::kBits ? 24 : is_apart ? 4 : 8;
   for (int64_t row = 0, rows; row < size; row += rows) {

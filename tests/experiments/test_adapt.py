@@ -31,6 +31,15 @@ def test_tokens_are_compared_up_to_the_first_that_differs():
   assert roster_speed.changed_tokens(expected, found) == (1, 4)
 
 
+def test_times_are_compared_with_the_line_between_the_first_and_the_last_threshold():
+  seconds = {"roster": (9.0, 1.0), "a": (2.0, 0.0), "b": (4.4, 0.25), "c": (10.0, 1.0)}
+  scores = {name: dict(seconds=s, unsure=share) for name, (s, share) in seconds.items()}
+  roster_speed.add_proportional(scores, ["a", "b", "c"])
+  found = {name: s.get("of_proportional") for name, s in scores.items()}
+  assert found == {"roster": None, "a": 1.0, "b": pytest.approx(1.1), "c": 1.0}
+  assert "| b | 4.40 | 25.0 % | 1.10 |" in roster_speed.scoring_table(scores)
+
+
 @pytest.mark.slow
 def test_a_profile_says_where_members_run(tmp_path):
   model = "embedded:wordmath_control"
