@@ -150,7 +150,9 @@ def test_the_host_holds_little_beside_the_parameters(models):
   assert found["bytes_held"] > size
   caches = 200e6
   assert found["peak"] - found["bytes_held"] < caches + 3 * PIECE
-  assert found["bytes_read"] < 1.01 * size
+  # An array that all devices hold is read again by those that ask for it at once: usually by
+  # one to three of the eight, on a busy machine by all.
+  assert found["bytes_read"] < 1.01 * found["bytes_held"] < 1.2 * size
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -163,9 +165,7 @@ def test_a_process_reads_and_holds_what_its_devices_need(models, kind):
   folder, params = models
   for i, found in enumerate(load(folder, kind, num_processes=2)):
     assert found["checksum"] == checksum(params, slice(4 * i, 4 * i + 4))
-    # A chunk that several devices hold (the embedding, 0.5 MB) is read again where two of
-    # them ask for it at once: none to three times as measured, 0.25 % each.
-    assert found["bytes_read"] < 1.03 * (whole - experts / 2)
+    assert found["bytes_read"] < 1.01 * found["bytes_held"] < 1.2 * (whole - experts / 2)
     assert found["bytes_held"] < found["peak"] < 0.9 * whole
     if kind == "hub":  # its pieces have 64 MiB: two layers
       assert found["peak"] - found["bytes_held"] < 5 * PIECE
