@@ -11,8 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from roe_jax import native
 
 BANDWIDTH_BYTES = 2**30
+ROW = 2**12  # elements
 MATMUL_WIDTH = (1024, 8192)  # on a CPU, and on an accelerator
 
 
@@ -98,33 +102,39 @@ def peaks() -> dict[str, int]:
 def bandwidth_call() -> tuple[Callable[[], None], int]:
   """Returns a call that reads an array once, and the array's size in bytes.
 
-  The array is 1 GiB of float32, or a quarter of the free memory if that is less. Summing it to
-  one number read fastest of what was tried, on one core and on several (sums along an axis use
-  one core).
+  The array is 1 GiB of float32, or a quarter of the free memory if that is less. It is summed to
+  one number, which read fastest of what XLA was tried with (one stream of memory per core); or
+  multiplied with one token by the native kernel, which reads several, where that is faster.
   """
   size = max(1, min(BANDWIDTH_BYTES, free_bytes() // 4) // 4)
-  array = jax.jit(lambda: jnp.ones(size, jnp.float32))()
-  read = jax.jit(jnp.sum).lower(array).compile()
-
-  def call():
-    jax.block_until_ready(read(array))
-
-  return call, array.nbytes
+  rows = max(1, size // ROW)
+  array = jax.jit(lambda: jnp.ones((1, rows, size // rows), jnp.float32))()
+  token = jnp.ones((1, array.shape[2]), jnp.float32)
+  reads = [lambda token, array: jnp.sum(array)]
+  if native.is_available() and array.shape[2] % native.MULTIPLE == 0:
+    reads.append(lambda token, array: native.project("float32", token, array, None, 0))
+  return _fastest([_call(read, token, array) for read in reads]), array.nbytes
 
 
 def matmul_call() -> tuple[Callable[[], None], float]:
   """Returns a call of a matmul, in bfloat16 or float32 as is faster here, and its FLOPs."""
   width = MATMUL_WIDTH[jax.default_backend() != "cpu"]
-  calls = []
-  for dtype in ("bfloat16", "float32"):
-    matrix = jnp.full((width, width), 1 / width, dtype)
-    product = jax.jit(jnp.dot).lower(matrix, matrix).compile()
+  matrices = [jnp.full((width, width), 1 / width, dtype) for dtype in ("bfloat16", "float32")]
+  return _fastest([_call(jnp.dot, m, m) for m in matrices]), 2.0 * width**3
 
-    def call(product=product, matrix=matrix):
-      jax.block_until_ready(product(matrix, matrix))
 
+def _call(function, *args):
+  """Returns a call of a compiled function."""
+  compiled = jax.jit(function).lower(*args).compile()
+  return lambda: jax.block_until_ready(compiled(*args))
+
+
+def _fastest(calls):
+  """Returns the fastest of some calls, by one after a first one."""
+  seconds = []
+  for call in calls:
     call()
     begin = time.perf_counter()
     call()
-    calls.append((time.perf_counter() - begin, call))
-  return min(calls, key=lambda c: c[0])[1], 2.0 * width**3
+    seconds.append(time.perf_counter() - begin)
+  return calls[int(np.argmin(seconds))]
