@@ -66,7 +66,7 @@ class Config:
 
   task: str = "text/lambada"
   other: str = "text/wikitext2"
-  members: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+  members: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
   compared: int = 8
   temperatures: tuple[float, ...] = (0.1, 0.3, 1.0)
   num_validation: int = 120

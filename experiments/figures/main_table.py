@@ -11,7 +11,8 @@ are counted on development passages. The best β of SCMoE is the one with the mo
 there.
 
 Computation is that of a decoding step at position `context`, in FLOPs of matrix products; an
-adaptive roster's follows from the number of members that ran.
+adaptive roster's follows from the number of members that ran. Unique experts are those that a layer
+reads for a token, over all members; they are counted at all positions of development passages.
 
 Rosters with the same Clean Cache read each batch together. Other numbers of experts, caches and
 checkpoints are read on `num_few` passages, too few for claims about accuracy.
@@ -61,7 +62,7 @@ class Config:
     others: other checkpoints, with and without a roster.
     num_validation: development passages.
     num_examples, num_few: test passages.
-    num_counted: development passages on which kept experts are counted.
+    num_counted: development passages on which kept and unique experts are counted.
     context: position of the token whose computation is given.
   """
 
@@ -87,16 +88,26 @@ class Config:
   )
   layers: tuple[str, ...] = ("roster:layers=0-9", "roster:layers=10-19", "roster:layers=20-29")
   histories: tuple[str, ...] = ("roster:cache=standard",)
-  experts: tuple[int, ...] = (4, 6, 10)
+  experts: tuple[int, ...] = (4, 6, 10, 12)
   others: tuple[str, ...] = ("smollm2_neurons", "smollm2_tuned")
   num_validation: int = 100
   num_examples: int = 1000
-  num_few: int = 300
+  num_few: int = 200
   num_counted: int = 8
   context: int = 100
 
 
 CONFIGS = {"smollm2": Config()}
+_CARVE = (
+  "python -m checkpoints_convert --source=SmolLM2-135M-Instruct.Q4_1.gguf --carve=S4A8E16 "
+  "--calibration=calibration.txt --target="
+)
+OTHERS = {
+  "smollm2_neurons": f"{_CARVE}smollm2_neurons --carve_router=neurons",
+  "smollm2_tuned": "python -m experiments.fine_tune --checkpoint=smollm2_carved "
+  "--text=calibration.txt --output=smollm2_tuning --steps=96 --batch_size=2 "
+  "--held_out_tokens=1024; mv smollm2_tuning/model smollm2_tuned",
+}
 TABLES = {
   "compute": "Uses of computation",
   "strength": "Strength of the noise",
@@ -165,6 +176,20 @@ class Reader:
       middle = (low + high) / 2
       low, high = (middle, high) if self._kept(noise, middle) > wanted else (low, middle)
     return low or high
+
+  def unique_experts(self, method: Method) -> float | None:
+    """Returns how many experts of a layer a token needs; None if it depends on the position."""
+    if method.roster.is_adaptive:
+      return None
+    some = [r.sequence for r in self.requests["validation"][: self._run.config.num_counted]]
+    return self._keep.get(
+      f"{self._checkpoint}, {method.text}, unique experts",
+      lambda: float(
+        diagnostics.unique_experts(
+          self.params, method.config, method.roster, some
+        ).by_position.mean()
+      ),
+    )
 
   def _kept(self, noise, strength):
     """Returns the share of the clean member's experts that a noisy member keeps."""
@@ -261,6 +286,7 @@ def _compared(config, table, is_main):
 
 def measure(run: FigureRun) -> list[dict[str, Any]]:
   config, found = run.config, []
+  check_others(config.others)
   # A run with more methods or passages reads what another one has measured.
   of_all = ("task", "num_members", "temperatures", "num_validation", "num_counted")
   kept = dataclasses.replace(Config(), **{name: getattr(config, name) for name in of_all})
@@ -285,6 +311,20 @@ def measure(run: FigureRun) -> list[dict[str, Any]]:
   return [r for of_table in by_table for r in compared.corrected(of_table)]
 
 
+def check_others(checkpoints: Sequence[str]) -> None:
+  """Checks that the other checkpoints exist, before any work.
+
+  Raises:
+    FileNotFoundError: one does not; the message has the command that makes it.
+  """
+  for name in checkpoints:
+    try:
+      app.load_config(name)
+    except FileNotFoundError as error:
+      remedy = f"make it with `{OTHERS[name]}`, or " if name in OTHERS else ""
+      raise FileNotFoundError(f"{error}; {remedy}leave it out of --set=others=...") from error
+
+
 def _records(reader, methods, table, config):
   """Returns the records of some methods, compared with the first one."""
   count = config.num_few if table in FEW else config.num_examples
@@ -295,6 +335,7 @@ def _records(reader, methods, table, config):
     computation = _flops(method, members, config.context)
     computation /= _flops(reader.parse("baseline"), 1, config.context)
     also = dict(method=method.text, members=members, experts=experts, computation=computation)
+    also["unique_experts"] = reader.unique_experts(method)
     label = method.label + " (all)" * (experts == method.config.num_experts)
     if method.no_likelihood:
       record = also | dict(label=label, task=config.task, examples=len(words))
@@ -333,6 +374,7 @@ def table(records: list[dict[str, Any]]) -> str:
       "passages": "examples",
       "computation": lambda r: f"{r['computation']:.2f}",
       "members": lambda r: f"{r['members']:.3g}",
+      "unique experts": lambda r: f"{r['unique_experts']:.1f}" if r["unique_experts"] else "",
     }
     shown = ("quality", "quality_difference", *compared.LIKELIHOOD)
     if of_table:

@@ -588,6 +588,11 @@ def test_problems_of_sub_tasks_and_their_answers(kind, tokenizer):
       assert tokenizer.decode(answer) == f"{problem.result}. #### {problem.result}"
 
 
+def test_a_missing_checkpoint_of_the_main_table_is_named_with_its_command():
+  with pytest.raises(FileNotFoundError, match="make it with `.*--carve_router=neurons`"):
+    main_table.check_others(["smollm2_neurons"])
+
+
 def test_the_main_table_has_each_method_as_it_scores_alone(last_words_run, monkeypatch):
   monkeypatch.setattr(main_table, "ENOUGH", 5)
   monkeypatch.setattr(main_table, "BETAS", (0.9,))
@@ -636,6 +641,10 @@ def test_the_main_table_has_each_method_as_it_scores_alone(last_words_run, monke
     if r["quality"]:
       assert r["quality"].value == pytest.approx(100 * np.mean(right))
   assert of["compute", "baseline"]["computation"] == 1
+  active = reader.config.experts_per_token
+  assert of["compute", "baseline"]["unique_experts"] == active
+  assert active < of["compute", "roster"]["unique_experts"] < 3 * active
+  assert of["compute", "roster:unsure=margin<0.5"]["unique_experts"] is None
   assert (
     1
     < of["compute", "roster:unsure=margin<0.5"]["computation"]
