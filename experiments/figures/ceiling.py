@@ -155,6 +155,11 @@ def _parts(records):
 
 def table(records: list[dict]) -> str:
   points, fits = _parts(records)
+  return compared.table(points, ("model", "label"), compared.LIKELIHOOD) + table_of_fits(fits)
+
+
+def table_of_fits(fits: list[dict]) -> str:
+  """Returns a table of what `fit_ceiling` returned, with a sentence before it."""
   known = set().union(*(f["reached"] or () for f in fits))
 
   def reached(k):
@@ -170,11 +175,9 @@ def table(records: list[dict]) -> str:
     **{f"n = {k}": reached(k) for k in ("2", "8", "32", "128") if k in known},
   }
   return (
-    compared.table(points, ("model", "label"), compared.LIKELIHOOD)
-    + "\n\nThe fitted ceiling of the difference in perplexity from the baseline (*: its interval "
+    "\n\nThe fitted ceiling of the difference in perplexity from the baseline (*: its interval "
     "excludes zero), and the share of it that n members reach:\n\n"
-    + report_page.table_of(fits, columns)
-  )
+  ) + report_page.table_of(fits, columns)
 
 
 def findings(records: list[dict]) -> str:

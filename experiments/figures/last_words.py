@@ -8,7 +8,8 @@ passages, for each n. τ is the one of `temperatures` with the lowest perplexity
 members on development passages; then test passages are read once.
 
 All rosters of a model attend to one Clean Cache, and the members of a smaller roster are the first
-ones of a larger one, so that one pass serves all n.
+ones of a larger one, so that one pass serves all n. The ceiling of the gain in perplexity is fitted
+as in `ceiling`.
 
 The members' disagreement is the mutual information between member and token, in nats: the entropy
 of the mean distribution minus the mean entropy of the members. It is a score for "the baseline's
@@ -38,7 +39,7 @@ from experiments.analysis import (
 from experiments.analysis.output_temperatures import GRID
 from experiments.cli import app
 from experiments.evaluation.requests import Continuation, RequestBuilder
-from experiments.figures import compared, figure_models, likelihoods, passages
+from experiments.figures import ceiling, compared, figure_models, likelihoods, passages
 from experiments.figures.figure_run import FigureRun, Measurements
 from roe_jax import diagnostics, routing
 from roe_jax.roster import Roster
@@ -277,6 +278,12 @@ def _records(checkpoint, config, nll, tau, fitted, read):
       p = paired_statistics.paired_test(right, baseline).p
       record["quality_difference"] = dataclasses.replace(difference, p=p)
     of_n.append(record)
+  sizes, fits = np.array(config.members, float), []
+  if len(sizes) > 3:  # three rosters: fewer fit any curve
+    for kind in ceiling.KINDS:
+      nll_NxX = np.array([m[kind] for m in measured]).mean(axis=-1)
+      fitted_ceiling = ceiling.fit_ceiling(sizes, nll_NxX, words)
+      fits.append({"part": "ceiling", "model": model, "fit": kind, **fitted_ceiling})
   wrong = [not r["first"][0] for r in test]
   scored = [(WRONG, test, wrong), (OTHER, test + other, [False] * len(test) + [True] * len(other))]
   of_scores = []
@@ -299,7 +306,7 @@ def _records(checkpoint, config, nll, tau, fitted, read):
     ]
   differences = paired_statistics.corrected([r["area_difference"] for r in of_scores])
   of_scores = [r | {"area_difference": d} for r, d in zip(of_scores, differences)]
-  return found + compared.corrected(of_n) + of_scores
+  return found + compared.corrected(of_n) + fits + of_scores
 
 
 def _part(records, part):
@@ -323,9 +330,10 @@ def table(records: list[dict[str, Any]]) -> str:
       r["area_difference"], 1, True
     ),
   }
-  shown = ("quality", "quality_difference", *compared.LIKELIHOOD)
+  shown, fits = ("quality", "quality_difference", *compared.LIKELIHOOD), _part(records, "ceiling")
   return (
     compared.table(_part(records, "n"), ("model", "label", "examples", "tau"), shown)
+    + (ceiling.table_of_fits(fits) if fits else "")
     + "\n\nPerplexities are per word. Choice of τ:\n\n"
     + report_page.table_of(_part(records, "tau"), of_tau)
     + "\n\nScores of uncertainty:\n\n"
@@ -335,6 +343,8 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def findings(records: list[dict[str, Any]]) -> str:
   sentences = [compared.findings(_part(records, "n"))]
+  if fits := _part(records, "ceiling"):
+    sentences.append(ceiling.findings(fits))
   for r in _part(records, "score"):
     if r["score"] == DISAGREEMENT:
       d = r["area_difference"]

@@ -460,7 +460,7 @@ def test_lower_perplexity_is_drawn_higher(name):
 def last_words_run(tiny_checkpoint, tmp_path):
   config = dataclasses.replace(
     last_words.Config(),
-    members=(1, 2, 4),
+    members=(1, 2, 3, 4),
     compared=2,
     temperatures=(0.5,),
     num_validation=3,
@@ -484,7 +484,11 @@ def test_last_words_are_read_as_all_members_predict_them(last_words_run, monkeyp
   monkeypatch.setattr(last_words, "OTHER_CONTEXT", 60)
   run, checkpoint = last_words_run, last_words_run.model.checkpoint
   found = last_words.measure(run)
-  assert [r["part"] for r in found].count("n") == 3 and len(found) == 1 + 3 + 8
+  assert [r["part"] for r in found].count("n") == 4 and len(found) == 1 + 4 + 2 + 8
+  log = {r["n"]: np.log(r["perplexity"].value) for r in found if r["part"] == "n"}
+  _, limit = np.polyfit([1 / n for n in (2, 3, 4)], [log[n] for n in (2, 3, 4)], 1)
+  of_limit = next(r["limit"].value for r in found if r["part"] == "ceiling" and r["fit"] == "nll")
+  assert of_limit == pytest.approx(100 * np.expm1(limit - log[1]), rel=1e-6, abs=1e-9)
   tau = next(r["tau"] for r in found if r["part"] == "tau" and r["chosen"])
   assert all(
     isinstance(part, str) for part in (last_words.table(found), last_words.findings(found))
