@@ -380,6 +380,7 @@ def draw(records: list[dict[str, Any]]):
     drawing.dots(
       row[3], [e.replace(" token", "\ntoken").replace(" of ", "\nof ") for e in events], series
     )
+    row[3].tick_params(axis="x", labelsize=7)
     row[3].set_ylabel("area under ROC curve (%)")
     row[3].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
   return figure

@@ -12,7 +12,7 @@ there.
 
 Computation is that of a decoding step at position `context`, in FLOPs of matrix products; an
 adaptive roster's follows from the number of members that ran. Unique experts are those that a layer
-reads for a token, over all members; they are counted at all positions of development passages.
+reads for a token, over all members; they are counted at all positions of two development passages.
 
 Rosters with the same Clean Cache read each batch together. Other numbers of experts, caches and
 checkpoints are read on `num_few` passages, too few for claims about accuracy.
@@ -62,7 +62,7 @@ class Config:
     others: other checkpoints, with and without a roster.
     num_validation: development passages.
     num_examples, num_few: test passages.
-    num_counted: development passages on which kept and unique experts are counted.
+    num_counted: development passages on which kept experts are counted.
     context: position of the token whose computation is given.
   """
 
@@ -92,7 +92,7 @@ class Config:
   others: tuple[str, ...] = ("smollm2_neurons", "smollm2_tuned")
   num_validation: int = 100
   num_examples: int = 1000
-  num_few: int = 200
+  num_few: int = passages.PART  # whose batches are also those of more passages
   num_counted: int = 8
   context: int = 100
 
@@ -181,7 +181,7 @@ class Reader:
     """Returns how many experts of a layer a token needs; None if it depends on the position."""
     if method.roster.is_adaptive:
       return None
-    some = [r.sequence for r in self.requests["validation"][: self._run.config.num_counted]]
+    some = [r.sequence for r in self.requests["validation"][:2]]
     return self._keep.get(
       f"{self._checkpoint}, {method.text}, unique experts",
       lambda: float(
@@ -289,7 +289,8 @@ def measure(run: FigureRun) -> list[dict[str, Any]]:
   check_others(config.others)
   # A run with more methods or passages reads what another one has measured.
   of_all = ("task", "num_members", "temperatures", "num_validation", "num_counted")
-  kept = dataclasses.replace(Config(), **{name: getattr(config, name) for name in of_all})
+  others = [f.name for f in dataclasses.fields(config) if f.name not in of_all]
+  kept = dataclasses.replace(config, **{name: type(getattr(config, name))() for name in others})
   keep = dataclasses.replace(run, config=kept).measurements()
   for checkpoint in (*run.model.checkpoints, *config.others):
     reader = Reader(run, checkpoint, keep)
@@ -374,7 +375,7 @@ def table(records: list[dict[str, Any]]) -> str:
       "passages": "examples",
       "computation": lambda r: f"{r['computation']:.2f}",
       "members": lambda r: f"{r['members']:.3g}",
-      "unique experts": lambda r: f"{r['unique_experts']:.1f}" if r["unique_experts"] else "",
+      "unique experts": lambda r: f"{r['unique_experts']:.1f}" if r.get("unique_experts") else "",
     }
     shown = ("quality", "quality_difference", *compared.LIKELIHOOD)
     if of_table:

@@ -69,9 +69,7 @@ def text(results: pathlib.Path) -> str:
     "nothing about large models: we did not have the paper's checkpoints. With them, run the same "
     "commands with `--model=olmoe`, `mixtral` or `gpt_oss`. Sections dated before 2026-11-27 "
     "addressed noise by the index of an example, and count unique active experts per step of a "
-    "batch instead of per token. In `last_words` and `main_table` of 2026-11-28, the last token of "
-    "the last word could not see one or two tokens before it in 4 of the 1,000 test passages, "
-    "in the baseline as in rosters: a defect that is repaired since.",
+    "batch instead of per token.",
   ]
   for model in ALL.values():
     for title, names in PARTS:
