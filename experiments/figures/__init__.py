@@ -33,11 +33,8 @@ the others are estimated with `roe_jax.costs` (H100):
     shared_noise       10        15        10          6
     tau_units          40        90        50          8
 
-smollm2's `shared_noise` took 47 minutes of two busy cores. One batch of `last_words` took 1.5 s of
-CPU time per passage (48 passages of LAMBADA, 32 members, all roster sizes at 13 output
-temperatures), so its 1,320 passages are an estimated 33 minutes of one core, and more with several
-candidates for τ. The kept `main_table` leaves out SCMoE and the standard cache; it took about two
-hours of one core of a busy machine.
+smollm2's `shared_noise` took 47 minutes of two busy cores, and `last_words` 36 of one core (1,000
+passages, n up to 64, three candidates for τ). `main_table` took MINUTES of one core.
 
 `merged_tasks` fine-tunes a small model four times; it took 70 minutes of one core that other jobs
 shared. `deep_training` trains twelve models of 24 layers and `trained_routing` those that are not
