@@ -412,7 +412,7 @@ def summary(records: list[dict[str, Any]]) -> str:
 
 def findings(records: list[dict[str, Any]]) -> str:
   sentences = [summary(records)]
-  for name in ("noise", "layers", "experts", "checkpoints"):
+  for name in ("noise", "layers", "histories", "experts", "checkpoints"):
     shown = [
       f"{r['model'] + ': ' if name == 'checkpoints' else ''}{r['label']} "
       + compared.cell(r["fitted_difference"], 1, True)
