@@ -43,9 +43,24 @@ def execute(
   client.execute(env=os.environ | paths)
   for cell in notebook.cells:
     if cell.cell_type == "code":
-      cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+      cell.outputs = as_shown([o for o in cell.outputs if o.get("name") != "stderr"])
   notebook.metadata.pop("language_info", None)
   return notebook
+
+
+def as_shown(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+  """Joins adjacent streams, and leaves of a progress bar what a terminal shows in the end."""
+  found: list[nbformat.NotebookNode] = []
+  for output in outputs:
+    if found and output.output_type == found[-1].output_type == "stream":
+      found[-1].text += output.text
+    else:
+      found.append(output)
+  for output in found:
+    if output.output_type == "stream":
+      lines = output.text.replace("\r\n", "\n").split("\n")
+      output.text = "\n".join(line.rstrip("\r ").rpartition("\r")[2] for line in lines)
+  return found
 
 
 def main(names: list[str]) -> None:
