@@ -12,7 +12,7 @@ best τ of the sweep and the baseline are re-evaluated on --num_confirm fresh ex
 fresh noise seeds.
 
 --parameter=beta tunes the β of SCMoE's contrast (arXiv 2405.14507) in place of τ, in the same way,
-but each β compiles its programs anew.
+but each β compiles its own programs.
 
 Several processes may share a search: those of --num_workers, or several runs of the same
 command. (With --distributed, all processes run each trial together.) When rerun, it resumes.
