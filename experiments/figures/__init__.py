@@ -65,7 +65,7 @@ REVIEWERS = (
   "shared_noise",
   "tau_units",
 )
-LANGUAGE = ("main_table", "last_words")
+LANGUAGE = ("main_table", "last_words", "minimal_pairs")
 VISION = ("vision_sr", "vision_moe")
 SYSTEMS = ("merged_tasks", "bits")
 TRAINING = ("trained_routing", "deep_training")

@@ -97,7 +97,7 @@ def test_every_figure_has_what_a_figure_has(name):
   module = figures.get(name)
   of_models = set(figure_models.MODELS) - ({"embedded"} if name in figures.LANGUAGE else set())
   of_models = {"vision"} if name in figures.VISION else of_models
-  of_models = {"smollm2"} if name == "main_table" else of_models
+  of_models = {"smollm2"} if name in ("main_table", "minimal_pairs") else of_models
   of_models = {"embedded"} if name in figures.SYSTEMS + figures.TRAINING else of_models
   of_models = {"embedded", "smollm2"} if name == "bits" else of_models
   assert set(module.CONFIGS) == of_models
