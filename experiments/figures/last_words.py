@@ -63,6 +63,7 @@ class Config:
     temperatures: candidates for τ of all layers.
     num_validation: development passages.
     num_examples, num_other: passages of the test sets.
+    num_seeds: noise seeds of the roster of `compared` members; all else has the first one.
   """
 
   task: str = "text/lambada"
@@ -73,6 +74,7 @@ class Config:
   num_validation: int = 120
   num_examples: int = 1000
   num_other: int = 200
+  num_seeds: int = 3
 
 
 CONFIGS = {name: Config() for name in figure_models.MODELS if name != "embedded"}
@@ -210,7 +212,7 @@ def _of_request(summary, b, count):
 def measure(run: FigureRun) -> list[dict[str, Any]]:
   config, found = run.config, []
   # A run of more passages reads what one of fewer has measured.
-  counts = dataclasses.replace(config, num_examples=0, num_other=0)
+  counts = dataclasses.replace(config, num_examples=0, num_other=0, num_seeds=0)
   keep = dataclasses.replace(run, config=counts).measurements()
   sizes, at = config.members, config.members.index(config.compared)
   for checkpoint in run.model.checkpoints:
@@ -237,8 +239,54 @@ def measure(run: FigureRun) -> list[dict[str, Any]]:
       "other": reader.words_of(config.other, config.num_other),
     }
     read = {name: reader.read(name, None, some, [best])[best.name] for name, some in parts.items()}
+    others = [
+      Job(
+        f"seed {seed}",
+        Roster.create(reader.config, config.compared, tau, seed=seed),
+        (config.compared,),
+        best.output_temperatures[at : at + 1],
+      )
+      for seed in run.seeds[1:]
+    ]
+    seeds = f"test, seeds {run.seeds[1:]}"
+    again = reader.read(seeds, None, parts["test"], others) if others else {}
+    of_seeds = {run.seed: [_of_size(r, at) for r in read["test"]]}
+    of_seeds |= dict(zip(run.seeds[1:], again.values()))
     found += _records(checkpoint, config, nll, tau, fitted, read)
+    found += _seed_records(checkpoint, config, fitted[at], of_seeds, read["test"])
   return found
+
+
+def _of_size(request, i):
+  """Returns what was read of a request with the i-th roster alone."""
+  return {name: values[i : i + 1] for name, values in request.items()}
+
+
+def _seed_records(checkpoint, config, fitted, of_seeds, test):
+  """Returns the records of each noise seed and of all, against the baseline of `test`."""
+  model, words = checkpoint.rpartition(":")[2], np.ones(len(test))
+
+  def values(some, name, i=0):
+    return np.array([r[name][0][i] if name == "nll" else r[name][0] for r in some])
+
+  def record(seeds):
+    def stacked(name, i=0, own=True):
+      return np.stack([values(of_seeds[s] if own else test, name, i) for s in seeds], axis=1)
+
+    roster, baseline = (
+      {"temperature": fitted, "nll": stacked("nll", 0, own), "fitted_nll": stacked("nll", 1, own)}
+      for own in (True, False)
+    )
+    right = stacked("right"), stacked("right", own=False)
+    label = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    also = {"part": "seed", "model": model, "n": config.compared}
+    return likelihoods.record(roster, baseline, words, label, config.task, **also) | {
+      "quality": paired_statistics.accuracy(right[0]),
+      "quality_difference": paired_statistics.paired_accuracy(*right),
+    }
+
+  seeds = list(of_seeds)
+  return [record(some) for some in ([[s] for s in seeds] + [seeds] * (len(seeds) > 1))]
 
 
 def _records(checkpoint, config, nll, tau, fitted, read):
@@ -334,11 +382,18 @@ def table(records: list[dict[str, Any]]) -> str:
   return (
     compared.table(_part(records, "n"), ("model", "label", "examples", "tau"), shown)
     + (ceiling.table_of_fits(fits) if fits else "")
+    + (f"\n\nNoise seeds:\n\n{_seed_table(seeds)}" if (seeds := _part(records, "seed")) else "")
     + "\n\nPerplexities are per word. Choice of τ:\n\n"
     + report_page.table_of(_part(records, "tau"), of_tau)
     + "\n\nScores of uncertainty:\n\n"
     + report_page.table_of(_part(records, "score"), of_score)
   )
+
+
+def _seed_table(records):
+  shown = ("quality", "quality_difference", *compared.LIKELIHOOD)
+  note = compared.table(records, ("model", "n", "label", "examples"), shown)
+  return note.removesuffix(compared.NOTE) + "Brackets as above; not tested again."
 
 
 def findings(records: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Which sentence of a minimal pair is grammatical: a choice that no output temperature is fitted for.
+"""Which sentence of a minimal pair is grammatical: a choice without an output temperature.
 
     python -m experiments.reproduce --figure=minimal_pairs --model=smollm2 --data_dir=data
 

@@ -466,6 +466,7 @@ def last_words_run(tiny_checkpoint, tmp_path):
     num_validation=3,
     num_examples=5,
     num_other=2,
+    num_seeds=2,
   )
   model = dataclasses.replace(
     figure_models.get("smollm2"), checkpoints=(str(tiny_checkpoint),), batch_size=2
@@ -484,7 +485,10 @@ def test_last_words_are_read_as_all_members_predict_them(last_words_run, monkeyp
   monkeypatch.setattr(last_words, "OTHER_CONTEXT", 60)
   run, checkpoint = last_words_run, last_words_run.model.checkpoint
   found = last_words.measure(run)
-  assert [r["part"] for r in found].count("n") == 4 and len(found) == 1 + 4 + 2 + 8
+  assert [r["part"] for r in found].count("n") == 4 and len(found) == 1 + 4 + 2 + 8 + 3
+  of_seeds = [r["perplexity"].value for r in found if r["part"] == "seed"]
+  assert of_seeds[0] == next(r["perplexity"].value for r in found if r.get("n") == 2)
+  assert of_seeds[0] != of_seeds[1] and np.prod(of_seeds[:2]) == pytest.approx(of_seeds[2] ** 2)
   log = {r["n"]: np.log(r["perplexity"].value) for r in found if r["part"] == "n"}
   _, limit = np.polyfit([1 / n for n in (2, 3, 4)], [log[n] for n in (2, 3, 4)], 1)
   of_limit = next(r["limit"].value for r in found if r["part"] == "ceiling" and r["fit"] == "nll")
