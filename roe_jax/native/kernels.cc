@@ -68,13 +68,13 @@ ROE_INLINE To bits(From value) {
   return load<To>(&value);
 }
 
-// Keeps a vector in a register; else compilers may load it anew for each of its uses.
-template <int V>
+// Keeps a vector in a register if asked to; else compilers may load it anew for each of its uses.
+template <int V, bool keeps = true>
 ROE_INLINE Floats<V> kept(Floats<V> v) {
 #if defined(__x86_64__)
-  if constexpr (V > 1) asm("" : "+v"(v));
+  if constexpr (V > 1 && keeps) asm("" : "+v"(v));
 #elif defined(__aarch64__)
-  if constexpr (V > 1) asm("" : "+w"(v));
+  if constexpr (V > 1 && keeps) asm("" : "+w"(v));
 #endif
   return v;
 }
@@ -386,6 +386,7 @@ ROE_INLINE void dot_pass(
   constexpr int T = Format::kTogether;
   // Fewer sums would wait for one another.
   constexpr int K = R * N < 4 ? 4 : R * N < 8 ? 2 : 1;
+  constexpr bool keeps = N > 2;  // by measurement, as the number of rows in `dot_rows`
   const int64_t width = m.width / Format::kParts, row_bytes = apart * m.row_bytes;
   const int64_t group = m.width / m.groups, run = std::gcd(group, width);
   const char* codes = m.codes + row * m.row_bytes;
@@ -416,11 +417,13 @@ ROE_INLINE void dot_pass(
       }
       ROE_UNROLL for (int t = 0; t < T; t++) {
         ROE_UNROLL for (int i = 0; i < 4; i++) {
+          Floats<V> w[R];
           ROE_UNROLL for (int r = 0; r < R; r++) {
-            const Floats<V> w = Format::template element<V>(lanes[r], pass, i, t, groups[r][t]);
-            ROE_UNROLL for (int n = 0; n < N; n++) {
-              parts[i % K][r][n] += w * load<Floats<V>>(x[n] + first[t] + c + i * V);
-            }
+            w[r] = kept<V, keeps>(Format::template element<V>(lanes[r], pass, i, t, groups[r][t]));
+          }
+          ROE_UNROLL for (int n = 0; n < N; n++) {
+            const auto values = kept<V, keeps>(load<Floats<V>>(x[n] + first[t] + c + i * V));
+            ROE_UNROLL for (int r = 0; r < R; r++) parts[i % K][r][n] += w[r] * values;
           }
         }
       }
@@ -512,7 +515,7 @@ void dot_rows(
     int64_t stride) {
   // Few bytes per weight are read fastest in order, by measurement.
   constexpr bool in_order = V == 1 || (N <= 2 && Format::kScales == 1);
-  constexpr int rows = in_order ? 1 : N <= 2 || kRegisters > 16 ? 4 : 2;
+  constexpr int rows = in_order ? 1 : N <= 2 || kRegisters > 16 ? 4 : N <= 4 ? 3 : 2;
   // Rows that are read together are far apart, so that each of a few streams goes on in memory.
   const int64_t apart = (end - begin) / rows;
   for (int64_t row = begin; row < begin + apart; row++) {
