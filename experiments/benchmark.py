@@ -31,12 +31,11 @@ from absl import flags
 import jax
 from tqdm import tqdm
 
-import checkpoints_convert
 from experiments.benchmarks import bench as bench_lib
 from experiments.benchmarks import machine, random_models, sweep_results, sweeps, tables
 from experiments.benchmarks.sweeps import Sizes
 from experiments.cli import app, overrides
-from roe_jax import native
+from roe_jax import model_formats, native
 from roe_jax import params as params_lib
 from roe_jax.config import DTYPES, ModelConfig
 from roe_jax.quantization import FORMATS, PROJECTION_FORMATS
@@ -53,7 +52,7 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "checkpoint",
     None,
-    "A model to measure instead of a preset: a GGUF file, a Hugging Face folder or hf:org/name.",
+    "A model to measure instead of a preset, as --checkpoint of the other programs.",
   )
   flags.DEFINE_enum(
     "dtype", None, DTYPES, "Dtype of weights and activations; the model's by default."
@@ -145,7 +144,7 @@ def _name() -> str:
 def config_from_flags() -> ModelConfig:
   """Returns the model's config with the dtype and expert format of the flags."""
   if FLAGS.checkpoint:
-    config = checkpoints_convert.load_config(FLAGS.checkpoint)
+    config = model_formats.load_config(FLAGS.checkpoint)
   else:
     config = random_models.PRESETS[FLAGS.preset]
   if FLAGS.dtype:

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import checkpoints_convert
 from experiments.benchmarks import random_models, timing
-from roe_jax import batching, drafting, prefill, sampling, scoring
+from roe_jax import batching, drafting, model_formats, prefill, sampling, scoring
 from roe_jax import members as members_lib
 from roe_jax import params as params_lib
 from roe_jax.config import ModelConfig
@@ -107,13 +106,10 @@ class Bench:
     if checkpoint is None:
       self.params = random_models.random_params(config, seed)
     else:
-      chosen = config.expert_format if config.expert_format != "mxfp4" else None  # kept, not made
-      params, _ = checkpoints_convert.load(
-        checkpoint,
-        config.dtype,
-        quantize_experts=chosen,
-        quantize_projections=config.projection_format,
-      )
+      params, stored = model_formats.load_params(checkpoint, config.dtype)
+      if stored.formats != config.formats:
+        formats = config.expert_format, config.projection_format
+        params, _ = params_lib.quantize(params, stored, *formats)
       self.params = params_lib.in_storage_dtype(params)
     self._boxes = {}
 
