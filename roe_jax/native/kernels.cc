@@ -1060,6 +1060,30 @@ int64_t item_units(int64_t width, int64_t threads, int64_t tokens) {
   return std::min(all, std::max(least, (all + 2 * threads - 1) / (2 * threads)));
 }
 
+// With up to so many tokens, rows that are weighed are read in order, which is fastest, in blocks.
+// Each has sums of its own, which are added in the order of rows, for any number of threads.
+constexpr int64_t kFewTokens = 4;
+
+struct RowBlocks {
+  int64_t all, rows, count;  // rows, of a block; blocks
+
+  explicit RowBlocks(int64_t all)
+      : all(all),
+        rows(std::max<int64_t>(256, (all / 8 + 127) / 128 * 128)),
+        count((all + rows - 1) / rows) {}
+
+  int64_t size(int64_t block) const { return std::min(rows, all - block * rows); }
+
+  // Adds the sums of all blocks, in the order of vectors and each `stride` after the last, to `y`.
+  template <class Format, int V>
+  void add(
+      const Columns<Format, V>& columns, const float* sums, int64_t stride, float* y) const {
+    for (int64_t b = 0; b < count; b++, sums += stride) {
+      columns.each([&](int64_t column, int64_t i) { y[column] += sums[i]; });
+    }
+  }
+};
+
 struct Activation {
   float limit;  // infinite: SwiGLU without a clamp
   float alpha;
@@ -1223,6 +1247,43 @@ void run_experts(Pool& pool, const Experts& e) {
   };
 
   const int64_t all = d / Format::kParts / (4 * V);
+  if (n <= kFewTokens) {
+    const RowBlocks blocks(f);
+    std::vector<float> sums(ends.back() * blocks.count * stride);
+    const Columns<Format, V> columns{0, all, d};
+    const auto weigh_block = [&](int64_t item) {
+      const int64_t expert = active[item / blocks.count], b = item % blocks.count;
+      std::vector<float> scales(Format::kScales * d);
+      std::vector<const float*> from;
+      std::vector<float*> to;
+      for (int64_t p = ends[expert]; p < ends[expert + 1]; p++) {
+        from.push_back(hidden[p] + b * blocks.rows);
+        to.push_back(sums.data() + (p * blocks.count + b) * stride);
+      }
+      by_expert<Format>(e, expert, [&](auto format) {
+        using Own = decltype(format);
+        weigh<Own, V>(
+            e.down.of(e.layer * e.num_experts + expert), b * blocks.rows, blocks.size(b),
+            Columns<Own, V>{0, all, d}, from.size(), from.data(), to.data(), scales.data());
+      });
+    };
+    const auto add = [&](int64_t t) {
+      std::fill_n(e.y + t * d, d, 0.0f);
+      for (const int64_t expert : active) {
+        for (int64_t p = ends[expert]; p < ends[expert + 1]; p++) {
+          if (tokens[p] != t) continue;
+          blocks.add(columns, sums.data() + p * blocks.count * stride, stride, e.y + t * d);
+          const int64_t first = (e.layer * e.num_experts + expert) * d;
+          for (int64_t i = 0; e.down_bias && i < d; i++) {
+            e.y[t * d + i] += gates[p] * bias_at(e.down_bias, e.bias_is_bfloat16, first + i);
+          }
+        }
+      }
+    };
+    const auto count = static_cast<int64_t>(active.size());
+    return run(
+        pool, threads, {{count * tiles, project}, {count * blocks.count, weigh_block}, {n, add}});
+  }
   int64_t most = 0;
   for (const int64_t expert : active) most = std::max(most, ends[expert + 1] - ends[expert]);
   const int64_t units = item_units<Format, V>(d, threads, most);
@@ -1296,6 +1357,28 @@ void run_project_back(
   const int64_t d = m.width, all = d / Format::kParts / (4 * V);
   const int64_t threads = num_threads(pool, rows * bytes_per_row<Format>(d));
   const int64_t units = item_units<Format, V>(d, threads, tokens);
+  if (tokens <= kFewTokens) {
+    const RowBlocks blocks(rows);
+    const int64_t stride = d + kGap;
+    const Columns<Format, V> columns{0, all, d};
+    std::vector<float> sums(tokens * blocks.count * stride);
+    const auto weigh_block = [&](int64_t b) {
+      const float* from[kFewTokens];
+      float* to[kFewTokens];
+      for (int64_t t = 0; t < tokens; t++) {
+        from[t] = x + t * rows + b * blocks.rows;
+        to[t] = sums.data() + (t * blocks.count + b) * stride;
+      }
+      std::vector<float> scales(Format::kScales * d);
+      weigh<Format, V>(
+          m, first + b * blocks.rows, blocks.size(b), columns, tokens, from, to, scales.data());
+    };
+    const auto add = [&](int64_t t) {
+      std::fill_n(y + t * d, d, 0.0f);
+      blocks.add(columns, sums.data() + t * blocks.count * stride, stride, y + t * d);
+    };
+    return run(pool, threads, {{blocks.count, weigh_block}, {tokens, add}});
+  }
   std::vector<const float*> from(tokens);
   for (int64_t t = 0; t < tokens; t++) from[t] = x + t * rows;
   run(pool, threads, {{(all + units - 1) / units, [&](int64_t item) {
