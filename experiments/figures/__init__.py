@@ -34,8 +34,9 @@ the others are estimated with `roe_jax.costs` (H100):
     tau_units          40        90        50          8
 
 smollm2's `shared_noise` took 47 minutes of two busy cores, and `last_words` 36 of one core (1,000
-passages, n up to 64, three candidates for τ) and 23 for two more noise seeds. `main_table` took 2.6 hours of one core, an hour and
-a half of them for the 22 methods that read 1,000 passages.
+passages, n up to 64, three candidates for τ) and 23 for two more noise seeds. `main_table` took 2.6
+hours of one core, an hour and a half of them for the 22 methods that read 1,000 passages.
+`minimal_pairs` took about an hour of one core.
 
 `merged_tasks` fine-tunes a small model four times; it took 70 minutes of one core that other jobs
 shared. `deep_training` trains twelve models of 24 layers and `trained_routing` those that are not

@@ -7,7 +7,7 @@ import programs
 import pytest
 
 from experiments.benchmarks import bench, machine, random_models, sweeps, timing
-from roe_jax import native, quantization
+from roe_jax import model_formats, native, quantization
 from roe_jax import params as params_lib
 
 pytestmark = pytest.mark.slow
@@ -281,3 +281,15 @@ def test_sweeps_of_drafts_and_of_unsure_positions(monkeypatch):
   for share, (roster, _) in zip(sweeps.SHARES[:-1], asked):
     assert (top < float(roster.unsure.threshold)).mean() == share
   assert asked[len(sweeps.SHARES) - 1][0].unsure is None and asked[-1][0].member_stop is not None
+
+
+def test_a_converted_checkpoint_is_measured_in_its_own_and_in_other_formats(tiny_checkpoint):
+  config = model_formats.load_config(tiny_checkpoint)
+  found = []
+  for format in (None, "int8"):
+    own = bench.Bench(config.replace(expert_format=format), 0.5, 0, str(tiny_checkpoint))
+    assert quantization.is_quantized(own.params.layers.experts.down) == (format is not None)
+    roster = own.roster(2, 0.5)
+    found.append(own.log_probs(roster, own.empty(roster, 8, 1), 0))
+  difference = np.abs(found[0] - found[1]).max()
+  assert 0 < difference < 0.1
