@@ -16,8 +16,8 @@ from experiments.figures.figure_run import Command, FigureRun
 
 TITLE = "Minimal pairs"
 BACKGROUND = (
-  "The paper has no task whose answers are told apart by whole sentences. With one, a roster's "
-  "members differ at every token, and few-token answers cannot hide what they change."
+  "The paper has no task whose answers are told apart by whole sentences, at every token of which a "
+  "roster's members differ."
 )
 
 
@@ -70,7 +70,7 @@ def measure(run: FigureRun) -> list[compared.Record]:
 
 
 def table(records: list[compared.Record]) -> str:
-  columns = ("quality", "quality_difference", "ms_per_token", "unique_experts")
+  columns = ("quality", "quality_difference", "unique_experts", "ms_per_token")
   return compared.table(records, {"method": "label", "pairs": "examples"}, columns)
 
 
