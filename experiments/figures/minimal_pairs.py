@@ -16,8 +16,8 @@ from experiments.figures.figure_run import Command, FigureRun
 
 TITLE = "Minimal pairs"
 BACKGROUND = (
-  "The paper has no task whose answers are told apart by whole sentences, at every token of which "
-  "the members of a roster differ."
+  "The paper has no task that compares whole sentences, at every token of which the members of a "
+  "roster differ."
 )
 
 
